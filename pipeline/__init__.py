@@ -1,0 +1,1 @@
+"""From image-text lists to reinforced shards: ingest, caption, pack, vocab, cache, check, report."""

@@ -1,0 +1,258 @@
+"""The one loop over shards: what is missing, worker processes, done-records, failures, totals, progress.
+
+A stage is a function ``work(root, task) -> Result`` from one shard to one shard that writes its files atomically.
+The runner publishes the done-record last, so a killed stage is run again and does only what is missing.
+"""
+
+import contextlib
+import ctypes
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from shards_spec.files import DataError, UserError, exists, join, read_bytes, remove_stale, sha256_json, write_bytes
+from shards_spec.manifest import Done, read_dataset, read_done, shard_ids, shard_name, write_stage
+
+log = logging.getLogger(__name__)
+VERSIONED = ("clipmill", "numpy", "pillow", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``name`` is the key in dataset.json, ``folder`` lies below ROOT, ``config`` is all that shapes the bytes."""
+
+    name: str
+    folder: str
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard's work: ``inputs`` maps paths (or names) to hashes, ``payload`` is what ``work`` needs besides."""
+
+    shard: int
+    inputs: dict[str, str]
+    payload: Any = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """``counts``: status to number of inputs; ``outputs``: paths below ROOT to sha256."""
+
+    counts: dict[str, int]
+    outputs: dict[str, str]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one run of a stage did; ``counts`` are the totals over all its shards, also those made earlier."""
+
+    shards: int
+    made: int
+    counts: dict[str, int]
+    seconds: float
+
+
+class ShardsFailed(Exception):
+    """Some shards could not be made; the others are done. The message lists them."""
+
+
+Work = Callable[[str, Task], Result]
+
+
+def run_stage(
+    root: str,
+    stage: Stage,
+    tasks: Iterable[Task],
+    work: Work,
+    *,
+    total: int | None = None,
+    workers: int = 1,
+    overwrite: bool = False,
+    source: str | None = None,
+) -> Summary:
+    """Run ``work`` over the tasks whose done-record is missing or stale, then write the stage's totals.
+
+    With ``workers`` > 1 (or ``work`` that must not run here) shards go to spawned processes, a bounded number in
+    flight. Raises UserError when finished shards were made under another config (unless ``overwrite``), and
+    ShardsFailed at the end when shards broke on their data.
+    """
+    start, folder = time.monotonic(), join(root, stage.folder)
+    remove_stale(folder)
+    failures, made, seen = dict[int, str](), 0, list[int]()
+
+    def missing() -> Iterator[Task]:
+        for task in tasks:
+            seen.append(task.shard)
+            if overwrite or not _is_done(folder, stage, task):
+                yield task
+
+    with _progress(stage.name, total) as advance:
+        for task, outcome in _outcomes(missing(), partial(work, root), workers):
+            if isinstance(outcome, DataError):
+                failures[task.shard] = str(outcome)
+                log.error("shard %s failed: %s", shard_name(task.shard), outcome)
+            else:
+                _publish(folder, stage, task, outcome)
+                made += 1
+            advance(len(seen))
+    if failures:
+        lines = [f"  {shard_name(shard)}: {reason}" for shard, reason in sorted(failures.items())]
+        raise ShardsFailed(f"{stage.name}: {len(failures)} of {len(seen)} shards failed\n" + "\n".join(lines))
+    counts = _totals(root, stage, seen, source)
+    summary = Summary(len(seen), made, counts, time.monotonic() - start)
+    _log_run(root, stage, summary)
+    return summary
+
+
+def _is_done(folder: str, stage: Stage, task: Task) -> bool:
+    done = read_done(folder, task.shard)
+    if done is None:
+        return False
+    if done.config != stage.config:
+        changed = [
+            f"{key}: {done.config.get(key)!r} there, {stage.config.get(key)!r} asked"
+            for key in sorted({*done.config, *stage.config})
+            if done.config.get(key) != stage.config.get(key)
+        ]
+        raise UserError(
+            f"{folder}/{shard_name(task.shard)} was made with another config ({'; '.join(changed)}); "
+            "ask for the same, use another ROOT, or make it again with --overwrite"
+        )
+    return done.inputs == task.inputs
+
+
+def _publish(folder: str, stage: Stage, task: Task, result: Result) -> None:
+    Done(
+        stage.name, task.shard, stage.config, result.counts, task.inputs, result.outputs, result.extra
+    ).write(folder)  # fmt: skip
+
+
+def _outcomes(
+    tasks: Iterator[Task], work: Callable[[Task], Result], workers: int
+) -> Iterator[tuple[Task, Result | DataError]]:
+    """Results as they come. Only DataError is caught: a bug stops at once."""
+    if workers <= 1:
+        for task in tasks:
+            yield task, _guarded(work, task)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=die_with_parent) as pool:
+        running: dict[Future[Result | DataError], Task] = {}
+        try:
+            for task in tasks:
+                running[pool.submit(_guarded, work, task)] = task
+                if len(running) > 2 * workers:
+                    yield from _finished(running)
+            while running:
+                yield from _finished(running)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _finished(running: dict["Future[Result | DataError]", Task]) -> Iterator[tuple[Task, Result | DataError]]:
+    for future in wait(running, return_when=FIRST_COMPLETED).done:
+        yield running.pop(future), future.result()
+
+
+def _guarded(work: Callable[[Task], Result], task: Task) -> Result | DataError:
+    try:
+        return work(task)
+    except DataError as error:
+        return error
+
+
+def die_with_parent() -> None:
+    """In a worker: end when the parent is killed, so that no orphan writes beside a second run (Linux only)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _totals(root: str, stage: Stage, shards: list[int], source: str | None) -> dict[str, int]:
+    counts, folder = Counter[str](), join(root, stage.folder)
+    for shard in shards:
+        done = read_done(folder, shard)
+        assert done is not None, (folder, shard)
+        counts.update(done.counts)
+    totals = dict(sorted(counts.items()))
+    block = {
+        "config": stage.config,
+        "config_sha256": sha256_json(stage.config),
+        "shards": len(shards),
+        "counts": totals,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
+    }
+    write_stage(root, stage.name, block, source)
+    return totals
+
+
+def _log_run(root: str, stage: Stage, summary: Summary) -> None:
+    """Append to logs/STAGE.jsonl: times live there, so that the dataset's own files do not depend on them."""
+    path = join(root, "logs", f"{stage.name.replace('/', '-')}.jsonl")
+    entry = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "shards": summary.shards,
+        "made": summary.made,
+        "samples": summary.counts.get("success", 0),
+        "seconds": round(summary.seconds, 3),
+        "cpus": os.cpu_count(),
+    }
+    earlier = read_bytes(path) if exists(path) else b""
+    write_bytes(path, earlier + json.dumps(entry).encode() + b"\n")
+
+
+def upstream_shards(root: str, folder: str, stage: str) -> list[int]:
+    """Shard ids that an earlier stage left in ``root/folder``.
+
+    Raises UserError when there are none or that stage has not finished. Shards of a foreign img2dataset folder
+    (no done-record of ours) are taken as they are.
+    """
+    shards = shard_ids(join(root, folder))
+    if not shards:
+        raise UserError(
+            f"{join(root, folder)} has no finished shards: run `clipmill {stage.split('/')[0]} {root}` first"
+        )
+    ours = read_done(join(root, folder), shards[-1]) is not None
+    block = read_dataset(root)["stages"].get(stage)
+    if ours and (block is None or block["shards"] != len(shards)):
+        raise UserError(f"{stage} has not finished in {root}: run `clipmill {stage.split('/')[0]}` again, it goes on")
+    return shards
+
+
+@contextlib.contextmanager
+def _progress(name: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, a plain line every ten seconds in a log."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("shards"), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(name, total=total)
+            yield lambda done: bar.update(task, completed=done)
+        return
+    last = time.monotonic()
+
+    def line(done: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 10:
+            last = time.monotonic()
+            log.info("%s: %d of %s shards", name, done, total or "?")
+
+    yield line

@@ -1,0 +1,75 @@
+"""How a model is named, loaded and identified: caches record it, captioner, teacher and student load by it.
+
+Names are open_clip's: a built-in architecture with ``pretrained`` a tag or a checkpoint file, ``local-dir:PATH`` or
+``hf-hub:ORG/NAME``. torch is imported inside the functions only.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shards_spec.files import UserError
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """An open_clip model in eval mode with what is needed to feed it.
+
+    ``mean`` and ``std`` are per channel for pixels in [0, 1]; ``image_size`` in pixels; ``config`` is open_clip's
+    model_cfg; ``tokenizer`` maps a list of texts to int64 (N, context_length).
+    """
+
+    model: Any
+    tokenizer: Any
+    config: dict[str, Any]
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def load_model(model: str, pretrained: str | None = None, device: str = "cpu") -> LoadedModel:
+    """Build an open_clip model and load its weights as open_clip does.
+
+    Raises UserError when the name, the tag or the file is unknown.
+    """
+    import open_clip
+
+    try:
+        built = open_clip.create_model(model, pretrained=pretrained, device=device)
+        tokenizer = load_tokenizer(model)
+    except (RuntimeError, ValueError, FileNotFoundError) as error:
+        raise UserError(f"model {model!r} with pretrained {pretrained!r} cannot be loaded: {error}") from error
+    preprocess = open_clip.get_model_preprocess_cfg(built)
+    size = preprocess["size"]
+    return LoadedModel(
+        built.eval(),
+        tokenizer,
+        open_clip.get_model_config(model),
+        size if isinstance(size, int) else size[0],
+        tuple(preprocess["mean"]),
+        tuple(preprocess["std"]),
+    )
+
+
+def load_tokenizer(model: str) -> Any:
+    """open_clip's tokenizer of a model; a relative ``bpe_path`` is looked up in the model's local-dir."""
+    import open_clip
+
+    config = open_clip.get_model_config(model) or {}
+    bpe = ((config.get("text_cfg") or {}).get("tokenizer_kwargs") or {}).get("bpe_path")
+    folder = model.removeprefix("local-dir:")
+    if bpe and folder != model and (Path(folder) / Path(bpe).name).exists():
+        return open_clip.get_tokenizer(model, bpe_path=str(Path(folder) / Path(bpe).name))
+    return open_clip.get_tokenizer(model)
+
+
+def weights_sha256(module: Any) -> str:
+    """Hash of names, shapes, dtypes and bytes of a module's state dict."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

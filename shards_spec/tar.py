@@ -1,0 +1,132 @@
+"""Shards as plain uncompressed tar files: written reproducibly, read from a buffer, broken ones named.
+
+The only module that knows tar. Writing gives USTAR with fixed times and owners, members of a sample adjacent
+and sorted by extension (webdataset's order), two zero blocks at the end padded to 10,240 bytes. Reading also
+takes GNU long names and pax paths, so that foreign shards work.
+"""
+
+import hashlib
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from shards_spec.files import DataError, atomic_writer, read_buffer
+from shards_spec.sample import Sample, check_key, split_name
+
+BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a member's bytes lie in the tar."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def write_shard(path: str, samples: Iterable[Sample]) -> tuple[int, str]:
+    """Write samples in the given order; return (count, sha256 of the file).
+
+    Raises DataError for a bad or repeated key; nothing appears under ``path`` then.
+    """
+    digest, written, seen = hashlib.sha256(), 0, set[str]()
+    with atomic_writer(path) as file:
+        for sample in samples:
+            if check_key(sample.key) in seen:
+                raise DataError(f"{path}: key {sample.key} twice; keys must be unique in a dataset")
+            seen.add(sample.key)
+            for extension in sorted(sample.members):
+                data = sample.members[extension]
+                piece = _header(f"{sample.key}.{extension}", len(data)) + data + bytes(-len(data) % BLOCK)
+                digest.update(piece)
+                file.write(piece)
+                written += len(piece)
+        end = bytes(2 * BLOCK + -(written + 2 * BLOCK) % tarfile.RECORDSIZE)
+        digest.update(end)
+        file.write(end)
+    return len(seen), digest.hexdigest()
+
+
+def _header(name: str, size: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.mtime = size, 0o444, 0
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def read_shard(path: str) -> Iterator[Sample]:
+    """Samples in file order. Raises DataError naming the file and the last whole key when the tar is broken."""
+    with read_buffer(path) as buffer:
+        for key, members in index_shard(buffer, path):
+            yield Sample(key, {ext: bytes(buffer[m.offset : m.offset + m.size]) for ext, m in members.items()})
+
+
+def index_shard(buffer: memoryview, path: str) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Group members into samples: (key, extension -> Member), in file order.
+
+    Members of a sample must be adjacent (webdataset's rule). Raises DataError on a broken tar, a repeated
+    extension or a key that comes back later.
+    """
+    key, members, seen = None, dict[str, Member](), set[str]()
+    for member in scan(buffer, path):
+        new_key, extension = split_name(member.name)
+        if new_key != key:
+            if key is not None:
+                yield key, members
+            if new_key in seen:
+                raise DataError(f"{path}: key {new_key} is there twice; make the shard again with unique keys")
+            seen.add(new_key)
+            key, members = new_key, {}
+        if extension in members:
+            raise DataError(f"{path}: key {new_key} has two members .{extension}; make the shard again")
+        members[extension] = member
+    if key is not None:
+        yield key, members
+
+
+def scan(buffer: memoryview, path: str) -> Iterator[Member]:
+    """Regular members in file order. Raises DataError naming the last whole member when the tar is broken."""
+    position, last, long_name = 0, "(none)", None
+    while True:
+        block = buffer[position : position + BLOCK]
+        if len(block) < BLOCK:
+            raise DataError(f"{path}: truncated tar, last whole member {last}; make the shard again")
+        kind, size = bytes(block[156:157]), 0
+        if kind == b"\0" and not any(block):
+            if any(buffer[position + BLOCK : position + 2 * BLOCK]) or len(buffer) < position + 2 * BLOCK:
+                raise DataError(f"{path}: truncated tar, last whole member {last}; make the shard again")
+            return
+        try:
+            stored, size = tarfile.nti(bytes(block[148:156])), tarfile.nti(bytes(block[124:136]))  # type: ignore[attr-defined]
+        except tarfile.HeaderError as error:
+            raise DataError(f"{path}: no tar header after member {last} ({error}); make the shard again") from error
+        if stored != sum(block) - sum(block[148:156]) + 256:
+            raise DataError(f"{path}: damaged tar header after member {last}; make the shard again")
+        data = position + BLOCK
+        if data + size > len(buffer):
+            raise DataError(f"{path}: truncated tar, last whole member {last}; make the shard again")
+        if kind in (b"x", b"L"):
+            long_name = _long_name(kind, bytes(buffer[data : data + size])) or long_name
+        elif kind in (b"0", b"\0"):
+            name = long_name or _short_name(bytes(block))
+            yield Member(name, data, size)
+            last, long_name = name, None
+        position = data + size + (-size % BLOCK)
+
+
+def _short_name(header: bytes) -> str:
+    name = header[:100].split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+    prefix = header[345:500].split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+    return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name
+
+
+def _long_name(kind: bytes, data: bytes) -> str | None:
+    if kind == b"L":
+        return data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+    while data:
+        length = int(data.split(b" ", 1)[0])
+        keyword, _, value = data[data.index(b" ") + 1 : length - 1].partition(b"=")
+        if keyword == b"path":
+            return value.decode("utf-8", "surrogateescape")
+        data = data[length:]
+    return None

@@ -1,0 +1,84 @@
+"""A vocabulary: synsets by descending count; the class index is the rank. Labels mean nothing without it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from shards_spec.files import DataError, UserError, read_bytes, sha256_bytes, write_bytes
+
+COLUMNS = "rank\twnid\tlemma\tcount\tdocuments"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """``rows`` are (WNID, lemma, occurrences, captions that have it), rank order; ``header`` names the rule."""
+
+    rows: tuple[tuple[str, str, int, int], ...]
+    header: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """WNID to class index."""
+        return {row[0]: rank for rank, row in enumerate(self.rows)}
+
+    @cached_property
+    def body(self) -> str:
+        """The table as text."""
+        return "".join(f"{rank}\t{w}\t{lemma}\t{c}\t{d}\n" for rank, (w, lemma, c, d) in enumerate(self.rows))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the rule and the rows; goes into every checkpoint that has a classifier."""
+        rule = json.dumps(self.header, sort_keys=True)
+        return sha256_bytes(f"{rule}\n{self.body}".encode())
+
+    def labels(self, wnids: list[str]) -> list[int]:
+        """Class indices of the synsets that are in the vocabulary, ascending, each once."""
+        return sorted({self.index[wnid] for wnid in wnids if wnid in self.index})
+
+    def write(self, path: str) -> None:
+        """Write the TSV: ``#`` header lines, column names, rows."""
+        header = json.dumps(self.header, sort_keys=True, ensure_ascii=False)
+        write_bytes(path, f"# clipmill vocabulary {header}\n# sha256 {self.sha256}\n{COLUMNS}\n{self.body}".encode())
+
+
+def build_vocabulary(
+    counts: Mapping[str, int],
+    documents: Mapping[str, int],
+    lemmas: Mapping[str, str],
+    header: dict[str, Any],
+    min_count: int,
+    top_k: int | None = None,
+) -> Vocabulary:
+    """Synsets with count > ``min_count`` (CatLIP §3.1), most frequent first, ties by WNID, at most ``top_k``.
+
+    Raises UserError when nothing is left.
+    """
+    kept = sorted((w for w, n in counts.items() if n > min_count), key=lambda w: (-counts[w], w))[:top_k]
+    if not kept:
+        most = max(counts.values(), default=0)
+        raise UserError(f"--min-count {min_count} leaves no synset: the most frequent one counts {most}; lower it")
+    rows = tuple((w, lemmas[w], counts[w], documents[w]) for w in kept)
+    return Vocabulary(rows, {**header, "min_count": min_count, "top_k": top_k})
+
+
+def read_vocabulary(path: str) -> Vocabulary:
+    """Read the TSV. Raises DataError naming the line when it is not ours or was edited."""
+    lines = read_bytes(path).decode().splitlines()
+    if len(lines) < 3 or not lines[0].startswith("# clipmill vocabulary ") or lines[2] != COLUMNS:
+        raise DataError(f"{path}: not a clipmill vocabulary; make it with `clipmill vocab`")
+    rows = []
+    for number, line in enumerate(lines[3:], start=4):
+        fields = line.split("\t")
+        if len(fields) != 5 or fields[0] != str(number - 4):
+            raise DataError(f"{path}: line {number} is broken: {line!r}; make it again with `clipmill vocab`")
+        rows.append((fields[1], fields[2], int(fields[3]), int(fields[4])))
+    vocabulary = Vocabulary(tuple(rows), json.loads(lines[0].removeprefix("# clipmill vocabulary ")))
+    if lines[1] != f"# sha256 {vocabulary.sha256}":
+        raise DataError(f"{path}: its rows do not match its hash, it was edited; make it again with `clipmill vocab`")
+    return vocabulary

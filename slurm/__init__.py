@@ -1,0 +1,1 @@
+"""Where and when: the same stages and recipes through submitit."""

@@ -1,0 +1,1 @@
+"""From shards to students: reader, losses, recipes, the one loop, evaluation, export."""
