@@ -73,3 +73,14 @@ def weights_sha256(module: Any) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def pick_device(device: str) -> str:
+    """``auto`` becomes ``cuda`` where there is one, else ``cpu``. Raises UserError for a device that is not there."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {device!r}: this torch sees no CUDA device; use --device cpu")
+    return device

@@ -6,6 +6,7 @@ operations. Rendering is Pillow's, hence bit-identical between machines that hav
 """
 
 import hashlib
+import io
 import math
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,7 +16,7 @@ import numpy as np
 import PIL
 from PIL import Image, ImageEnhance, ImageOps
 
-from shards_spec.files import UserError, sha256_json
+from shards_spec.files import DataError, UserError, sha256_json
 
 RENDERING = 1  # raised whenever `apply_view` gives other pixels for the same view
 BINS = 31  # torchvision.transforms.RandAugment(num_magnitude_bins=31)
@@ -145,3 +146,14 @@ OPS: tuple[tuple[str, Any], ...] = (
     ("AutoContrast", lambda image, level: ImageOps.autocontrast(image)),
     ("Equalize", lambda image, level: ImageOps.equalize(image)),
 )
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """Decode a packed picture to RGB: the one decoding that captioner, teacher and student share.
+
+    Raises DataError with the decoder's reason when the bytes are no whole picture.
+    """
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"does not decode: {error}") from error

@@ -1,0 +1,33 @@
+# make demo: set up and run the whole path on embedded data. make test: set up, lint, types, tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SHELL := /bin/bash
+
+.PHONY: demo test test-all lint debian clean
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipmill needs Python 3.11 or later")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+debian:
+	bash tests/install_debian.sh
+
+demo: $(VENV)/.done debian
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/demo.sh
+
+lint: $(VENV)/.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: $(VENV)/.done debian lint
+	$(BIN)/python -m pytest --durations=10
+
+test-all: $(VENV)/.done debian lint
+	$(BIN)/python -m pytest --durations=20 -m "not gpu"
+
+clean:
+	rm -rf $(VENV) demo-run

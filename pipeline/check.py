@@ -1,0 +1,231 @@
+"""`check`: proves the format's promises, shard by shard, and names the first broken key of every file."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tyro
+
+from pipeline.cache import sample_captions
+from shards_spec.embeddings import read_embeddings
+from shards_spec.files import (
+    DataError,
+    exists,
+    join,
+    names,
+    open_read,
+    read_json,
+    sha256_bytes,
+    sha256_file,
+    sha256_json,
+)
+from shards_spec.manifest import read_dataset, read_done, shard_ids, shard_name
+from shards_spec.sample import Sample, check_key
+from shards_spec.tar import read_shard
+from shards_spec.vocab import read_vocabulary
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Prove what SPEC.md promises of a dataset; exit 1 and name the first broken key of each file otherwise."""
+
+    root: tyro.conf.Positional[str]
+    """the dataset: a folder or an fsspec URL"""
+
+
+def check(config: CheckConfig) -> list[str]:
+    """Problems found, each naming file and key; empty when all promises hold. Memory: one shard, 8 bytes a key."""
+    root, problems = config.root, list[str]()
+    if not exists(join(root, "raw")) and not exists(join(root, "shards")):
+        return [f"{root}: no raw/ and no shards/ in it; it is not a clipmill dataset"]
+    for folder, stage, prove in _folders(root):
+        try:
+            shards = shard_ids(join(root, folder))
+            problems += _check_totals(root, folder, stage, shards)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        keys = []
+        for shard in shards:
+            try:
+                _check_hashes(root, folder, shard)
+                found = list(prove(root, folder, shard))
+                keys.append(np.array([int(sha256_bytes(key.encode())[:16], 16) for key in found], np.uint64))
+            except DataError as error:
+                problems.append(str(error))
+        problems += _check_unique(folder, keys)
+    return problems + _check_sizes(root) + _check_vocabularies(root)
+
+
+Prove = Callable[[str, str, int], Iterator[str]]
+
+
+def _folders(root: str) -> Iterator[tuple[str, str, Prove]]:
+    for folder, stage, prove in (("raw", "ingest", _prove_raw), ("shards", "pack", _prove_final)):
+        if exists(join(root, folder)):
+            yield folder, stage, prove
+    for name in names(join(root, "captions")):
+        yield f"captions/{name}", f"caption/{name}", _prove_captions
+    for name in names(join(root, "teacher")):
+        yield f"teacher/{name}", f"cache/{name}", _prove_cache
+
+
+def _check_totals(root: str, folder: str, stage: str, shards: list[int]) -> list[str]:
+    block, totals = read_dataset(root)["stages"].get(stage), Counter[str]()
+    dones = [read_done(join(root, folder), shard) for shard in shards]
+    if all(done is None for done in dones):
+        return []  # img2dataset's own shards, accepted as they are
+    if block is None:
+        return [f"{root}/dataset.json: no block for {stage}; it has not finished, run it again"]
+    for done in dones:
+        totals.update(done.counts if done else {})
+    if block["shards"] != len(shards) or block["counts"] != dict(totals):
+        return [
+            f"{root}/dataset.json: {stage} says {block['counts']}, its {len(shards)} shards add up to {dict(totals)}"
+        ]
+    return []
+
+
+def _check_hashes(root: str, folder: str, shard: int) -> None:
+    done = read_done(join(root, folder), shard)
+    for path, expected in (done.outputs if done else {}).items():
+        if not exists(join(root, path)):
+            raise DataError(f"{join(root, path)}: is not there; delete its _stats.json and run the stage again")
+        if sha256_file(join(root, path)) != expected:
+            raise DataError(_changed(root, folder, shard, path))
+
+
+def _changed(root: str, folder: str, shard: int, path: str) -> str:
+    """A file is not what was written: say where it breaks first."""
+    where = "its content changed"
+    try:
+        prove = next(prove for name, _, prove in _folders(root) if name == folder)
+        for _ in prove(root, folder, shard):
+            pass
+    except DataError as error:
+        where = str(error).removeprefix(f"{join(root, path)}: ")
+    mend = f"delete {folder}/{shard_name(shard)}_stats.json and run the stage again"
+    return f"{join(root, path)}: not the file that was written: {where}; {mend}"
+
+
+def _expect_keys(path: str, expected: list[str], found: list[str], other: str) -> None:
+    for row, (want, have) in enumerate(zip_longest(expected, found)):
+        if want != have:
+            raise DataError(f"{path}: row {row} is key {have}, {other} has key {want} there")
+
+
+def _rows(path: str, columns: list[str]) -> list[dict[str, Any]]:
+    try:
+        with open_read(path) as file:
+            rows: list[dict[str, Any]] = pq.read_table(file, columns=columns).to_pylist()
+        return rows
+    except (pa.ArrowInvalid, FileNotFoundError) as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error})") from error
+
+
+def _tar_keys(root: str, folder: str, shard: int) -> list[str]:
+    return [sample.key for sample in read_shard(join(root, folder, f"{shard_name(shard)}.tar"))]
+
+
+def _prove_raw(root: str, folder: str, shard: int) -> Iterator[str]:
+    name = join(root, folder, shard_name(shard))
+    keys = _tar_keys(root, folder, shard)
+    rows = _rows(f"{name}.parquet", ["key", "status"])
+    _expect_keys(f"{name}.parquet", sorted(keys), sorted(r["key"] for r in rows if r["status"] == "success"), "the tar")
+    stats = read_json(f"{name}_stats.json")
+    if (
+        stats["count"] != len(rows)
+        or stats["successes"] != len(keys)
+        or sum(stats["status_dict"].values()) != len(rows)
+    ):
+        raise DataError(
+            f"{name}_stats.json: {stats['count']} inputs, {stats['successes']} successes; "
+            f"the Parquet has {len(rows)} rows and the tar {len(keys)} samples"
+        )
+    for key in keys:
+        yield check_key(key)
+
+
+def _prove_captions(root: str, folder: str, shard: int) -> Iterator[str]:
+    path = join(root, folder, f"{shard_name(shard)}.parquet")
+    rows = _rows(path, ["key", "captions", "logprobs", "num_tokens"])
+    _expect_keys(path, _tar_keys(root, "raw", shard), [row["key"] for row in rows], f"raw/{shard_name(shard)}.tar")
+    for row in rows:
+        if not len(row["captions"]) == len(row["logprobs"]) == len(row["num_tokens"]):
+            raise DataError(f"{path}: key {row['key']} has {len(row['captions'])} captions, other counts of the rest")
+        yield row["key"]
+
+
+def _prove_final(root: str, folder: str, shard: int) -> Iterator[str]:
+    name = join(root, folder, shard_name(shard))
+    rows = _rows(f"{name}.parquet", ["key", "synsets"])
+    _expect_keys(f"{name}.parquet", _tar_keys(root, folder, shard), [row["key"] for row in rows], "the tar")
+    raw = read_shard(join(root, "raw", f"{shard_name(shard)}.tar")) if exists(join(root, "raw")) else None
+    for sample, row in zip(read_shard(f"{name}.tar"), rows, strict=True):
+        captions, synsets = sample_captions(sample), sample.meta.get("synsets")
+        if synsets != row["synsets"] or len(synsets) != len(captions):
+            raise DataError(f"{name}.tar: key {sample.key} has synsets that do not fit its captions or its Parquet row")
+        if raw is not None and next(s for s in _until(raw, sample.key, name)).image != sample.image:
+            raise DataError(f"{name}.tar: key {sample.key} has another picture than raw/{shard_name(shard)}.tar")
+        yield check_key(sample.key)
+
+
+def _until(raw: Iterator[Sample], key: str, name: str) -> Iterator[Sample]:
+    for sample in raw:
+        if sample.key == key:
+            yield sample
+            return
+    raise DataError(f"{name}.tar: key {key} is not in its raw shard, or not in that order")
+
+
+def _prove_cache(root: str, folder: str, shard: int) -> Iterator[str]:
+    path, tar = join(root, folder, f"{shard_name(shard)}.parquet"), f"shards/{shard_name(shard)}.tar"
+    keys, _, meta = read_embeddings(path, [])
+    samples = [(sample.key, sample_captions(sample)) for sample in read_shard(join(root, tar))]
+    _expect_keys(path, [key for key, _ in samples], keys, tar)
+    if meta["shard_sha256"] != sha256_file(join(root, tar)):
+        first = samples[0][0] if samples else None
+        raise DataError(f"{path}: made from another {tar}, its first key {first} included; run `clipmill cache` again")
+    if meta["captions_sha256"] != sha256_json([keys, [captions for _, captions in samples]]):
+        raise DataError(f"{path}: the captions of {tar} are others than those embedded; run `clipmill cache` again")
+    columns = [f"image_{view}" for view in range(meta["num_views"])]
+    for name, values in read_embeddings(path, columns)[1].items():
+        if (broken := ~np.isfinite(values).all(axis=1)).any():
+            raise DataError(f"{path}: key {keys[int(broken.argmax())]} has no {name}; run `clipmill cache` again")
+    yield from keys
+
+
+def _check_unique(folder: str, keys: list[np.ndarray]) -> list[str]:
+    hashes = np.concatenate(keys) if keys else np.empty(0, np.uint64)
+    repeated = len(hashes) - len(np.unique(hashes))
+    return [f"{folder}: {repeated} keys are there more than once; keys must be unique in a dataset"] if repeated else []
+
+
+def _check_sizes(root: str) -> list[str]:
+    path = join(root, "shards", "sizes.json")
+    if not exists(join(root, "shards")):
+        return []
+    if not exists(path):
+        return [f"{path}: is not there; `clipmill pack` has not finished"]
+    sizes, problems = read_json(path), list[str]()
+    for shard in shard_ids(join(root, "shards")):
+        done = read_done(join(root, "shards"), shard)
+        name = f"{shard_name(shard)}.tar"
+        if done and sizes.get(name) != done.successes:
+            problems.append(f"{path}: {name} has {done.successes} samples, the file says {sizes.get(name)}")
+    return problems
+
+
+def _check_vocabularies(root: str) -> list[str]:
+    problems = []
+    for name in names(join(root, "vocab")):
+        try:
+            read_vocabulary(join(root, "vocab", name))
+        except DataError as error:
+            problems.append(str(error))
+    return problems

@@ -1,0 +1,191 @@
+"""Stage `pack`: raw shard + captions + synsets → final shard. The only stage after ingest that writes pictures."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tyro
+
+from pipeline.stage import Result, Stage, Summary, Task, run_stage, upstream_shards
+from pipeline.wordnet import RULE, WORDNET_VERSION, find_wordnet, load_wordnet
+from shards_spec.files import (
+    DataError,
+    UserError,
+    atomic_writer,
+    join,
+    json_bytes,
+    names,
+    open_read,
+    sha256_file,
+    write_json,
+)
+from shards_spec.manifest import file_hash, read_done, shard_name
+from shards_spec.sample import Sample
+from shards_spec.tar import read_shard, write_shard
+
+log = logging.getLogger(__name__)
+SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("caption", pa.string()),
+        pa.field("synthetic", pa.list_(pa.string())),
+        pa.field("synsets", pa.list_(pa.list_(pa.string()))),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """Join pictures, captions and WordNet synsets into the final shards."""
+
+    root: tyro.conf.Positional[str]
+    """the dataset; reads raw/ and captions/NAME/, writes shards/"""
+    captioner: str | None = None
+    """folder below captions/; needed only when there are several; 'none' packs the original captions alone"""
+    wordnet: str | None = None
+    """folder with WordNet 3.0's index.noun, data.noun, noun.exc; by default NLTK's or Debian's"""
+    workers: int = os.cpu_count() or 1
+    """processes"""
+    overwrite: bool = False
+    """make finished shards again"""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UserError(f"workers {self.workers} must be at least 1")
+
+
+def pack(config: PackConfig) -> Summary:
+    """Run the stage and write ``shards/sizes.json``. Raises UserError, ShardsFailed."""
+    captioner = _pick_captioner(config)
+    shards = upstream_shards(config.root, "raw", "ingest")
+    if captioner:
+        captioned = upstream_shards(config.root, f"captions/{captioner}", f"caption/{captioner}")
+        if captioned != shards:
+            raise UserError(
+                f"captions/{captioner} has {len(captioned)} shards, raw/ has {len(shards)}: run caption again"
+            )
+    wordnet = str(find_wordnet(config.wordnet))
+    load_wordnet(wordnet)  # an unusable one is an error now, not in a worker
+    stage = Stage("pack", "shards", {"captioner": captioner, "wordnet": WORDNET_VERSION, "rule": RULE})
+    work = partial(pack_shard, captioner=captioner, wordnet=wordnet)
+    tasks = (Task(shard, _inputs(config.root, shard, captioner)) for shard in shards)
+    workers = min(config.workers, len(shards))
+    summary = run_stage(config.root, stage, tasks, work, total=len(shards), workers=workers, overwrite=config.overwrite)
+    write_json(join(config.root, "shards", "sizes.json"), _sizes(config.root, shards))
+    return summary
+
+
+def _pick_captioner(config: PackConfig) -> str | None:
+    if config.captioner == "none":
+        return None
+    there = names(join(config.root, "captions"))
+    if config.captioner and config.captioner not in there:
+        raise UserError(f"no captions/{config.captioner} in {config.root}; there: {there or 'none'}")
+    if not config.captioner and len(there) > 1:
+        raise UserError(f"several captioners in {config.root}/captions: {there}; say --captioner NAME")
+    return config.captioner or (there[0] if there else None)
+
+
+def _inputs(root: str, shard: int, captioner: str | None) -> dict[str, str]:
+    name = shard_name(shard)
+    inputs = {f"raw/{name}.tar": file_hash(root, "raw", shard, f"raw/{name}.tar")}
+    if captioner:
+        folder = f"captions/{captioner}"
+        inputs[f"{folder}/{name}.parquet"] = file_hash(root, folder, shard, f"{folder}/{name}.parquet")
+    return inputs
+
+
+def _sizes(root: str, shards: list[int]) -> dict[str, int]:
+    sizes = {}
+    for shard in shards:
+        done = read_done(join(root, "shards"), shard)
+        assert done is not None, shard
+        sizes[f"{shard_name(shard)}.tar"] = done.successes
+    return sizes
+
+
+def pack_shard(root: str, task: Task, *, captioner: str | None, wordnet: str) -> Result:
+    """One shard. Picture bytes are copied untouched; a sample without any caption is dropped and counted.
+
+    Raises DataError when the captions do not belong to the raw shard.
+    """
+    name = shard_name(task.shard)
+    captions = read_captions(join(root, f"captions/{captioner}/{name}.parquet")) if captioner else None
+    counts, rows = Counter[str](), list[dict[str, Any]]()
+
+    def packed() -> Iterator[Sample]:
+        source = join(root, f"raw/{name}.tar")
+        for sample in read_shard(source):
+            if captions is not None and sample.key not in captions:
+                raise DataError(f"{source}: key {sample.key} has no row in captions/{captioner}; run caption again")
+            row = _row(sample, captions.pop(sample.key) if captions is not None else [], source, wordnet)
+            if isinstance(row, str):
+                counts[row] += 1
+                continue
+            counts["success"] += 1
+            rows.append(row)
+            yield Sample(sample.key, _members(sample, row))
+
+    tar, table = f"shards/{name}.tar", f"shards/{name}.parquet"
+    _, tar_hash = write_shard(join(root, tar), packed())
+    if captions:
+        raise DataError(f"captions/{captioner}/{name}.parquet: key {next(iter(captions))} is not in raw/{name}.tar")
+    with atomic_writer(join(root, table)) as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
+    return Result(dict(counts), {tar: tar_hash, table: sha256_file(join(root, table))})
+
+
+def read_captions(path: str) -> dict[str, list[str]]:
+    """Key to synthetic captions of one shard. Raises DataError for a file that is no Parquet or repeats a key."""
+    try:
+        with open_read(path) as file:
+            table = pq.read_table(file, columns=["key", "captions"])
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error}); delete it and run caption again") from error
+    keys = table.column("key").to_pylist()
+    captions = dict(zip(keys, table.column("captions").to_pylist(), strict=True))
+    if len(captions) != len(keys):
+        repeated = next(key for key, count in Counter(keys).items() if count > 1)
+        raise DataError(f"{path}: key {repeated} twice; delete it and run caption again")
+    return captions
+
+
+def _row(sample: Sample, synthetic: list[str], source: str, wordnet: str) -> dict[str, Any] | str:
+    """The sample's row of the Parquet file, or the reason why it is dropped."""
+    try:
+        caption, meta = sample.caption, sample.meta
+    except DataError as error:
+        log.warning("%s: %s; dropped", source, error)
+        return "caption or json does not parse"
+    synthetic = [text for text in synthetic if text]
+    if not caption and not synthetic:
+        return "no caption"
+    net = load_wordnet(wordnet)
+    return {
+        "key": sample.key,
+        "caption": caption,
+        "synthetic": synthetic,
+        "synsets": [net.synsets(text) for text in [caption, *synthetic]],
+        "width": meta.get("width"),
+        "height": meta.get("height"),
+    }
+
+
+def _members(sample: Sample, row: dict[str, Any]) -> dict[str, bytes]:
+    """Picture and original caption as they are; json gets the captions as plain strings and the synsets."""
+    synthetic = {f"syn_{i}": text for i, text in enumerate(row["synthetic"])}
+    meta = {**sample.meta, "caption": row["caption"], **synthetic, "synsets": row["synsets"]}
+    extension = sample.image_extension
+    return {
+        extension: sample.image,
+        "txt": row["caption"].encode(),
+        "json": json_bytes(meta, indent=None),
+    }

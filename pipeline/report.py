@@ -1,0 +1,68 @@
+"""One self-contained HTML page about a dataset or a run: opens from disk, needs no network and no script."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import tyro
+
+from pipeline.report_axes import short
+from pipeline.report_dataset import dataset_page
+from pipeline.report_run import run_page
+from shards_spec.files import UserError, exists, is_url, join, write_bytes
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write one self-contained HTML page about a dataset or a training run."""
+
+    path: tyro.conf.Positional[str]
+    """ROOT of a dataset (has a dataset.json) or folder of a training run (has a metrics.jsonl)"""
+    output: str | None = None
+    """where to write the page; by default report.html in that folder"""
+    samples: int = 24
+    """pictures in the contact sheet of a dataset; 0 leaves it out"""
+
+    def __post_init__(self) -> None:
+        if self.samples < 0:
+            raise UserError(f"--samples {self.samples}: ask for 0 (no contact sheet) or more")
+
+
+def report(config: ReportConfig) -> str:
+    """Write the page and return its path.
+
+    Raises UserError when the folder is neither a dataset nor a run, or the page cannot be written there.
+    """
+    root = config.path.rstrip("/") or "/"
+    output = config.output or join(root, "report.html")
+    if not is_url(output) and os.path.isdir(output):
+        raise UserError(
+            f"--output {output} is a folder: give the name of a file, such as {join(output, 'report.html')}"
+        )
+    if exists(join(root, "dataset.json")):
+        page = _render("dataset.html.j2", dataset_page(root, config.samples))
+    elif exists(join(root, "metrics.jsonl")):
+        page = _render("run.html.j2", run_page(root))
+    elif not exists(root):
+        raise UserError(f"{root} is not there: give the ROOT of a dataset or the folder of a run")
+    else:
+        raise UserError(
+            f"{root} has neither a dataset.json nor a metrics.jsonl: give the ROOT that `clipmill ingest` filled "
+            "or the folder that `clipmill train` wrote"
+        )
+    try:
+        write_bytes(output, page.encode("utf-8", "replace"))
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror}): name another file with --output") from error
+    return output
+
+
+def _render(template: str, context: dict[str, Any]) -> str:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"short": short, "number": lambda value: f"{value:,}"}
+    return environment.get_template(template).render(context)

@@ -1,0 +1,73 @@
+"""Axes of the report's charts: numbers in few characters, marks at round values, linear and logarithmic ranges."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A range with its unit and the marks on it: (value, text)."""
+
+    label: str
+    low: float
+    high: float
+    marks: tuple[tuple[float, str], ...]
+    log: bool = False
+
+    def place(self, value: float) -> float:
+        """Where a value lies: 0 at ``low``, 1 at ``high``."""
+        if self.log:
+            return (math.log10(value) - math.log10(self.low)) / (math.log10(self.high) - math.log10(self.low))
+        return (value - self.low) / (self.high - self.low)
+
+
+def short(value: float, digits: int = 3) -> str:
+    """A number in a few characters: ``12.3k``, ``0.05``, ``5e-5``."""
+    if not math.isfinite(value):
+        return str(value)
+    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor * (1 - 10**-digits / 2):
+            return f"{value / factor:.{digits}g}{unit}" if abs(value) < 1e12 else f"{value:.2g}".replace("e+", "e")
+    text = f"{value:.{digits}g}"
+    return text.replace("e-0", "e-").replace("e+0", "e")
+
+
+def linear(label: str, low: float, high: float, count: int = 5) -> Axis:
+    """An axis with marks at round numbers; a range without width gets some."""
+    if not high > low:
+        pad = abs(low) * 0.05 or 1.0
+        low, high = low - pad, high + pad
+    step = nice_step((high - low) / count)
+    values = [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return Axis(label, low, high, _label(values))
+
+
+def logarithmic(label: str, low: float, high: float) -> Axis:
+    """A logarithmic axis with marks at powers of ten, and at 2 and 5 times them when there is room."""
+    first = math.floor(math.log10(low))
+    decades = range(first, math.ceil(math.log10(max(high, low * 1.0001))) + 1)
+    factors = (1,) if len(decades) > 4 else (1, 2, 5) if len(decades) < 3 else (1, 3)
+    high = max(high, low * 2)
+    values = [f * 10.0**d for d in decades for f in factors]
+    return Axis(label, low, high, _label([v for v in values if low * 0.999 <= v <= high * 1.001]), log=True)
+
+
+def nice_step(step: float) -> float:
+    """The next of 1, 2, 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(step))
+    return next(f * power for f in (1, 2, 5, 10) if f * power >= step * 0.999)
+
+
+def _label(values: list[float]) -> tuple[tuple[float, str], ...]:
+    """The shortest texts that tell the values apart."""
+    texts: list[str] = []
+    for digits in range(2, 12):
+        texts = [short(value, digits) for value in values]
+        if len(set(texts)) == len(texts) and all(_same(t, v) for t, v in zip(texts, values, strict=True)):
+            break
+    return tuple(zip(values, texts, strict=True))
+
+
+def _same(text: str, value: float) -> bool:
+    unit = {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1], 1.0)
+    return math.isclose(float(text.rstrip("kMG")) * unit, value, rel_tol=1e-9)

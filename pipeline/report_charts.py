@@ -1,0 +1,180 @@
+"""Charts as inline SVG: a frame with axes, marks and labels, and lines in it.
+
+A chart is drawn for a column of about 360 CSS pixels and takes its colours from the page's style sheet. Hover values
+are SVG titles, so that the page needs no script.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from markupsafe import Markup
+
+from pipeline.report_axes import Axis, short
+
+WIDTH, HEIGHT = 360, 216
+TOP, RIGHT, BOTTOM = 24, 14, 38
+STRIPS = 40  # hover strips of a line chart
+POINTS = 300  # vertices of a line at most
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One figure of the page; ``legend`` names the series in the order of their colours."""
+
+    title: str
+    svg: Markup
+    note: str = ""
+    legend: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Line:
+    """A series over x; values that are not finite make gaps. A faint line is raw data."""
+
+    x: Sequence[float] | np.ndarray
+    y: Sequence[float] | np.ndarray
+    faint: bool = False
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A dashed line with its text, at a value of the ``axis`` "x" or "y"."""
+
+    axis: str
+    value: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """The frame of a chart. Places inside are in pixels from the plot's upper left corner."""
+
+    x: Axis
+    y: Axis
+    width: int = WIDTH
+
+    @property
+    def left(self) -> float:
+        """Room for the marks of the y axis."""
+        return max(26.0, 6.4 * max((len(text) for _, text in self.y.marks), default=1) + 10)
+
+    @property
+    def wide(self) -> float:
+        """Width of the plot."""
+        return self.width - self.left - RIGHT
+
+    @property
+    def tall(self) -> float:
+        """Height of the plot."""
+        return HEIGHT - TOP - BOTTOM
+
+    def x_at(self, value: float) -> float:
+        """Pixels from the left."""
+        return self.x.place(value) * self.wide
+
+    def y_at(self, value: float) -> float:
+        """Pixels from the top; values far outside stay near the edge."""
+        return self.tall * (1 - min(max(self.y.place(value), -1), 2))
+
+    def draw(self, body: Markup, summary: str) -> Markup:
+        """Axes, grid, marks and labels around the body. ``summary`` is what a screen reader says."""
+        start = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">')
+        units = Markup(
+            '<text class="unit" x="0" y="11">{}</text><text class="unit" x="{}" y="{}" text-anchor="end">{}</text>'
+        )
+        axis = Markup('<line class="axis" x1="{:.1f}" x2="{}" y1="{}" y2="{}"/>')
+        inner = Markup('<svg x="{:.1f}" y="{}" width="{:.1f}" height="{}" overflow="hidden">')
+        bottom = TOP + self.tall
+        return Markup("").join([
+            start.format(self.width, HEIGHT, summary),
+            units.format(self.y.label, self.width - RIGHT, HEIGHT - 4, self.x.label),
+            *(self._y_mark(value, text) for value, text in self.y.marks),
+            *(self._x_mark(value, text) for value, text in self.x.marks),
+            axis.format(self.left, self.width - RIGHT, bottom, bottom),
+            inner.format(self.left, TOP, self.wide, self.tall),
+            body,
+            Markup("</svg></svg>"),
+        ])  # fmt: skip
+
+    def _y_mark(self, value: float, text: str) -> Markup:
+        at = TOP + self.y_at(value)
+        grid = Markup('<line class="grid" x1="{:.1f}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>')
+        label = Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="end">{}</text>')
+        return grid.format(self.left, self.width - RIGHT, at, at) + label.format(self.left - 6, at + 4, text)
+
+    def _x_mark(self, value: float, text: str) -> Markup:
+        at, bottom = self.left + self.x_at(value), TOP + self.tall
+        tick = Markup('<line class="tick" x1="{:.1f}" x2="{:.1f}" y1="{}" y2="{}"/>')
+        label = Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>')
+        return tick.format(at, at, bottom, bottom + 4) + label.format(at, bottom + 16, text)
+
+
+def line_chart(title: str, plot: Plot, lines: Sequence[Line], rules: Sequence[Rule] = (), note: str = "") -> Chart:
+    """Lines over x; the values of the first one show under the pointer."""
+    body = [*(_rule(plot, rule) for rule in rules), *(_path(plot, line) for line in lines), _strips(plot, lines[0])]
+    finite = [float(value) for value in lines[0].y if math.isfinite(value)]
+    summary = f"{title}: {short(finite[0])} first, {short(finite[-1])} last" if finite else f"{title}: no finite value"
+    return Chart(title, plot.draw(Markup("").join(body), summary), note)
+
+
+def _path(plot: Plot, line: Line) -> Markup:
+    """A polyline per stretch of finite values; a stretch of one is a dot."""
+    stretches: list[list[str]] = [[]]
+    for x, y in thin(np.asarray(line.x, float), np.asarray(line.y, float)):
+        if math.isfinite(y):
+            stretches[-1].append(f"{plot.x_at(x):.1f},{plot.y_at(y):.1f}")
+        else:
+            stretches.append([])
+    dot, path = Markup('<circle class="c0" cx="{}" cy="{}" r="3"/>'), Markup('<polyline{} points="{}"/>')
+    faint = Markup(' class="faint"') if line.faint else ""
+    return Markup("").join(
+        dot.format(*points[0].split(",")) if len(points) == 1 else path.format(faint, " ".join(points))
+        for points in stretches
+        if points
+    )
+
+
+def thin(x: np.ndarray, y: np.ndarray) -> list[tuple[float, float]]:
+    """At most about POINTS points: from each run of neighbours the least and the greatest; gaps stay gaps."""
+    if len(x) <= POINTS:
+        return list(zip(x.tolist(), y.tolist(), strict=True))
+    points: list[tuple[float, float]] = []
+    for part in np.array_split(np.arange(len(x)), POINTS // 2):
+        finite = part[np.isfinite(y[part])]
+        if not len(finite):
+            points.append((float(x[part[0]]), math.nan))
+            continue
+        chosen = sorted({int(finite[np.argmin(y[finite])]), int(finite[np.argmax(y[finite])])})
+        points += [(float(x[i]), float(y[i])) for i in chosen]
+    return points
+
+
+def _strips(plot: Plot, line: Line) -> Markup:
+    """Invisible columns that show the value under the pointer."""
+    chosen = np.unique(np.linspace(0, len(line.x) - 1, min(STRIPS, len(line.x))).round().astype(int))
+    places = [plot.x_at(float(line.x[i])) for i in chosen]
+    edges = [0.0, *((a + b) / 2 for a, b in pairwise(places)), plot.wide]
+    strip = Markup('<rect class="strip" x="{:.1f}" width="{:.1f}" height="{}"><title>{}</title></rect>')
+    parts = []
+    for i, (start, end) in zip(chosen, pairwise(edges), strict=True):
+        text = f"{plot.x.label} {float(line.x[i]):,.0f}: {short(float(line.y[i]), 4)}"
+        parts.append(strip.format(start, max(0.0, end - start), plot.tall, text))
+    return Markup("").join(parts)
+
+
+def _rule(plot: Plot, rule: Rule) -> Markup:
+    if rule.axis == "y":
+        at = plot.y_at(rule.value)
+        line = Markup('<line class="rule" x1="0" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(plot.wide, at, at)
+        return line + Markup('<text class="ruled" x="4" y="{:.1f}">{}</text>').format(
+            at - 5 if at > 16 else at + 13, rule.text
+        )
+    at = plot.x_at(rule.value)
+    anchor, shift = ("end", -5) if at > plot.wide / 2 else ("start", 5)
+    line = Markup('<line class="rule" y1="0" y2="{}" x1="{:.1f}" x2="{:.1f}"/>').format(plot.tall, at, at)
+    return line + Markup('<text class="ruled" x="{:.1f}" y="12" text-anchor="{}">{}</text>').format(
+        at + shift, anchor, rule.text
+    )

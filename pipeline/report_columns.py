@@ -1,0 +1,177 @@
+"""What the report counts in a dataset's Parquet files: one shard at a time into counters of bounded size."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from shards_spec.files import join, names, open_read
+
+PARQUET_PATTERN = re.compile(r"\d+\.parquet")
+LOGPROB_UNIT = 0.05
+ASPECT_UNIT = 0.125  # octaves
+
+
+@dataclass
+class Captions:
+    """The synthetic captions of one captioner. ``logprobs`` counts whole multiples of LOGPROB_UNIT, per token."""
+
+    images: int = 0
+    captions: int = 0
+    distinct_per_image: int = 0
+    distinct_per_shard: int = 0
+    tokens: int = 0
+    logprobs: Counter[int] = field(default_factory=Counter)
+    not_finite: int = 0
+
+
+@dataclass
+class Tally:
+    """Counts over all shards. ``problems`` names the files that could not be read."""
+
+    rows: int = 0
+    samples: int = 0
+    original_sides: Counter[int] = field(default_factory=Counter)
+    stored_sides: Counter[int] = field(default_factory=Counter)
+    aspects: Counter[int] = field(default_factory=Counter)
+    original_words: Counter[int] = field(default_factory=Counter)
+    synthetic_words: Counter[int] = field(default_factory=Counter)
+    original_synsets: Counter[int] = field(default_factory=Counter)
+    synthetic_synsets: Counter[int] = field(default_factory=Counter)
+    synsets: Counter[str] = field(default_factory=Counter)
+    captioners: dict[str, Captions] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def parquet_files(folder: str) -> list[str]:
+    """Names of a folder's shard files, in shard order."""
+    return sorted(filter(PARQUET_PATTERN.fullmatch, names(folder)), key=lambda name: int(name.split(".")[0]))
+
+
+def read_columns(path: str, columns: list[str], problems: list[str]) -> Any | None:
+    """Those of the columns that a Parquet file has; None, and a problem, when it cannot be read."""
+    try:
+        with open_read(path) as file:
+            parquet = pq.ParquetFile(file)
+            return parquet.read(columns=[name for name in columns if name in parquet.schema_arrow.names])
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        problems.append(f"{path} cannot be read: {reason}")
+        return None
+
+
+def _tables(folder: str, columns: list[str], problems: list[str]) -> Iterator[dict[str, Any]]:
+    """Per shard, the columns that are there as Arrow arrays."""
+    for name in parquet_files(folder):
+        table = read_columns(join(folder, name), columns, problems)
+        if table is not None:
+            yield {column: table.column(column).combine_chunks() for column in table.column_names}
+
+
+def count_dataset(root: str) -> Tally:
+    """Read the statistics columns of ``raw/``, ``captions/`` and ``shards/`` as far as they are there."""
+    tally = Tally()
+    packed = bool(parquet_files(join(root, "shards")))
+    raw = ["status", "caption", "width", "height", "original_width", "original_height"]
+    for table in _tables(join(root, "raw"), raw, tally.problems):
+        _count_raw(tally, table, packed)
+    for table in _tables(join(root, "shards"), ["caption", "synthetic", "synsets", "width", "height"], tally.problems):
+        _count_shard(tally, table)
+    for captioner in names(join(root, "captions")):
+        counted = Captions()
+        columns = ["captions", "logprobs", "num_tokens"]
+        for table in _tables(join(root, "captions", captioner), columns, tally.problems):
+            _count_captions(counted, table)
+            if not packed and "captions" in table:
+                _add_words(tally.synthetic_words, pc.list_flatten(table["captions"]))
+        if counted.images:
+            tally.captioners[captioner] = counted
+    return tally
+
+
+def _count_raw(tally: Tally, table: dict[str, Any], packed: bool) -> None:
+    tally.rows += len(next(iter(table.values()), ()))
+    if "status" in table:
+        keep = pc.fill_null(pc.equal(table["status"], "success"), False)
+        table = {name: values.filter(keep) for name, values in table.items()}
+    if "original_width" in table and "original_height" in table:
+        _add(tally.original_sides, np.minimum(*_sizes(table, "original_width", "original_height")))
+    if not packed:
+        tally.samples += len(next(iter(table.values()), ()))
+        _add_sizes(tally, table)
+        if "caption" in table:
+            _add_words(tally.original_words, table["caption"])
+
+
+def _count_shard(tally: Tally, table: dict[str, Any]) -> None:
+    tally.samples += len(next(iter(table.values()), ()))
+    _add_sizes(tally, table)
+    if "caption" in table:
+        _add_words(tally.original_words, table["caption"])
+    if "synthetic" in table:
+        _add_words(tally.synthetic_words, pc.list_flatten(table["synthetic"]))
+    if "synsets" in table:
+        _add_synsets(tally, table["synsets"])
+
+
+def _sizes(table: dict[str, Any], width: str, height: str) -> tuple[np.ndarray, np.ndarray]:
+    wide, high = (
+        pc.fill_null(table[name], 0).to_numpy(zero_copy_only=False).astype(np.int64) for name in (width, height)
+    )
+    known = (wide > 0) & (high > 0)
+    return wide[known], high[known]
+
+
+def _add_sizes(tally: Tally, table: dict[str, Any]) -> None:
+    if "width" in table and "height" in table:
+        wide, high = _sizes(table, "width", "height")
+        _add(tally.stored_sides, np.minimum(wide, high))
+        _add(tally.aspects, np.rint(np.log2(wide / high) / ASPECT_UNIT).astype(np.int64))
+
+
+def _add_words(counter: Counter[int], texts: Any) -> None:
+    """Count texts by their number of words between white space."""
+    trimmed = pc.utf8_trim_whitespace(pc.fill_null(texts, ""))
+    words = pc.list_value_length(pc.utf8_split_whitespace(trimmed))
+    _add(counter, pc.if_else(pc.equal(trimmed, ""), 0, words).to_numpy(zero_copy_only=False))
+
+
+def _add_synsets(tally: Tally, column: Any) -> None:
+    """One list of WNIDs per caption, the original caption's first."""
+    per_caption, row = pc.list_flatten(column), pc.list_parent_indices(column).to_numpy()
+    lengths = pc.fill_null(pc.list_value_length(per_caption), 0).to_numpy(zero_copy_only=False)
+    first = np.append(True, row[1:] != row[:-1])[: len(row)]
+    _add(tally.original_synsets, lengths[first])
+    _add(tally.synthetic_synsets, lengths[~first])
+    for pair in pc.value_counts(pc.list_flatten(per_caption)).to_pylist():
+        tally.synsets[pair["values"]] += pair["counts"]
+
+
+def _count_captions(counted: Captions, table: dict[str, Any]) -> None:
+    if "captions" in table:
+        column = table["captions"]
+        texts = pc.fill_null(pc.list_flatten(column), "").dictionary_encode()
+        row, code = pc.list_parent_indices(column).to_numpy(), texts.indices.to_numpy()
+        counted.images += len(column)
+        counted.captions += len(texts)
+        counted.distinct_per_shard += len(texts.dictionary)
+        counted.distinct_per_image += len(np.unique(row.astype(np.int64) * max(1, len(texts.dictionary)) + code))
+    if "logprobs" in table and "num_tokens" in table:
+        total = pc.list_flatten(table["logprobs"]).to_numpy(zero_copy_only=False).astype(float)
+        tokens = pc.list_flatten(table["num_tokens"]).to_numpy(zero_copy_only=False).astype(float)
+        counted.tokens += int(np.nansum(tokens))
+        mean = total / np.maximum(tokens, 1)
+        finite = np.isfinite(mean)
+        counted.not_finite += int((~finite).sum())
+        _add(counted.logprobs, np.floor(mean[finite] / LOGPROB_UNIT).astype(np.int64))
+
+
+def _add(counter: Counter[int], values: np.ndarray) -> None:
+    for value, number in zip(*np.unique(values, return_counts=True), strict=True):
+        counter[int(value)] += int(number)

@@ -1,0 +1,168 @@
+"""The dataset page: its stages, its losses, and what pictures, captions, synsets and caches look like."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.report_axes import logarithmic, short
+from pipeline.report_charts import Chart, Line, Plot, Rule, line_chart
+from pipeline.report_columns import ASPECT_UNIT, LOGPROB_UNIT, Tally, count_dataset, parquet_files
+from pipeline.report_histogram import Scale, histogram
+from pipeline.report_samples import draw_samples
+from pipeline.report_stages import foreign_counts, funnel, losses, mismatches, ordered, stage_row
+from pipeline.report_text import flatten
+from shards_spec.embeddings import read_meta
+from shards_spec.files import DataError, join, names, open_read
+from shards_spec.manifest import read_dataset
+from shards_spec.vocab import Vocabulary, read_vocabulary
+
+TOP = 30  # synsets in the table
+PACKED_NOTE = {"ingest": "downloaded and decoded", "caption": "captioned", "pack": "in final shards", "cache": "cached"}
+
+
+def dataset_page(root: str, samples: int) -> dict[str, Any]:
+    """Everything the template shows."""
+    dataset = read_dataset(root)
+    stages = ordered(dataset["stages"])
+    counts = {name: block["counts"] for name, block in stages.items() if block.get("counts")}
+    if "ingest" not in counts and (foreign := foreign_counts(root)):
+        counts = {"ingest": foreign, **counts}
+    tally = count_dataset(root)
+    problems = mismatches(counts) + tally.problems
+    vocabularies = _vocabularies(root, problems)
+    lemmas = {row[0]: row[1] for vocabulary in vocabularies.values() for row in vocabulary.rows}
+    return {
+        "dataset": dataset,
+        "headline": _headline(root, tally),
+        "rows": [stage_row(root, name, block) for name, block in stages.items()],
+        "funnel": funnel(counts),
+        "losses": [losses(name, count) for name, count in counts.items() if set(count) - {"success"}],
+        "tally": tally,
+        "sizes": _size_charts(tally),
+        "texts": _text_charts(tally),
+        "captioners": tally.captioners,
+        "vocabularies": vocabularies,
+        "frequency": _frequency_chart(tally.synsets, vocabularies),
+        "top": _top_synsets(tally.synsets, lemmas),
+        "lemmas": lemmas,
+        "teachers": [_teacher(root, name, problems) for name in names(join(root, "teacher"))],
+        "sheet": draw_samples(root, samples, problems),
+        "problems": problems,
+    }
+
+
+def _headline(root: str, tally: Tally) -> list[tuple[str, str]]:
+    folder = "shards" if parquet_files(join(root, "shards")) else "raw"
+    tiles = [(tally.samples, "samples"), (len(parquet_files(join(root, folder))), "shards")]
+    tiles.append((tally.synthetic_words.total(), "synthetic captions"))
+    if tally.synsets:
+        tiles.append((len(tally.synsets), "synsets"))
+    return [(f"{value:,}", what) for value, what in tiles]
+
+
+def _vocabularies(root: str, problems: list[str]) -> dict[str, Vocabulary]:
+    found = {}
+    for name in names(join(root, "vocab")):
+        if name.endswith(".tsv"):
+            try:
+                found[name.removesuffix(".tsv")] = read_vocabulary(join(root, "vocab", name))
+            except DataError as error:
+                problems.append(str(error))
+    return found
+
+
+def _charts(*charts: Chart | None) -> list[Chart]:
+    return [chart for chart in charts if chart]
+
+
+def _size_charts(tally: Tally) -> list[Chart]:
+    octave = 4  # bins per octave of the original sides, which span three decades
+    sides = Counter[int]()
+    for side, count in tally.original_sides.items():
+        sides[math.floor(octave * math.log2(side))] += count
+    shapes = ((1, 4), (1, 3), (1, 2), (2, 3), (1, 1), (3, 2), (2, 1), (3, 1), (4, 1))
+    ratios = {math.log2(wide / high): f"{wide}:{high}" for wide, high in shapes}
+    powers = {float(power): str(2**power) for power in range(15)}
+    octaves = Scale("pixels", 1 / octave, base=2, marks=powers)
+    aspects = Scale("width : height", ASPECT_UNIT, base=2, marks=ratios)
+    return _charts(
+        histogram("Shorter side of the originals", octaves, {"images": sides}),
+        histogram("Shorter side as stored", Scale("pixels"), {"images": tally.stored_sides}),
+        histogram("Aspect ratio as stored", aspects, {"images": tally.aspects}),
+    )
+
+
+def _text_charts(tally: Tally) -> list[Chart]:
+    words = {"original": tally.original_words, "synthetic": tally.synthetic_words}
+    synsets = {"original": tally.original_synsets, "synthetic": tally.synthetic_synsets}
+    nats = Scale("nats per token", LOGPROB_UNIT)
+    return _charts(
+        histogram("Caption length", Scale("words"), words),
+        histogram("Synsets per caption", Scale("synsets"), synsets),
+        *(
+            histogram(f"Log-probability, {name}", nats, {"captions": c.logprobs})
+            for name, c in tally.captioners.items()
+        ),
+    )
+
+
+def _frequency_chart(synsets: Counter[str], vocabularies: dict[str, Vocabulary]) -> Chart | None:
+    """Count against rank on logarithmic axes, with each vocabulary's threshold."""
+    if not synsets:
+        return None
+    counts = sorted(synsets.values(), reverse=True)
+    ranks = sorted({round(len(counts) ** (i / 200)) for i in range(201)})
+    x, y = logarithmic("rank", 1, len(counts)), logarithmic("occurrences", 1, counts[0])
+    line = Line(ranks, [counts[rank - 1] for rank in ranks])
+    rules = list[Rule]()
+    for vocabulary in vocabularies.values():
+        if vocabulary.header.get("source", "all") != "all":
+            continue  # it counted other captions than this curve
+        threshold = vocabulary.header.get("min_count")
+        if isinstance(threshold, int) and 0 < threshold <= counts[0]:
+            rules.append(Rule("y", threshold, f"more than {threshold:,}"))
+        if len(vocabulary) <= len(counts):
+            rules.append(Rule("x", len(vocabulary), f"{len(vocabulary):,} classes"))
+    return line_chart("Synset frequency by rank", Plot(x, y), [line], rules)
+
+
+def _top_synsets(synsets: Counter[str], lemmas: dict[str, str]) -> list[tuple[int, str, str, int, float]]:
+    """(rank, WNID, lemma, count, share of the most frequent one's count)."""
+    ordered = sorted(synsets.items(), key=lambda pair: (-pair[1], pair[0]))[:TOP]
+    return [
+        (rank, wnid, lemmas.get(wnid, ""), count, count / ordered[0][1])
+        for rank, (wnid, count) in enumerate(ordered, start=1)
+    ]
+
+
+def _teacher(root: str, name: str, problems: list[str]) -> dict[str, Any]:
+    """A teacher cache: the first shard's metadata and columns, and bytes per sample over all shards."""
+    folder = join(root, "teacher", name)
+    files = [join(folder, file) for file in parquet_files(folder)]
+    meta: dict[str, Any] = {}
+    columns, rows, size = list[str](), 0, 0
+    for path in files:
+        try:
+            meta = meta or read_meta(path)
+            with open_read(path) as file:
+                footer = pq.ParquetFile(file)
+                columns = columns or footer.schema_arrow.names
+                rows += footer.metadata.num_rows
+                size += file.seek(0, 2)
+        except (DataError, pa.ArrowException, OSError) as error:
+            problems.append(f"{path} cannot be read: {str(error).splitlines()[0]}")
+    facts = [
+        ("model", " ".join(str(meta[part]) for part in ("model", "pretrained") if meta.get(part)) or "–"),
+        ("samples", f"{rows:,} in {len(files):,} shards"),
+        ("per sample", f"{_vectors(columns, 'image')} views and {_vectors(columns, 'text')} captions"),
+        ("vectors", f"{meta.get('dim', '–')} numbers of {meta.get('dtype', '–')}"),
+        ("size", f"{size / max(1, rows):,.0f} bytes per sample, {short(size)}B in all"),
+    ]
+    return {"name": name, "facts": facts, "everything": flatten(meta)}
+
+
+def _vectors(columns: list[str], kind: str) -> int:
+    return sum(name.startswith(f"{kind}_") and not name.endswith("_scale") for name in columns)

@@ -1,0 +1,107 @@
+"""The contact sheet: a few samples, evenly over the dataset, read from few shards."""
+
+import base64
+import io
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from pipeline.report_columns import parquet_files, read_columns
+from shards_spec.files import DataError, exists, join, names, read_buffer
+from shards_spec.sample import Sample
+from shards_spec.tar import index_shard
+
+SHARDS = 6  # shards opened for the sheet at most
+THUMBNAIL = 320  # pixels of the longer side
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A sample of the sheet. ``captions`` pairs a text with its synsets, the original first."""
+
+    key: str
+    captions: list[tuple[str, list[str]]]
+    picture: str | None
+    width: int
+    height: int
+
+
+def draw_samples(root: str, number: int, problems: list[str]) -> list[Shown]:
+    """``number`` samples evenly over shards and rows: from ``shards/``, or from ``raw/`` before `pack` has run."""
+    folder = "shards" if parquet_files(join(root, "shards")) else "raw"
+    files = parquet_files(join(root, folder))
+    chosen = [files[i] for i in evenly(len(files), min(SHARDS, number))]
+    shown = list[Shown]()
+    for done, name in enumerate(chosen):
+        share = -(-(number - len(shown)) // (len(chosen) - done))
+        rows = _shard_rows(root, folder, name, share, problems)
+        shown += _with_pictures(join(root, folder, name.replace(".parquet", ".tar")), rows, problems)
+    return shown
+
+
+def evenly(total: int, number: int) -> list[int]:
+    """``number`` different indices below ``total`` (all of them if there are fewer), evenly spaced."""
+    number = min(total, number)
+    return [(2 * i + 1) * total // (2 * number) for i in range(number)]
+
+
+def _shard_rows(root: str, folder: str, name: str, number: int, problems: list[str]) -> dict[str, Any]:
+    """Key to captions with synsets, of ``number`` rows of one shard."""
+    columns = ["key", "caption", "synthetic", "synsets", "status"]
+    table = read_columns(join(root, folder, name), columns, problems)
+    if table is None:
+        return {}
+    if "status" in table.column_names:
+        table = table.filter([status == "success" for status in table.column("status").to_pylist()])
+    rows = table.take(evenly(len(table), number)).to_pylist()
+    made = _made_captions(root, name, problems) if folder == "raw" else {}
+    return {row["key"]: _captions(row, row.get("synthetic") or made.get(row["key"], [])) for row in rows}
+
+
+def _captions(row: dict[str, Any], synthetic: list[str]) -> list[tuple[str, list[str]]]:
+    synsets = row.get("synsets") or []
+    texts = [row.get("caption") or "", *synthetic]
+    return [(text, (synsets[i] or []) if i < len(synsets) else []) for i, text in enumerate(texts)]
+
+
+def _made_captions(root: str, name: str, problems: list[str]) -> dict[str, list[str]]:
+    """Captions of a shard that is not packed yet, from the first captioner that has it."""
+    for captioner in names(join(root, "captions")):
+        path = join(root, "captions", captioner, name)
+        if exists(path) and (table := read_columns(path, ["key", "captions"], problems)) is not None:
+            return dict(zip(table.column("key").to_pylist(), table.column("captions").to_pylist(), strict=True))
+    return {}
+
+
+def _with_pictures(path: str, rows: dict[str, Any], problems: list[str]) -> list[Shown]:
+    """Read the pictures of the given keys only; a sample without a readable one is listed without."""
+    pictures: dict[str, tuple[str | None, int, int]] = {}
+    try:
+        with read_buffer(path) as buffer:
+            for key, members in index_shard(buffer, path):
+                if key in rows:
+                    data = {ext: bytes(buffer[m.offset : m.offset + m.size]) for ext, m in members.items()}
+                    pictures[key] = _thumbnail(Sample(key, data), problems)
+                    if len(pictures) == len(rows):
+                        break
+    except (DataError, OSError) as error:
+        problems.append(str(error))
+    return [Shown(key, captions, *pictures.get(key, (None, 0, 0))) for key, captions in rows.items()]
+
+
+def _thumbnail(sample: Sample, problems: list[str]) -> tuple[str | None, int, int]:
+    """A picture as a data URI with its size; None, and a problem, when it does not decode."""
+    try:
+        with Image.open(io.BytesIO(sample.image)) as image:
+            image.load()
+            picture = image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
+    except (DataError, OSError, ValueError, Image.DecompressionBombError) as error:
+        problems.append(f"key {sample.key}: its picture does not decode ({str(error).splitlines()[0]})")
+        return None, 0, 0
+    if picture.mode == "RGBA":
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode(), *picture.size

@@ -1,0 +1,127 @@
+"""What each stage of a dataset did: its totals, its time, the funnel from the list to the shards, and the losses."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.report_text import flatten, json_lines
+from shards_spec.files import exists, join, names, read_json
+from shards_spec.manifest import STATS_PATTERN
+
+STAGE_ORDER = ("ingest", "caption", "pack", "vocab", "cache")
+LEAVES = {"ingest": "downloaded and decoded", "caption": "captioned", "pack": "in final shards", "cache": "cached"}
+REASONS = 15  # rows per stage in the table of losses; the rest goes to one row
+SUMMARY = 60  # characters of a stage's settings in its row
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage's line. ``seconds`` and ``rate`` are None when no log of a run that made something is there."""
+
+    name: str
+    shards: int
+    samples: int | None
+    lost: int
+    seconds: float | None
+    rate: float | None
+    config: list[tuple[str, str]]
+    versions: list[tuple[str, str]]
+
+    @property
+    def settings(self) -> list[tuple[str, str]]:
+        """Config and versions."""
+        return [*self.config, *self.versions]
+
+    @property
+    def summary(self) -> str:
+        """The first settings, in a line."""
+        line = ", ".join(f"{name} {value}" for name, value in self.config if value != "–")
+        return line if len(line) <= SUMMARY else line[: line.rfind(",", 0, SUMMARY) + 1 or SUMMARY] + " …"
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Inputs of one stage, its outputs, and each reason for the difference: (reason, count)."""
+
+    stage: str
+    inputs: int
+    outputs: int
+    reasons: list[tuple[str, int]]
+
+    @property
+    def lost(self) -> int:
+        """The sum of the reasons."""
+        return sum(count for _, count in self.reasons)
+
+
+def ordered(stages: dict[str, Any]) -> dict[str, Any]:
+    def place(name: str) -> tuple[int, str]:
+        kind = name.split("/")[0]
+        return (STAGE_ORDER.index(kind) if kind in STAGE_ORDER else len(STAGE_ORDER)), name
+
+    return {name: stages[name] for name in sorted(stages, key=place)}
+
+
+def foreign_counts(root: str) -> dict[str, int]:
+    """Status counts of raw shards that img2dataset made."""
+    counts = Counter[str]()
+    for name in names(join(root, "raw")):
+        if STATS_PATTERN.fullmatch(name):
+            counts.update(read_json(join(root, "raw", name)).get("status_dict") or {})
+    return dict(counts)
+
+
+def stage_row(root: str, name: str, block: dict[str, Any]) -> StageRow:
+    counts = block.get("counts") or {}
+    seconds, made = _time_spent(join(root, "logs", f"{name.replace('/', '-')}.jsonl"))
+    return StageRow(
+        name,
+        block.get("shards", 0),
+        counts.get("success"),
+        sum(counts.values()) - counts.get("success", 0),
+        seconds,
+        made / seconds if seconds and made else None,
+        flatten(block.get("config") or {}),
+        flatten({"versions": block.get("versions") or {}}),
+    )
+
+
+def _time_spent(path: str) -> tuple[float | None, float]:
+    """Seconds and (approximate) samples of the runs that made something."""
+    if not exists(path):
+        return None, 0
+    runs = [run for run in json_lines(path)[0] if run.get("made")]
+    samples = sum(run["samples"] * run["made"] / max(1, run["shards"]) for run in runs)
+    return (sum(run["seconds"] for run in runs), samples) if runs else (None, 0)
+
+
+def funnel(counts: dict[str, dict[str, int]]) -> list[tuple[str, str, int, float]]:
+    """(stage, what, samples, share of the list) from the list to the final shards and caches."""
+    listed = sum(counts.get("ingest", {}).values())
+    steps = [("ingest", "in the list", listed)] if listed else []
+    for name, count in counts.items():
+        kind = name.split("/")[0]
+        if kind in LEAVES:
+            steps.append((name, LEAVES[kind], count.get("success", 0)))
+    most = max((samples for _, _, samples in steps), default=0) or 1
+    return [(stage, what, samples, samples / (listed or most)) for stage, what, samples in steps]
+
+
+def losses(stage: str, counts: dict[str, int]) -> Losses:
+    reasons = sorted(((r, n) for r, n in counts.items() if r != "success"), key=lambda pair: (-pair[1], pair[0]))
+    if len(reasons) > REASONS + 1:
+        rest = reasons[REASONS:]
+        reasons = [*reasons[:REASONS], (f"{len(rest)} other reasons", sum(n for _, n in rest))]
+    return Losses(stage, sum(counts.values()), counts.get("success", 0), reasons)
+
+
+def mismatches(counts: dict[str, dict[str, int]]) -> list[str]:
+    """Stages that did not see exactly the samples that the stage before them left."""
+    before = {"caption": "ingest", "pack": "ingest", "cache": "pack"}
+    found = []
+    for name, count in counts.items():
+        source = before.get(name.split("/")[0])
+        if source in counts and sum(count.values()) != counts[source].get("success", 0):
+            left = counts[source].get("success", 0)
+            found.append(f"{name} counted {sum(count.values()):,} inputs, {source} left {left:,} samples")
+    return found

@@ -1,0 +1,37 @@
+"""Small readings that both pages share: lines of JSON, numbers that may be none, nested settings as rows."""
+
+import json
+import math
+from typing import Any
+
+from shards_spec.files import read_bytes
+
+
+def json_lines(path: str) -> tuple[list[dict[str, Any]], int]:
+    """The JSON objects of a file with one per line, and how many lines are none (a writer killed in mid-line)."""
+    rows, broken = list[dict[str, Any]](), 0
+    for line in read_bytes(path).decode("utf-8", "replace").splitlines():
+        try:
+            row = json.loads(line) if line.strip() else None
+        except json.JSONDecodeError:
+            row = line
+        if isinstance(row, dict):
+            rows.append(row)
+        elif row is not None:
+            broken += 1
+    return rows, broken
+
+
+def number(value: Any) -> float:
+    """A float; NaN for what is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested objects as (dotted name, text)."""
+    if isinstance(value, dict) and (value or not prefix):
+        return [pair for name, inner in value.items() for pair in flatten(inner, f"{prefix}{name}.")]
+    return [(prefix.removesuffix("."), "–" if value is None else str(value))]

@@ -1,0 +1,100 @@
+"""Small real data for tests: drawn pictures with true captions, raw shards, a tiny CoCa."""
+
+import io
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageDraw
+
+from shards_spec.files import join, json_bytes, sha256_file
+from shards_spec.manifest import Done, shard_name, write_stage
+from shards_spec.sample import Sample
+from shards_spec.tar import write_shard
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (240, 210, 40)}
+SHAPES = ("ball", "box", "cross")
+BPE = Path(__file__).parents[1] / "demo" / "models" / "coca" / "bpe.txt.gz"
+
+
+def draw(seed: str, size: int = 48) -> tuple[bytes, str]:
+    """A JPEG of one coloured shape and the caption that is true of it."""
+    rng = random.Random(seed)
+    colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+    image = Image.new("RGB", (size + rng.randrange(16), size), (rng.randrange(90, 120),) * 3)
+    x, y, side = rng.randrange(size // 2), rng.randrange(size // 2), size // 3
+    pen = ImageDraw.Draw(image)
+    if shape == "ball":
+        pen.ellipse((x, y, x + side, y + side), COLOURS[colour])
+    elif shape == "box":
+        pen.rectangle((x, y, x + side, y + side), COLOURS[colour])
+    else:
+        pen.line((x, y, x + side, y + side), COLOURS[colour], 5)
+        pen.line((x, y + side, x + side, y), COLOURS[colour], 5)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    return file.getvalue(), f"a {colour} {shape} on a wall"
+
+
+def write_raw(root: str, shards: int = 2, per_shard: int = 6, seed: int = 0) -> None:
+    """ROOT/raw as `ingest` leaves it, every fifth input failed."""
+    totals: dict[str, int] = {}
+    config = {"image_size": 256, "shard_size": per_shard}
+    for shard in range(shards):
+        samples, rows = [], []
+        for index in range(per_shard):
+            key = f"{shard:05d}{index:04d}"
+            picture, caption = draw(f"{seed}/{key}")
+            status = "failed_to_download" if index % 5 == 4 else "success"
+            rows.append({"url": f"http://h/{key}", "caption": caption, "key": key, "status": status})
+            if status == "success":
+                width, height = Image.open(io.BytesIO(picture)).size
+                meta = {**rows[-1], "width": width, "height": height}
+                samples.append(Sample(key, {"jpg": picture, "txt": caption.encode(), "json": json_bytes(meta)}))
+        name = f"raw/{shard_name(shard)}"
+        _, tar_hash = write_shard(join(root, f"{name}.tar"), samples)
+        pq.write_table(pa.Table.from_pylist(rows), join(root, f"{name}.parquet"))
+        counts = {"success": len(samples), "HTTP 404": len(rows) - len(samples)}
+        counts = {reason: number for reason, number in counts.items() if number}
+        outputs = {f"{name}.tar": tar_hash, f"{name}.parquet": sha256_file(join(root, f"{name}.parquet"))}
+        Done("ingest", shard, config, counts, {"rows": f"{seed}/{shard}"}, outputs).write(join(root, "raw"))
+        for reason, number in counts.items():
+            totals[reason] = totals.get(reason, 0) + number
+    write_stage(root, "ingest", {"config": config, "shards": shards, "counts": dict(sorted(totals.items()))}, "test")
+
+
+def tiny_coca(folder: Path, seed: int = 0, spread: float = 1.0) -> str:
+    """A CoCa of 2 + 2 layers with random weights as an open_clip local-dir; returns its model name.
+
+    ``spread`` widens the output projection so that random weights do not say the same word for ever.
+    """
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    tokenizer = open_clip.tokenizer.SimpleTokenizer(bpe_path=str(BPE))
+    stack = {"context_length": 16, "vocab_size": tokenizer.vocab_size, "width": 32, "heads": 2, "layers": 2}
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {
+            "image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "attentional_pool": True,
+            "attn_pooler_heads": 2, "attn_pooler_queries": 8, "output_tokens": True,
+        },
+        "text_cfg": {**stack, "embed_cls": True, "output_tokens": True, "tokenizer_kwargs": {"bpe_path": "bpe.txt.gz"}},
+        "multimodal_cfg": {**stack, "attn_pooler_heads": 2},
+        "custom_text": True,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(BPE, folder / "bpe.txt.gz")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    torch.manual_seed(seed)
+    model = open_clip.create_model(f"local-dir:{folder}")
+    with torch.no_grad():
+        model.text_decoder.text_projection.normal_(std=0.2)  # open_clip leaves it as uninitialised memory
+        for parameter in model.text_decoder.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2 * spread)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return f"local-dir:{folder}"

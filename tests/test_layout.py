@@ -1,0 +1,92 @@
+"""Rules about the code itself: floors, owners of the import names, sizes, speed of --help."""
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {
+    "shards_spec": {"shards_spec"},
+    "pipeline": {"pipeline", "shards_spec"},
+    "training": {"training", "shards_spec"},
+    "slurm": {"slurm", "training", "pipeline", "shards_spec"},
+}
+SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
+MAX_LINES, MAX_FUNCTION = 500, 60
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downward(path):
+    floor = path.relative_to(ROOT).parts[0]
+    ours = imported(path) & {*FLOORS, "tests", "clipmill", "demo"}
+    assert ours <= FLOORS[floor], f"{path.name} on floor {floor} imports {ours - FLOORS[floor]}"
+
+
+def test_floors_are_this_checkout_and_ours_alone():
+    owners = importlib.metadata.packages_distributions()
+    for floor in FLOORS:
+        module = __import__(floor)
+        assert Path(module.__file__).parent == ROOT / floor
+        assert set(owners.get(floor, ["clipmill"])) == {"clipmill"}, f"{floor} is also shipped by {owners[floor]}"
+
+
+def test_no_file_hides_a_standard_module():
+    names = {path.stem for path in SOURCES} - {"__init__"}
+    assert not names & set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_small(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= MAX_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno + 1 <= MAX_FUNCTION, f"{node.name} has too many lines"
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys, clipmill; sys.argv = ['clipmill', '--help']; clipmill.main(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0
+    assert "ingest" in done.stdout
+    assert not {"torch", "numpy", "pyarrow", "tyro", "rich"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "command", ["ingest", "caption", "pack", "vocab", "cache", "eval", "export", "report", "check"]
+)
+def test_each_help_shows_every_field_with_default_and_a_line(command):
+    import dataclasses
+    import importlib
+
+    import clipmill
+
+    module_name, class_name, *_ = clipmill.COMMANDS[command]
+    config = getattr(importlib.import_module(module_name), class_name)
+    done = subprocess.run(
+        [sys.executable, "-m", "clipmill", command, "--help"], capture_output=True, text=True, cwd=ROOT,
+        env={"COLUMNS": "160", "PATH": "/usr/bin"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    flat = " ".join(done.stdout.replace("│", " ").split())
+    for field in dataclasses.fields(config):
+        option = "--" + field.name.replace("_", "-")
+        positional = field.default is dataclasses.MISSING and option not in flat
+        assert positional or option in flat, option
+    assert flat.count("(default:") + flat.count("(required)") + flat.count("(repeatable)") >= len(
+        dataclasses.fields(config)
+    )
