@@ -97,7 +97,6 @@ class Decoder:
     """Holds the running rows of one batch of images; ``step`` feeds a token and returns the next logits."""
 
     def __init__(self, model: Any, images: Tensor, num_captions: int, length: int) -> None:
-        _check_supported(model)
         self.text, self.decoder, self.slots = model.text, model.text_decoder, num_captions
         _, image_tokens = model._encode_image(images)
         rows = images.shape[0] * num_captions
@@ -175,6 +174,7 @@ def generate(
 
     Raises UserError when the model is no CoCa that this can decode.
     """
+    _check_supported(model)
     longest = min(decoding.max_tokens, model.text.context_length - 1, model.text_decoder.context_length)
     decoder = Decoder(model, images, decoding.num_captions, longest)
     total = len(images) * decoding.num_captions

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -23,13 +25,15 @@ class Axis:
 
 def short(value: float, digits: int = 3) -> str:
     """A number in a few characters: ``12.3k``, ``0.05``, ``5e-5``."""
-    if not math.isfinite(value):
-        return str(value)
-    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= factor * (1 - 10**-digits / 2):
-            return f"{value / factor:.{digits}g}{unit}" if abs(value) < 1e12 else f"{value:.2g}".replace("e+", "e")
-    text = f"{value:.{digits}g}"
-    return text.replace("e-0", "e-").replace("e+0", "e")
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    value = float(f"{value:.{digits}g}")
+    if not 1e-4 <= abs(value) < 1e12:
+        return f"{value:.{digits}g}".replace("e-0", "e-").replace("e+", "e")
+    factor, unit = next((pair for pair in UNITS if abs(value) >= pair[0]), (1.0, ""))
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value / factor))))
+    text = f"{value / factor:.{decimals}f}"
+    return (text.rstrip("0").rstrip(".") if "." in text else text) + unit
 
 
 def linear(label: str, low: float, high: float, count: int = 5) -> Axis:
@@ -69,5 +73,5 @@ def _label(values: list[float]) -> tuple[tuple[float, str], ...]:
 
 
 def _same(text: str, value: float) -> bool:
-    unit = {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1], 1.0)
-    return math.isclose(float(text.rstrip("kMG")) * unit, value, rel_tol=1e-9)
+    factor = next((factor for factor, unit in UNITS if text.endswith(unit)), 1.0)
+    return math.isclose(float(text.rstrip("kMG")) * factor, value, rel_tol=1e-9)

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from pipeline.report_axes import Axis, short
 
-WIDTH, HEIGHT = 360, 216
+SIZE = (360, 216)
 TOP, RIGHT, BOTTOM = 24, 14, 38
 STRIPS = 40  # hover strips of a line chart
 POINTS = 300  # vertices of a line at most
@@ -54,7 +54,12 @@ class Plot:
 
     x: Axis
     y: Axis
-    width: int = WIDTH
+    size: tuple[int, int] = SIZE
+
+    @property
+    def width(self) -> int:
+        """Of the whole chart, marks and labels included."""
+        return self.size[0]
 
     @property
     def left(self) -> float:
@@ -69,7 +74,7 @@ class Plot:
     @property
     def tall(self) -> float:
         """Height of the plot."""
-        return HEIGHT - TOP - BOTTOM
+        return self.size[1] - TOP - BOTTOM
 
     def x_at(self, value: float) -> float:
         """Pixels from the left."""
@@ -89,8 +94,8 @@ class Plot:
         inner = Markup('<svg x="{:.1f}" y="{}" width="{:.1f}" height="{}" overflow="hidden">')
         bottom = TOP + self.tall
         return Markup("").join([
-            start.format(self.width, HEIGHT, summary),
-            units.format(self.y.label, self.width - RIGHT, HEIGHT - 4, self.x.label),
+            start.format(*self.size, summary),
+            units.format(self.y.label, self.width - RIGHT, self.size[1] - 4, self.x.label),
             *(self._y_mark(value, text) for value, text in self.y.marks),
             *(self._x_mark(value, text) for value, text in self.x.marks),
             axis.format(self.left, self.width - RIGHT, bottom, bottom),

@@ -83,7 +83,7 @@ def _size_charts(tally: Tally) -> list[Chart]:
     sides = Counter[int]()
     for side, count in tally.original_sides.items():
         sides[math.floor(octave * math.log2(side))] += count
-    shapes = ((1, 4), (1, 3), (1, 2), (2, 3), (1, 1), (3, 2), (2, 1), (3, 1), (4, 1))
+    shapes = ((1, 8), (1, 4), (1, 2), (1, 1), (2, 1), (4, 1), (8, 1))
     ratios = {math.log2(wide / high): f"{wide}:{high}" for wide, high in shapes}
     powers = {float(power): str(2**power) for power in range(15)}
     octaves = Scale("pixels", 1 / octave, base=2, marks=powers)

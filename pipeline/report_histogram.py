@@ -38,6 +38,8 @@ def bin_counts(series: Sequence[Mapping[int, int]], unit: float = 1.0) -> Bins:
     width = max(1, round(nice_step((high - low + 1) / BINS)))
     start = math.floor(low / width) * width
     number_of_bins = (high - start) // width + 1
+    if number_of_bins == 1:  # one bar alone stands in the middle
+        start, number_of_bins = start - 2 * width, 5
     heights = [[0] * number_of_bins for _ in series]
     for row, counts in zip(heights, series, strict=True):
         for value, number in counts.items():
@@ -73,9 +75,10 @@ class Scale:
 
     def span(self, start: float, step: float) -> str:
         """The values of a bin in words."""
-        if step == 1 and self.unit == 1 and not self.base:
+        whole = self.unit == 1 and not self.base
+        if whole and step == 1:
             return self.text(start)
-        return f"{self.text(start)} to {self.text(start + step)}"
+        return f"{self.text(start)} to {self.text(start + step - whole)}"
 
     def axis(self, bins: Bins) -> Axis:
         """The x axis; bins of one whole number have their mark under the middle."""

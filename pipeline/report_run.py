@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 
 from pipeline.report_axes import linear
-from pipeline.report_charts import WIDTH, Chart, Line, Plot, line_chart
+from pipeline.report_charts import SIZE, Chart, Line, Plot, line_chart
 from pipeline.report_text import flatten, json_lines, number
 from shards_spec.files import DataError, join, names, open_read, read_json
 
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors")
-WIDE = 720  # width of the loss curve on a wide screen
+WIDE = (1040, 300)  # size of the loss curve on a wide screen
+EXACT = ("lr", "logit_scale")  # no noise to smooth
 CURVES = {
     "lr": ("Learning rate", "per step"),
     "grad_norm": ("Gradient norm", "before clipping"),
@@ -86,29 +87,32 @@ def _named(losses: Any) -> dict[str, Any]:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """A running mean whose memory is a fortieth of the curve; values that are not finite are passed over."""
-    keep = 1 - 1 / max(1.0, len(values) / 40)
-    total = weight = 0.0
-    smoothed = np.full(len(values), np.nan)
-    for i, value in enumerate(values.tolist()):
-        if math.isfinite(value):
-            total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-            smoothed[i] = total / weight
-    return smoothed
+    """A centred running mean over about a thirtieth of the curve; values that are not finite are passed over."""
+    finite = np.isfinite(values)
+    sums = np.append(0.0, np.cumsum(np.where(finite, values, 0.0)))
+    counts = np.append(0, np.cumsum(finite))
+    place = np.arange(len(values))
+    half = np.minimum(max(1, len(values) // 60), np.minimum(place, len(values) - 1 - place))
+    start, end = place - half, place + half + 1
+    number = counts[end] - counts[start]
+    return np.where(number > 0, (sums[end] - sums[start]) / np.maximum(number, 1), np.nan)
 
 
-def _curve(columns: dict[str, np.ndarray], name: str, title: str, unit: str, width: int = WIDTH) -> Chart:
-    """The raw values, faint, and a smoothed line over the steps."""
+def _curve(columns: dict[str, np.ndarray], name: str, title: str, unit: str, size: tuple[int, int] = SIZE) -> Chart:
+    """The raw values, and a smoothed line when there are many that scatter, over the steps."""
     steps, values = columns["step"], columns[name]
     finite = values[np.isfinite(values)]
     low, high, note = _range(finite)
-    x = linear("step", float(steps[0]), float(steps[-1]), width // 70)
+    first = 0.0 if steps[0] < 0.1 * steps[-1] else float(steps[0])
+    x = linear("step", first, float(steps[-1]), size[0] // 70)
     lines = (
-        [Line(steps, values, faint=True), Line(steps, smooth(values))] if len(values) > 40 else [Line(steps, values)]
+        [Line(steps, values, faint=True), Line(steps, smooth(values))]
+        if len(values) > 40 and name not in EXACT
+        else [Line(steps, values)]
     )
     if missing := len(values) - len(finite):
         note = f"{missing:,} of {len(values):,} values are not finite. {note}"
-    return line_chart(title, Plot(x, linear(unit, low, high, 4), width), lines, note=note.strip())
+    return line_chart(title, Plot(x, linear(unit, low, high, 4), size), lines, note=note.strip())
 
 
 def _range(finite: np.ndarray) -> tuple[float, float, str]:
@@ -130,7 +134,7 @@ def _loss_charts(columns: dict[str, np.ndarray]) -> list[Chart]:
     """The total loss, drawn for a wide and for a narrow screen."""
     if "loss" not in columns:
         return []
-    return [_curve(columns, "loss", "Total loss", "loss", width) for width in (WIDE, WIDTH)]
+    return [_curve(columns, "loss", "Total loss", "loss", size) for size in (WIDE, SIZE)]
 
 
 def _tiles(columns: dict[str, np.ndarray]) -> list[tuple[str, str]]:

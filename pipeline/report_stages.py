@@ -11,7 +11,7 @@ from shards_spec.manifest import STATS_PATTERN
 STAGE_ORDER = ("ingest", "caption", "pack", "vocab", "cache")
 LEAVES = {"ingest": "downloaded and decoded", "caption": "captioned", "pack": "in final shards", "cache": "cached"}
 REASONS = 15  # rows per stage in the table of losses; the rest goes to one row
-SUMMARY = 60  # characters of a stage's settings in its row
+SUMMARY = 80  # characters of a stage's settings in its row
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,9 @@ class Stage:
     folder: str
     config: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", json.loads(json.dumps(self.config)))  # as a done-record gives it back
+
 
 @dataclass(frozen=True)
 class Task:

@@ -1,0 +1,365 @@
+"""caption, pack, vocab, cache, check: one small dataset through all of them, and everything that can be wrong."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from small_data import tiny_coca, write_raw
+
+from pipeline.cache import CacheConfig, cache, sample_captions
+from pipeline.caption import CaptionConfig, caption, model_label
+from pipeline.check import CheckConfig, check
+from pipeline.pack import PackConfig, pack
+from pipeline.stage import ShardsFailed
+from pipeline.vocab import VocabConfig, vocab
+from shards_spec.embeddings import read_embeddings
+from shards_spec.files import UserError, join, names, read_bytes, read_json, sha256_file, write_bytes
+from shards_spec.models import load_model
+from shards_spec.sample import Sample
+from shards_spec.tar import read_shard, write_shard
+from shards_spec.views import apply_view, decode_rgb, draw_view
+
+SHARDS, VIEWS = 3, 2
+
+
+def build(root: str, model: str) -> None:
+    caption(CaptionConfig(root, model, name="cap", num_captions=2, max_tokens=8))
+    pack(PackConfig(root, workers=1))
+    vocab(VocabConfig(root, min_count=2))
+    cache(CacheConfig(root, model, name="tea", views=VIEWS))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return tiny_coca(tmp_path_factory.mktemp("models") / "coca")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, model) -> str:
+    root = str(tmp_path_factory.mktemp("data") / "ds")
+    write_raw(root, SHARDS)
+    build(root, model)
+    return root
+
+
+@pytest.fixture
+def root(built, tmp_path) -> str:
+    """A copy that a test may break."""
+    return shutil.copytree(built, tmp_path / "ds").as_posix()
+
+
+def tree(root: str) -> dict[str, str]:
+    """Path to hash of everything but the logs."""
+    files = (path for path in Path(root).rglob("*") if path.is_file() and "logs" not in path.parts)
+    return {path.relative_to(root).as_posix(): sha256_file(str(path)) for path in sorted(files)}
+
+
+def test_all_promises_hold(built):
+    assert check(CheckConfig(built)) == []
+
+
+def test_the_same_commands_give_the_same_bytes(built, tmp_path, model):
+    again = str(tmp_path / "ds")
+    write_raw(again, SHARDS)
+    build(again, model)
+    assert tree(again) == tree(built)
+
+
+def test_worker_processes_give_the_same_bytes(root):
+    shutil.rmtree(join(root, "shards"))
+    before = tree(root)
+    pack(PackConfig(root, workers=2))
+    assert {path: digest for path, digest in tree(root).items() if not path.startswith("shards/")} == before
+    assert check(CheckConfig(root)) == []
+
+
+def test_a_rerun_makes_nothing(root, model):
+    before = tree(root)
+    assert caption(CaptionConfig(root, model, name="cap", num_captions=2, max_tokens=8)).made == 0
+    assert pack(PackConfig(root, workers=1)).made == 0
+    assert cache(CacheConfig(root, model, name="tea", views=VIEWS)).made == 0
+    assert tree(root) == before
+
+
+def test_only_missing_shards_are_made(root):
+    before = tree(root)
+    Path(root, "shards", "00001_stats.json").unlink()
+    Path(root, "shards", "00001.tar").write_bytes(b"half")
+    assert pack(PackConfig(root, workers=1)).made == 1
+    assert tree(root) == before
+
+
+def test_a_stage_runs_on_a_url(built, model):
+    fs = fsspec.filesystem("memory")
+    for path in ("/ds",):
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+    for path, _ in tree(join(built, "raw")).items():
+        write_bytes(f"memory://ds/raw/{path}", read_bytes(join(built, "raw", path)))
+    write_bytes("memory://ds/dataset.json", json.dumps({**read_json(join(built, "dataset.json"))}).encode())
+    build("memory://ds", model)
+    assert check(CheckConfig("memory://ds")) == []
+    for name in names(join(built, "shards")):
+        assert read_bytes(f"memory://ds/shards/{name}") == read_bytes(join(built, "shards", name)), name
+
+
+def test_another_config_is_an_error_that_names_both(root, model):
+    with pytest.raises(UserError, match=r"num_captions: 2 there, 3 asked.*--overwrite"):
+        caption(CaptionConfig(root, model, name="cap", num_captions=3, max_tokens=8))
+    with pytest.raises(UserError, match=r"num_views: 2 there, 4 asked"):
+        cache(CacheConfig(root, model, name="tea", views=4))
+    assert caption(CaptionConfig(root, model, name="cap", num_captions=3, max_tokens=8, overwrite=True)).made == SHARDS
+    assert pack(PackConfig(root, workers=1)).made == SHARDS  # its input changed
+
+
+def test_stages_refuse_unfinished_upstreams(root, tmp_path, model):
+    with pytest.raises(UserError, match="has no finished shards: run `clipmill ingest"):
+        caption(CaptionConfig(str(tmp_path / "empty"), model))
+    Path(root, "raw", "00002_stats.json").unlink()
+    with pytest.raises(UserError, match="ingest has not finished"):
+        pack(PackConfig(root))
+
+
+def test_final_samples(built):
+    raw = {s.key: s for i in range(SHARDS) for s in read_shard(join(built, f"raw/0000{i}.tar"))}
+    final = [s for i in range(SHARDS) for s in read_shard(join(built, f"shards/0000{i}.tar"))]
+    assert [s.key for s in final] == list(raw)
+    for sample in final:
+        assert sample.image == raw[sample.key].image
+        assert sample.members["txt"] == raw[sample.key].members["txt"]
+        meta = sample.meta
+        assert meta["caption"] == sample.caption
+        assert meta["url"] == raw[sample.key].meta["url"]
+        assert isinstance(meta["syn_0"], str)
+        assert len(meta["synsets"]) == len(sample_captions(sample))
+        assert "n04546855" in meta["synsets"][0]  # wall
+
+
+def test_vocabulary_counts_what_is_packed(built):
+    counted: dict[str, int] = {}
+    for shard in range(SHARDS):
+        for row in pq.read_table(join(built, f"shards/0000{shard}.parquet")).to_pylist():
+            for wnid in itertools.chain(*row["synsets"]):
+                counted[wnid] = counted.get(wnid, 0) + 1
+    rows = vocab(VocabConfig(built, name="check", min_count=2)).rows
+    assert {row[0]: row[2] for row in rows} == {wnid: n for wnid, n in counted.items() if n > 2}
+    Path(built, "vocab", "check.tsv").unlink()
+    stages = read_json(join(built, "dataset.json"))
+    del stages["stages"]["vocab/check"]
+    write_bytes(join(built, "dataset.json"), (json.dumps(stages, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def test_cache_holds_the_teachers_features_of_the_replayed_views(built, model):
+    loaded = load_model(model)
+    keys, columns, meta = read_embeddings(join(built, "teacher/tea/00001.parquet"), ["image_1", "text_0", "text_2"])
+    samples = list(read_shard(join(built, "shards/00001.tar")))
+    assert keys == [sample.key for sample in samples]
+    assert (meta["num_views"], meta["num_captions"], meta["image_size"]) == (VIEWS, 3, 32)
+    spec = CacheConfig(built, views=VIEWS).view_spec
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (loaded.mean, loaded.std))
+    for row, sample in enumerate(samples):
+        view = apply_view(decode_rgb(sample.image), spec, draw_view(spec, sample.key, 1), 32)
+        pixels = (torch.from_numpy(np.array(view)).permute(2, 0, 1) / 255 - mean) / std
+        with torch.no_grad():
+            image = loaded.model.encode_image(pixels[None], normalize=True)[0].numpy()
+            texts = loaded.model.encode_text(loaded.tokenizer(sample_captions(sample)), normalize=True).numpy()
+        assert np.abs(columns["image_1"][row] - image).max() < 1e-3
+        assert np.abs(columns["text_0"][row] - texts[0]).max() < 1e-3
+        assert np.abs(columns["text_2"][row] - texts[2]).max() < 1e-3
+
+
+def test_a_picture_that_does_not_decode_costs_itself_only(root, model, caplog):
+    samples = list(read_shard(join(root, "raw/00000.tar")))
+    samples[1] = Sample(samples[1].key, {**samples[1].members, "jpg": b"<html>"})
+    write_shard(join(root, "raw/00000.tar"), samples)
+    for folder in ("captions", "shards", "teacher"):
+        shutil.rmtree(join(root, folder))
+    for path in Path(root, "raw").glob("*_stats.json"):
+        stats = json.loads(path.read_text())
+        del stats["clipmill"]  # as img2dataset leaves them
+        path.write_text(json.dumps(stats))
+    summary = caption(CaptionConfig(root, model, name="cap", num_captions=1, max_tokens=8))
+    assert summary.counts["picture does not decode"] == 1
+    assert f"key {samples[1].key} does not decode" in caplog.text
+    assert pack(PackConfig(root, workers=1)).counts["success"] == sum(summary.counts.values())
+    with pytest.raises(ShardsFailed, match=f"1 of 3 shards failed\n  00000: .*key {samples[1].key} does not decode"):
+        cache(CacheConfig(root, model, name="tea", views=1))
+    assert names(join(root, "teacher/tea")) == [
+        "00001.parquet", "00001_stats.json", "00002.parquet", "00002_stats.json",
+    ]  # fmt: skip
+
+
+def test_a_truncated_raw_shard_costs_itself_and_is_named(root, model):
+    path = Path(root, "raw", "00001.tar")
+    path.write_bytes(path.read_bytes()[:5000])
+    shutil.rmtree(join(root, "captions"))
+    with pytest.raises(ShardsFailed, match=r"1 of 3 shards failed\n  00001: .*raw/00001\.tar: truncated tar"):
+        caption(CaptionConfig(root, model, name="cap", num_captions=1, max_tokens=8))
+    assert "00002.parquet" in names(join(root, "captions/cap"))
+
+
+def test_check_names_the_first_broken_key_of_a_truncated_tar(root):
+    path = Path(root, "shards", "00001.tar")
+    path.write_bytes(path.read_bytes()[:7000])
+    problems = check(CheckConfig(root))
+    assert any("shards/00001.tar" in p and "truncated tar, last whole member 00001000" in p for p in problems), problems
+
+
+def test_check_names_the_first_broken_key_of_a_shuffled_parquet(root):
+    path = join(root, "shards/00001.parquet")
+    table = pq.read_table(path)
+    pq.write_table(table.take([0, 2, 1, *range(3, len(table))]), path)
+    problems = check(CheckConfig(root))
+    assert any("00001.parquet" in p and "row 1 is key 000010002, the tar has key 000010001" in p for p in problems), (
+        problems
+    )
+
+
+def test_check_names_the_first_broken_key_of_a_foreign_cache(root):
+    for name in ("00000.parquet", "00000_stats.json"):
+        shutil.copy(join(root, "teacher/tea", name.replace("00000", "00001")), join(root, "teacher/tea", name))
+    problems = check(CheckConfig(root))
+    assert any("row 0 is key 000010000, shards/00000.tar has key 000000000" in p for p in problems), problems
+
+
+def test_check_finds_a_cache_of_other_pictures(root):
+    samples = [
+        Sample(s.key, {**s.members, "txt": s.members["txt"] + b"!"}) for s in read_shard(join(root, "shards/00002.tar"))
+    ]
+    write_shard(join(root, "shards/00002.tar"), samples)
+    Path(root, "shards", "00002_stats.json").unlink()
+    problems = check(CheckConfig(root))
+    assert any("teacher/tea/00002.parquet: made from another shards/00002.tar" in p for p in problems), problems
+
+
+def test_check_finds_totals_sizes_duplicates_and_edits(root):
+    dataset = read_json(join(root, "dataset.json"))
+    dataset["stages"]["pack"]["counts"]["success"] += 1
+    write_bytes(join(root, "dataset.json"), json.dumps(dataset).encode())
+    write_bytes(join(root, "shards/sizes.json"), b'{"00000.tar": 1}')
+    path = Path(root, "vocab", "all.tsv")
+    path.write_text(path.read_text().replace("wall", "wail"))
+    problems = "\n".join(check(CheckConfig(root)))
+    assert "pack says" in problems
+    assert "sizes.json: 00000.tar has" in problems
+    assert "it was edited" in problems
+    assert check(CheckConfig(join(root, "vocab"))) == [
+        f"{root}/vocab: no raw/ and no shards/ in it; it is not a clipmill dataset"
+    ]
+
+
+def test_check_finds_a_key_that_is_there_twice(tmp_path):
+    root = str(tmp_path / "ds")
+    write_raw(root, 2)
+    shutil.copy(join(root, "raw/00000.tar"), join(root, "raw/00001.tar"))
+    shutil.copy(join(root, "raw/00000.parquet"), join(root, "raw/00001.parquet"))
+    for path in Path(root, "raw").glob("*_stats.json"):
+        stats = json.loads(path.read_text())
+        del stats["clipmill"]
+        path.write_text(json.dumps(stats))
+    assert check(CheckConfig(root)) == ["raw: 5 keys are there more than once; keys must be unique in a dataset"]
+
+
+def test_captions_that_do_not_belong_are_errors(root):
+    path = join(root, "captions/cap/00000.parquet")
+    table = pq.read_table(path)
+    pq.write_table(table.slice(1), path)
+    Path(root, "shards", "00000_stats.json").unlink()
+    with pytest.raises(ShardsFailed, match="key 000000000 has no row in captions/cap"):
+        pack(PackConfig(root, workers=1))
+    extra = {"key": ["zzz"], "captions": [["a"]], "logprobs": [[0.0]], "num_tokens": [[1]]}
+    pq.write_table(pa.concat_tables([table, pa.table(extra, schema=table.schema)]), path)
+    with pytest.raises(ShardsFailed, match=r"key zzz is not in raw/00000\.tar"):
+        pack(PackConfig(root, workers=1))
+    pq.write_table(pa.concat_tables([table, table]), path)
+    with pytest.raises(ShardsFailed, match="key 000000000 twice"):
+        pack(PackConfig(root, workers=1))
+
+
+def test_several_captioners_must_be_told_apart(root, model):
+    shutil.copytree(join(root, "captions/cap"), join(root, "captions/other"))
+    with pytest.raises(UserError, match=r"several captioners .*\['cap', 'other'\]; say --captioner"):
+        pack(PackConfig(root))
+    with pytest.raises(UserError, match="no captions/nope"):
+        pack(PackConfig(root, captioner="nope"))
+    assert pack(PackConfig(root, captioner="none", workers=1, overwrite=True)).counts["success"] > 0
+    assert len(sample_captions(next(read_shard(join(root, "shards/00000.tar"))))) == 1
+
+
+def test_samples_without_any_caption_are_dropped_and_counted(tmp_path):
+    root = str(tmp_path / "ds")
+    write_raw(root, 1)
+    samples = list(read_shard(join(root, "raw/00000.tar")))
+    samples[0].members.pop("txt")
+    write_shard(join(root, "raw/00000.tar"), samples)
+    assert pack(PackConfig(root, workers=1)).counts == {"no caption": 1, "success": 4}
+
+
+def test_models_that_are_not_there_are_one_clear_line(root):
+    with pytest.raises(UserError, match=r"'local-dir:/nope'.*cannot be loaded"):
+        caption(CaptionConfig(root, "local-dir:/nope"))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        cache(CacheConfig(root, "ViT-NOPE"))
+
+
+def test_labels_of_models():
+    assert model_label("local-dir:/a/b.c/", None) == "b_c"
+    assert model_label("hf-hub:org/name", None) == "name"
+    assert model_label("ViT-B-32", "/x/y.pt") == "ViT-B-32-y_pt"
+
+
+def test_packed_shards_are_read_by_plain_webdataset(built):
+    import webdataset as wds
+
+    urls = [join(built, f"shards/0000{i}.tar") for i in range(SHARDS)]
+    read = list(wds.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "txt", "json"))
+    assert len(read) == sum(read_json(join(built, "shards/sizes.json")).values())
+    key, image, text, meta = read[0]
+    assert (key, text, meta["caption"]) == (meta["key"], meta["caption"], text)
+    assert isinstance(image, Image.Image)
+
+
+def test_packed_shards_are_read_by_open_clips_own_data_code(built):
+    """The package open_clip_train ships in no wheel; its loader's data code is webdataset's calls, in its order."""
+    import open_clip
+    import webdataset as wds
+
+    urls = f"{built}/shards/{{00000..0000{SHARDS - 1}}}.tar"
+    sizes = read_json(join(built, "shards/sizes.json"))
+    assert sum(sizes.values()) == 15
+    transform = open_clip.image_transform(32, is_train=False)
+    dataset = wds.DataPipeline(
+        wds.SimpleShardList(urls),
+        wds.tarfile_to_samples(),
+        wds.select(lambda s: "txt" in s and any(e in s for e in ("png", "jpg", "jpeg", "webp"))),
+        wds.decode("pilrgb"),
+        wds.rename(image="jpg;png;jpeg;webp", text="txt"),
+        wds.map_dict(image=transform, text=lambda text: open_clip.tokenize(text)[0]),
+        wds.to_tuple("image", "text"),
+        wds.batched(5, partial=True),
+    )
+    batches = list(dataset)
+    assert [tuple(images.shape) for images, _ in batches] == [(5, 3, 32, 32)] * 3
+
+
+def test_stage_logs_carry_the_times(built):
+    line = json.loads(Path(built, "logs", "pack.jsonl").read_text().splitlines()[0])
+    assert (line["shards"], line["made"], line["samples"]) == (SHARDS, SHARDS, 15)
+    assert line["seconds"] > 0
+
+
+def test_bad_options_name_field_and_value():
+    with pytest.raises(UserError, match="batch_size 0"):
+        CaptionConfig("x", batch_size=0)
+    with pytest.raises(UserError, match="views 8 of the same centre crop"):
+        CacheConfig("x", augment=False)
+    with pytest.raises(UserError, match="source 'x' must be all, original or synthetic"):
+        VocabConfig("x", source="x")
