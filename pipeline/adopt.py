@@ -17,7 +17,17 @@ import pyarrow.parquet as pq
 from pipeline.raw_shard import FOLDER
 from pipeline.stage import Result, Task
 from shards_spec.files import (
-    DataError, UserError, atomic_writer, exists, is_url, join, names, open_read, read_buffer, read_json, remove,
+    DataError,
+    UserError,
+    atomic_writer,
+    exists,
+    is_url,
+    join,
+    names,
+    open_read,
+    read_buffer,
+    read_json,
+    remove,
     sha256_file,
 )  # fmt: skip
 from shards_spec.manifest import STATS_PATTERN, shard_name
@@ -29,6 +39,7 @@ OWN_FIELDS = (
     "count", "successes", "failed_to_download", "failed_to_resize", "duration", "start_time", "end_time",
 )  # fmt: skip
 COPY_BYTES = 1 << 20
+MEND = "delete the shard's three files and let img2dataset make it again"
 
 
 @dataclass(frozen=True)
@@ -83,57 +94,64 @@ def _fingerprint(path: str) -> dict[str, str]:
 
 def _check_unique(sources: list[str]) -> None:
     """Compare the keys of shards whose key ranges overlap; img2dataset's own never do. Raises UserError."""
-    ranges = sorted((min(keys), max(keys), path) for path in sources if (keys := _keys(path)))
-    open_ranges: list[tuple[str, str]] = []
+    ranges = sorted((min(keys), max(keys), path) for path in sources if (keys := _readable_keys(path)))
+    before: list[tuple[str, str]] = []
     for first, last, path in ranges:
-        open_ranges = [(end, other) for end, other in open_ranges if end >= first]
-        for _, other in open_ranges:
+        before = [(end, other) for end, other in before if end >= first]
+        for _, other in before:
             if twice := set(_keys(path)) & set(_keys(other)):
                 raise UserError(
                     f"key {min(twice)} is in {other}.tar and in {path}.tar ({len(twice)} keys are in both); keys must "
                     "be unique in a dataset: ingest the two folders into two ROOTs, or make one of them again"
                 )
-        open_ranges.append((last, path))
+        before.append((last, path))
+
+
+def _readable_keys(path: str) -> list[str]:
+    """Keys of a shard; none when its Parquet file is broken, which ``adopt_shard`` reports by name."""
+    try:
+        return _keys(path)
+    except DataError:
+        return []
 
 
 def _keys(path: str) -> list[str]:
-    """Keys of the samples by the Parquet file; none when it is broken (copying names that)."""
+    """Keys of the samples by the Parquet file. Raises DataError when it is missing or broken."""
     try:
         with open_read(f"{path}.parquet") as file:
-            table = pq.read_table(file, columns=["key", "status"])
-    except (pa.ArrowException, OSError, ValueError):
-        return []
-    return [row["key"] for row in table.to_pylist() if row["status"] == "success"]
+            rows = pq.read_table(file, columns=["key", "status"]).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}.parquet cannot be read ({error}); {MEND}") from error
+    return [row["key"] for row in rows if row["status"] == "success"]
 
 
 def adopt_shard(root: str, task: Task) -> Result:
     """Check one shard and copy it. Raises DataError when it is broken or does not fit its stats."""
     found: Found = task.payload
-    stats = _read_stats(found.source)
-    expected = dict.fromkeys(_check_tar(found.source))
-    if expected != dict.fromkeys(sorted(_keys(found.source))) or len(expected) != stats["successes"]:
+    stats, in_tar, listed = _read_stats(found.source), _tar_keys(found.source), sorted(_keys(found.source))
+    if in_tar != listed or len(in_tar) != stats["successes"]:
         raise DataError(
-            f"{found.source}.tar has {len(expected)} samples, its Parquet file {len(_keys(found.source))}, its stats "
-            f"{stats['successes']}; download the shard again (delete its three files and run img2dataset)"
+            f"{found.source}.tar has {len(in_tar)} samples, its Parquet file {len(listed)}, its stats "
+            f"{stats['successes']}, or their keys differ; {MEND}"
         )
     outputs = dict(_copies(root, task.shard, found))
     own = {name: stats[name] for name in OWN_FIELDS if name in stats}
     return Result(stats["status_dict"], outputs, own)
 
 
-def _check_tar(path: str) -> Iterator[str]:
+def _tar_keys(path: str) -> list[str]:
     """Sorted keys of the tar."""
     try:
         with read_buffer(f"{path}.tar") as buffer:
-            yield from sorted(check_key(key) for key, _ in index_shard(buffer, f"{path}.tar"))
+            return sorted(check_key(key) for key, _ in index_shard(buffer, f"{path}.tar"))
     except FileNotFoundError as error:
-        raise DataError(f"{path}.tar is not there, though its stats are; copy it again") from error
+        raise DataError(f"{path}.tar is not there, though its stats are; {MEND}") from error
 
 
 def _read_stats(path: str) -> dict[str, Any]:
     stats = read_json(f"{path}_stats.json")
     if not isinstance(stats, dict) or not {"status_dict", "successes", "count"} <= set(stats):
-        raise DataError(f"{path}_stats.json is not img2dataset's; delete it, and the shard is left out")
+        raise DataError(f"{path}_stats.json lacks img2dataset's fields; {MEND}")
     return stats
 
 

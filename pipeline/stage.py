@@ -115,6 +115,7 @@ def run_stage(
                 _publish(folder, stage, task, outcome)
                 made += 1
             advance(len(seen))
+    remove_stale(folder)  # of workers that outlived a killed run for a moment
     if failures:
         lines = [f"  {shard_name(shard)}: {reason}" for shard, reason in sorted(failures.items())]
         raise ShardsFailed(f"{stage.name}: {len(failures)} of {len(seen)} shards failed\n" + "\n".join(lines))

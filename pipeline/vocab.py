@@ -9,7 +9,7 @@ import tyro
 
 from pipeline.stage import upstream_shards
 from pipeline.wordnet import RULE, WORDNET_VERSION, load_wordnet
-from shards_spec.files import UserError, join, open_read
+from shards_spec.files import UserError, join, open_read, remove_stale
 from shards_spec.manifest import shard_name, write_stage
 from shards_spec.vocab import Vocabulary, build_vocabulary
 
@@ -54,6 +54,7 @@ def vocab(config: VocabConfig) -> Vocabulary:
     heads = load_wordnet(config.wordnet).heads
     vocabulary = build_vocabulary(counts, documents, heads, header, config.min_count, config.top_k)
     path = f"vocab/{config.name}.tsv"
+    remove_stale(join(config.root, "vocab"))
     vocabulary.write(join(config.root, path))
     block = {
         "config": vocabulary.header,

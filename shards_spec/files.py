@@ -167,11 +167,12 @@ def remove_stale(folder: str) -> None:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, FileNotFoundError):  # somebody else's, or a system without /proc
         return True
-    return True
+    return state not in "ZX"  # killed, and its parent too: nobody has collected it yet
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:

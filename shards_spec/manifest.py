@@ -10,7 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shards_spec import SPEC_VERSION
-from shards_spec.files import DataError, UserError, exists, join, names, read_json, sha256_file, sha256_json, write_json
+from shards_spec.files import (
+    DataError,
+    UserError,
+    exists,
+    join,
+    names,
+    read_json,
+    remove_stale,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
 
 STATS_PATTERN = re.compile(r"(\d+)_stats\.json")
 
@@ -119,6 +130,7 @@ def read_dataset(root: str) -> dict[str, Any]:
 
 def write_stage(root: str, stage: str, block: dict[str, Any], source: str | None = None) -> None:
     """Put one finished stage's block (config, config hash, totals, versions) into ``dataset.json``."""
+    remove_stale(root)
     dataset = read_dataset(root)
     dataset["source"] = source or dataset["source"]
     dataset["stages"] = dict(sorted({**dataset["stages"], stage: block}.items()))

@@ -34,20 +34,23 @@ def draw(seed: str, size: int = 48) -> tuple[bytes, str]:
     else:
         pen.line((x, y, x + side, y + side), COLOURS[colour], 5)
         pen.line((x, y + side, x + side, y), COLOURS[colour], 5)
+    if size > 200:  # large pictures are there to take space
+        noise = Image.effect_noise(image.size, 60).convert("RGB")
+        image = Image.blend(image, noise, 0.3)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=90)
     return file.getvalue(), f"a {colour} {shape} on a wall"
 
 
-def write_raw(root: str, shards: int = 2, per_shard: int = 6, seed: int = 0) -> None:
-    """ROOT/raw as `ingest` leaves it, every fifth input failed."""
+def write_raw(root: str, shards: int = 2, per_shard: int = 6, seed: int = 0, size: int = 48) -> None:
+    """ROOT/raw as `ingest` leaves it, pictures of ``size`` pixels, every fifth input failed."""
     totals: dict[str, int] = {}
     config = {"image_size": 256, "shard_size": per_shard}
     for shard in range(shards):
         samples, rows = [], []
         for index in range(per_shard):
             key = f"{shard:05d}{index:04d}"
-            picture, caption = draw(f"{seed}/{key}")
+            picture, caption = draw(f"{seed}/{key}", size)
             status = "failed_to_download" if index % 5 == 4 else "success"
             rows.append({"url": f"http://h/{key}", "caption": caption, "key": key, "status": status})
             if status == "success":
@@ -98,3 +101,16 @@ def tiny_coca(folder: Path, seed: int = 0, spread: float = 1.0) -> str:
             parameter.add_(torch.randn_like(parameter) * 0.2 * spread)
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return f"local-dir:{folder}"
+
+
+def build_all(root: str, model: str, views: int) -> None:
+    """caption, pack, vocab and cache a ROOT that has its raw/."""
+    from pipeline.cache import CacheConfig, cache
+    from pipeline.caption import CaptionConfig, caption
+    from pipeline.pack import PackConfig, pack
+    from pipeline.vocab import VocabConfig, vocab
+
+    caption(CaptionConfig(root, model, name="cap", num_captions=2, max_tokens=8))
+    pack(PackConfig(root, workers=1))
+    vocab(VocabConfig(root, min_count=2))
+    cache(CacheConfig(root, model, name="tea", views=views))

@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
-from small_data import tiny_coca, write_raw
+from small_data import build_all, tiny_coca, write_raw
 
 from pipeline.cache import CacheConfig, cache, sample_captions
 from pipeline.caption import CaptionConfig, caption, model_label
@@ -31,10 +30,7 @@ SHARDS, VIEWS = 3, 2
 
 
 def build(root: str, model: str) -> None:
-    caption(CaptionConfig(root, model, name="cap", num_captions=2, max_tokens=8))
-    pack(PackConfig(root, workers=1))
-    vocab(VocabConfig(root, min_count=2))
-    cache(CacheConfig(root, model, name="tea", views=VIEWS))
+    build_all(root, model, VIEWS)
 
 
 @pytest.fixture(scope="module")
@@ -314,40 +310,6 @@ def test_labels_of_models():
     assert model_label("local-dir:/a/b.c/", None) == "b_c"
     assert model_label("hf-hub:org/name", None) == "name"
     assert model_label("ViT-B-32", "/x/y.pt") == "ViT-B-32-y_pt"
-
-
-def test_packed_shards_are_read_by_plain_webdataset(built):
-    import webdataset as wds
-
-    urls = [join(built, f"shards/0000{i}.tar") for i in range(SHARDS)]
-    read = list(wds.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "txt", "json"))
-    assert len(read) == sum(read_json(join(built, "shards/sizes.json")).values())
-    key, image, text, meta = read[0]
-    assert (key, text, meta["caption"]) == (meta["key"], meta["caption"], text)
-    assert isinstance(image, Image.Image)
-
-
-def test_packed_shards_are_read_by_open_clips_own_data_code(built):
-    """The package open_clip_train ships in no wheel; its loader's data code is webdataset's calls, in its order."""
-    import open_clip
-    import webdataset as wds
-
-    urls = f"{built}/shards/{{00000..0000{SHARDS - 1}}}.tar"
-    sizes = read_json(join(built, "shards/sizes.json"))
-    assert sum(sizes.values()) == 15
-    transform = open_clip.image_transform(32, is_train=False)
-    dataset = wds.DataPipeline(
-        wds.SimpleShardList(urls),
-        wds.tarfile_to_samples(),
-        wds.select(lambda s: "txt" in s and any(e in s for e in ("png", "jpg", "jpeg", "webp"))),
-        wds.decode("pilrgb"),
-        wds.rename(image="jpg;png;jpeg;webp", text="txt"),
-        wds.map_dict(image=transform, text=lambda text: open_clip.tokenize(text)[0]),
-        wds.to_tuple("image", "text"),
-        wds.batched(5, partial=True),
-    )
-    batches = list(dataset)
-    assert [tuple(images.shape) for images, _ in batches] == [(5, 3, 32, 32)] * 3
 
 
 def test_stage_logs_carry_the_times(built):

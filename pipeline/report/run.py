@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.report_axes import linear
-from pipeline.report_charts import SIZE, Chart, Line, Plot, line_chart
-from pipeline.report_text import flatten, json_lines, number
+from pipeline.report.axes import linear, short, total
+from pipeline.report.charts import SIZE, Chart, Line, Plot, line_chart
+from pipeline.report.text import flatten, json_lines, number
 from shards_spec.files import DataError, join, names, open_read, read_json
 
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors")
@@ -138,22 +138,32 @@ def _loss_charts(columns: dict[str, np.ndarray]) -> list[Chart]:
 
 
 def _tiles(columns: dict[str, np.ndarray]) -> list[tuple[str, str]]:
-    """(value, what) of the last line, and the median throughput."""
+    """(value, what) of the last line logged, and the median throughput."""
     if not columns:
         return []
     last = {name: values[-1] for name, values in columns.items()}
     tiles = [(f"{last['step']:,.0f}", "steps")]
     if math.isfinite(last.get("epoch", math.nan)):
-        tiles.append((f"{last['epoch']:g}", "epoch"))
+        tiles.append((short(last["epoch"]), "epochs"))
     if math.isfinite(last.get("samples_seen", math.nan)):
-        tiles.append((f"{last['samples_seen']:,.0f}", "samples seen"))
+        tiles.append((total(round(last["samples_seen"])), "samples seen"))
     if "loss" in columns:
         tiles.append((f"{last['loss']:.4g}", "last loss"))
     rates = columns.get("samples_per_s", np.array([]))
     rates = rates[np.isfinite(rates)]
     if len(rates):
         tiles.append((f"{np.median(rates):,.0f}", "samples/s, median"))
+    if math.isfinite(last.get("seconds", math.nan)):
+        tiles.append((duration(last["seconds"]), "of training"))
     return tiles
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``7 min``, ``3 h 20 min``."""
+    if seconds < 60:
+        return f"{short(seconds)} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def _evaluations(folder: str, problems: list[str]) -> tuple[list[dict[str, Any]], int]:
@@ -171,6 +181,7 @@ def _evaluations(folder: str, problems: list[str]) -> tuple[list[dict[str, Any]]
         table = tables.setdefault(str(result.get("task", "other")), {"columns": {}, "rows": []})
         table["columns"] |= {metric: metric_name(metric) for metric in metrics if not isinstance(metrics[metric], dict)}
         model = " ".join(str(result[part]) for part in ("model", "pretrained") if result.get(part))
+        model += f", step {result['step']}" if "step" in result else ""
         row = {"file": name, "dataset": result.get("dataset", "?"), "model": model}
         table["rows"].append(row | {"metrics": {metric: _percent(value) for metric, value in metrics.items()}})
     return [{"task": task.replace("_", " "), **table} for task, table in tables.items()], unread

@@ -36,6 +36,11 @@ def short(value: float, digits: int = 3) -> str:
     return (text.rstrip("0").rstrip(".") if "." in text else text) + unit
 
 
+def total(number: int) -> str:
+    """A whole number for a headline: with commas up to ten million, rounded above."""
+    return f"{number:,}" if number < 10_000_000 else short(number, 4)
+
+
 def linear(label: str, low: float, high: float, count: int = 5) -> Axis:
     """An axis with marks at round numbers; a range without width gets some."""
     if not high > low:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from pipeline.report_axes import Axis, linear, nice_step, short
-from pipeline.report_charts import Chart, Plot
+from pipeline.report.axes import Axis, linear, nice_step, short
+from pipeline.report.charts import Chart, Plot
 
 BINS = 26
 

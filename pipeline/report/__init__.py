@@ -8,9 +8,9 @@ from typing import Any
 import jinja2
 import tyro
 
-from pipeline.report_axes import short
-from pipeline.report_dataset import dataset_page
-from pipeline.report_run import run_page
+from pipeline.report.axes import short
+from pipeline.report.dataset import dataset_page
+from pipeline.report.run import run_page
 from shards_spec.files import UserError, exists, is_url, join, write_bytes
 
 
@@ -64,5 +64,9 @@ def _render(template: str, context: dict[str, Any]) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"short": short, "number": lambda value: f"{value:,}"}
+    environment.filters |= {
+        "short": short,
+        "number": lambda value: f"{value:,}",
+        "duration": lambda seconds: f"{seconds:,.0f}" if seconds >= 100 else short(seconds),
+    }
     return environment.get_template(template).render(context)

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline.report_columns import parquet_files, read_columns
+from pipeline.report.columns import parquet_files, read_columns
 from shards_spec.files import DataError, exists, join, names, read_buffer
 from shards_spec.sample import Sample
 from shards_spec.tar import index_shard

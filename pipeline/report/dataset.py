@@ -7,13 +7,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.report_axes import logarithmic, short
-from pipeline.report_charts import Chart, Line, Plot, Rule, line_chart
-from pipeline.report_columns import ASPECT_UNIT, LOGPROB_UNIT, Tally, count_dataset, parquet_files
-from pipeline.report_histogram import Scale, histogram
-from pipeline.report_samples import draw_samples
-from pipeline.report_stages import foreign_counts, funnel, losses, mismatches, ordered, stage_row
-from pipeline.report_text import flatten
+from pipeline.report.axes import logarithmic, short, total
+from pipeline.report.charts import Chart, Line, Plot, Rule, line_chart
+from pipeline.report.columns import ASPECT_UNIT, LOGPROB_UNIT, Tally, count_dataset, parquet_files
+from pipeline.report.histogram import Scale, histogram
+from pipeline.report.samples import draw_samples
+from pipeline.report.stages import foreign_counts, funnel, losses, mismatches, ordered, stage_row
+from pipeline.report.text import flatten
 from shards_spec.embeddings import read_meta
 from shards_spec.files import DataError, join, names, open_read
 from shards_spec.manifest import read_dataset
@@ -60,7 +60,7 @@ def _headline(root: str, tally: Tally) -> list[tuple[str, str]]:
     tiles.append((tally.synthetic_words.total(), "synthetic captions"))
     if tally.synsets:
         tiles.append((len(tally.synsets), "synsets"))
-    return [(f"{value:,}", what) for value, what in tiles]
+    return [(total(value), what) for value, what in tiles]
 
 
 def _vocabularies(root: str, problems: list[str]) -> dict[str, Vocabulary]:

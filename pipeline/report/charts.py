@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 from markupsafe import Markup
 
-from pipeline.report_axes import Axis, short
+from pipeline.report.axes import Axis, short
 
 SIZE = (360, 216)
 TOP, RIGHT, BOTTOM = 24, 14, 38

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.report_text import flatten, json_lines
+from pipeline.report.text import flatten, json_lines
 from shards_spec.files import exists, join, names, read_json
 from shards_spec.manifest import STATS_PATTERN
 

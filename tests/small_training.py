@@ -1,0 +1,99 @@
+"""Small packed datasets with a planted teacher, and tiny students, for the tests of training/."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from small_data import BPE, draw, tiny_coca
+
+from shards_spec.embeddings import write_embeddings
+from shards_spec.files import join, json_bytes, sha256_file, write_json
+from shards_spec.manifest import Done, shard_name
+from shards_spec.sample import Sample
+from shards_spec.tar import write_shard
+from shards_spec.views import ViewSpec
+
+DIM = 16
+SPEC = ViewSpec(seed=3, scale=(0.5, 1.0))
+
+
+def write_packed(root: str, sizes: list[int], synthetic: int = 2, broken: tuple[str, ...] = ()) -> list[list[str]]:
+    """ROOT/shards as `pack` leaves it; returns the keys per shard. Pictures of ``broken`` keys do not decode."""
+    keys = []
+    for shard, size in enumerate(sizes):
+        samples = []
+        for index in range(size):
+            key = f"{shard:05d}{index:04d}"
+            picture, caption = draw(key)
+            meta = {"key": key, "caption": caption, **{f"syn_{i}": f"{caption} {i}" for i in range(synthetic)}}
+            picture = picture[:200] if key in broken else picture
+            samples.append(Sample(key, {"jpg": picture, "txt": caption.encode(), "json": json_bytes(meta)}))
+        path = f"shards/{shard_name(shard)}.tar"
+        _, digest = write_shard(join(root, path), samples)
+        Done("pack", shard, {}, {"success": size}, {}, {path: digest}).write(join(root, "shards"))
+        keys.append([sample.key for sample in samples])
+    write_json(join(root, "shards", "sizes.json"), {f"{shard_name(s)}.tar": n for s, n in enumerate(sizes)})
+    return keys
+
+
+def teacher_rows(keys: list[str], name: str) -> np.ndarray:
+    """(n, DIM) unit features that depend on key and column alone."""
+    seeds = [[ord(letter) for letter in f"{key}/{name}"] for key in keys]
+    rows = np.stack([np.random.default_rng(seed).normal(size=DIM) for seed in seeds])
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def teacher_meta(root: str, shard: int, views: int, captions: int) -> dict[str, Any]:
+    return {
+        "model": "planted",
+        "pretrained": None,
+        "weights_sha256": "0",
+        "logit_scale": 20.0,
+        "image_size": 32,
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "views": SPEC.as_json(),
+        "views_sha256": SPEC.sha256,
+        "num_views": views,
+        "num_captions": captions,
+        "shard_sha256": sha256_file(join(root, "shards", f"{shard_name(shard)}.tar")),
+        "captions_sha256": "0",
+    }
+
+
+def write_teacher(root: str, keys: list[list[str]], name: str = "planted", views: int = 2, captions: int = 3) -> None:
+    """ROOT/teacher/NAME as `cache` leaves it."""
+    columns = [*(f"image_{i}" for i in range(views)), *(f"text_{i}" for i in range(captions))]
+    for shard, own in enumerate(keys):
+        path = join(root, "teacher", name, f"{shard_name(shard)}.parquet")
+        rows = {column: teacher_rows(own, column) for column in columns}
+        write_embeddings(path, own, rows, teacher_meta(root, shard, views, captions))
+
+
+def tiny_clip(folder: Path, dim: int = DIM) -> str:
+    """A CLIP of 1 + 1 layers, 32 pixels, without weights; returns its model name."""
+    import open_clip
+
+    vocabulary = open_clip.tokenizer.SimpleTokenizer(bpe_path=str(BPE)).vocab_size
+    config = {
+        "embed_dim": dim,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+        "text_cfg": {
+            "context_length": 16, "vocab_size": vocabulary, "width": 32, "heads": 2, "layers": 1,
+            "tokenizer_kwargs": {"bpe_path": "bpe.txt.gz"},
+        },
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    shutil.copy(BPE, folder / "bpe.txt.gz")
+    preprocess = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    return f"local-dir:{folder}"
+
+
+def bare_coca(folder: Path) -> str:
+    """`tiny_coca` without its weights."""
+    name = tiny_coca(folder)
+    (folder / "open_clip_model.safetensors").unlink()
+    return name

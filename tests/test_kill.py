@@ -1,0 +1,113 @@
+"""SIGKILL at random moments: a killed stage and its rerun leave the bytes of an undisturbed run."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small_data import tiny_coca, write_raw
+
+from pipeline.cache import CacheConfig, cache
+from pipeline.caption import CaptionConfig, caption
+from pipeline.check import CheckConfig, check
+from pipeline.pack import PackConfig, pack
+from pipeline.vocab import VocabConfig, vocab
+from shards_spec.files import sha256_file
+
+KILLS = 20
+FOLDERS = {"caption": "captions", "pack": "shards", "vocab": "vocab", "cache": "teacher"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return tiny_coca(tmp_path_factory.mktemp("models") / "coca")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, model) -> str:
+    root = str(tmp_path_factory.mktemp("data") / "ds")
+    write_raw(root, shards=4, per_shard=10)
+    for stage in FOLDERS:  # with the thread count of the runs that follow: float sums depend on it
+        child = forked(stage, root, model)
+        child.join()
+        assert child.exitcode == 0, stage
+    return root
+
+
+def run(stage: str, root: str, model: str, workers: int) -> None:
+    torch.set_num_threads(1)  # OpenMP does not survive a fork
+    if stage == "caption":
+        caption(CaptionConfig(root, model, name="cap", num_captions=2, max_tokens=8))
+    elif stage == "pack":
+        pack(PackConfig(root, workers=workers))
+    elif stage == "vocab":
+        vocab(VocabConfig(root, min_count=2))
+    else:
+        cache(CacheConfig(root, model, name="tea", views=2))
+
+
+def forked(stage: str, root: str, model: str, workers: int = 1) -> multiprocessing.Process:
+    """The stage in a child that has everything imported already, so that kills hit the work."""
+    child = multiprocessing.get_context("fork").Process(target=run, args=(stage, root, model, workers))
+    child.start()
+    return child
+
+
+def tree(root: str) -> dict[str, str]:
+    files = (path for path in Path(root).rglob("*") if path.is_file() and "logs" not in path.parts)
+    return {path.relative_to(root).as_posix(): sha256_file(str(path)) for path in files}
+
+
+def before(stage: str, built: str, to: Path) -> str:
+    """A copy of the dataset as it was before the stage ran."""
+    import json
+
+    root = shutil.copytree(built, to / "ds", ignore=lambda folder, names: [FOLDERS[stage]] if folder == built else [])
+    dataset = json.loads((root / "dataset.json").read_text())
+    dataset["stages"] = {name: block for name, block in dataset["stages"].items() if name.split("/")[0] != stage}
+    (root / "dataset.json").write_text(json.dumps(dataset, indent=2, ensure_ascii=False) + "\n")
+    return str(root)
+
+
+@pytest.mark.parametrize(("stage", "workers", "kills"), [*((s, 1, KILLS) for s in FOLDERS), ("pack", 2, 3)])
+def test_killed_stage_and_rerun_equal_an_undisturbed_run(stage, workers, kills, built, model, tmp_path):
+    rng, interrupted = random.Random(stage), 0
+    timing = before(stage, built, tmp_path / "timing")
+    start = time.monotonic()
+    child = forked(stage, timing, model, workers)
+    child.join()
+    duration = time.monotonic() - start
+    for trial in range(kills):
+        root = before(stage, built, tmp_path / str(trial))
+        child = forked(stage, root, model, workers)
+        time.sleep(rng.uniform(0, 0.7 * duration))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        interrupted += child.exitcode == -signal.SIGKILL
+        again = forked(stage, root, model, workers)
+        again.join()
+        assert again.exitcode == 0
+        assert tree(root) == tree(built), f"kill {trial}"
+        shutil.rmtree(root)
+    assert interrupted >= kills // 4, "the kills came too late to mean anything"
+
+
+def test_what_a_kill_leaves_is_whole(built, model, tmp_path):
+    """Between kill and rerun: whatever stands under a final name already proves right."""
+    rng = random.Random(5)
+    for trial in range(5):
+        root = before("pack", built, tmp_path / str(trial))
+        child = forked("pack", root, model)
+        time.sleep(rng.uniform(0.02, 0.15))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        made = tree(root)
+        assert all(
+            made[path] == digest for path, digest in tree(built).items() if path in made and path != "dataset.json"
+        )
+    assert check(CheckConfig(built)) == []

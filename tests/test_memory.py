@@ -1,0 +1,70 @@
+"""Memory does not grow with the number of shards: the peak of 50 shards is that of 5."""
+
+import multiprocessing
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from small_data import tiny_coca, write_raw
+
+from pipeline.cache import CacheConfig, cache
+from pipeline.caption import CaptionConfig, caption
+from pipeline.check import CheckConfig, check
+from pipeline.pack import PackConfig, pack
+from pipeline.vocab import VocabConfig, vocab
+
+MIB = 1024  # ru_maxrss is in KiB
+SIZE = 384  # pixels: a shard of 12 drawn pictures is about 1 MB with noise on top
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory) -> dict[int, str]:
+    roots = {}
+    for shards in (5, 50):
+        root = str(tmp_path_factory.mktemp("data") / f"ds{shards}")
+        write_raw(root, shards, per_shard=15, size=SIZE)
+        roots[shards] = root
+    return roots
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return tiny_coca(tmp_path_factory.mktemp("models") / "coca")
+
+
+def _work(stage: str, root: str, model: str, pipe) -> None:
+    torch.set_num_threads(1)
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if stage == "caption":
+        caption(CaptionConfig(root, model, name="cap", num_captions=1, max_tokens=6, threads=1))
+    elif stage == "pack":
+        pack(PackConfig(root, workers=1))
+    elif stage == "vocab":
+        vocab(VocabConfig(root, min_count=1))
+    elif stage == "cache":
+        cache(CacheConfig(root, model, name="tea", views=1, threads=1))
+    else:
+        assert check(CheckConfig(root)) == []
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)
+
+
+def peak(stage: str, root: str, model: str) -> float:
+    """MiB that the stage adds to a forked process's resident set at its worst moment."""
+    receive, send = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=_work, args=(stage, root, model, send))
+    child.start()
+    grown = receive.recv() / MIB
+    child.join()
+    return grown
+
+
+def test_fifty_shards_take_the_memory_of_five(roots, model):
+    total = sum(path.stat().st_size for path in Path(roots[50], "raw").glob("*.tar")) / 2**20
+    for stage in ("caption", "pack", "vocab", "cache", "check"):
+        small, large = (peak(stage, roots[shards], model) for shards in (5, 50))
+        print(f"{stage}: {small:.0f} MiB for 5 shards, {large:.0f} MiB for 50 ({total:.0f} MiB of raw tars)")
+        assert large - small < total / 4, stage
+    for root in roots.values():
+        shutil.rmtree(root)

@@ -1,0 +1,729 @@
+"""Stage `ingest`: sources, the web, pictures, img2dataset's layout and shards, kills at any moment."""
+
+import asyncio
+import gzip
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from web_server import picture, serve
+
+from pipeline import fetch
+from pipeline.check import CheckConfig, check
+from pipeline.fetch import Fetcher, FetchError, FetchRules, is_public, opted_out
+from pipeline.images import BadImage, convert
+from pipeline.ingest import IngestConfig, ingest
+from pipeline.raw_shard import sample_key
+from pipeline.sources import Row, detect, folder_rows, list_rows
+from pipeline.stage import ShardsFailed
+from shards_spec.files import UserError
+from shards_spec.tar import read_shard
+
+GOLDEN = Path(__file__).parent / "golden" / "img2dataset-1.47"  # its own output, never edited
+TIMES = ("duration", "start_time", "end_time")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serve() as running:
+        yield running
+
+
+def write_list(path: Path, rows: list[tuple[str, str]]) -> str:
+    """A list in CC12M's form: URL, tab, caption."""
+    path.write_text("".join(f"{url}\t{caption}\n" for url, caption in rows))
+    return str(path)
+
+
+def config(root: Path, source: object, **options) -> IngestConfig:
+    options = {"allow_private": True, "workers": 1, "shard_size": 10, "image_size": 48, **options}
+    return IngestConfig(str(root), str(source), **options)
+
+
+def rows_of(root: Path, shard: int = 0) -> list[dict]:
+    return pq.read_table(root / "raw" / f"{shard:05d}.parquet").to_pylist()
+
+
+def tree(root: Path) -> dict[str, object]:
+    """Every file's content, the stats without their time fields; logs/ holds times only."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and "logs" not in path.parts:
+            name = str(path.relative_to(root))
+            found[name] = path.read_bytes()
+            if name.endswith("_stats.json"):
+                stats = json.loads(found[name])
+                found[name] = {key: value for key, value in stats.items() if key not in TIMES}
+    return found
+
+
+# the web
+
+
+def test_every_kind_of_answer_is_a_sample_or_a_named_reason(server, tmp_path):
+    expected = {
+        "good/1": "success",
+        "gone": "HTTP 404",
+        "status/403": "HTTP 403",
+        "html": "resize: not an image",
+        "empty": "empty body",
+        "cut": "resize: truncated image",
+        "lost": "connection lost",
+        "slow/3": "timeout",
+        "large": "too large",
+        "unsized": "too large",
+        "optout/noai": "opted out",
+        "redirect//good/2": "success",
+        "redirect/ftp://h/x.jpg": "not an http address",
+        "redirect//redirect//redirect//redirect//redirect//redirect//good/1": "too many redirects",
+        "flaky/3": "success",
+        "status/500": "HTTP 500",
+    }
+    rows = [(f"{server.url}/{path}", f"number {n}") for n, path in enumerate(expected)]
+    rows += [("http://no-such-host.invalid/x.jpg", "a"), ("http://127.0.0.1:9/x.jpg", "b"), ("http://[bad/x.jpg", "c")]
+    expected |= {"host": "name not found", "port": "connection refused", "bad": "bad address"}
+    source = write_list(tmp_path / "list.tsv", rows)
+    summary = ingest(config(tmp_path / "D", source, shard_size=100, timeout_s=1, max_bytes=100_000))
+    found = rows_of(tmp_path / "D")
+    assert [row["url"] for row in found] == [url for url, _ in rows]
+    reasons = [row["error_message"] or "success" for row in found]
+    assert reasons == list(expected.values())
+    assert sum(summary.counts.values()) == len(rows)
+    assert {row["status"] for row in found} == {"success", "failed_to_download", "failed_to_resize"}
+    assert all((row["status"] == "failed_to_resize") == (row["error_message"] or "").startswith("resize: ")
+               for row in found)  # fmt: skip
+    stats = json.loads((tmp_path / "D/raw/00000_stats.json").read_text())
+    assert (stats["count"], stats["successes"], stats["failed_to_resize"]) == (len(rows), 3, 2)
+    assert server.requests["status/500"] == 2, "one retry"
+    assert server.requests["gone"] == 1, "no retry where it cannot help"
+    assert check(CheckConfig(str(tmp_path / "D"))) == []
+
+
+def test_private_addresses_are_refused_by_default(server, tmp_path):
+    port = server.server_port
+    hosts = [
+        "127.0.0.1",
+        "localhost",
+        "127.1",
+        "2130706433",
+        "[::1]",
+        "[::ffff:127.0.0.1]",
+        "10.0.0.1",
+        "169.254.169.254",
+    ]
+    rows = [(f"http://{host}:{port}/good/900", "x") for host in hosts]
+    ingest(config(tmp_path / "D", write_list(tmp_path / "l.tsv", rows), allow_private=False, timeout_s=3))
+    reasons = [row["error_message"] for row in rows_of(tmp_path / "D")]
+    odd = ["bad address"] * 2  # aiohttp itself refuses digits that are no address as written
+    assert reasons == ["not a public address"] * 2 + odd + ["not a public address"] * 4
+    assert server.requests["good/900"] == 0
+
+
+def get(url: str, **rules) -> bytes:
+    async def run() -> bytes:
+        async with Fetcher(FetchRules(timeout_s=2, **rules), 4) as fetcher:
+            return await fetcher.get(url)
+
+    return asyncio.run(run())
+
+
+def test_each_hop_of_a_redirect_is_checked(server, monkeypatch):
+    monkeypatch.setattr(fetch, "is_public", lambda address: address == "127.0.0.1")
+    assert get(f"{server.url}/redirect/{server.url}/good/5") == picture(5)
+    with serve("127.0.0.2") as inner:
+        for target in (inner.url, f"http://[::1]:{inner.server_port}", "http://169.254.169.254"):
+            with pytest.raises(FetchError, match=r"^not a public address$"):
+                get(f"{server.url}/redirect/{target}/good/5")
+        assert not inner.requests
+
+
+@pytest.mark.parametrize("address", [
+    "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
+    "240.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "fec0::1", "ff02::1",
+    "::ffff:10.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "2001:db8::1",
+])  # fmt: skip
+def test_addresses_that_are_not_public(address):
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
+def test_addresses_that_are_public(address):
+    assert is_public(address)
+
+
+@pytest.mark.parametrize(("headers", "expected"), [
+    ([], False),
+    (["all"], False),
+    (["NoAI"], True),
+    (["nofollow, noimageai"], True),
+    (["nofollow", "noindex"], True),
+    (["googlebot: noindex"], False),
+    (["clipmill: noindex"], True),
+    (["unavailable_after: 25 Jun 2010 15:00:00 PST"], False),
+    (["noai, unavailable_after: 25 Jun 2010 15:00:00 PST"], True),
+])  # fmt: skip
+def test_opt_out_headers(headers, expected):
+    assert opted_out(headers) == expected
+
+
+def test_ignoring_opt_out_and_other_schemes(server):
+    assert get(f"{server.url}/optout/noai", allow_private=True, ignore_opt_out=True) == picture(4)
+    for url in ("file:///etc/passwd", "ftp://h/x", "data:image/png;base64,AAAA", "//h/x", "x"):
+        with pytest.raises(FetchError, match=r"^not an http address$"):
+            get(url)
+
+
+# lists
+
+
+CC3M = "a cat on a mat\thttp://h/1.jpg\ntwo\tdogs\thttps://h/2.jpg\n"
+CC12M = "http://h/1.jpg\ta cat on a mat\nhttps://h/2.jpg\ttwo\tdogs\n"
+CSV = 'id,URL,TEXT\n1,http://h/1.jpg,a cat on a mat\n2,https://h/2.jpg,"two\tdogs"\n'
+ROWS = [Row("a cat on a mat", "http://h/1.jpg"), Row("two\tdogs", "https://h/2.jpg")]
+
+
+@pytest.mark.parametrize(("form", "text"), [
+    ("cc3m", CC3M), ("cc12m", CC12M), ("csv", CSV), ("cc3m", CC3M.replace("\n", "\r\n")), ("cc12m", "\ufeff" + CC12M),
+    ("csv", "caption\turl\na cat on a mat\thttp://h/1.jpg\n\"two\tdogs\"\thttps://h/2.jpg\n"), ("cc3m", CC3M[:-1]),
+])  # fmt: skip
+@pytest.mark.parametrize("packed", [False, True])
+def test_forms_of_lists(tmp_path, form, text, packed):
+    path = tmp_path / ("list.gz" if packed else "list")
+    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    assert detect(str(path)) == form
+    assert list(list_rows(str(path), form)) == ROWS
+
+
+@pytest.mark.parametrize("columns", [("url", "caption"), ("URL", "TEXT")])
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary()])
+def test_parquet_lists(tmp_path, columns, kind):
+    path = str(tmp_path / "list.parquet")
+    table = {"id": [1, 2, 3], columns[0]: pa.array([row.url for row in ROWS] + [None], kind),
+             columns[1]: pa.array([row.caption for row in ROWS] + [None], kind)}  # fmt: skip
+    pq.write_table(pa.table(table), path)
+    assert detect(path) == "parquet"
+    assert list(list_rows(path, "parquet")) == [*ROWS, Row(None, None, "no URL")]
+
+
+def test_broken_rows_are_rows_with_a_problem(tmp_path):
+    path = tmp_path / "list.tsv"
+    lines = [
+        b"http://h/1\tok",
+        b"http://h/2\tbad \xff utf",
+        b"http://h/3",
+        b"just words",
+        b"",
+        b"\tno url",
+        b"http://h/7\t",
+    ]
+    lines.append(b"http://h/8\t" + b"x" * 3_000_000)
+    lines.append(b"http://h/9\tlast")
+    path.write_bytes(b"\n".join(lines))
+    rows = list(list_rows(str(path), "cc12m"))
+    problems = [None, "caption is not UTF-8", *["missing column"] * 3, "no URL", None, None, None]
+    assert [row.problem for row in rows] == problems
+    assert rows[1].caption == "bad \ufffd utf"
+    assert (rows[2].url, rows[3].url, rows[6].caption, rows[8].caption) == ("http://h/3", None, "", "last")
+    assert len(rows[7].caption) < 1 << 20
+
+
+def test_broken_csv_rows(tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_bytes(
+        b"url,caption\nhttp://h/1,ok\nhttp://h/2\n\nhttp://h/3,\xe9t\xe9\n"
+        + b'http://h/4,"'
+        + b"x" * 200_000
+        + b'"\nhttp://h/5,last\n'
+    )
+    rows = list(list_rows(str(path), "csv"))
+    assert [row.problem for row in rows][:4] == [None, "missing column", "missing column", "caption is not UTF-8"]
+    assert rows[4].problem == "not a CSV row"
+    assert rows[-1] == Row("last", "http://h/5")
+
+
+@pytest.mark.parametrize(("data", "message"), [
+    (b"", "is empty; give a list with a URL and a caption per line"),
+    (b"\n\n", "is empty; give a list with a URL and a caption per line"),
+    (b"one\ntwo\n", "cannot tell its form from its first lines .'one'.*--format"),
+    (b"http://h/1\nhttp://h/2\n", "cannot tell its form from its first lines"),
+    (b"http://h/1\thttp://h/2\n", "cannot tell its form from its first lines"),
+    (b"url,title\nhttp://h/1,x\n", r"its columns are \['url', 'title'\]; it needs url .* and caption"),
+    (gzip.compress(CC12M.encode() * 99)[:-20], "broken gzip file"),
+    (b"PAR1 is not enough", "not a readable Parquet file"),
+])  # fmt: skip
+def test_lists_that_cannot_be_used(tmp_path, data, message):
+    path = tmp_path / "list.tsv"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=rf"--source \S*list.tsv:? ?{message}"):
+        ingest(config(tmp_path / "D", path, retries=0))
+
+
+def test_a_parquet_list_without_text_columns(tmp_path):
+    path = str(tmp_path / "list.parquet")
+    pq.write_table(pa.table({"url": ["http://h/1"], "caption": [["a", "b"]]}), path)
+    with pytest.raises(UserError, match="not a readable Parquet file with text columns"):
+        list(list_rows(path, "parquet"))
+    pq.write_table(pa.table({"url": ["http://h/1"]}), path)
+    with pytest.raises(UserError, match=r"its columns are \['url'\]"):
+        list(list_rows(path, "parquet"))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"shard_size": 0}, "shard_size is 0: allowed are whole numbers from 1"),
+    ({"image_size": -1}, "image_size is -1: allowed are whole numbers from 1"),
+    ({"concurrency": 0}, "concurrency is 0"),
+    ({"workers": -1}, "workers is -1: allowed are whole numbers from 0"),
+    ({"timeout_s": 0}, "timeout_s is 0: allowed are seconds above 0"),
+    ({"timeout_s": float("nan")}, "timeout_s is nan"),
+    ({"max_bytes": 0}, "max_bytes is 0"),
+    ({"retries": -1}, "retries is -1"),
+])  # fmt: skip
+def test_config_errors(options, message):
+    with pytest.raises(UserError, match=message):
+        IngestConfig("root", "list.tsv", **options)
+    with pytest.raises(UserError, match="source is empty"):
+        IngestConfig("root", "")
+
+
+@pytest.mark.parametrize("form", ["auto", "cc3m", "folder", "img2dataset"])
+def test_a_source_that_is_not_there(tmp_path, form):
+    with pytest.raises(UserError, match="nowhere"):
+        ingest(config(tmp_path / "D", tmp_path / "nowhere", format=form))
+    assert not (tmp_path / "D/dataset.json").exists()
+
+
+# running again
+
+
+def test_a_rerun_does_only_what_is_missing_or_changed(server, tmp_path):
+    rows = [(f"{server.url}/good/{n}?rerun", f"c{n}") for n in range(25)]
+    source, root = tmp_path / "l.tsv", tmp_path / "D"
+    first = ingest(config(root, write_list(source, rows)))
+    assert (first.shards, first.made) == (3, 3)
+    before = tree(root)
+    assert ingest(config(root, source)).made == 0
+    (root / "raw/00001_stats.json").unlink()
+    assert ingest(config(root, source, concurrency=3, timeout_s=5)).made == 1
+    assert tree(root) == before
+    rows[21] = (rows[21][0], "another caption")
+    assert ingest(config(root, write_list(source, rows))).made == 1
+    assert rows_of(root, 2)[1]["caption"] == "another caption"
+    with pytest.raises(
+        UserError, match=r"00000 was made with another config \(image_size: 48 there, 32 asked\).*--overwrite"
+    ):
+        ingest(config(root, source, image_size=32))
+    assert ingest(config(root, source, image_size=32, overwrite=True)).made == 3
+    write_list(source, rows[:7])
+    with pytest.raises(UserError, match=r"has 2 shards more \(00001 and on\) than --source .* --overwrite"):
+        ingest(config(root, source, image_size=32))
+    ingest(config(root, source, image_size=32, overwrite=True))
+    assert sorted(path.name for path in (root / "raw").iterdir()) == ["00000.parquet", "00000.tar", "00000_stats.json"]
+    assert check(CheckConfig(str(root))) == []
+
+
+RUN = """
+import sys
+from pipeline.ingest import IngestConfig, ingest
+if __name__ == "__main__":
+    ingest(IngestConfig(sys.argv[1], sys.argv[2], shard_size=8, image_size=48, allow_private=True, workers=1))
+"""
+
+
+def kill_and_compare(server, tmp_path, kills: int) -> None:
+    server.delay_s = 0.03
+    rows = [(f"{server.url}/good/{n}" if n % 5 else f"{server.url}/gone", f"c{n}") for n in range(200)]
+    source = write_list(tmp_path / "l.tsv", rows)
+    run = [sys.executable, "-c", RUN]
+    start = time.monotonic()
+    subprocess.run([*run, str(tmp_path / "calm/D"), source], check=True, capture_output=True)
+    seconds, rng = time.monotonic() - start, random.Random(kills)
+    root = tmp_path / "killed/D"
+    for _ in range(kills):
+        process = subprocess.Popen([*run, str(root), source], stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.3, 0.9) * seconds)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        if (root / "raw").exists() and rng.random() < 0.5:  # start over now and then, so that kills hit every part
+            shutil.rmtree(root)
+    subprocess.run([*run, str(root), source], check=True, capture_output=True)
+    server.delay_s = 0.0
+    assert tree(root) == tree(tmp_path / "calm/D")
+    assert check(CheckConfig(str(root))) == []
+
+
+def test_killed_at_any_moment(server, tmp_path):
+    kill_and_compare(server, tmp_path, 4)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_twenty_times(server, tmp_path):
+    kill_and_compare(server, tmp_path, 20)
+
+
+# img2dataset's layout, against a shard that img2dataset 1.47 itself made from a list of 103 rows
+
+
+def make_golden_twin(server, root: Path) -> None:
+    rows = [(f"{server.url}/good/{n}", f"good {n} ü") for n in range(3)] + [(f"{server.url}/html", "h")]
+    rows += [(f"{server.url}/gone", f"gone {n}") for n in range(99)]
+    ingest(config(root, write_list(root.parent / "l.tsv", rows), shard_size=10_000))
+
+
+def test_layout_is_img2datasets_to_the_letter(server, tmp_path):
+    make_golden_twin(server, tmp_path / "D")
+    ours = tmp_path / "D/raw"
+    assert sorted(os.listdir(ours)) == sorted(os.listdir(GOLDEN)) == ["00000.parquet", "00000.tar", "00000_stats.json"]
+    theirs_file, ours_file = pq.ParquetFile(GOLDEN / "00000.parquet"), pq.ParquetFile(ours / "00000.parquet")
+    assert ours_file.schema.equals(theirs_file.schema)
+    for meta in (theirs_file.metadata, ours_file.metadata):
+        assert [meta.row_group(n).num_rows for n in range(meta.num_row_groups)] == [100, 3]
+        assert meta.row_group(0).column(0).compression == "SNAPPY"
+    their_rows, our_rows = theirs_file.read().to_pylist(), ours_file.read().to_pylist()
+    assert sorted(row["key"] for row in their_rows) == [row["key"] for row in our_rows]
+    for rows in (their_rows, our_rows):  # what is null where
+        failed = next(row for row in rows if row["status"] == "failed_to_resize")
+        assert {name for name, value in failed.items() if value is None} == {
+            "width", "height", "original_width", "original_height", "exif", "sha256"}  # fmt: skip
+    theirs, mine = (json.loads((path / "00000_stats.json").read_text()) for path in (GOLDEN, ours))
+    assert [*theirs, "clipmill"] == list(mine)
+    assert [type(value) for value in theirs.values()] == [type(mine[name]) for name in theirs]
+
+
+def test_tar_members_are_img2datasets(server, tmp_path):
+    make_golden_twin(server, tmp_path / "D")
+    with tarfile.open(GOLDEN / "00000.tar") as theirs, tarfile.open(tmp_path / "D/raw/00000.tar") as ours:
+        assert sorted(theirs.getnames()) == ours.getnames()
+        assert {member.mode for member in theirs} == {member.mode for member in ours} == {0o444}
+        for name in ("000000000.json", "000000000.txt"):
+            one, other = (tar.extractfile(name).read().decode() for tar in (theirs, ours))
+            if name.endswith("json"):
+                assert json.dumps(json.loads(one), indent=4) == one
+                assert json.dumps(json.loads(other), indent=4) == other
+                assert [(k, type(v)) for k, v in json.loads(one).items()] == [
+                    (k, type(v)) for k, v in json.loads(other).items()]  # fmt: skip
+    sample = next(read_shard(str(tmp_path / "D/raw/00000.tar")))
+    assert (sample.caption, sample.meta["key"]) == ("good 0 ü", "000000000")
+    assert sample.meta == {**rows_of(tmp_path / "D")[0]}
+    original = picture(0)
+    assert sample.meta["sha256"] == hashlib.sha256(original).hexdigest()
+
+
+@pytest.mark.parametrize(("shard", "index", "size", "key"), [
+    (12, 42, 10_000, "000120042"), (12, 42, 1000, "000120042"), (0, 0, 10, "000000000"),
+    (3, 99_999, 100_000, "0000399999"), (100_000, 1, 1000, "1000000001"),
+])  # fmt: skip
+def test_keys(shard, index, size, key):
+    assert sample_key(shard, index, size) == key
+
+
+# img2dataset's shards
+
+
+def foreign(folder: Path, number: int, key_from: str = "", key_to: str = "") -> None:
+    """A copy of the golden shard under another number; its keys begin with the number, as img2dataset's do."""
+    folder.mkdir(parents=True, exist_ok=True)
+    key_from, key_to = key_from or "00000", key_to or f"{number:05d}"
+    with tarfile.open(GOLDEN / "00000.tar") as source, tarfile.open(folder / f"{number:05d}.tar", "w") as target:
+        for member in source:
+            data = source.extractfile(member).read()
+            member.name = key_to + member.name.removeprefix(key_from)
+            target.addfile(member, io.BytesIO(data))
+    table = pq.read_table(GOLDEN / "00000.parquet")
+    keys = pa.array([key_to + key.removeprefix(key_from) for key in table["key"].to_pylist()])
+    pq.write_table(table.set_column(table.schema.get_field_index("key"), "key", keys), folder / f"{number:05d}.parquet")
+    shutil.copy(GOLDEN / "00000_stats.json", folder / f"{number:05d}_stats.json")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_img2dataset_shards_are_copied_byte_for_byte(tmp_path, caplog, workers):
+    for number in (0, 1, 3):
+        foreign(tmp_path / "S", number)
+    (tmp_path / "S/00002.tar").write_bytes(b"half")
+    root = tmp_path / "D"
+    summary = ingest(config(root, tmp_path / "S", workers=workers))
+    assert "left out 1 unfinished shards (no stats): ['00002']" in caplog.text
+    assert (summary.shards, summary.made, summary.counts["success"]) == (3, 3, 9)
+    for ours, theirs in ((0, 0), (1, 1), (2, 3)):
+        for ending in (".tar", ".parquet"):
+            assert (root / f"raw/{ours:05d}{ending}").read_bytes() == (
+                tmp_path / f"S/{theirs:05d}{ending}"
+            ).read_bytes()
+        stats = json.loads((root / f"raw/{ours:05d}_stats.json").read_text())
+        stats.pop("clipmill")
+        assert stats == json.loads((GOLDEN / "00000_stats.json").read_text())
+    assert ingest(config(root, tmp_path / "S", format="img2dataset")).made == 0
+    assert check(CheckConfig(str(root))) == []
+
+
+def test_img2dataset_shards_are_adopted_in_place(tmp_path):
+    root = tmp_path / "D"
+    for number in (0, 1):
+        foreign(root / "raw", number)
+    before = tree(root)
+    assert ingest(config(root, root / "raw")).made == 2
+    after = tree(root)
+    for name, content in before.items():
+        expected = {**content, "clipmill": after[name]["clipmill"]} if isinstance(content, dict) else content
+        assert after[name] == expected
+    assert ingest(config(root, root / "raw")).made == 0
+    assert check(CheckConfig(str(root))) == []
+    for ending in (".tar", ".parquet", "_stats.json"):
+        (root / f"raw/00000{ending}").unlink()
+    with pytest.raises(
+        UserError, match="not numbered 00000 to 00000; let img2dataset finish, or ingest them into another"
+    ):
+        ingest(config(root, root / "raw"))
+
+
+def test_broken_img2dataset_shards_fail_by_name_and_others_go_on(tmp_path):
+    for number in range(6):
+        foreign(tmp_path / "S", number)
+    tar = tmp_path / "S/00001.tar"
+    tar.write_bytes(tar.read_bytes()[:2000])
+    (tmp_path / "S/00002.parquet").unlink()
+    (tmp_path / "S/00003_stats.json").write_text("{")
+    (tmp_path / "S/00004.tar").unlink()
+    with pytest.raises(ShardsFailed) as failed:
+        ingest(config(tmp_path / "D", tmp_path / "S"))
+    lines = str(failed.value).splitlines()
+    assert lines[0] == "ingest: 4 of 6 shards failed"
+    expected = [
+        "00001.tar: truncated tar, last whole member",
+        "00002.parquet cannot be read",
+        "00003_stats.json: not JSON",
+        "00004.tar is not there",
+    ]
+    for line, words in zip(lines[1:], expected, strict=True):
+        assert words in line
+    done = sorted(path.name for path in (tmp_path / "D/raw").glob("*.json"))
+    assert done == ["00000_stats.json", "00005_stats.json"]
+
+
+def test_img2dataset_shards_that_do_not_fit_each_other(tmp_path):
+    foreign(tmp_path / "S", 0)
+    stats = json.loads((GOLDEN / "00000_stats.json").read_text())
+    (tmp_path / "S/00000_stats.json").write_text(json.dumps({**stats, "successes": 4}))
+    with pytest.raises(ShardsFailed, match="has 3 samples, its Parquet file 3, its stats 4"):
+        ingest(config(tmp_path / "D", tmp_path / "S"))
+    (tmp_path / "S/00000_stats.json").write_text("{}")
+    with pytest.raises(ShardsFailed, match="lacks img2dataset's fields"):
+        ingest(config(tmp_path / "D", tmp_path / "S"))
+
+
+def test_a_key_in_two_img2dataset_shards(tmp_path):
+    foreign(tmp_path / "S", 0)
+    foreign(tmp_path / "S", 1, key_from="00000", key_to="00000")
+    with pytest.raises(UserError, match=r"key 000000000 is in \S*00000.tar and in \S*00001.tar \(3 keys are in both\)"):
+        ingest(config(tmp_path / "D", tmp_path / "S"))
+    assert not (tmp_path / "D").exists()
+
+
+def test_no_finished_img2dataset_shard(tmp_path):
+    (tmp_path / "00000.tar").write_bytes(b"")
+    with pytest.raises(UserError, match="has no finished img2dataset shard"):
+        ingest(config(tmp_path / "D", tmp_path))
+
+
+# folders
+
+
+def test_a_folder_with_captions_beside(tmp_path):
+    source = tmp_path / "S"
+    (source / "b").mkdir(parents=True)
+    for n, name in enumerate(("z.jpg", "b/x.PNG", "a.webp", "b/none.jpg")):
+        (source / name).write_bytes(picture(n, form="PNG" if name.endswith("PNG") else "JPEG"))
+    (source / "z.txt").write_text("last ü\n")
+    (source / "b/x.txt").write_text("in b")
+    (source / "a.txt").write_bytes(b"\xff")
+    (source / "empty.jpg").write_bytes(b"")
+    (source / "notes.md").write_text("no picture")
+    (source / "gone.jpg").symlink_to("nowhere")
+    summary = ingest(config(tmp_path / "D", source))
+    found = [(row["url"], row["caption"], row["error_message"]) for row in rows_of(tmp_path / "D")]
+    assert found == [
+        ("a.webp", "\ufffd", "caption is not UTF-8"),
+        ("empty.jpg", None, "empty file"),
+        ("gone.jpg", None, "file not found"),
+        ("z.jpg", "last ü", None),
+        ("b/none.jpg", None, None),
+        ("b/x.PNG", "in b", None),
+    ]
+    samples = list(read_shard(str(tmp_path / "D/raw/00000.tar")))
+    assert [(sample.key, sample.caption) for sample in samples] == [
+        ("000000003", "last ü"), ("000000004", ""), ("000000005", "in b")]  # fmt: skip
+    assert sum(summary.counts.values()) == 6
+    assert check(CheckConfig(str(tmp_path / "D"))) == []
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_a_folder_with_metadata(tmp_path, form):
+    (tmp_path / "train").mkdir()
+    for name in ("1.jpg", "2.jpg", "other.jpg"):
+        (tmp_path / "train" / name).write_bytes(picture(1))
+    listed = [
+        ("train/2.jpg", "two"),
+        ("train/1.jpg", 'one, "quoted"'),
+        ("train/3.jpg", "not there"),
+        ("../x.jpg", "up"),
+    ]
+    if form == "csv":
+        lines = ["file_name,text", *('{},"{}"'.format(n, c.replace('"', '""')) for n, c in listed)]
+    else:
+        lines = [json.dumps({"file_name": n, "caption": c}) for n, c in listed] + ["no json", '{"text": "x"}', ""]
+    (tmp_path / f"metadata.{form}").write_text("\n".join(lines))
+    rows = [(row.url, row.caption, row.problem) for row in folder_rows(str(tmp_path))]
+    expected = [
+        ("train/1.jpg", 'one, "quoted"', None), ("train/2.jpg", "two", None), ("train/other.jpg", None, None),
+        ("../x.jpg", "up", "file not found"),
+    ]  # fmt: skip
+    if form == "jsonl":
+        expected += [(f"metadata.jsonl:{n}", None, "metadata row without file_name") for n in (5, 6)]
+    assert rows == [*expected, ("train/3.jpg", "not there", "file not found")]
+
+
+def test_metadata_that_cannot_be_used(tmp_path):
+    (tmp_path / "metadata.csv").write_text("name,text\nx,y\n")
+    with pytest.raises(UserError, match=r"metadata.csv: its columns are \['name', 'text'\]; it needs file_name"):
+        ingest(config(tmp_path / "D", tmp_path))
+
+
+def test_a_changed_picture_is_read_again_by_two_workers(tmp_path):
+    source = tmp_path / "S"
+    source.mkdir()
+    for n in range(12):
+        (source / f"{n:02d}.jpg").write_bytes(picture(n))
+        (source / f"{n:02d}.txt").write_text(f"c{n}")
+    root = tmp_path / "D"
+    assert ingest(config(root, source, workers=2, shard_size=4)).made == 3
+    assert ingest(config(root, source, workers=2, shard_size=4)).made == 0
+    (source / "05.jpg").write_bytes(picture(77))
+    assert ingest(config(root, source, workers=2, shard_size=4)).made == 1
+    (tmp_path / "E").mkdir()
+    with pytest.raises(UserError, match="has no row and no picture in it; nothing to ingest"):
+        ingest(config(root, tmp_path / "E"))
+
+
+# pictures
+
+
+def test_small_upright_rgb_jpegs_keep_their_bytes():
+    data = picture(1, (90, 48))
+    result = convert(data, 48)
+    assert (result.data, result.width, result.height, result.exif) == (data, 90, 48, "{}")
+
+
+@pytest.mark.parametrize(("size", "expected"), [((96, 64), (72, 48)), ((64, 96), (48, 72)), ((1600, 800), (96, 48)),
+                                                ((4000, 60), (3200, 48)), ((40, 200), (40, 200))])  # fmt: skip
+def test_the_shorter_side_is_shrunk(size, expected):
+    result = convert(picture(1, size), 48)
+    assert (result.width, result.height, result.original_width, result.original_height) == (*expected, *size)
+    assert Image.open(io.BytesIO(result.data)).size == expected
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(40, 24), (160, 96)])
+def test_orientation_is_applied(orientation, size):
+    upright = Image.new("RGB", size, "red")
+    upright.paste("blue", (0, 0, size[0] // 2, size[1]))
+    upright.paste("green", (0, 0, size[0] // 4, size[1] // 2))
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that makes the camera's picture
+    camera = upright.transpose(Image.Transpose(back[orientation])) if orientation > 1 else upright
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112], exif[0x010F] = orientation, "Acme"
+    camera.save(file, "JPEG", quality=95, exif=exif)
+    result = convert(file.getvalue(), 48)
+    shown = Image.open(io.BytesIO(result.data)).resize(size)
+    assert (result.original_width, result.original_height) == size
+    assert json.loads(result.exif) == {"Image Orientation": str(orientation), "Image Make": "Acme"}
+    assert np.abs(np.asarray(shown, int) - np.asarray(upright, int)).mean() < 12
+
+
+def pixel(data: bytes) -> tuple[int, ...]:
+    result = Image.open(io.BytesIO(convert(data, 16).data))
+    assert (result.format, result.mode) == ("JPEG", "RGB")
+    return result.getpixel((8, 8))
+
+
+def encoded(image: Image.Image, form: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("data", "expected"), [
+    (encoded(Image.new("RGBA", (32, 32), (255, 0, 0, 0)), "PNG"), (255, 255, 255)),
+    (encoded(Image.new("RGBA", (32, 32), (0, 0, 0, 127)), "WEBP", lossless=True), (128, 128, 128)),
+    (encoded(Image.new("LA", (32, 32), (0, 0)), "PNG"), (255, 255, 255)),
+    (encoded(Image.new("L", (32, 32), 100), "JPEG"), (100, 100, 100)),
+    (encoded(Image.new("1", (32, 32), 1), "PNG"), (255, 255, 255)),
+    (encoded(Image.new("RGB", (32, 32), (0, 200, 0)).quantize(4), "PNG"), (0, 200, 0)),
+    (encoded(Image.new("RGB", (32, 32), (0, 200, 0)).quantize(4), "GIF", transparency=0), (255, 255, 255)),
+    (encoded(Image.new("CMYK", (32, 32), (0, 255, 255, 0)), "JPEG", quality=95), (254, 0, 0)),
+    (encoded(Image.new("CMYK", (32, 32), (0, 255, 255, 0)), "TIFF"), (254, 0, 0)),
+    (encoded(Image.fromarray(np.full((32, 32), 30_000, np.uint16)), "PNG"), (117, 117, 117)),
+    (encoded(Image.fromarray(np.full((32, 32), 30_000, np.uint16)), "TIFF"), (117, 117, 117)),
+    (encoded(Image.new("RGB", (32, 32), (10, 20, 200)), "BMP"), (10, 20, 200)),
+])  # fmt: skip
+def test_every_mode_becomes_rgb_on_white(data, expected):
+    assert np.abs(np.subtract(pixel(data), expected)).max() <= 4
+
+
+def bomb() -> bytes:
+    """A PNG header that announces 30,000 x 30,000 pixels."""
+    data = bytearray(encoded(Image.new("L", (1, 1)), "PNG"))
+    data[16:24] = (30_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize(("data", "reason"), [
+    (b"<html>", "not an image"),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+    (b"\xff\xd8\xff", "not an image"),
+    (picture(1, (300, 300))[:1500], "truncated image"),
+    (picture(1, (300, 300), progressive=True)[:1500], "truncated image"),
+    (picture(1, (300, 300), "PNG")[:600], "truncated image"),
+    (bomb(), "too many pixels"),
+])  # fmt: skip
+def test_bytes_that_are_no_picture(data, reason):
+    with pytest.raises(BadImage, match=f"^{reason}$"):
+        convert(data, 48)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000"])
+def test_damaged_bytes_give_a_picture_or_a_named_reason(form):
+    data, rng = picture(3, (80, 60), form), random.Random(form)
+    reasons = set()
+    for _ in range(60):
+        broken = bytearray(data[: rng.randrange(1, len(data) + 1)])
+        for _ in range(rng.randrange(6)):
+            broken[rng.randrange(len(broken))] = rng.randrange(256)
+        try:
+            convert(bytes(broken), 32)
+        except BadImage as error:
+            reasons.add(str(error))
+    assert reasons <= {"not an image", "truncated image", "broken image", "too many pixels"}
+
+
+def test_exif_is_text_that_json_can_hold():
+    exif = Image.Exif()
+    exif[0x010F], exif[0x9286], exif[0x927C] = "Ac\x00me", b"ASCII\0\0\0\xff\xfe", b"x" * 5000
+    exif.get_ifd(0x8769)[0x829A] = 1 / 60
+    result = convert(picture(1, exif=exif), 48)
+    assert all(isinstance(value, str) and len(value) <= 1000 for value in json.loads(result.exif).values())
+    assert "EXIF ExposureTime" in json.loads(result.exif)

@@ -1,0 +1,158 @@
+"""Losses by their numbers, and the schedule as a table. Numbers: worked by hand, TinyCLIP's formulas."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from shards_spec.files import UserError
+from training.losses import affinity_loss, clip_loss, feature_loss
+from training.optim import OptimConfig, build_optimizer, cosine_lr, param_groups
+
+EYE = torch.eye(2)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "loss"),
+    [
+        (math.log(3), math.log(3), 0.562335),
+        (1.0, 1.0, 0.582203),
+        (math.log(9), math.log(3), 0.654667),
+        (0.0, 1.0, math.log(2)),
+        (50.0, 50.0, 0.0),
+    ],
+)
+def test_affinity_of_identity_features(student, teacher, loss):
+    assert affinity_loss(EYE, EYE, EYE, EYE, student, teacher).item() == pytest.approx(loss, abs=1e-6)
+
+
+def test_affinity_has_two_directions():
+    texts = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    scale = math.log(3)
+    assert affinity_loss(EYE, texts, EYE, EYE, scale, scale).item() == pytest.approx(0.765068, abs=1e-6)
+    # rows alone and columns alone: 0.693147 and 0.836988
+    assert (math.log(2) + 0.836988) / 2 == pytest.approx(0.765068, abs=1e-6)
+
+
+def features(*seeds, n=6, d=5):
+    return [F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(s)), dim=-1) for s in seeds]
+
+
+def test_affinity_gradient_is_the_difference_of_softmaxes():
+    student_image, student_text, image, text = features(0, 1, 2, 3)
+    scale = torch.tensor(7.0, requires_grad=True)
+    affinity_loss(student_image, student_text, image, text, scale, 5.0).backward()
+    similarity, target = student_image @ student_text.T, 5 * image @ text.T
+    rows = (7 * similarity).softmax(1) - target.softmax(1)
+    columns = (7 * similarity).softmax(0) - target.softmax(0)
+    expected = ((rows + columns) / 2 / 6 * similarity).sum()
+    assert scale.grad.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_affinity_at_the_teacher_is_its_entropy_with_no_gradient():
+    image, text = features(0, 1)
+    student = image.clone().requires_grad_()
+    loss = affinity_loss(student, text, image, text, 20.0, 20.0)
+    logits = 20 * image @ text.T
+    entropy = sum(-(p * p.log()).sum(1).mean() for p in (logits.softmax(1), logits.T.softmax(1))) / 2
+    assert loss.item() == pytest.approx(entropy.item(), abs=1e-5)
+    loss.backward()
+    assert student.grad.abs().max() < 1e-6
+
+
+def test_no_gradient_reaches_the_teacher():
+    student_image, student_text, image, text = (tensor.requires_grad_() for tensor in features(0, 1, 2, 3))
+    (
+        affinity_loss(student_image, student_text, image, text) + feature_loss(student_image, student_text, image, text)
+    ).backward()
+    assert image.grad is None
+    assert text.grad is None
+    assert student_image.grad.abs().sum() > 0
+
+
+def test_clip_loss_equals_open_clips():
+    from open_clip.loss import ClipLoss
+
+    image, text = features(0, 1)
+    assert torch.allclose(clip_loss(image, text, 13.0), ClipLoss()(image, text, torch.tensor(13.0)))
+    assert clip_loss(EYE, EYE, math.log(3)).item() == pytest.approx(-math.log(3 / 4), abs=1e-6)
+
+
+def test_losses_are_float32_under_autocast():
+    image, text = features(0, 1)
+    plain = (
+        affinity_loss(image, text, text, image),
+        clip_loss(image, text, 50.0),
+        feature_loss(image, text, text, image),
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = (
+            affinity_loss(image, text, text, image),
+            clip_loss(image, text, 50.0),
+            feature_loss(image, text, text, image),
+        )
+    assert plain == cast
+
+
+def test_feature_loss_is_two_minus_two_cosines():
+    image, text, other_image, other_text = features(0, 1, 2, 3)
+    cosines = ((image * other_image).sum(1).mean() + (text * other_text).sum(1).mean()) / 2
+    assert feature_loss(3 * image, text, other_image, 0.1 * other_text).item() == pytest.approx(
+        2 - 2 * cosines.item(), abs=1e-6
+    )
+    assert feature_loss(EYE, EYE, EYE, EYE.flip(0)).item() == pytest.approx(1.0)
+
+
+def test_cosine_lr_table():
+    lrs = [cosine_lr(step, 1.0, 4, 12) for step in range(12)]
+    half = [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]
+    assert lrs == pytest.approx([0.25, 0.5, 0.75, 1.0, *half])
+    assert half[4] == pytest.approx(0.5)
+    assert cosine_lr(0, 2.0, 0, 10) == 2.0
+    assert cosine_lr(5, 1.0, 5, 5) == 1.0
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 3)
+        self.ln_1 = nn.LayerNorm(3)
+        self.bn_weird = nn.Parameter(torch.ones(2, 2))
+        self.logit_scale = nn.Parameter(torch.ones([]))
+        self.positional_embedding = nn.Parameter(torch.ones(4, 3))
+        self.class_embedding = nn.Parameter(torch.ones(3))
+        self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+
+
+def test_decay_is_for_matrices_with_no_exempt_name():
+    toy = Toy()
+    names = {id(parameter): name for name, parameter in toy.named_parameters()}
+    decayed, plain = ({names[id(p)] for p in group["params"]} for group in param_groups(toy, 0.2))
+    assert decayed == {"fc.weight", "positional_embedding"}
+    assert plain == {"fc.bias", "ln_1.weight", "ln_1.bias", "bn_weird", "logit_scale", "class_embedding"}
+
+
+def test_optimizer_takes_the_config():
+    optimizer = build_optimizer(Toy(), OptimConfig(lr=0.5, weight_decay=0.3, beta1=0.1, beta2=0.2, eps=0.01))
+    decayed, plain = optimizer.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert all((g["lr"], g["betas"], g["eps"]) == (0.5, (0.1, 0.2), 0.01) for g in (decayed, plain))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("lr", 0.0),
+        ("weight_decay", -1.0),
+        ("beta1", 1.0),
+        ("beta2", -0.1),
+        ("eps", 0.0),
+        ("warmup", -1),
+        ("clip_norm", 0.0),
+    ],
+)
+def test_fields_are_checked(field, value):
+    with pytest.raises(UserError, match=rf"--{field.replace('_', '-')} {value}: must be"):
+        OptimConfig(**{field: value})

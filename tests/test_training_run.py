@@ -1,0 +1,318 @@
+"""Whole runs of tiny students: what a run writes, resuming to the last bit, stopping, errors."""
+
+import dataclasses
+import importlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small_data import write_raw
+from small_training import bare_coca, tiny_clip, write_packed, write_teacher
+
+from shards_spec.files import UserError
+from training.config import flat
+from training.recipes import RECIPES
+from training.run_dir import RunDir, load_checkpoint
+from training.student import load_run, new_student
+from training.trainer import Trainer, train
+
+GOLDEN = Path(__file__).parent / "golden"
+TIMING = ("samples_per_s", "seconds")
+RUN_IT = """
+import sys, json, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from test_training_run import tiny_config
+from training.trainer import train
+train("affinity", tiny_config(*json.loads(sys.argv[1]), **json.loads(sys.argv[2])))
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A packed dataset of 3 shards with a teacher, and students clip/ and coca/ beside them."""
+    root = tmp_path_factory.mktemp("data")
+    write_teacher(str(root), write_packed(str(root), [9, 8, 6], broken=("000020001",)))
+    tiny_clip(root / "models" / "clip")
+    bare_coca(root / "models" / "coca")
+    write_raw(str(root), shards=2, per_shard=6)
+    return str(root)
+
+
+def tiny_config(recipe, root, out, **fields):
+    """A recipe's smoke config on the tiny data; ``fields`` go to whichever part has them."""
+    module = importlib.import_module(f"training.recipes.{recipe}")
+    model = f"local-dir:{root}/models/{'coca' if recipe == 'coca' else 'clip'}"
+    wanted = {"data": root, "out": out, "model": model, "batch_size": 4, "steps": 12, "lr": 1e-3, **fields}
+    config = module.smoke(module.config())
+    for part in dataclasses.fields(config):
+        piece = getattr(config, part.name)
+        if dataclasses.is_dataclass(piece):
+            names = {field.name for field in dataclasses.fields(piece)} & set(wanted)
+            config = dataclasses.replace(
+                config, **{part.name: dataclasses.replace(piece, **{name: wanted.pop(name) for name in names})}
+            )
+    return dataclasses.replace(config, **wanted)
+
+
+def lines(out):
+    """metrics.jsonl without what depends on the clock."""
+    found = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMING} for line in found]
+
+
+def final_weights(out):
+    return load_checkpoint(RunDir(str(out)).newest())["task"]
+
+
+def assert_same_run(one, other):
+    assert lines(one) == lines(other)
+    weights, others = final_weights(one), final_weights(other)
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_golden_config(recipe):
+    config = importlib.import_module(f"training.recipes.{recipe}").config()
+    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    assert text == (GOLDEN / f"recipe_{recipe}.json").read_text(), "a default changed: write the golden file again"
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_every_field_is_a_flat_flag_with_help(recipe):
+    import tyro
+
+    module = importlib.import_module(f"training.recipes.{recipe}")
+    config = tyro.cli(module.Config, args=["--data", "D", "--batch-size", "3", "--lr", "0.5"], default=module.config())
+    assert (flat(config)["data"], flat(config)["batch_size"], flat(config)["lr"]) == ("D", 3, 0.5)
+    code = f"import tyro; from training.recipes import {recipe} as r; tyro.cli(r.Config, default=r.config(), args=['--help'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "COLUMNS": "300"}
+    )
+    for name, value in flat(config).items():
+        flag = next(line for line in done.stdout.splitlines() if f"--{name.replace('_', '-')} " in line + " ")
+        assert "default" in done.stdout[done.stdout.index(flag) :][:400], (name, value)
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recipe_learns_and_leaves_a_whole_run_folder(recipe, precision, root, tmp_path):
+    out = train(recipe, tiny_config(recipe, root, str(tmp_path / "run"), precision=precision, steps=30, batch_size=6))
+    run = lines(out)
+    assert [line["step"] for line in run] == list(range(1, 31))
+    assert run[-1]["samples_seen"] == 180
+    first, last = (sum(line["loss"] for line in part) / 5 for part in (run[:5], run[-5:]))
+    assert last < first
+    assert run[0]["loss"] == pytest.approx(sum(run[0]["losses"].values()))
+    names = set(os.listdir(out))
+    assert names == {
+        "config.json", "environment.json", "open_clip_config.json", "bpe.txt.gz", "metrics.jsonl", "tensorboard", "checkpoints",
+    }  # fmt: skip
+    assert os.listdir(f"{out}/checkpoints") == ["step_000030.pt"]
+    config = json.loads(Path(out, "config.json").read_text())
+    assert (config["recipe"], config["batch_size"], config["precision"]) == (recipe, 6, precision)
+    student, step = load_run(out)
+    weights = final_weights(out)
+    assert step == 30
+    assert all(torch.equal(value, weights[f"student.{name}"]) for name, value in student.model.state_dict().items())
+
+
+def test_terms_of_the_affinity_recipe(root, tmp_path):
+    weights = {"affinity_weight": 1.0, "feature_weight": 2.0, "contrastive_weight": 0.5}
+    out = train("affinity", tiny_config("affinity", root, str(tmp_path / "all"), steps=2, **weights))
+    assert set(lines(out)[0]["losses"]) == {"affinity", "feature", "contrastive"}
+    assert lines(out)[-1]["logit_scale"] == pytest.approx(50)
+    learned = tiny_config("affinity", root, str(tmp_path / "learned"), steps=2, fixed_logit_scale=None)
+    scales = [line["logit_scale"] for line in lines(train("affinity", learned))]
+    assert scales[0] != scales[1]
+    assert scales[0] == pytest.approx(1 / 0.07, rel=0.01)
+
+
+def test_broken_pictures_are_counted(root, tmp_path):
+    out = train("clip", tiny_config("clip", root, str(tmp_path / "run"), steps=12, batch_size=4))
+    assert lines(out)[-1]["skipped"] == 2  # 48 positions: two epochs of 23 samples and a bit
+
+
+def test_workers_and_cadence_change_nothing(root, tmp_path):
+    one = train("affinity", tiny_config("affinity", root, str(tmp_path / "one")))
+    two = train("affinity", tiny_config("affinity", root, str(tmp_path / "two"), workers=2, checkpoint_steps=5))
+    assert_same_run(one, two)
+
+
+def test_going_on_from_any_checkpoint_equals_an_undisturbed_run(root, tmp_path):
+    whole = train(
+        "affinity", tiny_config("affinity", root, str(tmp_path / "whole"), checkpoint_steps=1, keep_checkpoints=99)
+    )
+    kept = RunDir(whole)
+    for step in (1, 5, 11):
+        out = tmp_path / f"from_{step}"
+        train("affinity", tiny_config("affinity", root, str(out), checkpoint_steps=1, keep_checkpoints=99))
+        for later in range(step + 1, 13):
+            (out / "checkpoints" / f"step_{later:06d}.pt").unlink()
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write('{"step": 13, "lo')  # killed while writing
+        train("affinity", tiny_config("affinity", root, str(out), log_every=1))
+        assert_same_run(whole, out)
+    assert load_checkpoint(kept.newest())["epoch"] == 48 // 23
+
+
+def test_dropout_goes_on_in_its_random_stream(root, tmp_path):
+    """The student's own randomness is part of a checkpoint."""
+    source = Path(root, "models", "clip")
+    folder = tmp_path / "dropping"
+    folder.mkdir()
+    for name in ("bpe.txt.gz", "open_clip_config.json"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["vision_cfg"]["patch_dropout"] = 0.5
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    fields = {"model": f"local-dir:{folder}", "checkpoint_steps": 4, "keep_checkpoints": 9}
+    whole = train("clip", tiny_config("clip", root, str(tmp_path / "whole"), **fields))
+    again = train("clip", tiny_config("clip", root, str(tmp_path / "again"), **fields))
+    (Path(again) / "checkpoints" / "step_000012.pt").unlink()
+    train("clip", tiny_config("clip", root, again, **fields))
+    assert_same_run(whole, again)
+
+
+def start(root, out, **fields):
+    code = RUN_IT.format(tests=str(Path(__file__).parent))
+    words = [json.dumps(["affinity", root, str(out)]), json.dumps(fields)]
+    return subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True)
+
+
+def logged(out):
+    path = Path(out) / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def kill_often(root, tmp_path, kills, steps):
+    fields = {"steps": steps, "checkpoint_steps": 3, "workers": 1}
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "killed"
+    assert start(root, undisturbed, **fields).wait() == 0
+    rng, done = random.Random(0), 0
+    for _ in range(kills):
+        process, before = start(root, out, **fields), logged(out)
+        while process.poll() is None and logged(out) <= before:
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.3)
+        process.kill()
+        done += process.wait() == -signal.SIGKILL
+    assert start(root, out, **fields).wait() == 0
+    assert done, "every process had finished before it was killed"
+    assert_same_run(undisturbed, out)
+    assert not [name for name in os.listdir(out / "checkpoints") if name.endswith(".tmp")]
+
+
+def test_killed_and_run_again_gives_the_same_losses(root, tmp_path):
+    kill_often(root, tmp_path, kills=2, steps=150)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(root, tmp_path):
+    kill_often(root, tmp_path, kills=20, steps=1500)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_stopping_signals_leave_a_checkpoint(root, tmp_path, number, monkeypatch, caplog):
+    step = Trainer.step
+
+    def interrupted(self, batch):
+        if self.progress.step == 4:
+            os.kill(os.getpid(), number)
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    handler = signal.getsignal(number)
+    config = tiny_config("affinity", root, str(tmp_path / "run"), checkpoint_minutes=99.0)
+    out = train("affinity", config)
+    assert RunDir(out).newest().name == "step_000005.pt"
+    assert f"stopped by {number.name} after step 5 of 12" in caplog.text
+    assert signal.getsignal(number) == handler
+    monkeypatch.undo()
+    train("affinity", config)
+    assert_same_run(out, train("affinity", tiny_config("affinity", root, str(tmp_path / "whole"))))
+
+
+def test_only_the_newest_checkpoints_stay(root, tmp_path):
+    out = train("clip", tiny_config("clip", root, str(tmp_path / "run"), checkpoint_steps=2, keep_checkpoints=3))
+    assert sorted(os.listdir(f"{out}/checkpoints")) == ["step_000008.pt", "step_000010.pt", "step_000012.pt"]
+
+
+def test_another_config_is_refused_by_field(root, tmp_path):
+    out = str(tmp_path / "run")
+    train("clip", tiny_config("clip", root, out, steps=2))
+    with pytest.raises(UserError) as error:
+        train("clip", tiny_config("clip", root, out, steps=3, lr=0.5, workers=1, log_every=2, keep_checkpoints=1))
+    assert "lr: 0.001 there, 0.5 asked; steps: 2 there, 3 asked" in str(error.value)
+    with pytest.raises(UserError, match="recipe: 'clip' there, 'affinity' asked"):
+        train("affinity", tiny_config("affinity", root, out, steps=2))
+    with pytest.raises(UserError, match=r"has checkpoints \(up to step_000002\.pt\)"):
+        train("clip", tiny_config("clip", root, out, steps=2, resume=False))
+    assert lines(train("clip", tiny_config("clip", root, out, steps=2)))[-1]["step"] == 2
+
+
+def test_another_dataset_is_refused(root, tmp_path):
+    data, out = tmp_path / "data", str(tmp_path / "run")
+    write_packed(str(data), [5])
+    config = tiny_config("clip", root, out, data=str(data), steps=2)
+    train("clip", config)
+    Path(out, "checkpoints", "step_000002.pt").rename(Path(out, "checkpoints", "step_000001.pt"))
+    write_packed(str(data), [4, 4])
+    with pytest.raises(UserError, match="other sizes"):
+        train("clip", config)
+
+
+def test_a_loss_that_is_not_finite_stops(root, tmp_path):
+    config = tiny_config("clip", root, str(tmp_path / "run"), lr=1e30, warmup=0, checkpoint_steps=1)
+    with pytest.raises(UserError, match=r"not finite at step [2-9] \(contrastive nan; first keys \['0000"):
+        train("clip", config)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fields", "message"),
+    [
+        ("clip", {"data": ""}, "--data is needed"),
+        ("clip", {"model": "no-such"}, "'no-such'"),
+        ("clip", {"device": "cuda"}, "no CUDA device"),
+        ("affinity", {"teacher": "x"}, "--teacher 'x' is not there"),
+        ("affinity", {"affinity_weight": 0.0}, "--affinity-weight 0.0: must be above 0 when the others are 0"),
+        ("coca", {"model": "ViT-S-32"}, "has no text decoder"),
+        ("clip", {"batch_size": 0}, "--batch-size 0: must be 1 or more"),
+        ("clip", {"steps": 0}, "--steps 0: must be 1 or more"),
+        ("clip", {"scale": (0.9, 0.5)}, "0 < low <= high <= 1"),
+    ],
+)
+def test_users_mistakes(recipe, fields, message, root, tmp_path):
+    if fields.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(UserError) as error:
+        train(recipe, tiny_config(recipe, root, str(tmp_path / "run"), **fields))
+    assert message in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_feature_widths_must_agree(root, tmp_path):
+    model = tiny_clip(tmp_path / "wide", dim=24)
+    config = tiny_config("affinity", root, str(tmp_path / "run"), model=model, feature_weight=1.0)
+    with pytest.raises(UserError, match="features have 24 numbers, those of teacher planted have 16"):
+        train("affinity", config)
+
+
+def test_random_weights_depend_on_the_seed_alone(root):
+    from training.config import ModelConfig
+
+    def weights(seed):
+        return new_student(ModelConfig(f"local-dir:{root}/models/coca"), seed).model.state_dict()
+
+    one, again, other = weights(1), weights(1), weights(2)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    projection = "text_decoder.text_projection"
+    assert one[projection].std().item() == pytest.approx(32**-0.5, rel=0.05)
+    assert not torch.equal(one[projection], other[projection])

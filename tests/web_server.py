@@ -1,0 +1,118 @@
+"""A small real web server on loopback with every kind of answer that lists from the web meet."""
+
+import io
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
+
+from PIL import Image, ImageDraw
+
+
+def picture(seed: int, size: tuple[int, int] = (96, 64), form: str = "JPEG", mode: str = "RGB", **options) -> bytes:
+    """An encoded drawing that differs from seed to seed."""
+    image = Image.new("RGB", size, (seed * 37 % 256, seed * 91 % 256, 120))
+    ImageDraw.Draw(image).ellipse((4, 4, size[0] // 2 + seed % 7, size[1] - 5), "white")
+    file = io.BytesIO()
+    image.convert(mode).save(file, form, **options)
+    return file.getvalue()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        name = self.path.strip("/")
+        self.server.requests[name] += 1
+        kind, _, rest = name.partition("/")
+        answer = getattr(self, f"_{kind}", None)
+        if answer is None:
+            self._send(404, b"no such page")
+        else:
+            answer(rest)
+
+    def _send(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _good(self, rest: str) -> None:
+        time.sleep(self.server.delay_s)
+        self._send(200, picture(int(rest)))
+
+    def _html(self, _) -> None:
+        self._send(200, b"<html>not a picture</html>", Content_Type="image/jpeg")
+
+    def _empty(self, _) -> None:
+        self._send(200, b"")
+
+    def _cut(self, _) -> None:
+        self._send(200, picture(1, (200, 200))[:900])
+
+    def _lost(self, _) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "5000")
+        self.end_headers()
+        self.wfile.write(b"x" * 100)
+        self.close_connection = True
+
+    def _slow(self, rest: str) -> None:
+        time.sleep(float(rest))
+        self._send(200, picture(2))
+
+    def _large(self, _) -> None:
+        self._send(200, picture(3) + bytes(300_000))
+
+    def _unsized(self, _) -> None:
+        self.send_response(200)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(picture(3) + bytes(300_000))
+        self.close_connection = True
+
+    def _optout(self, rest: str) -> None:
+        self._send(200, picture(4), X_Robots_Tag=rest.replace("+", " "))
+
+    def _redirect(self, rest: str) -> None:
+        self._send(302, b"", Location=unquote(rest))
+
+    def _status(self, rest: str) -> None:
+        self._send(int(rest), b"status")
+
+    def _flaky(self, rest: str) -> None:
+        if self.server.requests[f"flaky/{rest}"] == 1:
+            self._send(503, b"later")
+        else:
+            self._good(rest)
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 256
+    delay_s = 0.0
+
+    def handle_error(self, request, client_address) -> None:
+        pass  # clients that go away are part of the tests
+
+
+@contextmanager
+def serve(host: str = "127.0.0.1"):
+    """Yields the server; ``server.url`` is its root, ``server.requests`` counts paths."""
+    server = _Server((host, 0), _Handler)
+    server.requests = Counter()
+    server.url = f"http://{host}:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,136 @@
+"""The pieces that recipes compose their configs of. Field names are unique: the command line shows them flat."""
+
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal
+
+from shards_spec.files import UserError
+from shards_spec.views import ViewSpec
+
+FREE_ON_RESUME = frozenset(
+    {"out", "workers", "log_every", "checkpoint_minutes", "checkpoint_steps", "keep_checkpoints", "resume", "device"}
+)
+
+
+def require(fine: bool, field: str, value: object, allowed: str) -> None:
+    """Raise UserError naming the flag, its value and what is allowed, unless ``fine``."""
+    if not fine:
+        raise UserError(f"--{field.replace('_', '-')} {value!r}: must be {allowed}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how."""
+
+    data: str = ""
+    """ROOT of the dataset, a folder or URL"""
+    folder: Literal["shards", "raw"] = "shards"
+    """shards: packed, with synthetic captions; raw: as ingested (or img2dataset's)"""
+    captions: Literal["all", "original"] = "all"
+    """all: one of original and synthetic captions per epoch, by chance; original: only that"""
+    batch_size: int = 1024
+    """pairs per step, over all processes"""
+    workers: int = 2
+    """processes that read and decode; 0 does it in the main process"""
+    window: int = 8
+    """shards mixed at a time; more mixes better and holds more memory"""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        require(self.workers >= 0, "workers", self.workers, "0 or more")
+        require(self.window >= 1, "window", self.window, "1 or more")
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """Views drawn while training, a new one each epoch."""
+
+    scale: tuple[float, float] | None = (0.9, 1.0)
+    """share of the picture that a crop covers, low and high; None is the plain centre crop"""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """aspect of a crop, low and high"""
+    flip: float = 0.0
+    """probability of a horizontal flip"""
+    ops: int = 0
+    """RandAugment operations per view"""
+    magnitude: int = 9
+    """RandAugment magnitude, 0 to 30"""
+
+    def __post_init__(self) -> None:
+        self.spec(0)
+
+    def spec(self, seed: int) -> ViewSpec:
+        """What the views are drawn from. Raises UserError naming the field that is out of range."""
+        return ViewSpec(seed, self.scale, self.ratio, self.flip, self.ops, self.magnitude)
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Views and features of a teacher cache; its metadata says how the views were drawn."""
+
+    teacher: str = ""
+    """folder below ROOT/teacher that `clipmill cache` filled; may stay empty when there is only one"""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The student."""
+
+    model: str = "ViT-B-32"
+    """open_clip name, local-dir:PATH or hf-hub:ORG/NAME"""
+    pretrained: str | None = None
+    """open_clip tag or checkpoint file to start from; None starts from random weights"""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long, where to, and on what."""
+
+    out: str = "runs/train"
+    """RUN folder; one that has checkpoints is continued"""
+    steps: int | None = None
+    """steps to train; when given, epochs is not used"""
+    epochs: float = 1.0
+    """passes over the dataset; used when steps is None"""
+    seed: int = 0
+    """of weights, order, captions and (without a cache) views"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 is autocast; weights stay fp32"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N"""
+    log_every: int = 10
+    """steps between lines of metrics.jsonl"""
+    checkpoint_minutes: float = 10.0
+    """minutes between checkpoints"""
+    checkpoint_steps: int | None = None
+    """steps between checkpoints, besides the minutes"""
+    keep_checkpoints: int = 2
+    """the newest ones that stay"""
+    resume: bool = True
+    """go on from RUN's newest checkpoint"""
+
+    def __post_init__(self) -> None:
+        require(self.steps is None or self.steps >= 1, "steps", self.steps, "1 or more, or None")
+        require(self.epochs > 0, "epochs", self.epochs, "above 0")
+        require(self.log_every >= 1, "log_every", self.log_every, "1 or more")
+        require(self.checkpoint_minutes > 0, "checkpoint_minutes", self.checkpoint_minutes, "above 0")
+        require(
+            self.checkpoint_steps is None or self.checkpoint_steps >= 1,
+            "checkpoint_steps", self.checkpoint_steps, "1 or more, or None",
+        )  # fmt: skip
+        require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "1 or more")
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """All fields of a composed config by name, as JSON has them (tuples become lists)."""
+    found: dict[str, Any] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        piece = flat(value) if is_dataclass(value) else {field.name: list(value) if isinstance(value, tuple) else value}
+        assert not set(piece) & set(found), (set(piece), set(found))
+        found |= piece
+    return found
+
+
+def total_steps(config: RunConfig, batch_size: int, samples: int) -> int:
+    """Steps of a run over a dataset of ``samples`` samples: ``steps``, or whole batches in ``epochs`` (at least 1)."""
+    return config.steps if config.steps is not None else max(1, int(config.epochs * samples / batch_size))

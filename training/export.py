@@ -1,0 +1,66 @@
+"""A run's student as an open_clip model folder, loaded back and compared before it counts as exported."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from shards_spec.files import UserError, is_url, write_bytes
+from shards_spec.models import LoadedModel, load_model
+from training.run_dir import BPE, write_open_clip_config
+from training.student import load_run
+
+log = logging.getLogger(__name__)
+TOLERANCE = 1e-5  # largest difference of a feature, fp32 on the same CPU
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a run's student for others to load."""
+
+    run: tyro.conf.Positional[str]
+    """RUN folder of `clipmill train`"""
+    to: str
+    """folder to write; load it with open_clip as local-dir:FOLDER"""
+    format: Literal["open_clip"] = "open_clip"
+    """open_clip: open_clip_config.json and open_clip_model.safetensors"""
+
+
+def export(config: ExportConfig) -> None:
+    """Write the folder, load it back, compare features.
+
+    Raises UserError when the run has no checkpoint or the loaded copy computes something else.
+    """
+    from safetensors.torch import save
+
+    if is_url(config.to):
+        raise UserError(f"--to {config.to!r}: give a local folder and copy it from there")
+    student, step = load_run(config.run)
+    folder = Path(config.to).resolve()
+    tensors = {name: tensor.contiguous() for name, tensor in student.model.state_dict().items()}
+    write_bytes(str(folder / "open_clip_model.safetensors"), save(tensors, metadata={"format": "pt"}))
+    write_open_clip_config(str(folder), student, f"local-dir:{config.run}", str(folder / BPE))
+    difference = compare(student, load_model(f"local-dir:{folder}"))
+    if difference > TOLERANCE:
+        raise UserError(
+            f"{folder}: loaded back, its features differ by {difference:.2g} (more than {TOLERANCE:g}); do not use it"
+        )
+    log.info("%s: step %d of %s, features differ by %.2g at most", folder, step, config.run, difference)
+
+
+@torch.no_grad()
+def compare(one: LoadedModel, other: LoadedModel) -> float:
+    """Largest absolute difference of image and text features over eight pictures of noise and eight captions."""
+    pictures = torch.randn(8, 3, one.image_size, one.image_size, generator=torch.Generator().manual_seed(0))
+    captions = [f"a photo of {number} things" for number in ("no", "one", "two", "three", "four", "five", "six", "7")]
+
+    def features(loaded: LoadedModel) -> list[Tensor]:
+        image = loaded.model.encode_image(pictures, normalize=True)
+        return [image, loaded.model.encode_text(loaded.tokenizer(captions), normalize=True)]
+
+    pairs = zip(features(one), features(other), strict=True)
+    return max(float((ours - theirs).abs().max()) for ours, theirs in pairs)

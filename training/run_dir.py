@@ -1,0 +1,193 @@
+"""Everything a run writes, all below one local folder; a run can be continued or rebuilt from it alone.
+
+config.json             recipe and all fields, flat
+environment.json        versions, code revision, device of the newest start
+open_clip_config.json   the student's architecture and preprocessing (and bpe.txt.gz when it has its own)
+metrics.jsonl           one line per log interval; tensorboard/ has the same curves
+checkpoints/step_N.pt   state of model, optimizer and random streams after N steps
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shards_spec.files import (
+    DataError,
+    UserError,
+    atomic_writer,
+    is_url,
+    read_bytes,
+    read_json,
+    remove_stale,
+    write_bytes,
+    write_json,
+)  # fmt: skip
+from shards_spec.models import LoadedModel
+from training.config import FREE_ON_RESUME
+
+CHECKPOINT = re.compile(r"step_(\d+)\.pt")
+BPE = "bpe.txt.gz"
+VERSIONED = ("clipmill", "torch", "open_clip_torch", "timm", "numpy", "pillow", "pyarrow")
+
+
+class RunDir:
+    """The folder of one run."""
+
+    def __init__(self, path: str) -> None:
+        if is_url(path):
+            raise UserError(f"--out {path!r}: a run needs a local folder, since it is written line by line")
+        self.path = Path(path)
+        self.checkpoints, self.metrics = self.path / "checkpoints", self.path / "metrics.jsonl"
+
+    def start(self, recipe: str, config: dict[str, Any], resume: bool, device: str) -> Path | None:
+        """Make the folder or check that it is this run's; return the newest checkpoint, if any.
+
+        Raises UserError when it holds a run with another config, or a run at all without ``resume``.
+        """
+        remove_stale(str(self.path))
+        remove_stale(str(self.checkpoints))
+        newest, asked = self.newest(), {"recipe": recipe, **config}
+        if newest is not None:
+            if not resume:
+                raise UserError(f"{self.path} has checkpoints (up to {newest.name}): use another --out, or --resume")
+            self._check_same(asked)
+        write_json(str(self.path / "config.json"), asked)
+        write_json(str(self.path / "environment.json"), environment(device))
+        return newest
+
+    def _check_same(self, asked: dict[str, Any]) -> None:
+        there = self.config()
+        changed = [
+            f"{field}: {there.get(field)!r} there, {asked.get(field)!r} asked"
+            for field in sorted({*there, *asked} - FREE_ON_RESUME)
+            if there.get(field) != asked.get(field)
+        ]
+        if changed:
+            raise UserError(
+                f"{self.path} holds a run with another config ({'; '.join(changed)}): ask for the same to go on, "
+                "or use another --out"
+            )
+
+    def config(self) -> dict[str, Any]:
+        """``recipe`` and the flat config. Raises UserError when the folder is no run."""
+        path = self.path / "config.json"
+        if not path.exists():
+            raise UserError(f"{path} is not there: {self.path} is no RUN folder of `clipmill train`")
+        config: dict[str, Any] = read_json(str(path))
+        return config
+
+    def describe(self, student: LoadedModel, model: str) -> None:
+        """Write what `load_run` rebuilds the student from."""
+        write_open_clip_config(str(self.path), student, model, BPE)
+
+    def newest(self) -> Path | None:
+        """The checkpoint of the highest step."""
+        found = self._found()
+        return found[-1] if found else None
+
+    def _found(self) -> list[Path]:
+        names = os.listdir(self.checkpoints) if self.checkpoints.is_dir() else []
+        steps = sorted((int(match[1]), name) for name in names if (match := CHECKPOINT.fullmatch(name)))
+        return [self.checkpoints / name for _, name in steps]
+
+    def save(self, step: int, state: dict[str, Any], keep: int) -> None:
+        """Write a checkpoint atomically, then delete all but the newest ``keep``."""
+        if self.metrics.exists():
+            with open(self.metrics, "rb") as lines:
+                os.fsync(lines.fileno())  # on disk before the checkpoint that stands for them
+        with atomic_writer(str(self.checkpoints / f"step_{step:06d}.pt")) as file:
+            torch.save(state, file)
+        for old in self._found()[:-keep]:
+            old.unlink()
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop lines after ``step`` (a killed run had gone on from there), and a half-written last one."""
+        if not self.metrics.exists():
+            return
+        kept = b""
+        for line in read_bytes(str(self.metrics)).splitlines(keepends=True):
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            kept += line
+        write_bytes(str(self.metrics), kept)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The state that `RunDir.save` wrote, on the CPU. Raises DataError when the file is broken."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: not a readable checkpoint ({error}); delete it to go on from the one before"
+        ) from error
+    return state
+
+
+def write_open_clip_config(folder: str, student: LoadedModel, model: str, bpe_path: str) -> None:
+    """``open_clip_config.json`` of a student in ``folder``, beside a copy of its own BPE file when it has one.
+
+    ``model`` is the name it was loaded by; ``bpe_path`` is what the config says of the copy.
+    """
+    import open_clip
+
+    config = json.loads(json.dumps(student.config))
+    source = bpe_file(model, config)
+    if source is not None:
+        write_bytes(str(Path(folder) / BPE), read_bytes(str(source)))
+        config["text_cfg"]["tokenizer_kwargs"]["bpe_path"] = bpe_path
+    preprocess = open_clip.get_model_preprocess_cfg(student.model)
+    write_json(str(Path(folder) / "open_clip_config.json"), {"model_cfg": config, "preprocess_cfg": preprocess})
+
+
+def bpe_file(model: str, config: dict[str, Any]) -> Path | None:
+    """The BPE file of a model that brings its own; None for CLIP's. Raises UserError when it is not there."""
+    named = ((config.get("text_cfg") or {}).get("tokenizer_kwargs") or {}).get("bpe_path")
+    if not named:
+        return None
+    folder = model.removeprefix("local-dir:")
+    for candidate in ([Path(folder) / Path(named).name] if folder != model else []) + [Path(named)]:
+        if candidate.exists():
+            return candidate
+    raise UserError(f"model {model!r} names the BPE file {named}, which is not there")
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a number may depend on besides the config."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in VERSIONED},
+        "git": git_revision(),
+        "host": platform.node(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or "cpu",
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def git_revision() -> str | None:
+    """Commit of the checkout this file lies in, ``+`` when it was changed since; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", ".").strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

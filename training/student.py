@@ -1,0 +1,68 @@
+"""The student: made anew from a seed, or rebuilt from a RUN folder."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from shards_spec.files import UserError
+from shards_spec.models import LoadedModel, load_model
+from training.config import ModelConfig
+from training.run_dir import RunDir, load_checkpoint
+
+
+def new_student(config: ModelConfig, seed: int) -> LoadedModel:
+    """The model with its weights, or with random ones that depend on ``seed`` alone. Raises UserError."""
+    torch.manual_seed(seed)
+    with _nan_for_uninitialised():
+        student = load_model(config.model, config.pretrained)
+    initialise_leftovers(student.model)
+    return student
+
+
+def initialise_leftovers(model: nn.Module) -> None:
+    """Draw the matrices that open_clip leaves as uninitialised memory, here marked by NaN.
+
+    In 3.3 that is CoCa's ``text_decoder.text_projection`` (width, vocabulary): its class defines
+    ``init_parameters``, where this tensor is normal with std width**-0.5, and never calls it.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.isnan().any():
+                assert parameter.isnan().all(), name
+                assert parameter.ndim == 2, name
+                nn.init.normal_(parameter, std=len(parameter) ** -0.5)
+
+
+@contextmanager
+def _nan_for_uninitialised() -> Iterator[None]:
+    """torch.empty gives NaN within."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialised memory, too
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def load_run(path: str) -> tuple[LoadedModel, int]:
+    """The student of a RUN folder with its newest checkpoint's weights, in eval mode, and the checkpoint's step.
+
+    Raises UserError when there is no checkpoint.
+    """
+    run = RunDir(path)
+    config, newest = run.config(), run.newest()
+    if newest is None:
+        raise UserError(f"{run.checkpoints} has no checkpoint yet: run `clipmill train {config['recipe']}` longer")
+    logging.disable(logging.WARNING)  # open_clip would say that the weights are random
+    try:
+        student = load_model(f"local-dir:{path}")
+    finally:
+        logging.disable(logging.NOTSET)
+    state = load_checkpoint(newest)
+    prefix = "student."
+    weights = {name.removeprefix(prefix): value for name, value in state["task"].items() if name.startswith(prefix)}
+    student.model.load_state_dict(weights)
+    return student, state["progress"]["step"]
