@@ -29,7 +29,7 @@ from shards_spec.files import (
     read_json,
     remove,
     sha256_file,
-)  # fmt: skip
+)
 from shards_spec.manifest import STATS_PATTERN, shard_name
 from shards_spec.sample import check_key
 from shards_spec.tar import index_shard

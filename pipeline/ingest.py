@@ -71,7 +71,8 @@ class IngestConfig:
     @property
     def processes(self) -> int:
         """Decoder processes: as asked, else one per core this process may use."""
-        return self.workers or len(os.sched_getaffinity(0))
+        here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return self.workers or here or 1
 
 
 def ingest(config: IngestConfig) -> Summary:

@@ -1,5 +1,7 @@
 """Small packed datasets with a planted teacher, and tiny students, for the tests of training/."""
 
+import dataclasses
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -97,3 +99,19 @@ def bare_coca(folder: Path) -> str:
     name = tiny_coca(folder)
     (folder / "open_clip_model.safetensors").unlink()
     return name
+
+
+def tiny_config(recipe, root, out, **fields):
+    """A recipe's smoke config on the tiny data; ``fields`` go to whichever part has them."""
+    module = importlib.import_module(f"training.recipes.{recipe}")
+    model = f"local-dir:{root}/models/{'coca' if recipe == 'coca' else 'clip'}"
+    wanted = {"data": root, "out": out, "model": model, "batch_size": 4, "steps": 12, "lr": 1e-3, **fields}
+    config = module.smoke(module.config())
+    for part in dataclasses.fields(config):
+        piece = getattr(config, part.name)
+        if dataclasses.is_dataclass(piece):
+            names = {field.name for field in dataclasses.fields(piece)} & set(wanted)
+            config = dataclasses.replace(
+                config, **{part.name: dataclasses.replace(piece, **{name: wanted.pop(name) for name in names})}
+            )
+    return dataclasses.replace(config, **wanted)

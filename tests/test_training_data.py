@@ -66,6 +66,7 @@ def test_pixels_are_normalised():
 
 
 @pytest.mark.parametrize("shards", [[15], [6, 5, 4]])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
 def test_workers_change_nothing(tmp_path, student, shards):
     write_teacher(str(tmp_path), write_packed(str(tmp_path), shards))
     samples = open_samples(config(str(tmp_path)), CacheConfig(), student, seed=0)
@@ -127,6 +128,18 @@ def test_the_cache_gives_its_view_and_its_caption(root, student):
         assert torch.equal(item["image"], to_tensor(rendered, student.mean, student.std))
 
 
+def test_a_dataset_behind_a_url_gives_the_same(root, student):
+    import fsspec
+
+    url = f"memory://{root}"
+    fsspec.filesystem("memory").put(root, root, recursive=True)
+    here, there = (open_samples(config(place), CacheConfig(), student, seed=0) for place in (root, url))
+    for position in range(0, 45, 4):
+        one, other = here[position], there[position]
+        assert one["key"] == other["key"]
+        assert all(torch.equal(one[name], other[name]) for name in ("image", "tokens", "teacher_image", "teacher_text"))
+
+
 def test_raw_shards_serve_too(tmp_path, student):
     write_raw(str(tmp_path), shards=2, per_shard=6)
     samples = open_samples(config(str(tmp_path), folder="raw"), ViewConfig(), student, seed=0)
@@ -150,7 +163,7 @@ def test_a_picture_that_does_not_decode_is_skipped_and_named(tmp_path, student, 
 def test_a_batch_of_nothing_but_broken_pictures_stops(tmp_path, student):
     write_packed(str(tmp_path), [1], broken=("000000000",))
     samples = open_samples(config(str(tmp_path)), ViewConfig(), student, seed=0)
-    with pytest.raises(DataError, match="none of the 2 samples of a batch can be used, first .*key 000000000"):
+    with pytest.raises(DataError, match=r"none of the 2 samples of a batch can be used, first .*key 000000000"):
         list(load_batches(samples, batch_positions(0, 1, 2)))
 
 
@@ -165,9 +178,9 @@ def rewrite(root, change, shard=0):
     write_embeddings(path, keys, columns, meta)
 
 
-def read_all(root, student, workers=0):
+def read_all(root, student, workers=0, batches=8):
     samples = open_samples(config(root), CacheConfig(), student, seed=0)
-    return list(load_batches(samples, batch_positions(0, 8, 4), workers))
+    return list(load_batches(samples, batch_positions(0, batches, 4), workers))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -229,8 +242,7 @@ def test_a_missing_caption_row_is_refused_when_it_is_drawn(root, student):
 
     rewrite(root, blank)
     with pytest.raises(DataError, match=r"00000\.parquet: key 000000003 has no text_1"):
-        open_all = open_samples(config(root), CacheConfig(), student, seed=0)
-        list(load_batches(open_all, batch_positions(0, 60, 4)))
+        read_all(root, student, batches=60)
 
 
 @pytest.mark.parametrize("field", ["weights_sha256", "logit_scale", "pretrained"])

@@ -80,7 +80,7 @@ def test_an_empty_dataset_is_refused():
 
 def test_recent_drops_the_oldest_before_making_the_next():
     alive, seen = set(), []
-    store: Recent[int, "Token"] = Recent(2)
+    store = Recent(2)
 
     class Token:
         def __init__(self, name):

@@ -74,10 +74,10 @@ class Encoder:
     def images(self, samples: Iterable[Sample], path: str) -> Iterator[tuple[list[Sample], Tensor]]:
         """Batches of samples with (b, D) float32 features on the CPU; pictures that do not decode are left out."""
         import open_clip
-        from open_clip.transform import PreprocessCfg
+        from open_clip.transform import PreprocessCfg, image_transform_v2
 
         wanted = PreprocessCfg(**open_clip.get_model_preprocess_cfg(self.loaded.model))
-        transform = open_clip.image_transform_v2(wanted, is_train=False)
+        transform = image_transform_v2(wanted, is_train=False)
         good: list[tuple[Sample, Tensor]] = []
         for sample in samples:
             try:

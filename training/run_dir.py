@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -169,7 +170,7 @@ def environment(device: str) -> dict[str, Any]:
     """What a number may depend on besides the config."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": sys.argv,
+        "command": shlex.join(sys.argv),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in VERSIONED},
         "git": git_revision(),

@@ -1,8 +1,8 @@
 """Plain CLIP (Radford et al., arXiv 2103.00020): the baseline that every student is measured against.
 
-Numbers: open_clip's for CC12M-sized data (lr 1e-3, weight decay 0.1, batch 1024, 32 epochs; its README, CC3M
-example), betas and eps of CLIP's table 19 for ViT, random crops of (0.9, 1.0), logit scale learned and clamped to
-100. Cost: ViT-B-32 at 32 epochs of CC12M's 10 million pairs sees 320 million, about a day on 8 A100.
+Learning rate 1e-3 and weight decay 0.1 are those of open_clip's README example on CC3M; 32 epochs, betas and eps of
+CLIP's table 19 (ViT); random crops of (0.9, 1.0) and a learned logit scale clamped to 100 as in open_clip. Batch 1024
+and warm-up 2000 are ours, for sets of CC12M's size. Cost: 32 epochs of 10 million pairs are 320 million samples seen.
 
     clipmill train clip --data ROOT --out RUN
 """

@@ -1,8 +1,8 @@
 """CoCa (Yu et al., arXiv 2205.01917): contrastive and captioning loss; makes the captioner of `clipmill caption`.
 
-Weights of the two losses 1 and 2 as in the paper's section 4.1 and open_clip's CoCa runs; the rest as open_clip
-trains coca_ViT-B-32 (lr 1e-3, weight decay 0.1). Reads the raw shards: no synthetic captions exist yet. Cost: twice
-the clip recipe's per step, the decoder being as large as the text tower.
+Weights of the two losses, 1 and 2, are the paper's and open_clip's; the rest is the clip recipe's. Reads the raw
+shards: no synthetic captions exist yet. Cost: above the clip recipe per step: a decoder as deep as the
+text tower comes on top, over the same tokens.
 
     clipmill train coca --data ROOT --out RUN
 """

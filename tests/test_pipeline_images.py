@@ -1,0 +1,121 @@
+"""Bytes to bytes: every mode, orientation and size; damaged and hostile files."""
+
+import io
+import json
+import random
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from web_server import picture
+
+from pipeline.images import BadImage, convert
+
+
+def test_small_upright_rgb_jpegs_keep_their_bytes():
+    data = picture(1, (90, 48))
+    result = convert(data, 48)
+    assert (result.data, result.width, result.height, result.exif) == (data, 90, 48, "{}")
+
+
+@pytest.mark.parametrize(("size", "expected"), [((96, 64), (72, 48)), ((64, 96), (48, 72)), ((1600, 800), (96, 48)),
+                                                ((4000, 60), (3200, 48)), ((40, 200), (40, 200))])  # fmt: skip
+def test_the_shorter_side_is_shrunk(size, expected):
+    result = convert(picture(1, size), 48)
+    assert (result.width, result.height, result.original_width, result.original_height) == (*expected, *size)
+    assert Image.open(io.BytesIO(result.data)).size == expected
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(40, 24), (160, 96)])
+def test_orientation_is_applied(orientation, size):
+    upright = Image.new("RGB", size, "red")
+    upright.paste("blue", (0, 0, size[0] // 2, size[1]))
+    upright.paste("green", (0, 0, size[0] // 4, size[1] // 2))
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that makes the camera's picture
+    camera = upright.transpose(Image.Transpose(back[orientation])) if orientation > 1 else upright
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112], exif[0x010F] = orientation, "Acme"
+    camera.save(file, "JPEG", quality=95, exif=exif)
+    result = convert(file.getvalue(), 48)
+    shown = Image.open(io.BytesIO(result.data)).resize(size)
+    assert (result.original_width, result.original_height) == size
+    assert json.loads(result.exif) == {"Image Orientation": str(orientation), "Image Make": "Acme"}
+    assert np.abs(np.asarray(shown, int) - np.asarray(upright, int)).mean() < 12
+
+
+def pixel(data: bytes) -> tuple[int, ...]:
+    result = Image.open(io.BytesIO(convert(data, 16).data))
+    assert (result.format, result.mode) == ("JPEG", "RGB")
+    return result.getpixel((8, 8))
+
+
+def encoded(image: Image.Image, form: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("data", "expected"), [
+    (encoded(Image.new("RGBA", (32, 32), (255, 0, 0, 0)), "PNG"), (255, 255, 255)),
+    (encoded(Image.new("RGBA", (32, 32), (0, 0, 0, 127)), "WEBP", lossless=True), (128, 128, 128)),
+    (encoded(Image.new("LA", (32, 32), (0, 0)), "PNG"), (255, 255, 255)),
+    (encoded(Image.new("L", (32, 32), 100), "JPEG"), (100, 100, 100)),
+    (encoded(Image.new("1", (32, 32), 1), "PNG"), (255, 255, 255)),
+    (encoded(Image.new("RGB", (32, 32), (0, 200, 0)).quantize(4), "PNG"), (0, 200, 0)),
+    (encoded(Image.new("RGB", (32, 32), (0, 200, 0)).quantize(4), "GIF", transparency=0), (255, 255, 255)),
+    (encoded(Image.new("CMYK", (32, 32), (0, 255, 255, 0)), "JPEG", quality=95), (254, 0, 0)),
+    (encoded(Image.new("CMYK", (32, 32), (0, 255, 255, 0)), "TIFF"), (254, 0, 0)),
+    (encoded(Image.fromarray(np.full((32, 32), 30_000, np.uint16)), "PNG"), (117, 117, 117)),
+    (encoded(Image.fromarray(np.full((32, 32), 30_000, np.uint16)), "TIFF"), (117, 117, 117)),
+    (encoded(Image.new("RGB", (32, 32), (10, 20, 200)), "BMP"), (10, 20, 200)),
+])  # fmt: skip
+def test_every_mode_becomes_rgb_on_white(data, expected):
+    assert np.abs(np.subtract(pixel(data), expected)).max() <= 4
+
+
+def bomb() -> bytes:
+    """A PNG header that announces 30,000 x 30,000 pixels."""
+    data = bytearray(encoded(Image.new("L", (1, 1)), "PNG"))
+    data[16:24] = (30_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize(("data", "reason"), [
+    (b"<html>", "not an image"),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+    (b"\xff\xd8\xff", "not an image"),
+    (picture(1, (300, 300))[:1500], "truncated image"),
+    (picture(1, (300, 300), progressive=True)[:1500], "truncated image"),
+    (picture(1, (300, 300), "PNG")[:600], "truncated image"),
+    (bomb(), "too many pixels"),
+])  # fmt: skip
+def test_bytes_that_are_no_picture(data, reason):
+    with pytest.raises(BadImage, match=f"^{reason}$"):
+        convert(data, 48)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000"])
+def test_damaged_bytes_give_a_picture_or_a_named_reason(form):
+    data, rng = picture(3, (80, 60), form), random.Random(form)
+    reasons = set()
+    for _ in range(60):
+        broken = bytearray(data[: rng.randrange(1, len(data) + 1)])
+        for _ in range(rng.randrange(6)):
+            broken[rng.randrange(len(broken))] = rng.randrange(256)
+        try:
+            convert(bytes(broken), 32)
+        except BadImage as error:
+            reasons.add(str(error))
+    assert reasons <= {"not an image", "truncated image", "broken image", "too many pixels"}
+
+
+def test_exif_is_text_that_json_can_hold():
+    exif = Image.Exif()
+    exif[0x010F], exif[0x9286], exif[0x927C] = "Ac\x00me", b"ASCII\0\0\0\xff\xfe", b"x" * 5000
+    exif.get_ifd(0x8769)[0x829A] = 1 / 60
+    result = convert(picture(1, exif=exif), 48)
+    assert all(isinstance(value, str) and len(value) <= 1000 for value in json.loads(result.exif).values())
+    assert "EXIF ExposureTime" in json.loads(result.exif)

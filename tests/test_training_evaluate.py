@@ -1,0 +1,289 @@
+"""Evaluation where the right answers are known, and export that comes back the same."""
+
+import dataclasses
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from small_data import draw
+from small_training import tiny_clip, tiny_config, write_packed
+
+from shards_spec.files import DataError, UserError
+from shards_spec.models import load_model
+from shards_spec.sample import Sample
+from shards_spec.tar import write_shard
+from training.config import ModelConfig
+from training.evaluate import Encoder, EvalConfig, evaluate, recalls, retrieval, zeroshot
+from training.export import ExportConfig, compare, export
+from training.student import load_run, new_student
+from training.trainer import train
+
+COLOURS = {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250)}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a short run."""
+    root = tmp_path_factory.mktemp("run")
+    write_packed(str(root), [8])
+    tiny_clip(root / "models" / "clip")
+    return train("clip", tiny_config("clip", str(root), str(root / "out"), steps=2))
+
+
+def write_eval(root: Path, shards, kind="classification"):
+    """A CLIP_benchmark root; ``shards`` are lists of (picture bytes, extension, label or captions)."""
+    member = "cls" if kind == "classification" else "txt"
+    for shard, samples in enumerate(shards):
+        write_shard(
+            str(root / "test" / f"{shard}.tar"),
+            [
+                Sample(f"s{shard}{i:04d}", {extension: picture, member: str(answer).encode()})
+                for i, (picture, extension, answer) in enumerate(samples)
+            ],
+        )
+    (root / "test" / "nshards.txt").write_text(f"{len(shards)}\n")
+    if kind == "retrieval":
+        (root / "dataset_type.txt").write_text("retrieval\n")
+    else:
+        (root / "classnames.txt").write_text("\n".join(COLOURS) + "\n")
+        (root / "zeroshot_classification_templates.txt").write_text("a photo of {c}.\n{c}\n")
+    return str(root)
+
+
+def plain(colour, extension="png"):
+    file = io.BytesIO()
+    Image.new("RGB", (40, 32), COLOURS[colour]).save(file, {"jpg": "JPEG"}.get(extension, extension.upper()))
+    return file.getvalue()
+
+
+class Seer(torch.nn.Module):
+    """A model that sees a picture's mean colour and reads colour words: the right answer, known beforehand."""
+
+    def encode_image(self, images):
+        return F.one_hot(images.mean(dim=(2, 3)).argmax(dim=1), 3).float()
+
+    def encode_text(self, tokens):
+        return tokens.float()
+
+
+@pytest.fixture
+def seer(tmp_path):
+    loaded = load_model(tiny_clip(tmp_path / "any"))
+    model = Seer()
+    model.visual = torch.nn.Module()
+    model.visual.preprocess_cfg = open_clip.get_model_preprocess_cfg(loaded.model)
+
+    def tokenizer(texts):
+        return torch.tensor([[int(colour in text) for colour in COLOURS] for text in texts])
+
+    return Encoder(dataclasses.replace(loaded, model=model, tokenizer=tokenizer), batch_size=2, device="cpu")
+
+
+def test_zeroshot_of_a_model_that_knows(seer, tmp_path):
+    right = [(plain("red"), "png", 0), (plain("green", "jpg"), "jpg", 1), (plain("blue", "webp"), "webp", 2)]
+    wrong = [(plain("red"), "png", 1), (plain("green"), "png", 1)]
+    metrics, count = zeroshot(seer, write_eval(tmp_path / "eval", [right, wrong]))
+    assert count == 5
+    assert metrics["acc1"] == pytest.approx(4 / 5)
+    assert metrics["acc5"] == 1.0
+    assert metrics["mean_per_class_recall"] == pytest.approx((1 + 2 / 3 + 1) / 3)
+
+
+def test_recall_is_over_the_classes_that_occur(seer, tmp_path):
+    samples = [(plain("red"), "png", 0), (plain("green"), "png", 2)]
+    metrics, _ = zeroshot(seer, write_eval(tmp_path / "eval", [samples]))
+    assert metrics["mean_per_class_recall"] == pytest.approx(0.5)
+
+
+def test_acc5_counts_the_five_best(seer, tmp_path, monkeypatch):
+    root = write_eval(tmp_path / "eval", [[(plain("red"), "png", 6)]])
+    Path(root, "classnames.txt").write_text("".join(f"class {i}\n" for i in range(8)))
+    angles = torch.linspace(0, 1.4, 8)
+    order = torch.tensor([0, 3, 4, 1, 6, 2, 7, 5])  # class 6 is fifth
+    features = torch.zeros(8, 2)
+    features[order] = torch.stack([angles.cos(), angles.sin()], dim=1)
+    monkeypatch.setattr(seer, "texts", lambda texts: features[[int(texts[0].split()[-1].rstrip("."))] * len(texts)])
+    monkeypatch.setattr(seer, "_run", lambda encode, pixels: torch.tensor([[1.0, 0.0]] * len(pixels)))
+    assert zeroshot(seer, root)[0]["acc5"] == 1.0
+    Path(root, "test", "0.tar").unlink()
+    write_eval(tmp_path / "more", [[(plain("red"), "png", 2)]])
+    shutil.copy(tmp_path / "more" / "test" / "0.tar", Path(root, "test", "0.tar"))
+    assert zeroshot(seer, root)[0]["acc5"] == 0.0
+
+
+def test_classes_are_renormalised_means_of_their_prompts(tmp_path):
+    """Against the formula written out, on a random student."""
+    loaded = new_student(ModelConfig(tiny_clip(tmp_path / "model")), 0)
+    encoder = Encoder(loaded, batch_size=3, device="cpu")
+    samples = [(draw(str(i))[0], "jpg", i % 3) for i in range(7)]
+    metrics, _ = zeroshot(encoder, write_eval(tmp_path / "eval", [samples]))
+    with torch.no_grad():
+        rows = []
+        for name in COLOURS:
+            prompts = F.normalize(loaded.model.encode_text(loaded.tokenizer([f"a photo of {name}.", name])), dim=-1)
+            rows.append(F.normalize(prompts.mean(0), dim=0))
+        transform = open_clip.image_transform(32, is_train=False, mean=loaded.mean, std=loaded.std)
+        pictures = torch.stack([transform(Image.open(io.BytesIO(data)).convert("RGB")) for data, _, _ in samples])
+        guesses = (F.normalize(loaded.model.encode_image(pictures), dim=-1) @ torch.stack(rows).T).argmax(1)
+    right = guesses == torch.tensor([answer for _, _, answer in samples])
+    assert metrics["acc1"] == pytest.approx(right.float().mean().item())
+
+
+def test_retrieval_of_a_model_that_knows(seer, tmp_path):
+    samples = [
+        (plain("red"), "png", "something red\nred again"),
+        (plain("green"), "png", "green"),
+        (plain("blue"), "png", "nothing\nblue\n"),
+    ]
+    metrics, count = retrieval(seer, write_eval(tmp_path / "eval", [samples], "retrieval"))
+    assert count == 3
+    assert metrics["text_retrieval_recall@1"] == 1.0
+    assert metrics["image_retrieval_recall@1"] == pytest.approx(4 / 5)  # "nothing" matches no picture
+    assert metrics["image_retrieval_recall@5"] == 1.0
+
+
+def test_recalls_equal_clip_benchmarks(monkeypatch):
+    """CLIP_benchmark's own formulation (scores, positive pairs, recall_at_k), on random features."""
+    generator = torch.Generator().manual_seed(0)
+    owner = torch.randint(0, 40, (120,), generator=generator).sort().values
+    owner = torch.cat([owner, torch.arange(40)])
+    images = F.normalize(torch.randn(40, 8, generator=generator), dim=-1)
+    texts = F.normalize(images[owner] + 0.7 * torch.randn(160, 8, generator=generator), dim=-1)
+    positive = torch.zeros(160, 40, dtype=torch.bool)
+    positive[torch.arange(160), owner] = True
+
+    def recall_at_k(scores, positive, k):
+        best = F.one_hot(scores.topk(k, dim=1).indices, positive.shape[1])
+        return (positive[:, None].float() * best.float()).sum(dim=(1, 2)) / positive.sum(dim=1)
+
+    scores = texts @ images.T
+    expected = {}
+    for k in (1, 5, 10):
+        expected[f"image_retrieval_recall@{k}"] = (recall_at_k(scores, positive, k) > 0).float().mean().item()
+        expected[f"text_retrieval_recall@{k}"] = (recall_at_k(scores.T, positive.T, k) > 0).float().mean().item()
+    monkeypatch.setattr("training.evaluate.CHUNK", 32)
+    assert recalls(images, texts, owner) == pytest.approx(expected)
+    assert 0 < expected["text_retrieval_recall@1"] < 1
+
+
+def test_a_broken_picture_is_left_out_and_counted(seer, tmp_path):
+    samples = [(plain("red"), "png", 0), (plain("green")[:40], "png", 0), (plain("blue"), "png", 2)]
+    metrics, count = zeroshot(seer, write_eval(tmp_path / "eval", [samples]))
+    assert (count, seer.skipped, metrics["acc1"]) == (2, 1, 1.0)
+
+
+def test_a_run_is_measured_and_its_result_kept(run, tmp_path, capsys):
+    root = write_eval(tmp_path / "colours", [[(plain("red"), "png", 0), (plain("green"), "png", 1)]])
+    result = evaluate(EvalConfig(run, root))
+    assert json.loads(Path(run, "eval", "colours_zeroshot.json").read_text()) == result
+    assert (result["dataset"], result["task"], result["language"]) == ("colours", "zeroshot_classification", "en")
+    assert (result["recipe"], result["step"], result["samples"], result["pretrained"]) == ("clip", 2, 2, run)
+    assert set(result["metrics"]) == {"acc1", "acc5", "mean_per_class_recall"}
+    assert "acc1" in capsys.readouterr().out
+    pairs = write_eval(
+        tmp_path / "pairs", [[(plain("red"), "png", "red"), (plain("blue"), "png", "blue")]], "retrieval"
+    )
+    assert evaluate(EvalConfig(run, pairs, precision="bf16"))["task"] == "zeroshot_retrieval"
+    assert Path(run, "eval", "pairs_retrieval.json").exists()
+
+
+def test_any_model_is_measured(tmp_path):
+    model = tiny_clip(tmp_path / "model")
+    root = write_eval(tmp_path / "colours", [[(plain("red"), "png", 0)]])
+    output = tmp_path / "result.json"
+    assert evaluate(EvalConfig(model, root, output=str(output)))["model"] == model
+    assert json.loads(output.read_text())["samples"] == 1
+    assert evaluate(EvalConfig(model.removeprefix("local-dir:"), root))["model"] == model
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda r: (r / "classnames.txt").unlink(), UserError, "classnames.txt is not there: it holds one class name"),
+        (lambda r: (r / "zeroshot_classification_templates.txt").unlink(), UserError, "templates.txt is not there"),
+        (
+            lambda r: (r / "zeroshot_classification_templates.txt").write_text("photo\n"),
+            UserError,
+            "'photo' has no {c}",
+        ),
+        (lambda r: (r / "test" / "nshards.txt").unlink(), UserError, "test/nshards.txt is not there"),
+        (lambda r: (r / "test" / "nshards.txt").write_text("x"), UserError, "says 'x': it must be a number"),
+        (lambda r: (r / "test" / "nshards.txt").write_text("3"), UserError, "test/1.tar is not there, though"),
+        (
+            lambda r: (r / "classnames.txt").write_text("red\n"),
+            DataError,
+            "0.tar: key s00001 has class '1', not a number",
+        ),
+        (lambda r: (r / "dataset_type.txt").write_text("video"), UserError, "dataset_type.txt says 'video'"),
+        (
+            lambda r: (r / "dataset_type.txt").write_text("retrieval"),
+            DataError,
+            "key s00000 has no caption (member txt)",
+        ),
+    ],
+)
+def test_what_is_missing_is_named(spoil, error, message, run, tmp_path):
+    root = write_eval(tmp_path / "eval", [[(plain("red"), "png", 0), (plain("green"), "png", 1)]])
+    spoil(Path(root))
+    with pytest.raises(error) as raised:
+        evaluate(EvalConfig(run, root))
+    assert message in str(raised.value)
+    assert str(tmp_path) in str(raised.value)
+
+
+def test_folders_that_are_no_model(tmp_path):
+    with pytest.raises(UserError, match="neither a RUN folder"):
+        evaluate(EvalConfig(str(tmp_path), str(tmp_path)))
+    with pytest.raises(UserError, match="no-such-model"):
+        evaluate(EvalConfig("no-such-model", str(tmp_path)))
+    with pytest.raises(UserError, match=r"no RUN folder of `clipmill train`"):
+        export(ExportConfig(str(tmp_path), str(tmp_path / "to")))
+
+
+def test_export_comes_back_the_same(run, tmp_path, monkeypatch):
+    folder = tmp_path / "exported"
+    export(ExportConfig(run, str(folder)))
+    student, _ = load_run(run)
+    loaded = load_model(f"local-dir:{folder}")
+    assert compare(student, loaded) == 0
+    assert (loaded.mean, loaded.std, loaded.image_size) == ((0.5,) * 3, (0.25,) * 3, 32)
+    assert {path.name for path in folder.iterdir()} == {
+        "open_clip_config.json",
+        "open_clip_model.safetensors",
+        "bpe.txt.gz",
+    }
+    monkeypatch.chdir("/")  # open_clip alone finds weights and tokenizer
+    plain_model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(["a red ball"])
+    with torch.no_grad():
+        assert torch.equal(plain_model.eval().encode_text(tokens), student.model.encode_text(tokens))
+    assert np.allclose(preprocess.transforms[-1].mean, 0.5)
+
+
+def test_a_run_lives_without_its_source(run, tmp_path):
+    shutil.copytree(run, tmp_path / "moved")
+    assert compare(load_run(str(tmp_path / "moved"))[0], load_run(run)[0]) == 0
+    shutil.move(str(Path(run).parent / "models"), tmp_path / "models")
+    try:
+        export(ExportConfig(str(tmp_path / "moved"), str(tmp_path / "to")))
+    finally:
+        shutil.move(tmp_path / "models", str(Path(run).parent / "models"))
+
+
+def test_an_export_that_computes_something_else_is_an_error(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.export.compare", lambda one, other: 1e-3)
+    with pytest.raises(UserError, match=r"differ by 0\.001"):
+        export(ExportConfig(run, str(tmp_path / "to")))
+
+
+def test_compare_sees_another_model(run, tmp_path):
+    other = new_student(ModelConfig(tiny_clip(tmp_path / "model")), 5)
+    other.model.eval()
+    assert compare(load_run(run)[0], other) > 1e-2
