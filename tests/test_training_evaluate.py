@@ -181,7 +181,7 @@ def test_a_broken_picture_is_left_out_and_counted(seer, tmp_path):
 
 def test_a_run_is_measured_and_its_result_kept(run, tmp_path, capsys):
     root = write_eval(tmp_path / "colours", [[(plain("red"), "png", 0), (plain("green"), "png", 1)]])
-    result = evaluate(EvalConfig(run, root))
+    (result,) = evaluate(EvalConfig(run, (root,)))
     assert json.loads(Path(run, "eval", "colours_zeroshot.json").read_text()) == result
     assert (result["dataset"], result["task"], result["language"]) == ("colours", "zeroshot_classification", "en")
     assert (result["recipe"], result["step"], result["samples"], result["pretrained"]) == ("clip", 2, 2, run)
@@ -190,17 +190,17 @@ def test_a_run_is_measured_and_its_result_kept(run, tmp_path, capsys):
     pairs = write_eval(
         tmp_path / "pairs", [[(plain("red"), "png", "red"), (plain("blue"), "png", "blue")]], "retrieval"
     )
-    assert evaluate(EvalConfig(run, pairs, precision="bf16"))["task"] == "zeroshot_retrieval"
+    assert evaluate(EvalConfig(run, (pairs,), precision="bf16"))[0]["task"] == "zeroshot_retrieval"
     assert Path(run, "eval", "pairs_retrieval.json").exists()
 
 
 def test_any_model_is_measured(tmp_path):
     model = tiny_clip(tmp_path / "model")
     root = write_eval(tmp_path / "colours", [[(plain("red"), "png", 0)]])
-    output = tmp_path / "result.json"
-    assert evaluate(EvalConfig(model, root, output=str(output)))["model"] == model
-    assert json.loads(output.read_text())["samples"] == 1
-    assert evaluate(EvalConfig(model.removeprefix("local-dir:"), root))["model"] == model
+    output = tmp_path / "results"
+    assert evaluate(EvalConfig(model, (root,), output=str(output)))[0]["model"] == model
+    assert json.loads((output / "colours_zeroshot.json").read_text())["samples"] == 1
+    assert evaluate(EvalConfig(model.removeprefix("local-dir:"), (root,)))[0]["model"] == model
 
 
 @pytest.mark.parametrize(
@@ -233,16 +233,16 @@ def test_what_is_missing_is_named(spoil, error, message, run, tmp_path):
     root = write_eval(tmp_path / "eval", [[(plain("red"), "png", 0), (plain("green"), "png", 1)]])
     spoil(Path(root))
     with pytest.raises(error) as raised:
-        evaluate(EvalConfig(run, root))
+        evaluate(EvalConfig(run, (root,)))
     assert message in str(raised.value)
     assert str(tmp_path) in str(raised.value)
 
 
 def test_folders_that_are_no_model(tmp_path):
     with pytest.raises(UserError, match="neither a RUN folder"):
-        evaluate(EvalConfig(str(tmp_path), str(tmp_path)))
+        evaluate(EvalConfig(str(tmp_path), (str(tmp_path),)))
     with pytest.raises(UserError, match="no-such-model"):
-        evaluate(EvalConfig("no-such-model", str(tmp_path)))
+        evaluate(EvalConfig("no-such-model", (str(tmp_path),)))
     with pytest.raises(UserError, match=r"no RUN folder of `clipmill train`"):
         export(ExportConfig(str(tmp_path), str(tmp_path / "to")))
 

@@ -25,6 +25,8 @@ class DataConfig:
     """ROOT of the dataset, a folder or URL"""
     folder: Literal["shards", "raw"] = "shards"
     """shards: packed, with synthetic captions; raw: as ingested (or img2dataset's)"""
+    shards: int | None = None
+    """read only the first that many shards; None reads all"""
     captions: Literal["all", "original"] = "all"
     """all: one of original and synthetic captions per epoch, by chance; original: only that"""
     batch_size: int = 1024
@@ -35,6 +37,7 @@ class DataConfig:
     """shards mixed at a time; more mixes better and holds more memory"""
 
     def __post_init__(self) -> None:
+        require(self.shards is None or self.shards >= 1, "shards", self.shards, "1 or more, or None")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         require(self.workers >= 0, "workers", self.workers, "0 or more")
         require(self.window >= 1, "window", self.window, "1 or more")

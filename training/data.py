@@ -174,7 +174,7 @@ def open_samples(data: DataConfig, views: ViewConfig | CacheConfig, student: Loa
     """The reader that a config asks for. Raises UserError and DataError when the dataset does not serve it."""
     if not data.data:
         raise UserError("--data is needed: the ROOT of a dataset, as `clipmill pack` or `clipmill ingest` left it")
-    sizes = dataset_sizes(data.data, data.folder)
+    sizes = dataset_sizes(data.data, data.folder)[: data.shards]
     reader = ShardReader(data.data, data.folder, sizes, data.window)
     order = Order(sizes, seed, data.window)
     original_only = data.captions == "original" or data.folder == "raw"

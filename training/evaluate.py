@@ -42,14 +42,14 @@ class EvalConfig:
 
     model: tyro.conf.Positional[str]
     """RUN folder, folder with an open_clip_config.json, or open_clip name"""
-    data: tyro.conf.Positional[str]
-    """EVAL root, a folder or URL"""
+    data: tuple[str, ...]
+    """one or more EVAL roots, folders or URLs in CLIP_benchmark's WebDataset layout"""
     pretrained: str | None = None
     """open_clip tag or checkpoint file, when model is a name"""
     task: Literal["auto", "zeroshot", "retrieval"] = "auto"
     """auto: what dataset_type.txt says"""
     output: str | None = None
-    """JSON file of the result; a RUN has its own place, RUN/eval/DATASET_TASK.json"""
+    """folder for the results, DATASET_TASK.json each; by default RUN/eval, and none for a model that is no RUN"""
     batch_size: int = 64
     """pictures or texts per forward pass"""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -59,6 +59,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        require(len(self.data) >= 1, "data", self.data, "one EVAL root or more")
 
 
 @dataclass
@@ -107,15 +108,24 @@ class Encoder:
         return F.normalize(features.float(), dim=-1).cpu()
 
 
-def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """Measure, print a table, write the JSON; return what was written. Raises UserError and DataError."""
+def evaluate(config: EvalConfig) -> list[dict[str, Any]]:
+    """Measure on each EVAL root, print a table, write the JSON; return what was written.
+
+    Raises UserError and DataError.
+    """
     device = pick_device(config.device)
     loaded, about = _load(config)
     loaded.model.to(device).eval()
-    encoder = Encoder(loaded, config.batch_size, device, config.precision == "bf16")
-    task = _task(config.data) if config.task == "auto" else config.task
-    dataset = config.data.rstrip("/").rsplit("/", 1)[-1]
-    metrics, samples = (zeroshot if task == "zeroshot" else retrieval)(encoder, config.data)
+    return [
+        _evaluate_one(config, Encoder(loaded, config.batch_size, device, config.precision == "bf16"), about, root)
+        for root in config.data
+    ]
+
+
+def _evaluate_one(config: EvalConfig, encoder: Encoder, about: dict[str, Any], root: str) -> dict[str, Any]:
+    task = _task(root) if config.task == "auto" else config.task
+    dataset = root.rstrip("/").rsplit("/", 1)[-1]
+    metrics, samples = (zeroshot if task == "zeroshot" else retrieval)(encoder, root)
     result = {
         "dataset": dataset,
         "model": about["model"],
@@ -127,7 +137,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         "skipped": encoder.skipped,
         **{name: value for name, value in about.items() if name in ("recipe", "step")},
     }
-    output = config.output or (join(config.model, "eval", f"{dataset}_{task}.json") if "step" in about else None)
+    folder = config.output or (join(config.model, "eval") if "step" in about else None)
+    output = join(folder, f"{dataset}_{task}.json") if folder else None
     if output:
         write_json(output, result)
     _print(result, output)
