@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
 
-.PHONY: demo test test-all lint debian clean
+.PHONY: demo test test-all lint wordnet debian clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipmill needs Python 3.11 or later")'
@@ -13,10 +13,13 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/webdataset-0.2.86 webdataset==0.2.86
 	touch $@
 
-debian:
-	bash tests/install_debian.sh
+wordnet:
+	bash tests/install_debian.sh wordnet-base
 
-demo: $(VENV)/.done debian
+debian:
+	bash tests/install_debian.sh wordnet-base chromium
+
+demo: $(VENV)/.done wordnet
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/demo.sh
 
 lint: $(VENV)/.done

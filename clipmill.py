@@ -111,9 +111,9 @@ def _train(rest: list[str]) -> int:
     if recipe not in RECIPES:
         return _fail(2, f"no recipe {recipe!r}; there are {', '.join(RECIPES)}")
     module = importlib.import_module(f"training.recipes.{recipe}")
-    default = module.config()
-    if "--smoke" in rest:
-        default = module.smoke(default)
+    from training.config import smoke
+
+    default = smoke(module.config()) if "--smoke" in rest else module.config()
     options = [option for option in rest[1:] if option != "--smoke"]
     config = _parse(type(default), options, f"clipmill train {recipe}", default)
     from training.trainer import train

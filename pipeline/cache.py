@@ -11,10 +11,10 @@ import tyro
 
 from pipeline.ahead import ahead, batches
 from pipeline.caption import model_label
-from pipeline.stage import Result, Stage, Summary, Task, run_stage, upstream_shards
+from pipeline.stage import Result, Stage, Summary, Task, run_stage, tar_tasks, upstream_shards
 from shards_spec.embeddings import write_embeddings
 from shards_spec.files import DataError, UserError, join, sha256_file, sha256_json
-from shards_spec.manifest import file_hash, shard_name
+from shards_spec.manifest import shard_name
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard
 from shards_spec.views import ViewSpec, apply_view, decode_rgb, draw_view
@@ -101,11 +101,7 @@ def cache(config: CacheConfig) -> Summary:
         "batch_size": config.batch_size,
     }
     stage = Stage(f"cache/{name}", f"teacher/{name}", identity)
-    tasks = (
-        Task(shard, {path: file_hash(config.root, "shards", shard, path)})
-        for shard in shards
-        if (path := f"shards/{shard_name(shard)}.tar")
-    )
+    tasks = tar_tasks(config.root, "shards", shards)
     work = partial(cache_shard, stage=stage, loaded=loaded, config=config)
     return run_stage(config.root, stage, tasks, work, total=len(shards), overwrite=config.overwrite)
 

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import tyro
 
 from pipeline.ahead import ahead, batches
-from pipeline.stage import Result, Stage, Summary, Task, run_stage, upstream_shards
+from pipeline.stage import Result, Stage, Summary, Task, run_stage, tar_tasks, upstream_shards
 from shards_spec.files import DataError, UserError, atomic_writer, join, sha256_file
-from shards_spec.manifest import file_hash, shard_name
+from shards_spec.manifest import shard_name
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard
 from shards_spec.views import decode_rgb
@@ -98,11 +98,7 @@ def caption(config: CaptionConfig) -> Summary:
         **asdict(decoding),
     }
     stage = Stage(f"caption/{name}", f"captions/{name}", identity)
-    tasks = (
-        Task(shard, {path: file_hash(config.root, "raw", shard, path)})
-        for shard in shards
-        if (path := f"raw/{shard_name(shard)}.tar")
-    )
+    tasks = tar_tasks(config.root, "raw", shards)
     work = partial(caption_shard, stage=stage, loaded=loaded, decoding=decoding, config=config)
     return run_stage(config.root, stage, tasks, work, total=len(shards), overwrite=config.overwrite)
 

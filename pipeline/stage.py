@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from shards_spec.files import DataError, UserError, exists, join, read_bytes, remove_stale, sha256_json, write_bytes
-from shards_spec.manifest import Done, read_dataset, read_done, shard_ids, shard_name, write_stage
+from shards_spec.manifest import Done, file_hash, read_dataset, read_done, shard_ids, shard_name, write_stage
 
 log = logging.getLogger(__name__)
 VERSIONED = ("clipmill", "numpy", "pillow", "pyarrow")
@@ -239,6 +239,13 @@ def upstream_shards(root: str, folder: str, stage: str) -> list[int]:
     if ours and (block is None or block["shards"] != len(shards)):
         raise UserError(f"{stage} has not finished in {root}: run `clipmill {stage.split('/')[0]}` again, it goes on")
     return shards
+
+
+def tar_tasks(root: str, folder: str, shards: list[int]) -> Iterator[Task]:
+    """A task per shard whose input is the shard's tar in ``root/folder``."""
+    for shard in shards:
+        path = f"{folder}/{shard_name(shard)}.tar"
+        yield Task(shard, {path: file_hash(root, folder, shard, path)})
 
 
 @contextlib.contextmanager

@@ -114,3 +114,9 @@ def build_all(root: str, model: str, views: int) -> None:
     pack(PackConfig(root, workers=1))
     vocab(VocabConfig(root, min_count=2))
     cache(CacheConfig(root, model, name="tea", views=views))
+
+
+def tree(root: str) -> dict[str, str]:
+    """Path to hash of everything below ROOT but the logs."""
+    files = (path for path in Path(root).rglob("*") if path.is_file() and "logs" not in path.parts)
+    return {path.relative_to(root).as_posix(): sha256_file(str(path)) for path in files}

@@ -16,6 +16,7 @@ from shards_spec.manifest import Done, shard_name
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
 from shards_spec.views import ViewSpec
+from training.config import smoke
 
 DIM = 16
 SPEC = ViewSpec(seed=3, scale=(0.5, 1.0))
@@ -106,7 +107,7 @@ def tiny_config(recipe, root, out, **fields):
     module = importlib.import_module(f"training.recipes.{recipe}")
     model = f"local-dir:{root}/models/{'coca' if recipe == 'coca' else 'clip'}"
     wanted = {"data": root, "out": out, "model": model, "batch_size": 4, "steps": 12, "lr": 1e-3, **fields}
-    config = module.smoke(module.config())
+    config = smoke(module.config())
     for part in dataclasses.fields(config):
         piece = getattr(config, part.name)
         if dataclasses.is_dataclass(piece):

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_data import tiny_coca, write_raw
+from small_data import tiny_coca, tree, write_raw
 
 from pipeline.cache import CacheConfig, cache
 from pipeline.caption import CaptionConfig, caption
 from pipeline.check import CheckConfig, check
 from pipeline.pack import PackConfig, pack
 from pipeline.vocab import VocabConfig, vocab
-from shards_spec.files import sha256_file
 
 KILLS = 20
 FOLDERS = {"caption": "captions", "pack": "shards", "vocab": "vocab", "cache": "teacher"}
@@ -56,11 +55,6 @@ def forked(stage: str, root: str, model: str, workers: int = 1) -> multiprocessi
     child = multiprocessing.get_context("fork").Process(target=run, args=(stage, root, model, workers))
     child.start()
     return child
-
-
-def tree(root: str) -> dict[str, str]:
-    files = (path for path in Path(root).rglob("*") if path.is_file() and "logs" not in path.parts)
-    return {path.relative_to(root).as_posix(): sha256_file(str(path)) for path in files}
 
 
 def before(stage: str, built: str, to: Path) -> str:

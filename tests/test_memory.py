@@ -3,11 +3,13 @@
 import multiprocessing
 import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from small_data import tiny_coca, write_raw
+from small_training import tiny_clip
 
 from pipeline.cache import CacheConfig, cache
 from pipeline.caption import CaptionConfig, caption
@@ -31,7 +33,9 @@ def roots(tmp_path_factory) -> dict[int, str]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    return tiny_coca(tmp_path_factory.mktemp("models") / "coca")
+    folder = tmp_path_factory.mktemp("models")
+    tiny_clip(folder / "student")
+    return tiny_coca(folder / "coca")
 
 
 def _work(stage: str, root: str, model: str, pipe) -> None:
@@ -45,9 +49,23 @@ def _work(stage: str, root: str, model: str, pipe) -> None:
         vocab(VocabConfig(root, min_count=1))
     elif stage == "cache":
         cache(CacheConfig(root, model, name="tea", views=1, threads=1))
+    elif stage == "train":
+        train_clip(root, str(Path(root, "run")), str(Path(model.removeprefix("local-dir:")).parent / "student"))
     else:
         assert check(CheckConfig(root)) == []
     pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)
+
+
+def train_clip(root: str, out: str, student: str) -> None:
+    """An epoch and more of either dataset, in equally many steps."""
+    from training.config import smoke
+    from training.recipes import clip
+    from training.trainer import train
+
+    config = smoke(clip.config())
+    data = replace(config.data, data=root, batch_size=24, window=4)
+    run = replace(config.run, out=out, steps=30, log_every=30)
+    train("clip", replace(config, data=data, run=run, student=replace(config.student, model=f"local-dir:{student}")))
 
 
 def peak(stage: str, root: str, model: str) -> float:
@@ -62,7 +80,7 @@ def peak(stage: str, root: str, model: str) -> float:
 
 def test_fifty_shards_take_the_memory_of_five(roots, model):
     total = sum(path.stat().st_size for path in Path(roots[50], "raw").glob("*.tar")) / 2**20
-    for stage in ("caption", "pack", "vocab", "cache", "check"):
+    for stage in ("caption", "pack", "vocab", "cache", "check", "train"):
         small, large = (peak(stage, roots[shards], model) for shards in (5, 50))
         print(f"{stage}: {small:.0f} MiB for 5 shards, {large:.0f} MiB for 50 ({total:.0f} MiB of raw tars)")
         assert large - small < total / 4, stage

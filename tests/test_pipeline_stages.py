@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from small_data import build_all, tiny_coca, write_raw
+from small_data import build_all, tiny_coca, tree, write_raw
 
 from pipeline.cache import CacheConfig, cache, sample_captions
 from pipeline.caption import CaptionConfig, caption, model_label
@@ -20,7 +20,7 @@ from pipeline.pack import PackConfig, pack
 from pipeline.stage import ShardsFailed
 from pipeline.vocab import VocabConfig, vocab
 from shards_spec.embeddings import read_embeddings
-from shards_spec.files import UserError, join, names, read_bytes, read_json, sha256_file, write_bytes
+from shards_spec.files import UserError, join, names, read_bytes, read_json, write_bytes
 from shards_spec.models import load_model
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, write_shard
@@ -50,12 +50,6 @@ def built(tmp_path_factory, model) -> str:
 def root(built, tmp_path) -> str:
     """A copy that a test may break."""
     return shutil.copytree(built, tmp_path / "ds").as_posix()
-
-
-def tree(root: str) -> dict[str, str]:
-    """Path to hash of everything but the logs."""
-    files = (path for path in Path(root).rglob("*") if path.is_file() and "logs" not in path.parts)
-    return {path.relative_to(root).as_posix(): sha256_file(str(path)) for path in sorted(files)}
 
 
 def test_all_promises_hold(built):

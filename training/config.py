@@ -1,6 +1,6 @@
 """The pieces that recipes compose their configs of. Field names are unique: the command line shows them flat."""
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
 from shards_spec.files import UserError
@@ -121,6 +121,16 @@ class RunConfig:
             "checkpoint_steps", self.checkpoint_steps, "1 or more, or None",
         )  # fmt: skip
         require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "1 or more")
+
+
+def smoke(config: Any) -> Any:
+    """A recipe's config cut to four steps of eight pairs; the model stays, give a small one for seconds on a CPU."""
+    return replace(
+        config,
+        data=replace(config.data, batch_size=8, workers=0),
+        optim=replace(config.optim, warmup=2),
+        run=replace(config.run, steps=4, log_every=1),
+    )
 
 
 def flat(config: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ inheritance on LAION-400M), its text tower is 12 layers deep instead of 6.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -61,16 +61,6 @@ def config() -> Config:
         student=ModelConfig(model="ViT-M-32"),
         optim=OptimConfig(lr=1e-4, weight_decay=0.2, warmup=2000, clip_norm=5.0),
         run=RunConfig(out="runs/affinity", epochs=6),
-    )
-
-
-def smoke(config: Config) -> Config:
-    """Four steps of eight pairs; the model stays, give a small one for seconds on a CPU."""
-    return replace(
-        config,
-        data=replace(config.data, batch_size=8, workers=0),
-        optim=replace(config.optim, warmup=2),
-        run=replace(config.run, steps=4, log_every=1),
     )
 
 

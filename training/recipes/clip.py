@@ -8,7 +8,7 @@ and warm-up 2000 are ours, for sets of CC12M's size. Cost: 32 epochs of 10 milli
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,16 +38,6 @@ def config() -> Config:
     return Config(
         optim=OptimConfig(lr=1e-3, weight_decay=0.1, warmup=2000),
         run=RunConfig(out="runs/clip", epochs=32),
-    )
-
-
-def smoke(config: Config) -> Config:
-    """Four steps of eight pairs; the model stays, give a small one for seconds on a CPU."""
-    return replace(
-        config,
-        data=replace(config.data, batch_size=8, workers=0),
-        optim=replace(config.optim, warmup=2),
-        run=replace(config.run, steps=4, log_every=1),
     )
 
 

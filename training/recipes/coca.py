@@ -8,7 +8,7 @@ text tower comes on top, over the same tokens.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,16 +49,6 @@ def config() -> Config:
         student=ModelConfig(model="coca_ViT-B-32"),
         optim=OptimConfig(lr=1e-3, weight_decay=0.1, warmup=2000),
         run=RunConfig(out="runs/coca", epochs=32),
-    )
-
-
-def smoke(config: Config) -> Config:
-    """Four steps of eight pairs; the model stays, give a small one for seconds on a CPU."""
-    return replace(
-        config,
-        data=replace(config.data, batch_size=8, workers=0),
-        optim=replace(config.optim, warmup=2),
-        run=replace(config.run, steps=4, log_every=1),
     )
 
 
