@@ -35,11 +35,11 @@ step ingest clipmill ingest "$ROOT" --source "$WEB/list.tsv" --shard-size 500 --
 
 # 2. Captioner and teacher: a small CoCa, trained on the raw shards by open_clip's own CoCa loss
 step teacher clipmill train coca --data "$ROOT" --out "$RUN/coca" --model local-dir:demo/models/coca \
-  --shards 8 --steps 350 --batch-size 128 --lr 1e-3 --warmup 30 --clip-norm 1 --scale 1 1 --ratio 1 1 --workers 0
+  --shards 8 --steps 430 --batch-size 128 --lr 1e-3 --warmup 30 --clip-norm 1 --scale 1 1 --ratio 1 1 --workers 0
 step export clipmill export "$RUN/coca" --to "$COCA"
 
 # 3. Synthetic captions, WordNet synsets, final shards, vocabulary
-step caption clipmill caption "$ROOT" --model "local-dir:$COCA" --num-captions 2 --max-tokens 20
+step caption clipmill caption "$ROOT" --model "local-dir:$COCA" --num-captions 2 --temperature 0.3 --max-tokens 20
 step pack clipmill pack "$ROOT"
 step vocab clipmill vocab "$ROOT" --min-count 50
 
