@@ -27,10 +27,9 @@ from shards_spec.files import (
     open_read,
     read_buffer,
     read_json,
-    remove,
     sha256_file,
 )
-from shards_spec.manifest import STATS_PATTERN, shard_name
+from shards_spec.manifest import STATS_PATTERN, forget, shard_name
 from shards_spec.sample import check_key
 from shards_spec.tar import index_shard
 
@@ -159,7 +158,7 @@ def _copies(root: str, shard: int, found: Found) -> Iterator[tuple[str, str]]:
     """(path below ROOT, sha256) of the shard's files, copied unless they lie there already."""
     name = join(FOLDER, shard_name(shard))
     if not found.inside:
-        remove(join(root, f"{name}_stats.json"))  # an older shard of this number is no longer whole
+        forget(join(root, FOLDER), shard)
     for ending in (".tar", ".parquet"):
         if not found.inside:
             with open_read(found.source + ending) as source, atomic_writer(join(root, name + ending)) as target:

@@ -14,7 +14,7 @@ from pipeline.caption import model_label
 from pipeline.stage import Result, Stage, Summary, Task, run_stage, tar_tasks, upstream_shards
 from shards_spec.embeddings import write_embeddings
 from shards_spec.files import DataError, UserError, join, sha256_file, sha256_json
-from shards_spec.manifest import shard_name
+from shards_spec.manifest import forget, shard_name
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard
 from shards_spec.views import ViewSpec, apply_view, decode_rgb, draw_view
@@ -131,6 +131,7 @@ def cache_shard(root: str, task: Task, *, stage: Stage, loaded: Any, config: Cac
         "captions_sha256": sha256_json([keys, captions]),
     }
     path = f"{stage.folder}/{shard_name(task.shard)}.parquet"
+    forget(join(root, stage.folder), task.shard)
     write_embeddings(join(root, path), keys, columns, meta, config.dtype)
     return Result({"success": len(keys)}, {path: sha256_file(join(root, path))})
 

@@ -16,7 +16,7 @@ import tyro
 from pipeline.ahead import ahead, batches
 from pipeline.stage import Result, Stage, Summary, Task, run_stage, tar_tasks, upstream_shards
 from shards_spec.files import DataError, UserError, atomic_writer, join, sha256_file
-from shards_spec.manifest import shard_name
+from shards_spec.manifest import forget, shard_name
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard
 from shards_spec.views import decode_rgb
@@ -116,6 +116,7 @@ def caption_shard(root: str, task: Task, *, stage: Stage, loaded: Any, decoding:
             counts["success" if key in written else "picture does not decode"] += 1
             rows.append({"key": key, **written.get(key, {"captions": [], "logprobs": [], "num_tokens": []})})
     path = f"{stage.folder}/{shard_name(task.shard)}.parquet"
+    forget(join(root, stage.folder), task.shard)
     schema = SCHEMA.with_metadata({"clipmill": json.dumps(stage.config)})
     with atomic_writer(join(root, path)) as file:
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)

@@ -25,7 +25,7 @@ from shards_spec.files import (
     sha256_file,
     write_json,
 )
-from shards_spec.manifest import file_hash, read_done, shard_name
+from shards_spec.manifest import file_hash, forget, read_done, shard_name
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, write_shard
 
@@ -134,6 +134,7 @@ def pack_shard(root: str, task: Task, *, captioner: str | None, wordnet: str) ->
             rows.append(row)
             yield Sample(sample.key, _members(sample, row))
 
+    forget(join(root, "shards"), task.shard)
     tar, table = f"shards/{name}.tar", f"shards/{name}.parquet"
     _, tar_hash = write_shard(join(root, tar), packed())
     if captions:

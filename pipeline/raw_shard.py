@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from pipeline.images import Picture
 from pipeline.sources import Row
 from pipeline.stage import Result
-from shards_spec.files import atomic_writer, join, remove, sha256_file
-from shards_spec.manifest import shard_name
+from shards_spec.files import atomic_writer, join, sha256_file
+from shards_spec.manifest import forget, shard_name
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
 
@@ -46,7 +46,7 @@ def write_raw_shard(root: str, shard: int, rows: list[Row], outcomes: list[Outco
     keys = [sample_key(shard, index, shard_size) for index in range(len(rows))]
     fields = [_fields(key, row, outcome) for key, row, outcome in zip(keys, rows, outcomes, strict=True)]
     name = join(FOLDER, shard_name(shard))
-    remove(join(root, f"{name}_stats.json"))  # an older shard of this number is no longer whole
+    forget(join(root, FOLDER), shard)
     _, tar_hash = write_shard(join(root, f"{name}.tar"), _samples(fields, outcomes))
     parquet = join(root, f"{name}.parquet")
     with atomic_writer(parquet) as file:

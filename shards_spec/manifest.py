@@ -17,6 +17,7 @@ from shards_spec.files import (
     join,
     names,
     read_json,
+    remove,
     remove_stale,
     sha256_file,
     sha256_json,
@@ -97,6 +98,11 @@ def read_done(folder: str, shard: int) -> Done | None:
     )
 
 
+def forget(folder: str, shard: int) -> None:
+    """Take a shard's done-record away, before its files are written anew: it would vouch for others."""
+    remove(join(folder, f"{shard_name(shard)}_stats.json"))
+
+
 def shard_ids(folder: str) -> list[int]:
     """Ids of the shards of a folder that are complete (their stats exist), ascending.
 
@@ -146,4 +152,4 @@ def shard_sizes(root: str) -> list[int]:
     if not exists(path):
         raise UserError(f"{path} is not there: run `clipmill pack {root}` to its end first")
     sizes: dict[str, int] = read_json(path)
-    return [sizes[name] for name in sorted(sizes)]
+    return [sizes[name] for name in sorted(sizes, key=lambda name: int(name.split(".")[0]))]

@@ -110,6 +110,22 @@ def test_another_config_is_an_error_that_names_both(root, model):
     assert pack(PackConfig(root, workers=1)).made == SHARDS  # its input changed
 
 
+def test_a_kill_while_overwriting_leaves_no_record_that_vouches_for_other_bytes(root, model, monkeypatch):
+    """Dies between a shard's file and its record, under another config; the old record must be gone."""
+    from pipeline import stage
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "_publish", die)
+    with pytest.raises(KeyboardInterrupt):
+        caption(CaptionConfig(root, model, name="cap", num_captions=3, max_tokens=8, overwrite=True))
+    monkeypatch.undo()
+    before = tree(root)
+    assert "captions/cap/00000_stats.json" not in before
+    assert caption(CaptionConfig(root, model, name="cap", num_captions=2, max_tokens=8)).made == 1
+
+
 def test_stages_refuse_unfinished_upstreams(root, tmp_path, model):
     with pytest.raises(UserError, match="has no finished shards: run `clipmill ingest"):
         caption(CaptionConfig(str(tmp_path / "empty"), model))
