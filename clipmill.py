@@ -45,6 +45,9 @@ def main() -> None:
         sys.exit(_fail(2, str(error)))
     except DataError as error:
         sys.exit(_fail(1, str(error)))
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(_fail(130, "interrupted; the same command goes on where it stopped"))
 

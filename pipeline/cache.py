@@ -7,11 +7,10 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 
 from pipeline.ahead import ahead, batches
 from pipeline.caption import model_label
-from pipeline.stage import Result, Stage, Summary, Task, run_stage, tar_tasks, upstream_shards
+from pipeline.stage import Result, Root, Stage, Summary, Task, run_stage, tar_tasks, upstream_shards
 from shards_spec.embeddings import write_embeddings
 from shards_spec.files import DataError, UserError, join, sha256_file, sha256_json
 from shards_spec.manifest import forget, shard_name
@@ -26,7 +25,7 @@ log = logging.getLogger(__name__)
 class CacheConfig:
     """Store a teacher's image embeddings of K views and its text embeddings of all captions."""
 
-    root: tyro.conf.Positional[str]
+    root: Root
     """the dataset; reads shards/, writes teacher/NAME/"""
     model: str = "ViT-L-14"
     """open_clip name of the teacher, local-dir:PATH or hf-hub:ORG/NAME"""

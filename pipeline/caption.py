@@ -11,10 +11,9 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import tyro
 
 from pipeline.ahead import ahead, batches
-from pipeline.stage import Result, Stage, Summary, Task, run_stage, tar_tasks, upstream_shards
+from pipeline.stage import Result, Root, Stage, Summary, Task, run_stage, tar_tasks, upstream_shards
 from shards_spec.files import DataError, UserError, atomic_writer, join, sha256_file
 from shards_spec.manifest import forget, shard_name
 from shards_spec.sample import Sample
@@ -36,7 +35,7 @@ SCHEMA = pa.schema(
 class CaptionConfig:
     """Write N synthetic captions per picture with an open_clip CoCa model."""
 
-    root: tyro.conf.Positional[str]
+    root: Root
     """the dataset: a folder or an fsspec URL; reads raw/, writes captions/NAME/"""
     model: str = "coca_ViT-L-14"
     """open_clip name of a CoCa model, local-dir:PATH or hf-hub:ORG/NAME"""

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import tyro
 
 from pipeline.cache import sample_captions
+from pipeline.stage import Root
 from shards_spec.embeddings import read_embeddings
 from shards_spec.files import (
     DataError,
@@ -34,7 +34,7 @@ from shards_spec.vocab import read_vocabulary
 class CheckConfig:
     """Prove what SPEC.md promises of a dataset; exit 1 and name the first broken key of each file otherwise."""
 
-    root: tyro.conf.Positional[str]
+    root: Root
     """the dataset: a folder or an fsspec URL"""
 
 

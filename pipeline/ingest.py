@@ -13,14 +13,12 @@ from itertools import chain, islice
 from types import TracebackType
 from typing import Literal
 
-import tyro
-
 from pipeline.adopt import adopt_shard, adopt_tasks
 from pipeline.fetch import Fetcher, FetchError, FetchRules
 from pipeline.images import JPEG_QUALITY, MAX_PIXELS, BadImage, convert
 from pipeline.raw_shard import FOLDER, RESIZE, Outcome, write_raw_shard
 from pipeline.sources import Row, detect, folder_rows, list_rows
-from pipeline.stage import Result, Stage, Summary, Task, die_with_parent, run_stage
+from pipeline.stage import Result, Root, Stage, Summary, Task, die_with_parent, run_stage
 from shards_spec.files import UserError, join, names, remove, sha256_json
 from shards_spec.manifest import STATS_PATTERN, shard_name
 
@@ -31,7 +29,7 @@ log = logging.getLogger(__name__)
 class IngestConfig:
     """Download a list, read a folder of pictures or take over img2dataset's shards; write ROOT/raw."""
 
-    root: tyro.conf.Positional[str]
+    root: Root
     """the dataset: a folder or an fsspec URL; writes raw/"""
     source: str
     """a list of URLs (.tsv, .csv, .parquet, also .gz), a folder of pictures, or a folder of img2dataset's shards"""

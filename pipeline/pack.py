@@ -10,9 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import tyro
 
-from pipeline.stage import Result, Stage, Summary, Task, run_stage, upstream_shards
+from pipeline.stage import Result, Root, Stage, Summary, Task, run_stage, upstream_shards
 from pipeline.wordnet import RULE, WORDNET_VERSION, find_wordnet, load_wordnet
 from shards_spec.files import (
     DataError,
@@ -46,7 +45,7 @@ SCHEMA = pa.schema(
 class PackConfig:
     """Join pictures, captions and WordNet synsets into the final shards."""
 
-    root: tyro.conf.Positional[str]
+    root: Root
     """the dataset; reads raw/ and captions/NAME/, writes shards/"""
     captioner: str | None = None
     """folder below captions/; needed only when there are several; 'none' packs the original captions alone"""

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pyarrow.parquet as pq
-import tyro
 
-from pipeline.stage import upstream_shards
+from pipeline.stage import Root, upstream_shards
 from pipeline.wordnet import RULE, WORDNET_VERSION, load_wordnet
 from shards_spec.files import UserError, join, open_read, remove_stale
 from shards_spec.manifest import shard_name, write_stage
@@ -18,7 +17,7 @@ from shards_spec.vocab import Vocabulary, build_vocabulary
 class VocabConfig:
     """Build the synset vocabulary: count over all captions, threshold, most frequent first."""
 
-    root: tyro.conf.Positional[str]
+    root: Root
     """the dataset; reads shards/*.parquet, writes vocab/NAME.tsv"""
     name: str = "all"
     """file name below vocab/"""

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ CHUNK = 1024
 class EvalConfig:
     """Measure a run's student or any open_clip model on a CLIP_benchmark WebDataset."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_MODEL")]
     """RUN folder, folder with an open_clip_config.json, or open_clip name"""
     data: tuple[str, ...]
     """one or more EVAL roots, folders or URLs in CLIP_benchmark's WebDataset layout"""

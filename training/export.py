@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -22,7 +22,7 @@ TOLERANCE = 1e-5  # largest difference of a feature, fp32 on the same CPU
 class ExportConfig:
     """Write a run's student for others to load."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """RUN folder of `clipmill train`"""
     to: str
     """folder to write; load it with open_clip as local-dir:FOLDER"""

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jinja2
 import tyro
@@ -18,7 +18,7 @@ from shards_spec.files import UserError, exists, is_url, join, write_bytes
 class ReportConfig:
     """Write one self-contained HTML page about a dataset or a training run."""
 
-    path: tyro.conf.Positional[str]
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ROOT_OR_RUN")]
     """ROOT of a dataset (has a dataset.json) or folder of a training run (has a metrics.jsonl)"""
     output: str | None = None
     """where to write the page; by default report.html in that folder"""
