@@ -155,7 +155,9 @@ def _embed_images(samples: Iterator[Sample], source: str, loaded: Any, config: C
         try:
             image = decode_rgb(sample.image)
         except DataError as error:
-            raise DataError(f"{source}: key {sample.key} {error}; drop it and pack again") from error
+            raise DataError(
+                f"{source}: key {sample.key} {error}; run caption, it finds such pictures, then pack again"
+            ) from error
         views = [
             apply_view(image, spec, draw_view(spec, sample.key, v), loaded.image_size) for v in range(config.views)
         ]

@@ -125,7 +125,11 @@ def pack_shard(root: str, task: Task, *, captioner: str | None, wordnet: str) ->
         for sample in read_shard(source):
             if captions is not None and sample.key not in captions:
                 raise DataError(f"{source}: key {sample.key} has no row in captions/{captioner}; run caption again")
-            row = _row(sample, captions.pop(sample.key) if captions is not None else [], source, wordnet)
+            synthetic = captions.pop(sample.key) if captions is not None else []
+            if captions is not None and not synthetic:  # caption writes no row without captions but for these
+                counts["picture does not decode"] += 1
+                continue
+            row = _row(sample, synthetic, source, wordnet)
             if isinstance(row, str):
                 counts[row] += 1
                 continue
