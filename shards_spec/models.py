@@ -28,18 +28,25 @@ class LoadedModel:
     std: tuple[float, ...]
 
 
-def load_model(model: str, pretrained: str | None = None, device: str = "cpu") -> LoadedModel:
-    """Build an open_clip model and load its weights as open_clip does.
+def load_model(
+    model: str, pretrained: str | None = None, device: str = "cpu", random_weights: bool = False
+) -> LoadedModel:
+    """Build an open_clip model and load its weights as open_clip does; without any only if ``random_weights``.
 
-    Raises UserError when the name, the tag or the file is unknown.
+    Raises UserError when the name, the tag or the file is unknown, or no weights were named.
     """
     import open_clip
 
     try:
-        built = open_clip.create_model(model, pretrained=pretrained, device=device)
+        built = open_clip.create_model(
+            model, pretrained=pretrained, device=device, require_pretrained=not random_weights
+        )
         tokenizer = load_tokenizer(model)
     except (RuntimeError, ValueError, FileNotFoundError) as error:
-        raise UserError(f"model {model!r} with pretrained {pretrained!r} cannot be loaded: {error}") from error
+        reason = str(error)
+        if pretrained is None and reason.startswith("Required pretrained weights"):
+            reason = "it has no weights; say --pretrained TAG_OR_FILE, or name a folder that has them"
+        raise UserError(f"model {model!r} with pretrained {pretrained!r} cannot be loaded: {reason}") from error
     preprocess = open_clip.get_model_preprocess_cfg(built)
     size = preprocess["size"]
     return LoadedModel(

@@ -319,6 +319,14 @@ def test_models_that_are_not_there_are_one_clear_line(root):
         cache(CacheConfig(root, "ViT-NOPE"))
 
 
+def test_a_model_without_weights_is_refused(root, tmp_path):
+    """open_clip only warns; random captions of twelve million pictures would be dear."""
+    with pytest.raises(UserError, match=r"'coca_ViT-B-32' with pretrained None.*no weights; say --pretrained"):
+        caption(CaptionConfig(root, "coca_ViT-B-32"))
+    with pytest.raises(UserError, match="it has no weights"):
+        cache(CacheConfig(root, "ViT-B-32"))
+
+
 def test_labels_of_models():
     assert model_label("local-dir:/a/b.c/", None) == "b_c"
     assert model_label("hf-hub:org/name", None) == "name"

@@ -23,7 +23,7 @@ from training.teacher_cache import TeacherCache
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    return load_model(tiny_clip(tmp_path_factory.mktemp("student") / "model"))
+    return load_model(tiny_clip(tmp_path_factory.mktemp("student") / "model"), random_weights=True)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from small_data import draw
+from small_data import draw, tiny_coca
 from small_training import tiny_clip, tiny_config, write_packed
 
 from shards_spec.files import DataError, UserError
@@ -75,7 +75,7 @@ class Seer(torch.nn.Module):
 
 @pytest.fixture
 def seer(tmp_path):
-    loaded = load_model(tiny_clip(tmp_path / "any"))
+    loaded = load_model(tiny_clip(tmp_path / "any"), random_weights=True)
     model = Seer()
     model.visual = torch.nn.Module()
     model.visual.preprocess_cfg = open_clip.get_model_preprocess_cfg(loaded.model)
@@ -195,7 +195,7 @@ def test_a_run_is_measured_and_its_result_kept(run, tmp_path, capsys):
 
 
 def test_any_model_is_measured(tmp_path):
-    model = tiny_clip(tmp_path / "model")
+    model = tiny_coca(tmp_path / "model")
     root = write_eval(tmp_path / "colours", [[(plain("red"), "png", 0)]])
     output = tmp_path / "results"
     assert evaluate(EvalConfig(model, (root,), output=str(output)))[0]["model"] == model

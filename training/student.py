@@ -17,7 +17,7 @@ def new_student(config: ModelConfig, seed: int) -> LoadedModel:
     """The model with its weights, or with random ones that depend on ``seed`` alone. Raises UserError."""
     torch.manual_seed(seed)
     with _nan_for_uninitialised():
-        student = load_model(config.model, config.pretrained)
+        student = load_model(config.model, config.pretrained, random_weights=True)
     initialise_leftovers(student.model)
     return student
 
@@ -58,7 +58,7 @@ def load_run(path: str) -> tuple[LoadedModel, int]:
         raise UserError(f"{run.checkpoints} has no checkpoint yet: run `clipmill train {config['recipe']}` longer")
     logging.disable(logging.WARNING)  # open_clip would say that the weights are random
     try:
-        student = load_model(f"local-dir:{path}")
+        student = load_model(f"local-dir:{path}", random_weights=True)
     finally:
         logging.disable(logging.NOTSET)
     state = load_checkpoint(newest)

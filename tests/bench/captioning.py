@@ -40,7 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    model = load_model(options.model).model
+    model = load_model(options.model, random_weights=True).model
     torch.nn.init.normal_(model.text_decoder.text_projection, std=0.02)  # open_clip leaves it uninitialised
     size = model.visual.image_size
     images = torch.randn(options.batch, 3, *((size, size) if isinstance(size, int) else size))
