@@ -314,7 +314,7 @@ def test_picture_that_does_not_decode_costs_itself(root):
 def test_run_page_shows_curves_evaluation_and_setup(run):
     page = page_of(run)
     for text in ("toy-run", "Recipe siclip", "Total loss", "contrastive", "Gradient norm", "Throughput", "optim.betas",
-                 "[0.9, 0.98]", "2.7.1", "checkpoints/step_100.pt", "2.5MB", "text to image R@1", "zeroshot retrieval",
+                 "[0.9, 0.98]", "2.7.1", "checkpoints/step_100.pt", "2.5MB", "text→image R@1", "zeroshot retrieval",
                  "1 of 100 values are not finite"):  # fmt: skip
         assert text in page.text, text
     assert re.search(r"cifar\s+siclip\s+61.5 %\s+–\s+60.0 %", page.text)

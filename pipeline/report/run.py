@@ -24,8 +24,8 @@ METRICS = {
     "acc5": "top-5",
     "mean_per_class_recall": "mean per class",
     "mean_average_precision": "mean average precision",
-    "image_retrieval_recall": "text to image R",
-    "text_retrieval_recall": "image to text R",
+    "image_retrieval_recall": "text→image R",
+    "text_retrieval_recall": "image→text R",
 }
 
 
@@ -188,7 +188,7 @@ def _evaluations(folder: str, problems: list[str]) -> tuple[list[dict[str, Any]]
 
 
 def metric_name(metric: str) -> str:
-    """``image_retrieval_recall@5`` → ``text to image R@5``: what is found follows what is asked."""
+    """``image_retrieval_recall@5`` → ``text→image R@5``: what is found follows what is asked."""
     stem, at, k = metric.partition("@")
     return METRICS.get(stem, stem.replace("_", " ")) + at + k
 
