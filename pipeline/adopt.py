@@ -25,13 +25,12 @@ from shards_spec.files import (
     join,
     names,
     open_read,
-    read_buffer,
     read_json,
     sha256_file,
 )
 from shards_spec.manifest import STATS_PATTERN, forget, shard_name
 from shards_spec.sample import check_key
-from shards_spec.tar import index_shard
+from shards_spec.tar import shard_keys
 
 log = logging.getLogger(__name__)
 OWN_FIELDS = (
@@ -141,8 +140,7 @@ def adopt_shard(root: str, task: Task) -> Result:
 def _tar_keys(path: str) -> list[str]:
     """Sorted keys of the tar."""
     try:
-        with read_buffer(f"{path}.tar") as buffer:
-            return sorted(check_key(key) for key, _ in index_shard(buffer, f"{path}.tar"))
+        return sorted(map(check_key, shard_keys(f"{path}.tar")))
     except FileNotFoundError as error:
         raise DataError(f"{path}.tar is not there, though its stats are; {MEND}") from error
 

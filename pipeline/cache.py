@@ -116,7 +116,7 @@ def cache_shard(root: str, task: Task, *, stage: Stage, loaded: Any, config: Cac
     def samples() -> Iterator[Sample]:
         for sample in read_shard(source):
             keys.append(sample.key)
-            captions.append(sample_captions(sample))
+            captions.append(sample.captions)
             yield sample
 
     images = _embed_images(samples(), source, loaded, config)
@@ -133,14 +133,6 @@ def cache_shard(root: str, task: Task, *, stage: Stage, loaded: Any, config: Cac
     forget(join(root, stage.folder), task.shard)
     write_embeddings(join(root, path), keys, columns, meta, config.dtype)
     return Result({"success": len(keys)}, {path: sha256_file(join(root, path))})
-
-
-def sample_captions(sample: Sample) -> list[str]:
-    """Original caption first, then ``syn_0``, ``syn_1`` … of the json member."""
-    meta, synthetic = sample.meta, list[str]()
-    while (text := meta.get(f"syn_{len(synthetic)}")) is not None:
-        synthetic.append(text)
-    return [sample.caption, *synthetic]
 
 
 def _embed_images(samples: Iterator[Sample], source: str, loaded: Any, config: CacheConfig) -> np.ndarray:

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.cache import sample_captions
 from pipeline.stage import Root
 from shards_spec.embeddings import read_embeddings
 from shards_spec.files import (
@@ -26,7 +25,7 @@ from shards_spec.files import (
 )
 from shards_spec.manifest import read_dataset, read_done, shard_ids, shard_name
 from shards_spec.sample import Sample, check_key
-from shards_spec.tar import read_shard
+from shards_spec.tar import read_shard, shard_keys
 from shards_spec.vocab import read_vocabulary
 
 
@@ -128,13 +127,9 @@ def _rows(path: str, columns: list[str]) -> list[dict[str, Any]]:
         raise DataError(f"{path}: not a readable Parquet file ({error})") from error
 
 
-def _tar_keys(root: str, folder: str, shard: int) -> list[str]:
-    return [sample.key for sample in read_shard(join(root, folder, f"{shard_name(shard)}.tar"))]
-
-
 def _prove_raw(root: str, folder: str, shard: int) -> Iterator[str]:
     name = join(root, folder, shard_name(shard))
-    keys = _tar_keys(root, folder, shard)
+    keys = shard_keys(f"{name}.tar")
     rows = _rows(f"{name}.parquet", ["key", "status"])
     _expect_keys(f"{name}.parquet", sorted(keys), sorted(r["key"] for r in rows if r["status"] == "success"), "the tar")
     stats = read_json(f"{name}_stats.json")
@@ -152,9 +147,9 @@ def _prove_raw(root: str, folder: str, shard: int) -> Iterator[str]:
 
 
 def _prove_captions(root: str, folder: str, shard: int) -> Iterator[str]:
-    path = join(root, folder, f"{shard_name(shard)}.parquet")
+    path, tar = join(root, folder, f"{shard_name(shard)}.parquet"), f"raw/{shard_name(shard)}.tar"
     rows = _rows(path, ["key", "captions", "logprobs", "num_tokens"])
-    _expect_keys(path, _tar_keys(root, "raw", shard), [row["key"] for row in rows], f"raw/{shard_name(shard)}.tar")
+    _expect_keys(path, shard_keys(join(root, tar)), [row["key"] for row in rows], tar)
     for row in rows:
         if not len(row["captions"]) == len(row["logprobs"]) == len(row["num_tokens"]):
             raise DataError(f"{path}: key {row['key']} has {len(row['captions'])} captions, other counts of the rest")
@@ -164,10 +159,10 @@ def _prove_captions(root: str, folder: str, shard: int) -> Iterator[str]:
 def _prove_final(root: str, folder: str, shard: int) -> Iterator[str]:
     name = join(root, folder, shard_name(shard))
     rows = _rows(f"{name}.parquet", ["key", "synsets"])
-    _expect_keys(f"{name}.parquet", _tar_keys(root, folder, shard), [row["key"] for row in rows], "the tar")
+    _expect_keys(f"{name}.parquet", shard_keys(f"{name}.tar"), [row["key"] for row in rows], "the tar")
     raw = read_shard(join(root, "raw", f"{shard_name(shard)}.tar")) if exists(join(root, "raw")) else None
     for sample, row in zip(read_shard(f"{name}.tar"), rows, strict=True):
-        captions, synsets = sample_captions(sample), sample.meta.get("synsets")
+        captions, synsets = sample.captions, sample.meta.get("synsets")
         if synsets != row["synsets"] or len(synsets) != len(captions):
             raise DataError(f"{name}.tar: key {sample.key} has synsets that do not fit its captions or its Parquet row")
         if raw is not None and next(s for s in _until(raw, sample.key, name)).image != sample.image:
@@ -186,7 +181,7 @@ def _until(raw: Iterator[Sample], key: str, name: str) -> Iterator[Sample]:
 def _prove_cache(root: str, folder: str, shard: int) -> Iterator[str]:
     path, tar = join(root, folder, f"{shard_name(shard)}.parquet"), f"shards/{shard_name(shard)}.tar"
     keys, _, meta = read_embeddings(path, [])
-    samples = [(sample.key, sample_captions(sample)) for sample in read_shard(join(root, tar))]
+    samples = [(sample.key, sample.captions) for sample in read_shard(join(root, tar))]
     _expect_keys(path, [key for key, _ in samples], keys, tar)
     if meta["shard_sha256"] != sha256_file(join(root, tar)):
         first = samples[0][0] if samples else None

@@ -9,7 +9,6 @@ caption does not depend on its neighbours.
 Shapes: B images, N captions each, R rows still running (R <= B·N), T tokens, H heads, D head width, Q image tokens.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shards_spec.draws import uniform_draws
 from shards_spec.files import UserError
 
 
@@ -206,12 +206,12 @@ def _uniforms(keys: Sequence[str], decoding: Decoding, length: int) -> Tensor:
     """(B·N, length) float64 in [0, 1), row b·N + n from (seed, keys[b], n) alone."""
     if decoding.method == "greedy":
         return torch.zeros(len(keys), length, dtype=torch.float64)
-    rows = []
-    for key in keys:
-        for caption in range(decoding.num_captions):
-            digest = hashlib.blake2b(f"caption/{decoding.seed}/{key}/{caption}".encode(), digest_size=16).digest()
-            rows.append(np.random.Philox(key=np.frombuffer(digest, "<u8")).random_raw(length))
-    return torch.from_numpy((np.stack(rows) >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+    rows = [
+        uniform_draws(f"caption/{decoding.seed}/{key}/{caption}", length)
+        for key in keys
+        for caption in range(decoding.num_captions)
+    ]
+    return torch.from_numpy(np.stack(rows))
 
 
 def _choose(logits: Tensor, decoding: Decoding, uniforms: Tensor, banned: int | None) -> Tensor:

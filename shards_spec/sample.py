@@ -41,6 +41,14 @@ class Sample:
             raise DataError(f"key {self.key}: its txt member is not UTF-8 ({error.reason})") from error
 
     @property
+    def captions(self) -> list[str]:
+        """The original caption, then ``syn_0``, ``syn_1`` … of the json member (SPEC.md §3). Raises DataError."""
+        found, meta = [self.caption], self.meta
+        while isinstance(synthetic := meta.get(f"syn_{len(found) - 1}"), str):
+            found.append(synthetic)
+        return found
+
+    @property
     def meta(self) -> dict[str, Any]:
         """The json member. Raises DataError when it is no JSON object."""
         try:

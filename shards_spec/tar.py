@@ -61,6 +61,12 @@ def read_shard(path: str) -> Iterator[Sample]:
             yield Sample(key, {ext: bytes(buffer[m.offset : m.offset + m.size]) for ext, m in members.items()})
 
 
+def shard_keys(path: str) -> list[str]:
+    """Keys in file order; no picture is copied. Raises DataError as `index_shard` does."""
+    with read_buffer(path) as buffer:
+        return [key for key, _ in index_shard(buffer, path)]
+
+
 def index_shard(buffer: memoryview, path: str) -> Iterator[tuple[str, dict[str, Member]]]:
     """Group members into samples: (key, extension -> Member), in file order.
 

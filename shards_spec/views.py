@@ -5,17 +5,16 @@ it is relative to the picture, so that a teacher at 336 pixels and a student at 
 operations. Rendering is Pillow's, hence bit-identical between machines that have the same Pillow.
 """
 
-import hashlib
 import io
 import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import PIL
 from PIL import Image, ImageEnhance, ImageOps
 
+from shards_spec.draws import uniform_draws
 from shards_spec.files import DataError, UserError, sha256_json
 
 RENDERING = 1  # raised whenever `apply_view` gives other pixels for the same view
@@ -69,15 +68,9 @@ class View:
     ops: tuple[tuple[int, int], ...] = ()
 
 
-def _uniform(seed: int, key: str, view: int, count: int) -> list[float]:
-    digest = hashlib.blake2b(f"{seed}/{key}/{view}".encode(), digest_size=16).digest()
-    philox = np.random.Philox(key=np.frombuffer(digest, "<u8"))
-    return [float(raw >> 11) * 2.0**-53 for raw in philox.random_raw(count).tolist()]
-
-
 def draw_view(spec: ViewSpec, key: str, view: int) -> View:
     """Draw view number ``view`` of sample ``key``: a pure function of its arguments."""
-    numbers = _uniform(spec.seed, key, view, 5 + 2 * spec.ops)
+    numbers = uniform_draws(f"{spec.seed}/{key}/{view}", 5 + 2 * spec.ops).tolist()
     area, aspect, left, top = (round(u * 65535) for u in numbers[:4])
     ops = []
     for pick, sign in zip(numbers[5::2], numbers[6::2], strict=True):

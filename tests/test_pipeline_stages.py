@@ -13,7 +13,7 @@ import pytest
 import torch
 from small_data import build_all, tiny_coca, tree, write_raw
 
-from pipeline.cache import CacheConfig, cache, sample_captions
+from pipeline.cache import CacheConfig, cache
 from pipeline.caption import CaptionConfig, caption, model_label
 from pipeline.check import CheckConfig, check
 from pipeline.pack import PackConfig, pack
@@ -145,7 +145,7 @@ def test_final_samples(built):
         assert meta["caption"] == sample.caption
         assert meta["url"] == raw[sample.key].meta["url"]
         assert isinstance(meta["syn_0"], str)
-        assert len(meta["synsets"]) == len(sample_captions(sample))
+        assert len(meta["synsets"]) == len(sample.captions)
         assert "n04546855" in meta["synsets"][0]  # wall
 
 
@@ -176,7 +176,7 @@ def test_cache_holds_the_teachers_features_of_the_replayed_views(built, model):
         pixels = (torch.from_numpy(np.array(view)).permute(2, 0, 1) / 255 - mean) / std
         with torch.no_grad():
             image = loaded.model.encode_image(pixels[None], normalize=True)[0].numpy()
-            texts = loaded.model.encode_text(loaded.tokenizer(sample_captions(sample)), normalize=True).numpy()
+            texts = loaded.model.encode_text(loaded.tokenizer(sample.captions), normalize=True).numpy()
         assert np.abs(columns["image_1"][row] - image).max() < 1e-3
         assert np.abs(columns["text_0"][row] - texts[0]).max() < 1e-3
         assert np.abs(columns["text_2"][row] - texts[2]).max() < 1e-3
@@ -300,7 +300,7 @@ def test_several_captioners_must_be_told_apart(root, model):
     with pytest.raises(UserError, match="no captions/nope"):
         pack(PackConfig(root, captioner="nope"))
     assert pack(PackConfig(root, captioner="none", workers=1, overwrite=True)).counts["success"] > 0
-    assert len(sample_captions(next(read_shard(join(root, "shards/00000.tar"))))) == 1
+    assert len(next(read_shard(join(root, "shards/00000.tar"))).captions) == 1
 
 
 def test_samples_without_any_caption_are_dropped_and_counted(tmp_path):

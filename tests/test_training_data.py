@@ -16,7 +16,7 @@ from shards_spec.models import load_model
 from shards_spec.tar import read_shard, write_shard
 from shards_spec.views import apply_view, decode_rgb, draw_view
 from training.config import CacheConfig, DataConfig, ViewConfig
-from training.data import ShardReader, draw_caption, load_batches, open_samples, sample_captions, to_tensor
+from training.data import ShardReader, draw_caption, load_batches, open_samples, to_tensor
 from training.order import batch_positions
 from training.teacher_cache import TeacherCache
 
@@ -51,7 +51,7 @@ def test_items_are_what_the_shard_holds(root, student):
         assert torch.equal(item["image"], to_tensor(view, (0.5,) * 3, (0.25,) * 3))
         assert item["image"].shape == (3, 32, 32)
         assert item["image"].dtype == torch.float32
-        captions = sample_captions(sample)
+        captions = sample.captions
         assert len(captions) == 3
         caption = captions[draw_caption(9, sample.key, epoch, 3)]
         assert torch.equal(item["tokens"], student.tokenizer([caption])[0])

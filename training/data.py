@@ -86,15 +86,6 @@ def dataset_sizes(root: str, folder: Literal["shards", "raw"]) -> list[int]:
     return [read_json(join(root, "raw", f"{shard_name(shard)}_stats.json"))["successes"] for shard in shards]
 
 
-def sample_captions(sample: Sample, original_only: bool = False) -> list[str]:
-    """The original caption, then ``syn_0``, ``syn_1`` … of the json member. Raises DataError."""
-    captions = [sample.caption]
-    meta = {} if original_only else sample.meta
-    while isinstance(synthetic := meta.get(f"syn_{len(captions) - 1}"), str):
-        captions.append(synthetic)
-    return captions
-
-
 def draw_caption(seed: int, key: str, epoch: int, count: int) -> int:
     """Which of ``count`` captions a sample shows in an epoch: uniform, a pure function of its arguments."""
     digest = hashlib.blake2b(f"caption/{seed}/{key}/{epoch}".encode(), digest_size=8).digest()
@@ -151,7 +142,7 @@ class Samples(Dataset[Item]):
         sample = self.reader.sample(place.shard, place.index)
         try:
             image = decode_rgb(sample.image)
-            captions = sample_captions(sample, self.original_only)
+            captions = [sample.caption] if self.original_only else sample.captions
         except DataError as error:
             return Skipped(f"{self.reader.path(place.shard)}: key {sample.key}: {error}")
         view = place.epoch % self.cache.num_views if self.cache else place.epoch

@@ -7,12 +7,12 @@ samples within a window: every sample comes once per epoch, and at most ``window
 Permutations sort raw Philox draws, whose stream numpy guarantees; ``Generator.permutation`` it may change.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from shards_spec.draws import raw_draws
 from shards_spec.files import UserError
 from training.recent import Recent
 
@@ -68,9 +68,7 @@ class Order:
 
 
 def _permutation(name: str, count: int) -> np.ndarray:
-    digest = hashlib.blake2b(f"order/{name}".encode(), digest_size=16).digest()
-    philox = np.random.Philox(key=np.frombuffer(digest, "<u8"))
-    return np.argsort(philox.random_raw(count), kind="stable")
+    return np.argsort(raw_draws(f"order/{name}", count), kind="stable")
 
 
 def batch_positions(
