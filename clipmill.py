@@ -9,6 +9,7 @@ from typing import Any
 # command: (module, config class, function, one line)
 COMMANDS = {
     "ingest": ("pipeline.ingest", "IngestConfig", "ingest", "list, folder or img2dataset shards -> ROOT/raw"),
+    "dedup": ("pipeline.dedup", "DedupConfig", "dedup", "duplicates over all shards -> ROOT/dedup, which pack obeys"),
     "caption": ("pipeline.caption", "CaptionConfig", "caption", "N CoCa captions per picture -> ROOT/captions/NAME"),
     "pack": ("pipeline.pack", "PackConfig", "pack", "pictures, captions, WordNet synsets -> ROOT/shards"),
     "vocab": ("pipeline.vocab", "VocabConfig", "vocab", "synsets by frequency -> ROOT/vocab/NAME.tsv"),
@@ -67,7 +68,7 @@ def _run(command: str, rest: list[str]) -> int:
     module_name, class_name, function_name, _ = COMMANDS[command]
     module = importlib.import_module(module_name)
     config = _parse(getattr(module, class_name), rest, f"clipmill {command}")
-    if command in ("ingest", "caption", "pack", "cache"):
+    if command in ("ingest", "dedup", "caption", "pack", "cache"):
         return _run_stage(command, getattr(module, function_name), config)
     outcome = getattr(module, function_name)(config)
     if command == "check":
@@ -92,6 +93,11 @@ def _run_stage(command: str, function: Any, config: Any) -> int:
         summary = function(config)
     except ShardsFailed as error:
         return _fail(1, str(error))
+    if command == "dedup":
+        exact, near = (summary.counts.get(f"{kind}duplicate image", 0) for kind in ("", "near-"))
+        pictures = sum(summary.counts.values())
+        print(f"dedup: {exact + near} of {pictures} pictures are duplicates ({exact} exact, {near} near)")
+        return 0
     others = ", ".join(f"{number} {reason}" for reason, number in summary.counts.items() if reason != "success")
     samples = summary.counts.get("success", 0)
     rate = f", {samples * summary.made / summary.shards / summary.seconds:.0f} samples/s" if summary.made else ""

@@ -1,7 +1,7 @@
 """`check`: proves the format's promises, shard by shard, and names the first broken key of every file."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -10,10 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.dedup import EXACT, NEAR, check_fresh
+from pipeline.dedup import FOLDER as DEDUP
 from pipeline.stage import Root
 from shards_spec.embeddings import read_embeddings
 from shards_spec.files import (
     DataError,
+    UserError,
     exists,
     join,
     names,
@@ -42,30 +45,43 @@ def check(config: CheckConfig) -> list[str]:
     root, problems = config.root, list[str]()
     if not exists(join(root, "raw")) and not exists(join(root, "shards")):
         return [f"{root}: no raw/ and no shards/ in it; it is not a clipmill dataset"]
+    keys_of = dict[str, list[np.ndarray]]()  # of raw/ and dedup/
     for folder, stage, prove in _folders(root):
+        keys = list[np.ndarray]()
         try:
             shards = shard_ids(join(root, folder))
             problems += _check_totals(root, folder, stage, shards)
         except DataError as error:
             problems.append(str(error))
             continue
-        keys = []
         for shard in shards:
             try:
                 _check_hashes(root, folder, shard)
-                found = list(prove(root, folder, shard))
-                keys.append(np.array([int(sha256_bytes(key.encode())[:16], 16) for key in found], np.uint64))
+                keys.append(_key_numbers(prove(root, folder, shard)))
             except DataError as error:
                 problems.append(str(error))
         problems += _check_unique(folder, keys)
+        if folder in ("raw", DEDUP) and len(keys) == len(shards):
+            keys_of[folder] = keys
+    if len(keys_of) == 2:
+        problems += _check_kept(root, keys_of["raw"], keys_of[DEDUP])
     return problems + _check_sizes(root) + _check_vocabularies(root)
+
+
+def _key_numbers(keys: Iterable[str]) -> np.ndarray:
+    """64 bits of each key's hash: uint64 [keys]."""
+    return np.array([int(sha256_bytes(key.encode())[:16], 16) for key in keys], np.uint64)
 
 
 Prove = Callable[[str, str, int], Iterator[str]]
 
 
 def _folders(root: str) -> Iterator[tuple[str, str, Prove]]:
-    for folder, stage, prove in (("raw", "ingest", _prove_raw), ("shards", "pack", _prove_final)):
+    for folder, stage, prove in (
+        ("raw", "ingest", _prove_raw),
+        (DEDUP, "dedup", _prove_dedup),
+        ("shards", "pack", _prove_final),
+    ):
         if exists(join(root, folder)):
             yield folder, stage, prove
     for name in names(join(root, "captions")):
@@ -83,10 +99,10 @@ def _check_totals(root: str, folder: str, stage: str, shards: list[int]) -> list
         return [f"{root}/dataset.json: no block for {stage}; it has not finished, run it again"]
     for done in dones:
         totals.update(done.counts if done else {})
-    if block["shards"] != len(shards) or block["counts"] != dict(totals):
-        return [
-            f"{root}/dataset.json: {stage} says {block['counts']}, its {len(shards)} shards add up to {dict(totals)}"
-        ]
+        totals.subtract(done.retried if done else {})
+    found = {reason: number for reason, number in totals.items() if number}
+    if block["shards"] != len(shards) or block["counts"] != found:
+        return [f"{root}/dataset.json: {stage} says {block['counts']}, its {len(shards)} shards add up to {found}"]
     return []
 
 
@@ -161,12 +177,15 @@ def _prove_final(root: str, folder: str, shard: int) -> Iterator[str]:
     rows = _rows(f"{name}.parquet", ["key", "synsets"])
     _expect_keys(f"{name}.parquet", shard_keys(f"{name}.tar"), [row["key"] for row in rows], "the tar")
     raw = read_shard(join(root, "raw", f"{shard_name(shard)}.tar")) if exists(join(root, "raw")) else None
+    dropped = _dropped(root, shard)
     for sample, row in zip(read_shard(f"{name}.tar"), rows, strict=True):
         captions, synsets = sample.captions, sample.meta.get("synsets")
         if synsets != row["synsets"] or len(synsets) != len(captions):
             raise DataError(f"{name}.tar: key {sample.key} has synsets that do not fit its captions or its Parquet row")
         if raw is not None and next(s for s in _until(raw, sample.key, name)).image != sample.image:
             raise DataError(f"{name}.tar: key {sample.key} has another picture than raw/{shard_name(shard)}.tar")
+        if sample.key in dropped:
+            raise DataError(f"{name}.tar: key {sample.key} is a duplicate by {DEDUP}/; run `clipmill pack` again")
         yield check_key(sample.key)
 
 
@@ -193,6 +212,46 @@ def _prove_cache(root: str, folder: str, shard: int) -> Iterator[str]:
         if (broken := ~np.isfinite(values).all(axis=1)).any():
             raise DataError(f"{path}: key {keys[int(broken.argmax())]} has no {name}; run `clipmill cache` again")
     yield from keys
+
+
+def _prove_dedup(root: str, folder: str, shard: int) -> Iterator[str]:
+    path, tar = join(root, folder, f"{shard_name(shard)}.parquet"), join(root, "raw", f"{shard_name(shard)}.tar")
+    keys = set(shard_keys(tar)) if exists(join(root, "raw")) else None
+    for row in _rows(path, ["key", "reason", "kept"]):
+        if keys is not None and row["key"] not in keys:
+            raise DataError(f"{path}: key {row['key']} is not in {tar}; run `clipmill dedup` again")
+        if row["reason"] not in (EXACT, NEAR):
+            raise DataError(f"{path}: key {row['key']} has reason {row['reason']!r}; run `clipmill dedup` again")
+        yield row["key"]
+
+
+def _dropped(root: str, shard: int) -> set[str]:
+    path = join(root, DEDUP, f"{shard_name(shard)}.parquet")
+    return {row["key"] for row in _rows(path, ["key"])} if exists(path) else set()
+
+
+def _check_kept(root: str, raw: list[np.ndarray], dropped: list[np.ndarray]) -> list[str]:
+    """The lists belong to raw/ as it is, and every sample that stays for another is there and does not go itself."""
+    try:
+        check_fresh(root, shard_ids(join(root, "raw")))
+    except UserError as error:
+        return [str(error)]
+    problems, there, gone = list[str](), *(np.sort(np.concatenate(keys)) for keys in (raw, dropped))
+    for shard in range(len(dropped)):
+        path = join(root, DEDUP, f"{shard_name(shard)}.parquet")
+        rows = _rows(path, ["key", "kept"])
+        kept = _key_numbers(row["kept"] for row in rows)
+        if (wrong := ~_among(kept, there) | _among(kept, gone)).any():
+            row = rows[int(wrong.argmax())]
+            problems.append(
+                f"{path}: key {row['key']} goes for key {row['kept']}, which is not in raw/ or goes itself; "
+                "run `clipmill dedup --overwrite`"
+            )
+    return problems
+
+
+def _among(numbers: np.ndarray, ascending: np.ndarray) -> np.ndarray:
+    return np.searchsorted(ascending, numbers, "left") < np.searchsorted(ascending, numbers, "right")
 
 
 def _check_unique(folder: str, keys: list[np.ndarray]) -> list[str]:

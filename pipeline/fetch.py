@@ -8,58 +8,128 @@ import asyncio
 import errno
 import ipaddress
 import socket
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import time
+import zlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from importlib.metadata import version
 from types import TracebackType
 from typing import Any
 
 import aiohttp
+import yarl
 from aiohttp import http_exceptions
+
+from pipeline.names import NameFailed, Names
 
 AGENT = "clipmill"
 OPT_OUT = frozenset({"noai", "noimageai", "noindex", "noimageindex"})  # img2dataset's defaults
 NOT_PUBLIC = "not a public address"
 GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-RETRY_PAUSE_S = 0.5
+FIRST_PAUSE_S = 0.5  # before the first further try; doubled for each one after
 PIECE = 1 << 16
+BUSY = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})  # statuses that may pass with time
+MAY_PASS = frozenset({
+    "timeout", "connection refused", "connection lost", "connection failed", "name look-up failed",
+    *(f"HTTP {status}" for status in BUSY),
+})  # fmt: skip
 
 
 class FetchError(Exception):
-    """No bytes; the message is a short, stable reason fit for counting. ``again``: another try may help."""
+    """No bytes; the message is a short, stable reason fit for counting.
 
-    def __init__(self, reason: str, again: bool = False) -> None:
+    ``after``: seconds the server asked us to wait before another try.
+    """
+
+    def __init__(self, reason: str, after: float = 0.0) -> None:
         super().__init__(reason)
-        self.again = again
+        self.after = after
 
 
 @dataclass(frozen=True)
 class FetchRules:
-    """``timeout_s`` is the time of one try from name look-up to last byte, ``retries`` the tries after the first."""
+    """``timeout_s`` is the time of one try from name look-up to last byte, ``retries`` the tries after the first.
+
+    ``concurrency`` requests are in flight at most, ``per_host`` of them to one host. ``nameservers`` replace the
+    system's.
+    """
 
     timeout_s: float = 10.0
     max_bytes: int = 20_000_000
     retries: int = 1
+    concurrency: int = 64
+    per_host: int = 16
     allow_private: bool = False
     ignore_opt_out: bool = False
+    nameservers: tuple[str, ...] = ()
+
+
+@dataclass
+class Link:
+    """Where a request stands, for those who must decide whether to wait for it.
+
+    ``phase``: it waits for its ``host`` (busy with others), for a ``slot`` of ours, for the answer to a ``try`` or in
+    a ``pause`` between two; ``done`` after. ``started``: when the first try began (monotonic seconds), 0 before.
+    """
+
+    phase: str = "host"
+    started: float = 0.0
+
+
+@dataclass
+class _Host:
+    """What is under way to one host; ``resume`` is when it wants to be asked again (monotonic seconds)."""
+
+    slots: asyncio.Semaphore
+    users: int = 0
+    resume: float = 0.0
+
+
+@dataclass
+class Gate:
+    """Requests may start while fewer than ``limit`` bodies wait for a decoder: memory is bounded by it."""
+
+    limit: int
+    waiting: int = 0
+    _room: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def enter(self) -> None:
+        """Wait until there is room."""
+        while self.waiting >= self.limit:
+            self._room.clear()
+            await self._room.wait()
+
+    @asynccontextmanager
+    async def body(self) -> AsyncIterator[None]:
+        """Around the time that a body waits and is decoded."""
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+            if self.waiting < self.limit:
+                self._room.set()
 
 
 class Fetcher:
-    """A session for many pictures; use as ``async with Fetcher(rules, concurrency) as fetcher``."""
+    """A session for many pictures; use as ``async with Fetcher(rules, gate) as fetcher``."""
 
-    def __init__(self, rules: FetchRules, concurrency: int) -> None:
+    def __init__(self, rules: FetchRules, gate: Gate | None = None) -> None:
         self._rules = rules
-        self._concurrency = concurrency
+        self._gate = gate or Gate(rules.concurrency)
+        self._hosts = dict[str, _Host]()
 
     async def __aenter__(self) -> "Fetcher":
-        # name look-ups block a thread each; the loop's own pool is too small for lists with a host per row
-        self._threads = ThreadPoolExecutor(self._concurrency, "names")
-        asyncio.get_running_loop().set_default_executor(self._threads)
+        self._slots = asyncio.Semaphore(self._rules.concurrency)
         connector = aiohttp.TCPConnector(
-            limit=self._concurrency,
-            resolver=aiohttp.ThreadedResolver(),
-            ttl_dns_cache=300,
+            limit=0,  # ours: a request that waits for its host must not hold a slot
+            resolver=Names(self._rules.nameservers),
+            ttl_dns_cache=600,
+            dns_cache_max_size=20_000,
+            keepalive_timeout=5,
             socket_factory=None if self._rules.allow_private else public_socket,
         )
         self._session = aiohttp.ClientSession(
@@ -68,8 +138,10 @@ class Fetcher:
             headers={
                 "User-Agent": f"Mozilla/5.0 (compatible; {AGENT}/{version(AGENT)})",
                 "Accept": "image/*,*/*;q=0.5",
+                "Accept-Encoding": "identity",
             },
             cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,  # aiohttp would unpack without a limit of ours
         )
         return self
 
@@ -77,24 +149,52 @@ class Fetcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._session.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def get(self, url: str) -> bytes:
-        """The body of ``url``. Raises FetchError."""
-        for tries_left in range(self._rules.retries, -1, -1):
-            try:
-                return await self._try(url)
-            except FetchError as error:
-                if not error.again or tries_left == 0:
-                    raise
-                await asyncio.sleep(RETRY_PAUSE_S)
+    async def get(self, url: str, link: Link | None = None) -> bytes:
+        """The body of ``url``; ``link`` is kept up to date meanwhile. Raises FetchError."""
+        address, link = _address(url), link or Link()
+        async with self._host(address.host or "") as host:
+            for tries in range(self._rules.retries + 1):
+                if (wait := host.resume - time.monotonic()) > 0:
+                    await asyncio.sleep(wait)
+                try:
+                    return await self._next_try(address, host, link)
+                except FetchError as error:
+                    pause = max(error.after, FIRST_PAUSE_S * 2**tries)
+                    if tries == self._rules.retries or str(error) not in MAY_PASS or pause > self._rules.timeout_s:
+                        raise
+                    if error.after:  # the host itself named a time: all who ask it wait as long
+                        host.resume = max(host.resume, time.monotonic() + pause)
+                    link.phase = "pause"
+                    await asyncio.sleep(pause)
         raise AssertionError("the last try returns or raises")
 
-    async def _try(self, url: str) -> bytes:
-        if not url.lower().startswith(("http://", "https://")):
-            raise FetchError("not an http address")
+    async def _next_try(self, address: yarl.URL, host: _Host, link: Link) -> bytes:
+        link.phase = "host"
+        async with host.slots:
+            link.phase = "slot"
+            async with self._slots:
+                await self._gate.enter()
+                link.phase, link.started = "try", link.started or time.monotonic()
+                body = await self._try(address)
+                link.phase = "done"
+                return body
+
+    @asynccontextmanager
+    async def _host(self, name: str) -> AsyncIterator[_Host]:
+        """The host's record; forgotten when nobody uses it, so that memory does not grow with a list."""
+        host = self._hosts.setdefault(name, _Host(asyncio.Semaphore(self._rules.per_host)))
+        host.users += 1
         try:
-            async with self._session.get(url, max_redirects=5) as response:
+            yield host
+        finally:
+            host.users -= 1
+            if not host.users:
+                del self._hosts[name]
+
+    async def _try(self, address: yarl.URL) -> bytes:
+        try:
+            async with self._session.get(address, max_redirects=5) as response:
                 return await self._read(response)
         except (aiohttp.ClientError, http_exceptions.HttpProcessingError, TimeoutError, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
@@ -103,7 +203,8 @@ class Fetcher:
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         if not 200 <= response.status < 300:
-            raise FetchError(f"HTTP {response.status}", again=response.status >= 500)
+            after = _retry_after(response.headers.get("Retry-After", "")) if response.status in (429, 503) else 0.0
+            raise FetchError(f"HTTP {response.status}", after)
         if not self._rules.ignore_opt_out and opted_out(response.headers.getall("X-Robots-Tag", [])):
             raise FetchError("opted out")
         limit = self._rules.max_bytes
@@ -114,37 +215,81 @@ class Fetcher:
             body += piece
             if len(body) > limit:
                 raise FetchError("too large")
-        if not body:
+        unpacked = _unpack(body, response.headers.get("Content-Encoding", ""), limit)
+        if not unpacked:
             raise FetchError("empty body")
-        return bytes(body)
+        return bytes(unpacked)
+
+
+def _address(url: str) -> yarl.URL:
+    if not url.lower().startswith(("http://", "https://")):
+        raise FetchError("not an http address")
+    try:
+        address = yarl.URL(url)
+    except ValueError as error:
+        raise FetchError("bad address") from error
+    if not address.host:
+        raise FetchError("bad address")
+    return address
+
+
+def _retry_after(value: str) -> float:
+    """Seconds asked for by a Retry-After header, which holds seconds or a date; 0 when it makes no sense."""
+    if value.strip().isdigit():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def _unpack(body: bytearray, encoding: str, limit: int) -> bytes | bytearray:
+    """The body without its Content-Encoding; we ask for none, some servers pack pictures all the same."""
+    encoding = encoding.strip().lower()
+    if encoding in ("", "identity") or not body:
+        return body
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise FetchError("unknown Content-Encoding")
+    raw_deflate = encoding == "deflate" and body[0] & 0x0F != 8  # zlib's header says method 8
+    unpacker = zlib.decompressobj(-zlib.MAX_WBITS if raw_deflate else zlib.MAX_WBITS | 32)
+    try:
+        data = unpacker.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise FetchError("broken Content-Encoding") from error
+    if len(data) > limit:
+        raise FetchError("too large")
+    return data
 
 
 def explain(error: Exception) -> FetchError:
     """A named reason for what aiohttp and the operating system raise."""
     if isinstance(error, TimeoutError):
-        return FetchError("timeout", again=True)
-    if isinstance(error, aiohttp.ClientConnectorError) and NOT_PUBLIC in str(error.os_error):
-        return FetchError(NOT_PUBLIC)
-    for kind, reason, again in REASONS:
+        return FetchError("timeout")
+    if isinstance(error, aiohttp.ClientConnectorError):
+        if NOT_PUBLIC in str(error.os_error):
+            return FetchError(NOT_PUBLIC)
+        if isinstance(error.os_error, NameFailed):
+            return FetchError(str(error.os_error))
+    for kind, reason in REASONS:
         if isinstance(error, kind):
-            return FetchError(reason, again)
+            return FetchError(reason)
     if isinstance(getattr(error, "os_error", error), ConnectionRefusedError):
-        return FetchError("connection refused", again=True)
-    return FetchError("connection failed", again=True)
+        return FetchError("connection refused")
+    return FetchError("connection failed")
 
 
-REASONS: tuple[tuple[type[Exception], str, bool], ...] = (  # the first that fits
-    (aiohttp.ClientConnectorDNSError, "name not found", True),
-    (aiohttp.ClientSSLError, "TLS error", False),
-    (aiohttp.TooManyRedirects, "too many redirects", False),
-    (aiohttp.NonHttpUrlClientError, "not an http address", False),
-    (aiohttp.InvalidURL, "bad address", False),
-    (aiohttp.ClientPayloadError, "connection lost", True),
-    (aiohttp.ServerDisconnectedError, "connection lost", True),
-    (aiohttp.ClientResponseError, "not HTTP", False),
-    (http_exceptions.HttpProcessingError, "not HTTP", False),
-    (ValueError, "bad address", False),  # what yarl and idna raise
-    (ConnectionResetError, "connection lost", True),
+REASONS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
+    (aiohttp.ClientConnectorDNSError, "name look-up failed"),
+    (aiohttp.ClientSSLError, "TLS error"),
+    (aiohttp.TooManyRedirects, "too many redirects"),
+    (aiohttp.NonHttpUrlClientError, "not an http address"),
+    (aiohttp.InvalidURL, "bad address"),
+    (aiohttp.ClientPayloadError, "connection lost"),
+    (aiohttp.ServerDisconnectedError, "connection lost"),
+    (aiohttp.ClientResponseError, "not HTTP"),
+    (http_exceptions.HttpProcessingError, "not HTTP"),
+    (ValueError, "bad address"),  # what yarl and idna raise
+    (ConnectionResetError, "connection lost"),
 )
 
 
@@ -175,7 +320,7 @@ def is_public(address: str) -> bool:
 
 
 def public_socket(address: tuple[Any, ...]) -> socket.socket:
-    """A socket for one of ``getaddrinfo``'s answers. Raises OSError when the address is not public."""
+    """A socket for one of the addresses of a name. Raises OSError when the address is not public."""
     family, kind, protocol, _, where = address
     if not is_public(where[0]):
         raise OSError(errno.EACCES, NOT_PUBLIC)

@@ -1,28 +1,30 @@
 """Stage `ingest`: a list of URLs, a folder of pictures or img2dataset's shards → ROOT/raw in img2dataset's layout."""
 
-import asyncio
 import logging
-import multiprocessing
 import os
+import resource
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
-from itertools import chain, islice
-from types import TracebackType
-from typing import Literal
+from itertools import islice
+from typing import Any, Literal
 
 from pipeline.adopt import adopt_shard, adopt_tasks
-from pipeline.fetch import Fetcher, FetchError, FetchRules
-from pipeline.images import JPEG_QUALITY, MAX_PIXELS, BadImage, convert
-from pipeline.raw_shard import FOLDER, RESIZE, Outcome, write_raw_shard
-from pipeline.sources import Row, detect, folder_rows, list_rows
-from pipeline.stage import Result, Root, Stage, Summary, Task, die_with_parent, run_stage
-from shards_spec.files import UserError, join, names, remove, sha256_json
+from pipeline.download import Downloader
+from pipeline.fetch import FetchRules
+from pipeline.images import JPEG_QUALITY, PictureRules
+from pipeline.raw_shard import FOLDER, Inputs, sample_key, write_raw_shard
+from pipeline.retry import additional_shards, kept_tasks, remove_shard, retry_tasks
+from pipeline.selection import Selection, read_exclusions
+from pipeline.sources import Format, detect, estimate_rows, list_rows
+from pipeline.stage import Result, Root, Stage, Summary, Task, run_stage
+from shards_spec.files import UserError, free_bytes, join, names, sha256_bytes, sha256_json
 from shards_spec.manifest import STATS_PATTERN, shard_name
 
 log = logging.getLogger(__name__)
+OTHER_FILES = 200  # that this process has open beside its downloads
+ENOUGH_ROWS = 2000  # to guess from how large the rest will be
 
 
 @dataclass(frozen=True)
@@ -32,39 +34,80 @@ class IngestConfig:
     root: Root
     """the dataset: a folder or an fsspec URL; writes raw/"""
     source: str
-    """a list of URLs (.tsv, .csv, .parquet, also .gz), a folder of pictures, or a folder of img2dataset's shards"""
-    format: Literal["auto", "cc3m", "cc12m", "csv", "parquet", "folder", "img2dataset"] = "auto"
+    """a list of links (.tsv, .csv, .jsonl, .parquet, also .gz), several of them (a folder or a glob), Parquet files with
+    pictures in them, a folder of pictures, WebDataset tars, or img2dataset's shards; local or an fsspec URL"""
+    format: Literal["auto"] | Format = "auto"
     """form of the source: cc3m is caption, tab, URL; cc12m is URL, tab, caption"""
+    url_col: str | None = None
+    """column with the link (or the picture's bytes); found by its name when not given"""
+    caption_col: str | None = None
+    """column with the caption; found by its name when not given"""
     shard_size: int = 1000
     """inputs per shard"""
     image_size: int = 256
     """pixels of the shorter side; smaller pictures are not enlarged"""
-    concurrency: int = 64
+    concurrency: int = 1024
     """downloads in flight"""
+    per_host: int = 16
+    """downloads in flight from one host"""
+    open_shards: int = 0
+    """shards under way at once, so that a slow host of one holds nobody; 0: four per core, eight at least"""
     workers: int = 0
     """processes that decode pictures; 0: one per core"""
     timeout_s: float = 10.0
     """seconds for one try, from name look-up to last byte"""
+    decode_timeout_s: float = 30.0
+    """seconds for decoding one picture"""
     retries: int = 1
-    """further tries after a time-out, a lost connection or an answer 5xx"""
+    """further tries, after a pause, where one can help: a time-out, a lost connection, an answer 429 or 5xx"""
     max_bytes: int = 20_000_000
     """larger files are left out"""
+    max_pixels: int = 100_000_000
+    """pictures with more are left out"""
+    min_size: int = 0
+    """pictures whose shorter side has fewer pixels are left out"""
+    max_aspect_ratio: float = 0.0
+    """pictures with a larger ratio of the sides are left out; 0: none is"""
+    min_caption_chars: int = 0
+    """rows with a shorter caption are left out"""
+    max_caption_chars: int = 0
+    """rows with a longer caption are left out; 0: none is"""
+    sane_captions: bool = False
+    """leave out captions without letters, addresses and file names, captions that repeat themselves or are symbols"""
+    dedup: Literal["none", "exact", "near"] = "none"
+    """leave out a picture that stands earlier in its shard under another link; `clipmill dedup` looks at all shards"""
+    near_bits: int = 3
+    """bits of 64 by which perceptual hashes of near-duplicates differ at most"""
+    exclude: tuple[str, ...] = ()
+    """text files of links, or of sha256 of pictures, to leave out: one per line, also .gz"""
     allow_private: bool = False
     """also fetch from addresses that are not public, such as 127.0.0.1 or 10.0.0.0/8"""
     ignore_opt_out: bool = False
     """also take pictures whose X-Robots-Tag says noai, noimageai, noindex or noimageindex"""
+    nameservers: tuple[str, ...] = ()
+    """DNS servers to ask in place of the system's"""
+    retry_failed: bool = False
+    """after a finished run: try again what failed for a reason that may pass, into additional shards"""
     overwrite: bool = False
     """make finished shards again"""
 
     def __post_init__(self) -> None:
-        limits = {"shard_size": 1, "image_size": 1, "concurrency": 1, "workers": 0, "retries": 0, "max_bytes": 1}
-        for field, least in limits.items():
+        ones = ("shard_size", "image_size", "concurrency", "per_host", "max_bytes", "max_pixels")
+        zeros = (
+            "open_shards", "workers", "retries", "min_size", "min_caption_chars", "max_caption_chars", "near_bits"
+        )  # fmt: skip
+        for field, least in {**dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)}.items():
             if (value := getattr(self, field)) < least:
                 raise UserError(f"{field} is {value}: allowed are whole numbers from {least}")
-        if not self.timeout_s > 0:
-            raise UserError(f"timeout_s is {self.timeout_s}: allowed are seconds above 0")
+        for field in ("timeout_s", "decode_timeout_s"):
+            if not getattr(self, field) > 0:
+                raise UserError(f"{field} is {getattr(self, field)}: allowed are seconds above 0")
+        if self.max_aspect_ratio and not self.max_aspect_ratio >= 1:
+            raise UserError(f"max_aspect_ratio is {self.max_aspect_ratio}: allowed are numbers from 1, and 0 for any")
         if not self.source:
             raise UserError("source is empty: give a list, a folder of pictures or a folder of img2dataset's shards")
+        if self.retry_failed and self.overwrite:
+            raise UserError("--retry-failed adds to finished shards, --overwrite makes them again: give one of them")
 
     @property
     def processes(self) -> int:
@@ -72,54 +115,144 @@ class IngestConfig:
         here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return self.workers or here or 1
 
+    @property
+    def shards_at_once(self) -> int:
+        """Shards under way at once."""
+        return self.open_shards or max(8, 4 * self.processes)
+
 
 def ingest(config: IngestConfig) -> Summary:
     """Make what is missing of ROOT/raw.
 
-    Raises UserError for a source that cannot be used or finished shards of another config, ShardsFailed for
-    img2dataset's broken shards.
+    Raises UserError for a source that cannot be used, finished shards of another config or a full disk, ShardsFailed
+    for img2dataset's broken shards.
     """
-    form = detect(config.source) if config.format == "auto" else config.format
+    columns = (config.caption_col, config.url_col)
+    form = detect(config.source, columns) if config.format == "auto" else config.format
     log.info("%s: %s", config.source, form)
-    run = partial(run_stage, config.root, overwrite=config.overwrite, source=config.source)
     if form == "img2dataset":
-        adopted = adopt_tasks(config.root, config.source)
         stage = Stage("ingest", FOLDER, {"kind": "img2dataset"})
-        summary = run(stage, adopted, adopt_shard, total=len(adopted), workers=config.processes)
-    elif form == "folder":
-        stage = Stage("ingest", FOLDER, _picture_config(config, "folder"))
-        tasks = shard_tasks(folder_rows(config.source), config)
-        summary = run(stage, tasks, partial(folder_shard, config), workers=config.processes)
+        adopted = adopt_tasks(config.root, config.source)
+        workers = config.processes
+        summary = run_stage(
+            config.root, stage, adopted, adopt_shard, total=len(adopted), workers=workers, overwrite=config.overwrite,
+            source=config.source,
+        )  # fmt: skip
     else:
-        web = {"allow_private": config.allow_private, "ignore_opt_out": config.ignore_opt_out}
-        stage = Stage("ingest", FOLDER, {**_picture_config(config, "urls"), **web})
-        with Downloader(config) as downloader:
-            summary = run(stage, shard_tasks(list_rows(config.source, form), config), downloader.shard)
+        summary = _ingest_rows(config, form)
     _remove_surplus(config, summary.shards)
     return summary
 
 
-def _picture_config(config: IngestConfig, kind: str) -> dict[str, str | int]:
+def _ingest_rows(config: IngestConfig, form: Format) -> Summary:
+    """Everything but img2dataset's shards: rows, from the web or from where they lie, to shards."""
+    selection = Selection(
+        config.sane_captions, config.min_caption_chars, config.max_caption_chars, config.dedup != "none",
+        config.near_bits if config.dedup == "near" else None, read_exclusions(config.exclude),
+    )  # fmt: skip
+    pictures = PictureRules(config.image_size, config.max_pixels, config.min_size, config.max_aspect_ratio)
+    fetch = FetchRules(
+        config.timeout_s, config.max_bytes, config.retries, _affordable(config.concurrency), config.per_host,
+        config.allow_private, config.ignore_opt_out, config.nameservers,
+    )  # fmt: skip
+    stage = Stage("ingest", FOLDER, _shape(config, form, selection, pictures))
+    source = Listing(config, form)
+    tasks = retry_tasks(config.root, config.shard_size) if config.retry_failed else source.tasks()
+    with Downloader(fetch, pictures, config.processes, config.decode_timeout_s) as downloader:
+        work = partial(rows_to_shard, downloader=downloader, selection=selection)
+        live = partial(_live, source, downloader, config.root)
+        return run_stage(
+            config.root, stage, tasks, work, threads=config.shards_at_once, live=live, overwrite=config.overwrite,
+            source=config.source,
+        )  # fmt: skip
+
+
+def _shape(config: IngestConfig, form: Format, selection: Selection, pictures: PictureRules) -> dict[str, Any]:
+    """All of the config that decides which samples there are and what they hold."""
     return {
-        "kind": kind,
+        "kind": form,
+        "columns": [config.caption_col, config.url_col],
         "shard_size": config.shard_size,
-        "image_size": config.image_size,
         "max_bytes": config.max_bytes,
-        "max_pixels": MAX_PIXELS,
         "jpeg_quality": JPEG_QUALITY,
+        **asdict(pictures),
+        **{name: value for name, value in asdict(selection).items() if name != "exclusions"},
+        "exclusions": sha256_bytes(selection.exclusions.tobytes()) if len(selection.exclusions) else None,
+        "allow_private": config.allow_private,
+        "ignore_opt_out": config.ignore_opt_out,
     }
 
 
-def shard_tasks(rows: Iterator[Row], config: IngestConfig) -> Iterator[Task]:
-    """Rows in slices of ``shard_size``. Raises UserError, before the first one, when there is no row."""
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"--source {config.source} has no row and no picture in it; nothing to ingest")
-    rest = chain([first], rows)
-    shard = 0
-    while chunk := list(islice(rest, config.shard_size)):
-        yield Task(shard, {"rows": sha256_json([astuple(row) for row in chunk])}, chunk)
-        shard += 1
+def _affordable(concurrency: int) -> int:
+    """As many connections as this process may open files, which it asks to be allowed as many as it can."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = concurrency + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if soft < wanted:
+            log.warning("the system allows %d open files (ulimit -n): fewer downloads in flight than asked", soft)
+    return concurrency if soft == resource.RLIM_INFINITY else max(1, min(concurrency, soft - OTHER_FILES))
+
+
+class Listing:
+    """The rows of a source in shards, and how far the reading is."""
+
+    def __init__(self, config: IngestConfig, form: Format) -> None:
+        self._config, self._form = config, form
+        self.read = 0
+        estimate = estimate_rows(config.source, form)
+        self.rows = estimate[0] if estimate else None
+
+    def tasks(self) -> Iterator[Task]:
+        """Slices of ``shard_size`` rows, then the shards of earlier retries.
+
+        Raises UserError when there is no row, or more rows than when failed ones were tried again.
+        """
+        config, shard = self._config, 0
+        additional = additional_shards(config.root)
+        if config.overwrite:
+            for number in reversed(additional):
+                remove_shard(config.root, number)
+            additional = {}
+        rows = list_rows(config.source, self._form, (config.caption_col, config.url_col))
+        while chunk := list(islice(rows, config.shard_size)):
+            if shard in additional:
+                raise UserError(
+                    f"--source {config.source} has more rows than when its failed rows were tried again; give the new "
+                    "rows as a list of their own to another ROOT, or make all anew with --overwrite"
+                )
+            keys = [sample_key(shard, index, config.shard_size) for index in range(len(chunk))]
+            yield Task(shard, {"rows": sha256_json([astuple(row) for row in chunk])}, Inputs(keys, chunk, {}))
+            self.read += len(chunk)
+            shard += 1
+        if not shard:
+            raise UserError(f"--source {config.source} has no row and no picture in it; nothing to ingest")
+        self.rows = self.read
+        yield from kept_tasks(config.root, shard)
+
+
+def _live(source: Listing, downloader: Downloader, root: str) -> str:
+    """What the progress line says, and a warning, once, when the disk will not hold what the list still has."""
+    tally = downloader.tally
+    left = max(0, source.rows - source.read) if source.rows is not None and source.read else None
+    done = sum(tally.outcomes.values())
+    if left and done > ENOUGH_ROWS and not tally.warned:
+        needed, free = left * tally.picture_bytes // done, free_bytes(root)
+        if free is not None and needed > free:
+            log.warning("about %d GB more are needed for %d rows, %s has %d", needed >> 30, left, root, free >> 30)
+            tally.warned = True
+    return tally.line(left)
+
+
+def rows_to_shard(root: str, task: Task, *, downloader: Downloader, selection: Selection) -> Result:
+    """Download or read, decode and write one shard. Raises UserError when the disk is full."""
+    start, inputs = time.time(), task.payload
+    rows = selection.before(inputs.rows)
+    outcomes = selection.after(rows, downloader.outcomes(rows))
+    result = write_raw_shard(root, task.shard, inputs, outcomes)
+    end = time.time()  # img2dataset's time fields are seconds since 1970
+    return replace(result, extra={"duration": end - start, "start_time": start, "end_time": end})
 
 
 def _remove_surplus(config: IngestConfig, shards: int) -> None:
@@ -133,94 +266,4 @@ def _remove_surplus(config: IngestConfig, shards: int) -> None:
             "makes; use another ROOT, or --overwrite, which deletes them"
         )
     for number in surplus:
-        for ending in ("_stats.json", ".tar", ".parquet"):
-            remove(join(folder, shard_name(number) + ending))
-
-
-def decode(data: bytes, image_size: int) -> Outcome:
-    """A picture, or the named reason why the bytes are none."""
-    try:
-        return convert(data, image_size)
-    except BadImage as error:
-        return f"{RESIZE}{error}"
-
-
-def _timed(result: Result, start: float) -> Result:
-    """With img2dataset's time fields (seconds since 1970)."""
-    end = time.time()
-    return replace(result, extra={"duration": end - start, "start_time": start, "end_time": end})
-
-
-def folder_shard(config: IngestConfig, root: str, task: Task) -> Result:
-    """One shard of a folder of pictures."""
-    start, rows = time.time(), task.payload
-    outcomes = [_read(config, row) for row in rows]
-    return _timed(write_raw_shard(root, task.shard, rows, outcomes, config.shard_size), start)
-
-
-def _read(config: IngestConfig, row: Row) -> Outcome:
-    if row.problem or row.url is None:
-        return row.problem or "no file name"
-    try:
-        path = join(config.source, row.url)
-        if os.path.getsize(path) > config.max_bytes:
-            return "too large"
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError:
-        return "file not readable"
-    return decode(data, config.image_size) if data else "empty file"
-
-
-class Downloader:
-    """What outlives single shards of a list: the event loop, the web session, the decoder processes."""
-
-    def __init__(self, config: IngestConfig) -> None:
-        self._config = config
-        rules = FetchRules(
-            config.timeout_s, config.max_bytes, config.retries, config.allow_private, config.ignore_opt_out
-        )
-        self._fetcher = Fetcher(rules, config.concurrency)
-        self._runner = asyncio.Runner()
-
-    def __enter__(self) -> "Downloader":
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(self._config.processes, context, initializer=die_with_parent)
-        self._runner.run(self._fetcher.__aenter__())
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._runner.run(self._fetcher.__aexit__(kind, error, trace))
-        self._runner.close()
-        self._pool.shutdown(wait=error is None, cancel_futures=True)
-
-    def shard(self, root: str, task: Task) -> Result:
-        """Download, decode and write one shard."""
-        start = time.time()
-        outcomes = self._runner.run(self._outcomes(task.payload))
-        return _timed(write_raw_shard(root, task.shard, task.payload, outcomes, self._config.shard_size), start)
-
-    async def _outcomes(self, rows: list[Row]) -> list[Outcome]:
-        """What became of each row; at most ``concurrency`` of them are in memory undecoded."""
-        outcomes: list[Outcome] = [""] * len(rows)
-        queue = iter(enumerate(rows))
-
-        async def work(queue: Iterable[tuple[int, Row]]) -> None:
-            for index, row in queue:
-                outcomes[index] = await self._outcome(row)
-
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(self._config.concurrency, len(rows))):
-                group.create_task(work(queue))
-        return outcomes
-
-    async def _outcome(self, row: Row) -> Outcome:
-        if row.problem or row.url is None:
-            return row.problem or "no URL"
-        try:
-            data = await self._fetcher.get(row.url)
-        except FetchError as error:
-            return str(error)
-        return await asyncio.get_running_loop().run_in_executor(self._pool, decode, data, self._config.image_size)
+        remove_shard(config.root, number)

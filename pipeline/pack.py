@@ -11,12 +11,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.dedup import FOLDER as DEDUP
+from pipeline.dedup import check_fresh, read_dropped
 from pipeline.stage import Result, Root, Stage, Summary, Task, run_stage, upstream_shards
 from pipeline.wordnet import RULE, WORDNET_VERSION, find_wordnet, load_wordnet
 from shards_spec.files import (
     DataError,
     UserError,
     atomic_writer,
+    exists,
     join,
     json_bytes,
     names,
@@ -46,7 +49,7 @@ class PackConfig:
     """Join pictures, captions and WordNet synsets into the final shards."""
 
     root: Root
-    """the dataset; reads raw/ and captions/NAME/, writes shards/"""
+    """the dataset; reads raw/, captions/NAME/ and, where it is there, dedup/; writes shards/"""
     captioner: str | None = None
     """folder below captions/; needed only when there are several; 'none' packs the original captions alone"""
     wordnet: str | None = None
@@ -71,11 +74,13 @@ def pack(config: PackConfig) -> Summary:
             raise UserError(
                 f"captions/{captioner} has {len(captioned)} shards, raw/ has {len(shards)}: run caption again"
             )
+    if deduplicated := exists(join(config.root, DEDUP)):
+        check_fresh(config.root, shards)
     wordnet = str(find_wordnet(config.wordnet))
     load_wordnet(wordnet)  # an unusable one is an error now, not in a worker
     stage = Stage("pack", "shards", {"captioner": captioner, "wordnet": WORDNET_VERSION, "rule": RULE})
-    work = partial(pack_shard, captioner=captioner, wordnet=wordnet)
-    tasks = (Task(shard, _inputs(config.root, shard, captioner)) for shard in shards)
+    work = partial(pack_shard, captioner=captioner, wordnet=wordnet, deduplicated=deduplicated)
+    tasks = (Task(shard, _inputs(config.root, shard, captioner, deduplicated)) for shard in shards)
     workers = min(config.workers, len(shards))
     summary = run_stage(config.root, stage, tasks, work, total=len(shards), workers=workers, overwrite=config.overwrite)
     write_json(join(config.root, "shards", "sizes.json"), _sizes(config.root, shards))
@@ -93,11 +98,10 @@ def _pick_captioner(config: PackConfig) -> str | None:
     return config.captioner or (there[0] if there else None)
 
 
-def _inputs(root: str, shard: int, captioner: str | None) -> dict[str, str]:
+def _inputs(root: str, shard: int, captioner: str | None, deduplicated: bool) -> dict[str, str]:
     name = shard_name(shard)
     inputs = {f"raw/{name}.tar": file_hash(root, "raw", shard, f"raw/{name}.tar")}
-    if captioner:
-        folder = f"captions/{captioner}"
+    for folder in [*([f"captions/{captioner}"] if captioner else []), *([DEDUP] if deduplicated else [])]:
         inputs[f"{folder}/{name}.parquet"] = file_hash(root, folder, shard, f"{folder}/{name}.parquet")
     return inputs
 
@@ -111,12 +115,14 @@ def _sizes(root: str, shards: list[int]) -> dict[str, int]:
     return sizes
 
 
-def pack_shard(root: str, task: Task, *, captioner: str | None, wordnet: str) -> Result:
-    """One shard. Picture bytes are copied untouched; a sample without any caption is dropped and counted.
+def pack_shard(root: str, task: Task, *, captioner: str | None, wordnet: str, deduplicated: bool = False) -> Result:
+    """One shard. Picture bytes are copied untouched; a sample that dedup/ names or that has no caption is left out and
+    counted.
 
-    Raises DataError when the captions do not belong to the raw shard.
+    Raises DataError when the captions or dedup's list do not belong to the raw shard.
     """
     name = shard_name(task.shard)
+    dropped = read_dropped(join(root, DEDUP, f"{name}.parquet")) if deduplicated else {}
     captions = read_captions(join(root, f"captions/{captioner}/{name}.parquet")) if captioner else None
     counts, rows = Counter[str](), list[dict[str, Any]]()
 
@@ -126,6 +132,9 @@ def pack_shard(root: str, task: Task, *, captioner: str | None, wordnet: str) ->
             if captions is not None and sample.key not in captions:
                 raise DataError(f"{source}: key {sample.key} has no row in captions/{captioner}; run caption again")
             synthetic = captions.pop(sample.key) if captions is not None else []
+            if sample.key in dropped:
+                counts[dropped.pop(sample.key)] += 1
+                continue
             if captions is not None and not synthetic:  # caption writes no row without captions but for these
                 counts["picture does not decode"] += 1
                 continue
@@ -142,6 +151,8 @@ def pack_shard(root: str, task: Task, *, captioner: str | None, wordnet: str) ->
     _, tar_hash = write_shard(join(root, tar), packed())
     if captions:
         raise DataError(f"captions/{captioner}/{name}.parquet: key {next(iter(captions))} is not in raw/{name}.tar")
+    if dropped:
+        raise DataError(f"{DEDUP}/{name}.parquet: key {next(iter(dropped))} is not in raw/{name}.tar; run dedup again")
     with atomic_writer(join(root, table)) as file:
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
     return Result(dict(counts), {tar: tar_hash, table: sha256_file(join(root, table))})

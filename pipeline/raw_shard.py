@@ -1,13 +1,10 @@
-"""One shard of ROOT/raw, exactly as img2dataset 1.47 lays out its WebDataset output.
-
-Two differences, both on purpose: rows and samples stand in the order of the list, not of completion, and the
-stats carry clipmill's done-record.
-"""
+"""One shard of ROOT/raw, laid out as img2dataset 1.47 lays out its WebDataset output; SPEC.md lists the differences."""
 
 import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +13,7 @@ import pyarrow.parquet as pq
 from pipeline.images import Picture
 from pipeline.sources import Row
 from pipeline.stage import Result
-from shards_spec.files import atomic_writer, join, sha256_file
+from shards_spec.files import UserError, atomic_writer, free_bytes, join, sha256_file
 from shards_spec.manifest import forget, shard_name
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
@@ -24,15 +21,26 @@ from shards_spec.tar import write_shard
 FOLDER = "raw"
 ROW_GROUP = 100  # img2dataset's
 RESIZE = "resize: "  # reasons that begin so are counted as failed_to_resize
+SPARE_BYTES = 64 << 20  # left free on a disk, for what else writes there
+MEMBERS_BYTES = 8192  # of a sample beside its picture: text, json, tar headers, its Parquet row
 SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("caption", "url", "key", "status", "error_message")),
         *((name, pa.int32()) for name in ("width", "height", "original_width", "original_height")),
-        *((name, pa.string()) for name in ("exif", "sha256")),
+        *((name, pa.string()) for name in ("exif", "sha256", "phash")),
     ]
 )
 
 Outcome = Picture | str  # of a row: the picture, or the named reason why there is none
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The rows of a shard and their keys; ``retried`` counts their earlier reasons when they were tried before."""
+
+    keys: list[str]
+    rows: list[Row]
+    retried: dict[str, int]
 
 
 def sample_key(shard: int, index: int, shard_size: int) -> str:
@@ -41,18 +49,32 @@ def sample_key(shard: int, index: int, shard_size: int) -> str:
     return f"{shard_name(shard)}{index:0{digits}d}"
 
 
-def write_raw_shard(root: str, shard: int, rows: list[Row], outcomes: list[Outcome], shard_size: int) -> Result:
-    """Write the tar and the Parquet file of a shard: every row stands in the Parquet, the pictures in the tar."""
-    keys = [sample_key(shard, index, shard_size) for index in range(len(rows))]
-    fields = [_fields(key, row, outcome) for key, row, outcome in zip(keys, rows, outcomes, strict=True)]
+def write_raw_shard(root: str, shard: int, inputs: Inputs, outcomes: list[Outcome]) -> Result:
+    """Write the tar and the Parquet file of a shard: every row stands in the Parquet, the pictures in the tar.
+
+    Raises UserError when the disk has no room for it, before anything is written.
+    """
+    fields = [_fields(*row) for row in zip(inputs.keys, inputs.rows, outcomes, strict=True)]
     name = join(FOLDER, shard_name(shard))
+    _check_room(root, outcomes)
     forget(join(root, FOLDER), shard)
     _, tar_hash = write_shard(join(root, f"{name}.tar"), _samples(fields, outcomes))
     parquet = join(root, f"{name}.parquet")
     with atomic_writer(parquet) as file:
         pq.write_table(pa.Table.from_pylist(fields, SCHEMA), file, row_group_size=ROW_GROUP)
     counts = Counter("success" if isinstance(outcome, Picture) else outcome for outcome in outcomes)
-    return Result(dict(counts), {f"{name}.tar": tar_hash, f"{name}.parquet": sha256_file(parquet)})
+    outputs = {f"{name}.tar": tar_hash, f"{name}.parquet": sha256_file(parquet)}
+    return Result(dict(counts), outputs, retried=inputs.retried)
+
+
+def _check_room(root: str, outcomes: list[Outcome]) -> None:
+    size = sum(len(outcome.data) + MEMBERS_BYTES for outcome in outcomes if isinstance(outcome, Picture))
+    free = free_bytes(root)
+    if free is not None and free < size + SPARE_BYTES:
+        raise UserError(
+            f"the disk of {root} has {free >> 20} MiB left, the next shard needs {(size + SPARE_BYTES) >> 20}: free "
+            "some and run the same command again, it goes on"
+        )
 
 
 def _fields(key: str, row: Row, outcome: Outcome) -> dict[str, Any]:

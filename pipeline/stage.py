@@ -16,7 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -56,11 +56,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """``counts``: status to number of inputs; ``outputs``: paths below ROOT to sha256."""
+    """``counts``: status to number of inputs; ``outputs``: paths below ROOT to sha256; the rest is for `Done`."""
 
     counts: dict[str, int]
     outputs: dict[str, str]
     extra: dict[str, Any] = field(default_factory=dict)
+    retried: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,17 @@ def run_stage(
     *,
     total: int | None = None,
     workers: int = 1,
+    threads: int = 0,
     overwrite: bool = False,
     source: str | None = None,
+    live: Callable[[], str] | None = None,
 ) -> Summary:
     """Run ``work`` over the tasks whose done-record is missing or stale, then write the stage's totals.
 
-    With ``workers`` > 1 (or ``work`` that must not run here) shards go to spawned processes, a bounded number in
-    flight. Raises UserError when finished shards were made under another config (unless ``overwrite``), and
-    ShardsFailed at the end when shards broke on their data.
+    With ``workers`` > 1 shards go to spawned processes, a bounded number in flight; with ``threads`` > 0 that many run
+    at once in threads, for ``work`` that only waits. ``live`` gives the progress line more to say. Raises UserError
+    when finished shards were made under another config (unless ``overwrite``), and ShardsFailed at the end when shards
+    broke on their data.
     """
     start, folder = time.monotonic(), join(root, stage.folder)
     remove_stale(folder)
@@ -108,14 +112,16 @@ def run_stage(
             if overwrite or not _is_done(folder, stage, task):
                 yield task
 
-    with _progress(stage.name, total) as advance:
-        for task, outcome in _outcomes(missing(), partial(work, root), workers):
-            if isinstance(outcome, DataError):
-                failures[task.shard] = str(outcome)
-                log.error("shard %s failed: %s", shard_name(task.shard), outcome)
-            else:
-                _publish(folder, stage, task, outcome)
-                made += 1
+    with _progress(stage.name, total, live) as advance:
+        for ended in _outcomes(missing(), partial(work, root), workers, threads):
+            if ended is not None:
+                task, outcome = ended
+                if isinstance(outcome, DataError):
+                    failures[task.shard] = str(outcome)
+                    log.error("shard %s failed: %s", shard_name(task.shard), outcome)
+                else:
+                    _publish(folder, stage, task, outcome)
+                    made += 1
             advance(len(seen))
     remove_stale(folder)  # of workers that outlived a killed run for a moment
     if failures:
@@ -146,36 +152,42 @@ def _is_done(folder: str, stage: Stage, task: Task) -> bool:
 
 def _publish(folder: str, stage: Stage, task: Task, result: Result) -> None:
     Done(
-        stage.name, task.shard, stage.config, result.counts, task.inputs, result.outputs, result.extra
+        stage.name, task.shard, stage.config, result.counts, task.inputs, result.outputs, result.extra, result.retried
     ).write(folder)  # fmt: skip
 
 
-def _outcomes(
-    tasks: Iterator[Task], work: Callable[[Task], Result], workers: int
-) -> Iterator[tuple[Task, Result | DataError]]:
+Ended = tuple[Task, Result | DataError] | None  # None: nothing new, once a second
+
+
+def _outcomes(tasks: Iterator[Task], work: Callable[[Task], Result], workers: int, threads: int) -> Iterator[Ended]:
     """Results as they come. Only DataError is caught: a bug stops at once."""
-    if workers <= 1:
+    if workers <= 1 and not threads:
         for task in tasks:
             yield task, _guarded(work, task)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=die_with_parent) as pool:
-        running: dict[Future[Result | DataError], Task] = {}
-        try:
-            for task in tasks:
-                running[pool.submit(_guarded, work, task)] = task
-                if len(running) > 2 * workers:
-                    yield from _finished(running)
-            while running:
+    pool: Executor = (
+        ThreadPoolExecutor(threads) if threads else ProcessPoolExecutor(workers, context, initializer=die_with_parent)
+    )
+    limit, running = threads or 2 * workers + 1, dict[Future[Result | DataError], Task]()
+    try:
+        for task in tasks:
+            running[pool.submit(_guarded, work, task)] = task
+            while len(running) >= limit:
                 yield from _finished(running)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        while running:
+            yield from _finished(running)
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
-def _finished(running: dict["Future[Result | DataError]", Task]) -> Iterator[tuple[Task, Result | DataError]]:
-    for future in wait(running, return_when=FIRST_COMPLETED).done:
-        yield running.pop(future), future.result()
+def _finished(running: dict["Future[Result | DataError]", Task]) -> Iterator[Ended]:
+    done = wait(running, timeout=1, return_when=FIRST_COMPLETED).done
+    yield from ((running.pop(future), future.result()) for future in done)
+    if not done:
+        yield None
 
 
 def _guarded(work: Callable[[Task], Result], task: Task) -> Result | DataError:
@@ -198,7 +210,8 @@ def _totals(root: str, stage: Stage, shards: list[int], source: str | None) -> d
         done = read_done(folder, shard)
         assert done is not None, (folder, shard)
         counts.update(done.counts)
-    totals = dict(sorted(counts.items()))
+        counts.subtract(done.retried)
+    totals = {reason: number for reason, number in sorted(counts.items()) if number}
     block = {
         "config": stage.config,
         "config_sha256": sha256_json(stage.config),
@@ -251,14 +264,14 @@ def tar_tasks(root: str, folder: str, shards: list[int]) -> Iterator[Task]:
 
 
 @contextlib.contextmanager
-def _progress(name: str, total: int | None) -> Iterator[Callable[[int], None]]:
+def _progress(name: str, total: int | None, live: Callable[[], str] | None) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, a plain line every ten seconds in a log."""
-    console = Console(stderr=True)
+    console, say = Console(stderr=True), live or (lambda: "")
     if console.is_terminal:
-        columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("shards"), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(name, total=total)
-            yield lambda done: bar.update(task, completed=done)
+        columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("shards {task.fields[more]}"))
+        with Progress(*columns, *([] if live else [TimeRemainingColumn()]), console=console, transient=True) as bar:
+            task = bar.add_task(name, total=total, more="")
+            yield lambda done: bar.update(task, completed=done, more=say())
         return
     last = time.monotonic()
 
@@ -266,6 +279,6 @@ def _progress(name: str, total: int | None) -> Iterator[Callable[[int], None]]:
         nonlocal last
         if time.monotonic() - last > 10:
             last = time.monotonic()
-            log.info("%s: %d of %s shards", name, done, total or "?")
+            log.info("%s: %d of %s shards %s", name, done, total or "?", say())
 
     yield line

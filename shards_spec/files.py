@@ -2,13 +2,19 @@
 
 A local file is written beside its final name, flushed to disk and renamed. A remote object is written to a
 local temporary file and put once. So a file under its final name is complete, whenever the writer died.
+
+Nothing that a store says is kept: what another process wrote or deleted is seen at once. A store's errors come
+out as UserError naming the URL, but for FileNotFoundError on reading.
 """
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
 import mmap
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +22,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -36,8 +44,32 @@ def join(root: str, *parts: str) -> str:
     return "/".join([root.rstrip("/") or "/", *(part.strip("/") for part in parts)]) if parts else root
 
 
-def _filesystem(path: str) -> tuple[Any, str]:
-    fs, inner = fsspec.core.url_to_fs(path)
+@contextlib.contextmanager
+def store_errors(url: str) -> Iterator[None]:
+    """Turn what a store's client raises into UserError naming URL and mend; FileNotFoundError stays, with the URL."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, _one_line(error), url) from error
+    except ImportError as error:
+        raise UserError(f"{url}: {error} (for s3:// with pip install 'clipmill[s3]')") from error
+    except Exception as error:
+        if type(error).__module__ == "builtins" and not isinstance(error, OSError | ValueError):
+            raise  # a bug; what clients raise is OSError, ValueError or a class of their own
+        raise UserError(
+            f"{url}: {_one_line(error)}; check the address, the store's credentials and the connection, then run the "
+            "same command again, it goes on"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, without a cache of listings, and the path in it. Raises UserError."""
+    with store_errors(url):
+        fs, inner = fsspec.core.url_to_fs(url, use_listings_cache=False)
     return fs, str(inner)
 
 
@@ -45,8 +77,9 @@ def exists(path: str) -> bool:
     """Whether a file or folder is there."""
     if not is_url(path):
         return os.path.exists(path)
-    fs, inner = _filesystem(path)
-    return bool(fs.exists(inner))
+    fs, inner = filesystem(path)
+    with store_errors(path):
+        return bool(fs.exists(inner))
 
 
 def names(folder: str) -> list[str]:
@@ -54,27 +87,66 @@ def names(folder: str) -> list[str]:
     if not is_url(folder):
         found = os.listdir(folder) if os.path.isdir(folder) else []
     else:
-        fs, inner = _filesystem(folder)
-        try:
-            found = [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(inner, detail=False)]
-        except FileNotFoundError:
-            found = []
+        (fs, inner), found = filesystem(folder), []
+        with contextlib.suppress(FileNotFoundError), store_errors(folder):
+            entries = [str(entry).rstrip("/") for entry in fs.ls(inner, detail=False)]
+            found = [entry.rsplit("/", 1)[-1] for entry in entries if entry != inner.rstrip("/")]  # a file lists itself
     return sorted(name for name in found if not name.startswith("."))
+
+
+def free_bytes(path: str) -> int | None:
+    """Free bytes of the disk that holds a local path or will hold it; None for a URL."""
+    if is_url(path):
+        return None
+    place = Path(path).absolute()
+    return shutil.disk_usage(next(folder for folder in (place, *place.parents) if os.path.exists(folder))).free
+
+
+class _RemoteFile(io.RawIOBase):
+    """A store's file whose errors are `store_errors`."""
+
+    def __init__(self, url: str, file: Any) -> None:
+        self._url, self._file = url, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return bool(self._file.seekable())
+
+    def readinto(self, buffer: Any) -> int:
+        with store_errors(self._url):
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def open_read(path: str) -> IO[bytes]:
     """A binary reader. Raises FileNotFoundError."""
     if not is_url(path):
         return open(path, "rb")
-    fs, inner = _filesystem(path)
-    reader: IO[bytes] = fs.open(inner, "rb")
-    return reader
+    fs, inner = filesystem(path)
+    with store_errors(path):
+        return io.BufferedReader(_RemoteFile(path, fs.open(inner, "rb")))
 
 
 def read_bytes(path: str) -> bytes:
     """The whole file. Raises FileNotFoundError."""
-    with open_read(path) as file:
-        return file.read()
+    if not is_url(path):
+        return Path(path).read_bytes()
+    fs, inner = filesystem(path)
+    with store_errors(path):
+        return bytes(fs.cat_file(inner))
 
 
 @contextlib.contextmanager
@@ -95,15 +167,24 @@ def _temporary_name(path: str) -> str:
 
 @contextlib.contextmanager
 def atomic_writer(path: str) -> Iterator[IO[bytes]]:
-    """A binary writer whose bytes appear under ``path`` all at once on leaving the block, or never."""
-    if is_url(path):
-        fs, inner = _filesystem(path)
-        with tempfile.NamedTemporaryFile() as file:
+    """A binary writer whose bytes appear under ``path`` all at once on leaving the block, or never.
+
+    Raises UserError when the disk is full or the store refuses.
+    """
+    disk = tempfile.gettempdir() if is_url(path) else path
+    try:
+        with _remote_writer(path) if is_url(path) else _local_writer(path) as file:
             yield file
-            file.flush()
-            fs.makedirs(inner.rsplit("/", 1)[0], exist_ok=True)
-            fs.put_file(file.name, inner)
-        return
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise UserError(
+            f"no space left on the disk of {disk}: free some and run the same command again, it goes on"
+        ) from error
+
+
+@contextlib.contextmanager
+def _local_writer(path: str) -> Iterator[IO[bytes]]:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = _temporary_name(path)
     try:
@@ -113,8 +194,36 @@ def atomic_writer(path: str) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _remote_writer(url: str) -> Iterator[IO[bytes]]:
+    fs, inner = filesystem(url)
+    with tempfile.NamedTemporaryFile() as file:
+        yield file
+        file.flush()
+        try:
+            with store_errors(url):
+                _put(fs, file.name, inner)
+        except FileNotFoundError as error:
+            raise UserError(f"{url}: {error.strerror}; make the bucket, or check its name") from error
+
+
+def _put(fs: Any, local: str, inner: str) -> None:
+    """Object stores put whole or not at all. Where folders are real (paths from a root /), as on local disks."""
+    if not inner.startswith("/"):
+        fs.put_file(local, inner)  # without makedirs, which would make a bucket of a misspelt name
+        return
+    fs.makedirs(os.path.dirname(inner), exist_ok=True)
+    temporary = _temporary_name(inner)
+    try:
+        fs.put_file(local, temporary)
+        fs.mv(temporary, inner)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            fs.rm_file(temporary)
         raise
 
 
@@ -144,12 +253,12 @@ def read_json(path: str) -> Any:
 
 def remove(path: str) -> None:
     """Delete a file if it is there."""
-    if is_url(path):
-        fs, inner = _filesystem(path)
-        if fs.exists(inner):
-            fs.rm_file(inner)
-    else:
+    if not is_url(path):
         Path(path).unlink(missing_ok=True)
+        return
+    fs, inner = filesystem(path)
+    with contextlib.suppress(FileNotFoundError), store_errors(path):
+        fs.rm_file(inner)
 
 
 def remove_stale(folder: str) -> None:
@@ -181,12 +290,9 @@ def sha256_bytes(data: bytes | memoryview) -> str:
 
 
 def sha256_file(path: str) -> str:
-    """Hexadecimal sha256 of a file, read in pieces of 1 MiB."""
-    digest = hashlib.sha256()
+    """Hexadecimal sha256 of a file, read in pieces."""
     with open_read(path) as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def sha256_json(value: Any) -> str:

@@ -13,7 +13,6 @@ from shards_spec import SPEC_VERSION
 from shards_spec.files import (
     DataError,
     UserError,
-    exists,
     join,
     names,
     read_json,
@@ -37,7 +36,8 @@ class Done:
     """The done-record of one shard of one stage.
 
     ``counts`` maps a status (``success`` or a reason) to a number of inputs; ``inputs`` and ``outputs`` map paths
-    below ROOT to sha256. ``extra`` carries img2dataset's time fields where a stage has them.
+    below ROOT to sha256. ``extra`` carries img2dataset's time fields where a stage has them. ``retried`` counts, by
+    the reason they had before, the inputs that earlier shards count too: totals subtract it.
     """
 
     stage: str
@@ -47,6 +47,7 @@ class Done:
     inputs: dict[str, str]
     outputs: dict[str, str]
     extra: dict[str, Any] = field(default_factory=dict)
+    retried: dict[str, int] = field(default_factory=dict)
 
     @property
     def successes(self) -> int:
@@ -72,6 +73,7 @@ class Done:
                 "config_sha256": sha256_json(self.config),
                 "inputs": self.inputs,
                 "outputs": self.outputs,
+                **({"retried": self.retried} if self.retried else {}),
             },
         }
         write_json(join(folder, f"{shard_name(self.shard)}_stats.json"), stats)
@@ -83,9 +85,10 @@ def read_done(folder: str, shard: int) -> Done | None:
     Raises DataError when the record is of another spec version or does not parse.
     """
     path = join(folder, f"{shard_name(shard)}_stats.json")
-    if not exists(path):
+    try:
+        stats = read_json(path)
+    except FileNotFoundError:
         return None
-    stats = read_json(path)
     record = stats.get("clipmill") if isinstance(stats, dict) else None
     if record is None:
         return None
@@ -94,8 +97,9 @@ def read_done(folder: str, shard: int) -> Done | None:
             f"{path}: spec version {record.get('spec_version')}, this clipmill reads {SPEC_VERSION}; make it again"
         )
     return Done(
-        record["stage"], record["shard"], record["config"], stats["status_dict"], record["inputs"], record["outputs"]
-    )
+        record["stage"], record["shard"], record["config"], stats["status_dict"], record["inputs"], record["outputs"],
+        retried=record.get("retried", {}),
+    )  # fmt: skip
 
 
 def forget(folder: str, shard: int) -> None:
@@ -126,9 +130,10 @@ def file_hash(root: str, folder: str, shard: int, path: str) -> str:
 def read_dataset(root: str) -> dict[str, Any]:
     """``dataset.json``; an empty one when absent. Raises UserError for another spec version."""
     path = join(root, "dataset.json")
-    if not exists(path):
+    try:
+        dataset: dict[str, Any] = read_json(path)
+    except FileNotFoundError:
         return {"spec_version": SPEC_VERSION, "name": root.rstrip("/").rsplit("/", 1)[-1], "source": None, "stages": {}}
-    dataset: dict[str, Any] = read_json(path)
     if dataset.get("spec_version") != SPEC_VERSION:
         raise UserError(f"{path}: spec version {dataset.get('spec_version')}, this clipmill reads {SPEC_VERSION}")
     return dataset
@@ -149,7 +154,8 @@ def shard_sizes(root: str) -> list[int]:
     Raises UserError when `pack` has not finished.
     """
     path = join(root, "shards", "sizes.json")
-    if not exists(path):
-        raise UserError(f"{path} is not there: run `clipmill pack {root}` to its end first")
-    sizes: dict[str, int] = read_json(path)
+    try:
+        sizes: dict[str, int] = read_json(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there: run `clipmill pack {root}` to its end first") from error
     return [sizes[name] for name in sorted(sizes, key=lambda name: int(name.split(".")[0]))]

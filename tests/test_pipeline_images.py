@@ -10,19 +10,19 @@ import pytest
 from PIL import Image
 from web_server import picture
 
-from pipeline.images import BadImage, convert
+from pipeline.images import BadImage, PictureRules, convert
 
 
 def test_small_upright_rgb_jpegs_keep_their_bytes():
     data = picture(1, (90, 48))
-    result = convert(data, 48)
+    result = convert(data, PictureRules(48))
     assert (result.data, result.width, result.height, result.exif) == (data, 90, 48, "{}")
 
 
 @pytest.mark.parametrize(("size", "expected"), [((96, 64), (72, 48)), ((64, 96), (48, 72)), ((1600, 800), (96, 48)),
                                                 ((4000, 60), (3200, 48)), ((40, 200), (40, 200))])  # fmt: skip
 def test_the_shorter_side_is_shrunk(size, expected):
-    result = convert(picture(1, size), 48)
+    result = convert(picture(1, size), PictureRules(48))
     assert (result.width, result.height, result.original_width, result.original_height) == (*expected, *size)
     assert Image.open(io.BytesIO(result.data)).size == expected
 
@@ -38,7 +38,7 @@ def test_orientation_is_applied(orientation, size):
     exif, file = Image.Exif(), io.BytesIO()
     exif[0x0112], exif[0x010F] = orientation, "Acme"
     camera.save(file, "JPEG", quality=95, exif=exif)
-    result = convert(file.getvalue(), 48)
+    result = convert(file.getvalue(), PictureRules(48))
     shown = Image.open(io.BytesIO(result.data)).resize(size)
     assert (result.original_width, result.original_height) == size
     assert json.loads(result.exif) == {"Image Orientation": str(orientation), "Image Make": "Acme"}
@@ -46,7 +46,7 @@ def test_orientation_is_applied(orientation, size):
 
 
 def pixel(data: bytes) -> tuple[int, ...]:
-    result = Image.open(io.BytesIO(convert(data, 16).data))
+    result = Image.open(io.BytesIO(convert(data, PictureRules(16)).data))
     assert (result.format, result.mode) == ("JPEG", "RGB")
     return result.getpixel((8, 8))
 
@@ -94,7 +94,7 @@ def bomb() -> bytes:
 ])  # fmt: skip
 def test_bytes_that_are_no_picture(data, reason):
     with pytest.raises(BadImage, match=f"^{reason}$"):
-        convert(data, 48)
+        convert(data, PictureRules(48))
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000"])
@@ -106,7 +106,7 @@ def test_damaged_bytes_give_a_picture_or_a_named_reason(form):
         for _ in range(rng.randrange(6)):
             broken[rng.randrange(len(broken))] = rng.randrange(256)
         try:
-            convert(bytes(broken), 32)
+            convert(bytes(broken), PictureRules(32))
         except BadImage as error:
             reasons.add(str(error))
     assert reasons <= {"not an image", "truncated image", "broken image", "too many pixels"}
@@ -116,6 +116,6 @@ def test_exif_is_text_that_json_can_hold():
     exif = Image.Exif()
     exif[0x010F], exif[0x9286], exif[0x927C] = "Ac\x00me", b"ASCII\0\0\0\xff\xfe", b"x" * 5000
     exif.get_ifd(0x8769)[0x829A] = 1 / 60
-    result = convert(picture(1, exif=exif), 48)
+    result = convert(picture(1, exif=exif), PictureRules(48))
     assert all(isinstance(value, str) and len(value) <= 1000 for value in json.loads(result.exif).values())
     assert "EXIF ExposureTime" in json.loads(result.exif)

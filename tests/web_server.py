@@ -28,8 +28,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         name = self.path.strip("/")
-        self.server.requests[name] += 1
+        with self.server.lock:
+            self.server.requests[name] += 1
+            self.server.at_once += 1
+            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+        try:
+            self._answer(name)
+        finally:
+            with self.server.lock:
+                self.server.at_once -= 1
+
+    def _answer(self, name: str) -> None:
         kind, _, rest = name.partition("/")
+        kind = kind.partition("?")[0]
         answer = getattr(self, f"_{kind}", None)
         if answer is None:
             self._send(404, b"no such page")
@@ -46,7 +57,32 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _good(self, rest: str) -> None:
         time.sleep(self.server.delay_s)
-        self._send(200, picture(int(rest)))
+        self._send(200, picture(int(rest.partition("?")[0])))
+
+    def _again(self, rest: str) -> None:
+        self._send(200, picture(int(rest), quality=60))
+
+    def _exif(self, rest: str) -> None:
+        exif = Image.Exif()
+        exif[0x010F], exif[0x0110] = "Acme", "A 1"
+        exif.get_ifd(0x8769).update({0x8827: 200, 0x9003: "2020:01:02 03:04:05"})
+        self._send(200, picture(int(rest), exif=exif))
+
+    def _sized(self, rest: str) -> None:
+        width, height = rest.split("x")
+        self._send(200, picture(5, (int(width), int(height))))
+
+    def _noise(self, rest: str) -> None:
+        noise = Image.effect_noise((256, 256), 100 + int(rest) % 50).convert("RGB")
+        file = io.BytesIO()
+        noise.save(file, "JPEG", quality=95)
+        self._send(200, file.getvalue())
+
+    def _busy(self, rest: str) -> None:
+        if self.server.requests[f"busy/{rest}"] == 1:
+            self._send(429, b"later", Retry_After=self.server.retry_after)
+        else:
+            self._good(rest)
 
     def _html(self, _) -> None:
         self._send(200, b"<html>not a picture</html>", Content_Type="image/jpeg")
@@ -65,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def _slow(self, rest: str) -> None:
-        time.sleep(float(rest))
+        time.sleep(float(rest.partition("?")[0]))
         self._send(200, picture(2))
 
     def _large(self, _) -> None:
@@ -85,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(302, b"", Location=unquote(rest))
 
     def _status(self, rest: str) -> None:
-        self._send(int(rest), b"status")
+        self._send(int(rest.partition("?")[0]), b"status")
 
     def _flaky(self, rest: str) -> None:
         if self.server.requests[f"flaky/{rest}"] == 1:
@@ -97,6 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
 class _Server(ThreadingHTTPServer):
     request_queue_size = 256
     delay_s = 0.0
+    retry_after = "1"
+    at_once = most_at_once = 0
 
     def handle_error(self, request, client_address) -> None:
         pass  # clients that go away are part of the tests
@@ -106,7 +144,7 @@ class _Server(ThreadingHTTPServer):
 def serve(host: str = "127.0.0.1"):
     """Yields the server; ``server.url`` is its root, ``server.requests`` counts paths."""
     server = _Server((host, 0), _Handler)
-    server.requests = Counter()
+    server.requests, server.lock = Counter(), threading.Lock()
     server.url = f"http://{host}:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()

@@ -8,7 +8,7 @@ from pipeline.report.text import flatten, json_lines
 from shards_spec.files import exists, join, names, read_json
 from shards_spec.manifest import STATS_PATTERN
 
-STAGE_ORDER = ("ingest", "caption", "pack", "vocab", "cache")
+STAGE_ORDER = ("ingest", "dedup", "caption", "pack", "vocab", "cache")
 LEAVES = {"ingest": "downloaded and decoded", "caption": "captioned", "pack": "in final shards", "cache": "cached"}
 REASONS = 15  # rows per stage in the table of losses; the rest goes to one row
 SUMMARY = 80  # characters of a stage's settings in its row
@@ -117,7 +117,7 @@ def losses(stage: str, counts: dict[str, int]) -> Losses:
 
 def mismatches(counts: dict[str, dict[str, int]]) -> list[str]:
     """Stages that did not see exactly the samples that the stage before them left."""
-    before = {"caption": "ingest", "pack": "ingest", "cache": "pack"}
+    before = {"dedup": "ingest", "caption": "ingest", "pack": "ingest", "cache": "pack"}
     found = []
     for name, count in counts.items():
         source = before.get(name.split("/")[0])

@@ -1,0 +1,185 @@
+"""Rows to pictures, many shards at a time: one event loop that fetches, processes that decode, a bound on everything.
+
+Rows of several shards are under way at once, the earliest first, so that neither the network nor a core waits for
+the last slow host of a shard. A shard that takes twice as long as the others gives its late links up.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
+from types import TracebackType
+
+from pipeline.decoders import DecoderFailed, Decoders
+from pipeline.fetch import Fetcher, FetchError, FetchRules, Gate, Link
+from pipeline.images import BadImage, Picture, PictureRules, convert
+from pipeline.places import Place, PlaceError, read_place
+from pipeline.raw_shard import RESIZE, Outcome
+from pipeline.sources import Row
+
+log = logging.getLogger(__name__)
+LATE = 2.0  # medians of the finished shards' times: what is on the network then, ends as a time-out
+KNOWN = 3  # finished shards before there is a median
+TICK_S = 0.2
+READERS = 8  # threads that read local pictures
+BODIES = 32  # per decoder: bodies that may wait for it
+
+
+def decode(data: bytes, rules: PictureRules) -> Outcome:
+    """A picture, or the named reason why the bytes are none."""
+    try:
+        return convert(data, rules)
+    except BadImage as error:
+        return f"{RESIZE}{error}"
+
+
+@dataclass
+class Tally:
+    """What this run has done so far; read by the progress line from another thread."""
+
+    started: float = field(default_factory=time.monotonic)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    picture_bytes: int = 0
+    warned: bool = False
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one row."""
+        picture = isinstance(outcome, Picture)
+        self.outcomes["success" if picture else str(outcome)] += 1
+        self.picture_bytes += len(outcome.data) if isinstance(outcome, Picture) else 0
+
+    def line(self, rows_left: int | None) -> str:
+        """Rate, success rate, the commonest reasons, and the time left when it is known how many rows are."""
+        rows, seconds = sum(self.outcomes.values()), max(time.monotonic() - self.started, 1e-9)
+        if not rows:
+            return ""
+        good = self.outcomes["success"]
+        reasons = [(n, reason) for reason, n in self.outcomes.most_common(5) if reason != "success"][:4]
+        parts = [f"{rows:,} rows, {good / seconds:.0f} images/s, {100 * good / rows:.1f} % good"]
+        parts += [f"{reason} {100 * n / rows:.1f} %" for n, reason in reasons]
+        if rows_left is not None:
+            parts.append(f"about {_duration(rows_left * seconds / rows)} left")
+        return ", ".join(parts)
+
+
+def _result(work: "asyncio.Task[Outcome]") -> Outcome:
+    """What a finished row came to; we cancel those that are late."""
+    return "timeout" if work.cancelled() else work.result()
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"
+
+
+class Downloader:
+    """Turns rows into outcomes; use as ``with Downloader(...) as downloader``. Its methods may be called by any thread."""
+
+    def __init__(self, fetch: FetchRules, pictures: PictureRules, workers: int, decode_timeout_s: float) -> None:
+        self.tally = Tally()
+        self._fetch_rules = fetch
+        self._decoders = Decoders(partial(decode, rules=pictures), workers, decode_timeout_s)
+        self._workers = workers
+        self._seconds = deque[float](maxlen=100)  # of the last finished shards
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="downloads", daemon=True)
+        self._readers = ThreadPoolExecutor(READERS, "read")
+        self._close = AsyncExitStack()
+
+    def __enter__(self) -> "Downloader":
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
+    async def _open(self) -> None:
+        self._gate = Gate(BODIES * self._workers)
+        self._local = asyncio.Semaphore(READERS)
+        self._fetcher = await self._close.enter_async_context(Fetcher(self._fetch_rules, self._gate))
+        await self._close.enter_async_context(self._decoders)
+
+    async def _shut(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        await self._close.aclose()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def outcomes(self, rows: list[Row]) -> list[Outcome]:
+        """What became of each row of a shard, in their order; waits for it."""
+        return asyncio.run_coroutine_threadsafe(self._outcomes(rows), self._loop).result()
+
+    async def _outcomes(self, rows: list[Row]) -> list[Outcome]:
+        links, works = dict[str, Link](), dict[str, asyncio.Task[Outcome]]()  # a link that is there twice is fetched once
+        for row in rows:
+            if not row.problem and row.url is not None and row.url not in works:
+                links[row.url] = Link()
+                works[row.url] = asyncio.create_task(self._outcome(row, links[row.url]))
+        try:
+            waiting = set(works.values())
+            while waiting:
+                ended, waiting = await asyncio.wait(waiting, timeout=TICK_S)
+                for work in ended:
+                    self.tally.add(_result(work))
+                if waiting and self._is_late(links, works):
+                    for url, work in works.items():
+                        if links[url].phase in ("host", "try", "pause"):
+                            work.cancel()
+        finally:
+            for work in works.values():
+                work.cancel()
+        begun = [link.started for link in links.values() if link.started]
+        if begun:
+            self._seconds.append(time.monotonic() - min(begun))
+        return [row.problem or (_result(works[row.url]) if row.url else "no URL") for row in rows]
+
+    def _is_late(self, links: dict[str, Link], works: dict[str, "asyncio.Task[Outcome]"]) -> bool:
+        """Whether a shard's time is up: twice the median, and a median since its last link was first tried.
+
+        Links that wait for a slot of ours are not the network's fault: no shard is cut while it has one.
+        """
+        pending = [links[url] for url, work in works.items() if not work.done()]
+        if len(self._seconds) < KNOWN or any(link.phase == "slot" for link in pending):
+            return False
+        begun = [link.started for link in links.values() if link.started]
+        if not begun or all(link.phase == "done" for link in pending):
+            return False
+        usual, now = median(self._seconds), time.monotonic()
+        return now > max(min(begun) + LATE * usual, max(begun) + usual)
+
+    async def _outcome(self, row: Row, link: Link) -> Outcome:
+        assert row.url is not None
+        try:
+            data = await (self._read(row.place, link) if row.place else self._fetcher.get(row.url, link))
+        except (FetchError, PlaceError) as error:
+            return str(error)
+        async with self._gate.body():
+            try:
+                picture: Outcome = await self._decoders.convert(data)
+            except DecoderFailed as error:
+                return f"{RESIZE}{error}"
+        return picture
+
+    async def _read(self, place: Place, link: Link) -> bytes:
+        link.phase = "slot"
+        async with self._local:
+            await self._gate.enter()
+            read: Callable[[], bytes] = partial(read_place, place, self._fetch_rules.max_bytes)
+            data = await self._loop.run_in_executor(self._readers, read)
+        link.phase = "done"
+        return data

@@ -1,0 +1,314 @@
+"""One input, and the place where its picture's bytes lie when they need no download.
+
+Also what all sources share: text from bytes, lines of packed files, columns by name, files read in parts.
+"""
+
+import contextlib
+import gzip
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shards_spec.files import filesystem, is_url, open_read, store_errors
+
+URL_NAMES, CAPTION_NAMES = ("url", "image_url", "img_url"), ("caption", "text", "alt_text", "alt")
+MAX_LINE_BYTES = 1 << 20
+PART_BYTES = 1 << 16  # read ahead at one go from a remote file of which only parts are needed
+MAX_GROUPS = 8  # Parquet row groups open at once
+KEEP_ROWS, KEEP_BYTES = 1024, 1 << 28  # of pictures decoded from Parquet: per row group, and of all together
+BATCH_BYTES = 1 << 22
+NOT_UTF8 = "caption is not UTF-8"
+NOT_READABLE = "file not readable"
+
+Columns = tuple[str | None, str | None]  # names of the caption column and the URL column; None: found by their names
+
+
+@dataclass(frozen=True)
+class FilePlace:
+    """A file that is the picture."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class TarPlace:
+    """A member of a tar."""
+
+    path: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class ParquetPlace:
+    """A cell of a Parquet file: ``column`` is the path of its leaf (``image.bytes``), ``row`` counts in the group."""
+
+    path: str
+    column: str
+    row_group: int
+    row: int
+
+
+Place = FilePlace | TarPlace | ParquetPlace
+
+
+class PlaceError(Exception):
+    """No picture there; the message is a short, stable reason fit for counting."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One input. ``url`` is an address, or a path below the source; ``problem`` names why the row cannot be used.
+
+    ``stamp`` changes with the content of the file that ``place`` lies in: size, and modification time or etag.
+    ``place`` is where the picture's bytes lie; without one, ``url`` is fetched.
+    """
+
+    caption: str | None
+    url: str | None
+    problem: str | None = None
+    stamp: str = ""
+    place: Place | None = None
+
+
+# what all sources share
+
+
+def text_of(data: bytes | None) -> tuple[str | None, bool]:
+    """The text, and whether it was broken UTF-8 (its broken bytes are replaced then)."""
+    if data is None:
+        return None, False
+    try:
+        return data.decode(), False
+    except UnicodeDecodeError:
+        return data.decode(errors="replace"), True
+
+
+def json_text(value: object) -> tuple[str | None, str | None]:
+    """(text, problem) of a caption out of JSON, where half surrogates and lists are possible."""
+    if value is None or isinstance(value, str):
+        text, broken = text_of(value.encode(errors="surrogatepass") if value is not None else None)
+        return text, NOT_UTF8 if broken else None
+    return None, "caption is not text"
+
+
+@contextlib.contextmanager
+def open_list(path: str) -> Iterator[IO[bytes]]:
+    """The file, unpacked when it is gzip (whatever its name)."""
+    with open_read(path) as file:
+        magic = file.read(2)
+        file.seek(0)
+        yield cast(IO[bytes], gzip.GzipFile(fileobj=file)) if magic == b"\x1f\x8b" else file
+
+
+def lines(path: str) -> Iterator[bytes]:
+    """Lines without their ends; what goes beyond 1 MiB of a line is dropped."""
+    with open_list(path) as file:
+        first = True
+        while line := file.readline(MAX_LINE_BYTES):
+            rest = line
+            while not rest.endswith(b"\n") and (rest := file.readline(MAX_LINE_BYTES)):
+                pass
+            yield line.removeprefix(b"\xef\xbb\xbf" if first else b"").rstrip(b"\r\n")
+            first = False
+
+
+def find_column(given: str | None, candidates: tuple[str, ...], columns: list[str]) -> int | None:
+    """Index of the column ``given``; else of the first candidate there, in capitals or not. None: not there."""
+    stripped = [column.strip() for column in columns]
+    if given is not None:
+        return stripped.index(given) if given in stripped else None
+    lowered = [column.lower() for column in stripped]
+    return next((lowered.index(name) for name in candidates if name in lowered), None)
+
+
+def plain_bytes(column: pa.Array) -> list[bytes | None]:
+    """A text column's cells. Raises ArrowException for a column of another type."""
+    plain = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    cells: list[bytes | None] = plain.cast(pa.large_binary()).to_pylist()
+    return cells
+
+
+def stamp_of(info: dict[str, Any]) -> str:
+    """The stamp of a remote file from what its store tells of it."""
+    names = ("ETag", "etag", "md5", "mtime", "LastModified", "last_modified", "updated", "created")
+    version = next((info[name] for name in names if info.get(name)), "")
+    return f"{info.get('size')} {version}"
+
+
+def local_stamp(path: str) -> str:
+    """Size and modification time. Raises OSError."""
+    status = os.stat(path)
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def open_parts(path: str) -> IO[bytes]:
+    """A reader for a file of which only parts are needed: a remote one is not read far ahead."""
+    if not is_url(path):
+        return open(path, "rb")
+    fs, inner = filesystem(path)
+    with store_errors(path):
+        return cast(IO[bytes], fs.open(inner, "rb", block_size=PART_BYTES, cache_type="readahead"))
+
+
+# pictures
+
+
+def expected_errors(path: str) -> tuple[type[Exception], ...]:
+    """What a file that cannot be read raises; of a remote store it may be any error of its client's own."""
+    return (Exception,) if is_url(path) else (OSError, pa.ArrowException, ValueError)
+
+
+def read_place(place: Place, max_bytes: int) -> bytes:
+    """The encoded picture. Raises PlaceError: file not found, file not readable, empty file, too large.
+
+    Many threads may call it at once. Rows of a Parquet row group are cheapest in rising order.
+    """
+    if isinstance(place, TarPlace) and place.size > max_bytes:
+        raise PlaceError("too large")
+    try:
+        if isinstance(place, ParquetPlace):
+            data = _pool.read(place)
+        elif isinstance(place, TarPlace):
+            data = _read_part(place)
+        else:
+            data = _read_file(place.path, max_bytes)
+    except PlaceError:
+        raise
+    except FileNotFoundError as error:
+        raise PlaceError("file not found") from error
+    except expected_errors(place.path) as error:
+        raise PlaceError(NOT_READABLE) from error
+    if not data:
+        raise PlaceError("empty file")
+    if len(data) > max_bytes:
+        raise PlaceError("too large")
+    return data
+
+
+def forget_places() -> None:
+    """Let go of the decoded pictures and open files that neighbouring rows would have used."""
+    _pool.clear()
+
+
+def _read_file(path: str, max_bytes: int) -> bytes:
+    with open_read(path) as file:
+        if not is_url(path) and os.fstat(file.fileno()).st_size > max_bytes:
+            raise PlaceError("too large")
+        return file.read(max_bytes + 1)
+
+
+def _read_part(place: TarPlace) -> bytes:
+    if is_url(place.path):
+        fs, inner = filesystem(place.path)
+        data: bytes = fs.cat_file(inner, start=place.offset, end=place.offset + place.size) if place.size else b""
+    else:
+        with open(place.path, "rb") as file:
+            data = os.pread(file.fileno(), place.size, place.offset)
+    if len(data) != place.size:
+        raise PlaceError(NOT_READABLE)  # cut since it was listed
+    return data
+
+
+class _Group:
+    """One row group's picture column, decoded batch by batch; the last batches are kept."""
+
+    def __init__(self, place: ParquetPlace) -> None:
+        self.lock = threading.Lock()  # held while decoding
+        self.batches: list[tuple[int, pa.Array]] = []  # (first row, pictures); changed under the pool's lock only
+        self.next = 0  # row after the last one decoded
+        self.broken = False
+        self._place, self._arrays = place, _arrays(place)
+
+    def find(self, row: int) -> pa.Scalar | None:
+        """The cell, when its batch is kept."""
+        return next((cells[row - start] for start, cells in self.batches if start <= row < start + len(cells)), None)
+
+    def advance(self, row: int) -> pa.Array:
+        """The next batch, from the group's start again when ``row`` has gone by. Raises PlaceError at its end."""
+        if row < self.next or (self.broken and is_url(self._place.path)):
+            self._arrays, self.next, self.broken = _arrays(self._place), 0, False
+        if self.broken:
+            raise PlaceError(NOT_READABLE)
+        self.broken = True
+        cells = next(self._arrays, None)
+        if cells is None:
+            raise PlaceError(NOT_READABLE)  # the file has fewer rows than when it was listed
+        self.broken = False
+        self.next += len(cells)
+        return cells
+
+
+def _arrays(place: ParquetPlace) -> Iterator[pa.Array]:
+    """Pictures of a row group in batches of about 4 MiB; its bytes are streamed, never whole in memory."""
+    with open_parts(place.path) as file:
+        table = pq.ParquetFile(file if is_url(place.path) else place.path, buffer_size=PART_BYTES * 16)
+        leaves = [table.schema.column(index).path for index in range(len(table.schema))]
+        if place.row_group >= table.num_row_groups or place.column not in leaves:
+            raise PlaceError(NOT_READABLE)  # another file than when it was listed
+        group = table.metadata.row_group(place.row_group)
+        size = group.column(leaves.index(place.column)).total_uncompressed_size
+        rows = max(1, min(KEEP_ROWS, BATCH_BYTES * group.num_rows // max(size, 1)))
+        groups = {"row_groups": [place.row_group], "columns": [place.column]}
+        for batch in table.iter_batches(rows, use_threads=False, **groups):
+            cells = batch.column(0)
+            yield cells.flatten()[0] if pa.types.is_struct(cells.type) else cells
+
+
+class _Pool:
+    """The row groups in use, the latest last. Bounded in number and in bytes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._groups: OrderedDict[tuple[str, str, int, str], _Group] = OrderedDict()
+
+    def read(self, place: ParquetPlace) -> bytes:
+        stamp = "" if is_url(place.path) else local_stamp(place.path)
+        group = self._group(place, stamp)
+        cell = group.find(place.row)
+        while cell is None:
+            with group.lock:
+                if (cell := group.find(place.row)) is not None:
+                    break
+                start = group.next if place.row >= group.next else 0
+                cells = group.advance(place.row)
+                self._keep(group, start, cells)
+                cell = cells[place.row - start] if start <= place.row < start + len(cells) else None
+        return cast(bytes, cell.as_py()) or b""
+
+    def _group(self, place: ParquetPlace, stamp: str) -> _Group:
+        key = (place.path, place.column, place.row_group, stamp)
+        with self._lock:
+            if key not in self._groups:
+                self._groups[key] = _Group(place)
+            self._groups.move_to_end(key)
+            while len(self._groups) > MAX_GROUPS:
+                self._groups.popitem(last=False)
+            return self._groups[key]
+
+    def _keep(self, group: _Group, start: int, cells: pa.Array) -> None:
+        """Add a batch, drop what is far behind it, and the oldest while all groups hold too much."""
+        with self._lock:
+            near = [(first, kept) for first, kept in group.batches if start - KEEP_ROWS < first < start]
+            group.batches = [*near, (start, cells)]
+            total = sum(kept.nbytes for other in self._groups.values() for _, kept in other.batches)
+            for other in self._groups.values():
+                while total > KEEP_BYTES and other.batches and other.batches[-1][1] is not cells:
+                    total -= other.batches[0][1].nbytes
+                    other.batches = other.batches[1:]
+            while total > KEEP_BYTES and len(group.batches) > 1:
+                total -= group.batches[0][1].nbytes
+                group.batches = group.batches[1:]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._groups.clear()
+
+
+_pool = _Pool()

@@ -1,0 +1,119 @@
+"""`ingest --retry-failed`: rows whose reason may pass with time, tried again, into additional shards.
+
+A retried row keeps its key; what it comes to stands in the additional shard, and the totals count it there alone.
+"""
+
+import heapq
+from collections import Counter
+from collections.abc import Iterator
+from itertools import groupby, islice
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline.fetch import MAY_PASS
+from pipeline.raw_shard import FOLDER, Inputs
+from pipeline.sources import Row
+from pipeline.stage import Task
+from shards_spec.files import UserError, join, names, open_read, remove, sha256_json
+from shards_spec.manifest import STATS_PATTERN, Done, read_dataset, read_done, shard_name
+
+PASS = "retry pass"  # name of the input that tells an additional shard; its value is the number of the pass
+COLUMNS = ["key", "url", "caption", "status", "error_message"]
+ENDINGS = ("_stats.json", ".tar", ".parquet")
+
+
+def additional_shards(root: str) -> dict[int, Done]:
+    """Shards that earlier retries wrote, by number; empty on the first run. They stand after those of the list."""
+    folder, found = join(root, FOLDER), dict[int, Done]()
+    numbers = sorted(int(match[1]) for name in names(folder) if (match := STATS_PATTERN.fullmatch(name)))
+    for number in reversed(numbers):
+        done = read_done(folder, number)
+        if done is None or PASS not in done.inputs:
+            break
+        found[number] = done
+    return dict(sorted(found.items()))
+
+
+def kept_tasks(root: str, base: int) -> Iterator[Task]:
+    """Additional shards as they are, from number ``base`` on.
+
+    Those that stand after a gap, which a killed retry left, are deleted: their rows will be tried again.
+    """
+    expected = base
+    for number, done in additional_shards(root).items():
+        if number == expected:
+            yield Task(number, done.inputs)
+            expected += 1
+        else:
+            remove_shard(root, number)
+
+
+def remove_shard(root: str, shard: int) -> None:
+    """Delete a raw shard, its done-record first."""
+    for ending in ENDINGS:
+        remove(join(root, FOLDER, shard_name(shard) + ending))
+
+
+def retry_tasks(root: str, shard_size: int) -> Iterator[Task]:
+    """Finished shards as they are, then new ones with the rows that may come this time.
+
+    A pass that was interrupted goes on with the rows that it had not reached. Memory: a shard per pass. Raises
+    UserError when the list itself has not been ingested to its end.
+    """
+    block = read_dataset(root)["stages"].get("ingest")
+    base = list(_base_tasks(root))
+    if block is None or block["shards"] < len(base):
+        raise UserError(f"ingest has not finished in {root}: run the same command without --retry-failed first")
+    additional = list(kept_tasks(root, len(base)))
+    yield from base
+    yield from additional
+    passes = [int(task.inputs[PASS]) for task in additional]
+    finished = max(passes[: block["shards"] - len(base)], default=0)
+    rows = (row for row in _latest(root, len(base), passes) if row["pass"] <= finished and may_pass(row))
+    number = len(base) + len(additional)
+    while chunk := list(islice(rows, shard_size)):
+        yield _task(number, finished + 1, chunk)
+        number += 1
+
+
+def _base_tasks(root: str) -> Iterator[Task]:
+    """Shards of the list, as they are."""
+    number = 0
+    while (done := read_done(join(root, FOLDER), number)) and PASS not in done.inputs:
+        yield Task(number, done.inputs)
+        number += 1
+
+
+def _task(number: int, retry_pass: int, chunk: list[dict[str, Any]]) -> Task:
+    inputs = Inputs(
+        [row["key"] for row in chunk],
+        [Row(row["caption"], row["url"]) for row in chunk],
+        dict(Counter(row["error_message"] for row in chunk)),
+    )
+    digest = sha256_json([[row["key"], row["url"], row["caption"]] for row in chunk])
+    return Task(number, {PASS: str(retry_pass), "rows": digest}, inputs)
+
+
+def may_pass(row: dict[str, Any]) -> bool:
+    """Whether a row failed for a reason that may be gone another day."""
+    return row["error_message"] in MAY_PASS
+
+
+def _latest(root: str, base: int, passes: list[int]) -> Iterator[dict[str, Any]]:
+    """Each input once, in the order of the keys, as the last pass that tried it left it."""
+    shards: dict[int, list[int]] = {0: list(range(base))}
+    for number, retry_pass in enumerate(passes, start=base):
+        shards.setdefault(retry_pass, []).append(number)
+    streams = [_rows(root, numbers, retry_pass) for retry_pass, numbers in shards.items()]
+    merged = heapq.merge(*streams, key=lambda row: (len(row["key"]), row["key"], row["pass"]))
+    for _, versions in groupby(merged, key=lambda row: row["key"]):
+        *_, last = versions
+        yield last
+
+
+def _rows(root: str, numbers: list[int], retry_pass: int) -> Iterator[dict[str, Any]]:
+    for number in numbers:
+        with open_read(join(root, FOLDER, f"{shard_name(number)}.parquet")) as file:
+            for row in pq.read_table(file, columns=COLUMNS).to_pylist():
+                yield {**row, "pass": retry_pass}

@@ -1,0 +1,87 @@
+"""Which rows a list's user wants: captions, excluded links and pictures, duplicates. Each `no` is a named reason."""
+
+import gzip
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from pipeline.images import Picture
+from pipeline.likeness import caption_problem, duplicates
+from pipeline.raw_shard import Outcome
+from pipeline.sources import Row
+from shards_spec.files import UserError, exists, open_read, sha256_bytes
+
+EXCLUDED_URL, EXCLUDED_PICTURE = "excluded address", "excluded picture"
+DUPLICATE, NEAR_DUPLICATE = "duplicate image", "near-duplicate image"
+LENGTHS = ("caption too short", "caption too long")
+Hashes = np.ndarray[tuple[int], np.dtype[np.uint64]]
+
+
+def _hash(text: str) -> int:
+    return int(sha256_bytes(text.encode(errors="surrogatepass"))[:16], 16)
+
+
+def read_exclusions(paths: Iterable[str]) -> Hashes:
+    """Sorted 64-bit hashes of the lines of text files, gzipped or not: addresses, or sha256 of pictures in hex.
+
+    8 bytes a line: lists of many millions fit. Raises UserError for a file that is not there.
+    """
+    return np.unique(np.fromiter((_hash(line) for path in paths for line in _lines(path)), np.uint64))
+
+
+def _lines(path: str) -> Iterator[str]:
+    if not exists(path):
+        raise UserError(f"--exclude {path}: no such file; give a text file with an address or a sha256 per line")
+    with open_read(path) as file:
+        packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        for line in gzip.GzipFile(fileobj=file) if packed else file:
+            text = line.decode(errors="surrogateescape").strip()
+            if text:
+                yield text.lower() if len(text) == 64 else text
+
+
+@dataclass(frozen=True)
+class Selection:
+    """``min_caption_chars`` and ``max_caption_chars`` 0: no limit; ``near_bits`` None: no near-duplicates."""
+
+    sane_captions: bool = False
+    min_caption_chars: int = 0
+    max_caption_chars: int = 0
+    duplicates: bool = False
+    near_bits: int | None = None
+    exclusions: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
+
+    def before(self, rows: list[Row]) -> list[Row]:
+        """Rows, with a problem where they need not even be downloaded."""
+        return [replace(row, problem=row.problem or self._problem(row)) for row in rows]
+
+    def _problem(self, row: Row) -> str | None:
+        if row.url is not None and self._is_excluded(row.url):
+            return EXCLUDED_URL
+        problem = caption_problem(row.caption, self.min_caption_chars, self.max_caption_chars or sys.maxsize)
+        return problem if self.sane_captions or problem in LENGTHS else None
+
+    def after(self, rows: list[Row], outcomes: list[Outcome]) -> list[Outcome]:
+        """Outcomes, with a reason in place of the pictures that are excluded or stand earlier in the shard."""
+        kept: list[Outcome] = [
+            EXCLUDED_PICTURE if isinstance(outcome, Picture) and self._is_excluded(outcome.sha256) else outcome
+            for outcome in outcomes
+        ]
+        if not self.duplicates:
+            return kept
+        pictures = [outcome if isinstance(outcome, Picture) else None for outcome in kept]
+        sha256s = [picture.sha256 if picture else None for picture in pictures]
+        hashes = [picture.phash if picture else None for picture in pictures]
+        for index, first in duplicates([row.url for row in rows], sha256s, hashes, self.near_bits).items():
+            kept[index] = DUPLICATE if sha256s[index] == sha256s[first] else NEAR_DUPLICATE
+        return kept
+
+    def _is_excluded(self, text: str) -> bool:
+        if not len(self.exclusions):
+            return False
+        wanted = np.uint64(_hash(text))
+        place = int(np.searchsorted(self.exclusions, wanted))
+        return place < len(self.exclusions) and bool(self.exclusions[place] == wanted)

@@ -1,0 +1,434 @@
+"""Below `ingest`: fetching with limits, names, decoder processes, what is late, retries, selection, a full disk."""
+
+import asyncio
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from dns_server import NXDOMAIN, SERVFAIL, SILENT, serve_names
+from PIL import Image
+from web_server import picture, serve
+
+from pipeline import decoders as decoders_module
+from pipeline import fetch
+from pipeline.check import CheckConfig, check
+from pipeline.decoders import DecoderFailed, Decoders
+from pipeline.download import Tally
+from pipeline.fetch import Fetcher, FetchError, FetchRules, Gate
+from pipeline.ingest import IngestConfig, ingest
+from pipeline.pack import PackConfig, pack
+from pipeline.raw_shard import SCHEMA
+from shards_spec.files import UserError
+from shards_spec.tar import read_shard
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serve() as running:
+        yield running
+
+
+def write_list(path: Path, rows: list[tuple[str, str]]) -> str:
+    """A list in CC12M's form: URL, tab, caption."""
+    path.write_text("".join(f"{url}\t{caption}\n" for url, caption in rows))
+    return str(path)
+
+
+def config(root: object, source: object, **options) -> IngestConfig:
+    defaults = {"root": str(root), "allow_private": True, "workers": 1, "shard_size": 10, "image_size": 48}
+    return IngestConfig(source=str(source), **{**defaults, **options})
+
+
+def rows_of(root: Path, shard: int = 0) -> list[dict]:
+    return pq.read_table(root / "raw" / f"{shard:05d}.parquet").to_pylist()
+
+
+def gather(urls: list[str], gate: Gate | None = None, **rules) -> list[bytes | str]:
+    """Bodies or reasons of many links at once, with one Fetcher."""
+
+    async def one(fetcher: Fetcher, url: str) -> bytes | str:
+        try:
+            return await fetcher.get(url)
+        except FetchError as error:
+            return str(error)
+
+    async def run() -> list[bytes | str]:
+        async with Fetcher(FetchRules(**{"timeout_s": 2, "allow_private": True, **rules}), gate) as fetcher:
+            return list(await asyncio.gather(*(one(fetcher, url) for url in urls)))
+
+    return asyncio.run(run())
+
+
+# names
+
+
+def test_a_name_is_asked_for_once(server):
+    with serve_names({"good.test": ["127.0.0.1"], "gone.test": NXDOMAIN, "broken.test": SERVFAIL}) as dns:
+        nameservers = (f"127.0.0.1:{dns.port}",)
+        port = server.server_port
+        urls = [f"http://{host}.test:{port}/good/{n}" for n in range(30) for host in ("good", "gone", "broken")]
+        found = gather(urls, nameservers=nameservers, retries=0, per_host=3)
+        assert found[::3] == [picture(n) for n in range(30)]
+        assert set(found[1::3]) == {"name not found"}
+        assert set(found[2::3]) == {"name look-up failed"}
+        # an A and an AAAA question each, twice where the server failed; not once per row
+        assert 1 <= dns.queries["good.test"] <= 2
+        assert 1 <= dns.queries["gone.test"] <= 2 * 3
+        assert 1 <= dns.queries["broken.test"] <= 4 * 3
+
+
+def test_a_server_of_names_that_never_answers_ends_in_time():
+    with serve_names({"silent.test": SILENT}) as dns:
+        start = time.monotonic()
+        assert gather(["http://silent.test/x"] * 5, nameservers=(f"127.0.0.1:{dns.port}",), timeout_s=1, retries=0) == [
+            "timeout"
+        ] * 5
+        assert time.monotonic() - start < 10
+
+
+def test_names_that_change_their_address_reach_nothing_private(server):
+    """DNS rebinding: a name that was public a moment ago is checked again at each connection."""
+    with serve_names({"rebind.test": [["127.0.0.1"]], "mixed.test": ["127.0.0.1", "10.0.0.1"]}) as dns:
+        urls = [f"http://{host}.test:{server.server_port}/good/901" for host in ("rebind", "mixed")]
+        found = gather(urls, nameservers=(f"127.0.0.1:{dns.port}",), allow_private=False)
+        assert found == ["not a public address"] * 2
+    assert server.requests["good/901"] == 0
+
+
+def test_a_redirect_to_a_name_that_is_private(server, monkeypatch):
+    monkeypatch.setattr(fetch, "is_public", lambda address: address == "127.0.0.1")
+    with serve("127.0.0.2") as inner, serve_names({"inner.test": ["127.0.0.2"]}) as dns:
+        url = f"{server.url}/redirect/http://inner.test:{inner.server_port}/good/5"
+        found = gather([url], nameservers=(f"127.0.0.1:{dns.port}",), allow_private=False)
+        assert found == ["not a public address"]
+        assert not inner.requests
+
+
+# limits and retries
+
+
+def test_requests_to_one_host_are_limited(server):
+    server.delay_s, server.most_at_once = 0.02, 0
+    try:
+        gather([f"{server.url}/good/{n}" for n in range(40)], per_host=5)
+        assert 2 <= server.most_at_once <= 5
+        server.most_at_once = 0
+        gather([f"{server.url}/good/{n}" for n in range(40)], per_host=40, concurrency=3)
+        assert 2 <= server.most_at_once <= 3
+    finally:
+        server.delay_s = 0.0
+
+
+def test_links_that_wait_for_a_busy_host_hold_no_slot(server):
+    with serve("127.0.0.2") as slow:
+        urls = [f"{slow.url}/slow/0.5?{n}" for n in range(8)] + [f"{server.url}/good/{n}" for n in range(20)]
+
+        async def run() -> float:
+            rules = FetchRules(timeout_s=10, allow_private=True, concurrency=2, per_host=1)
+            async with Fetcher(rules) as fetcher:
+                slow_ones = [asyncio.create_task(fetcher.get(url)) for url in urls[:8]]
+                start = time.monotonic()
+                await asyncio.gather(*(fetcher.get(url) for url in urls[8:]))
+                seconds = time.monotonic() - start
+                assert not all(task.done() for task in slow_ones)
+                for task in slow_ones:
+                    task.cancel()
+                await asyncio.gather(*slow_ones, return_exceptions=True)
+                return seconds
+
+        assert asyncio.run(run()) < 4 * 0.5  # eight slow ones in a row take 4 s
+
+
+def test_no_request_starts_while_too_many_bodies_wait(server):
+    async def run() -> int:
+        gate, most = Gate(3), 0
+        async with Fetcher(FetchRules(allow_private=True, concurrency=50, per_host=50), gate) as fetcher:
+
+            async def one(n: int) -> None:
+                nonlocal most
+                await fetcher.get(f"{server.url}/good/{n}?gate")
+                async with gate.body():
+                    most = max(most, gate.waiting)
+                    await asyncio.sleep(0.02)
+
+            first = [asyncio.create_task(one(n)) for n in range(3)]
+            await asyncio.sleep(0.01)
+            await asyncio.gather(*first, *(one(n) for n in range(3, 30)))
+        return most
+
+    assert asyncio.run(run()) <= 50
+    assert sum(server.requests[f"good/{n}?gate"] for n in range(30)) == 30
+
+
+def test_retry_after_is_obeyed_when_it_is_short(server):
+    server.retry_after = "1"
+    start = time.monotonic()
+    assert gather([f"{server.url}/busy/1"]) == [picture(1)]
+    assert time.monotonic() - start >= 1
+    server.retry_after = "3600"
+    start = time.monotonic()
+    assert gather([f"{server.url}/busy/2"]) == ["HTTP 429"]
+    assert time.monotonic() - start < 2
+    assert server.requests["busy/2"] == 1
+
+
+@pytest.mark.parametrize(("path", "tries"), [("status/500", 3), ("status/404", 1), ("status/403", 1), ("lost", 3),
+                                             ("html", 1), ("status/410", 1)])  # fmt: skip
+def test_only_what_may_pass_is_tried_again(server, path, tries):
+    before = server.requests[f"{path}?again"]
+    gather([f"{server.url}/{path}?again"], retries=2)
+    assert server.requests[f"{path}?again"] - before == tries
+
+
+# decoder processes
+
+
+def answer(data: bytes) -> bytes:
+    """What the processes of these tests do."""
+    if data.startswith(b"crash"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if data.startswith(b"hang"):
+        time.sleep(60)
+    return data[::-1]
+
+
+def converted(jobs: list[bytes], number: int = 2, timeout_s: float = 20.0) -> list[bytes | str]:
+    async def one(decoders: Decoders, data: bytes) -> bytes | str:
+        try:
+            return await decoders.convert(data)
+        except DecoderFailed as error:
+            return str(error)
+
+    async def run() -> list[bytes | str]:
+        async with Decoders(answer, number, timeout_s) as decoders:
+            return list(await asyncio.gather(*(one(decoders, data) for data in jobs)))
+
+    return asyncio.run(run())
+
+
+def test_decoders_answer_in_their_order():
+    jobs = [bytes([n]) * (n * 7919 % 300_000) + b"x" for n in range(100)]
+    assert converted(jobs) == [job[::-1] for job in jobs]
+
+
+def test_a_crash_costs_the_picture_that_caused_it():
+    jobs = [b"crash" if n % 10 == 5 else b"good %d" % n for n in range(40)]
+    assert converted(jobs) == ["decoder crashed" if job == b"crash" else job[::-1] for job in jobs]
+
+
+def test_a_picture_that_takes_too_long_costs_itself():
+    jobs = [b"hang" if n == 3 else b"good %d" % n for n in range(12)]
+    assert converted(jobs, timeout_s=2.0) == ["decoding took too long" if job == b"hang" else job[::-1] for job in jobs]
+
+
+def stillborn(data: bytes) -> bytes:
+    raise AssertionError("never called")
+
+
+def test_processes_that_cannot_start_are_a_bug_not_a_loop(monkeypatch):
+    monkeypatch.setattr(decoders_module, "_serve", os.abort)  # not picklable as a target with arguments: dies at once
+
+    async def run() -> None:
+        async with Decoders(stillborn, 1, 5.0) as decoders:
+            await decoders.convert(b"x")
+
+    with pytest.raises(RuntimeError, match="died before they answered once"):
+        asyncio.run(run())
+
+
+# shards
+
+
+def test_the_same_link_twice_is_fetched_once_and_keeps_both_captions(server, tmp_path):
+    url = f"{server.url}/good/77?twice"
+    rows = [(url, "one"), (f"{server.url}/good/78", "other"), (url, "two"), (f"{server.url}/gone?twice", "a")] * 2
+    ingest(config(tmp_path / "D", write_list(tmp_path / "l.tsv", rows), dedup="near"))
+    found = rows_of(tmp_path / "D")
+    good = [row["caption"] for row in found if row["status"] == "success"]
+    assert good == ["one", "other", "two", "one", "other", "two"]
+    assert server.requests["good/77?twice"] == server.requests["gone?twice"] == 1
+    assert check(CheckConfig(str(tmp_path / "D"))) == []
+
+
+def test_a_slow_shard_gives_its_late_links_up(server, tmp_path):
+    rows = [(f"{server.url}/good/{n}", f"c{n}") for n in range(60)]
+    rows += [(f"{server.url}/slow/20?{n}", "late") if n % 2 else (f"{server.url}/good/{n}", "g") for n in range(10)]
+    start = time.monotonic()
+    summary = ingest(config(tmp_path / "D", write_list(tmp_path / "l.tsv", rows), timeout_s=20, open_shards=2))
+    assert time.monotonic() - start < 15
+    assert summary.counts == {"success": 65, "timeout": 5}
+    assert [row["error_message"] for row in rows_of(tmp_path / "D", 6)] == [None, "timeout"] * 5
+
+
+def test_the_progress_line():
+    tally = Tally(started=time.monotonic() - 10)
+    assert tally.line(None) == ""
+    for outcome in ["HTTP 404"] * 2 + ["timeout"]:
+        tally.add(outcome)
+    from pipeline.images import Picture
+
+    for _ in range(7):
+        tally.add(Picture(b"x" * 100, 1, 1, 1, 1, "{}", "", None))
+    assert tally.line(3600) == "10 rows, 1 images/s, 70.0 % good, HTTP 404 20.0 %, timeout 10.0 %, about 1 h 00 min left"
+    assert tally.picture_bytes == 700
+
+
+# selection
+
+
+def test_selection_names_each_reason(server, tmp_path):
+    wide = f"{server.url}/sized/200x50"
+    rows = [
+        (f"{server.url}/good/1", "a good caption"), (f"{server.url}/good/2", "no"),
+        (f"{server.url}/good/3", "long " * 30), (f"{server.url}/good/4", "12345 !!! 678"),
+        (f"{server.url}/good/5", "IMG_2041.jpg"), (f"{server.url}/sized/20x20", "a small picture"),
+        (wide, "a wide picture"), (f"{server.url}/good/6?out", "an excluded link"),
+        (f"{server.url}/good/9", "an excluded picture"), (f"{server.url}/good/1?copy", "a copy of the first"),
+        (f"{server.url}/again/1", "the first at another quality"),
+    ]  # fmt: skip
+    links, hashes = tmp_path / "links.txt", tmp_path / "hashes.txt"
+    links.write_text(f"{server.url}/good/6?out\n\nhttp://elsewhere/x\n")
+    hashes.write_text(hashlib.sha256(picture(9)).hexdigest().upper() + "\n")
+    source = write_list(tmp_path / "l.tsv", rows)
+    options = {
+        "min_caption_chars": 4, "max_caption_chars": 100, "sane_captions": True, "min_size": 30, "dedup": "near",
+        "max_aspect_ratio": 3.0, "exclude": (str(links), str(hashes)), "shard_size": 50,
+    }  # fmt: skip
+    ingest(config(tmp_path / "D", source, **options))
+    assert [row["error_message"] for row in rows_of(tmp_path / "D")] == [
+        None, "caption too short", "caption too long", "caption has no letters", "caption is an address",
+        "resize: picture too small", "resize: aspect ratio too large", "excluded address", "excluded picture",
+        "duplicate image", "near-duplicate image",
+    ]  # fmt: skip
+    assert server.requests["good/6?out"] == server.requests["good/2"] == 0, "refused before a request"
+    stats = json.loads((tmp_path / "D/raw/00000_stats.json").read_text())
+    assert (stats["successes"], stats["failed_to_resize"], stats["failed_to_download"]) == (1, 2, 8)
+    assert ingest(config(tmp_path / "D", source, **options)).made == 0
+    links.write_text("http://elsewhere/x\n")
+    with pytest.raises(UserError, match="another config .*exclusions: '[0-9a-f]{64}' there"):
+        ingest(config(tmp_path / "D", source, **options))
+    with pytest.raises(UserError, match=r"--exclude \S+nowhere: no such file"):
+        ingest(config(tmp_path / "E", source, exclude=(str(tmp_path / "nowhere"),)))
+
+
+def test_what_is_kept_of_a_picture(server, tmp_path):
+    ingest(config(tmp_path / "D", write_list(tmp_path / "l.tsv", [(f"{server.url}/noise/3", "x")])))
+    (row,) = rows_of(tmp_path / "D")
+    assert SCHEMA.names[-2:] == ["sha256", "phash"]
+    assert len(row["phash"]) == 16
+    (sample,) = read_shard(str(tmp_path / "D/raw/00000.tar"))
+    assert sample.meta == row
+    assert Image.open(io.BytesIO(sample.image)).size == (48, 48)
+
+
+# another try at what failed
+
+
+def test_retry_failed_adds_shards_and_keeps_keys(server, tmp_path):
+    root = tmp_path / "D"
+    rows = [(f"{server.url}/flaky/{n}?r", f"flaky {n}") for n in range(12)]
+    rows += [(f"{server.url}/good/{n}?r", f"good {n}") for n in range(10)]
+    rows += [(f"{server.url}/status/503?{n}", f"down {n}") for n in range(4)] + [(f"{server.url}/gone", "gone")]
+    run = config(root, write_list(tmp_path / "l.tsv", rows), retries=0)
+    with pytest.raises(UserError, match="ingest has not finished in .*without --retry-failed first"):
+        ingest(config(root, run.source, retries=0, retry_failed=True))
+    assert ingest(run).counts == {"HTTP 404": 1, "HTTP 503": 16, "success": 10}
+    before = {path.name: path.read_bytes() for path in (root / "raw").iterdir()}
+    again = config(root, run.source, retries=0, retry_failed=True)
+    summary = ingest(again)
+    assert (summary.shards, summary.made) == (5, 2)
+    assert summary.counts == {"HTTP 404": 1, "HTTP 503": 4, "success": 22}
+    assert {name: (root / "raw" / name).read_bytes() for name in before} == before, "finished shards stay"
+    assert [row["key"] for row in rows_of(root, 3)] == [f"00000{n:04d}" for n in range(10)]
+    assert [row["key"] for row in rows_of(root, 4)] == ["000010000", "000010001", *(f"00002{n:04d}" for n in range(2, 6))]
+    assert [sample.caption for sample in read_shard(str(root / "raw/00003.tar"))] == [f"flaky {n}" for n in range(10)]
+    assert check(CheckConfig(str(root))) == []
+    assert ingest(run).counts == summary.counts, "a plain run keeps what the retry made"
+    third = ingest(again)
+    assert (third.shards, third.made, third.counts) == (6, 1, summary.counts)
+    assert check(CheckConfig(str(root))) == []
+    pack(PackConfig(str(root), captioner="none", workers=1))
+    assert check(CheckConfig(str(root))) == []
+    write_list(tmp_path / "l.tsv", [*rows, *[(f"{server.url}/good/1", "new")] * 10])
+    with pytest.raises(UserError, match="has more rows than when its failed rows were tried again"):
+        ingest(run)
+
+
+def test_a_killed_retry_goes_on(server, tmp_path):
+    root = tmp_path / "D"
+    rows = [(f"{server.url}/flaky/{n}?k", f"flaky {n}") for n in range(60)]
+    run = config(root, write_list(tmp_path / "l.tsv", rows), retries=0)
+    assert ingest(run).counts == {"HTTP 503": 60}
+    dataset = (root / "dataset.json").read_text()
+    again = config(root, run.source, retries=0, retry_failed=True)
+    assert ingest(again).shards == 12
+    # as a kill leaves it: one additional shard is missing in the middle, the totals are those of before
+    (root / "dataset.json").write_text(dataset)
+    for ending in ("_stats.json", ".tar", ".parquet"):
+        (root / "raw" / f"00008{ending}").unlink()
+    for n in range(20, 30):
+        server.requests[f"flaky/{n}?k"] = 5
+    summary = ingest(again)
+    assert (summary.shards, summary.made, summary.counts) == (12, 4, {"success": 60})
+    assert check(CheckConfig(str(root))) == []
+    keys = [row["key"] for shard in range(6, 12) for row in rows_of(root, shard)]
+    assert keys == [row["key"] for shard in range(6) for row in rows_of(root, shard)]
+
+
+# a full disk
+
+
+FULL = """
+import sys
+from pipeline import raw_shard
+from pipeline.ingest import IngestConfig, ingest
+from shards_spec.files import UserError
+raw_shard.SPARE_BYTES = int(sys.argv[3])
+try:
+    ingest(IngestConfig(sys.argv[1], sys.argv[2], shard_size=10, allow_private=True, workers=1, open_shards=1))
+except UserError as error:
+    sys.exit(f"2 {error}")
+"""
+
+
+@pytest.mark.parametrize("spare", [1 << 20, 0])
+def test_a_full_disk_is_told_and_leaves_whole_shards(server, tmp_path, spare):
+    """On a real small disk where we may mount one: told ahead by the room that is left, or by the write that fails."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = os.geteuid() == 0 and not subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "none", disk], capture_output=True
+    ).returncode
+    if not mounted:
+        from conftest import skip_or_fail
+
+        skip_or_fail("needs the right to mount a tmpfs (root)")
+    try:
+        rows = [(f"{server.url}/noise/{n}", f"c{n}") for n in range(200)]
+        source = write_list(tmp_path / "l.tsv", rows)
+        done = subprocess.run(
+            [sys.executable, "-c", FULL, str(disk / "D"), source, str(spare)], capture_output=True, text=True
+        )
+        assert done.returncode == 1, done.stderr
+        assert "2 " in done.stderr
+        assert "MiB left" in done.stderr or "no space left" in done.stderr
+        assert "the same command again" in done.stderr
+        left = sorted(path.name for path in (disk / "D/raw").iterdir())
+        assert not [name for name in left if name.startswith(".")]
+        shards = [int(name[:5]) for name in left if name.endswith("_stats.json")]
+        assert shards
+        for shard in shards:
+            assert len(list(read_shard(str(disk / f"D/raw/{shard:05d}.tar")))) == 10
+        subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+        assert ingest(config(disk / "D", source, image_size=256)).counts == {"success": 200}
+        assert check(CheckConfig(str(disk / "D"))) == []
+    finally:
+        subprocess.run(["umount", disk], check=False)
