@@ -126,7 +126,8 @@ def _keys(path: str) -> list[str]:
 def adopt_shard(root: str, task: Task) -> Result:
     """Check one shard and copy it. Raises DataError when it is broken or does not fit its stats."""
     found: Found = task.payload
-    stats, in_tar, listed = _read_stats(found.source), _tar_keys(found.source), sorted(_keys(found.source))
+    stats, listed = _read_stats(found.source), sorted(_keys(found.source))
+    in_tar = sorted(map(check_key, shard_keys(f"{found.source}.tar")))
     if in_tar != listed or len(in_tar) != stats["successes"]:
         raise DataError(
             f"{found.source}.tar has {len(in_tar)} samples, its Parquet file {len(listed)}, its stats "
@@ -135,14 +136,6 @@ def adopt_shard(root: str, task: Task) -> Result:
     outputs = dict(_copies(root, task.shard, found))
     own = {name: stats[name] for name in OWN_FIELDS if name in stats}
     return Result(stats["status_dict"], outputs, own)
-
-
-def _tar_keys(path: str) -> list[str]:
-    """Sorted keys of the tar."""
-    try:
-        return sorted(map(check_key, shard_keys(f"{path}.tar")))
-    except FileNotFoundError as error:
-        raise DataError(f"{path}.tar is not there, though its stats are; {MEND}") from error
 
 
 def _read_stats(path: str) -> dict[str, Any]:

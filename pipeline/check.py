@@ -31,6 +31,8 @@ from shards_spec.sample import Sample, check_key
 from shards_spec.tar import read_shard, shard_keys
 from shards_spec.vocab import read_vocabulary
 
+NO_KEYS = np.empty(0, np.uint64)
+
 
 @dataclass(frozen=True)
 class CheckConfig:
@@ -236,7 +238,7 @@ def _check_kept(root: str, raw: list[np.ndarray], dropped: list[np.ndarray]) -> 
         check_fresh(root, shard_ids(join(root, "raw")))
     except UserError as error:
         return [str(error)]
-    problems, there, gone = list[str](), *(np.sort(np.concatenate(keys)) for keys in (raw, dropped))
+    problems, there, gone = list[str](), *(np.sort(np.concatenate([NO_KEYS, *keys])) for keys in (raw, dropped))
     for shard in range(len(dropped)):
         path = join(root, DEDUP, f"{shard_name(shard)}.parquet")
         rows = _rows(path, ["key", "kept"])

@@ -65,7 +65,7 @@ class Decoders:
         return await job.answer
 
     async def _keep_alive(self) -> None:
-        """One process, started again when it dies. Raises RuntimeError when it dies before any answer, again and again."""
+        """One process, started again when it dies; when it does so before any answer, again and again, jobs fail."""
         while self._stillborn < STILLBORN:
             process, channel = _start(self._work)
             reader, writer = await asyncio.open_connection(sock=channel)
@@ -85,9 +85,7 @@ class Decoders:
                 RuntimeError(f"{STILLBORN} decoder processes died before they answered once")
             )
 
-    async def _send(
-        self, writer: asyncio.StreamWriter, given: "asyncio.Queue[_Job]", room: asyncio.Semaphore
-    ) -> None:
+    async def _send(self, writer: asyncio.StreamWriter, given: "asyncio.Queue[_Job]", room: asyncio.Semaphore) -> None:
         while True:
             await room.acquire()
             job = await self._jobs.get()

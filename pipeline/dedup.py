@@ -59,7 +59,7 @@ FOLDER = "dedup"
 EXACT, NEAR = "duplicate image", "near-duplicate image"
 SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("key", "reason", "kept")])
 OWN_FILE = re.compile(r"(\d+)(\.parquet|_stats\.json)")
-IN_MEMORY = 4_000_000  # samples in memory at once: about 300 MB
+IN_MEMORY = 4_000_000  # samples in memory at once: about 600 MB
 NUMBERS = 1 << 32  # of pictures: a position has 32 bits
 MIX = np.uint64(0x9E3779B97F4A7C15)  # spreads hashes over the buckets (Fibonacci hashing)
 

@@ -20,7 +20,7 @@ from types import TracebackType
 from pipeline.decoders import DecoderFailed, Decoders
 from pipeline.fetch import Fetcher, FetchError, FetchRules, Gate, Link
 from pipeline.images import BadImage, Picture, PictureRules, convert
-from pipeline.places import Place, PlaceError, read_place
+from pipeline.places import Place, PlaceError, forget_places, read_place
 from pipeline.raw_shard import RESIZE, Outcome
 from pipeline.sources import Row
 
@@ -38,6 +38,9 @@ def decode(data: bytes, rules: PictureRules) -> Outcome:
         return convert(data, rules)
     except BadImage as error:
         return f"{RESIZE}{error}"
+
+
+Origin = str | Place  # of a picture: its link, or where it lies. One that is there twice is fetched once
 
 
 @dataclass
@@ -80,7 +83,7 @@ def _duration(seconds: float) -> str:
 
 
 class Downloader:
-    """Turns rows into outcomes; use as ``with Downloader(...) as downloader``. Its methods may be called by any thread."""
+    """Turns rows into outcomes; use as ``with Downloader(...) as downloader``; any thread may call its methods."""
 
     def __init__(self, fetch: FetchRules, pictures: PictureRules, workers: int, decode_timeout_s: float) -> None:
         self.tally = Tally()
@@ -106,6 +109,7 @@ class Downloader:
         self._thread.join()
         self._loop.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
+        forget_places()
 
     async def _open(self) -> None:
         self._gate = Gate(BODIES * self._workers)
@@ -125,11 +129,11 @@ class Downloader:
         return asyncio.run_coroutine_threadsafe(self._outcomes(rows), self._loop).result()
 
     async def _outcomes(self, rows: list[Row]) -> list[Outcome]:
-        links, works = dict[str, Link](), dict[str, asyncio.Task[Outcome]]()  # a link that is there twice is fetched once
+        links, works = dict[Origin, Link](), dict[Origin, asyncio.Task[Outcome]]()
         for row in rows:
-            if not row.problem and row.url is not None and row.url not in works:
-                links[row.url] = Link()
-                works[row.url] = asyncio.create_task(self._outcome(row, links[row.url]))
+            if not row.problem and (origin := row.place or row.url) and origin not in works:
+                links[origin] = Link()
+                works[origin] = asyncio.create_task(self._outcome(origin, links[origin]))
         try:
             waiting = set(works.values())
             while waiting:
@@ -137,8 +141,8 @@ class Downloader:
                 for work in ended:
                     self.tally.add(_result(work))
                 if waiting and self._is_late(links, works):
-                    for url, work in works.items():
-                        if links[url].phase in ("host", "try", "pause"):
+                    for origin, work in works.items():
+                        if links[origin].phase in ("host", "try", "pause"):
                             work.cancel()
         finally:
             for work in works.values():
@@ -146,14 +150,18 @@ class Downloader:
         begun = [link.started for link in links.values() if link.started]
         if begun:
             self._seconds.append(time.monotonic() - min(begun))
-        return [row.problem or (_result(works[row.url]) if row.url else "no URL") for row in rows]
+        origins = [None if row.problem else row.place or row.url for row in rows]
+        return [
+            _result(works[origin]) if origin else row.problem or "no URL"
+            for row, origin in zip(rows, origins, strict=True)
+        ]
 
-    def _is_late(self, links: dict[str, Link], works: dict[str, "asyncio.Task[Outcome]"]) -> bool:
+    def _is_late(self, links: dict[Origin, Link], works: dict[Origin, "asyncio.Task[Outcome]"]) -> bool:
         """Whether a shard's time is up: twice the median, and a median since its last link was first tried.
 
         Links that wait for a slot of ours are not the network's fault: no shard is cut while it has one.
         """
-        pending = [links[url] for url, work in works.items() if not work.done()]
+        pending = [links[origin] for origin, work in works.items() if not work.done()]
         if len(self._seconds) < KNOWN or any(link.phase == "slot" for link in pending):
             return False
         begun = [link.started for link in links.values() if link.started]
@@ -162,10 +170,10 @@ class Downloader:
         usual, now = median(self._seconds), time.monotonic()
         return now > max(min(begun) + LATE * usual, max(begun) + usual)
 
-    async def _outcome(self, row: Row, link: Link) -> Outcome:
-        assert row.url is not None
+    async def _outcome(self, origin: Origin, link: Link) -> Outcome:
         try:
-            data = await (self._read(row.place, link) if row.place else self._fetcher.get(row.url, link))
+            fetch = self._fetcher.get(origin, link) if isinstance(origin, str) else self._read(origin, link)
+            data = await fetch
         except (FetchError, PlaceError) as error:
             return str(error)
         async with self._gate.body():

@@ -17,7 +17,7 @@ from pipeline.images import JPEG_QUALITY, PictureRules
 from pipeline.raw_shard import FOLDER, Inputs, sample_key, write_raw_shard
 from pipeline.retry import additional_shards, kept_tasks, remove_shard, retry_tasks
 from pipeline.selection import Selection, read_exclusions
-from pipeline.sources import Format, detect, estimate_rows, list_rows
+from pipeline.sources import Format, Row, detect, estimate_rows, list_rows
 from pipeline.stage import Result, Root, Stage, Summary, Task, run_stage
 from shards_spec.files import UserError, free_bytes, join, names, sha256_bytes, sha256_json
 from shards_spec.manifest import STATS_PATTERN, shard_name
@@ -34,8 +34,8 @@ class IngestConfig:
     root: Root
     """the dataset: a folder or an fsspec URL; writes raw/"""
     source: str
-    """a list of links (.tsv, .csv, .jsonl, .parquet, also .gz), several of them (a folder or a glob), Parquet files with
-    pictures in them, a folder of pictures, WebDataset tars, or img2dataset's shards; local or an fsspec URL"""
+    """a list of links (.tsv, .csv, .jsonl, .parquet, also .gz), several of them (a folder or a glob), Parquet files
+    with pictures in them, a folder of pictures, WebDataset tars, or img2dataset's shards; local or an fsspec URL"""
     format: Literal["auto"] | Format = "auto"
     """form of the source: cc3m is caption, tab, URL; cc12m is URL, tab, caption"""
     url_col: str | None = None
@@ -162,8 +162,8 @@ def _ingest_rows(config: IngestConfig, form: Format) -> Summary:
         work = partial(rows_to_shard, downloader=downloader, selection=selection)
         live = partial(_live, source, downloader, config.root)
         return run_stage(
-            config.root, stage, tasks, work, threads=config.shards_at_once, live=live, overwrite=config.overwrite,
-            source=config.source,
+            config.root, stage, tasks, work, total=source.shards, threads=config.shards_at_once, live=live,
+            overwrite=config.overwrite, source=config.source,
         )  # fmt: skip
 
 
@@ -204,6 +204,11 @@ class Listing:
         estimate = estimate_rows(config.source, form)
         self.rows = estimate[0] if estimate else None
 
+    @property
+    def shards(self) -> int | None:
+        """About how many shards the rows make."""
+        return -(-self.rows // self._config.shard_size) if self.rows else None
+
     def tasks(self) -> Iterator[Task]:
         """Slices of ``shard_size`` rows, then the shards of earlier retries.
 
@@ -223,13 +228,18 @@ class Listing:
                     "rows as a list of their own to another ROOT, or make all anew with --overwrite"
                 )
             keys = [sample_key(shard, index, config.shard_size) for index in range(len(chunk))]
-            yield Task(shard, {"rows": sha256_json([astuple(row) for row in chunk])}, Inputs(keys, chunk, {}))
+            yield Task(shard, {"rows": sha256_json([_identity(row) for row in chunk])}, Inputs(keys, chunk, {}))
             self.read += len(chunk)
             shard += 1
         if not shard:
             raise UserError(f"--source {config.source} has no row and no picture in it; nothing to ingest")
         self.rows = self.read
         yield from kept_tasks(config.root, shard)
+
+
+def _identity(row: Row) -> list[Any]:
+    """What a row is, wherever its source lies: a folder that was moved is the same folder."""
+    return [row.caption, row.url, row.problem, row.stamp, *(astuple(row.place)[1:] if row.place else ())]
 
 
 def _live(source: Listing, downloader: Downloader, root: str) -> str:

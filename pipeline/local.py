@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import pyarrow as pa
@@ -29,12 +30,13 @@ from pipeline.places import (
     json_text,
     lines,
     local_stamp,
+    open_parquet,
     open_parts,
     plain_bytes,
     stamp_of,
     text_of,
 )
-from shards_spec.files import DataError, UserError, filesystem, is_url, join, read_buffer, read_bytes, store_errors
+from shards_spec.files import DataError, UserError, filesystem, is_url, join, read_bytes, store_errors
 from shards_spec.sample import split_name
 from shards_spec.tar import Member, scan
 
@@ -203,10 +205,14 @@ def _metadata_fields(path: str) -> Iterator[dict[str, Any]]:
 
 
 class _Parts:
-    """A remote tar as the slices that `scan` asks for; what lies between them is skipped."""
+    """A tar as the slices that `scan` asks for, local or remote; what lies between them is skipped.
+
+    Mapped into memory, a local tar was listed at less than half the speed, and its pictures counted as memory.
+    """
 
     def __init__(self, path: str) -> None:
-        self._path, self._file = path, open_parts(path)
+        self._file = open_parts(path)
+        self._errors = partial(store_errors, path) if is_url(path) else contextlib.nullcontext
         try:
             self._size = self._file.seek(0, os.SEEK_END)
         except (ValueError, OSError) as error:
@@ -218,7 +224,7 @@ class _Parts:
 
     def __getitem__(self, piece: slice) -> bytes:
         start, stop, _ = piece.indices(self._size)
-        with store_errors(self._path):
+        with self._errors():
             self._file.seek(start)
             return self._file.read(max(stop - start, 0))
 
@@ -228,11 +234,7 @@ class _Parts:
 
 @contextlib.contextmanager
 def _tar_buffer(path: str) -> Iterator[memoryview]:
-    """The tar's bytes by slices: mapped when local, fetched as asked when remote."""
-    if not is_url(path):
-        with read_buffer(path) as buffer:
-            yield buffer
-        return
+    """The tar's bytes by slices."""
     with contextlib.closing(_Parts(path)) as parts:
         yield cast(memoryview, parts)
 
@@ -409,13 +411,12 @@ def _is_binary(kind: pa.DataType) -> bool:
 def picture_parquet_rows(files: list[SourceFile], columns: Columns) -> Iterator[Row]:
     """A row per row of the Parquet files. Raises UserError for a file without pictures or without a caption column."""
     for file in files:
-        with open_parts(file.path) as opened:
-            try:
-                yield from _parquet_rows(file, pq.ParquetFile(opened), columns)
-            except (pa.ArrowException, OSError) as error:
-                raise UserError(
-                    f"--source {file.path}: not a readable Parquet file with text columns ({error})"
-                ) from error
+        try:
+            with open_parquet(file.path) as table:
+                yield from _parquet_rows(file, table, columns)
+        except (pa.ArrowException, OSError) as error:
+            wrong = f"not a readable Parquet file with text columns ({error})"
+            raise UserError(f"--source {file.path}: {wrong}") from error
 
 
 def _parquet_rows(file: SourceFile, table: pq.ParquetFile, columns: Columns) -> Iterator[Row]:

@@ -8,14 +8,15 @@ import gzip
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards_spec.files import filesystem, is_url, open_read, store_errors
+from shards_spec.files import UserError, filesystem, is_url, open_read, store_errors
 
 URL_NAMES, CAPTION_NAMES = ("url", "image_url", "img_url"), ("caption", "text", "alt_text", "alt")
 MAX_LINE_BYTES = 1 << 20
@@ -149,12 +150,23 @@ def local_stamp(path: str) -> str:
 
 
 def open_parts(path: str) -> IO[bytes]:
-    """A reader for a file of which only parts are needed: a remote one is not read far ahead."""
+    """A reader for a file of which only parts are needed: nothing is read ahead, of a remote one little."""
     if not is_url(path):
-        return open(path, "rb")
+        return cast(IO[bytes], open(path, "rb", buffering=0))
     fs, inner = filesystem(path)
     with store_errors(path):
         return cast(IO[bytes], fs.open(inner, "rb", block_size=PART_BYTES, cache_type="readahead"))
+
+
+@contextlib.contextmanager
+def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file that is streamed: without ``pre_buffer`` no row group is in memory as a whole."""
+    piece = 1 << (23 if is_url(path) else 20)  # a request to a store takes longer
+    with (
+        open_parts(path) if is_url(path) else contextlib.nullcontext(path) as source,
+        pq.ParquetFile(source, buffer_size=piece, pre_buffer=False) as table,
+    ):
+        yield table
 
 
 # pictures
@@ -179,7 +191,7 @@ def read_place(place: Place, max_bytes: int) -> bytes:
             data = _read_part(place)
         else:
             data = _read_file(place.path, max_bytes)
-    except PlaceError:
+    except (PlaceError, UserError):  # the latter: the store refuses us, no picture is to blame
         raise
     except FileNotFoundError as error:
         raise PlaceError("file not found") from error
@@ -237,18 +249,19 @@ class _Group:
         if self.broken:
             raise PlaceError(NOT_READABLE)
         self.broken = True
-        cells = next(self._arrays, None)
+        cells, left = next(self._arrays, (None, 0))
         if cells is None:
             raise PlaceError(NOT_READABLE)  # the file has fewer rows than when it was listed
         self.broken = False
         self.next += len(cells)
+        if not left:
+            self._arrays.close()  # nothing more to decode: lets go of the file and its buffers
         return cells
 
 
-def _arrays(place: ParquetPlace) -> Iterator[pa.Array]:
-    """Pictures of a row group in batches of about 4 MiB; its bytes are streamed, never whole in memory."""
-    with open_parts(place.path) as file:
-        table = pq.ParquetFile(file if is_url(place.path) else place.path, buffer_size=PART_BYTES * 16)
+def _arrays(place: ParquetPlace) -> Generator[tuple[pa.Array, int], None, None]:
+    """(pictures, rows left) of a row group in batches of about 4 MiB; its bytes are streamed, never all in memory."""
+    with open_parquet(place.path) as table:
         leaves = [table.schema.column(index).path for index in range(len(table.schema))]
         if place.row_group >= table.num_row_groups or place.column not in leaves:
             raise PlaceError(NOT_READABLE)  # another file than when it was listed
@@ -256,9 +269,11 @@ def _arrays(place: ParquetPlace) -> Iterator[pa.Array]:
         size = group.column(leaves.index(place.column)).total_uncompressed_size
         rows = max(1, min(KEEP_ROWS, BATCH_BYTES * group.num_rows // max(size, 1)))
         groups = {"row_groups": [place.row_group], "columns": [place.column]}
+        left = group.num_rows
         for batch in table.iter_batches(rows, use_threads=False, **groups):
             cells = batch.column(0)
-            yield cells.flatten()[0] if pa.types.is_struct(cells.type) else cells
+            left -= len(cells)
+            yield cells.flatten()[0] if pa.types.is_struct(cells.type) else cells, left
 
 
 class _Pool:
@@ -277,7 +292,7 @@ class _Pool:
                 if (cell := group.find(place.row)) is not None:
                     break
                 start = group.next if place.row >= group.next else 0
-                cells = group.advance(place.row)
+                cells = _decoder.submit(group.advance, place.row).result()
                 self._keep(group, start, cells)
                 cell = cells[place.row - start] if start <= place.row < start + len(cells) else None
         return cast(bytes, cell.as_py()) or b""
@@ -312,3 +327,4 @@ class _Pool:
 
 
 _pool = _Pool()
+_decoder = ThreadPoolExecutor(1)

@@ -17,9 +17,9 @@ from itertools import islice
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.local import (
+    METADATA,
     PICTURES,
     SourceFile,
     clean_name,
@@ -42,7 +42,7 @@ from pipeline.places import (
     lines,
     local_stamp,
     open_list,
-    open_parts,
+    open_parquet,
     plain_bytes,
     stamp_of,
     text_of,
@@ -167,7 +167,7 @@ def _kind(name: str) -> str | None:
 def detect(source: str, columns: Columns = (None, None)) -> Format:
     """The form of a source, from its first lines or its file names. Raises UserError."""
     info = _info(source)
-    if info is not None and info["type"] == "directory" and (form := _detect_folder(source)) is not None:
+    if info is not None and info["type"] == "directory" and (form := _detect_folder(source, columns)) is not None:
         return form
     files = source_files(source)
     kinds = sorted({_kind(file.path) or "other" for file in files})
@@ -184,7 +184,7 @@ def detect(source: str, columns: Columns = (None, None)) -> Format:
         raise UserError(f"--source {source}: cannot be read ({error})") from error
 
 
-def _detect_folder(source: str) -> Format | None:
+def _detect_folder(source: str, columns: Columns) -> Format | None:
     """By the names in it; None when its list files or tars have to tell."""
     names = list(islice((prefix + name for prefix, files in walk(source) for name in files), NAMES_SEEN))
     if any(STATS_PATTERN.fullmatch(name) for name in names):
@@ -192,6 +192,8 @@ def _detect_folder(source: str) -> Format | None:
     picture = next((name for name in names if name.lower().endswith(PICTURES)), None)
     own = [name for name in names if not name.rpartition("/")[2].startswith((".", "_")) and _kind(name)]
     if picture is None:
+        if own and all(name.rpartition("/")[2] in METADATA for name in own):
+            return _detect_metadata(join(source, own[0]), columns)
         return None if own else "folder"
     large = next((name for name in own if _kind(name) in ("tar", "parquet")), None)
     if large is not None:
@@ -200,6 +202,15 @@ def _detect_folder(source: str) -> Format | None:
             "(folder, webdataset, parquet, hf-parquet), or with a glob such as '*.parquet'"
         )
     return "folder"
+
+
+def _detect_metadata(path: str, columns: Columns) -> Format | None:
+    """A folder with nothing but ``metadata.csv``: its pictures are missing, unless that is a list of URLs."""
+    try:
+        _detect_file(path, columns)
+    except UserError:
+        return "folder"
+    return None
 
 
 def _detect_file(path: str, columns: Columns) -> Format:
@@ -224,8 +235,7 @@ def _packed(path: str) -> bool:
 
 def _detect_parquet(path: str, columns: Columns) -> Format:
     try:
-        with open_parts(path) as file:
-            table = pq.ParquetFile(file)
+        with open_parquet(path) as table:
             leaf = picture_column(table.schema_arrow)
             if leaf is None or leaf == columns[1]:
                 return "parquet"
@@ -392,8 +402,7 @@ def _jsonl_rows(source: str, columns: Columns) -> Iterator[Row]:
 
 def _parquet_rows(source: str, columns: Columns) -> Iterator[Row]:
     try:
-        with open_parts(source) as file:
-            table = pq.ParquetFile(file)
+        with open_parquet(source) as table:
             names = table.schema_arrow.names
             chosen = [names[index] for index in _pick(source, names, columns)]
             for batch in table.iter_batches(1024, columns=chosen):
@@ -432,8 +441,8 @@ def _parquet_estimate(files: list[SourceFile]) -> tuple[int, bool]:
     chosen = files if len(files) <= FOOTERS_READ else files[:: -(-len(files) // FOOTERS_READ)]
     rows = 0
     for file in chosen:
-        with open_parts(file.path) as opened:
-            rows += pq.ParquetFile(opened).metadata.num_rows
+        with open_parquet(file.path) as table:
+            rows += table.metadata.num_rows
     if len(chosen) == len(files):
         return rows, True
     return round(rows * sum(file.size for file in files) / sum(file.size for file in chosen)), False

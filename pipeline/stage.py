@@ -26,10 +26,12 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from shards_spec.files import DataError, UserError, exists, join, read_bytes, remove_stale, sha256_json, write_bytes
+from pipeline.ahead import ahead
+from shards_spec.files import DataError, UserError, is_url, join, read_bytes, remove_stale, sha256_json, write_bytes
 from shards_spec.manifest import Done, file_hash, read_dataset, read_done, shard_ids, shard_name, write_stage
 
 log = logging.getLogger(__name__)
+LOOK_AHEAD = 16  # done-records asked for at a time from an object store
 VERSIONED = ("clipmill", "numpy", "pillow", "pyarrow")
 
 
@@ -104,12 +106,15 @@ def run_stage(
     """
     start, folder = time.monotonic(), join(root, stage.folder)
     remove_stale(folder)
-    failures, made, seen = dict[int, str](), 0, list[int]()
+    failures, made, seen, counts = dict[int, str](), 0, 0, Counter[str]()
 
     def missing() -> Iterator[Task]:
-        for task in tasks:
-            seen.append(task.shard)
-            if overwrite or not _is_done(folder, stage, task):
+        nonlocal seen
+        for task, done in _with_done(tasks, folder, stage, overwrite):
+            seen += 1
+            if done:
+                _count(counts, done)
+            else:
                 yield task
 
     with _progress(stage.name, total, live) as advance:
@@ -120,24 +125,37 @@ def run_stage(
                     failures[task.shard] = str(outcome)
                     log.error("shard %s failed: %s", shard_name(task.shard), outcome)
                 else:
-                    _publish(folder, stage, task, outcome)
+                    _count(counts, _publish(folder, stage, task, outcome))
                     made += 1
-            advance(len(seen))
+            advance(seen)
     remove_stale(folder)  # of workers that outlived a killed run for a moment
     if failures:
         lines = [f"  {shard_name(shard)}: {reason}" for shard, reason in sorted(failures.items())]
-        raise ShardsFailed(f"{stage.name}: {len(failures)} of {len(seen)} shards failed\n" + "\n".join(lines))
-    counts = _totals(root, stage, seen, source)
-    summary = Summary(len(seen), made, counts, time.monotonic() - start)
+        raise ShardsFailed(f"{stage.name}: {len(failures)} of {seen} shards failed\n" + "\n".join(lines))
+    totals = {reason: number for reason, number in sorted(counts.items()) if number}
+    _write_block(root, stage, seen, totals, source)
+    summary = Summary(seen, made, totals, time.monotonic() - start)
     _log_run(root, stage, summary)
     return summary
 
 
-def _is_done(folder: str, stage: Stage, task: Task) -> bool:
+def _with_done(tasks: Iterable[Task], folder: str, stage: Stage, overwrite: bool) -> Iterator[tuple[Task, Done | None]]:
+    """Each task with the done-record that makes it unnecessary; many requests at a time to an object store."""
+
+    def look(task: Task) -> tuple[Task, Done | None]:
+        return task, None if overwrite else _done_before(folder, stage, task)
+
+    return ahead(look, tasks, LOOK_AHEAD, 2 * LOOK_AHEAD) if is_url(folder) else map(look, tasks)
+
+
+def _count(counts: Counter[str], done: Done) -> None:
+    counts.update(done.counts)
+    counts.subtract(done.retried)
+
+
+def _done_before(folder: str, stage: Stage, task: Task) -> Done | None:
     done = read_done(folder, task.shard)
-    if done is None:
-        return False
-    if done.config != stage.config:
+    if done is not None and done.config != stage.config:
         changed = [
             f"{key}: {done.config.get(key)!r} there, {stage.config.get(key)!r} asked"
             for key in sorted({*done.config, *stage.config})
@@ -147,13 +165,15 @@ def _is_done(folder: str, stage: Stage, task: Task) -> bool:
             f"{folder}/{shard_name(task.shard)} was made with another config ({'; '.join(changed)}); "
             "ask for the same, use another ROOT, or make it again with --overwrite"
         )
-    return done.inputs == task.inputs
+    return done if done is not None and done.inputs == task.inputs else None
 
 
-def _publish(folder: str, stage: Stage, task: Task, result: Result) -> None:
-    Done(
+def _publish(folder: str, stage: Stage, task: Task, result: Result) -> Done:
+    done = Done(
         stage.name, task.shard, stage.config, result.counts, task.inputs, result.outputs, result.extra, result.retried
-    ).write(folder)  # fmt: skip
+    )  # fmt: skip
+    done.write(folder)
+    return done
 
 
 Ended = tuple[Task, Result | DataError] | None  # None: nothing new, once a second
@@ -204,23 +224,15 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _totals(root: str, stage: Stage, shards: list[int], source: str | None) -> dict[str, int]:
-    counts, folder = Counter[str](), join(root, stage.folder)
-    for shard in shards:
-        done = read_done(folder, shard)
-        assert done is not None, (folder, shard)
-        counts.update(done.counts)
-        counts.subtract(done.retried)
-    totals = {reason: number for reason, number in sorted(counts.items()) if number}
+def _write_block(root: str, stage: Stage, shards: int, totals: dict[str, int], source: str | None) -> None:
     block = {
         "config": stage.config,
         "config_sha256": sha256_json(stage.config),
-        "shards": len(shards),
+        "shards": shards,
         "counts": totals,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
     }
     write_stage(root, stage.name, block, source)
-    return totals
 
 
 def _log_run(root: str, stage: Stage, summary: Summary) -> None:
@@ -234,7 +246,10 @@ def _log_run(root: str, stage: Stage, summary: Summary) -> None:
         "seconds": round(summary.seconds, 3),
         "cpus": os.cpu_count(),
     }
-    earlier = read_bytes(path) if exists(path) else b""
+    try:
+        earlier = read_bytes(path)
+    except FileNotFoundError:
+        earlier = b""
     write_bytes(path, earlier + json.dumps(entry).encode() + b"\n")
 
 

@@ -63,7 +63,7 @@ def store_errors(url: str) -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -201,7 +201,7 @@ def _local_writer(path: str) -> Iterator[IO[bytes]]:
 @contextlib.contextmanager
 def _remote_writer(url: str) -> Iterator[IO[bytes]]:
     fs, inner = filesystem(url)
-    with tempfile.NamedTemporaryFile() as file:
+    with tempfile.NamedTemporaryFile(prefix=".", suffix=_temporary_name("")) as file:
         yield file
         file.flush()
         try:
@@ -221,10 +221,9 @@ def _put(fs: Any, local: str, inner: str) -> None:
     try:
         fs.put_file(local, temporary)
         fs.mv(temporary, inner)
-    except BaseException:
-        with contextlib.suppress(Exception):
+    finally:
+        with contextlib.suppress(Exception):  # it is gone when all went well
             fs.rm_file(temporary)
-        raise
 
 
 def write_bytes(path: str, data: bytes) -> None:
@@ -262,15 +261,15 @@ def remove(path: str) -> None:
 
 
 def remove_stale(folder: str) -> None:
-    """Delete temporary files that a dead process of this host left in a local folder."""
-    if is_url(folder) or not os.path.isdir(folder):
-        return
-    for name in os.listdir(folder):
+    """Delete temporary files that a dead process of this host left in a folder, or had on their way to a URL."""
+    folder = tempfile.gettempdir() if is_url(folder) else folder
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
         if name.startswith(".") and name.endswith(".tmp"):
             owner = name[:-4].rsplit(".", 1)[-1]
             mine = name[: -len(owner) - 5].endswith("." + socket.gethostname())
             if mine and owner.isdigit() and not _alive(int(owner)):
-                Path(folder, name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # gone meanwhile, or somebody else's
+                    os.unlink(os.path.join(folder, name))
 
 
 def _alive(pid: int) -> bool:

@@ -5,6 +5,7 @@ and sorted by extension (webdataset's order), two zero blocks at the end padded 
 takes GNU long names and pax paths, so that foreign shards work.
 """
 
+import contextlib
 import hashlib
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -54,16 +55,25 @@ def _header(name: str, size: int) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT)
 
 
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[memoryview]:
+    try:
+        with read_buffer(path) as buffer:
+            yield buffer
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: is not there; make the shard again") from error
+
+
 def read_shard(path: str) -> Iterator[Sample]:
-    """Samples in file order. Raises DataError naming the file and the last whole key when the tar is broken."""
-    with read_buffer(path) as buffer:
+    """Samples in file order. Raises DataError naming the file and the last whole key when the tar is broken or gone."""
+    with _opened(path) as buffer:
         for key, members in index_shard(buffer, path):
             yield Sample(key, {ext: bytes(buffer[m.offset : m.offset + m.size]) for ext, m in members.items()})
 
 
 def shard_keys(path: str) -> list[str]:
-    """Keys in file order; no picture is copied. Raises DataError as `index_shard` does."""
-    with read_buffer(path) as buffer:
+    """Keys in file order; no picture is copied. Raises DataError as `read_shard` does."""
+    with _opened(path) as buffer:
         return [key for key, _ in index_shard(buffer, path)]
 
 

@@ -86,7 +86,7 @@ def test_the_whole_path(command, tmp_path):
 def test_exit_codes_and_one_line_errors(command, tmp_path):
     code, _, err = command("nope")
     assert (code, err.count("\n")) == (2, 1)
-    assert "no command 'nope'; there are ingest, caption" in err
+    assert "no command 'nope'; there are ingest, dedup, caption" in err
     code, _, err = command("pack", str(tmp_path))
     assert (code, err) == (
         2,
@@ -99,6 +99,19 @@ def test_exit_codes_and_one_line_errors(command, tmp_path):
     assert (code, err) == (2, "clipmill: no recipe 'nope'; there are clip, affinity, coca\n")
     assert "affinity" in command("train", "--help")[1]
     assert command("--help")[0] == 0
+
+
+def test_duplicates_are_counted_in_one_line(command, tmp_path):
+    source = Path(pictures(tmp_path / "pictures", 3))
+    for copy in ("100.jpg", "200.jpg"):
+        shutil.copy(source / "000.jpg", source / copy)
+    root = str(tmp_path / "ds")
+    assert command("ingest", root, "--source", str(source), "--shard-size", "2")[0] == 0
+    code, out, err = command("dedup", root, "--near-bits", "-1")
+    assert (code, out) == (0, "dedup: 2 of 5 pictures are duplicates (2 exact, 0 near)\n"), err
+    assert "pack: 3 samples in 3 shards" in command("pack", root, "--workers", "1")[1]
+    code, _, err = command("dedup", root)
+    assert (code, "near_bits: -1 there, 3 asked" in err) == (2, True)
 
 
 def test_failed_shards_are_exit_code_one(command, tmp_path):

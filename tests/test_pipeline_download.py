@@ -8,9 +8,11 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from dns_server import NXDOMAIN, SERVFAIL, SILENT, serve_names
@@ -88,9 +90,10 @@ def test_a_name_is_asked_for_once(server):
 def test_a_server_of_names_that_never_answers_ends_in_time():
     with serve_names({"silent.test": SILENT}) as dns:
         start = time.monotonic()
-        assert gather(["http://silent.test/x"] * 5, nameservers=(f"127.0.0.1:{dns.port}",), timeout_s=1, retries=0) == [
-            "timeout"
-        ] * 5
+        assert (
+            gather(["http://silent.test/x"] * 5, nameservers=(f"127.0.0.1:{dns.port}",), timeout_s=1, retries=0)
+            == ["timeout"] * 5
+        )
         assert time.monotonic() - start < 10
 
 
@@ -277,7 +280,9 @@ def test_the_progress_line():
 
     for _ in range(7):
         tally.add(Picture(b"x" * 100, 1, 1, 1, 1, "{}", "", None))
-    assert tally.line(3600) == "10 rows, 1 images/s, 70.0 % good, HTTP 404 20.0 %, timeout 10.0 %, about 1 h 00 min left"
+    assert (
+        tally.line(3600) == "10 rows, 1 images/s, 70.0 % good, HTTP 404 20.0 %, timeout 10.0 %, about 1 h 00 min left"
+    )
     assert tally.picture_bytes == 700
 
 
@@ -313,7 +318,7 @@ def test_selection_names_each_reason(server, tmp_path):
     assert (stats["successes"], stats["failed_to_resize"], stats["failed_to_download"]) == (1, 2, 8)
     assert ingest(config(tmp_path / "D", source, **options)).made == 0
     links.write_text("http://elsewhere/x\n")
-    with pytest.raises(UserError, match="another config .*exclusions: '[0-9a-f]{64}' there"):
+    with pytest.raises(UserError, match=r"another config .*exclusions: '[0-9a-f]{64}' there"):
         ingest(config(tmp_path / "D", source, **options))
     with pytest.raises(UserError, match=r"--exclude \S+nowhere: no such file"):
         ingest(config(tmp_path / "E", source, exclude=(str(tmp_path / "nowhere"),)))
@@ -329,6 +334,47 @@ def test_what_is_kept_of_a_picture(server, tmp_path):
     assert Image.open(io.BytesIO(sample.image)).size == (48, 48)
 
 
+# pictures that are already there
+
+
+def pictures_in_tars(folder: Path) -> None:
+    """Two WebDataset tars as others make them: keys that collide, png and webp, captions in txt and in json."""
+    folder.mkdir()
+    for number in range(2):
+        with tarfile.open(folder / f"part-{number}.tar", "w") as tar:
+            for n in range(15):
+                form = ("PNG", "WEBP")[n % 2]
+                text = {"txt": f"{number} {n}".encode()} if n % 3 else {"json": b'{"caption": "%d %d"}' % (number, n)}
+                for ending, data in {form.lower(): picture(100 * number + n, form=form), **text}.items():
+                    member = tarfile.TarInfo(f"same/{n:03d}.{ending}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+
+
+def pictures_in_parquet(folder: Path) -> None:
+    """Two Parquet files as Hugging Face's image datasets have them."""
+    folder.mkdir()
+    for number in range(2):
+        images = [{"bytes": picture(100 * number + n, form="PNG"), "path": f"{n}.png"} for n in range(15)]
+        table = {"image": images, "text": [f"{number} {n}" for n in range(15)]}
+        pq.write_table(pa.table(table), folder / f"train-{number}.parquet", row_group_size=4)
+
+
+@pytest.mark.parametrize("make", [pictures_in_tars, pictures_in_parquet])
+def test_pictures_that_need_no_download(tmp_path, make):
+    source, root = tmp_path / "S", tmp_path / "D"
+    make(source)
+    summary = ingest(config(root, source, shard_size=8))
+    assert (summary.shards, summary.made, summary.counts) == (4, 4, {"success": 30})
+    samples = [sample for shard in range(4) for sample in read_shard(str(root / f"raw/{shard:05d}.tar"))]
+    assert [sample.caption for sample in samples] == [f"{number} {n}" for number in range(2) for n in range(15)]
+    assert len({sample.image for sample in samples}) == 30
+    assert samples[8].key == "000010000"
+    source.rename(tmp_path / "moved")
+    assert ingest(config(root, tmp_path / "moved", shard_size=8)).made == 0
+    assert check(CheckConfig(str(root))) == []
+
+
 # another try at what failed
 
 
@@ -338,7 +384,7 @@ def test_retry_failed_adds_shards_and_keeps_keys(server, tmp_path):
     rows += [(f"{server.url}/good/{n}?r", f"good {n}") for n in range(10)]
     rows += [(f"{server.url}/status/503?{n}", f"down {n}") for n in range(4)] + [(f"{server.url}/gone", "gone")]
     run = config(root, write_list(tmp_path / "l.tsv", rows), retries=0)
-    with pytest.raises(UserError, match="ingest has not finished in .*without --retry-failed first"):
+    with pytest.raises(UserError, match=r"ingest has not finished in .*without --retry-failed first"):
         ingest(config(root, run.source, retries=0, retry_failed=True))
     assert ingest(run).counts == {"HTTP 404": 1, "HTTP 503": 16, "success": 10}
     before = {path.name: path.read_bytes() for path in (root / "raw").iterdir()}
@@ -348,7 +394,11 @@ def test_retry_failed_adds_shards_and_keeps_keys(server, tmp_path):
     assert summary.counts == {"HTTP 404": 1, "HTTP 503": 4, "success": 22}
     assert {name: (root / "raw" / name).read_bytes() for name in before} == before, "finished shards stay"
     assert [row["key"] for row in rows_of(root, 3)] == [f"00000{n:04d}" for n in range(10)]
-    assert [row["key"] for row in rows_of(root, 4)] == ["000010000", "000010001", *(f"00002{n:04d}" for n in range(2, 6))]
+    assert [row["key"] for row in rows_of(root, 4)] == [
+        "000010000",
+        "000010001",
+        *(f"00002{n:04d}" for n in range(2, 6)),
+    ]
     assert [sample.caption for sample in read_shard(str(root / "raw/00003.tar"))] == [f"flaky {n}" for n in range(10)]
     assert check(CheckConfig(str(root))) == []
     assert ingest(run).counts == summary.counts, "a plain run keeps what the retry made"
@@ -404,9 +454,10 @@ def test_a_full_disk_is_told_and_leaves_whole_shards(server, tmp_path, spare):
     """On a real small disk where we may mount one: told ahead by the room that is left, or by the write that fails."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = os.geteuid() == 0 and not subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "none", disk], capture_output=True
-    ).returncode
+    mounted = (
+        os.geteuid() == 0
+        and not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", disk], capture_output=True).returncode
+    )
     if not mounted:
         from conftest import skip_or_fail
 
@@ -432,3 +483,28 @@ def test_a_full_disk_is_told_and_leaves_whole_shards(server, tmp_path, spare):
         assert check(CheckConfig(str(disk / "D"))) == []
     finally:
         subprocess.run(["umount", disk], check=False)
+
+
+MEMORY = """
+import resource, sys
+from pipeline.ingest import IngestConfig, ingest
+if __name__ == "__main__":
+    ingest(IngestConfig(sys.argv[1], sys.argv[2], shard_size=25, allow_private=True, workers=1, open_shards=3))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+def test_forty_shards_take_the_memory_of_six(server, tmp_path):
+    script, peaks = tmp_path / "memory.py", {}
+    script.write_text(MEMORY)
+    for shards in (6, 40):
+        rows = [(f"{server.url}/noise/{n}", f"c{n}") for n in range(25 * shards)]
+        source = write_list(tmp_path / f"{shards}.tsv", rows)
+        done = subprocess.run(
+            [sys.executable, script, tmp_path / str(shards), source], capture_output=True, text=True, check=True
+        )
+        peaks[shards] = [int(kib) / 1024 for kib in done.stdout.split()]
+    written = sum(path.stat().st_size for path in (tmp_path / "40/raw").glob("*.tar")) / 2**20
+    print(f"own and decoder's MiB: {peaks}, {written:.0f} MiB written by the larger run")
+    for small, large in zip(*peaks.values(), strict=True):
+        assert large - small < written / 3

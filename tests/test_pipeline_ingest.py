@@ -1,7 +1,6 @@
 """Stage `ingest`: sources, the web, pictures, img2dataset's layout and shards, kills at any moment."""
 
 import asyncio
-import gzip
 import hashlib
 import io
 import json
@@ -26,7 +25,6 @@ from pipeline.check import CheckConfig, check
 from pipeline.fetch import Fetcher, FetchError, FetchRules, is_public, opted_out
 from pipeline.ingest import IngestConfig, ingest
 from pipeline.raw_shard import sample_key
-from pipeline.sources import Row, detect, folder_rows, list_rows
 from pipeline.stage import ShardsFailed
 from shards_spec.files import UserError
 from shards_spec.tar import read_shard
@@ -185,99 +183,7 @@ def test_ignoring_opt_out_and_other_schemes(server):
             get(url)
 
 
-# lists
-
-
-CC3M = "a cat on a mat\thttp://h/1.jpg\ntwo\tdogs\thttps://h/2.jpg\n"
-CC12M = "http://h/1.jpg\ta cat on a mat\nhttps://h/2.jpg\ttwo\tdogs\n"
-CSV = 'id,URL,TEXT\n1,http://h/1.jpg,a cat on a mat\n2,https://h/2.jpg,"two\tdogs"\n'
-ROWS = [Row("a cat on a mat", "http://h/1.jpg"), Row("two\tdogs", "https://h/2.jpg")]
-
-
-@pytest.mark.parametrize(("form", "text"), [
-    ("cc3m", CC3M), ("cc12m", CC12M), ("csv", CSV), ("cc3m", CC3M.replace("\n", "\r\n")), ("cc12m", "\ufeff" + CC12M),
-    ("csv", "caption\turl\na cat on a mat\thttp://h/1.jpg\n\"two\tdogs\"\thttps://h/2.jpg\n"), ("cc3m", CC3M[:-1]),
-])  # fmt: skip
-@pytest.mark.parametrize("packed", [False, True])
-def test_forms_of_lists(tmp_path, form, text, packed):
-    path = tmp_path / ("list.gz" if packed else "list")
-    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
-    assert detect(str(path)) == form
-    assert list(list_rows(str(path), form)) == ROWS
-
-
-@pytest.mark.parametrize("columns", [("url", "caption"), ("URL", "TEXT")])
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary()])
-def test_parquet_lists(tmp_path, columns, kind):
-    path = str(tmp_path / "list.parquet")
-    table = {"id": [1, 2, 3], columns[0]: pa.array([row.url for row in ROWS] + [None], kind),
-             columns[1]: pa.array([row.caption for row in ROWS] + [None], kind)}  # fmt: skip
-    pq.write_table(pa.table(table), path)
-    assert detect(path) == "parquet"
-    assert list(list_rows(path, "parquet")) == [*ROWS, Row(None, None, "no URL")]
-
-
-def test_broken_rows_are_rows_with_a_problem(tmp_path):
-    path = tmp_path / "list.tsv"
-    lines = [
-        b"http://h/1\tok",
-        b"http://h/2\tbad \xff utf",
-        b"http://h/3",
-        b"just words",
-        b"",
-        b"\tno url",
-        b"http://h/7\t",
-    ]
-    lines.append(b"http://h/8\t" + b"x" * 3_000_000)
-    lines.append(b"http://h/9\tlast")
-    path.write_bytes(b"\n".join(lines))
-    rows = list(list_rows(str(path), "cc12m"))
-    problems = [None, "caption is not UTF-8", *["missing column"] * 3, "no URL", None, None, None]
-    assert [row.problem for row in rows] == problems
-    assert rows[1].caption == "bad \ufffd utf"
-    assert (rows[2].url, rows[3].url, rows[6].caption, rows[8].caption) == ("http://h/3", None, "", "last")
-    assert len(rows[7].caption) < 1 << 20
-
-
-def test_broken_csv_rows(tmp_path):
-    path = tmp_path / "list.csv"
-    path.write_bytes(
-        b"url,caption\nhttp://h/1,ok\nhttp://h/2\n\nhttp://h/3,\xe9t\xe9\n"
-        + b'http://h/4,"'
-        + b"x" * 200_000
-        + b'"\nhttp://h/5,last\n'
-    )
-    rows = list(list_rows(str(path), "csv"))
-    assert [row.problem for row in rows][:4] == [None, "missing column", "missing column", "caption is not UTF-8"]
-    assert rows[4].problem == "not a CSV row"
-    assert rows[-1] == Row("last", "http://h/5")
-
-
-@pytest.mark.parametrize(("data", "message"), [
-    (b"", "is empty; give a list with a URL and a caption per line"),
-    (b"\n\n", "is empty; give a list with a URL and a caption per line"),
-    (b"one\ntwo\n", "cannot tell its form from its first lines .'one'.*--format"),
-    (b"http://h/1\nhttp://h/2\n", "cannot tell its form from its first lines"),
-    (b"http://h/1\thttp://h/2\n", "cannot tell its form from its first lines"),
-    (b"url,title\nhttp://h/1,x\n", r"its columns are \['url', 'title'\]; it needs url .* and caption"),
-    (gzip.compress(CC12M.encode() * 99)[:-20], "broken gzip file"),
-    (b"PAR1 is not enough", "not a readable Parquet file"),
-])  # fmt: skip
-def test_lists_that_cannot_be_used(tmp_path, data, message):
-    path = tmp_path / "list.tsv"
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=rf"--source \S*list.tsv:? ?{message}"):
-        ingest(config(tmp_path / "D", path, retries=0))
-
-
-def test_a_parquet_list_without_text_columns(tmp_path):
-    path = str(tmp_path / "list.parquet")
-    pq.write_table(pa.table({"url": ["http://h/1"], "caption": [["a", "b"]]}), path)
-    with pytest.raises(UserError, match="not a readable Parquet file with text columns"):
-        list(list_rows(path, "parquet"))
-    pq.write_table(pa.table({"url": ["http://h/1"]}), path)
-    with pytest.raises(UserError, match=r"its columns are \['url'\]"):
-        list(list_rows(path, "parquet"))
+# the config
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -563,7 +469,7 @@ def test_a_key_in_two_img2dataset_shards(tmp_path):
 def test_no_finished_img2dataset_shard(tmp_path):
     (tmp_path / "00000.tar").write_bytes(b"")
     with pytest.raises(UserError, match="has no finished img2dataset shard"):
-        ingest(config(tmp_path / "D", tmp_path))
+        ingest(config(tmp_path / "D", tmp_path, format="img2dataset"))
 
 
 # folders
@@ -595,38 +501,6 @@ def test_a_folder_with_captions_beside(tmp_path):
         ("000000003", "last ü"), ("000000004", ""), ("000000005", "in b")]  # fmt: skip
     assert sum(summary.counts.values()) == 6
     assert check(CheckConfig(str(tmp_path / "D"))) == []
-
-
-@pytest.mark.parametrize("form", ["csv", "jsonl"])
-def test_a_folder_with_metadata(tmp_path, form):
-    (tmp_path / "train").mkdir()
-    for name in ("1.jpg", "2.jpg", "other.jpg"):
-        (tmp_path / "train" / name).write_bytes(picture(1))
-    listed = [
-        ("train/2.jpg", "two"),
-        ("train/1.jpg", 'one, "quoted"'),
-        ("train/3.jpg", "not there"),
-        ("../x.jpg", "up"),
-    ]
-    if form == "csv":
-        lines = ["file_name,text", *('{},"{}"'.format(n, c.replace('"', '""')) for n, c in listed)]
-    else:
-        lines = [json.dumps({"file_name": n, "caption": c}) for n, c in listed] + ["no json", '{"text": "x"}', ""]
-    (tmp_path / f"metadata.{form}").write_text("\n".join(lines))
-    rows = [(row.url, row.caption, row.problem) for row in folder_rows(str(tmp_path))]
-    expected = [
-        ("train/1.jpg", 'one, "quoted"', None), ("train/2.jpg", "two", None), ("train/other.jpg", None, None),
-        ("../x.jpg", "up", "file not found"),
-    ]  # fmt: skip
-    if form == "jsonl":
-        expected += [(f"metadata.jsonl:{n}", None, "metadata row without file_name") for n in (5, 6)]
-    assert rows == [*expected, ("train/3.jpg", "not there", "file not found")]
-
-
-def test_metadata_that_cannot_be_used(tmp_path):
-    (tmp_path / "metadata.csv").write_text("name,text\nx,y\n")
-    with pytest.raises(UserError, match=r"metadata.csv: its columns are \['name', 'text'\]; it needs file_name"):
-        ingest(config(tmp_path / "D", tmp_path))
 
 
 def test_a_changed_picture_is_read_again_by_two_workers(tmp_path):

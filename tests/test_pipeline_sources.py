@@ -401,7 +401,11 @@ def test_a_folder_with_metadata(tmp_path, store, form, remote):
 def test_metadata_that_cannot_be_used(tmp_path):
     (tmp_path / "metadata.csv").write_text("name,text\nx,y\n")
     with pytest.raises(UserError, match=r"metadata.csv: its columns are \['name', 'text'\]; it needs file_name"):
-        list(folder_rows(str(tmp_path)))
+        rows_of(tmp_path)
+    (tmp_path / "metadata.csv").write_text("file_name,text\nx.jpg,y\n")
+    assert rows_of(tmp_path) == [Row("y", "x.jpg", "file not found")]
+    (tmp_path / "metadata.csv").write_text(CSV)
+    assert rows_of(tmp_path) == ROWS
 
 
 def test_a_picture_whose_name_is_not_utf8(tmp_path):
@@ -596,6 +600,9 @@ def test_pictures_of_a_remote_tar_are_not_fetched_by_the_lister(tmp_path):
         assert sent[0] < len(data) / 4
         assert read_place(rows[2].place, LIMIT) == b"j" * 900_000
         assert rows_of(url) == rows
+        Handler.ranges = False
+        with pytest.raises(UserError, match="its server gives whole files only"):
+            list(list_rows(url, "webdataset"))
     finally:
         server.shutdown()
         server.server_close()

@@ -75,6 +75,73 @@ def test_stale_temporaries_of_dead_processes_go(tmp_path):
     assert not gone.exists()
 
 
+def test_stale_temporaries_on_their_way_to_a_url_go_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path))
+    kill = "import os; from shards_spec import files\nwith files.atomic_writer('memory://x'): os.kill(os.getpid(), 9)"
+    dead = subprocess.run([sys.executable, "-c", kill], env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert dead.returncode == -9
+    assert len(os.listdir(tmp_path)) == 1
+    with files.atomic_writer("memory://t/y"):
+        files.remove_stale("memory://t")
+        assert len(os.listdir(tmp_path)) == 1, "that of a process that lives"
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder, and what must stand before a command so that it has no room there for 4 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk], capture_output=True).returncode == 0:
+        yield str(disk), "pass"
+        subprocess.run(["umount", disk], check=True)
+    else:  # not root: a limit on a file's size fails in the same places
+        yield str(disk), "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, 2 << 20))"
+
+
+@pytest.mark.parametrize("how", ["bytes", "tar", "parquet", "url"])
+def test_a_full_disk_is_said_and_leaves_nothing(small_disk, how):
+    disk, limit = small_disk
+    path = "memory://full/x.bin" if how == "url" else f"{disk}/sub/x.bin"
+    code = f"""
+{limit}
+import numpy as np, os, tempfile
+from shards_spec import embeddings, files, sample, tar
+tempfile.tempdir = {disk!r}
+files.write_bytes({path!r}, b"as before")
+large = np.random.default_rng(0).normal(size=(1 << 13, 256))
+try:
+    if {how!r} == "tar":
+        tar.write_shard({path!r}, [sample.Sample(str(n), {{"bin": bytes(1 << 20)}}) for n in range(4)])
+    elif {how!r} == "parquet":
+        embeddings.write_embeddings({path!r}, [str(n) for n in range(1 << 13)], {{"image_0": large}}, {{}})
+    else:
+        files.write_bytes({path!r}, bytes(4 << 20))
+except files.UserError as error:
+    print(error)
+assert files.read_bytes({path!r}) == b"as before"
+files.write_bytes({path!r}, bytes(1 << 19))  # there is room again
+print(sorted(name for _, _, names in os.walk({disk!r}) for name in names))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        f"no space left on the disk of {disk if how == 'url' else path}: free some and run the same command again, "
+        "it goes on",
+        "[]" if how == "url" else "['x.bin']",
+    ], done.stderr
+
+
+def test_free_bytes(tmp_path, small_disk):
+    disk, limit = small_disk
+    assert files.free_bytes("s3://bucket/x") is None
+    free = files.free_bytes(str(tmp_path / "not" / "there" / "yet"))
+    assert free is not None
+    assert free > 0
+    if limit == "pass":
+        assert files.free_bytes(f"{disk}/x") == 2 << 20
+    assert files.free_bytes("x") is not None
+
+
 def test_json_that_is_none_is_named(tmp_path):
     files.write_bytes(str(tmp_path / "x.json"), b"{")
     with pytest.raises(DataError, match=r"x\.json: not JSON"):

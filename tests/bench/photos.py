@@ -21,9 +21,7 @@ def _tile() -> Image.Image:
     rng = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(TILE)[:, None], np.fft.rfftfreq(TILE)[None])
     frequency[0, 0] = 1
-    grey, *colours = (
-        np.fft.irfft2(np.fft.rfft2(rng.standard_normal((TILE, TILE))) / frequency**1.3) for _ in range(4)
-    )
+    grey, *colours = (np.fft.irfft2(np.fft.rfft2(rng.standard_normal((TILE, TILE))) / frequency**1.3) for _ in range(4))
     planes = [grey / grey.std() + 0.35 * colour / colour.std() for colour in colours]
     return Image.fromarray(np.stack([np.clip(plane * 42 + 120, 0, 255) for plane in planes], -1).astype(np.uint8))
 

@@ -1,0 +1,554 @@
+"""Leaving samples out: signatures of pictures, caption and picture rules, duplicates in a shard and over all shards."""
+
+import io
+import random
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+from small_data import tree, write_raw
+
+from pipeline.check import CheckConfig, check
+from pipeline.dedup import EXACT, NEAR, DedupConfig, dedup
+from pipeline.likeness import (
+    ONES,
+    band_masks,
+    caption_problem,
+    distances,
+    duplicates,
+    hash_numbers,
+    perceptual_hash,
+    picture_problem,
+)
+from pipeline.pack import PackConfig, pack
+from pipeline.report.stages import mismatches, ordered
+from pipeline.stage import ShardsFailed
+from shards_spec.files import UserError, join, json_bytes, read_bytes, read_json, sha256_bytes, sha256_file, write_bytes
+from shards_spec.manifest import Done, shard_name, write_stage
+from shards_spec.sample import Sample
+from shards_spec.tar import read_shard, shard_keys, write_shard
+
+
+def picture(seed: object, size: tuple[int, int] = (340, 256)) -> Image.Image:
+    """A drawn picture of several shapes."""
+    rng, (width, height) = random.Random(str(seed)), size
+    image = Image.new("RGB", size, tuple(rng.randrange(256) for _ in range(3)))
+    pen = ImageDraw.Draw(image)
+    for _ in range(rng.randrange(5, 12)):
+        x, y, w, h = (rng.randrange(5, side) for side in (width, height, width // 2, height // 2))
+        shape = pen.ellipse if rng.random() < 0.5 else pen.rectangle
+        shape((x - w // 2, y - h // 2, x + w // 2 + 9, y + h // 2 + 9), tuple(rng.randrange(256) for _ in range(3)))
+    return image
+
+
+def jpeg(image: Image.Image, quality: int = 90, scale: float = 1) -> bytes:
+    file = io.BytesIO()
+    size = (round(image.width * scale), round(image.height * scale))
+    image.resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def bits(one: str | None, other: str | None) -> int:
+    return 64 if one is None or other is None else (int(one, 16) ^ int(other, 16)).bit_count()
+
+
+def test_a_signature_survives_encoding_and_scaling():
+    moved = []
+    for seed in range(40):
+        image = picture(seed)
+        own = perceptual_hash(image)
+        assert own is not None
+        assert len(own) == 16
+        for scale in (0.35, 0.6, 1, 1.5):
+            moved += [bits(own, perceptual_hash(opened(jpeg(image, quality, scale)))) for quality in (40, 75, 95)]
+    assert np.mean(np.array(moved) <= 3) >= 0.99
+    assert max(moved) <= 6
+
+
+def test_different_pictures_have_different_signatures():
+    numbers = hash_numbers([perceptual_hash(picture(seed)) for seed in range(150)])
+    apart = np.concatenate([distances(numbers[:-k], numbers[k:]) for k in range(1, 150)])
+    assert np.mean(apart > 10) > 0.999
+    assert apart.min() > 3
+
+
+def test_plain_pictures_have_no_signature():
+    gradient = Image.linear_gradient("L").convert("RGB")
+    stripes = Image.fromarray(np.repeat(np.arange(200) // 25 % 2 * 255, 300).reshape(200, 300).astype(np.uint8))
+    for image in (Image.new("RGB", (300, 200), "red"), gradient, stripes.convert("RGB"), Image.new("RGB", (1, 1))):
+        assert perceptual_hash(image) is None
+        assert perceptual_hash(opened(jpeg(image, 30, 1))) is None
+
+
+def test_a_signature_is_cheap():
+    image = picture(0, (256, 340))
+    start = time.perf_counter()
+    for _ in range(200):
+        perceptual_hash(image)
+    assert (time.perf_counter() - start) / 200 < 2e-3  # measured: 0.2 ms; the rest is for busy machines
+
+
+def test_distances_without_numpy_2(monkeypatch):
+    rng = np.random.default_rng(0)
+    one, other = (rng.integers(0, 2**64, 1000, np.uint64) for _ in range(2))
+    expected = [(int(a) ^ int(b)).bit_count() for a, b in zip(one, other, strict=True)]
+    assert distances(one, other).tolist() == expected
+    monkeypatch.delattr(np, "bitwise_count", raising=False)
+    assert distances(one, other).tolist() == expected
+    assert ONES[255] == 8
+
+
+@pytest.mark.parametrize(
+    ("caption", "problem"),
+    [
+        ("a dog on a beach", None),
+        ("a", "caption too short"),
+        ("", "caption too short"),
+        (None, "caption too short"),
+        ("   a   ", "caption too short"),
+        ("word and " * 30, "caption too long"),
+        ("12345 678", "caption has no letters"),
+        ("!!! ???", "caption has no letters"),
+        ("https://example.com/a/b.html?x=1", "caption is an address"),
+        ("www.example.org/x", "caption is an address"),
+        ("shop.example.com", "caption is an address"),
+        ("someone@example.com", "caption is an address"),
+        ("IMG_1234.jpg", "caption is an address"),
+        ("IMG_1234", "caption is an address"),
+        ("DSC00012", "caption is an address"),
+        ("dsc 00012.JPG", "caption is an address"),
+        ("my-holiday-2019.jpeg", "caption is an address"),
+        ("IMG_20190512_101112", "caption is an address"),
+        ("a photo of www.example.com on a screen", None),
+        ("St.Petersburg", None),
+        ("Photo of a dog", None),
+        ("aaaaaaaaaaaaaaaaaaaa", "caption repeats itself"),
+        ("so goooooooooood", "caption repeats itself"),
+        ("buy buy Buy buy, buy now", "caption repeats itself"),
+        ("very very very very good", None),
+        ("a $$$ 100 % *** 12/12/2012 ###", "caption is mostly symbols"),
+        ("iPhone 12 128 GB", None),
+        ("一只狗在海滩上", None),
+        ("كلب على الشاطئ", None),
+        ("مُحَمَّدٌ رَسُولٌ", None),
+        ("สุนัขบนชายหาด", None),
+        ("समुद्र तट पर कुत्ता", None),
+        ("собака на пляже", None),
+        ("他说:好。", None),
+    ],
+)
+def test_captions_that_say_nothing(caption, problem):
+    assert caption_problem(caption, 2, 200) == problem
+
+
+def test_limits_of_captions_and_pictures():
+    assert caption_problem(None, 0, 100) is None
+    assert caption_problem("x" * 9, 0, 0) is None
+    assert caption_problem("DSC00012", 5, 100, sane=False) is None
+    assert picture_problem(100, 300, 100, 3.0) is None
+    assert picture_problem(99, 300, 100, 3.0) == "picture too small"
+    assert picture_problem(301, 100, 100, 3.0) == "aspect ratio too large"
+    assert picture_problem(100, 301, 100, 3.0) == "aspect ratio too large"
+
+
+def expected_drops(urls, sha256s, hashes, near_bits) -> dict[int, bool]:
+    """By the rule itself, pair by pair: row to whether an equal file stands earlier."""
+    rows = [i for i in range(len(urls)) if sha256s[i] is not None or hashes[i] is not None]
+    first = {}
+    for i in rows:
+        first.setdefault(urls[i] if urls[i] is not None else i, i)
+    canonical = {i: first[urls[i] if urls[i] is not None else i] for i in rows}
+    drops = {}
+    for i in rows:
+        for j in rows:
+            if canonical[j] < canonical[i]:
+                exact = sha256s[i] is not None and sha256s[i] == sha256s[j]
+                near = near_bits is not None and None not in (hashes[i], hashes[j])
+                if exact or (near and bits(hashes[i], hashes[j]) <= near_bits):
+                    drops[i] = drops.get(i, False) or exact
+    return drops
+
+
+def random_rows(seed: int, count: int) -> tuple[list, list, list]:
+    """Rows with repeated URLs, repeated files, clusters of near signatures, failed rows and plain pictures."""
+    rng = random.Random(seed)
+    centres = [rng.getrandbits(64) | 1 for _ in range(max(1, count // 4))]
+    urls, sha256s, hashes = [], [], []
+    for _ in range(count):
+        urls.append(rng.choice([None, *(f"http://h/{rng.randrange(count)}" for _ in range(9))]))
+        centre = rng.choice(centres)
+        for _ in range(rng.choice([0, 0, 1, 2, 3, 4, 7, 20])):
+            centre ^= 1 << rng.randrange(64)
+        failed = rng.random() < 0.1
+        sha256s.append(None if failed else sha256_bytes(str(rng.randrange(count)).encode()))
+        hashes.append(None if failed or rng.random() < 0.1 else f"{centre:016x}")
+    return urls, sha256s, hashes
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.integers(0, 80), st.sampled_from([None, 0, 1, 3, 6, 10]))
+def test_duplicates_of_a_shard_follow_the_rule(seed, count, near_bits):
+    rows = random_rows(seed, count)
+    found, expected = duplicates(*rows, near_bits), expected_drops(*rows, near_bits)
+    assert set(found) == set(expected)
+    assert not set(found.values()) & set(found)  # the one that stays does stay
+
+
+def test_captions_of_one_picture_are_no_duplicates():
+    assert duplicates(["u", "u", "v", "u", "v"], ["a"] * 5, [None] * 5, None) == {2: 0, 4: 0}
+    assert duplicates(["u", "v", "u"], [None] * 3, [None] * 3, 3) == {}
+    assert duplicates([None, None], ["a", "a"], [None] * 2, None) == {1: 0}
+    chain = [f"{n:016x}" for n in (0b1, 0b111, 0b11111, 0b1111111)]
+    assert duplicates(list("abcd"), list("abcd"), chain, 2) == {1: 0, 2: 0, 3: 0}
+    assert duplicates(list("abcd"), list("abcd"), chain, None) == {}
+
+
+def test_a_shard_takes_milliseconds():
+    rng = np.random.default_rng(0)
+    hashes = [f"{number:016x}" for number in rng.integers(1, 2**64, 1000, np.uint64).tolist()]
+    for near_bits in (None, 3, 10):
+        start = time.perf_counter()
+        assert duplicates([str(i) for i in range(1000)], [str(i % 900) for i in range(1000)], hashes, near_bits)
+        assert time.perf_counter() - start < 0.25  # measured: 1 to 4 ms
+
+
+def test_band_masks_miss_no_pair():
+    rng = random.Random(0)
+    for near_bits in (0, 1, 3, 5, 10):
+        for count in (100, 100_000, 10_000_000):
+            masks = [int(mask) for mask in band_masks(near_bits, count)]
+            for _ in range(200):
+                flips = sum(1 << bit for bit in rng.sample(range(64), near_bits))
+                assert any(not mask & flips for mask in masks)
+
+
+# --- over all shards ---
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of a raw shard: ``data`` None for a failed one."""
+
+    url: str
+    data: bytes | None
+
+
+def raw(root: str, shards: list[list[Item]], columns: tuple[str, ...] = ("sha256", "phash")) -> None:
+    """ROOT/raw as ingest writes it; with fewer columns, as img2dataset does."""
+    counts: dict[str, int] = {}
+    for shard, items in enumerate(shards):
+        samples, rows = [], []
+        for index, item in enumerate(items):
+            key, data = f"{shard:05d}{index:04d}", item.data
+            status = "failed_to_download" if data is None else "success"
+            row = {"url": item.url, "caption": f"a dog {index}", "key": key, "status": status}
+            if data is not None:
+                image = opened(data)
+                samples.append(Sample(key, {"jpg": data, "txt": row["caption"].encode(), "json": json_bytes(row)}))
+                row |= {"sha256": sha256_bytes(data), "phash": perceptual_hash(image)}
+            rows.append({name: row.get(name) for name in ("url", "caption", "key", "status", *columns)})
+        name = f"raw/{shard_name(shard)}"
+        _, tar_hash = write_shard(join(root, f"{name}.tar"), samples)
+        types = pa.schema([(name, pa.string()) for name in rows[0]])
+        pq.write_table(pa.Table.from_pylist(rows, types), join(root, f"{name}.parquet"))
+        outputs = {f"{name}.tar": tar_hash, f"{name}.parquet": sha256_file(join(root, f"{name}.parquet"))}
+        done = {"success": len(samples), "HTTP 404": len(rows) - len(samples)}
+        Done("ingest", shard, {}, done, {}, outputs).write(join(root, "raw"))
+        counts = {reason: counts.get(reason, 0) + number for reason, number in done.items()}
+    write_stage(root, "ingest", {"config": {}, "shards": len(shards), "counts": counts}, "test")
+
+
+PER_SHARD, SHARDS = 20, 6
+
+
+def planted(seed: int = 0) -> tuple[list[list[Item]], dict[str, str]]:
+    """Shards of different pictures with copies of some, exact and encoded anew, anywhere later; and key to reason."""
+    rng, originals, items, truth = random.Random(seed), [], [], {}
+    for position in range(PER_SHARD * SHARDS):
+        key = f"{position // PER_SHARD:05d}{position % PER_SHARD:04d}"
+        kind = rng.choice(["new", "new", "new", "exact", "near", "caption", "failed"]) if originals else "new"
+        if kind == "new":
+            originals.append((f"http://h/{position}", jpeg(picture(f"{seed}/{position}", (120, 90)))))
+            items.append(Item(*originals[-1]))
+            continue
+        url, data = rng.choice(originals)
+        if kind == "caption":
+            items.append(Item(url, data))
+        elif kind == "failed":
+            items.append(Item(url, None))
+        else:
+            truth[key] = {"exact": EXACT, "near": NEAR}[kind]
+            copy = data if kind == "exact" else jpeg(opened(data), 60 + position % 30, 0.7 + position / 200)
+            items.append(Item(f"http://copies/{position}", copy))
+    return [items[start : start + PER_SHARD] for start in range(0, len(items), PER_SHARD)], truth
+
+
+def listed(root: str) -> dict[str, tuple[str, str]]:
+    """Key to (reason, kept) of all lists."""
+    rows = [row for path in sorted(Path(root, "dedup").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    return {row["key"]: (row["reason"], row["kept"]) for row in rows}
+
+
+def run(root: str, **options) -> object:
+    return dedup(DedupConfig(root, **{"workers": 1, **options}))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> tuple[str, dict[str, str]]:
+    root = str(tmp_path_factory.mktemp("data") / "ds")
+    shards, truth = planted()
+    raw(root, shards)
+    assert len(truth) > 20
+    return root, truth
+
+
+@pytest.fixture
+def root(world, tmp_path) -> str:
+    """A copy that a test may break."""
+    return shutil.copytree(world[0], tmp_path / "ds").as_posix()
+
+
+def test_planted_copies_are_found_and_nothing_else(root, world):
+    summary, truth = run(root), world[1]
+    found = listed(root)
+    assert {key: reason for key, (reason, _) in found.items()} == truth
+    assert all(kept < key and kept not in found for key, (_, kept) in found.items())
+    assert summary.counts[EXACT] + summary.counts[NEAR] == len(truth)
+    assert summary.counts["success"] + len(truth) == read_json(join(root, "dataset.json"))["stages"]["ingest"][
+        "counts"]["success"]  # fmt: skip
+    assert len(list(Path(root, "dedup").iterdir())) == 2 * SHARDS
+
+
+def test_recall_over_many_pictures(tmp_path):
+    root, found, wanted, false = str(tmp_path / "ds"), 0, 0, 0
+    for seed in range(1, 5):
+        shards, truth = planted(seed)
+        raw(root, shards)
+        run(root, overwrite=True)
+        keys = set(listed(root))
+        found, wanted, false = found + len(keys & set(truth)), wanted + len(truth), false + len(keys - set(truth))
+    assert found / wanted >= 0.99
+    assert false == 0
+
+
+def test_equal_files_only(root, world):
+    run(root, near_bits=-1)
+    assert set(listed(root)) == {key for key, reason in world[1].items() if reason == EXACT}
+
+
+@pytest.mark.parametrize("columns", [(), ("sha256",)])
+def test_shards_of_img2dataset_are_read_from_their_pictures(root, world, tmp_path, columns):
+    run(root)
+    other = str(tmp_path / "other")
+    raw(other, planted()[0], columns)
+    run(other, workers=2)
+    assert listed(other) == listed(root)
+    for path in Path(other, "raw").glob("*_stats.json"):  # without our done-records, as img2dataset left them
+        stats = read_json(str(path))
+        stats.pop("clipmill")
+        write_bytes(str(path), json_bytes(stats))
+    shutil.rmtree(join(other, "dedup"))
+    run(other)
+    assert listed(other) == listed(root)
+
+
+@pytest.mark.parametrize("in_memory", [3, 7, 40, 1000])
+def test_passes_over_buckets_find_the_same(root, world, in_memory):
+    run(root)
+    expected = tree(join(root, "dedup"))
+    dedup(DedupConfig(root, workers=1, overwrite=True), in_memory)
+    assert tree(join(root, "dedup")) == expected
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 60), st.integers(1, 4), st.sampled_from([-1, 0, 3, 6]), st.integers(1, 80))
+def test_lists_of_random_rows_follow_the_rule(tmp_path_factory, seed, count, shards, near_bits, in_memory):
+    root, rows = str(tmp_path_factory.mktemp("random") / "ds"), random_rows(seed, count * shards)
+    keys = [f"{i // count:05d}{i % count:04d}" for i in range(count * shards)]
+    for shard in range(shards):
+        part, name = slice(shard * count, (shard + 1) * count), f"raw/{shard_name(shard)}"
+        urls, sha256s, hashes = (column[part] for column in rows)
+        status = ["success" if text else "failed_to_download" for text in sha256s]
+        table = {"key": keys[part], "status": status, "url": urls, "sha256": sha256s, "phash": hashes}
+        Path(root, "raw").mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({c: pa.array(v, pa.string()) for c, v in table.items()}), join(root, f"{name}.parquet"))
+        outputs = {f"{name}.tar": "no picture is read", f"{name}.parquet": "x"}
+        Done("ingest", shard, {}, {}, {}, outputs).write(join(root, "raw"))
+    write_stage(root, "ingest", {"config": {}, "shards": shards, "counts": {}}, "test")
+    dedup(DedupConfig(root, near_bits, workers=1), in_memory)
+    limit = near_bits if near_bits >= 0 else None
+    found, expected = listed(root), expected_drops(*rows, limit)
+    assert {key: reason for key, (reason, _) in found.items()} == {
+        keys[i]: EXACT if exact else NEAR for i, exact in expected.items()
+    }
+    assert {key: kept for key, (_, kept) in found.items()} == {
+        keys[i]: keys[j] for i, j in duplicates(*rows, limit).items()
+    }
+
+
+def test_a_rerun_makes_nothing_and_a_changed_raw_makes_it_again(root):
+    assert run(root).made == SHARDS
+    before = tree(root)
+    assert run(root).made == 0
+    assert tree(root) == before
+    Path(root, "dedup", "00003_stats.json").unlink()  # killed
+    assert run(root).made == 1
+    assert tree(root) == before
+    shards = planted()[0]
+    shards[0][0], lost = Item("http://h/other", jpeg(picture("other"))), listed(root)
+    raw(root, shards)
+    assert run(root).made == SHARDS
+    assert listed(root) != lost
+    shutil.rmtree(join(root, "raw"))
+    raw(root, shards[:4])
+    assert run(root).shards == 4
+    assert len(list(Path(root, "dedup").iterdir())) == 8
+    with pytest.raises(UserError, match="near_bits: 3 there, 2 asked"):
+        run(root, near_bits=2)
+
+
+def test_it_runs_on_a_url(root):
+    import fsspec
+
+    fs = fsspec.filesystem("memory")
+    if fs.exists("/dd"):
+        fs.rm("/dd", recursive=True)
+    for path in Path(root).rglob("*.*"):
+        write_bytes(f"memory://dd/{path.relative_to(root)}", path.read_bytes())
+    run(root)
+    run("memory://dd")
+    assert read_bytes("memory://dd/dedup/00002.parquet") == Path(root, "dedup", "00002.parquet").read_bytes()
+    assert check(CheckConfig("memory://dd")) == []
+
+
+def test_pack_leaves_them_out_and_check_proves_it(root, world):
+    truth = world[1]
+    before = pack(PackConfig(root, workers=1)).counts
+    run(root)
+    found = check(CheckConfig(root))
+    assert len(found) == SHARDS
+    assert "is a duplicate by dedup/; run `clipmill pack` again" in found[0]
+    summary = pack(PackConfig(root, workers=1))
+    assert (summary.made, summary.counts[EXACT] + summary.counts[NEAR]) == (SHARDS, len(truth))
+    assert sum(summary.counts.values()) == before["success"]
+    assert check(CheckConfig(root)) == []
+    keys = [set(shard_keys(join(root, f"shards/{shard_name(shard)}.tar"))) for shard in range(SHARDS)]
+    assert not set().union(*keys) & set(truth)
+    raws = {sample.key for shard in range(SHARDS) for sample in read_shard(join(root, f"raw/{shard_name(shard)}.tar"))}
+    assert set().union(*keys) == raws - set(truth)
+    assert pack(PackConfig(root, workers=1)).made == 0
+    stages = read_json(join(root, "dataset.json"))["stages"]
+    assert list(ordered(stages)) == ["ingest", "dedup", "pack"]
+    assert mismatches({name: block["counts"] for name, block in stages.items()}) == []
+
+
+def test_pack_again_remakes_only_what_a_new_list_changes(root, world):
+    run(root)
+    pack(PackConfig(root, workers=1))
+    run(root, near_bits=-1, overwrite=True)
+    changed = {key[:5] for key, reason in world[1].items() if reason == NEAR}
+    assert pack(PackConfig(root, workers=1)).made == len(changed)
+    assert check(CheckConfig(root)) == []
+    shutil.rmtree(join(root, "dedup"))
+    assert pack(PackConfig(root, workers=1)).counts.keys() == {"success"}
+
+
+def test_pack_refuses_a_list_of_other_raw_shards(root):
+    run(root)
+    Path(root, "dedup", "00005_stats.json").unlink()
+    with pytest.raises(UserError, match=r"dedup has 5 shards, raw/ has 6: run `clipmill dedup"):
+        pack(PackConfig(root))
+    run(root)
+    shards = planted()[0]
+    shards[5][0] = Item("http://h/other", jpeg(picture("other")))
+    raw(root, shards)
+    with pytest.raises(UserError, match=r"dedup/00000 was made from other raw shards: run `clipmill dedup"):
+        pack(PackConfig(root))
+    assert any("was made from other raw shards" in problem for problem in check(CheckConfig(root)))
+
+
+def test_pack_refuses_a_list_that_does_not_fit_or_is_broken(root):
+    run(root)
+    path = join(root, "dedup/00000.parquet")
+    schema = pq.read_schema(path)
+    pq.write_table(pa.Table.from_pylist([{"key": "nope", "reason": EXACT, "kept": "000000000"}], schema), path)
+    with pytest.raises(ShardsFailed, match=r"dedup/00000.parquet: key nope is not in raw/00000.tar; run dedup"):
+        pack(PackConfig(root, workers=1))
+    Path(path).write_bytes(b"half")
+    with pytest.raises(ShardsFailed, match=r"dedup/00000.parquet: not a readable Parquet file"):
+        pack(PackConfig(root, workers=1))
+
+
+def forged(root: str, shard: int, **changes: str) -> None:
+    """Change the first row of a list and vouch for it in the done-record."""
+    path = f"dedup/{shard_name(shard)}.parquet"
+    table = pq.read_table(join(root, path))
+    rows = table.to_pylist()
+    rows[0] |= changes
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), join(root, path))
+    stats = read_json(join(root, f"dedup/{shard_name(shard)}_stats.json"))
+    stats["clipmill"]["outputs"][path] = sha256_file(join(root, path))
+    write_bytes(join(root, f"dedup/{shard_name(shard)}_stats.json"), json_bytes(stats))
+
+
+def test_check_finds_every_lie_of_a_list(root):
+    run(root)
+    pack(PackConfig(root, workers=1))
+    assert check(CheckConfig(root)) == []
+    first = pq.read_table(join(root, "dedup/00002.parquet")).to_pylist()[0]
+    for changes, complaint in (
+        ({"kept": "999999999"}, "goes for key 999999999, which is not in raw/ or goes itself"),
+        ({"kept": first["key"]}, "which is not in raw/ or goes itself"),
+        ({"reason": "ugly"}, "has reason 'ugly'"),
+        ({"key": "999999999"}, "key 999999999 is not in"),
+    ):
+        forged(root, 2, **{**first, **changes})
+        problems = check(CheckConfig(root))
+        assert any(complaint in problem and "dedup/00002" in problem for problem in problems), problems
+    Path(root, "dedup/00002.parquet").write_bytes(b"half")
+    assert any("dedup/00002.parquet" in problem for problem in check(CheckConfig(root)))
+
+
+def test_a_broken_raw_shard_is_named(tmp_path):
+    root = str(tmp_path / "ds")
+    write_raw(root, 2)
+    assert run(root).counts["success"] > 0  # neither sha256 nor phash
+    path = Path(root, "raw", "00001.tar")
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(ShardsFailed, match=r"raw/00001.tar: truncated tar"):
+        run(root, overwrite=True)
+    Path(root, "raw", "00001.parquet").write_bytes(b"half")
+    with pytest.raises(ShardsFailed, match=r"raw/00001.parquet: not a readable Parquet file"):
+        run(root, overwrite=True)
+
+
+def test_a_foreign_phash_column_is_refused(root):
+    path = join(root, "raw/00000.parquet")
+    table = pq.read_table(path)
+    place = table.schema.get_field_index("phash")
+    pq.write_table(table.set_column(place, "phash", pa.array(["x"] * len(table))), path)
+    with pytest.raises(ShardsFailed, match=r"raw/00000.parquet: its column phash has no 64-bit hashes"):
+        run(root)
+
+
+def test_bad_options_name_field_and_value():
+    with pytest.raises(UserError, match="near_bits 9 must be -1"):
+        DedupConfig("x", 9)
+    with pytest.raises(UserError, match="near_bits -2"):
+        DedupConfig("x", -2)
+    with pytest.raises(UserError, match="workers 0"):
+        DedupConfig("x", workers=0)
+    with pytest.raises(UserError, match="has no finished shards: run `clipmill ingest"):
+        run("/nowhere")
