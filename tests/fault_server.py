@@ -199,8 +199,7 @@ class Peer(asyncio.Protocol):
 
     def _give(self, answer: "Answer") -> None:
         if isinstance(answer, bytes):
-            port = str(self.server.port).encode()
-            self.send(answer.replace(b"{port}", port).replace(b"{refused}", HOSTS["refused"].encode()))
+            self.send(_filled(answer, self.server.port))
         else:
             task = asyncio.ensure_future(answer(self))
             self.server.tasks.add(task)
@@ -225,6 +224,11 @@ class Peer(asyncio.Protocol):
 
 
 Answer = bytes | Callable[[Peer], Awaitable[None]]
+
+
+@lru_cache(maxsize=1000)
+def _filled(answer: bytes, port: int) -> bytes:
+    return answer.replace(b"{port}", str(port).encode()).replace(b"{refused}", HOSTS["refused"].encode())
 
 
 def reply(body: bytes = b"", status: str = "200 OK", *headers: str, length: int | str | None = -1) -> bytes:

@@ -14,6 +14,7 @@ from small_training import tiny_clip
 from pipeline.cache import CacheConfig, cache
 from pipeline.caption import CaptionConfig, caption
 from pipeline.check import CheckConfig, check
+from pipeline.dedup import DedupConfig, dedup
 from pipeline.pack import PackConfig, pack
 from pipeline.vocab import VocabConfig, vocab
 
@@ -43,6 +44,8 @@ def _work(stage: str, root: str, model: str, pipe) -> None:
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if stage == "caption":
         caption(CaptionConfig(root, model, name="cap", num_captions=1, max_tokens=6, threads=1))
+    elif stage == "dedup":
+        dedup(DedupConfig(root, workers=1))
     elif stage == "pack":
         pack(PackConfig(root, workers=1))
     elif stage == "vocab":
@@ -73,6 +76,7 @@ def peak(stage: str, root: str, model: str) -> float:
     receive, send = multiprocessing.Pipe(duplex=False)
     child = multiprocessing.get_context("fork").Process(target=_work, args=(stage, root, model, send))
     child.start()
+    send.close()  # so that a child that dies ends the wait
     grown = receive.recv() / MIB
     child.join()
     return grown
@@ -80,7 +84,7 @@ def peak(stage: str, root: str, model: str) -> float:
 
 def test_fifty_shards_take_the_memory_of_five(roots, model):
     total = sum(path.stat().st_size for path in Path(roots[50], "raw").glob("*.tar")) / 2**20
-    for stage in ("caption", "pack", "vocab", "cache", "check", "train"):
+    for stage in ("dedup", "caption", "pack", "vocab", "cache", "check", "train"):
         small, large = (peak(stage, roots[shards], model) for shards in (5, 50))
         print(f"{stage}: {small:.0f} MiB for 5 shards, {large:.0f} MiB for 50 ({total:.0f} MiB of raw tars)")
         assert large - small < total / 4, stage

