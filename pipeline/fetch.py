@@ -124,9 +124,10 @@ class Fetcher:
 
     async def __aenter__(self) -> "Fetcher":
         self._slots = asyncio.Semaphore(self._rules.concurrency)
+        self._names = Names(self._rules.nameservers)
         connector = aiohttp.TCPConnector(
             limit=0,  # ours: a request that waits for its host must not hold a slot
-            resolver=Names(self._rules.nameservers),
+            resolver=self._names,
             ttl_dns_cache=600,
             dns_cache_max_size=20_000,
             keepalive_timeout=5,
@@ -149,6 +150,7 @@ class Fetcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._session.close()
+        await self._names.close()  # aiohttp closes its own resolver only
 
     async def get(self, url: str, link: Link | None = None) -> bytes:
         """The body of ``url``; ``link`` is kept up to date meanwhile. Raises FetchError."""

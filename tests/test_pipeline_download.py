@@ -297,7 +297,8 @@ def test_selection_names_each_reason(server, tmp_path):
         (f"{server.url}/good/5", "IMG_2041.jpg"), (f"{server.url}/sized/20x20", "a small picture"),
         (wide, "a wide picture"), (f"{server.url}/good/6?out", "an excluded link"),
         (f"{server.url}/good/9", "an excluded picture"), (f"{server.url}/good/1?copy", "a copy of the first"),
-        (f"{server.url}/again/1", "the first at another quality"),
+        (f"{server.url}/scene/1", "a scene"), (f"{server.url}/again/1", "the scene at another quality"),
+        (f"{server.url}/scene/8", "another scene"),
     ]  # fmt: skip
     links, hashes = tmp_path / "links.txt", tmp_path / "hashes.txt"
     links.write_text(f"{server.url}/good/6?out\n\nhttp://elsewhere/x\n")
@@ -311,11 +312,11 @@ def test_selection_names_each_reason(server, tmp_path):
     assert [row["error_message"] for row in rows_of(tmp_path / "D")] == [
         None, "caption too short", "caption too long", "caption has no letters", "caption is an address",
         "resize: picture too small", "resize: aspect ratio too large", "excluded address", "excluded picture",
-        "duplicate image", "near-duplicate image",
+        "duplicate image", None, "near-duplicate image", None,
     ]  # fmt: skip
     assert server.requests["good/6?out"] == server.requests["good/2"] == 0, "refused before a request"
     stats = json.loads((tmp_path / "D/raw/00000_stats.json").read_text())
-    assert (stats["successes"], stats["failed_to_resize"], stats["failed_to_download"]) == (1, 2, 8)
+    assert (stats["successes"], stats["failed_to_resize"], stats["failed_to_download"]) == (3, 2, 8)
     assert ingest(config(tmp_path / "D", source, **options)).made == 0
     links.write_text("http://elsewhere/x\n")
     with pytest.raises(UserError, match=r"another config .*exclusions: '[0-9a-f]{64}' there"):

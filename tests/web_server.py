@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
 from PIL import Image, ImageDraw
+from small_data import draw
 
 
 def picture(seed: int, size: tuple[int, int] = (96, 64), form: str = "JPEG", mode: str = "RGB", **options) -> bytes:
@@ -60,7 +61,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, picture(int(rest.partition("?")[0])))
 
     def _again(self, rest: str) -> None:
-        self._send(200, picture(int(rest), quality=60))
+        scene, file = Image.open(io.BytesIO(draw(rest)[0])), io.BytesIO()
+        scene.save(file, "JPEG", quality=60)
+        self._send(200, file.getvalue())
+
+    def _scene(self, rest: str) -> None:
+        self._send(200, draw(rest)[0])
 
     def _exif(self, rest: str) -> None:
         exif = Image.Exif()
