@@ -5,6 +5,7 @@ the last slow host of a shard. A shard that takes twice as long as the others gi
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -27,7 +28,8 @@ from pipeline.sources import Row
 log = logging.getLogger(__name__)
 LATE = 2.0  # medians of the finished shards' times: what is on the network then, ends as a time-out
 KNOWN = 3  # finished shards before there is a median
-TICK_S = 0.2
+GRACE_S = 3.0  # however short that is
+TICK_S = 0.3
 READERS = 8  # threads that read local pictures
 BODIES = 32  # per decoder: bodies that may wait for it
 
@@ -129,37 +131,52 @@ class Downloader:
         return asyncio.run_coroutine_threadsafe(self._outcomes(rows), self._loop).result()
 
     async def _outcomes(self, rows: list[Row]) -> list[Outcome]:
+        origins = [None if row.problem else row.place or row.url for row in rows]
         links, works = dict[Origin, Link](), dict[Origin, asyncio.Task[Outcome]]()
-        for row in rows:
-            if not row.problem and (origin := row.place or row.url) and origin not in works:
+        try:
+            for origin in dict.fromkeys(origin for origin in origins if origin):
+                while self._fetcher.queue > 2 * self._fetch_rules.concurrency:  # the shards before have enough to do
+                    await asyncio.sleep(TICK_S)
                 links[origin] = Link()
                 works[origin] = asyncio.create_task(self._outcome(origin, links[origin]))
-        try:
-            waiting = set(works.values())
-            while waiting:
-                ended, waiting = await asyncio.wait(waiting, timeout=TICK_S)
-                for work in ended:
-                    self.tally.add(_result(work))
-                if waiting and self._is_late(links, works):
-                    for origin, work in works.items():
-                        if links[origin].phase in ("host", "try", "pause"):
-                            work.cancel()
+            await self._ended(links, works)
         finally:
             for work in works.values():
                 work.cancel()
-        begun = [link.started for link in links.values() if link.started]
-        if begun:
+        if begun := [link.started for link in links.values() if link.started]:
             self._seconds.append(time.monotonic() - min(begun))
-        origins = [None if row.problem else row.place or row.url for row in rows]
         return [
             _result(works[origin]) if origin else row.problem or "no URL"
             for row, origin in zip(rows, origins, strict=True)
         ]
 
+    async def _ended(self, links: dict[Origin, Link], works: dict[Origin, "asyncio.Task[Outcome]"]) -> None:
+        """Wait for all; cancel what is on the network when the shard is late."""
+        running, over = set(works.values()), asyncio.Event()
+
+        def ended(work: "asyncio.Task[Outcome]") -> None:
+            running.discard(work)
+            if work.cancelled() or not work.exception():
+                self.tally.add(_result(work))
+            if not running:
+                over.set()
+
+        for work in works.values():
+            work.add_done_callback(ended)
+        while works and not over.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S):
+                    await over.wait()
+            if running and self._is_late(links, works):
+                for origin, work in works.items():
+                    if links[origin].phase in ("host", "try", "pause"):
+                        work.cancel()
+
     def _is_late(self, links: dict[Origin, Link], works: dict[Origin, "asyncio.Task[Outcome]"]) -> bool:
         """Whether a shard's time is up: twice the median, and a median since its last link was first tried.
 
-        Links that wait for a slot of ours are not the network's fault: no shard is cut while it has one.
+        No link is given up before ``GRACE_S``. Links that wait for a slot of ours are not the network's fault: no
+        shard is cut while it has one.
         """
         pending = [links[origin] for origin, work in works.items() if not work.done()]
         if len(self._seconds) < KNOWN or any(link.phase == "slot" for link in pending):
@@ -168,7 +185,7 @@ class Downloader:
         if not begun or all(link.phase == "done" for link in pending):
             return False
         usual, now = median(self._seconds), time.monotonic()
-        return now > max(min(begun) + LATE * usual, max(begun) + usual)
+        return now > max(min(begun) + LATE * usual, max(begun) + max(usual, GRACE_S))
 
     async def _outcome(self, origin: Origin, link: Link) -> Outcome:
         try:

@@ -6,6 +6,7 @@ what is not globally routable: a list from the web must not reach services of th
 
 import asyncio
 import errno
+import heapq
 import ipaddress
 import socket
 import time
@@ -15,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from importlib.metadata import version
+from itertools import count
 from types import TracebackType
 from typing import Any
 
@@ -73,19 +75,82 @@ class Link:
 
     ``phase``: it waits for its ``host`` (busy with others), for a ``slot`` of ours, for the answer to a ``try`` or in
     a ``pause`` between two; ``done`` after. ``started``: when the first try began (monotonic seconds), 0 before.
+    ``number``: who came first is served first, also at a second try.
     """
 
     phase: str = "host"
     started: float = 0.0
+    number: int = field(default_factory=count().__next__)
+
+
+class Slots:
+    """A semaphore that serves the smallest number first."""
+
+    def __init__(self, free: int) -> None:
+        self._free = free
+        self._waiting = list[tuple[int, asyncio.Future[None]]]()
+
+    @asynccontextmanager
+    async def hold(self, number: int) -> AsyncIterator[None]:
+        """Around what needs a slot."""
+        if self._free:
+            self._free -= 1
+        else:
+            turn = asyncio.get_running_loop().create_future()
+            heapq.heappush(self._waiting, (number, turn))
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._next()  # it was our turn: let the next one have it
+                raise
+        try:
+            yield
+        finally:
+            self._next()
+
+    @property
+    def queue(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
+    def _next(self) -> None:
+        while self._waiting:
+            _, turn = heapq.heappop(self._waiting)
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
 
 
 @dataclass
 class _Host:
-    """What is under way to one host; ``resume`` is when it wants to be asked again (monotonic seconds)."""
+    """What is under way to one host.
 
-    slots: asyncio.Semaphore
+    ``resume`` is when it wants to be asked again (monotonic seconds). ``silent`` counts time-outs: a host that has
+    never done anything else (``answered``) is given up after ``patience`` of them, but for a ``probe`` now and then.
+    """
+
+    slots: Slots
+    patience: int
     users: int = 0
     resume: float = 0.0
+    silent: int = 0
+    answered: bool = False
+    probe: float = 0.0
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it is not worth waiting for."""
+        return not self.answered and self.silent >= self.patience
+
+    def is_skipped(self, every_s: float) -> bool:
+        """Whether not to try it now: it is dead, but for a probe from time to time."""
+        now = time.monotonic()
+        if not self.is_dead or now >= self.probe:
+            self.probe = now + every_s
+            return False
+        return True
 
 
 @dataclass
@@ -123,7 +188,7 @@ class Fetcher:
         self._hosts = dict[str, _Host]()
 
     async def __aenter__(self) -> "Fetcher":
-        self._slots = asyncio.Semaphore(self._rules.concurrency)
+        self._slots = Slots(self._rules.concurrency)
         self._names = Names(self._rules.nameservers)
         connector = aiohttp.TCPConnector(
             limit=0,  # ours: a request that waits for its host must not hold a slot
@@ -152,6 +217,11 @@ class Fetcher:
         await self._session.close()
         await self._names.close()  # aiohttp closes its own resolver only
 
+    @property
+    def queue(self) -> int:
+        """Requests that wait for a slot of ours."""
+        return self._slots.queue
+
     async def get(self, url: str, link: Link | None = None) -> bytes:
         """The body of ``url``; ``link`` is kept up to date meanwhile. Raises FetchError."""
         address, link = _address(url), link or Link()
@@ -163,7 +233,8 @@ class Fetcher:
                     return await self._next_try(address, host, link)
                 except FetchError as error:
                     pause = max(error.after, FIRST_PAUSE_S * 2**tries)
-                    if tries == self._rules.retries or str(error) not in MAY_PASS or pause > self._rules.timeout_s:
+                    last = tries == self._rules.retries or str(error) not in MAY_PASS or host.is_dead
+                    if last or pause > self._rules.timeout_s:
                         raise
                     if error.after:  # the host itself named a time: all who ask it wait as long
                         host.resume = max(host.resume, time.monotonic() + pause)
@@ -173,19 +244,27 @@ class Fetcher:
 
     async def _next_try(self, address: yarl.URL, host: _Host, link: Link) -> bytes:
         link.phase = "host"
-        async with host.slots:
+        async with host.slots.hold(link.number):
+            if host.is_skipped(self._rules.timeout_s):
+                raise FetchError("timeout")
             link.phase = "slot"
-            async with self._slots:
+            async with self._slots.hold(link.number):
                 await self._gate.enter()
                 link.phase, link.started = "try", link.started or time.monotonic()
-                body = await self._try(address)
+                try:
+                    body = await self._try(address)
+                except FetchError as error:
+                    silent = str(error) == "timeout"
+                    host.silent, host.answered = host.silent + silent, host.answered or not silent
+                    raise
+                host.answered = True
                 link.phase = "done"
                 return body
 
     @asynccontextmanager
     async def _host(self, name: str) -> AsyncIterator[_Host]:
         """The host's record; forgotten when nobody uses it, so that memory does not grow with a list."""
-        host = self._hosts.setdefault(name, _Host(asyncio.Semaphore(self._rules.per_host)))
+        host = self._hosts.setdefault(name, _Host(Slots(self._rules.per_host), self._rules.per_host))
         host.users += 1
         try:
             yield host
@@ -228,18 +307,22 @@ def _address(url: str) -> yarl.URL:
         raise FetchError("not an http address")
     try:
         address = yarl.URL(url)
+        if not address.host:
+            raise FetchError("bad address")
+        query = url.partition("#")[0].partition("?")[2].strip()
+        if query.isascii() and query.isprintable() and " " not in query:  # yarl unquotes; signatures are of the text
+            exact = f"?{query}" if query else ""
+            address = yarl.URL(f"{address.scheme}://{address.raw_authority}{address.raw_path}{exact}", encoded=True)
     except ValueError as error:
         raise FetchError("bad address") from error
-    if not address.host:
-        raise FetchError("bad address")
     return address
 
 
 def _retry_after(value: str) -> float:
     """Seconds asked for by a Retry-After header, which holds seconds or a date; 0 when it makes no sense."""
-    if value.strip().isdigit():
-        return float(value)
     try:
+        if value.strip().isdecimal():
+            return float(value)
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     except (ValueError, TypeError):
         return 0.0
@@ -275,9 +358,11 @@ def explain(error: Exception) -> FetchError:
     for kind, reason in REASONS:
         if isinstance(error, kind):
             return FetchError(reason)
-    if isinstance(getattr(error, "os_error", error), ConnectionRefusedError):
+    cause = getattr(error, "os_error", error)
+    if isinstance(cause, ConnectionRefusedError) or getattr(cause, "errno", None) == errno.ECONNREFUSED:
         return FetchError("connection refused")
-    return FetchError("connection failed")
+    lost = isinstance(cause, ConnectionError) or getattr(cause, "errno", None) in LOST
+    return FetchError("connection lost" if lost else "connection failed")
 
 
 REASONS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
@@ -291,8 +376,8 @@ REASONS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
     (aiohttp.ClientResponseError, "not HTTP"),
     (http_exceptions.HttpProcessingError, "not HTTP"),
     (ValueError, "bad address"),  # what yarl and idna raise
-    (ConnectionResetError, "connection lost"),
 )
+LOST = (errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED)
 
 
 def opted_out(headers: list[str]) -> bool:

@@ -79,11 +79,11 @@ def convert(data: bytes, rules: PictureRules) -> Picture:
         image = _open(data, rules.max_pixels)
         if problem := picture_problem(*image.size, rules.min_size, rules.max_aspect_ratio or math.inf):
             raise BadImage(problem)
-        exif = _read_exif(image)
-        orientation = exif.get(ExifTags.Base.Orientation, 1) if exif else 1
         width, height, jpeg = image.width, image.height, image.format == "JPEG" and image.mode == "RGB"
         size = _shrunk(image.size, rules.image_size)
         pixels = _decode(image, size)
+        exif = _read_exif(image)  # after the pixels: for some formats Pillow decodes here too, and hides what breaks
+        orientation = exif.get(ExifTags.Base.Orientation, 1) if exif else 1
         exif_json = json.dumps(_exif_texts(exif)) if exif else "{}"
     keep = jpeg and orientation not in TURNS and size == (width, height)
     if pixels.size != size:

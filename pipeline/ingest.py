@@ -51,7 +51,7 @@ class IngestConfig:
     per_host: int = 16
     """downloads in flight from one host"""
     open_shards: int = 0
-    """shards under way at once, so that a slow host of one holds nobody; 0: four per core, eight at least"""
+    """shards under way at once, so that a slow host of one holds nobody; 0: four per core, from 12 to 64"""
     workers: int = 0
     """processes that decode pictures; 0: one per core"""
     timeout_s: float = 10.0
@@ -118,7 +118,7 @@ class IngestConfig:
     @property
     def shards_at_once(self) -> int:
         """Shards under way at once."""
-        return self.open_shards or max(8, 4 * self.processes)
+        return self.open_shards or min(64, max(12, 4 * self.processes))
 
 
 def ingest(config: IngestConfig) -> Summary:

@@ -292,7 +292,7 @@ def test_the_progress_line():
 def test_selection_names_each_reason(server, tmp_path):
     wide = f"{server.url}/sized/200x50"
     rows = [
-        (f"{server.url}/good/1", "a good caption"), (f"{server.url}/good/2", "no"),
+        (f"{server.url}/good/1", "a good caption"), (f"{server.url}/good/2?out", "no"),
         (f"{server.url}/good/3", "long " * 30), (f"{server.url}/good/4", "12345 !!! 678"),
         (f"{server.url}/good/5", "IMG_2041.jpg"), (f"{server.url}/sized/20x20", "a small picture"),
         (wide, "a wide picture"), (f"{server.url}/good/6?out", "an excluded link"),
@@ -314,7 +314,7 @@ def test_selection_names_each_reason(server, tmp_path):
         "resize: picture too small", "resize: aspect ratio too large", "excluded address", "excluded picture",
         "duplicate image", None, "near-duplicate image", None,
     ]  # fmt: skip
-    assert server.requests["good/6?out"] == server.requests["good/2"] == 0, "refused before a request"
+    assert server.requests["good/6?out"] == server.requests["good/2?out"] == 0, "refused before a request"
     stats = json.loads((tmp_path / "D/raw/00000_stats.json").read_text())
     assert (stats["successes"], stats["failed_to_resize"], stats["failed_to_download"]) == (3, 2, 8)
     assert ingest(config(tmp_path / "D", source, **options)).made == 0

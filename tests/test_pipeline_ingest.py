@@ -439,7 +439,7 @@ def test_broken_img2dataset_shards_fail_by_name_and_others_go_on(tmp_path):
         "00001.tar: truncated tar, last whole member",
         "00002.parquet cannot be read",
         "00003_stats.json: not JSON",
-        "00004.tar is not there",
+        "00004.tar: is not there",
     ]
     for line, words in zip(lines[1:], expected, strict=True):
         assert words in line
