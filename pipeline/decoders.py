@@ -4,6 +4,7 @@ Each process has two pictures in its socket, so that it never waits for the next
 """
 
 import asyncio
+import gc
 import multiprocessing
 import pickle
 import socket
@@ -14,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
 
-from pipeline.stage import die_with_parent
+from pipeline.children import die_with_parent
 
 AHEAD = 2  # pictures in a process: the one it works on, and the next
 BUFFER = 1 << 22  # bytes of the socket's buffer: most pictures fit
@@ -131,6 +132,7 @@ def _start(work: Work) -> tuple[BaseProcess, socket.socket]:
 def _serve(channel: socket.socket, work: Work) -> None:
     """The process: a length and bytes come in, a mark that work began and a pickled answer go out."""
     die_with_parent()
+    gc.freeze()  # what is imported stays: the collector need not look at it again
     channel.setblocking(True)
     stream = channel.makefile("rb", buffering=BUFFER)
     while header := stream.read(LENGTH.size):

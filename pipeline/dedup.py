@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pipeline.children import die_with_parent
 from pipeline.images import DECODER_ERRORS
 from pipeline.likeness import (
     INDEX_BITS,
@@ -38,7 +39,7 @@ from pipeline.likeness import (
     perceptual_hash,
     pointers,
 )
-from pipeline.stage import Result, Root, ShardsFailed, Stage, Summary, Task, die_with_parent, run_stage, upstream_shards
+from pipeline.stage import Result, Root, ShardsFailed, Stage, Summary, Task, run_stage, upstream_shards
 from shards_spec.files import (
     DataError,
     UserError,

@@ -20,9 +20,8 @@ from types import TracebackType
 
 from pipeline.decoders import DecoderFailed, Decoders
 from pipeline.fetch import Fetcher, FetchError, FetchRules, Gate, Link
-from pipeline.images import BadImage, Picture, PictureRules, convert
+from pipeline.images import RESIZE, Outcome, Picture, PictureRules, to_outcome
 from pipeline.places import Place, PlaceError, forget_places, read_place
-from pipeline.raw_shard import RESIZE, Outcome
 from pipeline.sources import Row
 
 log = logging.getLogger(__name__)
@@ -32,14 +31,6 @@ GRACE_S = 3.0  # however short that is
 TICK_S = 0.3
 READERS = 8  # threads that read local pictures
 BODIES = 32  # per decoder: bodies that may wait for it
-
-
-def decode(data: bytes, rules: PictureRules) -> Outcome:
-    """A picture, or the named reason why the bytes are none."""
-    try:
-        return convert(data, rules)
-    except BadImage as error:
-        return f"{RESIZE}{error}"
 
 
 Origin = str | Place  # of a picture: its link, or where it lies. One that is there twice is fetched once
@@ -90,7 +81,7 @@ class Downloader:
     def __init__(self, fetch: FetchRules, pictures: PictureRules, workers: int, decode_timeout_s: float) -> None:
         self.tally = Tally()
         self._fetch_rules = fetch
-        self._decoders = Decoders(partial(decode, rules=pictures), workers, decode_timeout_s)
+        self._decoders = Decoders(partial(to_outcome, rules=pictures), workers, decode_timeout_s)
         self._workers = workers
         self._seconds = deque[float](maxlen=100)  # of the last finished shards
         self._loop = asyncio.new_event_loop()

@@ -20,6 +20,7 @@ from pipeline.likeness import perceptual_hash, picture_problem
 from shards_spec.files import sha256_bytes
 
 JPEG_QUALITY = 95
+RESIZE = "resize: "  # reasons that begin so are counted as img2dataset's failed_to_resize
 MAX_SIDE = 65_500  # libjpeg's limit
 MAX_EXIF_CHARS = 1000  # of one value; makers hide whole previews in there
 # pixels only: EPS and the like would start other programs
@@ -70,6 +71,17 @@ class Picture:
     exif: str
     sha256: str
     phash: str | None
+
+
+Outcome = Picture | str  # of a row: the picture, or the named reason why there is none
+
+
+def to_outcome(data: bytes, rules: PictureRules) -> Outcome:
+    """`convert`, with a reason in place of an error."""
+    try:
+        return convert(data, rules)
+    except BadImage as error:
+        return f"{RESIZE}{error}"
 
 
 def convert(data: bytes, rules: PictureRules) -> Picture:

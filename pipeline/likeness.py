@@ -89,7 +89,8 @@ def perceptual_hash(image: Image.Image) -> str | None:
     bits, an even number as 31 are set; colour plays no part. A picture without structure in half of these frequencies
     (one colour, a gradient, stripes) has no signature: noise would decide it.
     """
-    grey = image.convert("L").resize((SIDE, SIDE), Image.Resampling.HAMMING)  # half the flipped bits of BOX
+    small = image.reduce(max(1, min(image.size) // (2 * SIDE)))  # never below twice the side: cheap, and flips nothing
+    grey = small.convert("L").resize((SIDE, SIDE), Image.Resampling.HAMMING)  # half the flipped bits of BOX
     cosines = _cosines()
     waves = (cosines @ np.asarray(grey, np.float64) @ cosines.T).ravel()
     middle = waves.size // 2 - 1  # of the 63 without the constant term

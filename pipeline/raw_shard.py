@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.images import Picture
+from pipeline.images import RESIZE, Outcome, Picture
 from pipeline.sources import Row
 from pipeline.stage import Result
 from shards_spec.files import UserError, atomic_writer, free_bytes, join, sha256_file
@@ -20,7 +20,6 @@ from shards_spec.tar import write_shard
 
 FOLDER = "raw"
 ROW_GROUP = 100  # img2dataset's
-RESIZE = "resize: "  # reasons that begin so are counted as failed_to_resize
 SPARE_BYTES = 64 << 20  # left free on a disk, for what else writes there
 MEMBERS_BYTES = 8192  # of a sample beside its picture: text, json, tar headers, its Parquet row
 SCHEMA = pa.schema(
@@ -30,8 +29,6 @@ SCHEMA = pa.schema(
         *((name, pa.string()) for name in ("exif", "sha256", "phash")),
     ]
 )
-
-Outcome = Picture | str  # of a row: the picture, or the named reason why there is none
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pipeline.images import Picture
+from pipeline.images import Outcome, Picture
 from pipeline.likeness import caption_problem, duplicates
-from pipeline.raw_shard import Outcome
 from pipeline.sources import Row
 from shards_spec.files import UserError, exists, open_read, sha256_bytes
 

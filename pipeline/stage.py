@@ -5,14 +5,11 @@ The runner publishes the done-record last, so a killed stage is run again and do
 """
 
 import contextlib
-import ctypes
 import json
 import logging
 import multiprocessing
 import os
 import platform
-import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.ahead import ahead
+from pipeline.children import die_with_parent
 from shards_spec.files import DataError, UserError, is_url, join, read_bytes, remove_stale, sha256_json, write_bytes
 from shards_spec.manifest import Done, file_hash, read_dataset, read_done, shard_ids, shard_name, write_stage
 
@@ -215,13 +213,6 @@ def _guarded(work: Callable[[Task], Result], task: Task) -> Result | DataError:
         return work(task)
     except DataError as error:
         return error
-
-
-def die_with_parent() -> None:
-    """In a worker: end when the parent is killed, so that no orphan writes beside a second run (Linux only)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _write_block(root: str, stage: Stage, shards: int, totals: dict[str, int], source: str | None) -> None:

@@ -10,9 +10,10 @@ import hashlib
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from shards_spec.files import DataError, atomic_writer, read_buffer
-from shards_spec.sample import Sample, check_key, split_name
+from shards_spec.sample import MAX_NAME_BYTES, Sample, check_key, split_name
 
 BLOCK = 512
 
@@ -49,10 +50,27 @@ def write_shard(path: str, samples: Iterable[Sample]) -> tuple[int, str]:
     return len(seen), digest.hexdigest()
 
 
+@cache
+def _blank_header() -> tuple[bytes, int]:
+    """A member's header without name, size and checksum, and the sum of its bytes with blanks for the latter."""
+    info = tarfile.TarInfo("")
+    info.mode, info.mtime = 0o444, 0
+    block = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    block[124:136], block[148:156] = bytes(12), b" " * 8
+    return bytes(block), sum(block)
+
+
 def _header(name: str, size: int) -> bytes:
-    info = tarfile.TarInfo(name)
-    info.size, info.mode, info.mtime = size, 0o444, 0
-    return info.tobuf(tarfile.USTAR_FORMAT)
+    """What tarfile writes in USTAR format, in a tenth of its time."""
+    encoded = name.encode()
+    if len(encoded) > MAX_NAME_BYTES:
+        info = tarfile.TarInfo(name)
+        info.size, info.mode, info.mtime = size, 0o444, 0
+        return info.tobuf(tarfile.USTAR_FORMAT)
+    blank, total = _blank_header()
+    digits = b"%011o\0" % size
+    checksum = b"%06o\0 " % (total + sum(encoded) + sum(digits))
+    return encoded + blank[len(encoded) : 124] + digits + blank[136:148] + checksum + blank[156:]
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import io
 import os
+import string
 import subprocess
 import sys
 import tarfile
@@ -9,12 +10,15 @@ import tarfile
 import fsspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from small_data import draw
 
 from shards_spec import embeddings, files, manifest, tar, views, vocab
 from shards_spec.files import DataError, UserError
 from shards_spec.sample import Sample, check_key, split_name
+from shards_spec.tar import _header
 
 
 def samples(count: int = 5) -> list[Sample]:
@@ -155,6 +159,17 @@ def test_tar_round_trip_and_hash(root):
     assert list(tar.read_shard(path)) == samples()
     tar.write_shard(path, samples())
     assert files.sha256_file(path) == digest
+
+
+@given(st.text(string.ascii_letters + string.digits + "_-/.", min_size=1, max_size=160), st.integers(0, 8**11 - 1))
+def test_headers_are_tarfiles(name, size):
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.mtime = size, 0o444, 0
+    try:
+        expected = info.tobuf(tarfile.USTAR_FORMAT)
+    except ValueError:  # too long for USTAR
+        return
+    assert _header(name, size) == expected
 
 
 def test_tar_is_read_by_tarfile_and_webdataset(tmp_path):

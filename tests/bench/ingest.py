@@ -9,7 +9,7 @@ and 64 threads in each. The server is nginx where it is installed, else demo/ser
 
 Two rates per run. `command`: photos by the seconds from the start of the command to its end. `steady`: photos by the
 seconds from the first shard's start to the last one's end, both from the shards' own stats, so without start-up.
-Memory is the largest sum of the proportional set sizes of a command's processes, looked at five times a second. The
+Memory is the largest sum of the proportional set sizes of a command's processes, looked at twice a second. The
 limit is decoding, resizing and encoding alone, our own, in a process per core, without network, tar or Parquet.
 """
 
@@ -96,7 +96,7 @@ def measure(command: list[str], output: Path, photos: int) -> dict[str, float]:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         while process.poll() is None:
             peak = max(peak, sum(map(resident, children(process.pid))))
-            time.sleep(0.2)
+            time.sleep(0.5)
         seconds = time.monotonic() - start
         log.seek(0)
         if process.returncode:
