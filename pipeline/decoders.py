@@ -20,6 +20,7 @@ from pipeline.children import die_with_parent
 AHEAD = 2  # pictures in a process: the one it works on, and the next
 BUFFER = 1 << 22  # bytes of the socket's buffer: most pictures fit
 STILLBORN = 5  # processes that die one after the other without an answer: a bug, not a picture
+DEAD = f"{STILLBORN} decoder processes died before they answered once"
 CRASHED, TOO_LONG = "decoder crashed", "decoding took too long"
 LENGTH = struct.Struct("<Q")
 STARTED = b"\x01"
@@ -60,7 +61,8 @@ class Decoders:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def convert(self, data: bytes) -> Any:
-        """What ``work(data)`` returns. Raises DecoderFailed."""
+        """What ``work(data)`` returns. Raises DecoderFailed, RuntimeError when no process stays alive."""
+        self._check()
         job = _Job(data, asyncio.get_running_loop().create_future())
         self._jobs.put_nowait(job)
         return await job.answer
@@ -82,9 +84,13 @@ class Decoders:
                 while not given.empty():  # not to blame: for another process
                     self._jobs.put_nowait(given.get_nowait())
         while not self._jobs.empty():
-            self._jobs.get_nowait().answer.set_exception(
-                RuntimeError(f"{STILLBORN} decoder processes died before they answered once")
-            )
+            job = self._jobs.get_nowait()
+            if not job.answer.done():
+                job.answer.set_exception(RuntimeError(DEAD))
+
+    def _check(self) -> None:
+        if self._stillborn >= STILLBORN:
+            raise RuntimeError(DEAD)
 
     async def _send(self, writer: asyncio.StreamWriter, given: "asyncio.Queue[_Job]", room: asyncio.Semaphore) -> None:
         while True:

@@ -196,6 +196,10 @@ class Downloader:
         async with self._local:
             await self._gate.enter()
             read: Callable[[], bytes] = partial(read_place, place, self._fetch_rules.max_bytes)
-            data = await self._loop.run_in_executor(self._readers, read)
+            try:
+                data = await self._loop.run_in_executor(self._readers, read)
+            except BaseException:
+                self._gate.leave()
+                raise
         link.phase = "done"
         return data

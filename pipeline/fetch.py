@@ -11,6 +11,7 @@ import ipaddress
 import socket
 import time
 import zlib
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -153,19 +154,38 @@ class _Host:
         return True
 
 
-@dataclass
 class Gate:
-    """Requests may start while fewer than ``limit`` bodies wait for a decoder: memory is bounded by it."""
+    """Requests may start while fewer than ``limit`` bodies wait for a decoder: memory is bounded by it.
 
-    limit: int
-    waiting: int = 0
-    _room: asyncio.Event = field(default_factory=asyncio.Event)
+    Who enters says `leave` when there is no body after all, else the body's end says it.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.waiting = 0
+        self._limit = limit
+        self._queue = deque[asyncio.Future[None]]()
 
     async def enter(self) -> None:
-        """Wait until there is room."""
-        while self.waiting >= self.limit:
-            self._room.clear()
-            await self._room.wait()
+        """Wait until there is room, in order."""
+        if self.waiting < self._limit and not self._queue:
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._queue.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():
+                self.leave()  # it was our turn: let the next one have it
+            raise
+
+    def leave(self) -> None:
+        """Let the next one in; two, when so few bodies wait that decoders may run dry."""
+        if self.waiting < self._limit:
+            for _ in range(2 if 2 * self.waiting < self._limit else 1):
+                while self._queue and (turn := self._queue.popleft()):
+                    if not turn.done():
+                        turn.set_result(None)
+                        break
 
     @asynccontextmanager
     async def body(self) -> AsyncIterator[None]:
@@ -175,8 +195,7 @@ class Gate:
             yield
         finally:
             self.waiting -= 1
-            if self.waiting < self.limit:
-                self._room.set()
+            self.leave()
 
 
 class Fetcher:
@@ -253,9 +272,11 @@ class Fetcher:
                 link.phase, link.started = "try", link.started or time.monotonic()
                 try:
                     body = await self._try(address)
-                except FetchError as error:
-                    silent = str(error) == "timeout"
-                    host.silent, host.answered = host.silent + silent, host.answered or not silent
+                except BaseException as error:
+                    self._gate.leave()
+                    if isinstance(error, FetchError):
+                        silent = str(error) == "timeout"
+                        host.silent, host.answered = host.silent + silent, host.answered or not silent
                     raise
                 host.answered = True
                 link.phase = "done"

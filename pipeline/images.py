@@ -128,8 +128,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 def _decode(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """All pixels as RGB; a large JPEG is decoded at half, quarter or eighth size, never below ``size``.
 
-    Scaling while decoding, then Pillow's HAMMING filter, is as near to a full Lanczos resampling as img2dataset's full
-    decode and area filter (`tests/test_pipeline_images.py` compares), at half the time.
+    With Pillow's HAMMING filter after it the pixels are 40 dB and more from a full decode and Lanczos
+    (`tests/test_pipeline_images.py` measures), for half the time of a full decode and a bicubic filter.
     """
     try:
         image.draft(None, size)

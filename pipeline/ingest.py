@@ -243,14 +243,17 @@ def _identity(row: Row) -> list[Any]:
 
 
 def _live(source: Listing, downloader: Downloader, root: str) -> str:
-    """What the progress line says, and a warning, once, when the disk will not hold what the list still has."""
+    """What the progress line says; warns, once, when nothing comes or the disk will not hold what is still to come."""
     tally = downloader.tally
     left = max(0, source.rows - source.read) if source.rows is not None and source.read else None
     done = sum(tally.outcomes.values())
-    if left and done > ENOUGH_ROWS and not tally.warned:
-        needed, free = left * tally.picture_bytes // done, free_bytes(root)
+    if done > ENOUGH_ROWS and not tally.warned:
+        needed, free = (left or 0) * tally.picture_bytes // done, free_bytes(root)
         if free is not None and needed > free:
             log.warning("about %d GB more are needed for %d rows, %s has %d", needed >> 30, left, root, free >> 30)
+            tally.warned = True
+        if not tally.outcomes["success"]:
+            log.warning("not one picture came yet: is this machine on the web without a proxy? None is used")
             tally.warned = True
     return tally.line(left)
 

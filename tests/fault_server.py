@@ -11,6 +11,7 @@ import errno
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -338,7 +339,8 @@ async def _photo(peer: Peer) -> None:
 @lru_cache(maxsize=1)
 def _large() -> bytes:
     file = io.BytesIO()
-    Image.effect_noise((800, 800), 90).convert("RGB").save(file, "WEBP", quality=20)
+    noise = random.Random(1).randbytes(800 * 800)  # Pillow's own noise depends on what a process drew before
+    Image.frombytes("L", (800, 800), noise).convert("RGB").save(file, "WEBP", quality=20)
     return file.getvalue()
 
 
@@ -805,12 +807,15 @@ def serve_faults(folder: Path, good_only: bool = False):
 
 
 RUN = """
-import json, resource, sys, time
+import json, re, resource, sys, time
+from pathlib import Path
 from pipeline.ingest import IngestConfig, ingest
 if __name__ == "__main__":
     start = time.monotonic()
     ingest(IngestConfig(**json.loads(sys.argv[1])))
-    peaks = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    # not ru_maxrss, which has in it what the process that started this one held
+    own = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+    peaks = [kib / 1024 for kib in (own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)]
     print(json.dumps({"seconds": time.monotonic() - start, "MiB": peaks[0], "decoder MiB": peaks[1]}))
 """
 DEFAULTS = {"format": "cc12m", "allow_private": True, "workers": 1, "image_size": 48, "shard_size": 1000}

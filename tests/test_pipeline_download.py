@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -24,7 +25,7 @@ from pipeline import fetch
 from pipeline.check import CheckConfig, check
 from pipeline.decoders import DecoderFailed, Decoders
 from pipeline.download import Tally
-from pipeline.fetch import Fetcher, FetchError, FetchRules, Gate
+from pipeline.fetch import Fetcher, FetchError, FetchRules, Gate, Slots
 from pipeline.ingest import IngestConfig, ingest
 from pipeline.pack import PackConfig, pack
 from pipeline.raw_shard import SCHEMA
@@ -151,24 +152,57 @@ def test_links_that_wait_for_a_busy_host_hold_no_slot(server):
 
 
 def test_no_request_starts_while_too_many_bodies_wait(server):
-    async def run() -> int:
-        gate, most = Gate(3), 0
+    def begun() -> int:
+        return sum(server.requests[f"good/{n}?gate"] for n in range(3, 30))
+
+    async def run() -> None:
+        gate, decoded = Gate(3), asyncio.Event()
         async with Fetcher(FetchRules(allow_private=True, concurrency=50, per_host=50), gate) as fetcher:
 
             async def one(n: int) -> None:
-                nonlocal most
                 await fetcher.get(f"{server.url}/good/{n}?gate")
                 async with gate.body():
-                    most = max(most, gate.waiting)
-                    await asyncio.sleep(0.02)
+                    await decoded.wait()
 
             first = [asyncio.create_task(one(n)) for n in range(3)]
-            await asyncio.sleep(0.01)
-            await asyncio.gather(*first, *(one(n) for n in range(3, 30)))
-        return most
+            while gate.waiting < 3:
+                await asyncio.sleep(0.01)
+            others = [asyncio.create_task(one(n)) for n in range(3, 30)]
+            await asyncio.sleep(0.3)
+            assert begun() == 0
+            others[5].cancel()
+            decoded.set()
+            await asyncio.gather(*first, *others, return_exceptions=True)
+            assert begun() == 26
 
-    assert asyncio.run(run()) <= 50
-    assert sum(server.requests[f"good/{n}?gate"] for n in range(30)) == 30
+    asyncio.run(run())
+
+
+def test_slots_go_to_who_came_first_also_at_a_second_try():
+    async def run() -> list[int]:
+        slots, served = Slots(1), list[int]()
+
+        async def one(number: int) -> None:
+            async with slots.hold(number):
+                served.append(number)
+                await asyncio.sleep(0)
+
+        tasks = [asyncio.create_task(one(number)) for number in (5, 9, 7, 1, 8, 3)]
+        await asyncio.sleep(0)
+        tasks[2].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        async with asyncio.timeout(5), slots.hold(0):
+            return served
+
+    assert asyncio.run(run()) == [5, 1, 3, 8, 9]
+
+
+def test_a_host_that_never_answers_is_given_up():
+    with socket.create_server(("127.0.0.1", 0), backlog=1) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        start = time.monotonic()
+        assert gather([f"{url}/{n}" for n in range(200)], timeout_s=0.5, per_host=4) == ["timeout"] * 200
+        assert time.monotonic() - start < 10, "200 links, 4 at a time, two tries of 0.5 s take 50 s"
 
 
 def test_retry_after_is_obeyed_when_it_is_short(server):
@@ -487,11 +521,13 @@ def test_a_full_disk_is_told_and_leaves_whole_shards(server, tmp_path, spare):
 
 
 MEMORY = """
-import resource, sys
+import re, resource, sys
+from pathlib import Path
 from pipeline.ingest import IngestConfig, ingest
 if __name__ == "__main__":
     ingest(IngestConfig(sys.argv[1], sys.argv[2], shard_size=25, allow_private=True, workers=1, open_shards=3))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+    own = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
+    print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
 

@@ -705,7 +705,6 @@ def test_places_that_are_not_there(tmp_path, store):
         FilePlace(f"{tmp_path}/dir"): "file not readable",
         FilePlace(f"{tmp_path}/x.bin/x"): "file not readable",
         FilePlace(f"{tmp_path}/a\0b"): "file not readable",
-        FilePlace("nope://x/y"): "file not readable",
         TarPlace(f"{tmp_path}/no", 0, 5): "file not found",
         TarPlace(f"{tmp_path}/x.bin", 8, 5): "file not readable",
         TarPlace(f"{tmp_path}/x.bin", 8, 0): "empty file",
@@ -721,6 +720,8 @@ def test_places_that_are_not_there(tmp_path, store):
             read_place(place, LIMIT)
     assert read_place(ParquetPlace(f"{tmp_path}/x.parquet", "image", 0, 0), LIMIT) == b"a"
     assert read_place(FilePlace(f"{tmp_path}/x.bin"), 10) == b"0123456789"
+    with pytest.raises(UserError, match="Protocol not known"):  # no picture is to blame
+        read_place(FilePlace("nope://x/y"), LIMIT)
     with pytest.raises(PlaceError, match="too large"):
         read_place(FilePlace(f"{tmp_path}/x.bin"), 9)
 
