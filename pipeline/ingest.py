@@ -34,8 +34,8 @@ class IngestConfig:
     root: Root
     """the dataset: a folder or an fsspec URL; writes raw/"""
     source: str
-    """a list of links (.tsv, .csv, .jsonl, .parquet, also .gz), several of them (a folder or a glob), Parquet files
-    with pictures in them, a folder of pictures, WebDataset tars, or img2dataset's shards; local or an fsspec URL"""
+    """links in .tsv, .csv, .jsonl or .parquet (also .gz), a folder or glob of such files, Parquet files with pictures,
+    a folder of pictures, WebDataset tars, or img2dataset's shards; local or an fsspec URL"""
     format: Literal["auto"] | Format = "auto"
     """form of the source: cc3m is caption, tab, URL; cc12m is URL, tab, caption"""
     url_col: str | None = None

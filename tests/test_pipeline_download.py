@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from dns_server import NXDOMAIN, SERVFAIL, SILENT, serve_names
 from PIL import Image
+from small_ingest import config, rows_of, write_list
 from web_server import picture, serve
 
 from pipeline import decoders as decoders_module
@@ -26,7 +27,7 @@ from pipeline.check import CheckConfig, check
 from pipeline.decoders import DecoderFailed, Decoders
 from pipeline.download import Tally
 from pipeline.fetch import Fetcher, FetchError, FetchRules, Gate, Slots
-from pipeline.ingest import IngestConfig, ingest
+from pipeline.ingest import ingest
 from pipeline.pack import PackConfig, pack
 from pipeline.raw_shard import SCHEMA
 from shards_spec.files import UserError
@@ -37,21 +38,6 @@ from shards_spec.tar import read_shard
 def server():
     with serve() as running:
         yield running
-
-
-def write_list(path: Path, rows: list[tuple[str, str]]) -> str:
-    """A list in CC12M's form: URL, tab, caption."""
-    path.write_text("".join(f"{url}\t{caption}\n" for url, caption in rows))
-    return str(path)
-
-
-def config(root: object, source: object, **options) -> IngestConfig:
-    defaults = {"root": str(root), "allow_private": True, "workers": 1, "shard_size": 10, "image_size": 48}
-    return IngestConfig(source=str(source), **{**defaults, **options})
-
-
-def rows_of(root: Path, shard: int = 0) -> list[dict]:
-    return pq.read_table(root / "raw" / f"{shard:05d}.parquet").to_pylist()
 
 
 def gather(urls: list[str], gate: Gate | None = None, **rules) -> list[bytes | str]:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from small_ingest import config, rows_of, write_list
 from web_server import picture, serve
 
 from pipeline import fetch
@@ -37,21 +38,6 @@ TIMES = ("duration", "start_time", "end_time")
 def server():
     with serve() as running:
         yield running
-
-
-def write_list(path: Path, rows: list[tuple[str, str]]) -> str:
-    """A list in CC12M's form: URL, tab, caption."""
-    path.write_text("".join(f"{url}\t{caption}\n" for url, caption in rows))
-    return str(path)
-
-
-def config(root: object, source: object, **options) -> IngestConfig:
-    defaults = {"root": str(root), "allow_private": True, "workers": 1, "shard_size": 10, "image_size": 48}
-    return IngestConfig(source=str(source), **{**defaults, **options})
-
-
-def rows_of(root: Path, shard: int = 0) -> list[dict]:
-    return pq.read_table(root / "raw" / f"{shard:05d}.parquet").to_pylist()
 
 
 def tree(root: Path) -> dict[str, object]:

@@ -1,0 +1,24 @@
+"""Lists, configs and rows for tests of `ingest`."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from pipeline.ingest import IngestConfig
+
+
+def write_list(path: Path, rows: list[tuple[str, str]]) -> str:
+    """A list in CC12M's form: URL, tab, caption."""
+    path.write_text("".join(f"{url}\t{caption}\n" for url, caption in rows))
+    return str(path)
+
+
+def config(root: object, source: object, **options) -> IngestConfig:
+    """For a server on loopback: one decoder, ten rows per shard, 48 pixels."""
+    defaults = {"root": str(root), "allow_private": True, "workers": 1, "shard_size": 10, "image_size": 48}
+    return IngestConfig(source=str(source), **{**defaults, **options})
+
+
+def rows_of(root: Path, shard: int = 0) -> list[dict]:
+    """All rows of a raw shard."""
+    return pq.read_table(root / "raw" / f"{shard:05d}.parquet").to_pylist()
