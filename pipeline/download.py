@@ -41,6 +41,7 @@ class Tally:
     """What this run has done so far; read by the progress line from another thread."""
 
     started: float = field(default_factory=time.monotonic)
+    given: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     picture_bytes: int = 0
     warned: bool = False
@@ -122,6 +123,7 @@ class Downloader:
         return asyncio.run_coroutine_threadsafe(self._outcomes(rows), self._loop).result()
 
     async def _outcomes(self, rows: list[Row]) -> list[Outcome]:
+        self.tally.given += len(rows)
         origins = [None if row.problem else row.place or row.url for row in rows]
         links, works = dict[Origin, Link](), dict[Origin, asyncio.Task[Outcome]]()
         try:
@@ -136,6 +138,7 @@ class Downloader:
                 work.cancel()
         if begun := [link.started for link in links.values() if link.started]:
             self._seconds.append(time.monotonic() - min(begun))
+        self.tally.given -= len(rows) - len(works)  # a link that is there twice counts once
         return [
             _result(works[origin]) if origin else row.problem or "no URL"
             for row, origin in zip(rows, origins, strict=True)

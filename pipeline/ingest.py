@@ -245,8 +245,8 @@ def _identity(row: Row) -> list[Any]:
 def _live(source: Listing, downloader: Downloader, root: str) -> str:
     """What the progress line says; warns, once, when nothing comes or the disk will not hold what is still to come."""
     tally = downloader.tally
-    left = max(0, source.rows - source.read) if source.rows is not None and source.read else None
     done = sum(tally.outcomes.values())
+    left = max(0, source.rows - source.read + tally.given - done) if source.rows and source.read else None
     if done > ENOUGH_ROWS and not tally.warned:
         needed, free = (left or 0) * tally.picture_bytes // done, free_bytes(root)
         if free is not None and needed > free:

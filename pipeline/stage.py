@@ -104,13 +104,13 @@ def run_stage(
     """
     start, folder = time.monotonic(), join(root, stage.folder)
     remove_stale(folder)
-    failures, made, seen, counts = dict[int, str](), 0, 0, Counter[str]()
+    failures, made, there, counts = dict[int, str](), 0, 0, Counter[str]()
 
     def missing() -> Iterator[Task]:
-        nonlocal seen
+        nonlocal there
         for task, done in _with_done(tasks, folder, stage, overwrite):
-            seen += 1
             if done:
+                there += 1
                 _count(counts, done)
             else:
                 yield task
@@ -125,14 +125,17 @@ def run_stage(
                 else:
                     _count(counts, _publish(folder, stage, task, outcome))
                     made += 1
-            advance(seen)
+            advance(there + made + len(failures))
     remove_stale(folder)  # of workers that outlived a killed run for a moment
+    shards = there + made
     if failures:
         lines = [f"  {shard_name(shard)}: {reason}" for shard, reason in sorted(failures.items())]
-        raise ShardsFailed(f"{stage.name}: {len(failures)} of {seen} shards failed\n" + "\n".join(lines))
+        raise ShardsFailed(
+            f"{stage.name}: {len(failures)} of {shards + len(failures)} shards failed\n" + "\n".join(lines)
+        )
     totals = {reason: number for reason, number in sorted(counts.items()) if number}
-    _write_block(root, stage, seen, totals, source)
-    summary = Summary(seen, made, totals, time.monotonic() - start)
+    _write_block(root, stage, shards, totals, source)
+    summary = Summary(shards, made, totals, time.monotonic() - start)
     _log_run(root, stage, summary)
     return summary
 
