@@ -19,8 +19,9 @@ from statistics import median
 from types import TracebackType
 
 from pipeline.decoders import DecoderFailed, Decoders
-from pipeline.fetch import Fetcher, FetchError, FetchRules, Gate, Link
+from pipeline.fetch import Fetcher, FetchError, FetchRules, Link
 from pipeline.images import RESIZE, Outcome, Picture, PictureRules, to_outcome
+from pipeline.limits import Gate
 from pipeline.places import Place, PlaceError, forget_places, read_place
 from pipeline.sources import Row
 

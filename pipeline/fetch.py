@@ -6,12 +6,10 @@ what is not globally routable: a list from the web must not reach services of th
 
 import asyncio
 import errno
-import heapq
 import ipaddress
 import socket
 import time
 import zlib
-from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ import aiohttp
 import yarl
 from aiohttp import http_exceptions
 
+from pipeline.limits import Gate, Slots
 from pipeline.names import NameFailed, Names
 
 AGENT = "clipmill"
@@ -84,46 +83,6 @@ class Link:
     number: int = field(default_factory=count().__next__)
 
 
-class Slots:
-    """A semaphore that serves the smallest number first."""
-
-    def __init__(self, free: int) -> None:
-        self._free = free
-        self._waiting = list[tuple[int, asyncio.Future[None]]]()
-
-    @asynccontextmanager
-    async def hold(self, number: int) -> AsyncIterator[None]:
-        """Around what needs a slot."""
-        if self._free:
-            self._free -= 1
-        else:
-            turn = asyncio.get_running_loop().create_future()
-            heapq.heappush(self._waiting, (number, turn))
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._next()  # it was our turn: let the next one have it
-                raise
-        try:
-            yield
-        finally:
-            self._next()
-
-    @property
-    def queue(self) -> int:
-        """How many wait."""
-        return len(self._waiting)
-
-    def _next(self) -> None:
-        while self._waiting:
-            _, turn = heapq.heappop(self._waiting)
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._free += 1
-
-
 @dataclass
 class _Host:
     """What is under way to one host.
@@ -152,50 +111,6 @@ class _Host:
             self.probe = now + every_s
             return False
         return True
-
-
-class Gate:
-    """Requests may start while fewer than ``limit`` bodies wait for a decoder: memory is bounded by it.
-
-    Who enters says `leave` when there is no body after all, else the body's end says it.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.waiting = 0
-        self._limit = limit
-        self._queue = deque[asyncio.Future[None]]()
-
-    async def enter(self) -> None:
-        """Wait until there is room, in order."""
-        if self.waiting < self._limit and not self._queue:
-            return
-        turn = asyncio.get_running_loop().create_future()
-        self._queue.append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if not turn.cancelled():
-                self.leave()  # it was our turn: let the next one have it
-            raise
-
-    def leave(self) -> None:
-        """Let the next one in; two, when so few bodies wait that decoders may run dry."""
-        if self.waiting < self._limit:
-            for _ in range(2 if 2 * self.waiting < self._limit else 1):
-                while self._queue and (turn := self._queue.popleft()):
-                    if not turn.done():
-                        turn.set_result(None)
-                        break
-
-    @asynccontextmanager
-    async def body(self) -> AsyncIterator[None]:
-        """Around the time that a body waits and is decoded."""
-        self.waiting += 1
-        try:
-            yield
-        finally:
-            self.waiting -= 1
-            self.leave()
 
 
 class Fetcher:

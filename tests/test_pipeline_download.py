@@ -26,8 +26,9 @@ from pipeline import fetch
 from pipeline.check import CheckConfig, check
 from pipeline.decoders import DecoderFailed, Decoders
 from pipeline.download import Tally
-from pipeline.fetch import Fetcher, FetchError, FetchRules, Gate, Slots
+from pipeline.fetch import Fetcher, FetchError, FetchRules
 from pipeline.ingest import ingest
+from pipeline.limits import Gate, Slots
 from pipeline.pack import PackConfig, pack
 from pipeline.raw_shard import SCHEMA
 from shards_spec.files import UserError
