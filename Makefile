@@ -17,7 +17,7 @@ wordnet:
 	bash tests/install_debian.sh wordnet-base
 
 debian:
-	bash tests/install_debian.sh wordnet-base chromium
+	bash tests/install_debian.sh wordnet-base chromium openssl
 
 demo: $(VENV)/.done wordnet
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/demo.sh

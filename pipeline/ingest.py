@@ -162,8 +162,8 @@ def _ingest_rows(config: IngestConfig, form: Format) -> Summary:
         work = partial(rows_to_shard, downloader=downloader, selection=selection)
         live = partial(_live, source, downloader, config.root)
         return run_stage(
-            config.root, stage, tasks, work, total=source.shards, threads=config.shards_at_once, live=live,
-            overwrite=config.overwrite, source=config.source,
+            config.root, stage, tasks, work, total=None if config.retry_failed else source.shards, live=live,
+            threads=config.shards_at_once, overwrite=config.overwrite, source=config.source,
         )  # fmt: skip
 
 
