@@ -125,18 +125,18 @@ class Trainer:
                 losses, lr, norm = self.step(batch)
                 now = time.monotonic()
                 progress.seconds = now - start
-                last = bool(stop) or progress.step == self.total
+                stopped = stop[0] if stop else None  # looked at once: a signal after this waits for the next step
                 if progress.step % config.run.log_every == 0 or progress.step == self.total:
                     rate = (progress.step - logged[1]) * config.data.batch_size / max(now - logged[0], 1e-9)
                     logged = (now, progress.step)
                     self._log(writer, losses, lr, norm, rate)
-                if last or self._checkpoint_due(now - saved[0]):
+                if stopped or progress.step == self.total or self._checkpoint_due(now - saved[0]):
                     self.save()
                     saved = (now, progress.step)
-                if stop:
+                if stopped:
                     log.warning(
                         "stopped by %s after step %d of %d; the same command goes on from there",
-                        stop[0].name, progress.step, self.total,
+                        stopped.name, progress.step, self.total,
                     )  # fmt: skip
                     return
 
