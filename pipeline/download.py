@@ -19,7 +19,7 @@ from statistics import median
 from types import TracebackType
 
 from pipeline.decoders import DecoderFailed, Decoders
-from pipeline.fetch import Fetcher, FetchError, FetchRules, Link
+from pipeline.fetch import MAY_PASS, NOT_PUBLIC, Fetcher, FetchError, FetchRules, Link
 from pipeline.images import RESIZE, Outcome, Picture, PictureRules, to_outcome
 from pipeline.limits import Gate
 from pipeline.places import Place, PlaceError, forget_places, read_place
@@ -52,6 +52,17 @@ class Tally:
         picture = isinstance(outcome, Picture)
         self.outcomes["success" if picture else str(outcome)] += 1
         self.picture_bytes += len(outcome.data) if isinstance(outcome, Picture) else 0
+
+    def nothing(self) -> str | None:
+        """A word to the user when downloads were tried and not one picture came."""
+        if self.outcomes["success"] or not self.outcomes:
+            return None
+        reason = self.outcomes.most_common(1)[0][0]
+        if reason == NOT_PUBLIC:
+            return f"not one picture came, mostly {reason!r}: --allow-private fetches from such addresses"
+        if reason in MAY_PASS or reason == "name not found":
+            return f"not one picture came, mostly {reason!r}: is this machine on the web? No proxy is used"
+        return None
 
     def line(self, rows_left: int | None) -> str:
         """Rate, success rate, the commonest reasons, and the time left when it is known how many rows are."""

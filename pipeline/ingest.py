@@ -161,10 +161,13 @@ def _ingest_rows(config: IngestConfig, form: Format) -> Summary:
     with Downloader(fetch, pictures, config.processes, config.decode_timeout_s) as downloader:
         work = partial(rows_to_shard, downloader=downloader, selection=selection)
         live = partial(_live, source, downloader, config.root)
-        return run_stage(
+        summary = run_stage(
             config.root, stage, tasks, work, total=None if config.retry_failed else source.shards, live=live,
             threads=config.shards_at_once, overwrite=config.overwrite, source=config.source,
         )  # fmt: skip
+    if nothing := downloader.tally.nothing():
+        log.warning(nothing)
+    return summary
 
 
 def _shape(config: IngestConfig, form: Format, selection: Selection, pictures: PictureRules) -> dict[str, Any]:
@@ -252,8 +255,8 @@ def _live(source: Listing, downloader: Downloader, root: str) -> str:
         if free is not None and needed > free:
             log.warning("about %d GB more are needed for %d rows, %s has %d", needed >> 30, left, root, free >> 30)
             tally.warned = True
-        if not tally.outcomes["success"]:
-            log.warning("not one picture came yet: is this machine on the web without a proxy? None is used")
+        if nothing := tally.nothing():
+            log.warning(nothing)
             tally.warned = True
     return tally.line(left)
 
