@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.dedup import EXACT, NEAR, check_fresh
 from pipeline.dedup import FOLDER as DEDUP
+from pipeline.dedup import check_fresh
+from pipeline.likeness import EXACT, NEAR
 from pipeline.stage import Root
 from shards_spec.embeddings import read_embeddings
 from shards_spec.files import (

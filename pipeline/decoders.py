@@ -62,7 +62,8 @@ class Decoders:
 
     async def convert(self, data: bytes) -> Any:
         """What ``work(data)`` returns. Raises DecoderFailed, RuntimeError when no process stays alive."""
-        self._check()
+        if self._stillborn >= STILLBORN:
+            raise RuntimeError(DEAD)
         job = _Job(data, asyncio.get_running_loop().create_future())
         self._jobs.put_nowait(job)
         return await job.answer
@@ -87,10 +88,6 @@ class Decoders:
             job = self._jobs.get_nowait()
             if not job.answer.done():
                 job.answer.set_exception(RuntimeError(DEAD))
-
-    def _check(self) -> None:
-        if self._stillborn >= STILLBORN:
-            raise RuntimeError(DEAD)
 
     async def _send(self, writer: asyncio.StreamWriter, given: "asyncio.Queue[_Job]", room: asyncio.Semaphore) -> None:
         while True:

@@ -28,9 +28,11 @@ from PIL import Image
 from pipeline.children import die_with_parent
 from pipeline.images import DECODER_ERRORS
 from pipeline.likeness import (
+    EXACT,
     INDEX_BITS,
     INDEX_MASK,
     MAX_NEAR_BITS,
+    NEAR,
     NONE,
     band_masks,
     hash_numbers,
@@ -52,12 +54,11 @@ from shards_spec.files import (
     sha256_file,
     sha256_json,
 )
-from shards_spec.manifest import STATS_PATTERN, file_hash, forget, read_done, shard_name
+from shards_spec.manifest import file_hash, finished_shards, forget, read_done, shard_name
 from shards_spec.tar import read_shard
 
 log = logging.getLogger(__name__)
 FOLDER = "dedup"
-EXACT, NEAR = "duplicate image", "near-duplicate image"
 SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("key", "reason", "kept")])
 OWN_FILE = re.compile(r"(\d+)(\.parquet|_stats\.json)")
 IN_MEMORY = 4_000_000  # samples in memory at once: about 600 MB
@@ -108,8 +109,8 @@ def raw_hash(root: str, shards: list[int]) -> str:
 
 def check_fresh(root: str, shards: list[int]) -> None:
     """Raise UserError unless ROOT/dedup was made, to its end, from the raw shards that are there."""
-    found = [int(match[1]) for name in names(join(root, FOLDER)) if (match := STATS_PATTERN.fullmatch(name))]
-    if sorted(found) != shards:
+    found = finished_shards(join(root, FOLDER))
+    if found != shards:
         raise UserError(
             f"{join(root, FOLDER)} has {len(found)} shards, raw/ has {len(shards)}: run `clipmill dedup {root}` again, "
             "or delete dedup/ to keep every picture"
@@ -148,7 +149,8 @@ def read_entries(root: str, near: bool, shard: int) -> Entries:
     """
     path = _raw_parquet(root, shard)
     wanted = ("key", "status", "url", "sha256", "phash")
-    there = [name for name in wanted if name in _columns(path)]
+    columns = _columns(path)
+    there = [name for name in wanted if name in columns]
     if not {"key", "status"} <= set(there):
         raise DataError(f"{path}: no columns key and status; run ingest again")
     with open_read(path) as file:

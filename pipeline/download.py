@@ -6,7 +6,6 @@ the last slow host of a shard. A shard that takes twice as long as the others gi
 
 import asyncio
 import contextlib
-import logging
 import threading
 import time
 from collections import Counter, deque
@@ -25,14 +24,12 @@ from pipeline.limits import Gate
 from pipeline.places import Place, PlaceError, forget_places, read_place
 from pipeline.sources import Row
 
-log = logging.getLogger(__name__)
 LATE = 2.0  # medians of the finished shards' times: what is on the network then, ends as a time-out
 KNOWN = 3  # finished shards before there is a median
 GRACE_S = 3.0  # however short that is
 TICK_S = 0.3
 READERS = 8  # threads that read local pictures
 BODIES = 32  # per decoder: bodies that may wait for it
-
 
 Origin = str | Place  # of a picture: its link, or where it lies. One that is there twice is fetched once
 
@@ -49,9 +46,11 @@ class Tally:
 
     def add(self, outcome: Outcome) -> None:
         """Count one row."""
-        picture = isinstance(outcome, Picture)
-        self.outcomes["success" if picture else str(outcome)] += 1
-        self.picture_bytes += len(outcome.data) if isinstance(outcome, Picture) else 0
+        if isinstance(outcome, Picture):
+            self.outcomes["success"] += 1
+            self.picture_bytes += len(outcome.data)
+        else:
+            self.outcomes[outcome] += 1
 
     def nothing(self) -> str | None:
         """A word to the user when downloads were tried and not one picture came."""

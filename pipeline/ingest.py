@@ -19,8 +19,8 @@ from pipeline.retry import additional_shards, kept_tasks, remove_shard, retry_ta
 from pipeline.selection import Selection, read_exclusions
 from pipeline.sources import Format, Row, detect, estimate_rows, list_rows
 from pipeline.stage import Result, Root, Stage, Summary, Task, run_stage
-from shards_spec.files import UserError, free_bytes, join, names, sha256_bytes, sha256_json
-from shards_spec.manifest import STATS_PATTERN, shard_name
+from shards_spec.files import UserError, free_bytes, join, sha256_bytes, sha256_json
+from shards_spec.manifest import finished_shards, shard_name
 
 log = logging.getLogger(__name__)
 OTHER_FILES = 200  # that this process has open beside its downloads
@@ -274,8 +274,7 @@ def rows_to_shard(root: str, task: Task, *, downloader: Downloader, selection: S
 def _remove_surplus(config: IngestConfig, shards: int) -> None:
     """Shards beyond the source's end, left by a longer source: an error, or removed with ``overwrite``."""
     folder = join(config.root, FOLDER)
-    found = [int(match[1]) for name in names(folder) if (match := STATS_PATTERN.fullmatch(name))]
-    surplus = sorted(number for number in found if number >= shards)
+    surplus = [number for number in finished_shards(folder) if number >= shards]
     if surplus and not config.overwrite:
         raise UserError(
             f"{folder} has {len(surplus)} shards more ({shard_name(surplus[0])} and on) than --source {config.source} "

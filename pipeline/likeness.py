@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
+EXACT, NEAR = "duplicate image", "near-duplicate image"  # why a picture is left out
 SIDE, LOW = 32, 8  # pixels of the grey thumbnail; frequencies per axis that make the signature
 PLAIN = 2.0  # grey levels (orthonormal DCT): where half of the frequencies are weaker, noise would set the bits
 INDEX_BITS = np.uint64(32)  # a row as one number: its canonical position above, its own position below

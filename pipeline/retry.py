@@ -15,19 +15,18 @@ from pipeline.fetch import MAY_PASS
 from pipeline.raw_shard import FOLDER, Inputs
 from pipeline.sources import Row
 from pipeline.stage import Task
-from shards_spec.files import UserError, join, names, open_read, remove, sha256_json
-from shards_spec.manifest import STATS_PATTERN, Done, read_dataset, read_done, shard_name
+from shards_spec.files import UserError, join, open_read, remove, sha256_json
+from shards_spec.manifest import Done, finished_shards, read_dataset, read_done, shard_name
 
 PASS = "retry pass"  # name of the input that tells an additional shard; its value is the number of the pass
-COLUMNS = ["key", "url", "caption", "status", "error_message"]
+COLUMNS = ["key", "url", "caption", "error_message"]
 ENDINGS = ("_stats.json", ".tar", ".parquet")
 
 
 def additional_shards(root: str) -> dict[int, Done]:
     """Shards that earlier retries wrote, by number; empty on the first run. They stand after those of the list."""
     folder, found = join(root, FOLDER), dict[int, Done]()
-    numbers = sorted(int(match[1]) for name in names(folder) if (match := STATS_PATTERN.fullmatch(name)))
-    for number in reversed(numbers):
+    for number in reversed(finished_shards(folder)):
         done = read_done(folder, number)
         if done is None or PASS not in done.inputs:
             break
@@ -70,7 +69,8 @@ def retry_tasks(root: str, shard_size: int) -> Iterator[Task]:
     yield from additional
     passes = [int(task.inputs[PASS]) for task in additional]
     finished = max(passes[: block["shards"] - len(base)], default=0)
-    rows = (row for row in _latest(root, len(base), passes) if row["pass"] <= finished and may_pass(row))
+    failed = (row for row in _latest(root, len(base), passes) if row["error_message"] in MAY_PASS)
+    rows = (row for row in failed if row["pass"] <= finished)
     number = len(base) + len(additional)
     while chunk := list(islice(rows, shard_size)):
         yield _task(number, finished + 1, chunk)
@@ -93,11 +93,6 @@ def _task(number: int, retry_pass: int, chunk: list[dict[str, Any]]) -> Task:
     )
     digest = sha256_json([[row["key"], row["url"], row["caption"]] for row in chunk])
     return Task(number, {PASS: str(retry_pass), "rows": digest}, inputs)
-
-
-def may_pass(row: dict[str, Any]) -> bool:
-    """Whether a row failed for a reason that may be gone another day."""
-    return row["error_message"] in MAY_PASS
 
 
 def _latest(root: str, base: int, passes: list[int]) -> Iterator[dict[str, Any]]:

@@ -1,20 +1,16 @@
 """Which rows a list's user wants: captions, excluded links and pictures, duplicates. Each `no` is a named reason."""
 
-import gzip
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from pipeline.images import Outcome, Picture
-from pipeline.likeness import caption_problem, duplicates
-from pipeline.sources import Row
-from shards_spec.files import UserError, exists, open_read, sha256_bytes
+from pipeline.likeness import EXACT, NEAR, caption_problem, duplicates
+from pipeline.places import Row, open_list
+from shards_spec.files import UserError, exists, sha256_bytes
 
 EXCLUDED_URL, EXCLUDED_PICTURE = "excluded address", "excluded picture"
-DUPLICATE, NEAR_DUPLICATE = "duplicate image", "near-duplicate image"
-LENGTHS = ("caption too short", "caption too long")
 Hashes = np.ndarray[tuple[int], np.dtype[np.uint64]]
 
 
@@ -33,10 +29,8 @@ def read_exclusions(paths: Iterable[str]) -> Hashes:
 def _lines(path: str) -> Iterator[str]:
     if not exists(path):
         raise UserError(f"--exclude {path}: no such file; give a text file with an address or a sha256 per line")
-    with open_read(path) as file:
-        packed = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        for line in gzip.GzipFile(fileobj=file) if packed else file:
+    with open_list(path) as file:
+        for line in file:
             text = line.decode(errors="surrogateescape").strip()
             if text:
                 yield text.lower() if len(text) == 64 else text
@@ -60,8 +54,7 @@ class Selection:
     def _problem(self, row: Row) -> str | None:
         if row.url is not None and self._is_excluded(row.url):
             return EXCLUDED_URL
-        problem = caption_problem(row.caption, self.min_caption_chars, self.max_caption_chars or sys.maxsize)
-        return problem if self.sane_captions or problem in LENGTHS else None
+        return caption_problem(row.caption, self.min_caption_chars, self.max_caption_chars, self.sane_captions)
 
     def after(self, rows: list[Row], outcomes: list[Outcome]) -> list[Outcome]:
         """Outcomes, with a reason in place of the pictures that are excluded or stand earlier in the shard."""
@@ -75,7 +68,7 @@ class Selection:
         sha256s = [picture.sha256 if picture else None for picture in pictures]
         hashes = [picture.phash if picture else None for picture in pictures]
         for index, first in duplicates([row.url for row in rows], sha256s, hashes, self.near_bits).items():
-            kept[index] = DUPLICATE if sha256s[index] == sha256s[first] else NEAR_DUPLICATE
+            kept[index] = EXACT if sha256s[index] == sha256s[first] else NEAR
         return kept
 
     def _is_excluded(self, text: str) -> bool:

@@ -48,11 +48,11 @@ from pipeline.places import (
     text_of,
 )
 from shards_spec.files import DataError, UserError, filesystem, is_url, join, open_read, store_errors
+from shards_spec.manifest import STATS_PATTERN
 
 Format = Literal["cc3m", "cc12m", "csv", "parquet", "jsonl", "folder", "hf-parquet", "webdataset", "img2dataset"]
 WEB_NAMES = (*URL_NAMES, "image")  # a list's column image may hold addresses
 URL_PATTERN = re.compile(r"[a-z][a-z0-9+.\-]*://", re.IGNORECASE)
-STATS_PATTERN = re.compile(r"\d+_stats\.json")
 KINDS = {  # of files that a folder or a glob can have
     "tar": (".tar",),
     "parquet": (".parquet", ".parq", ".pq"),

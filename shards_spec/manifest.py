@@ -107,12 +107,17 @@ def forget(folder: str, shard: int) -> None:
     remove(join(folder, f"{shard_name(shard)}_stats.json"))
 
 
+def finished_shards(folder: str) -> list[int]:
+    """Ids of the shards of a folder that are complete (their stats exist), ascending; there may be gaps."""
+    return sorted(int(match[1]) for name in names(folder) if (match := STATS_PATTERN.fullmatch(name)))
+
+
 def shard_ids(folder: str) -> list[int]:
-    """Ids of the shards of a folder that are complete (their stats exist), ascending.
+    """As `finished_shards`.
 
     Raises DataError when the numbers have gaps: brace lists such as ``{00000..00331}.tar`` assume none.
     """
-    found = sorted(int(match[1]) for name in names(folder) if (match := STATS_PATTERN.fullmatch(name)))
+    found = finished_shards(folder)
     if found != list(range(len(found))):
         missing = sorted(set(range(found[-1] + 1)) - set(found))
         raise DataError(

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from socketserver import BaseRequestHandler, ThreadingUDPServer
 
+from web_server import in_background
+
 SERVFAIL, NXDOMAIN, REFUSED, SILENT = 2, 3, 5, -1  # codes of answers; silent: there is none
 A, AAAA = 1, 28
 TYPES = {A: "A", AAAA: "AAAA"}
@@ -81,12 +83,5 @@ class NameServer(ThreadingUDPServer):
 @contextmanager
 def serve_names(names: Mapping[str, Answer]):
     """Yields the NameServer."""
-    server = NameServer(names)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
+    with in_background(NameServer(names)) as server:
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -17,8 +17,10 @@ from PIL import Image, ImageDraw
 from small_data import tree, write_raw
 
 from pipeline.check import CheckConfig, check
-from pipeline.dedup import EXACT, NEAR, DedupConfig, dedup
+from pipeline.dedup import DedupConfig, dedup
 from pipeline.likeness import (
+    EXACT,
+    NEAR,
     ONES,
     band_masks,
     caption_problem,

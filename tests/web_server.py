@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import BaseServer
 from urllib.parse import unquote
 
 from PIL import Image, ImageDraw
@@ -147,11 +148,8 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serve(host: str = "127.0.0.1"):
-    """Yields the server; ``server.url`` is its root, ``server.requests`` counts paths."""
-    server = _Server((host, 0), _Handler)
-    server.requests, server.lock = Counter(), threading.Lock()
-    server.url = f"http://{host}:{server.server_port}"
+def in_background(server: BaseServer):
+    """The server, serving in a thread until the block ends."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
@@ -160,3 +158,13 @@ def serve(host: str = "127.0.0.1"):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def serve(host: str = "127.0.0.1"):
+    """Yields the server; ``server.url`` is its root, ``server.requests`` counts paths."""
+    server = _Server((host, 0), _Handler)
+    server.requests, server.lock = Counter(), threading.Lock()
+    server.url = f"http://{host}:{server.server_port}"
+    with in_background(server):
+        yield server
