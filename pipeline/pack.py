@@ -11,10 +11,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import hygiene
 from pipeline.dedup import FOLDER as DEDUP
 from pipeline.dedup import check_fresh, read_dropped
+from pipeline.labels import FUNCTION_WORDS, Labeller, LabelRule, load_labeller
+from pipeline.likeness import caption_problem
 from pipeline.stage import Result, Root, Stage, Summary, Task, run_stage, upstream_shards
-from pipeline.wordnet import RULE, WORDNET_VERSION, find_wordnet, load_wordnet
+from pipeline.wordnet import find_wordnet
 from shards_spec.files import (
     DataError,
     UserError,
@@ -24,14 +27,17 @@ from shards_spec.files import (
     json_bytes,
     names,
     open_read,
+    read_bytes,
+    read_json,
     sha256_file,
     write_json,
 )
-from shards_spec.manifest import file_hash, forget, read_done, shard_name
+from shards_spec.manifest import file_hash, forget, shard_name
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, write_shard
 
 log = logging.getLogger(__name__)
+MENDED = "captions_mended"  # in a shard's stats: name of the mend to number of captions kept
 SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -53,7 +59,21 @@ class PackConfig:
     captioner: str | None = None
     """folder below captions/; needed only when there are several; 'none' packs the original captions alone"""
     wordnet: str | None = None
-    """folder with WordNet 3.0's index.noun, data.noun, noun.exc; by default NLTK's or Debian's"""
+    """folder (or NLTK's zip) with WordNet 3.0's index.noun, data.noun, noun.exc; by default NLTK's or Debian's"""
+    download_wordnet: bool = False
+    """fetch WordNet with NLTK's downloader when it is nowhere"""
+    nouns_only: bool = False
+    """synsets of nouns only, by part-of-speech tag, as CatLIP's paper says; its released code takes every word"""
+    tagger: str = "nltk"
+    """tagger for --nouns-only: nltk, or MODULE:FUNCTION from a list of words to a list of Penn tags"""
+    collocations: bool = False
+    """synsets of nouns of several words, the longest first"""
+    synonyms: bool = False
+    """keep synsets whose first name is another word: bike is a motorcycle then"""
+    stop_words: str | None = None
+    """words that get no synset: a text file, or 'function' for a short list of function words"""
+    max_caption_chars: int = 10_000
+    """samples with a longer original caption are left out; 0: none is"""
     workers: int = os.cpu_count() or 1
     """processes"""
     overwrite: bool = False
@@ -62,6 +82,24 @@ class PackConfig:
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise UserError(f"workers {self.workers} must be at least 1")
+        if self.max_caption_chars < 0:
+            raise UserError(f"max_caption_chars {self.max_caption_chars} must be 0 (no limit) or more")
+
+    @property
+    def rule(self) -> LabelRule:
+        """How captions become synsets. Raises UserError when the file of stop words cannot be read."""
+        stop = _stop_words(self.stop_words) if self.stop_words else ()
+        return LabelRule(self.nouns_only, self.tagger, self.collocations, self.synonyms, stop)
+
+
+def _stop_words(source: str) -> tuple[str, ...]:
+    if source == "function":
+        return FUNCTION_WORDS
+    try:
+        words = read_bytes(source).decode().lower().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--stop-words {source} is no text file that can be read ({error})") from error
+    return tuple(sorted(set(words)))
 
 
 def pack(config: PackConfig) -> Summary:
@@ -76,14 +114,19 @@ def pack(config: PackConfig) -> Summary:
             )
     if deduplicated := exists(join(config.root, DEDUP)):
         check_fresh(config.root, shards)
-    wordnet = str(find_wordnet(config.wordnet))
-    load_wordnet(wordnet)  # an unusable one is an error now, not in a worker
-    stage = Stage("pack", "shards", {"captioner": captioner, "wordnet": WORDNET_VERSION, "rule": RULE})
-    work = partial(pack_shard, captioner=captioner, wordnet=wordnet, deduplicated=deduplicated)
+    wordnet, rule = str(find_wordnet(config.wordnet, config.download_wordnet)), config.rule
+    load_labeller(wordnet, rule)  # an unusable WordNet or tagger is an error now, not in a worker
+    shaping = {**rule.describe(), "caption_hygiene": hygiene.VERSION, "max_caption_chars": config.max_caption_chars}
+    stage = Stage("pack", "shards", {"captioner": captioner, **shaping})
+    texts = Texts(captioner, wordnet, rule, config.max_caption_chars)
+    work = partial(pack_shard, texts=texts, deduplicated=deduplicated)
     tasks = (Task(shard, _inputs(config.root, shard, captioner, deduplicated)) for shard in shards)
     workers = min(config.workers, len(shards))
     summary = run_stage(config.root, stage, tasks, work, total=len(shards), workers=workers, overwrite=config.overwrite)
-    write_json(join(config.root, "shards", "sizes.json"), _sizes(config.root, shards))
+    sizes, mends = _sizes_and_mends(config.root, shards)
+    write_json(join(config.root, "shards", "sizes.json"), sizes)
+    if mends:
+        log.info("captions mended: %s", ", ".join(f"{number} {name}" for name, number in sorted(mends.items())))
     return summary
 
 
@@ -106,25 +149,35 @@ def _inputs(root: str, shard: int, captioner: str | None, deduplicated: bool) ->
     return inputs
 
 
-def _sizes(root: str, shards: list[int]) -> dict[str, int]:
-    sizes = {}
+def _sizes_and_mends(root: str, shards: list[int]) -> tuple[dict[str, int], Counter[str]]:
+    sizes, mends = dict[str, int](), Counter[str]()
     for shard in shards:
-        done = read_done(join(root, "shards"), shard)
-        assert done is not None, shard
-        sizes[f"{shard_name(shard)}.tar"] = done.successes
-    return sizes
+        stats = read_json(join(root, "shards", f"{shard_name(shard)}_stats.json"))
+        sizes[f"{shard_name(shard)}.tar"] = stats["successes"]
+        mends.update(stats.get(MENDED, {}))
+    return sizes, mends
 
 
-def pack_shard(root: str, task: Task, *, captioner: str | None, wordnet: str, deduplicated: bool = False) -> Result:
+@dataclass(frozen=True)
+class Texts:
+    """What a worker does with captions: the synthetic ones to add, the rule of the synsets, the longest caption."""
+
+    captioner: str | None
+    wordnet: str
+    rule: LabelRule
+    max_caption_chars: int
+
+
+def pack_shard(root: str, task: Task, *, texts: Texts, deduplicated: bool = False) -> Result:
     """One shard. Picture bytes are copied untouched; a sample that dedup/ names or that has no caption is left out and
     counted.
 
     Raises DataError when the captions or dedup's list do not belong to the raw shard.
     """
-    name = shard_name(task.shard)
+    name, captioner, label = shard_name(task.shard), texts.captioner, load_labeller(texts.wordnet, texts.rule)
     dropped = read_dropped(join(root, DEDUP, f"{name}.parquet")) if deduplicated else {}
     captions = read_captions(join(root, f"captions/{captioner}/{name}.parquet")) if captioner else None
-    counts, rows = Counter[str](), list[dict[str, Any]]()
+    counts, mends, rows = Counter[str](), Counter[str](), list[dict[str, Any]]()
 
     def packed() -> Iterator[Sample]:
         source = join(root, f"raw/{name}.tar")
@@ -138,11 +191,12 @@ def pack_shard(root: str, task: Task, *, captioner: str | None, wordnet: str, de
             if captions is not None and not synthetic:  # caption writes no row without captions but for these
                 counts["picture does not decode"] += 1
                 continue
-            row = _row(sample, synthetic, source, wordnet)
+            row, mended = _row(sample, synthetic, source, label, texts.max_caption_chars)
             if isinstance(row, str):
                 counts[row] += 1
                 continue
             counts["success"] += 1
+            mends.update(mended)
             rows.append(row)
             yield Sample(sample.key, _members(sample, row))
 
@@ -155,7 +209,8 @@ def pack_shard(root: str, task: Task, *, captioner: str | None, wordnet: str, de
         raise DataError(f"{DEDUP}/{name}.parquet: key {next(iter(dropped))} is not in raw/{name}.tar; run dedup again")
     with atomic_writer(join(root, table)) as file:
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
-    return Result(dict(counts), {tar: tar_hash, table: sha256_file(join(root, table))})
+    outputs = {tar: tar_hash, table: sha256_file(join(root, table))}
+    return Result(dict(counts), outputs, {MENDED: dict(sorted(mends.items()))} if mends else {})
 
 
 def read_captions(path: str) -> dict[str, list[str]]:
@@ -173,31 +228,36 @@ def read_captions(path: str) -> dict[str, list[str]]:
     return captions
 
 
-def _row(sample: Sample, synthetic: list[str], source: str, wordnet: str) -> dict[str, Any] | str:
-    """The sample's row of the Parquet file, or the reason why it is dropped."""
+def _row(
+    sample: Sample, synthetic: list[str], source: str, label: Labeller, max_chars: int
+) -> tuple[dict[str, Any] | str, list[str]]:
+    """The sample's row of the Parquet file, or the reason why it is dropped; and the mends of its caption."""
     try:
-        caption, meta = sample.caption, sample.meta
+        original, meta = hygiene.read_caption(sample), sample.meta
     except DataError as error:
         log.warning("%s: %s; dropped", source, error)
-        return "caption or json does not parse"
+        return "caption or json does not parse", []
+    caption, mends = hygiene.tidy(original)
     synthetic = [text for text in synthetic if text]
-    if not caption and not synthetic:
-        return "no caption"
-    net = load_wordnet(wordnet)
-    return {
+    if not caption.strip() and not synthetic:
+        return (hygiene.EMPTY if original.strip() else "no caption"), mends
+    if problem := caption_problem(caption, 0, max_chars, sane=False):
+        return problem, mends
+    row = {
         "key": sample.key,
         "caption": caption,
         "synthetic": synthetic,
-        "synsets": [net.synsets(text) for text in [caption, *synthetic]],
+        "synsets": [label.synsets(text) for text in [original, *synthetic]],
         "width": meta.get("width"),
         "height": meta.get("height"),
     }
+    return row, mends
 
 
 def _members(sample: Sample, row: dict[str, Any]) -> dict[str, bytes]:
-    """Picture and original caption as they are; json gets the captions as plain strings and the synsets."""
+    """The picture as it is, the original caption mended; json gets the captions as plain strings and the synsets."""
     synthetic = {f"syn_{i}": text for i, text in enumerate(row["synthetic"])}
-    meta = {**sample.meta, "caption": row["caption"], **synthetic, "synsets": row["synsets"]}
+    meta = {**hygiene.encodable(sample.meta), "caption": row["caption"], **synthetic, "synsets": row["synsets"]}
     extension = sample.image_extension
     return {
         extension: sample.image,

@@ -1,45 +1,40 @@
-"""Caption to WordNet noun synsets by CatLIP's released rule (arXiv 2404.15653; its code pins NLTK 3.8.1).
+"""The noun side of WordNet 3.0: lemmas, first senses, and NLTK 3.8.1's lemmatiser.
 
-The rule: clean, tokenise, and try *every token* as a noun (the paper's part-of-speech tags are computed and never
-used): lemmatise, take sense 1, keep it when the synset is named after that very lemma. WordNet 3.0's files are parsed
-directly, which takes half the time and memory of NLTK's reader and needs none of its data packages.
+The files are parsed directly: a fraction of the time and memory of NLTK's reader, none of its data packages, and the
+lemmatiser stays what the released code of CatLIP (arXiv 2404.15653) pinned; NLTK's own changed in 3.9.
 """
 
-import logging
+import contextlib
+import io
 import os
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import unquote
-
-import ftfy
-from nltk.tokenize import NLTKWordTokenizer
-from nltk.tokenize.punkt import PunktSentenceTokenizer
+from typing import IO
 
 from shards_spec.files import UserError
 
-log = logging.getLogger(__name__)
-RULE = "catlip-released"
 WORDNET_VERSION = "3.0"
 PROBE = ("dog", "n02084071")  # WordNet 3.1 has another offset
+LEMMAS, SYNSETS = 117_798, 82_115  # nouns of WordNet 3.0
+FILES = ("index.noun", "data.noun", "noun.exc")
+DEBIAN = ("/usr/share/wordnet", "/usr/share/wordnet-3.0/dict", "/usr/local/WordNet-3.0/dict")
 SUFFIXES = (
     ("s", ""), ("ses", "s"), ("ves", "f"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"), ("men", "man"),
     ("ies", "y"),
 )  # fmt: skip
-PLACES = ("/usr/share/wordnet", "/usr/share/wordnet-3.0/dict", "/usr/local/WordNet-3.0/dict")
-MEMO_LIMIT = 1_000_000  # tokens; web captions have long tails
 
 
-@dataclass
+@dataclass(frozen=True)
 class WordNet:
-    """Noun side of WordNet 3.0. ``first_sense``: lemma to WNID of sense 1; ``heads``: WNID to its first lemma."""
+    """``first_sense``: lemma to WNID of sense 1; ``heads``: WNID to its first lemma; ``exceptions``: noun.exc."""
 
     first_sense: dict[str, str]
     heads: dict[str, str]
     exceptions: dict[str, list[str]]
-    memo: dict[str, str | None] = field(default_factory=dict)
 
     def lemmatise(self, token: str) -> str:
         """NLTK 3.8.1's ``WordNetLemmatizer().lemmatize(token)``: shortest known form, first on ties, else itself."""
@@ -56,88 +51,95 @@ class WordNet:
     def _known(self, forms: list[str]) -> list[str]:
         return [form for form in forms if form in self.first_sense]
 
-    def synset(self, token: str) -> str | None:
-        """WNID of a token, or None: its lemma must be the first name of the lemma's first sense."""
-        if token in self.memo:
-            return self.memo[token]
+    def synset(self, token: str, synonyms: bool = False) -> str | None:
+        """WNID of the first sense of a token's lemma, or None.
+
+        The lemma must be the first name of that synset, else "bike" would be a motorcycle; ``synonyms`` lifts that.
+        """
         lemma = self.lemmatise(token)
         wnid = self.first_sense.get(lemma)
-        if wnid is not None and self.heads[wnid].lower() != lemma:
-            wnid = None
-        if len(self.memo) < MEMO_LIMIT:
-            self.memo[token] = wnid
-        return wnid
-
-    def synsets(self, caption: str) -> list[str]:
-        """WNIDs in the order of the caption's words; a synset named twice is there twice."""
-        found = (self.synset(token) for token in tokenise(clean(caption)))
-        return [wnid for wnid in found if wnid is not None]
+        return wnid if wnid is None or synonyms or self.heads[wnid].lower() == lemma else None
 
 
 def _strip(forms: Iterable[str]) -> list[str]:
     return [form[: -len(old)] + new for form in forms for old, new in SUFFIXES if form.endswith(old)]
 
 
-def clean(caption: str) -> str:
-    """URL-unquote, ``+`` to space, drop tags, strip and collapse spaces, ftfy, lower-case, in the released order."""
-    text = unquote(caption).replace("+", " ")
-    text = re.sub(r"<.*?>", "", text).strip("\n")
-    text = re.sub(r" +", " ", text)
-    return ftfy.fix_text(text).strip().lower()
+def find_wordnet(folder: str | None = None, download: bool = False) -> Path:
+    """Where the three noun files are: a folder, or ``wordnet.zip`` as NLTK's downloader leaves it.
 
-
-@lru_cache(maxsize=1)
-def _tokenisers() -> tuple[PunktSentenceTokenizer, NLTKWordTokenizer]:
-    return PunktSentenceTokenizer(), NLTKWordTokenizer()
-
-
-def tokenise(text: str) -> list[str]:
-    """NLTK's ``word_tokenize``, with the untrained Punkt, which needs no data download."""
-    sentences, words = _tokenisers()
-    return [token for sentence in sentences.tokenize(text) for token in words.tokenize(sentence)]
-
-
-def find_wordnet(folder: str | None = None) -> Path:
-    """The folder with ``index.noun``: the one given, NLTK's data, or Debian's.
-
-    Raises UserError that says how to get it.
+    Looks in ``folder`` alone when it is given, else in NLTK's data folders, then Debian's. ``download`` asks NLTK's
+    downloader for it when it is nowhere. Raises UserError that says how to get it.
     """
-    nltk_roots = [*os.environ.get("NLTK_DATA", "").split(os.pathsep), "~/nltk_data", "/usr/share/nltk_data"]
-    nltk_places = [os.path.join(root, "corpora", "wordnet") for root in nltk_roots if root]
-    for place in [folder] if folder else [*nltk_places, *PLACES]:
+    for place in [folder] if folder else [*_nltk_places(), *DEBIAN]:
         path = Path(place).expanduser()
-        if all((path / name).is_file() for name in ("index.noun", "data.noun", "noun.exc")):
+        if all((path / name).is_file() for name in FILES):
             return path
+        packed = path if path.suffix == ".zip" else path.with_name(f"{path.name}.zip")
+        if packed.is_file() and zipfile.is_zipfile(packed):
+            return packed
+    if download and not folder:
+        _download()
+        return find_wordnet()
     raise UserError(
-        f"WordNet 3.0 is not in {folder or 'any usual place'}: apt-get install wordnet-base, or "
-        "python -m nltk.downloader wordnet (and unzip it), or --wordnet DIR with index.noun, data.noun, noun.exc"
+        f"WordNet 3.0 is not in {folder or 'any usual place'}: apt-get install wordnet-base, or pack "
+        "--download-wordnet (NLTK's, 10 MB), or --wordnet DIR with index.noun, data.noun, noun.exc"
     )
+
+
+def _nltk_places() -> list[str]:
+    """As ``nltk.data.path``, without importing NLTK, which takes longer than reading WordNet."""
+    prefixes = [os.path.join(sys.prefix, *part) for part in ((), ("share",), ("lib",))]
+    prefixes += ["~", "/usr/share", "/usr/local/share", "/usr/lib", "/usr/local/lib"]
+    roots = [root for root in os.environ.get("NLTK_DATA", "").split(os.pathsep) if root]
+    roots += [os.path.join(prefix, "nltk_data") for prefix in prefixes]
+    return [os.path.join(root, "corpora", "wordnet") for root in roots]
+
+
+def _download() -> None:
+    from nltk.downloader import Downloader
+
+    try:
+        Downloader().download("wordnet", quiet=True, raise_on_error=True, print_error_to=io.StringIO())
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"NLTK's downloader cannot get WordNet ({error}): apt-get install wordnet-base, or --wordnet DIR with "
+            "index.noun, data.noun, noun.exc"
+        ) from error
 
 
 @lru_cache(maxsize=2)
 def load_wordnet(folder: str | None = None) -> WordNet:
-    """Parse the noun files once per process. Raises UserError when they are absent or not WordNet 3.0."""
+    """Parse the noun files once per process: 0.3 s, 30 MB. Raises UserError when absent, damaged or not WordNet 3.0."""
     path = find_wordnet(folder)
-    heads = {}
-    for fields in _lines(path / "data.noun"):
-        heads[f"n{fields[0]}"] = fields[4]
-    first_sense = {}
-    for fields in _lines(path / "index.noun"):
-        first_sense[fields[0]] = f"n{fields[4 + int(fields[3]) + 2]}"
-    exceptions: dict[str, list[str]] = {}
-    for line in (path / "noun.exc").read_text().splitlines():
-        form, *lemmas = line.split()
-        exceptions[form] = lemmas
+    mend = "WNIDs of other versions do not match ImageNet's. Give --wordnet a folder of version 3.0"
+    try:
+        heads = {f"n{fields[0]}": fields[4] for fields in _rows(path, "data.noun", 5)}
+        one = {wnid: wnid for wnid in heads}  # the same object for a WNID everywhere
+        senses = ((fields[0], f"n{fields[6 + int(fields[3])]}") for fields in _rows(path, "index.noun"))
+        first_sense = {lemma: one.get(wnid, wnid) for lemma, wnid in senses}
+        exceptions = {form: lemmas for form, *lemmas in _rows(path, "noun.exc")}
+    except (IndexError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as WordNet 3.0 ({error}): {mend}") from error
     if first_sense.get(PROBE[0]) != PROBE[1]:
         raise UserError(
-            f"{path} is not WordNet 3.0: {PROBE[0]} is {first_sense.get(PROBE[0])}, expected {PROBE[1]}; WNIDs of "
-            "other versions do not match ImageNet's. Give --wordnet a folder of version 3.0"
+            f"{path} is not WordNet 3.0: {PROBE[0]} is {first_sense.get(PROBE[0])}, expected {PROBE[1]}; {mend}"
+        )
+    if (len(first_sense), len(heads)) != (LEMMAS, SYNSETS):
+        raise UserError(
+            f"{path} is not the whole of WordNet 3.0: {len(first_sense)} nouns and {len(heads)} synsets, expected "
+            f"{LEMMAS} and {SYNSETS}; install it again"
         )
     return WordNet(first_sense, heads, exceptions)
 
 
-def _lines(path: Path) -> Iterable[list[str]]:
-    with open(path, encoding="latin-1") as file:
-        for line in file:
+def _rows(path: Path, name: str, splits: int = -1) -> Iterator[list[str]]:
+    with contextlib.ExitStack() as stack:
+        if path.suffix == ".zip":
+            packed = stack.enter_context(zipfile.ZipFile(path))
+            binary: IO[bytes] = stack.enter_context(packed.open(f"wordnet/{name}"))
+        else:
+            binary = stack.enter_context(open(path / name, "rb"))
+        for line in io.TextIOWrapper(binary, "latin-1"):
             if not line.startswith("  "):  # the licence
-                yield line.split()
+                yield line.split(maxsplit=splits)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from shards_spec.files import DataError, UserError, read_bytes, sha256_bytes, write_bytes
+from shards_spec.files import DataError, UserError, read_bytes, sha256_bytes, sha256_json, write_bytes
 
 COLUMNS = "rank\twnid\tlemma\tcount\tdocuments"
+RULE_KEYS = ("wordnet", "rule", "stop_words")  # in the header and in pack's config: how captions become synsets
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,32 @@ class Vocabulary:
         """Class indices of the synsets that are in the vocabulary, ascending, each once."""
         return sorted({self.index[wnid] for wnid in wnids if wnid in self.index})
 
+    def check_rule(self, packed: Mapping[str, Any], name: str) -> None:
+        """Raise UserError unless shards of pack's config ``packed`` were labelled by the rule of this vocabulary.
+
+        ``name`` is what the message calls the vocabulary.
+        """
+        theirs, ours = rule_of(packed), rule_of(self.header)
+        if theirs != ours:
+            raise UserError(
+                f"{name} is of the label rule {_said(ours)}, the shards are of {_said(theirs)}: take a vocabulary that "
+                "`clipmill vocab` makes of these shards, or pack them by the other rule with --overwrite"
+            )
+
     def write(self, path: str) -> None:
         """Write the TSV: ``#`` header lines, column names, rows."""
         header = json.dumps(self.header, sort_keys=True, ensure_ascii=False)
         write_bytes(path, f"# clipmill vocabulary {header}\n# sha256 {self.sha256}\n{COLUMNS}\n{self.body}".encode())
+
+
+def rule_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The label rule in pack's config or in a vocabulary's header."""
+    return {key: config[key] for key in RULE_KEYS if key in config}
+
+
+def _said(rule: dict[str, Any]) -> str:
+    stop = f" with {len(rule['stop_words'])} stop words" if "stop_words" in rule else ""
+    return f"{rule.get('rule')}{stop} ({sha256_json(rule)[:8]}) on WordNet {rule.get('wordnet')}"
 
 
 def build_vocabulary(
@@ -69,16 +92,20 @@ def build_vocabulary(
 
 def read_vocabulary(path: str) -> Vocabulary:
     """Read the TSV. Raises DataError naming the line when it is not ours or was edited."""
-    lines = read_bytes(path).decode().splitlines()
-    if len(lines) < 3 or not lines[0].startswith("# clipmill vocabulary ") or lines[2] != COLUMNS:
-        raise DataError(f"{path}: not a clipmill vocabulary; make it with `clipmill vocab`")
+    try:
+        lines = read_bytes(path).decode().splitlines()
+        if len(lines) < 3 or not lines[0].startswith("# clipmill vocabulary ") or lines[2] != COLUMNS:
+            raise ValueError
+        header = json.loads(lines[0].removeprefix("# clipmill vocabulary "))
+    except ValueError as error:
+        raise DataError(f"{path}: not a clipmill vocabulary; make it with `clipmill vocab`") from error
     rows = []
     for number, line in enumerate(lines[3:], start=4):
         fields = line.split("\t")
-        if len(fields) != 5 or fields[0] != str(number - 4):
+        if len(fields) != 5 or fields[0] != str(number - 4) or not all(map(str.isdecimal, fields[3:])):
             raise DataError(f"{path}: line {number} is broken: {line!r}; make it again with `clipmill vocab`")
         rows.append((fields[1], fields[2], int(fields[3]), int(fields[4])))
-    vocabulary = Vocabulary(tuple(rows), json.loads(lines[0].removeprefix("# clipmill vocabulary ")))
+    vocabulary = Vocabulary(tuple(rows), header)
     if lines[1] != f"# sha256 {vocabulary.sha256}":
         raise DataError(f"{path}: its rows do not match its hash, it was edited; make it again with `clipmill vocab`")
     return vocabulary
