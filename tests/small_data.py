@@ -107,10 +107,11 @@ def build_all(root: str, model: str, views: int) -> None:
     """caption, pack, vocab and cache a ROOT that has its raw/."""
     from pipeline.cache import CacheConfig, cache
     from pipeline.caption import CaptionConfig, caption
+    from pipeline.decoding import Decoding
     from pipeline.pack import PackConfig, pack
     from pipeline.vocab import VocabConfig, vocab
 
-    caption(CaptionConfig(root, model, name="cap", num_captions=2, max_tokens=8))
+    caption(CaptionConfig(root, model, name="cap", num_captions=2, decoding=Decoding(max_tokens=8)))
     pack(PackConfig(root, workers=1))
     vocab(VocabConfig(root, min_count=2))
     cache(CacheConfig(root, model, name="tea", views=views))
