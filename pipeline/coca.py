@@ -115,6 +115,7 @@ class Coca:
         words = getattr(tokenizer, "tokenizer", tokenizer)  # Hugging Face's stands inside open_clip's
         self.start = int(words.bos_token_id if hasattr(words, "bos_token_id") else words.sot_token_id)
         self.end = int(words.eos_token_id if hasattr(words, "eos_token_id") else words.eot_token_id)
+        self._closing = self.end
         config = getattr(self.text, "config", None)
         self.pad = int(self.text.pad_id if config is None else config.pad_token_id)
         self.barred = sorted({self.start, self.pad} - {self.end})
@@ -129,9 +130,9 @@ class Coca:
     def prompt(self, prefix: str) -> list[int]:
         """Token ids of the words that every caption begins with. Raises UserError when they leave no room."""
         tokens = [int(token) for token in self.tokenizer([prefix])[0]]
-        tokens = tokens[1 : tokens.index(self.end)] if self.end in tokens[1:] else tokens[1:]
-        if self.pad in tokens or len(tokens) + 2 > self.context_length:
-            raise UserError(f"prefix {prefix!r} has {len(tokens)} tokens, of {self.context_length - 2} at most")
+        tokens = tokens[1 : tokens.index(self._closing, 1)]
+        if self.pad in tokens or len(tokens) + 2 >= self.context_length:
+            raise UserError(f"prefix {prefix!r} leaves no room for a caption among {self.context_length} places")
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
