@@ -142,5 +142,6 @@ class Captioner:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """CUDA's error has a class, the CPU allocator's has not."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """CUDA's error has a class; on a CPU torch's allocator and oneDNN say it in these words."""
+    words = ("can't allocate memory", "could not create a primitive")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)

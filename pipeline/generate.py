@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.coca import Coca, Pictures, Rows
 from pipeline.decoding import Decoding
-from shards_spec.draws import uniform_draws
+from shards_spec.draws import raw_draws
 from shards_spec.files import UserError
 
 
@@ -39,14 +39,14 @@ def generate(
     owned = torch.tensor(owners, device=coca.device)
     rows.select(owned)  # several captions of a picture share what was computed so far
     logits = logits[owned]
-    uniforms = _uniforms(names, decoding, longest).to(coca.device)
+    seeds = _seeds(names, decoding, longest).to(coca.device)
     tokens = torch.full((len(names), longest), coca.end, device=coca.device)
     logprobs = torch.zeros(len(names), dtype=torch.float64, device=coca.device)
     active = torch.arange(len(names), device=coca.device)  # result of every row that is left
     running = torch.ones(len(names), dtype=torch.bool, device=coca.device)
     for position in range(longest):
         allowed = adjusted(logits, rows.tokens[:, 1 : rows.position], coca, decoding, position)
-        newest = choose(allowed, decoding, uniforms[active, position])
+        newest = choose(allowed, decoding, seeds[active, position])
         gained = logits.gather(1, newest[:, None])[:, 0].double() - logits.logsumexp(-1).double()
         logprobs[active] += torch.where(running, gained, 0.0)
         tokens[active, position] = torch.where(running, newest, coca.end)
@@ -96,50 +96,57 @@ def adjusted(scores: Tensor, before: Tensor, coca: Coca, decoding: Decoding, pos
     return scores
 
 
-def _uniforms(names: Sequence[str], decoding: Decoding, length: int) -> Tensor:
-    """(R, length) float64 in [0, 1), a row from its name alone."""
-    if decoding.method == "greedy":
-        return torch.zeros(len(names), length, dtype=torch.float64)
-    return torch.from_numpy(np.stack([uniform_draws(name, length) for name in names]))
+def _seeds(names: Sequence[str], decoding: Decoding, length: int) -> Tensor:
+    """(R, length) int64, a row from its name alone."""
+    if not decoding.draws:
+        return torch.zeros(len(names), length, dtype=torch.long)
+    return torch.from_numpy(np.stack([raw_draws(name, length).view(np.int64) for name in names]))
 
 
-def choose(scores: Tensor, decoding: Decoding, uniforms: Tensor) -> Tensor:
-    """Next token (R,) from scores (R, V): the greatest, or drawn by inverse CDF with ``uniforms`` (R,).
+def choose(scores: Tensor, decoding: Decoding, seeds: Tensor) -> Tensor:
+    """Next token (R,) from scores (R, V): the greatest, or drawn with ``seeds`` (R,).
 
     Top-k (Fan et al. 2018) keeps the k likeliest, nucleus (Holtzman et al. 2020) the smallest set of likeliest tokens
     that reaches top_p; tokens as likely as the last one kept are kept too, so that half precision, in which many are
-    equal, has no hidden order. The likeliest ``size`` tokens are sorted; rows that need more are done again with more.
+    equal, has no hidden order. The likeliest ``size`` tokens are looked at; rows that need more are done again with
+    more.
     """
-    if decoding.method == "greedy":
+    if not decoding.draws:
         return scores.argmax(-1)
     scores = scores / decoding.temperature
     chosen = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
     rows, size = torch.arange(len(scores), device=scores.device), 128
     while True:
         size = min(size, scores.shape[-1])
-        found, done = _draw(scores, decoding, uniforms, size)
+        found, done = _draw(scores, decoding, seeds, size)
         chosen[rows] = found
         if size == scores.shape[-1] or done.all():
             return chosen
-        scores, uniforms, rows, size = scores[~done], uniforms[~done], rows[~done], 16 * size
+        scores, seeds, rows, size = scores[~done], seeds[~done], rows[~done], 16 * size
 
 
-def _draw(scores: Tensor, decoding: Decoding, uniforms: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Tokens (R,) drawn from the likeliest ``size``, and whether those hold all that can be drawn (R,)."""
+def _draw(scores: Tensor, decoding: Decoding, seeds: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Tokens (R,) drawn from the likeliest ``size``, and whether those hold all that can be drawn (R,).
+
+    The greatest of score + Gumbel noise is a draw by probability. The noise belongs to (seed, token): a last bit of
+    difference in the scores changes the token only where two sums are that close, however many tokens there are.
+    """
     values, ids = scores.topk(size)
     if decoding.method == "top_k":
         least = values[:, min(decoding.top_k, size) - 1, None]
-        probabilities = torch.where(values >= least, values, -torch.inf).double().softmax(-1)
     else:
-        probabilities = (values.double() - scores.logsumexp(-1, keepdim=True).double()).exp()
+        probabilities = (values - scores.logsumexp(-1, keepdim=True)).double().exp()
         reached = (probabilities.cumsum(-1) < decoding.top_p).sum(-1, keepdim=True).clamp(max=size - 1)
         least = values.gather(1, reached)
-        probabilities = torch.where(values >= least, probabilities, 0.0)
-    done = values[:, -1] < least[:, 0]
-    ids, by_id = ids.sort(dim=-1)  # equal ones in the order of their ids, whatever topk did
-    values, by_value = values.gather(1, by_id).sort(dim=-1, descending=True, stable=True)
-    ids, probabilities = ids.gather(1, by_value), probabilities.gather(1, by_id).gather(1, by_value)
-    cumulative = probabilities.cumsum(-1)
-    picked = (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
-    picked = torch.minimum(picked, (probabilities > 0).sum(-1, keepdim=True) - 1)
-    return ids.gather(1, picked)[:, 0], done
+    noisy = torch.where(values >= least, values.double() + _gumbel(seeds[:, None], ids), -torch.inf)
+    return ids.gather(1, noisy.argmax(-1, keepdim=True))[:, 0], values[:, -1] < least[:, 0]
+
+
+def _gumbel(seeds: Tensor, ids: Tensor) -> Tensor:
+    """Standard Gumbel noise in float64 for int64 seeds and token ids, by the finaliser of SplitMix64."""
+    x = seeds + ids * -0x61C8864680B583EB  # the golden ratio of 2^64, as a signed number
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    x = x ^ ((x >> 31) & ((1 << 33) - 1))
+    uniform = (((x >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
+    return -(-uniform.log()).log()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -229,39 +230,51 @@ def test_sampling_does_not_depend_on_the_batch(coca):
     assert one.tokens == together[3, 2]
 
 
-def test_nucleus_keeps_the_smallest_set_and_follows_the_probabilities():
-    probabilities = torch.tensor([0.1, 0.5, 0.05, 0.3, 0.05])
-    logits = probabilities.log().repeat(20_000, 1)
-    uniforms = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    chosen = choose(logits, Decoding(top_p=0.85), uniforms)
-    share = torch.bincount(chosen, minlength=5) / 20_000
-    assert share[[2, 4]].sum() == 0
-    assert torch.allclose(share[[1, 3, 0]], torch.tensor([5, 3, 1]) / 9, atol=1e-3)
-    assert set(choose(logits, Decoding(top_p=1e-9), uniforms).tolist()) == {1}
-    share = torch.bincount(choose(logits, Decoding(top_p=1.0), uniforms), minlength=5) / 20_000
-    assert torch.allclose(share, probabilities, atol=1e-3)
-    share = torch.bincount(choose(logits, Decoding("top_k", top_k=2), uniforms), minlength=5) / 20_000
-    assert torch.allclose(share, torch.tensor([0, 5, 0, 3, 0]) / 8, atol=1e-3)
-    share = torch.bincount(choose(logits, Decoding(top_p=1.0, temperature=0.5), uniforms), minlength=5) / 20_000
-    assert torch.allclose(share, probabilities**2 / (probabilities**2).sum(), atol=1e-3)
-    assert choose(logits[:1], Decoding("greedy"), uniforms[:1]).tolist() == [1]
+def test_sampling_keeps_the_smallest_set_and_follows_the_probabilities():
+    count, probabilities = 400_000, torch.tensor([0.1, 0.5, 0.05, 0.3, 0.05])
+    logits, seeds = probabilities.log().repeat(count, 1), torch.arange(count) * 7919
+
+    def share(decoding: Decoding) -> torch.Tensor:
+        return torch.bincount(choose(logits, decoding, seeds), minlength=5) / count
+
+    def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
+        expected = expected.float() / expected.sum()
+        return bool(((found - expected).abs() <= 4 * (expected * (1 - expected) / count).sqrt()).all())
+
+    assert near(share(Decoding(top_p=0.85)), torch.tensor([1, 5, 0, 3, 0]))
+    assert near(share(Decoding(top_p=0.85, temperature=0.5)), torch.tensor([0, 25, 0, 9, 0]))
+    assert near(share(Decoding(top_p=1e-9)), torch.tensor([0, 1, 0, 0, 0]))
+    assert near(share(Decoding(top_p=1.0)), probabilities)
+    assert near(share(Decoding("top_k", top_k=2)), torch.tensor([0, 5, 0, 3, 0]))
+    assert near(share(Decoding("top_k", top_k=4)), probabilities)  # the fifth is as likely as the fourth
+    assert near(share(Decoding(top_p=1.0, temperature=0.5)), probabilities**2)
+    assert choose(logits[:1], Decoding("greedy"), seeds[:1]).tolist() == [1]
 
 
-def slowly_chosen(logits: torch.Tensor, decoding: Decoding, uniform: float) -> int:
+def slow_gumbel(seed: int, token: int) -> float:
+    """SplitMix64 with Python's numbers."""
+    mask = 2**64 - 1
+    x = (seed + token * 0x9E3779B97F4A7C15) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    x ^= x >> 31
+    return -math.log(-math.log(((x >> 11) + 0.5) / 2**53))
+
+
+def slowly_chosen(logits: torch.Tensor, decoding: Decoding, seed: int) -> int:
     """One row, by a plain sort of the whole vocabulary."""
-    scores = (logits / decoding.temperature).double()
-    order = sorted(range(len(scores)), key=lambda token: (-float(scores[token]), token))
+    scores = (logits / decoding.temperature).tolist()
+    order = sorted(range(len(scores)), key=lambda token: -scores[token])
     if decoding.method == "top_k":
         kept = [token for token in order if scores[token] >= scores[order[decoding.top_k - 1]]]
     else:
-        probabilities, mass, kept = scores.softmax(-1), 0.0, []
+        probabilities, mass, kept = torch.tensor(scores).softmax(-1).tolist(), 0.0, []
         for token in order:
             if mass >= decoding.top_p and scores[token] < scores[kept[-1]]:
                 break
             kept.append(token)
-            mass += float(probabilities[token])
-    weights = scores[kept].softmax(-1).cumsum(-1)
-    return kept[int((weights <= uniform).sum().clamp(max=len(kept) - 1))]
+            mass += probabilities[token]
+    return max(kept, key=lambda token: scores[token] + slow_gumbel(seed, token))
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -269,11 +282,10 @@ def slowly_chosen(logits: torch.Tensor, decoding: Decoding, uniform: float) -> i
 def test_choosing_equals_a_full_sort_whatever_the_size_of_the_set(spread, precision):
     """Flat rows need more than the first 128 tokens; bfloat16 has many equal ones."""
     logits = (spread * torch.randn(24, 5000, generator=torch.Generator().manual_seed(1))).to(precision).float()
-    uniforms = torch.rand(24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    seeds = torch.randint(-(2**62), 2**62, (24,), generator=torch.Generator().manual_seed(2))
     for decoding in (Decoding(top_p=0.9), Decoding(top_p=0.3), Decoding("top_k", top_k=150, temperature=0.7)):
-        found = choose(logits, decoding, uniforms).tolist()
-        slow = [slowly_chosen(row, decoding, float(uniform)) for row, uniform in zip(logits, uniforms, strict=True)]
-        assert found == slow
+        found = choose(logits, decoding, seeds).tolist()
+        assert found == [slowly_chosen(row, decoding, seed) for row, seed in zip(logits, seeds.tolist(), strict=True)]
 
 
 def test_text_features_are_those_of_encode_text(coca):
