@@ -99,12 +99,14 @@ def _run_stage(command: str, function: Any, config: Any) -> int:
         print(f"dedup: {exact + near} of {pictures} pictures are duplicates ({exact} exact, {near} near)")
         return 0
     others = ", ".join(f"{number} {reason}" for reason, number in summary.counts.items() if reason != "success")
+    facts = ", ".join(f"{number} {what}" for what, number in summary.facts.items())
     samples = summary.counts.get("success", 0)
     rate = f", {samples * summary.made / summary.shards / summary.seconds:.0f} samples/s" if summary.made else ""
-    print(
-        f"{command}: {samples} samples in {summary.shards} shards ({summary.made} made now, "
-        f"{summary.seconds:.1f} s{rate})" + (f"; left out: {others}" if others else "")
+    done = (
+        f"{command}: {samples} samples in {summary.shards} shards "
+        f"({summary.made} made now, {summary.seconds:.1f} s{rate})"
     )
+    print("; ".join([done, *([f"left out: {others}"] if others else []), *([facts] if facts else [])]))
     return 0
 
 

@@ -2,33 +2,44 @@
 
 import json
 import logging
+import multiprocessing
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tyro.conf import OmitArgPrefixes
 
 from pipeline.ahead import ahead, batches
+from pipeline.decoding import Decoding
+from pipeline.drafts import Drafts, Row, Wanted
 from pipeline.stage import Result, Root, Stage, Summary, Task, run_stage, tar_tasks, upstream_shards
 from shards_spec.files import DataError, UserError, atomic_writer, join, sha256_file
 from shards_spec.manifest import forget, shard_name
+from shards_spec.models import Precision
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard
 from shards_spec.views import decode_rgb
 
+if TYPE_CHECKING:
+    from pipeline.captioner import Captioner  # it imports torch
+
 log = logging.getLogger(__name__)
-SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("captions", pa.list_(pa.string())),
-        pa.field("logprobs", pa.list_(pa.float32())),
-        pa.field("num_tokens", pa.list_(pa.int32())),
-    ]
-)
+FIELDS = [
+    pa.field("key", pa.string(), nullable=False),
+    pa.field("captions", pa.list_(pa.string())),
+    pa.field("logprobs", pa.list_(pa.float32())),
+    pa.field("num_tokens", pa.list_(pa.int32())),
+]
+SIMILARITY_FIELDS = [
+    pa.field("similarities", pa.list_(pa.float32())),
+    pa.field("original_similarity", pa.float32()),
+]
 
 
 @dataclass(frozen=True)
@@ -42,33 +53,33 @@ class CaptionConfig:
     pretrained: str | None = None
     """open_clip tag or checkpoint file, such as mscoco_finetuned_laion2b_s13b_b90k"""
     name: str | None = None
-    """folder below captions/; by default made from model and pretrained"""
+    """folder below captions/; by default made from model and pretrained; several can stand side by side"""
     num_captions: int = 5
     """captions per picture"""
-    method: Literal["greedy", "nucleus"] = "nucleus"
-    """how tokens are chosen"""
-    top_p: float = 0.9
-    """nucleus: the smallest set of tokens that reaches this probability"""
-    temperature: float = 1.0
-    """nucleus: logits are divided by it"""
-    max_tokens: int = 30
-    """longest caption in tokens"""
-    min_tokens: int = 5
-    """shortest caption in tokens"""
-    batch_size: int = 64
-    """pictures per forward pass"""
+    decoding: OmitArgPrefixes[Decoding] = field(default_factory=Decoding)
+    redraws: int = 2
+    """top_k, nucleus: how often an empty, looping or repeated caption is drawn again"""
+    similarity: bool = False
+    """also store each caption's cosine with its picture by the model's contrastive heads, and the original's"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on a CUDA device that has it, else fp32"""
+    batch_size: int | None = None
+    """pictures at a time; by default what the device's memory holds, at most 512, on a CPU 32"""
     seed: int = 0
-    """of the sampling; a caption depends on (seed, key, caption index) only"""
-    threads: int = 2
-    """threads that decode pictures ahead of the device"""
+    """of the drawing; a caption depends on (seed, key, caption index) only"""
+    threads: int = os.cpu_count() or 1
+    """threads per process that decode pictures ahead of the device"""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N"""
+    """auto (every CUDA device, else the CPU), cpu, cuda, cuda:N, or several with commas, a process each"""
     overwrite: bool = False
     """make finished shards again"""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.threads < 1:
+        if min(self.batch_size or 1, self.threads) < 1 or self.batch_size == 0:
             raise UserError(f"batch_size {self.batch_size} and threads {self.threads} must be at least 1")
+        if self.redraws < 0:
+            raise UserError(f"redraws {self.redraws} must be 0 or more")
+        self.decoding.check_number(self.num_captions)
 
 
 def model_label(model: str, pretrained: str | None) -> str:
@@ -79,84 +90,115 @@ def model_label(model: str, pretrained: str | None) -> str:
 
 def caption(config: CaptionConfig) -> Summary:
     """Run the stage. Raises UserError for a model that is no CoCa, ShardsFailed for broken shards."""
-    from pipeline.coca import Decoding
-    from shards_spec.models import load_model, pick_device, weights_sha256
+    from shards_spec.models import pick_devices, weights_sha256
 
     shards = upstream_shards(config.root, "raw", "ingest")
-    decoding = Decoding(
-        config.method, config.num_captions, config.top_p, config.temperature, config.max_tokens, config.min_tokens,
-        config.seed,
-    )  # fmt: skip
-    loaded = load_model(config.model, config.pretrained, pick_device(config.device))
+    devices = pick_devices(config.device)
+    captioner: Captioner | None = _load(config, devices[0])
+    assert captioner is not None
     name = config.name or model_label(config.model, config.pretrained)
     identity = {
         "model": model_label(config.model, None),
         "pretrained": config.pretrained,
-        "weights_sha256": weights_sha256(loaded.model),
+        "weights_sha256": weights_sha256(captioner.coca.model),
+        "precision": _precision(config.precision, devices[0]),
+        "num_captions": config.num_captions,
+        **asdict(config.decoding),
+        "seed": config.seed,
+        "redraws": config.redraws,
+        "similarity": config.similarity,
         "batch_size": config.batch_size,
-        **asdict(decoding),
     }
     stage = Stage(f"caption/{name}", f"captions/{name}", identity)
+    begin = None
+    if len(devices) > 1:
+        captioner = None  # every worker loads its own
+        queue = multiprocessing.get_context("spawn").SimpleQueue()
+        for device in devices:
+            queue.put(device)
+        begin = partial(_begin_worker, queue, len(devices), config)
+    work = partial(caption_shard, stage=stage, config=config, captioner=captioner)
     tasks = tar_tasks(config.root, "raw", shards)
-    work = partial(caption_shard, stage=stage, loaded=loaded, decoding=decoding, config=config)
-    return run_stage(config.root, stage, tasks, work, total=len(shards), overwrite=config.overwrite)
+    return run_stage(
+        config.root, stage, tasks, work, total=len(shards), workers=len(devices), begin=begin,
+        overwrite=config.overwrite,
+    )  # fmt: skip
 
 
-def caption_shard(root: str, task: Task, *, stage: Stage, loaded: Any, decoding: Any, config: CaptionConfig) -> Result:
-    """One raw shard to one Parquet file; a picture that does not decode keeps its row with no captions."""
-    source = join(root, "raw", f"{shard_name(task.shard)}.tar")
-    counts, rows = Counter[str](), list[dict[str, Any]]()
-    for batch in _decoded_batches(source, loaded, config):
-        good = [(key, image) for key, image in batch if not isinstance(image, DataError)]
-        written = dict(zip([key for key, _ in good], _captions(good, loaded, decoding), strict=True))
-        for key, image in batch:
-            if isinstance(image, DataError):
-                log.warning("%s: key %s %s; it gets no caption", source, key, image)
-            counts["success" if key in written else "picture does not decode"] += 1
-            rows.append({"key": key, **written.get(key, {"captions": [], "logprobs": [], "num_tokens": []})})
-    path = f"{stage.folder}/{shard_name(task.shard)}.parquet"
-    forget(join(root, stage.folder), task.shard)
-    schema = SCHEMA.with_metadata({"clipmill": json.dumps(stage.config)})
-    with atomic_writer(join(root, path)) as file:
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)
-    return Result(dict(counts), {path: sha256_file(join(root, path))})
-
-
-def _decoded_batches(source: str, loaded: Any, config: CaptionConfig) -> Iterator[list[tuple[str, Any]]]:
-    """Lists of (key, image tensor (3, S, S) or the DataError that says why there is none)."""
-    import open_clip
-
-    preprocess = open_clip.transform.image_transform_v2(
-        open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(loaded.model)), is_train=False
-    )
-
-    def decode(sample: Sample) -> tuple[str, Any]:
-        try:
-            return sample.key, preprocess(decode_rgb(sample.image))
-        except DataError as error:
-            return sample.key, error
-
-    decoded = ahead(decode, read_shard(source), config.threads, 2 * config.batch_size)
-    return batches(decoded, config.batch_size)
-
-
-def _captions(good: list[tuple[str, Any]], loaded: Any, decoding: Any) -> list[dict[str, Any]]:
+def _precision(asked: str, device: str) -> Precision:
     import torch
 
-    from pipeline.coca import generate
+    if asked != "auto":
+        return asked  # type: ignore[return-value]
+    return "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
 
-    if not good:
-        return []
-    images = torch.stack([image for _, image in good]).to(next(loaded.model.parameters()).device)
-    tokenizer = loaded.tokenizer
-    found = generate(
-        loaded.model, images, [key for key, _ in good], decoding, tokenizer.sot_token_id, tokenizer.eot_token_id
+
+def _load(config: CaptionConfig, device: str) -> "Captioner":
+    from pipeline.captioner import Captioner
+    from shards_spec.models import load_model
+
+    loaded = load_model(config.model, config.pretrained, device, precision=_precision(config.precision, device))
+    return Captioner(
+        loaded, config.decoding, config.num_captions, config.seed, config.similarity, config.batch_size
+    )  # fmt: skip
+
+
+_WORKER: list["Captioner"] = []  # a worker process' own
+
+
+def _begin_worker(queue: Any, workers: int, config: CaptionConfig) -> None:
+    """In a worker process: take a device and load the captioner there."""
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    _WORKER.append(_load(config, queue.get()))
+
+
+def caption_shard(
+    root: str, task: Task, *, stage: Stage, config: CaptionConfig, captioner: "Captioner | None" = None
+) -> Result:
+    """One raw shard to one Parquet file; a picture that does not decode keeps its row with no captions.
+
+    ``facts`` of the result count captions: all, those drawn again, and what is still wrong with how many.
+    """
+    captioner = captioner or _WORKER[0]
+    source = join(root, "raw", f"{shard_name(task.shard)}.tar")
+    counts, drafts = Counter[str](), Drafts(captioner, config.redraws)
+    for batch in batches(_decoded(source, captioner, config), captioner.batch_size):
+        for key, found in batch:
+            drafts.rows[key] = Row()
+            if isinstance(found, DataError):
+                log.warning("%s: key %s %s; it gets no caption", source, key, found)
+            counts["picture does not decode" if isinstance(found, DataError) else "success"] += 1
+        drafts.add([found for _, found in batch if not isinstance(found, DataError)])
+    drafts.redraw(least=1)
+    path = f"{stage.folder}/{shard_name(task.shard)}.parquet"
+    forget(join(root, stage.folder), task.shard)
+    schema = pa.schema(
+        [*FIELDS, *(SIMILARITY_FIELDS if config.similarity else [])], {"clipmill": json.dumps(stage.config)}
     )
-    return [
-        {
-            "captions": [" ".join(tokenizer.decode(caption.tokens).split()) for caption in row],
-            "logprobs": [caption.logprob for caption in row],
-            "num_tokens": [len(caption.tokens) for caption in row],
-        }
-        for row in found
-    ]
+    with atomic_writer(join(root, path)) as file:
+        pq.write_table(pa.Table.from_pylist(drafts.as_columns(), schema=schema), file)
+    return Result(dict(counts), {path: sha256_file(join(root, path))}, facts=drafts.facts())
+
+
+def _decoded(source: str, captioner: "Captioner", config: CaptionConfig) -> Iterator[tuple[str, Wanted | DataError]]:
+    """Per sample its key and the picture ready for the captioner, or the DataError that says why it is not."""
+    indices = tuple(range(config.num_captions))
+
+    def decode(sample: Sample) -> tuple[str, Wanted | DataError]:
+        try:
+            image = captioner.preprocess(decode_rgb(sample.image))
+        except DataError as error:
+            return sample.key, error
+        return sample.key, Wanted(sample.key, image, indices, _original(sample) if config.similarity else None)
+
+    return ahead(decode, read_shard(source), config.threads, 2 * captioner.batch_size)
+
+
+def _original(sample: Sample) -> str | None:
+    """The original caption where there is one that can be read."""
+    try:
+        return sample.caption or None
+    except DataError:
+        return None

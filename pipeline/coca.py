@@ -1,237 +1,275 @@
-"""Caption decoding for open_clip's CoCa with key/value caches.
+"""open_clip's CoCa with key/value caches: what a captioner computes per token, once.
 
 Model: CoCa (Yu et al., 2022, arXiv 2205.01917) as open_clip builds it; its modules and weights are used as they are.
-What differs from open_clip's ``generate``: the image is encoded once and shared by its N captions, every token is
-computed once (keys and values of both text stacks are kept), cross-attention keys and values are computed once per
-image, and finished rows leave the batch. Sampling draws from a generator keyed by (seed, key, caption index), so a
-caption does not depend on its neighbours.
+What differs from open_clip's ``generate``: an image is encoded once and shared by its N captions, every token is
+computed once (keys and values of both text stacks are kept), the image's cross-attention keys and values are computed
+once, the start token and the prompt are computed once per image, and rows can leave the batch. A text tower that is
+not causal (`coca_roberta-ViT-B-32`: RoBERTa sees the whole prefix from every place) changes all its outputs with each
+token, so there it is open_clip's own forward again, and only the image's share is kept.
 
-Shapes: B images, N captions each, R rows still running (R <= B·N), T tokens, H heads, D head width, Q image tokens.
+Shapes: P pictures, R rows (captions being written, sorted by picture), T tokens, C width, H heads, D head width,
+Q image tokens, V vocabulary.
 """
 
-from collections.abc import Sequence
+import platform
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shards_spec.draws import uniform_draws
 from shards_spec.files import UserError
 
-
-@dataclass(frozen=True)
-class Decoding:
-    """How tokens are chosen. Lengths count generated tokens with the end token, without the start token."""
-
-    method: Literal["greedy", "nucleus"] = "nucleus"
-    num_captions: int = 5
-    top_p: float = 0.9
-    temperature: float = 1.0
-    max_tokens: int = 30
-    min_tokens: int = 5
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.top_p <= 1 or self.temperature <= 0:
-            raise UserError(f"top_p {self.top_p} must be in (0, 1] and temperature {self.temperature} above 0")
-        if not 0 <= self.min_tokens < self.max_tokens:
-            raise UserError(f"min_tokens {self.min_tokens} must be below max_tokens {self.max_tokens}, both >= 0")
-        if self.num_captions < 1 or (self.method == "greedy" and self.num_captions > 1):
-            raise UserError(f"num_captions {self.num_captions}: at least 1, and greedy gives the same one every time")
+Linear = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Caption:
-    """``tokens`` without start, end and padding; ``logprob``: sum over them and the end token, under the model."""
+def prepared(weight: Tensor, bias: Tensor | None) -> Linear:
+    """``x @ weight.T + bias`` for weights (out, in) that are used again and again.
 
-    tokens: list[int]
-    logprob: float
+    On an x86 CPU the weight is reordered once for oneDNN: with the few rows of decoding that is two to three times as
+    fast as a plain product, which reorders it at every call, and a row's result is the same for any number of rows.
+    """
+    fits = weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    if weight.device.type == "cpu" and fits and platform.machine() in ("x86_64", "AMD64"):
+        blocked = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 32)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, blocked, bias, "none", [], "")
+    return partial(F.linear, weight=weight, bias=bias)
 
 
-class AttentionCache:
+class Block:
+    """A pre-norm block of open_clip, its products prepared. ``query``: (.., C) to (.., 3C), or C in cross-attention."""
+
+    def __init__(self, block: Any) -> None:
+        self.block, attention, mlp = block, block.attn, block.mlp
+        self.heads: int = attention.num_heads
+        self.dim: int = attention.head_dim
+        cross = hasattr(block, "ln_1_kv")
+        share = attention.embed_dim if cross else 3 * attention.embed_dim
+        self.query = prepared(attention.in_proj_weight[:share], attention.in_proj_bias[:share])
+        if cross:
+            self.key_value = prepared(attention.in_proj_weight[share:], attention.in_proj_bias[share:])
+        self.out = prepared(attention.out_proj.weight, attention.out_proj.bias)
+        self.wide = prepared(mlp.c_fc.weight, mlp.c_fc.bias)
+        self.narrow = prepared(mlp.c_proj.weight, mlp.c_proj.bias)
+
+    def split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(B, T, parts·C) as ``parts`` tensors (B, H, T, D)."""
+        return x.unflatten(-1, (parts, self.heads, self.dim)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The rest of the block: ``attended`` (B, T, C) are the heads' values side by side, x (B, T, C) its input."""
+        x = x + self.block.ls_1(self.out(attended))
+        return x + self.block.ls_2(self.narrow(self.block.mlp.gelu(self.wide(self.block.ln_2(x)))))
+
+
+@dataclass
+class Cache:
     """Keys and values of one self-attention layer, preallocated: (R, H, T_max, D) each."""
 
-    def __init__(self, rows: int, attention: nn.MultiheadAttention, length: int) -> None:
-        shape = (rows, attention.num_heads, length, attention.head_dim)
-        self.keys = attention.in_proj_weight.new_zeros(shape)
-        self.values = attention.in_proj_weight.new_zeros(shape)
+    keys: Tensor
+    values: Tensor
 
-    def append(self, position: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (R, H, 1, D) at ``position`` and return everything up to it, (R, H, position + 1, D)."""
-        self.keys[:, :, position : position + 1] = keys
-        self.values[:, :, position : position + 1] = values
-        return self.keys[:, :, : position + 1], self.values[:, :, : position + 1]
+    def select(self, rows: Tensor, filled: int) -> "Cache":
+        """A cache of these rows (also several times the same), ``filled`` tokens of it copied."""
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        def chosen(old: Tensor) -> Tensor:
+            new = old.new_empty(len(rows), *old.shape[1:])
+            new[:, :, :filled] = old[rows, :, :filled]
+            return new
+
+        return Cache(chosen(self.keys), chosen(self.values))
 
 
-def _projected(attention: nn.MultiheadAttention, x: Tensor, part: int) -> Tensor:
-    """Query (0), key (1) or value (2) of (B, T, C) as (B, H, T, D)."""
-    width = attention.embed_dim
-    piece = slice(part * width, (part + 1) * width)
-    bias = None if attention.in_proj_bias is None else attention.in_proj_bias[piece]
-    projected = F.linear(x, attention.in_proj_weight[piece], bias)
-    return projected.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+@dataclass
+class Pictures:
+    """P encoded pictures: ``features`` (P, E), L2-normalised, and per layer keys and values (P, H, Q, D)."""
+
+    features: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    def select(self, pictures: Tensor) -> "Pictures":
+        """These pictures only."""
+        keys, values = [k[pictures] for k in self.keys], [v[pictures] for v in self.values]
+        return Pictures(self.features[pictures], keys, values)
 
 
-def _merged(attention: nn.MultiheadAttention, heads: Tensor) -> Tensor:
-    """(B, H, T, D) through the output projection to (B, T, C)."""
-    return attention.out_proj(heads.transpose(1, 2).flatten(2))
+class Coca:
+    """An open_clip CoCa ready to write captions; made once per model.
 
-
-def _self_attend(block: Any, cache: AttentionCache, x: Tensor, position: int, mask: Tensor | None) -> Tensor:
-    """One pre-norm block on the newest token, x (R, 1, C)."""
-    normed = block.ln_1(x)
-    keys, values = cache.append(position, _projected(block.attn, normed, 1), _projected(block.attn, normed, 2))
-    heads = F.scaled_dot_product_attention(_projected(block.attn, normed, 0), keys, values, attn_mask=mask)
-    x = x + block.ls_1(_merged(block.attn, heads))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
-
-
-class Decoder:
-    """Holds the running rows of one batch of images; ``step`` feeds a token and returns the next logits."""
-
-    def __init__(self, model: Any, images: Tensor, num_captions: int, length: int) -> None:
-        self.text, self.decoder, self.slots = model.text, model.text_decoder, num_captions
-        _, image_tokens = model._encode_image(images)
-        rows = images.shape[0] * num_captions
-        self.rows = torch.arange(rows, device=images.device)  # slot b·N + n of every running row
-        self.position = 0
-        self.valid = torch.ones(rows, length + 1, dtype=torch.bool, device=images.device)
-        self.text_caches = [AttentionCache(rows, b.attn, length) for b in self.text.transformer.resblocks]
-        self.caches = [AttentionCache(rows, b.attn, length) for b in self.decoder.resblocks]
-        self.cross = []
-        for block in self.decoder.cross_attn:
-            normed = block.ln_1_kv(image_tokens)
-            self.cross.append((_projected(block.attn, normed, 1), _projected(block.attn, normed, 2)))
-
-    @property
-    def images(self) -> int:
-        """Images that still have keys and values here."""
-        return self.cross[0][0].shape[0]
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Logits (R, vocabulary) after the newest token of every running row, ``tokens`` (R,)."""
-        x = self.text.token_embedding(tokens)[:, None] + self.text.positional_embedding[self.position]
-        mask = self._text_mask(tokens)
-        for block, cache in zip(self.text.transformer.resblocks, self.text_caches, strict=True):
-            x = _self_attend(block, cache, x, self.position, mask)
-        layers = zip(self.decoder.resblocks, self.decoder.cross_attn, self.caches, self.cross, strict=True)
-        for block, cross_block, cache, (keys, values) in layers:
-            x = _self_attend(block, cache, x, self.position, None)
-            x = self._cross_attend(cross_block, keys, values, x)
-        self.position += 1
-        return (self.decoder.ln_final(x) @ self.decoder.text_projection)[:, 0]
-
-    def _text_mask(self, tokens: Tensor) -> Tensor | None:
-        """open_clip masks padding ids among the text keys; in its released weights one place too late."""
-        if self.text.cls_emb is None:
-            return None
-        place = self.position if self.text.correct_cls_mask else self.position + 1
-        self.valid[:, place] = tokens != self.text.pad_id
-        return self.valid[:, None, None, : self.position + 1]
-
-    def _cross_attend(self, block: Any, keys: Tensor, values: Tensor, x: Tensor) -> Tensor:
-        """The rows of an image are its queries: (images, H, N, D) against (images, H, Q, D), nothing is copied."""
-        query = _projected(block.attn, block.ln_1(x), 0)[:, :, 0]  # (R, H, D)
-        slots = query.new_zeros(self.images * self.slots, *query.shape[1:])
-        slots[self.rows] = query
-        queries = slots.unflatten(0, (self.images, self.slots)).transpose(1, 2)
-        heads = F.scaled_dot_product_attention(queries, keys, values)
-        merged = _merged(block.attn, heads).flatten(0, 1)[self.rows][:, None]
-        x = x + block.ls_1(merged)
-        return x + block.ls_2(block.mlp(block.ln_2(x)))
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only; images without any are dropped too."""
-        for cache in (*self.text_caches, *self.caches):
-            cache.keep(rows)
-        self.valid, self.rows = self.valid[rows], self.rows[rows]
-        kept, renumbered = torch.unique(self.rows // self.slots, return_inverse=True)
-        if len(kept) < self.images:
-            self.rows = renumbered * self.slots + self.rows % self.slots
-            self.cross = [(keys[kept], values[kept]) for keys, values in self.cross]
-
-
-def _check_supported(model: Any) -> None:
-    text = getattr(model, "text", None)
-    if not hasattr(model, "text_decoder") or text is None:
-        raise UserError("caption needs an open_clip CoCa model, such as coca_ViT-L-14; this one has no text decoder")
-    if not hasattr(text, "transformer") or not hasattr(text.transformer, "resblocks"):
-        raise UserError("this CoCa has a Hugging Face text tower, which clipmill does not decode yet")
-
-
-@torch.no_grad()
-def generate(
-    model: Any, images: Tensor, keys: Sequence[str], decoding: Decoding, start: int, end: int
-) -> list[list[Caption]]:
-    """N captions for each of B images (B, 3, S, S); ``start`` and ``end`` are token ids.
-
-    Raises UserError when the model is no CoCa that this can decode.
+    ``start``, ``end``: token ids. ``barred``: ids that are never written, start and padding: the captioning loss leaves
+    padding out (open_clip's `CoCaLoss`), so what the model gives for it means nothing.
+    Raises UserError when the model is no CoCa.
     """
-    _check_supported(model)
-    longest = min(decoding.max_tokens, model.text.context_length - 1, model.text_decoder.context_length)
-    decoder = Decoder(model, images, decoding.num_captions, longest)
-    total = len(images) * decoding.num_captions
-    uniforms = _uniforms(keys, decoding, longest).to(images.device)
-    tokens = torch.full((total, longest), end, device=images.device)
-    logprobs = torch.zeros(total, dtype=torch.float64, device=images.device)
-    active = torch.arange(total, device=images.device)  # output row of every decoder row
-    running = torch.ones(total, dtype=torch.bool, device=images.device)  # of the decoder's rows
-    newest = torch.full((total,), start, device=images.device)
-    for position in range(longest):
-        logits = decoder.step(newest).float()
-        if position == 0 and not torch.isfinite(logits).all():
-            raise UserError("the captioner gives logits that are not finite: its weights are broken or were not loaded")
-        newest = _choose(logits, decoding, uniforms[active, position], end if position < decoding.min_tokens else None)
-        gained = logits.log_softmax(-1).gather(1, newest[:, None])[:, 0]
-        logprobs[active] += torch.where(running, gained.double(), 0.0)
-        tokens[active, position] = torch.where(running, newest, end)
-        running = running & (newest != end)
-        if not running.any():
-            break
-        if running.sum() <= 0.75 * len(running):  # copying the caches pays once a quarter is done
-            kept = running.nonzero()[:, 0]
-            decoder.keep(kept)
-            active, newest, running = active[kept], newest[kept], running[kept]
-    return _captions(tokens, logprobs, decoding.num_captions, end)
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        if not hasattr(model, "text_decoder") or not hasattr(model, "_encode_image"):
+            raise UserError("caption needs an open_clip CoCa model, such as coca_ViT-L-14: this has no text decoder")
+        self.model, self.tokenizer, self.text, self.decoder = model, tokenizer, model.text, model.text_decoder
+        words = getattr(tokenizer, "tokenizer", tokenizer)  # Hugging Face's stands inside open_clip's
+        self.start = int(words.bos_token_id if hasattr(words, "bos_token_id") else words.sot_token_id)
+        self.end = int(words.eos_token_id if hasattr(words, "eos_token_id") else words.eot_token_id)
+        self._closing = self.end
+        config = getattr(self.text, "config", None)
+        self.pad = int(self.text.pad_id if config is None else config.pad_token_id)
+        self.barred = sorted({self.start, self.pad} - {self.end})
+        weight = self.decoder.text_projection
+        self.dtype, self.device = weight.dtype, weight.device
+        self.logits = prepared(weight.t(), None)
+        self.text_blocks = [Block(b) for b in self.text.transformer.resblocks] if _is_causal(self.text) else None
+        self.blocks = [Block(block) for block in self.decoder.resblocks]
+        self.cross_blocks = [Block(block) for block in self.decoder.cross_attn]
+        self.context_length: int = min(self.text.context_length, self.decoder.context_length)
+
+    def prompt(self, prefix: str) -> list[int]:
+        """Token ids of the words that every caption begins with. Raises UserError when they leave no room."""
+        tokens = [int(token) for token in self.tokenizer([prefix])[0]]
+        tokens = tokens[1 : tokens.index(self._closing, 1)]
+        if self.pad in tokens or len(tokens) + 2 >= self.context_length:
+            raise UserError(f"prefix {prefix!r} leaves no room for a caption among {self.context_length} places")
+        return tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Tokens as one line of text."""
+        words = getattr(self.tokenizer, "tokenizer", self.tokenizer)
+        return " ".join(words.decode(list(tokens)).split())
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Pictures:
+        """Images (P, 3, S, S), normalised as the model wants them, once and for all captions."""
+        features, tokens = self.model._encode_image(images.to(self.device, self.dtype))
+        keys, values = [], []
+        for block in self.cross_blocks:
+            key, value = block.split(block.key_value(block.block.ln_1_kv(tokens)), 2)
+            keys.append(key.contiguous())
+            values.append(value.contiguous())
+        return Pictures(features, keys, values)
+
+    @torch.inference_mode()
+    def text_features(self, texts: list[str]) -> Tensor:
+        """(len(texts), E), L2-normalised, as the model's ``encode_text``, without the work on padding.
+
+        open_clip appends the class token behind the padding; what stands between is masked, except for one place in
+        its released weights (``correct_cls_mask``).
+        """
+        tokens = self.tokenizer(texts).to(self.device)
+        if self.text_blocks is None or self.text.cls_emb is None:
+            return self.model.encode_text(tokens, normalize=True).float()
+        valid, text = tokens != self.pad, self.text
+        ones = valid.new_ones(len(texts), 1)
+        seen = torch.cat([valid, ones] if text.correct_cls_mask else [ones, valid], 1)  # of the keys, class token last
+        kept = min(int(valid.sum(1).max()) + 1, tokens.shape[1])
+        places = [*range(kept), tokens.shape[1]]
+        x = torch.cat([text.token_embedding(tokens[:, :kept]), text.cls_emb.expand(len(texts), 1, -1)], 1)
+        x = x + text.positional_embedding[places]
+        causal = torch.ones(kept + 1, kept + 1, dtype=torch.bool, device=self.device).tril()
+        mask = torch.zeros(len(texts), kept + 1, kept + 1, dtype=x.dtype, device=self.device)
+        mask.masked_fill_(~(causal & seen[:, None, places]), -torch.inf)
+        x = text.transformer(x, attn_mask=mask.repeat_interleave(text.heads, 0))
+        pooled = text.ln_final(x[:, -1])
+        projection = text.text_projection
+        pooled = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+        return F.normalize(pooled.float(), dim=-1)
 
 
-def _uniforms(keys: Sequence[str], decoding: Decoding, length: int) -> Tensor:
-    """(B·N, length) float64 in [0, 1), row b·N + n from (seed, keys[b], n) alone."""
-    if decoding.method == "greedy":
-        return torch.zeros(len(keys), length, dtype=torch.float64)
-    rows = [
-        uniform_draws(f"caption/{decoding.seed}/{key}/{caption}", length)
-        for key in keys
-        for caption in range(decoding.num_captions)
-    ]
-    return torch.from_numpy(np.stack(rows))
+def _is_causal(text: Any) -> bool:
+    """Whether what the tower gives for a token depends on earlier tokens alone, by blocks that `Block` knows."""
+    return (
+        isinstance(text, TextTransformer)
+        and text.attn_mask is not None
+        and all(type(block) is ResidualAttentionBlock for block in text.transformer.resblocks)
+    )
 
 
-def _choose(logits: Tensor, decoding: Decoding, uniforms: Tensor, banned: int | None) -> Tensor:
-    """Next token (R,) from logits (R, V): the greatest, or nucleus sampling (Holtzman et al. 2020) by inverse CDF."""
-    if banned is not None:
-        logits = logits.clone()
-        logits[:, banned] = -torch.inf
-    if decoding.method == "greedy":
-        return logits.argmax(-1)
-    probabilities, order = (logits / decoding.temperature).softmax(-1).sort(stable=True, dim=-1, descending=True)
-    cumulative = probabilities.double().cumsum(-1)
-    kept = (cumulative - probabilities) < decoding.top_p  # the smallest set that reaches top_p
-    mass = torch.where(kept, cumulative, 0.0).amax(-1)
-    picked = (cumulative <= (uniforms * mass)[:, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
-    picked = torch.minimum(picked, kept.sum(-1) - 1)
-    return order.gather(1, picked[:, None])[:, 0]
+class Rows:
+    """R captions being written side by side; at first one per picture. Rows of a picture are neighbours.
+
+    ``tokens`` (R, T_max) holds what was fed, ``position`` how many tokens, ``picture`` (R,) the row's picture.
+    """
+
+    def __init__(self, coca: Coca, pictures: Pictures, length: int) -> None:
+        """For at most ``length`` tokens, start token and prompt counted."""
+        self.coca, self.pictures, self.position = coca, pictures, 0
+        rows = len(pictures.features)
+        self.tokens = torch.zeros(rows, length, dtype=torch.long, device=coca.device)
+
+        def empty(block: Block) -> Cache:
+            shape = (rows, block.heads, length, block.dim)
+            return Cache(*(torch.empty(shape, dtype=coca.dtype, device=coca.device) for _ in range(2)))
+
+        self.text_caches = [empty(block) for block in coca.text_blocks or ()]
+        self.caches = [empty(block) for block in coca.blocks]
+        self._place(torch.arange(rows, device=coca.device))
+
+    def _place(self, picture: Tensor) -> None:
+        """Give each row its place in a grid (P, slots): cross-attention has the rows of a picture as its queries."""
+        self.picture = picture
+        counts = torch.bincount(picture, minlength=len(self.pictures.features))
+        self.slots = int(counts.max())
+        rank = torch.arange(len(picture), device=picture.device) - (counts.cumsum(0) - counts)[picture]
+        self.grid = None if len(picture) == len(counts) * self.slots else picture * self.slots + rank
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows (R',), sorted by picture; a row may stand there several times. Pictures without a row
+        are dropped."""
+        self.tokens = self.tokens[rows]
+        for caches in (self.text_caches, self.caches):
+            for layer, cache in enumerate(caches):  # one by one: never two copies of them all
+                caches[layer] = cache.select(rows, self.position)
+        kept, picture = torch.unique(self.picture[rows], return_inverse=True)
+        if len(kept) < len(self.pictures.features):
+            self.pictures = self.pictures.select(kept)
+        self._place(picture)
+
+    @torch.inference_mode()
+    def feed(self, tokens: Tensor) -> Tensor:
+        """Append ``tokens`` (R, T) and return the float32 logits (R, V) of what comes next.
+
+        T is 1 but for the first call, which may bring a prompt.
+        """
+        coca, first, last = self.coca, self.position, self.position + tokens.shape[1]
+        self.tokens[:, first:last] = tokens
+        if coca.text_blocks is None:
+            x = coca.text(self.tokens[:, :last])[1]
+            if x.shape[1] != last:
+                raise UserError("this CoCa's text tower gives no output for one of its tokens: it cannot be decoded")
+            first = 0
+        else:
+            x = coca.text.token_embedding(tokens) + coca.text.positional_embedding[first:last]
+            for block, cache in zip(coca.text_blocks, self.text_caches, strict=True):
+                x = _self_attend(block, cache, x, first)
+            if coca.text.cls_emb is None:
+                x = coca.text.ln_final(x)
+        layers = zip(coca.blocks, self.caches, coca.cross_blocks, self.pictures.keys, self.pictures.values, strict=True)
+        for block, cache, cross_block, keys, values in layers:
+            x = _self_attend(block, cache, x, first)
+            x = self._cross_attend(cross_block, keys, values, x)
+        self.position = last
+        return coca.logits(coca.decoder.ln_final(x[:, -1])).float()
+
+    def _cross_attend(self, block: Block, keys: Tensor, values: Tensor, x: Tensor) -> Tensor:
+        """x (R, T, C) against the picture's (P, H, Q, D), which are not copied for its rows."""
+        query, tokens = block.query(block.block.ln_1(x)), x.shape[1]
+        if self.grid is not None:
+            scattered = query.new_zeros(len(keys) * self.slots, tokens, query.shape[-1])
+            query = scattered.index_copy_(0, self.grid, query)
+        (queries,) = block.split(query.view(len(keys), self.slots * tokens, -1), 1)
+        attended = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
+        attended = attended.reshape(len(keys) * self.slots, tokens, -1)
+        return block.after(x, attended if self.grid is None else attended[self.grid])
 
 
-def _captions(tokens: Tensor, logprobs: Tensor, num_captions: int, end: int) -> list[list[Caption]]:
-    captions = []
-    for row, logprob in zip(tokens.tolist(), logprobs.tolist(), strict=True):
-        captions.append(Caption(row[: row.index(end)] if end in row else row, logprob))
-    return [captions[i : i + num_captions] for i in range(0, len(captions), num_captions)]
+def _self_attend(block: Block, cache: Cache, x: Tensor, first: int) -> Tensor:
+    """A causal block on x (R, T, C), the tokens from place ``first`` on; T is 1 or ``first`` is 0."""
+    last = first + x.shape[1]
+    query, key, value = block.split(block.query(block.block.ln_1(x)), 3)
+    cache.keys[:, :, first:last], cache.values[:, :, first:last] = key, value
+    keys, values = cache.keys[:, :, :last], cache.values[:, :, :last]
+    attended = F.scaled_dot_product_attention(query, keys, values, is_causal=x.shape[1] > 1)
+    return block.after(x, attended.transpose(1, 2).flatten(2))

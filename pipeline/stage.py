@@ -62,15 +62,18 @@ class Result:
     outputs: dict[str, str]
     extra: dict[str, Any] = field(default_factory=dict)
     retried: dict[str, int] = field(default_factory=dict)
+    facts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What one run of a stage did; ``counts`` are the totals over all its shards, also those made earlier."""
+    """What one run of a stage did; ``counts`` and ``facts`` are the totals over all its shards, also those made
+    earlier."""
 
     shards: int
     made: int
     counts: dict[str, int]
+    facts: dict[str, int]
     seconds: float
 
 
@@ -94,36 +97,38 @@ def run_stage(
     overwrite: bool = False,
     source: str | None = None,
     live: Callable[[], str] | None = None,
+    begin: Callable[[], None] | None = None,
 ) -> Summary:
     """Run ``work`` over the tasks whose done-record is missing or stale, then write the stage's totals.
 
-    With ``workers`` > 1 shards go to spawned processes, a bounded number in flight; with ``threads`` > 0 that many run
+    With ``workers`` > 1 shards go to spawned processes, each of which calls ``begin`` first, a bounded number in
+    flight; with ``threads`` > 0 that many run
     at once in threads, for ``work`` that only waits. ``live`` gives the progress line more to say. Raises UserError
     when finished shards were made under another config (unless ``overwrite``), and ShardsFailed at the end when shards
     broke on their data.
     """
     start, folder = time.monotonic(), join(root, stage.folder)
     remove_stale(folder)
-    failures, made, there, counts = dict[int, str](), 0, 0, Counter[str]()
+    failures, made, there, counts, facts = dict[int, str](), 0, 0, Counter[str](), Counter[str]()
 
     def missing() -> Iterator[Task]:
         nonlocal there
         for task, done in _with_done(tasks, folder, stage, overwrite):
             if done:
                 there += 1
-                _count(counts, done)
+                _count(counts, facts, done)
             else:
                 yield task
 
     with _progress(stage.name, total, live) as advance:
-        for ended in _outcomes(missing(), partial(work, root), workers, threads):
+        for ended in _outcomes(missing(), partial(work, root), workers, threads, begin):
             if ended is not None:
                 task, outcome = ended
                 if isinstance(outcome, DataError):
                     failures[task.shard] = str(outcome)
                     log.error("shard %s failed: %s", shard_name(task.shard), outcome)
                 else:
-                    _count(counts, _publish(folder, stage, task, outcome))
+                    _count(counts, facts, _publish(folder, stage, task, outcome))
                     made += 1
             advance(there + made + len(failures))
     remove_stale(folder)  # of workers that outlived a killed run for a moment
@@ -134,8 +139,8 @@ def run_stage(
             f"{stage.name}: {len(failures)} of {shards + len(failures)} shards failed\n" + "\n".join(lines)
         )
     totals = {reason: number for reason, number in sorted(counts.items()) if number}
-    _write_block(root, stage, shards, totals, source)
-    summary = Summary(shards, made, totals, time.monotonic() - start)
+    summary = Summary(shards, made, totals, dict(sorted(facts.items())), time.monotonic() - start)
+    _write_block(root, stage, summary, source)
     _log_run(root, stage, summary)
     return summary
 
@@ -149,7 +154,8 @@ def _with_done(tasks: Iterable[Task], folder: str, stage: Stage, overwrite: bool
     return ahead(look, tasks, LOOK_AHEAD, 2 * LOOK_AHEAD) if is_url(folder) else map(look, tasks)
 
 
-def _count(counts: Counter[str], done: Done) -> None:
+def _count(counts: Counter[str], facts: Counter[str], done: Done) -> None:
+    facts.update(done.facts)
     counts.update(done.counts)
     counts.subtract(done.retried)
 
@@ -171,7 +177,8 @@ def _done_before(folder: str, stage: Stage, task: Task) -> Done | None:
 
 def _publish(folder: str, stage: Stage, task: Task, result: Result) -> Done:
     done = Done(
-        stage.name, task.shard, stage.config, result.counts, task.inputs, result.outputs, result.extra, result.retried
+        stage.name, task.shard, stage.config, result.counts, task.inputs, result.outputs, result.extra,
+        result.retried, result.facts,
     )  # fmt: skip
     done.write(folder)
     return done
@@ -180,7 +187,13 @@ def _publish(folder: str, stage: Stage, task: Task, result: Result) -> Done:
 Ended = tuple[Task, Result | DataError] | None  # None: nothing new, once a second
 
 
-def _outcomes(tasks: Iterator[Task], work: Callable[[Task], Result], workers: int, threads: int) -> Iterator[Ended]:
+def _outcomes(
+    tasks: Iterator[Task],
+    work: Callable[[Task], Result],
+    workers: int,
+    threads: int,
+    begin: Callable[[], None] | None,
+) -> Iterator[Ended]:
     """Results as they come. Only DataError is caught: a bug stops at once."""
     if workers <= 1 and not threads:
         for task in tasks:
@@ -188,7 +201,9 @@ def _outcomes(tasks: Iterator[Task], work: Callable[[Task], Result], workers: in
         return
     context = multiprocessing.get_context("spawn")
     pool: Executor = (
-        ThreadPoolExecutor(threads) if threads else ProcessPoolExecutor(workers, context, initializer=die_with_parent)
+        ThreadPoolExecutor(threads)
+        if threads
+        else ProcessPoolExecutor(workers, context, initializer=_begin_process, initargs=(begin,))
     )
     limit, running = threads or 2 * workers + 1, dict[Future[Result | DataError], Task]()
     try:
@@ -202,6 +217,12 @@ def _outcomes(tasks: Iterator[Task], work: Callable[[Task], Result], workers: in
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()
+
+
+def _begin_process(begin: Callable[[], None] | None) -> None:
+    die_with_parent()
+    if begin:
+        begin()
 
 
 def _finished(running: dict["Future[Result | DataError]", Task]) -> Iterator[Ended]:
@@ -218,12 +239,13 @@ def _guarded(work: Callable[[Task], Result], task: Task) -> Result | DataError:
         return error
 
 
-def _write_block(root: str, stage: Stage, shards: int, totals: dict[str, int], source: str | None) -> None:
+def _write_block(root: str, stage: Stage, summary: Summary, source: str | None) -> None:
     block = {
         "config": stage.config,
         "config_sha256": sha256_json(stage.config),
-        "shards": shards,
-        "counts": totals,
+        "shards": summary.shards,
+        "counts": summary.counts,
+        **({"facts": summary.facts} if summary.facts else {}),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
     }
     write_stage(root, stage.name, block, source)

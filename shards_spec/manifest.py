@@ -37,7 +37,8 @@ class Done:
 
     ``counts`` maps a status (``success`` or a reason) to a number of inputs; ``inputs`` and ``outputs`` map paths
     below ROOT to sha256. ``extra`` carries img2dataset's time fields where a stage has them. ``retried`` counts, by
-    the reason they had before, the inputs that earlier shards count too: totals subtract it.
+    the reason they had before, the inputs that earlier shards count too: totals subtract it. ``facts`` counts what is
+    not an input (captions, say).
     """
 
     stage: str
@@ -48,6 +49,7 @@ class Done:
     outputs: dict[str, str]
     extra: dict[str, Any] = field(default_factory=dict)
     retried: dict[str, int] = field(default_factory=dict)
+    facts: dict[str, int] = field(default_factory=dict)
 
     @property
     def successes(self) -> int:
@@ -74,6 +76,7 @@ class Done:
                 "inputs": self.inputs,
                 "outputs": self.outputs,
                 **({"retried": self.retried} if self.retried else {}),
+                **({"facts": self.facts} if self.facts else {}),
             },
         }
         write_json(join(folder, f"{shard_name(self.shard)}_stats.json"), stats)
@@ -98,7 +101,7 @@ def read_done(folder: str, shard: int) -> Done | None:
         )
     return Done(
         record["stage"], record["shard"], record["config"], stats["status_dict"], record["inputs"], record["outputs"],
-        retried=record.get("retried", {}),
+        retried=record.get("retried", {}), facts=record.get("facts", {}),
     )  # fmt: skip
 
 

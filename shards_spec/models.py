@@ -7,9 +7,11 @@ Names are open_clip's: a built-in architecture with ``pretrained`` a tag or a ch
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shards_spec.files import UserError
+
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -29,17 +31,26 @@ class LoadedModel:
 
 
 def load_model(
-    model: str, pretrained: str | None = None, device: str = "cpu", random_weights: bool = False
+    model: str,
+    pretrained: str | None = None,
+    device: str = "cpu",
+    random_weights: bool = False,
+    precision: Precision = "fp32",
 ) -> LoadedModel:
     """Build an open_clip model and load its weights as open_clip does; without any only if ``random_weights``.
 
-    Raises UserError when the name, the tag or the file is unknown, or no weights were named.
+    All of it is cast to ``precision`` (open_clip's pure_bf16 and pure_fp16). Raises UserError when the name, the tag or
+    the file is unknown, or no weights were named.
     """
     import open_clip
 
     try:
         built = open_clip.create_model(
-            model, pretrained=pretrained, device=device, require_pretrained=not random_weights
+            model,
+            pretrained=pretrained,
+            device=device,
+            precision=precision if precision == "fp32" else f"pure_{precision}",
+            require_pretrained=not random_weights,
         )
         tokenizer = load_tokenizer(model)
     except (RuntimeError, ValueError, FileNotFoundError) as error:
@@ -91,3 +102,15 @@ def pick_device(device: str) -> str:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {device!r}: this torch sees no CUDA device; use --device cpu")
     return device
+
+
+def pick_devices(device: str) -> list[str]:
+    """``auto`` becomes every CUDA device, or ``cpu`` where there is none; else a list with commas, one process each.
+
+    Raises UserError for a device that is not there.
+    """
+    import torch
+
+    if device == "auto" and torch.cuda.is_available():
+        return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return [pick_device(name.strip()) for name in device.split(",")]

@@ -74,24 +74,72 @@ def tiny_coca(folder: Path, seed: int = 0, spread: float = 1.0) -> str:
 
     ``spread`` widens the output projection so that random weights do not say the same word for ever.
     """
-    import open_clip
-    import torch
-    from safetensors.torch import save_file
-
-    tokenizer = open_clip.tokenizer.SimpleTokenizer(bpe_path=str(BPE))
-    stack = {"context_length": 16, "vocab_size": tokenizer.vocab_size, "width": 32, "heads": 2, "layers": 2}
+    stack = {"context_length": 16, "width": 32, "heads": 2, "layers": 2}
     config = {
         "embed_dim": 32,
         "vision_cfg": {
             "image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "attentional_pool": True,
             "attn_pooler_heads": 2, "attn_pooler_queries": 8, "output_tokens": True,
         },
-        "text_cfg": {**stack, "embed_cls": True, "output_tokens": True, "tokenizer_kwargs": {"bpe_path": "bpe.txt.gz"}},
+        "text_cfg": {**stack, "embed_cls": True, "output_tokens": True},
         "multimodal_cfg": {**stack, "attn_pooler_heads": 2},
         "custom_text": True,
     }  # fmt: skip
+    return write_coca(folder, config, seed, spread)
+
+
+def narrow_coca(folder: Path, name: str) -> str:
+    """One of open_clip's CoCa models with its own structure, but narrow: 2 layers, the head widths kept in kind."""
+    import open_clip
+
+    config = open_clip.get_model_config(name)
+    vision, text, multimodal = config["vision_cfg"], config["text_cfg"], config["multimodal_cfg"]
+    vision |= {"width": 48, "layers": 2, "head_width": 12, "image_size": 4 * vision["patch_size"]}
+    vision |= {"attn_pooler_heads": 4, "attn_pooler_queries": 12}
+    if "hf_model_name" in text:
+        text |= write_roberta(folder, width=48)
+    else:
+        text |= {"width": 48, "heads": 4, "layers": 2}
+    multimodal |= {"width": 48, "heads": 4, "layers": 2}
+    return write_coca(folder, {**config, "embed_dim": 48}, spread=3)
+
+
+def write_roberta(folder: Path, width: int, layers: int = 2, heads: int = 4, wide: int = 96) -> dict[str, object]:
+    """Random weights of a RoBERTa and a tokenizer as Hugging Face keeps them; returns the text_cfg that names them."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [f"a {colour} {shape} on a wall" for colour in COLOURS for shape in SHAPES],
+        trainers.BpeTrainer(vocab_size=400, special_tokens=list(special.values()), initial_alphabet=alphabet),
+    )
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    config = transformers.RobertaConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+        intermediate_size=wide, max_position_embeddings=100, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    transformers.RobertaModel(config).save_pretrained(folder / "roberta")
+    names = {"hf_model_name": str(folder / "roberta"), "hf_tokenizer_name": str(folder)}
+    return {**names, "width": width, "vocab_size": tokenizer.get_vocab_size()}
+
+
+def write_coca(folder: Path, config: dict, seed: int = 0, spread: float = 1.0) -> str:
+    """Random weights of a CoCa as an open_clip local-dir, the demo's small byte-pair vocabulary with it."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(BPE, folder / "bpe.txt.gz")
+    if "hf_model_name" not in config["text_cfg"]:
+        size = open_clip.tokenizer.SimpleTokenizer(bpe_path=str(BPE)).vocab_size
+        config["text_cfg"] |= {"tokenizer_kwargs": {"bpe_path": "bpe.txt.gz"}, "vocab_size": size}
+        shutil.copy(BPE, folder / "bpe.txt.gz")
+    config["multimodal_cfg"]["vocab_size"] = config["text_cfg"]["vocab_size"]
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     torch.manual_seed(seed)
     model = open_clip.create_model(f"local-dir:{folder}")
@@ -107,10 +155,11 @@ def build_all(root: str, model: str, views: int) -> None:
     """caption, pack, vocab and cache a ROOT that has its raw/."""
     from pipeline.cache import CacheConfig, cache
     from pipeline.caption import CaptionConfig, caption
+    from pipeline.decoding import Decoding
     from pipeline.pack import PackConfig, pack
     from pipeline.vocab import VocabConfig, vocab
 
-    caption(CaptionConfig(root, model, name="cap", num_captions=2, max_tokens=8))
+    caption(CaptionConfig(root, model, name="cap", num_captions=2, decoding=Decoding(max_tokens=8)))
     pack(PackConfig(root, workers=1))
     vocab(VocabConfig(root, min_count=2))
     cache(CacheConfig(root, model, name="tea", views=views))

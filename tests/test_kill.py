@@ -15,6 +15,7 @@ from small_data import tiny_coca, tree, write_raw
 from pipeline.cache import CacheConfig, cache
 from pipeline.caption import CaptionConfig, caption
 from pipeline.check import CheckConfig, check
+from pipeline.decoding import Decoding
 from pipeline.pack import PackConfig, pack
 from pipeline.vocab import VocabConfig, vocab
 
@@ -41,7 +42,7 @@ def built(tmp_path_factory, model) -> str:
 def run(stage: str, root: str, model: str, workers: int) -> None:
     torch.set_num_threads(1)  # OpenMP does not survive a fork
     if stage == "caption":
-        caption(CaptionConfig(root, model, name="cap", num_captions=2, max_tokens=8))
+        caption(CaptionConfig(root, model, name="cap", num_captions=2, decoding=Decoding(max_tokens=8)))
     elif stage == "pack":
         pack(PackConfig(root, workers=workers))
     elif stage == "vocab":

@@ -14,6 +14,7 @@ from small_training import tiny_clip
 from pipeline.cache import CacheConfig, cache
 from pipeline.caption import CaptionConfig, caption
 from pipeline.check import CheckConfig, check
+from pipeline.decoding import Decoding
 from pipeline.dedup import DedupConfig, dedup
 from pipeline.pack import PackConfig, pack
 from pipeline.vocab import VocabConfig, vocab
@@ -43,7 +44,7 @@ def _work(stage: str, root: str, model: str, pipe) -> None:
     torch.set_num_threads(1)
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if stage == "caption":
-        caption(CaptionConfig(root, model, name="cap", num_captions=1, max_tokens=6, threads=1))
+        caption(CaptionConfig(root, model, name="cap", num_captions=1, decoding=Decoding(max_tokens=6), threads=1))
     elif stage == "dedup":
         dedup(DedupConfig(root, workers=1))
     elif stage == "pack":

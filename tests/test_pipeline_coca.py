@@ -1,145 +1,414 @@
-"""The captioner's decoding: cached equals recomputed, whatever the batch."""
+"""Caption decoding: what is kept equals what is recomputed, for every kind of open_clip's CoCa."""
 
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
-from small_data import tiny_coca
+from small_data import narrow_coca, tiny_coca
 
-from pipeline.coca import Decoding, _choose, generate
+from pipeline.beam import beam_search
+from pipeline.coca import Coca, Rows
+from pipeline.decoding import Decoding
+from pipeline.generate import adjusted, choose, generate
 from shards_spec.files import UserError
 from shards_spec.models import load_model
 
-KEYS = [f"{i:09d}" for i in range(12)]
+MODELS = ["coca_ViT-B-32", "coca_ViT-L-14", "coca_base", "coca_roberta-ViT-B-32", "tiny"]
+GREEDY = Decoding("greedy", min_tokens=2, max_tokens=14)
+PICTURES = 64
+
+
+def load(name: str, folder: Path) -> Coca:
+    model = tiny_coca(folder) if name == "tiny" else narrow_coca(folder, name)
+    loaded = load_model(model)
+    coca = Coca(loaded.model, loaded.tokenizer)
+    coca.end = frequent(coca)
+    return coca
+
+
+def noise(coca: Coca, count: int = PICTURES) -> torch.Tensor:
+    size = coca.model.visual.image_size
+    size = size if isinstance(size, tuple) else (size, size)
+    return 2 * torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def greedy(coca: Coca, images: torch.Tensor, decoding: Decoding = GREEDY):
+    return generate(coca, coca.encode(images), range(len(images)), [""] * len(images), decoding)
+
+
+def frequent(coca: Coca) -> int:
+    """An end token that random weights really write, at different places."""
+    seen = Counter(token for caption in greedy(coca, noise(coca)) for token in caption.tokens[3:])
+    return next(token for token, _ in seen.most_common() if token not in coca.barred)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def coca(request, tmp_path_factory):
+    if "roberta" in request.param:
+        pytest.importorskip("transformers")
+    return load(request.param, tmp_path_factory.mktemp("coca"))
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    return load_model(tiny_coca(tmp_path_factory.mktemp("coca")))
-
-
-@pytest.fixture(scope="module")
-def images():
-    return torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def ends(loaded, images):
-    """Start id, and an end id that random weights really produce at different lengths."""
-    start = loaded.tokenizer.sot_token_id
-    long = generate(
-        loaded.model, images, KEYS, Decoding("greedy", 1, min_tokens=0), start, loaded.tokenizer.eot_token_id
-    )
-    later = Counter(token for row in long for token in row[0].tokens[3:])
-    return start, later.most_common(1)[0][0]
+def tiny(tmp_path_factory):
+    return load("tiny", tmp_path_factory.mktemp("tiny"))
 
 
 @torch.no_grad()
-def recomputed(model, image, start, end, max_tokens, min_tokens):
-    """Greedy decoding that feeds the whole prefix through open_clip's own forward at every token."""
-    tokens, logprob = [start], 0.0
-    while len(tokens) <= max_tokens:
-        logits = model(image[None], torch.tensor([tokens]), output_labels=False)["logits"][0, -1]
-        allowed = logits.clone()
-        if len(tokens) <= min_tokens:
-            allowed[end] = -torch.inf
-        tokens.append(int(allowed.argmax()))
-        logprob += float(logits.log_softmax(-1)[tokens[-1]])
-        if tokens[-1] == end:
-            return tokens[1:-1], logprob
-    return tokens[1:], logprob
+def open_clip_logits(coca: Coca, image: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+    """(T, V) by open_clip's own forward over the whole text."""
+    return coca.model(image[None], torch.tensor([tokens]), output_labels=False)["logits"][0].float()
 
 
-@pytest.mark.parametrize("batch", [1, 5, 12])
-def test_greedy_equals_full_recomputation(loaded, images, ends, batch):
-    start, end = ends
-    lengths = set()
-    for first in range(0, 12, batch):
-        part = images[first : first + batch]
-        found = generate(
-            loaded.model, part, KEYS[first : first + batch], Decoding("greedy", 1, min_tokens=2), start, end
-        )
-        for image, (caption,) in zip(part, found, strict=True):
-            tokens, logprob = recomputed(loaded.model, image, start, end, 15, 2)
-            assert caption.tokens == tokens
-            assert abs(caption.logprob - logprob) < 1e-4
-            lengths.add(len(tokens))
-    assert len(lengths) > 1, "mixed lengths, or finished rows are not tested"
+def recomputed(coca: Coca, image: torch.Tensor, decoding: Decoding = GREEDY) -> list[int]:
+    """Greedy decoding that feeds the whole prefix through open_clip's forward at every token."""
+    prompt = coca.prompt(decoding.prefix) if decoding.prefix else []
+    tokens = [coca.start, *prompt]
+    for position in range(decoding.max_tokens):
+        logits = open_clip_logits(coca, image, tokens)[-1:]
+        before = torch.tensor([tokens[1:]], dtype=torch.long)
+        tokens.append(int(adjusted(logits, before, coca, decoding, position).argmax()))
+        if tokens[-1] == coca.end:
+            break
+    written = tokens[1 + len(prompt) :]
+    return written[:-1] if written[-1] == coca.end else written
 
 
-def test_padding_ids_inside_a_caption_are_masked_as_open_clip_masks_them(loaded, images):
-    """Id 0 is padding; feed it on purpose and compare the next logits."""
-    from pipeline.coca import Decoder
+def scored(coca: Coca, image: torch.Tensor, tokens: list[int], ended: bool, prompt: list[int]) -> float:
+    """Teacher-forced log-probability of a caption and its end token.
 
-    prefix = [loaded.tokenizer.sot_token_id, 300, 0, 301, 0, 302]
-    with torch.no_grad():
-        decoder = Decoder(loaded.model, images[:2], 1, 10)
-        for token in prefix:
-            logits = decoder.step(torch.tensor([token, token]))
-        full = loaded.model(images[:2], torch.tensor([prefix] * 2), output_labels=False)["logits"][:, -1]
-    assert torch.allclose(logits, full, atol=1e-4)
-
-
-def test_sampling_does_not_depend_on_the_batch(loaded, images, ends):
-    decoding = Decoding(num_captions=3, min_tokens=2, seed=7)
-    together = generate(loaded.model, images, KEYS, decoding, *ends)
-    shuffled = torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    again = generate(loaded.model, images[shuffled], [KEYS[i] for i in shuffled], decoding, *ends)
-    alone = [generate(loaded.model, images[i : i + 1], [KEYS[i]], decoding, *ends)[0] for i in range(12)]
-    for i in range(12):
-        expected = [caption.tokens for caption in together[i]]
-        assert [caption.tokens for caption in alone[i]] == expected
-        assert [caption.tokens for caption in again[shuffled.tolist().index(i)]] == expected
-    assert len({tuple(caption.tokens) for row in together for caption in row}) > 30
+    RoBERTa sees later tokens from earlier places, so there each token is scored after its own prefix alone.
+    """
+    text = [coca.start, *prompt, *tokens, *([coca.end] if ended else [])]
+    whole = open_clip_logits(coca, image, text) if coca.text_blocks else None
+    total = 0.0
+    for place in range(1 + len(prompt), len(text)):
+        logits = open_clip_logits(coca, image, text[:place])[-1] if whole is None else whole[place - 1]
+        total += float(logits.log_softmax(-1)[text[place]])
+    return total
 
 
-def test_seed_and_key_change_the_captions(loaded, images, ends):
-    def tokens(keys, seed):
-        rows = generate(loaded.model, images, keys, Decoding(num_captions=1, seed=seed), *ends)
-        return [row[0].tokens for row in rows]
-
-    base = tokens(KEYS, 0)
-    assert tokens(KEYS, 0) == base
-    assert sum(a == b for a, b in zip(tokens(KEYS, 1), base, strict=True)) < 4
-    assert sum(a == b for a, b in zip(tokens([k + "x" for k in KEYS], 0), base, strict=True)) < 4
+@pytest.fixture(scope="module")
+def expected(coca):
+    return [recomputed(coca, image) for image in noise(coca)]
 
 
-def test_nucleus_keeps_the_smallest_set_and_follows_the_probabilities():
-    probabilities = torch.tensor([0.1, 0.5, 0.05, 0.3, 0.05])
-    logits = probabilities.log().repeat(20_000, 1)
-    uniforms = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    chosen = _choose(logits, Decoding(top_p=0.85), uniforms, None)
-    share = torch.bincount(chosen, minlength=5) / 20_000
-    assert share[[2, 4]].sum() == 0
-    assert torch.allclose(share[[1, 3, 0]], torch.tensor([5, 3, 1]) / 9, atol=1e-3)
-    assert set(_choose(logits, Decoding(top_p=0.85), uniforms, banned=1).tolist()) == {0, 3, 2}
-    assert set(_choose(logits, Decoding(top_p=1e-9), uniforms, None).tolist()) == {1}
-    assert _choose(logits[:1], Decoding("greedy", 1), uniforms[:1], None).tolist() == [1]
+@pytest.mark.parametrize("batch", [1, 3, 8, 64])
+def test_greedy_equals_full_recomputation(coca, expected, batch):
+    images = noise(coca)
+    found = [caption for first in range(0, PICTURES, batch) for caption in greedy(coca, images[first : first + batch])]
+    assert [caption.tokens for caption in found] == expected
+    assert len({len(tokens) for tokens in expected}) > 2, "mixed lengths, or rows that leave the batch are not tested"
+    if batch == 8:
+        for image, caption in zip(images[:16], found, strict=False):
+            assert abs(caption.logprob - scored(coca, image, caption.tokens, caption.ended, [])) < 1e-4
 
 
-def test_bad_settings_and_models_are_refused(images):
-    import open_clip
+def test_sampled_captions_of_one_picture_have_the_log_probability_of_teacher_forcing(coca):
+    images, decoding = noise(coca, 6), Decoding(top_p=0.95, temperature=1.5, min_tokens=1, max_tokens=12)
+    owners = [picture for picture in range(6) for _ in range(4)]
+    found = generate(coca, coca.encode(images), owners, [f"{row}" for row in range(24)], decoding)
+    for owner, caption in zip(owners, found, strict=True):
+        assert abs(caption.logprob - scored(coca, images[owner], caption.tokens, caption.ended, [])) < 1e-4
+    assert len({tuple(caption.tokens) for caption in found}) > 12
+    assert len({len(caption.tokens) for caption in found}) > 2
 
-    with pytest.raises(UserError, match="top_p"):
-        Decoding(top_p=0)
-    with pytest.raises(UserError, match="min_tokens 30 must be below max_tokens 30"):
-        Decoding(min_tokens=30)
-    with pytest.raises(UserError, match="greedy gives the same one"):
-        Decoding("greedy", 2)
-    plain = open_clip.model.CustomTextCLIP(
-        8,
-        {"image_size": 32, "layers": 1, "width": 8, "head_width": 8, "patch_size": 16},
-        {"width": 8, "heads": 1, "layers": 1},
+
+def slow_beams(coca: Coca, image: torch.Tensor, decoding: Decoding, count: int) -> list[tuple[list[int], float]]:
+    """Beam search with open_clip's forward for every hypothesis at every token, to the last token, no stopping."""
+    open_ones, finished = [([], 0.0)], []
+    for position in range(decoding.max_tokens):
+        grown = []
+        for tokens, total in open_ones:
+            gained = open_clip_logits(coca, image, [coca.start, *tokens])[-1].log_softmax(-1)
+            gained[coca.barred] = -torch.inf
+            if position < decoding.min_tokens:
+                gained[coca.end] = -torch.inf
+            best = gained.topk(2 * decoding.num_beams)
+            grown += [
+                ([*tokens, token], total + value)
+                for value, token in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            ]
+        grown.sort(key=lambda pair: -pair[1])
+        last = position == decoding.max_tokens - 1
+        for tokens, total in grown[: decoding.num_beams]:
+            if tokens[-1] == coca.end or last:
+                finished.append((tokens, total, total / len(tokens) ** decoding.length_penalty))
+        open_ones = [pair for pair in grown if pair[0][-1] != coca.end][: decoding.num_beams]
+    finished.sort(key=lambda triple: -triple[2])
+    return [([t for t in tokens if t != coca.end], total) for tokens, total, _ in finished[:count]]
+
+
+@pytest.mark.parametrize(("beams", "penalty"), [(1, 1.0), (3, 1.0), (4, 0.0), (4, 2.0), (3, -1.0)])
+def test_beam_equals_a_slow_beam_search(coca, beams, penalty):
+    decoding = Decoding("beam", num_beams=beams, length_penalty=penalty, min_tokens=2, max_tokens=8)
+    images = noise(coca, 6)
+    found = beam_search(coca, coca.encode(images), beams, decoding)
+    for image, captions in zip(images, found, strict=True):
+        slow = slow_beams(coca, image, decoding, beams)
+        assert [caption.tokens for caption in captions] == [tokens for tokens, _ in slow]
+        for caption, (_, total) in zip(captions, slow, strict=True):
+            assert abs(caption.logprob - total) < 1e-4
+            assert abs(caption.logprob - scored(coca, image, caption.tokens, caption.ended, [])) < 1e-4
+
+
+def test_a_beam_is_at_least_as_likely_as_greedy(tiny):
+    images = noise(tiny, 24)
+    beams = beam_search(
+        tiny, tiny.encode(images), 1, Decoding("beam", num_beams=8, length_penalty=0, min_tokens=2, max_tokens=14)
     )
-    with pytest.raises(UserError, match="no text decoder"):
-        generate(plain, images, KEYS, Decoding(), 1, 2)
+    likelier = [b.logprob >= g.logprob - 1e-4 for (b,), g in zip(beams, greedy(tiny, images), strict=True)]
+    assert sum(likelier) >= 22  # beam search may lose the greedy path, seldom
 
 
-def test_weights_that_are_not_finite_are_named(loaded, images, ends):
-    import copy
+@pytest.mark.parametrize("method", ["greedy", "beam"])
+def test_a_prefix_is_fed_once_and_not_scored(coca, method):
+    decoding = Decoding(method, num_beams=2, min_tokens=2, max_tokens=8, prefix="a red ball")
+    images, prompt = noise(coca, 5), coca.prompt("a red ball")
+    assert coca.decode(prompt) == "a red ball"
+    if method == "greedy":
+        found = greedy(coca, images, decoding)
+        assert [caption.tokens for caption in found] == [recomputed(coca, image, decoding) for image in images]
+    else:
+        found = [captions[0] for captions in beam_search(coca, coca.encode(images), 1, decoding)]
+    for image, caption in zip(images, found, strict=True):
+        assert abs(caption.logprob - scored(coca, image, caption.tokens, caption.ended, prompt)) < 1e-4
 
-    broken = copy.deepcopy(loaded.model)
+
+def test_a_prefix_that_leaves_no_room_is_told(tiny):
+    with pytest.raises(UserError, match=r"16 places.*prefix of 12 tokens.*min_tokens 5"):
+        greedy(tiny, noise(tiny, 1), Decoding("greedy", prefix=" ".join(["a"] * 12)))
+    with pytest.raises(UserError, match="prefix 'a a"):
+        tiny.prompt(" ".join(["a"] * 15))
+
+
+def test_repetition_penalty(tiny):
+    scores = torch.tensor([[2.0, -1.0, 0.5, 3.0]]).repeat(1, 600)[:, : tiny.decoder.text_projection.shape[1]]
+    changed = adjusted(scores, torch.tensor([[100, 101, 101]]), tiny, Decoding(repetition_penalty=2.0), 9)
+    assert changed[0, 100] == 1.0
+    assert changed[0, 101] == -2.0
+    rest = [place for place in range(4, scores.shape[1]) if place not in (100, 101, *tiny.barred)]
+    assert torch.equal(changed[0, rest], scores[0, rest])
+    decoding = Decoding("greedy", repetition_penalty=1.3, min_tokens=2, max_tokens=14)
+    images = noise(tiny, 8)
+    found = [caption.tokens for caption in greedy(tiny, images, decoding)]
+    assert found == [recomputed(tiny, image, decoding) for image in images]
+    assert found != [caption.tokens for caption in greedy(tiny, images)]
+
+
+def test_lengths_are_kept(coca):
+    for least, most in ((0, 3), (6, 7), (9, 12)):
+        for caption in greedy(coca, noise(coca, 12), Decoding("greedy", min_tokens=least, max_tokens=most)):
+            assert least <= len(caption.tokens) <= most
+            assert caption.ended == (len(caption.tokens) < most)
+
+
+def test_sampling_does_not_depend_on_the_batch(coca):
+    images, decoding = noise(coca, 12), Decoding(min_tokens=2, max_tokens=14)
+
+    def captions(order: list[int]) -> dict[tuple[int, int], list[int]]:
+        owners = [place for place in range(len(order)) for _ in range(3)]
+        names = [f"{picture}/{n}" for picture in order for n in range(3)]
+        found = generate(coca, coca.encode(images[order]), owners, names, decoding)
+        return {
+            (order[owner], row % 3): caption.tokens
+            for row, (owner, caption) in enumerate(zip(owners, found, strict=True))
+        }
+
+    together = captions(list(range(12)))
+    assert captions(list(reversed(range(12)))) == together
+    alone = {place: tokens for picture in range(12) for place, tokens in captions([picture]).items()}
+    assert alone == together
+    one = generate(coca, coca.encode(images[3:4]), [0], ["3/2"], decoding)[0]
+    assert one.tokens == together[3, 2]
+
+
+def test_sampling_keeps_the_smallest_set_and_follows_the_probabilities():
+    count, probabilities = 400_000, torch.tensor([0.1, 0.5, 0.05, 0.3, 0.05])
+    logits, seeds = probabilities.log().repeat(count, 1), torch.arange(count) * 7919
+
+    def share(decoding: Decoding) -> torch.Tensor:
+        return torch.bincount(choose(logits, decoding, seeds), minlength=5) / count
+
+    def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
+        expected = expected.float() / expected.sum()
+        return bool(((found - expected).abs() <= 4 * (expected * (1 - expected) / count).sqrt()).all())
+
+    assert near(share(Decoding(top_p=0.85)), torch.tensor([1, 5, 0, 3, 0]))
+    assert near(share(Decoding(top_p=0.85, temperature=0.5)), torch.tensor([0, 25, 0, 9, 0]))
+    assert near(share(Decoding(top_p=1e-9)), torch.tensor([0, 1, 0, 0, 0]))
+    assert near(share(Decoding(top_p=1.0)), probabilities)
+    assert near(share(Decoding("top_k", top_k=2)), torch.tensor([0, 5, 0, 3, 0]))
+    assert near(share(Decoding("top_k", top_k=4)), probabilities)  # the fifth is as likely as the fourth
+    assert near(share(Decoding(top_p=1.0, temperature=0.5)), probabilities**2)
+    assert choose(logits[:1], Decoding("greedy"), seeds[:1]).tolist() == [1]
+
+
+def slow_gumbel(seed: int, token: int) -> float:
+    """SplitMix64 with Python's numbers."""
+    mask = 2**64 - 1
+    x = (seed + token * 0x9E3779B97F4A7C15) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    x ^= x >> 31
+    return -math.log(-math.log(((x >> 11) + 0.5) / 2**53))
+
+
+def slowly_chosen(logits: torch.Tensor, decoding: Decoding, seed: int) -> int:
+    """One row, by a plain sort of the whole vocabulary."""
+    scores = (logits / decoding.temperature).tolist()
+    order = sorted(range(len(scores)), key=lambda token: -scores[token])
+    if decoding.method == "top_k":
+        kept = [token for token in order if scores[token] >= scores[order[decoding.top_k - 1]]]
+    else:
+        probabilities, mass, kept = torch.tensor(scores).softmax(-1).tolist(), 0.0, []
+        for token in order:
+            if mass >= decoding.top_p and scores[token] < scores[kept[-1]]:
+                break
+            kept.append(token)
+            mass += probabilities[token]
+    return max(kept, key=lambda token: scores[token] + slow_gumbel(seed, token))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
+def test_choosing_equals_a_full_sort_whatever_the_size_of_the_set(spread, precision):
+    """Flat rows need more than the first 128 tokens; bfloat16 has many equal ones."""
+    logits = (spread * torch.randn(24, 5000, generator=torch.Generator().manual_seed(1))).to(precision).float()
+    seeds = torch.randint(-(2**62), 2**62, (24,), generator=torch.Generator().manual_seed(2))
+    for decoding in (Decoding(top_p=0.9), Decoding(top_p=0.3), Decoding("top_k", top_k=150, temperature=0.7)):
+        found = choose(logits, decoding, seeds).tolist()
+        assert found == [slowly_chosen(row, decoding, seed) for row, seed in zip(logits, seeds.tolist(), strict=True)]
+
+
+def test_text_features_are_those_of_encode_text(coca):
+    texts = ["a red ball on a wall", "a", "", "two blue boxes and a green cross " * 9]
+    with torch.no_grad():
+        full = coca.model.encode_text(coca.tokenizer(texts), normalize=True)
+    assert torch.allclose(coca.text_features(texts), full, atol=1e-5)
+    assert torch.allclose(coca.text_features(texts[:2]), full[:2], atol=1e-5)
+
+
+def test_half_precision_writes_much_the_same(tiny, tmp_path):
+    loaded = load_model(tiny_coca(tmp_path), precision="bf16")
+    half = Coca(loaded.model, loaded.tokenizer)
+    half.end = tiny.end
+    images = noise(tiny, 16)
+    found, full = greedy(half, images), greedy(tiny, images)
+    assert sum(a.tokens[:3] == b.tokens[:3] for a, b in zip(found, full, strict=True)) >= 12
+    beam_search(half, half.encode(images), 2, Decoding("beam", num_beams=2, max_tokens=8))
+
+
+def test_equal_to_open_clips_own_generate(tmp_path):
+    """In a process with the transformers release that open_clip's generate still runs with."""
+    old = Path(sys.prefix) / "transformers-4.46"
+    if not old.exists():
+        pytest.skip(f"no transformers 4.46 in {old}: `make test` installs it")
+    loaded = load_model(tiny_coca(tmp_path / "coca"))
+    coca = Coca(loaded.model, loaded.tokenizer)
+    images = noise(coca, 32)
+    coca.end = frequent(coca)
+    torch.save({"images": images, "start": coca.start, "end": coca.end}, tmp_path / "in.pt")
+    code = f"""
+import json, open_clip, torch
+given = torch.load({str(tmp_path / "in.pt")!r})
+model = open_clip.create_model("local-dir:{tmp_path / "coca"}").eval()
+rows = model.generate(given["images"], generation_type="top_k", top_k=1, seq_len=15, min_seq_len=4,
+                      sot_token_id=given["start"], eos_token_id=given["end"])
+print(json.dumps(rows.tolist()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(old)}
+    )
+    assert done.returncode == 0, done.stderr
+    theirs = [row[1:] for row in json.loads(done.stdout.splitlines()[-1])]
+    found = greedy(coca, images, Decoding("greedy", min_tokens=3, max_tokens=13))
+    compared = 0
+    for caption, row in zip(found, theirs, strict=True):
+        if set(row[: len(caption.tokens)]) & set(coca.barred):
+            continue  # open_clip may write padding, and takes it for the end
+        compared += 1
+        assert row[: len(caption.tokens) + 1] == [*caption.tokens, coca.end]
+    assert compared > 20
+
+
+def test_weights_that_are_not_finite_are_named(tiny):
+    broken = copy.deepcopy(tiny.model)
     with torch.no_grad():
         broken.text_decoder.text_projection.fill_(torch.nan)
     with pytest.raises(UserError, match="not finite"):
-        generate(broken, images, KEYS, Decoding(), *ends)
+        greedy(Coca(broken, tiny.tokenizer), noise(tiny, 2))
+
+
+def test_bad_settings_and_models_are_refused(tiny):
+    import open_clip
+
+    for settings, message in (
+        ({"top_p": 0}, r"top_p 0 must be in \(0, 1\]"),
+        ({"min_tokens": 30}, "min_tokens 30 must be at least 0, below max_tokens 30"),
+        ({"temperature": 0}, "--method greedy"),
+        ({"top_k": 0}, "top_k 0"),
+        ({"num_beams": 0}, "num_beams 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty 0"),
+        ({"max_tokens": 0, "min_tokens": 0}, "max_tokens 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Decoding(**settings)
+    for decoding, number in ((Decoding("greedy"), 2), (Decoding("beam", num_beams=3), 4), (Decoding(), 0)):
+        with pytest.raises(UserError, match=f"num_captions {number}: {decoding.method} gives 1 to"):
+            decoding.check_number(number)
+    vision = {"image_size": 32, "layers": 1, "width": 8, "head_width": 8, "patch_size": 16}
+    plain = open_clip.model.CustomTextCLIP(8, vision, {"width": 8, "heads": 1, "layers": 1})
+    with pytest.raises(UserError, match="no text decoder"):
+        Coca(plain, tiny.tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS[:4])
+def test_full_size_models_greedy_and_beam(name, tmp_path):
+    """The real widths and depths, random weights: batch of 4, greedy and beam against recomputation."""
+    import open_clip
+
+    torch.manual_seed(0)
+    config = open_clip.get_model_config(name)
+    if "roberta" in name:
+        from small_data import write_roberta
+
+        pytest.importorskip("transformers")
+        config["text_cfg"] |= write_roberta(tmp_path, width=768, layers=12, heads=12, wide=3072)
+        config["multimodal_cfg"]["vocab_size"] = config["text_cfg"]["vocab_size"]
+    config.pop("custom_text")
+    model = open_clip.CoCa(**config).eval()
+    with torch.no_grad():
+        for parameter in model.text_decoder.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 2 else 0.02))
+    tokenizer = open_clip.tokenizer.SimpleTokenizer()
+    if "roberta" in name:
+        tokenizer = open_clip.tokenizer.HFTokenizer(str(tmp_path), context_length=76)
+    coca = Coca(model, tokenizer)
+    images, decoding = noise(coca, 4), Decoding("greedy", min_tokens=2, max_tokens=10)
+    coca.end = Counter(t for c in greedy(coca, images, decoding) for t in c.tokens[2:]).most_common(1)[0][0]
+    found = greedy(coca, images, decoding)
+    assert [caption.tokens for caption in found] == [recomputed(coca, image, decoding) for image in images]
+    beam = Decoding("beam", num_beams=3, min_tokens=2, max_tokens=6)
+    beams = beam_search(coca, coca.encode(images[:2]), 3, beam)
+    for image, captions in zip(images, beams, strict=False):
+        assert [caption.tokens for caption in captions] == [tokens for tokens, _ in slow_beams(coca, image, beam, 3)]
+
+
+def test_rows_feed_a_prompt_as_one_or_token_by_token(coca):
+    images = noise(coca, 3)
+    prompt = torch.tensor([[coca.start, *coca.prompt("a blue box")]]).expand(3, -1)
+    with torch.inference_mode():
+        pictures = coca.encode(images)
+        at_once = Rows(coca, pictures, 12).feed(prompt)
+        rows = Rows(coca, pictures, 12)
+        one_by_one = [rows.feed(prompt[:, place : place + 1]) for place in range(prompt.shape[1])][-1]
+    assert torch.allclose(at_once, one_by_one, atol=1e-4)

@@ -16,6 +16,7 @@ from small_data import build_all, tiny_coca, tree, write_raw
 from pipeline.cache import CacheConfig, cache
 from pipeline.caption import CaptionConfig, caption, model_label
 from pipeline.check import CheckConfig, check
+from pipeline.decoding import Decoding
 from pipeline.pack import PackConfig, pack
 from pipeline.stage import ShardsFailed
 from pipeline.vocab import VocabConfig, vocab
@@ -26,6 +27,7 @@ from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, write_shard
 from shards_spec.views import apply_view, decode_rgb, draw_view
 
+EIGHT = Decoding(max_tokens=8)
 SHARDS, VIEWS = 3, 2
 
 
@@ -73,7 +75,7 @@ def test_worker_processes_give_the_same_bytes(root):
 
 def test_a_rerun_makes_nothing(root, model):
     before = tree(root)
-    assert caption(CaptionConfig(root, model, name="cap", num_captions=2, max_tokens=8)).made == 0
+    assert caption(CaptionConfig(root, model, name="cap", num_captions=2, decoding=EIGHT)).made == 0
     assert pack(PackConfig(root, workers=1)).made == 0
     assert cache(CacheConfig(root, model, name="tea", views=VIEWS)).made == 0
     assert tree(root) == before
@@ -103,10 +105,12 @@ def test_a_stage_runs_on_a_url(built, model):
 
 def test_another_config_is_an_error_that_names_both(root, model):
     with pytest.raises(UserError, match=r"num_captions: 2 there, 3 asked.*--overwrite"):
-        caption(CaptionConfig(root, model, name="cap", num_captions=3, max_tokens=8))
+        caption(CaptionConfig(root, model, name="cap", num_captions=3, decoding=EIGHT))
     with pytest.raises(UserError, match=r"num_views: 2 there, 4 asked"):
         cache(CacheConfig(root, model, name="tea", views=4))
-    assert caption(CaptionConfig(root, model, name="cap", num_captions=3, max_tokens=8, overwrite=True)).made == SHARDS
+    assert (
+        caption(CaptionConfig(root, model, name="cap", num_captions=3, decoding=EIGHT, overwrite=True)).made == SHARDS
+    )
     assert pack(PackConfig(root, workers=1)).made == SHARDS  # its input changed
 
 
@@ -119,11 +123,11 @@ def test_a_kill_while_overwriting_leaves_no_record_that_vouches_for_other_bytes(
 
     monkeypatch.setattr(stage, "_publish", die)
     with pytest.raises(KeyboardInterrupt):
-        caption(CaptionConfig(root, model, name="cap", num_captions=3, max_tokens=8, overwrite=True))
+        caption(CaptionConfig(root, model, name="cap", num_captions=3, decoding=EIGHT, overwrite=True))
     monkeypatch.undo()
     before = tree(root)
     assert "captions/cap/00000_stats.json" not in before
-    assert caption(CaptionConfig(root, model, name="cap", num_captions=2, max_tokens=8)).made == 1
+    assert caption(CaptionConfig(root, model, name="cap", num_captions=2, decoding=EIGHT)).made == 1
 
 
 def test_stages_refuse_unfinished_upstreams(root, tmp_path, model):
@@ -199,7 +203,7 @@ def test_a_picture_that_does_not_decode_costs_itself_only(root, model, caplog):
     assert names(join(root, "teacher/tea")) == [
         "00001.parquet", "00001_stats.json", "00002.parquet", "00002_stats.json",
     ]  # fmt: skip
-    summary = caption(CaptionConfig(root, model, name="cap", num_captions=1, max_tokens=8))
+    summary = caption(CaptionConfig(root, model, name="cap", num_captions=1, decoding=EIGHT))
     assert summary.counts == {"picture does not decode": 1, "success": 14}
     assert f"key {samples[1].key} does not decode" in caplog.text
     assert pack(PackConfig(root, workers=1, overwrite=True)).counts == summary.counts
@@ -211,7 +215,7 @@ def test_a_truncated_raw_shard_costs_itself_and_is_named(root, model):
     path.write_bytes(path.read_bytes()[:5000])
     shutil.rmtree(join(root, "captions"))
     with pytest.raises(ShardsFailed, match=r"1 of 3 shards failed\n  00001: .*raw/00001\.tar: truncated tar"):
-        caption(CaptionConfig(root, model, name="cap", num_captions=1, max_tokens=8))
+        caption(CaptionConfig(root, model, name="cap", num_captions=1, decoding=EIGHT))
     assert "00002.parquet" in names(join(root, "captions/cap"))
 
 

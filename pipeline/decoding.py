@@ -1,0 +1,69 @@
+"""How a captioner chooses tokens: settings only, no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shards_spec.files import UserError
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Settings of one way to write captions. The end token counts as a token, start token and prefix do not."""
+
+    method: Literal["greedy", "top_k", "nucleus", "beam"] = "nucleus"
+    """greedy: the likeliest token; top_k, nucleus: drawn from the likeliest ones; beam: the likeliest captions"""
+    top_p: float = 0.9
+    """nucleus: the smallest set of likeliest tokens that reaches this probability; 1 draws from all"""
+    top_k: int = 50
+    """top_k: that many likeliest tokens"""
+    temperature: float = 1.0
+    """top_k, nucleus: logits are divided by it before the set is chosen"""
+    num_beams: int = 6
+    """beam: hypotheses kept at each token"""
+    length_penalty: float = 1.0
+    """beam: a caption's log-probability is divided by its length to this power; above 0 favours long ones"""
+    repetition_penalty: float = 1.0
+    """logits of tokens that are there already are divided by it, multiplied where negative; 1 is none"""
+    min_tokens: int = 5
+    """shortest caption in tokens"""
+    max_tokens: int = 30
+    """longest caption in tokens"""
+    prefix: str = ""
+    """words that every caption begins with, such as 'a photo of'; they are part of the caption"""
+
+    def __post_init__(self) -> None:
+        def require(fine: bool, name: str, bounds: str) -> None:
+            if not fine:
+                raise UserError(f"{name} {getattr(self, name)} must be {bounds}")
+
+        require(0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        require(self.top_k >= 1, "top_k", "at least 1")
+        require(self.temperature > 0, "temperature", "above 0; --method greedy always takes the likeliest token")
+        require(self.num_beams >= 1, "num_beams", "at least 1")
+        require(self.repetition_penalty > 0, "repetition_penalty", "above 0; 1 is none")
+        require(self.max_tokens >= 1, "max_tokens", "at least 1")
+        require(0 <= self.min_tokens < self.max_tokens, "min_tokens", f"at least 0, below max_tokens {self.max_tokens}")
+
+    @property
+    def draws(self) -> bool:
+        """Whether chance has a part."""
+        return self.method in ("top_k", "nucleus")
+
+    def check_number(self, num_captions: int) -> None:
+        """Raises UserError when the method cannot give this many different captions of a picture."""
+        most = {"greedy": 1, "beam": self.num_beams}.get(self.method, num_captions)
+        if not 1 <= num_captions <= most:
+            raise UserError(f"num_captions {num_captions}: {self.method} gives 1 to {most} captions of a picture")
+
+    def room(self, context_length: int, prompt_length: int) -> int:
+        """The most tokens that a caption can have in a model's context, start token and prefix taken off.
+
+        Raises UserError when that is not above ``min_tokens``.
+        """
+        room = min(self.max_tokens, context_length - 1 - prompt_length)
+        if room <= self.min_tokens:
+            raise UserError(
+                f"the model has {context_length} places: with a prefix of {prompt_length} tokens there is no room for "
+                f"captions above min_tokens {self.min_tokens}"
+            )
+        return room

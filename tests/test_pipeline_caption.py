@@ -1,0 +1,282 @@
+"""The caption stage: the same caption whatever the batch, wrong ones drawn again, ratings, memory, devices."""
+
+import multiprocessing
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from small_data import narrow_coca, tiny_coca, tree, write_coca, write_raw
+
+from pipeline.caption import CaptionConfig, caption
+from pipeline.captioner import Captioner
+from pipeline.coca import Coca
+from pipeline.decoding import Decoding
+from pipeline.drafts import Wanted, problem
+from shards_spec.files import UserError, join
+from shards_spec.manifest import Done, read_dataset, read_done, shard_ids, write_stage
+from shards_spec.models import load_model
+from shards_spec.tar import read_shard, write_shard
+from shards_spec.views import decode_rgb
+
+SHORT = Decoding(min_tokens=2, max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_coca(tmp_path_factory.mktemp("coca"))
+
+
+@pytest.fixture
+def root(tmp_path):
+    write_raw(str(tmp_path / "ds"), shards=3, per_shard=10)
+    return str(tmp_path / "ds")
+
+
+def captions(root: str, name: str = "cap") -> dict[str, dict]:
+    rows = {}
+    for shard in shard_ids(join(root, "captions", name)):
+        for row in pq.read_table(join(root, f"captions/{name}/{shard:05d}.parquet")).to_pylist():
+            assert row["key"] not in rows
+            rows[row["key"]] = row
+    return rows
+
+
+def texts(root: str, name: str = "cap") -> dict[str, list[str]]:
+    return {key: row["captions"] for key, row in captions(root, name).items()}
+
+
+def config(root: str, model: str, **more) -> CaptionConfig:
+    return replace(CaptionConfig(root, model, name="cap", num_captions=3, decoding=SHORT), **more)
+
+
+def test_captions_are_the_same_in_shuffled_and_split_shards_and_in_every_batch_size(root, model, tmp_path):
+    caption(config(root, model))
+    expected = texts(root)
+    samples = [sample for shard in range(3) for sample in read_shard(join(root, f"raw/{shard:05d}.tar"))]
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(5)).tolist()
+    for batch_size, sizes in ((1, [24]), (5, [1, 6, 17]), (24, [13, 11])):
+        other, left = str(tmp_path / f"other{batch_size}"), [samples[place] for place in order]
+        for shard, size in enumerate(sizes):
+            _, digest = write_shard(join(other, f"raw/{shard:05d}.tar"), left[:size])
+            Done("ingest", shard, {}, {"success": size}, {}, {f"raw/{shard:05d}.tar": digest}).write(join(other, "raw"))
+            left = left[size:]
+        write_stage(other, "ingest", {"shards": len(sizes), "counts": {"success": len(samples)}})
+        caption(config(other, model, batch_size=batch_size))
+        assert texts(other) == expected
+
+
+def test_a_resumed_run_leaves_the_bytes_of_an_undisturbed_one(root, model, tmp_path):
+    caption(config(root, model))
+    before = tree(root)
+    for victim in ("00001_stats.json", "00002.parquet", "00002_stats.json"):
+        Path(root, "captions/cap", victim).unlink()
+    assert caption(config(root, model)).made == 2
+    assert tree(root) == before
+
+
+def test_a_process_per_device_leaves_the_same_captions(root, model):
+    caption(config(root, model))
+    one = texts(root)
+    summary = caption(config(root, model, name="two", device="cpu,cpu"))
+    assert summary.made == 3
+    assert texts(root, "two") == one
+
+
+def test_what_is_wrong_with_a_caption():
+    assert problem("", []) == "empty"
+    assert problem("... !", []) == problem("12 34", []) == "degenerate"
+    for loop in ("a a a", "the dog the dog the dog", "so very very very red", "on a wall on a wall on a wall"):
+        assert problem(loop, []) == "degenerate", loop
+    for fine in ("a dog and a dog and a cat", "bora bora", "a a b", "ha ha had had it", "näive 犬"):
+        assert problem(fine, []) is None, fine
+    assert problem("a dog", ["a cat", "a dog"]) == "repeated"
+
+
+def test_wrong_captions_are_drawn_again_a_bounded_number_of_times(root, model):
+    cold = replace(SHORT, temperature=0.35)  # the same caption often
+    counts = {}
+    for redraws in (0, 1, 4):
+        counts[redraws] = caption(config(root, model, redraws=redraws, decoding=cold, name=f"r{redraws}")).facts
+    pictures = len(captions(root, "r0"))
+    assert all(facts["captions"] == 3 * pictures for facts in counts.values())
+    wrong = {redraws: facts.get("repeated", 0) + facts.get("degenerate", 0) for redraws, facts in counts.items()}
+    assert wrong[0] > wrong[1] > wrong[4]
+    assert "redrawn" not in counts[0]
+    assert counts[1]["redrawn"] <= wrong[0]
+    assert counts[4]["redrawn"] <= 4 * wrong[0]
+    first, later = texts(root, "r0"), texts(root, "r4")
+    for key, drawn in first.items():
+        for index, text in enumerate(drawn):
+            if not problem(text, drawn[:index]):
+                assert later[key][index] == text, "a caption that was right stays"
+    again = config(root, model, redraws=4, decoding=cold, name="again", batch_size=2)
+    caption(again)
+    assert texts(root, "again") == later, "what is drawn again does not depend on the batch either"
+
+
+def test_facts_are_totals_of_the_shards(root, model):
+    summary = caption(config(root, model))
+    done = [read_done(join(root, "captions/cap"), shard) for shard in range(3)]
+    for name, number in summary.facts.items():
+        assert sum(record.facts.get(name, 0) for record in done) == number
+    assert read_dataset(root)["stages"]["caption/cap"]["facts"] == summary.facts
+    rows = captions(root).values()
+    cut = sum(tokens == SHORT.max_tokens for row in rows for tokens in row["num_tokens"])
+    assert summary.facts["cut at max_tokens"] == cut
+    assert caption(config(root, model)).facts == summary.facts
+
+
+@pytest.mark.parametrize("kind", ["tiny", "coca_roberta-ViT-B-32"])
+def test_similarities_are_the_models_own_cosines(root, model, tmp_path, kind):
+    if kind != "tiny":
+        pytest.importorskip("transformers")
+        model = narrow_coca(tmp_path / "coca", kind)
+    caption(config(root, model, similarity=True))
+    loaded = load_model(model)
+    captioner = Captioner(loaded, SHORT, 3)
+    rows = captions(root)
+    for sample in read_shard(join(root, "raw/00001.tar")):
+        row = rows[sample.key]
+        with torch.no_grad():
+            image = loaded.model.encode_image(captioner.preprocess(decode_rgb(sample.image))[None], normalize=True)
+            tokens = loaded.tokenizer([sample.caption, *row["captions"]])
+            cosines = (image @ loaded.model.encode_text(tokens, normalize=True).T)[0]
+        assert row["original_similarity"] == pytest.approx(float(cosines[0]), abs=1e-5)
+        assert row["similarities"] == pytest.approx(cosines[1:].tolist(), abs=1e-5)
+    caption(config(root, model, name="plain"))
+    assert texts(root, "plain") == texts(root)
+    assert set(captions(root, "plain")["000010000"]) == {"key", "captions", "logprobs", "num_tokens"}
+
+
+def test_a_prefix_is_part_of_the_caption_and_beams_come_best_first(root, model):
+    beam = Decoding("beam", num_beams=4, min_tokens=2, max_tokens=8, prefix="a photo of")
+    caption(config(root, model, decoding=beam, num_captions=2))
+    for row in captions(root).values():
+        assert all(text.startswith("a photo of") for text in row["captions"])
+        length = [tokens + (tokens < beam.max_tokens) for tokens in row["num_tokens"]]  # the end token counts
+        scores = [logprob / tokens for logprob, tokens in zip(row["logprobs"], length, strict=True)]
+        assert scores[0] >= scores[1] - 1e-5
+
+
+def wanted(captioner: Captioner, count: int) -> list[Wanted]:
+    images = torch.randn(count, 3, captioner.size, captioner.size, generator=torch.Generator().manual_seed(0))
+    indices = tuple(range(captioner.num_captions))
+    return [Wanted(f"{number:09d}", image, indices) for number, image in enumerate(images)]
+
+
+def shallow(folder: Path) -> str:
+    """coca_ViT-B-32 with its widths and few layers: what a batch takes stands out of what a process takes anyway."""
+    import open_clip
+
+    config = open_clip.get_model_config("coca_ViT-B-32")
+    config["vision_cfg"] |= {"layers": 1, "image_size": 64}
+    config["text_cfg"] |= {"layers": 4}
+    config["multimodal_cfg"] |= {"layers": 4}
+    return write_coca(folder, config)
+
+
+def _describe_in_little_memory(pipe, model: str) -> None:
+    torch.set_num_threads(1)
+    loaded = load_model(model)
+    captioner, too_many = Captioner(loaded, SHORT, 4, batch_size=64), Captioner(loaded, SHORT, 20_000, batch_size=1)
+    batch, large = wanted(captioner, 64), wanted(too_many, 1)
+    captioner.describe(batch[:1])
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20,) * 2)
+    described = captioner.describe(batch)
+    pipe.send((captioner.batch_size, [[c.text for c in d.captions] for d in described]))
+    try:
+        too_many.describe(large)
+        pipe.send("no error")
+    except UserError as error:
+        pipe.send(str(error))
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(tmp_path):
+    """A real limit on the process' memory; the captions are those of a process that has enough."""
+    model = shallow(tmp_path)
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_describe_in_little_memory, args=(send, model))
+    child.start()
+    send.close()
+    batch_size, described = receive.recv()
+    assert 1 <= batch_size < 64
+    enough = Captioner(load_model(model), SHORT, 4, batch_size=64)
+    assert described == [[c.text for c in d.captions] for d in enough.describe(wanted(enough, 64))]
+    assert "out of memory with one picture at a time" in receive.recv()
+    child.join()
+
+
+def _grown(pipe, model: str, batch: int) -> None:
+    """Bytes that a batch adds to this process at its worst moment, and what was predicted."""
+    torch.set_num_threads(1)
+    captioner = Captioner(load_model(model), SHORT, 4, batch_size=batch)
+    work = wanted(captioner, batch)
+    captioner.describe(work[:1])
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is used now
+    start = _high_water()
+    captioner.describe(work)
+    pipe.send((1024 * (_high_water() - start), captioner.picture_bytes()))
+
+
+def _high_water() -> int:
+    """KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def test_the_memory_of_a_batch_is_predicted(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_grown, args=(send, shallow(tmp_path), 64))
+    child.start()
+    send.close()
+    grown, predicted = receive.recv()
+    child.join()
+    print(f"64 pictures took {grown / 2**20:.0f} MiB, predicted {64 * predicted / 2**20:.0f} MiB")
+    assert grown < 64 * predicted < 8 * grown
+
+
+def test_the_batch_is_chosen_for_the_device(model):
+    loaded = load_model(model)
+    assert Captioner(loaded, SHORT, 3).batch_size == 32
+    assert Captioner(loaded, SHORT, 3, batch_size=7).batch_size == 7
+    few = Captioner(loaded, SHORT, 1).picture_bytes()
+    assert Captioner(loaded, SHORT, 9).picture_bytes() > 3 * few
+
+
+def test_devices_and_numbers_are_checked(root, model):
+    with pytest.raises(UserError, match="batch_size 0"):
+        config(root, model, batch_size=0)
+    with pytest.raises(UserError, match="redraws -1"):
+        config(root, model, redraws=-1)
+    with pytest.raises(UserError, match="greedy gives 1 to 1"):
+        config(root, model, decoding=Decoding("greedy"))
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="this torch sees no CUDA device"):
+            caption(config(root, model, device="cpu,cuda:1"))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_captions_are_those_of_the_cpu(root, model):
+    caption(config(root, model, device="cpu"))
+    caption(config(root, model, device="cuda", precision="fp32", name="gpu"))
+    cpu, gpu = texts(root), texts(root, "gpu")
+    same = [a == b for key in cpu for a, b in zip(cpu[key], gpu[key], strict=True)]
+    assert sum(same) >= 0.99 * len(same)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_batch_stays_within_its_prediction():
+    loaded = load_model("coca_ViT-L-14", device="cuda", random_weights=True, precision="bf16")
+    torch.nn.init.normal_(loaded.model.text_decoder.text_projection, std=0.02)
+    captioner = Captioner(loaded, Decoding(), 5, batch_size=64)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    captioner.describe(wanted(captioner, 64))
+    assert torch.cuda.max_memory_allocated() - before < 64 * captioner.picture_bytes()
+    assert isinstance(captioner.coca, Coca)
