@@ -137,10 +137,14 @@ def _expect_keys(path: str, expected: list[str], found: list[str], other: str) -
             raise DataError(f"{path}: row {row} is key {have}, {other} has key {want} there")
 
 
-def _rows(path: str, columns: list[str]) -> list[dict[str, Any]]:
+def _rows(path: str, columns: list[str], optional: str = "") -> list[dict[str, Any]]:
     try:
         with open_read(path) as file:
-            rows: list[dict[str, Any]] = pq.read_table(file, columns=columns).to_pylist()
+            parquet = pq.ParquetFile(file)
+            more = [optional] if optional in parquet.schema_arrow.names else []
+            rows: list[dict[str, Any]] = parquet.read(columns=[*columns, *more]).to_pylist()
+        if rows and (missing := set(columns) - set(rows[0])):
+            raise DataError(f"{path}: no column {sorted(missing)[0]}; make it again")
         return rows
     except (pa.ArrowInvalid, FileNotFoundError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({error})") from error
@@ -167,10 +171,11 @@ def _prove_raw(root: str, folder: str, shard: int) -> Iterator[str]:
 
 def _prove_captions(root: str, folder: str, shard: int) -> Iterator[str]:
     path, tar = join(root, folder, f"{shard_name(shard)}.parquet"), f"raw/{shard_name(shard)}.tar"
-    rows = _rows(path, ["key", "captions", "logprobs", "num_tokens"])
+    rows = _rows(path, ["key", "captions", "logprobs", "num_tokens"], optional="similarities")
     _expect_keys(path, shard_keys(join(root, tar)), [row["key"] for row in rows], tar)
     for row in rows:
-        if not len(row["captions"]) == len(row["logprobs"]) == len(row["num_tokens"]):
+        lists = [row[name] for name in ("captions", "logprobs", "num_tokens", "similarities") if name in row]
+        if len({len(values) for values in lists}) > 1:
             raise DataError(f"{path}: key {row['key']} has {len(row['captions'])} captions, other counts of the rest")
         yield row["key"]
 
@@ -279,10 +284,13 @@ def _check_sizes(root: str) -> list[str]:
 
 
 def _check_vocabularies(root: str) -> list[str]:
-    problems = []
+    problems, packed = list[str](), read_dataset(root)["stages"].get("pack", {}).get("config", {})
     for name in names(join(root, "vocab")):
+        path = join(root, "vocab", name)
         try:
-            read_vocabulary(join(root, "vocab", name))
-        except DataError as error:
+            vocabulary = read_vocabulary(path)
+            if packed:
+                vocabulary.check_rule(packed, path)
+        except (DataError, UserError) as error:
             problems.append(str(error))
     return problems

@@ -4,7 +4,7 @@ A caption is stored as its author would see it. Nothing a reader sees is taken a
 marks, emoji with their joiners (U+200C, U+200D), variation selectors and flag tags stay. Synsets are taken from the
 caption as it came: the released rule of CatLIP has a cleaning of its own.
 
-Mends, in this order, each counted under ``captions_mended`` in the shard's stats:
+Mends, in this order, each counted among the stage's facts (`<name> mended`):
 
 | name | what | becomes |
 |---|---|---|

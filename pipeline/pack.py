@@ -28,16 +28,14 @@ from shards_spec.files import (
     names,
     open_read,
     read_bytes,
-    read_json,
     sha256_file,
     write_json,
 )
-from shards_spec.manifest import file_hash, forget, shard_name
+from shards_spec.manifest import file_hash, forget, read_done, shard_name
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, write_shard
 
 log = logging.getLogger(__name__)
-MENDED = "captions_mended"  # in a shard's stats: name of the mend to number of captions kept
 SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -123,10 +121,7 @@ def pack(config: PackConfig) -> Summary:
     tasks = (Task(shard, _inputs(config.root, shard, captioner, deduplicated)) for shard in shards)
     workers = min(config.workers, len(shards))
     summary = run_stage(config.root, stage, tasks, work, total=len(shards), workers=workers, overwrite=config.overwrite)
-    sizes, mends = _sizes_and_mends(config.root, shards)
-    write_json(join(config.root, "shards", "sizes.json"), sizes)
-    if mends:
-        log.info("captions mended: %s", ", ".join(f"{number} {name}" for name, number in sorted(mends.items())))
+    write_json(join(config.root, "shards", "sizes.json"), _sizes(config.root, shards))
     return summary
 
 
@@ -149,13 +144,13 @@ def _inputs(root: str, shard: int, captioner: str | None, deduplicated: bool) ->
     return inputs
 
 
-def _sizes_and_mends(root: str, shards: list[int]) -> tuple[dict[str, int], Counter[str]]:
-    sizes, mends = dict[str, int](), Counter[str]()
+def _sizes(root: str, shards: list[int]) -> dict[str, int]:
+    sizes = {}
     for shard in shards:
-        stats = read_json(join(root, "shards", f"{shard_name(shard)}_stats.json"))
-        sizes[f"{shard_name(shard)}.tar"] = stats["successes"]
-        mends.update(stats.get(MENDED, {}))
-    return sizes, mends
+        done = read_done(join(root, "shards"), shard)
+        assert done is not None, shard
+        sizes[f"{shard_name(shard)}.tar"] = done.successes
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -210,7 +205,7 @@ def pack_shard(root: str, task: Task, *, texts: Texts, deduplicated: bool = Fals
     with atomic_writer(join(root, table)) as file:
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
     outputs = {tar: tar_hash, table: sha256_file(join(root, table))}
-    return Result(dict(counts), outputs, {MENDED: dict(sorted(mends.items()))} if mends else {})
+    return Result(dict(counts), outputs, facts={f"{mend} mended": number for mend, number in sorted(mends.items())})
 
 
 def read_captions(path: str) -> dict[str, list[str]]:
