@@ -11,6 +11,8 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/webdataset-0.2.86 webdataset==0.2.86
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/transformers-4.46 \
+		transformers==4.46.3 tokenizers==0.20.3 huggingface_hub==0.36.0
 	touch $@
 
 wordnet:

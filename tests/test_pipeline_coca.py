@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import skip_or_fail
 from small_data import narrow_coca, tiny_coca
 
 from pipeline.beam import beam_search
@@ -310,7 +311,7 @@ def test_equal_to_open_clips_own_generate(tmp_path):
     """In a process with the transformers release that open_clip's generate still runs with."""
     old = Path(sys.prefix) / "transformers-4.46"
     if not old.exists():
-        pytest.skip(f"no transformers 4.46 in {old}: `make test` installs it")
+        skip_or_fail(f"no transformers 4.46 in {old}: `make test` installs it")
     loaded = load_model(tiny_coca(tmp_path / "coca"))
     coca = Coca(loaded.model, loaded.tokenizer)
     images = noise(coca, 32)

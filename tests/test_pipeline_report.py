@@ -68,7 +68,8 @@ def make_shard(root: Path, shard: int) -> None:
         if not ok:
             continue
         captions.append({"key": key, "captions": ["a dog", "a dog", f"cat {row}"], "logprobs": [-4.0, -6.0, math.nan],
-                         "num_tokens": [4, 4, 4]})  # fmt: skip
+                         "num_tokens": [4, 4, 4], "similarities": [0.251, 0.259, -0.105],
+                         "original_similarity": 0.305 if row % 2 else None})  # fmt: skip
         if row == 3:
             continue
         synsets = [[DOG, CAT], [DOG], [DOG], [RARE] if row == 9 else []]
@@ -224,6 +225,8 @@ def test_tally_counts_by_hand(root):
     assert (toy.images, toy.captions, toy.distinct_per_image, toy.distinct_per_shard) == (21, 63, 42, 24)
     assert toy.logprobs == {-20: 21, -30: 21}
     assert toy.not_finite == 21
+    assert toy.cosines == {25: 42, -11: 21}
+    assert toy.original_cosines == {30: 12}
 
 
 def test_dataset_page_shows_captions_synsets_and_cache(root):
@@ -234,7 +237,8 @@ def test_dataset_page_shows_captions_synsets_and_cache(root):
     assert "more than 5" in page.source
     for fact in ("ViT-L-14 toy_tag", "2 views and 2 captions", "8 numbers of float16", "18 in 3 shards"):
         assert fact in page.text
-    titles = ["Shorter side of the originals", "Aspect ratio as stored", "Caption length", "Synset frequency by rank"]
+    titles = ["Shorter side of the originals", "Aspect ratio as stored", "Caption length", "Synset frequency by rank",
+              "Cosine with the picture, by toy itself"]  # fmt: skip
     assert [title for title in titles if title not in page.text] == []
 
 

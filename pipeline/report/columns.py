@@ -15,12 +15,14 @@ from shards_spec.files import join, names, open_read
 
 PARQUET_PATTERN = re.compile(r"\d+\.parquet")
 LOGPROB_UNIT = 0.05
+COSINE_UNIT = 0.01
 ASPECT_UNIT = 0.125  # octaves
 
 
 @dataclass
 class Captions:
-    """The synthetic captions of one captioner. ``logprobs`` counts whole multiples of LOGPROB_UNIT, per token."""
+    """The synthetic captions of one captioner. ``logprobs`` counts whole multiples of LOGPROB_UNIT, per token;
+    ``cosines`` and ``original_cosines`` (caption to picture, where `caption --similarity` stored them) of COSINE_UNIT."""
 
     images: int = 0
     captions: int = 0
@@ -29,6 +31,8 @@ class Captions:
     tokens: int = 0
     logprobs: Counter[int] = field(default_factory=Counter)
     not_finite: int = 0
+    cosines: Counter[int] = field(default_factory=Counter)
+    original_cosines: Counter[int] = field(default_factory=Counter)
 
 
 @dataclass
@@ -85,7 +89,7 @@ def count_dataset(root: str) -> Tally:
         _count_shard(tally, table)
     for captioner in names(join(root, "captions")):
         counted = Captions()
-        columns = ["captions", "logprobs", "num_tokens"]
+        columns = ["captions", "logprobs", "num_tokens", "similarities", "original_similarity"]
         for table in _tables(join(root, "captions", captioner), columns, tally.problems):
             _count_captions(counted, table)
             if not packed and "captions" in table:
@@ -170,6 +174,14 @@ def _count_captions(counted: Captions, table: dict[str, Any]) -> None:
         finite = np.isfinite(mean)
         counted.not_finite += int((~finite).sum())
         _add(counted.logprobs, np.floor(mean[finite] / LOGPROB_UNIT).astype(np.int64))
+    if "similarities" in table and "original_similarity" in table:
+        _add_cosines(counted.cosines, pc.list_flatten(table["similarities"]))
+        _add_cosines(counted.original_cosines, table["original_similarity"])
+
+
+def _add_cosines(counter: Counter[int], column: Any) -> None:
+    values = column.drop_null().to_numpy(zero_copy_only=False).astype(float)
+    _add(counter, np.floor(values[np.isfinite(values)] / COSINE_UNIT).astype(np.int64))
 
 
 def _add(counter: Counter[int], values: np.ndarray) -> None:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from pipeline.report.axes import logarithmic, short, total
 from pipeline.report.charts import Chart, Line, Plot, Rule, line_chart
-from pipeline.report.columns import ASPECT_UNIT, LOGPROB_UNIT, Tally, count_dataset, parquet_files
+from pipeline.report.columns import ASPECT_UNIT, COSINE_UNIT, LOGPROB_UNIT, Tally, count_dataset, parquet_files
 from pipeline.report.histogram import Scale, histogram
 from pipeline.report.samples import draw_samples
 from pipeline.report.stages import foreign_counts, funnel, losses, mismatches, ordered, stage_row
@@ -104,6 +104,14 @@ def _text_charts(tally: Tally) -> list[Chart]:
         histogram("Synsets per caption", Scale("synsets"), synsets),
         *(
             histogram(f"Log-probability, {name}", nats, {"captions": c.logprobs})
+            for name, c in tally.captioners.items()
+        ),
+        *(
+            histogram(
+                f"Cosine with the picture, by {name} itself",
+                Scale("cosine", COSINE_UNIT),
+                {"original": c.original_cosines, "synthetic": c.cosines},
+            )
             for name, c in tally.captioners.items()
         ),
     )

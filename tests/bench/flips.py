@@ -1,0 +1,59 @@
+#!/usr/bin/env python3
+"""How often a caption depends on its batch, which only the last bits of float sums can bring about.
+
+    python tests/bench/flips.py ROOT --model local-dir:DIR [--pictures 500] [--batches 1 3 32] [--precision fp32]
+
+Writes five nucleus captions of each of ROOT's first pictures in batches of different sizes (and with the pictures in
+reverse) and compares the tokens with those of batches of 64.
+"""
+
+import argparse
+from itertools import islice
+
+import torch
+
+from pipeline.captioner import Captioner
+from pipeline.decoding import Decoding
+from pipeline.drafts import Wanted
+from shards_spec.files import join
+from shards_spec.manifest import shard_ids, shard_name
+from shards_spec.models import load_model
+from shards_spec.tar import read_shard
+from shards_spec.views import decode_rgb
+
+
+def main() -> None:
+    """Print the share of captions that differ."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("root")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--pretrained")
+    parser.add_argument("--pictures", type=int, default=500)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 3, 32])
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    loaded = load_model(options.model, options.pretrained, options.device, precision=options.precision)
+    tars = (join(options.root, "raw", f"{shard_name(shard)}.tar") for shard in shard_ids(join(options.root, "raw")))
+    samples = islice((sample for tar in tars for sample in read_shard(tar)), options.pictures)
+    captioner = Captioner(loaded, Decoding(), 5, batch_size=64)
+    wanted = [Wanted(s.key, captioner.preprocess(decode_rgb(s.image)), tuple(range(5))) for s in samples]
+
+    def texts(work: list[Wanted], batch_size: int) -> dict[str, list[tuple[str, int]]]:
+        captioner.batch_size = batch_size
+        described = captioner.describe(work)
+        return {w.key: [(c.text, c.num_tokens) for c in d.captions] for w, d in zip(work, described, strict=True)}
+
+    expected = texts(wanted, 64)
+    tokens = sum(length for row in expected.values() for _, length in row)
+    for batch_size in options.batches:
+        found = texts(list(reversed(wanted)), batch_size)
+        differ = sum(a != b for key, row in expected.items() for a, b in zip(row, found[key], strict=True))
+        print(
+            f"batches of {batch_size}, reversed, against 64: {differ} of {5 * len(expected)} captions differ "
+            f"({tokens:,} tokens; {options.precision}, {torch.get_num_threads()} threads)"
+        )
+
+
+if __name__ == "__main__":
+    main()
