@@ -6,8 +6,8 @@ import multiprocessing
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -94,14 +94,15 @@ def caption(config: CaptionConfig) -> Summary:
 
     shards = upstream_shards(config.root, "raw", "ingest")
     devices = pick_devices(config.device)
-    captioner: Captioner | None = _load(config, devices[0])
-    assert captioner is not None
+    several = len(devices) > 1  # then every worker process loads its own, and this one only says who they are
+    config = replace(config, precision=_precision(config.precision, devices[0]))
+    captioner = _load(config, "cpu" if several else devices[0])
     name = config.name or model_label(config.model, config.pretrained)
     identity = {
         "model": model_label(config.model, None),
         "pretrained": config.pretrained,
         "weights_sha256": weights_sha256(captioner.coca.model),
-        "precision": _precision(config.precision, devices[0]),
+        "precision": config.precision,
         "num_captions": config.num_captions,
         **asdict(config.decoding),
         "seed": config.seed,
@@ -110,14 +111,8 @@ def caption(config: CaptionConfig) -> Summary:
         "batch_size": config.batch_size,
     }
     stage = Stage(f"caption/{name}", f"captions/{name}", identity)
-    begin = None
-    if len(devices) > 1:
-        captioner = None  # every worker loads its own
-        queue = multiprocessing.get_context("spawn").SimpleQueue()
-        for device in devices:
-            queue.put(device)
-        begin = partial(_begin_worker, queue, len(devices), config)
-    work = partial(caption_shard, stage=stage, config=config, captioner=captioner)
+    work = partial(caption_shard, stage=stage, config=config, captioner=None if several else captioner)
+    begin = _begin(config, devices) if several else None
     tasks = tar_tasks(config.root, "raw", shards)
     return run_stage(
         config.root, stage, tasks, work, total=len(shards), workers=len(devices), begin=begin,
@@ -125,11 +120,11 @@ def caption(config: CaptionConfig) -> Summary:
     )  # fmt: skip
 
 
-def _precision(asked: str, device: str) -> Precision:
+def _precision(asked: Literal["auto"] | Precision, device: str) -> Precision:
     import torch
 
     if asked != "auto":
-        return asked  # type: ignore[return-value]
+        return asked
     return "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
 
 
@@ -137,17 +132,23 @@ def _load(config: CaptionConfig, device: str) -> "Captioner":
     from pipeline.captioner import Captioner
     from shards_spec.models import load_model
 
-    loaded = load_model(config.model, config.pretrained, device, precision=_precision(config.precision, device))
-    return Captioner(
-        loaded, config.decoding, config.num_captions, config.seed, config.similarity, config.batch_size
-    )  # fmt: skip
+    precision = _precision(config.precision, device)
+    loaded = load_model(config.model, config.pretrained, device, precision=precision)
+    return Captioner(loaded, config.decoding, config.num_captions, config.seed, config.similarity, config.batch_size)
 
 
 _WORKER: list["Captioner"] = []  # a worker process' own
 
 
+def _begin(config: CaptionConfig, devices: list[str]) -> Callable[[], None]:
+    """What each worker process does first: take one of the devices and load the captioner there."""
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    for device in devices:
+        queue.put(device)
+    return partial(_begin_worker, queue, len(devices), config)
+
+
 def _begin_worker(queue: Any, workers: int, config: CaptionConfig) -> None:
-    """In a worker process: take a device and load the captioner there."""
     import torch
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))

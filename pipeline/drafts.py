@@ -104,7 +104,8 @@ class Drafts:
         for row in self.rows.values():
             facts["captions"] += len(row.captions)
             facts["cut at max_tokens"] += sum(not caption.ended for caption in row.captions.values())
-            facts.update(wrong for index in row.captions if (wrong := row.problem(index)))
+            texts = [caption.text for caption in row.captions.values()]
+            facts.update(wrong for place, text in enumerate(texts) if (wrong := problem(text, texts[:place])))
         return {name: number for name, number in sorted(facts.items()) if number}
 
     def as_columns(self) -> list[dict[str, Any]]:
