@@ -39,7 +39,8 @@ step teacher clipmill train coca --data "$ROOT" --out "$RUN/coca" --model local-
 step export clipmill export "$RUN/coca" --to "$COCA"
 
 # 3. Synthetic captions, WordNet synsets, final shards, vocabulary
-step caption clipmill caption "$ROOT" --model "local-dir:$COCA" --num-captions 2 --temperature 0.3 --max-tokens 20
+step caption clipmill caption "$ROOT" --model "local-dir:$COCA" --num-captions 2 --temperature 0.3 --max-tokens 20 \
+  --similarity
 step pack clipmill pack "$ROOT"
 step vocab clipmill vocab "$ROOT" --min-count 50
 
