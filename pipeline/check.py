@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from pipeline.dedup import FOLDER as DEDUP
 from pipeline.dedup import check_fresh
 from pipeline.likeness import EXACT, NEAR
+from pipeline.reshard import FOLDER as PLAN
 from pipeline.stage import Root
 from shards_spec.embeddings import read_embeddings
 from shards_spec.files import (
@@ -83,6 +84,7 @@ def _folders(root: str) -> Iterator[tuple[str, str, Prove]]:
     for folder, stage, prove in (
         ("raw", "ingest", _prove_raw),
         (DEDUP, "dedup", _prove_dedup),
+        (PLAN, "plan", _prove_plan),
         ("shards", "pack", _prove_final),
     ):
         if exists(join(root, folder)):
@@ -184,14 +186,16 @@ def _prove_final(root: str, folder: str, shard: int) -> Iterator[str]:
     name = join(root, folder, shard_name(shard))
     rows = _rows(f"{name}.parquet", ["key", "synsets"])
     _expect_keys(f"{name}.parquet", shard_keys(f"{name}.tar"), [row["key"] for row in rows], "the tar")
-    raw = read_shard(join(root, "raw", f"{shard_name(shard)}.tar")) if exists(join(root, "raw")) else None
-    dropped = _dropped(root, shard)
+    sources = _raw_shards(root, shard)
+    tars = [join(root, "raw", f"{source}.tar") for source in sources]
+    raw = chain.from_iterable(map(read_shard, tars)) if exists(join(root, "raw")) else None
+    dropped = set[str]().union(*(_dropped(root, source) for source in sources))
     for sample, row in zip(read_shard(f"{name}.tar"), rows, strict=True):
         captions, synsets = sample.captions, sample.meta.get("synsets")
         if synsets != row["synsets"] or len(synsets) != len(captions):
             raise DataError(f"{name}.tar: key {sample.key} has synsets that do not fit its captions or its Parquet row")
         if raw is not None and next(s for s in _until(raw, sample.key, name)).image != sample.image:
-            raise DataError(f"{name}.tar: key {sample.key} has another picture than raw/{shard_name(shard)}.tar")
+            raise DataError(f"{name}.tar: key {sample.key} has another picture than raw/{' or '.join(sources)}.tar")
         if sample.key in dropped:
             raise DataError(f"{name}.tar: key {sample.key} is a duplicate by {DEDUP}/; run `clipmill pack` again")
         yield check_key(sample.key)
@@ -203,6 +207,24 @@ def _until(raw: Iterator[Sample], key: str, name: str) -> Iterator[Sample]:
             yield sample
             return
     raise DataError(f"{name}.tar: key {key} is not in its raw shard, or not in that order")
+
+
+def _raw_shards(root: str, shard: int) -> list[str]:
+    """Names of the raw shards that a final shard was made of: its own number's, but where shards have equal sizes."""
+    done = read_done(join(root, "shards"), shard)
+    found = [path[4:-4] for path in (done.inputs if done else {}) if path.startswith("raw/") and path.endswith(".tar")]
+    return found if done else [shard_name(shard)]
+
+
+def _prove_plan(root: str, folder: str, shard: int) -> Iterator[str]:
+    path, tar = join(root, folder, f"{shard_name(shard)}.parquet"), join(root, "raw", f"{shard_name(shard)}.tar")
+    rows, done = _rows(path, ["key", "reason"]), read_done(join(root, folder), shard)
+    if exists(join(root, "raw")):
+        _expect_keys(path, shard_keys(tar), [row["key"] for row in rows], tar)
+    counts = Counter(row["reason"] or "success" for row in rows)
+    if done is not None and done.counts != counts:
+        raise DataError(f"{path}: {dict(counts)}, its done-record says {done.counts}; run `clipmill pack` again")
+    yield from (row["key"] for row in rows)
 
 
 def _prove_cache(root: str, folder: str, shard: int) -> Iterator[str]:
@@ -233,8 +255,8 @@ def _prove_dedup(root: str, folder: str, shard: int) -> Iterator[str]:
         yield row["key"]
 
 
-def _dropped(root: str, shard: int) -> set[str]:
-    path = join(root, DEDUP, f"{shard_name(shard)}.parquet")
+def _dropped(root: str, name: str) -> set[str]:
+    path = join(root, DEDUP, f"{name}.parquet")
     return {row["key"] for row in _rows(path, ["key"])} if exists(path) else set()
 
 
@@ -274,12 +296,19 @@ def _check_sizes(root: str) -> list[str]:
         return []
     if not exists(path):
         return [f"{path}: is not there; `clipmill pack` has not finished"]
-    sizes, problems = read_json(path), list[str]()
-    for shard in shard_ids(join(root, "shards")):
+    sizes, problems, shards = read_json(path), list[str](), shard_ids(join(root, "shards"))
+    for shard in shards:
         done = read_done(join(root, "shards"), shard)
         name = f"{shard_name(shard)}.tar"
         if done and sizes.get(name) != done.successes:
             problems.append(f"{path}: {name} has {done.successes} samples, the file says {sizes.get(name)}")
+        size = done.config.get("shard_size") if done else None
+        if done and size and not (done.successes == size or (shard == shards[-1] and done.successes <= size)):
+            problems.append(f"{path}: {name} has {done.successes} samples, not {size}; run `clipmill pack` again")
+    stages = read_dataset(root)["stages"]
+    planned, packed = (stages.get(name, {}).get("counts") for name in ("plan", "pack"))
+    if planned is not None and planned != packed:
+        problems.append(f"{root}/dataset.json: plan says {planned}, pack {packed}; run `clipmill pack` again")
     return problems
 
 

@@ -161,7 +161,13 @@ def _count(counts: Counter[str], facts: Counter[str], done: Done) -> None:
 
 
 def _done_before(folder: str, stage: Stage, task: Task) -> Done | None:
-    done = read_done(folder, task.shard)
+    done = same_config(folder, stage, task.shard)
+    return done if done is not None and done.inputs == task.inputs else None
+
+
+def same_config(folder: str, stage: Stage, shard: int) -> Done | None:
+    """The shard's done-record, if any. Raises UserError when it was made under another config."""
+    done = read_done(folder, shard)
     if done is not None and done.config != stage.config:
         changed = [
             f"{key}: {done.config.get(key)!r} there, {stage.config.get(key)!r} asked"
@@ -169,10 +175,10 @@ def _done_before(folder: str, stage: Stage, task: Task) -> Done | None:
             if done.config.get(key) != stage.config.get(key)
         ]
         raise UserError(
-            f"{folder}/{shard_name(task.shard)} was made with another config ({'; '.join(changed)}); "
+            f"{folder}/{shard_name(shard)} was made with another config ({'; '.join(changed)}); "
             "ask for the same, use another ROOT, or make it again with --overwrite"
         )
-    return done if done is not None and done.inputs == task.inputs else None
+    return done
 
 
 def _publish(folder: str, stage: Stage, task: Task, result: Result) -> Done:

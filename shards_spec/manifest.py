@@ -24,6 +24,7 @@ from shards_spec.files import (
 )
 
 STATS_PATTERN = re.compile(r"(\d+)_stats\.json")
+FILE_PATTERN = re.compile(r"(\d+)(\.tar|\.parquet|_stats\.json)")
 
 
 def shard_name(shard: int) -> str:
@@ -110,6 +111,13 @@ def forget(folder: str, shard: int) -> None:
     remove(join(folder, f"{shard_name(shard)}_stats.json"))
 
 
+def remove_shards(folder: str, first: int) -> None:
+    """Delete the shards from number ``first`` on, their done-records before what these vouch for."""
+    for name in sorted(names(folder), key=lambda name: not STATS_PATTERN.fullmatch(name)):
+        if (match := FILE_PATTERN.fullmatch(name)) and int(match[1]) >= first:
+            remove(join(folder, name))
+
+
 def finished_shards(folder: str) -> list[int]:
     """Ids of the shards of a folder that are complete (their stats exist), ascending; there may be gaps."""
     return sorted(int(match[1]) for name in names(folder) if (match := STATS_PATTERN.fullmatch(name)))
@@ -154,6 +162,13 @@ def write_stage(root: str, stage: str, block: dict[str, Any], source: str | None
     dataset["source"] = source or dataset["source"]
     dataset["stages"] = dict(sorted({**dataset["stages"], stage: block}.items()))
     write_json(join(root, "dataset.json"), dataset)
+
+
+def remove_stage(root: str, stage: str) -> None:
+    """Take a stage's block out of ``dataset.json``; nothing is written when there is none."""
+    dataset = read_dataset(root)
+    if dataset["stages"].pop(stage, None) is not None:
+        write_json(join(root, "dataset.json"), dataset)
 
 
 def shard_sizes(root: str) -> list[int]:

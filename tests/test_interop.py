@@ -1,16 +1,23 @@
-"""The packed shards are read with no code of ours: webdataset 1.x and 0.2.86, open_clip's own data code."""
+"""What we write is read with no code of ours, without a network: webdataset, open_clip, datasets, DuckDB, pandas."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import duckdb
+import numpy as np
+import pandas as pd
 import pytest
 from conftest import skip_or_fail
 from PIL import Image
 from small_data import build_all, tiny_coca, write_raw
 
+from pipeline.pack import PackConfig, pack
 from shards_spec.files import join, read_json
+from shards_spec.sample import Sample
+from shards_spec.tar import read_shard, write_shard
 
 SHARDS, SAMPLES = 3, 15
 OLD_WEBDATASET = Path(sys.prefix) / "webdataset-0.2.86"  # open_clip's pin, installed beside by `make test`
@@ -37,6 +44,26 @@ urls, _ = sys.argv[1:]
 read = list(wds.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "txt", "json"))
 print(wds.__version__, len(read), all(text == meta["caption"] for _, _, text, meta in read), read[0][0])
 """
+DATASETS = """
+import json, sys
+import datasets
+urls, types = sys.argv[1:]
+features = eval(types, vars(datasets)) if types else None
+for streaming in (False, True):
+    read = datasets.load_dataset(
+        "webdataset", data_files={"train": urls}, split="train", streaming=streaming, features=features
+    )
+    rows = list(read)
+    assert all(row["jpg"].convert("RGB").size == (row["json"]["width"], row["json"]["height"]) for row in rows)
+    print(json.dumps([[row["__key__"], row["txt"], row["json"]] for row in rows]))
+"""
+TYPES = """Features({
+    "jpg": Image(), "txt": Value("string"), "__key__": Value("string"), "__url__": Value("string"),
+    "json": {
+        **{name: Value("string") for name in ("url", "caption", "key", "status", "syn_0", "syn_1")},
+        "width": Value("int32"), "height": Value("int32"), "synsets": List(List(Value("string"))),
+    },
+})"""
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +108,77 @@ def test_open_clips_loader_reads_them_with_current_webdataset(built):
 def test_open_clips_training_loader_reads_them_with_its_pinned_webdataset(built):
     out = run(OPEN_CLIP, built, "train", old=True)
     assert out.split(maxsplit=2) == ["0.2.86", "15", str([(5, 3, 32, 32, 5, 77)] * 3) + "\n"]
+
+
+def load_dataset(root: str, home: Path, types: str = "") -> list[list[list]]:
+    """Rows (key, txt, json) as `datasets` gives them, loaded and streamed, with an empty cache and no network."""
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    urls = f"{root}/shards/*.tar"
+    done = subprocess.run(
+        [sys.executable, "-c", DATASETS, urls, types], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def expected(root: str) -> list[list]:
+    samples = [s for shard in range(SHARDS) for s in read_shard(join(root, f"shards/0000{shard}.tar"))]
+    return [[sample.key, sample.caption, sample.meta] for sample in samples]
+
+
+def test_hugging_faces_datasets_loads_them(built, tmp_path):
+    loaded, streamed = load_dataset(built, tmp_path)
+    assert loaded == streamed == expected(built)
+
+
+def test_hugging_faces_datasets_takes_types_where_the_first_samples_do_not_show_them(tmp_path):
+    """It takes the first five samples for the types of all: an empty list is null for ever (its issue 7549)."""
+    root = str(tmp_path / "ds")
+    write_raw(root, SHARDS, per_shard=12)
+    samples = list(read_shard(join(root, "raw/00000.tar")))
+    plain = [Sample(s.key, {**s.members, "txt": b"zzz"}) for s in samples[:7]]
+    write_shard(join(root, "raw/00000.tar"), [*plain, *samples[7:]])
+    pack(PackConfig(root, workers=1))
+    wanted = [[key, text, {"syn_0": None, "syn_1": None, **meta}] for key, text, meta in expected(root)]
+    assert [meta["synsets"] for _, _, meta in wanted[:7]] == [[[]]] * 7
+    loaded, streamed = load_dataset(root, tmp_path / "home", TYPES)
+    assert loaded == streamed == wanted
+
+
+def test_duckdb_joins_the_side_files(built):
+    query = f"""
+        SELECT s.key, r.url, s.caption, c.captions = s.synthetic AS same, octet_length(t.image_0::BLOB) AS bytes
+        FROM '{built}/shards/*.parquet' s JOIN '{built}/raw/*.parquet' r USING (key)
+        JOIN '{built}/captions/cap/*.parquet' c USING (key) JOIN '{built}/teacher/tea/*.parquet' t USING (key)
+        ORDER BY s.key
+    """
+    found = duckdb.sql(query).fetchall()
+    wanted = [(key, meta["url"], text, True, 2 * 32) for key, text, meta in expected(built)]
+    assert found == wanted
+    lost = f"SELECT status, count(*) FROM '{built}/raw/*.parquet' GROUP BY status ORDER BY status"
+    assert duckdb.sql(lost).fetchall() == [("failed_to_download", 3), ("success", SAMPLES)]
+
+
+def test_duckdb_counts_synsets_as_the_vocabulary_does(built):
+    query = f"""
+        SELECT wnid, count(*) FROM (
+            SELECT unnest(flatten(synsets)) AS wnid FROM '{built}/shards/*.parquet'
+        ) GROUP BY wnid HAVING count(*) > 2
+    """
+    tsv = f"SELECT wnid, count FROM read_csv('{built}/vocab/all.tsv', delim = '\t', comment = '#', header = true)"
+    assert sorted(duckdb.sql(query).fetchall()) == sorted(duckdb.sql(tsv).fetchall())
+
+
+def test_pandas_reads_the_side_files(built):
+    wanted = expected(built)
+    shards, raw, captions, teacher = (
+        pd.concat([pd.read_parquet(f"{built}/{folder}/0000{i}.parquet") for i in range(SHARDS)])
+        for folder in ("shards", "raw", "captions/cap", "teacher/tea")
+    )
+    assert shards["key"].tolist() == teacher["key"].tolist() == [key for key, _, _ in wanted]
+    assert [[list(one) for one in row] for row in shards["synsets"]] == [meta["synsets"] for _, _, meta in wanted]
+    assert raw["status"].value_counts().to_dict() == {"success": SAMPLES, "failed_to_download": 3}
+    joined = shards.merge(captions, on="key")
+    assert all(list(a) == list(b) for a, b in zip(joined["synthetic"], joined["captions"], strict=True))
+    vectors = np.stack([np.frombuffer(row, "<f2") for row in teacher["image_0"]]).astype(np.float32)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=2e-3)

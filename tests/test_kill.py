@@ -20,7 +20,9 @@ from pipeline.pack import PackConfig, pack
 from pipeline.vocab import VocabConfig, vocab
 
 KILLS = 20
-FOLDERS = {"caption": "captions", "pack": "shards", "vocab": "vocab", "cache": "teacher"}
+FOLDERS = {"caption": ["captions"], "pack": ["shards"], "vocab": ["vocab"], "cache": ["teacher"]}
+EQUAL = {"equal": ["plan", "shards"]}  # pack with a shard size
+BLOCKS = {"equal": {"plan", "pack"}}  # of dataset.json, where they are not named as the stage is
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +41,22 @@ def built(tmp_path_factory, model) -> str:
     return root
 
 
+@pytest.fixture(scope="module")
+def equal(tmp_path_factory) -> str:
+    root = str(tmp_path_factory.mktemp("data") / "ds")
+    write_raw(root, shards=4, per_shard=10)
+    run("equal", root, "", 1)
+    return root
+
+
 def run(stage: str, root: str, model: str, workers: int) -> None:
     torch.set_num_threads(1)  # OpenMP does not survive a fork
     if stage == "caption":
         caption(CaptionConfig(root, model, name="cap", num_captions=2, decoding=Decoding(max_tokens=8)))
     elif stage == "pack":
         pack(PackConfig(root, workers=workers))
+    elif stage == "equal":
+        pack(PackConfig(root, shard_size=7, workers=workers))
     elif stage == "vocab":
         vocab(VocabConfig(root, min_count=2))
     else:
@@ -62,15 +74,25 @@ def before(stage: str, built: str, to: Path) -> str:
     """A copy of the dataset as it was before the stage ran."""
     import json
 
-    root = shutil.copytree(built, to / "ds", ignore=lambda folder, names: [FOLDERS[stage]] if folder == built else [])
+    gone, blocks = {**FOLDERS, **EQUAL}[stage], BLOCKS.get(stage, {stage})
+    root = shutil.copytree(built, to / "ds", ignore=lambda folder, names: gone if folder == built else [])
     dataset = json.loads((root / "dataset.json").read_text())
-    dataset["stages"] = {name: block for name, block in dataset["stages"].items() if name.split("/")[0] != stage}
+    dataset["stages"] = {name: block for name, block in dataset["stages"].items() if name.split("/")[0] not in blocks}
     (root / "dataset.json").write_text(json.dumps(dataset, indent=2, ensure_ascii=False) + "\n")
     return str(root)
 
 
 @pytest.mark.parametrize(("stage", "workers", "kills"), [*((s, 1, KILLS) for s in FOLDERS), ("pack", 2, 3)])
 def test_killed_stage_and_rerun_equal_an_undisturbed_run(stage, workers, kills, built, model, tmp_path):
+    kill_and_run_again(stage, workers, kills, built, model, tmp_path)
+
+
+@pytest.mark.parametrize(("workers", "kills"), [(1, KILLS), (2, 3)])
+def test_killed_packing_to_equal_sizes_and_rerun_equal_an_undisturbed_run(workers, kills, equal, tmp_path):
+    kill_and_run_again("equal", workers, kills, equal, "", tmp_path)
+
+
+def kill_and_run_again(stage: str, workers: int, kills: int, built: str, model: str, tmp_path: Path) -> None:
     rng, landed, tries = random.Random(stage), 0, 0
     timing = before(stage, built, tmp_path / "timing")
     start = time.monotonic()

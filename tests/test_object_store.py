@@ -244,10 +244,10 @@ def test_a_list_on_s3_becomes_a_dataset_on_s3(bucket, other, web, store):
     assert ingest(config(root, source)).made == 1
     assert sum((web.requests - fetched).values()) == 4, "only that shard's pictures are fetched again"
     assert objects(other, bucket, "ds/") == before
-    summary = pack(PackConfig(root, captioner="none", workers=2))
+    summary = pack(PackConfig(root, captioner=("none",), workers=2))
     assert (summary.made, summary.counts) == (3, {"success": 10})
     assert check(CheckConfig(root)) == []
-    assert pack(PackConfig(root, captioner="none", workers=2)).made == 0
+    assert pack(PackConfig(root, captioner=("none",), workers=2)).made == 0
     assert json.loads(objects(other, bucket, "ds/shards/")["sizes.json"]) == {
         "00000.tar": 4, "00001.tar": 4, "00002.tar": 2
     }  # fmt: skip

@@ -427,7 +427,7 @@ def test_retry_failed_adds_shards_and_keeps_keys(server, tmp_path):
     third = ingest(again)
     assert (third.shards, third.made, third.counts) == (6, 1, summary.counts)
     assert check(CheckConfig(str(root))) == []
-    pack(PackConfig(str(root), captioner="none", workers=1))
+    pack(PackConfig(str(root), captioner=("none",), workers=1))
     assert check(CheckConfig(str(root))) == []
     write_list(tmp_path / "l.tsv", [*rows, *[(f"{server.url}/good/1", "new")] * 10])
     with pytest.raises(UserError, match="has more rows than when its failed rows were tried again"):

@@ -196,7 +196,7 @@ def test_a_picture_that_does_not_decode_costs_itself_only(root, model, caplog):
         stats = json.loads(path.read_text())
         del stats["clipmill"]  # as img2dataset leaves them
         path.write_text(json.dumps(stats))
-    summary = pack(PackConfig(root, captioner="none", workers=1))
+    summary = pack(PackConfig(root, captioner=("none",), workers=1))
     assert summary.counts == {"success": 15}  # nobody has looked at the pictures yet
     with pytest.raises(ShardsFailed, match=f"1 of 3 shards failed\n  00000: .*key {samples[1].key} does not decode"):
         cache(CacheConfig(root, model, name="tea", views=1))
@@ -302,8 +302,8 @@ def test_several_captioners_must_be_told_apart(root, model):
     with pytest.raises(UserError, match=r"several captioners .*\['cap', 'other'\]; say --captioner"):
         pack(PackConfig(root))
     with pytest.raises(UserError, match="no captions/nope"):
-        pack(PackConfig(root, captioner="nope"))
-    assert pack(PackConfig(root, captioner="none", workers=1, overwrite=True)).counts["success"] > 0
+        pack(PackConfig(root, captioner=("nope",)))
+    assert pack(PackConfig(root, captioner=("none",), workers=1, overwrite=True)).counts["success"] > 0
     assert len(next(read_shard(join(root, "shards/00000.tar"))).captions) == 1
 
 

@@ -17,7 +17,8 @@ from small_data import write_raw
 
 import clipmill
 from pipeline.catlip_vocab import catlip_bytes, read_catlip
-from pipeline.pack import SCHEMA, PackConfig, pack
+from pipeline.final_shard import SCHEMA
+from pipeline.pack import PackConfig, pack
 from pipeline.vocab import VocabConfig, coverage, vocab
 from pipeline.wordnet import load_wordnet
 from shards_spec.files import DataError, UserError, join, read_json

@@ -161,6 +161,34 @@ def test_tar_round_trip_and_hash(root):
     assert files.sha256_file(path) == digest
 
 
+def test_a_shard_can_be_read_from_the_middle(tmp_path):
+    path = str(tmp_path / "a.tar")
+    tar.write_shard(path, samples())
+    with files.read_buffer(path) as buffer:
+        members = [members for _, members in tar.index_shard(buffer, path)]
+    for index, found in enumerate(members):
+        start = min(member.offset for member in found.values()) - tar.BLOCK
+        assert list(tar.read_shard(path, start)) == samples()[index:]
+
+
+def test_members_larger_than_a_write_keep_their_order(tmp_path):
+    large = [Sample(str(i), {"jpg": bytes([i]) * (tar.AT_ONCE * i // 2 + i), "txt": b"x"}) for i in range(5)]
+    path = str(tmp_path / "a.tar")
+    assert tar.write_shard(path, large) == (5, files.sha256_file(path))
+    assert list(tar.read_shard(path)) == large
+
+
+def test_a_size_below_zero_is_a_damaged_header_and_no_endless_loop(tmp_path):
+    path = tmp_path / "a.tar"
+    tar.write_shard(str(path), samples())
+    data = bytearray(path.read_bytes())
+    data[124:136] = b"-0000001000\0"
+    data[148:156] = b"%06o\0 " % (sum(data[:148]) + 8 * 32 + sum(data[156:512]))
+    path.write_bytes(data)
+    with pytest.raises(files.DataError, match="no tar header after member"):
+        list(tar.read_shard(str(path)))
+
+
 @given(st.text(string.ascii_letters + string.digits + "_-/.", min_size=1, max_size=160), st.integers(0, 8**11 - 1))
 def test_headers_are_tarfiles(name, size):
     info = tarfile.TarInfo(name)
