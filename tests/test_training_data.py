@@ -3,6 +3,7 @@
 import logging
 import os
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,18 @@ def test_captions_are_drawn_evenly_and_again():
     assert all(abs(counts[i] - expected) < 4 * sigma for i in range(6)), counts
     assert [draw_caption(1, "k", e, 6) for e in range(9)] == [draw_caption(1, "k", e, 6) for e in range(9)]
     assert [draw_caption(1, "k", e, 6) for e in range(9)] != [draw_caption(2, "k", e, 6) for e in range(9)]
+
+
+def test_an_empty_caption_is_never_drawn(root, student):
+    path = f"{root}/shards/00001.tar"
+    samples = [replace(s, members={**s.members, "txt": b" "}) for s in read_shard(path)]
+    write_shard(path, samples)
+    tokenized = {tuple(student.tokenizer([text])[0].tolist()) for text in (" ", "")}
+    items = open_samples(config(root), ViewConfig(scale=(0.5, 1.0)), student, seed=9)
+    emptied, drawn = {s.key for s in samples}, [items[position] for position in range(90)]
+    texts = {tuple(item["tokens"].tolist()) for item in drawn if item["key"] in emptied}
+    assert len(texts) > len(samples)
+    assert not texts & tokenized
 
 
 def test_original_captions_only(root, student):

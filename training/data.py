@@ -147,7 +147,8 @@ class Samples(Dataset[Item]):
             return Skipped(f"{self.reader.path(place.shard)}: key {sample.key}: {error}")
         view = place.epoch % self.cache.num_views if self.cache else place.epoch
         rendered = apply_view(image, self.views, draw_view(self.views, sample.key, view), self.size)
-        caption = draw_caption(self.seed, sample.key, place.epoch, len(captions))
+        written = [index for index, text in enumerate(captions) if text.strip()] or [0]  # an original may be empty
+        caption = written[draw_caption(self.seed, sample.key, place.epoch, len(written))]
         item = {
             "key": sample.key,
             "epoch": place.epoch,

@@ -27,7 +27,7 @@ def dataset_page(root: str, samples: int) -> dict[str, Any]:
     """Everything the template shows."""
     dataset = read_dataset(root)
     stages = ordered(dataset["stages"])
-    counts = {name: block["counts"] for name, block in stages.items() if block.get("counts")}
+    counts = {name: block["counts"] for name, block in stages.items() if block.get("counts") and name != "plan"}
     if "ingest" not in counts and (foreign := foreign_counts(root)):
         counts = {"ingest": foreign, **counts}
     tally = count_dataset(root)
