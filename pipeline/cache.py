@@ -1,24 +1,41 @@
-"""Stage `cache`: a teacher's embeddings of K replayable views and of all captions, one Parquet file per shard."""
+"""Stage `cache`: a teacher's embeddings of K replayable views and of all captions, Parquet files per shard.
+
+Only what is new is embedded and written: further views, further captions, rows whose picture or caption changed.
+"""
 
 import logging
+import multiprocessing
+import os
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from importlib.metadata import version
+from itertools import groupby
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from tyro.conf import OmitArgPrefixes
 
-from pipeline.ahead import ahead, batches
+from pipeline.cache_lists import export_lists
+from pipeline.cache_rows import Column, OpenShard, stale_column
 from pipeline.caption import model_label
+from pipeline.rendering import Job, Rendering, rendering_pool
 from pipeline.stage import Result, Root, Stage, Summary, Task, run_stage, tar_tasks, upstream_shards
-from shards_spec.embeddings import write_embeddings
-from shards_spec.files import DataError, UserError, join, sha256_file, sha256_json
-from shards_spec.manifest import forget, shard_name
-from shards_spec.sample import Sample
-from shards_spec.tar import read_shard
-from shards_spec.views import ViewSpec, apply_view, decode_rgb, draw_view
+from shards_spec.cached import CachedShard
+from shards_spec.embeddings import Dtype, Vectors, id_column, write_vectors
+from shards_spec.files import DataError, UserError, exists, join, remove, sha256_file, sha256_json
+from shards_spec.manifest import forget, read_done, shard_name
+from shards_spec.models import LoadedModel, Precision, load_teacher, pick_devices, weights_sha256
+from shards_spec.views import ViewSpec, stored_spec
+
+if TYPE_CHECKING:
+    from pipeline.teacher import Teacher  # it imports torch
 
 log = logging.getLogger(__name__)
+PROBE = "Two naïve dogs' $3.50 café, 東京 & <b>http://a.b/c</b>"  # its tokens tell tokenizers apart
 
 
 @dataclass(frozen=True)
@@ -28,43 +45,41 @@ class CacheConfig:
     root: Root
     """the dataset; reads shards/, writes teacher/NAME/"""
     model: str = "ViT-L-14"
-    """open_clip name of the teacher, local-dir:PATH or hf-hub:ORG/NAME"""
+    """open_clip name of the teacher, local-dir:PATH, hf-hub:ORG/NAME, or timm:NAME for an image-only one"""
     pretrained: str | None = None
-    """open_clip tag or checkpoint file"""
+    """open_clip tag or checkpoint file; for timm a checkpoint file, or None for timm's own weights"""
     name: str | None = None
-    """folder below teacher/; by default made from model and pretrained"""
+    """folder below teacher/; by default made from model and pretrained; several can stand side by side"""
     views: int = 8
-    """replayable views per picture"""
-    dtype: Literal["float16", "int8"] = "float16"
+    """replayable views per picture; more than are there are added to them"""
+    dtype: Dtype = "float16"
     """how vectors are stored; int8 has one scale per row"""
-    scale: tuple[float, float] = (0.08, 1.0)
-    """views: share of the picture that a crop covers, low and high"""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """views: aspect of a crop, low and high"""
-    flip: float = 0.5
-    """views: probability of a horizontal flip"""
-    ops: int = 0
-    """views: RandAugment operations per view (SiCLIP and MobileCLIP use 2)"""
-    magnitude: int = 9
-    """views: RandAugment magnitude, 0 to 30"""
+    spec: OmitArgPrefixes[ViewSpec] = field(default_factory=ViewSpec)
     augment: bool = True
     """views: --no-augment caches the plain centre crop only (one view)"""
-    batch_size: int = 64
-    """pictures or texts per forward pass"""
-    seed: int = 0
-    """of the views"""
-    threads: int = 2
-    """threads that decode and augment ahead of the device"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """of the teacher; auto: bf16 on a CUDA device that has it, else fp32"""
+    batch_size: int | None = None
+    """pictures or texts per forward pass on a CUDA device, 256 by default, halved when memory runs out; 16 on a CPU"""
+    processes: int | None = None
+    """processes per device that decode and augment ahead of it; by default one per core beside CUDA devices, 0 (threads
+    do it) beside a CPU"""
+    threads: int = os.cpu_count() or 1
+    """threads that decode and augment where there are no processes for it"""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N"""
+    """auto (every CUDA device, else the CPU), cpu, cuda, cuda:N, or several with commas, a process each"""
+    export_lists: bool = False
+    """embed nothing; write teacher/NAME/lists/, one file per shard with lists of float32, for pandas and DuckDB"""
     overwrite: bool = False
     """make finished shards again"""
 
     def __post_init__(self) -> None:
-        if min(self.views, self.batch_size, self.threads) < 1:
+        if min(self.views, self.threads, self.batch_size or 1) < 1 or self.batch_size == 0:
             raise UserError(
                 f"views {self.views}, batch_size {self.batch_size}, threads {self.threads}: at least 1 each"
             )
+        if (self.processes or 0) < 0:
+            raise UserError(f"processes {self.processes} must be 0 or more")
         if not self.augment and self.views != 1:
             raise UserError(
                 f"views {self.views} of the same centre crop would be equal: say --views 1 with --no-augment"
@@ -73,116 +88,199 @@ class CacheConfig:
     @property
     def view_spec(self) -> ViewSpec:
         """What the views are drawn from."""
-        scale = self.scale if self.augment else None
-        return ViewSpec(self.seed, scale, self.ratio, self.flip, self.ops, self.magnitude)
+        return self.spec if self.augment else replace(self.spec, scale=None)
+
+    @property
+    def label(self) -> str:
+        """The cache's folder below teacher/."""
+        return self.name or model_label(self.model, self.pretrained)
+
+
+@dataclass
+class Embedder:
+    """What a process needs to fill a cache: the teacher on its device, and the pool that renders ahead of it."""
+
+    teacher: "Teacher"
+    pool: Executor
 
 
 def cache(config: CacheConfig) -> Summary:
-    """Run the stage. Raises UserError, ShardsFailed."""
-    from shards_spec.models import load_model, pick_device, weights_sha256
-
+    """Run the stage. Raises UserError, ShardsFailed, DataError for views of another Pillow."""
+    if config.export_lists:
+        return export_lists(config.root, config.label, config.overwrite)
     shards = upstream_shards(config.root, "shards", "pack")
-    loaded = load_model(config.model, config.pretrained, pick_device(config.device))
-    name = config.name or model_label(config.model, config.pretrained)
-    spec = config.view_spec
-    identity = {
+    devices = pick_devices(config.device)
+    embedder: Embedder | None = _load(config, devices[0], len(devices))
+    assert embedder is not None
+    folder = f"teacher/{config.label}"
+    first = read_done(join(config.root, folder), 0) if not config.overwrite else None
+    if first is not None:
+        stored_spec(join(config.root, folder), first.config.get("views", {}))
+    stage = Stage(f"cache/{config.label}", folder, _identity(config, embedder.teacher.loaded), grows=("num_views",))
+    begin, pool = None, embedder.pool
+    if len(devices) > 1:
+        embedder = None  # every worker loads its own
+        queue = multiprocessing.get_context("spawn").SimpleQueue()
+        for device in devices:
+            queue.put(device)
+        begin = partial(_begin_worker, queue, len(devices), config)
+    work = partial(cache_shard, stage=stage, config=config, embedder=embedder)
+    try:
+        summary = run_stage(
+            config.root, stage, tar_tasks(config.root, "shards", shards), work, total=len(shards),
+            workers=len(devices), begin=begin, overwrite=config.overwrite,
+        )  # fmt: skip
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    if busy := summary.measured.get("embedding_s"):
+        log.info("cache: the device waited for views %.1f %% of the time", 100 * summary.measured["waited_s"] / busy)
+    return summary
+
+
+def _load(config: CacheConfig, device: str, devices: int) -> Embedder:
+    from pipeline.teacher import Teacher
+
+    cores = max(1, (os.cpu_count() or 1) // devices)
+    processes = config.processes if config.processes is not None else cores if device.startswith("cuda") else 0
+    pool = rendering_pool(processes, config.threads)
+    loaded = load_teacher(config.model, config.pretrained, device, _precision(config.precision, device))
+    return Embedder(Teacher(loaded, config.batch_size), pool)
+
+
+def _precision(asked: str, device: str) -> Precision:
+    import torch
+
+    if asked != "auto":
+        return asked  # type: ignore[return-value]
+    return "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+
+
+_WORKER: list[Embedder] = []  # a worker process' own
+
+
+def _begin_worker(queue: Any, workers: int, config: CacheConfig) -> None:
+    """In a worker process: take a device and load the teacher there."""
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    _WORKER.append(_load(config, queue.get(), workers))
+
+
+def _identity(config: CacheConfig, loaded: LoadedModel) -> dict[str, Any]:
+    """All that decides what a vector is, but the sample."""
+    spec, parameter = config.view_spec, next(loaded.model.parameters())
+    scale, bias = (getattr(loaded.model, name, None) for name in ("logit_scale", "logit_bias"))
+    return {
         "model": model_label(config.model, None),
         "pretrained": config.pretrained,
+        "library": "open_clip" if loaded.tokenizer else "timm",
         "weights_sha256": weights_sha256(loaded.model),
-        "logit_scale": loaded.model.logit_scale.detach().exp().item(),
+        "precision": str(parameter.dtype).removeprefix("torch."),
+        "logit_scale": None if scale is None else scale.detach().exp().item(),
+        "logit_bias": None if bias is None else bias.detach().item(),
         "image_size": loaded.image_size,
         "mean": list(loaded.mean),
         "std": list(loaded.std),
+        "tokenizer_sha256": sha256_json(loaded.tokenizer([PROBE]).tolist()) if loaded.tokenizer else None,
         "views": spec.as_json(),
         "views_sha256": spec.sha256,
         "num_views": config.views,
         "dtype": config.dtype,
-        "batch_size": config.batch_size,
     }
-    stage = Stage(f"cache/{name}", f"teacher/{name}", identity)
-    tasks = tar_tasks(config.root, "shards", shards)
-    work = partial(cache_shard, stage=stage, loaded=loaded, config=config)
-    return run_stage(config.root, stage, tasks, work, total=len(shards), overwrite=config.overwrite)
 
 
-def cache_shard(root: str, task: Task, *, stage: Stage, loaded: Any, config: CacheConfig) -> Result:
-    """One final shard to one Parquet file with the rows in the shard's order.
+def cache_shard(
+    root: str, task: Task, *, stage: Stage, config: CacheConfig, embedder: Embedder | None = None
+) -> Result:
+    """Bring the cache of one final shard up to date: what it lacks goes to one new Parquet file, in the shard's order.
 
     Raises DataError naming file and key when a picture does not decode: a missing row would be an error later.
     """
-    source = join(root, "shards", f"{shard_name(task.shard)}.tar")
-    keys, captions = list[str](), list[list[str]]()
-
-    def samples() -> Iterator[Sample]:
-        for sample in read_shard(source):
-            keys.append(sample.key)
-            captions.append(sample.captions)
-            yield sample
-
-    images = _embed_images(samples(), source, loaded, config)
-    columns = {f"image_{view}": images[:, view] for view in range(config.views)}
-    columns |= _embed_texts(captions, loaded, config.batch_size)
-    (shard_hash,) = task.inputs.values()
-    meta = {
-        **stage.config,
-        "num_captions": max(map(len, captions), default=0),
-        "shard_sha256": shard_hash,
-        "captions_sha256": sha256_json([keys, captions]),
+    embedder = embedder or _WORKER[0]
+    folder, loaded = join(root, stage.folder), embedder.teacher.loaded
+    shard = OpenShard(join(root, "shards", f"{shard_name(task.shard)}.tar"))
+    done = None if config.overwrite else read_done(folder, task.shard)
+    old = CachedShard(root, config.label, task.shard) if done else None
+    names = shard.columns(config.views, texts=loaded.tokenizer is not None)
+    files = {name: old.find(name) if old else None for name in names}
+    columns = [column for name in names if (column := stale_column(name, shard, files[name]))]
+    new, measured = _embed(shard, columns, embedder, config)
+    fresh = {name for name in names if name not in new}
+    kept = [file for file in (old.files if old else []) if any(files[name] is file for name in fresh)]
+    outputs = {
+        path: digest
+        for path, digest in (done.outputs if done else {}).items()
+        if join(root, path) in {file.path for file in kept}
     }
-    path = f"{stage.folder}/{shard_name(task.shard)}.parquet"
-    forget(join(root, stage.folder), task.shard)
-    write_embeddings(join(root, path), keys, columns, meta, config.dtype)
-    return Result({"success": len(keys)}, {path: sha256_file(join(root, path))})
+    if new:
+        (shard_hash,) = task.inputs.values()
+        meta = {**stage.config, "shard_sha256": shard_hash, "model_config": loaded.config, "software": _software()}
+        path = _free_path(root, stage.folder, task.shard, outputs)
+        if old is None or len(kept) < len(old.files):
+            forget(folder, task.shard)  # it vouches for files that go
+        ids = {id_column(name): shard.ids[id_column(name)] for name in new}
+        write_vectors(join(root, path), shard.keys, new, ids, meta)
+        outputs[path] = sha256_file(join(root, path))
+    _remove_others(root, stage.folder, task.shard, outputs, done.outputs if done else {})
+    texts = sum(map(len, shard.captions)) if loaded.tokenizer else 0
+    facts = {"image vectors": len(shard.keys) * config.views, "text vectors": texts}
+    return Result({"success": len(shard.keys)}, outputs, facts=facts, measured=measured)
 
 
-def _embed_images(samples: Iterator[Sample], source: str, loaded: Any, config: CacheConfig) -> np.ndarray:
-    """(n, K, D) float32, L2-normalised."""
-    import torch
+def _embed(
+    shard: OpenShard, columns: list[Column], embedder: Embedder, config: CacheConfig
+) -> tuple[dict[str, Vectors], dict[str, float]]:
+    """The columns with all their rows, and what it took. Texts are embedded while the first views are rendered."""
+    start, teacher = time.monotonic(), embedder.teacher
+    images, texts = (
+        sorted((int(row), column.number) for column in columns if column.kind == kind for row in column.rows)
+        for kind in ("image", "text")
+    )
+    views = {row: tuple(view for _, view in own) for row, own in groupby(images, itemgetter(0))}
+    jobs = (Job(shard.keys[row], shard.sample(row).image, own) for row, own in views.items())
+    depth = 2 * config.threads + 2 * teacher.rows // config.views
+    rendering = Rendering(embedder.pool, jobs, depth, config.view_spec, teacher.loaded.image_size)
+    features = {"text": teacher.embed_texts(shard.captions[row][caption] for row, caption in texts)}
+    features["image"] = teacher.embed_images(_pictures(rendering, list(views), shard))
+    numbers = {"image": np.array([view for _, view in images]), "text": np.array([caption for _, caption in texts])}
+    new = {
+        column.name: column.filled(
+            len(shard.keys), features[column.kind][numbers[column.kind] == column.number], config.dtype
+        )
+        for column in columns
+    }
+    took = {"embedding_s": time.monotonic() - start, "waited_s": rendering.waited_s}
+    return new, {**took, "new_image_vectors": len(images), "new_text_vectors": len(texts)}
 
-    spec = config.view_spec
-    mean = torch.tensor(loaded.mean).view(3, 1, 1)
-    std = torch.tensor(loaded.std).view(3, 1, 1)
 
-    def render(sample: Sample) -> Any:
-        try:
-            image = decode_rgb(sample.image)
-        except DataError as error:
+def _pictures(rendering: Rendering, rows: list[int], shard: OpenShard) -> Iterator[np.ndarray]:
+    """(S, S, 3) each, the rows' views in order."""
+    for row, rendered in zip(rows, rendering, strict=True):
+        if isinstance(rendered, DataError):
             raise DataError(
-                f"{source}: key {sample.key} {error}; run caption, it finds such pictures, then pack again"
-            ) from error
-        views = [
-            apply_view(image, spec, draw_view(spec, sample.key, v), loaded.image_size) for v in range(config.views)
-        ]
-        pixels = torch.from_numpy(np.stack([np.asarray(view) for view in views]))
-        return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
-
-    rendered = ahead(render, samples, config.threads, max(2, 2 * config.batch_size // config.views))
-    device = next(loaded.model.parameters()).device
-    features = []
-    with torch.no_grad():
-        for batch in batches((view for views in rendered for view in views), config.batch_size):
-            encoded = loaded.model.encode_image(torch.stack(batch).to(device), normalize=True)
-            features.append(encoded.float().cpu().numpy())
-    if not features:
-        raise DataError(f"{source}: an empty shard; pack again")
-    stacked = np.concatenate(features)
-    return stacked.reshape(-1, config.views, stacked.shape[-1])
+                f"{shard.path}: key {shard.keys[row]} {rendered}; run caption, it finds such pictures, then pack again"
+            ) from rendered
+        yield from rendered
 
 
-def _embed_texts(captions: list[list[str]], loaded: Any, batch_size: int) -> dict[str, np.ndarray]:
-    """``text_0`` … as (n, D) float32, L2-normalised; NaN rows where a sample has fewer captions."""
-    import torch
+def _software() -> dict[str, str]:
+    """Versions that may change a vector's last bits: for a reader who wonders, nothing compares them."""
+    from PIL import features
 
-    device = next(loaded.model.parameters()).device
-    places = [(row, column) for row, texts in enumerate(captions) for column in range(len(texts))]
-    columns: dict[str, np.ndarray] = {}
-    with torch.no_grad():
-        for batch in batches(places, batch_size):
-            tokens = loaded.tokenizer([captions[row][column] for row, column in batch])
-            encoded = loaded.model.encode_text(tokens.to(device), normalize=True).float().cpu().numpy()
-            for (row, column), vector in zip(batch, encoded, strict=True):
-                name = f"text_{column}"
-                if name not in columns:
-                    columns[name] = np.full((len(captions), len(vector)), np.nan, np.float32)
-                columns[name][row] = vector
-    return dict(sorted(columns.items(), key=lambda item: int(item[0].rpartition("_")[2])))
+    versions = {name: version(name) for name in ("torch", "open_clip_torch", "timm", "pillow")}
+    return {**versions, "libjpeg_turbo": features.version("libjpeg_turbo") or "none"}
+
+
+def _free_path(root: str, folder: str, shard: int, taken: dict[str, str]) -> str:
+    """NNNNN.parquet, or NNNNN-1.parquet … when that stays."""
+    names = (f"{folder}/{shard_name(shard)}{f'-{n}' if n else ''}.parquet" for n in range(len(taken) + 1))
+    return next(name for name in names if name not in taken)
+
+
+def _remove_others(root: str, folder: str, shard: int, outputs: dict[str, str], before: dict[str, str]) -> None:
+    """Delete the shard's files that no longer count, and those that a killed run left."""
+    number = 1
+    while exists(join(root, path := f"{folder}/{shard_name(shard)}-{number}.parquet")) or path in outputs:
+        before, number = {**before, path: ""}, number + 1
+    for path in set(before) - set(outputs):
+        remove(join(root, path))

@@ -10,12 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.cache_rows import OpenShard, stale_column
 from pipeline.dedup import FOLDER as DEDUP
 from pipeline.dedup import check_fresh
 from pipeline.likeness import EXACT, NEAR
 from pipeline.reshard import FOLDER as PLAN
 from pipeline.stage import Root
-from shards_spec.embeddings import read_embeddings
+from shards_spec.cached import CachedShard
 from shards_spec.files import (
     DataError,
     UserError,
@@ -26,7 +27,6 @@ from shards_spec.files import (
     read_json,
     sha256_bytes,
     sha256_file,
-    sha256_json,
 )
 from shards_spec.manifest import read_dataset, read_done, shard_ids, shard_name
 from shards_spec.sample import Sample, check_key
@@ -229,19 +229,28 @@ def _prove_plan(root: str, folder: str, shard: int) -> Iterator[str]:
 
 def _prove_cache(root: str, folder: str, shard: int) -> Iterator[str]:
     path, tar = join(root, folder, f"{shard_name(shard)}.parquet"), f"shards/{shard_name(shard)}.tar"
-    keys, _, meta = read_embeddings(path, [])
-    samples = [(sample.key, sample.captions) for sample in read_shard(join(root, tar))]
-    _expect_keys(path, [key for key, _ in samples], keys, tar)
-    if meta["shard_sha256"] != sha256_file(join(root, tar)):
-        first = samples[0][0] if samples else None
-        raise DataError(f"{path}: made from another {tar}, its first key {first} included; run `clipmill cache` again")
-    if meta["captions_sha256"] != sha256_json([keys, [captions for _, captions in samples]]):
-        raise DataError(f"{path}: the captions of {tar} are others than those embedded; run `clipmill cache` again")
-    columns = [f"image_{view}" for view in range(meta["num_views"])]
-    for name, values in read_embeddings(path, columns)[1].items():
-        if (broken := ~np.isfinite(values).all(axis=1)).any():
-            raise DataError(f"{path}: key {keys[int(broken.argmax())]} has no {name}; run `clipmill cache` again")
-    yield from keys
+    cached, there = CachedShard(root, folder.removeprefix("teacher/"), shard), OpenShard(join(root, tar))
+    for file in cached.files:
+        _expect_keys(file.path, there.keys, file.keys, tar)
+    names = there.columns(cached.config["num_views"], texts=cached.find("text_0") is not None)
+    for name in names:
+        file = cached.file(name)
+        column, vectors = stale_column(name, there, file), file.vectors(name)
+        if column is not None and len(column.rows):
+            raise DataError(
+                f"{path}: made from another {tar}: key {there.keys[int(column.rows[0])]} has another "
+                f"{'picture' if name.startswith('image_') else 'caption'} than {name} was made from; run `clipmill "
+                "cache` again, it embeds what is new"
+            )
+        finite = np.isfinite(vectors.as_floats()).all(axis=1) | ~vectors.present
+        if not finite.all():
+            raise DataError(f"{path}: key {there.keys[int(finite.argmin())]} has no {name}; run `clipmill cache` again")
+    if cached.inputs.get(tar) != sha256_file(join(root, tar)):
+        raise DataError(
+            f"{path}: made from another {tar}, its pictures and captions are the same; run `clipmill cache` again, it "
+            "embeds nothing"
+        )
+    yield from there.keys
 
 
 def _prove_dedup(root: str, folder: str, shard: int) -> Iterator[str]:

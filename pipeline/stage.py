@@ -35,11 +35,16 @@ VERSIONED = ("clipmill", "numpy", "pillow", "pyarrow")
 
 @dataclass(frozen=True)
 class Stage:
-    """``name`` is the key in dataset.json, ``folder`` lies below ROOT, ``config`` is all that shapes the bytes."""
+    """``name`` is the key in dataset.json, ``folder`` lies below ROOT, ``config`` is all that shapes the bytes.
+
+    Numbers of it that ``grows`` names may be larger than those of finished shards: those are made again, by ``work``
+    that adds to what is there.
+    """
 
     name: str
     folder: str
     config: dict[str, Any]
+    grows: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", json.loads(json.dumps(self.config)))  # as a done-record gives it back
@@ -56,25 +61,28 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """``counts``: status to number of inputs; ``outputs``: paths below ROOT to sha256; the rest is for `Done`."""
+    """``counts``: status to number of inputs; ``outputs``: paths below ROOT to sha256; the rest is for `Done`, but
+    ``measured``, which is summed into the run's line of the log and kept nowhere else."""
 
     counts: dict[str, int]
     outputs: dict[str, str]
     extra: dict[str, Any] = field(default_factory=dict)
     retried: dict[str, int] = field(default_factory=dict)
     facts: dict[str, int] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Summary:
     """What one run of a stage did; ``counts`` and ``facts`` are the totals over all its shards, also those made
-    earlier."""
+    earlier, ``measured`` only over those it made."""
 
     shards: int
     made: int
     counts: dict[str, int]
     facts: dict[str, int]
     seconds: float
+    measured: dict[str, float] = field(default_factory=dict)
 
 
 class ShardsFailed(Exception):
@@ -110,6 +118,7 @@ def run_stage(
     start, folder = time.monotonic(), join(root, stage.folder)
     remove_stale(folder)
     failures, made, there, counts, facts = dict[int, str](), 0, 0, Counter[str](), Counter[str]()
+    measured = dict[str, float]()
 
     def missing() -> Iterator[Task]:
         nonlocal there
@@ -129,6 +138,7 @@ def run_stage(
                     log.error("shard %s failed: %s", shard_name(task.shard), outcome)
                 else:
                     _count(counts, facts, _publish(folder, stage, task, outcome))
+                    measured.update({what: measured.get(what, 0) + own for what, own in outcome.measured.items()})
                     made += 1
             advance(there + made + len(failures))
     remove_stale(folder)  # of workers that outlived a killed run for a moment
@@ -139,7 +149,7 @@ def run_stage(
             f"{stage.name}: {len(failures)} of {shards + len(failures)} shards failed\n" + "\n".join(lines)
         )
     totals = {reason: number for reason, number in sorted(counts.items()) if number}
-    summary = Summary(shards, made, totals, dict(sorted(facts.items())), time.monotonic() - start)
+    summary = Summary(shards, made, totals, dict(sorted(facts.items())), time.monotonic() - start, measured)
     _write_block(root, stage, summary, source)
     _log_run(root, stage, summary)
     return summary
@@ -162,20 +172,24 @@ def _count(counts: Counter[str], facts: Counter[str], done: Done) -> None:
 
 def _done_before(folder: str, stage: Stage, task: Task) -> Done | None:
     done = same_config(folder, stage, task.shard)
-    return done if done is not None and done.inputs == task.inputs else None
+    grown = done is not None and done.config != stage.config
+    return done if done is not None and not grown and done.inputs == task.inputs else None
 
 
 def same_config(folder: str, stage: Stage, shard: int) -> Done | None:
-    """The shard's done-record, if any. Raises UserError when it was made under another config."""
+    """The shard's done-record, if any. Raises UserError when it was made under another config, but for numbers that
+    may grow."""
     done = read_done(folder, shard)
-    if done is not None and done.config != stage.config:
-        changed = [
-            f"{key}: {done.config.get(key)!r} there, {stage.config.get(key)!r} asked"
-            for key in sorted({*done.config, *stage.config})
-            if done.config.get(key) != stage.config.get(key)
+    if done is None:
+        return None
+    changed = {key for key in {*done.config, *stage.config} if done.config.get(key) != stage.config.get(key)}
+    grown = {key for key in changed if key in stage.grows and done.config.get(key, 0) < stage.config[key]}
+    if changed - grown:
+        named = [
+            f"{key}: {done.config.get(key)!r} there, {stage.config.get(key)!r} asked" for key in sorted(changed - grown)
         ]
         raise UserError(
-            f"{folder}/{shard_name(shard)} was made with another config ({'; '.join(changed)}); "
+            f"{folder}/{shard_name(shard)} was made with another config ({'; '.join(named)}); "
             "ask for the same, use another ROOT, or make it again with --overwrite"
         )
     return done
@@ -267,6 +281,7 @@ def _log_run(root: str, stage: Stage, summary: Summary) -> None:
         "samples": summary.counts.get("success", 0),
         "seconds": round(summary.seconds, 3),
         "cpus": os.cpu_count(),
+        **{what: round(own, 3) for what, own in summary.measured.items()},
     }
     try:
         earlier = read_bytes(path)

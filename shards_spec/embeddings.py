@@ -1,109 +1,242 @@
-"""The teacher cache: one Parquet file per shard, one fixed-size-binary column per view and per caption.
+"""The teacher cache's files: Parquet, one fixed-size-binary column per view and per caption.
 
 Fixed-size binary holds the vector's little-endian bytes; Parquet would widen int8 lists to int32 and reads lists of
-float16 fifteen times slower. int8 vectors have a float32 column ``NAME_scale`` beside them: value = int8 · scale.
+float16 fifteen times slower. int8 vectors have a float32 column ``NAME_scale`` beside them: value = int8 · scale. A
+file has one row group and one page per column, uncompressed: a column's vectors are the last bytes of its chunk, so
+that single rows are read without the others. The small columns come first.
 """
 
 import json
+import os
+import weakref
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards_spec.files import DataError, atomic_writer, is_url, open_read
+from shards_spec.files import DataError, atomic_writer, is_url, open_read, sha256_bytes
 
-Dtype = Literal["float16", "int8"]
+Dtype = Literal["float32", "float16", "int8"]
+STORED: dict[str, Any] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "int8": np.dtype("i1")}
+LAYOUT = 2  # of a file; 1 had several pages per column and no identities
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """A column as stored: ``values`` (n, D), ``scale`` (n,) float32 for int8, ``present`` (n,) false where null."""
+
+    values: np.ndarray
+    scale: np.ndarray | None
+    present: np.ndarray
+
+    def take(self, rows: np.ndarray) -> "Vectors":
+        """Those rows, in that order."""
+        return Vectors(self.values[rows], None if self.scale is None else self.scale[rows], self.present[rows])
+
+    def put(self, rows: np.ndarray, other: "Vectors") -> None:
+        """Overwrite rows with another column's."""
+        self.values[rows], self.present[rows] = other.values, other.present
+        if self.scale is not None:
+            self.scale[rows] = other.scale
+
+    def as_floats(self) -> np.ndarray:
+        """(n, D): floats as stored, int8 as float32; NaN where null."""
+        floats = self.values if self.scale is None else self.values.astype(np.float32) * self.scale[:, None]
+        return floats if self.present.all() else np.where(self.present[:, None], floats, np.nan).astype(floats.dtype)
+
+
+def empty_vectors(rows: int, dim: int, dtype: Dtype) -> Vectors:
+    """A column of nulls."""
+    scale = np.zeros(rows, np.float32) if dtype == "int8" else None
+    return Vectors(np.zeros((rows, dim), STORED[dtype]), scale, np.zeros(rows, bool))
+
+
+def encode_vectors(values: np.ndarray, dtype: Dtype) -> Vectors:
+    """(n, D) floats as they are stored; a row with NaN becomes null."""
+    present = ~np.isnan(values).any(axis=1)
+    values = np.where(present[:, None], values, 0)
+    if dtype != "int8":
+        return Vectors(values.astype(STORED[dtype]), None, present)
+    scale = np.maximum(np.abs(values).max(axis=1, initial=0), 1e-12) / 127
+    return Vectors(np.rint(values / scale[:, None]).astype(np.int8), scale.astype(np.float32), present)
+
+
+def content_id(content: bytes) -> int:
+    """What a vector was made from: the first 64 bits of the sha256 of a picture's or caption's bytes; never 0."""
+    return int(sha256_bytes(content)[:16], 16) or 1
+
+
+def id_column(name: str) -> str:
+    """The column that says what ``image_3`` or ``text_0`` was made from; views of a picture share one."""
+    return "id_image" if name.startswith("image_") else f"id_{name}"
+
+
+def write_vectors(
+    path: str, keys: list[str], columns: dict[str, Vectors], ids: dict[str, np.ndarray], meta: dict[str, Any]
+) -> None:
+    """Write rows in shard order.
+
+    ``ids`` maps ``id_image``, ``id_text_0`` … to uint64 (n,), 0 where there is nothing. ``meta`` is JSON and goes to
+    the schema's metadata with ``dtype``, ``dim`` and ``layout``.
+    """
+    small: dict[str, Any] = {"key": pa.array(keys, pa.string())}
+    small |= {name: pa.array(own, pa.uint64(), mask=own == 0) for name, own in ids.items()}
+    for name, column in columns.items():
+        if column.scale is not None:
+            small[f"{name}_scale"] = pa.array(column.scale, pa.float32(), mask=~column.present)
+    arrays = small | {name: _fixed_binary(column) for name, column in columns.items()}
+    first = next(iter(columns.values()), None)
+    stored = {dtype: name for name, dtype in STORED.items()}[first.values.dtype] if first else "float16"
+    info = {**meta, "dtype": stored, "dim": first.values.shape[1] if first else 0, "layout": LAYOUT}
+    schema = pa.schema(
+        [pa.field(name, array.type, nullable=name != "key") for name, array in arrays.items()],
+        metadata={"clipmill": json.dumps(info)},
+    )
+    rows = max(1, len(keys))
+    with atomic_writer(path) as file:
+        pq.write_table(
+            pa.Table.from_arrays(list(arrays.values()), schema=schema), file, compression="none", use_dictionary=False,
+            write_statistics=False, row_group_size=rows, max_rows_per_page=rows, data_page_size=2**31 - 1,
+        )  # fmt: skip
 
 
 def write_embeddings(
     path: str, keys: list[str], columns: dict[str, np.ndarray], meta: dict[str, Any], dtype: Dtype = "float16"
 ) -> None:
-    """Write rows in shard order.
-
-    ``columns`` maps ``image_0`` … ``text_0`` … to float arrays (n, dim); a row of NaN becomes null (a sample with
-    fewer captions than its neighbours). ``meta`` is JSON and goes to the schema's metadata with shape and dtype.
-    """
-    arrays, fields = [pa.array(keys, pa.string())], [pa.field("key", pa.string(), nullable=False)]
-    dim = next(iter(columns.values())).shape[1] if columns else 0
-    for name, values in columns.items():
-        present = ~np.isnan(values).any(axis=1)
-        vectors, scale = _encode(values, dtype)
-        arrays.append(_fixed_binary(vectors, present))
-        fields.append(pa.field(name, arrays[-1].type))
-        if scale is not None:
-            arrays.append(pa.array(scale, pa.float32(), mask=~present))
-            fields.append(pa.field(f"{name}_scale", pa.float32()))
-    info = {**meta, "dtype": dtype, "dim": dim}
-    schema = pa.schema(fields, metadata={"clipmill": json.dumps(info)})
-    with atomic_writer(path) as file:
-        pq.write_table(
-            pa.Table.from_arrays(arrays, schema=schema), file, compression="none", use_dictionary=False,
-            write_statistics=False,
-        )  # fmt: skip
+    """Float arrays (n, D) as a file without identities; a row of NaN becomes null."""
+    write_vectors(path, keys, {name: encode_vectors(values, dtype) for name, values in columns.items()}, {}, meta)
 
 
-def _encode(values: np.ndarray, dtype: Dtype) -> tuple[np.ndarray, np.ndarray | None]:
-    if dtype == "float16":
-        return values.astype("<f2"), None
-    scale = np.maximum(np.abs(values).max(axis=1), 1e-12) / 127
-    return np.rint(np.nan_to_num(values / scale[:, None])).astype(np.int8), scale.astype(np.float32)
-
-
-def _fixed_binary(vectors: np.ndarray, present: np.ndarray) -> Any:
-    width = vectors.shape[1] * vectors.dtype.itemsize
+def _fixed_binary(column: Vectors) -> Any:
+    present, width = column.present, column.values.shape[1] * column.values.dtype.itemsize
     validity = None if present.all() else pa.py_buffer(np.packbits(present, bitorder="little").tobytes())
     return pa.Array.from_buffers(
-        pa.binary(width), len(vectors), [validity, pa.py_buffer(np.ascontiguousarray(vectors).tobytes())]
+        pa.binary(width), len(present), [validity, pa.py_buffer(np.ascontiguousarray(column.values).tobytes())]
     )
+
+
+def _opened(path: str, file: Any) -> tuple[Any, dict[str, Any]]:
+    try:
+        parquet = pq.ParquetFile(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(
+            f"{path}: not a readable Parquet file ({error}); delete it and run `clipmill cache` again"
+        ) from error
+    stored = (parquet.schema_arrow.metadata or {}).get(b"clipmill")
+    if stored is None:
+        raise DataError(f"{path}: no clipmill metadata in it; it is not a teacher cache")
+    return parquet, json.loads(stored)
 
 
 def read_meta(path: str) -> dict[str, Any]:
     """The cache file's own metadata. Raises DataError when the file is no teacher cache."""
-    try:
+    with open_read(path) as file:
+        return _opened(path, file)[1]
+
+
+class EmbeddingFile:
+    """One file of the cache, opened: metadata, keys and identities in memory, vectors when asked for.
+
+    Local files are read to the byte; of a URL whole columns are kept. Raises DataError when it is no teacher cache,
+    broken or of another layout, FileNotFoundError.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
         with open_read(path) as file:
-            stored = (pq.read_schema(file).metadata or {}).get(b"clipmill")
-    except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise DataError(
-            f"{path}: not a readable Parquet file ({error}); delete it and run `clipmill cache` again"
-        ) from error
-    if stored is None:
-        raise DataError(f"{path}: no clipmill metadata in it; it is not a teacher cache")
-    meta: dict[str, Any] = json.loads(stored)
-    return meta
+            parquet, self.meta = _opened(path, file)
+            if self.meta.get("layout") != LAYOUT:
+                raise DataError(
+                    f"{path}: its layout is {self.meta.get('layout', 1)}, this clipmill reads {LAYOUT}; run "
+                    "`clipmill cache` with --overwrite"
+                )
+            self.names = [name for name in parquet.schema_arrow.names if name.startswith(("image_", "text_"))]
+            self.names = [name for name in self.names if not name.endswith("_scale")]
+            small = parquet.read([name for name in parquet.schema_arrow.names if name not in self.names])
+        self.keys: list[str] = small.column("key").to_pylist()
+        self._small = {
+            name: small.column(name).to_numpy() if not small.column(name).null_count else _filled(small.column(name))
+            for name in small.column_names[1:]
+        }
+        self.dim, self.dtype = self.meta["dim"], STORED[self.meta["dtype"]]
+        self._ends = dict[str, int]()  # where each column's vectors end
+        if parquet.metadata.num_row_groups:
+            group = parquet.metadata.row_group(0)
+            for chunk in map(group.column, range(group.num_columns)):
+                self._ends[chunk.path_in_schema] = chunk.data_page_offset + chunk.total_compressed_size
+        self._whole, self._valid = dict[str, Vectors](), dict[str, np.ndarray]()
+        if not is_url(path):
+            self._descriptor = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._descriptor)
+
+    def ids(self, name: str) -> np.ndarray | None:
+        """uint64 (n,): what each row of ``image_3`` or ``text_0`` was made from, 0 where null; None when not known."""
+        return self._small.get(id_column(name))
+
+    def vectors(self, name: str) -> Vectors:
+        """A whole column. Raises DataError when the file has none of that name."""
+        if name not in self.names:
+            raise DataError(f"{self.path}: no column {name}, it has {self.names}; run `clipmill cache` with more views")
+        present, end = self._present(name), self._ends[name]
+        width = self.dim * self.dtype.itemsize
+        dense = np.frombuffer(self._read(end - int(present.sum()) * width, end), self.dtype).reshape(-1, self.dim)
+        values = dense
+        if len(dense) != len(self.keys):
+            values = np.zeros((len(self.keys), self.dim), self.dtype)
+            values[present] = dense
+        return Vectors(values, self._small.get(f"{name}_scale"), present)
+
+    def row(self, name: str, index: int) -> np.ndarray:
+        """(D,) float32 of one row; NaN where null. Raises DataError as `vectors` does."""
+        if is_url(self.path) or name not in self.names:
+            if name not in self._whole:
+                self._whole[name] = self.vectors(name)
+            floats: np.ndarray = self._whole[name].take(np.array([index])).as_floats()[0].astype(np.float32)
+            return floats
+        present = self._present(name)
+        if not present[index]:
+            return np.full(self.dim, np.nan, np.float32)
+        width, after = self.dim * self.dtype.itemsize, int(present[index:].sum())
+        start = self._ends[name] - after * width
+        values: np.ndarray = np.frombuffer(self._read(start, start + width), self.dtype).astype(np.float32)
+        scale = self._small.get(f"{name}_scale")
+        if scale is not None:
+            values *= scale[index]
+        return values
+
+    def _present(self, name: str) -> np.ndarray:
+        """bool (n,): false where the column is null."""
+        if name not in self._valid:
+            known = self.ids(name)
+            if known is None:  # a file without identities: the column itself says where it is null
+                with open_read(self.path) as file:
+                    known = pq.read_table(file, columns=[name]).column(name).is_valid().to_numpy()
+            self._valid[name] = known != 0
+        return self._valid[name]
+
+    def _read(self, start: int, end: int) -> bytes:
+        if not is_url(self.path):
+            data = os.pread(self._descriptor, end - start, start)
+        else:
+            with open_read(self.path) as file:
+                file.seek(start)
+                data = file.read(end - start)
+        if len(data) != end - start:
+            raise DataError(f"{self.path}: shorter than its footer says; delete it and run `clipmill cache` again")
+        return data
+
+
+def _filled(column: Any) -> np.ndarray:
+    filled: np.ndarray = column.fill_null(0).to_numpy()
+    return filled
 
 
 def read_embeddings(path: str, names: list[str]) -> tuple[list[str], dict[str, np.ndarray], dict[str, Any]]:
-    """Keys, the asked columns as float arrays (n, dim) (float16 as stored, int8 as float32), and the metadata.
+    """Keys, the asked columns as float arrays (n, dim) (floats as stored, int8 as float32), and the metadata.
 
     Null rows come as NaN. Raises DataError when a column is not there or the file is broken.
     """
-    meta = read_meta(path)
-    scales = [f"{name}_scale" for name in names] if meta["dtype"] == "int8" else []
-    with open_read(path) as file:
-        available = pq.read_schema(file).names
-        if missing := [name for name in names if name not in available]:
-            raise DataError(f"{path}: no column {missing[0]}, it has {available}; run `clipmill cache` with more views")
-        table = pq.read_table(path if not is_url(path) else file, columns=["key", *names, *scales]).combine_chunks()
-    columns = {name: _decode(table, name, meta["dim"], meta["dtype"]) for name in names}
-    return table.column("key").to_pylist(), columns, meta
-
-
-def _decode(table: Any, name: str, dim: int, dtype: Dtype) -> np.ndarray:
-    chunks = [_vectors(chunk, dim, dtype) for chunk in table.column(name).chunks]
-    values = np.concatenate(chunks) if len(chunks) != 1 else chunks[0]
-    column = table.column(name)
-    if dtype == "int8":
-        values = values.astype(np.float32) * table.column(f"{name}_scale").to_numpy()[:, None]
-    if column.null_count:
-        values = values.astype(values.dtype, copy=True)
-        values[column.is_null().to_numpy()] = np.nan
-    return values
-
-
-def _vectors(chunk: Any, dim: int, dtype: Dtype) -> np.ndarray:
-    stored = np.dtype("<f2" if dtype == "float16" else "i1")
-    start = chunk.offset * dim
-    return np.frombuffer(chunk.buffers()[1], stored)[start : start + len(chunk) * dim].reshape(len(chunk), dim)
+    file = EmbeddingFile(path)
+    return file.keys, {name: file.vectors(name).as_floats() for name in names}, file.meta

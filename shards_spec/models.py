@@ -1,7 +1,8 @@
 """How a model is named, loaded and identified: caches record it, captioner, teacher and student load by it.
 
 Names are open_clip's: a built-in architecture with ``pretrained`` a tag or a checkpoint file, ``local-dir:PATH`` or
-``hf-hub:ORG/NAME``. torch is imported inside the functions only.
+``hf-hub:ORG/NAME``. ``timm:NAME`` is timm's model of that name, an image-only teacher. torch is imported inside the
+functions only.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from typing import Any, Literal
 from shards_spec.files import UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
+TIMM = "timm:"
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class LoadedModel:
     """An open_clip model in eval mode with what is needed to feed it.
 
     ``mean`` and ``std`` are per channel for pixels in [0, 1]; ``image_size`` in pixels; ``config`` is open_clip's
-    model_cfg; ``tokenizer`` maps a list of texts to int64 (N, context_length).
+    model_cfg (timm's data config); ``tokenizer`` maps a list of texts to int64 (N, context_length), None without a text
+    tower.
     """
 
     model: Any
@@ -68,6 +71,45 @@ def load_model(
         tuple(preprocess["mean"]),
         tuple(preprocess["std"]),
     )
+
+
+def load_teacher(
+    model: str, pretrained: str | None = None, device: str = "cpu", precision: Precision = "fp32"
+) -> LoadedModel:
+    """As `load_model`, or timm's ``timm:NAME`` without its classifier: pixels to pooled features (N, D).
+
+    ``pretrained`` is then a checkpoint file, or None for timm's own weights. Raises UserError when the name is unknown,
+    the file is not there or does not fit.
+    """
+    if not model.startswith(TIMM):
+        return load_model(model, pretrained, device, precision=precision)
+    import timm
+    import torch
+
+    name, dtype = model.removeprefix(TIMM), {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    try:
+        built = timm.create_model(name, pretrained=pretrained is None, num_classes=0)
+        if pretrained is not None:
+            _load_backbone(built, pretrained)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"model {model!r} with pretrained {pretrained!r} cannot be loaded: {error}") from error
+    data = timm.data.resolve_model_data_config(built)  # type: ignore[no-untyped-call]
+    config = {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
+    return LoadedModel(
+        built.eval().to(device, dtype[precision]), None, config, data["input_size"][-1], data["mean"], data["std"]
+    )
+
+
+def _load_backbone(built: Any, file: str) -> None:
+    """A checkpoint's weights but for its classifier's. Raises ValueError when others are missing or left over."""
+    import timm
+
+    found = timm.models.load_checkpoint(built, file, strict=False)
+    classifiers = built.default_cfg.get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    over = [name for name in found.unexpected_keys if not name.startswith(tuple(f"{head}." for head in classifiers))]
+    if found.missing_keys or over:
+        raise ValueError(f"{file} lacks {found.missing_keys[:3]} and has {over[:3]} too many")
 
 
 def load_tokenizer(model: str) -> Any:

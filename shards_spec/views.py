@@ -7,48 +7,80 @@ operations. Rendering is Pillow's, hence bit-identical between machines that hav
 
 import io
 import math
-from dataclasses import asdict, dataclass
-from functools import partial
+import struct
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from statistics import NormalDist
 from typing import Any
 
+import numpy as np
 import PIL
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageOps
 
+from shards_spec.augment import OP_SETS, ORDERS, OpSet, jitter
 from shards_spec.draws import uniform_draws
 from shards_spec.files import DataError, UserError, sha256_json
 
 RENDERING = 1  # raised whenever `apply_view` gives other pixels for the same view
-BINS = 31  # torchvision.transforms.RandAugment(num_magnitude_bins=31)
-_TRANSLATE = 150 / 331  # of the width, torchvision's RandAugment
-_BLACK = (0, 0, 0)
+_LATER = ("op_set", "op_prob", "magnitude_std", "jitter", "jitter_prob")  # not in the JSON while at their defaults
+_HEAD = struct.Struct("<4HBB")  # area, aspect, left, top, flip + 2 * jittered, number of operations
+_OPERATION = struct.Struct("<Bh")  # index in the set, level
+_JITTER = struct.Struct("<B4H")  # order, brightness, contrast, saturation, hue
 
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """How views are drawn. ``ops`` RandAugment operations of ``magnitude`` (0-30) follow crop and flip.
+    """How views are drawn: crop, flip, RandAugment, colour jitter, in this order.
 
     Crop: RandomResizedCrop with area share in ``scale`` and aspect in ``ratio``; ``scale=None`` means no
     augmentation at all, the shorter side resized and the centre cropped.
     """
 
     seed: int = 0
+    """of the views"""
     scale: tuple[float, float] | None = (0.08, 1.0)
+    """share of the picture that a crop covers, low and high; None is the plain centre crop without anything else"""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """aspect of a crop, low and high"""
     flip: float = 0.5
+    """probability of a horizontal flip"""
     ops: int = 0
+    """RandAugment operations per view (SiCLIP and MobileCLIP use 2)"""
     magnitude: int = 9
+    """RandAugment magnitude: 0 to 30 in torchvision's set, 0 to 10 in timm's"""
+    op_set: OpSet = "torchvision"
+    """RandAugment's operations: torchvision's 14, timm's 15, timm's increasing 15, or timm's 3-Augment"""
+    op_prob: float = 1.0
+    """probability that an operation is applied (timm's own default is 0.5)"""
+    magnitude_std: float = 0.0
+    """timm's sets: standard deviation of the magnitude, drawn per operation (timm's mstd)"""
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """strength of brightness, contrast, saturation and hue jitter, as torchvision's ColorJitter takes them"""
+    jitter_prob: float = 1.0
+    """probability of the colour jitter"""
 
     def __post_init__(self) -> None:
         if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise UserError(f"views: scale {self.scale} must be 0 < low <= high <= 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise UserError(f"views: ratio {self.ratio} must be 0 < low <= high")
-        if not 0 <= self.flip <= 1 or not 0 <= self.magnitude < BINS or self.ops < 0:
-            raise UserError(f"views: flip {self.flip} in [0, 1], magnitude {self.magnitude} in [0, 30], ops >= 0")
+        if self.op_set not in OP_SETS:
+            raise UserError(f"views: op_set {self.op_set!r} must be one of {', '.join(OP_SETS)}")
+        most = OP_SETS[self.op_set].most
+        if not 0 <= self.flip <= 1 or not 0 <= self.magnitude <= most or self.ops < 0:
+            raise UserError(f"views: flip {self.flip} in [0, 1], magnitude {self.magnitude} in [0, {most}], ops >= 0")
+        for name in ("op_prob", "jitter_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"views: {name} {getattr(self, name)} must be in [0, 1]")
+        if self.magnitude_std < 0 or (self.magnitude_std and self.op_set == "torchvision"):
+            raise UserError(f"views: magnitude_std {self.magnitude_std} must be 0, or more in a timm op_set")
+        if min(self.jitter) < 0 or self.jitter[3] > 0.5:
+            raise UserError(f"views: jitter {self.jitter} must be 0 or more each, hue at most 0.5")
 
     def as_json(self) -> dict[str, Any]:
-        """The spec with what renders it: goes into every cache."""
-        return {**asdict(self), "rendering": RENDERING, "pillow": PIL.__version__}
+        """The spec with what renders it: goes into every cache. Later options are there when they say something."""
+        said = {name: value for name, value in asdict(self).items() if name not in _LATER or value != _DEFAULTS[name]}
+        return {**said, "rendering": RENDERING, "pillow": PIL.__version__}
 
     @property
     def sha256(self) -> str:
@@ -56,9 +88,37 @@ class ViewSpec:
         return sha256_json(self.as_json())
 
 
+_DEFAULTS = {field.name: field.default for field in fields(ViewSpec)}
+
+
+def stored_spec(path: str, stored: dict[str, Any]) -> ViewSpec:
+    """The ViewSpec that `ViewSpec.as_json` wrote into the file ``path``.
+
+    Raises DataError naming both versions when this Pillow or rendering would give other pixels from it.
+    """
+    said = dict(stored)
+    made_with = (said.pop("pillow", None), said.pop("rendering", None))
+    if made_with != (PIL.__version__, RENDERING):
+        raise DataError(
+            f"{path}: its views were rendered by Pillow {made_with[0]} (rendering {made_with[1]}), here is Pillow "
+            f"{PIL.__version__} (rendering {RENDERING}), which may give other pixels: install pillow=={made_with[0]}, "
+            "or delete the cache and run `clipmill cache` again"
+        )
+    tuples: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+    try:
+        return ViewSpec(**tuples)
+    except TypeError as error:
+        raise DataError(
+            f"{path}: its view spec is of another version ({error}); delete it and run `clipmill cache` again"
+        ) from error
+
+
 @dataclass(frozen=True)
 class View:
-    """One drawn view. Crop numbers are shares in 1/65535; an operation is (index in OPS, signed bin)."""
+    """One drawn view. Crop numbers are shares in 1/65535; an operation is (index in its set, signed level).
+
+    ``jitter`` is empty, or the order of the four (an index of `augment.ORDERS`) and their shares in 1/65535.
+    """
 
     area: int
     aspect: int
@@ -66,16 +126,52 @@ class View:
     top: int
     flip: bool
     ops: tuple[tuple[int, int], ...] = ()
+    jitter: tuple[int, ...] = ()
+
+    def pack(self) -> bytes:
+        """All of it in 10 bytes, 3 more per operation and 9 for the jitter (SPEC.md section 4)."""
+        head = _HEAD.pack(
+            self.area, self.aspect, self.left, self.top, self.flip + 2 * bool(self.jitter), len(self.ops)
+        )  # fmt: skip
+        tail = _JITTER.pack(*self.jitter) if self.jitter else b""
+        return b"".join([head, *(_OPERATION.pack(*operation) for operation in self.ops), tail])
+
+
+def unpack_view(data: bytes) -> View:
+    """What `View.pack` wrote."""
+    *crop, flags, count = _HEAD.unpack_from(data)
+    places = range(_HEAD.size, _HEAD.size + count * _OPERATION.size, _OPERATION.size)
+    operations = tuple(_OPERATION.unpack_from(data, place) for place in places)
+    jittered = _JITTER.unpack_from(data, len(data) - _JITTER.size) if flags & 2 else ()
+    return View(crop[0], crop[1], crop[2], crop[3], bool(flags & 1), operations, jittered)
 
 
 def draw_view(spec: ViewSpec, key: str, view: int) -> View:
-    """Draw view number ``view`` of sample ``key``: a pure function of its arguments."""
-    numbers = uniform_draws(f"{spec.seed}/{key}/{view}", 5 + 2 * spec.ops).tolist()
+    """Draw view number ``view`` of sample ``key``: a pure function of its arguments.
+
+    The numbers in order: area, aspect, left, top, flip; a pick and a sign per operation; whether it is applied and
+    its deviation per operation; whether to jitter, the order, and four strengths.
+    """
+    numbers = uniform_draws(f"{spec.seed}/{key}/{view}", 11 + 4 * spec.ops).tolist()
     area, aspect, left, top = (round(u * 65535) for u in numbers[:4])
+    signs, more, last = 5 + 2 * spec.ops, 5 + 4 * spec.ops, numbers[5 + 4 * spec.ops :]
+    operations = OP_SETS[spec.op_set]
     ops = []
-    for pick, sign in zip(numbers[5::2], numbers[6::2], strict=True):
-        ops.append((int(pick * len(OPS)), spec.magnitude if sign < 0.5 else -spec.magnitude))
-    return View(area, aspect, left, top, numbers[4] < spec.flip, tuple(ops))
+    for place, (applied, deviation) in enumerate(
+        zip(numbers[signs:more:2], numbers[signs + 1 : more : 2], strict=True)
+    ):
+        pick, sign = numbers[5 + 2 * place : 7 + 2 * place]
+        magnitude: float = spec.magnitude
+        if spec.magnitude_std:
+            wide = NormalDist(spec.magnitude, spec.magnitude_std).inv_cdf(max(deviation, 2.0**-53))
+            magnitude = min(max(wide, 0.0), operations.most)
+        if applied < spec.op_prob:
+            level = round(magnitude * operations.unit)
+            ops.append((int(pick * len(operations.operations)), level if sign < 0.5 else -level))
+    jittered: tuple[int, ...] = ()
+    if any(spec.jitter) and last[0] < spec.jitter_prob:
+        jittered = (int(last[1] * len(ORDERS)), *(round(u * 65535) for u in last[2:]))
+    return View(area, aspect, left, top, numbers[4] < spec.flip, tuple(ops), jittered)
 
 
 def crop_box(spec: ViewSpec, view: View, width: int, height: int) -> tuple[float, float, float, float]:
@@ -106,39 +202,16 @@ def apply_view(image: Image.Image, spec: ViewSpec, view: View, size: int) -> Ima
     if view.flip:
         rendered = ImageOps.mirror(rendered)
     for operation, level in view.ops:
-        rendered = OPS[operation][1](rendered, level)
+        rendered = OP_SETS[spec.op_set].apply(rendered, operation, level)
+    return jitter(rendered, spec.jitter, view.jitter[0], view.jitter[1:]) if view.jitter else rendered
+
+
+def render_views(image: Image.Image, spec: ViewSpec, key: str, views: Sequence[int], size: int) -> np.ndarray:
+    """(V, size, size, 3) uint8: the views of one sample, each as `apply_view` renders it."""
+    rendered = np.empty((len(views), size, size, 3), np.uint8)
+    for place, view in enumerate(views):
+        rendered[place] = np.asarray(apply_view(image, spec, draw_view(spec, key, view), size))
     return rendered
-
-
-# RandAugment's 14 operations with torchvision's ranges for 31 bins; level is the signed bin.
-
-
-def _affine(image: Image.Image, level: int, matrix: Any) -> Image.Image:
-    coefficients = matrix(level / (BINS - 1), image.width, image.height)
-    return image.transform(image.size, Image.Transform.AFFINE, coefficients, fillcolor=_BLACK)
-
-
-def _enhance(image: Image.Image, level: int, kind: Any) -> Image.Image:
-    enhanced: Image.Image = kind(image).enhance(1 + 0.9 * level / (BINS - 1))
-    return enhanced
-
-
-OPS: tuple[tuple[str, Any], ...] = (
-    ("Identity", lambda image, level: image),
-    ("ShearX", partial(_affine, matrix=lambda s, w, h: (1, 0.3 * s, 0, 0, 1, 0))),
-    ("ShearY", partial(_affine, matrix=lambda s, w, h: (1, 0, 0, 0.3 * s, 1, 0))),
-    ("TranslateX", partial(_affine, matrix=lambda s, w, h: (1, 0, _TRANSLATE * s * w, 0, 1, 0))),
-    ("TranslateY", partial(_affine, matrix=lambda s, w, h: (1, 0, 0, 0, 1, _TRANSLATE * s * h))),
-    ("Rotate", lambda image, level: image.rotate(30 * level / (BINS - 1), fillcolor=_BLACK)),
-    ("Brightness", partial(_enhance, kind=ImageEnhance.Brightness)),
-    ("Color", partial(_enhance, kind=ImageEnhance.Color)),
-    ("Contrast", partial(_enhance, kind=ImageEnhance.Contrast)),
-    ("Sharpness", partial(_enhance, kind=ImageEnhance.Sharpness)),
-    ("Posterize", lambda image, level: ImageOps.posterize(image, 8 - round(4 * abs(level) / (BINS - 1)))),
-    ("Solarize", lambda image, level: ImageOps.solarize(image, 255 - round(255 * abs(level) / (BINS - 1)))),
-    ("AutoContrast", lambda image, level: ImageOps.autocontrast(image)),
-    ("Equalize", lambda image, level: ImageOps.equalize(image)),
-)
 
 
 def decode_rgb(data: bytes) -> Image.Image:

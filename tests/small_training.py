@@ -71,8 +71,14 @@ def write_teacher(root: str, keys: list[list[str]], name: str = "planted", views
     columns = [*(f"image_{i}" for i in range(views)), *(f"text_{i}" for i in range(captions))]
     for shard, own in enumerate(keys):
         path = join(root, "teacher", name, f"{shard_name(shard)}.parquet")
-        rows = {column: teacher_rows(own, column) for column in columns}
-        write_embeddings(path, own, rows, teacher_meta(root, shard, views, captions))
+        rows, meta = (
+            {column: teacher_rows(own, column) for column in columns},
+            teacher_meta(root, shard, views, captions),
+        )
+        write_embeddings(path, own, rows, meta)
+        inputs = {f"shards/{shard_name(shard)}.tar": meta["shard_sha256"]}
+        outputs = {path.removeprefix(f"{root}/"): sha256_file(path)}
+        Done(f"cache/{name}", shard, meta, {"success": len(own)}, inputs, outputs).write(join(root, "teacher", name))
 
 
 def tiny_clip(folder: Path, dim: int = DIM) -> str:

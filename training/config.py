@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
+from shards_spec.augment import OpSet
 from shards_spec.files import UserError
 from shards_spec.views import ViewSpec
 
@@ -56,14 +57,24 @@ class ViewConfig:
     ops: int = 0
     """RandAugment operations per view"""
     magnitude: int = 9
-    """RandAugment magnitude, 0 to 30"""
+    """RandAugment magnitude: 0 to 30 in torchvision's set, 0 to 10 in timm's"""
+    op_set: OpSet = "torchvision"
+    """RandAugment's operations: torchvision's 14, timm's 15, timm's increasing 15, or timm's 3-Augment"""
+    op_prob: float = 1.0
+    """probability that an operation is applied (timm's own default is 0.5)"""
+    magnitude_std: float = 0.0
+    """timm's sets: standard deviation of the magnitude, drawn per operation (timm's mstd)"""
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """strength of brightness, contrast, saturation and hue jitter, as torchvision's ColorJitter takes them"""
+    jitter_prob: float = 1.0
+    """probability of the colour jitter"""
 
     def __post_init__(self) -> None:
         self.spec(0)
 
     def spec(self, seed: int) -> ViewSpec:
         """What the views are drawn from. Raises UserError naming the field that is out of range."""
-        return ViewSpec(seed, self.scale, self.ratio, self.flip, self.ops, self.magnitude)
+        return ViewSpec(seed=seed, **{field.name: getattr(self, field.name) for field in fields(self)})
 
 
 @dataclass(frozen=True)

@@ -4,33 +4,34 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import PIL
 
-from shards_spec.embeddings import read_embeddings, read_meta
+from shards_spec.cached import CachedShard
+from shards_spec.embeddings import EmbeddingFile
 from shards_spec.files import DataError, UserError, exists, join, names
 from shards_spec.manifest import file_hash, shard_name
-from shards_spec.views import RENDERING, ViewSpec
+from shards_spec.views import ViewSpec, stored_spec
 from training.recent import Recent
 
-SAME = ("model", "pretrained", "weights_sha256", "logit_scale", "views_sha256", "num_views", "dim")
+SAME = ("model", "pretrained", "weights_sha256", "logit_scale", "views_sha256", "dim")
 AGAIN = "delete it and run `clipmill cache` again"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One shard's features in the shard's order: ``image`` (n, D), ``texts`` one (n, D) per caption, NaN if none."""
+    """One shard's features in the shard's order: ``image`` (n, D) in memory, texts read row by row."""
 
     path: str
     keys: list[str]
     image: np.ndarray
-    texts: list[np.ndarray]
+    texts: list[EmbeddingFile]
+    """per caption the file that has it"""
 
     def text(self, index: int, caption: int) -> np.ndarray:
         """(D,) float32. Raises DataError when the cache has no row for that caption."""
-        row = self.texts[caption][index] if caption < len(self.texts) else None
+        row = self.texts[caption].row(f"text_{caption}", index) if caption < len(self.texts) else None
         if row is None or np.isnan(row).any():
             raise DataError(f"{self.path}: key {self.keys[index]} has no text_{caption}; {AGAIN}")
-        return row.astype(np.float32)
+        return row
 
 
 class TeacherCache:
@@ -48,11 +49,14 @@ class TeacherCache:
                 f"{self.path(missing[0])} is not there ({len(missing)} of {shards} shards are missing): "
                 f"run `clipmill cache {root}` to its end"
             )
-        self.meta = read_meta(self.path(0))
-        if lacking := [field for field in (*SAME, "views", "shard_sha256") if field not in self.meta]:
+        first = CachedShard(root, self.name, 0)
+        self.meta = first.files[0].meta
+        if lacking := [field for field in (*SAME, "views") if field not in self.meta]:
             raise DataError(f"{self.path(0)}: its metadata has no {lacking[0]}; {AGAIN}")
+        if first.find("text_0") is None:
+            raise UserError(f"--teacher {self.name!r} is an image-only teacher's cache; take one that has captions too")
         self.views = view_spec(self.path(0), self.meta)
-        self.num_views: int = self.meta["num_views"]
+        self.num_views: int = first.config["num_views"]
         self.logit_scale: float = self.meta["logit_scale"]
         self.dim: int = self.meta["dim"]
         self._rows: Recent[tuple[int, int], Rows] = Recent(capacity)
@@ -72,21 +76,30 @@ class TeacherCache:
         path, tar = self.path(shard), f"shards/{shard_name(shard)}.tar"
         if not exists(path):
             raise DataError(f"{path} is not there any more; run `clipmill cache {self.root}` again")
-        meta = read_meta(path)
-        if different := [field for field in SAME if meta.get(field) != self.meta[field]]:
+        cached = CachedShard(self.root, self.name, shard)
+        if cached.config["num_views"] != self.num_views:
             raise DataError(
-                f"{path}: its {different[0]} is {meta.get(different[0])!r}, {self.path(0)} has "
-                f"{self.meta[different[0]]!r}; {AGAIN}"
+                f"{path}: {cached.config['num_views']} views, {self.path(0)} has {self.num_views}; run `clipmill cache "
+                f"{self.root}` to its end"
             )
-        if meta["shard_sha256"] != file_hash(self.root, "shards", shard, tar):
+        if cached.inputs.get(tar) != file_hash(self.root, "shards", shard, tar):
             raise DataError(f"{path}: made from another {join(self.root, tar)} than the one there; {AGAIN}")
-        texts = ["text_0"] if self.original_only else [f"text_{i}" for i in range(meta["num_captions"])]
-        stored, columns, _ = read_embeddings(path, [f"image_{view}", *texts])
-        _check_keys(path, stored, keys)
-        image = columns[f"image_{view}"]
+        texts = [cached.file(f"text_{i}") for i in range(1 if self.original_only else cached.captions)]
+        images = cached.file(f"image_{view}")
+        for file in {images.path: images, **{file.path: file for file in texts}}.values():
+            self._check_same(file)
+            _check_keys(file.path, file.keys, keys)
+        image = images.vectors(f"image_{view}").as_floats()
         if (bad := np.isnan(image).any(axis=1)).any():
             raise DataError(f"{path}: key {keys[int(bad.argmax())]} has no image_{view}; {AGAIN}")
-        return Rows(path, keys, image, [columns[name] for name in texts])
+        return Rows(path, keys, image, texts)
+
+    def _check_same(self, file: EmbeddingFile) -> None:
+        if different := [field for field in SAME if file.meta.get(field) != self.meta[field]]:
+            raise DataError(
+                f"{file.path}: its {different[0]} is {file.meta.get(different[0])!r}, {self.path(0)} has "
+                f"{self.meta[different[0]]!r}; {AGAIN}"
+            )
 
 
 def _pick(root: str, name: str) -> str:
@@ -109,21 +122,7 @@ def _check_keys(path: str, stored: list[str], keys: list[str]) -> None:
 
 def view_spec(path: str, meta: dict[str, Any]) -> ViewSpec:
     """The ViewSpec of a cache. Raises DataError when this Pillow would render other pixels from it."""
-    stored = dict(meta["views"])
-    made_with = (stored.pop("pillow", None), stored.pop("rendering", None))
-    if made_with != (PIL.__version__, RENDERING):
-        raise DataError(
-            f"{path}: its views were rendered by Pillow {made_with[0]} (rendering {made_with[1]}), here is Pillow "
-            f"{PIL.__version__} (rendering {RENDERING}), which may give other pixels: install pillow=={made_with[0]}, "
-            "or delete the cache and run `clipmill cache` again"
-        )
-    tuples: dict[str, Any] = {
-        field: tuple(value) if isinstance(value, list) else value for field, value in stored.items()
-    }
-    try:
-        spec = ViewSpec(**tuples)
-    except TypeError as error:
-        raise DataError(f"{path}: its view spec is of another version ({error}); {AGAIN}") from error
+    spec = stored_spec(path, meta["views"])
     if spec.sha256 != meta["views_sha256"]:
         raise DataError(f"{path}: its view spec does not match its hash; {AGAIN}")
     return spec

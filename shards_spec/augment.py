@@ -1,0 +1,204 @@
+"""What a view does to pixels after the crop: RandAugment's operations and colour jitter, on RGB pictures by Pillow.
+
+An operation takes a picture and a level: a signed integer on its set's scale, drawn with the view. Sets:
+
+``torchvision``: torchvision.transforms.RandAugment, 14 operations, level = signed bin of 31 (-30 to 30), nearest
+neighbour, black outside. Its own pixels for the same parameters, but: shifts keep their fraction of a pixel (there
+truncated) and go the other way for the same sign, Solarize's threshold is rounded to a whole one.
+
+``timm``, ``timm-inc``, ``timm-3a``: timm.data.auto_augment's ``rand-mM-nN``, the same with ``-inc1`` (every operation
+gets stronger with the magnitude) and with ``-t3a`` (3-Augment, DeiT III). Level = signed hundredths of timm's
+magnitude (-1000 to 1000 for 0 to 10). Its own pixels for the same parameters, with the interpolation bicubic (there
+bilinear or bicubic by chance unless set), grey (128) outside, and: a blur's radius is relative to the picture's side,
+timm's at 224 pixels; Posterize to 0 bits is black, which Pillow refuses by now.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import permutations
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+OpSet = Literal["torchvision", "timm", "timm-inc", "timm-3a"]
+Operation = Callable[[Image.Image, int], Image.Image]
+
+BINS = 31  # torchvision.transforms.RandAugment(num_magnitude_bins=31)
+_LAST = BINS - 1
+_TRANSLATE = 150 / 331  # of the width, torchvision's RandAugment
+_BLACK, _GREY = (0, 0, 0), (128, 128, 128)
+_TIMM_SIDE = 224  # pixels at which timm's blur has timm's radius
+
+
+@dataclass(frozen=True)
+class OperationSet:
+    """``operations`` by name in drawing order; ``unit`` is the level of magnitude 1, ``most`` the highest magnitude."""
+
+    operations: tuple[tuple[str, Operation], ...]
+    unit: int
+    most: int
+
+    def apply(self, image: Image.Image, operation: int, level: int) -> Image.Image:
+        """Operation number ``operation`` at a signed ``level``."""
+        return self.operations[operation][1](image, level)
+
+
+def _enhance(image: Image.Image, kind: Any, factor: float) -> Image.Image:
+    enhanced: Image.Image = kind(image).enhance(factor)
+    return enhanced
+
+
+def _affine(image: Image.Image, level: int, matrix: Any) -> Image.Image:
+    coefficients = matrix(level / _LAST, image.width, image.height)
+    return image.transform(image.size, Image.Transform.AFFINE, coefficients, fillcolor=_BLACK)
+
+
+def _stronger(kind: Any) -> Operation:
+    return lambda image, level: _enhance(image, kind, 1 + 0.9 * level / _LAST)
+
+
+_TORCHVISION: tuple[tuple[str, Operation], ...] = (  # ranges of RandAugment._augmentation_space
+    ("Identity", lambda image, level: image),
+    ("ShearX", partial(_affine, matrix=lambda s, w, h: (1, 0.3 * s, 0, 0, 1, 0))),  # +-0.3
+    ("ShearY", partial(_affine, matrix=lambda s, w, h: (1, 0, 0, 0.3 * s, 1, 0))),
+    ("TranslateX", partial(_affine, matrix=lambda s, w, h: (1, 0, _TRANSLATE * s * w, 0, 1, 0))),  # +-150/331
+    ("TranslateY", partial(_affine, matrix=lambda s, w, h: (1, 0, 0, 0, 1, _TRANSLATE * s * h))),
+    ("Rotate", lambda image, level: image.rotate(30 * level / _LAST, fillcolor=_BLACK)),  # +-30 degrees
+    ("Brightness", _stronger(ImageEnhance.Brightness)),  # factor 1 +- 0.9
+    ("Color", _stronger(ImageEnhance.Color)),
+    ("Contrast", _stronger(ImageEnhance.Contrast)),
+    ("Sharpness", _stronger(ImageEnhance.Sharpness)),
+    ("Posterize", lambda image, level: ImageOps.posterize(image, 8 - round(4 * abs(level) / _LAST))),  # 8 to 4 bits
+    ("Solarize", lambda image, level: ImageOps.solarize(image, 255 - round(255 * abs(level) / _LAST))),  # above 255-0
+    ("AutoContrast", lambda image, level: ImageOps.autocontrast(image)),
+    ("Equalize", lambda image, level: ImageOps.equalize(image)),
+)
+
+
+def _share(level: int) -> float:
+    """timm's level / _LEVEL_DENOM, without its sign."""
+    return abs(level) / 100 / 10
+
+
+def _signed(level: int) -> float:
+    return level / 100 / 10
+
+
+def _timm_affine(image: Image.Image, level: int, matrix: Any) -> Image.Image:
+    coefficients = matrix(_signed(level), image.width, image.height)
+    return image.transform(
+        image.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC, fillcolor=_GREY
+    )  # fmt: skip
+
+
+def _timm_rotate(image: Image.Image, level: int) -> Image.Image:
+    return image.rotate(_signed(level) * 30.0, Image.Resampling.BICUBIC, fillcolor=_GREY)  # +-30 degrees
+
+
+def _keep_bits(image: Image.Image, bits: int) -> Image.Image:
+    return image.point([value & (0xFF00 >> bits & 0xFF) for value in range(256)] * 3)
+
+
+def _solarize_add(image: Image.Image, level: int) -> Image.Image:
+    add = min(128, int(_share(level) * 110))  # values below 128 get up to 110 more
+    return image.point([min(255, value + add) if value < 128 else value for value in range(256)] * 3)
+
+
+def _timm_enhance(kind: Any) -> Operation:
+    return lambda image, level: _enhance(image, kind, _share(level) * 1.8 + 0.1)  # factor 0.1 to 1.9
+
+
+def _timm_increasing(kind: Any) -> Operation:
+    return lambda image, level: _enhance(image, kind, max(0.1, 1.0 + _signed(level) * 0.9))  # factor 1 +- 0.9
+
+
+def _desaturate(image: Image.Image, level: int) -> Image.Image:
+    return _enhance(image, ImageEnhance.Color, min(1.0, max(0.0, 1.0 - (0.5 + 0.5 * _share(level)))))  # 0.5 to 0
+
+
+def _blur(image: Image.Image, level: int) -> Image.Image:
+    radius = 0.1 + (2.0 - 0.1) * _share(level)  # 0.1 to 2 pixels of 224
+    return image.filter(ImageFilter.GaussianBlur(radius * image.width / _TIMM_SIDE))
+
+
+_GEOMETRY: tuple[tuple[str, Operation], ...] = (
+    ("ShearX", partial(_timm_affine, matrix=lambda s, w, h: (1, s * 0.3, 0, 0, 1, 0))),  # +-0.3
+    ("ShearY", partial(_timm_affine, matrix=lambda s, w, h: (1, 0, 0, s * 0.3, 1, 0))),
+    (
+        "TranslateXRel",
+        partial(_timm_affine, matrix=lambda s, w, h: (1, 0, s * 0.45 * w, 0, 1, 0)),
+    ),  # +-0.45
+    ("TranslateYRel", partial(_timm_affine, matrix=lambda s, w, h: (1, 0, 0, 0, 1, s * 0.45 * h))),
+)
+_TIMM_FIRST: tuple[tuple[str, Operation], ...] = (
+    ("AutoContrast", lambda image, level: ImageOps.autocontrast(image)),
+    ("Equalize", lambda image, level: ImageOps.equalize(image)),
+    ("Invert", lambda image, level: ImageOps.invert(image)),
+    ("Rotate", _timm_rotate),
+)
+_SOLARIZE_INCREASING: tuple[str, Operation] = (  # inverted above 256 down to 0
+    "SolarizeIncreasing", lambda image, level: ImageOps.solarize(image, 256 - min(256, int(_share(level) * 256))),
+)  # fmt: skip
+_TIMM: tuple[tuple[str, Operation], ...] = (  # auto_augment._RAND_TRANSFORMS
+    *_TIMM_FIRST,
+    ("Posterize", lambda image, level: _keep_bits(image, int(_share(level) * 4))),  # 0 to 4 bits stay
+    ("Solarize", lambda image, level: ImageOps.solarize(image, min(256, int(_share(level) * 256)))),
+    ("SolarizeAdd", _solarize_add),
+    ("Color", _timm_enhance(ImageEnhance.Color)),
+    ("Contrast", _timm_enhance(ImageEnhance.Contrast)),
+    ("Brightness", _timm_enhance(ImageEnhance.Brightness)),
+    ("Sharpness", _timm_enhance(ImageEnhance.Sharpness)),
+    *_GEOMETRY,
+)
+_TIMM_INCREASING: tuple[tuple[str, Operation], ...] = (  # auto_augment._RAND_INCREASING_TRANSFORMS
+    *_TIMM_FIRST,
+    ("PosterizeIncreasing", lambda image, level: _keep_bits(image, 4 - int(_share(level) * 4))),  # 4 to 0 bits stay
+    _SOLARIZE_INCREASING,
+    ("SolarizeAdd", _solarize_add),
+    ("ColorIncreasing", _timm_increasing(ImageEnhance.Color)),
+    ("ContrastIncreasing", _timm_increasing(ImageEnhance.Contrast)),
+    ("BrightnessIncreasing", _timm_increasing(ImageEnhance.Brightness)),
+    ("SharpnessIncreasing", _timm_increasing(ImageEnhance.Sharpness)),
+    *_GEOMETRY,
+)
+_THREE: tuple[tuple[str, Operation], ...] = (  # auto_augment._RAND_3A
+    _SOLARIZE_INCREASING, ("Desaturate", _desaturate), ("GaussianBlur", _blur),
+)  # fmt: skip
+
+OP_SETS: dict[OpSet, OperationSet] = {
+    "torchvision": OperationSet(_TORCHVISION, 1, _LAST),
+    "timm": OperationSet(_TIMM, 100, 10),
+    "timm-inc": OperationSet(_TIMM_INCREASING, 100, 10),
+    "timm-3a": OperationSet(_THREE, 100, 10),
+}
+
+ORDERS = tuple(permutations(range(4)))  # of brightness, contrast, saturation, hue
+Strengths = tuple[float, float, float, float]
+
+
+def jitter_factors(strengths: Strengths, drawn: tuple[int, ...]) -> list[float]:
+    """Brightness, contrast, saturation in [max(0, 1 - s), 1 + s] and hue in [-s, s] of the circle.
+
+    torchvision.transforms.ColorJitter's ranges; ``drawn`` are shares of them in 1/65535.
+    """
+    lows = [*(max(0.0, 1 - strength) for strength in strengths[:3]), -strengths[3]]
+    highs = [*(1 + strength for strength in strengths[:3]), strengths[3]]
+    return [low + (high - low) * share / 65535 for low, high, share in zip(lows, highs, drawn, strict=True)]
+
+
+def jitter(image: Image.Image, strengths: Strengths, order: int, drawn: tuple[int, ...]) -> Image.Image:
+    """torchvision's ColorJitter in order number ``order`` of `ORDERS`; a strength of 0 does nothing."""
+    factors = jitter_factors(strengths, drawn)
+    kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for kind in ORDERS[order]:
+        if strengths[kind]:
+            image = _turn_hue(image, factors[3]) if kind == 3 else _enhance(image, kinds[kind], factors[kind])
+    return image
+
+
+def _turn_hue(image: Image.Image, turn: float) -> Image.Image:
+    hue, saturation, value = image.convert("HSV").split()
+    turned = np.asarray(hue) + np.array(int(turn * 255) % 256, np.uint8)  # wraps
+    return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")

@@ -1,0 +1,273 @@
+"""Replayable views: draws, packing, pixels against torchvision's and timm's own, golden hashes, refusals."""
+
+import hashlib
+import io
+import random
+from dataclasses import replace
+
+import numpy as np
+import PIL
+import pytest
+import torchvision.transforms.functional as TF
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, features
+from small_data import draw
+from timm.data import auto_augment
+from torchvision.transforms import InterpolationMode, RandAugment
+
+from shards_spec import augment, views
+from shards_spec.augment import OP_SETS
+from shards_spec.files import DataError, UserError
+from shards_spec.views import View, ViewSpec, apply_view, draw_view, render_views, unpack_view
+
+GOLDEN_PILLOW = "13.0.0"
+JITTER = (0.4, 0.4, 0.2, 0.1)
+FULL = ViewSpec(seed=3, ops=2, op_set="timm-inc", op_prob=0.5, magnitude_std=0.5, jitter=JITTER, jitter_prob=0.8)
+TORCHVISION, TIMM_INC = dict(OP_SETS["torchvision"].operations), dict(OP_SETS["timm-inc"].operations)
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    """Gradients and noise, 120 x 90: the same on every machine."""
+    y, x = np.mgrid[:90, :120]
+    noise = np.random.default_rng(0).integers(0, 40, (90, 120, 3))
+    return Image.fromarray(np.clip(np.stack([x * 2, y * 2, x + y], -1) + noise - 20, 0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def square(picture) -> Image.Image:
+    return picture.resize((224, 224))
+
+
+def same(one: Image.Image, other: Image.Image) -> bool:
+    return one.size == other.size and one.tobytes() == other.tobytes()
+
+
+def digest(image: Image.Image) -> str:
+    return hashlib.sha256(image.tobytes()).hexdigest()[:16]
+
+
+def test_a_spec_without_new_options_is_what_it_was():
+    """Caches of before stay readable: the same hash, the same numbers."""
+    spec = ViewSpec(seed=3, ops=2)
+    assert set(spec.as_json()) == {
+        "seed", "scale", "ratio", "flip", "ops", "magnitude", "rendering", "pillow",
+    }  # fmt: skip
+    assert draw_view(spec, "000000001", 4) == View(25653, 48646, 11533, 21422, True, ((4, -9), (7, -9)))
+    if PIL.__version__ == GOLDEN_PILLOW:
+        assert spec.sha256 == "5c3693b816613e60f54efa696d9c2725cd8c918170b95b1582b682be4d9c8160"
+
+
+def test_new_options_leave_the_crops_alone():
+    plain, more = ViewSpec(seed=3), FULL
+    for view in range(20):
+        one, other = draw_view(plain, "k", view), draw_view(more, "k", view)
+        assert (one.area, one.aspect, one.left, one.top, one.flip) == (
+            other.area, other.aspect, other.left, other.top, other.flip,
+        )  # fmt: skip
+
+
+def test_draws_follow_their_probabilities():
+    drawn = [draw_view(FULL, "k", view) for view in range(4000)]
+    applied = [operation for view in drawn for operation in view.ops]
+    assert abs(len(applied) / 8000 - 0.5) < 0.03
+    assert {operation for operation, _ in applied} == set(range(15))
+    levels = np.abs([level for _, level in applied])
+    assert levels.max() <= 1000
+    assert abs(levels.mean() - 894) < 10  # magnitude 9 +- 0.5, cut at 10
+    assert abs(np.mean([level > 0 for _, level in applied]) - 0.5) < 0.05
+    jittered = [view.jitter for view in drawn if view.jitter]
+    assert abs(len(jittered) / 4000 - 0.8) < 0.03
+    assert {order for order, *_ in jittered} == set(range(24))
+    assert abs(np.mean([shares for _, *shares in jittered]) / 65535 - 0.5) < 0.02
+
+
+@given(st.integers(0, 10_000), st.sampled_from([ViewSpec(ops=3), FULL, ViewSpec(jitter=JITTER)]))
+def test_packed_views_come_back(number, spec):
+    view = draw_view(spec, "key", number)
+    packed = view.pack()
+    assert unpack_view(packed) == view
+    assert len(packed) == 10 + 3 * len(view.ops) + 9 * bool(view.jitter)
+
+
+def test_many_views_at_once_are_the_same_pixels(picture):
+    for spec in (ViewSpec(ops=2), FULL, ViewSpec(scale=None)):
+        batch = render_views(picture, spec, "k", (0, 3, 5), 40)
+        for rendered, view in zip(batch, (0, 3, 5), strict=True):
+            assert same(Image.fromarray(rendered), apply_view(picture, spec, draw_view(spec, "k", view), 40))
+
+
+LEVELS = (0, 1, 9, 17, 30)
+
+
+@pytest.mark.parametrize("level", [*LEVELS, *(-level for level in LEVELS[1:])])
+def test_torchvisions_operations_give_torchvisions_pixels(square, level):
+    share, ours = level / 30, {name: operation(square, level) for name, operation in TORCHVISION.items()}
+    degrees = np.degrees(np.arctan(0.3 * share))
+    turned = {"translate": [0, 0], "scale": 1.0, "interpolation": InterpolationMode.NEAREST, "center": [0, 0]}
+    expected = {
+        "Identity": square,
+        "ShearX": TF.affine(square, 0.0, shear=[degrees, 0.0], **turned),
+        "ShearY": TF.affine(square, 0.0, shear=[0.0, degrees], **turned),
+        "Rotate": TF.rotate(square, 30 * share),
+        "Brightness": TF.adjust_brightness(square, 1 + 0.9 * share),
+        "Color": TF.adjust_saturation(square, 1 + 0.9 * share),
+        "Contrast": TF.adjust_contrast(square, 1 + 0.9 * share),
+        "Sharpness": TF.adjust_sharpness(square, 1 + 0.9 * share),
+        "Posterize": TF.posterize(square, 8 - round(4 * abs(share))),
+        "Solarize": TF.solarize(square, 255 - round(255 * abs(share))),
+        "AutoContrast": TF.autocontrast(square),
+        "Equalize": TF.equalize(square),
+    }
+    assert [name for name in expected if not same(ours[name], expected[name])] == []
+    assert set(TORCHVISION) - set(expected) == {"TranslateX", "TranslateY"}
+
+
+@pytest.mark.parametrize("pixels", [-30, -1, 0, 7, 64])
+def test_shifts_by_whole_pixels_are_torchvisions(square, pixels):
+    """There the shift is cut to whole pixels and goes the other way for the same sign, which is drawn evenly."""
+    level = pixels / (150 / 331 * 224) * 30
+    for name, shift in (("TranslateX", [-pixels, 0]), ("TranslateY", [0, -pixels])):
+        assert same(TORCHVISION[name](square, level), TF.affine(square, 0.0, shift, 1.0, [0.0, 0.0])), name
+
+
+def test_torchvisions_set_and_ranges_are_its_own():
+    space = RandAugment()._augmentation_space(31, (224, 224))
+    assert list(TORCHVISION) == list(space)
+    assert space["Rotate"][0][30] == 30
+    assert space["ShearX"][0][30] == pytest.approx(0.3)
+    assert space["TranslateX"][0][30] == pytest.approx(150 / 331 * 224)
+    for level in range(31):
+        assert int(space["Posterize"][0][level]) == 8 - round(4 * level / 30)
+        assert abs(float(space["Solarize"][0][level]) - (255 - round(255 * level / 30))) <= 0.5  # ours is whole
+
+
+@pytest.mark.parametrize("op_set", ["timm", "timm-inc", "timm-3a"])
+@pytest.mark.parametrize("magnitude", [3, 5, 9])
+def test_timms_operations_give_timms_pixels(square, op_set, magnitude, monkeypatch):
+    names = auto_augment.rand_augment_choices("3a" if op_set == "timm-3a" else "", increasing=op_set == "timm-inc")
+    ours = OP_SETS[op_set].operations
+    assert [name for name, _ in ours] == names
+    hparams = {"img_mean": (128, 128, 128), "interpolation": Image.Resampling.BICUBIC, "translate_const": 250}
+    for sign in (1, -1):
+        monkeypatch.setattr(random, "random", lambda sign=sign: 0.4 if sign > 0 else 0.6)  # timm's coin
+        for name, operation in ours:
+            theirs = auto_augment.AugmentOp(name, prob=1.0, magnitude=magnitude, hparams=hparams)
+            assert same(operation(square, sign * magnitude * 100), theirs(square)), name
+
+
+def test_posterize_to_no_bits_is_black(square):
+    assert TIMM_INC["PosterizeIncreasing"](square, 1000).getextrema() == ((0, 0),) * 3
+
+
+def test_a_blur_is_relative_to_the_picture(picture):
+    blur = dict(OP_SETS["timm-3a"].operations)["GaussianBlur"]
+    small, large = (blur(picture.resize((side, side)), 1000) for side in (112, 224))
+    assert np.abs(np.asarray(small, float) - np.asarray(large.resize((112, 112), Image.Resampling.BOX))).mean() < 2
+
+
+@given(st.integers(0, 23), st.tuples(*[st.integers(0, 65535)] * 4))
+def test_jitter_is_torchvisions(order, shares):
+    square = Image.fromarray(np.random.default_rng(1).integers(0, 256, (24, 24, 3), np.uint8))
+    factors = augment.jitter_factors(JITTER, shares)
+    steps = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    expected = square
+    for kind in augment.ORDERS[order]:
+        expected = steps[kind](expected, factors[kind])
+    assert same(augment.jitter(square, JITTER, order, shares), expected)
+
+
+def test_jitter_ranges_are_torchvisions():
+    from torchvision.transforms import ColorJitter
+
+    theirs = ColorJitter(1.5, 0.4, 0.2, 0.1)
+    ranges = [theirs.brightness, theirs.contrast, theirs.saturation, theirs.hue]
+    for end, share in ((0, 0), (1, 65535)):
+        factors = augment.jitter_factors((1.5, 0.4, 0.2, 0.1), (share,) * 4)
+        assert factors == pytest.approx([low_high[end] for low_high in ranges])
+
+
+def test_crop_and_flip_are_torchvisions(picture):
+    """The whole picture to the bit; a smaller box away from its border, where the filter here sees beyond the box."""
+    spec = ViewSpec(scale=(1.0, 1.0), ratio=(4 / 3, 4 / 3), flip=1.0)
+    view = View(65535, 0, 0, 0, True)
+    expected = TF.hflip(TF.resized_crop(picture, 0, 0, 90, 120, [48, 48], InterpolationMode.BICUBIC))
+    assert same(apply_view(picture, spec, view, 48), expected)
+    half, view = ViewSpec(scale=(0.25, 0.25), ratio=(4 / 3, 4 / 3)), View(0, 0, 32768, 32039, False)
+    left, top, right, bottom = (round(side) for side in views.crop_box(half, view, 120, 90))
+    theirs = TF.resized_crop(picture, top, left, bottom - top, right - left, [48, 48], InterpolationMode.BICUBIC)
+    difference = np.abs(np.asarray(apply_view(picture, half, view, 48), int) - np.asarray(theirs, int))
+    assert difference[8:-8, 8:-8].max() <= 1
+
+
+GOLDEN = {
+    "torchvision": "132a1ac4703b7a1f",
+    "timm": "c546a9d43a3d9971",
+    "timm-inc": "5b86d7c6405ddbc0",
+    "timm-3a": "56c4acbaa22d43e9",
+    "jitter": "a904efc5de2b710c",
+    "views": "532b519a4314b32b",
+}
+
+
+def rendered_hashes(picture: Image.Image) -> dict[str, str]:
+    square, hashes = picture.resize((64, 64)), {}
+    for op_set, operations in OP_SETS.items():
+        level = 9 * operations.unit
+        everything = (operation(square, sign * level) for _, operation in operations.operations for sign in (1, -1))
+        hashes[op_set] = digest(Image.fromarray(np.concatenate([np.asarray(image) for image in everything])))
+    hashes["jitter"] = digest(augment.jitter(square, JITTER, 7, (60000, 4000, 50000, 9000)))
+    specs = (ViewSpec(seed=3, ops=2), FULL, replace(FULL, op_set="timm-3a"), ViewSpec(scale=None))
+    shown = [render_views(picture, spec, "k", range(4), 48) for spec in specs]
+    hashes["views"] = digest(Image.fromarray(np.concatenate(shown).reshape(-1, 48, 3)))
+    return hashes
+
+
+def test_pixels_are_the_golden_ones(picture):
+    if PIL.__version__ != GOLDEN_PILLOW:
+        pytest.skip(f"pinned for Pillow {GOLDEN_PILLOW}")
+    assert rendered_hashes(picture) == GOLDEN, "other pixels: raise views.RENDERING and write down the new hashes"
+
+
+def test_decoded_pixels_are_the_golden_ones():
+    if (PIL.__version__, features.version("libjpeg_turbo")) != (GOLDEN_PILLOW, "3.2.0"):
+        pytest.skip(f"pinned for the wheel of Pillow {GOLDEN_PILLOW}")
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)).save(file, "JPEG", quality=80)
+    assert digest(views.decode_rgb(file.getvalue())) == "4dac3c6ce008a3c2"
+
+
+def test_another_rendering_is_refused_with_both_named():
+    stored = ViewSpec(ops=1).as_json()
+    assert views.stored_spec("f", stored) == ViewSpec(ops=1)
+    assert views.stored_spec("f", FULL.as_json() | {"jitter": list(JITTER)}) == FULL
+    with pytest.raises(DataError, match=rf"by Pillow {PIL.__version__} \(rendering 77\), here is .* \(rendering 1\)"):
+        views.stored_spec("f", stored | {"rendering": 77})
+    with pytest.raises(DataError, match=r"here is Pillow .*install pillow==9\.9"):
+        views.stored_spec("f", stored | {"pillow": "9.9"})
+    with pytest.raises(DataError, match=r"of another version.*delete it"):
+        views.stored_spec("f", stored | {"swirl": 1})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"op_set": "other"}, "op_set 'other' must be one of torchvision, timm"),
+        ({"op_set": "timm", "magnitude": 11}, r"magnitude 11 in \[0, 10\]"),
+        ({"magnitude_std": 0.5}, "magnitude_std 0.5"),
+        ({"op_prob": 1.5}, "op_prob 1.5"),
+        ({"jitter": (0, 0, 0, 0.6)}, "hue at most 0.5"),
+    ],
+)
+def test_bad_specs_name_field_and_value(change, named):
+    with pytest.raises(UserError, match=named):
+        ViewSpec(**change)
+
+
+def test_no_augmentation_is_the_centre_crop_whatever_else_is_said():
+    image = views.decode_rgb(draw("c", 64)[0])
+    for spec in (ViewSpec(scale=None), ViewSpec(scale=None, ops=2, jitter=JITTER, flip=1.0)):
+        left = (image.width - 64) / 2
+        expected = image.resize((32, 32), Image.Resampling.BICUBIC, box=(left, 0, left + 64, 64))
+        assert same(apply_view(image, spec, draw_view(spec, "k", 0), 32), expected)
