@@ -45,7 +45,7 @@ def packed(tmp_path_factory) -> str:
     """raw/ and shards/, original captions only."""
     root = str(tmp_path_factory.mktemp("data") / "ds")
     write_raw(root, SHARDS)
-    pack(PackConfig(root, captioner="none", workers=1))
+    pack(PackConfig(root, captioner=("none",), workers=1))
     return root
 
 
