@@ -4,7 +4,6 @@ Only what is new is embedded and written: further views, further captions, rows 
 """
 
 import logging
-import multiprocessing
 import os
 import time
 from collections.abc import Iterator
@@ -22,13 +21,14 @@ from tyro.conf import OmitArgPrefixes
 from pipeline.cache_lists import export_lists
 from pipeline.cache_rows import Column, OpenShard, stale_column
 from pipeline.caption import model_label
+from pipeline.devices import begin_on, pick_precision
 from pipeline.rendering import Job, Rendering, rendering_pool
 from pipeline.stage import Result, Root, Stage, Summary, Task, run_stage, tar_tasks, upstream_shards
 from shards_spec.cached import CachedShard
 from shards_spec.embeddings import Dtype, Vectors, id_column, write_vectors
 from shards_spec.files import DataError, UserError, exists, join, remove, sha256_file, sha256_json
 from shards_spec.manifest import forget, read_done, shard_name
-from shards_spec.models import LoadedModel, Precision, load_teacher, pick_devices, weights_sha256
+from shards_spec.models import LoadedModel, load_teacher, pick_devices, weights_sha256
 from shards_spec.views import ViewSpec, stored_spec
 
 if TYPE_CHECKING:
@@ -120,10 +120,7 @@ def cache(config: CacheConfig) -> Summary:
     begin, pool = None, embedder.pool
     if len(devices) > 1:
         embedder = None  # every worker loads its own
-        queue = multiprocessing.get_context("spawn").SimpleQueue()
-        for device in devices:
-            queue.put(device)
-        begin = partial(_begin_worker, queue, len(devices), config)
+        begin = begin_on(devices, partial(_load_worker, config, len(devices)))
     work = partial(cache_shard, stage=stage, config=config, embedder=embedder)
     try:
         summary = run_stage(
@@ -143,27 +140,15 @@ def _load(config: CacheConfig, device: str, devices: int) -> Embedder:
     cores = max(1, (os.cpu_count() or 1) // devices)
     processes = config.processes if config.processes is not None else cores if device.startswith("cuda") else 0
     pool = rendering_pool(processes, config.threads)
-    loaded = load_teacher(config.model, config.pretrained, device, _precision(config.precision, device))
+    loaded = load_teacher(config.model, config.pretrained, device, pick_precision(config.precision, device))
     return Embedder(Teacher(loaded, config.batch_size), pool)
-
-
-def _precision(asked: str, device: str) -> Precision:
-    import torch
-
-    if asked != "auto":
-        return asked  # type: ignore[return-value]
-    return "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
 
 
 _WORKER: list[Embedder] = []  # a worker process' own
 
 
-def _begin_worker(queue: Any, workers: int, config: CacheConfig) -> None:
-    """In a worker process: take a device and load the teacher there."""
-    import torch
-
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    _WORKER.append(_load(config, queue.get(), workers))
+def _load_worker(config: CacheConfig, devices: int, device: str) -> None:
+    _WORKER.append(_load(config, device, devices))
 
 
 def _identity(config: CacheConfig, loaded: LoadedModel) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 import json
 import logging
-import multiprocessing
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,11 +16,11 @@ from tyro.conf import OmitArgPrefixes
 
 from pipeline.ahead import ahead, batches
 from pipeline.decoding import Decoding
+from pipeline.devices import begin_on, pick_precision
 from pipeline.drafts import Drafts, Row, Wanted
 from pipeline.stage import Result, Root, Stage, Summary, Task, run_stage, tar_tasks, upstream_shards
 from shards_spec.files import DataError, UserError, atomic_writer, join, sha256_file
 from shards_spec.manifest import forget, shard_name
-from shards_spec.models import Precision
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard
 from shards_spec.views import decode_rgb
@@ -95,7 +94,7 @@ def caption(config: CaptionConfig) -> Summary:
     shards = upstream_shards(config.root, "raw", "ingest")
     devices = pick_devices(config.device)
     several = len(devices) > 1  # then every worker process loads its own, and this one only says who they are
-    config = replace(config, precision=_precision(config.precision, devices[0]))
+    config = replace(config, precision=pick_precision(config.precision, devices[0]))
     captioner = _load(config, "cpu" if several else devices[0])
     name = config.name or model_label(config.model, config.pretrained)
     identity = {
@@ -112,7 +111,7 @@ def caption(config: CaptionConfig) -> Summary:
     }
     stage = Stage(f"caption/{name}", f"captions/{name}", identity)
     work = partial(caption_shard, stage=stage, config=config, captioner=None if several else captioner)
-    begin = _begin(config, devices) if several else None
+    begin = begin_on(devices, partial(_load_worker, config)) if several else None
     tasks = tar_tasks(config.root, "raw", shards)
     return run_stage(
         config.root, stage, tasks, work, total=len(shards), workers=len(devices), begin=begin,
@@ -120,19 +119,11 @@ def caption(config: CaptionConfig) -> Summary:
     )  # fmt: skip
 
 
-def _precision(asked: Literal["auto"] | Precision, device: str) -> Precision:
-    import torch
-
-    if asked != "auto":
-        return asked
-    return "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
-
-
 def _load(config: CaptionConfig, device: str) -> "Captioner":
     from pipeline.captioner import Captioner
     from shards_spec.models import load_model
 
-    precision = _precision(config.precision, device)
+    precision = pick_precision(config.precision, device)
     loaded = load_model(config.model, config.pretrained, device, precision=precision)
     return Captioner(loaded, config.decoding, config.num_captions, config.seed, config.similarity, config.batch_size)
 
@@ -140,19 +131,8 @@ def _load(config: CaptionConfig, device: str) -> "Captioner":
 _WORKER: list["Captioner"] = []  # a worker process' own
 
 
-def _begin(config: CaptionConfig, devices: list[str]) -> Callable[[], None]:
-    """What each worker process does first: take one of the devices and load the captioner there."""
-    queue = multiprocessing.get_context("spawn").SimpleQueue()
-    for device in devices:
-        queue.put(device)
-    return partial(_begin_worker, queue, len(devices), config)
-
-
-def _begin_worker(queue: Any, workers: int, config: CaptionConfig) -> None:
-    import torch
-
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    _WORKER.append(_load(config, queue.get()))
+def _load_worker(config: CaptionConfig, device: str) -> None:
+    _WORKER.append(_load(config, device))
 
 
 def caption_shard(

@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.beam import beam_search
 from pipeline.coca import Coca
 from pipeline.decoding import Decoding
+from pipeline.devices import out_of_memory
 from pipeline.drafts import Described, Wanted, Written
 from pipeline.generate import generate
 from shards_spec.files import UserError
@@ -87,7 +88,7 @@ class Captioner:
                 described += self._describe(part)
                 continue
             except RuntimeError as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0]
             if len(part) == 1:  # and out of the except block, where the failed batch's tensors are free again
@@ -139,9 +140,3 @@ class Captioner:
         for place, cosine in zip(rated, cosines[len(texts) :], strict=True):
             originals[place] = cosine
         return cosines[: len(texts)], originals
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """CUDA's error has a class; on a CPU torch's allocator and oneDNN say it in these words."""
-    words = ("can't allocate memory", "could not create a primitive")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)

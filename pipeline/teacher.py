@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.ahead import batches
+from pipeline.devices import out_of_memory
 from shards_spec.files import UserError
 from shards_spec.models import LoadedModel
 
@@ -70,7 +71,7 @@ class Teacher:
             try:
                 encoded = encode(part + part[:1] * (self.rows - len(part)))[: len(part)]
             except RuntimeError as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0]
             else:
@@ -86,9 +87,3 @@ class Teacher:
         self.rows //= 2
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """CUDA's error has a class; on a CPU torch's allocator and oneDNN say it in these words."""
-    words = ("can't allocate memory", "could not create a primitive")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
