@@ -32,16 +32,13 @@ class Teacher:
         parameter = next(self.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.rows = CPU_ROWS if self.device.type == "cpu" else batch_size or CUDA_ROWS
-        self._mean, self._std = (
-            torch.tensor(values, device=self.device).view(3, 1, 1) for values in (loaded.mean, loaded.std)
-        )
 
     def embed_images(self, pictures: Iterable[np.ndarray]) -> np.ndarray:
         """Pictures (S, S, 3) uint8 -> (n, D) float32, L2-normalised."""
 
         def encode(batch: list[np.ndarray]) -> Tensor:
-            pixels = torch.from_numpy(np.stack(batch)).to(self.device).permute(0, 3, 1, 2).float() / 255
-            pixels = ((pixels - self._mean) / self._std).to(self.dtype)
+            pixels = torch.from_numpy(np.stack(batch)).to(self.device).permute(0, 3, 1, 2)
+            pixels = self.loaded.normalise(pixels).to(self.dtype)
             if self.loaded.tokenizer is None:  # timm's
                 return self.model(pixels)
             return self.model.encode_image(pixels, normalize=False)

@@ -1,5 +1,7 @@
 """A shard's teacher cache: the files that its done-record names, a column being the last file's that has it."""
 
+from collections.abc import Callable
+
 from shards_spec.embeddings import EmbeddingFile
 from shards_spec.files import DataError, exists, join
 from shards_spec.manifest import read_done, shard_name
@@ -8,10 +10,11 @@ from shards_spec.manifest import read_done, shard_name
 class CachedShard:
     """What ``ROOT/teacher/NAME`` holds of one shard. ``config`` and ``inputs`` are the done-record's.
 
-    Raises DataError when the shard is unfinished, or a file broken or gone.
+    ``near`` maps a file's path to where its bytes are read (a local copy of a remote one). Raises DataError when the
+    shard is unfinished, or a file broken or gone.
     """
 
-    def __init__(self, root: str, name: str, shard: int) -> None:
+    def __init__(self, root: str, name: str, shard: int, near: Callable[[str], str] = str) -> None:
         self.path = join(root, "teacher", name, f"{shard_name(shard)}.parquet")
         record = read_done(join(root, "teacher", name), shard)
         if record is None:
@@ -22,7 +25,7 @@ class CachedShard:
                 f"{join(root, gone[0])}: is not there any more; delete {shard_name(shard)}_stats.json beside it and "
                 f"run `clipmill cache {root}` again"
             )
-        self.files = [EmbeddingFile(join(root, path)) for path in record.outputs]
+        self.files = [EmbeddingFile(join(root, path), near(join(root, path))) for path in record.outputs]
 
     @property
     def captions(self) -> int:

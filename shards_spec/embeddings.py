@@ -139,13 +139,14 @@ def read_meta(path: str) -> dict[str, Any]:
 class EmbeddingFile:
     """One file of the cache, opened: metadata, keys and identities in memory, vectors when asked for.
 
-    Local files are read to the byte; of a URL whole columns are kept. Raises DataError when it is no teacher cache,
+    Local files are read to the byte; of a URL whole columns are kept. ``at`` is where its bytes are when not under
+    ``path``. Raises DataError when it is no teacher cache,
     broken or of another layout, FileNotFoundError.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        with open_read(path) as file:
+    def __init__(self, path: str, at: str | None = None) -> None:
+        self.path, self._at = path, at or path
+        with open_read(self._at) as file:
             parquet, self.meta = _opened(path, file)
             if self.meta.get("layout") != LAYOUT:
                 raise DataError(
@@ -167,8 +168,8 @@ class EmbeddingFile:
             for chunk in map(group.column, range(group.num_columns)):
                 self._ends[chunk.path_in_schema] = chunk.data_page_offset + chunk.total_compressed_size
         self._whole, self._valid = dict[str, Vectors](), dict[str, np.ndarray]()
-        if not is_url(path):
-            self._descriptor = os.open(path, os.O_RDONLY)
+        if not is_url(self._at):
+            self._descriptor = os.open(self._at, os.O_RDONLY)
             weakref.finalize(self, os.close, self._descriptor)
 
     def ids(self, name: str) -> np.ndarray | None:
@@ -190,7 +191,7 @@ class EmbeddingFile:
 
     def row(self, name: str, index: int) -> np.ndarray:
         """(D,) float32 of one row; NaN where null. Raises DataError as `vectors` does."""
-        if is_url(self.path) or name not in self.names:
+        if is_url(self._at) or name not in self.names:
             if name not in self._whole:
                 self._whole[name] = self.vectors(name)
             floats: np.ndarray = self._whole[name].take(np.array([index])).as_floats()[0].astype(np.float32)
@@ -211,16 +212,16 @@ class EmbeddingFile:
         if name not in self._valid:
             known = self.ids(name)
             if known is None:  # a file without identities: the column itself says where it is null
-                with open_read(self.path) as file:
+                with open_read(self._at) as file:
                     known = pq.read_table(file, columns=[name]).column(name).is_valid().to_numpy()
             self._valid[name] = known != 0
         return self._valid[name]
 
     def _read(self, start: int, end: int) -> bytes:
-        if not is_url(self.path):
+        if not is_url(self._at):
             data = os.pread(self._descriptor, end - start, start)
         else:
-            with open_read(self.path) as file:
+            with open_read(self._at) as file:
                 file.seek(start)
                 data = file.read(end - start)
         if len(data) != end - start:

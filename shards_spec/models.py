@@ -32,6 +32,13 @@ class LoadedModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def normalise(self, pixels: Any) -> Any:
+        """uint8 pictures (N, 3, S, S) -> what the image tower takes, float32, on their device."""
+        import torch
+
+        mean, std = (torch.tensor(own, device=pixels.device).view(3, 1, 1) for own in (self.mean, self.std))
+        return pixels.float().div_(255).sub_(mean).div_(std)
+
 
 def load_model(
     model: str,

@@ -67,7 +67,7 @@ def train_clip(root: str, out: str, student: str) -> None:
     from training.trainer import train
 
     config = smoke(clip.config())
-    data = replace(config.data, data=root, batch_size=24, window=4)
+    data = replace(config.data, data=root, batch_size=24, streams=2)
     run = replace(config.run, out=out, steps=30, log_every=30)
     train("clip", replace(config, data=data, run=run, student=replace(config.student, model=f"local-dir:{student}")))
 

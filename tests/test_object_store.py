@@ -17,6 +17,7 @@ import boto3
 import moto.settings
 import pytest
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from small_training import tiny_clip, write_packed, write_teacher
 from web_server import serve
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -25,6 +26,10 @@ from pipeline.ingest import IngestConfig, ingest
 from pipeline.pack import PackConfig, pack
 from shards_spec import files
 from shards_spec.files import UserError
+from shards_spec.models import load_model
+from training.config import CacheConfig, DataConfig
+from training.data import load_batches, open_samples
+from training.order import batch_positions
 
 GOLDEN = Path(__file__).parent / "golden" / "img2dataset-1.47"
 numbers = itertools.count()
@@ -42,12 +47,14 @@ class Store:
     """The server as a WSGI application that notes every request; ``refusals`` answers to come are 503 SlowDown."""
 
     def __init__(self) -> None:
-        self.requests = Counter[str]()
+        self.requests, self.got = Counter[str](), Counter[str]()
         self.refusals = 0
         self._moto = DomainDispatcherApplication(create_backend_app)
 
     def __call__(self, environ, start_response):
         self.requests[environ["REQUEST_METHOD"]] += 1
+        if environ["REQUEST_METHOD"] == "GET":
+            self.got[environ["PATH_INFO"]] += 1
         if self.refusals > 0:
             self.refusals -= 1
             start_response("503 Slow Down", [("Content-Type", "application/xml")])
@@ -324,6 +331,34 @@ def test_a_finished_dataset_is_passed_over_with_few_requests(bucket, store):
 
 
 # errors
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
+def test_a_training_run_fetches_every_shard_once_for_all_its_workers_and_epochs(bucket, store, tmp_path):
+    """Remote shards and caches give the batches that local ones do; copies serve the next epochs, too."""
+    here, there = str(tmp_path / "here"), f"s3://{bucket}/ds"
+    write_teacher(here, write_packed(here, [9, 8, 7, 6]))
+    for path in Path(here).rglob("*"):
+        if path.is_file():
+            files.write_bytes(f"{there}/{path.relative_to(here)}", path.read_bytes())
+    student = load_model(tiny_clip(tmp_path / "model"), random_weights=True)
+    store.got.clear()
+
+    def batches(root: str):
+        data = DataConfig(data=root, streams=2, window=1, scratch=str(tmp_path / "near"))
+        samples = open_samples(data, CacheConfig(), student, seed=0)
+        return load_batches(samples, batch_positions(0, 12, 5), workers=3)
+
+    for one, other in zip(batches(here), batches(there), strict=True):
+        assert one["keys"] == other["keys"]
+        names = ("images", "tokens", "teacher_image", "teacher_text")
+        assert all(one[name].equal(other[name]) for name in names)
+    once = {path: times for path, times in store.got.items() if path.endswith((".tar", ".parquet"))}
+    assert once == {
+        f"/{bucket}/ds/{folder}/{shard:05d}.{kind}": 1
+        for folder, kind in (("shards", "tar"), ("teacher/planted", "parquet"))
+        for shard in range(4)
+    }
 
 
 def test_the_command_says_in_one_line_what_is_wrong(bucket, other, web):

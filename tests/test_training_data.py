@@ -13,11 +13,11 @@ from small_training import SPEC, teacher_meta, teacher_rows, tiny_clip, write_pa
 
 from shards_spec.embeddings import read_embeddings, write_embeddings
 from shards_spec.files import DataError, UserError
-from shards_spec.models import load_model
+from shards_spec.models import LoadedModel, load_model
 from shards_spec.tar import read_shard, write_shard
 from shards_spec.views import apply_view, decode_rgb, draw_view
 from training.config import CacheConfig, DataConfig, ViewConfig
-from training.data import ShardReader, draw_caption, load_batches, open_samples, to_tensor
+from training.data import ShardReader, draw_caption, load_batches, open_samples
 from training.order import batch_positions
 from training.teacher_cache import TeacherCache
 
@@ -35,7 +35,7 @@ def root(tmp_path):
 
 
 def config(root, **changes):
-    return DataConfig(data=root, **{"batch_size": 4, "workers": 0, "window": 2, **changes})
+    return DataConfig(data=root, **{"batch_size": 4, "workers": 0, "streams": 1, "window": 2, **changes})
 
 
 def by_key(root):
@@ -49,9 +49,10 @@ def test_items_are_what_the_shard_holds(root, student):
         item = samples[position]
         sample, epoch = source[item["key"]], position // 15
         view = apply_view(decode_rgb(sample.image), spec, draw_view(spec, sample.key, epoch), 32)
-        assert torch.equal(item["image"], to_tensor(view, (0.5,) * 3, (0.25,) * 3))
-        assert item["image"].shape == (3, 32, 32)
-        assert item["image"].dtype == torch.float32
+        assert torch.equal(item["images"], torch.from_numpy(np.array(view)).permute(2, 0, 1))
+        assert item["images"].shape == (3, 32, 32)
+        assert item["images"].dtype == torch.uint8
+        assert item["position"] == position
         captions = sample.captions
         assert len(captions) == 3
         caption = captions[draw_caption(9, sample.key, epoch, 3)]
@@ -60,10 +61,9 @@ def test_items_are_what_the_shard_holds(root, student):
 
 
 def test_pixels_are_normalised():
-    from PIL import Image
-
-    tensor = to_tensor(Image.new("RGB", (2, 2), (255, 0, 51)), (0.5, 0.5, 0.5), (0.25, 0.5, 1.0))
-    assert torch.allclose(tensor[:, 0, 0], torch.tensor([2.0, -1.0, -0.3]))
+    pixels = torch.tensor([255, 0, 51], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 2, 2)
+    loaded = LoadedModel(None, None, {}, 2, (0.5, 0.5, 0.5), (0.25, 0.5, 1.0))
+    assert torch.allclose(loaded.normalise(pixels)[1, :, 0, 0], torch.tensor([2.0, -1.0, -0.3]))
 
 
 @pytest.mark.parametrize("shards", [[15], [6, 5, 4]])
@@ -89,13 +89,13 @@ def test_every_key_once_per_epoch_over_batches_and_ranks(root, student):
 
 def test_reader_keeps_few_shards_open(tmp_path, student):
     write_packed(str(tmp_path), [2] * 50, synthetic=0)
-    samples = open_samples(config(str(tmp_path), window=4), ViewConfig(), student, seed=0)
+    samples = open_samples(config(str(tmp_path), streams=2, window=1), ViewConfig(), student, seed=0)
     before, most = len(os.listdir("/proc/self/fd")), 0
     for batch in load_batches(samples, batch_positions(0, 25, 4)):
         assert len(batch["keys"]) == 4
         most = max(most, len(samples.reader.open.values))
         assert len(os.listdir("/proc/self/fd")) <= before + 5
-    assert most == 4
+    assert most == 4, "in each stream the open window and the one before"
 
 
 def test_captions_are_drawn_evenly_and_again():
@@ -138,19 +138,23 @@ def test_the_cache_gives_its_view_and_its_caption(root, student):
         assert np.allclose(item["teacher_text"], teacher_rows([key], f"text_{caption}")[0], atol=1e-3)
         assert item["teacher_image"].dtype == torch.float32
         rendered = apply_view(decode_rgb(source[key].image), SPEC, draw_view(SPEC, key, view), 32)
-        assert torch.equal(item["image"], to_tensor(rendered, student.mean, student.std))
+        assert torch.equal(item["images"], torch.from_numpy(np.array(rendered)).permute(2, 0, 1))
 
 
-def test_a_dataset_behind_a_url_gives_the_same(root, student):
+def test_a_dataset_behind_a_url_gives_the_same(root, student, tmp_path):
     import fsspec
 
     url = f"memory://{root}"
     fsspec.filesystem("memory").put(root, root, recursive=True)
-    here, there = (open_samples(config(place), CacheConfig(), student, seed=0) for place in (root, url))
+    here, there = (
+        open_samples(config(place, scratch=f"{tmp_path}/near"), CacheConfig(), student, seed=0) for place in (root, url)
+    )
     for position in range(0, 45, 4):
         one, other = here[position], there[position]
         assert one["key"] == other["key"]
-        assert all(torch.equal(one[name], other[name]) for name in ("image", "tokens", "teacher_image", "teacher_text"))
+        assert all(
+            torch.equal(one[name], other[name]) for name in ("images", "tokens", "teacher_image", "teacher_text")
+        )
 
 
 def test_raw_shards_serve_too(tmp_path, student):
@@ -171,6 +175,9 @@ def test_a_picture_that_does_not_decode_is_skipped_and_named(tmp_path, student, 
     assert [len(batch["keys"]) for batch in batches] == [5, 5]
     assert [len(batch["skipped"]) for batch in batches] == [1, 1]
     assert "shards/00000.tar: key 000000002: does not decode" in caplog.text
+    write_packed(str(tmp_path), [6])
+    whole = list(load_batches(samples, batch_positions(0, 2, 6)))
+    assert [[k for k in b["keys"] if k != "000000002"] for b in whole] == [b["keys"] for b in batches]
 
 
 def test_a_batch_of_nothing_but_broken_pictures_stops(tmp_path, student):
@@ -230,6 +237,23 @@ def teacher_old_hash(root):
     from shards_spec.embeddings import read_meta
 
     return read_meta(f"{root}/teacher/planted/00001.parquet")["shard_sha256"]
+
+
+def test_caches_of_two_shards_swapped_are_refused(tmp_path, student):
+    write_teacher(str(tmp_path), write_packed(str(tmp_path), [5, 5]))
+    one, other = (tmp_path / f"teacher/planted/{shard:05d}.parquet" for shard in range(2))
+    first = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(first)
+    with pytest.raises(DataError, match=r"0000(0|1)\.parquet: row 0 is key 0000(1|0)0000, the shard has 0000(0|1)0000"):
+        read_all(str(tmp_path), student)
+
+
+def test_a_cache_of_other_captions_is_refused(root, student):
+    """Packing again with another captioner or WordNet changes json members, hence the shard's hash."""
+    write_packed(root, [6, 5, 4], synthetic=3)
+    with pytest.raises(DataError, match=r"0000\d\.parquet: made from another .*shards/0000\d\.tar than the one there"):
+        read_all(root, student)
 
 
 def test_a_missing_column_is_refused(root, student):

@@ -8,7 +8,18 @@ from shards_spec.files import UserError
 from shards_spec.views import ViewSpec
 
 FREE_ON_RESUME = frozenset(
-    {"out", "workers", "log_every", "checkpoint_minutes", "checkpoint_steps", "keep_checkpoints", "resume", "device"}
+    {
+        "out",
+        "workers",
+        "scratch",
+        "scratch_gb",
+        "log_every",
+        "checkpoint_minutes",
+        "checkpoint_steps",
+        "keep_checkpoints",
+        "resume",
+        "device",
+    }
 )
 
 
@@ -34,14 +45,22 @@ class DataConfig:
     """pairs per step, over all processes"""
     workers: int = 2
     """processes that read and decode; 0 does it in the main process"""
-    window: int = 8
-    """shards mixed at a time; more mixes better and holds more memory"""
+    streams: int = 8
+    """parts of an epoch read side by side; a multiple of the processes lets each of them read its own shards only"""
+    window: int = 2
+    """shards mixed at a time in each stream; more mixes better and keeps more open"""
+    scratch: str = ""
+    """folder for copies of remote shards and caches, shared by all processes of a machine; default: a temporary one"""
+    scratch_gb: float = 50.0
+    """gigabytes of copies that stay there from epoch to epoch"""
 
     def __post_init__(self) -> None:
         require(self.shards is None or self.shards >= 1, "shards", self.shards, "1 or more, or None")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         require(self.workers >= 0, "workers", self.workers, "0 or more")
+        require(self.streams >= 1, "streams", self.streams, "1 or more")
         require(self.window >= 1, "window", self.window, "1 or more")
+        require(self.scratch_gb > 0, "scratch_gb", self.scratch_gb, "above 0")
 
 
 @dataclass(frozen=True)

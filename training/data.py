@@ -1,19 +1,20 @@
 """Samples by position, and batches of them: shards read in place, one view and one caption per epoch.
 
 Everything a sample becomes is a pure function of (dataset, seed, position), so the number of worker processes and
-the moment of a resume change nothing. A worker holds at most ``window`` shards (mapped, when local).
+the moment of a resume change nothing. A worker has about streams · window shards mapped.
 """
 
 import hashlib
 import logging
 import signal
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,11 +25,15 @@ from shards_spec.sample import Sample
 from shards_spec.tar import Member, index_shard
 from shards_spec.views import ViewSpec, apply_view, decode_rgb, draw_view
 from training.config import CacheConfig, DataConfig, ViewConfig
-from training.order import Order
+from training.nearby import Nearby
+from training.order import Order, Place
 from training.recent import Recent
 from training.teacher_cache import TeacherCache
 
 log = logging.getLogger(__name__)
+PIECE = 64  # samples that a worker makes at a time
+TENSORS = ("images", "tokens", "teacher_image", "teacher_text")
+LISTS = ("keys", "epochs", "skipped")
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,10 @@ class _Open:
 class ShardReader:
     """Samples of ``root/folder/NNNNN.tar`` by (shard, index); at most ``capacity`` shards are open."""
 
-    def __init__(self, root: str, folder: str, sizes: list[int], capacity: int = 8) -> None:
-        self.root, self.folder, self.sizes = root, folder, sizes
+    def __init__(
+        self, root: str, folder: str, sizes: list[int], capacity: int = 24, nearby: Nearby | None = None
+    ) -> None:
+        self.root, self.folder, self.sizes, self.nearby = root, folder, sizes, nearby or Nearby()
         self.open: Recent[int, _Open] = Recent(capacity)
 
     def path(self, shard: int) -> str:
@@ -67,7 +74,7 @@ class ShardReader:
     def _index(self, shard: int) -> _Open:
         path = self.path(shard)
         try:
-            with read_buffer(path) as buffer:
+            with read_buffer(self.nearby.get(path)) as buffer:
                 found = list(index_shard(buffer, path))
         except FileNotFoundError as error:
             raise DataError(f"{path} is not there; run the stage that makes it again") from error
@@ -92,12 +99,6 @@ def draw_caption(seed: int, key: str, epoch: int, count: int) -> int:
     return int.from_bytes(digest, "little") % count
 
 
-def to_tensor(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """(3, S, S) float32, normalised per channel."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-
-
 @dataclass(frozen=True)
 class Skipped:
     """A sample that cannot be used; ``reason`` names file and key."""
@@ -105,15 +106,15 @@ class Skipped:
     reason: str
 
 
-Item = dict[str, Any] | Skipped | DataError
+Item = dict[str, Any] | Skipped | DataError | UserError
 
 
 class Samples(Dataset[Item]):
     """Map-style over positions of the endless stream.
 
-    An item has ``image`` (3, S, S), ``tokens`` (context,) int64, ``key``, ``epoch``, and with a cache
-    ``teacher_image`` and ``teacher_text`` (D,) float32. Errors come back as values: raised in a worker process they
-    would reach the user wrapped in its traceback.
+    An item is a batch's row: ``images`` (3, S, S) uint8, ``tokens`` (context,) int64, ``key``, ``position``, ``epoch``,
+    and with a cache ``teacher_image`` and ``teacher_text`` (D,) float32. Errors come back as values: raised in a worker
+    process they would reach the user wrapped in its traceback.
     """
 
     def __init__(
@@ -127,18 +128,18 @@ class Samples(Dataset[Item]):
         cache: TeacherCache | None = None,
     ) -> None:
         self.reader, self.order, self.views, self.cache = reader, order, views, cache
-        self.tokenizer, self.size = student.tokenizer, student.image_size
-        self.mean, self.std = student.mean, student.std
-        self.seed, self.original_only = seed, original_only
+        self.student, self.seed, self.original_only = student, seed, original_only
+        self._begun: Recent[tuple[int, tuple[int, int]], bool] = Recent(2 * order.streams)
 
     def __getitem__(self, position: int) -> Item:
         try:
             return self._item(position)
-        except DataError as error:
+        except (DataError, UserError) as error:
             return error
 
     def _item(self, position: int) -> dict[str, Any] | Skipped:
         place = self.order.locate(position)
+        self._begun.get((place.epoch, place.window), lambda: self._read_ahead(place))
         sample = self.reader.sample(place.shard, place.index)
         try:
             image = decode_rgb(sample.image)
@@ -146,20 +147,29 @@ class Samples(Dataset[Item]):
         except DataError as error:
             return Skipped(f"{self.reader.path(place.shard)}: key {sample.key}: {error}")
         view = place.epoch % self.cache.num_views if self.cache else place.epoch
-        rendered = apply_view(image, self.views, draw_view(self.views, sample.key, view), self.size)
+        rendered = apply_view(image, self.views, draw_view(self.views, sample.key, view), self.student.image_size)
         written = [index for index, text in enumerate(captions) if text.strip()] or [0]  # an original may be empty
         caption = written[draw_caption(self.seed, sample.key, place.epoch, len(written))]
         item = {
             "key": sample.key,
+            "position": position,
             "epoch": place.epoch,
-            "image": to_tensor(rendered, self.mean, self.std),
-            "tokens": self.tokenizer([captions[caption]])[0],
+            "images": torch.from_numpy(np.asarray(rendered).transpose(2, 0, 1).copy()),
+            "tokens": self.student.tokenizer([captions[caption]])[0],
         }
         if self.cache:
             rows = self.cache.rows(place.shard, view, self.reader.keys(place.shard))
-            item["teacher_image"] = torch.from_numpy(rows.image[place.index].astype(np.float32))
-            item["teacher_text"] = torch.from_numpy(rows.text(place.index, caption))
+            item["teacher_image"] = torch.from_numpy(rows.row(f"image_{view}", place.index))
+            item["teacher_text"] = torch.from_numpy(rows.row(f"text_{caption}", place.index))
         return item
+
+    def _read_ahead(self, place: Place) -> bool:
+        """Bring the shards near that the stream of ``place`` opens next."""
+        shards = self.order.next_shards(place)
+        self.reader.nearby.ahead([self.reader.path(shard) for shard in shards])
+        if self.cache:
+            self.reader.nearby.ahead([self.cache.path(shard) for shard in shards])
+        return True
 
 
 def open_samples(data: DataConfig, views: ViewConfig | CacheConfig, student: LoadedModel, seed: int) -> Samples:
@@ -167,65 +177,96 @@ def open_samples(data: DataConfig, views: ViewConfig | CacheConfig, student: Loa
     if not data.data:
         raise UserError("--data is needed: the ROOT of a dataset, as `clipmill pack` or `clipmill ingest` left it")
     sizes = dataset_sizes(data.data, data.folder)[: data.shards]
-    reader = ShardReader(data.data, data.folder, sizes, data.window)
-    order = Order(sizes, seed, data.window)
+    nearby = Nearby(data.scratch, int(data.scratch_gb * 1e9))
+    capacity = data.streams * (data.window + 1)
+    reader = ShardReader(data.data, data.folder, sizes, capacity, nearby)
+    order = Order(sizes, seed, data.streams, data.window)
     original_only = data.captions == "original" or data.folder == "raw"
     if isinstance(views, ViewConfig):
         return Samples(reader, order, student, views.spec(seed), seed, original_only)
     if data.folder != "shards":
         raise UserError(f"--folder {data.folder!r}: a teacher cache belongs to packed shards; use --folder shards")
-    cache = TeacherCache(data.data, views.teacher, len(sizes), data.window, original_only)
+    cache = TeacherCache(data.data, views.teacher, len(sizes), capacity, original_only, nearby)
     return Samples(reader, order, student, cache.views, seed, original_only, cache)
 
 
 def collate(items: list[Item]) -> dict[str, Any]:
-    """``images`` (B, 3, S, S), ``tokens`` (B, T), ``keys``, ``epochs``, ``skipped`` (reasons), teacher features.
+    """A piece of a batch: ``images`` (B, 3, S, S) uint8 and so on, as `load_batches` says, ``skipped`` (reasons).
 
-    Or {"error": DataError} when there is one, for `load_batches` to raise.
+    Or {"error": DataError or UserError} when there is one, for `load_batches` to raise.
     """
-    good, skipped = [], []
+    good, skipped = list[dict[str, Any]](), list[str]()
     for item in items:
-        if isinstance(item, DataError):
+        if isinstance(item, DataError | UserError):
             return {"error": item}
         if isinstance(item, Skipped):
             skipped.append(item.reason)
         else:
             good.append(item)
-    if not good:
-        return {"error": DataError(f"none of the {len(items)} samples of a batch can be used, first {skipped[0]}")}
-    batch = {
-        "images": torch.stack([item["image"] for item in good]),
-        "tokens": torch.stack([item["tokens"] for item in good]),
-        "keys": [item["key"] for item in good],
-        "epochs": [item["epoch"] for item in good],
-        "skipped": skipped,
-    }
-    teacher = ("teacher_image", "teacher_text") if "teacher_image" in good[0] else ()
-    return batch | {name: torch.stack([item[name] for item in good]) for name in teacher}
+    piece: dict[str, Any] = {"keys": [i["key"] for i in good], "epochs": [i["epoch"] for i in good], "skipped": skipped}
+    if good:
+        piece["positions"] = torch.tensor([item["position"] for item in good])
+        piece |= {name: torch.stack([item[name] for item in good]) for name in TENSORS if name in good[0]}
+    return piece
 
 
 def load_batches(
-    samples: Samples, positions: Iterable[range], workers: int = 0, pin: bool = False
+    samples: Samples, positions: Iterable[range], workers: int = 0, device: str = "cpu"
 ) -> Iterator[dict[str, Any]]:
-    """One batch per range of positions, in order, read ahead by ``workers`` processes.
+    """One batch per range of positions, in order, on ``device``, read ahead by ``workers`` processes.
 
-    Skipped samples are logged, the batch is smaller by them. Raises DataError.
+    A batch has ``images`` (B, 3, S, S) float32 normalised, ``tokens`` (B, T), ``positions`` (B,), ``keys``, ``epochs``,
+    with a cache ``teacher_image`` and ``teacher_text`` (B, D), and ``skipped``: the reasons why it is smaller than its
+    range; they are logged, too. Workers make pieces of `PIECE` samples: the first batch is there the sooner, and two
+    batches are in flight however many workers there are. Raises DataError and UserError.
     """
+    counts, ranges = deque[int](), iter(positions)
+    if (first := next(ranges, None)) is None:
+        return
+
+    def pieces() -> Iterator[range]:
+        for batch in chain([first], ranges):
+            cut = [batch[start : start + PIECE] for start in range(0, len(batch), PIECE)]
+            counts.append(len(cut))
+            yield from cut
+
     loader = DataLoader(
         samples,
-        batch_sampler=positions,  # type: ignore[arg-type]  # any iterable of index sequences will do
+        batch_sampler=pieces(),  # type: ignore[arg-type]  # any iterable of index sequences will do
         num_workers=workers,
+        prefetch_factor=max(2, -(-2 * len(first) // (PIECE * workers))) if workers else None,
         collate_fn=collate,
-        pin_memory=pin,
+        pin_memory=device != "cpu",
         worker_init_fn=_leave_signals_to_parent,
         generator=torch.Generator(),  # its own: the default would draw from the training's random stream
     )
-    for batch in loader:
-        if "error" in batch:
-            raise batch["error"]
-        for reason in batch["skipped"]:
+    parts = list[dict[str, Any]]()
+    for part in loader:
+        if "error" in part:
+            raise part["error"]
+        for reason in part["skipped"]:
             log.warning("sample skipped: %s", reason)
-        yield batch
+        parts.append(_move(part, device))
+        if len(parts) == counts[0]:
+            counts.popleft()
+            yield _join(parts, samples.student)
+            parts = []
+
+
+def _move(part: dict[str, Any], device: str) -> dict[str, Any]:
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in part.items()
+    }
+
+
+def _join(parts: list[dict[str, Any]], student: LoadedModel) -> dict[str, Any]:
+    batch: dict[str, Any] = {name: [one for part in parts for one in part[name]] for name in LISTS}
+    if not (full := [part for part in parts if "images" in part]):
+        skipped = batch["skipped"]
+        raise DataError(f"none of the {len(skipped)} samples of a batch can be used, first {skipped[0]}")
+    batch |= {name: torch.cat([part[name] for part in full]) for name in full[0] if name not in LISTS}
+    return batch | {"images": student.normalise(batch["images"])}
 
 
 def _leave_signals_to_parent(worker: int) -> None:

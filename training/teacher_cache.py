@@ -10,6 +10,7 @@ from shards_spec.embeddings import EmbeddingFile
 from shards_spec.files import DataError, UserError, exists, join, names
 from shards_spec.manifest import file_hash, shard_name
 from shards_spec.views import ViewSpec, stored_spec
+from training.nearby import Nearby
 from training.recent import Recent
 
 SAME = ("model", "pretrained", "weights_sha256", "logit_scale", "views_sha256", "dim")
@@ -18,19 +19,18 @@ AGAIN = "delete it and run `clipmill cache` again"
 
 @dataclass(frozen=True)
 class Rows:
-    """One shard's features in the shard's order: ``image`` (n, D) in memory, texts read row by row."""
+    """One shard's features in the shard's order, read row by row; ``files`` has the file of each column."""
 
     path: str
     keys: list[str]
-    image: np.ndarray
-    texts: list[EmbeddingFile]
-    """per caption the file that has it"""
+    files: dict[str, EmbeddingFile]
 
-    def text(self, index: int, caption: int) -> np.ndarray:
-        """(D,) float32. Raises DataError when the cache has no row for that caption."""
-        row = self.texts[caption].row(f"text_{caption}", index) if caption < len(self.texts) else None
+    def row(self, column: str, index: int) -> np.ndarray:
+        """(D,) float32. Raises DataError when the cache has no such row."""
+        file = self.files.get(column)
+        row = file.row(column, index) if file else None
         if row is None or np.isnan(row).any():
-            raise DataError(f"{self.path}: key {self.keys[index]} has no text_{caption}; {AGAIN}")
+            raise DataError(f"{self.path}: key {self.keys[index]} has no {column}; {AGAIN}")
         return row
 
 
@@ -41,15 +41,19 @@ class TeacherCache:
     every other shard must agree. Raises UserError when there is no such cache, DataError when it is broken.
     """
 
-    def __init__(self, root: str, name: str, shards: int, capacity: int = 8, original_only: bool = False) -> None:
+    def __init__(
+        self, root: str, name: str, shards: int, capacity: int = 24, original_only: bool = False,
+        nearby: Nearby | None = None,
+    ) -> None:  # fmt: skip
         self.root, self.name, self.original_only = root, _pick(root, name), original_only
+        self.near = (nearby or Nearby()).get
         present = set(names(join(root, "teacher", self.name)))
         if missing := [shard for shard in range(shards) if f"{shard_name(shard)}.parquet" not in present]:
             raise UserError(
                 f"{self.path(missing[0])} is not there ({len(missing)} of {shards} shards are missing): "
                 f"run `clipmill cache {root}` to its end"
             )
-        first = CachedShard(root, self.name, 0)
+        first = CachedShard(root, self.name, 0, self.near)
         self.meta = first.files[0].meta
         if lacking := [field for field in (*SAME, "views") if field not in self.meta]:
             raise DataError(f"{self.path(0)}: its metadata has no {lacking[0]}; {AGAIN}")
@@ -66,7 +70,7 @@ class TeacherCache:
         return join(self.root, "teacher", self.name, f"{shard_name(shard)}.parquet")
 
     def rows(self, shard: int, view: int, keys: list[str]) -> Rows:
-        """Features of one view and of the captions, in the order of ``keys`` (the shard's).
+        """Rows of one view and of the captions, in the order of ``keys`` (the shard's).
 
         Raises DataError naming file, key and mend when they are not that shard's.
         """
@@ -76,7 +80,7 @@ class TeacherCache:
         path, tar = self.path(shard), f"shards/{shard_name(shard)}.tar"
         if not exists(path):
             raise DataError(f"{path} is not there any more; run `clipmill cache {self.root}` again")
-        cached = CachedShard(self.root, self.name, shard)
+        cached = CachedShard(self.root, self.name, shard, self.near)
         if cached.config["num_views"] != self.num_views:
             raise DataError(
                 f"{path}: {cached.config['num_views']} views, {self.path(0)} has {self.num_views}; run `clipmill cache "
@@ -84,15 +88,12 @@ class TeacherCache:
             )
         if cached.inputs.get(tar) != file_hash(self.root, "shards", shard, tar):
             raise DataError(f"{path}: made from another {join(self.root, tar)} than the one there; {AGAIN}")
-        texts = [cached.file(f"text_{i}") for i in range(1 if self.original_only else cached.captions)]
-        images = cached.file(f"image_{view}")
-        for file in {images.path: images, **{file.path: file for file in texts}}.values():
+        texts = [f"text_{i}" for i in range(1 if self.original_only else cached.captions)]
+        files = {column: cached.file(column) for column in (f"image_{view}", *texts)}
+        for file in {file.path: file for file in files.values()}.values():
             self._check_same(file)
             _check_keys(file.path, file.keys, keys)
-        image = images.vectors(f"image_{view}").as_floats()
-        if (bad := np.isnan(image).any(axis=1)).any():
-            raise DataError(f"{path}: key {keys[int(bad.argmax())]} has no image_{view}; {AGAIN}")
-        return Rows(path, keys, image, texts)
+        return Rows(path, keys, files)
 
     def _check_same(self, file: EmbeddingFile) -> None:
         if different := [field for field in SAME if file.meta.get(field) != self.meta[field]]:

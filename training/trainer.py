@@ -121,7 +121,7 @@ class Trainer:
         saved = logged = (time.monotonic(), progress.step)
         start = time.monotonic() - progress.seconds
         with writer, _stop_flag() as stop:
-            for batch in load_batches(self.samples, positions, config.data.workers, pin=self.device != "cpu"):
+            for batch in load_batches(self.samples, positions, config.data.workers, self.device):
                 losses, lr, norm = self.step(batch)
                 now = time.monotonic()
                 progress.seconds = now - start
@@ -147,13 +147,9 @@ class Trainer:
         """
         progress, optim = self.progress, self.config.optim
         progress.skipped += len(batch["skipped"])
-        on_device = {
-            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in batch.items()
-        }
         bf16 = self.config.run.precision == "bf16"
         with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=bf16):
-            losses: dict[str, Tensor] = self.task(on_device)
+            losses: dict[str, Tensor] = self.task(batch)
         loss = torch.stack(list(losses.values())).sum()
         if not math.isfinite(loss.item()):
             parts = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())

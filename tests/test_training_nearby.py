@@ -1,0 +1,115 @@
+"""Copies of remote files: whole, made once per machine, new when the file is, bounded, and named by their URL."""
+
+import itertools
+import multiprocessing
+import os
+import time
+
+import fsspec
+import pytest
+
+from shards_spec.files import DataError, UserError
+from training import nearby
+from training.data import ShardReader
+from training.nearby import Nearby
+
+FORK = multiprocessing.get_context("fork")
+numbers = itertools.count()
+
+
+@pytest.fixture
+def url():
+    """A new folder of the memory store."""
+    return f"memory://nearby{next(numbers)}"
+
+
+def put(url, data):
+    fsspec.filesystem("memory").pipe_file(url, data)
+    return url
+
+
+def copies(folder):
+    return sorted(entry.name.split("-", 1)[1] for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def test_a_local_file_stays_where_it_is(tmp_path):
+    assert Nearby(str(tmp_path / "scratch")).get("/some/file") == "/some/file"
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_a_remote_file_is_copied_once_and_again_when_it_changed(url, tmp_path, monkeypatch):
+    path, read = put(f"{url}/a.tar", b"one"), []
+    monkeypatch.setattr(
+        nearby, "read_bytes", lambda path: read.append(path) or fsspec.filesystem("memory").cat_file(path)
+    )
+    for one in (Nearby(str(tmp_path)), Nearby(str(tmp_path))):
+        with open(one.get(path), "rb") as file:
+            assert file.read() == b"one"
+    assert read == [path]
+    put(path, b"other")
+    with open(Nearby(str(tmp_path)).get(path), "rb") as file:
+        assert file.read() == b"other"
+    assert read == [path, path]
+
+
+def test_files_of_one_name_in_two_places_are_two(url, tmp_path):
+    one, other = (Nearby(str(tmp_path)).get(put(f"{url}/{place}/a.tar", place.encode())) for place in ("x", "y"))
+    assert one != other
+    assert copies(tmp_path) == ["a.tar", "a.tar"]
+
+
+def test_what_was_used_last_stays(url, tmp_path, monkeypatch):
+    monkeypatch.setattr(nearby, "KEEP_SECONDS", 0)
+    near = Nearby(str(tmp_path), limit=25)
+    for name in "abcd":
+        copy = near.get(put(f"{url}/{name}", bytes(10)))
+        os.utime(copy, (0, time.time() - 100 + ord(name)))
+        if name != "a":
+            os.utime(near.get(f"{url}/a"), (0, time.time() - 1))
+    assert copies(tmp_path) == ["a", "d"]
+
+
+def test_what_another_process_may_open_any_moment_stays(url, tmp_path):
+    near = Nearby(str(tmp_path), limit=25)
+    for name in "abcd":
+        near.get(put(f"{url}/{name}", bytes(10)))
+    assert copies(tmp_path) == ["a", "b", "c", "d"]
+
+
+def test_a_disk_without_room_is_named(url, tmp_path, monkeypatch):
+    monkeypatch.setattr(nearby, "SPARE_BYTES", 1 << 60)
+    with pytest.raises(UserError, match=rf"{url}/a: its 3 bytes do not fit into {tmp_path}.*--scratch"):
+        Nearby(str(tmp_path)).get(put(f"{url}/a", b"one"))
+    assert copies(tmp_path) == []
+
+
+def test_ahead_brings_what_get_then_finds(url, tmp_path):
+    near, path = Nearby(str(tmp_path)), put(f"{url}/a", b"one")
+    near.ahead([f"{url}/missing", path, str(tmp_path / "local, and missing")])
+    end = time.monotonic() + 10
+    while not copies(tmp_path) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert copies(tmp_path) == ["a"]
+
+
+def bring(folder, path, queue):
+    near = Nearby(folder)
+    near.ahead([path])
+    with open(near.get(path), "rb") as file:
+        queue.put(file.read())
+
+
+def test_a_forked_process_reads_ahead_too(url, tmp_path):
+    near, path, queue = Nearby(str(tmp_path)), put(f"{url}/a", b"one"), FORK.Queue()
+    near.ahead([path])
+    children = [FORK.Process(target=bring, args=(str(tmp_path), path, queue)) for _ in range(3)]
+    for child in children:
+        child.start()
+    assert [queue.get(timeout=20) for _ in children] == [b"one"] * 3
+    assert copies(tmp_path) == ["a"]
+
+
+def test_a_remote_shard_that_is_not_there_is_named_by_its_url(url, tmp_path):
+    reader = ShardReader(url, "shards", [3], nearby=Nearby(str(tmp_path)))
+    with pytest.raises(DataError, match=rf"{url}/shards/00000\.tar is not there"):
+        reader.sample(0, 0)
