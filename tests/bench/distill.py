@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""What a teacher costs a training step: (a) none, (b) read from its cache, (c) run beside the student; in one run.
+
+    python tests/bench/distill.py [--student MobileCLIP-S0] [--teacher ViT-L-14] [--batch-size 16] [--steps 3]
+                                  [--rounds 3] [--device cpu] [--precision fp32]
+
+All three train the same student on the same shards through the reader with its worker: (a) the clip recipe's task, (b)
+and (c) the affinity recipe's with the contrastive loss besides; (c) runs the teacher on the batch at its own size.
+Weights are random (the time does not depend on them), the cache holds 10 views and 6 captions as wide as the teacher.
+Prints seconds per step of the three (medians of turns one after the other), their ratios, what filling such a cache
+costs per sample, and after how many epochs it has paid for itself.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from reader import CAPTIONS, SCALE, VIEWS, write_dataset
+from torch import Tensor, nn
+
+from shards_spec.models import LoadedModel, load_model
+from training.config import CacheConfig, DataConfig, ModelConfig, ViewConfig
+from training.data import load_batches, open_samples
+from training.optim import OptimConfig, build_optimizer
+from training.order import batch_positions
+from training.recipes import affinity, clip
+from training.student import new_student
+
+
+class Live(nn.Module):
+    """The affinity task whose teacher embeds each batch; the pictures are resized to its size on the device."""
+
+    def __init__(self, task: affinity.Task, teacher: LoadedModel) -> None:
+        super().__init__()
+        self.task, self.teacher = task, teacher
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            size = self.teacher.image_size
+            pictures = F.interpolate(batch["images"], (size, size), mode="bicubic", antialias=True)
+            image = self.teacher.model.encode_image(pictures, normalize=True)
+            text = self.teacher.model.encode_text(batch["tokens"], normalize=True)
+        features: dict[str, Tensor] = self.task({**batch, "teacher_image": image, "teacher_text": text})
+        return features
+
+    def losses(self, features: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """The task's."""
+        return self.task.losses(features, step)
+
+
+def seconds_per_step(task: Any, batches: Iterator[dict[str, Any]], options: argparse.Namespace) -> float:
+    """Mean over the steps after the first one; reading included."""
+    optimizer = build_optimizer(task, OptimConfig())
+    start = 0.0
+    for step in range(options.steps + 1):
+        batch = next(batches)
+        with torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16"):
+            features = task(batch)
+            loss = torch.stack(list(task.losses(features, step).values())).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()  # waits for the device
+        start = start or time.perf_counter()
+    return (time.perf_counter() - start) / options.steps
+
+
+@torch.no_grad()
+def seconds_to_embed(teacher: LoadedModel, options: argparse.Namespace) -> tuple[float, float]:
+    """Of a picture and of a text, in batches of the size of the steps."""
+    number, size, taken = options.batch_size, teacher.image_size, []
+    pictures = torch.randn(number, 3, size, size, device=options.device)
+    tokens = teacher.tokenizer(["a photo of things beside each other on a beach"] * number).to(options.device)
+    calls: tuple[Callable[[], Tensor], ...] = (
+        lambda: teacher.model.encode_image(pictures), lambda: teacher.model.encode_text(tokens),
+    )  # fmt: skip
+    with torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16"):
+        for call in calls:
+            call().sum().item()
+            start = time.perf_counter()
+            for _ in range(2):
+                call().sum().item()
+            taken.append((time.perf_counter() - start) / 2 / number)
+    return taken[0], taken[1]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in (
+        ("student", "MobileCLIP-S0"),
+        ("teacher", "ViT-L-14"),
+        ("device", "cpu"),
+        ("precision", "fp32"),
+    ):
+        parser.add_argument(f"--{name}", default=value)
+    for name, number in (("batch-size", 16), ("steps", 3), ("rounds", 3), ("workers", 1)):
+        parser.add_argument(f"--{name}", type=int, default=number)
+    options = parser.parse_args()
+    teacher = load_model(options.teacher, device=options.device, random_weights=True)
+    student = new_student(ModelConfig(options.student), 0)
+    student.model.to(options.device).train()
+    with tempfile.TemporaryDirectory() as root:
+        write_dataset(root, max(256, options.batch_size), 2)
+
+        def batches(views: ViewConfig | CacheConfig) -> Iterator[dict[str, Any]]:
+            samples = open_samples(DataConfig(data=root), views, student, 0)
+            positions = batch_positions(0, 10**6, options.batch_size)
+            return load_batches(samples, positions, options.workers, options.device)
+
+        drawn, cached = ViewConfig(scale=SCALE), CacheConfig("wide")
+        weights = {"affinity": 1.0, "feature": 0.0, "contrastive": 1.0}
+        taught = affinity.Task(student.model, weights, None, 100.0)
+        cases: dict[str, tuple[Any, ViewConfig | CacheConfig]] = {
+            "(a) no teacher": (clip.Task(student.model), drawn),
+            "(b) cached teacher": (taught, cached),
+            "(c) live teacher": (Live(taught, teacher), drawn),
+        }
+        taken: dict[str, list[float]] = {name: [] for name in cases}
+        for _ in range(options.rounds):
+            for name, (task, views) in cases.items():
+                taken[name].append(seconds_per_step(task, batches(views), options))
+    none, cache, live = (statistics.median(values) for values in taken.values())
+    for name, values in taken.items():
+        print(f"{name:20} {statistics.median(values):8.3f} s/step  ({min(values):.3f} to {max(values):.3f})")
+    print(f"(b)/(a) {cache / none:.3f}; (c)/(b) {live / cache:.2f}")
+    picture, text = seconds_to_embed(teacher, options)
+    filling, saved = VIEWS * picture + CAPTIONS * text, (live - cache) / options.batch_size
+    print(f"a picture costs the teacher {1e3 * picture:.1f} ms, a text {1e3 * text:.1f} ms")
+    print(f"a cache of {VIEWS} views and {CAPTIONS} texts costs {filling:.3f} s a sample, an epoch saves {saved:.3f} s")
+    print(f"it has paid for itself after {filling / saved:.1f} epochs, and serves any number of students")
+
+
+if __name__ == "__main__":
+    main()
