@@ -19,6 +19,8 @@ COMMANDS = {
     "export": ("training.export", "ExportConfig", "export", "RUN -> an open_clip folder"),
     "report": ("pipeline.report", "ReportConfig", "report", "one HTML page of a dataset or a run"),
     "check": ("pipeline.check", "CheckConfig", "check", "prove a dataset's promises"),
+    "submit": ("", "", "", "submit STAGE ROOT | train RECIPE | pipeline ROOT: the same commands on Slurm"),
+    "jobs": ("slurm.status", "JobsConfig", "jobs", "what was submitted for a dataset or a run, and how it goes"),
 }
 
 
@@ -41,7 +43,8 @@ def main() -> None:
     from shards_spec.files import DataError, UserError
 
     try:
-        sys.exit(_train(rest) if command == "train" else _run(command, rest))
+        own = {"train": _train, "submit": _submit}.get(command)
+        sys.exit(own(rest) if own else _run(command, rest))
     except UserError as error:
         sys.exit(_fail(2, str(error)))
     except DataError as error:
@@ -68,9 +71,24 @@ def _run(command: str, rest: list[str]) -> int:
     module_name, class_name, function_name, _ = COMMANDS[command]
     module = importlib.import_module(module_name)
     config = _parse(getattr(module, class_name), rest, f"clipmill {command}")
+    return _finish(command, getattr(module, function_name), config)
+
+
+def _submit(rest: list[str]) -> int:
+    from slurm.submit import submit
+
+    return submit(
+        rest, COMMANDS,
+        lambda step: _train(list(step.words)) if step.command == "train"
+        else _finish(step.command, step.function, step.config),
+    )  # fmt: skip
+
+
+def _finish(command: str, function: Any, config: Any) -> int:
+    """Run a command and print what it is asked for."""
     if command in ("ingest", "dedup", "caption", "pack", "cache"):
-        return _run_stage(command, getattr(module, function_name), config)
-    outcome = getattr(module, function_name)(config)
+        return _run_stage(command, function, config)
+    outcome = function(config)
     if command == "check":
         for problem in outcome:
             print(problem)
@@ -81,7 +99,7 @@ def _run(command: str, rest: list[str]) -> int:
             f"vocab: {len(outcome)} synsets of {outcome.header['occurrences']} occurrences, "
             f"sha256 {outcome.sha256[:12]}"
         )
-    if command == "report":
+    if command in ("report", "jobs"):
         print(outcome)
     return 0
 

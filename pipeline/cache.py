@@ -23,7 +23,7 @@ from pipeline.cache_rows import Column, OpenShard, stale_column
 from pipeline.caption import model_label
 from pipeline.devices import begin_on, pick_precision
 from pipeline.rendering import Job, Rendering, rendering_pool
-from pipeline.stage import Result, Root, Stage, Summary, Task, run_stage, tar_tasks, upstream_shards
+from pipeline.stage import ALL, Result, Root, Share, Stage, Summary, Task, run_stage, tar_tasks, upstream_shards
 from shards_spec.cached import CachedShard
 from shards_spec.embeddings import Dtype, Vectors, id_column, write_vectors
 from shards_spec.files import DataError, UserError, exists, join, remove, sha256_file, sha256_json
@@ -104,7 +104,7 @@ class Embedder:
     pool: Executor
 
 
-def cache(config: CacheConfig) -> Summary:
+def cache(config: CacheConfig, share: Share = ALL) -> Summary:
     """Run the stage. Raises UserError, ShardsFailed, DataError for views of another Pillow."""
     if config.export_lists:
         return export_lists(config.root, config.label, config.overwrite)
@@ -124,8 +124,8 @@ def cache(config: CacheConfig) -> Summary:
     work = partial(cache_shard, stage=stage, config=config, embedder=embedder)
     try:
         summary = run_stage(
-            config.root, stage, tar_tasks(config.root, "shards", shards), work, total=len(shards),
-            workers=len(devices), begin=begin, overwrite=config.overwrite,
+            config.root, stage, tar_tasks(config.root, "shards", shards, share), work, total=len(shards),
+            workers=len(devices), begin=begin, overwrite=config.overwrite, share=share,
         )  # fmt: skip
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -18,7 +18,7 @@ from pipeline.ahead import ahead, batches
 from pipeline.decoding import Decoding
 from pipeline.devices import begin_on, pick_precision
 from pipeline.drafts import Drafts, Row, Wanted
-from pipeline.stage import Result, Root, Stage, Summary, Task, run_stage, tar_tasks, upstream_shards
+from pipeline.stage import ALL, Result, Root, Share, Stage, Summary, Task, run_stage, tar_tasks, upstream_shards
 from shards_spec.files import DataError, UserError, atomic_writer, join, sha256_file
 from shards_spec.manifest import forget, shard_name
 from shards_spec.sample import Sample
@@ -80,6 +80,11 @@ class CaptionConfig:
             raise UserError(f"redraws {self.redraws} must be 0 or more")
         self.decoding.check_number(self.num_captions)
 
+    @property
+    def label(self) -> str:
+        """The captions' folder below captions/."""
+        return self.name or model_label(self.model, self.pretrained)
+
 
 def model_label(model: str, pretrained: str | None) -> str:
     """A folder name for a model: the last part of its name and its tag, safe characters only."""
@@ -87,7 +92,7 @@ def model_label(model: str, pretrained: str | None) -> str:
     return re.sub(r"[^A-Za-z0-9_\-]+", "_", "-".join(part for part in parts if part))
 
 
-def caption(config: CaptionConfig) -> Summary:
+def caption(config: CaptionConfig, share: Share = ALL) -> Summary:
     """Run the stage. Raises UserError for a model that is no CoCa, ShardsFailed for broken shards."""
     from shards_spec.models import pick_devices, weights_sha256
 
@@ -96,7 +101,6 @@ def caption(config: CaptionConfig) -> Summary:
     several = len(devices) > 1  # then every worker process loads its own, and this one only says who they are
     config = replace(config, precision=pick_precision(config.precision, devices[0]))
     captioner = _load(config, "cpu" if several else devices[0])
-    name = config.name or model_label(config.model, config.pretrained)
     identity = {
         "model": model_label(config.model, None),
         "pretrained": config.pretrained,
@@ -109,13 +113,13 @@ def caption(config: CaptionConfig) -> Summary:
         "similarity": config.similarity,
         "batch_size": config.batch_size,
     }
-    stage = Stage(f"caption/{name}", f"captions/{name}", identity)
+    stage = Stage(f"caption/{config.label}", f"captions/{config.label}", identity)
     work = partial(caption_shard, stage=stage, config=config, captioner=None if several else captioner)
     begin = begin_on(devices, partial(_load_worker, config)) if several else None
-    tasks = tar_tasks(config.root, "raw", shards)
+    tasks = tar_tasks(config.root, "raw", shards, share)
     return run_stage(
         config.root, stage, tasks, work, total=len(shards), workers=len(devices), begin=begin,
-        overwrite=config.overwrite,
+        overwrite=config.overwrite, share=share,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from pipeline.raw_shard import FOLDER, Inputs, sample_key, write_raw_shard
 from pipeline.retry import additional_shards, kept_tasks, remove_shard, retry_tasks
 from pipeline.selection import Selection, read_exclusions
 from pipeline.sources import Format, Row, detect, estimate_rows, list_rows
-from pipeline.stage import Result, Root, Stage, Summary, Task, run_stage
+from pipeline.stage import ALL, Result, Root, Share, Stage, Summary, Task, run_stage
 from shards_spec.files import UserError, free_bytes, join, sha256_bytes, sha256_json
 from shards_spec.manifest import finished_shards, shard_name
 
@@ -121,7 +121,7 @@ class IngestConfig:
         return self.open_shards or min(64, max(12, 4 * self.processes))
 
 
-def ingest(config: IngestConfig) -> Summary:
+def ingest(config: IngestConfig, share: Share = ALL) -> Summary:
     """Make what is missing of ROOT/raw.
 
     Raises UserError for a source that cannot be used, finished shards of another config or a full disk, ShardsFailed
@@ -136,15 +136,22 @@ def ingest(config: IngestConfig) -> Summary:
         workers = config.processes
         summary = run_stage(
             config.root, stage, adopted, adopt_shard, total=len(adopted), workers=workers, overwrite=config.overwrite,
-            source=config.source,
+            source=config.source, share=share,
         )  # fmt: skip
     else:
-        summary = _ingest_rows(config, form)
-    _remove_surplus(config, summary.shards)
+        summary = _ingest_rows(config, form, share)
+    if share.whole:
+        _remove_surplus(config, summary.shards)
     return summary
 
 
-def _ingest_rows(config: IngestConfig, form: Format) -> Summary:
+def source_shards(config: IngestConfig) -> int | None:
+    """About how many shards a source makes, without reading it; None when only reading it would tell."""
+    form = detect(config.source, (config.caption_col, config.url_col)) if config.format == "auto" else config.format
+    return len(finished_shards(config.source)) if form == "img2dataset" else Listing(config, form).shards
+
+
+def _ingest_rows(config: IngestConfig, form: Format, share: Share) -> Summary:
     """Everything but img2dataset's shards: rows, from the web or from where they lie, to shards."""
     selection = Selection(
         config.sane_captions, config.min_caption_chars, config.max_caption_chars, config.dedup != "none",
@@ -163,7 +170,7 @@ def _ingest_rows(config: IngestConfig, form: Format) -> Summary:
         live = partial(_live, source, downloader, config.root)
         summary = run_stage(
             config.root, stage, tasks, work, total=None if config.retry_failed else source.shards, live=live,
-            threads=config.shards_at_once, overwrite=config.overwrite, source=config.source,
+            threads=config.shards_at_once, overwrite=config.overwrite, source=config.source, share=share,
         )  # fmt: skip
     if nothing := downloader.tally.nothing():
         log.warning(nothing)

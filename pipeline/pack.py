@@ -18,7 +18,7 @@ from pipeline.dedup import check_fresh
 from pipeline.final_shard import FOLDER, NEED_SIMILARITY, SIZES, Choice, Part, write_final_shard
 from pipeline.labels import FUNCTION_WORDS, LabelRule, load_labeller
 from pipeline.reshard import forget_plan, inputs_of, plan, ranges
-from pipeline.stage import Root, Stage, Summary, Task, run_stage, same_config, upstream_shards
+from pipeline.stage import ALL, Root, Share, Stage, Summary, Task, run_stage, same_config, upstream_shards
 from pipeline.wordnet import find_wordnet
 from shards_spec.files import UserError, exists, join, names, open_read, read_bytes, write_json
 from shards_spec.manifest import read_done, remove_shards, shard_name
@@ -84,8 +84,11 @@ def _stop_words(source: str) -> tuple[str, ...]:
     return tuple(sorted(set(words)))
 
 
-def pack(config: PackConfig) -> Summary:
-    """Run the stage and write ``shards/sizes.json``. Raises UserError, ShardsFailed."""
+def pack(config: PackConfig, share: Share = ALL) -> Summary:
+    """Run the stage and write ``shards/sizes.json``. Raises UserError, ShardsFailed.
+
+    With a shard size there is one ``share``: where a final shard begins depends on all raw ones.
+    """
     root, shards = config.root, upstream_shards(config.root, "raw", "ingest")
     choice = _choice(config, shards)
     wordnet, rule = str(find_wordnet(config.wordnet, config.download_wordnet)), config.rule
@@ -97,16 +100,17 @@ def pack(config: PackConfig) -> Summary:
         same_config(join(root, FOLDER), stage, 0)  # before a plan is made for nothing
     if config.shard_size is None:
         forget_plan(root)
-        tasks: Iterable[Task] = (Task(s, inputs_of(root, s, choice), (Part(s),)) for s in shards)
+        tasks: Iterable[Task] = (Task(s, inputs_of(root, s, choice), (Part(s),)) for s in filter(share.take, shards))
         total = len(shards)
     else:
         planned = plan(root, shards, choice, {**captioner, **deciding}, config.workers, config.overwrite)
         staying = planned.counts.get("success", 0)
         tasks, total = ranges(root, shards, choice, config.shard_size), max(1, -(-staying // config.shard_size))
     work, workers = partial(write_final_shard, choice=choice, wordnet=wordnet, rule=rule), min(config.workers, total)
-    summary = run_stage(root, stage, tasks, work, total=total, workers=workers, overwrite=config.overwrite)
-    remove_shards(join(root, FOLDER), total)  # of an earlier run that made more
-    write_json(join(root, SIZES), _sizes(root, total))
+    summary = run_stage(root, stage, tasks, work, total=total, workers=workers, overwrite=config.overwrite, share=share)
+    if share.whole:
+        remove_shards(join(root, FOLDER), total)  # of an earlier run that made more
+        write_json(join(root, SIZES), _sizes(root, total))
     return summary
 
 

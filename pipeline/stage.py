@@ -89,6 +89,26 @@ class ShardsFailed(Exception):
     """Some shards could not be made; the others are done. The message lists them."""
 
 
+class Share:
+    """Which shards this process makes of a stage: all of them. `slurm` has shares of several processes.
+
+    `take` is asked as late as possible, just before a shard is begun, and may be asked again for the same one.
+    """
+
+    @property
+    def whole(self) -> bool:
+        """Whether all shards are there at the end, so that the stage's totals can be written."""
+        return True
+
+    def take(self, shard: int) -> bool:
+        """Whether to make the shard, unless it is done."""
+        return True
+
+    def end(self, shard: int, made: bool) -> None:
+        """The shard is there, or it failed."""
+
+
+ALL = Share()
 Work = Callable[[str, Task], Result]
 Root = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ROOT")]  # a config's first field
 
@@ -106,14 +126,14 @@ def run_stage(
     source: str | None = None,
     live: Callable[[], str] | None = None,
     begin: Callable[[], None] | None = None,
+    share: Share = ALL,
 ) -> Summary:
-    """Run ``work`` over the tasks whose done-record is missing or stale, then write the stage's totals.
+    """Run ``work`` over the share's tasks whose done-record is missing or stale, then write the stage's totals.
 
     With ``workers`` > 1 shards go to spawned processes, each of which calls ``begin`` first, a bounded number in
-    flight; with ``threads`` > 0 that many run
-    at once in threads, for ``work`` that only waits. ``live`` gives the progress line more to say. Raises UserError
-    when finished shards were made under another config (unless ``overwrite``), and ShardsFailed at the end when shards
-    broke on their data.
+    flight; with ``threads`` > 0 that many run at once in threads, for ``work`` that only waits. ``live`` gives the
+    progress line more to say. Totals are written when the ``share`` is whole. Raises UserError when finished shards
+    were made under another config (unless ``overwrite``), and ShardsFailed at the end when shards broke on their data.
     """
     start, folder = time.monotonic(), join(root, stage.folder)
     remove_stale(folder)
@@ -122,15 +142,18 @@ def run_stage(
 
     def missing() -> Iterator[Task]:
         nonlocal there
-        for task, done in _with_done(tasks, folder, stage, overwrite):
+        taken = (task for task in tasks if share.take(task.shard))
+        for task, done in _with_done(taken, folder, stage, overwrite):
             if done:
                 there += 1
+                share.end(task.shard, True)
                 _count(counts, facts, done)
             else:
                 yield task
 
     with _progress(stage.name, total, live) as advance:
-        for ended in _outcomes(missing(), partial(work, root), workers, threads, begin):
+        waiting = workers + 1 if share is ALL else 0  # what waits for a worker here could be made elsewhere
+        for ended in _outcomes(missing(), partial(work, root), workers, threads, waiting, begin):
             if ended is not None:
                 task, outcome = ended
                 if isinstance(outcome, DataError):
@@ -140,6 +163,7 @@ def run_stage(
                     _count(counts, facts, _publish(folder, stage, task, outcome))
                     measured.update({what: measured.get(what, 0) + own for what, own in outcome.measured.items()})
                     made += 1
+                share.end(task.shard, not isinstance(outcome, DataError))
             advance(there + made + len(failures))
     remove_stale(folder)  # of workers that outlived a killed run for a moment
     shards = there + made
@@ -150,8 +174,9 @@ def run_stage(
         )
     totals = {reason: number for reason, number in sorted(counts.items()) if number}
     summary = Summary(shards, made, totals, dict(sorted(facts.items())), time.monotonic() - start, measured)
-    _write_block(root, stage, summary, source)
-    _log_run(root, stage, summary)
+    if share.whole:
+        _write_block(root, stage, summary, source)
+        _log_run(root, stage, summary)
     return summary
 
 
@@ -212,6 +237,7 @@ def _outcomes(
     work: Callable[[Task], Result],
     workers: int,
     threads: int,
+    waiting: int,
     begin: Callable[[], None] | None,
 ) -> Iterator[Ended]:
     """Results as they come. Only DataError is caught: a bug stops at once."""
@@ -225,7 +251,7 @@ def _outcomes(
         if threads
         else ProcessPoolExecutor(workers, context, initializer=_begin_process, initargs=(begin,))
     )
-    limit, running = threads or 2 * workers + 1, dict[Future[Result | DataError], Task]()
+    limit, running = threads or workers + waiting, dict[Future[Result | DataError], Task]()
     try:
         for task in tasks:
             running[pool.submit(_guarded, work, task)] = task
@@ -308,9 +334,9 @@ def upstream_shards(root: str, folder: str, stage: str) -> list[int]:
     return shards
 
 
-def tar_tasks(root: str, folder: str, shards: list[int]) -> Iterator[Task]:
-    """A task per shard whose input is the shard's tar in ``root/folder``."""
-    for shard in shards:
+def tar_tasks(root: str, folder: str, shards: list[int], share: Share = ALL) -> Iterator[Task]:
+    """A task per shard of the share, whose input is the shard's tar in ``root/folder``."""
+    for shard in filter(share.take, shards):
         path = f"{folder}/{shard_name(shard)}.tar"
         yield Task(shard, {path: file_hash(root, folder, shard, path)})
 

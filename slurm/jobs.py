@@ -1,0 +1,209 @@
+"""What runs on a node: small picklable objects that import what is heavy when they are called.
+
+submitit requeues a job that has ``checkpoint`` after a time-out or a preemption: with the same object, since shards
+and checkpoints on disk say how far it is. Nothing collective happens in it: one task alone calls it.
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from shards_spec.files import DataError, UserError
+from shards_spec.manifest import shard_name
+from slurm.claims import Claims, Finished, Listed, Others
+
+log = logging.getLogger(__name__)
+DOOMED_S = 900  # how long a task that got SIGTERM waits for its end
+
+
+class JobFailedError(Exception):
+    """The job ends as failed; the message says why."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """``max_requeue`` bounds all kinds of restarts; Slurm counts them."""
+
+    max_requeue: int
+
+    def __call__(self) -> None:
+        raise NotImplementedError
+
+    def checkpoint(self, *_: Any) -> Any:
+        """submitit's: what is to run after the requeue."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+    def begin(self) -> None:
+        """Set up the log; raise when the job was restarted too often."""
+        logging.basicConfig(level=os.environ.get("CLIPMILL_LOG", "INFO"), format="%(levelname).1s %(message)s")
+        signal.signal(signal.SIGCONT, signal.SIG_IGN)
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        if restarts > self.max_requeue:
+            raise JobFailedError(f"requeued {restarts} times, --max-requeue is {self.max_requeue}")
+
+
+@dataclass(frozen=True)
+class StageJob(Job):
+    """A command of the pipeline, whole: one process per node makes what is missing."""
+
+    command: str
+    function: Callable[..., Any]
+    config: Any
+
+    def __call__(self) -> None:
+        self.begin()
+        self.run()
+
+    def run(self, *share: Any) -> Any:
+        """Call the stage. What users and data can be blamed for becomes a message without a traceback."""
+        from pipeline.stage import ShardsFailed
+
+        try:
+            return self.function(self.config, *share)
+        except (UserError, DataError, ShardsFailed) as error:
+            raise JobFailedError(str(error)) from None
+
+
+@dataclass(frozen=True)
+class ArrayJob(StageJob):
+    """One task of an array over shards: those of its ``ranges`` first, then what others have not begun.
+
+    ``claims`` is a folder that all tasks of the stage see, ``folder`` the one the stage fills.
+    """
+
+    ranges: tuple[tuple[int, int], ...]
+    folder: str
+    claims: str
+    submission: str
+    claim_s: float
+
+    def __call__(self) -> None:
+        self.begin()
+        shards = {shard for start, stop in self.ranges for shard in range(start, stop)}
+        failures = []
+        with Claims(self.claims, owner(), self.claim_s) as claims:
+            listed = Listed(claims, shards)
+            for share in (listed, Others(claims, listed, self.folder, self._failed)):
+                try:
+                    summary = self.run(share)
+                except JobFailedError as error:
+                    if not share.failed:
+                        raise
+                    failures.append(str(error))
+                    self._note(share.failed)
+                else:
+                    log.info("%s: made %d shards in %.1f s", self.command, summary.made, summary.seconds)
+        if failures:
+            raise JobFailedError("\n".join(failures))
+
+    def _note(self, shards: Iterable[int]) -> None:
+        for shard in shards:
+            Path(self.claims, f"{shard_name(shard)}.failed.{self.submission}").touch()
+
+    def _failed(self) -> set[int]:
+        ending = f".failed.{self.submission}"
+        return {int(name.removesuffix(ending)) for name in os.listdir(self.claims) if name.endswith(ending)}
+
+
+@dataclass(frozen=True)
+class FinishJob(StageJob):
+    """After an array: the stage's totals, when all shards are there; else the failure that holds the next stage."""
+
+    folder: str
+
+    def __call__(self) -> None:
+        self.begin()
+        share = Finished(self.folder)
+        self.run(share)
+        if share.missing:
+            some = ", ".join(map(shard_name, share.missing[:8])) + (" …" if len(share.missing) > 8 else "")
+            raise JobFailedError(
+                f"{self.command}: {len(share.missing)} shards are missing ({some}); "
+                "submit it again, it does only what is missing"
+            )
+
+
+@dataclass(frozen=True)
+class ChainJob(Job):
+    """One job after the other, in one process."""
+
+    jobs: tuple[Job, ...]
+
+    def __call__(self) -> None:
+        for job in self.jobs:
+            job()
+
+
+def owner() -> str:
+    """A name of this task that its restarts share."""
+    from submitit import JobEnvironment
+
+    environment = JobEnvironment()
+    return f"{environment.cluster}-{environment.job_id}-{environment.global_rank}"
+
+
+@dataclass(frozen=True)
+class TrainJob(Job):
+    """One process of a training job: ``clipmill train`` with these words, as a child that this one can stop.
+
+    USR2 (submitit's signal ahead of a time-out or preemption) lets the child save, then the job is requeued. After
+    SIGTERM alone it saves, too, and Slurm decides what follows.
+    """
+
+    words: tuple[str, ...]
+
+    def __call__(self) -> None:
+        self.begin()
+        stop, requeue = list[int](), signal.getsignal(signal.SIGUSR2)
+
+        def save(number: int, frame: FrameType | None) -> None:
+            if not stop and child:
+                child[0].send_signal(signal.SIGUSR1)
+            stop.append(number)
+
+        child: list[subprocess.Popen[bytes]] = []
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, save)
+        # Slurm signals all processes of a step: the child hears of it through this one alone, and once
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR2, signal.SIGTERM))
+        command = [sys.executable, "-u", "-m", "clipmill", "train", *self.words]
+        child.append(subprocess.Popen(command, env={**os.environ, **distributed()}))
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        code = child[0].wait()
+        if code and not (stop and code == -signal.SIGUSR1):  # that one came before there was anything to save
+            raise JobFailedError(f"clipmill train {' '.join(self.words)} ended with {_said(code)}")
+        if signal.SIGUSR2 in stop and callable(requeue):
+            requeue(signal.SIGUSR2, None)  # rank 0 requeues and exits
+        elif stop:
+            time.sleep(DOOMED_S)
+            raise JobFailedError("stopped by SIGTERM after saving; submit it again to go on")
+
+
+def distributed() -> dict[str, str]:
+    """torchrun's variables, from submitit's of this task."""
+    from submitit import JobEnvironment
+
+    here = JobEnvironment()
+    first = here.hostnames[0] if here.num_nodes > 1 else "127.0.0.1"
+    number = int(os.environ.get("SLURM_JOB_ID", here.job_id)) + 7 * int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return {
+        "RANK": str(here.global_rank),
+        "LOCAL_RANK": str(here.local_rank),
+        "WORLD_SIZE": str(here.num_tasks),
+        "MASTER_ADDR": first,
+        "MASTER_PORT": str(20000 + number % 10000),
+    }
+
+
+def _said(code: int) -> str:
+    return f"exit code {code}" if code > 0 else signal.Signals(-code).name

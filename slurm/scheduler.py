@@ -1,0 +1,141 @@
+"""The few questions asked of Slurm's commands, one call for many jobs, and submitit's executors."""
+
+import contextlib
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from shards_spec.files import UserError
+from slurm.jobs import Job
+from slurm.site import Options, Site
+
+ASK_S = 60.0  # the scheduler is asked at most that often while waiting
+QUIET_S = 30.0  # and told to answer within
+
+
+def need_slurm() -> None:
+    """Raise UserError where there is no Slurm to submit to."""
+    if shutil.which("sbatch") is None or shutil.which("srun") is None:
+        raise UserError(
+            "no Slurm on this machine (sbatch and srun are not on PATH): submit from a login node, or say "
+            "--cluster local or --cluster debug"
+        )
+
+
+def ask(*words: str) -> str:
+    """Output of one of Slurm's commands. Raises UserError when it fails."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=QUIET_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"{words[0]} does not answer ({error}): is Slurm up?") from error
+    if done.returncode:
+        raise UserError(f"{words[0]}: {_last_line(done.stderr)}")
+    return done.stdout
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if "error:" in line]
+    return (errors or lines or ["no reason given"])[0 if errors else -1]
+
+
+def max_array_size() -> int:
+    """How many tasks an array may have."""
+    for line in ask("scontrol", "show", "config").splitlines():
+        if line.startswith("MaxArraySize"):
+            return max(1, int(line.split("=")[1]))
+    return 1001  # Slurm's default
+
+
+def states(jobs: Iterable[str]) -> dict[str, str]:
+    """State of every job or array task: of the queue, and of the accounting for those that left it."""
+    wanted, found = ",".join(sorted(jobs)), dict[str, str]()
+    if not wanted:
+        return found
+    with contextlib.suppress(UserError):  # no accounting: the queue, then the jobs' own results must do
+        for line in ask("sacct", "-n", "-X", "-P", "--array", "-o", "JobID,State", "-j", wanted).splitlines():
+            job, state = line.split("|")[:2]
+            found[job] = state.split()[0]
+    with contextlib.suppress(UserError):  # none of them is known any more
+        for line in ask("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r", "-j", wanted).splitlines():
+            job, state, reason = line.split("|")
+            found[job] = f"{state} ({reason})" if state == "PENDING" and reason not in ("None", "Priority") else state
+    return found
+
+
+def parameters(name: str, options: Options, site: Site, snapshot: str, train: bool) -> dict[str, Any]:
+    """What submitit's SlurmExecutor takes."""
+    gpus = options.gpus_per_node if options.gpus_per_node is not None else site.gpus_per_node
+    found = {
+        "job_name": f"clipmill-{name}",
+        "time": options.minutes,
+        "nodes": options.nodes if train else 1,
+        "ntasks_per_node": (options.tasks_per_node or gpus or 1) if train else 1,
+        "gpus_per_node": gpus or None,
+        "cpus_per_task": site.cpus_per_task,
+        "mem": f"{int(site.mem_gb * 1024)}MB" if site.mem_gb else None,
+        "partition": options.partition or site.partition,
+        "account": site.account,
+        "qos": site.qos,
+        "signal_delay_s": options.save_s,
+        "setup": site.script_lines(snapshot),
+        "array_parallelism": options.parallel or 100_000,
+        "srun_args": ["--kill-on-bad-exit=1"],
+        "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **site.sbatch},
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+class Slurm:
+    """Submits jobs of one submission, or prints their scripts."""
+
+    def __init__(self, folder: Path, options: Options, site: Site, given: dict[str, Any]) -> None:
+        from submitit.slurm.slurm import SlurmExecutor
+
+        class Executor(SlurmExecutor):
+            """Makes scripts where Slurm is not installed, too."""
+
+            @classmethod
+            def affinity(cls) -> int:
+                return 2
+
+        python = f"{site.container} {sys.executable}".strip() if site.container else None
+        self._executor = (Executor if options.dry_run else SlurmExecutor)(folder, options.max_requeue, python=python)
+        self._given, self._dry = given, options.dry_run
+
+    def submit(self, jobs: list[Job], dependency: str | None) -> str:
+        """Submit one job, or several as an array; the number. Raises UserError with Slurm's reason."""
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        executor = self._executor
+        executor.parameters = {}
+        executor.update_parameters(**self._given, **({"dependency": dependency} if dependency else {}))
+        if self._dry:
+            text = executor._make_submission_file_text(executor._submitit_command_str, "")
+            print(text if len(jobs) == 1 else text.replace("\n# Parameters\n", f"\n# an array of {len(jobs)}\n", 1))
+            return "0"
+        try:
+            with executor.batch():
+                submitted: list[Any] = [executor.submit(job) for job in jobs]
+            return str(submitted[0].job_id).split("_")[0]
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise UserError(
+                f"Slurm refuses the job: {_last_line(str(error))}; mend the site file or the flags"
+            ) from error
+
+
+def wait_for(folder: Path, jobs: list[str]) -> dict[str, str]:
+    """Wait until no job is queued or running; their states. Results that jobs leave are seen at once."""
+    asked, known = 0.0, dict[str, str]()
+    while True:
+        done = all(any(folder.glob(f"{job}_*_result.pkl")) for job in jobs)
+        if done or time.monotonic() - asked > ASK_S:
+            known, asked = states(jobs), time.monotonic()
+            live = [s for s in known.values() if s.split()[0] in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")]
+            if not live or (done and all(state.startswith(("RUNNING", "COMPLETING")) for state in live)):
+                return known
+        time.sleep(1)

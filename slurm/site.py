@@ -1,0 +1,121 @@
+"""What a cluster asks of every job, from one TOML file (see site.toml), and the options of one submission."""
+
+import os
+import re
+import shlex
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from shards_spec.files import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where and when it runs."""
+
+    cluster: Literal["slurm", "local", "debug"] = "slurm"
+    """slurm; local: a process in the background of this machine; debug: here and now, as the plain command"""
+    nodes: int = 1
+    """train: nodes of one job"""
+    gpus_per_node: int | None = None
+    """GPUs of a node; train has a process for each"""
+    tasks_per_node: int | None = None
+    """train: processes of a node; by default one per GPU"""
+    array: int = 32
+    """a stage's tasks at most, each with a list of shards; finished ones help the others"""
+    parallel: int | None = None
+    """tasks that run at once at most; by default all"""
+    time: str = "12:00:00"
+    """limit for one task, minutes or [D-]HH:MM:SS; what is not finished by then goes on after it is requeued"""
+    save_s: int = 90
+    """seconds before the limit at which training saves and is requeued"""
+    after: tuple[str, ...] = ()
+    """jobs that must have succeeded before"""
+    incomplete: bool = False
+    """start also when the jobs before failed"""
+    max_requeue: int = 3
+    """how often a job is requeued after a time-out, a preemption or a lost node"""
+    recheck: bool = False
+    """look at finished shards, too: those whose input or number of views changed are made again"""
+    claim_s: float = 180.0
+    """seconds without a sign of life after which another task may take over a shard"""
+    partition: str | None = None
+    """as in the site file"""
+    site: str | None = None
+    """site file; by default CLIPMILL_SITE, else slurm/site.toml"""
+    wait: bool = False
+    """wait for the end; the exit code tells how it went"""
+    dry_run: bool = False
+    """print the sbatch scripts and submit nothing"""
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "array", "save_s"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        for name in ("tasks_per_node", "parallel"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        if min(self.gpus_per_node or 0, self.max_requeue) < 0 or self.claim_s <= 0:
+            raise UserError("--gpus-per-node and --max-requeue must be 0 or more, --claim-s above 0")
+        _ = self.minutes
+        if bad := [job for job in self.after if not job.isdigit()]:
+            raise UserError(f"--after {' '.join(bad)}: give the numbers that `clipmill submit` printed")
+
+    @property
+    def minutes(self) -> int:
+        """The time limit. Raises UserError."""
+        match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?|(\d+)", self.time)
+        if not match:
+            raise UserError(f"--time {self.time!r}: say minutes, HH:MM:SS or D-HH:MM:SS")
+        days, hours, minutes, seconds, alone = (int(part or 0) for part in match.groups())
+        return max(1, alone + 1440 * days + 60 * hours + minutes + (seconds > 0))
+
+    @property
+    def processes(self) -> int:
+        """Training processes of a node."""
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+
+@dataclass(frozen=True)
+class Site:
+    """A cluster's settings for one command."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    gpus_per_node: int | None = None
+    cpus_per_task: int | None = None
+    mem_gb: float | None = None
+    setup: list[str] = field(default_factory=list)
+    container: str = ""
+    scratch: list[str] = field(default_factory=list)
+    jobs: str | None = None
+    sbatch: dict[str, Any] = field(default_factory=dict)
+
+    def script_lines(self, snapshot: str) -> list[str]:
+        """Lines of the job's script before Python starts: the code is the snapshot's, not the folder's one is in."""
+        scratch = [
+            f'for s in {" ".join(map(shlex.quote, self.scratch))}; do [ -w "$s" ] && export TMPDIR="$s" && break; done'
+        ]
+        path = f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(snapshot)}${{PYTHONPATH:+:$PYTHONPATH}}"
+        return [*self.setup, *(scratch if self.scratch else []), path]
+
+
+def read_site(path: str | None, command: str, commands: list[str]) -> Site:
+    """The site file's settings for a command. Raises UserError naming what is wrong with it."""
+    file = Path(path or os.environ.get("CLIPMILL_SITE") or Path(__file__).with_name("site.toml"))
+    try:
+        found = tomllib.loads(file.read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"site file {file}: {error}") from error
+    tables = {name: found.pop(name) for name in list(found) if name in commands}
+    wanted = {**found, **tables.get(command, {})}
+    types: dict[str, Any] = {one.name: one.type for one in fields(Site)}
+    for name, value in wanted.items():
+        if name not in types:
+            raise UserError(f"site file {file}: no key {name!r}; there are {', '.join(types)}, and tables per command")
+        if not isinstance(value, getattr(types[name], "__origin__", types[name])):
+            raise UserError(f"site file {file}: {name} = {value!r} must be {types[name]}")
+    return Site(**wanted)

@@ -1,0 +1,92 @@
+"""``clipmill jobs``: what was submitted for a dataset or a run, how far it is, and why something failed."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.stage import Root
+from shards_spec.files import UserError, join
+from shards_spec.manifest import finished_shards, shard_name
+from slurm.scheduler import states
+from slurm.site import read_site
+from slurm.submit import STAGES, Submission, jobs_folder, submissions
+
+FAILED = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+REASON = re.compile(
+    r"^(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)\b.*|^slurmstepd: error: .*|^srun: error: .*", re.M
+)
+
+
+@dataclass(frozen=True)
+class JobsConfig:
+    """Show what was submitted for a dataset or a run."""
+
+    root: Root
+    """the dataset or the RUN folder"""
+    last: int = 5
+    """submissions to show, the newest ones"""
+    tail: int = 15
+    """lines of a failed job's log"""
+    logs: int = 3
+    """failed jobs of a submission whose log is shown"""
+    site: str | None = None
+    """site file; says where job files of a URL are"""
+
+
+def jobs(config: JobsConfig) -> str:
+    """The page. Raises UserError when nothing was submitted."""
+    place = jobs_folder(config.root, read_site(config.site, "jobs", [*STAGES, "train"]))
+    made = submissions(place)[-config.last :]
+    if not made:
+        raise UserError(f"nothing was submitted for {config.root} (no submission.json in {place})")
+    found = states(job for one in made if one.cluster == "slurm" for job in (*one.arrays, one.last))
+    return "\n\n".join(_told(one, place / one.id, found, config) for one in made)
+
+
+def _told(one: Submission, folder: Path, found: dict[str, str], config: JobsConfig) -> str:
+    lines = [f"{one.id}  {one.words}"]
+    numbers = {*one.arrays, one.last}
+    own = {job: state for job, state in found.items() if job.split("_")[0] in numbers}
+    own = {**_by_results(folder, one), **own}
+    for name, jobs_of in (("array", one.arrays), ("then" if one.arrays else "job", [one.last])):
+        counted = Counter(state.lower() for job, state in own.items() if job.split("_")[0] in jobs_of)
+        if jobs_of:
+            said = ", ".join(f"{number} {state}" for state, number in sorted(counted.items()))
+            lines.append(f"  {name} {', '.join(jobs_of)}: {said or 'not known to Slurm any more'}")
+    if one.folder is not None and one.shards is not None:
+        done = set(finished_shards(join(one.root, one.folder)))
+        missing = [shard for shard in range(one.shards) if shard not in done]
+        some = ", ".join(map(shard_name, missing[:10])) + (" …" if len(missing) > 10 else "")
+        lines.append(f"  {one.folder}: {len(done)} of {one.shards} shards" + (f", missing {some}" if missing else ""))
+    failed = [job for job, state in sorted(own.items()) if state.startswith(FAILED)]
+    for job in failed[: config.logs]:
+        lines += [f"  {line}" for line in why(folder, job, own[job], config.tail)]
+    if len(failed) > config.logs:
+        lines.append(f"  and {len(failed) - config.logs} more: {' '.join(failed[config.logs : config.logs + 20])}")
+    return "\n".join(lines)
+
+
+def _by_results(folder: Path, one: Submission) -> dict[str, str]:
+    """States by what jobs left, for where Slurm keeps no accounts: a result without an error in the log."""
+    found = dict[str, str]()
+    for path in sorted(folder.glob("*_result.pkl")):
+        job = path.name.removesuffix("_result.pkl").rsplit("_", 1)[0]
+        error = b"\x05error" in path.read_bytes()[:64]
+        found[job] = "FAILED" if error or found.get(job) == "FAILED" else "COMPLETED"
+    return found
+
+
+def why(folder: Path, job: str, state: str, tail: int) -> list[str]:
+    """The reason that a job failed, then the end of its log."""
+    logs = sorted(folder.glob(f"{job}_*_log.err"), key=lambda path: path.stat().st_mtime)
+    if not logs:
+        return [f"{job} {state.lower()}: it left no log; scontrol show job {job}"]
+    for path in logs:
+        text = path.read_bytes()[-200_000:].decode(errors="replace")
+        reasons = list(REASON.finditer(text))
+        if reasons:
+            break
+    lines = text.rstrip().splitlines()
+    reason = text[reasons[-1].start() :].strip().splitlines() if reasons else lines[-1:]
+    return [f"{job} {state.lower()}: {reason[0] if reason else 'an empty log'}", f"{path}:", *lines[-tail:]]

@@ -1,0 +1,343 @@
+"""``clipmill submit``: the very command, elsewhere. A stage becomes an array over shards and a job that adds it up.
+
+The flags are those of the stage's own dataclass, and the group of `Options` beside them. Everything a submission
+leaves is in ROOT/logs/jobs (a run's: RUN/logs/jobs): a folder per submission with its jobs' logs, and the code.
+"""
+
+import dataclasses
+import importlib
+import re
+import secrets
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import tyro
+
+from shards_spec.files import UserError, is_url, join, read_json, write_json
+from shards_spec.manifest import finished_shards
+from slurm.jobs import ArrayJob, ChainJob, FinishJob, Job, StageJob, TrainJob
+from slurm.scheduler import Slurm, max_array_size, need_slurm, parameters, wait_for
+from slurm.site import Options, Site, read_site
+from slurm.snapshot import environment, snapshot
+
+STAGES = ("ingest", "dedup", "caption", "pack", "vocab", "cache")
+UPSTREAM = {"caption": ("raw", "ingest"), "pack": ("raw", "ingest"), "cache": ("shards", "pack")}
+USAGE = """usage: clipmill submit STAGE ROOT ...          a stage as an array over its shards
+       clipmill submit train RECIPE --out RUN ...   nodes x GPUs, one process each
+       clipmill submit pipeline ROOT [options] -- ingest --source LIST -- caption ... -- pack -- vocab -- cache ...
+                                -- train RECIPE --out RUN ...   one after the other
+
+The flags are those of the command itself; clipmill submit STAGE --help shows them with submit's own."""
+Commands = dict[str, tuple[str, str, str, str]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command to submit; ``function`` and ``config`` of a stage, ``words`` of a training."""
+
+    command: str
+    options: Options
+    function: Callable[..., Any] | None = None
+    config: Any = None
+    words: tuple[str, ...] = ()
+
+    @property
+    def root(self) -> str:
+        """The dataset, or the run's folder."""
+        return self.config.root if self.config is not None else _option(self.words, "--out") or ""
+
+
+def submit(words: list[str], commands: Commands, plain: Callable[[Step], int]) -> int:
+    """Parse and submit; ``plain`` runs a step here and now. Raises UserError."""
+    target = words[0] if words else "--help"
+    if target in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if target == "pipeline":
+        steps = _pipeline(words[1:], commands)
+    elif target == "train":
+        steps = [_train_step(words[1:], Options())]
+    elif target in STAGES:
+        steps = [_stage_step(target, words[1:], commands, Options())]
+    else:
+        raise UserError(f"cannot submit {target!r}; there are {', '.join(STAGES)}, train and pipeline")
+    cluster = steps[0].options.cluster
+    if cluster == "debug":
+        return next((code for step in steps if (code := plain(step))), 0)
+    if cluster == "local":
+        return _locally(steps)
+    if not steps[0].options.dry_run:
+        need_slurm()
+    submissions, shards, after = list[Submission](), None, steps[0].options.after
+    for step in steps:
+        own = dataclasses.replace(step, options=dataclasses.replace(step.options, after=after))
+        submissions.append(submit_step(own, chained=len(submissions) > 0, shards=shards))
+        shards, after = submissions[-1].shards, (submissions[-1].last,)
+        if not step.options.dry_run:
+            print(submissions[-1].line())
+    return _wait(submissions) if steps[-1].options.wait and not steps[-1].options.dry_run else 0
+
+
+def _stage_step(command: str, words: list[str], commands: Commands, default: Options) -> Step:
+    module_name, class_name, function_name, _ = commands[command]
+    module = importlib.import_module(module_name)
+    stage, flat = getattr(module, class_name), cast(Any, tyro.conf.OmitArgPrefixes)
+    pieces: list[Any] = [
+        ("stage", flat[stage]),
+        ("submit", flat[Options], dataclasses.field(default=default)),
+    ]
+    both: Any = dataclasses.make_dataclass("Submission", pieces, frozen=True)
+    both.__doc__ = f"Submit: {stage.__doc__}"
+    parsed = tyro.cli(both, args=words, prog=f"clipmill submit {command}")
+    return Step(command, parsed.submit, getattr(module, function_name), parsed.stage)
+
+
+def _train_step(words: list[str], default: Options) -> Step:
+    """The recipe's own flags go to the job as they are: checking them takes torch, which takes longer than all else."""
+    from training.recipes import RECIPES
+
+    if words and words[0] not in (*RECIPES, "-h", "--help"):
+        raise UserError(f"no recipe {words[0]!r}; there are {', '.join(RECIPES)}")
+    options, rest = tyro.cli(
+        Options, args=words[1:] if words[:1] != ["--help"] else words, default=default, return_unknown_args=True,
+        prog="clipmill submit train RECIPE [flags of clipmill train RECIPE]",
+    )  # fmt: skip
+    if not words or not _option(rest, "--out"):
+        raise UserError("submit train RECIPE --out RUN: name the recipe and the run's folder, the job's files go there")
+    return Step("train", options, words=(words[0], *rest))
+
+
+def _option(words: Iterable[str], name: str) -> str | None:
+    """The value of a flag among words that are not parsed here."""
+    found, before = None, ""
+    for word in words:
+        if before == name:
+            found = word
+        elif word.startswith(f"{name}="):
+            found = word.removeprefix(f"{name}=")
+        before = word
+    return found
+
+
+def _pipeline(words: list[str], commands: Commands) -> list[Step]:
+    """ROOT and common options, then each command after a ``--`` of its own."""
+    parts: list[list[str]] = [[]]
+    for word in words:
+        if word == "--":
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    common, *named = parts
+    if not common or not named or not all(named):
+        raise UserError(f"name ROOT and the commands\n{USAGE}")
+    options = tyro.cli(Options, args=common[1:], prog="clipmill submit pipeline ROOT")
+    steps = []
+    for command, *rest in named:
+        if command == "train":
+            rest = rest if _option(rest, "--data") else [*rest, "--data", common[0]]
+            steps.append(_train_step(rest, options))
+        elif command in STAGES:
+            steps.append(_stage_step(command, [common[0], *rest], commands, options))
+        else:
+            raise UserError(f"cannot submit {command!r}; there are {', '.join(STAGES)} and train")
+    return steps
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What was submitted, as ``submission.json`` has it. ``shards``: how many there will be, None where unknown."""
+
+    id: str
+    command: str
+    words: str
+    cluster: str
+    root: str
+    folder: str | None
+    shards: int | None
+    tasks: int
+    arrays: list[str]
+    last: str
+    after: list[str]
+    snapshot: str
+
+    def line(self) -> str:
+        """For the terminal: the job that others can be chained to, and what it adds up."""
+        array = f"{self.tasks} array tasks in job {', '.join(self.arrays)}, then " if self.arrays else ""
+        return f"{self.command}: {array}job {self.last}; clipmill jobs {self.root}"
+
+
+def submit_step(step: Step, chained: bool = False, shards: int | None = None) -> Submission:
+    """Submit one command; ``chained`` after one of ``shards`` shards, where that is known. Raises UserError."""
+    options, site = step.options, read_site(step.options.site, step.command, [*STAGES, "train"])
+    place = jobs_folder(step.root, site)
+    code = snapshot(place / "code") if not options.dry_run else place / "code"
+    name = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{step.command}-{secrets.token_hex(2)}"
+    given = parameters(step.command, options, site, str(code), step.command == "train")
+    slurm = Slurm(place / name, options, site, given)
+    condition = (
+        f"{'afterany' if options.incomplete else 'afterok'}:{':'.join(options.after)}" if options.after else None
+    )
+    folder, ranges, total = _divided(step, chained, shards, place)
+    arrays = list[str]()
+    if folder is None:
+        jobs: list[Job] = [_single(step)]
+    else:
+        claims = place / "claims" / folder.replace("/", "-")
+        common: dict[str, Any] = {
+            "max_requeue": options.max_requeue,
+            "command": step.command,
+            "function": step.function,
+        }
+        common |= {"config": step.config, "folder": join(step.root, folder)}
+        jobs = [
+            ArrayJob(**common, ranges=own, claims=str(claims), submission=name, claim_s=options.claim_s)
+            for own in ranges
+        ]
+        size = max_array_size() if len(jobs) > 1 and not options.dry_run else 1001
+        arrays = [slurm.submit(jobs[start : start + size], condition) for start in range(0, len(jobs), size)]
+        condition = f"afterany:{':'.join(arrays)}" if arrays else condition
+        jobs = [FinishJob(**common)]
+    last = slurm.submit(jobs, condition)
+    submission = Submission(
+        name, step.command, shlex.join(sys.argv[1:]), options.cluster, step.root, folder, total, len(ranges), arrays,
+        last, list(options.after), str(code),
+    )  # fmt: skip
+    if not options.dry_run:
+        write_json(str(place / name / "environment.json"), environment())
+        write_json(str(place / name / "submission.json"), dataclasses.asdict(submission))
+    return submission
+
+
+def jobs_folder(root: str, site: Site) -> Path:
+    """Where job files of a dataset or run are, seen by all nodes. Raises UserError for a URL without such a place."""
+    if not is_url(root):
+        return Path(root).absolute() / "logs" / "jobs"
+    if not site.jobs:
+        raise UserError(f"{root} is no folder: name one for job files, which all nodes see, as jobs = in the site file")
+    return Path(site.jobs).absolute() / re.sub(r"[^A-Za-z0-9.-]+", "_", root)
+
+
+def submissions(place: Path) -> list[Submission]:
+    """All submissions of a dataset or run, the oldest first."""
+    return [Submission(**read_json(str(path))) for path in sorted(place.glob("*/submission.json"))]
+
+
+def _single(step: Step) -> Job:
+    if step.command == "train":
+        return TrainJob(step.options.max_requeue, step.words)
+    assert step.function is not None
+    return StageJob(step.options.max_requeue, step.command, step.function, step.config)
+
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+def _divided(step: Step, chained: bool, shards: int | None, place: Path) -> tuple[str | None, list[Ranges], int | None]:
+    """The folder that a stage's array fills, a list of shards for each task, and how many shards there will be.
+
+    No folder for what is one job. Where the number is unknown the lists are empty: the tasks take what they find.
+    """
+    folder = output_folder(step)
+    if folder is None:
+        return None, [()], None
+    if step.config.overwrite:
+        raise UserError(f"--overwrite is for one process: delete {join(step.root, folder)} first, then submit without")
+    total = _source_shards(step.config) if step.command == "ingest" else _upstream_shards(step, chained, shards, place)
+    if total is None:
+        return folder, [()] * step.options.array, None
+    done = set() if step.options.recheck else set(finished_shards(join(step.root, folder)))
+    missing = [shard for shard in range(total) if shard not in done]
+    if not missing:
+        print(f"{step.command}: all {total} shards are there; --recheck looks into each")
+    tasks = min(step.options.array, len(missing))
+    cuts = [len(missing) * task // tasks for task in range(tasks + 1)] if tasks else []
+    return folder, [_ranges(missing[a:b]) for a, b in pairwise(cuts)], total
+
+
+def output_folder(step: Step) -> str | None:
+    """The folder below ROOT whose shards an array makes; None for what one job does."""
+    config = step.config
+    if step.command == "ingest":
+        return None if config.retry_failed else "raw"
+    if step.command == "pack":
+        return "shards" if config.shard_size is None else None
+    return {"caption": "captions/", "cache": "teacher/"}[step.command] + config.label if step.command in UPSTREAM and (
+        not getattr(config, "export_lists", False)
+    ) else None  # fmt: skip
+
+
+def _ranges(shards: list[int]) -> Ranges:
+    found: list[tuple[int, int]] = []
+    for shard in shards:
+        if found and found[-1][1] == shard:
+            found[-1] = (found[-1][0], shard + 1)
+        else:
+            found.append((shard, shard + 1))
+    return tuple(found)
+
+
+def _source_shards(config: Any) -> int | None:
+    from pipeline.ingest import source_shards
+
+    return source_shards(config)
+
+
+def _upstream_shards(step: Step, chained: bool, shards: int | None, place: Path) -> int | None:
+    from pipeline.stage import upstream_shards
+
+    folder, stage = UPSTREAM[step.command]
+    if chained:
+        return shards
+    if step.options.after:
+        before = [one.shards for one in submissions(place) if one.folder == folder and one.shards is not None]
+        return before[-1] if before else None
+    return len(upstream_shards(step.root, folder, stage))
+
+
+def _locally(steps: list[Step]) -> int:
+    """All steps in one process in the background, which survives this one."""
+    import submitit
+
+    options, site = steps[-1].options, read_site(steps[-1].options.site, steps[-1].command, [*STAGES, "train"])
+    place = jobs_folder(steps[0].root, site)
+    if options.dry_run or (len(steps) > 1 and options.processes > 1):
+        raise UserError("--cluster local: --dry-run has nothing to print, and a chain has one process per step")
+    code, name = snapshot(place / "code"), f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{steps[0].command}"
+    executor = submitit.AutoExecutor(place / name, cluster="local", local_max_num_timeout=options.max_requeue)
+    tasks = options.processes if steps[-1].command == "train" else 1
+    executor.update_parameters(
+        timeout_min=options.minutes, tasks_per_node=tasks, gpus_per_node=options.gpus_per_node or 0,
+        local_setup=site.script_lines(str(code)),
+    )  # fmt: skip
+    jobs = [_single(step) for step in steps]
+    job: Any = executor.submit(jobs[0] if len(jobs) == 1 else ChainJob(options.max_requeue, tuple(jobs)))
+    record = Submission(
+        name, "+".join(step.command for step in steps), shlex.join(sys.argv[1:]), "local", steps[0].root, None, None,
+        tasks, [], str(job.job_id), [], str(code),
+    )  # fmt: skip
+    write_json(str(place / name / "environment.json"), environment())
+    write_json(str(place / name / "submission.json"), dataclasses.asdict(record))
+    print(f"process {job.job_id}; clipmill jobs {steps[0].root}")
+    if not options.wait:
+        return 0
+    error = job.exception()
+    if error is not None:
+        print(str(error), file=sys.stderr)
+    return int(error is not None)
+
+
+def _wait(made: list[Submission]) -> int:
+    for one in made:
+        site = read_site(None, one.command, [*STAGES, "train"])
+        found = wait_for(jobs_folder(one.root, site) / one.id, [one.last])
+        state = found.get(one.last, "unknown")
+        print(f"{one.command}: job {one.last} {state.lower()}")
+        if state not in ("COMPLETED", "COMPLETING", "RUNNING"):
+            return 1
+    return 0

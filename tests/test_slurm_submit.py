@@ -1,0 +1,198 @@
+"""``clipmill submit`` where there is no cluster: flags, scripts, pickles, snapshot, local and debug."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cloudpickle
+import pytest
+from small_data import tree, write_raw
+
+import clipmill
+from pipeline.pack import PackConfig, pack
+from shards_spec.files import UserError
+from slurm.jobs import ArrayJob
+from slurm.site import Options, read_site
+from slurm.snapshot import snapshot
+from slurm.submit import STAGES, Step, _divided, _ranges, _stage_step
+
+ROOT = Path(__file__).parents[1]
+NOWHERE = {"PATH": "/usr/bin/none", "HOME": "/", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def command(*words: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "clipmill", *words], capture_output=True, text=True, timeout=120,
+        env={**NOWHERE, **environment},
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def raw(tmp_path) -> str:
+    write_raw(str(tmp_path / "ds"), shards=4, per_shard=6)
+    return str(tmp_path / "ds")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_submit_has_the_flags_of_the_command_and_no_name_twice(stage):
+    import dataclasses
+    import importlib
+
+    module, name, *_ = clipmill.COMMANDS[stage]
+    own = {field.name for field in dataclasses.fields(getattr(importlib.import_module(module), name))}
+    assert not own & {field.name for field in dataclasses.fields(Options)}
+    step = _stage_step(stage, ["R", *(["--source", "S"] if stage == "ingest" else [])], clipmill.COMMANDS, Options())
+    assert step.root == "R"
+
+
+def test_without_a_cluster_there_is_one_clear_line(raw):
+    done = command("submit", "pack", raw, "--captioner", "none", code=2)
+    assert done.stderr.count("\n") == 1
+    assert "no Slurm on this machine" in done.stderr
+    assert not os.path.exists(f"{raw}/logs")
+
+
+def test_dry_run_prints_scripts_and_writes_nothing(raw, tmp_path):
+    site = tmp_path / "site.toml"
+    site.write_text(
+        'partition = "gpu"\naccount = "vision"\nsetup = ["module load cuda"]\nscratch = ["/fast tmp"]\n'
+        'container = "apptainer exec c.sif"\nsbatch = {constraint = "a100"}\n[pack]\npartition = "cpu"\n'
+    )
+    words = ("submit", "pack", raw, "--captioner", "none", "--array", "3", "--time", "1-02:30:00", "--after", "7", "8")
+    done = command(*words, "--site", str(site), "--dry-run")
+    for line in ("an array of 3", "#SBATCH --partition=cpu", "#SBATCH --account=vision", "#SBATCH --constraint=a100",
+                 "#SBATCH --time=1590", "#SBATCH --dependency=afterok:7:8", "module load cuda", "'/fast tmp'",
+                 "#SBATCH --requeue", "apptainer exec c.sif"):  # fmt: skip
+        assert line in done.stdout, line
+    assert not os.path.exists(f"{raw}/logs")
+    train = command("submit", "train", "clip", "--out", "R", "--nodes", "2", "--gpus-per-node", "4", "--dry-run")
+    for line in ("--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4"):
+        assert line in train.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["submit", "report", "X"], "cannot submit 'report'"),
+        (["submit", "pack", "X", "--time", "soon"], "--time 'soon'"),
+        (["submit", "pack", "X", "--array", "0"], "--array 0"),
+        (["submit", "pack", "X", "--after", "job"], "--after job"),
+        (["submit", "train", "nothing"], "no recipe 'nothing'"),
+        (["submit", "train", "clip"], "--out RUN"),
+        (["submit", "pipeline", "X"], "name ROOT and the commands"),
+        (["submit", "pipeline", "X", "--", "report"], "cannot submit 'report'"),
+        (["submit", "pack", "X", "--site", "/nowhere.toml", "--dry-run"], "site file /nowhere.toml"),
+        (["submit", "pack", "s3://b/x", "--dry-run"], "jobs = in the site file"),
+        (["jobs", "/tmp"], "nothing was submitted for /tmp"),
+    ],
+)
+def test_a_users_mistake_is_one_line_with_the_mend(words, said):
+    done = command(*words, code=2)
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("colour = 1", "no key 'colour'"), ("account = 3", "account = 3 must be"), ("a b", "site file")]
+)
+def test_a_site_file_is_checked(tmp_path, text, said):
+    (tmp_path / "site.toml").write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_site(str(tmp_path / "site.toml"), "pack", [*STAGES])
+
+
+def test_debug_behaves_as_the_plain_command(raw, tmp_path):
+    words = ("--captioner", "none", "--workers", "1")
+    here = command("submit", "pack", raw, *words, "--cluster", "debug")
+    write_raw(str(tmp_path / "other"), shards=4, per_shard=6)
+    plain = command("pack", str(tmp_path / "other"), *words)
+    assert tree(raw)["shards/00000.tar"] == tree(str(tmp_path / "other"))["shards/00000.tar"]
+    assert here.stdout.split(" (")[0] == plain.stdout.split(" (")[0]
+    wrong = ("--captioner", "nobody")
+    assert (
+        command("submit", "pack", raw, *wrong, "--cluster", "debug", code=2).stderr
+        == command("pack", raw, *wrong, code=2).stderr
+    )
+
+
+def test_local_runs_a_chain_in_the_background(raw):
+    done = command(
+        "submit", "pipeline", raw, "--cluster", "local", "--wait", "--time", "2", "--",
+        "pack", "--captioner", "none", "--workers", "1", "--", "vocab", "--min-count", "1",
+        PATH=os.environ["PATH"],
+    )  # fmt: skip
+    assert "clipmill jobs" in done.stdout
+    assert os.path.exists(f"{raw}/vocab/all.tsv")
+    assert "1 completed" in command("jobs", raw).stdout
+
+
+def test_submitting_imports_no_torch_and_pickles_are_small(raw):
+    code = (
+        "import sys, clipmill; sys.argv = ['clipmill', *sys.argv[1:]]\n"
+        "try: clipmill.main()\nexcept SystemExit: pass\n"
+        "print('heavy:', {'torch', 'timm', 'open_clip', 'pandas'} & set(sys.modules))"
+    )
+    for words in (["caption", raw], ["train", "clip", "--out", "R"], ["cache", raw, "--after", "3"]):
+        start = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", code, "submit", *words, "--dry-run"], env=NOWHERE, capture_output=True, text=True
+        )
+        assert "heavy: set()" in done.stdout, done.stdout + done.stderr
+        print(words[0], time.monotonic() - start)
+    scattered = _ranges(list(range(0, 100_000, 7)))
+    job = ArrayJob(
+        max_requeue=3, command="pack", function=pack, config=PackConfig(raw), ranges=scattered[:2000], folder="shards",
+        claims="c", submission="s", claim_s=1.0,
+    )  # fmt: skip
+    data = cloudpickle.dumps(job)
+    assert len(data) < 50_000
+    assert pickle.loads(data) == job
+
+
+def test_lists_cover_what_is_missing_once(raw, tmp_path):
+    pack(PackConfig(raw, ("none",), workers=1))
+    for shard in (1, 3):
+        os.unlink(f"{raw}/shards/{shard:05d}_stats.json")
+    step = Step("pack", Options(array=8), pack, PackConfig(raw))
+    assert _divided(step, False, None, tmp_path) == ("shards", [((1, 2),), ((3, 4),)], 4)
+    everything = Step("pack", Options(array=3, recheck=True), pack, PackConfig(raw))
+    assert _divided(everything, False, None, tmp_path)[1] == [((0, 1),), ((1, 2),), ((2, 4),)]
+    assert _divided(step, True, None, tmp_path) == ("shards", [()] * 8, None)  # unknown: tasks take what they find
+    folder, ranges, total = _divided(
+        Step("pack", Options(), pack, PackConfig(raw, shard_size=9)), False, None, tmp_path
+    )
+    assert (folder, ranges, total) == (None, [()], None)
+    with pytest.raises(UserError, match="--overwrite is for one process"):
+        _divided(Step("pack", Options(), pack, PackConfig(raw, overwrite=True)), False, None, tmp_path)
+
+
+def test_the_snapshot_is_the_code_and_made_once(tmp_path):
+    first = snapshot(tmp_path)
+    before = (first / "clipmill.py").stat().st_mtime_ns
+    assert snapshot(tmp_path) == first
+    assert (first / "clipmill.py").stat().st_mtime_ns == before
+    assert (first / "slurm" / "site.toml").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [first.name]
+    assert not list(first.rglob("__pycache__"))
+    done = subprocess.run(
+        [sys.executable, "-c", "import pipeline.stage; print(pipeline.stage.__file__)"], cwd=ROOT, text=True,
+        env={"PYTHONSAFEPATH": "1", "PYTHONPATH": str(first)}, capture_output=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(first / "pipeline" / "stage.py")
+
+
+def test_the_environment_is_written_without_secrets(raw, monkeypatch):
+    from slurm.snapshot import environment
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    told = json.loads(json.dumps(environment()))
+    assert told["variables"]["OMP_NUM_THREADS"] == "1"
+    assert "AWS_SECRET_ACCESS_KEY" not in told["variables"]
+    assert "numpy" in told["packages"]
