@@ -81,14 +81,30 @@ def write_teacher(root: str, keys: list[list[str]], name: str = "planted", views
         Done(f"cache/{name}", shard, meta, {"success": len(own)}, inputs, outputs).write(join(root, "teacher", name))
 
 
-def tiny_clip(folder: Path, dim: int = DIM) -> str:
-    """A CLIP of 1 + 1 layers, 32 pixels, without weights; returns its model name."""
+def write_retrieval(folder: Path, count: int = 8) -> str:
+    """An EVAL root for retrieval: the first pictures of `write_packed`, one caption each."""
+    samples = []
+    for index in range(count):
+        picture, caption = draw(f"{0:05d}{index:04d}")
+        samples.append(Sample(f"s{index:04d}", {"jpg": picture, "txt": f"{caption} {index}".encode()}))
+    write_shard(str(folder / "test" / "0.tar"), samples)
+    (folder / "test" / "nshards.txt").write_text("1\n")
+    (folder / "dataset_type.txt").write_text("retrieval\n")
+    return str(folder)
+
+
+TINY_VIT = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+TINY_RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+
+
+def tiny_clip(folder: Path, dim: int = DIM, vision: dict[str, Any] = TINY_VIT) -> str:
+    """A CLIP of 1 + 1 layers (or with another image tower), 32 pixels, without weights; returns its model name."""
     import open_clip
 
     vocabulary = open_clip.tokenizer.SimpleTokenizer(bpe_path=str(BPE)).vocab_size
     config = {
         "embed_dim": dim,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+        "vision_cfg": vision,
         "text_cfg": {
             "context_length": 16, "vocab_size": vocabulary, "width": 32, "heads": 2, "layers": 1,
             "tokenizer_kwargs": {"bpe_path": "bpe.txt.gz"},
