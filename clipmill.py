@@ -39,7 +39,9 @@ def main() -> None:
     if command not in COMMANDS:
         sys.exit(_fail(2, f"no command {command!r}; there are {', '.join(COMMANDS)}"))
     from shards_spec.files import DataError, UserError
+    from shards_spec.models import EXTENSIONS
 
+    os.environ.setdefault(EXTENSIONS, "training.models.mobileclip")
     try:
         sys.exit(_train(rest) if command == "train" else _run(command, rest))
     except UserError as error:

@@ -3,9 +3,14 @@
 Names are open_clip's: a built-in architecture with ``pretrained`` a tag or a checkpoint file, ``local-dir:PATH`` or
 ``hf-hub:ORG/NAME``. ``timm:NAME`` is timm's model of that name, an image-only teacher. torch is imported inside the
 functions only.
+
+Architectures that neither ships come from the modules that the environment names in CLIPMILL_MODELS, with commas: each
+is imported before a model is built and makes its names known to open_clip or timm. `clipmill` names training's.
 """
 
 import hashlib
+import importlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +19,7 @@ from shards_spec.files import UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 TIMM = "timm:"
+EXTENSIONS = "CLIPMILL_MODELS"
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ def load_model(
     """
     import open_clip
 
+    import_extensions()
     try:
         built = open_clip.create_model(
             model,
@@ -73,6 +80,12 @@ def load_model(
     )
 
 
+def import_extensions() -> None:
+    """Import what CLIPMILL_MODELS names; a process that is spawned inherits it."""
+    for module in filter(None, os.environ.get(EXTENSIONS, "").split(",")):
+        importlib.import_module(module)
+
+
 def load_teacher(
     model: str, pretrained: str | None = None, device: str = "cpu", precision: Precision = "fp32"
 ) -> LoadedModel:
@@ -86,6 +99,7 @@ def load_teacher(
     import timm
     import torch
 
+    import_extensions()
     name, dtype = model.removeprefix(TIMM), {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     try:
         built = timm.create_model(name, pretrained=pretrained is None, num_classes=0)

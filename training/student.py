@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+import training.models.mobileclip  # noqa: F401 - makes its models' names known to open_clip and timm
 from shards_spec.files import UserError
 from shards_spec.models import LoadedModel, load_model
 from training.config import ModelConfig
