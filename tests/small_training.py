@@ -124,10 +124,30 @@ def bare_coca(folder: Path) -> str:
     return name
 
 
+def tiny_siclip(folder: Path, name: str = "SiCLIP-tiny") -> str:
+    """SiCLIP-tiny or MobileCLIP-tiny with a small vocabulary of its own, without weights; returns its model name."""
+    import open_clip
+
+    import training.models.mobileclip  # noqa: F401  # makes the name known
+
+    config = open_clip.get_model_config(name)
+    config["text_cfg"] |= {
+        "vocab_size": open_clip.tokenizer.SimpleTokenizer(bpe_path=str(BPE)).vocab_size, "context_length": 16,
+        "tokenizer_kwargs": {"bpe_path": "bpe.txt.gz"},
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    shutil.copy(BPE, folder / "bpe.txt.gz")
+    preprocess = {"mean": [0.0] * 3, "std": [1.0] * 3}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    return f"local-dir:{folder}"
+
+
 def tiny_config(recipe, root, out, **fields):
     """A recipe's smoke config on the tiny data; ``fields`` go to whichever part has them."""
     module = importlib.import_module(f"training.recipes.{recipe}")
-    model = f"local-dir:{root}/models/{'coca' if recipe == 'coca' else 'clip'}"
+    model = f"local-dir:{root}/models/{recipe if recipe in ('coca', 'siclip') else 'clip'}"
+    if recipe == "siclip":
+        fields = {"base": f"local-dir:{root}/models/base", "base_weights": "random", **fields}
     wanted = {"data": root, "out": out, "model": model, "batch_size": 4, "steps": 12, "lr": 1e-3, **fields}
     config = smoke(module.config())
     for part in dataclasses.fields(config):

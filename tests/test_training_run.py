@@ -20,6 +20,7 @@ from small_training import (
     bare_coca,
     tiny_clip,
     tiny_config,
+    tiny_siclip,
     write_packed,
     write_retrieval,
     write_teacher,
@@ -57,11 +58,13 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A packed dataset of 3 shards with a teacher, and students clip/ and coca/ beside them."""
+    """A packed dataset of 3 shards with a teacher; students clip/, coca/ and siclip/ with its base/ beside them."""
     root = tmp_path_factory.mktemp("data")
     write_teacher(str(root), write_packed(str(root), [9, 8, 6], broken=("000020001",)))
     tiny_clip(root / "models" / "clip")
     bare_coca(root / "models" / "coca")
+    tiny_siclip(root / "models" / "siclip")
+    tiny_siclip(root / "models" / "base", "MobileCLIP-tiny")
     write_raw(str(root), shards=2, per_shard=6)
     return str(root)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from training.config import require
 
-UNDECAYED = ("bn", "ln", "bias", "logit_scale")  # open_clip's and TinyCLIP's rule: exempt by name
+UNDECAYED = ("bn", "ln", "bias", "logit_scale", "layer_scale")  # open_clip's and TinyCLIP's rule; timm's scales have 3 dimensions
 
 
 @dataclass(frozen=True)
