@@ -137,6 +137,7 @@ class Toy(nn.Module):
         self.logit_scale = nn.Parameter(torch.ones([]))
         self.positional_embedding = nn.Parameter(torch.ones(4, 3))
         self.class_embedding = nn.Parameter(torch.ones(3))
+        self.layer_scale = nn.Parameter(torch.ones(3, 1, 1))
         self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
 
 
@@ -145,7 +146,7 @@ def test_decay_is_for_matrices_with_no_exempt_name():
     names = {id(parameter): name for name, parameter in toy.named_parameters()}
     decayed, plain = ({names[id(p)] for p in group["params"]} for group in param_groups(toy, 0.2))
     assert decayed == {"fc.weight", "positional_embedding"}
-    assert plain == {"fc.bias", "ln_1.weight", "ln_1.bias", "bn_weird", "logit_scale", "class_embedding"}
+    assert plain == {"fc.bias", "ln_1.weight", "ln_1.bias", "bn_weird", "logit_scale", "class_embedding", "layer_scale"}
 
 
 def test_optimizer_takes_the_config():

@@ -9,7 +9,7 @@ from torch import nn
 
 from training.config import require
 
-UNDECAYED = ("bn", "ln", "bias", "logit_scale", "layer_scale")  # open_clip's and TinyCLIP's rule; timm's scales have 3 dimensions
+UNDECAYED = ("bn", "ln", "bias", "logit_scale", "layer_scale")  # by name: open_clip's rule, and timm's 3-d scales
 
 
 @dataclass(frozen=True)
