@@ -3,5 +3,6 @@
 RECIPES = {
     "clip": "plain contrastive training (CLIP)",
     "affinity": "a student taught by a teacher cache: affinity mimicking and features (TinyCLIP)",
+    "siclip": "a MobileCLIP-S0 with simpler, shared attention: inherited, distilled, pairs matched (SiCLIP)",
     "coca": "contrastive and captioning loss (CoCa): a captioner of one's own",
 }
