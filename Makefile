@@ -19,7 +19,7 @@ wordnet:
 	bash tests/install_debian.sh wordnet-base
 
 debian:
-	bash tests/install_debian.sh wordnet-base chromium openssl
+	bash tests/install_debian.sh wordnet-base chromium openssl munge slurmctld slurmd slurm-client
 
 demo: $(VENV)/.done wordnet
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/demo.sh

@@ -142,8 +142,7 @@ def run_stage(
 
     def missing() -> Iterator[Task]:
         nonlocal there
-        taken = (task for task in tasks if share.take(task.shard))
-        for task, done in _with_done(taken, folder, stage, overwrite):
+        for task, done in _with_done(tasks, folder, stage, overwrite, share):
             if done:
                 there += 1
                 share.end(task.shard, True)
@@ -166,27 +165,34 @@ def run_stage(
                 share.end(task.shard, not isinstance(outcome, DataError))
             advance(there + made + len(failures))
     remove_stale(folder)  # of workers that outlived a killed run for a moment
-    shards = there + made
     if failures:
-        lines = [f"  {shard_name(shard)}: {reason}" for shard, reason in sorted(failures.items())]
-        raise ShardsFailed(
-            f"{stage.name}: {len(failures)} of {shards + len(failures)} shards failed\n" + "\n".join(lines)
-        )
+        raise _failed(stage, failures, there + made + len(failures))
     totals = {reason: number for reason, number in sorted(counts.items()) if number}
-    summary = Summary(shards, made, totals, dict(sorted(facts.items())), time.monotonic() - start, measured)
+    summary = Summary(there + made, made, totals, dict(sorted(facts.items())), time.monotonic() - start, measured)
     if share.whole:
         _write_block(root, stage, summary, source)
         _log_run(root, stage, summary)
     return summary
 
 
-def _with_done(tasks: Iterable[Task], folder: str, stage: Stage, overwrite: bool) -> Iterator[tuple[Task, Done | None]]:
-    """Each task with the done-record that makes it unnecessary; many requests at a time to an object store."""
+def _failed(stage: Stage, failures: dict[int, str], shards: int) -> ShardsFailed:
+    lines = [f"  {shard_name(shard)}: {reason}" for shard, reason in sorted(failures.items())]
+    return ShardsFailed("\n".join([f"{stage.name}: {len(failures)} of {shards} shards failed", *lines]))
+
+
+def _with_done(
+    tasks: Iterable[Task], folder: str, stage: Stage, overwrite: bool, share: Share
+) -> Iterator[tuple[Task, Done | None]]:
+    """Each task of the share with the done-record that makes it unnecessary.
+
+    A process that does all of them asks an object store for many at a time.
+    """
 
     def look(task: Task) -> tuple[Task, Done | None]:
         return task, None if overwrite else _done_before(folder, stage, task)
 
-    return ahead(look, tasks, LOOK_AHEAD, 2 * LOOK_AHEAD) if is_url(folder) else map(look, tasks)
+    taken = (task for task in tasks if share.take(task.shard))
+    return ahead(look, taken, LOOK_AHEAD, 2 * LOOK_AHEAD) if is_url(folder) and share is ALL else map(look, taken)
 
 
 def _count(counts: Counter[str], facts: Counter[str], done: Done) -> None:

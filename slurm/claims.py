@@ -41,7 +41,7 @@ class Claims:
 
     def __init__(self, folder: str, owner: str, stale_s: float, late: Callable[[], None] = start_anew) -> None:
         self._folder, self._owner, self._stale_s, self._late = Path(folder), owner, stale_s, late
-        self._mine = self._folder / f".{owner}"
+        self._mine, self.beat_s = self._folder / f".{owner}", stale_s / BEATS
         self._held, self._stop = set[int](), threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
@@ -69,6 +69,15 @@ class Claims:
             return False
         self._held.add(shard)
         return True
+
+    def free(self, shard: int) -> bool:
+        """Whether `take` would go well at the moment."""
+        path = self._folder / shard_name(shard)
+        return shard in self._held or not path.exists() or self._stale(path)
+
+    def silent_s(self, shard: int) -> float:
+        """For how long the holder of a shard has given no sign of life."""
+        return self._holder(self._folder / shard_name(shard))[1] or 0.0
 
     def release(self, shard: int) -> None:
         """Give a claim back, unless somebody took it over."""
@@ -126,8 +135,8 @@ class Claims:
             aside.unlink()
 
     def _beat(self) -> None:
-        pause, last = self._stale_s / BEATS, time.monotonic()
-        while not self._stop.wait(pause):
+        last = time.monotonic()
+        while not self._stop.wait(self.beat_s):
             now = time.monotonic()
             if now - last > self._stale_s:
                 self._late()
@@ -136,41 +145,86 @@ class Claims:
                 last = now
 
 
+class Failures:
+    """Shards that failed since a submission, for all its tasks to see: nobody tries them again before the next one."""
+
+    def __init__(self, folder: str, submission: str) -> None:
+        self._folder, self._ending = Path(folder), f".failed.{submission}"
+
+    def note(self, shard: int) -> None:
+        """One more."""
+        self._path(shard).touch()
+
+    def has(self, shard: int) -> bool:
+        """Whether it is among them, at this moment."""
+        return self._path(shard).exists()
+
+    def all(self) -> set[int]:
+        """All of them."""
+        return {int(path.name.removesuffix(self._ending)) for path in self._folder.glob(f"*{self._ending}")}
+
+    def _path(self, shard: int) -> Path:
+        return self._folder / f"{shard_name(shard)}{self._ending}"
+
+
 class Listed(Share):
     """The shards of a list, claimed one by one."""
 
-    def __init__(self, claims: Claims, shards: Iterable[int]) -> None:
-        self._claims, self._shards = claims, frozenset(shards)
-        self.failed = set[int]()
+    def __init__(self, claims: Claims, failures: Failures, shards: Iterable[int]) -> None:
+        self._claims, self._failures, self._shards = claims, failures, frozenset(shards)
+        self.failed = False
 
     @property
     def whole(self) -> bool:
         return False
 
     def take(self, shard: int) -> bool:
-        return shard in self._shards and self._claims.take(shard)
+        return shard in self._shards and self._claim(shard)
+
+    def _claim(self, shard: int) -> bool:
+        if not self._claims.take(shard):
+            return False
+        if self._failures.has(shard):  # in another task
+            self._claims.release(shard)
+            return False
+        return True
 
     def end(self, shard: int, made: bool) -> None:
-        self._claims.release(shard)
         if not made:
-            self.failed.add(shard)
+            self._failures.note(shard)
+            self.failed = True
+        self._claims.release(shard)
 
 
 class Others(Listed):
-    """All shards but those of the list: what nobody makes at the moment is taken over, unless it failed before."""
+    """All shards: what nobody makes at the moment is taken over, unless it failed."""
 
-    def __init__(self, claims: Claims, listed: Listed, folder: str, failed: Callable[[], set[int]]) -> None:
-        super().__init__(claims, ())
-        self._listed, self._folder, self._failures = listed, folder, failed
-        self._done, self._when = frozenset[int](), -LISTED_S
+    def __init__(self, claims: Claims, failures: Failures, folder: str) -> None:
+        super().__init__(claims, failures, ())
+        self._folder, self._done, self._when = folder, frozenset[int](), -LISTED_S
+
+    def wait(self, total: int) -> bool:
+        """Whether there is something to take among the first ``total``, once it is clear whether the holders live."""
+        begun, beat, pause = time.monotonic(), self._claims.beat_s, 0.1
+        while True:
+            self._when = -LISTED_S
+            self._look()
+            left = [shard for shard in range(total) if shard not in self._done]
+            if any(self._claims.free(shard) for shard in left):
+                return True
+            silent_s = max((self._claims.silent_s(shard) for shard in left), default=0.0)
+            if not left or (silent_s < 2 * beat and time.monotonic() - begun > 2.5 * beat):
+                return False
+            time.sleep(pause := min(2 * pause, beat / 2))
 
     def take(self, shard: int) -> bool:
-        if shard in self._listed._shards:
-            return False
+        self._look()
+        return shard not in self._done and self._claim(shard)
+
+    def _look(self) -> None:
         if time.monotonic() - self._when > LISTED_S:
-            self._done = frozenset(finished_shards(self._folder)) | self._failures()
+            self._done = frozenset(finished_shards(self._folder)) | self._failures.all()
             self._when = time.monotonic()
-        return shard not in self._done and self._claims.take(shard)
 
 
 class Finished(Share):

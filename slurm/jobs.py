@@ -6,19 +6,20 @@ and checkpoints on disk say how far it is. Nothing collective happens in it: one
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from shards_spec.files import DataError, UserError
-from shards_spec.manifest import shard_name
-from slurm.claims import Claims, Finished, Listed, Others
+from shards_spec.manifest import finished_shards, shard_name
+from slurm.claims import Claims, Failures, Finished, Listed, Others
 
 log = logging.getLogger(__name__)
 DOOMED_S = 900  # how long a task that got SIGTERM waits for its end
@@ -78,9 +79,11 @@ class StageJob(Job):
 class ArrayJob(StageJob):
     """One task of an array over shards: those of its ``ranges`` first, then what others have not begun.
 
-    ``claims`` is a folder that all tasks of the stage see, ``folder`` the one the stage fills.
+    ``claims`` is a folder that all tasks of the stage see, ``folder`` the one the stage fills, ``upstream`` the one
+    whose shards it takes; None where only the stage itself knows how many there are.
     """
 
+    upstream: str | None
     ranges: tuple[tuple[int, int], ...]
     folder: str
     claims: str
@@ -90,39 +93,44 @@ class ArrayJob(StageJob):
     def __call__(self) -> None:
         self.begin()
         shards = {shard for start, stop in self.ranges for shard in range(start, stop)}
-        failures = []
+        failures, messages = Failures(self.claims, self.submission), []
         with Claims(self.claims, owner(), self.claim_s) as claims:
-            listed = Listed(claims, shards)
-            for share in (listed, Others(claims, listed, self.folder, self._failed)):
+            share: Listed = Listed(claims, failures, shards)
+            others = Others(claims, failures, self.folder)
+            while True:
+                share.failed = False
                 try:
-                    summary = self.run(share)
+                    made = self.run(share).made
+                    log.info("%s: made %d shards", self.command, made)
                 except JobFailedError as error:
                     if not share.failed:
                         raise
-                    failures.append(str(error))
-                    self._note(share.failed)
-                else:
-                    log.info("%s: made %d shards in %.1f s", self.command, summary.made, summary.seconds)
-        if failures:
-            raise JobFailedError("\n".join(failures))
-
-    def _note(self, shards: Iterable[int]) -> None:
-        for shard in shards:
-            Path(self.claims, f"{shard_name(shard)}.failed.{self.submission}").touch()
-
-    def _failed(self) -> set[int]:
-        ending = f".failed.{self.submission}"
-        return {int(name.removesuffix(ending)) for name in os.listdir(self.claims) if name.endswith(ending)}
+                    messages.append(str(error))
+                    made = 1
+                if share is others and (made == 0 or self.upstream is None):
+                    break
+                if self.upstream is not None and not others.wait(len(finished_shards(self.upstream))):
+                    break  # before a model is loaded for nothing
+                share = others
+        if messages:
+            raise JobFailedError("\n".join(messages))
 
 
 @dataclass(frozen=True)
 class FinishJob(StageJob):
-    """After an array: the stage's totals, when all shards are there; else the failure that holds the next stage."""
+    """After an array: the stage's totals, when all shards are there; else the failure that holds the next stage.
+
+    The tasks of ``arrays`` have ended, also those that were killed, so their claims go.
+    """
 
     folder: str
+    claims: str
+    submission: str
+    arrays: tuple[str, ...]
 
     def __call__(self) -> None:
         self.begin()
+        self._clean()
         share = Finished(self.folder)
         self.run(share)
         if share.missing:
@@ -131,6 +139,18 @@ class FinishJob(StageJob):
                 f"{self.command}: {len(share.missing)} shards are missing ({some}); "
                 "submit it again, it does only what is missing"
             )
+
+    def _clean(self) -> None:
+        for path in Path(self.claims).glob("*"):
+            if path.name.endswith(f".failed.{self.submission}") or self._ended(path):
+                path.unlink(missing_ok=True)
+
+    def _ended(self, claim: Path) -> bool:
+        try:
+            holder = claim.read_text()
+        except FileNotFoundError:
+            return False
+        return any(re.fullmatch(rf"slurm-{array}(_\d+)?-\d+", holder) for array in self.arrays)
 
 
 @dataclass(frozen=True)

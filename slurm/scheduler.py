@@ -1,6 +1,8 @@
 """The few questions asked of Slurm's commands, one call for many jobs, and submitit's executors."""
 
 import contextlib
+import io
+import pickle
 import shutil
 import subprocess
 import sys
@@ -11,10 +13,11 @@ from typing import Any
 
 from shards_spec.files import UserError
 from slurm.jobs import Job
-from slurm.site import Options, Site
+from slurm.options import Options, Site
 
 ASK_S = 60.0  # the scheduler is asked at most that often while waiting
 QUIET_S = 30.0  # and told to answer within
+LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "STOPPED", "PREEMPTED")
 
 
 def need_slurm() -> None:
@@ -119,7 +122,7 @@ class Slurm:
             print(text if len(jobs) == 1 else text.replace("\n# Parameters\n", f"\n# an array of {len(jobs)}\n", 1))
             return "0"
         try:
-            with executor.batch():
+            with contextlib.redirect_stderr(io.StringIO()), executor.batch():  # sbatch's words come in the error
                 submitted: list[Any] = [executor.submit(job) for job in jobs]
             return str(submitted[0].job_id).split("_")[0]
         except (FailedJobError, FailedSubmissionError) as error:
@@ -128,14 +131,13 @@ class Slurm:
             ) from error
 
 
-def wait_for(folder: Path, jobs: list[str]) -> dict[str, str]:
-    """Wait until no job is queued or running; their states. Results that jobs leave are seen at once."""
-    asked, known = 0.0, dict[str, str]()
-    while True:
-        done = all(any(folder.glob(f"{job}_*_result.pkl")) for job in jobs)
-        if done or time.monotonic() - asked > ASK_S:
-            known, asked = states(jobs), time.monotonic()
-            live = [s for s in known.values() if s.split()[0] in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")]
-            if not live or (done and all(state.startswith(("RUNNING", "COMPLETING")) for state in live)):
-                return known
+def wait_for(folder: Path, job: str) -> bool:
+    """Wait for a job's end; whether it succeeded. Its result is seen at once, the scheduler seldom asked."""
+    result, asked = folder / f"{job}_0_result.pkl", time.monotonic()
+    while not result.exists():
         time.sleep(1)
+        if time.monotonic() - asked > ASK_S:
+            asked, state = time.monotonic(), states([job]).get(job, "unknown").split()[0]
+            if state not in LIVE and not result.exists():
+                return state == "COMPLETED"
+    return bool(pickle.loads(result.read_bytes())[0] == "success")

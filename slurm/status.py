@@ -1,5 +1,6 @@
 """``clipmill jobs``: what was submitted for a dataset or a run, how far it is, and why something failed."""
 
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -8,13 +9,15 @@ from pathlib import Path
 from pipeline.stage import Root
 from shards_spec.files import UserError, join
 from shards_spec.manifest import finished_shards, shard_name
+from slurm.options import read_site
 from slurm.scheduler import states
-from slurm.site import read_site
 from slurm.submit import STAGES, Submission, jobs_folder, submissions
 
+LOG_END = 200_000  # bytes
 FAILED = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
-REASON = re.compile(
-    r"^(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)\b.*|^slurmstepd: error: .*|^srun: error: .*", re.M
+REASONS = (  # what Python says, else what Slurm says
+    re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)\b.*(?:\n  \d+: .*)*", re.M),
+    re.compile(r"^(?:slurmstepd|srun): error: .*", re.M),
 )
 
 
@@ -74,6 +77,8 @@ def _by_results(folder: Path, one: Submission) -> dict[str, str]:
         job = path.name.removesuffix("_result.pkl").rsplit("_", 1)[0]
         error = b"\x05error" in path.read_bytes()[:64]
         found[job] = "FAILED" if error or found.get(job) == "FAILED" else "COMPLETED"
+    if one.cluster == "local" and one.last not in found:
+        found[one.last] = "RUNNING" if os.path.exists(f"/proc/{one.last}") else "FAILED"
     return found
 
 
@@ -82,11 +87,11 @@ def why(folder: Path, job: str, state: str, tail: int) -> list[str]:
     logs = sorted(folder.glob(f"{job}_*_log.err"), key=lambda path: path.stat().st_mtime)
     if not logs:
         return [f"{job} {state.lower()}: it left no log; scontrol show job {job}"]
-    for path in logs:
-        text = path.read_bytes()[-200_000:].decode(errors="replace")
-        reasons = list(REASON.finditer(text))
-        if reasons:
+    for reason, path in ((reason, path) for reason in REASONS for path in logs):
+        text = path.read_bytes()[-LOG_END:].decode(errors="replace")
+        found = [match.group() for match in reason.finditer(text)]
+        if found:
             break
     lines = text.rstrip().splitlines()
-    reason = text[reasons[-1].start() :].strip().splitlines() if reasons else lines[-1:]
-    return [f"{job} {state.lower()}: {reason[0] if reason else 'an empty log'}", f"{path}:", *lines[-tail:]]
+    said = found[-1] if found else (lines or ["an empty log"])[-1]
+    return [*f"{job} {state.lower()}: {said}".splitlines(), f"{path}:", *lines[-tail:]]

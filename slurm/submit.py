@@ -22,8 +22,8 @@ import tyro
 from shards_spec.files import UserError, is_url, join, read_json, write_json
 from shards_spec.manifest import finished_shards
 from slurm.jobs import ArrayJob, ChainJob, FinishJob, Job, StageJob, TrainJob
+from slurm.options import Options, Site, read_site
 from slurm.scheduler import Slurm, max_array_size, need_slurm, parameters, wait_for
-from slurm.site import Options, Site, read_site
 from slurm.snapshot import environment, snapshot
 
 STAGES = ("ingest", "dedup", "caption", "pack", "vocab", "cache")
@@ -78,10 +78,11 @@ def submit(words: list[str], commands: Commands, plain: Callable[[Step], int]) -
     for step in steps:
         own = dataclasses.replace(step, options=dataclasses.replace(step.options, after=after))
         submissions.append(submit_step(own, chained=len(submissions) > 0, shards=shards))
-        shards, after = submissions[-1].shards, (submissions[-1].last,)
+        shards = shards if step.command in ("dedup", "vocab") else submissions[-1].shards
+        after = (submissions[-1].last,)
         if not step.options.dry_run:
             print(submissions[-1].line())
-    return _wait(submissions) if steps[-1].options.wait and not steps[-1].options.dry_run else 0
+    return _wait(steps, submissions) if steps[-1].options.wait and not steps[-1].options.dry_run else 0
 
 
 def _stage_step(command: str, words: list[str], commands: Commands, default: Options) -> Step:
@@ -188,21 +189,19 @@ def submit_step(step: Step, chained: bool = False, shards: int | None = None) ->
     if folder is None:
         jobs: list[Job] = [_single(step)]
     else:
-        claims = place / "claims" / folder.replace("/", "-")
         common: dict[str, Any] = {
-            "max_requeue": options.max_requeue,
             "command": step.command,
             "function": step.function,
+            "max_requeue": options.max_requeue,
         }
-        common |= {"config": step.config, "folder": join(step.root, folder)}
-        jobs = [
-            ArrayJob(**common, ranges=own, claims=str(claims), submission=name, claim_s=options.claim_s)
-            for own in ranges
-        ]
+        common |= {"config": step.config, "folder": join(step.root, folder), "submission": name}
+        common |= {"claims": str(place / "claims" / folder.replace("/", "-"))}
+        upstream = join(step.root, UPSTREAM[step.command][0]) if step.command in UPSTREAM else None
+        jobs = [ArrayJob(**common, upstream=upstream, ranges=own, claim_s=options.claim_s) for own in ranges]
         size = max_array_size() if len(jobs) > 1 and not options.dry_run else 1001
         arrays = [slurm.submit(jobs[start : start + size], condition) for start in range(0, len(jobs), size)]
         condition = f"afterany:{':'.join(arrays)}" if arrays else condition
-        jobs = [FinishJob(**common)]
+        jobs = [FinishJob(**common, arrays=tuple(arrays))]
     last = slurm.submit(jobs, condition)
     submission = Submission(
         name, step.command, shlex.join(sys.argv[1:]), options.cluster, step.root, folder, total, len(ranges), arrays,
@@ -262,14 +261,14 @@ def _divided(step: Step, chained: bool, shards: int | None, place: Path) -> tupl
 
 def output_folder(step: Step) -> str | None:
     """The folder below ROOT whose shards an array makes; None for what one job does."""
-    config = step.config
-    if step.command == "ingest":
-        return None if config.retry_failed else "raw"
-    if step.command == "pack":
-        return "shards" if config.shard_size is None else None
-    return {"caption": "captions/", "cache": "teacher/"}[step.command] + config.label if step.command in UPSTREAM and (
-        not getattr(config, "export_lists", False)
-    ) else None  # fmt: skip
+    command, config = step.command, step.config
+    if command == "caption":
+        return f"captions/{config.label}"
+    if command == "cache" and not config.export_lists:
+        return f"teacher/{config.label}"
+    if command == "pack" and config.shard_size is None:
+        return "shards"
+    return "raw" if command == "ingest" and not config.retry_failed else None
 
 
 def _ranges(shards: list[int]) -> Ranges:
@@ -332,12 +331,11 @@ def _locally(steps: list[Step]) -> int:
     return int(error is not None)
 
 
-def _wait(made: list[Submission]) -> int:
-    for one in made:
-        site = read_site(None, one.command, [*STAGES, "train"])
-        found = wait_for(jobs_folder(one.root, site) / one.id, [one.last])
-        state = found.get(one.last, "unknown")
-        print(f"{one.command}: job {one.last} {state.lower()}")
-        if state not in ("COMPLETED", "COMPLETING", "RUNNING"):
+def _wait(steps: list[Step], made: list[Submission]) -> int:
+    for step, one in zip(steps, made, strict=True):
+        site = read_site(step.options.site, step.command, [*STAGES, "train"])
+        fine = wait_for(jobs_folder(one.root, site) / one.id, one.last)
+        print(f"{one.command}: job {one.last} {'succeeded' if fine else f'failed; clipmill jobs {one.root}'}")
+        if not fine:
             return 1
     return 0

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import skip_or_fail
 from slurm_cluster import Cluster, NoClusterError, cluster, until
 from small_data import draw, tiny_coca, tree, write_raw
 from small_training import tiny_clip
 
+import clipmill as command_line
 from pipeline.pack import PackConfig, pack
 from shards_spec.manifest import finished_shards
 
@@ -57,7 +59,7 @@ def clipmill(here: Cluster, *words: str, code: int = 0, slow_s: float = 0, **mor
         timeout=120,
     )  # fmt: skip
     assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout if code == 0 else done.stderr
+    return done.stderr if code == 2 else done.stdout
 
 
 def submit(here: Cluster, *words: str, **more) -> list[tuple[list[str], str]]:
@@ -91,9 +93,8 @@ def test_a_stage_has_the_bytes_of_the_local_run_and_a_second_submission_finds_no
     assert set(slurm.ended(last).values()) == {"COMPLETED"}
     assert len(slurm.states(arrays[0])) == 3
     assert tree(raw) == packed
-    [(arrays, last)] = submit(slurm, "pack", raw, *TAGGED, "--array", "3", "--time", "5")
+    [(arrays, last)] = submit(slurm, "pack", raw, *TAGGED, "--array", "3", "--time", "5", "--wait")
     assert arrays == []
-    assert set(slurm.ended(last).values()) == {"COMPLETED"}
     assert tree(raw) == packed
     told = clipmill(slurm, "jobs", raw)
     assert f"shards: {SHARDS} of {SHARDS} shards" in told
@@ -114,18 +115,26 @@ def test_a_frozen_and_woken_claimant_spoils_nothing(slurm, raw, packed):
     for pid in frozen:
         os.kill(pid, signal.SIGSTOP)
     until(lambda: len(finished_shards(f"{raw}/shards")) == SHARDS, 30)
-    before = tree(raw)
     for pid in frozen:
         os.kill(pid, signal.SIGCONT)
     assert set(slurm.ended(last).values()) == {"COMPLETED"}
     assert set(slurm.states(arrays[0]).values()) == {"COMPLETED"}
     assert "starting anew" in log_of(raw, f"{arrays[0]}_0")
-    assert {path: digest for path, digest in tree(raw).items() if path in before and path != "dataset.json"} == {
-        path: digest for path, digest in before.items() if path != "dataset.json"
-    }
     assert tree(raw) == packed
 
 
+@pytest.mark.slow
+def test_a_task_that_times_out_goes_on(slurm, raw, packed):
+    [(arrays, last)] = submit(slurm, "pack", raw, *TAGGED, "--array", "2", "--time", "5", slow_s=0.15)
+    until(lambda: len(finished_shards(f"{raw}/shards")) >= 2, 30)
+    slurm.run("scancel", "--signal=USR2", f"{arrays[0]}_0")
+    assert set(slurm.ended(last).values()) == {"COMPLETED"}
+    assert set(slurm.states(arrays[0]).values()) == {"COMPLETED"}
+    assert "Requeued job" in log_of(raw, f"{arrays[0]}_0")
+    assert tree(raw) == packed
+
+
+@pytest.mark.slow
 def test_a_lost_node_costs_time_only(slurm, raw, packed):
     [(arrays, last)] = submit(slurm, "pack", raw, *TAGGED, "--array", "4", "--time", "5", slow_s=0.15)
     until(lambda: len(finished_shards(f"{raw}/shards")) >= 2, 30)
@@ -141,9 +150,9 @@ def test_a_lost_node_costs_time_only(slurm, raw, packed):
 
 
 def test_a_cancelled_array_holds_the_next_stage_and_the_second_submission_does_the_rest(slurm, raw, packed):
-    words = ("--array", "2", "--time", "5")
+    words = ("--array", "2", "--time", "5", "--claim-s", "10")
     chain = ("pipeline", raw, *words, "--", "pack", *TAGGED, "--", "vocab", "--min-count", "1")
-    [(arrays, last), (_, vocab)] = submit(slurm, *chain, slow_s=0.2)
+    [(arrays, last), (_, vocab)] = submit(slurm, *chain, slow_s=0.6)
     until(lambda: len(finished_shards(f"{raw}/shards")) >= 2, 30)
     slurm.run("scancel", arrays[0])
     assert set(slurm.ended(last).values()) == {"FAILED"}
@@ -164,18 +173,20 @@ def test_a_cancelled_array_holds_the_next_stage_and_the_second_submission_does_t
 def test_a_broken_shard_fails_alone_and_its_reason_is_on_top(slurm, raw):
     tar = Path(raw, "raw", "00005.tar")
     tar.write_bytes(tar.read_bytes()[:700])
-    [(arrays, last)] = submit(slurm, "pack", raw, *TAGGED, "--array", "3", "--time", "5")
+    [(arrays, last)] = submit(
+        slurm, "pack", raw, *TAGGED, "--array", "3", "--time", "5", "--claim-s", "9", "--wait", code=1
+    )
     assert set(slurm.ended(last).values()) == {"FAILED"}
     assert sorted(slurm.states(arrays[0]).values()) == ["COMPLETED", "COMPLETED", "FAILED"]
     assert finished_shards(f"{raw}/shards") == [shard for shard in range(SHARDS) if shard != 5]
     told = clipmill(slurm, "jobs", raw)
     assert "missing 00005" in told
-    reason = told[told.index(" failed: ") :].splitlines()[0]
-    assert "1 of" in reason
-    assert "00005.tar" in told
-    assert "fails" not in log_of(raw, last)
+    reason = told[told.index(" failed: ") :].splitlines()
+    assert "shards failed" in reason[0]
+    assert "00005: " in reason[1]
 
 
+@pytest.mark.slow
 def test_the_chain_has_the_bytes_of_the_local_commands(slurm, tmp_path):
     """Ingest to train in one call; then the same commands one by one."""
     pictures = tmp_path / "pictures"
@@ -199,9 +210,10 @@ def test_the_chain_has_the_bytes_of_the_local_commands(slurm, tmp_path):
         slurm, "pipeline", there, "--array", "2", "--time", "5", *chain,
         "--", "train", "clip", "--out", str(tmp_path / "run"), *train,
     )  # fmt: skip
-    for stage, words in stages.items():
-        clipmill(slurm, stage, here, *words)
-    clipmill(slurm, "train", "clip", "--data", here, "--out", str(tmp_path / "run-here"), *train)
+    clipmill(
+        slurm, "submit", "pipeline", here, "--cluster", "debug", *chain,
+        "--", "train", "clip", "--out", str(tmp_path / "run-here"), *train,
+    )  # fmt: skip
     for (_, last), stage in zip(made, [*stages, "train"], strict=True):
         states = slurm.ended(last, 120)
         assert set(states.values()) == {"COMPLETED"}, (stage, log_of(there, last))
@@ -227,12 +239,14 @@ def data(tmp_path_factory) -> tuple[str, list[str]]:
     root = str(folder / "ds")
     write_raw(root, shards=2, per_shard=20)
     pack(PackConfig(root, ("none",), workers=1))
-    words = ["clip", "--data", root, "--model", tiny_clip(folder / "clip"), "--steps", "150", "--batch-size", "8"]
+    words = ["clip", "--data", root, "--model", tiny_clip(folder / "clip"), "--steps", "60", "--batch-size", "8"]
     return root, [*words, "--workers", "0", "--log-every", "1", "--warmup", "2", "--device", "cpu"]
 
 
-def undisturbed(here: Cluster, words: list[str], out: Path) -> list[tuple[int, float]]:
-    clipmill(here, "train", *words, "--out", str(out))
+def undisturbed(words: list[str], out: Path) -> list[tuple[int, float]]:
+    """The same here and now."""
+    torch.set_num_threads(1)
+    assert command_line._train([*words, "--out", str(out)]) == 0
     return losses(out)
 
 
@@ -240,20 +254,24 @@ def at_step(run: Path, step: int) -> bool:
     return (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step
 
 
-def test_a_time_out_and_a_requeue_lose_nothing_of_a_training(slurm, data, tmp_path):
+@pytest.mark.parametrize("how", ["time-out", pytest.param("requeue", marks=pytest.mark.slow)])
+def test_neither_a_time_out_nor_a_requeue_loses_anything_of_a_training(slurm, data, tmp_path, how):
     words, run = data[1], tmp_path / "run"
-    [(_, job)] = submit(slurm, "train", *words, "--out", str(run), "--checkpoint-steps", "20", "--time", "5")
-    until(lambda: at_step(run, 25), 60)
-    slurm.run("scancel", "--signal=USR2", job)
-    until(lambda: "Requeued job" in log_of(str(run), job), 30)
-    kept = max(int(path.stem.split("_")[1]) for path in (run / "checkpoints").glob("step_*.pt"))
-    assert kept % 20  # saved on the signal
-    until(lambda: at_step(run, kept + 10), 60)
-    slurm.run("scontrol", "requeue", job)
-    assert set(slurm.ended(job, 90).values()) == {"COMPLETED"}
-    assert losses(run) == undisturbed(slurm, words, tmp_path / "plain")
+    [(_, job)] = submit(slurm, "train", *words, "--out", str(run), "--checkpoint-steps", "50", "--time", "5")
+    until(lambda: at_step(run, 8), 60)
+    if how == "time-out":
+        slurm.run("scancel", "--signal=USR2", job)
+        until(lambda: "Requeued job" in log_of(str(run), job), 30)
+    else:
+        slurm.run("scontrol", "requeue", job)
+    assert set(slurm.ended(job, 90).values()) == {"COMPLETED"}, log_of(str(run), job)
+    saved = re.search(r"stopped by SIGUSR1 after step (\d+) of 60", log_of(str(run), job))
+    assert saved
+    assert f"step {saved[1]} of 60, 32 samples" in log_of(str(run), job)
+    assert losses(run) == undisturbed(words, tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_too_many_requeues_are_a_failure(slurm, data, tmp_path):
     words, run = data[1], tmp_path / "run"
     [(_, job)] = submit(slurm, "train", *words, "--out", str(run), "--max-requeue", "0", "--time", "5")
@@ -263,12 +281,13 @@ def test_too_many_requeues_are_a_failure(slurm, data, tmp_path):
     assert "requeued 1 times, --max-requeue is 0" in clipmill(slurm, "jobs", str(run))
 
 
+@pytest.mark.slow
 def test_two_nodes_train_as_one_process_does(slurm, data, tmp_path):
     words, run = [*data[1], "--steps", "12"], tmp_path / "run"
     [(_, job)] = submit(slurm, "train", *words, "--out", str(run), "--nodes", "2", "--time", "5")
     assert set(slurm.ended(job, 90).values()) == {"COMPLETED"}, log_of(str(run), job)
     assert "num_nodes" in log_of(str(run), job) or "node=1(2)" in log_of(str(run), job)
-    for mine, theirs in zip(losses(run), undisturbed(slurm, words, tmp_path / "plain"), strict=True):
+    for mine, theirs in zip(losses(run), undisturbed(words, tmp_path / "plain"), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
 
 
@@ -299,4 +318,4 @@ def test_a_slow_node_costs_little(slurm, tmp_path):
     ends = sorted(os.stat(f"{root}/shards/{shard:05d}_stats.json").st_mtime for shard in range(shards))
     makespan, ideal = ends[-1] - ends[0], shards * 2 * each / 7.2
     print(f"makespan {makespan:.1f} s, ideal {ideal:.1f} s, {time.strftime('%H:%M:%S')}")
-    assert makespan < 1.15 * ideal + 2
+    assert makespan < 1.15 * ideal

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.stage import ALL
 from shards_spec.files import UserError
-from slurm.claims import Claims, Finished, Listed, Others
+from slurm.claims import Claims, Failures, Finished, Listed, Others
 
 ROOT = Path(__file__).parents[1]
 
@@ -154,19 +154,28 @@ def test_shares(tmp_path):
     for shard in (0, 2):
         (folder / f"{shard:05d}_stats.json").write_text("{}")
     with claims(tmp_path / "claims", "a") as a:
-        listed = Listed(a, range(4))
+        failures = Failures(str(tmp_path / "claims"), "now")
+        listed = Listed(a, failures, range(4))
         assert [shard for shard in range(8) if listed.take(shard)] == [
             0,
             1,
             2,
             3,
         ]  # the stage itself skips what is done
-        listed.end(1, False)
-        assert listed.failed == {1}
-        others = Others(a, listed, str(folder), lambda: {6})
-        assert [shard for shard in range(8) if others.take(shard)] == [4, 5, 7]
+        for shard in range(4):
+            listed.end(shard, shard != 1)
+        assert listed.failed
+        assert failures.all() == {1}
+        failures.note(6)
+        others = Others(a, failures, str(folder))
+        assert others.wait(8)
+        assert not others.wait(3)
+        assert others.take(4)
+        failures.note(5)  # after the look
+        assert [shard for shard in range(8) if others.take(shard)] == [3, 4, 7]
         assert not listed.whole
         assert not others.whole
+    assert Failures(str(tmp_path / "claims"), "later").all() == set()
     done = Finished(str(folder))
     assert [shard for shard in range(4) if done.take(shard)] == [0, 2]
     assert done.missing == [1, 3]

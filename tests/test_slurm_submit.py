@@ -16,7 +16,7 @@ import clipmill
 from pipeline.pack import PackConfig, pack
 from shards_spec.files import UserError
 from slurm.jobs import ArrayJob
-from slurm.site import Options, read_site
+from slurm.options import Options, read_site
 from slurm.snapshot import snapshot
 from slurm.submit import STAGES, Step, _divided, _ranges, _stage_step
 
@@ -148,7 +148,7 @@ def test_submitting_imports_no_torch_and_pickles_are_small(raw):
     scattered = _ranges(list(range(0, 100_000, 7)))
     job = ArrayJob(
         max_requeue=3, command="pack", function=pack, config=PackConfig(raw), ranges=scattered[:2000], folder="shards",
-        claims="c", submission="s", claim_s=1.0,
+        upstream="raw", claims="c", submission="s", claim_s=1.0,
     )  # fmt: skip
     data = cloudpickle.dumps(job)
     assert len(data) < 50_000
