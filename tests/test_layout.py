@@ -67,7 +67,7 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    "command", ["ingest", "dedup", "caption", "pack", "vocab", "cache", "eval", "export", "report", "check"]
+    "command", ["ingest", "dedup", "caption", "pack", "vocab", "classes", "cache", "eval", "export", "report", "check"]
 )
 def test_each_help_shows_every_field_with_default_and_a_line(command):
     import dataclasses

@@ -1,0 +1,1 @@
+"""Towers that neither open_clip nor timm ships."""
