@@ -120,7 +120,10 @@ def _train(rest: list[str]) -> int:
     recipe = rest[0] if rest else "--help"
     if recipe in ("-h", "--help"):
         print(
-            "usage: clipmill train RECIPE ...\n\n" + "\n".join(f"  {name:9} {line}" for name, line in RECIPES.items())
+            "usage: clipmill train RECIPE ...\n\n"
+            + "\n".join(f"  {name:9} {line}" for name, line in RECIPES.items())
+            + "\n\n--smoke trains a few small steps; --predict-memory only says what memory a step takes.\n"
+            "clipmill train RECIPE --help shows every option."
         )
         return 0
     if recipe not in RECIPES:
@@ -129,11 +132,16 @@ def _train(rest: list[str]) -> int:
     from training.config import smoke
 
     default = smoke(module.config()) if "--smoke" in rest else module.config()
-    options = [option for option in rest[1:] if option != "--smoke"]
+    options = [option for option in rest[1:] if option not in ("--smoke", "--predict-memory")]
     config = _parse(type(default), options, f"clipmill train {recipe}", default)
-    from training.trainer import train
+    from training.trainer import predict, train
 
-    print(train(recipe, config))
+    if "--predict-memory" in rest:
+        print(predict(recipe, config))
+        return 0
+    out = train(recipe, config)
+    if os.environ.get("RANK", "0") == "0":
+        print(out)
     return 0
 
 

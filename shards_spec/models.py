@@ -3,10 +3,14 @@
 Names are open_clip's: a built-in architecture with ``pretrained`` a tag or a checkpoint file, ``local-dir:PATH`` or
 ``hf-hub:ORG/NAME``. ``timm:NAME`` is timm's model of that name, an image-only teacher. torch is imported inside the
 functions only.
+
+Architectures that neither ships come from installed packages' entry points of the group ``clipmill.models``: modules
+that are imported before a model is built and make their names known to open_clip or timm (training's are in pyproject).
 """
 
 import hashlib
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +18,7 @@ from shards_spec.files import UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 TIMM = "timm:"
+EXTENSIONS = "clipmill.models"
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ def load_model(
     """
     import open_clip
 
+    import_extensions()
     try:
         built = open_clip.create_model(
             model,
@@ -80,6 +86,12 @@ def load_model(
     )
 
 
+def import_extensions() -> None:
+    """Make the names of the architectures known that installed packages bring."""
+    for module in entry_points(group=EXTENSIONS):
+        module.load()
+
+
 def load_teacher(
     model: str, pretrained: str | None = None, device: str = "cpu", precision: Precision = "fp32"
 ) -> LoadedModel:
@@ -93,6 +105,7 @@ def load_teacher(
     import timm
     import torch
 
+    import_extensions()
     name, dtype = model.removeprefix(TIMM), {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     try:
         built = timm.create_model(name, pretrained=pretrained is None, num_classes=0)

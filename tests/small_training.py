@@ -81,14 +81,30 @@ def write_teacher(root: str, keys: list[list[str]], name: str = "planted", views
         Done(f"cache/{name}", shard, meta, {"success": len(own)}, inputs, outputs).write(join(root, "teacher", name))
 
 
-def tiny_clip(folder: Path, dim: int = DIM) -> str:
-    """A CLIP of 1 + 1 layers, 32 pixels, without weights; returns its model name."""
+def write_retrieval(folder: Path, count: int = 8) -> str:
+    """An EVAL root for retrieval: the first pictures of `write_packed`, one caption each."""
+    samples = []
+    for index in range(count):
+        picture, caption = draw(f"{0:05d}{index:04d}")
+        samples.append(Sample(f"s{index:04d}", {"jpg": picture, "txt": f"{caption} {index}".encode()}))
+    write_shard(str(folder / "test" / "0.tar"), samples)
+    (folder / "test" / "nshards.txt").write_text("1\n")
+    (folder / "dataset_type.txt").write_text("retrieval\n")
+    return str(folder)
+
+
+TINY_VIT = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+TINY_RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}
+
+
+def tiny_clip(folder: Path, dim: int = DIM, vision: dict[str, Any] = TINY_VIT) -> str:
+    """A CLIP of 1 + 1 layers (or with another image tower), 32 pixels, without weights; returns its model name."""
     import open_clip
 
     vocabulary = open_clip.tokenizer.SimpleTokenizer(bpe_path=str(BPE)).vocab_size
     config = {
         "embed_dim": dim,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+        "vision_cfg": vision,
         "text_cfg": {
             "context_length": 16, "vocab_size": vocabulary, "width": 32, "heads": 2, "layers": 1,
             "tokenizer_kwargs": {"bpe_path": "bpe.txt.gz"},
@@ -108,10 +124,30 @@ def bare_coca(folder: Path) -> str:
     return name
 
 
+def tiny_siclip(folder: Path, name: str = "SiCLIP-tiny") -> str:
+    """SiCLIP-tiny or MobileCLIP-tiny with a small vocabulary of its own, without weights; returns its model name."""
+    import open_clip
+
+    import training.models.mobileclip  # noqa: F401  # makes the name known
+
+    config = open_clip.get_model_config(name)
+    config["text_cfg"] |= {
+        "vocab_size": open_clip.tokenizer.SimpleTokenizer(bpe_path=str(BPE)).vocab_size, "context_length": 16,
+        "tokenizer_kwargs": {"bpe_path": "bpe.txt.gz"},
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    shutil.copy(BPE, folder / "bpe.txt.gz")
+    preprocess = {"mean": [0.0] * 3, "std": [1.0] * 3}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    return f"local-dir:{folder}"
+
+
 def tiny_config(recipe, root, out, **fields):
     """A recipe's smoke config on the tiny data; ``fields`` go to whichever part has them."""
     module = importlib.import_module(f"training.recipes.{recipe}")
-    model = f"local-dir:{root}/models/{'coca' if recipe == 'coca' else 'clip'}"
+    model = f"local-dir:{root}/models/{recipe if recipe in ('coca', 'siclip') else 'clip'}"
+    if recipe == "siclip":
+        fields = {"base": f"local-dir:{root}/models/base", "base_weights": "random", **fields}
     wanted = {"data": root, "out": out, "model": model, "batch_size": 4, "steps": 12, "lr": 1e-3, **fields}
     config = smoke(module.config())
     for part in dataclasses.fields(config):

@@ -9,7 +9,7 @@ from torch import nn
 
 from shards_spec.files import UserError
 from training.losses import affinity_loss, clip_loss, feature_loss
-from training.optim import OptimConfig, build_optimizer, cosine_lr, param_groups
+from training.optim import OptimConfig, build_optimizer, learning_rate, param_groups
 
 EYE = torch.eye(2)
 
@@ -105,13 +105,27 @@ def test_feature_loss_is_two_minus_two_cosines():
     assert feature_loss(EYE, EYE, EYE, EYE.flip(0)).item() == pytest.approx(1.0)
 
 
-def test_cosine_lr_table():
-    lrs = [cosine_lr(step, 1.0, 4, 12) for step in range(12)]
-    half = [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]
-    assert lrs == pytest.approx([0.25, 0.5, 0.75, 1.0, *half])
-    assert half[4] == pytest.approx(0.5)
-    assert cosine_lr(0, 2.0, 0, 10) == 2.0
-    assert cosine_lr(5, 1.0, 5, 5) == 1.0
+HALF_COSINE = [1.0, 0.9619398, 0.8535534, 0.6913417, 0.5, 0.3086583, 0.1464466, 0.0380602]
+SCHEDULES = {
+    "cosine": HALF_COSINE,
+    "linear": [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125],
+    "constant": [1.0] * 8,
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("final", [0.0, 0.25])
+def test_learning_rate_tables(schedule, final):
+    config = OptimConfig(lr=1.0, warmup=4, schedule=schedule, final_lr=final)
+    end = 0.0 if schedule == "constant" else final
+    expected = [0.25, 0.5, 0.75, 1.0, *(end + (1 - end) * left for left in SCHEDULES[schedule])]
+    assert [learning_rate(step, config, 12) for step in range(12)] == pytest.approx(expected, abs=1e-6)
+    assert learning_rate(12, config, 12) == pytest.approx(1.0 if schedule == "constant" else final)
+
+
+def test_learning_rate_without_a_warm_up_and_with_nothing_after_it():
+    assert learning_rate(0, OptimConfig(lr=2.0, warmup=0), 10) == 2.0
+    assert learning_rate(5, OptimConfig(lr=1.0, warmup=5), 5) == 1.0
 
 
 class Toy(nn.Module):
@@ -123,6 +137,7 @@ class Toy(nn.Module):
         self.logit_scale = nn.Parameter(torch.ones([]))
         self.positional_embedding = nn.Parameter(torch.ones(4, 3))
         self.class_embedding = nn.Parameter(torch.ones(3))
+        self.layer_scale = nn.Parameter(torch.ones(3, 1, 1))
         self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
 
 
@@ -131,7 +146,7 @@ def test_decay_is_for_matrices_with_no_exempt_name():
     names = {id(parameter): name for name, parameter in toy.named_parameters()}
     decayed, plain = ({names[id(p)] for p in group["params"]} for group in param_groups(toy, 0.2))
     assert decayed == {"fc.weight", "positional_embedding"}
-    assert plain == {"fc.bias", "ln_1.weight", "ln_1.bias", "bn_weird", "logit_scale", "class_embedding"}
+    assert plain == {"fc.bias", "ln_1.weight", "ln_1.bias", "bn_weird", "logit_scale", "class_embedding", "layer_scale"}
 
 
 def test_optimizer_takes_the_config():

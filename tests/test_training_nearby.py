@@ -32,6 +32,13 @@ def copies(folder):
     return sorted(entry.name.split("-", 1)[1] for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
+def wait_for(folder, names):
+    end = time.monotonic() + 10
+    while copies(folder) != names and time.monotonic() < end:
+        time.sleep(0.01)
+    assert copies(folder) == names
+
+
 def test_a_local_file_stays_where_it_is(tmp_path):
     assert Nearby(str(tmp_path / "scratch")).get("/some/file") == "/some/file"
     assert not (tmp_path / "scratch").exists()
@@ -86,10 +93,7 @@ def test_a_disk_without_room_is_named(url, tmp_path, monkeypatch):
 def test_ahead_brings_what_get_then_finds(url, tmp_path):
     near, path = Nearby(str(tmp_path)), put(f"{url}/a", b"one")
     near.ahead([f"{url}/missing", path, str(tmp_path / "local, and missing")])
-    end = time.monotonic() + 10
-    while not copies(tmp_path) and time.monotonic() < end:
-        time.sleep(0.01)
-    assert copies(tmp_path) == ["a"]
+    wait_for(tmp_path, ["a"])
 
 
 def bring(folder, path, queue):
@@ -101,12 +105,13 @@ def bring(folder, path, queue):
 
 def test_a_forked_process_reads_ahead_too(url, tmp_path):
     near, path, queue = Nearby(str(tmp_path)), put(f"{url}/a", b"one"), FORK.Queue()
-    near.ahead([path])
+    near.ahead([put(f"{url}/first", b"")])  # the parent's thread is there, and idle
+    wait_for(tmp_path, ["first"])
     children = [FORK.Process(target=bring, args=(str(tmp_path), path, queue)) for _ in range(3)]
     for child in children:
         child.start()
     assert [queue.get(timeout=20) for _ in children] == [b"one"] * 3
-    assert copies(tmp_path) == ["a"]
+    assert copies(tmp_path) == ["a", "first"]
 
 
 def test_a_remote_shard_that_is_not_there_is_named_by_its_url(url, tmp_path):

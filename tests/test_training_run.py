@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import math
 import os
 import random
 import signal
@@ -14,10 +15,21 @@ from pathlib import Path
 import pytest
 import torch
 from small_data import write_raw
-from small_training import bare_coca, tiny_clip, tiny_config, write_packed, write_teacher
+from small_training import (
+    TINY_RESNET,
+    bare_coca,
+    tiny_clip,
+    tiny_config,
+    tiny_siclip,
+    write_packed,
+    write_retrieval,
+    write_teacher,
+)
 
+import clipmill
 from shards_spec.files import UserError
 from training.config import flat
+from training.evaluate import EvalConfig, evaluate
 from training.recipes import RECIPES
 from training.run_dir import RunDir, load_checkpoint
 from training.student import load_run, new_student
@@ -46,11 +58,13 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A packed dataset of 3 shards with a teacher, and students clip/ and coca/ beside them."""
+    """A packed dataset of 3 shards with a teacher; students clip/, coca/ and siclip/ with its base/ beside them."""
     root = tmp_path_factory.mktemp("data")
     write_teacher(str(root), write_packed(str(root), [9, 8, 6], broken=("000020001",)))
     tiny_clip(root / "models" / "clip")
     bare_coca(root / "models" / "coca")
+    tiny_siclip(root / "models" / "siclip")
+    tiny_siclip(root / "models" / "base", "MobileCLIP-tiny")
     write_raw(str(root), shards=2, per_shard=6)
     return str(root)
 
@@ -96,7 +110,7 @@ def test_every_field_is_a_flat_flag_with_help(recipe, capsys):
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_recipe_learns_and_leaves_a_whole_run_folder(recipe, precision, root, tmp_path):
     out = train(recipe, tiny_config(recipe, root, str(tmp_path / "run"), precision=precision, steps=30, batch_size=6))
     run = lines(out)
@@ -279,10 +293,198 @@ def test_another_dataset_is_refused(root, tmp_path):
         train("clip", config)
 
 
-def test_a_loss_that_is_not_finite_stops(root, tmp_path):
-    config = tiny_config("clip", root, str(tmp_path / "run"), lr=1e30, warmup=0, checkpoint_steps=1)
-    with pytest.raises(UserError, match=r"not finite at step [2-9] \(contrastive nan; first keys \['0000"):
+@pytest.mark.parametrize("often", [1, 3])
+def test_a_loss_that_is_not_finite_stops_after_some_in_a_row(root, tmp_path, often):
+    fields = {"lr": 1e30, "warmup": 0, "checkpoint_steps": 1, "max_nonfinite": often}
+    config = tiny_config("clip", root, str(tmp_path / "run"), **fields)
+    with pytest.raises(UserError, match=r"not finite at step [2-9] \(contrastive nan; first keys \['0000") as error:
         train("clip", config)
+    assert f"{often} in a row" in str(error.value)
+    assert len(os.listdir(tmp_path / "run" / "nonfinite")) == often
+
+
+def poison(monkeypatch, steps, recipe="clip"):
+    """Losses of these steps are NaN."""
+    task = importlib.import_module(f"training.recipes.{recipe}").Task
+    losses = task.losses
+
+    def poisoned(self, features, step):
+        found = losses(self, features, step)
+        return {name: value * math.nan for name, value in found.items()} if step + 1 in steps else found
+
+    monkeypatch.setattr(task, "losses", poisoned)
+
+
+def test_a_step_whose_loss_is_not_finite_is_skipped(root, tmp_path, monkeypatch, caplog):
+    poison(monkeypatch, (3, 4, 6, 7, 9, 10))
+    model = tiny_clip(tmp_path / "resnet", vision=TINY_RESNET)
+    fields = {"model": model, "checkpoint_steps": 1, "keep_checkpoints": 99}
+    out = train("clip", tiny_config("clip", root, str(tmp_path / "run"), **fields))
+    states = {path.stem: load_checkpoint(path) for path in Path(out, "checkpoints").iterdir()}
+    for step, before in ((3, 2), (4, 2), (7, 5)):
+        weights, others = (states[f"step_{number:06d}"]["task"] for number in (step, before))
+        assert all(torch.equal(weights[name], others[name]) for name in weights), "running statistics, too"
+    assert not torch.equal(states["step_000004"]["task"]["student.logit_scale"], weights["student.logit_scale"])
+    run = lines(out)
+    assert [line["nonfinite"] for line in run] == [0, 0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 6]
+    assert [line["loss"] is None for line in run] == [line["grad_norm"] is None for line in run]
+    kept = sorted(os.listdir(f"{out}/nonfinite"))
+    assert kept == ["step_000007.pt", "step_000009.pt", "step_000010.pt"]
+    state = torch.load(f"{out}/nonfinite/step_000009.pt")
+    assert (state["step"], list(state["losses"]), len(state["batches"])) == (9, ["contrastive"], 1)
+    assert state["batches"][0]["images"].shape[1:] == (3, 32, 32)
+    assert len(state["batches"][0]["keys"]) == len(state["batches"][0]["tokens"])
+    assert "not finite at step 9 (contrastive nan; first keys ['0000" in caplog.text
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_too(root, tmp_path, monkeypatch, caplog):
+    task = importlib.import_module("training.recipes.clip").Task
+    losses = task.losses
+
+    def steep(self, features, step):
+        found = losses(self, features, step)
+        return {"contrastive": found["contrastive"] + (features["image"].sum() * 0).sqrt()} if step == 2 else found
+
+    monkeypatch.setattr(task, "losses", steep)
+    out = train("clip", tiny_config("clip", root, str(tmp_path / "run"), steps=4))
+    assert [line["nonfinite"] for line in lines(out)] == [0, 0, 1, 1]
+    assert "the gradient is not finite at step 3" in caplog.text
+    assert all(value.isfinite().all() for value in final_weights(out).values())
+
+
+def test_a_scaled_loss_that_overflows_lowers_the_scale(root, tmp_path, monkeypatch):
+    """Such a step is skipped and counts as a step, and the scale is part of a checkpoint."""
+    fields = {"precision": "fp16", "checkpoint_steps": 4, "keep_checkpoints": 9}
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *words, **more: scaler(*words, **more, init_scale=2.0**40))
+    whole = train("clip", tiny_config("clip", root, str(tmp_path / "whole"), **fields))
+    run = lines(whole)
+    assert [line["step"] for line in run] == list(range(1, 13))
+    assert run[0]["grad_norm"] is None
+    assert [line["loss_scale"] for line in run[:3]] == [2.0**39, 2.0**38, 2.0**37]
+    assert {line["nonfinite"] for line in run} == {0}
+    again = train("clip", tiny_config("clip", root, str(tmp_path / "again"), **fields))
+    (Path(again) / "checkpoints" / "step_000012.pt").unlink()
+    train("clip", tiny_config("clip", root, again, **fields))
+    assert_same_run(whole, again)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"chunk_size": 2},
+        {"chunk_size": 3},
+        {"checkpoint_activations": True},
+        {"channels_last": True},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("recipe", ["clip", "coca"])
+def test_ways_to_compute_the_same(recipe, fields, root, tmp_path):
+    usual = lines(train(recipe, tiny_config(recipe, root, str(tmp_path / "usual"), steps=6)))
+    other = lines(train(recipe, tiny_config(recipe, root, str(tmp_path / "other"), steps=6, **fields)))
+    for line, expected in zip(other, usual, strict=True):
+        assert line.pop("losses") == pytest.approx(expected.pop("losses"), abs=1e-4)
+        assert line == pytest.approx(expected, rel=1e-3)
+
+
+def test_how_to_compute_may_change_when_going_on(root, tmp_path):
+    out = str(tmp_path / "run")
+    train("clip", tiny_config("clip", root, out, checkpoint_steps=6, keep_checkpoints=2))
+    Path(out, "checkpoints", "step_000012.pt").unlink()
+    fields = {"chunk_size": 3, "checkpoint_activations": True, "channels_last": True, "max_nonfinite": 1}
+    train("clip", tiny_config("clip", root, out, **fields))
+    assert len(lines(out)) == 12
+
+
+def test_the_learning_rate_of_a_run_is_the_schedules(root, tmp_path):
+    fields = {"schedule": "linear", "final_lr": 2e-4, "warmup": 2}
+    out = train("clip", tiny_config("clip", root, str(tmp_path / "run"), steps=6, **fields))
+    expected = [0.5e-3, 1e-3, 1e-3, 0.8e-3, 0.6e-3, 0.4e-3]
+    assert [line["lr"] for line in lines(out)] == pytest.approx(expected)
+
+
+def test_an_average_of_the_weights(root, tmp_path):
+    """It follows its formula, survives a resume, and is what a run's student is."""
+    model = tiny_clip(tmp_path / "resnet", vision=TINY_RESNET)
+    fields = {"model": model, "steps": 5, "ema_decay": 0.6, "checkpoint_steps": 1, "keep_checkpoints": 9}
+    config = tiny_config("clip", root, str(tmp_path / "run"), **fields)
+    out = train("clip", config)
+    average = new_student(config.student, 0).model.state_dict()
+    average = {name: value.double() for name, value in average.items()}
+    for step in range(1, 6):
+        state = load_checkpoint(Path(out, "checkpoints", f"step_{step:06d}.pt"))
+        for name, value in average.items():
+            average[name] = 0.6 * value + 0.4 * state["task"][f"student.{name}"].double()
+    student, raw = load_run(out)[0].model.state_dict(), load_run(out, raw=True)[0].model.state_dict()
+    for name, value in student.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), average[name], rtol=1e-5, atol=1e-6, msg=name)
+        assert torch.equal(raw[name], state["task"][f"student.{name}"])
+    assert not torch.equal(student["visual.bn1.running_mean"], raw["visual.bn1.running_mean"])
+    for step in (4, 5):
+        Path(out, "checkpoints", f"step_{step:06d}.pt").unlink()
+    again = load_run(train("clip", config))[0].model.state_dict()
+    assert all(torch.equal(again[name], value) for name, value in student.items())
+
+
+@pytest.fixture(scope="module")
+def eval_root(tmp_path_factory):
+    return write_retrieval(tmp_path_factory.mktemp("eval"))
+
+
+def test_measuring_while_training_keeps_the_best(root, eval_root, tmp_path):
+    fields = {"checkpoint_steps": 1, "keep_checkpoints": 99, "lr": 3e-3, "ema_decay": 0.5}
+    usual = train("clip", tiny_config("clip", root, str(tmp_path / "usual"), **fields))
+    fields |= {"eval_data": eval_root, "eval_every_steps": 2}
+    config = tiny_config("clip", root, str(tmp_path / "run"), **fields)
+    out = train("clip", config)
+    run = lines(out)
+    found = {line["step"]: line.pop("eval") for line in run if "eval" in line}
+    assert list(found) == [2, 4, 6, 8, 10, 12]
+    assert run == lines(usual), "measuring changes nothing"
+    scores = [(e["image_retrieval_recall@1"] + e["text_retrieval_recall@1"]) / 2 for e in found.values()]
+    best = load_checkpoint(RunDir(out).best())
+    step = best["progress"]["step"]
+    assert best["score"] == max(scores) == scores[step // 2 - 1]
+    assert scores.index(max(scores)) == step // 2 - 1, "the first of equals"
+    assert best["eval"] == found[step]
+    (measured,) = evaluate(EvalConfig(out, (eval_root,), best=True))
+    assert (measured["metrics"], measured["step"]) == (found[step], step)
+    (measured,) = evaluate(EvalConfig(out, (eval_root,)))
+    assert (measured["metrics"], measured["step"]) == (found[12], 12)
+    assert final_weights(out).keys() == best["task"].keys()
+    for later in range(7, 13):
+        Path(out, "checkpoints", f"step_{later:06d}.pt").unlink()
+    train("clip", config)
+    assert load_checkpoint(RunDir(out).newest())["progress"]["best"] == max(scores)
+    with pytest.raises(UserError, match="has no best checkpoint yet: train with --eval-data EVAL"):
+        load_run(usual, best=True)
+
+
+def test_measuring_once_per_epoch(root, eval_root, tmp_path):
+    fields = {"eval_data": eval_root, "steps": 14, "log_every": 100}
+    out = train("clip", tiny_config("clip", root, str(tmp_path / "run"), **fields))
+    assert [line["step"] for line in lines(out)] == [6, 12, 14]  # 23 samples in batches of 4
+
+
+def test_captioning_loss_is_open_clips(root):
+    from open_clip.loss import CoCaLoss
+
+    from training.config import ModelConfig
+    from training.recipes.coca import Task
+
+    student = new_student(ModelConfig(f"local-dir:{root}/models/coca"), 0)
+    tokens = student.tokenizer(["a red square", "two green circles and a long blue line", "a dot"])
+    images = torch.randn(3, 3, student.image_size, student.image_size, generator=torch.Generator().manual_seed(0))
+    task = Task(student.model, 0.7, 1.5)
+    ours = task.losses(task({"images": images, "tokens": tokens}), 0)
+    out = student.model(images, tokens)
+    theirs = CoCaLoss(1.5, 0.7, pad_id=student.model.pad_id)(
+        out["image_features"], out["text_features"], out["logits"], out["labels"], out["logit_scale"]
+    )
+    assert [value.item() for value in ours.values()] == pytest.approx([value.item() for value in theirs], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +499,12 @@ def test_a_loss_that_is_not_finite_stops(root, tmp_path):
         ("clip", {"batch_size": 0}, "--batch-size 0: must be 1 or more"),
         ("clip", {"steps": 0}, "--steps 0: must be 1 or more"),
         ("clip", {"scale": (0.9, 0.5)}, "0 < low <= high <= 1"),
+        ("clip", {"eval_data": "nowhere"}, "nowhere/test/nshards.txt is not there"),
+        ("clip", {"eval_every_steps": 0}, "--eval-every-steps 0: must be 1 or more"),
+        ("clip", {"final_lr": 1.0}, "--final-lr 1.0: must be from 0 to --lr (0.001)"),
+        ("clip", {"ema_decay": 1.0}, "--ema-decay 1.0: must be in (0, 1)"),
+        ("clip", {"chunk_size": 0}, "--chunk-size 0: must be 1 or more, or None"),
+        ("coca", {"clip_weight": 0.0, "caption_weight": 0.0}, "--clip-weight 0.0: must be above 0"),
     ],
 )
 def test_users_mistakes(recipe, fields, message, root, tmp_path):
@@ -313,6 +521,16 @@ def test_feature_widths_must_agree(root, tmp_path):
     config = tiny_config("affinity", root, str(tmp_path / "run"), model=model, feature_weight=1.0)
     with pytest.raises(UserError, match="features have 24 numbers, those of teacher planted have 16"):
         train("affinity", config)
+
+
+def test_peak_memory_is_printed(root, capsys, monkeypatch):
+    model = f"local-dir:{root}/models/clip"
+    words = ["train", "clip", "--data", root, "--model", model, "--predict-memory", "--ema-decay", "0.9"]
+    monkeypatch.setattr(sys, "argv", ["clipmill", *words])
+    with pytest.raises(SystemExit) as done:
+        clipmill.main()
+    assert not done.value.code
+    assert capsys.readouterr().out.startswith("peak memory of a process: about ")
 
 
 def test_random_weights_depend_on_the_seed_alone(root):

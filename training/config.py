@@ -7,20 +7,15 @@ from shards_spec.augment import OpSet
 from shards_spec.files import UserError
 from shards_spec.views import ViewSpec
 
+# What may change when a run goes on, beside the number of processes: a machine gone, the rest may have to fit another.
+# The last four change roundings only, unless a trained BatchNorm normalises over each chunk (then chunk_size is maths).
 FREE_ON_RESUME = frozenset(
     {
-        "out",
-        "workers",
-        "scratch",
-        "scratch_gb",
-        "log_every",
-        "checkpoint_minutes",
-        "checkpoint_steps",
-        "keep_checkpoints",
-        "resume",
-        "device",
+        "out", "workers", "scratch", "scratch_gb", "log_every", "checkpoint_minutes", "checkpoint_steps",
+        "keep_checkpoints", "resume", "device", "max_nonfinite", "eval_every_steps", "eval_every_epochs",
+        "chunk_size", "checkpoint_activations", "compile", "channels_last",
     }
-)
+)  # fmt: skip
 
 
 def require(fine: bool, field: str, value: object, allowed: str) -> None:
@@ -155,8 +150,20 @@ class RunConfig:
     """passes over the dataset; used when steps is None"""
     seed: int = 0
     """of weights, order, captions and (without a cache) views"""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 is autocast; weights stay fp32"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16 and fp16 are autocast, fp16 with a scaled loss; weights stay fp32"""
+    chunk_size: int | None = None
+    """samples per forward pass and process: less memory, a pass more, the same loss of the full batch; None is all"""
+    checkpoint_activations: bool = False
+    """keep only each block's input for the backward pass and compute the rest again"""
+    compile: bool = False
+    """torch.compile of the forward pass"""
+    channels_last: bool = False
+    """images and convolutions with the channels innermost: faster in convolutional towers on CUDA"""
+    sync_bn: bool = True
+    """with several processes, trained BatchNorms take their statistics over all of them"""
+    max_nonfinite: int = 3
+    """stop after that many steps in a row whose loss is not finite; they are skipped, their batches kept"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
     log_every: int = 10
@@ -167,6 +174,12 @@ class RunConfig:
     """steps between checkpoints, besides the minutes"""
     keep_checkpoints: int = 2
     """the newest ones that stay"""
+    eval_data: str = ""
+    """EVAL root, as `clipmill eval` takes it, to measure on while training; the best checkpoint is kept"""
+    eval_every_epochs: float = 1.0
+    """epochs between measurements, besides the one at the end"""
+    eval_every_steps: int | None = None
+    """steps between measurements; when given, eval_every_epochs is not used"""
     resume: bool = True
     """go on from RUN's newest checkpoint"""
 
@@ -179,6 +192,11 @@ class RunConfig:
             self.checkpoint_steps is None or self.checkpoint_steps >= 1,
             "checkpoint_steps", self.checkpoint_steps, "1 or more, or None",
         )  # fmt: skip
+        require(self.chunk_size is None or self.chunk_size >= 1, "chunk_size", self.chunk_size, "1 or more, or None")
+        require(self.max_nonfinite >= 1, "max_nonfinite", self.max_nonfinite, "1 or more")
+        every = self.eval_every_steps
+        require(every is None or every >= 1, "eval_every_steps", every, "1 or more, or None")
+        require(self.eval_every_epochs > 0, "eval_every_epochs", self.eval_every_epochs, "above 0")
         require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "1 or more")
 
 

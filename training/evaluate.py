@@ -48,6 +48,10 @@ class EvalConfig:
     """open_clip tag or checkpoint file, when model is a name"""
     task: Literal["auto", "zeroshot", "retrieval"] = "auto"
     """auto: what dataset_type.txt says"""
+    raw: bool = False
+    """take a run's weights themselves where it kept an average of them"""
+    best: bool = False
+    """take a run's best checkpoint by its eval_data, not the newest"""
     output: str | None = None
     """folder for the results, DATASET_TASK.json each; by default RUN/eval, and none for a model that is no RUN"""
     batch_size: int = 64
@@ -123,9 +127,8 @@ def evaluate(config: EvalConfig) -> list[dict[str, Any]]:
 
 
 def _evaluate_one(config: EvalConfig, encoder: Encoder, about: dict[str, Any], root: str) -> dict[str, Any]:
-    task = _task(root) if config.task == "auto" else config.task
     dataset = root.rstrip("/").rsplit("/", 1)[-1]
-    metrics, samples = (zeroshot if task == "zeroshot" else retrieval)(encoder, root)
+    task, metrics, samples = measure(encoder, root, config.task)
     result = {
         "dataset": dataset,
         "model": about["model"],
@@ -145,11 +148,31 @@ def _evaluate_one(config: EvalConfig, encoder: Encoder, about: dict[str, Any], r
     return result
 
 
+def measure(
+    encoder: Encoder, root: str, task: Literal["auto", "zeroshot", "retrieval"] = "auto"
+) -> tuple[Literal["zeroshot", "retrieval"], dict[str, float], int]:
+    """What was measured, its metrics, and the number of pictures. Raises UserError and DataError."""
+    found = _task(root) if task == "auto" else task
+    return found, *(zeroshot if found == "zeroshot" else retrieval)(encoder, root)
+
+
+def check_root(root: str) -> None:
+    """Raise now what `measure` would raise for a root that is none, or lacks a file."""
+    _shards(root)
+    if _task(root) == "zeroshot":
+        _classes(root)
+
+
+def score(metrics: dict[str, float]) -> float:
+    """The one number a checkpoint is chosen by: acc1, or the mean of both recalls at 1."""
+    return metrics.get("acc1", sum(metrics.get(f"{way}_retrieval_recall@1", 0.0) for way in ("image", "text")) / 2)
+
+
 def _load(config: EvalConfig) -> tuple[LoadedModel, dict[str, Any]]:
     """The model and how to name it; a RUN also has ``recipe`` and ``step``."""
     folder = Path(config.model)
     if (folder / "checkpoints").is_dir() and (folder / "config.json").exists():
-        loaded, step = load_run(config.model)
+        loaded, step = load_run(config.model, config.raw, config.best)
         run = RunDir(config.model).config()
         return loaded, {"model": run["model"], "pretrained": config.model, "recipe": run["recipe"], "step": step}
     if folder.is_dir() and (folder / "open_clip_config.json").exists():
@@ -188,16 +211,21 @@ def _shards(root: str) -> list[str]:
     return paths
 
 
+def _classes(root: str) -> tuple[list[str], list[str]]:
+    names = _lines(root, "classnames.txt", "one class name per line")
+    templates = _lines(root, "zeroshot_classification_templates.txt", "one prompt per line with {c} for the class")
+    if bad := [template for template in templates if "{c}" not in template]:
+        raise UserError(f"{join(root, 'zeroshot_classification_templates.txt')}: {bad[0]!r} has no {{c}} for the class")
+    return names, templates
+
+
 def zeroshot(encoder: Encoder, root: str) -> tuple[dict[str, float], int]:
     """acc1, acc5, mean_per_class_recall, and the number of pictures.
 
     A class is the renormalised mean of its prompts' unit features (CLIP, section 3.1.4). With fewer than five
     classes acc5 counts among those there are. Recall is averaged over the classes that occur.
     """
-    names = _lines(root, "classnames.txt", "one class name per line")
-    templates = _lines(root, "zeroshot_classification_templates.txt", "one prompt per line with {c} for the class")
-    if bad := [template for template in templates if "{c}" not in template]:
-        raise UserError(f"{join(root, 'zeroshot_classification_templates.txt')}: {bad[0]!r} has no {{c}} for the class")
+    names, templates = _classes(root)
     prompts = (encoder.texts([template.replace("{c}", name) for template in templates]) for name in names)
     classes = torch.stack([F.normalize(features.mean(dim=0), dim=-1) for features in prompts])
     seen, hits, in_five = (torch.zeros(len(names), dtype=torch.int64) for _ in range(3))

@@ -26,6 +26,10 @@ class ExportConfig:
     """RUN folder of `clipmill train`"""
     to: str
     """folder to write; load it with open_clip as local-dir:FOLDER"""
+    raw: bool = False
+    """take the run's weights themselves where it kept an average of them"""
+    best: bool = False
+    """take the run's best checkpoint by its eval_data, not the newest"""
     format: Literal["open_clip"] = "open_clip"
     """open_clip: open_clip_config.json and open_clip_model.safetensors"""
 
@@ -39,7 +43,7 @@ def export(config: ExportConfig) -> None:
 
     if is_url(config.to):
         raise UserError(f"--to {config.to!r}: give a local folder and copy it from there")
-    student, step = load_run(config.run)
+    student, step = load_run(config.run, config.raw, config.best)
     folder = Path(config.to).resolve()
     tensors = {name: tensor.contiguous() for name, tensor in student.model.state_dict().items()}
     write_bytes(str(folder / "open_clip_model.safetensors"), save(tensors, metadata={"format": "pt"}))

@@ -2,18 +2,19 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
 from training.config import require
 
-UNDECAYED = ("bn", "ln", "bias", "logit_scale")  # open_clip's and TinyCLIP's rule: exempt by name
+UNDECAYED = ("bn", "ln", "bias", "logit_scale", "layer_scale")  # by name: open_clip's rule, and timm's 3-d scales
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine to 0."""
+    """AdamW, its learning rate by the step, and an average of the weights."""
 
     lr: float = 1e-4
     """peak learning rate"""
@@ -27,8 +28,14 @@ class OptimConfig:
     """AdamW; CLIP takes 1e-6 for ViT, 1e-8 for ResNet"""
     warmup: int = 2000
     """steps of linear warm-up"""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """way of the learning rate after the warm-up: down to final_lr in half a cosine or a line, or as it is"""
+    final_lr: float = 0.0
+    """learning rate that cosine and linear end at"""
     clip_norm: float | None = None
     """clip the gradient's global L2 norm to this; None does not clip"""
+    ema_decay: float | None = None
+    """keep an exponential moving average of the student's weights, say 0.9998; eval and export then take it"""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, "lr", self.lr, "above 0")
@@ -37,6 +44,9 @@ class OptimConfig:
         require(0 <= self.beta2 < 1, "beta2", self.beta2, "in [0, 1)")
         require(self.eps > 0, "eps", self.eps, "above 0")
         require(self.warmup >= 0, "warmup", self.warmup, "0 or more")
+        require(0 <= self.final_lr <= self.lr, "final_lr", self.final_lr, f"from 0 to --lr ({self.lr:g})")
+        decay = self.ema_decay
+        require(decay is None or 0 < decay < 1, "ema_decay", decay, "in (0, 1), or None")
         require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0 or None")
 
 
@@ -54,11 +64,13 @@ def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, objec
     ]
 
 
-def cosine_lr(step: int, base: float, warmup: int, total: int) -> float:
-    """Learning rate of step 0 … total-1: ``base * (step+1) / warmup``, then half a cosine down to 0."""
-    if step < warmup:
-        return base * (step + 1) / warmup
-    return 0.5 * base * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+def learning_rate(step: int, config: OptimConfig, total: int) -> float:
+    """Of step 0 … total-1: ``lr * (step+1) / warmup``, then by ``schedule`` towards ``final_lr``."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, total - config.warmup)
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[config.schedule]
+    return config.final_lr + (config.lr - config.final_lr) * left
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

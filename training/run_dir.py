@@ -5,6 +5,8 @@ environment.json        versions, code revision, device of the newest start
 open_clip_config.json   the student's architecture and preprocessing (and bpe.txt.gz when it has its own)
 metrics.jsonl           one line per log interval; tensorboard/ has the same curves
 checkpoints/step_N.pt   state of model, optimizer and random streams after N steps
+checkpoints/best.pt     the same of the best measurement on eval_data, which is in it
+nonfinite/step_N.pt     what each process had read for a step whose loss was not finite, and the losses
 """
 
 import json
@@ -36,6 +38,7 @@ from shards_spec.models import LoadedModel
 from training.config import FREE_ON_RESUME
 
 CHECKPOINT = re.compile(r"step_(\d+)\.pt")
+BEST = "best.pt"
 BPE = "bpe.txt.gz"
 VERSIONED = ("clipmill", "torch", "open_clip_torch", "timm", "numpy", "pillow", "pyarrow")
 
@@ -95,10 +98,16 @@ class RunDir:
         found = self._found()
         return found[-1] if found else None
 
-    def _found(self) -> list[Path]:
-        names = os.listdir(self.checkpoints) if self.checkpoints.is_dir() else []
+    def best(self) -> Path | None:
+        """The checkpoint of the best measurement."""
+        path = self.checkpoints / BEST
+        return path if path.exists() else None
+
+    def _found(self, folder: Path | None = None) -> list[Path]:
+        folder = folder or self.checkpoints
+        names = os.listdir(folder) if folder.is_dir() else []
         steps = sorted((int(match[1]), name) for name in names if (match := CHECKPOINT.fullmatch(name)))
-        return [self.checkpoints / name for _, name in steps]
+        return [folder / name for _, name in steps]
 
     def save(self, step: int, state: dict[str, Any], keep: int) -> None:
         """Write a checkpoint atomically, then delete all but the newest ``keep``."""
@@ -109,6 +118,21 @@ class RunDir:
             torch.save(state, file)
         for old in self._found()[:-keep]:
             old.unlink()
+
+    def save_best(self, state: dict[str, Any]) -> None:
+        """Write best.pt atomically."""
+        with atomic_writer(str(self.checkpoints / BEST)) as file:
+            torch.save(state, file)
+
+    def save_nonfinite(self, step: int, state: dict[str, Any], keep: int) -> Path:
+        """Write what led to a loss that is not finite; the newest ``keep`` of these stay."""
+        folder = self.path / "nonfinite"
+        path = folder / f"step_{step:06d}.pt"
+        with atomic_writer(str(path)) as file:
+            torch.save(state, file)
+        for old in self._found(folder)[:-keep]:
+            old.unlink()
+        return path
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""

@@ -47,22 +47,24 @@ def _nan_for_uninitialised() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def load_run(path: str) -> tuple[LoadedModel, int]:
-    """The student of a RUN folder with its newest checkpoint's weights, in eval mode, and the checkpoint's step.
+def load_run(path: str, raw: bool = False, best: bool = False) -> tuple[LoadedModel, int]:
+    """The student of a RUN folder with its newest (or best) checkpoint's weights, in eval mode, and that one's step.
 
-    Raises UserError when there is no checkpoint.
+    Where the run kept an average of the weights, that is what they are, unless ``raw``. Raises UserError when there is
+    no checkpoint.
     """
     run = RunDir(path)
-    config, newest = run.config(), run.newest()
-    if newest is None:
-        raise UserError(f"{run.checkpoints} has no checkpoint yet: run `clipmill train {config['recipe']}` longer")
+    config, checkpoint = run.config(), run.best() if best else run.newest()
+    if checkpoint is None:
+        hint = "train with --eval-data EVAL" if best else f"run `clipmill train {config['recipe']}` longer"
+        raise UserError(f"{run.checkpoints} has no {'best ' if best else ''}checkpoint yet: {hint}")
     logging.disable(logging.WARNING)  # open_clip would say that the weights are random
     try:
         student = load_model(f"local-dir:{path}", random_weights=True)
     finally:
         logging.disable(logging.NOTSET)
-    state = load_checkpoint(newest)
+    state = load_checkpoint(checkpoint)
     prefix = "student."
     weights = {name.removeprefix(prefix): value for name, value in state["task"].items() if name.startswith(prefix)}
-    student.model.load_state_dict(weights)
+    student.model.load_state_dict(weights if raw else weights | (state.get("ema") or {}))
     return student, state["progress"]["step"]

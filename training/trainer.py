@@ -1,11 +1,13 @@
-"""The one training loop. It knows a task, ``task(batch) -> dict of named weighted losses``, and no paper."""
+"""The one training loop. It knows a task, that is features of samples and named losses of them, and no paper."""
 
+import dataclasses
+import itertools
 import logging
 import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import FrameType
@@ -15,13 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from shards_spec.files import UserError, sha256_json
-from shards_spec.models import pick_device
+from shards_spec.models import LoadedModel
+from training.batch_norm import statistics, synchronise
 from training.config import CacheConfig, DataConfig, ModelConfig, RunConfig, ViewConfig, flat, total_steps
 from training.data import Samples, load_batches, open_samples
-from training.optim import OptimConfig, build_optimizer, cosine_lr, set_lr
+from training.dist import Ranks, processes
+from training.ema import Average
+from training.evaluate import Encoder, check_root, measure, score
+from training.memory import Memory, predict_memory
+from training.optim import OptimConfig, build_optimizer, learning_rate, set_lr
 from training.order import batch_positions
 from training.recipes import RECIPES
 from training.run_dir import RunDir, load_checkpoint
+from training.step import Batch, Gradients, rng_state, set_rng_state, total
 from training.student import new_student
 
 log = logging.getLogger(__name__)
@@ -48,8 +56,15 @@ class Task(Protocol):
 
     student: Any
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Named weighted losses; their sum is minimised."""
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """Per-sample tensors (n, ...) of a batch or of a chunk of one, teacher features and per-sample losses too."""
+        ...
+
+    def losses(self, features: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Named weighted losses of the global batch's features (N, ...), in the order of positions.
+
+        Every rank computes all of it, so nothing may come from a rank's own random stream; their sum is minimised.
+        """
         ...
 
     def after_step(self) -> None:
@@ -59,35 +74,79 @@ class Task(Protocol):
 
 @dataclass
 class Progress:
-    """How far a run is. ``samples_seen`` counts positions over all processes; ``seconds`` is training time."""
+    """How far a run is. ``samples_seen`` counts positions over all processes; ``seconds`` is training time.
+
+    ``nonfinite`` counts steps that were skipped for their loss, ``in_a_row`` the last ones without another between.
+    ``best`` is the best score on ``eval_data`` so far.
+    """
 
     step: int = 0
     samples_seen: int = 0
     skipped: int = 0
     seconds: float = 0.0
+    nonfinite: int = 0
+    in_a_row: int = 0
+    best: float | None = None
 
 
 def train(recipe: str, config: RecipeConfig) -> str:
     """Train a recipe to its end, or on from RUN's newest checkpoint; return the RUN folder.
 
-    SIGTERM, SIGUSR1 and Ctrl-C end it after the step in progress, with a checkpoint. Raises UserError and DataError.
+    Under torchrun this is one of several processes. SIGTERM, SIGUSR1 and Ctrl-C end all of them after the step in
+    progress, with a checkpoint. Raises UserError and DataError.
     """
+    with processes(config.run.device) as (ranks, device):
+        with ranks.together():
+            next(batch_positions(0, 1, config.data.batch_size, ranks.rank, ranks.size))  # raises where it cannot share
+            student, samples, task = prepare(recipe, config)
+            predicted = _predict(config, samples, task, ranks.size) if device != "cpu" and ranks.first else None
+            task = task.to(device).train()
+            run, newest = RunDir(config.run.out), None
+            if ranks.first:
+                newest = run.start(recipe, flat(config), config.run.resume, device)
+                run.describe(student, config.student.model)
+        newest = ranks.from_first(newest)
+        if predicted is not None:
+            log.info("%s", predicted)
+        trainer = Trainer(config, task, samples, run, device, student, ranks, predicted)
+        with ranks.together():
+            if newest is not None:
+                trainer.restore(newest)
+            if ranks.first:
+                run.cut_metrics(trainer.progress.step)
+        trainer.loop()
+    return str(run.path)
+
+
+def prepare(recipe: str, config: RecipeConfig) -> tuple[LoadedModel, Samples, Any]:
+    """Student, reader and task of a recipe, on the CPU. Raises UserError and DataError."""
     if recipe not in RECIPES:
         raise UserError(f"recipe {recipe!r}: there are {', '.join(RECIPES)}")
-    module = import_module(f"training.recipes.{recipe}")
-    device = pick_device(config.run.device)
+    if config.run.eval_data:
+        check_root(config.run.eval_data)  # raises now, not after an epoch
     student = new_student(config.student, config.run.seed)
     samples = open_samples(config.data, config.views, student, config.run.seed)
-    task = module.build(config, student, samples.cache).to(device).train()
-    run = RunDir(config.run.out)
-    newest = run.start(recipe, flat(config), config.run.resume, device)
-    run.describe(student, config.student.model)
-    trainer = Trainer(config, task, samples, run, device)
-    if newest is not None:
-        trainer.restore(newest)
-    run.cut_metrics(trainer.progress.step)
-    trainer.loop()
-    return str(run.path)
+    task = import_module(f"training.recipes.{recipe}").build(config, student, samples.cache)
+    if config.run.checkpoint_activations:
+        if not hasattr(task.student, "set_grad_checkpointing"):
+            raise UserError(f"--checkpoint-activations: model {config.student.model!r} has no set_grad_checkpointing")
+        task.student.set_grad_checkpointing(True)
+    return student, samples, task
+
+
+def predict(recipe: str, config: RecipeConfig) -> Memory:
+    """Peak memory of one training process, where a batch is shared by the processes there are."""
+    with processes("cpu") as (ranks, _):
+        _, samples, task = prepare(recipe, config)
+        return _predict(config, samples, task, ranks.size)
+
+
+def _predict(config: RecipeConfig, samples: Samples, task: Any, size: int) -> Memory:
+    positions = (range(start, start + 4) for start in itertools.count(0, 4))
+    batch = next(batch for batch in load_batches(samples, positions) if len(batch["keys"]) > 1)
+    run, optim = config.run, config.optim
+    average = optim.ema_decay is not None
+    return predict_memory(task.train(), batch, config.data.batch_size, size, run.chunk_size, run.precision, average)
 
 
 @dataclass
@@ -99,122 +158,232 @@ class Trainer:
     samples: Samples
     run: RunDir
     device: str
+    student: LoadedModel
+    ranks: Ranks = field(default_factory=Ranks)
+    predicted: Memory | None = None
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
-        self.optimizer = build_optimizer(self.task, self.config.optim)
-        self.total = total_steps(self.config.run, self.config.data.batch_size, self.samples.order.total)
+        run, optim = self.config.run, self.config.optim
+        if run.channels_last:
+            self.task.to(memory_format=torch.channels_last)
+        if run.sync_bn and self.ranks.size > 1:
+            log.info("%d trained BatchNorms are synchronised", synchronise(self.task, self.device))
+        if run.compile:
+            self.task.compile()  # its forward, in place: names of weights stay
+        self.optimizer = build_optimizer(self.task, optim)
+        self.gradients = Gradients(self.task, self.ranks, self.device, run.precision, run.chunk_size)
+        self.average = Average(self.task.student, optim.ema_decay) if optim.ema_decay is not None else None
+        self.total = total_steps(run, self.config.data.batch_size, self.samples.order.total)
         self.sizes_sha256 = sha256_json(self.samples.order.sizes.tolist())
-        torch.manual_seed(self.config.run.seed + 1)  # dropout and the like, whatever the weights' draw took
+        self.statistics = statistics(self.task)
+        torch.manual_seed(run.seed + 1 + self.ranks.rank)  # dropout and the like, whatever the weights' draw took
 
     def loop(self) -> None:
         """Run the steps that are left."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        progress, config = self.progress, self.config
+        progress, config, ranks = self.progress, self.config, self.ranks
         left = self.total - progress.step
         log.info("%s: step %d of %d, %d samples", self.run.path, progress.step, self.total, self.samples.order.total)
         if left <= 0:
             return
-        positions = batch_positions(progress.samples_seen, left, config.data.batch_size)
-        writer = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=progress.step + 1)
+        positions = batch_positions(progress.samples_seen, left, config.data.batch_size, ranks.rank, ranks.size)
+        batches = load_batches(self.samples, positions, config.data.workers, self.device)
         saved = logged = (time.monotonic(), progress.step)
         start = time.monotonic() - progress.seconds
-        with writer, _stop_flag() as stop:
-            for batch in load_batches(self.samples, positions, config.data.workers, self.device):
+        with self._writer() as writer, _stop_flag() as stop:
+            while progress.step < self.total:
+                with ranks.together():
+                    batch = next(batches)
                 losses, lr, norm = self.step(batch)
+                metrics = self._evaluate() if self._evaluation_due() else {}
                 now = time.monotonic()
                 progress.seconds = now - start
-                stopped = stop[0] if stop else None  # looked at once: a signal after this waits for the next step
-                if progress.step % config.run.log_every == 0 or progress.step == self.total:
+                # looked at once, and by all: a signal after this waits for the next step; rank 0's clock decides
+                stopped, due = ranks.maximum(stop[0] if stop else 0, ranks.first and self._save_due(now - saved[0]))
+                finished = progress.step == self.total
+                if progress.step % config.run.log_every == 0 or finished or metrics:
                     rate = (progress.step - logged[1]) * config.data.batch_size / max(now - logged[0], 1e-9)
                     logged = (now, progress.step)
-                    self._log(writer, losses, lr, norm, rate)
-                if stopped or progress.step == self.total or self._checkpoint_due(now - saved[0]):
+                    if ranks.first:
+                        self._log(writer, losses, lr, norm, rate, metrics)
+                if stopped or finished or due:
                     self.save()
                     saved = (now, progress.step)
                 if stopped:
                     log.warning(
                         "stopped by %s after step %d of %d; the same command goes on from there",
-                        stopped.name, progress.step, self.total,
+                        signal.Signals(stopped).name, progress.step, self.total,
                     )  # fmt: skip
                     return
 
-    def step(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], float, float]:
+    def step(self, batch: Batch) -> tuple[dict[str, Tensor], float, float]:
         """One step; returns the losses, the learning rate and the gradient's norm before clipping.
 
-        Raises UserError when the loss is not finite; the weights are still those before the step.
+        Where the loss or the gradient is not finite, weights and running statistics stay those before the step. Raises
+        UserError when that comes too often in a row.
         """
-        progress, optim = self.progress, self.config.optim
-        progress.skipped += len(batch["skipped"])
-        bf16 = self.config.run.precision == "bf16"
-        with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=bf16):
-            losses: dict[str, Tensor] = self.task(batch)
-        loss = torch.stack(list(losses.values())).sum()
-        if not math.isfinite(loss.item()):
-            parts = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
-            raise UserError(
-                f"the loss is not finite at step {progress.step + 1} ({parts}; first keys {batch['keys'][:5]}): "
-                f"lower --lr ({optim.lr:g}), clip with --clip-norm, or train with --precision fp32"
-            )
-        loss.backward()
-        parameters = [parameter for parameter in self.task.parameters() if parameter.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, optim.clip_norm or math.inf).item()
-        lr = cosine_lr(progress.step, optim.lr, optim.warmup, self.total)
-        set_lr(self.optimizer, lr)
-        self.optimizer.step()
+        progress, scaler = self.progress, self.gradients.scaler
+        sizes = self.ranks.sizes(len(batch["keys"]))
+        progress.skipped += self.config.data.batch_size - sum(sizes)
+        before = [buffer.clone() for buffer in self.statistics]
+        if self.config.run.channels_last:
+            batch["images"] = batch["images"].contiguous(memory_format=torch.channels_last)
+        losses, backward = self.gradients.losses(batch, progress.step, sizes)
+        lr, norm = learning_rate(progress.step, self.config.optim, self.total), math.nan
+        bad = bool(self.ranks.maximum(not math.isfinite(total(losses).item()))[0])
+        if not bad:
+            backward()
+            scaler.unscale_(self.optimizer)
+            norm = self._clip()
+            hopeless = not scaler.is_enabled() or scaler.get_scale() < 1  # else the scaler skips and lowers its scale
+            bad = bool(self.ranks.maximum(hopeless and not math.isfinite(norm))[0])
+        if bad:
+            for buffer, value in zip(self.statistics, before, strict=True):
+                buffer.copy_(value)
+        else:
+            set_lr(self.optimizer, lr)
+            scaler.step(self.optimizer)
+            scaler.update()
+            self.task.after_step()
+            if self.average is not None:
+                self.average.update(self.task.student)
         self.optimizer.zero_grad(set_to_none=True)
-        self.task.after_step()
         progress.step += 1
         progress.samples_seen += self.config.data.batch_size
+        progress.in_a_row = progress.in_a_row + 1 if bad else 0
+        losses = {name: value.detach() for name, value in losses.items()}  # not the graph of a skipped step
+        if bad:
+            self._note_nonfinite(batch, losses)
         return losses, lr, norm
 
-    def _checkpoint_due(self, seconds: float) -> bool:
+    def _clip(self) -> float:
+        parameters = [parameter for parameter in self.task.parameters() if parameter.grad is not None]
+        return float(nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm or math.inf))
+
+    def _note_nonfinite(self, batch: Batch, losses: dict[str, Tensor]) -> None:
+        """Keep a skipped step's batch. Raises UserError when it is one too many in a row."""
+        progress, run = self.progress, self.config.run
+        progress.nonfinite += 1
+        values = {name: value.item() for name, value in losses.items()}
+        where = self.run.path
+        with self.ranks.together():
+            batches = self.ranks.to_first(batch)
+            if self.ranks.first:
+                state = {"step": progress.step, "losses": values, "batches": batches}
+                where = self.run.save_nonfinite(progress.step, state, run.max_nonfinite)
+        what = "gradient" if math.isfinite(sum(values.values())) else "loss"
+        parts = ", ".join(f"{name} {value:g}" for name, value in values.items())
+        message = f"the {what} is not finite at step {progress.step} ({parts}; first keys {batch['keys'][:5]})"
+        with self.ranks.together():
+            if progress.in_a_row >= run.max_nonfinite and self.ranks.first:
+                raise UserError(
+                    f"{message}, {progress.in_a_row} in a row; the batch is in {where}: lower --lr "
+                    f"({self.config.optim.lr:g}), clip with --clip-norm, or train with --precision fp32"
+                )
+        if self.ranks.first:
+            log.warning("%s: skipped; the batch is in %s", message, where)
+
+    def _evaluation_due(self) -> bool:
+        run, seen = self.config.run, self.progress.samples_seen
+        if not run.eval_data or self.progress.step == self.total:
+            return bool(run.eval_data)
+        if run.eval_every_steps is not None:
+            return self.progress.step % run.eval_every_steps == 0
+        period = run.eval_every_epochs * self.samples.order.total
+        return seen // period > (seen - self.config.data.batch_size) // period
+
+    def _evaluate(self) -> dict[str, float]:
+        """Metrics on ``eval_data`` (of the averaged weights, where there are), by rank 0; the best is saved."""
+        metrics: dict[str, float] = {}
+        with self.ranks.together():
+            if self.ranks.first:
+                student = self.task.student.eval()
+                with self.average.within(student) if self.average is not None else nullcontext():
+                    encoder = Encoder(dataclasses.replace(self.student, model=student), 64, self.device)
+                    _, metrics, _ = measure(encoder, self.config.run.eval_data)
+                self.task.train()
+        metrics = self.ranks.from_first(metrics)
+        if self.progress.best is None or score(metrics) > self.progress.best:
+            self.progress.best = score(metrics)
+            self.save({"eval": metrics, "score": self.progress.best})
+        return metrics
+
+    def _save_due(self, seconds: float) -> bool:
         every = self.config.run.checkpoint_steps
         return seconds > 60 * self.config.run.checkpoint_minutes or (
             every is not None and self.progress.step % every == 0
         )
 
-    def _log(self, writer: Any, losses: dict[str, Tensor], lr: float, norm: float, rate: float) -> None:
+    def _writer(self) -> Any:
+        """TensorBoard's on rank 0."""
+        if not self.ranks.first:
+            return nullcontext()
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.run.path / "tensorboard"), purge_step=self.progress.step + 1)
+
+    def _log(
+        self, writer: Any, losses: dict[str, Tensor], lr: float, norm: float, rate: float, metrics: dict[str, float]
+    ) -> None:
         progress, values = self.progress, {name: value.item() for name, value in losses.items()}
-        line = {
+        line: dict[str, Any] = {
             "step": progress.step,
             "epoch": round(progress.samples_seen / self.samples.order.total, 6),
             "samples_seen": progress.samples_seen,
             "skipped": progress.skipped,
-            "loss": sum(values.values()),
-            "losses": values,
+            "nonfinite": progress.nonfinite,
+            "loss": _finite(sum(values.values())),
+            "losses": {name: _finite(value) for name, value in values.items()},
             "lr": lr,
-            "grad_norm": norm,
+            "grad_norm": _finite(norm),
             "logit_scale": self.task.student.logit_scale.exp().item(),
             "samples_per_s": round(rate, 2),
             "seconds": round(progress.seconds, 3),
         }
-        self.run.log(line)
-        curves = {f"loss/{name}": value for name, value in values.items()}
-        for name, value in (curves | {k: v for k, v in line.items() if isinstance(v, float)}).items():
+        if self.gradients.scaler.is_enabled():
+            line["loss_scale"] = self.gradients.scaler.get_scale()
+        if self.predicted is not None:
+            line["memory_mib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1)
+            line["memory_predicted_mib"] = round(self.predicted.total / 2**20, 1)
+        curves = {name: value for name, value in line.items() if isinstance(value, float)}
+        curves |= {f"loss/{name}": value for name, value in values.items()}
+        curves |= {f"eval/{name}": value for name, value in metrics.items()}
+        self.run.log(line | ({"eval": metrics} if metrics else {}))
+        for name, value in curves.items():
             writer.add_scalar(name, value, progress.step)
         eta = (self.total - progress.step) * self.config.data.batch_size / max(rate, 1e-9)
         log.info(
-            "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  %.0f samples/s  %.0f s left",
-            progress.step, self.total, line["epoch"], line["loss"], lr, rate, eta,
+            "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  %.0f samples/s  %.0f s left%s",
+            progress.step, self.total, line["epoch"], sum(values.values()), lr, rate, eta,
+            "".join(f"  {name} {value:.4f}" for name, value in metrics.items()),
         )  # fmt: skip
 
-    def save(self) -> None:
-        """Write a checkpoint of everything that the next step depends on."""
-        state = {
-            "progress": vars(self.progress),
-            "epoch": self.progress.samples_seen // self.samples.order.total,
-            "sizes_sha256": self.sizes_sha256,
-            "task": self.task.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.startswith("cuda") else [],
-        }
-        self.run.save(self.progress.step, state, self.config.run.keep_checkpoints)
+    def save(self, best: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint of everything that the next step depends on; with ``best``, also that, as best.pt."""
+        streams = self.ranks.to_first(rng_state(self.device))
+        with self.ranks.together():
+            if not self.ranks.first:
+                return
+            state = {
+                "progress": vars(self.progress),
+                "epoch": self.progress.samples_seen // self.samples.order.total,
+                "sizes_sha256": self.sizes_sha256,
+                "task": self.task.state_dict(),
+                "ema": self.average.weights if self.average is not None else None,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.gradients.scaler.state_dict(),
+                "rng": streams,  # one of each rank
+            }
+            if best is not None:
+                self.run.save_best(state | best)
+            else:
+                self.run.save(self.progress.step, state, self.config.run.keep_checkpoints)
 
     def restore(self, checkpoint: Any) -> None:
-        """Go back to a checkpoint. Raises UserError when the dataset's shards are not those of then."""
+        """Go back to a checkpoint, whatever the number of processes that wrote it.
+
+        Raises UserError when the dataset's shards are not those of then.
+        """
         state = load_checkpoint(checkpoint)
         if state["sizes_sha256"] != self.sizes_sha256:
             raise UserError(
@@ -223,11 +392,21 @@ class Trainer:
             )
         self.task.load_state_dict(state["task"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.gradients.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            for name, value in state["ema"].items():
+                self.average.weights[name].copy_(value)
         self.progress = Progress(**state["progress"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] and self.device.startswith("cuda"):
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-        log.info("going on from %s", checkpoint)
+        if self.ranks.rank < len(state["rng"]):
+            set_rng_state(state["rng"][self.ranks.rank], self.device)
+        else:  # there were fewer: a stream of its own from here on
+            torch.manual_seed(self.config.run.seed + 1 + self.ranks.rank + 1_000_003 * self.progress.step)
+        log.info("going on from %s, written by %d processes, with %d", checkpoint, len(state["rng"]), self.ranks.size)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no others."""
+    return value if math.isfinite(value) else None
 
 
 @contextmanager

@@ -125,10 +125,12 @@ def main() -> None:
         for _ in range(options.rounds):
             for name, (task, views) in cases.items():
                 taken[name].append(seconds_per_step(task, batches(views), options))
-    none, cache, live = (statistics.median(values) for values in taken.values())
+    _, cache, live = (statistics.median(values) for values in taken.values())
     for name, values in taken.items():
         print(f"{name:20} {statistics.median(values):8.3f} s/step  ({min(values):.3f} to {max(values):.3f})")
-    print(f"(b)/(a) {cache / none:.3f}; (c)/(b) {live / cache:.2f}")
+    ratios = [[b / a, c / b] for a, b, c in zip(*taken.values(), strict=True)]
+    cached_ratio, live_ratio = (statistics.median(turn) for turn in zip(*ratios, strict=True))
+    print(f"(b)/(a) {cached_ratio:.3f}; (c)/(b) {live_ratio:.2f}: medians of {options.rounds} turns")
     picture, text = seconds_to_embed(teacher, options)
     filling, saved = VIEWS * picture + CAPTIONS * text, (live - cache) / options.batch_size
     print(f"a picture costs the teacher {1e3 * picture:.1f} ms, a text {1e3 * text:.1f} ms")

@@ -77,11 +77,18 @@ class Task(nn.Module):
                 self.student.logit_scale.fill_(math.log(scale)).requires_grad_(False)
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """``image``, ``text`` (n, D), ``teacher_image``, ``teacher_text`` (n, D'), all normalised."""
+        return {
+            "image": self.student.encode_image(batch["images"], normalize=True),
+            "text": self.student.encode_text(batch["tokens"], normalize=True),
+            "teacher_image": F.normalize(batch["teacher_image"].float(), dim=-1),
+            "teacher_text": F.normalize(batch["teacher_text"].float(), dim=-1),
+        }
+
+    def losses(self, features: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """``affinity``, ``feature``, ``contrastive``: those whose weight is not 0."""
-        image = self.student.encode_image(batch["images"], normalize=True)
-        text = self.student.encode_text(batch["tokens"], normalize=True)
-        teacher_image = F.normalize(batch["teacher_image"].float(), dim=-1)
-        teacher_text = F.normalize(batch["teacher_text"].float(), dim=-1)
+        image, text = features["image"], features["text"]
+        teacher_image, teacher_text = features["teacher_image"], features["teacher_text"]
         scale = self.student.logit_scale.exp() if self.scale is None else self.scale
         losses = {
             "affinity": lambda: affinity_loss(image, text, teacher_image, teacher_text, scale, self.teacher_scale),

@@ -49,10 +49,15 @@ class Task(nn.Module):
         self.student = student
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """``image`` and ``text`` features (n, D), normalised."""
+        return {
+            "image": self.student.encode_image(batch["images"], normalize=True),
+            "text": self.student.encode_text(batch["tokens"], normalize=True),
+        }
+
+    def losses(self, features: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """``contrastive``."""
-        image = self.student.encode_image(batch["images"], normalize=True)
-        text = self.student.encode_text(batch["tokens"], normalize=True)
-        return {"contrastive": clip_loss(image, text, self.student.logit_scale.exp())}
+        return {"contrastive": clip_loss(features["image"], features["text"], self.student.logit_scale.exp())}
 
     def after_step(self) -> None:
         """Logit scale at most 100 (CLIP, section 2.5)."""

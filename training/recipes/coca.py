@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from open_clip import CoCaLoss
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
 from shards_spec.models import LoadedModel
 from training.config import DataConfig, ModelConfig, RunConfig, ViewConfig, require
+from training.losses import clip_loss
 from training.optim import OptimConfig
 from training.teacher_cache import TeacherCache
 
@@ -40,6 +41,7 @@ class Config:
     def __post_init__(self) -> None:
         require(self.clip_weight >= 0, "clip_weight", self.clip_weight, "0 or more")
         require(self.caption_weight >= 0, "caption_weight", self.caption_weight, "0 or more")
+        require(self.clip_weight + self.caption_weight > 0, "clip_weight", 0.0, "above 0 when --caption-weight is 0")
 
 
 def config() -> Config:
@@ -58,17 +60,33 @@ class Task(nn.Module):
     def __init__(self, student: Any, clip_weight: float, caption_weight: float) -> None:
         super().__init__()
         self.student = student
-        self.loss = CoCaLoss(caption_weight, clip_weight, pad_id=self.student.pad_id)
+        self.clip_weight, self.caption_weight = clip_weight, caption_weight
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """``contrastive`` and ``caption``; the captioning loss leaves padding out."""
+        """``image`` and ``text`` features (n, D), normalised; ``caption`` (n,), each caption's summed cross-entropy,
+        and ``words`` (n,), how many tokens it is summed over: padding is left out.
+        """
         output = self.student(batch["images"], batch["tokens"])
-        with torch.autocast(output["logits"].device.type, enabled=False):
-            contrastive, caption = self.loss(
-                output["image_features"].float(), output["text_features"].float(), output["logits"].float(),
-                output["labels"], output["logit_scale"],
-            )  # fmt: skip
-        return {"contrastive": contrastive, "caption": caption}
+        labels = output["labels"]
+        with torch.autocast(labels.device.type, enabled=False):
+            logits = output["logits"].float().transpose(1, 2)
+            words = F.cross_entropy(logits, labels, ignore_index=self.student.pad_id, reduction="none")
+        return {
+            "image": output["image_features"],
+            "text": output["text_features"],
+            "caption": words.sum(dim=1),
+            "words": (labels != self.student.pad_id).sum(dim=1),
+        }
+
+    def losses(self, features: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """``contrastive`` and ``caption`` (mean over the tokens of all captions): those whose weight is not 0."""
+        losses = {}
+        if self.clip_weight:
+            scale = self.student.logit_scale.exp()
+            losses["contrastive"] = self.clip_weight * clip_loss(features["image"], features["text"], scale)
+        if self.caption_weight:
+            losses["caption"] = self.caption_weight * features["caption"].sum() / features["words"].sum()
+        return losses
 
     def after_step(self) -> None:
         """Logit scale at most 100, as in CLIP."""

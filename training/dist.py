@@ -1,0 +1,176 @@
+"""Processes: who I am among them, start and end, and the few collectives there are. One process pays for none of it.
+
+torchrun sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (submitit can export the same); without them
+there is one process. Small things (flags, sizes, random states) go over gloo, features and gradients over nccl on CUDA.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from shards_spec.files import DataError, UserError
+from shards_spec.models import pick_device
+
+TIMEOUT = timedelta(hours=1)  # the others wait while rank 0 evaluates; a process that dies is noticed without it
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among ``size``; every method with traffic is called by all of them, or by none."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the run folder."""
+        return self.rank == 0
+
+    def sizes(self, own: int) -> list[int]:
+        """``own`` of every rank."""
+        if self.size == 1:
+            return [own]
+        everyone = torch.zeros(self.size, dtype=torch.int64)
+        dist.all_gather_into_tensor(everyone, torch.tensor([own]))
+        return everyone.tolist()
+
+    def maximum(self, *values: int) -> list[int]:
+        """The largest over the ranks of each value: a flag that one raises is up for all."""
+        if self.size == 1:
+            return list(values)
+        flags = torch.tensor(values)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return flags.tolist()
+
+    def from_first(self, value: T) -> T:
+        """Rank 0's value."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def to_first(self, value: T) -> list[T]:
+        """The values of all ranks on rank 0, an empty list elsewhere."""
+        if self.size == 1:
+            return [value]
+        box: list[Any] | None = [None] * self.size if self.first else None
+        dist.gather_object(value, box)
+        return box or []
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """An error within on any rank ends all after the block: there it is raised, the others leave without a word."""
+        if self.size == 1:
+            yield
+            return
+        failed: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        if self.maximum(failed is not None)[0]:
+            raise failed or SystemExit(1)
+
+
+@contextmanager
+def processes(device: str) -> Iterator[tuple[Ranks, str]]:
+    """This process's place among torchrun's, and its device; within, the process group stands.
+
+    Raises UserError for a device that is not there.
+    """
+    ranks = _from_environment()
+    device = pick_device(device)
+    if ranks.size == 1:
+        yield ranks, device
+        return
+    if device.startswith("cuda"):
+        if device != "cuda":
+            raise UserError(f"--device {device!r}: each of {ranks.size} processes takes its own; use --device cuda")
+        device = f"cuda:{ranks.local_rank}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo", timeout=TIMEOUT)
+    log = logging.getLogger("training")
+    before, own = log.level, log.level if ranks.first else logging.WARNING
+    log.setLevel(own)
+    try:
+        yield ranks, device
+    except (UserError, DataError, SystemExit):  # raised by all, see `together`
+        dist.destroy_process_group()
+        raise
+    else:  # after any other error this process ends, and its closed sockets tell the others
+        dist.destroy_process_group()
+    finally:
+        log.setLevel(before)
+
+
+def _from_environment() -> Ranks:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    if not all(name in os.environ for name in names):
+        return Ranks()
+    return Ranks(*(int(os.environ[name]) for name in names))
+
+
+def gather(features: dict[str, Tensor], ranks: Ranks, sizes: list[int]) -> dict[str, Tensor]:
+    """Features of all ranks, in rank order: each (n, ...) becomes (sum of ``sizes``, ...). One collective for all.
+
+    The gradient reaches the own rows alone, multiplied by the number of ranks: every rank differentiates the same full
+    loss, and DDP's mean over the ranks then is the sum over their rows. What the loss uses beside the features (a logit
+    scale) has its full gradient on every rank, which the mean leaves as it is.
+    """
+    if ranks.size == 1:
+        return features
+    own, start = sizes[ranks.rank], sum(sizes[: ranks.rank])
+    parts = [value.detach().reshape(own, -1).contiguous().view(torch.uint8) for value in features.values()]
+    packed = F.pad(torch.cat(parts, dim=1), (0, 0, 0, max(sizes) - own))
+    everyone = packed.new_empty(ranks.size * len(packed), packed.shape[1])
+    dist.all_gather_into_tensor(everyone, packed)
+    joined = torch.cat([rows[:n] for rows, n in zip(everyone.split(len(packed)), sizes, strict=True)])
+    columns = joined.split([part.shape[1] for part in parts], dim=1)
+    gathered = {}
+    for (name, value), column in zip(features.items(), columns, strict=True):
+        whole = column.contiguous().view(value.dtype).reshape(-1, *value.shape[1:])
+        if value.requires_grad:
+            whole = torch.cat([whole[:start], _Scaled.apply(value, ranks.size), whole[start + own :]])
+        gathered[name] = whole
+    return gathered
+
+
+class _Scaled(torch.autograd.Function):
+    """The tensor itself; its gradient times a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, factor: int) -> Tensor:
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.factor, None
+
+
+class SumOverRanks(torch.autograd.Function):
+    """A tensor summed over the ranks; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total

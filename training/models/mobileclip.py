@@ -1,0 +1,178 @@
+"""MobileCLIP-S0 and SiCLIP-S0 as open_clip models: importing this module makes their names known.
+
+`open_clip.create_model` then builds MobileCLIP-S0 (arXiv 2311.17049; image tower timm's fastvit_mci0, text tower
+`TextTower`), SiCLIP-S0 (arXiv 2411.14789), SiCLIP2-S0 (the same out of open_clip's MobileCLIP2-S0), and
+MobileCLIP-tiny and SiCLIP-tiny for tests and studies on a CPU.
+Apple's S0 has 53,847,681 parameters; ours has 512 more, the bias of timm's head, which is 0 after loading Apple's file.
+
+open_clip 3.x has no way to bring a text tower of one's own, so `_register` puts three functions of ours before three of
+its: each looks whether a model is one of these and else calls open_clip's.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from torch import Tensor, nn
+
+from training.models.text_tower import TextTower
+
+State = dict[str, Tensor]
+CONFIGS = Path(__file__).parent / "configs"
+TOWER = "mct"  # text_cfg's "tower"; the rest of text_cfg is TextTower's
+PIXELS = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear", "resize_mode": "shortest"}
+APPLE = "image_encoder.model."
+
+
+def image_prefix(model: nn.Module, pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, S, S) -> (B, C, S/32, S/32): all before the attention blocks, the same in SiCLIP and its teacher.
+
+    85 % of the multiplications. ``model`` is an open_clip model whose image tower is a FastViT of timm's.
+    """
+    visual: Any = model.visual
+    trunk = visual.trunk
+    stage = trunk.stages[-1]
+    return stage.pos_emb(stage.downsample(trunk.stages[:-1](trunk.stem(pixels))))
+
+
+def image_rest(model: nn.Module, hidden: Tensor) -> Tensor:
+    """What `image_prefix` gave -> features (B, D), not normalised; the two together are ``model.visual``."""
+    visual: Any = model.visual
+    trunk = visual.trunk
+    return visual.head(trunk.forward_head(trunk.final_conv(trunk.stages[-1].blocks(hidden))))
+
+
+IMAGE_NAMES = [
+    (r"patch_embed\.", "stem."),
+    (r"network\.0\.", "stages.0.blocks."),
+    (r"network\.([135])\.proj\.", lambda found: f"stages.{(int(found[1]) + 1) // 2}.downsample.proj."),
+    (r"network\.([24])\.", lambda found: f"stages.{int(found[1]) // 2}.blocks."),
+    (r"network\.6\.pe\.", "stages.3.pos_emb.pos_enc."),
+    (r"network\.7\.", "stages.3.blocks."),
+    (r"conv_exp\.", "final_conv."),
+    (r"head\.proj$", "head.fc.weight"),
+    (r"\.rbr_conv\.", ".conv_kxk."),
+    (r"\.rbr_scale\.", ".conv_scale."),
+    (r"\.rbr_skip\.", ".identity."),
+    (r"\.lkb_origin\.", ".large_conv."),
+    (r"\.convffn\.", ".mlp."),
+    (r"\.se\.reduce\.", ".se.fc1."),
+    (r"\.se\.expand\.", ".se.fc2."),
+    (r"\.(layer_scale(_\d)?)$", r".\1.gamma"),
+]
+TEXT_NAMES = [
+    (r"^embedding_layer\.", "token_embedding."),
+    (r"^positional_embedding\.pos_embed\.pos_embed$", "positional_embedding"),
+    (r"^final_layer_norm\.", "ln_final."),
+    (r"^projection_layer$", "text_projection"),
+    (r"^transformer\.0\.", "first."),
+    (r"^transformer\.([1-4])\.", lambda found: f"layers.{int(found[1]) - 1}."),
+    (r"^transformer\.5\.", "last."),
+    (r"\.mixer\.rbr_conv\.0\.(conv|bn)\.", r".\1."),
+    (r"\.mixer\.rbr_skip\.", ".skip."),
+    (r"\.norm\.rbr_skip\.", ".norm."),
+    (r"\.convffn\.conv\.", ".conv."),
+    (r"\.convffn\.", ".ffn."),
+    (r"\.pre_norm_mha\.0\.", ".norm."),
+    (r"\.pre_norm_mha\.1\.qkv_proj\.", ".qkv."),
+    (r"\.pre_norm_mha\.1\.out_proj\.", ".proj."),
+    (r"\.pre_norm_ffn\.0\.", ".ffn_norm."),
+    (r"\.pre_norm_ffn\.1\.", ".ffn.fc1."),
+    (r"\.pre_norm_ffn\.4\.", ".ffn.fc2."),
+]
+
+
+MOBILECLIP2_NAMES = [
+    (r"^text\.transformer\.resblocks\.", "text.layers."),
+    (r"\.ln_1\.", ".norm."),
+    (r"\.attn\.in_proj_", ".qkv."),
+    (r"\.attn\.out_proj\.", ".proj."),
+    (r"\.ln_2\.", ".ffn_norm."),
+    (r"\.mlp\.c_fc\.", ".ffn.fc1."),
+    (r"\.mlp\.c_proj\.", ".ffn.fc2."),
+]
+
+
+def from_mobileclip2(state: State) -> State:
+    """open_clip's MobileCLIP2-S0 as SiCLIP2-S0 inherits from it: text tensors under `TextTower`'s names.
+
+    Its image tower is MobileCLIP-S0's; its text tower has 12 layers and no RepMixer, so it is another experiment.
+    """
+    return {
+        _renamed(name, MOBILECLIP2_NAMES) if name.startswith("text.") else name: value for name, value in state.items()
+    }
+
+
+def our_name(name: str) -> str:
+    """The name that a tensor of Apple's mobileclip_s0.pt has in our MobileCLIP-S0."""
+    if name.startswith(APPLE):
+        return "visual.trunk." + _renamed(name.removeprefix(APPLE), IMAGE_NAMES)
+    if name.startswith("text_encoder."):
+        return "text." + _renamed(name.removeprefix("text_encoder."), TEXT_NAMES)
+    return name
+
+
+def _renamed(name: str, rules: list[tuple[str, Any]]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def from_apple(released: State, ours: State) -> State:
+    """Apple's MobileCLIP-S0 under the names and in the shapes of ``ours``, a state dict of our MobileCLIP-S0.
+
+    Same numbers in all: extra dimensions of size 1 go, the image projection is transposed, the head's bias is 0.
+    Raises ValueError naming tensors that are left over, missing, or of another shape.
+    """
+    found = {our_name(name): value for name, value in released.items()}
+    head, bias = "visual.trunk.head.fc.weight", "visual.trunk.head.fc.bias"
+    if head in found and bias in ours:
+        found |= {head: found[head].T, bias: ours[bias].new_zeros(ours[bias].shape)}
+    over = [name for name in released if our_name(name) not in ours]
+    missing = sorted(set(ours) - set(found))
+    if over or missing:
+        raise ValueError(f"this is no MobileCLIP-S0: {_some(over)} left over, {_some(missing)} missing")
+    shaped = {}
+    for name, value in ours.items():
+        given, wanted = ([n for n in tensor.shape if n != 1] for tensor in (found[name], value))
+        if given != wanted:
+            raise ValueError(f"this is no MobileCLIP-S0: {name} has shape {list(found[name].shape)}")
+        shaped[name] = found[name].reshape(value.shape)
+    return shaped
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)} tensors ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else "none"
+
+
+def _register() -> None:
+    open_clip.add_model_config(CONFIGS)
+    names = {path.stem for path in CONFIGS.glob("*.json")} | {"MobileCLIP2-S0"}
+    tower, convert, create = (
+        open_clip.model._build_text_tower, open_clip.factory.convert_state_dict, open_clip.factory.create_model,
+    )  # fmt: skip
+
+    def _build_text_tower(embed_dim: int, text_cfg: Any, *rest: Any, **options: Any) -> nn.Module:
+        if not isinstance(text_cfg, dict) or text_cfg.get("tower") != TOWER:
+            return tower(embed_dim, text_cfg, *rest, **options)
+        own = {name: value for name, value in text_cfg.items() if name not in ("tower", "tokenizer_kwargs")}
+        return TextTower(embed_dim, **own)
+
+    def convert_state_dict(model: nn.Module, state: State) -> State:
+        """open_clip's own conversion knows S1, S2 and B only."""
+        apple = isinstance(getattr(model, "text", None), TextTower) and any(name.startswith(APPLE) for name in state)
+        return from_apple(state, model.state_dict()) if apple else convert(model, state)
+
+    def create_model(model_name: str, *rest: Any, **options: Any) -> nn.Module:
+        """Of a bare name without a tag, open_clip takes OpenAI's pixels; these towers take them in [0, 1]."""
+        if model_name in names:
+            options["force_preprocess_cfg"] = {**PIXELS, **(options.get("force_preprocess_cfg") or {})}
+        return create(model_name, *rest, **options)
+
+    open_clip.model._build_text_tower = _build_text_tower
+    open_clip.factory.convert_state_dict = convert_state_dict
+    open_clip.factory.create_model = open_clip.create_model = create_model
+
+
+_register()

@@ -1,0 +1,300 @@
+"""SiCLIP (H. Liu, arXiv 2411.14789): a MobileCLIP-S0 with simpler attention blocks, trained on one 24 GB GPU.
+
+The student is MobileCLIP-S0 whose attention blocks became SAS-P blocks that share their token mixer's weights with
+their neighbours. Everything else is S0's and frozen; S0 is the teacher, too (WIKD: weight inheritance and distillation
+in three spaces); pair matching adds hard negatives; texts are CC12M's and CoCa's, one at random per epoch (CC12M-SYN).
+
+    L = L_CLIP + 4000 L_FD + L_CRD + L_ICL + 0.1 L_PM
+
+Target (the cells of its tables were not seen, only its prose): text-to-image recall about 1 % below MobileCLIP-S0's
+40.4 (MSCOCO) and 67.7 (Flickr30k); table 5: ImageNet zero-shot 13.0 (WI) and 25.4 (WIKD) above plain training, most
+with WIKD + PM; table 3: 39.5 pictures/s on a CPU where S0 has 38.2. Cost: 32 epochs of 12.4 million pairs are 0.40
+billion samples, 259,000 steps. Sizes: 9.8 M + 38.8 M parameters, 12.7 M of them trained.
+
+    clipmill train siclip --data ROOT --base-weights mobileclip_s0.pt --out RUN                     WIKD + PM
+      --pm-weight 0                                                                                 table 5: WIKD
+      --pm-weight 0 --fd-weight 0 --crd-weight 0 --icl-weight 0                                     table 5: WI
+      --pm-weight 0 --fd-weight 0 --crd-weight 0 --icl-weight 0 --no-inherit                        table 5: plain
+      --captions original                                                                           table 4: CC12M
+
+The paper gives: batch 1536, AdamW, lr 1e-3, weight decay 0.1, warm-up 10,000, 32 epochs, crops of (0.08, 1),
+RandAugment with "31 default methods", the five weights, "all other settings" CLIP-KD's (arXiv 2307.12732). Readings,
+each the default here where sources are silent, the other one being an option where it has a name:
+- RandAugment is torchvision's default: 2 operations of magnitude 9 out of 31. No flip: none is mentioned.
+- betas (0.9, 0.999) and eps 1e-8 are CLIP-KD's for models without "vit" in their name. Its fp16 is bf16 here.
+- FD is over normalised features and the mean over elements (CLIP-KD's code). A weight of 4000 fits this and 512
+  dimensions: 15.6 [(1 - cos) + (1 - cos)] of pictures and texts. Other widths take 4000 D / 512 for the same.
+- CRD is KL(teacher || student) with each model's own scale, and a mean over directions (CLIP-KD's code).
+- ICL's scale is the exponential of a parameter, clamped to 100 and saved. CLIP-KD uses the parameter, ln(1/0.07), as
+  it is, which cannot go below 4.69 at batch 1536: --icl-raw-scale.
+- The order of the weights, and that CLIP's has weight 1.
+- Pair matching: see `training.pairs`; --pm-logits, --pm-raw, --pm-similarity.
+- What is frozen: all that has S0's weights outside of the SAS-P blocks, also after them: --train-tail. Inside of the
+  blocks norm and FFN start from S0's and are trained: --no-inherit-ffn, --inherit-keys, --exact-norm.
+- S0 sees the student's picture and text (live). From a cache, the views are the cache's, and any teacher will do.
+  open_clip's MobileCLIP2-S0 has another text tower: it can teach (--base MobileCLIP2-S0 --no-inherit), not bequeath.
+- Text blocks share in one group of four; --model SiCLIP-S0 says so ("share" in its open_clip config).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+from tyro.conf import OmitArgPrefixes
+
+from shards_spec.files import UserError
+from shards_spec.models import LoadedModel, load_model
+from training.config import CacheConfig, DataConfig, ModelConfig, RunConfig, ViewConfig, require
+from training.inherit import freeze, inherit_siclip
+from training.losses import clip_loss, element_feature_loss, full, interactive_loss, relation_loss
+from training.models.mobileclip import image_prefix, image_rest
+from training.optim import OptimConfig
+from training.pairs import PairHead, key_ids, pair_loss, sample_negatives, text_ids
+from training.student import load_run, new_student
+from training.teacher_cache import TeacherCache
+
+MAX_SCALE = math.log(100)
+TAIL = (
+    "visual.trunk.final_conv.", "visual.trunk.head.", "text.last.", "text.ln_final.", "text.text_projection",
+)  # fmt: skip
+WEIGHTS = ("clip_weight", "fd_weight", "crd_weight", "icl_weight", "pm_weight")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train SiCLIP: inherited, distilled from MobileCLIP-S0, with pair matching."""
+
+    data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
+    drawn_views: OmitArgPrefixes[ViewConfig] = field(default_factory=ViewConfig)
+    cached_views: OmitArgPrefixes[CacheConfig] = field(default_factory=CacheConfig)
+    student: OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
+    optim: OmitArgPrefixes[OptimConfig] = field(default_factory=OptimConfig)
+    run: OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
+    base: str = "MobileCLIP-S0"
+    """open_clip name or local-dir:PATH of the model to inherit from, which is the live teacher, too"""
+    base_weights: str = ""
+    """its weights: Apple's mobileclip_s0.pt, another checkpoint file or tag, or a RUN folder; random: untrained"""
+    inherit: bool = True
+    """take the base's weights and freeze what is no SAS-P block"""
+    inherit_ffn: bool = True
+    """take the FFNs of the base's attention blocks, too; they are trained"""
+    inherit_keys: bool = False
+    """start each group's Wk from the base's first block of the group"""
+    exact_norm: bool = False
+    """start the image blocks' BatchNorms as the identity, which keeps the base's feature scale for the frozen tail"""
+    train_tail: bool = False
+    """train the inherited layers after the SAS-P blocks, too"""
+    teacher_from: Literal["live", "cache"] = "live"
+    """live: the base teaches, on views drawn now; cache: a teacher cache's features and views"""
+    clip_weight: float = 1.0
+    """weight of the contrastive loss"""
+    fd_weight: float = 4000.0
+    """weight of feature distillation"""
+    crd_weight: float = 1.0
+    """weight of contrastive relational distillation"""
+    icl_weight: float = 1.0
+    """weight of interactive contrastive learning"""
+    icl_raw_scale: bool = False
+    """ICL's scale is its parameter and not the exponential of it, as in CLIP-KD's code"""
+    pm_weight: float = 0.1
+    """weight of pair matching"""
+    pm_logits: Literal[1, 2] = 2
+    """outputs of its head"""
+    pm_raw: bool = False
+    """its head sees features as they are, not of unit length"""
+    pm_similarity: Literal["student", "teacher"] = "student"
+    """whose similarities its negatives are drawn by"""
+
+    @property
+    def views(self) -> ViewConfig | CacheConfig:
+        """Where views, and with a cache the teacher's features, come from."""
+        return self.drawn_views if self.teacher_from == "live" else self.cached_views
+
+    @property
+    def taught(self) -> bool:
+        """Whether any term needs a teacher."""
+        by_teacher = self.pm_weight and self.pm_similarity == "teacher"
+        return bool(self.fd_weight or self.crd_weight or self.icl_weight or by_teacher)
+
+    def __post_init__(self) -> None:
+        for name in WEIGHTS:
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(any(getattr(self, name) for name in WEIGHTS), "clip_weight", 0.0, "above 0 when the others are 0")
+        require(self.inherit or not self.train_tail, "train_tail", True, "off with --no-inherit: all is trained")
+
+
+def config() -> Config:
+    """The paper's numbers."""
+    return Config(
+        data=DataConfig(batch_size=1536, workers=8),
+        drawn_views=ViewConfig(scale=(0.08, 1.0), ops=2, magnitude=9),
+        student=ModelConfig(model="SiCLIP-S0"),
+        optim=OptimConfig(lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.999, eps=1e-8, warmup=10000),
+        run=RunConfig(out="runs/siclip", epochs=32, precision="bf16"),
+    )
+
+
+class Task(nn.Module):
+    """Student, ICL's scale and the pair-matching head. The base model stands aside: not trained, not saved.
+
+    The base's layers before the attention blocks are the student's, so they run once, without a graph, for both.
+    """
+
+    def __init__(self, config: Config, student: Any, width: int, base: Any, teacher_scale: float) -> None:
+        super().__init__()
+        self.config, self.student, self.teacher_scale = config, student, teacher_scale
+        self.aside = (base,)  # a tuple: neither its parameters nor its buffers are the task's
+        if config.icl_weight:
+            self.icl_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        if config.pm_weight:
+            self.head = PairHead(width, config.pm_logits, config.pm_raw)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Task":
+        """Moves between devices and dtypes take the base along."""
+        if self.aside[0] is not None:
+            self.aside[0]._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Features (B, D) of any length: ``image``, ``text``, ``teacher_image``, ``teacher_text``.
+
+        And (B,) int64 ``text_ids`` and ``key_ids``: where they are equal, pairs are no negatives.
+        """
+        images, tokens, (base,), config = batch["images"], batch["tokens"], self.aside, self.config
+        live = config.taught and config.teacher_from == "live"
+        with torch.no_grad():
+            if config.inherit:
+                hidden = image_prefix(base, images), base.text.prefix(tokens)
+            if live and config.inherit:
+                teacher = image_rest(base, hidden[0]), base.text.rest(hidden[1], tokens)
+            elif live:
+                teacher = base.encode_image(images), base.encode_text(tokens)
+            elif config.taught:
+                teacher = batch["teacher_image"], batch["teacher_text"]
+        if config.inherit:
+            student = image_rest(self.student, hidden[0]), self.student.text.rest(hidden[1], tokens)
+        else:
+            student = self.student.encode_image(images), self.student.encode_text(tokens)
+        features = {"image": full(student[0]), "text": full(student[1])}
+        if config.taught:
+            features |= {"teacher_image": full(teacher[0]), "teacher_text": full(teacher[1])}
+        if config.pm_weight:
+            features |= {"text_ids": text_ids(tokens), "key_ids": key_ids(batch["keys"], tokens.device)}
+        return features
+
+    def losses(self, features: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """``contrastive``, ``feature``, ``relation``, ``interactive``, ``pairs``: those whose weight is not 0."""
+        config, scale = self.config, self.student.logit_scale.exp()
+        unit = {name: F.normalize(value, dim=-1) for name, value in features.items() if value.is_floating_point()}
+
+        def four() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            return unit["image"], unit["text"], unit["teacher_image"], unit["teacher_text"]
+
+        terms: dict[str, tuple[float, Callable[[], Tensor]]] = {
+            "contrastive": (config.clip_weight, lambda: clip_loss(unit["image"], unit["text"], scale)),
+            "feature": (config.fd_weight, lambda: element_feature_loss(*four())),
+            "relation": (config.crd_weight, lambda: relation_loss(*four(), scale, self.teacher_scale)),
+            "interactive": (config.icl_weight, lambda: interactive_loss(*four(), self._icl_scale())),
+            "pairs": (config.pm_weight, lambda: self._pair_loss(features, unit, step)),
+        }
+        return {name: weight * loss() for name, (weight, loss) in terms.items() if weight}
+
+    def _icl_scale(self) -> Tensor:
+        return self.icl_logit_scale if self.config.icl_raw_scale else self.icl_logit_scale.exp()
+
+    def _pair_loss(self, features: dict[str, Tensor], unit: dict[str, Tensor], step: int) -> Tensor:
+        """Pair matching; what the negatives are drawn by has no gradient."""
+        with torch.no_grad(), torch.autocast(unit["image"].device.type, enabled=False):
+            if self.config.pm_similarity == "teacher":
+                similarity = self.teacher_scale * unit["teacher_image"] @ unit["teacher_text"].T
+            else:
+                similarity = self.student.logit_scale.exp() * unit["image"] @ unit["text"].T
+        ids = (features["text_ids"], features["key_ids"])
+        negatives = sample_negatives(similarity, ids, self.config.run.seed, step)
+        return pair_loss(self.head, features["image"], features["text"], negatives)
+
+    def after_step(self) -> None:
+        """Scales at most 100."""
+        with torch.no_grad():
+            self.student.logit_scale.clamp_(0, MAX_SCALE)
+            if self.config.icl_weight and not self.config.icl_raw_scale:
+                self.icl_logit_scale.clamp_(max=MAX_SCALE)
+
+
+def build(config: Config, student: LoadedModel, cache: TeacherCache | None) -> Task:
+    """The task of a config. Raises UserError when base, teacher and student do not fit together."""
+    base, aside, width, teacher_scale = None, None, student.config["embed_dim"], 0.0
+    if config.inherit or (config.taught and cache is None):
+        base = load_base(config.base, config.base_weights, config.run.seed)
+        _check_inputs(config.base, base, student)
+        if config.inherit:
+            _inherit(config, student, base)
+        if cache is None:
+            teacher_scale = base.model.logit_scale.exp().item()
+            _check_width(config, width, base.config["embed_dim"])
+        aside = reparameterize_model(base.model, inplace=True).requires_grad_(False).eval()
+    if cache is not None:
+        teacher_scale = cache.logit_scale
+        _check_width(config, width, cache.dim)
+    return Task(config, student.model, width, aside, teacher_scale)
+
+
+def load_base(model: str, weights: str, seed: int) -> LoadedModel:
+    """The model to inherit from and to learn from. Raises UserError when there is none or it cannot be loaded."""
+    if weights == "random":
+        return new_student(ModelConfig(model), seed)
+    if weights and Path(weights, "config.json").is_file():
+        return load_run(weights)[0]
+    if not weights and ":" not in model:
+        raise UserError(
+            f"--base-weights is needed: {model}'s weights (Apple's mobileclip_s0.pt, another checkpoint file, or a RUN "
+            "folder), or random for a try"
+        )
+    return load_model(model, weights or None)
+
+
+def _check_inputs(name: str, base: LoadedModel, student: LoadedModel) -> None:
+    for field_name in ("image_size", "mean", "std"):
+        ours, theirs = getattr(student, field_name), getattr(base, field_name)
+        if ours != theirs:
+            raise UserError(f"--base {name!r} takes pictures of {field_name} {theirs}, the student of {ours}")
+    ours, theirs = (
+        [model.config["text_cfg"].get(key) for key in ("context_length", "vocab_size")] for model in (student, base)
+    )
+    if ours != theirs:
+        raise UserError(f"--base {name!r} has {theirs} for context_length and vocab_size, the student {ours}")
+
+
+def _check_width(config: Config, width: int, teacher_width: int) -> None:
+    if (config.fd_weight or config.icl_weight) and width != teacher_width:
+        raise UserError(
+            f"--fd-weight {config.fd_weight}, --icl-weight {config.icl_weight}: the student's features have {width} "
+            f"numbers, the teacher's {teacher_width}; use a --model with embed_dim {teacher_width}, or 0 for both"
+        )
+
+
+def _inherit(config: Config, student: LoadedModel, base: LoadedModel) -> None:
+    """Give the student the base's weights and freeze them. Raises UserError when they do not fit."""
+    try:
+        state, frozen = inherit_siclip(
+            student.model.state_dict(), base.model.state_dict(),
+            random_ffn=not config.inherit_ffn, keys=config.inherit_keys, exact_norm=config.exact_norm,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(
+            f"--model {config.student.model!r} cannot inherit from --base {config.base!r} ({error}); --no-inherit "
+            "starts from the student's own weights"
+        ) from error
+    if set(state) <= {*frozen, "logit_scale"}:
+        raise UserError(
+            f"--model {config.student.model!r} has no SAS-P blocks, so all of it would be inherited and frozen: take "
+            "SiCLIP-S0 or one of its kind, or --no-inherit"
+        )
+    student.model.load_state_dict(state)
+    freeze(student.model, [name for name in frozen if not (config.train_tail and name.startswith(TAIL))])
