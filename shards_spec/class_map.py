@@ -1,4 +1,4 @@
-"""A class map: for each class of a data set the synsets of a vocabulary that it starts from (SPEC.md §6)."""
+"""A class map: for each class of a data set the synsets of a vocabulary that it starts from (SPEC.md §8)."""
 
 import json
 from collections import Counter

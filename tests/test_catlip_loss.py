@@ -178,3 +178,15 @@ def test_curriculum_goes_from_40_to_20_decibel():
         assert loss(target, step) == pytest.approx(0, abs=1e-6)
         assert loss(target + 3, step) == pytest.approx(100 / 65025 * 2.5, rel=1e-4)  # smooth L1: |3| - 1/2
         assert loss(target + 0.5, step) == pytest.approx(100 / 65025 * 0.125, rel=1e-2)
+
+
+def test_contrast_is_about_each_channels_mean():
+    torch.manual_seed(0)
+    pixels = torch.rand(4, 3, 6, 6) * torch.tensor([0.2, 0.5, 1.0]).view(3, 1, 1)
+    shown = RangeAugment((0, 0, 0), (1, 1, 1))._apply_one("contrast", pixels).detach().double().numpy()
+    before = pixels.double().numpy()
+    mean = before.mean(axis=(2, 3), keepdims=True)
+    assert np.allclose(shown.mean(axis=(2, 3), keepdims=True), mean, atol=1e-6)
+    magnitudes = (shown - mean) / (before - mean)
+    assert np.allclose(magnitudes, magnitudes[:, :1, :1, :1], rtol=1e-2)
+    assert len({round(value, 3) for value in magnitudes[:, 0, 0, 0].tolist()}) == 4

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from small_catlip import TINY, read_metrics, write_folders, write_labelled
+from small_dist import fork
 from small_training import tiny_clip, write_packed
 
 from pipeline.class_map import ClassesConfig, classes
@@ -21,6 +22,7 @@ from training.optim import OptimConfig, learning_rate
 from training.recipes import catlip
 from training.student import load_run
 from training.trainer import train
+from training.transfer import measure_classifier
 
 SMALL = {"model": TINY, "precision": "fp32", "workers": 0, "steps": 4, "log_every": 1, "warmup": 1, "lr": 1e-3}
 
@@ -109,6 +111,29 @@ def test_a_killed_run_goes_on(run, root, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def _train(rank, config):
+    return train("catlip", config)
+
+
+def test_two_processes_give_the_run_of_one(root, tmp_path):
+    fields = {"batch_size": 8, "range_augment": False, "sync_bn": True, "lr": 1e-4, **SIDES}
+    one = small("catlip", data=root, out=str(tmp_path / "one"), **fields)
+    train("catlip", one)
+    fork(2, _train, dataclasses.replace(one, run=dataclasses.replace(one.run, out=str(tmp_path / "two"))))
+    ours, theirs = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    assert [line["samples_seen"] for line in ours] == [line["samples_seen"] for line in theirs]
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_run_in_low_precision(precision, root, tmp_path):
+    fields = {"precision": precision, "batch_size": 8, "steps": 12, "checkpoint_activations": True, **SIDES}
+    lines = read_metrics(train("catlip", small("catlip", data=root, out=str(tmp_path / "run"), **fields)))
+    labels = [line["losses"]["labels"] for line in lines]
+    assert sum(labels[-3:]) < sum(labels[:3])
+    assert all(line["nonfinite"] == 0 for line in lines)
+
+
 def test_another_vocabulary_is_refused_when_going_on(run, root, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     other = tmp_path / "root"
@@ -119,6 +144,10 @@ def test_another_vocabulary_is_refused_when_going_on(run, root, tmp_path):
     text = (tmp_path / "run" / "config.json").read_text().replace(root, str(other))
     (tmp_path / "run" / "config.json").write_text(text)
     with pytest.raises(UserError, match=f"vocabulary {vocabulary.sha256[:12]}"):
+        train("catlip", config)
+    assert read_vocabulary(str(tmp_path / "run" / "vocabulary.tsv")).sha256 == vocabulary.sha256
+    (tmp_path / "run" / "vocabulary.tsv").unlink()
+    with pytest.raises(UserError, match=f"these weights' classes are of vocabulary {vocabulary.sha256[:12]}"):
         train("catlip", config)
 
 
@@ -137,12 +166,8 @@ def test_the_loss_is_that_of_the_definition(root):
 
 
 def test_options(root):
-    config = small(
-        "catlip", data=root, frequency_bias=True, loss="softmax", drop_empty=True, label_captions="all", sides=()
-    )
-    student, samples, _ = catlip.prepare(
-        dataclasses.replace(config, sides=dataclasses.replace(config.sides, sides=(32,)))
-    )
+    options = {"frequency_bias": True, "loss": "softmax", "drop_empty": True, "label_captions": "all"}
+    student, samples, _ = catlip.prepare(small("catlip", data=root, sides=(), **options))
     vocabulary = samples.labels.vocabulary
     share = np.array([row[3] for row in vocabulary.rows]) / vocabulary.header["captions"]
     share = share.clip(0.5 / vocabulary.header["captions"], 1 - 0.5 / vocabulary.header["captions"])
@@ -150,16 +175,21 @@ def test_options(root):
     assert not samples.labels.original_only
     with pytest.raises(UserError, match="--sides 40: must be a multiple of the model's patches of 16"):
         catlip.prepare(small("catlip", data=root, sides=(40,)))
+    with pytest.raises(UserError, match="--eval-data: CatLIP has no text tower"):
+        catlip.prepare(small("catlip", data=root, eval_data="x"))
 
 
 @pytest.mark.parametrize(("recipe", "fields"), [("probe", {}), ("probe", {"augment": False}), ("finetune", {})])
 def test_transfer_learns_colours(recipe, fields, run, tmp_path):
     pictures = write_folders(tmp_path / "pictures", train=24, test=12)
     fields = {"batch_size": 16, "sides": (), "ema_decay": None, "steps": None, **fields}
-    fields |= {"lr": 1e-3, "epochs": 15} if recipe == "finetune" else {"lr": 2e-2, "epochs": 40}
+    fields |= {"lr": 1e-3, "epochs": 30} if recipe == "finetune" else {"lr": 2e-2, "epochs": 40}
     fields |= {"scale": (0.7, 1.0)}
     out = train(recipe, small(recipe, data=pictures, model=run, out=str(tmp_path / recipe), **fields))
     assert read_metrics(out)[-1]["eval"]["acc1"] >= 0.8
+    assert measure_classifier(load_run(out)[0], pictures, "cpu", False) == (read_metrics(out)[-1]["eval"], 24)
+    with pytest.raises(UserError, match="has other classes than the model"):
+        measure_classifier(load_run(run)[0], pictures, "cpu", False)
     before, after = load_run(run)[0].model.state_dict(), load_run(out, raw=True)[0].model
     assert isinstance(after, Classifier)
     assert after.names == ["blue", "red"]

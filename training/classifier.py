@@ -9,12 +9,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import training.models.catlip  # noqa: F401  registers its models with timm
 from shards_spec.files import UserError, exists, join, read_json, write_bytes, write_json
 from shards_spec.models import TIMM, LoadedModel, load_backbone
 from shards_spec.vocab import Vocabulary, read_vocabulary
@@ -77,6 +75,15 @@ def _about(vocabulary: Vocabulary | None) -> str:
     return f" ({len(vocabulary)} synsets: {first} ...)"
 
 
+def _timm() -> Any:
+    """timm, which knows our own models, too; imported where it is used, since that takes a second."""
+    import timm
+
+    import training.models.catlip  # noqa: F401  registers them
+
+    return timm
+
+
 def new_classifier(
     model: str, classes: int, vocabulary: Vocabulary | None = None, pretrained: str | None = None, seed: int = 0
 ) -> LoadedModel:
@@ -88,6 +95,7 @@ def new_classifier(
     name = model.removeprefix(TIMM)
     if name == model:
         raise UserError(f"--model {model!r}: a classifier is named {TIMM}NAME, say {TIMM}catlip_vit_base_patch16_224")
+    timm = _timm()
     torch.manual_seed(seed)
     try:
         trunk: Any = timm.create_model(name, pretrained=pretrained == "timm", num_classes=0, dynamic_img_size=True)
@@ -113,13 +121,22 @@ def new_rows(head: nn.Linear) -> None:
 
 
 def describe_classifier(folder: str, student: LoadedModel) -> None:
-    """Write what `load_classifier` rebuilds the student from."""
+    """Write what `load_classifier` rebuilds the student from.
+
+    Raises UserError when the folder has another vocabulary, before anything is written.
+    """
     model: Classifier = student.model
+    stored = join(folder, VOCABULARY)
+    if exists(stored) and (theirs := read_vocabulary(stored)).sha256 != (model.vocabulary and model.vocabulary.sha256):
+        raise UserError(
+            f"{stored} is vocabulary {theirs.sha256[:12]}{_about(theirs)}, asked for is "
+            f"{_said(model.vocabulary_sha256)}{_about(model.vocabulary)}: take the same again, or another folder"
+        )
     about = {"model": model.name, "classes": model.head.out_features, "names": model.names}
     about |= {"image_size": student.image_size, "mean": list(student.mean), "std": list(student.std)}
     write_json(join(folder, DESCRIPTION), about)
     if model.vocabulary is not None:
-        model.vocabulary.write(join(folder, VOCABULARY))
+        model.vocabulary.write(stored)
 
 
 def is_classifier(folder: str) -> bool:
@@ -144,7 +161,7 @@ def export_classifier(folder: str, student: LoadedModel) -> None:
 
     Raises UserError when the loaded copy computes something else.
     """
-    model: Classifier = student.model
+    timm, model = _timm(), student.model
     rows = model.vocabulary.rows if model.vocabulary else ()
     names = [row[0] for row in rows] or model.names
     about = {"label_names": names, "label_descriptions": {wnid: lemma for wnid, lemma, *_ in rows}}

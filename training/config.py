@@ -77,7 +77,7 @@ class SideConfig:
     sides: tuple[int, ...] = ()
     """pixels a side, one of these per step, by chance; the batch grows as they shrink; none: the model's own"""
     base_side: int = 224
-    """side at which a batch has --batch-size pictures"""
+    """pixels a side of pictures of which a step takes exactly batch_size"""
     batch_parts: int = 1
     """equal parts that a batch of any side is rounded to; the number of processes must divide it"""
 

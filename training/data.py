@@ -308,8 +308,8 @@ def load_batches(
             yield from ([(position, side) for position in piece] for piece in cut)
 
     loader: DataLoader[Any] = DataLoader(
-        samples,
-        batch_sampler=pieces(),  # type: ignore[arg-type]  # any iterable of index sequences will do
+        samples,  # type: ignore[arg-type]  # a Dataset in all but name
+        batch_sampler=pieces(),
         num_workers=workers,
         prefetch_factor=max(2, -(-2 * len(first) // (PIECE * workers))) if workers else None,
         collate_fn=collate,

@@ -109,6 +109,8 @@ class Task(nn.Module):
 
 def prepare(config: TransferConfig) -> tuple[LoadedModel, PictureRows | FeatureRows, Task]:
     """Student, reader and task. Raises UserError and DataError when data, model or class map do not serve."""
+    if config.run.eval_data:
+        raise UserError("--eval-data: a classifier is measured on the test pictures of --data")
     train, test = open_pictures(config.data.data, True), open_pictures(config.data.data, False)
     if train.classes != test.classes:
         raise UserError(
@@ -246,6 +248,20 @@ def accuracy(student: Classifier, rows: PictureRows, device: str, workers: int, 
     total, there = int(seen.sum()), seen > 0
     recall = float((hits[there] / seen[there]).double().mean())
     return {"acc1": int(hits.sum()) / total, "acc5": int(in_five.sum()) / total, "mean_per_class_recall": recall}
+
+
+def measure_classifier(loaded: LoadedModel, root: str, device: str, bf16: bool) -> tuple[dict[str, float], int]:
+    """What a run of `probe` or `finetune` does on the test pictures of ``root``, and how many they are.
+
+    Raises UserError when it has other classes than they.
+    """
+    model, pictures = loaded.model, open_pictures(root, False)
+    if pictures.classes != model.names:
+        raise UserError(
+            f"{root} has other classes than the model ({_differ(pictures.classes, model.names)}); after pre-training, "
+            "`clipmill train probe` makes a classifier of its classes"
+        )
+    return accuracy(model, every_picture(pictures, loaded), device, 0, bf16), len(pictures.labels)
 
 
 def _ranges(count: int) -> list[range]:

@@ -83,10 +83,10 @@ def config() -> Config:
         sides=SideConfig(sides=SIDES, batch_parts=4),
         student=ModelConfig(model="timm:catlip_vit_base_patch16_224"),
         optim=OptimConfig(
-            lr=2e-3, final_lr=2e-5, weight_decay=0.2, beta1=0.9, beta2=0.999, eps=1e-8, warmup=10_000, clip_norm=1.0,
-            ema_decay=1 - 5e-4,
+            lr=2e-3, final_lr=2e-5, weight_decay=0.2, beta1=0.9, beta2=0.999, eps=1e-8, warmup=10_000, warmup_lr=1e-6,
+            clip_norm=1.0, ema_decay=1 - 5e-4,
         ),
-        run=RunConfig(out="runs/catlip", epochs=25, precision="bf16"),
+        run=RunConfig(out="runs/catlip", epochs=25, precision="bf16", sync_bn=False),
     )  # fmt: skip
 
 
@@ -122,6 +122,8 @@ class Task(nn.Module):
 
 def prepare(config: Config) -> tuple[LoadedModel, Samples, Task]:
     """Student, reader and task. Raises UserError and DataError when data, vocabulary or model do not serve."""
+    if config.run.eval_data:
+        raise UserError("--eval-data: CatLIP has no text tower to measure by; `clipmill train probe` measures its run")
     vocabulary, seed = find_vocabulary(config.data, config.labels), config.run.seed
     student = new_classifier(config.student.model, len(vocabulary), vocabulary, config.student.pretrained, seed)
     patch = student.model.trunk.patch_embed.patch_size[0]
