@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 RUN=${RUN:-demo-run}
-SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-300} BASE_STEPS=${BASE_STEPS:-900}
+SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-200} BASE_STEPS=${BASE_STEPS:-600}
 ROOT=$RUN/scenes STUDY=$RUN/siclip EVAL=("$RUN/web/eval/zeroshot" "$RUN/web/eval/retrieval")
 export CLIPMILL_LOG=${CLIPMILL_LOG:-WARNING} PYTHONWARNINGS=ignore
 [ -f "$ROOT/teacher/coca/dataset.json" ] || [ -d "$ROOT/teacher/coca" ] || RUN=$RUN bash demo/demo.sh
