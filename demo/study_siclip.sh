@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SiCLIP's ablation (its tables 4 and 5) in small: the demo's scenes, MobileCLIP-S0 and SiCLIP at an eighth of the width.
-#   make study-siclip      after or before `make demo`; under an hour on two cores; writes docs/siclip.md and .svg
+#   make study-siclip      after or before `make demo`; under an hour on two cores; writes docs/siclip.md, .svg and -divergence.svg
 # The demo's CoCa teaches a small MobileCLIP (affinity recipe); that one is base and teacher of every row.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -30,4 +30,4 @@ done
 for model in "$STUDY"/*; do
   clipmill eval "$model" --data "${EVAL[@]}"
 done
-python demo/study_table.py "$STUDY" docs/siclip
+python demo/study_table.py "$STUDY" "$ROOT" docs/siclip
