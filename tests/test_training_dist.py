@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from small_dist import Tiny, finish, fork, gradients, start, tiny_batch
-from small_training import TINY_RESNET, tiny_clip, tiny_config, tiny_siclip, write_packed, write_retrieval, write_teacher
+from small_training import (
+    TINY_RESNET,
+    tiny_clip,
+    tiny_config,
+    tiny_siclip,
+    write_packed,
+    write_retrieval,
+    write_teacher,
+)
 from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -242,7 +250,7 @@ def siclip(rank, root, out):
 
 
 def test_two_processes_draw_the_hard_negatives_of_one(root, tmp_path):
-    """The batch is gathered in the order of its positions, so pair n takes the same draws; BatchNorms are synchronised."""
+    """A batch is gathered in the order of its positions, so pair n takes the same draws; BatchNorms are one."""
     tiny_siclip(Path(root) / "models" / "siclip")
     tiny_siclip(Path(root) / "models" / "base", "MobileCLIP-tiny")
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
