@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
 
-.PHONY: demo test test-all lint wordnet debian clean
+.PHONY: demo study-siclip test test-all lint wordnet debian clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipmill needs Python 3.11 or later")'
@@ -23,6 +23,9 @@ debian:
 
 demo: $(VENV)/.done wordnet
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/demo.sh
+
+study-siclip: $(VENV)/.done wordnet
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/study_siclip.sh
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .

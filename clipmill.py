@@ -13,6 +13,7 @@ COMMANDS = {
     "caption": ("pipeline.caption", "CaptionConfig", "caption", "N CoCa captions per picture -> ROOT/captions/NAME"),
     "pack": ("pipeline.pack", "PackConfig", "pack", "pictures, captions, WordNet synsets -> ROOT/shards"),
     "vocab": ("pipeline.vocab", "VocabConfig", "vocab", "synsets by frequency -> ROOT/vocab/NAME.tsv"),
+    "classes": ("pipeline.class_map", "ClassesConfig", "classes", "class names -> synsets of a vocabulary, a TSV"),
     "cache": ("pipeline.cache", "CacheConfig", "cache", "teacher embeddings of K views -> ROOT/teacher/NAME"),
     "train": ("", "", "", "train RECIPE: a student from shards and cache -> RUN"),
     "eval": ("training.evaluate", "EvalConfig", "evaluate", "zero-shot classification and retrieval"),
@@ -99,6 +100,9 @@ def _finish(command: str, function: Any, config: Any) -> int:
             f"vocab: {len(outcome)} synsets of {outcome.header['occurrences']} occurrences, "
             f"sha256 {outcome.sha256[:12]}"
         )
+    if command == "classes":
+        said = ", ".join(f"{number} {case}" for case, number in outcome.cases.items())
+        print(f"classes: {len(outcome.rows)} classes: {said}; random: {', '.join(outcome.unmapped[:20]) or 'none'}")
     if command in ("report", "jobs"):
         print(outcome)
     return 0

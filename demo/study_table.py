@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The SiCLIP study's table and curves: mean and range over the seeds.
+"""The SiCLIP study's table and curves (mean and range over the seeds), and the base's attention divergences.
 
-python demo/study_table.py STUDY OUT      writes OUT.md and OUT.svg
+python demo/study_table.py STUDY ROOT OUT      writes OUT.md, OUT.svg and OUT-divergence.svg
 """
 
 import json
@@ -14,6 +14,11 @@ from table import metrics
 
 from pipeline.report.axes import linear
 from pipeline.report.charts import Plot
+from training.config import DataConfig, ViewConfig
+from training.data import load_batches, open_samples
+from training.divergence import adjacent_divergences, write_divergences
+from training.order import batch_positions
+from training.student import load_run
 
 ROWS = {
     "plain": "plain training",
@@ -88,9 +93,19 @@ def curves(study: Path) -> str:
     )
 
 
+def divergences(study: Path, root: str) -> dict[str, list[tuple[float, float]]]:
+    """Of the trained base's adjacent attention blocks, over 1,024 scenes and their captions, as SiCLIP probes S0."""
+    base, _ = load_run(str(study / "base"))
+    samples = open_samples(DataConfig(data=root), ViewConfig(scale=None), base, 0)
+    batches = list(load_batches(samples, batch_positions(0, 8, 128)))
+    towers = {"image": (base.model.visual, "images"), "text": (base.model.text, "tokens")}
+    return {name: adjacent_divergences(tower, [b[kind] for b in batches]) for name, (tower, kind) in towers.items()}
+
+
 def main() -> None:
-    """Write both files."""
-    study, out = Path(sys.argv[1]), Path(sys.argv[2])
+    """Write the three files."""
+    study, root, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    write_divergences(f"{out}-divergence.svg", divergences(study, root))
     head = (Path(__file__).parent / "study_siclip.md").read_text()
     out.with_suffix(".md").write_text(head.replace("TABLE\n", table(study)))
     out.with_suffix(".svg").write_text(curves(study))

@@ -133,6 +133,18 @@ def load_wordnet(folder: str | None = None) -> WordNet:
     return WordNet(first_sense, heads, exceptions)
 
 
+@lru_cache(maxsize=2)
+def load_hypernyms(folder: str | None = None) -> dict[str, tuple[str, ...]]:
+    """WNID to the synsets right above it, of which instances are one, too ("@" and "@i"). Raises UserError."""
+    load_wordnet(folder)  # says what is wrong with it
+    found = {}
+    for fields in _rows(find_wordnet(folder), "data.noun"):
+        first = 4 + 2 * int(fields[3], 16)  # after the words
+        pointers = (fields[first + 1 + 4 * number :][:2] for number in range(int(fields[first])))
+        found[f"n{fields[0]}"] = tuple(f"n{target}" for symbol, target in pointers if symbol in ("@", "@i"))
+    return found
+
+
 def _rows(path: Path, name: str, splits: int = -1) -> Iterator[list[str]]:
     with contextlib.ExitStack() as stack:
         if path.suffix == ".zip":

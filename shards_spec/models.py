@@ -110,7 +110,7 @@ def load_teacher(
     try:
         built = timm.create_model(name, pretrained=pretrained is None, num_classes=0)
         if pretrained is not None:
-            _load_backbone(built, pretrained)
+            load_backbone(built, pretrained)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"model {model!r} with pretrained {pretrained!r} cannot be loaded: {error}") from error
     data = timm.data.resolve_model_data_config(built)  # type: ignore[no-untyped-call]
@@ -120,8 +120,11 @@ def load_teacher(
     )
 
 
-def _load_backbone(built: Any, file: str) -> None:
-    """A checkpoint's weights but for its classifier's. Raises ValueError when others are missing or left over."""
+def load_backbone(built: Any, file: str) -> None:
+    """A checkpoint's weights but for its classifier's, into a timm model without one.
+
+    Raises ValueError when others are missing or left over.
+    """
     import timm
 
     found = timm.models.load_checkpoint(built, file, strict=False)

@@ -10,6 +10,7 @@ import open_clip
 import pytest
 import torch
 
+import training.models.mobileclip  # noqa: F401 - its names for open_clip.create_model
 from training.divergence import (
     adjacent_divergences,
     assignment,

@@ -67,7 +67,8 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    "command", ["ingest", "dedup", "caption", "pack", "vocab", "cache", "eval", "export", "report", "check", "jobs"]
+    "command",
+    ["ingest", "dedup", "caption", "pack", "vocab", "classes", "cache", "eval", "export", "report", "check", "jobs"],
 )
 def test_each_help_shows_every_field_with_default_and_a_line(command):
     import dataclasses

@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from small_dist import Tiny, finish, fork, gradients, start, tiny_batch
-from small_training import TINY_RESNET, tiny_clip, tiny_config, write_packed, write_retrieval, write_teacher
+from small_training import (
+    TINY_RESNET,
+    tiny_clip,
+    tiny_config,
+    tiny_siclip,
+    write_packed,
+    write_retrieval,
+    write_teacher,
+)
 from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -234,6 +242,22 @@ def test_a_run_in_chunks_by_two_processes(root, tmp_path):
     one, two, fields = str(tmp_path / "one"), str(tmp_path / "two"), {"model": f"local-dir:{root}/models/vit"}
     assert fork(2, run, root, two, nothing, fields | {"chunk_size": 2}) == [two, two]
     assert_close_runs(two, run(0, root, one, nothing, fields))
+
+
+def siclip(rank, root, out):
+    fields = {"batch_size": 6, "steps": 8, "lr": 1e-3, "precision": "fp32", "pm_weight": 1.0}
+    return train("siclip", tiny_config("siclip", root, out, **fields))
+
+
+def test_two_processes_draw_the_hard_negatives_of_one(root, tmp_path):
+    """A batch is gathered in the order of its positions, so pair n takes the same draws; BatchNorms are one."""
+    tiny_siclip(Path(root) / "models" / "siclip")
+    tiny_siclip(Path(root) / "models" / "base", "MobileCLIP-tiny")
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    fork(2, siclip, root, two)
+    siclip(0, root, one)
+    assert {"pairs", "relation", "interactive", "feature", "contrastive"} == set(lines(one)[0]["losses"])
+    assert_close_runs(two, one, tolerance=1e-3)
 
 
 def test_two_processes_measure_and_average(root, tmp_path):

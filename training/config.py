@@ -59,6 +59,35 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class LabelConfig:
+    """Labels of the pictures: the WordNet synsets of their captions that are in a vocabulary."""
+
+    vocabulary: str = "all"
+    """NAME of ROOT/vocab/NAME.tsv, as `clipmill vocab` wrote it; its ranks are the classes"""
+    label_captions: Literal["original", "all"] = "original"
+    """captions whose synsets are a picture's labels: the original's, or those of all its captions together"""
+    drop_empty: bool = False
+    """pictures without a label do not count in the loss; otherwise all their classes are to be off"""
+
+
+@dataclass(frozen=True)
+class SideConfig:
+    """Batches of pictures of several sizes."""
+
+    sides: tuple[int, ...] = ()
+    """pixels a side, one of these per step, by chance; the batch grows as they shrink; none: the model's own"""
+    base_side: int = 224
+    """pixels a side of pictures of which a step takes exactly batch_size"""
+    batch_parts: int = 1
+    """equal parts that a batch of any side is rounded to; the number of processes must divide it"""
+
+    def __post_init__(self) -> None:
+        require(all(side >= 1 for side in self.sides), "sides", self.sides, "1 or more each")
+        require(self.base_side >= 1, "base_side", self.base_side, "1 or more")
+        require(self.batch_parts >= 1, "batch_parts", self.batch_parts, "1 or more")
+
+
+@dataclass(frozen=True)
 class ViewConfig:
     """Views drawn while training, a new one each epoch."""
 
@@ -192,6 +221,6 @@ def flat(config: Any) -> dict[str, Any]:
     return found
 
 
-def total_steps(config: RunConfig, batch_size: int, samples: int) -> int:
+def total_steps(config: RunConfig, batch_size: float, samples: int) -> int:
     """Steps of a run over a dataset of ``samples`` samples: ``steps``, or whole batches in ``epochs`` (at least 1)."""
     return config.steps if config.steps is not None else max(1, int(config.epochs * samples / batch_size))

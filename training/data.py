@@ -10,29 +10,32 @@ import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any, Literal
+from itertools import chain, repeat
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from shards_spec.files import DataError, UserError, join, read_buffer, read_json
-from shards_spec.manifest import shard_ids, shard_name, shard_sizes
+from shards_spec.files import DataError, UserError, exists, join, read_buffer, read_json
+from shards_spec.manifest import read_dataset, shard_ids, shard_name, shard_sizes
 from shards_spec.models import LoadedModel
 from shards_spec.sample import Sample
 from shards_spec.tar import Member, index_shard
 from shards_spec.views import ViewSpec, apply_view, decode_rgb, draw_view
-from training.config import CacheConfig, DataConfig, ViewConfig
+from shards_spec.vocab import Vocabulary, read_vocabulary
+from training.config import CacheConfig, DataConfig, LabelConfig, SideConfig, ViewConfig
+from training.multilabel import PAD, pad_labels
 from training.nearby import Nearby
-from training.order import Order, Place
+from training.order import BatchPlan, Order, Place
 from training.recent import Recent
 from training.teacher_cache import TeacherCache
 
 log = logging.getLogger(__name__)
 PIECE = 64  # samples that a worker makes at a time
-TENSORS = ("images", "tokens", "teacher_image", "teacher_text")
+TENSORS = ("images", "tokens", "teacher_image", "teacher_text", "features", "targets")
 LISTS = ("keys", "epochs", "skipped")
 
 
@@ -100,6 +103,33 @@ def draw_caption(seed: int, key: str, epoch: int, count: int) -> int:
 
 
 @dataclass(frozen=True)
+class Labels:
+    """Class indices of a sample: of its original caption's synsets, or of those of all its captions."""
+
+    vocabulary: Vocabulary
+    original_only: bool = True
+
+    def of(self, sample: Sample) -> list[int]:
+        """Ascending, each once. Raises DataError when the sample has no synsets."""
+        synsets = sample.meta.get("synsets")
+        if not isinstance(synsets, list):
+            raise DataError("its json member has no synsets; run `clipmill pack` again")
+        return self.vocabulary.labels([wnid for own in synsets[: 1 if self.original_only else None] for wnid in own])
+
+
+def find_vocabulary(data: DataConfig, labels: LabelConfig) -> Vocabulary:
+    """The vocabulary of a config. Raises UserError when there is none, or the shards are labelled by another rule."""
+    if not data.data or data.folder != "shards":
+        raise UserError("--data is needed with --folder shards: labels are in packed shards only (`clipmill pack`)")
+    path = join(data.data, "vocab", f"{labels.vocabulary}.tsv")
+    if not exists(path):
+        raise UserError(f"{path} is not there: `clipmill vocab {data.data} --name {labels.vocabulary}` makes it")
+    vocabulary = read_vocabulary(path)
+    vocabulary.check_rule(read_dataset(data.data)["stages"].get("pack", {}).get("config", {}), path)
+    return vocabulary
+
+
+@dataclass(frozen=True)
 class Skipped:
     """A sample that cannot be used; ``reason`` names file and key."""
 
@@ -109,11 +139,24 @@ class Skipped:
 Item = dict[str, Any] | Skipped | DataError | UserError
 
 
+class Rows(Protocol):
+    """What `load_batches` and the trainer read by position: `Samples`, or pictures of classes."""
+
+    @property
+    def student(self) -> LoadedModel: ...
+    @property
+    def order(self) -> Order: ...
+    @property
+    def plan(self) -> BatchPlan: ...
+    def __getitem__(self, index: int | tuple[int, int | None]) -> Item: ...
+
+
 class Samples(Dataset[Item]):
     """Map-style over positions of the endless stream.
 
-    An item is a batch's row: ``images`` (3, S, S) uint8, ``tokens`` (context,) int64, ``key``, ``position``, ``epoch``,
-    and with a cache ``teacher_image`` and ``teacher_text`` (D,) float32. Errors come back as values: raised in a worker
+    An item is a batch's row: ``images`` (3, S, S) uint8, ``tokens`` (context,) int64 for a student that reads,
+    ``key``, ``position``, ``epoch``, with a cache ``teacher_image`` and ``teacher_text`` (D,) float32, and with labels
+    the list ``labels``. An index may be a pair of position and side S. Errors come back as values: raised in a worker
     process they would reach the user wrapped in its traceback.
     """
 
@@ -126,37 +169,44 @@ class Samples(Dataset[Item]):
         seed: int,
         original_only: bool = False,
         cache: TeacherCache | None = None,
+        labels: Labels | None = None,
+        plan: BatchPlan | None = None,
     ) -> None:
         self.reader, self.order, self.views, self.cache = reader, order, views, cache
         self.student, self.seed, self.original_only = student, seed, original_only
+        self.labels, self.plan = labels, plan or BatchPlan(1)
         self._begun: Recent[tuple[int, tuple[int, int]], bool] = Recent(2 * order.streams)
 
-    def __getitem__(self, position: int) -> Item:
+    def __getitem__(self, index: int | tuple[int, int | None]) -> Item:
+        position, side = index if isinstance(index, tuple) else (index, None)
         try:
-            return self._item(position)
+            return self._item(position, side or self.student.image_size)
         except (DataError, UserError) as error:
             return error
 
-    def _item(self, position: int) -> dict[str, Any] | Skipped:
+    def _item(self, position: int, side: int) -> dict[str, Any] | Skipped:
         place = self.order.locate(position)
         self._begun.get((place.epoch, place.window), lambda: self._read_ahead(place))
         sample = self.reader.sample(place.shard, place.index)
         try:
             image = decode_rgb(sample.image)
             captions = [sample.caption] if self.original_only else sample.captions
+            labels = {"labels": self.labels.of(sample)} if self.labels else {}
         except DataError as error:
             return Skipped(f"{self.reader.path(place.shard)}: key {sample.key}: {error}")
         view = place.epoch % self.cache.num_views if self.cache else place.epoch
-        rendered = apply_view(image, self.views, draw_view(self.views, sample.key, view), self.student.image_size)
+        rendered = apply_view(image, self.views, draw_view(self.views, sample.key, view), side)
         written = [index for index, text in enumerate(captions) if text.strip()] or [0]  # an original may be empty
         caption = written[draw_caption(self.seed, sample.key, place.epoch, len(written))]
         item = {
             "key": sample.key,
             "position": position,
             "epoch": place.epoch,
-            "images": torch.from_numpy(np.asarray(rendered).transpose(2, 0, 1).copy()),
-            "tokens": self.student.tokenizer([captions[caption]])[0],
+            "images": to_pixels(rendered),
+            **labels,
         }
+        if self.student.tokenizer is not None:
+            item["tokens"] = self.student.tokenizer([captions[caption]])[0]
         if self.cache:
             rows = self.cache.rows(place.shard, view, self.reader.keys(place.shard))
             item["teacher_image"] = torch.from_numpy(rows.row(f"image_{view}", place.index))
@@ -172,7 +222,19 @@ class Samples(Dataset[Item]):
         return True
 
 
-def open_samples(data: DataConfig, views: ViewConfig | CacheConfig, student: LoadedModel, seed: int) -> Samples:
+def to_pixels(image: Any) -> Tensor:
+    """A PIL picture as (3, S, S) uint8."""
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+
+
+def open_samples(
+    data: DataConfig,
+    views: ViewConfig | CacheConfig,
+    student: LoadedModel,
+    seed: int,
+    labels: Labels | None = None,
+    sides: SideConfig | None = None,
+) -> Samples:
     """The reader that a config asks for. Raises UserError and DataError when the dataset does not serve it."""
     if not data.data:
         raise UserError("--data is needed: the ROOT of a dataset, as `clipmill pack` or `clipmill ingest` left it")
@@ -181,13 +243,21 @@ def open_samples(data: DataConfig, views: ViewConfig | CacheConfig, student: Loa
     capacity = data.streams * (data.window + 1)
     reader = ShardReader(data.data, data.folder, sizes, capacity, nearby)
     order = Order(sizes, seed, data.streams, data.window)
+    plan = batch_plan(data.batch_size, sides, seed)
     original_only = data.captions == "original" or data.folder == "raw"
     if isinstance(views, ViewConfig):
-        return Samples(reader, order, student, views.spec(seed), seed, original_only)
+        return Samples(reader, order, student, views.spec(seed), seed, original_only, None, labels, plan)
     if data.folder != "shards":
         raise UserError(f"--folder {data.folder!r}: a teacher cache belongs to packed shards; use --folder shards")
     cache = TeacherCache(data.data, views.teacher, len(sizes), capacity, original_only, nearby)
-    return Samples(reader, order, student, cache.views, seed, original_only, cache)
+    return Samples(reader, order, student, cache.views, seed, original_only, cache, labels, plan)
+
+
+def batch_plan(batch_size: int, sides: SideConfig | None, seed: int) -> BatchPlan:
+    """The sizes of a run's batches."""
+    if sides is None:
+        return BatchPlan(batch_size)
+    return BatchPlan(batch_size, sides.sides, sides.base_side, sides.batch_parts, seed)
 
 
 def collate(items: list[Item]) -> dict[str, Any]:
@@ -207,32 +277,39 @@ def collate(items: list[Item]) -> dict[str, Any]:
     if good:
         piece["positions"] = torch.tensor([item["position"] for item in good])
         piece |= {name: torch.stack([item[name] for item in good]) for name in TENSORS if name in good[0]}
+        if "labels" in good[0]:
+            piece["labels"] = pad_labels([item["labels"] for item in good])
     return piece
 
 
 def load_batches(
-    samples: Samples, positions: Iterable[range], workers: int = 0, device: str = "cpu"
+    samples: Rows,
+    positions: Iterable[range],
+    workers: int = 0,
+    device: str = "cpu",
+    sides: Iterable[int | None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One batch per range of positions, in order, on ``device``, read ahead by ``workers`` processes.
 
     A batch has ``images`` (B, 3, S, S) float32 normalised, ``tokens`` (B, T), ``positions`` (B,), ``keys``, ``epochs``,
-    with a cache ``teacher_image`` and ``teacher_text`` (B, D), and ``skipped``: the reasons why it is smaller than its
-    range; they are logged, too. Workers make pieces of `PIECE` samples: the first batch is there the sooner, and two
-    batches are in flight however many workers there are. Raises DataError and UserError.
+    with a cache ``teacher_image`` and ``teacher_text`` (B, D), with labels ``labels`` (B, L) int64 filled up with -1,
+    and ``skipped``: the reasons why it is smaller than its range; they are logged, too. ``sides`` are the batches' S.
+    Workers make pieces of `PIECE` samples: the first batch is there the sooner, and two batches are in flight however
+    many workers there are. Raises DataError and UserError.
     """
     counts, ranges = deque[int](), iter(positions)
     if (first := next(ranges, None)) is None:
         return
 
-    def pieces() -> Iterator[range]:
-        for batch in chain([first], ranges):
+    def pieces() -> Iterator[list[tuple[int, int | None]]]:
+        for batch, side in zip(chain([first], ranges), sides or repeat(None), strict=False):
             cut = [batch[start : start + PIECE] for start in range(0, len(batch), PIECE)]
             counts.append(len(cut))
-            yield from cut
+            yield from ([(position, side) for position in piece] for piece in cut)
 
-    loader = DataLoader(
-        samples,
-        batch_sampler=pieces(),  # type: ignore[arg-type]  # any iterable of index sequences will do
+    loader: DataLoader[Any] = DataLoader(
+        samples,  # type: ignore[arg-type]  # a Dataset in all but name
+        batch_sampler=pieces(),
         num_workers=workers,
         prefetch_factor=max(2, -(-2 * len(first) // (PIECE * workers))) if workers else None,
         collate_fn=collate,
@@ -262,11 +339,15 @@ def _move(part: dict[str, Any], device: str) -> dict[str, Any]:
 
 def _join(parts: list[dict[str, Any]], student: LoadedModel) -> dict[str, Any]:
     batch: dict[str, Any] = {name: [one for part in parts for one in part[name]] for name in LISTS}
-    if not (full := [part for part in parts if "images" in part]):
+    if not (full := [part for part in parts if "positions" in part]):
         skipped = batch["skipped"]
         raise DataError(f"none of the {len(skipped)} samples of a batch can be used, first {skipped[0]}")
+    if "labels" in full[0]:
+        longest = max(part["labels"].shape[1] for part in full)
+        for part in full:
+            part["labels"] = F.pad(part["labels"], (0, longest - part["labels"].shape[1]), value=PAD)
     batch |= {name: torch.cat([part[name] for part in full]) for name in full[0] if name not in LISTS}
-    return batch | {"images": student.normalise(batch["images"])}
+    return batch | ({"images": student.normalise(batch["images"])} if "images" in batch else {})
 
 
 def _leave_signals_to_parent(worker: int) -> None:

@@ -8,8 +8,9 @@ the trained MobileCLIP-S0; in a new SAS-P model all attention is uniform.
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 
+import networkx
 import torch
 from timm.models.fastvit import Attention
 from torch import Tensor, nn
@@ -38,36 +39,13 @@ def matched_divergence(one: Tensor, other: Tensor) -> float:
 
 
 def assignment(costs: Sequence[Sequence[float]]) -> list[int]:
-    """The column of each row in the cheapest one-to-one assignment of a square matrix (Hungarian method, O(n^3)).
-
-    Rows join one by one, each along the shortest path of alternating pairs to a free column; the potentials of rows and
-    columns keep all reduced costs at 0 or above.
-    """
-    size = len(costs)
-    row_potential, column_potential = [0.0] * size, [0.0] * (size + 1)
-    owner = [-1] * (size + 1)  # row of each column; the last column is only where a path starts
-    for row in range(size):
-        owner[size], column = row, size
-        distance, before, done = [math.inf] * size, [size] * size, [False] * (size + 1)
-        while owner[column] >= 0:
-            done[column] = True
-            for free in range(size):
-                if not done[free]:
-                    reduced = costs[owner[column]][free] - row_potential[owner[column]] - column_potential[free]
-                    if reduced < distance[free]:
-                        distance[free], before[free] = reduced, column
-            nearest = min((free for free in range(size) if not done[free]), key=distance.__getitem__)
-            step = distance[nearest]
-            for index in range(size + 1):
-                if done[index]:
-                    row_potential[owner[index]] += step
-                    column_potential[index] -= step
-                elif index < size:
-                    distance[index] -= step
-            column = nearest
-        while column != size:
-            owner[column], column = owner[before[column]], before[column]
-    return [owner.index(row) for row in range(size)]
+    """The column of each row in the cheapest one-to-one assignment of a square matrix."""
+    size, largest = len(costs), max(map(max, costs))
+    graph = networkx.Graph()
+    for row, column in product(range(size), repeat=2):
+        graph.add_edge(row, size + column, weight=largest - costs[row][column])
+    pairs = dict(map(sorted, networkx.max_weight_matching(graph, maxcardinality=True)))
+    return [pairs[row] - size for row in range(size)]
 
 
 @torch.no_grad()

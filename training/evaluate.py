@@ -27,9 +27,11 @@ from shards_spec.models import LoadedModel, load_model, pick_device
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard
 from shards_spec.views import decode_rgb
+from training.classifier import Classifier
 from training.config import require
 from training.run_dir import RunDir
 from training.student import load_run
+from training.transfer import measure_classifier
 
 log = logging.getLogger(__name__)
 RECALL_AT = (1, 5, 10)
@@ -120,6 +122,8 @@ def evaluate(config: EvalConfig) -> list[dict[str, Any]]:
     device = pick_device(config.device)
     loaded, about = _load(config)
     loaded.model.to(device).eval()
+    if isinstance(loaded.model, Classifier):
+        return [_classify(config, loaded, device, about, root) for root in config.data]
     return [
         _evaluate_one(config, Encoder(loaded, config.batch_size, device, config.precision == "bf16"), about, root)
         for root in config.data
@@ -127,17 +131,36 @@ def evaluate(config: EvalConfig) -> list[dict[str, Any]]:
 
 
 def _evaluate_one(config: EvalConfig, encoder: Encoder, about: dict[str, Any], root: str) -> dict[str, Any]:
-    dataset = root.rstrip("/").rsplit("/", 1)[-1]
     task, metrics, samples = measure(encoder, root, config.task)
+    name = "zeroshot_classification" if task == "zeroshot" else "zeroshot_retrieval"
+    return _write(config, about, root, task, name, metrics, samples, encoder.skipped)
+
+
+def _classify(config: EvalConfig, loaded: LoadedModel, device: str, about: dict[str, Any], root: str) -> dict[str, Any]:
+    metrics, samples = measure_classifier(loaded, root, device, config.precision == "bf16")
+    return _write(config, about, root, "classification", "classification", metrics, samples, 0)
+
+
+def _write(
+    config: EvalConfig,
+    about: dict[str, Any],
+    root: str,
+    task: str,
+    name: str,
+    metrics: dict[str, float],
+    samples: int,
+    skipped: int,
+) -> dict[str, Any]:
+    dataset = root.rstrip("/").rsplit("/", 1)[-1]
     result = {
         "dataset": dataset,
         "model": about["model"],
         "pretrained": about["pretrained"],
-        "task": "zeroshot_classification" if task == "zeroshot" else "zeroshot_retrieval",
+        "task": name,
         "metrics": metrics,
         "language": "en",
         "samples": samples,
-        "skipped": encoder.skipped,
+        "skipped": skipped,
         **{name: value for name, value in about.items() if name in ("recipe", "step")},
     }
     folder = config.output or (join(config.model, "eval") if "step" in about else None)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shards_spec.files import UserError, is_url, write_bytes
 from shards_spec.models import LoadedModel, load_model
+from training.classifier import Classifier, export_classifier
 from training.run_dir import BPE, write_open_clip_config
 from training.student import load_run
 
@@ -45,6 +46,10 @@ def export(config: ExportConfig) -> None:
         raise UserError(f"--to {config.to!r}: give a local folder and copy it from there")
     student, step = load_run(config.run, config.raw, config.best)
     folder = Path(config.to).resolve()
+    if isinstance(student.model, Classifier):
+        export_classifier(str(folder), student)
+        log.info("%s: step %d of %s, a model of timm's", folder, step, config.run)
+        return
     tensors = {name: tensor.contiguous() for name, tensor in student.model.state_dict().items()}
     write_bytes(str(folder / "open_clip_model.safetensors"), save(tensors, metadata={"format": "pt"}))
     write_open_clip_config(str(folder), student, f"local-dir:{config.run}", str(folder / BPE))

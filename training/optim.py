@@ -28,6 +28,8 @@ class OptimConfig:
     """AdamW; CLIP takes 1e-6 for ViT, 1e-8 for ResNet"""
     warmup: int = 2000
     """steps of linear warm-up"""
+    warmup_lr: float | None = None
+    """learning rate that the warm-up begins at; None: its first step has lr / warmup"""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """way of the learning rate after the warm-up: down to final_lr in half a cosine or a line, or as it is"""
     final_lr: float = 0.0
@@ -44,6 +46,8 @@ class OptimConfig:
         require(0 <= self.beta2 < 1, "beta2", self.beta2, "in [0, 1)")
         require(self.eps > 0, "eps", self.eps, "above 0")
         require(self.warmup >= 0, "warmup", self.warmup, "0 or more")
+        first = self.warmup_lr
+        require(first is None or 0 < first <= self.lr, "warmup_lr", first, f"above 0, to --lr ({self.lr:g}), or None")
         require(0 <= self.final_lr <= self.lr, "final_lr", self.final_lr, f"from 0 to --lr ({self.lr:g})")
         decay = self.ema_decay
         require(decay is None or 0 < decay < 1, "ema_decay", decay, "in (0, 1), or None")
@@ -67,6 +71,8 @@ def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, objec
 def learning_rate(step: int, config: OptimConfig, total: int) -> float:
     """Of step 0 … total-1: ``lr * (step+1) / warmup``, then by ``schedule`` towards ``final_lr``."""
     if step < config.warmup:
+        if config.warmup_lr is not None:
+            return config.warmup_lr + (config.lr - config.warmup_lr) * step / config.warmup
         return config.lr * (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, total - config.warmup)
     left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[config.schedule]

@@ -12,7 +12,7 @@ Permutations sort raw Philox draws, whose stream numpy guarantees; ``Generator.p
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 
 import numpy as np
 
@@ -105,3 +105,59 @@ def batch_positions(
     for batch in range(batches):
         start = samples_seen + batch * batch_size
         yield range(start + rank, start + batch_size, world_size)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Each step's global batch, a pure function of (seed, step): the side of its pictures, and how many they are.
+
+    Without ``sides`` all batches are ``batch_size`` pictures of the student's own side. With them one side is drawn per
+    step, for all processes alike, and a batch of side s has about as many pixels as ``batch_size`` pictures of ``base``
+    pixels: ``int(B base^2 / s^2)`` for each of ``parts`` equal parts B of ``batch_size``, what CatLIP gives each
+    of its GPUs (arXiv 2404.15653).
+    """
+
+    batch_size: int
+    sides: tuple[int, ...] = ()
+    base: int = 224
+    parts: int = 1
+    seed: int = 0
+
+    def side(self, step: int) -> int | None:
+        """Pixels; None is the student's own."""
+        if not self.sides:
+            return None
+        return self.sides[int(raw_draws(f"side/{self.seed}/{step}", 1)[0] % np.uint64(len(self.sides)))]
+
+    def size(self, step: int) -> int:
+        """Samples of the global batch of a step."""
+        return self.of_side(self.side(step))
+
+    def of_side(self, side: int | None) -> int:
+        """Samples of a global batch of pictures of ``side`` pixels."""
+        if side is None:
+            return self.batch_size
+        return self.parts * max(1, int(self.batch_size / self.parts * self.base**2 / side**2))
+
+    @property
+    def mean(self) -> float:
+        """Samples of a global batch, on average."""
+        sizes = [self.of_side(side) for side in self.sides or (None,)]
+        return sum(sizes) / len(sizes)
+
+    def positions(
+        self, step: int, samples_seen: int, steps: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[range]:
+        """Positions of a rank's share of each of the next ``steps`` global batches, as `batch_positions` shares them.
+
+        Raises UserError where the processes cannot share them equally.
+        """
+        if self.sides and self.parts % world_size:
+            raise UserError(f"--batch-parts {self.parts}: must be a multiple of the {world_size} processes")
+        for number in range(step, step + steps):
+            yield from batch_positions(samples_seen, 1, self.size(number), rank, world_size)
+            samples_seen += self.size(number)
+
+    def sides_from(self, step: int) -> Iterator[int | None]:
+        """The sides of the batches from ``step`` on, without end."""
+        return (self.side(number) for number in count(step))

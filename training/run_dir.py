@@ -35,6 +35,7 @@ from shards_spec.files import (
     write_json,
 )  # fmt: skip
 from shards_spec.models import LoadedModel
+from training.classifier import Classifier, describe_classifier
 from training.config import FREE_ON_RESUME
 
 CHECKPOINT = re.compile(r"step_(\d+)\.pt")
@@ -91,7 +92,10 @@ class RunDir:
 
     def describe(self, student: LoadedModel, model: str) -> None:
         """Write what `load_run` rebuilds the student from."""
-        write_open_clip_config(str(self.path), student, model, BPE)
+        if isinstance(student.model, Classifier):
+            describe_classifier(str(self.path), student)
+        else:
+            write_open_clip_config(str(self.path), student, model, BPE)
 
     def newest(self) -> Path | None:
         """The checkpoint of the highest step."""

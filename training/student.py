@@ -9,6 +9,7 @@ from torch import nn
 
 from shards_spec.files import UserError
 from shards_spec.models import LoadedModel, load_model
+from training.classifier import is_classifier, load_classifier
 from training.config import ModelConfig
 from training.run_dir import RunDir, load_checkpoint
 
@@ -47,6 +48,17 @@ def _nan_for_uninitialised() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+def _described(path: str) -> LoadedModel:
+    """A RUN's student with random weights."""
+    if is_classifier(path):
+        return load_classifier(path)
+    logging.disable(logging.WARNING)  # open_clip would say that the weights are random
+    try:
+        return load_model(f"local-dir:{path}", random_weights=True)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def load_run(path: str, raw: bool = False, best: bool = False) -> tuple[LoadedModel, int]:
     """The student of a RUN folder with its newest (or best) checkpoint's weights, in eval mode, and that one's step.
 
@@ -58,11 +70,7 @@ def load_run(path: str, raw: bool = False, best: bool = False) -> tuple[LoadedMo
     if checkpoint is None:
         hint = "train with --eval-data EVAL" if best else f"run `clipmill train {config['recipe']}` longer"
         raise UserError(f"{run.checkpoints} has no {'best ' if best else ''}checkpoint yet: {hint}")
-    logging.disable(logging.WARNING)  # open_clip would say that the weights are random
-    try:
-        student = load_model(f"local-dir:{path}", random_weights=True)
-    finally:
-        logging.disable(logging.NOTSET)
+    student = _described(path)
     state = load_checkpoint(checkpoint)
     prefix = "student."
     weights = {name.removeprefix(prefix): value for name, value in state["task"].items() if name.startswith(prefix)}

@@ -26,7 +26,6 @@ from training.ema import Average
 from training.evaluate import Encoder, check_root, measure, score
 from training.memory import Memory, predict_memory
 from training.optim import OptimConfig, build_optimizer, learning_rate, set_lr
-from training.order import batch_positions
 from training.recipes import RECIPES
 from training.run_dir import RunDir, load_checkpoint
 from training.step import Batch, Gradients, rng_state, set_rng_state, total
@@ -97,8 +96,8 @@ def train(recipe: str, config: RecipeConfig) -> str:
     """
     with processes(config.run.device) as (ranks, device):
         with ranks.together():
-            next(batch_positions(0, 1, config.data.batch_size, ranks.rank, ranks.size))  # raises where it cannot share
             student, samples, task = prepare(recipe, config)
+            next(samples.plan.positions(0, 0, 1, ranks.rank, ranks.size))  # raises where it cannot share
             predicted = _predict(config, samples, task, ranks.size) if device != "cpu" and ranks.first else None
             task = task.to(device).train()
             run, newest = RunDir(config.run.out), None
@@ -124,9 +123,13 @@ def prepare(recipe: str, config: RecipeConfig) -> tuple[LoadedModel, Samples, An
         raise UserError(f"recipe {recipe!r}: there are {', '.join(RECIPES)}")
     if config.run.eval_data:
         check_root(config.run.eval_data)  # raises now, not after an epoch
-    student = new_student(config.student, config.run.seed)
-    samples = open_samples(config.data, config.views, student, config.run.seed)
-    task = import_module(f"training.recipes.{recipe}").build(config, student, samples.cache)
+    module = import_module(f"training.recipes.{recipe}")
+    if hasattr(module, "prepare"):  # its student or its samples are others than open_clip's and pairs
+        student, samples, task = module.prepare(config)
+    else:
+        student = new_student(config.student, config.run.seed)
+        samples = open_samples(config.data, config.views, student, config.run.seed)
+        task = module.build(config, student, samples.cache)
     if config.run.checkpoint_activations:
         if not hasattr(task.student, "set_grad_checkpointing"):
             raise UserError(f"--checkpoint-activations: model {config.student.model!r} has no set_grad_checkpointing")
@@ -174,7 +177,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.task, optim)
         self.gradients = Gradients(self.task, self.ranks, self.device, run.precision, run.chunk_size)
         self.average = Average(self.task.student, optim.ema_decay) if optim.ema_decay is not None else None
-        self.total = total_steps(run, self.config.data.batch_size, self.samples.order.total)
+        self.total = total_steps(run, self.samples.plan.mean, self.samples.order.total)
         self.sizes_sha256 = sha256_json(self.samples.order.sizes.tolist())
         self.statistics = statistics(self.task)
         torch.manual_seed(run.seed + 1 + self.ranks.rank)  # dropout and the like, whatever the weights' draw took
@@ -186,9 +189,11 @@ class Trainer:
         log.info("%s: step %d of %d, %d samples", self.run.path, progress.step, self.total, self.samples.order.total)
         if left <= 0:
             return
-        positions = batch_positions(progress.samples_seen, left, config.data.batch_size, ranks.rank, ranks.size)
-        batches = load_batches(self.samples, positions, config.data.workers, self.device)
-        saved = logged = (time.monotonic(), progress.step)
+        plan = self.samples.plan
+        positions = plan.positions(progress.step, progress.samples_seen, left, ranks.rank, ranks.size)
+        sides = plan.sides_from(progress.step)
+        batches = load_batches(self.samples, positions, config.data.workers, self.device, sides)
+        saved, logged = (time.monotonic(), progress.step), (time.monotonic(), progress.samples_seen)
         start = time.monotonic() - progress.seconds
         with self._writer() as writer, _stop_flag() as stop:
             while progress.step < self.total:
@@ -202,8 +207,8 @@ class Trainer:
                 stopped, due = ranks.maximum(stop[0] if stop else 0, ranks.first and self._save_due(now - saved[0]))
                 finished = progress.step == self.total
                 if progress.step % config.run.log_every == 0 or finished or metrics:
-                    rate = (progress.step - logged[1]) * config.data.batch_size / max(now - logged[0], 1e-9)
-                    logged = (now, progress.step)
+                    rate = (progress.samples_seen - logged[1]) / max(now - logged[0], 1e-9)
+                    logged = (now, progress.samples_seen)
                     if ranks.first:
                         self._log(writer, losses, lr, norm, rate, metrics)
                 if stopped or finished or due:
@@ -224,7 +229,8 @@ class Trainer:
         """
         progress, scaler = self.progress, self.gradients.scaler
         sizes = self.ranks.sizes(len(batch["keys"]))
-        progress.skipped += self.config.data.batch_size - sum(sizes)
+        size = self.samples.plan.size(progress.step)
+        progress.skipped += size - sum(sizes)
         before = [buffer.clone() for buffer in self.statistics]
         if self.config.run.channels_last:
             batch["images"] = batch["images"].contiguous(memory_format=torch.channels_last)
@@ -249,7 +255,7 @@ class Trainer:
                 self.average.update(self.task.student)
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
-        progress.samples_seen += self.config.data.batch_size
+        progress.samples_seen += size
         progress.in_a_row = progress.in_a_row + 1 if bad else 0
         losses = {name: value.detach() for name, value in losses.items()}  # not the graph of a skipped step
         if bad:
@@ -285,12 +291,13 @@ class Trainer:
 
     def _evaluation_due(self) -> bool:
         run, seen = self.config.run, self.progress.samples_seen
-        if not run.eval_data or self.progress.step == self.total:
-            return bool(run.eval_data)
+        measured = bool(run.eval_data) or hasattr(self.task, "measure")
+        if not measured or self.progress.step == self.total:
+            return measured
         if run.eval_every_steps is not None:
             return self.progress.step % run.eval_every_steps == 0
         period = run.eval_every_epochs * self.samples.order.total
-        return seen // period > (seen - self.config.data.batch_size) // period
+        return seen // period > (seen - self.samples.plan.size(self.progress.step - 1)) // period
 
     def _evaluate(self) -> dict[str, float]:
         """Metrics on ``eval_data`` (of the averaged weights, where there are), by rank 0; the best is saved."""
@@ -299,8 +306,11 @@ class Trainer:
             if self.ranks.first:
                 student = self.task.student.eval()
                 with self.average.within(student) if self.average is not None else nullcontext():
-                    encoder = Encoder(dataclasses.replace(self.student, model=student), 64, self.device)
-                    _, metrics, _ = measure(encoder, self.config.run.eval_data)
+                    if hasattr(self.task, "measure"):
+                        metrics = self.task.measure(self.device)
+                    else:
+                        encoder = Encoder(dataclasses.replace(self.student, model=student), 64, self.device)
+                        _, metrics, _ = measure(encoder, self.config.run.eval_data)
                 self.task.train()
         metrics = self.ranks.from_first(metrics)
         if self.progress.best is None or score(metrics) > self.progress.best:
@@ -336,7 +346,7 @@ class Trainer:
             "losses": {name: _finite(value) for name, value in values.items()},
             "lr": lr,
             "grad_norm": _finite(norm),
-            "logit_scale": self.task.student.logit_scale.exp().item(),
+            **self._scale(),
             "samples_per_s": round(rate, 2),
             "seconds": round(progress.seconds, 3),
         }
@@ -351,12 +361,17 @@ class Trainer:
         self.run.log(line | ({"eval": metrics} if metrics else {}))
         for name, value in curves.items():
             writer.add_scalar(name, value, progress.step)
-        eta = (self.total - progress.step) * self.config.data.batch_size / max(rate, 1e-9)
+        eta = (self.total - progress.step) * self.samples.plan.mean / max(rate, 1e-9)
         log.info(
             "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  %.0f samples/s  %.0f s left%s",
             progress.step, self.total, line["epoch"], sum(values.values()), lr, rate, eta,
             "".join(f"  {name} {value:.4f}" for name, value in metrics.items()),
         )  # fmt: skip
+
+    def _scale(self) -> dict[str, float]:
+        """The logit scale of a student that has one."""
+        scale = getattr(self.task.student, "logit_scale", None)
+        return {} if scale is None else {"logit_scale": scale.exp().item()}
 
     def save(self, best: dict[str, Any] | None = None) -> None:
         """Write a checkpoint of everything that the next step depends on; with ``best``, also that, as best.pt."""

@@ -41,7 +41,7 @@ def run_page(run: str) -> dict[str, Any]:
         "headline": _tiles(columns),
         "loss": _loss_charts(columns),
         "losses": [_curve(columns, n, n.removeprefix("losses."), "loss") for n in columns if n.startswith("losses.")],
-        "curves": [_curve(columns, name, *CURVES[name]) for name in CURVES if name in columns],
+        "curves": [_curve(columns, name, *CURVES[name]) for name in CURVES if name in columns] + _measured(columns),
         "evaluations": evaluations,
         "unread": unread,
         "config": flatten(config),
@@ -63,7 +63,7 @@ def _json_or_empty(path: str, problems: list[str]) -> dict[str, Any]:
 
 
 def read_metrics(path: str, problems: list[str]) -> dict[str, np.ndarray]:
-    """One array per metric, NaN where a line has none. Named losses are called ``losses.NAME``.
+    """One array per metric, NaN where a line has none; nested ones are called ``losses.NAME`` and ``eval.NAME``.
 
     A run that went on from a checkpoint wrote some steps twice: the later line counts.
     """
@@ -75,15 +75,16 @@ def read_metrics(path: str, problems: list[str]) -> dict[str, np.ndarray]:
             continue
         while kept and kept[-1]["step"] >= row["step"]:
             kept.pop()
-        kept.append({name: value for name, value in row.items() if name != "losses"} | _named(row.get("losses")))
+        nested = [_named(group, row.pop(group, None)) for group in ("losses", "eval")]
+        kept.append(row | nested[0] | nested[1])
     if broken:
         problems.append(f"{path}: {broken} of {len(rows) + broken} lines are no metrics and were left out")
     columns = dict.fromkeys(name for row in kept for name in row)
     return {name: np.array([number(row.get(name)) for row in kept]) for name in columns}
 
 
-def _named(losses: Any) -> dict[str, Any]:
-    return {f"losses.{name}": value for name, value in losses.items()} if isinstance(losses, dict) else {}
+def _named(group: str, values: Any) -> dict[str, Any]:
+    return {f"{group}.{name}": value for name, value in values.items()} if isinstance(values, dict) else {}
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -135,6 +136,17 @@ def _loss_charts(columns: dict[str, np.ndarray]) -> list[Chart]:
     if "loss" not in columns:
         return []
     return [_curve(columns, "loss", "Total loss", "loss", size) for size in (WIDE, SIZE)]
+
+
+def _measured(columns: dict[str, np.ndarray]) -> list[Chart]:
+    """What was measured while training, over the steps at which it was."""
+    charts = []
+    for name in columns:
+        if name.startswith("eval."):
+            there = np.isfinite(columns[name])
+            found = {"step": columns["step"][there], name: columns[name][there]}
+            charts.append(_curve(found, name, metric_name(name.removeprefix("eval.")), "share"))
+    return charts
 
 
 def _tiles(columns: dict[str, np.ndarray]) -> list[tuple[str, str]]:

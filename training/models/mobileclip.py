@@ -84,7 +84,7 @@ TEXT_NAMES = [
 
 
 MOBILECLIP2_NAMES = [
-    (r"^text\.transformer\.resblocks\.", "text.layers."),
+    (r"^transformer\.resblocks\.", "layers."),
     (r"\.ln_1\.", ".norm."),
     (r"\.attn\.in_proj_", ".qkv."),
     (r"\.attn\.out_proj\.", ".proj."),
@@ -94,14 +94,21 @@ MOBILECLIP2_NAMES = [
 ]
 
 
-def from_mobileclip2(state: State) -> State:
-    """open_clip's MobileCLIP2-S0 as SiCLIP2-S0 inherits from it: text tensors under `TextTower`'s names.
+def with_text_tower(model: nn.Module) -> nn.Module:
+    """The same model, of the kind of open_clip's MobileCLIP2-S0, its text tower rebuilt as a `TextTower`.
 
-    Its image tower is MobileCLIP-S0's; its text tower has 12 layers and no RepMixer, so it is another experiment.
+    The numbers it computes stay; it has a prefix and a rest then, and the names that SiCLIP2-S0 inherits by. Its image
+    tower is MobileCLIP-S0's; its text tower has 12 layers and no RepMixer, so it is another experiment.
     """
-    return {
-        _renamed(name, MOBILECLIP2_NAMES) if name.startswith("text.") else name: value for name, value in state.items()
-    }
+    text: Any = model.text
+    blocks = text.transformer.resblocks
+    tower = TextTower(
+        text.text_projection.shape[1], text.context_length, text.vocab_size, text.token_embedding.embedding_dim,
+        blocks[0].attn.num_heads, len(blocks), kernel_size=0, share=0,
+    )  # fmt: skip
+    tower.load_state_dict({_renamed(name, MOBILECLIP2_NAMES): value for name, value in text.state_dict().items()})
+    model.text = tower.train(text.training)
+    return model
 
 
 def our_name(name: str) -> str:

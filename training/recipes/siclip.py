@@ -32,13 +32,14 @@ each the default here where sources are silent, the other one being an option wh
 - What is frozen: all that has S0's weights outside of the SAS-P blocks, also after them: --train-tail. Inside of the
   blocks norm and FFN start from S0's and are trained: --no-inherit-ffn, --inherit-keys, --exact-norm.
 - S0 sees the student's picture and text (live). From a cache, the views are the cache's, and any teacher will do.
-  open_clip's MobileCLIP2-S0 has another text tower: it can teach (--base MobileCLIP2-S0 --no-inherit), not bequeath.
+- open_clip ships no S0. Its MobileCLIP2-S0 has S0's image tower and another text tower (12 layers, no RepMixer), which
+  makes it another experiment: --base MobileCLIP2-S0 --base-weights dfndr2b --model SiCLIP2-S0.
 - Text blocks share in one group of four; --model SiCLIP-S0 says so ("share" in its open_clip config).
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +54,7 @@ from shards_spec.models import LoadedModel, load_model
 from training.config import CacheConfig, DataConfig, ModelConfig, RunConfig, ViewConfig, require
 from training.inherit import freeze, inherit_siclip
 from training.losses import clip_loss, element_feature_loss, full, interactive_loss, relation_loss
-from training.models.mobileclip import image_prefix, image_rest
+from training.models.mobileclip import image_prefix, image_rest, with_text_tower
 from training.optim import OptimConfig
 from training.pairs import PairHead, key_ids, pair_loss, sample_negatives, text_ids
 from training.student import load_run, new_student
@@ -248,7 +249,7 @@ def build(config: Config, student: LoadedModel, cache: TeacherCache | None) -> T
 def load_base(model: str, weights: str, seed: int) -> LoadedModel:
     """The model to inherit from and to learn from. Raises UserError when there is none or it cannot be loaded."""
     if weights == "random":
-        return new_student(ModelConfig(model), seed)
+        return _own(model, new_student(ModelConfig(model), seed))
     if weights and Path(weights, "config.json").is_file():
         return load_run(weights)[0]
     if not weights and ":" not in model:
@@ -256,7 +257,11 @@ def load_base(model: str, weights: str, seed: int) -> LoadedModel:
             f"--base-weights is needed: {model}'s weights (Apple's mobileclip_s0.pt, another checkpoint file, or a RUN "
             "folder), or random for a try"
         )
-    return load_model(model, weights or None)
+    return _own(model, load_model(model, weights or None))
+
+
+def _own(model: str, base: LoadedModel) -> LoadedModel:
+    return replace(base, model=with_text_tower(base.model)) if model == "MobileCLIP2-S0" else base
 
 
 def _check_inputs(name: str, base: LoadedModel, student: LoadedModel) -> None:

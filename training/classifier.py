@@ -1,0 +1,178 @@
+"""A picture classifier as a student: any of timm's vision transformers with a head over a list of classes.
+
+Its description in a run or export folder is ``classifier.json``, with the vocabulary that its classes belong to in
+``vocabulary.tsv``; the vocabulary's hash is a buffer, hence in every checkpoint.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shards_spec.files import UserError, exists, join, read_json, write_bytes, write_json
+from shards_spec.models import TIMM, LoadedModel, load_backbone
+from shards_spec.vocab import Vocabulary, read_vocabulary
+
+DESCRIPTION, VOCABULARY = "classifier.json", "vocabulary.tsv"
+HASH_BYTES = 32
+TOLERANCE = 1e-5  # largest difference of a logit, fp32 on the same CPU
+
+
+class Classifier(nn.Module):
+    """``trunk`` is timm's model ``name`` with its head; its classes are a vocabulary's, or have ``names``."""
+
+    def __init__(self, name: str, trunk: Any, vocabulary: Vocabulary | None, names: list[str] | None = None) -> None:
+        super().__init__()
+        self.name, self.trunk, self.vocabulary, self.names = name, trunk, vocabulary, names or []
+        own = bytes.fromhex(vocabulary.sha256) if vocabulary else bytes(HASH_BYTES)
+        self.register_buffer("vocabulary_sha256", torch.tensor(list(own), dtype=torch.uint8))
+        self.vocabulary_sha256: Tensor
+
+    @property
+    def head(self) -> nn.Linear:
+        """The linear layer over the classes."""
+        head: nn.Linear = self.trunk.get_classifier()
+        return head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) normalised -> (B, K) logits."""
+        logits: Tensor = self.trunk(images)
+        return logits
+
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        """(B, 3, S, S) -> (B, D), what the head sees."""
+        features: Tensor = self.trunk.forward_head(self.trunk.forward_features(images), pre_logits=True)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only each block's input for the backward pass."""
+        self.trunk.set_grad_checkpointing(enable)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Raises UserError when the weights are of another vocabulary."""
+        theirs = state_dict.get(f"{prefix}vocabulary_sha256")
+        if theirs is not None and not torch.equal(theirs.cpu(), self.vocabulary_sha256.cpu()):
+            raise UserError(
+                f"these weights' classes are of {_said(theirs)}, this model's of {_said(self.vocabulary_sha256)}"
+                f"{_about(self.vocabulary)}: take the vocabulary they were trained with, or another --out"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _said(sha256: Tensor) -> str:
+    text = bytes(sha256.cpu().tolist()).hex()
+    return f"vocabulary {text[:12]}" if text.strip("0") else "no vocabulary"
+
+
+def _about(vocabulary: Vocabulary | None) -> str:
+    if vocabulary is None:
+        return ""
+    first = ", ".join(lemma for _, lemma, *_ in vocabulary.rows[:3])
+    return f" ({len(vocabulary)} synsets: {first} ...)"
+
+
+def _timm() -> Any:
+    """timm, which knows our own models, too; imported where it is used, since that takes a second."""
+    import timm
+
+    import training.models.catlip  # noqa: F401  registers them
+
+    return timm
+
+
+def new_classifier(
+    model: str, classes: int, vocabulary: Vocabulary | None = None, pretrained: str | None = None, seed: int = 0
+) -> LoadedModel:
+    """``timm:NAME`` with a new head over ``classes`` classes.
+
+    Weights depend on ``seed`` alone; ``pretrained`` is a checkpoint file for all but the head, or "timm" for timm's
+    own. Raises UserError when the name is none of a vision transformer, or its weights are not there.
+    """
+    name = model.removeprefix(TIMM)
+    if name == model:
+        raise UserError(f"--model {model!r}: a classifier is named {TIMM}NAME, say {TIMM}catlip_vit_base_patch16_224")
+    timm = _timm()
+    torch.manual_seed(seed)
+    try:
+        trunk: Any = timm.create_model(name, pretrained=pretrained == "timm", num_classes=0, dynamic_img_size=True)
+        if pretrained not in (None, "timm"):
+            load_backbone(trunk, pretrained)
+    except TypeError as error:
+        raise UserError(f"--model {model!r} is no vision transformer of timm's: {error}") from error
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"--model {model!r} with --pretrained {pretrained!r} cannot be loaded: {error}") from error
+    trunk.reset_classifier(classes)
+    new_rows(trunk.get_classifier())
+    data = timm.data.resolve_model_data_config(trunk)
+    config = {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
+    student = Classifier(model, trunk, vocabulary)
+    return LoadedModel(student.eval(), None, config, data["input_size"][-1], data["mean"], data["std"])
+
+
+@torch.no_grad()
+def new_rows(head: nn.Linear) -> None:
+    """Random rows of a head, standard deviation 0.02, and biases of 0."""
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+
+
+def describe_classifier(folder: str, student: LoadedModel) -> None:
+    """Write what `load_classifier` rebuilds the student from.
+
+    Raises UserError when the folder has another vocabulary, before anything is written.
+    """
+    model: Classifier = student.model
+    stored = join(folder, VOCABULARY)
+    if exists(stored) and (theirs := read_vocabulary(stored)).sha256 != (model.vocabulary and model.vocabulary.sha256):
+        raise UserError(
+            f"{stored} is vocabulary {theirs.sha256[:12]}{_about(theirs)}, asked for is "
+            f"{_said(model.vocabulary_sha256)}{_about(model.vocabulary)}: take the same again, or another folder"
+        )
+    about = {"model": model.name, "classes": model.head.out_features, "names": model.names}
+    about |= {"image_size": student.image_size, "mean": list(student.mean), "std": list(student.std)}
+    write_json(join(folder, DESCRIPTION), about)
+    if model.vocabulary is not None:
+        model.vocabulary.write(stored)
+
+
+def is_classifier(folder: str) -> bool:
+    """Whether a folder holds a classifier's description."""
+    return exists(join(folder, DESCRIPTION))
+
+
+def load_classifier(folder: str) -> LoadedModel:
+    """The student of a folder, with random weights. Raises UserError and DataError."""
+    path = join(folder, DESCRIPTION)
+    if not exists(path):
+        raise UserError(f"{path} is not there: {folder} is no RUN of a classifier")
+    said = read_json(path)
+    stored = str(Path(folder) / VOCABULARY)
+    student = new_classifier(said["model"], said["classes"], read_vocabulary(stored) if exists(stored) else None)
+    student.model.names = said["names"]
+    return replace(student, image_size=said["image_size"], mean=tuple(said["mean"]), std=tuple(said["std"]))
+
+
+def export_classifier(folder: str, student: LoadedModel) -> None:
+    """Write a folder that timm loads as ``local-dir:FOLDER``, with the vocabulary; CatLIP's own ViTs need this package.
+
+    Raises UserError when the loaded copy computes something else.
+    """
+    timm, model = _timm(), student.model
+    rows = model.vocabulary.rows if model.vocabulary else ()
+    names = [row[0] for row in rows] or model.names
+    about = {"label_names": names, "label_descriptions": {wnid: lemma for wnid, lemma, *_ in rows}}
+    with TemporaryDirectory() as near:
+        timm.models.save_for_hf(model.trunk, near, about, safe_serialization=True)
+        for path in sorted(Path(near).iterdir()):
+            write_bytes(join(folder, path.name), path.read_bytes())
+    describe_classifier(folder, student)
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    pictures = torch.rand(4, 3, student.image_size, student.image_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        difference = float((again(pictures) - model.eval()(pictures)).abs().max())
+    if difference > TOLERANCE:
+        raise UserError(f"{folder}: loaded back, its logits differ by {difference:.2g}; do not use it")

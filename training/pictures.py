@@ -1,0 +1,204 @@
+"""Pictures of classes: folders of class folders, or a CLIP_benchmark WebDataset, read by position like packed shards.
+
+ROOT/train/CLASS/*.jpg, ROOT/test/CLASS/*.jpg (or val/)                            any depth below CLASS
+ROOT/classnames.txt, train/nshards.txt, train/0.tar …, test/…                      members jpg|png|webp and cls
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from shards_spec.draws import raw_draws
+from shards_spec.files import DataError, UserError, exists, join, read_buffer, read_bytes
+from shards_spec.models import LoadedModel
+from shards_spec.sample import IMAGE_EXTENSIONS
+from shards_spec.tar import index_shard
+from shards_spec.views import ViewSpec, apply_view, decode_rgb, draw_view
+from training.config import require
+from training.data import Item, ShardReader, Skipped, to_pixels
+from training.order import BatchPlan, Order
+
+log = logging.getLogger(__name__)
+TEST_SPLITS = ("test", "val")
+CROP = 224 / 232  # share of the shorter side that the test crop covers: 232 pixels are cut to 224
+
+
+@dataclass(frozen=True)
+class PictureConfig:
+    """Which labelled pictures, and how many at a time."""
+
+    data: str = ""
+    """ROOT with train/ and test/: class folders, or a CLIP_benchmark WebDataset (classnames.txt, train/0.tar ...)"""
+    fraction: float = 1.0
+    """share of each class's training pictures that is used, at least one of each"""
+    batch_size: int = 256
+    """pictures per step, over all processes"""
+    workers: int = 2
+    """processes that read and decode; 0 does it in the main process"""
+
+    def __post_init__(self) -> None:
+        require(0 < self.fraction <= 1, "fraction", self.fraction, "in (0, 1]")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        require(self.workers >= 0, "workers", self.workers, "0 or more")
+
+
+class Pictures(Protocol):
+    """``labels`` (N,) are indices into ``classes``."""
+
+    classes: list[str]
+    labels: np.ndarray
+
+    def picture(self, index: int) -> tuple[str, bytes]:
+        """A name and the encoded picture."""
+        ...
+
+
+class FolderPictures:
+    """Files below ``folder``/CLASS, both ascending."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.classes = folder, sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        found = [(path, label) for label, name in enumerate(self.classes) for path in _images(folder / name)]
+        self.paths = [path for path, _ in found]
+        self.labels = np.array([label for _, label in found], np.int64)
+
+    def picture(self, index: int) -> tuple[str, bytes]:
+        """Path below the folder, bytes."""
+        path = self.paths[index]
+        return path.relative_to(self.folder).as_posix(), path.read_bytes()
+
+
+class _Numbered(ShardReader):
+    """Shards named as CLIP_benchmark does."""
+
+    def path(self, shard: int) -> str:
+        return join(self.root, self.folder, f"{shard}.tar")
+
+
+class TarPictures:
+    """Samples of ``root/split/N.tar`` in the order of the files. Raises UserError and DataError."""
+
+    def __init__(self, root: str, split: str) -> None:
+        names = read_bytes(join(root, "classnames.txt")).decode().splitlines()
+        self.classes = [name.strip() for name in names if name.strip()]
+        text = read_bytes(join(root, split, "nshards.txt")).decode().strip()
+        if not text.isdigit():
+            raise UserError(f"{join(root, split, 'nshards.txt')} says {text!r}: it must be a number")
+        self.reader = _Numbered(root, split, [])
+        labels = [self._labels(self.reader.path(shard)) for shard in range(int(text))]
+        self.reader.sizes = [len(own) for own in labels]
+        self.ends = np.cumsum(self.reader.sizes)
+        self.labels = np.array([label for own in labels for label in own], np.int64)
+
+    def picture(self, index: int) -> tuple[str, bytes]:
+        """Key, bytes."""
+        shard = int(np.searchsorted(self.ends, index, side="right"))
+        sample = self.reader.sample(shard, index - int(self.ends[shard] - self.reader.sizes[shard]))
+        return sample.key, sample.image
+
+    def _labels(self, path: str) -> list[int]:
+        found = []
+        try:
+            with read_buffer(path) as buffer:
+                for key, members in index_shard(buffer, path):
+                    member = members.get("cls")
+                    text = bytes(buffer[member.offset : member.offset + member.size]).decode() if member else ""
+                    if not text.strip().isdigit() or int(text) >= len(self.classes):
+                        raise DataError(
+                            f"{path}: key {key} has class {text!r}, not a number below {len(self.classes)} (the lines "
+                            "of classnames.txt)"
+                        )
+                    found.append(int(text))
+        except FileNotFoundError as error:
+            raise UserError(f"{path} is not there, though nshards.txt counts it; copy the missing shards") from error
+        return found
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+
+
+def open_pictures(root: str, train: bool) -> Pictures:
+    """The training or test split of a data set. Raises UserError when there is none, or it has no picture."""
+    if not root:
+        raise UserError("--data is needed: a folder with train/ and test/, of class folders or WebDataset shards")
+    splits = ("train",) if train else TEST_SPLITS
+    for split in splits:
+        found: Pictures | None = None
+        if exists(join(root, split, "nshards.txt")):
+            found = TarPictures(root, split)
+        elif Path(root, split).is_dir():
+            found = FolderPictures(Path(root, split))
+        if found is not None and len(found.labels):
+            return found
+    raise UserError(f"{root} has no pictures in {'/ or '.join(splits)}/: class folders, or shards with nshards.txt")
+
+
+def subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Indices of ``fraction`` of each class's pictures, ascending; a smaller share is within a larger one."""
+    kept = []
+    for label in np.unique(labels):
+        own = np.flatnonzero(labels == label)
+        drawn = np.argsort(raw_draws(f"subset/{seed}/{label}", len(own)), kind="stable")
+        kept.append(own[drawn[: max(1, round(fraction * len(own)))]])
+    return np.sort(np.concatenate(kept))
+
+
+class PictureRows:
+    """Pictures by position: the ``chosen`` ones in the order of epochs with views drawn, or, without, all as they lie.
+
+    Items are those of `Samples`, with ``targets`` (an int64 scalar) in place of texts.
+    """
+
+    def __init__(
+        self, pictures: Pictures, student: LoadedModel, plan: BatchPlan, views: ViewSpec | None, chosen: np.ndarray
+    ) -> None:
+        self.pictures, self.student, self.plan, self.views, self.chosen = pictures, student, plan, views, chosen
+        self.order = Order([len(chosen)], plan.seed, streams=1, window=1)
+        self.cache = None
+
+    def __getitem__(self, index: int | tuple[int, int | None]) -> Item:
+        position, side = index if isinstance(index, tuple) else (index, None)
+        place = self.order.locate(position)
+        number = int(self.chosen[place.index if self.views else position])
+        side = side or self.student.image_size
+        name, data = self.pictures.picture(number)
+        try:
+            image = decode_rgb(data)
+        except DataError as error:
+            return Skipped(f"{name}: {error}")
+        spec = self.views
+        shown = apply_view(image, spec, draw_view(spec, name, place.epoch), side) if spec else plain_crop(image, side)
+        targets = torch.tensor(int(self.pictures.labels[number]))
+        return {
+            "key": name, "position": position, "epoch": place.epoch, "images": to_pixels(shown), "targets": targets,
+        }  # fmt: skip
+
+
+class FeatureRows:
+    """Features (N, D) and labels (N,) by position, for a head alone."""
+
+    def __init__(self, features: Tensor, labels: Tensor, student: LoadedModel, plan: BatchPlan) -> None:
+        self.features, self.labels, self.student, self.plan = features, labels, student, plan
+        self.order = Order([len(labels)], plan.seed, streams=1, window=1)
+        self.cache = None
+
+    def __getitem__(self, index: int | tuple[int, int | None]) -> Item:
+        position = index[0] if isinstance(index, tuple) else index
+        place = self.order.locate(position)
+        row: dict[str, Any] = {"features": self.features[place.index], "targets": self.labels[place.index]}
+        return {"key": str(place.index), "position": position, "epoch": place.epoch, **row}
+
+
+def plain_crop(image: Image.Image, side: int) -> Image.Image:
+    """The central square of `CROP` of the shorter side, at ``side`` x ``side`` pixels, bilinear, antialiased."""
+    width, height = image.size
+    cut = CROP * min(image.size)
+    box = ((width - cut) / 2, (height - cut) / 2, (width + cut) / 2, (height + cut) / 2)
+    return image.resize((side, side), Image.Resampling.BILINEAR, box=box)

@@ -1,0 +1,146 @@
+"""CatLIP (Mehta et al., arXiv 2404.15653): a vision transformer that names the synsets of its picture's caption.
+
+No text tower and no pairs: a caption becomes WordNet synsets (`clipmill pack`, `clipmill vocab`), the model says for
+each class of the vocabulary whether it is among them.
+
+    L = 1/B sum_b sum_k BCE(z_bk, t_bk) + L_RangeAugment
+
+Target: the linear probe on ImageNet-1k of a ViT-B/16 (table of section 5): 58.0 from CC3M, 80.1 from DataComp-1.3B,
+where CLIP's fine-tuned 84.4 is CatLIP's 84.3. Cost: 2.7 times fewer GPU hours than CLIP for an epoch of DataComp.
+`config()` is the paper's CC3M column, ViT-B/16 on 4 GPUs; its DataComp columns, of 200,000 steps, are
+
+    clipmill train catlip --data ROOT --epochs 25                                                        CC3M, to 100
+      --steps 200000 --batch-size 65536 --batch-parts 64 --lr 1e-3 --final-lr 1e-5                       B/16
+      ... --model timm:catlip_vit_large_patch16_224 --batch-parts 128 --lr 6e-4 --final-lr 6e-6          L/16
+      ... --model timm:catlip_vit_huge_patch16_224 --batch-parts 256 --lr 4e-4 --final-lr 4e-6           H/16
+
+The paper and its configs give: batches, peak and final learning rates, AdamW (0.9, 0.999), eps 1e-8, weight decay 0.2,
+10,000 steps of warm-up from 1e-6 (stated for DataComp alone), cosine, clipping at 1, bf16, crops of (0.08, 1), flips,
+RangeAugment from 40 to 20 dB, sides of 128 to 320 by 16 with equal pixels per batch, and the average of the weights
+(decay 0.9995) as the result. A picture's labels are its original caption's; pictures without any are kept.
+Readings, each with its other one as an option or noted:
+- Crops are rendered bicubic and antialiased, as all our views are; theirs are bilinear.
+- Positions are resized over the grid; the code's way, along the raster order, is `CatlipViT(positions="raster")`.
+- A loss is the mean over the global batch. Theirs is the mean over GPUs of means over equal parts, the same number.
+- An epoch is the dataset once. Their steps have 1.27 times the nominal batch on average, so do ours.
+- From a vocabulary's frequencies (--frequency-bias) and by softmax (--loss softmax; SuperClass, arXiv 2411.03313) are
+  not CatLIP's.
+Any ViT of timm's can be the backbone: --model timm:vit_base_patch16_224.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tyro.conf import OmitArgPrefixes
+
+from shards_spec.files import UserError
+from shards_spec.models import LoadedModel
+from shards_spec.vocab import Vocabulary
+from training.classifier import Classifier, new_classifier
+from training.config import DataConfig, LabelConfig, ModelConfig, RunConfig, SideConfig, ViewConfig, total_steps
+from training.data import Labels, Samples, find_vocabulary, open_samples
+from training.multilabel import (
+    PAD,
+    RangeAugment,
+    curriculum_loss,
+    frequency_bias,
+    mean_loss,
+    sigmoid_loss,
+    softmax_loss,
+)
+from training.optim import OptimConfig
+
+LOSSES = {"sigmoid": sigmoid_loss, "softmax": softmax_loss}
+SIDES = tuple(range(128, 321, 16))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train CatLIP: classify the synsets of captions."""
+
+    data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
+    labels: OmitArgPrefixes[LabelConfig] = field(default_factory=LabelConfig)
+    views: OmitArgPrefixes[ViewConfig] = field(default_factory=ViewConfig)
+    sides: OmitArgPrefixes[SideConfig] = field(default_factory=SideConfig)
+    student: OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
+    optim: OmitArgPrefixes[OptimConfig] = field(default_factory=OptimConfig)
+    run: OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
+    loss: Literal["sigmoid", "softmax"] = "sigmoid"
+    """sigmoid: binary cross-entropy, summed over the classes; softmax: cross-entropy with the labels' mean"""
+    frequency_bias: bool = False
+    """start the head's biases at the classes' log-odds in the vocabulary's captions, not at 0"""
+    range_augment: bool = True
+    """brightness, contrast and noise of learned ranges, on the device"""
+
+
+def config() -> Config:
+    """The paper's numbers for CC3M."""
+    return Config(
+        data=DataConfig(batch_size=2048, workers=8, captions="original"),
+        views=ViewConfig(scale=(0.08, 1.0), flip=0.5),
+        sides=SideConfig(sides=SIDES, batch_parts=4),
+        student=ModelConfig(model="timm:catlip_vit_base_patch16_224"),
+        optim=OptimConfig(
+            lr=2e-3, final_lr=2e-5, weight_decay=0.2, beta1=0.9, beta2=0.999, eps=1e-8, warmup=10_000, warmup_lr=1e-6,
+            clip_norm=1.0, ema_decay=1 - 5e-4,
+        ),
+        run=RunConfig(out="runs/catlip", epochs=25, precision="bf16", sync_bn=False),
+    )  # fmt: skip
+
+
+class Task(nn.Module):
+    """The classifier and RangeAugment's six scalars, over ``total`` steps."""
+
+    def __init__(self, config: Config, student: LoadedModel, total: int) -> None:
+        super().__init__()
+        self.student: Classifier = student.model
+        self.config, self.total = config, total
+        self.augment = RangeAugment(student.mean, student.std) if config.range_augment else None
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """(n,) ``loss`` and number of ``labels``; (n,) ``error`` of RangeAugment's pictures."""
+        images, features = batch["images"], dict[str, Tensor]()
+        if self.augment is not None and self.training:
+            images, features["error"] = self.augment(images)
+        logits = self.student(images)
+        features["loss"] = LOSSES[self.config.loss](logits, batch["labels"])
+        features["labels"] = (batch["labels"] != PAD).sum(dim=1)
+        return features
+
+    def losses(self, features: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """``labels``, and ``augment`` when there is RangeAugment."""
+        losses = {"labels": mean_loss(features["loss"], features["labels"], self.config.labels.drop_empty)}
+        if "error" in features:
+            losses["augment"] = curriculum_loss(features["error"], step, self.total)
+        return losses
+
+    def after_step(self) -> None:
+        """Nothing."""
+
+
+def prepare(config: Config) -> tuple[LoadedModel, Samples, Task]:
+    """Student, reader and task. Raises UserError and DataError when data, vocabulary or model do not serve."""
+    if config.run.eval_data:
+        raise UserError("--eval-data: CatLIP has no text tower to measure by; `clipmill train probe` measures its run")
+    vocabulary, seed = find_vocabulary(config.data, config.labels), config.run.seed
+    student = new_classifier(config.student.model, len(vocabulary), vocabulary, config.student.pretrained, seed)
+    patch = student.model.trunk.patch_embed.patch_size[0]
+    if wrong := [side for side in config.sides.sides if side % patch]:
+        raise UserError(f"--sides {wrong[0]}: must be a multiple of the model's patches of {patch} pixels")
+    if config.frequency_bias:
+        with torch.no_grad():
+            student.model.head.bias.copy_(start_bias(vocabulary))
+    labels = Labels(vocabulary, config.labels.label_captions == "original")
+    samples = open_samples(config.data, config.views, student, seed, labels, config.sides)
+    total = total_steps(config.run, samples.plan.mean, samples.order.total)
+    return student, samples, Task(config, student, total)
+
+
+def start_bias(vocabulary: Vocabulary) -> Tensor:
+    """(K,) log-odds. Raises UserError for a vocabulary that does not know in how many captions a synset occurs."""
+    captions = vocabulary.header.get("captions")
+    if not captions or not all(documents for *_, documents in vocabulary.rows):
+        raise UserError("--frequency-bias: this vocabulary was imported and has no counts of captions")
+    return frequency_bias([documents for *_, documents in vocabulary.rows], captions)
