@@ -53,15 +53,14 @@ def cell(values: list[float]) -> str:
 def table(study: Path) -> str:
     """Markdown: a row of the ablation per line, the base model last."""
     runs = {row: sorted(study.glob(f"{row}-*")) for row in ROWS}
-    text = [f"| | {' | '.join(SHOWN.values())} | trained parameters | samples/s |", "|---" * 6 + "|"]
+    text = [f"| | {' | '.join(SHOWN.values())} | samples/s |", "|---" * 5 + "|"]
     for row, name in ROWS.items():
         found = [metrics(run) for run in runs[row]]
-        ends = [lines(run)[-1] for run in runs[row]]
         rate = statistics.median(line["samples_per_s"] for run in runs[row] for line in lines(run))
         cells = [cell([one[metric] for one in found]) for metric in SHOWN]
-        text.append(f"| {name} | {' | '.join(cells)} | {ends[0].get('trained', '')} | {rate:.0f} |")
+        text.append(f"| {name} | {' | '.join(cells)} | {rate:.0f} |")
     base = metrics(study / "base")
-    text.append(f"| base and teacher | {' | '.join(f'{100 * base[metric]:.1f}' for metric in SHOWN)} | | |")
+    text.append(f"| base and teacher | {' | '.join(f'{100 * base[metric]:.1f}' for metric in SHOWN)} | |")
     return "\n".join(text) + "\n"
 
 
