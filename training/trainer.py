@@ -426,14 +426,13 @@ def _finite(value: float) -> float | None:
 
 @contextmanager
 def _stop_flag() -> Iterator[list[signal.Signals]]:
-    """A list that receives the first stopping signal; a second one acts as if this were not here."""
+    """A list that receives stopping signals; Ctrl-C after the first one acts at once. Schedulers repeat the others."""
     received: list[signal.Signals] = []
     before: dict[signal.Signals, Any] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     for name in STOPPING:
         before[name] = signal.signal(name, note)
