@@ -38,7 +38,7 @@ class LoadedModel:
     std: tuple[float, ...]
 
     def normalise(self, pixels: Any) -> Any:
-        """uint8 pictures (N, 3, S, S) -> what the image tower takes, float32, on their device."""
+        """Pictures (N, 3, S, S) of 0 to 255 -> what the image tower takes, float32; float32 ones are overwritten."""
         import torch
 
         mean, std = (torch.tensor(own, device=pixels.device).view(3, 1, 1) for own in (self.mean, self.std))

@@ -220,6 +220,8 @@ def decode_rgb(data: bytes) -> Image.Image:
     Raises DataError with the decoder's reason when the bytes are no whole picture.
     """
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"does not decode: {error}") from error

@@ -346,8 +346,15 @@ def _join(parts: list[dict[str, Any]], student: LoadedModel) -> dict[str, Any]:
         longest = max(part["labels"].shape[1] for part in full)
         for part in full:
             part["labels"] = F.pad(part["labels"], (0, longest - part["labels"].shape[1]), value=PAD)
-    batch |= {name: torch.cat([part[name] for part in full]) for name in full[0] if name not in LISTS}
-    return batch | ({"images": student.normalise(batch["images"])} if "images" in batch else {})
+    tensors = [name for name in full[0] if name not in (*LISTS, "images")]
+    batch |= {name: torch.cat([part[name] for part in full]) for name in tensors}
+    if "images" in full[0]:
+        pieces = [part["images"] for part in full]
+        pixels = torch.empty(len(batch["keys"]), *pieces[0].shape[1:], device=pieces[0].device)
+        for place, piece in zip(pixels.split([len(piece) for piece in pieces]), pieces, strict=True):
+            place.copy_(piece)  # in one go from bytes: joining these first would read and write them once more
+        batch["images"] = student.normalise(pixels)
+    return batch
 
 
 def _leave_signals_to_parent(worker: int) -> None:

@@ -180,8 +180,9 @@ def main() -> None:
         middle = {name: statistics.median(values) for name, values in rates.items()}
         for name, values in rates.items():
             print(f"{name:26} {middle[name]:7.0f} samples/s  ({min(values):.0f} to {max(values):.0f})")
-        rival, own, joined = middle.values()
-        print(f"ratio to the plain pipeline {own / rival:.2f}; joining views and captions costs {1 - joined / own:.1%}")
+        turns = [(own / rival, 1 - joined / own) for rival, own, joined in zip(*rates.values(), strict=True)]
+        ratio, cost = (statistics.median(turn) for turn in zip(*turns, strict=True))
+        print(f"ratio to the plain pipeline {ratio:.2f}; joining views and captions costs {cost:.1%}: medians of turns")
         first = [seconds_to_first(lambda: ours(root, cached, "all", options)) for _ in range(3)]
         print(f"first batch of {options.batch_size} after {statistics.median(first):.2f} s")
         many = f"{folder}/many"
