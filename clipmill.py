@@ -101,8 +101,7 @@ def _finish(command: str, function: Any, config: Any) -> int:
             f"sha256 {outcome.sha256[:12]}"
         )
     if command == "classes":
-        said = ", ".join(f"{number} {case}" for case, number in outcome.cases.items())
-        print(f"classes: {len(outcome.rows)} classes: {said}; random: {', '.join(outcome.unmapped[:20]) or 'none'}")
+        print(f"classes: {outcome.summary}")
     if command in ("report", "jobs"):
         print(outcome)
     return 0

@@ -1,7 +1,7 @@
 """Stage `classes`: class names to synsets of a vocabulary, for CatLIP's Transfer Init (arXiv 2404.15653, section 4.2).
 
 The paper names path similarity and copied, averaged or random rows; threshold, ties and order are readings, see
-`map_class`. It needs WordNet, so it is here, and `clipmill train transfer` reads the file that it writes.
+`map_class`. It needs WordNet, so it is here, and the recipes `probe` and `finetune` read the file that it writes.
 """
 
 import logging
@@ -49,8 +49,7 @@ def classes(config: ClassesConfig) -> ClassMap:
         raise UserError(f"{config.vocabulary} is of WordNet {vocabulary.header.get('wordnet')}, not {WORDNET_VERSION}")
     found = map_classes(read_names(config.classes), vocabulary, config.alpha, config.wordnet)
     found.write(config.out)
-    said = ", ".join(f"{number} {case}" for case, number in found.cases.items())
-    log.info("%s: %d classes: %s", config.out, len(found.rows), said)
+    log.info("%s: %s", config.out, found.summary)
     if found.unmapped:
         log.warning("no synset for %s%s", ", ".join(found.unmapped[:20]), " ..." if len(found.unmapped) > 20 else "")
     return found

@@ -43,6 +43,12 @@ class ClassMap:
         """Names of the classes of which nothing is known."""
         return [row.name for row in self.rows if not row.wnids]
 
+    @property
+    def summary(self) -> str:
+        """How many classes there are of each case, and the first of which nothing is known."""
+        said = ", ".join(f"{number} {case}" for case, number in self.cases.items())
+        return f"{len(self.rows)} classes: {said}; random: {', '.join(self.unmapped[:20]) or 'none'}"
+
     def write(self, path: str) -> None:
         """Write the TSV: a ``#`` header line, column names, rows."""
         head = f"# clipmill class map {json.dumps(self.header, sort_keys=True)}\n{COLUMNS}\n"

@@ -10,3 +10,14 @@ def skip_or_fail(reason: str) -> None:
     if os.environ.get("CLIPMILL_NO_SKIP") == "1":
         pytest.fail(f"would be skipped: {reason}")
     pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """torch on one thread while a module's tests run."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -16,12 +16,7 @@ from training.optim import OptimConfig, build_optimizer
 NEW = ("visual.trunk.stages.3.blocks.", "text.layers.")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -30,12 +30,7 @@ ROOT = Path(__file__).parents[1]
 HEAD_BIAS = 512  # timm's head has one, Apple's projection has none
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def shaken(module, seed=0):

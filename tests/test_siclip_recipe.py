@@ -24,12 +24,7 @@ UNTAUGHT = {"fd_weight": 0.0, "crd_weight": 0.0, "icl_weight": 0.0}
 WEIGHTS = {"contrastive": 1.0, "feature": 4000.0, "relation": 1.0, "interactive": 1.0, "pairs": 0.1}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,7 @@ from training.memory import predict_memory, saved_bytes
 from training.recipes.clip import Task
 from training.student import new_student
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def batch(count, size=32, context=16):

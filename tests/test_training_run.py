@@ -48,13 +48,9 @@ train("affinity", tiny_config(*json.loads(sys.argv[1]), **json.loads(sys.argv[2]
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors on one thread: as fast, and sums are in the same order as in the killed processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures(
+    "one_thread"
+)  # tiny tensors on one thread: as fast, and sums are in the same order as in the killed processes
 
 
 @pytest.fixture(scope="module")

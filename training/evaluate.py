@@ -29,6 +29,7 @@ from shards_spec.tar import read_shard
 from shards_spec.views import decode_rgb
 from training.classifier import Classifier
 from training.config import require
+from training.hits import Hits
 from training.run_dir import RunDir
 from training.student import load_run
 from training.transfer import measure_classifier
@@ -251,24 +252,14 @@ def zeroshot(encoder: Encoder, root: str) -> tuple[dict[str, float], int]:
     names, templates = _classes(root)
     prompts = (encoder.texts([template.replace("{c}", name) for template in templates]) for name in names)
     classes = torch.stack([F.normalize(features.mean(dim=0), dim=-1) for features in prompts])
-    seen, hits, in_five = (torch.zeros(len(names), dtype=torch.int64) for _ in range(3))
+    hits = Hits(len(names))
     for path in _shards(root):
         for samples, features in encoder.images(read_shard(path), path):
             labels = torch.tensor([_label(sample, len(names), path) for sample in samples])
-            best = (features @ classes.T).topk(min(5, len(names)), dim=1).indices
-            right = best == labels[:, None]
-            seen += torch.bincount(labels, minlength=len(names))
-            hits += torch.bincount(labels[right[:, 0]], minlength=len(names))
-            in_five += torch.bincount(labels[right.any(dim=1)], minlength=len(names))
-    total = int(seen.sum())
-    if not total:
+            hits.add(features @ classes.T, labels)
+    if not hits.total:
         raise DataError(f"{join(root, 'test')}: no picture that decodes; download it again")
-    metrics = {
-        "acc1": int(hits.sum()) / total,
-        "acc5": int(in_five.sum()) / total,
-        "mean_per_class_recall": float((hits[seen > 0] / seen[seen > 0]).double().mean()),
-    }
-    return metrics, total
+    return hits.metrics(), hits.total
 
 
 def _label(sample: Sample, classes: int, path: str) -> int:

@@ -161,7 +161,6 @@ class PictureRows:
     ) -> None:
         self.pictures, self.student, self.plan, self.views, self.chosen = pictures, student, plan, views, chosen
         self.order = Order([len(chosen)], plan.seed, streams=1, window=1)
-        self.cache = None
 
     def __getitem__(self, index: int | tuple[int, int | None]) -> Item:
         position, side = index if isinstance(index, tuple) else (index, None)
@@ -187,7 +186,6 @@ class FeatureRows:
     def __init__(self, features: Tensor, labels: Tensor, student: LoadedModel, plan: BatchPlan) -> None:
         self.features, self.labels, self.student, self.plan = features, labels, student, plan
         self.order = Order([len(labels)], plan.seed, streams=1, window=1)
-        self.cache = None
 
     def __getitem__(self, index: int | tuple[int, int | None]) -> Item:
         position = index[0] if isinstance(index, tuple) else index

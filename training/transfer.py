@@ -20,6 +20,7 @@ from shards_spec.vocab import Vocabulary
 from training.classifier import Classifier, new_classifier, new_rows
 from training.config import ModelConfig, RunConfig, SideConfig, ViewConfig, require, total_steps
 from training.data import batch_plan, load_batches
+from training.hits import Hits
 from training.multilabel import RangeAugment, curriculum_loss
 from training.optim import OptimConfig
 from training.order import BatchPlan
@@ -194,8 +195,7 @@ def class_map_of(path: str, classes: list[str], vocabulary: Vocabulary) -> Class
     if missing := [name for name in classes if name not in rows]:
         raise UserError(f"{path} has no row for {len(missing)} classes, first {missing[0]!r}: make it of these classes")
     ordered = ClassMap(tuple(rows[name] for name in classes), found.header)
-    said = ", ".join(f"{number} {case}" for case, number in ordered.cases.items())
-    log.info("Transfer Init of %d classes: %s; random: %s", len(classes), said, ", ".join(ordered.unmapped[:20]) or "-")
+    log.info("Transfer Init of %s", ordered.summary)
     return ordered
 
 
@@ -235,19 +235,12 @@ def feature_rows(rows: PictureRows, device: str, workers: int) -> FeatureRows:
 @torch.no_grad()
 def accuracy(student: Classifier, rows: PictureRows, device: str, workers: int, bf16: bool) -> dict[str, float]:
     """acc1, acc5 and mean_per_class_recall (of the classes that occur) of a classifier in eval mode."""
-    classes = student.head.out_features
-    seen, hits, in_five = (torch.zeros(classes, dtype=torch.int64) for _ in range(3))
+    hits = Hits(student.head.out_features)
     for batch in load_batches(rows, _ranges(len(rows.chosen)), workers, device):
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             logits = student(batch["images"])
-        labels = batch["targets"].cpu()
-        right = logits.float().topk(min(5, classes), dim=1).indices.cpu() == labels[:, None]
-        seen += torch.bincount(labels, minlength=classes)
-        hits += torch.bincount(labels[right[:, 0]], minlength=classes)
-        in_five += torch.bincount(labels[right.any(dim=1)], minlength=classes)
-    total, there = int(seen.sum()), seen > 0
-    recall = float((hits[there] / seen[there]).double().mean())
-    return {"acc1": int(hits.sum()) / total, "acc5": int(in_five.sum()) / total, "mean_per_class_recall": recall}
+        hits.add(logits.float(), batch["targets"].cpu())
+    return hits.metrics()
 
 
 def measure_classifier(loaded: LoadedModel, root: str, device: str, bf16: bool) -> tuple[dict[str, float], int]:
