@@ -95,9 +95,11 @@ class ArrayJob(StageJob):
         shards = {shard for start, stop in self.ranges for shard in range(start, stop)}
         failures, messages = Failures(self.claims, self.submission), []
         with Claims(self.claims, owner(), self.claim_s) as claims:
-            share: Listed = Listed(claims, failures, shards)
             others = Others(claims, failures, self.folder)
+            share: Listed = Listed(claims, failures, shards) if shards else others
             while True:
+                if share is others and self.upstream is not None and not others.wait(self._upstream_shards()):
+                    break  # before a model is loaded for nothing
                 share.failed = False
                 try:
                     made = self.run(share).made
@@ -109,11 +111,12 @@ class ArrayJob(StageJob):
                     made = 1
                 if share is others and (made == 0 or self.upstream is None):
                     break
-                if self.upstream is not None and not others.wait(len(finished_shards(self.upstream))):
-                    break  # before a model is loaded for nothing
                 share = others
         if messages:
             raise JobFailedError("\n".join(messages))
+
+    def _upstream_shards(self) -> int:
+        return len(finished_shards(self.upstream)) if self.upstream is not None else 0
 
 
 @dataclass(frozen=True)
@@ -202,15 +205,17 @@ class TrainJob(Job):
         code = child[0].wait()
         if code and not (stop and code == -signal.SIGUSR1):  # that one came before there was anything to save
             raise JobFailedError(f"clipmill train {' '.join(self.words)} ended with {_said(code)}")
-        if signal.SIGUSR2 in stop and callable(requeue):
+        if stop:
+            doomed = time.monotonic() + DOOMED_S
+            while signal.SIGUSR2 not in stop and time.monotonic() < doomed:
+                time.sleep(1)
+            if signal.SIGUSR2 not in stop or not callable(requeue):
+                raise JobFailedError("stopped by SIGTERM after saving; submit it again to go on")
             requeue(signal.SIGUSR2, None)  # rank 0 requeues and exits
-        elif stop:
-            time.sleep(DOOMED_S)
-            raise JobFailedError("stopped by SIGTERM after saving; submit it again to go on")
 
 
 def distributed() -> dict[str, str]:
-    """torchrun's variables, from submitit's of this task."""
+    """torchrun's variables, from submitit's of this task. A task that sees one GPU alone has that."""
     from submitit import JobEnvironment
 
     here = JobEnvironment()
@@ -218,7 +223,7 @@ def distributed() -> dict[str, str]:
     number = int(os.environ.get("SLURM_JOB_ID", here.job_id)) + 7 * int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     return {
         "RANK": str(here.global_rank),
-        "LOCAL_RANK": str(here.local_rank),
+        "LOCAL_RANK": str(0 if re.fullmatch(r"[^,]+", os.environ.get("CUDA_VISIBLE_DEVICES", "")) else here.local_rank),
         "WORLD_SIZE": str(here.num_tasks),
         "MASTER_ADDR": first,
         "MASTER_PORT": str(20000 + number % 10000),

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import pickle
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,31 +50,44 @@ def _last_line(text: str) -> str:
 
 def max_array_size() -> int:
     """How many tasks an array may have."""
-    for line in ask("scontrol", "show", "config").splitlines():
-        if line.startswith("MaxArraySize"):
-            return max(1, int(line.split("=")[1]))
-    return 1001  # Slurm's default
+    said = re.findall(r"(?:^MaxArraySize *= *|\bmax_array_tasks=)(\d+)", ask("scontrol", "show", "config"), re.M)
+    return max(1, min(map(int, said), default=1001))  # Slurm's default
 
 
-def states(jobs: Iterable[str]) -> dict[str, str]:
-    """State of every job or array task: of the queue, and of the accounting for those that left it."""
+def states(jobs: Iterable[str]) -> dict[str, str] | None:
+    """State of every job or array task: of the queue, and of the accounting for those that left it.
+
+    None where Slurm does not answer; a job is not among them when Slurm has forgotten it.
+    """
     wanted, found = ",".join(sorted(jobs)), dict[str, str]()
     if not wanted:
         return found
     with contextlib.suppress(UserError):  # no accounting: the queue, then the jobs' own results must do
-        for line in ask("sacct", "-n", "-X", "-P", "--array", "-o", "JobID,State", "-j", wanted).splitlines():
+        for line in ask("sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", wanted).splitlines():
             job, state = line.split("|")[:2]
-            found[job] = state.split()[0]
-    with contextlib.suppress(UserError):  # none of them is known any more
+            found |= dict.fromkeys(_each(job), state.split()[0])
+    try:
         for line in ask("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r", "-j", wanted).splitlines():
             job, state, reason = line.split("|")
             found[job] = f"{state} ({reason})" if state == "PENDING" and reason not in ("None", "Priority") else state
+    except UserError as error:
+        if not found and "Invalid job id" not in str(error):  # that one says that a job is forgotten
+            return None
     return found
+
+
+def _each(job: str) -> list[str]:
+    """The tasks of ``7_[0-2,5%4]``, as the accounts have those that did not begin."""
+    if not (group := re.fullmatch(r"(\d+)_\[([\d,-]+).*\]", job)):
+        return [job]
+    spans = re.findall(r"(\d+)(?:-(\d+))?", group[2])
+    return [f"{group[1]}_{task}" for first, last in spans for task in range(int(first), int(last or first) + 1)]
 
 
 def parameters(name: str, options: Options, site: Site, snapshot: str, train: bool) -> dict[str, Any]:
     """What submitit's SlurmExecutor takes."""
     gpus = options.gpus_per_node if options.gpus_per_node is not None else site.gpus_per_node
+    cpus = [f"--cpus-per-task={site.cpus_per_task}"] if site.cpus_per_task else []  # srun has its own since Slurm 22.05
     found = {
         "job_name": f"clipmill-{name}",
         "time": options.minutes,
@@ -87,7 +102,7 @@ def parameters(name: str, options: Options, site: Site, snapshot: str, train: bo
         "signal_delay_s": options.save_s,
         "setup": site.script_lines(snapshot),
         "array_parallelism": options.parallel or 100_000,
-        "srun_args": ["--kill-on-bad-exit=1"],
+        "srun_args": ["--kill-on-bad-exit=1", *cpus],
         "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **site.sbatch},
     }
     return {key: value for key, value in found.items() if value is not None}
@@ -106,7 +121,7 @@ class Slurm:
             def affinity(cls) -> int:
                 return 2
 
-        python = f"{site.container} {sys.executable}".strip() if site.container else None
+        python = f"{site.container} {shlex.quote(sys.executable)}" if site.container else None
         self._executor = (Executor if options.dry_run else SlurmExecutor)(folder, options.max_requeue, python=python)
         self._given, self._dry = given, options.dry_run
 
@@ -137,7 +152,10 @@ def wait_for(folder: Path, job: str) -> bool:
     while not result.exists():
         time.sleep(1)
         if time.monotonic() - asked > ASK_S:
-            asked, state = time.monotonic(), states([job]).get(job, "unknown").split()[0]
+            asked, found = time.monotonic(), states([job])
+            if found is None:  # it may be back in a minute
+                continue
+            state = found.get(job, "forgotten").split()[0]
             if state not in LIVE and not result.exists():
                 return state == "COMPLETED"
     return bool(pickle.loads(result.read_bytes())[0] == "success")

@@ -14,10 +14,12 @@ from slurm.scheduler import states
 from slurm.submit import STAGES, Submission, jobs_folder, submissions
 
 LOG_END = 200_000  # bytes
-FAILED = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+GONE = "GONE WITHOUT A RESULT"  # cancelled, killed, or lost with its node, and Slurm has forgotten it
+FAILED = (GONE, "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 REASONS = (  # what Python says, else what Slurm says
     re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)\b.*(?:\n  \d+: .*)*", re.M),
-    re.compile(r"^(?:slurmstepd|srun): error: .*", re.M),
+    re.compile(r"^slurmstepd(?:-\S+)?: error: .*", re.M),
+    re.compile(r"^srun: error: .*", re.M),
 )
 
 
@@ -44,19 +46,23 @@ def jobs(config: JobsConfig) -> str:
     if not made:
         raise UserError(f"nothing was submitted for {config.root} (no submission.json in {place})")
     found = states(job for one in made if one.cluster == "slurm" for job in (*one.arrays, one.last))
-    return "\n\n".join(_told(one, place / one.id, found, config) for one in made)
+    silent = [] if found is not None else ["Slurm does not answer here: this is what the jobs' own files say"]
+    return "\n\n".join([*silent, *(_told(one, place / one.id, found, config) for one in made)])
 
 
-def _told(one: Submission, folder: Path, found: dict[str, str], config: JobsConfig) -> str:
+def _told(one: Submission, folder: Path, found: dict[str, str] | None, config: JobsConfig) -> str:
     lines = [f"{one.id}  {one.words}"]
     numbers = {*one.arrays, one.last}
-    own = {job: state for job, state in found.items() if job.split("_")[0] in numbers}
+    own = {job: state for job, state in (found or {}).items() if job.split("_")[0] in numbers}
     own = {**_by_results(folder, one), **own}
+    if one.cluster == "slurm":
+        for path in folder.glob("*_submitted.pkl"):
+            own.setdefault(path.name.removesuffix("_submitted.pkl"), "NOT ENDED" if found is None else GONE)
     for name, jobs_of in (("array", one.arrays), ("then" if one.arrays else "job", [one.last])):
         counted = Counter(state.lower() for job, state in own.items() if job.split("_")[0] in jobs_of)
         if jobs_of:
             said = ", ".join(f"{number} {state}" for state, number in sorted(counted.items()))
-            lines.append(f"  {name} {', '.join(jobs_of)}: {said or 'not known to Slurm any more'}")
+            lines.append(f"  {name} {', '.join(jobs_of)}: {said or 'unknown'}")
     if one.folder is not None and one.shards is not None:
         done = set(finished_shards(join(one.root, one.folder)))
         missing = [shard for shard in range(one.shards) if shard not in done]

@@ -184,6 +184,9 @@ def submit_step(step: Step, chained: bool = False, shards: int | None = None) ->
     condition = (
         f"{'afterany' if options.incomplete else 'afterok'}:{':'.join(options.after)}" if options.after else None
     )
+    size = max_array_size() if options.array > 1 and not options.dry_run else 1001
+    if options.parallel:  # Slurm's limit is one of an array, so there is one
+        step = dataclasses.replace(step, options=dataclasses.replace(options, array=min(options.array, size)))
     folder, ranges, total = _divided(step, chained, shards, place)
     arrays = list[str]()
     if folder is None:
@@ -198,7 +201,6 @@ def submit_step(step: Step, chained: bool = False, shards: int | None = None) ->
         common |= {"claims": str(place / "claims" / folder.replace("/", "-"))}
         upstream = join(step.root, UPSTREAM[step.command][0]) if step.command in UPSTREAM else None
         jobs = [ArrayJob(**common, upstream=upstream, ranges=own, claim_s=options.claim_s) for own in ranges]
-        size = max_array_size() if len(jobs) > 1 and not options.dry_run else 1001
         arrays = [slurm.submit(jobs[start : start + size], condition) for start in range(0, len(jobs), size)]
         condition = f"afterany:{':'.join(arrays)}" if arrays else condition
         jobs = [FinishJob(**common, arrays=tuple(arrays))]

@@ -1,6 +1,8 @@
 """Shared by all tests: what to do when a Debian package is not there, and no network but loopback."""
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -21,3 +23,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Any]:
+    """A real Slurm of two nodes on this host while a module's tests run."""
+    from slurm_cluster import NoClusterError, cluster
+
+    try:
+        with cluster() as here:
+            yield here
+    except NoClusterError as error:
+        skip_or_fail(str(error))

@@ -49,6 +49,7 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 MaxArraySize=100
 MinJobAge=3600
+FirstJobId={first_job}
 KillWait=3
 SlurmdTimeout=300
 InactiveLimit=0
@@ -72,7 +73,8 @@ class Cluster:
     def __init__(self, folder: Path, nodes: int = 2) -> None:
         self.folder, self.nodes = folder, [f"127.0.0.{11 + node}" for node in range(nodes)]
         self.conf = folder / "slurm.conf"
-        self.environment = {**os.environ, "SLURM_CONF": str(self.conf), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+        self.own = {"SLURM_CONF": str(self.conf), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+        self.environment = {**os.environ, **self.own}
 
     def start(self) -> None:
         """Raises NoClusterError."""
@@ -92,7 +94,7 @@ class Cluster:
         self.conf.write_text(
             CONF.format(
                 port=port, host=host, address=address, folder=self.folder, listen=listen, last=10 + count,
-                first_port=port + 1, last_port=port + count,
+                first_port=port + 1, last_port=port + count, first_job=port * 613 % 9000 + 1,
             )
         )  # fmt: skip
         for gpu in range(2):

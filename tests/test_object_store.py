@@ -17,6 +17,8 @@ import boto3
 import moto.settings
 import pytest
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from small_slurm import clipmill as on_cluster
+from small_slurm import log_of, submit
 from small_training import tiny_clip, write_packed, write_teacher
 from web_server import serve
 from werkzeug.serving import WSGIRequestHandler, make_server
@@ -432,3 +434,27 @@ def test_a_store_whose_client_is_not_installed_says_which_one():
         files.exists("gs://b/x")
     with pytest.raises(UserError, match=r"nope://b/x: .*nope"):
         files.write_bytes("nope://b/x", b"")
+
+
+# jobs
+
+
+@pytest.mark.slow
+def test_arrays_on_slurm_fill_an_object_store(slurm, bucket, other, web, tmp_path):
+    """Ingest and pack as arrays on a ROOT that is a URL; claims, logs and code are in the site's folder for jobs."""
+    there, here, source = f"s3://{bucket}/there/ds", f"s3://{bucket}/here/ds", put_list(other, bucket, web.url, 20)
+    site = tmp_path / "site.toml"
+    site.write_text(f'jobs = "{tmp_path}/jobs"\n')
+    ingest = ("ingest", "--source", source, "--allow-private", "--workers", "1", "--shard-size", "4")
+    chain = ("--", *ingest, "--image-size", "48", "--", "pack", "--captioner", "none", "--workers", "1")
+    made = submit(slurm, "pipeline", there, "--array", "3", "--time", "5", "--site", str(site), *chain)
+    on_cluster(slurm, "submit", "pipeline", here, "--cluster", "debug", *chain)
+    place = tmp_path / "jobs" / f"s3_{bucket}_there_ds"
+    for _, last in made:
+        assert set(slurm.ended(last, 120).values()) == {"COMPLETED"}, log_of(str(place), last)
+    found = objects(other, bucket, "there/")
+    assert found == objects(other, bucket, "here/")
+    assert len([key for key in found if re.fullmatch(r"ds/(raw|shards)/\d{5}\.tar", key)]) == 10
+    told = on_cluster(slurm, "jobs", there, "--site", str(site))
+    assert "shards: 5 of 5 shards" in told
+    assert (place / "claims" / "shards").is_dir()

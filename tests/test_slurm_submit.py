@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from small_data import tree, write_raw
 import clipmill
 from pipeline.pack import PackConfig, pack
 from shards_spec.files import UserError
+from slurm import scheduler
 from slurm.jobs import ArrayJob
 from slurm.options import Options, read_site
 from slurm.snapshot import snapshot
@@ -62,18 +64,25 @@ def test_dry_run_prints_scripts_and_writes_nothing(raw, tmp_path):
     site = tmp_path / "site.toml"
     site.write_text(
         'partition = "gpu"\naccount = "vision"\nsetup = ["module load cuda"]\nscratch = ["/fast tmp"]\n'
-        'container = "apptainer exec c.sif"\nsbatch = {constraint = "a100"}\n[pack]\npartition = "cpu"\n'
+        'container = "apptainer exec c.sif"\ncpus_per_task = 4\nsbatch = {constraint = "a100"}\n'
+        '[pack]\npartition = "cpu"\n'
     )
     words = ("submit", "pack", raw, "--captioner", "none", "--array", "3", "--time", "1-02:30:00", "--after", "7", "8")
     done = command(*words, "--site", str(site), "--dry-run")
     for line in ("an array of 3", "#SBATCH --partition=cpu", "#SBATCH --account=vision", "#SBATCH --constraint=a100",
                  "#SBATCH --time=1590", "#SBATCH --dependency=afterok:7:8", "module load cuda", "'/fast tmp'",
-                 "#SBATCH --requeue", "apptainer exec c.sif"):  # fmt: skip
+                 "#SBATCH --requeue", "--cpus-per-task=4 apptainer exec c.sif"):  # fmt: skip
         assert line in done.stdout, line
     assert not os.path.exists(f"{raw}/logs")
+    many = ("submit", "pack", raw, "--captioner", "none", "--array", "3000", "--after", "7", "--dry-run")
+    assert re.findall(r"an array of (\d+)", command(*many).stdout) == ["1001", "1001", "998"]
+    assert re.findall(r"an array of (\d+)", command(*many, "--parallel", "5").stdout) == ["1001"]
     train = command("submit", "train", "clip", "--out", "R", "--nodes", "2", "--gpus-per-node", "4", "--dry-run")
     for line in ("--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4"):
-        assert line in train.stdout
+        assert f"#SBATCH {line}\n" in train.stdout
+    stage = command("submit", "caption", raw, "--model", "m", "--array", "4", "--gpus-per-node", "1", "--dry-run")
+    assert stage.stdout.count("#SBATCH --ntasks-per-node=1\n") == 2
+    assert stage.stdout.count("#SBATCH --gpus-per-node=1\n") == 2
 
 
 @pytest.mark.parametrize(
@@ -196,3 +205,32 @@ def test_the_environment_is_written_without_secrets(raw, monkeypatch):
     assert told["variables"]["OMP_NUM_THREADS"] == "1"
     assert "AWS_SECRET_ACCESS_KEY" not in told["variables"]
     assert "numpy" in told["packages"]
+
+
+def test_what_slurm_answers_is_read(monkeypatch):
+    """As Slurm 22.05 with accounts writes it, seen on one; squeue lists tasks one by one."""
+    said = {
+        "sacct": "7_0|COMPLETED\n7_1|CANCELLED by 0\n7_[2-4,9%3]|PENDING\n8|FAILED\n",
+        "squeue": "7_2|PENDING|Resources\n7_3|PENDING|Priority\n",
+        "scontrol": "MaxArraySize            = 1001\nSchedulerParameters     = bf_interval=2,max_array_tasks=500\n",
+    }
+    monkeypatch.setattr(scheduler, "ask", lambda name, *_: said[name])
+    found = {"7_0": "COMPLETED", "7_1": "CANCELLED", "7_2": "PENDING (Resources)", "7_3": "PENDING", "8": "FAILED"}
+    assert scheduler.states(["7", "8"]) == {**found, "7_4": "PENDING", "7_9": "PENDING"}
+    assert scheduler.max_array_size() == 500
+    said["scontrol"] = "Configuration data\n"
+    assert scheduler.max_array_size() == 1001
+
+
+def test_waiting_asks_once_a_minute_and_outlasts_a_silent_slurm(monkeypatch, tmp_path):
+    clock, asked = [0.0], list[float]()
+
+    def states(jobs: list[str]) -> dict[str, str] | None:
+        asked.append(clock[0])
+        return None if len(asked) == 2 else {"5": "RUNNING" if len(asked) < 4 else "CANCELLED"}
+
+    monkeypatch.setattr(scheduler, "states", states)
+    monkeypatch.setattr(scheduler.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(scheduler.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    assert not scheduler.wait_for(tmp_path, "5")
+    assert asked == pytest.approx([61, 122, 183, 244], abs=3)
