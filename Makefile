@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
 
-.PHONY: demo study-siclip test test-all lint wordnet debian clean
+.PHONY: demo study-siclip study-catlip test test-all lint wordnet debian clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipmill needs Python 3.11 or later")'
@@ -26,6 +26,9 @@ demo: $(VENV)/.done wordnet
 
 study-siclip: $(VENV)/.done wordnet
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/study_siclip.sh
+
+study-catlip: $(VENV)/.done wordnet
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/study_catlip.sh
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .

@@ -11,7 +11,8 @@ What is in it is known, so captions can be checked. OUT receives:
     list.tsv                `caption<TAB>url` a line, as Conceptual Captions does; scenes and bad rows mixed
     truth.jsonl             one line per scene: file, caption, kind of caption, background, things
     summary.json            how many rows of each kind the list holds
-    eval/zeroshot           held-out one-thing scenes, every class equally often (CLIP_benchmark's WebDataset layout)
+    eval/zeroshot           held-out one-thing scenes, every class equally often (CLIP_benchmark's WebDataset layout);
+                            with --train-count also others to train a classifier on
     eval/retrieval          held-out scenes of two or three things, two captions each (the same layout)
 
 Scene i depends on the seed and on i only, never on the count.
@@ -241,26 +242,33 @@ def _write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
             archive.addfile(info, io.BytesIO(data))
 
 
-def _write_split(root: Path, members: Iterable[tuple[str, bytes]]) -> None:
-    """Write the one shard of the split `test` under `root`."""
-    (root / "test").mkdir(parents=True, exist_ok=True)
-    (root / "test" / "nshards.txt").write_text("1")
-    _write_tar(root / "test" / "0.tar", members)
+def _write_split(root: Path, split: str, members: Iterable[tuple[str, bytes]]) -> None:
+    """Write the one shard of a split under `root`."""
+    (root / split).mkdir(parents=True, exist_ok=True)
+    (root / split / "nshards.txt").write_text("1")
+    _write_tar(root / split / "0.tar", members)
 
 
-def write_zeroshot(root: Path, count: int, seed: int) -> int:
-    """Write one-thing scenes, every class `count` // classes times (at least once); return how many."""
-    per_class = max(1, count // len(THINGS))
+def _one_thing_scenes(count: int, name: str) -> list[tuple[str, bytes]]:
+    """Return the members of scenes of one thing, every class `count` // classes times (at least once)."""
     members = []
-    for i in range(per_class * len(THINGS)):
+    for i in range(max(1, count // len(THINGS)) * len(THINGS)):
         label = i % len(THINGS)
-        scene = make_scene(Random(f"{seed}/zeroshot/{i}"), [THINGS[label]])
+        scene = make_scene(Random(f"{name}/{i}"), [THINGS[label]])
         members.append((f"s{i:07d}.jpg", to_jpeg(draw_scene(scene))))
         members.append((f"s{i:07d}.cls", str(label).encode()))
-    _write_split(root, members)
+    return members
+
+
+def write_zeroshot(root: Path, count: int, train_count: int, seed: int) -> int:
+    """Write the split `test` of `count` scenes, and `train` if asked for; return how many are in `test`."""
+    members = _one_thing_scenes(count, f"{seed}/zeroshot")
+    _write_split(root, "test", members)
+    if train_count:
+        _write_split(root, "train", _one_thing_scenes(train_count, f"{seed}/labelled"))
     (root / "classnames.txt").write_text("\n".join(THINGS))
     (root / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES))
-    return per_class * len(THINGS)
+    return len(members) // 2
 
 
 def _distinct_scenes(count: int, seed: int) -> Iterable[tuple[Scene, Random]]:
@@ -288,7 +296,7 @@ def write_retrieval(root: Path, count: int, seed: int) -> int:
             second = full_caption(scene, rng)
         members.append((f"s{i:07d}.jpg", to_jpeg(draw_scene(scene))))
         members.append((f"s{i:07d}.txt", f"{first}\n{second}".encode()))
-    _write_split(root, members)
+    _write_split(root, "test", members)
     (root / "dataset_type.txt").write_text("retrieval")
     return count
 
@@ -301,10 +309,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
     parser.add_argument("--base-url", default="http://127.0.0.1:8000", help="where OUT will be served")
     parser.add_argument("--eval-count", type=int, default=400, help="scenes in each held-out set, 0 for none")
+    parser.add_argument("--train-count", type=int, default=0, help="labelled scenes in eval/zeroshot/train")
     args = parser.parse_args()
     summary = write_list(args.out, args.count, args.seed, args.base_url.rstrip("/"))
     if args.eval_count > 0:
-        summary["zeroshot"] = write_zeroshot(args.out / "eval" / "zeroshot", args.eval_count, args.seed)
+        summary["zeroshot"] = write_zeroshot(
+            args.out / "eval" / "zeroshot", args.eval_count, args.train_count, args.seed
+        )
         summary["retrieval"] = write_retrieval(args.out / "eval" / "retrieval", args.eval_count, args.seed)
     text = json.dumps(summary, indent=2)
     (args.out / "summary.json").write_text(text + "\n")

@@ -30,4 +30,4 @@ done
 for model in "$STUDY"/*; do
   clipmill eval "$model" --data "${EVAL[@]}"
 done
-python demo/study_table.py "$STUDY" "$ROOT" docs/siclip
+python demo/study_siclip.py "$STUDY" "$ROOT" docs/siclip

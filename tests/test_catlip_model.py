@@ -31,7 +31,8 @@ HEADS = {"base": 12, "large": 16, "huge": 20}
 
 def tiny(**options):
     torch.manual_seed(0)
-    return timm.create_model("catlip_vit_tiny", num_classes=5, **options)
+    small = {"embed_dim": 64, "num_heads": 2, "img_size": 32}
+    return timm.create_model("catlip_vit_tiny", num_classes=5, **{**small, **options})
 
 
 def words(*wnids):
@@ -157,7 +158,7 @@ def test_weights_depend_on_the_seed_alone():
 
 def test_pictures_are_not_normalised():
     loaded = new_classifier(TINY, 5)
-    assert (loaded.mean, loaded.std, loaded.image_size, loaded.tokenizer) == ((0, 0, 0), (1, 1, 1), 32, None)
+    assert (loaded.mean, loaded.std, loaded.image_size, loaded.tokenizer) == ((0, 0, 0), (1, 1, 1), 48, None)
     pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
     assert torch.allclose(loaded.normalise(pixels).flatten(), torch.tensor([0.0, 0.2, 1.0]))
 

@@ -133,7 +133,7 @@ class ModelConfig:
     """The student."""
 
     model: str = "ViT-B-32"
-    """open_clip name, local-dir:PATH or hf-hub:ORG/NAME"""
+    """open_clip name, local-dir:PATH or hf-hub:ORG/NAME; catlip: timm:NAME; probe, finetune: RUN folder or timm:NAME"""
     pretrained: str | None = None
     """open_clip tag or checkpoint file to start from; None starts from random weights"""
 

@@ -108,7 +108,7 @@ _SIZES = {
     "catlip_vit_base_patch16_224": {"embed_dim": 768, "depth": 12, "num_heads": 12},
     "catlip_vit_large_patch16_224": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
     "catlip_vit_huge_patch16_224": {"embed_dim": 1280, "depth": 32, "num_heads": 20},
-    "catlip_vit_tiny": {"embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 32},
+    "catlip_vit_tiny": {"embed_dim": 96, "depth": 3, "num_heads": 3, "img_size": 48},
 }
 default_cfgs = generate_default_cfgs(
     {f"{name}.untrained": {**_CFG, "input_size": (3, size.get("img_size", 224), size.get("img_size", 224))}
@@ -141,5 +141,5 @@ def catlip_vit_huge_patch16_224(pretrained: bool = False, **options: Any) -> Cat
 
 @register_model
 def catlip_vit_tiny(pretrained: bool = False, **options: Any) -> CatlipViT:
-    """2 layers of width 64 for 32 pixels; options change either."""
+    """3 layers of width 96 for 48 pixels; options change them."""
     return _vit("catlip_vit_tiny", pretrained, options)

@@ -1,19 +1,17 @@
 #!/usr/bin/env python3
 """The SiCLIP study's table and curves (mean and range over the seeds), and the base's attention divergences.
 
-python demo/study_table.py STUDY ROOT OUT      writes OUT.md, OUT.svg and OUT-divergence.svg
+python demo/study_siclip.py STUDY ROOT OUT      writes OUT.md, OUT.svg and OUT-divergence.svg
 """
 
-import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
+from study import cell, curves, lines
 from table import metrics
 
 from pipeline.report.axes import linear
-from pipeline.report.charts import Plot
 from training.config import DataConfig, ViewConfig
 from training.data import load_batches, open_samples
 from training.divergence import adjacent_divergences, write_divergences
@@ -27,27 +25,11 @@ ROWS = {
     "whole": "WIKD + pair matching (SiCLIP)",
     "original": "SiCLIP, original captions only",
 }
-COLOURS = ("#7f7f7f", "#1f77b4", "#2ca02c", "#d62728", "#9467bd")
 SHOWN = {
     "acc1": "zero-shot acc@1",
     "text_retrieval_recall@1": "image→text R@1",
     "image_retrieval_recall@1": "text→image R@1",
 }
-STYLE = (
-    "<style>text{font:11px sans-serif;fill:#444}.grid{stroke:#e4e4e4}.axis,.tick{stroke:#888}"
-    "polyline{fill:none;stroke-width:1.8}</style>"
-)
-
-
-def lines(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl of a run."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def cell(values: list[float]) -> str:
-    """Mean and range in per cent."""
-    low, middle, high = (100 * value for value in (min(values), statistics.mean(values), max(values)))
-    return f"{middle:.1f} ({low:.1f}–{high:.1f})"
 
 
 def table(study: Path) -> str:
@@ -64,32 +46,19 @@ def table(study: Path) -> str:
     return "\n".join(text) + "\n"
 
 
-def curves(study: Path) -> str:
+def chart(study: Path) -> str:
     """SVG: zero-shot accuracy over the steps, the mean of the seeds of each row."""
     series = {}
-    for row in ROWS:
+    for row, name in ROWS.items():
         points: dict[int, list[float]] = {}
         for run in study.glob(f"{row}-*"):
             for line in lines(run):
                 if "eval" in line:
                     points.setdefault(line["step"], []).append(100 * line["eval"]["acc1"])
-        series[row] = sorted((step, statistics.mean(values)) for step, values in points.items())
+        series[name] = [(float(step), statistics.mean(values)) for step, values in sorted(points.items())]
     last = max(step for points in series.values() for step, _ in points)
-    plot = Plot(linear("step", 0, last, 6), linear("zero-shot acc@1, %", 0, 100, 5), (560, 320))
-    body, legend = "", ""
-    for number, (row, points) in enumerate(series.items()):
-        path = " ".join(f"{plot.x_at(step):.1f},{plot.y_at(value):.1f}" for step, value in points)
-        body += f'<polyline points="{path}" style="stroke:{COLOURS[number]}"/>'
-        top = 345 + 18 * number
-        legend += f'<line x1="40" x2="64" y1="{top}" y2="{top}" style="stroke:{COLOURS[number]};stroke-width:2.5"/>'
-        legend += f'<text x="72" y="{top + 4}">{ROWS[row]}</text>'
-    from markupsafe import Markup
-
-    chart = plot.draw(Markup(body), "zero-shot accuracy over the steps")
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 560 440" width="560" height="440">{STYLE}'
-        f'<rect width="560" height="440" fill="#fff"/><svg width="560" height="320">{chart}</svg>{legend}</svg>\n'
-    )
+    axes = linear("step", 0, last, 6), linear("zero-shot acc@1, %", 0, 100, 5)
+    return curves(series, *axes, "zero-shot accuracy over the steps")
 
 
 def divergences(study: Path, root: str) -> dict[str, list[tuple[float, float]]]:
@@ -107,7 +76,7 @@ def main() -> None:
     write_divergences(f"{out}-divergence.svg", divergences(study, root))
     head = (Path(__file__).parent / "study_siclip.md").read_text()
     out.with_suffix(".md").write_text(head.replace("TABLE\n", table(study)))
-    out.with_suffix(".svg").write_text(curves(study))
+    out.with_suffix(".svg").write_text(chart(study))
     print(table(study))
 
 
