@@ -3,7 +3,9 @@
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from pipeline.stage import Root
@@ -44,10 +46,13 @@ def jobs(config: JobsConfig) -> str:
     if not made:
         raise UserError(f"nothing was submitted for {config.root} (no submission.json in {place})")
     found = states(job for one in made if one.cluster == "slurm" for job in (*one.arrays, one.last))
-    return "\n\n".join(_told(one, place / one.id, found, config) for one in made)
+    done = cache(lambda folder: frozenset(finished_shards(folder)))  # several submissions fill one folder
+    return "\n\n".join(_told(one, place / one.id, found, done, config) for one in made)
 
 
-def _told(one: Submission, folder: Path, found: dict[str, str], config: JobsConfig) -> str:
+def _told(
+    one: Submission, folder: Path, found: dict[str, str], done_of: Callable[[str], frozenset[int]], config: JobsConfig
+) -> str:
     lines = [f"{one.id}  {one.words}"]
     numbers = {*one.arrays, one.last}
     own = {job: state for job, state in found.items() if job.split("_")[0] in numbers}
@@ -58,7 +63,7 @@ def _told(one: Submission, folder: Path, found: dict[str, str], config: JobsConf
             said = ", ".join(f"{number} {state}" for state, number in sorted(counted.items()))
             lines.append(f"  {name} {', '.join(jobs_of)}: {said or 'not known to Slurm any more'}")
     if one.folder is not None and one.shards is not None:
-        done = set(finished_shards(join(one.root, one.folder)))
+        done = done_of(join(one.root, one.folder))
         missing = [shard for shard in range(one.shards) if shard not in done]
         some = ", ".join(map(shard_name, missing[:10])) + (" …" if len(missing) > 10 else "")
         lines.append(f"  {one.folder}: {len(done)} of {one.shards} shards" + (f", missing {some}" if missing else ""))
