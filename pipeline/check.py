@@ -96,15 +96,16 @@ def _folders(root: str) -> Iterator[tuple[str, str, Prove]]:
 
 
 def _check_totals(root: str, folder: str, stage: str, shards: list[int]) -> list[str]:
-    block, totals = read_dataset(root)["stages"].get(stage), Counter[str]()
-    dones = [read_done(join(root, folder), shard) for shard in shards]
-    if all(done is None for done in dones):
+    block, totals, ours = read_dataset(root)["stages"].get(stage), Counter[str](), 0
+    for shard in shards:
+        if done := read_done(join(root, folder), shard):
+            totals.update(done.counts)
+            totals.subtract(done.retried)
+            ours += 1
+    if not ours:
         return []  # img2dataset's own shards, accepted as they are
     if block is None:
         return [f"{root}/dataset.json: no block for {stage}; it has not finished, run it again"]
-    for done in dones:
-        totals.update(done.counts if done else {})
-        totals.subtract(done.retried if done else {})
     found = {reason: number for reason, number in totals.items() if number}
     if block["shards"] != len(shards) or block["counts"] != found:
         return [f"{root}/dataset.json: {stage} says {block['counts']}, its {len(shards)} shards add up to {found}"]

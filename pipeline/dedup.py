@@ -54,14 +54,14 @@ from shards_spec.files import (
     sha256_file,
     sha256_json,
 )
-from shards_spec.manifest import file_hash, finished_shards, forget, read_done, shard_name
+from shards_spec.manifest import finished_shards, forget, read_done, shard_name
 from shards_spec.tar import read_shard
 
 log = logging.getLogger(__name__)
 FOLDER = "dedup"
 SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("key", "reason", "kept")])
 OWN_FILE = re.compile(r"(\d+)(\.parquet|_stats\.json)")
-IN_MEMORY = 4_000_000  # samples in memory at once: about 600 MB
+SAMPLE_BYTES = 150  # of memory, for each sample that is compared at once
 NUMBERS = 1 << 32  # of pictures: a position has 32 bits
 MIX = np.uint64(0x9E3779B97F4A7C15)  # spreads hashes over the buckets (Fibonacci hashing)
 
@@ -76,6 +76,8 @@ class DedupConfig:
     """signatures (64-bit DCT hash) that differ in at most so many bits are one picture; -1: equal files only"""
     workers: int = os.cpu_count() or 1
     """processes that decode pictures, for raw shards without a phash column"""
+    memory_gb: float = 0.6
+    """memory for the comparison, 0.15 GB per million pictures; with less all are gone through several times"""
     overwrite: bool = False
     """make finished shards again"""
 
@@ -84,15 +86,20 @@ class DedupConfig:
             raise UserError(f"near_bits {self.near_bits} must be -1 (equal files only) to {MAX_NEAR_BITS}")
         if self.workers < 1:
             raise UserError(f"workers {self.workers} must be at least 1")
+        if not self.memory_gb * 1e9 >= SAMPLE_BYTES:
+            raise UserError(f"memory_gb {self.memory_gb} must be above 0")
 
 
-def dedup(config: DedupConfig, in_memory: int = IN_MEMORY) -> Summary:
-    """Run the stage. Memory: ``in_memory`` samples, three numbers a shard. Raises UserError, ShardsFailed."""
+def dedup(config: DedupConfig, in_memory: int | None = None) -> Summary:
+    """Run the stage. Memory: ``in_memory`` samples (by default what fits into the config's), three numbers a shard.
+
+    Raises UserError, ShardsFailed.
+    """
     shards = upstream_shards(config.root, "raw", "ingest")
     inputs = {"raw": raw_hash(config.root, shards)}
     stage = Stage("dedup", FOLDER, {"near_bits": config.near_bits})
     tasks = (Task(shard, inputs) for shard in shards)
-    with Search(config, shards, in_memory) as search:
+    with Search(config, shards, in_memory or int(config.memory_gb * 1e9 / SAMPLE_BYTES)) as search:
         summary = run_stage(config.root, stage, tasks, search.shard, total=len(shards), overwrite=config.overwrite)
     for name in reversed(names(join(config.root, FOLDER))):  # of an earlier, longer raw/; the done-record goes first
         if (match := OWN_FILE.fullmatch(name)) and int(match[1]) >= len(shards):
@@ -102,9 +109,12 @@ def dedup(config: DedupConfig, in_memory: int = IN_MEMORY) -> Summary:
 
 def raw_hash(root: str, shards: list[int]) -> str:
     """One hash of all raw shards: what a shard's list repeats may stand in any of them."""
-    endings = (".parquet", ".tar")
-    paths = [(shard, f"raw/{shard_name(shard)}{ending}") for shard in shards for ending in endings]
-    return sha256_json([file_hash(root, "raw", shard, path) for shard, path in paths])
+    hashes = list[str]()
+    for shard in shards:
+        done = read_done(join(root, "raw"), shard)
+        for path in (f"raw/{shard_name(shard)}{ending}" for ending in (".parquet", ".tar")):
+            hashes.append(done.outputs[path] if done and path in done.outputs else sha256_file(join(root, path)))
+    return sha256_json(hashes)
 
 
 def check_fresh(root: str, shards: list[int]) -> None:

@@ -164,7 +164,7 @@ def _ingest_rows(config: IngestConfig, form: Format, share: Share) -> Summary:
     )  # fmt: skip
     stage = Stage("ingest", FOLDER, _shape(config, form, selection, pictures))
     source = Listing(config, form)
-    tasks = retry_tasks(config.root, config.shard_size) if config.retry_failed else source.tasks()
+    tasks = retry_tasks(config.root, config.shard_size) if config.retry_failed else source.tasks(share)
     with Downloader(fetch, pictures, config.processes, config.decode_timeout_s) as downloader:
         work = partial(rows_to_shard, downloader=downloader, selection=selection)
         live = partial(_live, source, downloader, config.root)
@@ -219,8 +219,8 @@ class Listing:
         """About how many shards the rows make."""
         return -(-self.rows // self._config.shard_size) if self.rows else None
 
-    def tasks(self) -> Iterator[Task]:
-        """Slices of ``shard_size`` rows, then the shards of earlier retries.
+    def tasks(self, share: Share = ALL) -> Iterator[Task]:
+        """Slices of ``shard_size`` rows, the share's, then the shards of earlier retries.
 
         Raises UserError when there is no row, or more rows than when failed ones were tried again.
         """
@@ -237,8 +237,9 @@ class Listing:
                     f"--source {config.source} has more rows than when its failed rows were tried again; give the new "
                     "rows as a list of their own to another ROOT, or make all anew with --overwrite"
                 )
-            keys = [sample_key(shard, index, config.shard_size) for index in range(len(chunk))]
-            yield Task(shard, {"rows": sha256_json([_identity(row) for row in chunk])}, Inputs(keys, chunk, {}))
+            if share.take(shard):  # asked before the rows are hashed, which takes longer than reading them
+                keys = [sample_key(shard, index, config.shard_size) for index in range(len(chunk))]
+                yield Task(shard, {"rows": sha256_json([_identity(row) for row in chunk])}, Inputs(keys, chunk, {}))
             self.read += len(chunk)
             shard += 1
         if not shard:

@@ -47,10 +47,18 @@ def jobs(config: JobsConfig) -> str:
         raise UserError(f"nothing was submitted for {config.root} (no submission.json in {place})")
     found = states(job for one in made if one.cluster == "slurm" for job in (*one.arrays, one.last))
     silent = [] if found is not None else ["Slurm does not answer here: this is what the jobs' own files say"]
-    return "\n\n".join([*silent, *(_told(one, place / one.id, found, config) for one in made)])
+    folders = {join(one.root, one.folder) for one in made if one.folder is not None}  # several submissions fill one
+    done = {folder: frozenset(finished_shards(folder)) for folder in folders}
+    return "\n\n".join([*silent, *(_told(one, place / one.id, found, done, config) for one in made)])
 
 
-def _told(one: Submission, folder: Path, found: dict[str, str] | None, config: JobsConfig) -> str:
+def _told(
+    one: Submission,
+    folder: Path,
+    found: dict[str, str] | None,
+    done_of: dict[str, frozenset[int]],
+    config: JobsConfig,
+) -> str:
     lines = [f"{one.id}  {one.words}"]
     numbers = {*one.arrays, one.last}
     own = {job: state for job, state in (found or {}).items() if job.split("_")[0] in numbers}
@@ -64,7 +72,7 @@ def _told(one: Submission, folder: Path, found: dict[str, str] | None, config: J
             said = ", ".join(f"{number} {state}" for state, number in sorted(counted.items()))
             lines.append(f"  {name} {', '.join(jobs_of)}: {said or 'unknown'}")
     if one.folder is not None and one.shards is not None:
-        done = set(finished_shards(join(one.root, one.folder)))
+        done = done_of[join(one.root, one.folder)]
         missing = [shard for shard in range(one.shards) if shard not in done]
         some = ", ".join(map(shard_name, missing[:10])) + (" …" if len(missing) > 10 else "")
         lines.append(f"  {one.folder}: {len(done)} of {one.shards} shards" + (f", missing {some}" if missing else ""))

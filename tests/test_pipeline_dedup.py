@@ -552,5 +552,7 @@ def test_bad_options_name_field_and_value():
         DedupConfig("x", -2)
     with pytest.raises(UserError, match="workers 0"):
         DedupConfig("x", workers=0)
+    with pytest.raises(UserError, match="memory_gb 0"):
+        DedupConfig("x", memory_gb=0)
     with pytest.raises(UserError, match="has no finished shards: run `clipmill ingest"):
         run("/nowhere")

@@ -24,9 +24,9 @@ from web_server import picture, serve
 from pipeline import fetch
 from pipeline.check import CheckConfig, check
 from pipeline.fetch import Fetcher, FetchError, FetchRules, is_public, opted_out
-from pipeline.ingest import IngestConfig, ingest
+from pipeline.ingest import IngestConfig, Listing, ingest
 from pipeline.raw_shard import sample_key
-from pipeline.stage import ShardsFailed
+from pipeline.stage import ShardsFailed, Share
 from shards_spec.files import UserError
 from shards_spec.tar import read_shard
 
@@ -188,6 +188,18 @@ def test_config_errors(options, message):
         IngestConfig("root", "list.tsv", **options)
     with pytest.raises(UserError, match="source is empty"):
         IngestConfig("root", "")
+
+
+def test_rows_of_others_shards_are_read_and_left(tmp_path):
+    class Second(Share):
+        def take(self, shard: int) -> bool:
+            return shard == 1
+
+    (tmp_path / "list.tsv").write_text("".join(f"http://h/{n}.jpg\tcaption {n}\n" for n in range(5)))
+    config = IngestConfig(str(tmp_path / "ds"), str(tmp_path / "list.tsv"), shard_size=2)
+    listing = Listing(config, "cc12m")
+    assert list(listing.tasks(Second())) == list(Listing(config, "cc12m").tasks())[1:2]
+    assert (listing.read, listing.shards) == (5, 3)
 
 
 @pytest.mark.parametrize("form", ["auto", "cc3m", "folder", "img2dataset"])
