@@ -227,6 +227,8 @@ def _embed(
     rendering = Rendering(embedder.pool, jobs, depth, config.view_spec, teacher.loaded.image_size)
     features = {"text": teacher.embed_texts(shard.captions[row][caption] for row, caption in texts)}
     features["image"] = teacher.embed_images(_pictures(rendering, list(views), shard))
+    if not shard.keys:
+        features = dict.fromkeys(features, np.empty((0, teacher.dim), np.float32))
     numbers = {"image": np.array([view for _, view in images]), "text": np.array([caption for _, caption in texts])}
     new = {
         column.name: column.filled(

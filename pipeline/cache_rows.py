@@ -14,7 +14,7 @@ class OpenShard:
     """A final shard in place: keys, captions and identities of all samples in memory, pictures where they lie.
 
     ``ids``: ``id_image``, ``id_text_0`` … to uint64 (n,), 0 where a sample has no such caption. Raises DataError naming
-    the file when it is broken, gone or empty.
+    the file when it is broken or gone.
     """
 
     def __init__(self, path: str) -> None:
@@ -23,8 +23,6 @@ class OpenShard:
                 self._index = list(index_shard(self._buffer, path))
         except FileNotFoundError as error:
             raise DataError(f"{path}: is not there; make the shard again") from error
-        if not self._index:
-            raise DataError(f"{path}: an empty shard; pack again")
         self.path, self.keys = path, [key for key, _ in self._index]
         self.captions, pictures = list[list[str]](), list[int]()
         try:
@@ -35,7 +33,7 @@ class OpenShard:
         except DataError as error:
             raise DataError(f"{path}: {error}; pack again") from error
         self.ids = {"id_image": np.array(pictures, np.uint64)}
-        for caption in range(max(map(len, self.captions))):
+        for caption in range(max(map(len, self.captions), default=1)):
             self.ids[f"id_text_{caption}"] = np.array(
                 [content_id(own[caption].encode()) if caption < len(own) else 0 for own in self.captions], np.uint64
             )

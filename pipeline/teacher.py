@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,12 @@ class Teacher:
         parameter = next(self.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.rows = CPU_ROWS if self.device.type == "cpu" else batch_size or CUDA_ROWS
+
+    @cached_property
+    def dim(self) -> int:
+        """D, as a blank picture has it."""
+        side = self.loaded.image_size
+        return self.embed_images([np.zeros((side, side, 3), np.uint8)]).shape[1]
 
     def embed_images(self, pictures: Iterable[np.ndarray]) -> np.ndarray:
         """Pictures (S, S, 3) uint8 -> (n, D) float32, L2-normalised."""

@@ -42,8 +42,10 @@ def draw(seed: str, size: int = 48) -> tuple[bytes, str]:
     return file.getvalue(), f"a {colour} {shape} on a wall"
 
 
-def write_raw(root: str, shards: int = 2, per_shard: int = 6, seed: int = 0, size: int = 48) -> None:
-    """ROOT/raw as `ingest` leaves it, pictures of ``size`` pixels, every fifth input failed."""
+def write_raw(
+    root: str, shards: int = 2, per_shard: int = 6, seed: int = 0, size: int = 48, lost: int | None = None
+) -> None:
+    """ROOT/raw as `ingest` leaves it, pictures of ``size`` pixels, every fifth input failed, all of shard ``lost``."""
     totals: dict[str, int] = {}
     config = {"image_size": 256, "shard_size": per_shard}
     for shard in range(shards):
@@ -51,7 +53,7 @@ def write_raw(root: str, shards: int = 2, per_shard: int = 6, seed: int = 0, siz
         for index in range(per_shard):
             key = f"{shard:05d}{index:04d}"
             picture, caption = draw(f"{seed}/{key}", size)
-            status = "failed_to_download" if index % 5 == 4 else "success"
+            status = "failed_to_download" if index % 5 == 4 or shard == lost else "success"
             rows.append({"url": f"http://h/{key}", "caption": caption, "key": key, "status": status})
             if status == "success":
                 width, height = Image.open(io.BytesIO(picture)).size

@@ -1,0 +1,31 @@
+"""A shard of which nothing came, as the last one of a list may be: no stage stumbles over it, nor does training."""
+
+import pytest
+from small_data import tiny_coca, write_raw
+from small_training import tiny_clip
+
+from clipmill import _train
+from pipeline.cache import CacheConfig, cache
+from pipeline.caption import CaptionConfig, caption
+from pipeline.check import CheckConfig, check
+from pipeline.decoding import Decoding
+from pipeline.dedup import DedupConfig, dedup
+from pipeline.pack import PackConfig, pack
+from pipeline.vocab import VocabConfig, vocab
+from shards_spec.files import read_json
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_from_raw_shards_to_a_training(tmp_path, lost):
+    root, coca = str(tmp_path / "ds"), tiny_coca(tmp_path / "coca")
+    write_raw(root, shards=3, per_shard=5, lost=lost)
+    dedup(DedupConfig(root, workers=1))
+    caption(CaptionConfig(root, coca, name="cap", num_captions=1, decoding=Decoding(max_tokens=8), threads=1))
+    pack(PackConfig(root, workers=1))
+    vocab(VocabConfig(root, min_count=0))
+    for views in (1, 2):  # the second time new views stand beside old ones
+        cache(CacheConfig(root, coca, name="tea", views=views, threads=1))
+        assert check(CheckConfig(root)) == []
+    assert read_json(f"{root}/shards/sizes.json")[f"{lost:05d}.tar"] == 0
+    words = ["affinity", "--data", root, "--model", tiny_clip(tmp_path / "clip"), "--teacher", "tea", "--epochs", "2"]
+    assert _train([*words, "--batch-size", "4", "--workers", "0", "--warmup", "0", "--out", str(tmp_path / "run")]) == 0
