@@ -20,21 +20,23 @@ fixed=(--data "$PICTURES" --no-augment --batch-size 64 --final-lr 0 --eval-every
 
 pretrain() { # pretrain ROW EPOCHS SEED, then its linear probe with all labels
   local out=$STUDY/$1-$2-$3 words
+  [ ! -f "$out/done" ] || return 0
   case $1 in
-    clip) words=(clip --model local-dir:demo/models/clip --lr 1e-3) ;;
+    clip) words=(clip --model local-dir:demo/models/clip --lr 5e-4) ;;
     catlip) words=(catlip "${catlip[@]}" --lr 2e-3) ;;
     bias) words=(catlip "${catlip[@]}" --lr 2e-3 --frequency-bias) ;;
   esac
   clipmill train "${words[@]}" "${data[@]}" "${run[@]}" --epochs "$2" --seed "$3" --out "$out"
   clipmill train probe --model "$out" "${fixed[@]}" "${run[@]}" --steps 1500 --lr 1e-2 --seed "$3" --out "$out/probe"
+  touch "$out/done"
 }
-transfer() { # transfer INIT FRACTION LR SEED: the probe of the longest run with frequency bias
-  local base=$STUDY/bias-${EPOCHS##* }-$4
+transfer() { # transfer INIT FRACTION LR SEED: a probe of 8 epochs with frequency bias; 16 leave nothing to learn
+  local base=$STUDY/bias-8-$4
   clipmill train probe --model "$base" "${fixed[@]}" "${run[@]}" --fraction "$2" --steps 300 --lr "$3" --seed "$4" \
     --out "$STUDY/transfer/$1-$2-$3-$4" $([ "$1" = rows ] && echo --class-map "$STUDY/classes.tsv")
 }
 lanes() { xargs -P "$LANES" -I@ bash -c 'set -euo pipefail; eval "$SHARED"; @' >>"$STUDY/log.txt" 2>&1; }
-SHARED=$(declare -p STUDY PICTURES EPOCHS data run catlip fixed; declare -f pretrain transfer)
+SHARED=$(declare -p STUDY PICTURES data run catlip fixed; declare -f pretrain transfer)
 export SHARED
 
 for epochs in $EPOCHS; do
