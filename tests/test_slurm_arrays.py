@@ -29,21 +29,26 @@ def test_no_more_tasks_than_shards(slurm, tmp_path):
     assert len(slurm.states(arrays[0])) == 5
 
 
+def packs_in_arrays_of(sizes: list[int], slurm, root: str, *words: str) -> None:
+    """`submit pack` makes arrays of so many tasks, all end well, and the shards are the plain command's."""
+    start = time.monotonic()
+    [(arrays, last)] = submit(slurm, "pack", root, *TAGGED, "--time", "9", *words)
+    print(f"submitted in {time.monotonic() - start:.1f} s")
+    assert [len(slurm.states(array)) for array in arrays] == sizes
+    assert set(slurm.ended(last, 600).values()) == {"COMPLETED"}, log_of(root, last)
+    print(f"{time.monotonic() - start:.0f} s")
+    for array in arrays:
+        assert set(slurm.states(array).values()) == {"COMPLETED"}
+    assert tree(root) == local_tree(root)
+
+
 @pytest.mark.slow
 def test_more_tasks_than_shards(slurm, tmp_path):
     """200 tasks over 50 shards, in two arrays of 100: their number is not known, as in a chain after an ingest."""
     root = str(tmp_path / "ds")
     write_raw(root, shards=50, per_shard=2)
     [(_, first)] = submit(slurm, "vocab", root, "--time", "9")  # fails: nothing is packed
-    words = ("--array", "200", "--time", "9", "--after", first, "--incomplete")
-    start = time.monotonic()
-    [(arrays, last)] = submit(slurm, "pack", root, *TAGGED, *words)
-    assert [len(slurm.states(array)) for array in arrays] == [100, 100]
-    assert set(slurm.ended(last, 600).values()) == {"COMPLETED"}, log_of(root, last)
-    print(f"{time.monotonic() - start:.0f} s")
-    for array in arrays:
-        assert set(slurm.states(array).values()) == {"COMPLETED"}
-    assert tree(root) == local_tree(root)
+    packs_in_arrays_of([100, 100], slurm, root, "--array", "200", "--after", first, "--incomplete")
 
 
 @pytest.mark.slow
@@ -51,15 +56,7 @@ def test_an_array_beyond_the_limit_is_split(slurm, tmp_path):
     """300 tasks for 300 shards where an array may have 100 (the test's cluster says so)."""
     root = str(tmp_path / "ds")
     write_raw(root, shards=300, per_shard=2)
-    start = time.monotonic()
-    [(arrays, last)] = submit(slurm, "pack", root, *TAGGED, "--array", "300", "--time", "9")
-    print(f"submitted in {time.monotonic() - start:.1f} s")
-    assert [len(slurm.states(array)) for array in arrays] == [100, 100, 100]
-    assert set(slurm.ended(last, 600).values()) == {"COMPLETED"}, log_of(root, last)
-    print(f"{time.monotonic() - start:.0f} s")
-    for array in arrays:
-        assert set(slurm.states(array).values()) == {"COMPLETED"}
-    assert tree(root) == local_tree(root)
+    packs_in_arrays_of([100, 100, 100], slurm, root, "--array", "300")
 
 
 @pytest.mark.slow
