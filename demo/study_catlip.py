@@ -44,14 +44,6 @@ def transfers(study: Path) -> dict[str, dict[float, tuple[str, list[float]]]]:
     return found
 
 
-def costs(study: Path) -> dict[str, float]:
-    """Samples per second of each row's pre-training, the median over its lines."""
-    rates: dict[str, list[float]] = defaultdict(list)
-    for run in study.glob("*-*-*"):
-        rates[run.name.split("-")[0]] += [line["samples_per_s"] for line in lines(run)]
-    return {row: statistics.median(found) for row, found in rates.items()}
-
-
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]) + "\n"
@@ -60,14 +52,11 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def main() -> None:
     """Write the three files."""
     study, out = Path(sys.argv[1]), Path(sys.argv[2])
-    by_epochs, by_labels, rate = probes(study), transfers(study), costs(study)
+    by_epochs, by_labels = probes(study), transfers(study)
     epochs = sorted(next(iter(by_epochs.values())))
     first = markdown(
-        ["pre-training", *(f"{count} epochs" for count in epochs), "samples/s"],
-        [
-            [ROWS[row], *(cell(found[count]) for count in epochs), f"{rate[row]:.0f}"]
-            for row, found in by_epochs.items()
-        ],
+        ["pre-training", *(f"{count} epochs" for count in epochs)],
+        [[ROWS[row], *(cell(found[count]) for count in epochs)] for row, found in by_epochs.items()],
     )
     shares = sorted(by_labels["rows"])
     second = markdown(
