@@ -23,8 +23,8 @@ Readings, each with its other one as an option or noted:
 - Positions are resized over the grid; the code's way, along the raster order, is `CatlipViT(positions="raster")`.
 - A loss is the mean over the global batch. Theirs is the mean over GPUs of means over equal parts, the same number.
 - An epoch is the dataset once. Their steps have 1.27 times the nominal batch on average, so do ours.
-- From a vocabulary's frequencies (--frequency-bias) and by softmax (--loss softmax; SuperClass, arXiv 2411.03313) are
-  not CatLIP's.
+- Biases from the vocabulary's frequencies (--frequency-bias) and softmax (--loss softmax; SuperClass, arXiv 2411.03313)
+  are not CatLIP's. Runs of some hundred steps gain much by the first (docs/catlip.md).
 Any ViT of timm's can be the backbone: --model timm:vit_base_patch16_224.
 """
 
