@@ -195,6 +195,7 @@ def _describe_in_little_memory(pipe, model: str) -> None:
         pipe.send(str(error))
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_into_memory_is_halved(tmp_path):
     """A real limit on the process' memory; the captions are those of a process that has enough."""
     model = shallow(tmp_path)
@@ -229,6 +230,7 @@ def _high_water() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_batch_is_predicted(tmp_path):
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)

@@ -159,7 +159,8 @@ def words(tmp_path_factory) -> list[str]:
     return training_words(tmp_path_factory.mktemp("train"))
 
 
-@pytest.mark.parametrize("how", ["time-out", pytest.param("requeue", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["time-out", "requeue"])
 def test_neither_a_time_out_nor_a_requeue_loses_anything_of_a_training(slurm, words, tmp_path, how):
     run = tmp_path / "run"
     [(_, job)] = submit(slurm, "train", *words, "--out", str(run), "--checkpoint-steps", "50", "--time", "5")
