@@ -54,7 +54,7 @@ from shards_spec.files import (
     sha256_file,
     sha256_json,
 )
-from shards_spec.manifest import finished_shards, forget, read_done, shard_name
+from shards_spec.manifest import file_hashes, finished_shards, forget, read_done, shard_name
 from shards_spec.tar import read_shard
 
 log = logging.getLogger(__name__)
@@ -111,9 +111,8 @@ def raw_hash(root: str, shards: list[int]) -> str:
     """One hash of all raw shards: what a shard's list repeats may stand in any of them."""
     hashes = list[str]()
     for shard in shards:
-        done = read_done(join(root, "raw"), shard)
-        for path in (f"raw/{shard_name(shard)}{ending}" for ending in (".parquet", ".tar")):
-            hashes.append(done.outputs[path] if done and path in done.outputs else sha256_file(join(root, path)))
+        paths = [f"raw/{shard_name(shard)}{ending}" for ending in (".parquet", ".tar")]
+        hashes += file_hashes(root, "raw", shard, paths)
     return sha256_json(hashes)
 
 

@@ -139,8 +139,14 @@ def shard_ids(folder: str) -> list[int]:
 
 def file_hash(root: str, folder: str, shard: int, path: str) -> str:
     """sha256 of ``root/path``: from the done-record of ``root/folder``, else (foreign shards) of the bytes."""
+    return file_hashes(root, folder, shard, [path])[0]
+
+
+def file_hashes(root: str, folder: str, shard: int, paths: list[str]) -> list[str]:
+    """`file_hash` of several files of a shard, its done-record read once."""
     done = read_done(join(root, folder), shard)
-    return done.outputs[path] if done and path in done.outputs else sha256_file(join(root, path))
+    outputs = done.outputs if done else {}
+    return [outputs[path] if path in outputs else sha256_file(join(root, path)) for path in paths]
 
 
 def read_dataset(root: str) -> dict[str, Any]:

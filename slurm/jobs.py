@@ -98,8 +98,9 @@ class ArrayJob(StageJob):
             others = Others(claims, failures, self.folder)
             share: Listed = Listed(claims, failures, shards) if shards else others
             while True:
-                if share is others and self.upstream is not None and not others.wait(self._upstream_shards()):
-                    break  # before a model is loaded for nothing
+                if share is others and self.upstream is not None:
+                    if not others.wait(len(finished_shards(self.upstream))):
+                        break  # before a model is loaded for nothing
                 share.failed = False
                 try:
                     made = self.run(share).made
@@ -114,9 +115,6 @@ class ArrayJob(StageJob):
                 share = others
         if messages:
             raise JobFailedError("\n".join(messages))
-
-    def _upstream_shards(self) -> int:
-        return len(finished_shards(self.upstream)) if self.upstream is not None else 0
 
 
 @dataclass(frozen=True)

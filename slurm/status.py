@@ -47,8 +47,8 @@ def jobs(config: JobsConfig) -> str:
         raise UserError(f"nothing was submitted for {config.root} (no submission.json in {place})")
     found = states(job for one in made if one.cluster == "slurm" for job in (*one.arrays, one.last))
     silent = [] if found is not None else ["Slurm does not answer here: this is what the jobs' own files say"]
-    folders = {join(one.root, one.folder) for one in made if one.folder is not None}  # several submissions fill one
-    done = {folder: frozenset(finished_shards(folder)) for folder in folders}
+    folders = {join(one.root, one.folder) for one in made if one.folder is not None and one.shards is not None}
+    done = {folder: frozenset(finished_shards(folder)) for folder in folders}  # once, though several fill one folder
     return "\n\n".join([*silent, *(_told(one, place / one.id, found, done, config) for one in made)])
 
 

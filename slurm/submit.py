@@ -184,7 +184,8 @@ def submit_step(step: Step, chained: bool = False, shards: int | None = None) ->
     condition = (
         f"{'afterany' if options.incomplete else 'afterok'}:{':'.join(options.after)}" if options.after else None
     )
-    size = max_array_size() if options.array > 1 and not options.dry_run else 1001
+    several = options.array > 1 and output_folder(step) is not None
+    size = max_array_size() if several and not options.dry_run else 1001
     if options.parallel:  # Slurm's limit is one of an array, so there is one
         step = dataclasses.replace(step, options=dataclasses.replace(options, array=min(options.array, size)))
     folder, ranges, total = _divided(step, chained, shards, place)
