@@ -244,10 +244,10 @@ def write_json(path: str, value: Any) -> None:
 
 def read_json(path: str) -> Any:
     """Parse a JSON file. Raises DataError naming the file when it is not JSON, FileNotFoundError when absent."""
-    try:
-        return json.loads(read_bytes(path))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not JSON ({error}); delete it and run its stage again") from error
+    from shards_spec.library_errors import json_errors, parse_json  # which reads files by this module
+
+    with json_errors(path):
+        return parse_json(path, read_bytes(path))
 
 
 def remove(path: str) -> None:

@@ -98,9 +98,9 @@ class ArrayJob(StageJob):
             others = Others(claims, failures, self.folder)
             share: Listed = Listed(claims, failures, shards) if shards else others
             while True:
-                if share is others and self.upstream is not None:
-                    if not others.wait(len(finished_shards(self.upstream))):
-                        break  # before a model is loaded for nothing
+                upstream = self.upstream if share is others else None
+                if upstream is not None and not others.wait(len(finished_shards(upstream))):
+                    break  # before a model is loaded for nothing
                 share.failed = False
                 try:
                     made = self.run(share).made

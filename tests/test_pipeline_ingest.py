@@ -437,7 +437,7 @@ def test_broken_img2dataset_shards_fail_by_name_and_others_go_on(tmp_path):
     expected = [
         "00001.tar: truncated tar, last whole member",
         "00002.parquet cannot be read",
-        "00003_stats.json: not JSON",
+        "00003_stats.json: not a readable JSON file",
         "00004.tar: is not there",
     ]
     for line, words in zip(lines[1:], expected, strict=True):

@@ -340,7 +340,7 @@ def test_run_page_of_few_or_no_numbers(run, lines):
     (run / "environment.json").write_text("{")
     page = page_of(run)
     assert ("No step is logged yet" in page.text) == (not lines)
-    assert "environment.json: not JSON" in page.text
+    assert "environment.json: not a readable JSON file" in page.text
     assert "Evaluation" not in page.text
 
 

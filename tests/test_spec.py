@@ -148,7 +148,7 @@ def test_free_bytes(tmp_path, small_disk):
 
 def test_json_that_is_none_is_named(tmp_path):
     files.write_bytes(str(tmp_path / "x.json"), b"{")
-    with pytest.raises(DataError, match=r"x\.json: not JSON"):
+    with pytest.raises(DataError, match=r"x\.json: not a readable JSON file"):
         files.read_json(str(tmp_path / "x.json"))
 
 

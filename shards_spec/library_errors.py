@@ -1,0 +1,163 @@
+"""What libraries raise over a file, as the product's own two errors: one context manager per kind of file.
+
+``given`` says whose the file is: the user's (UserError: another file is the mend), or the dataset's (DataError: its
+stage makes it again). Messages name the file, say what was found in at most a line of the library's own words, and
+what to do. FileNotFoundError passes for files of a dataset, since absence means something there.
+"""
+
+import errno
+import json
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+from shards_spec.files import DataError, UserError, is_url, open_read
+
+LONGEST = 200  # characters of a library's text that are shown
+SNIFFED = 512  # bytes
+POINTER = b"version https://git-lfs.github.com/spec/"
+PAGE = (b"<!doctype html", b"<html", b"<head", b"<?xml")
+FETCH, REMAKE = "download it again", "delete it and run its stage again"
+
+
+def short(error: BaseException) -> str:
+    """An error's text in one line of at most `LONGEST` characters; its type where it has none."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, KeyError) and len(error.args) == 1:
+        text = str(error.args[0])  # str() of a KeyError is quoted
+    text = " ".join(text[: 4 * LONGEST].split()).rstrip(".")
+    return (text if len(text) <= LONGEST else text[:LONGEST].rstrip() + " ...") or type(error).__name__
+
+
+def no_regular_file(path: str) -> str | None:
+    """Why a local path cannot be read as a file (it is a folder, a pipe, ...); None when it can, or for a URL."""
+    if is_url(path) or not os.path.exists(path):
+        return None
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        return "is a folder, not a file"
+    return None if stat.S_ISREG(mode) else "is no regular file (a pipe, a socket or a device)"
+
+
+def what_it_is(path: str) -> tuple[str, str] | None:
+    """What a file is that was taken for another, and the mend; None where its first bytes do not tell."""
+    if reason := no_regular_file(path):
+        return reason, "name a file"
+    try:
+        with open_read(path) as file:
+            head = file.read(SNIFFED)
+    except (OSError, UserError):
+        return None
+    if not head:
+        return "has 0 bytes", FETCH
+    if head.startswith(POINTER):
+        return "is a Git LFS pointer, not the file itself", "run `git lfs pull` in its folder"
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(PAGE):
+        return "is a web page, not the file itself", "download it again by its direct link"
+    return ("is packed with gzip", "unpack it (gunzip)") if head.startswith(b"\x1f\x8b") else None
+
+
+def as_own(path: str, error: BaseException, kind: str, given: bool, mend: str = "") -> UserError | DataError:
+    """The product's error for what a library raised over a file of a kind ("a Parquet file")."""
+    own = UserError if given else DataError
+    if isinstance(error, FileNotFoundError):
+        return own(f"{path} is not there; {mend or ('check the path' if given else REMAKE)}")
+    found = what_it_is(path)
+    if found is not None and not (found[0].startswith("is packed") and "gzip" in kind):
+        return own(f"{path} {found[0]}; {found[1] if given or found[1] != FETCH else mend or REMAKE}")
+    if isinstance(error, OSError) and error.errno is not None:
+        mends = {errno.EACCES: "check its permissions", errno.EMFILE: "raise `ulimit -n`"}
+        return own(f"{path} cannot be read ({short(error)}); {mends.get(error.errno, 'check the disk that holds it')}")
+    return own(f"{path}: not a readable {kind} ({short(error)}); {mend or (FETCH if given else REMAKE)}")
+
+
+@contextmanager
+def _errors(path: str, kind: str, caught: tuple[type[Exception], ...], given: bool, mend: str) -> Iterator[None]:
+    kinds: tuple[type[Exception], ...] = (OSError, *caught)
+    if (reason := no_regular_file(path)) is not None:  # reading a pipe would wait for ever
+        raise (UserError if given else DataError)(f"{path} {reason}; name {'a' if given else 'the'} {kind}")
+    try:
+        yield
+    except (UserError, DataError):
+        raise
+    except FileNotFoundError as error:
+        if given and error.filename in (path, None):
+            raise as_own(path, error, kind, given, mend) from error
+        raise
+    except kinds as error:
+        raise as_own(path, error, kind, given, mend) from error
+
+
+@contextmanager
+def parquet_errors(path: str, given: bool = False, mend: str = "") -> Iterator[None]:
+    """Around reading a Parquet file by pyarrow, whose exceptions are of six built-in kinds."""
+    import pyarrow as pa
+
+    kinds = (pa.ArrowException, ValueError, KeyError, NotImplementedError, OverflowError, MemoryError)
+    with _errors(path, "Parquet file", kinds, given, mend):
+        yield
+
+
+def check_columns(path: str, names: list[str], given: bool = False) -> None:
+    """Raise UserError or DataError when a table has a column name twice: readers disagree which of them counts."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        mend = "rename or drop one of them" if given else REMAKE
+        raise (UserError if given else DataError)(f"{path} has the column {twice[0]!r} more than once; {mend}")
+
+
+def open_table(path: str, file: IO[bytes], given: bool = False) -> Any:
+    """A `pyarrow.parquet.ParquetFile` of an opened file whose column names differ. Raises UserError and DataError."""
+    import pyarrow.parquet as pq
+
+    with parquet_errors(path, given):
+        table = pq.ParquetFile(file)
+        check_columns(path, table.schema_arrow.names, given)
+        return table
+
+
+@contextmanager
+def json_errors(path: str, given: bool = False, mend: str = "") -> Iterator[None]:
+    """Around parsing JSON: no JSON, no UTF-8, nested too deep, a number of more digits than Python converts."""
+    with _errors(path, "JSON file", (ValueError, RecursionError), given, mend):
+        yield
+
+
+def parse_json(path: str, data: bytes, given: bool = False, mend: str = "") -> Any:
+    """A JSON document in any Unicode encoding, with or without a BOM. Raises UserError and DataError."""
+    with json_errors(path, given, mend):
+        return json.loads(data)
+
+
+def decode_text(path: str, data: bytes, given: bool = True) -> str:
+    """UTF-8 text, its BOM gone. Raises UserError or DataError naming the line and, where it is likely, the encoding."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        own = UserError if given else DataError
+        if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise own(f"{path} is UTF-16, not UTF-8; iconv -f UTF-16 -t UTF-8 makes it so") from error
+        line = data.count(b"\n", 0, error.start) + 1
+        if (found := what_it_is(path)) is not None:
+            raise own(f"{path} {found[0]}; {found[1]}") from error
+        byte = data[error.start]
+        raise own(
+            f"{path}: line {line} is not UTF-8 (byte 0x{byte:02x}); if it is latin-1, "
+            "iconv -f LATIN1 -t UTF-8 makes it so"
+        ) from error
+
+
+@contextmanager
+def gzip_errors(path: str, given: bool = True, mend: str = "") -> Iterator[None]:
+    """Around unpacking gzip or zlib."""
+    with _errors(path, "gzip file", (EOFError, zlib.error), given, mend):
+        yield
+
+
+@contextmanager
+def checkpoint_errors(path: str, given: bool = True, mend: str = "") -> Iterator[None]:
+    """Around reading weights (torch's zip or pickle, safetensors): damage makes their readers raise nearly anything."""
+    with _errors(path, "checkpoint", (Exception,), given, mend):
+        yield
