@@ -37,10 +37,11 @@ from pipeline.places import (
     text_of,
 )
 from shards_spec.files import DataError, UserError, filesystem, is_url, join, read_bytes, store_errors
+from shards_spec.folders import walk
+from shards_spec.names import is_image
 from shards_spec.sample import split_name
 from shards_spec.tar import Member, scan
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
 METADATA = ("metadata.csv", "metadata.jsonl")  # Hugging Face imagefolder
 PICTURE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes", "img_bytes")
 TEXTS = ("txt", "caption", "text")
@@ -60,41 +61,6 @@ class SourceFile:
     stamp: str
 
 
-def walk(folder: str) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
-    """(prefix below the folder, file name -> what a remote store tells of it), a folder's files before its folders'.
-
-    Raises UserError for a folder that cannot be listed.
-    """
-    if is_url(folder):
-        fs, inner = filesystem(folder)
-        yield from _walk_remote(folder, fs, inner.rstrip("/"), "")
-        return
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"--source {folder}: {error.filename} cannot be listed ({error.strerror})") from error
-
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders.sort()
-        below = os.path.relpath(parent, folder).replace(os.sep, "/")
-        yield "" if below == "." else f"{below}/", {name: {} for name in sorted(files)}
-
-
-def _walk_remote(url: str, fs: Any, inner: str, prefix: str) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
-    files, folders = dict[str, dict[str, Any]](), list[str]()
-    with store_errors(url):
-        found = fs.ls(inner, detail=True)
-    for info in sorted(found, key=lambda info: str(info["name"])):
-        path = str(info["name"]).rstrip("/")
-        name = path.rsplit("/", 1)[-1]
-        if info.get("type") == "directory":
-            folders.append(name)
-        elif path.strip("/") != inner.strip("/"):  # some stores list a folder's marker in the folder
-            files[name] = info
-    yield prefix, files
-    for name in folders:
-        yield from _walk_remote(url, fs, f"{inner}/{name}", f"{prefix}{name}/")
-
-
 # folders of pictures
 
 
@@ -112,7 +78,7 @@ def folder_rows(folder: str) -> Iterator[Row]:
         for name in METADATA:
             if name in files:
                 listed.update(_metadata(join(folder, prefix + name), prefix))
-        for chunk in batches((name for name in files if name.lower().endswith(PICTURES)), REMOTE_TEXTS):
+        for chunk in batches((name for name in files if is_image(name)), REMOTE_TEXTS):
             beside = {name: f"{prefix}{os.path.splitext(name)[0]}.txt" for name in chunk}
             wanted = [text for text in beside.values() if text.removeprefix(prefix) in files]
             texts = _read_texts(folder, wanted)
@@ -287,7 +253,7 @@ def _tar_rows(file: SourceFile, columns: Columns) -> Iterator[Row]:
 
 
 def _sample_row(buffer: memoryview, members: dict[str, Member], name: str, file: SourceFile, columns: Columns) -> Row:
-    texts = {extension: member for extension, member in members.items() if not _is_picture(extension)}
+    texts = {extension: member for extension, member in members.items() if not is_image(extension)}
     fields, problem = _json_fields(buffer, texts)
     caption, wrong = _caption(buffer, texts, fields, columns[0])
     url = _url(buffer, texts, fields or {}, columns[1]) or name
@@ -298,13 +264,9 @@ def _sample_row(buffer: memoryview, members: dict[str, Member], name: str, file:
     return Row(caption, url, wrong or (problem if caption is None else None), file.stamp, place)
 
 
-def _is_picture(extension: str) -> bool:
-    return f".{extension}".endswith(PICTURES)
-
-
 def _picture_member(members: dict[str, Member]) -> Member | None:
     """``jpg`` before ``image.jpg`` before other pictures such as ``mask.png``; the first of equals."""
-    found = [extension for extension in members if _is_picture(extension)]
+    found = [extension for extension in members if is_image(extension)]
     plain = [extension for extension in found if "." not in extension]
     named = [extension for extension in found if extension.split(".")[0] in PICTURE_COLUMNS]
     return members[(plain or named or found)[0]] if found else None
@@ -368,7 +330,7 @@ def _check_columns(path: str, columns: Columns) -> None:
     seen = dict[str, None]()
     with _tar_buffer(path) as buffer:
         for number, (_, members, _) in enumerate(tar_samples(buffer, path)):
-            texts = {extension: member for extension, member in members.items() if not _is_picture(extension)}
+            texts = {extension: member for extension, member in members.items() if not is_image(extension)}
             seen |= dict.fromkeys([*texts, *(_json_fields(buffer, texts)[0] or {})])
             if number == PEEKED_SAMPLES:
                 break

@@ -20,14 +20,12 @@ import pyarrow as pa
 
 from pipeline.local import (
     METADATA,
-    PICTURES,
     SourceFile,
     clean_name,
     folder_rows,
     mean_sample_bytes,
     picture_column,
     picture_parquet_rows,
-    walk,
     webdataset_rows,
 )
 from pipeline.places import (
@@ -48,7 +46,9 @@ from pipeline.places import (
     text_of,
 )
 from shards_spec.files import DataError, UserError, filesystem, is_url, join, open_read, store_errors
+from shards_spec.folders import walk
 from shards_spec.manifest import STATS_PATTERN
+from shards_spec.names import is_image
 
 Format = Literal["cc3m", "cc12m", "csv", "parquet", "jsonl", "folder", "hf-parquet", "webdataset", "img2dataset"]
 WEB_NAMES = (*URL_NAMES, "image")  # a list's column image may hold addresses
@@ -189,7 +189,7 @@ def _detect_folder(source: str, columns: Columns) -> Format | None:
     names = list(islice((prefix + name for prefix, files in walk(source) for name in files), NAMES_SEEN))
     if any(STATS_PATTERN.fullmatch(name) for name in names):
         return "img2dataset"
-    picture = next((name for name in names if name.lower().endswith(PICTURES)), None)
+    picture = next((name for name in names if is_image(name)), None)
     own = [name for name in names if not name.rpartition("/")[2].startswith((".", "_")) and _kind(name)]
     if picture is None:
         if own and all(name.rpartition("/")[2] in METADATA for name in own):
@@ -222,7 +222,7 @@ def _detect_file(path: str, columns: Columns) -> Format:
         if _packed(path):
             raise UserError(f"--source {path}: a tar packed with gzip has no places; unpack it (gunzip) first")
         return "webdataset"
-    if path.lower().endswith(PICTURES):
+    if is_image(path):
         raise UserError(f"--source {path}: a picture; give its folder")
     found = [text_of(line)[0] or "" for line in islice(lines(path), HEAD_LINES)]
     return _detect_list(path, [line for line in found if line.strip()], columns)

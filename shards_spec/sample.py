@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from shards_spec.files import DataError
+from shards_spec.names import IMAGE_EXTENSIONS
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_\-]+(/[A-Za-z0-9_\-]+)*")
 MAX_NAME_BYTES = 100  # the name field of a USTAR header
 

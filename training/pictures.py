@@ -5,6 +5,7 @@ ROOT/classnames.txt, train/nshards.txt, train/0.tar …, test/…               
 """
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from shards_spec.draws import raw_draws
 from shards_spec.files import DataError, UserError, exists, join, read_buffer, read_bytes
+from shards_spec.folders import walk
 from shards_spec.models import LoadedModel
-from shards_spec.sample import IMAGE_EXTENSIONS
+from shards_spec.names import endings_line, file_ending, is_ignored, is_image
 from shards_spec.tar import index_shard
 from shards_spec.views import ViewSpec, apply_view, decode_rgb, draw_view
 from training.config import require
@@ -63,8 +65,12 @@ class FolderPictures:
     """Files below ``folder``/CLASS, both ascending."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.classes = folder, sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-        found = [(path, label) for label, name in enumerate(self.classes) for path in _images(folder / name)]
+        folders = [entry.name for entry in folder.iterdir() if entry.is_dir()]
+        left_out = Counter[str]()
+        self.folder, self.classes = folder, sorted(name for name in folders if not is_ignored(name))
+        found = [(path, label) for label, name in enumerate(self.classes) for path in _images(folder / name, left_out)]
+        if left_out:
+            log.warning("%s: files that are not taken: %s", folder, endings_line(left_out))
         self.paths = [path for path, _ in found]
         self.labels = np.array([label for _, label in found], np.int64)
 
@@ -120,8 +126,12 @@ class TarPictures:
         return found
 
 
-def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+def _images(folder: Path, left_out: Counter[str]) -> list[Path]:
+    """Image files at any depth, ascending; ``left_out`` counts the others by ending."""
+    files = [folder / prefix / name for prefix, names in walk(str(folder)) for name in names]
+    images = [path for path in files if is_image(path.name) and path.is_file()]
+    left_out.update(file_ending(path.name) for path in files if not is_image(path.name))
+    return sorted(images)
 
 
 def open_pictures(root: str, train: bool) -> Pictures:
