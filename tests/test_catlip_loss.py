@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from training.multilabel import (
     PAD,
@@ -16,6 +17,7 @@ from training.multilabel import (
     sigmoid_loss,
     softmax_loss,
 )
+from training.optim import OptimConfig, build_optimizer
 
 
 def multi_hot(labels, classes):
@@ -168,6 +170,29 @@ def test_each_operation_hits_half_of_the_batch():
         assert (int(first.sum()), int(second.sum())) == (5, 5)
         assert not torch.equal(first, second)
     assert not changed(flat, "contrast").any(), "contrast keeps a flat picture"
+
+
+@pytest.mark.parametrize(("batch", "chosen"), [(1, 1), (2, 1), (3, 1), (5, 2), (10, 5), (11, 5)])
+def test_a_half_is_corenets(batch, chosen):
+    """max(1, B // 2), not rounded up."""
+    augment, flat = RangeAugment((0, 0, 0), (1, 1, 1)), torch.full((batch, 3, 8, 8), 0.05)
+    augment.SPANS = {"brightness": RangeAugment.SPANS["brightness"]}
+    assert int((augment(flat)[1] > 1e-6).sum()) == chosen
+
+
+def test_the_ranges_six_scalars_decay():
+    """corenet exempts tensors of one dimension; these are 0-dimensional there."""
+    augment = RangeAugment((0, 0, 0), (1, 1, 1))
+    task = nn.ModuleDict({"augment": augment, "head": nn.Linear(2, 2)})
+    optimizer = build_optimizer(task, OptimConfig(lr=0.1, weight_decay=0.2))
+    before = {name: value.detach().clone() for name, value in task.named_parameters()}
+    for parameter in task.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    decayed = {name for name, value in task.named_parameters() if not torch.equal(value, before[name])}
+    assert decayed == {"head.weight", *(f"augment.ranges.{name}" for name in RangeAugment.SPANS)}
+    for name in RangeAugment.SPANS:
+        torch.testing.assert_close(augment.ranges[name].detach(), before[f"augment.ranges.{name}"] * (1 - 0.1 * 0.2))
 
 
 def test_curriculum_goes_from_40_to_20_decibel():

@@ -67,8 +67,9 @@ def frequency_bias(documents: list[int], captions: int) -> Tensor:
 class RangeAugment(nn.Module):
     """Brightness, contrast and noise of learned ranges (Mehta et al., arXiv 2212.10553), as CatLIP's code applies them.
 
-    Each operation hits a fresh random half of the batch, in an order drawn per batch, with a magnitude per picture.
-    The ranges' six scalars are squashed, and pulled by `curriculum_loss` to a distortion that grows in training.
+    Each operation hits a fresh random half of the batch (``max(1, B // 2)`` images), in an order drawn per batch, with
+    a magnitude per image. The ranges' six scalars are squashed, decay as matrices do (`training.optim.decays`), and are
+    pulled by `curriculum_loss` to a distortion that grows in training.
     """
 
     SPANS = {  # operation: raw start and allowed range of its low end, then of its high end
@@ -100,7 +101,7 @@ class RangeAugment(nn.Module):
             pixels = clean
             names = list(self.SPANS)
             for index in torch.randperm(len(names)).tolist():
-                chosen = torch.randperm(len(clean))[: math.ceil(len(clean) / 2)].to(clean.device)
+                chosen = torch.randperm(len(clean))[: max(1, len(clean) // 2)].to(clean.device)
                 pixels = pixels.index_copy(0, chosen, self._apply_one(names[index], pixels[chosen]))
             pixels = pixels.clamp(0, 1)
             error = (255 * (pixels - clean)).square().mean(dim=(1, 2, 3))

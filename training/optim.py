@@ -10,6 +10,7 @@ from torch import nn
 from training.config import require
 
 UNDECAYED = ("bn", "ln", "bias", "logit_scale", "layer_scale")  # by name: open_clip's rule, and timm's 3-d scales
+RANGES = ".ranges."  # of `RangeAugment`
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,12 @@ class OptimConfig:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: at least two dimensions and no exempt name."""
+    """Whether weight decay applies: at least two dimensions and no exempt name, or one of RangeAugment's ranges.
+
+    corenet exempts tensors of exactly one dimension. RangeAugment's six scalars have none there, so they decay.
+    """
+    if RANGES in f".{name}":
+        return True
     return parameter.ndim >= 2 and not any(part in name for part in UNDECAYED)
 
 
