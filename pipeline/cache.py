@@ -29,6 +29,7 @@ from shards_spec.embeddings import Dtype, Vectors, id_column, write_vectors
 from shards_spec.files import DataError, UserError, exists, join, remove, sha256_file, sha256_json
 from shards_spec.manifest import forget, read_done, shard_name
 from shards_spec.models import LoadedModel, load_teacher, pick_devices, weights_sha256
+from shards_spec.names import check_name
 from shards_spec.views import ViewSpec, stored_spec
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class CacheConfig:
     """make finished shards again"""
 
     def __post_init__(self) -> None:
+        check_name(self.label)
         if min(self.views, self.threads, self.batch_size or 1) < 1 or self.batch_size == 0:
             raise UserError(
                 f"views {self.views}, batch_size {self.batch_size}, threads {self.threads}: at least 1 each"
@@ -93,7 +95,7 @@ class CacheConfig:
     @property
     def label(self) -> str:
         """The cache's folder below teacher/."""
-        return self.name or model_label(self.model, self.pretrained)
+        return model_label(self.model, self.pretrained) if self.name is None else self.name
 
 
 @dataclass

@@ -21,6 +21,7 @@ from pipeline.drafts import Drafts, Row, Wanted
 from pipeline.stage import ALL, Result, Root, Share, Stage, Summary, Task, run_stage, tar_tasks, upstream_shards
 from shards_spec.files import DataError, UserError, atomic_writer, join, sha256_file
 from shards_spec.manifest import forget, shard_name
+from shards_spec.names import check_name
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard
 from shards_spec.views import decode_rgb
@@ -74,6 +75,7 @@ class CaptionConfig:
     """make finished shards again"""
 
     def __post_init__(self) -> None:
+        check_name(self.label)
         if min(self.batch_size or 1, self.threads) < 1 or self.batch_size == 0:
             raise UserError(f"batch_size {self.batch_size} and threads {self.threads} must be at least 1")
         if self.redraws < 0:
@@ -83,7 +85,7 @@ class CaptionConfig:
     @property
     def label(self) -> str:
         """The captions' folder below captions/."""
-        return self.name or model_label(self.model, self.pretrained)
+        return model_label(self.model, self.pretrained) if self.name is None else self.name
 
 
 def model_label(model: str, pretrained: str | None) -> str:

@@ -18,6 +18,7 @@ from pipeline.stage import Root, upstream_shards
 from pipeline.wordnet import load_wordnet
 from shards_spec.files import DataError, UserError, join, open_read, read_bytes, remove_stale, write_bytes
 from shards_spec.manifest import read_dataset, shard_name, write_stage
+from shards_spec.names import check_name
 from shards_spec.vocab import Vocabulary, build_vocabulary, rule_of
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class VocabConfig:
     """write the vocabulary in that form, too"""
 
     def __post_init__(self) -> None:
+        check_name(self.name)
         if self.min_count < 0 or (self.top_k is not None and self.top_k < 1):
             raise UserError(f"min_count {self.min_count} must be >= 0 and top_k {self.top_k} >= 1")
         if self.source not in ("all", "original", "synthetic"):

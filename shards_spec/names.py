@@ -1,7 +1,13 @@
-"""Which files count: endings of image files, and files that are nobody's. All readers of folders and tars ask here."""
+"""Which files count: endings of image files, and files that are nobody's. All readers of folders and tars ask here.
+
+And what a user may call a folder or file of the dataset.
+"""
 
 import os
+import re
 from collections import Counter
+
+from shards_spec.files import UserError
 
 # what the decoder takes (formats in `images.py`), the preferred ones of several first
 IMAGE_EXTENSIONS = (
@@ -23,6 +29,10 @@ SYSTEM_NAMES = frozenset(
     }
 )  # fmt: skip
 MOST_ENDINGS = 10  # named in one line
+# of captions, caches, vocabularies: one part of a path, no hidden one, no flag, nothing that a shell, a glob, a URL or
+# a brace list reads as more than a name
+NAME_PATTERN = re.compile(r"\w([\w .,+=@%~()-]*[\w.+=@%~()-])?")
+MAX_NAME_BYTES = 200  # of the 255 of a file system: ".tsv" and what a temporary name adds must fit too
 
 
 def is_ignored(path: str) -> bool:
@@ -59,3 +69,14 @@ def endings_line(endings: Counter[str]) -> str:
     if rest := endings.total() - sum(count for _, count in named):
         texts.append(f"{rest} with other endings")
     return ", ".join(texts)
+
+
+def check_name(name: str, option: str = "--name") -> str:
+    """The name itself when it can be a folder or file below the dataset. Raises UserError naming the ``option``."""
+    if not NAME_PATTERN.fullmatch(name) or len(name.encode()) > MAX_NAME_BYTES:
+        shown = name if len(name) <= 60 else f"{name[:60]}..."
+        raise UserError(
+            f"{option} {shown!r} cannot be the name of a folder: take letters, digits, '_', '-' and '.', the first one "
+            f"a letter or digit, at most {MAX_NAME_BYTES} bytes"
+        )
+    return name

@@ -176,7 +176,7 @@ class Submission:
 def submit_step(step: Step, chained: bool = False, shards: int | None = None) -> Submission:
     """Submit one command; ``chained`` after one of ``shards`` shards, where that is known. Raises UserError."""
     options, site = step.options, read_site(step.options.site, step.command, [*STAGES, "train"])
-    place = jobs_folder(step.root, site)
+    place = _log_folder(step.root, site)
     code = snapshot(place / "code") if not options.dry_run else place / "code"
     name = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{step.command}-{secrets.token_hex(2)}"
     given = parameters(step.command, options, site, str(code), step.command == "train")
@@ -223,6 +223,17 @@ def jobs_folder(root: str, site: Site) -> Path:
     if not site.jobs:
         raise UserError(f"{root} is no folder: name one for job files, which all nodes see, as jobs = in the site file")
     return Path(site.jobs).absolute() / re.sub(r"[^A-Za-z0-9.-]+", "_", root)
+
+
+def _log_folder(root: str, site: Site) -> Path:
+    """As `jobs_folder`. Raises UserError where sbatch and submitit would read part of its path as a pattern."""
+    place = jobs_folder(root, site)
+    if found := re.search(r"[%\\]", str(place)):
+        raise UserError(
+            f"{place}: Slurm reads {found[0]!r} in the path of a log as a pattern (%j is a job's number), so logs "
+            "would go elsewhere: rename the folder, or give the path of a link to it that has none"
+        )
+    return place
 
 
 def submissions(place: Path) -> list[Submission]:
@@ -307,7 +318,7 @@ def _locally(steps: list[Step]) -> int:
     import submitit
 
     options, site = steps[-1].options, read_site(steps[-1].options.site, steps[-1].command, [*STAGES, "train"])
-    place = jobs_folder(steps[0].root, site)
+    place = _log_folder(steps[0].root, site)
     if options.dry_run or (len(steps) > 1 and options.processes > 1):
         raise UserError("--cluster local: --dry-run has nothing to print, and a chain has one process per step")
     code, name = snapshot(place / "code"), f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{steps[0].command}"

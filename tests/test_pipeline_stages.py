@@ -350,3 +350,20 @@ def test_bad_options_name_field_and_value():
         CacheConfig("x", augment=False)
     with pytest.raises(UserError, match="source 'x' must be all, original or synthetic"):
         VocabConfig("x", source="x")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../x", "x/y", "/x", "x/", "-x", "--name", ".x", "a\0b", "a\nb", "a b ", " a", "x" * 300, "a\\b",
+     "*", "a?b", "s3://x", "a:b", "{00000..00009}", "\udcff", "a\tb", "$HOME", "a;b"],
+)  # fmt: skip
+@pytest.mark.parametrize("config", [CaptionConfig, CacheConfig, VocabConfig])
+def test_names_are_no_paths(config, name):
+    with pytest.raises(UserError, match=r"--name .* cannot be the name of a folder") as caught:
+        config("x", name=name)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["a", "ViT-L-14_datacomp", "v1.2", "two words", "ÜberName", "7b", "a%jb", "x" * 200])
+def test_good_names_stay(name):
+    assert CaptionConfig("x", name=name).label == CacheConfig("x", name=name).label == VocabConfig("x", name=name).name

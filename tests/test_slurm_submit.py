@@ -98,6 +98,9 @@ def test_dry_run_prints_scripts_and_writes_nothing(raw, tmp_path):
         (["submit", "pipeline", "X", "--", "report"], "cannot submit 'report'"),
         (["submit", "pack", "X", "--site", "/nowhere.toml", "--dry-run"], "site file /nowhere.toml"),
         (["submit", "pack", "s3://b/x", "--dry-run"], "jobs = in the site file"),
+        (["submit", "pack", "/x/100%j", "--dry-run"], "Slurm reads '%' in the path of a log"),
+        (["submit", "train", "clip", "--out", "a\\b", "--dry-run"], "in the path of a log as a pattern"),
+        (["submit", "caption", "/x/%A", "--cluster", "local"], "Slurm reads '%'"),
         (["jobs", "/tmp"], "nothing was submitted for /tmp"),
     ],
 )

@@ -1,0 +1,82 @@
+"""One writer at a time: a lock file that names its holder, freed by the kernel when that process ends, however it does.
+
+The lock is the kernel's (flock, which network file systems carry between hosts too), so one that a killed process left
+is no lock. A file system without such locks, or an object store, has none: then nothing is held, and a warning says so.
+"""
+
+import contextlib
+import errno
+import fcntl
+import getpass
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+
+from shards_spec.files import UserError, is_url
+
+log = logging.getLogger(__name__)
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def locked(path: str, what: str) -> Iterator[None]:
+    """Hold the lock ``path`` (a hidden file of an existing folder) while the block lasts; it is gone afterwards.
+
+    Raises UserError naming the holder (process, host, user, since when) where another process has it. ``what`` is
+    what it writes, for that message.
+    """
+    if is_url(path):
+        yield
+        return
+    descriptor = _taken(path, what)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)  # while it is held: who opened it meanwhile sees in `_taken` that it is gone
+        os.close(descriptor)
+
+
+def _taken(path: str, what: str) -> int:
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise UserError(f"{path}: the lock file of {what} cannot be opened ({error.strerror})") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(os.pread(descriptor, 4096, 0))
+            os.close(descriptor)
+            raise UserError(f"{what} is being written by {holder}: wait for its end, or stop it first") from None
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                os.close(descriptor)
+                raise
+            log.warning("%s: this file system has no locks (%s); start nothing twice", path, error.strerror)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(_myself()).encode(), 0)
+                return descriptor
+        os.close(descriptor)  # its holder ended and took the file away after this process had opened it
+
+
+def _myself() -> dict[str, object]:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a user without a name, as in some containers
+        user = str(os.getuid())
+    started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    return {"host": socket.gethostname(), "pid": os.getpid(), "user": user, "since": started}
+
+
+def _holder(data: bytes) -> str:
+    try:
+        said = json.loads(data)
+        return f"process {said['pid']} on {said['host']} (of {said['user']}, since {said['since']})"
+    except (ValueError, KeyError, TypeError):  # it has just been taken
+        return "another process"
