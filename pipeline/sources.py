@@ -24,10 +24,9 @@ from pipeline.local import (
     clean_name,
     folder_rows,
     mean_sample_bytes,
-    picture_column,
-    picture_parquet_rows,
     webdataset_rows,
 )
+from pipeline.parquet_lists import picture_column, picture_parquet_rows
 from pipeline.places import (
     CAPTION_NAMES,
     NOT_UTF8,
