@@ -1,14 +1,17 @@
 """A vocabulary: synsets by descending count; the class index is the rank. Labels mean nothing without it."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from shards_spec.files import DataError, UserError, read_bytes, sha256_bytes, sha256_json, write_bytes
+from shards_spec.library_errors import no_regular_file
 
 COLUMNS = "rank\twnid\tlemma\tcount\tdocuments"
+NUMBER = re.compile(r"[0-9]{1,18}")
 RULE_KEYS = ("wordnet", "rule", "stop_words")  # in the header and in pack's config: how captions become synsets
 
 
@@ -91,19 +94,23 @@ def build_vocabulary(
 
 
 def read_vocabulary(path: str) -> Vocabulary:
-    """Read the TSV. Raises DataError naming the line when it is not ours or was edited."""
+    """Read the TSV. Raises DataError naming the line when it is not ours or was edited, FileNotFoundError."""
+    if reason := no_regular_file(path):
+        raise DataError(f"{path} {reason}; a vocabulary is a file that `clipmill vocab` makes")
     try:
         lines = read_bytes(path).decode().splitlines()
         if len(lines) < 3 or not lines[0].startswith("# clipmill vocabulary ") or lines[2] != COLUMNS:
             raise ValueError
         header = json.loads(lines[0].removeprefix("# clipmill vocabulary "))
-    except ValueError as error:
+        if not isinstance(header, dict):
+            raise ValueError
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a clipmill vocabulary; make it with `clipmill vocab`") from error
     rows = []
     for number, line in enumerate(lines[3:], start=4):
         fields = line.split("\t")
-        if len(fields) != 5 or fields[0] != str(number - 4) or not all(map(str.isdecimal, fields[3:])):
-            raise DataError(f"{path}: line {number} is broken: {line!r}; make it again with `clipmill vocab`")
+        if len(fields) != 5 or fields[0] != str(number - 4) or not all(map(NUMBER.fullmatch, fields[3:])):
+            raise DataError(f"{path}: line {number} is broken: {line[:80]!r}; make it again with `clipmill vocab`")
         rows.append((fields[1], fields[2], int(fields[3]), int(fields[4])))
     vocabulary = Vocabulary(tuple(rows), header)
     if lines[1] != f"# sha256 {vocabulary.sha256}":

@@ -1,5 +1,7 @@
 """A shard of which nothing came, as the last one of a list may be: no stage stumbles over it, nor does training."""
 
+from pathlib import Path
+
 import pytest
 from small_data import tiny_coca, write_raw
 from small_training import tiny_clip
@@ -11,6 +13,7 @@ from pipeline.check import CheckConfig, check
 from pipeline.decoding import Decoding
 from pipeline.dedup import DedupConfig, dedup
 from pipeline.pack import PackConfig, pack
+from pipeline.report import ReportConfig, report
 from pipeline.vocab import VocabConfig, vocab
 from shards_spec.files import read_json
 
@@ -26,6 +29,9 @@ def test_from_raw_shards_to_a_training(tmp_path, lost):
     for views in (1, 2):  # the second time new views stand beside old ones
         cache(CacheConfig(root, coca, name="tea", views=views, threads=1))
         assert check(CheckConfig(root)) == []
+    page = Path(report(ReportConfig(root))).read_text()
+    assert page.count('<article class="card">') == 8
+    assert "cannot be read" not in page
     assert read_json(f"{root}/shards/sizes.json")[f"{lost:05d}.tar"] == 0
     words = ["affinity", "--data", root, "--model", tiny_clip(tmp_path / "clip"), "--teacher", "tea", "--epochs", "2"]
     assert _train([*words, "--batch-size", "4", "--workers", "0", "--warmup", "0", "--out", str(tmp_path / "run")]) == 0

@@ -20,7 +20,7 @@ from conftest import skip_or_fail
 from PIL import Image
 
 from pipeline.report import ReportConfig, report
-from pipeline.report.axes import linear, logarithmic, short
+from pipeline.report.axes import linear, logarithmic, percent, short
 from pipeline.report.charts import thin
 from pipeline.report.columns import count_dataset
 from pipeline.report.histogram import Scale, bin_counts, histogram
@@ -306,6 +306,11 @@ def test_broken_files_are_named_and_the_rest_is_shown(root):
     assert "no picture to show" in text
 
 
+def test_a_vocabulary_that_is_a_folder_is_named(root):
+    (root / "vocab" / "odd.tsv").mkdir()
+    assert "odd.tsv is a folder" in page_of(root).text
+
+
 def test_picture_that_does_not_decode_costs_itself(root):
     path = str(root / "shards" / "00000.tar")
     keys = pq.read_table(root / "shards" / "00000.parquet").column("key").to_pylist()
@@ -396,6 +401,24 @@ def test_lone_surrogates_do_not_stop_the_page(run):
 )  # fmt: skip
 def test_short_numbers(value, text):
     assert short(value) == text
+
+
+def test_shares_are_told_from_nothing_and_from_all():
+    parts = [(5000, 5000), (0, 7), (0, 0), (2, 5054), (1, 3), (1, 2_000_000_000), (4999, 5000), (999_999_999, 10**9)]
+    expected = ["100 %", "0 %", "0 %", "0.04 %", "33.3 %", "< 0.001 %", "99.98 %", "> 99.999 %"]
+    assert [percent(part, whole) for part, whole in parts] == expected
+    for whole in (1, 7, 1000, 5054, 123_456):
+        for part in {0, 1, 2, whole // 3, whole - 1, whole} & set(range(whole + 1)):
+            said = percent(part, whole)
+            assert "e" not in said
+            assert (said == "0 %") == (part == 0)
+            assert (said == "100 %") == (part == whole)
+            if said[0].isdigit():
+                assert abs(float(said[:-2]) - 100 * part / whole) <= 0.05
+    svg = histogram("x", Scale("y"), {"images": {3: 5000}}).svg
+    assert "5,000 (100 %)" in svg
+    shown = re.findall(r"<title>(.*?)</title>", histogram("x", Scale("y"), {"images": {1: 2, 2: 5052}}).svg)
+    assert shown == ["1: 2 (0.04 %)", "2: 5,052 (99.96 %)"]
 
 
 @pytest.mark.parametrize(

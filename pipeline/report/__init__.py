@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import jinja2
 import tyro
 
-from pipeline.report.axes import short
+from pipeline.report.axes import percent, short
 from pipeline.report.dataset import dataset_page
 from pipeline.report.run import run_page
 from shards_spec.files import UserError, exists, is_url, join, write_bytes
@@ -66,6 +66,7 @@ def _render(template: str, context: dict[str, Any]) -> str:
     )
     environment.filters |= {
         "short": short,
+        "percent": percent,
         "number": lambda value: f"{value:,}",
         "duration": lambda seconds: f"{seconds:,.0f}" if seconds >= 100 else short(seconds),
     }

@@ -36,6 +36,18 @@ def short(value: float, digits: int = 3) -> str:
     return (text.rstrip("0").rstrip(".") if "." in text else text) + unit
 
 
+def percent(part: float, whole: float) -> str:
+    """A share in per cent: one decimal, and as many more as tell it from nothing and from all (down to 0.001)."""
+    if not whole or part in (0, whole):
+        return "100 %" if whole and part == whole else "0 %"
+    share = 100 * part / whole
+    edge = min(share, 100 - share)
+    if 0 < edge < 0.001:
+        return "< 0.001 %" if share < 50 else "> 99.999 %"
+    decimals = 1 if edge >= 0.1 else -math.floor(math.log10(edge))
+    return f"{share:.{decimals}f} %"
+
+
 def total(number: int) -> str:
     """A whole number for a headline: with commas up to ten million, rounded above."""
     return f"{number:,}" if number < 10_000_000 else short(number, 4)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from shards_spec.files import join, names, open_read
+from shards_spec.files import DataError, UserError, join, names, open_read
+from shards_spec.library_errors import open_table, parquet_errors
 
 PARQUET_PATTERN = re.compile(r"\d+\.parquet")
 LOGPROB_UNIT = 0.05
@@ -61,12 +61,12 @@ def parquet_files(folder: str) -> list[str]:
 def read_columns(path: str, columns: list[str], problems: list[str]) -> Any | None:
     """Those of the columns that a Parquet file has; None, and a problem, when it cannot be read."""
     try:
-        with open_read(path) as file:
-            parquet = pq.ParquetFile(file)
-            return parquet.read(columns=[name for name in columns if name in parquet.schema_arrow.names])
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        problems.append(f"{path} cannot be read: {reason}")
+        with parquet_errors(path), open_read(path) as file:
+            parquet = open_table(path, file)
+            there = [field.name for field in parquet.schema_arrow if not pa.types.is_null(field.type)]
+            return parquet.read(columns=[name for name in columns if name in there])
+    except (DataError, UserError, FileNotFoundError) as error:
+        problems.append(str(error))
         return None
 
 

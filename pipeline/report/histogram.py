@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from pipeline.report.axes import Axis, linear, nice_step, short
+from pipeline.report.axes import Axis, linear, nice_step, percent, short
 from pipeline.report.charts import Chart, Plot
 
 BINS = 26
@@ -121,7 +121,7 @@ def _bars(plot: Plot, bins: Bins, scale: Scale, which: int, names: list[str]) ->
     for i, number in enumerate(row):
         if number:
             tall = max(1.0, plot.tall - plot.y_at(100 * number / total if len(names) > 1 else number))
-            text = f"{scale.span(bins.low + i * bins.step, bins.step)}: {number:,} ({100 * number / total:.2g} %)"
+            text = f"{scale.span(bins.low + i * bins.step, bins.step)}: {number:,} ({percent(number, total)})"
             bar = Markup(
                 '<rect class="c{}" x="{:.1f}" y="{:.1f}" width="{:.2f}" height="{:.1f}"><title>{}</title></rect>'
             )

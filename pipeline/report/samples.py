@@ -5,12 +5,14 @@ import io
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.report.columns import parquet_files, read_columns
 from shards_spec.files import DataError, exists, join, names, read_buffer
 from shards_spec.sample import Sample
 from shards_spec.tar import index_shard
+from shards_spec.views import decode_rgb
 
 SHARDS = 6  # shards opened for the sheet at most
 THUMBNAIL = 320  # pixels of the longer side
@@ -53,8 +55,8 @@ def _shard_rows(root: str, folder: str, name: str, number: int, problems: list[s
     if table is None:
         return {}
     if "status" in table.column_names:
-        table = table.filter([status == "success" for status in table.column("status").to_pylist()])
-    rows = table.take(evenly(len(table), number)).to_pylist()
+        table = table.filter(pc.fill_null(pc.equal(table.column("status"), "success"), False))
+    rows = table.take(pa.array(evenly(len(table), number), pa.int64())).to_pylist()
     made = _made_captions(root, name, problems) if folder == "raw" else {}
     return {row["key"]: _captions(row, row.get("synthetic") or made.get(row["key"], [])) for row in rows}
 
@@ -93,14 +95,11 @@ def _with_pictures(path: str, rows: dict[str, Any], problems: list[str]) -> list
 def _thumbnail(sample: Sample, problems: list[str]) -> tuple[str | None, int, int]:
     """A picture as a data URI with its size; None, and a problem, when it does not decode."""
     try:
-        with Image.open(io.BytesIO(sample.image)) as image:
-            image.load()
-            picture = image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
-    except (DataError, OSError, ValueError, Image.DecompressionBombError) as error:
-        problems.append(f"key {sample.key}: its picture does not decode ({str(error).splitlines()[0]})")
+        picture = decode_rgb(sample.image)
+    except DataError as error:
+        said = str(error)
+        problems.append(said if said.startswith("key ") else f"key {sample.key}: its picture {said}")
         return None, 0, 0
-    if picture.mode == "RGBA":
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=82)
