@@ -14,6 +14,7 @@ import io
 import json
 import mmap
 import os
+import secrets
 import shutil
 import socket
 import tempfile
@@ -161,8 +162,9 @@ def read_buffer(path: str) -> Iterator[memoryview]:
 
 
 def _temporary_name(path: str) -> str:
+    """A hidden name beside ``path`` that tells whose it is (`remove_stale`) and that nobody else can foresee."""
     folder, name = os.path.split(path)
-    return os.path.join(folder, f".{name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    return os.path.join(folder, f".{name}.{secrets.token_hex(4)}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
 @contextlib.contextmanager
@@ -188,7 +190,7 @@ def _local_writer(path: str) -> Iterator[IO[bytes]]:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = _temporary_name(path)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:  # exclusive: no link that somebody put there is followed
             yield file
             file.flush()
             os.fsync(file.fileno())

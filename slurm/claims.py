@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pipeline.stage import Share
-from shards_spec.files import UserError
+from shards_spec.files import UserError, write_bytes
 from shards_spec.manifest import finished_shards, shard_name
 
 BEATS = 6  # in the time after which a claim is stale
@@ -47,9 +47,7 @@ class Claims:
 
     def __enter__(self) -> "Claims":
         self._folder.mkdir(parents=True, exist_ok=True)
-        fresh = self._mine.with_name(f"{self._mine.name}.{os.getpid()}")
-        fresh.write_text(self._owner)
-        os.replace(fresh, self._mine)
+        write_bytes(str(self._mine), self._owner.encode())
         self._thread.start()
         return self
 
@@ -153,7 +151,7 @@ class Failures:
 
     def note(self, shard: int) -> None:
         """One more."""
-        self._path(shard).touch()
+        os.close(os.open(self._path(shard), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666))
 
     def has(self, shard: int) -> bool:
         """Whether it is among them, at this moment."""

@@ -79,6 +79,26 @@ def test_stale_temporaries_of_dead_processes_go(tmp_path):
     assert not gone.exists()
 
 
+def test_a_temporary_file_is_made_anew_under_a_name_that_nobody_foresees(tmp_path, monkeypatch):
+    tokens, seen, victim = iter(["same", "same", "other"]), list[str](), tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    monkeypatch.setattr(files.secrets, "token_hex", lambda size: next(tokens))
+    with files.atomic_writer(str(tmp_path / "a")):
+        seen += [name for name in os.listdir(tmp_path) if name.startswith(".a.")]
+    (tmp_path / seen[0]).symlink_to(victim)  # even one that foresaw it gains nothing
+    with pytest.raises(FileExistsError), files.atomic_writer(str(tmp_path / "a")) as file:
+        file.write(b"through the link")
+    assert victim.read_bytes() == b"mine"
+    files.write_bytes(str(tmp_path / "a"), b"whole")
+    assert sorted(os.listdir(tmp_path)) == ["a", "victim"]
+    monkeypatch.undo()
+    names = set[str]()
+    for _ in range(2):
+        with files.atomic_writer(str(tmp_path / "a")):
+            names |= {name for name in os.listdir(tmp_path) if name.startswith(".a.")}
+    assert len(names) == 2
+
+
 def test_stale_temporaries_on_their_way_to_a_url_go_too(tmp_path, monkeypatch):
     monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path))
     kill = "import os; from shards_spec import files\nwith files.atomic_writer('memory://x'): os.kill(os.getpid(), 9)"

@@ -59,6 +59,39 @@ def test_a_remote_file_is_copied_once_and_again_when_it_changed(url, tmp_path, m
     assert read == [path, path]
 
 
+@pytest.mark.parametrize("planted", ["nothing", "readable", "writable", "link", "file", "other user's"])
+def test_the_folder_among_temporary_files_is_this_users_alone(url, tmp_path, monkeypatch, planted, caplog):
+    monkeypatch.setattr(nearby.tempfile, "tempdir", str(tmp_path))
+    usual, elsewhere = tmp_path / f"clipmill-{os.getuid()}", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if planted in ("readable", "writable", "other user's"):
+        usual.mkdir()
+        usual.chmod(0o755 if planted == "readable" else 0o777)
+    if planted == "link":
+        usual.symlink_to(elsewhere)
+    if planted == "file":
+        usual.touch()
+    if planted == "other user's":
+        usual.chmod(0o700)
+        os.chown(usual, 12345, 12345) if os.getuid() == 0 else pytest.skip("only root gives folders away")
+    copy = Nearby().get(put(f"{url}/a.tar", b"one"))
+    folder = os.path.dirname(copy)
+    assert (os.stat(folder).st_uid, os.stat(folder).st_mode & 0o777) == (os.getuid(), 0o700)
+    assert (folder == str(usual)) == (planted in ("nothing", "readable"))
+    assert list(elsewhere.iterdir()) == []
+    assert ("not this user's alone" in caplog.text) == (folder != str(usual))
+
+
+def test_a_lock_is_no_way_to_another_file(url, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    for number in range(256):
+        (tmp_path / f".lock-{number:02x}").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"):
+        Nearby(str(tmp_path)).get(put(f"{url}/a.tar", b"one"))
+    assert victim.read_bytes() == b"mine"
+
+
 def test_files_of_one_name_in_two_places_are_two(url, tmp_path):
     one, other = (Nearby(str(tmp_path)).get(put(f"{url}/{place}/a.tar", place.encode())) for place in ("x", "y"))
     assert one != other

@@ -4,14 +4,19 @@ Ranks and worker processes of a machine share one folder of copies, so a shard c
 of them read it, in one piece as object stores like it, and later epochs find it there.
 """
 
+import atexit
 import fcntl
 import hashlib
+import logging
 import os
+import shutil
+import stat
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -26,20 +31,48 @@ from shards_spec.files import (
     write_bytes,
 )
 
+log = logging.getLogger(__name__)
 KEEP_SECONDS = 60  # a copy used within that time stays: another process may be about to open it
 SPARE_BYTES = 1 << 30  # of the disk left free
+
+
+def private_folder(path: Path) -> Path:
+    """``path``, made where it is missing, if it is this user's and nobody else can write there; else a fresh folder.
+
+    Anybody may take a name among the temporary files before us: what lies there would be read as ours. The fresh folder
+    goes when this process ends.
+    """
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+        path.chmod(0o700)
+        return path
+    fresh = Path(tempfile.mkdtemp(prefix=f"{path.name}-", dir=path.parent))
+    log.warning("%s is not this user's alone: copies go to %s, until the end; name a folder by --scratch", path, fresh)
+    maker = os.getpid()
+    atexit.register(lambda: shutil.rmtree(fresh, ignore_errors=True) if os.getpid() == maker else None)
+    return fresh
 
 
 class Nearby:
     """Copies of remote files in ``folder`` (made when missing), at most ``limit`` bytes, those used last stay.
 
-    With an empty ``folder`` they go below the system's temporary folder. Processes share it by file locks.
+    With an empty ``folder`` they go to this user's own among the temporary files. Processes share it by file locks.
     """
 
     def __init__(self, folder: str = "", limit: int = 50 << 30) -> None:
-        self.folder = Path(folder or os.path.join(tempfile.gettempdir(), f"clipmill-{os.getuid()}"))
+        self._given = folder
         self.limit = limit
         self._soon: tuple[int, SimpleQueue[str]] | None = None  # the process that reads ahead, and what it shall read
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the copies are; asked for when there is something to copy."""
+        if self._given:
+            Path(self._given).mkdir(parents=True, exist_ok=True)
+            return Path(self._given)
+        return private_folder(Path(tempfile.gettempdir(), f"clipmill-{os.getuid()}"))
 
     def get(self, path: str) -> str:
         """Where to read a file: the path itself when local, else its whole copy.
@@ -91,8 +124,8 @@ class Nearby:
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
         """Held by one process of the machine; the system frees it when that dies."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / f".lock-{name[:2]}", "w") as file:
+        lock = self.folder / f".lock-{name[:2]}"
+        with open(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
