@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from shards_spec.files import UserError
 
+MEND = 'name another folder for job files as jobs = "FOLDER" in the site file'
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # a line break in a value would be a line of the job's script
+
 
 @dataclass(frozen=True)
 class Options:
@@ -60,6 +63,8 @@ class Options:
         if min(self.gpus_per_node or 0, self.max_requeue) < 0 or self.claim_s <= 0:
             raise UserError("--gpus-per-node and --max-requeue must be 0 or more, --claim-s above 0")
         _ = self.minutes
+        if CONTROL.search(self.partition or ""):
+            raise UserError(f"--partition {self.partition!r}: one line, without control characters")
         if bad := [job for job in self.after if not job.isdigit()]:
             raise UserError(f"--after {' '.join(bad)}: give the numbers that `clipmill submit` printed")
 
@@ -118,4 +123,15 @@ def read_site(path: str | None, command: str, commands: list[str]) -> Site:
             raise UserError(f"site file {file}: no key {name!r}; there are {', '.join(types)}, and tables per command")
         if not isinstance(value, getattr(types[name], "__origin__", types[name])):
             raise UserError(f"site file {file}: {name} = {value!r} must be {types[name]}")
+        if bad := [text for text in _texts(value) if CONTROL.search(text)]:
+            raise UserError(f"site file {file}: {name} has {bad[0]!r}: one line each, without control characters")
     return Site(**wanted)
+
+
+def _texts(value: Any) -> list[str]:
+    """All strings in a value of the site file, keys too."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        return [text for part in value for text in _texts(part)]
+    return [value] if isinstance(value, str) else []

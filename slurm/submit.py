@@ -22,7 +22,7 @@ import tyro
 from shards_spec.files import UserError, is_url, join, read_json, write_json
 from shards_spec.manifest import finished_shards
 from slurm.jobs import ArrayJob, ChainJob, FinishJob, Job, StageJob, TrainJob
-from slurm.options import Options, Site, read_site
+from slurm.options import MEND, Options, Site, read_site
 from slurm.scheduler import Slurm, max_array_size, need_slurm, parameters, wait_for
 from slurm.snapshot import environment, snapshot
 
@@ -34,6 +34,8 @@ USAGE = """usage: clipmill submit STAGE ROOT ...          a stage as an array ov
                                 -- train RECIPE --out RUN ...   one after the other
 
 The flags are those of the command itself; clipmill submit STAGE --help shows them with submit's own."""
+# in the path of job files: a line of a script; patterns in the path of a log (%j is the job's number); PYTHONPATH's own
+UNFIT = re.compile(r"[\x00-\x1f\x7f%\\:]")
 Commands = dict[str, tuple[str, str, str, str]]
 
 
@@ -176,10 +178,12 @@ class Submission:
 def submit_step(step: Step, chained: bool = False, shards: int | None = None) -> Submission:
     """Submit one command; ``chained`` after one of ``shards`` shards, where that is known. Raises UserError."""
     options, site = step.options, read_site(step.options.site, step.command, [*STAGES, "train"])
-    place = _log_folder(step.root, site)
+    place = jobs_folder(step.root, site)
     code = snapshot(place / "code") if not options.dry_run else place / "code"
-    name = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{step.command}-{secrets.token_hex(2)}"
+    name = _submission_name(step.command)
     given = parameters(step.command, options, site, str(code), step.command == "train")
+    if not options.dry_run:
+        (place / name).mkdir(mode=0o700, parents=True)  # jobs unpickle what lies there
     slurm = Slurm(place / name, options, site, given)
     condition = (
         f"{'afterany' if options.incomplete else 'afterok'}:{':'.join(options.after)}" if options.after else None
@@ -217,23 +221,32 @@ def submit_step(step: Step, chained: bool = False, shards: int | None = None) ->
 
 
 def jobs_folder(root: str, site: Site) -> Path:
-    """Where job files of a dataset or run are, seen by all nodes. Raises UserError for a URL without such a place."""
-    if not is_url(root):
-        return Path(root).absolute() / "logs" / "jobs"
+    """Where job files of a dataset or run are, seen by all nodes.
+
+    Raises UserError for a URL, or a path that a script, Slurm or Python misreads, when the site file names no other.
+    """
+    place = None if is_url(root) else Path(root).absolute() / "logs" / "jobs"
+    if place is not None and not UNFIT.search(str(place)):
+        return place
     if not site.jobs:
-        raise UserError(f"{root} is no folder: name one for job files, which all nodes see, as jobs = in the site file")
-    return Path(site.jobs).absolute() / re.sub(r"[^A-Za-z0-9.-]+", "_", root)
+        raise UserError(f"{root} is no folder: {MEND}" if place is None else _misread(place))
+    place = Path(site.jobs).absolute()
+    if UNFIT.search(str(place)):
+        raise UserError(_misread(place))
+    return place / re.sub(r"[^A-Za-z0-9.-]+", "_", root)
 
 
-def _log_folder(root: str, site: Site) -> Path:
-    """As `jobs_folder`. Raises UserError where sbatch and submitit would read part of its path as a pattern."""
-    place = jobs_folder(root, site)
-    if found := re.search(r"[%\\]", str(place)):
-        raise UserError(
-            f"{place}: Slurm reads {found[0]!r} in the path of a log as a pattern (%j is a job's number), so logs "
-            "would go elsewhere: rename the folder, or give the path of a link to it that has none"
-        )
-    return place
+def _misread(place: Path) -> str:
+    found = UNFIT.findall(str(place))[0]
+    return f"{str(place)!r}: jobs' scripts, Slurm's logs or PYTHONPATH would misread {found!r} in that path: {MEND}"
+
+
+def _submission_name(command: str) -> str:
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{command}-{secrets.token_hex(2)}"
+
+
+def _submission_name(command: str) -> str:
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{command}-{secrets.token_hex(2)}"
 
 
 def submissions(place: Path) -> list[Submission]:
@@ -318,10 +331,11 @@ def _locally(steps: list[Step]) -> int:
     import submitit
 
     options, site = steps[-1].options, read_site(steps[-1].options.site, steps[-1].command, [*STAGES, "train"])
-    place = _log_folder(steps[0].root, site)
+    place = jobs_folder(steps[0].root, site)
     if options.dry_run or (len(steps) > 1 and options.processes > 1):
         raise UserError("--cluster local: --dry-run has nothing to print, and a chain has one process per step")
-    code, name = snapshot(place / "code"), f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{steps[0].command}"
+    code, name = snapshot(place / "code"), _submission_name(steps[0].command)
+    (place / name).mkdir(mode=0o700, parents=True)  # as in `submit_step`
     executor = submitit.AutoExecutor(place / name, cluster="local", local_max_num_timeout=options.max_requeue)
     tasks = options.processes if steps[-1].command == "train" else 1
     executor.update_parameters(

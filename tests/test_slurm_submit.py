@@ -19,7 +19,7 @@ from shards_spec.files import UserError
 from slurm import scheduler
 from slurm.jobs import ArrayJob
 from slurm.options import Options, read_site
-from slurm.snapshot import snapshot
+from slurm.snapshot import CODE, snapshot
 from slurm.submit import STAGES, Step, _divided, _ranges, _stage_step
 
 ROOT = Path(__file__).parents[1]
@@ -97,10 +97,11 @@ def test_dry_run_prints_scripts_and_writes_nothing(raw, tmp_path):
         (["submit", "pipeline", "X"], "name ROOT and the commands"),
         (["submit", "pipeline", "X", "--", "report"], "cannot submit 'report'"),
         (["submit", "pack", "X", "--site", "/nowhere.toml", "--dry-run"], "site file /nowhere.toml"),
-        (["submit", "pack", "s3://b/x", "--dry-run"], "jobs = in the site file"),
-        (["submit", "pack", "/x/100%j", "--dry-run"], "Slurm reads '%' in the path of a log"),
-        (["submit", "train", "clip", "--out", "a\\b", "--dry-run"], "in the path of a log as a pattern"),
-        (["submit", "caption", "/x/%A", "--cluster", "local"], "Slurm reads '%'"),
+        (["submit", "pack", "s3://b/x", "--dry-run"], 'jobs = "FOLDER" in the site file'),
+        (["submit", "pack", "X", "--partition", "a\nb", "--dry-run"], "--partition 'a"),
+        (["submit", "pack", "/x/100%j", "--dry-run"], "would misread '%'"),
+        (["submit", "train", "clip", "--out", "a\\\\b", "--dry-run"], "would misread"),
+        (["submit", "caption", "/x/%A", "--cluster", "local"], "would misread '%'"),
         (["jobs", "/tmp"], "nothing was submitted for /tmp"),
     ],
 )
@@ -197,6 +198,72 @@ def test_the_snapshot_is_the_code_and_made_once(tmp_path):
         env={"PYTHONSAFEPATH": "1", "PYTHONPATH": str(first)}, capture_output=True,
     )  # fmt: skip
     assert done.stdout.strip() == str(first / "pipeline" / "stage.py")
+
+
+@pytest.mark.parametrize("planted", ["changed", "module", "compiled", "linked module", "linked folder", "other user's"])
+def test_a_snapshot_that_is_not_the_code_is_not_believed(tmp_path, planted):
+    first = snapshot(tmp_path / "code")
+    assert first.stat().st_mode & 0o777 == 0o700
+    if planted == "changed":
+        (first / "clipmill.py").write_text("raise SystemExit")
+    if planted == "module":
+        (first / "sitecustomize.py").write_text("raise SystemExit")
+    if planted == "compiled":
+        (first / "pipeline" / "__pycache__").mkdir()
+        (first / "pipeline" / "__pycache__" / "stage.cpython-311.pyc").write_bytes(b"")
+    if planted == "linked module":
+        (first / "slurm" / "jobs.py").rename(tmp_path / "jobs.py")
+        (first / "slurm" / "jobs.py").symlink_to(tmp_path / "jobs.py")
+    if planted == "linked folder":
+        (first / "slurm").rename(tmp_path / "slurm")
+        (first / "slurm").symlink_to(tmp_path / "slurm")
+    if planted == "other user's":
+        os.chown(first, 12345, 12345) if os.getuid() == 0 else pytest.skip("only root gives folders away")
+    good = snapshot(tmp_path / "code")
+    assert (good == first) == (planted == "compiled"), "compiled files go, the rest is made anew"
+    assert snapshot(tmp_path / "code") == good
+    assert {path.relative_to(good): path.read_bytes() for path in good.rglob("*") if path.is_file()} == {
+        path.relative_to(ROOT): path.read_bytes()
+        for name in CODE for path in [ROOT / name, *(ROOT / name).rglob("*")]
+        if path.is_file() and "__pycache__" not in path.parts
+    }  # fmt: skip
+    assert good.stat().st_mode & 0o777 == 0o700
+
+
+def test_folders_that_a_script_slurm_or_python_would_misread_are_refused(raw, tmp_path):
+    site = tmp_path / "site.toml"
+    site.write_text(f'jobs = "{tmp_path}/jobs"\n')
+    for name in ("a\nb", "%j", "a:b", "a\x1bb", "a\rb", "a\\b"):
+        root = str(tmp_path / name)
+        write_raw(root, shards=1, per_shard=1)
+        words = ("submit", "pack", root, "--captioner", "none", "--dry-run")
+        for cluster in ("slurm", "local"):
+            done = command(*words[:-1], "--cluster", cluster, code=2, PATH=os.environ["PATH"])
+            assert "in the site file" in done.stderr
+            assert done.stderr.count("\n") == 1
+        assert not os.path.exists(f"{root}/logs")
+        script = command(*words, "--site", str(site)).stdout
+        assert f"--output={tmp_path}/jobs/" in script.replace("'", "")
+    site.write_text('jobs = "/a:b"\n')
+    assert "'/a:b': jobs' scripts" in command(*words, "--site", str(site), code=2).stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['partition = "a\\nb"', 'setup = ["a\\nb"]', 'container = "a\\nb"', 'scratch = ["a\\rb"]', 'jobs = "a\\nb"',
+     'sbatch = {x = "a\\nb"}', 'sbatch = {"x\\ny" = 1}', 'sbatch = {x = ["a\\u0000"]}', '[pack]\nqos = "a\\nb"'],
+)  # fmt: skip
+def test_no_value_of_a_site_file_makes_a_line_of_the_script(tmp_path, line):
+    (tmp_path / "site.toml").write_text(line)
+    with pytest.raises(UserError, match="one line each, without control characters"):
+        read_site(str(tmp_path / "site.toml"), "pack", [*STAGES])
+
+
+def test_job_files_are_this_users_alone(raw):
+    command("submit", "vocab", raw, "--cluster", "local", "--wait", "--time", "2", code=1, PATH=os.environ["PATH"])
+    (folder,) = [path.parent for path in Path(raw, "logs", "jobs").glob("*/submission.json")]
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert list(folder.glob("*_submitted.pkl"))
 
 
 def test_the_environment_is_written_without_secrets(raw, monkeypatch):

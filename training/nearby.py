@@ -10,7 +10,6 @@ import hashlib
 import logging
 import os
 import shutil
-import stat
 import tempfile
 import threading
 import time
@@ -19,6 +18,7 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
+from stat import S_ISDIR
 
 from shards_spec.files import (
     UserError,
@@ -45,7 +45,7 @@ def private_folder(path: Path) -> Path:
     with suppress(FileExistsError):
         path.mkdir(mode=0o700)
     found = path.lstat()
-    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+    if S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
         path.chmod(0o700)
         return path
     fresh = Path(tempfile.mkdtemp(prefix=f"{path.name}-", dir=path.parent))
