@@ -20,11 +20,11 @@ from pipeline.devices import begin_on, pick_precision
 from pipeline.drafts import Drafts, Row, Wanted
 from pipeline.stage import ALL, Result, Root, Share, Stage, Summary, Task, run_stage, tar_tasks, upstream_shards
 from shards_spec.files import DataError, UserError, atomic_writer, join, sha256_file
+from shards_spec.images import decode_rgb
 from shards_spec.manifest import forget, shard_name
 from shards_spec.names import check_name
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard
-from shards_spec.views import decode_rgb
 
 if TYPE_CHECKING:
     from pipeline.captioner import Captioner  # it imports torch

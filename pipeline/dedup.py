@@ -5,7 +5,6 @@ space, so memory does not grow with the dataset; pictures are read only where a 
 """
 
 import hashlib
-import io
 import logging
 import os
 import re
@@ -23,10 +22,8 @@ from types import TracebackType
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from pipeline.children import die_with_parent
-from pipeline.images import DECODER_ERRORS
 from pipeline.likeness import (
     EXACT,
     INDEX_BITS,
@@ -54,6 +51,7 @@ from shards_spec.files import (
     sha256_file,
     sha256_json,
 )
+from shards_spec.images import decode_rgb
 from shards_spec.manifest import file_hashes, finished_shards, forget, read_done, shard_name
 from shards_spec.tar import read_shard
 
@@ -205,8 +203,8 @@ def _from_tar(path: str, near: bool) -> dict[str, tuple[str, str | None]]:
 
 def _signature(data: bytes) -> str | None:
     try:
-        return perceptual_hash(Image.open(io.BytesIO(data)).convert("RGB"))
-    except DECODER_ERRORS:
+        return perceptual_hash(decode_rgb(data))
+    except DataError:
         return None  # pack drops it
 
 

@@ -1,48 +1,25 @@
 """Bytes in, bytes out: decode any picture, turn it upright, make it RGB, shrink its shorter side, write a JPEG.
 
 No files and no network here, so it runs in any process. A picture that is a small upright RGB JPEG already keeps
-its bytes.
+its bytes. What is decoded, and how, is `shards_spec.images`.
 """
 
 import io
 import json
 import math
-import struct
-import warnings
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile
 
 from pipeline.likeness import perceptual_hash, picture_problem
 from shards_spec.files import sha256_bytes
+from shards_spec.images import MAX_PIXELS, SIDEWAYS, load_rgb, open_image, read_exif, turn_of
+from shards_spec.pixels import BadImage
 
 JPEG_QUALITY = 95
 RESIZE = "resize: "  # reasons that begin so are counted as img2dataset's failed_to_resize
-MAX_SIDE = 65_500  # libjpeg's limit
 MAX_EXIF_CHARS = 1000  # of one value; makers hide whole previews in there
-# pixels only: EPS and the like would start other programs
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "MPO", "BMP", "TIFF", "JPEG2000", "PPM", "ICO")
-# what Pillow's decoders raise on hostile bytes
-DECODER_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, OverflowError,
-    ArithmeticError, RuntimeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
-)  # fmt: skip
-TURNS = {  # EXIF orientation to what makes the picture upright; from 5 on the sides change places
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-class BadImage(Exception):
-    """The bytes are no picture we can use; the message is a short, stable reason fit for counting."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +27,7 @@ class PictureRules:
     """``image_size`` (of the shorter side) and ``min_size`` are pixels; ``max_aspect_ratio`` 0 allows any."""
 
     image_size: int = 256
-    max_pixels: int = 100_000_000  # 300 MB as RGB; decompression bombs are larger
+    max_pixels: int = MAX_PIXELS
     min_size: int = 0
     max_aspect_ratio: float = 0.0
 
@@ -86,68 +63,36 @@ def to_outcome(data: bytes, rules: PictureRules) -> Outcome:
 
 def convert(data: bytes, rules: PictureRules) -> Picture:
     """The picture with its shorter side at most ``rules.image_size`` pixels. Raises BadImage."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of bombs (we count pixels) and of damaged EXIF
-        image = _open(data, rules.max_pixels)
-        if problem := picture_problem(*image.size, rules.min_size, rules.max_aspect_ratio or math.inf):
-            raise BadImage(problem)
-        width, height, jpeg = image.width, image.height, image.format == "JPEG" and image.mode == "RGB"
-        size = _shrunk(image.size, rules.image_size)
-        pixels = _decode(image, size)
-        exif = _read_exif(image)  # after the pixels: for some formats Pillow decodes here too, and hides what breaks
-        orientation = exif.get(ExifTags.Base.Orientation, 1) if exif else 1
-        exif_json = json.dumps(_exif_texts(exif)) if exif else "{}"
-    keep = jpeg and orientation not in TURNS and size == (width, height)
+    image = open_image(data, rules.max_pixels)
+    if problem := picture_problem(*image.size, rules.min_size, rules.max_aspect_ratio or math.inf):
+        raise BadImage(problem)
+    width, height = image.size
+    pixels, scaled = _decode(image, _shrunk(image.size, rules.image_size))
+    if not scaled:  # a TIFF has turned itself by now, of an icon the largest image was taken
+        width, height = pixels.size
+    size, jpeg = _shrunk((width, height), rules.image_size), image.format == "JPEG" and image.mode == "RGB"
+    exif = read_exif(image)  # after the pixels: for some formats Pillow decodes here too, and hides what breaks
+    turn = turn_of(exif)
     if pixels.size != size:
         pixels = pixels.resize(size, Image.Resampling.HAMMING)
-    if orientation in TURNS:
-        pixels = pixels.transpose(TURNS[orientation])
-        width, height = (height, width) if orientation >= 5 else (width, height)
+    if turn is not None:
+        pixels = pixels.transpose(turn)
+        width, height = (height, width) if turn in SIDEWAYS else (width, height)
+    keep = jpeg and turn is None and size == (width, height)
     encoded = data if keep else _encode(pixels)
+    exif_json = json.dumps(_exif_texts(exif)) if exif else "{}"
     phash = perceptual_hash(pixels)
     return Picture(encoded, *pixels.size, width, height, exif_json, sha256_bytes(data), phash)
 
 
-def _open(data: bytes, max_pixels: int) -> Image.Image:
-    Image.init()
-    try:
-        image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
-    except UnidentifiedImageError as error:
-        raise BadImage("not an image") from error
-    except Image.DecompressionBombError as error:
-        raise BadImage("too many pixels") from error
-    except DECODER_ERRORS as error:
-        raise BadImage("broken image") from error
-    if image.width * image.height > max_pixels or max(image.size) > MAX_SIDE:
-        raise BadImage("too many pixels")
-    if min(image.size) < 1:
-        raise BadImage("broken image")
-    return image
-
-
-def _decode(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """All pixels as RGB; a large JPEG is decoded at half, quarter or eighth size, never below ``size``.
+def _decode(image: ImageFile.ImageFile, size: tuple[int, int]) -> tuple[Image.Image, bool]:
+    """All pixels as RGB, and whether at a smaller scale: of a large JPEG half, quarter or eighth, never below ``size``.
 
     With Pillow's HAMMING filter after it the pixels are 40 dB and more from a full decode and Lanczos
     (`tests/test_pipeline_images.py` measures), for half the time of a full decode and a bicubic filter.
     """
-    try:
-        image.draft(None, size)
-        image.load()
-        return _to_rgb(image)
-    except DECODER_ERRORS as error:
-        raise BadImage("truncated image" if "truncated" in str(error) else "broken image") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel: keep the upper eight (convert() would clip at 255)
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    scaled = image.draft(None, size) is not None
+    return load_rgb(image), scaled
 
 
 def _shrunk(size: tuple[int, int], image_size: int) -> tuple[int, int]:
@@ -163,13 +108,6 @@ def _encode(pixels: Image.Image) -> bytes:
     file = io.BytesIO()
     pixels.save(file, "JPEG", quality=JPEG_QUALITY)
     return file.getvalue()
-
-
-def _read_exif(image: Image.Image) -> Image.Exif | None:
-    try:
-        return image.getexif()
-    except DECODER_ERRORS:
-        return None  # damaged EXIF does not spoil the pixels
 
 
 def _exif_texts(exif: Image.Exif | None) -> dict[str, str]:
@@ -189,7 +127,7 @@ def _exif_texts(exif: Image.Exif | None) -> dict[str, str]:
                 text = _exif_text(value)
                 if tag in tag_names and text is not None:
                     texts[f"{part} {tag_names[tag]}"] = text
-        except DECODER_ERRORS:
+        except Exception:  # damaged directories raise anything
             continue
     return texts
 

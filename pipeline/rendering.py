@@ -12,7 +12,8 @@ import numpy as np
 
 from pipeline.children import die_with_parent
 from shards_spec.files import DataError
-from shards_spec.views import ViewSpec, decode_rgb, render_views
+from shards_spec.images import decode_rgb
+from shards_spec.views import ViewSpec, render_views
 
 
 @dataclass(frozen=True)

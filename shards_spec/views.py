@@ -5,7 +5,6 @@ it is relative to the picture, so that a teacher at 336 pixels and a student at 
 operations. Rendering is Pillow's, hence bit-identical between machines that have the same Pillow.
 """
 
-import io
 import math
 import struct
 from collections.abc import Sequence
@@ -212,16 +211,3 @@ def render_views(image: Image.Image, spec: ViewSpec, key: str, views: Sequence[i
     for place, view in enumerate(views):
         rendered[place] = np.asarray(apply_view(image, spec, draw_view(spec, key, view), size))
     return rendered
-
-
-def decode_rgb(data: bytes) -> Image.Image:
-    """Decode a packed picture to RGB: the one decoding that captioner, teacher and student share.
-
-    Raises DataError with the decoder's reason when the bytes are no whole picture.
-    """
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"does not decode: {error}") from error

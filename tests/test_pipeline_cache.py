@@ -23,11 +23,12 @@ from pipeline.teacher import CPU_ROWS, Teacher
 from shards_spec.cached import CachedShard
 from shards_spec.embeddings import EmbeddingFile, content_id, encode_vectors, id_column, write_vectors
 from shards_spec.files import DataError, UserError, join, json_bytes, names, read_json
+from shards_spec.images import decode_rgb
 from shards_spec.manifest import read_done
 from shards_spec.models import LoadedModel, load_model, load_teacher
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, write_shard
-from shards_spec.views import ViewSpec, apply_view, decode_rgb, draw_view, unpack_view
+from shards_spec.views import ViewSpec, apply_view, draw_view, unpack_view
 from training.losses import affinity_loss
 from training.teacher_cache import TeacherCache
 

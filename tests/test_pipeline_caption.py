@@ -16,10 +16,10 @@ from pipeline.coca import Coca
 from pipeline.decoding import Decoding
 from pipeline.drafts import Wanted, problem
 from shards_spec.files import UserError, join
+from shards_spec.images import decode_rgb
 from shards_spec.manifest import Done, read_dataset, read_done, shard_ids, write_stage
 from shards_spec.models import load_model
 from shards_spec.tar import read_shard, write_shard
-from shards_spec.views import decode_rgb
 
 SHORT = Decoding(min_tokens=2, max_tokens=8)
 

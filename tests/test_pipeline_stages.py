@@ -22,10 +22,11 @@ from pipeline.stage import ShardsFailed
 from pipeline.vocab import VocabConfig, vocab
 from shards_spec.embeddings import read_embeddings
 from shards_spec.files import UserError, join, names, read_bytes, read_json, write_bytes
+from shards_spec.images import decode_rgb
 from shards_spec.models import load_model
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, write_shard
-from shards_spec.views import apply_view, decode_rgb, draw_view
+from shards_spec.views import apply_view, draw_view
 
 EIGHT = Decoding(max_tokens=8)
 SHARDS, VIEWS = 3, 2

@@ -17,6 +17,7 @@ from small_data import draw
 
 from shards_spec import embeddings, files, manifest, tar, views, vocab
 from shards_spec.files import DataError, UserError
+from shards_spec.images import decode_rgb
 from shards_spec.sample import Sample, check_key, split_name
 from shards_spec.tar import _header
 
@@ -422,7 +423,7 @@ def test_bad_view_specs_are_refused():
 
 def test_pictures_that_do_not_decode_say_why():
     good, _ = draw("x")
-    assert views.decode_rgb(good).mode == "RGB"
+    assert decode_rgb(good).mode == "RGB"
     for bad in (b"", b"<html>", good[: len(good) // 2]):
         with pytest.raises(DataError, match="does not decode"):
-            views.decode_rgb(bad)
+            decode_rgb(bad)

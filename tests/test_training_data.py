@@ -13,9 +13,10 @@ from small_training import SPEC, teacher_meta, teacher_rows, tiny_clip, write_pa
 
 from shards_spec.embeddings import read_embeddings, write_embeddings
 from shards_spec.files import DataError, UserError
+from shards_spec.images import decode_rgb
 from shards_spec.models import LoadedModel, load_model
 from shards_spec.tar import read_shard, write_shard
-from shards_spec.views import apply_view, decode_rgb, draw_view
+from shards_spec.views import apply_view, draw_view
 from training.config import CacheConfig, DataConfig, ViewConfig
 from training.data import ShardReader, draw_caption, load_batches, open_samples
 from training.order import batch_positions

@@ -19,6 +19,7 @@ from torchvision.transforms import InterpolationMode, RandAugment
 from shards_spec import augment, views
 from shards_spec.augment import OP_SETS
 from shards_spec.files import DataError, UserError
+from shards_spec.images import decode_rgb
 from shards_spec.views import View, ViewSpec, apply_view, draw_view, render_views, unpack_view
 
 GOLDEN_PILLOW = "13.0.0"
@@ -235,7 +236,7 @@ def test_decoded_pixels_are_the_golden_ones():
         pytest.skip(f"pinned for the wheel of Pillow {GOLDEN_PILLOW}")
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)).save(file, "JPEG", quality=80)
-    assert digest(views.decode_rgb(file.getvalue())) == "4dac3c6ce008a3c2"
+    assert digest(decode_rgb(file.getvalue())) == "4dac3c6ce008a3c2"
 
 
 def test_another_rendering_is_refused_with_both_named():
@@ -266,7 +267,7 @@ def test_bad_specs_name_field_and_value(change, named):
 
 
 def test_no_augmentation_is_the_centre_crop_whatever_else_is_said():
-    image = views.decode_rgb(draw("c", 64)[0])
+    image = decode_rgb(draw("c", 64)[0])
     for spec in (ViewSpec(scale=None), ViewSpec(scale=None, ops=2, jitter=JITTER, flip=1.0)):
         left = (image.width - 64) / 2
         expected = image.resize((32, 32), Image.Resampling.BICUBIC, box=(left, 0, left + 64, 64))

@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from shards_spec.files import DataError, UserError, exists, join, read_buffer, read_json
+from shards_spec.images import decode_rgb
 from shards_spec.manifest import read_dataset, shard_ids, shard_name, shard_sizes
 from shards_spec.models import LoadedModel
 from shards_spec.sample import Sample
 from shards_spec.tar import Member, index_shard
-from shards_spec.views import ViewSpec, apply_view, decode_rgb, draw_view
+from shards_spec.views import ViewSpec, apply_view, draw_view
 from shards_spec.vocab import Vocabulary, read_vocabulary
 from training.config import CacheConfig, DataConfig, LabelConfig, SideConfig, ViewConfig
 from training.multilabel import PAD, pad_labels

@@ -23,10 +23,10 @@ from rich.table import Table
 from torch import Tensor
 
 from shards_spec.files import DataError, UserError, exists, join, read_bytes, write_json
+from shards_spec.images import decode_rgb
 from shards_spec.models import LoadedModel, load_model, pick_device
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard
-from shards_spec.views import decode_rgb
 from training.classifier import Classifier
 from training.config import require
 from training.hits import Hits
@@ -89,7 +89,7 @@ class Encoder:
         good: list[tuple[Sample, Tensor]] = []
         for sample in samples:
             try:
-                good.append((sample, transform(decode_rgb(sample.image))))
+                good.append((sample, transform(decode_rgb(sample.image, as_benchmark=True))))
             except DataError as error:
                 self.skipped += 1
                 log.warning("%s: key %s: %s; left out", path, sample.key, error)

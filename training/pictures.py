@@ -18,10 +18,11 @@ from torch import Tensor
 from shards_spec.draws import raw_draws
 from shards_spec.files import DataError, UserError, exists, join, read_buffer, read_bytes
 from shards_spec.folders import walk
+from shards_spec.images import decode_rgb
 from shards_spec.models import LoadedModel
 from shards_spec.names import endings_line, file_ending, is_ignored, is_image
 from shards_spec.tar import index_shard
-from shards_spec.views import ViewSpec, apply_view, decode_rgb, draw_view
+from shards_spec.views import ViewSpec, apply_view, draw_view
 from training.config import require
 from training.data import Item, ShardReader, Skipped, to_pixels
 from training.order import BatchPlan, Order

@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 
 from pipeline.report.columns import parquet_files, read_columns
 from shards_spec.files import DataError, exists, join, names, read_buffer
+from shards_spec.images import decode_rgb
 from shards_spec.sample import Sample
 from shards_spec.tar import index_shard
-from shards_spec.views import decode_rgb
 
 SHARDS = 6  # shards opened for the sheet at most
 THUMBNAIL = 320  # pixels of the longer side

@@ -26,11 +26,12 @@ from PIL import Image
 from pipeline.cache import CacheConfig, cache
 from pipeline.teacher import CPU_ROWS, Teacher
 from shards_spec.files import json_bytes, write_json
+from shards_spec.images import decode_rgb
 from shards_spec.manifest import Done, write_stage
 from shards_spec.models import LoadedModel, load_model
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, write_shard
-from shards_spec.views import ViewSpec, decode_rgb, render_views
+from shards_spec.views import ViewSpec, render_views
 
 
 def small_photo(seed: int) -> bytes:

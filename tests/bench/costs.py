@@ -49,11 +49,12 @@ from pipeline.vocab import VocabConfig, vocab
 from pipeline.wordnet import find_wordnet, load_wordnet
 from shards_spec.embeddings import Dtype, encode_vectors, write_vectors
 from shards_spec.files import atomic_writer, join, sha256_file
+from shards_spec.images import decode_rgb
 from shards_spec.manifest import Done, shard_name, shard_sizes, write_stage
 from shards_spec.models import LoadedModel
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, shard_keys
-from shards_spec.views import ViewSpec, decode_rgb, render_views
+from shards_spec.views import ViewSpec, render_views
 from slurm.claims import Finished
 from training.config import CacheConfig, DataConfig
 from training.data import open_samples

@@ -16,10 +16,10 @@ from pipeline.captioner import Captioner
 from pipeline.decoding import Decoding
 from pipeline.drafts import Wanted
 from shards_spec.files import join
+from shards_spec.images import decode_rgb
 from shards_spec.manifest import shard_ids, shard_name
 from shards_spec.models import load_model
 from shards_spec.tar import read_shard
-from shards_spec.views import decode_rgb
 
 
 def main() -> None:

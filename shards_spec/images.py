@@ -1,0 +1,152 @@
+"""The one decoding of foreign bytes: which formats, how large, how long, which reasons, and what becomes of the pixels.
+
+Every stage decodes here: `ingest`, `dedup`, `caption`, `cache`, training, class folders, evaluation, `report`. Pixel
+formats only: Pillow's readers of EPS, WMF and the like, which start other programs, are never asked.
+"""
+
+import io
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Callable
+
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
+
+from shards_spec.files import DataError
+from shards_spec.pixels import BadImage, to_rgb
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "MPO", "BMP", "TIFF", "JPEG2000", "PPM", "ICO")
+MAX_PIXELS = 100_000_000  # 400 MB as Pillow keeps RGB; decompression bombs are larger
+MAX_SIDE = 65_500  # libjpeg's limit
+# a progressive JPEG is worked through once per scan, whatever few bytes a scan has: two seconds at the most
+MAX_SCANS, MAX_SCAN_PIXELS = 20, 2_000_000_000
+TURNS = {  # EXIF orientation to what makes the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = frozenset(TURNS[orientation] for orientation in (5, 6, 7, 8))  # the sides change places
+JPEG_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)  # not a stuffed byte, a restart or a fill byte
+PNG_START = b"\x89PNG\r\n\x1a\n"
+PNG_KEPT = (b"tRNS", b"eXIf")  # of the chunks that are not critical
+ORIENTATION_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # texts that Pillow finds the orientation in
+
+# Pillow warns of bombs (pixels are counted here) and of damaged EXIF. Said once for the process: catch_warnings() is
+# not for threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def decode_rgb(data: bytes, as_benchmark: bool = False) -> Image.Image:
+    """The upright image as RGB: transparency on white, every depth scaled to eight bits (`pixels`).
+
+    ``as_benchmark`` gives what CLIP_benchmark evaluates, Pillow's plain ``convert("RGB")``: not turned, the colours
+    below transparency, what exceeds eight bits cut off. Formats, limits and errors are the same.
+    Raises DataError, "does not decode: " and a short, stable reason.
+    """
+    try:
+        image = open_image(data)
+        if as_benchmark:
+            return _loaded(image, _as_pillow)
+        pixels = load_rgb(image)
+        turn = turn_of(read_exif(image))  # after the pixels: for some formats Pillow decodes here too
+    except BadImage as error:
+        raise DataError(f"does not decode: {error}") from error
+    return pixels if turn is None else pixels.transpose(turn)
+
+
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile:
+    """The image by its header, nothing decoded. Raises BadImage when it is none, or too large to decode."""
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]
+    try:
+        image = Image.open(io.BytesIO(_bare_png(data) if data.startswith(PNG_START) else data), formats=formats)
+    except UnidentifiedImageError as error:
+        raise BadImage("not an image") from error
+    except Image.DecompressionBombError as error:
+        raise BadImage("too many pixels") from error
+    except Exception as error:  # hostile bytes make Pillow's readers raise anything
+        raise BadImage("broken image") from error
+    pixels = image.width * image.height
+    if pixels > max_pixels or max(image.size) > MAX_SIDE:
+        raise BadImage("too many pixels")
+    if min(image.size) < 1:
+        raise BadImage("broken image")
+    if image.format in ("JPEG", "MPO") and _scans(data) > max(MAX_SCANS, MAX_SCAN_PIXELS // pixels):
+        raise BadImage("too many scans")
+    return image
+
+
+def load_rgb(image: ImageFile.ImageFile) -> Image.Image:
+    """All pixels as RGB, not turned (a TIFF turns itself); an image that `draft` was called on at that size."""
+    return _loaded(image, to_rgb)
+
+
+def _loaded(image: ImageFile.ImageFile, convert: Callable[[Image.Image, str], Image.Image]) -> Image.Image:
+    args = image.tile[0].args if image.tile else ""
+    try:
+        image.load()
+        return convert(image, str(args[0] if isinstance(args, tuple) else args))
+    except BadImage:
+        raise
+    except Exception as error:
+        raise BadImage("truncated image" if "truncated" in str(error) else "broken image") from error
+
+
+def _as_pillow(image: Image.Image, raw_mode: str) -> Image.Image:
+    return image.convert("RGB")
+
+
+def read_exif(image: Image.Image) -> Image.Exif | None:
+    """The EXIF of a loaded image; None when it is damaged, which does not spoil the pixels."""
+    try:
+        return image.getexif()
+    except Exception:
+        return None
+
+
+def turn_of(exif: Image.Exif | None) -> Image.Transpose | None:
+    """What makes the image upright, None when it is."""
+    return TURNS.get(exif.get(ExifTags.Base.Orientation, 1)) if exif else None
+
+
+def _scans(data: bytes) -> int:
+    """How often a JPEG's decoder goes through the image."""
+    place = scans = 0
+    while (marker := JPEG_MARKER.search(data, place)) and marker[1] != b"\xd9":  # the end of the image
+        place = marker.end()
+        if marker[1] not in (b"\xd8", b"\x01"):  # which have no length
+            place += int.from_bytes(data[place : place + 2], "big")
+        scans += marker[1] == b"\xda"
+    return scans
+
+
+def _bare_png(data: bytes) -> bytes:
+    """A PNG without texts, colour profile and the like, for which Pillow may refuse the whole image."""
+    kept, place = [PNG_START], len(PNG_START)
+    while place < len(data):
+        length, kind = struct.unpack(">I4s", data[place : place + 8].ljust(8, b"\0"))
+        chunk = data[place : place + 12 + length]
+        if kind[:1].isupper() or kind in PNG_KEPT or _orients(kind, chunk[8:-4]):
+            kept.append(chunk)
+        place += 12 + length
+    return b"".join(kept)
+
+
+def _orients(kind: bytes, text: bytes) -> bool:
+    """Whether Pillow finds the orientation in this text, and takes it."""
+    name, _, rest = text.partition(b"\0")
+    if name not in ORIENTATION_TEXTS or len(text) > PngImagePlugin.MAX_TEXT_CHUNK:
+        return False
+    packed = {b"tEXt": b"", b"zTXt": rest[1:], b"iTXt": rest[2:].split(b"\0", 2)[-1] if rest[:1] == b"\1" else b""}
+    try:
+        unpacking = zlib.decompressobj()
+        unpacking.decompress(packed[kind], PngImagePlugin.MAX_TEXT_CHUNK)
+    except (KeyError, zlib.error):
+        return False
+    return not unpacking.unconsumed_tail
