@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
+PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadgroup
 
-.PHONY: demo study-siclip study-catlip test test-all lint wordnet debian clean
+.PHONY: demo study-siclip study-catlip test test-all lint style types tests wordnet debian clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipmill needs Python 3.11 or later")'
@@ -30,16 +31,26 @@ study-siclip: $(VENV)/.done wordnet
 study-catlip: $(VENV)/.done wordnet
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/study_catlip.sh
 
-lint: $(VENV)/.done
+lint: style types
+
+style: $(VENV)/.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.done
 	$(BIN)/mypy
 
-test: $(VENV)/.done debian lint
-	$(BIN)/python -m pytest --durations=10
+tests: $(VENV)/.done debian
+	$(PYTEST) --durations=10
+
+# Several processes, so one thread in each. Set-up, then style, types and tests run side by side.
+test test-all: export OMP_NUM_THREADS = 1
+test:
+	$(MAKE) --jobs=2 $(VENV)/.done debian
+	$(MAKE) --jobs=3 style types tests
 
 test-all: $(VENV)/.done debian lint
-	$(BIN)/python -m pytest --durations=20 -m "not gpu"
+	$(PYTEST) --durations=20 -m "not gpu"
 
 clean:
 	rm -rf $(VENV) demo-run

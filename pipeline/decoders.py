@@ -19,6 +19,7 @@ from pipeline.children import die_with_parent
 
 AHEAD = 2  # pictures in a process: the one it works on, and the next
 BUFFER = 1 << 22  # bytes of the socket's buffer: most pictures fit
+START_S = 60  # a busy machine starts a process slowly; its first picture is not to blame
 STILLBORN = 5  # processes that die one after the other without an answer: a bug, not a picture
 DEAD = f"{STILLBORN} decoder processes died before they answered once"
 CRASHED, TOO_LONG = "decoder crashed", "decoding took too long"
@@ -101,21 +102,23 @@ class Decoders:
         self, reader: asyncio.StreamReader, given: "asyncio.Queue[_Job]", room: asyncio.Semaphore
     ) -> None:
         """Answers in the order of the jobs, until the process dies or takes too long."""
+        answered = False
         while True:
             job, started, answer = await given.get(), False, None
             try:
-                async with asyncio.timeout(self._timeout_s):
+                async with asyncio.timeout(self._timeout_s + (0 if answered else START_S)):
                     started = await reader.readexactly(1) == STARTED
+                async with asyncio.timeout(self._timeout_s):
                     answer = pickle.loads(await reader.readexactly(LENGTH.unpack(await reader.readexactly(8))[0]))
             except (asyncio.IncompleteReadError, ConnectionError, TimeoutError) as error:
                 if not started:
-                    self._stillborn += 1
+                    self._stillborn += not answered
                     self._jobs.put_nowait(job)
                 elif not job.answer.done():
                     reason = TOO_LONG if isinstance(error, TimeoutError) else CRASHED
                     job.answer.set_exception(DecoderFailed(reason))
                 return
-            self._stillborn = 0
+            answered, self._stillborn = True, 0
             if not job.answer.done():  # cancelled: nobody waits for it any more
                 job.answer.set_result(answer)
             room.release()

@@ -822,15 +822,15 @@ DEFAULTS = {"format": "cc12m", "allow_private": True, "workers": 1, "image_size"
 
 
 def start_ingest(
-    root: Path, links: list[str], environment: dict[str, str] | None = None, **options
+    root: Path, links: list[str], environment: dict[str, str] | None = None, before: str = "", **options
 ) -> subprocess.Popen:
-    """`ingest` of a list of links, each its own caption, as a process."""
+    """`ingest` of a list of links, each its own caption, as a process; ``before`` is Python that it runs first."""
     root.parent.mkdir(parents=True, exist_ok=True)
     source = root.with_suffix(".tsv")
     source.write_text("".join(f"{link}\tcaption {n}\n" for n, link in enumerate(links)), encoding="utf-8")
     config = json.dumps({"root": str(root), "source": str(source), **DEFAULTS, **options})
     surroundings = {**os.environ, **(environment or {})}
-    return subprocess.Popen([sys.executable, "-c", RUN, config], env=surroundings, stdout=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", before + RUN, config], env=surroundings, stdout=subprocess.PIPE)
 
 
 def finish_ingest(process: subprocess.Popen, limit_s: float) -> dict[str, float]:
