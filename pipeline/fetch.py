@@ -7,6 +7,7 @@ what is not globally routable: a list from the web must not reach services of th
 import asyncio
 import errno
 import ipaddress
+import re
 import socket
 import time
 import zlib
@@ -33,6 +34,7 @@ GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 FIRST_PAUSE_S = 0.5  # before the first further try; doubled for each one after
 PIECE = 1 << 16
+ESCAPED = re.compile(r"&(?:amp;|#38;|#x26;)+", re.IGNORECASE)  # an ampersand of a link as a web page's source has it
 BUSY = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})  # statuses that may pass with time
 MAY_PASS = frozenset({
     "timeout", "connection refused", "connection lost", "connection failed", "name look-up failed",
@@ -242,6 +244,7 @@ def _address(url: str) -> yarl.URL:
     if not url.lower().startswith(("http://", "https://")):
         raise FetchError("not an http address")
     try:
+        url = ESCAPED.sub("&", url)
         address = yarl.URL(url)
         if not address.host:
             raise FetchError("bad address")

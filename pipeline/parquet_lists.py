@@ -1,75 +1,270 @@
-"""Parquet files as sources: lists of URLs, and files with the pictures in them."""
+"""Parquet files as sources: lists of URLs, and files with the images in them. Memory is bounded for any content."""
 
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import IO, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.cells import URL_PATTERN, check_once, files_folder, make_row, pick_columns, shown
 from pipeline.local import PICTURE_COLUMNS, SourceFile
+from pipeline.parquet_pages import MAX_PAGE_BYTES, largest_page
 from pipeline.places import (
     CAPTION_NAMES,
-    NOT_UTF8,
     URL_NAMES,
     Columns,
     ParquetPlace,
     Row,
     find_column,
     open_parquet,
-    plain_bytes,
+    open_parts,
     text_of,
 )
-from shards_spec.files import UserError
+from shards_spec.files import UserError, is_url
+from shards_spec.library_errors import parquet_errors
+
+log = logging.getLogger(__name__)
+BATCH_ROWS, BATCH_BYTES = 1024, 1 << 25  # read at a time, if every cell were as large as the largest page
+MAX_TEXTS = 1000  # captions of a row, on an average
+CELL_TOO_LARGE = "cell too large"
+TYPE_CHARS = 80  # of a type's name in a message
 
 
-def picture_column(schema: pa.Schema) -> str | None:
-    """The leaf that holds encoded pictures: of a struct (``image.bytes``), or a binary column with a picture's name."""
+# types
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of a type has text or bytes, whatever Arrow's way to store them; a column of nulls has none."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return is_text(kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        return is_text(kind.value_type)
+    return is_binary(kind) or any(
+        test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    )
+
+
+def is_binary(kind: pa.DataType) -> bool:
+    """Whether a type is one of bytes."""
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    return any(test(kind) for test in tests)
+
+
+def _is_texts(kind: pa.DataType) -> bool:
+    """Whether a type is a list of texts, each of them a caption."""
+    tests = (
+        pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view,
+        pa.types.is_large_list_view,
+    )  # fmt: skip
+    return any(test(kind) for test in tests) and is_text(kind.value_type)
+
+
+def _check_types(source: str, schema: pa.Schema, caption: str, url: str | None) -> None:
+    """Raises UserError that names a column, and its type, that is no text."""
+    for name, option, allowed in ((caption, "--caption-col", "text or a list of texts"), (url, "--url-col", "text")):
+        kind = schema.field(name).type if name is not None else pa.null()
+        if not is_text(kind) and not (name == caption and _is_texts(kind)):
+            raise UserError(
+                f"--source {source}: the column {name!r} is {str(kind)[:TYPE_CHARS]}, not {allowed}; change {option}"
+            )
+
+
+def _texts(cells: pa.Array) -> list[list[bytes | None]]:
+    """The captions of each cell: one, none (a null), or those of its list."""
+    if not _is_texts(cells.type):
+        return [[cell] for cell in _plain(cells)]
+    lists = cells.cast(pa.large_list(pa.large_binary())).to_pylist()
+    return [[text for text in texts or () if text is not None] or [None] for texts in lists]
+
+
+def _plain(cells: pa.Array) -> list[bytes | None]:
+    """The bytes of each cell; those of a dictionary are one object for all cells that have them."""
+    if isinstance(cells, pa.ExtensionArray):
+        return _plain(cells.storage)
+    if isinstance(cells, pa.DictionaryArray):
+        values = _plain(cells.dictionary)
+        return [None if index is None else values[index] for index in cells.indices.to_pylist()]
+    plain: list[bytes | None] = cells.cast(pa.large_binary()).to_pylist()
+    return plain
+
+
+# what both forms share
+
+
+@contextmanager
+def _source_errors(path: str) -> Iterator[None]:
+    try:
+        with parquet_errors(path, given=True):
+            yield
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith("--source") else f"--source {text}") from error
+
+
+def parquet_form(path: str, columns: Columns) -> Literal["parquet", "hf-parquet"]:
+    """Whether a Parquet file is a list or has images in it. Raises UserError."""
+    with _source_errors(path), open_parquet(path) as table, open_parts(path) as file:
+        leaf = picture_column(table.schema_arrow, columns[1])
+        if leaf is None:
+            return "parquet"
+        if leaf.endswith(".bytes") or _largest(file, table, 0, [leaf], is_url(path)) > MAX_PAGE_BYTES:
+            return "hf-parquet"
+        first = next(table.iter_batches(1, columns=[leaf]), None)
+        cell = first.column(0)[0].as_py() if first is not None and len(first) else None
+        return "parquet" if URL_PATTERN.match((cell or b"")[:100].decode(errors="replace")) else "hf-parquet"
+
+
+def _largest(file: IO[bytes], table: pq.ParquetFile, group: int, names: list[str], remote: bool) -> int:
+    """Bytes of the largest page of a row group's columns; more than may be read for lists that are too long."""
+    largest = 0
+    rows = table.metadata.row_group(group) if group < table.num_row_groups else None
+    for index in range(rows.num_columns if rows else 0):
+        column = rows.column(index)
+        path = column.path_in_schema
+        if any(path == name or path.startswith(f"{name}.") for name in names):
+            if column.num_values > MAX_TEXTS * max(rows.num_rows, 1):
+                return MAX_PAGE_BYTES + 1
+            if column.physical_type.endswith("BYTE_ARRAY"):
+                largest = max(largest, largest_page(file, column, remote))
+    return largest
+
+
+def _batches(
+    source: str, table: pq.ParquetFile, wanted: list[str], others: list[str]
+) -> Iterator[pa.RecordBatch | int]:
+    """Batches of the wanted columns and of those others that can be read, in the file's order.
+
+    Of a row group whose wanted columns are too large: how many rows it has.
+    """
+    left_out = set[str]()
+    with open_parts(source) as file:
+        for group in range(table.num_row_groups):
+            largest = _largest(file, table, group, wanted, is_url(source))
+            if largest > MAX_PAGE_BYTES:
+                yield int(table.metadata.row_group(group).num_rows)
+                continue
+            sizes = {name: _largest(file, table, group, [name], is_url(source)) for name in others}
+            names = [name for name in others if sizes[name] <= MAX_PAGE_BYTES]
+            left_out |= set(others) - set(names)
+            largest = max([largest, 1, *(sizes[name] for name in names)])
+            rows = max(1, min(BATCH_ROWS, BATCH_BYTES // largest))
+            yield from table.iter_batches(rows, row_groups=[group], columns=[*wanted, *names], use_threads=False)
+    if left_out:
+        log.warning("%s: cells too large to be kept in the columns %s", source, shown(sorted(left_out)))
+
+
+def _other_cells(batch: pa.RecordBatch, chosen: list[str]) -> Iterator[dict[str, Any]]:
+    """The other columns of each row."""
+    names = [name for name in batch.schema.names if name not in chosen]
+    if not names:
+        return iter([{}] * len(batch))
+    return iter(batch.select(names).to_pylist())
+
+
+def other_columns(schema: pa.Schema, chosen: list[str]) -> list[str]:
+    """Names of a list's columns that are kept beside the chosen ones: those of bytes, such as images, are not."""
+    names = schema.names
+    return [
+        name for name in names if name not in chosen and names.count(name) == 1 and _is_kept(schema.field(name).type)
+    ]
+
+
+def _is_kept(kind: pa.DataType) -> bool:
+    parts = [kind.field(index).type for index in range(kind.num_fields)]  # of a list or a struct
+    return not is_binary(kind) and all(_is_kept(part) for part in parts)
+
+
+# lists
+
+
+def parquet_rows(source: str, columns: Columns) -> Iterator[Row]:
+    """Rows of a list; of a row with several captions, a row each. Raises UserError."""
+    with _source_errors(source), open_parquet(source) as table:
+        schema = table.schema_arrow
+        caption, url = (schema.names[index] for index in pick_columns(source, schema.names, columns))
+        _check_types(source, schema, caption, url)
+        batches = _batches(source, table, [caption, url], other_columns(schema, [caption, url]))
+        first = next(batches, 0)
+        address = None if isinstance(first, int) or not len(first) else text_of(_plain(first.column(url)[:1])[0])[0]
+        folder = files_folder(source, url, address)
+        for batch in chain([first], batches):
+            if isinstance(batch, int):
+                yield from (Row(None, None, CELL_TOO_LARGE) for _ in range(batch))
+                continue
+            links, others = _plain(batch.column(url)), _other_cells(batch, [caption, url])
+            for texts, link, extra in zip(_texts(batch.column(caption)), links, others, strict=True):
+                yield from (make_row(text, link, folder, extra) for text in texts)
+
+
+# images in the file
+
+
+def picture_column(schema: pa.Schema, given: str | None = None) -> str | None:
+    """The leaf that holds encoded images: of a struct (``image.bytes``), or a binary column with an image's name.
+
+    A column ``given`` by name comes before the usual ones.
+    """
     found = {}
     for field in schema:
         kind = field.type
-        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_binary(kind.field("bytes").type):
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and is_binary(kind.field("bytes").type):
             found[field.name] = f"{field.name}.bytes"
-        elif _is_binary(kind) and field.name.strip().lower() in PICTURE_COLUMNS:
+        elif is_binary(kind) and (field.name == given or field.name.strip().lower() in PICTURE_COLUMNS):
             found[field.name] = field.name
+    if given in found:
+        return found[given]
     index = find_column(None, PICTURE_COLUMNS, list(found))
     return list(found.values())[index or 0] if found else None
 
 
-def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
 def picture_parquet_rows(files: list[SourceFile], columns: Columns) -> Iterator[Row]:
-    """A row per row of the Parquet files. Raises UserError for a file without pictures or without a caption column."""
+    """A row per row of the Parquet files. Raises UserError for a file without images or without a caption column."""
     for file in files:
-        try:
-            with open_parquet(file.path) as table:
-                yield from _parquet_rows(file, table, columns)
-        except (pa.ArrowException, OSError) as error:
-            wrong = f"not a readable Parquet file with text columns ({error})"
-            raise UserError(f"--source {file.path}: {wrong}") from error
+        with _source_errors(file.path), open_parquet(file.path) as table:
+            yield from _picture_rows(file, table, columns)
 
 
-def _parquet_rows(file: SourceFile, table: pq.ParquetFile, columns: Columns) -> Iterator[Row]:
+def _picture_rows(file: SourceFile, table: pq.ParquetFile, columns: Columns) -> Iterator[Row]:
     schema = table.schema_arrow
-    leaf = picture_column(schema)
+    leaf = picture_column(schema, columns[1])
     if leaf is None:
-        raise UserError(f"--source {file.path}: no column holds pictures; its columns are {schema.names}")
-    names = [name for name in schema.names if name not in (leaf, leaf.removesuffix(".bytes"))]
-    caption, url = find_column(columns[0], CAPTION_NAMES, names), find_column(columns[1], URL_NAMES, names)
-    if caption is None or (url is None and columns[1] is not None):
-        wanted, option = (columns[0], "--caption-col") if caption is None else (columns[1], "--url-col")
+        raise UserError(f"--source {file.path}: no column holds pictures; its columns are {shown(schema.names)}")
+    own = (leaf, leaf.removesuffix(".bytes"))
+    names = [name for name in schema.names if name not in own]
+    link = None if columns[1] in own else columns[1]
+    caption, url = find_column(columns[0], CAPTION_NAMES, names), find_column(link, URL_NAMES, names)
+    if caption is None or (url is None and link is not None):
+        wanted, option = (columns[0], "--caption-col") if caption is None else (link, "--url-col")
         there = f"no column {wanted!r}" if wanted is not None else "no caption column"
-        raise UserError(f"--source {file.path}: {there} beside its pictures {leaf}; it has {names}; give {option}")
+        raise UserError(
+            f"--source {file.path}: {there} beside its pictures {leaf}; it has {shown(names)}; give {option}"
+        )
     chosen = [names[index] for index in (caption, url) if index is not None]
+    check_once(file.path, names, chosen)
+    _check_types(file.path, schema, chosen[0], chosen[1] if url is not None else None)
     sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
     places = ((group, row) for group, size in enumerate(sizes) for row in range(size))
     number = 0
-    for batch in table.iter_batches(1024, columns=chosen):
-        texts = [plain_bytes(batch.column(name)) for name in chosen]
-        for cells in zip(*texts, strict=True):
-            text, broken = text_of(cells[0])
-            address = (text_of(cells[1])[0] or "").strip() if url is not None else ""
+    for batch in _batches(file.path, table, chosen, other_columns(schema, [*chosen, *own])):
+        if isinstance(batch, int):
+            for _ in range(batch):
+                next(places)
+                yield Row(None, f"{file.below}#{number}", CELL_TOO_LARGE, file.stamp)
+                number += 1
+            continue
+        links = _plain(batch.column(chosen[1])) if url is not None else [None] * len(batch)
+        others = _other_cells(batch, chosen)
+        for texts, link, extra in zip(_texts(batch.column(chosen[0])), links, others, strict=True):
             place = ParquetPlace(file.path, leaf, *next(places))
-            problem = NOT_UTF8 if broken else None
-            yield Row(text, address or f"{file.below}#{number}", problem, file.stamp, place)
+            for text in texts:
+                yield _picture_row(make_row(text, link, extra=extra), f"{file.below}#{number}", file.stamp, place)
             number += 1
+
+
+def _picture_row(row: Row, number: str, stamp: str, place: ParquetPlace) -> Row:
+    """The row as of an image that needs no address."""
+    problem = None if row.problem == "no URL" else row.problem
+    return Row(row.caption, row.url or number, problem, stamp, place, row.note, row.extra)

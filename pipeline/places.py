@@ -3,29 +3,34 @@
 Also what all sources share: text from bytes, lines of packed files, columns by name, files read in parts.
 """
 
+import codecs
 import contextlib
 import gzip
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.parquet_pages import MAX_PAGE_BYTES, largest_page
 from shards_spec.files import UserError, filesystem, is_url, open_read, store_errors
 
 URL_NAMES, CAPTION_NAMES = ("url", "image_url", "img_url"), ("caption", "text", "alt_text", "alt")
 MAX_LINE_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 18  # of a list, read at a time
 PART_BYTES = 1 << 16  # read ahead at one go from a remote file of which only parts are needed
 MAX_GROUPS = 8  # Parquet row groups open at once
 KEEP_ROWS, KEEP_BYTES = 1024, 1 << 28  # of pictures decoded from Parquet: per row group, and of all together
-BATCH_BYTES = 1 << 22
+BATCH_BYTES, LARGEST_BATCH = 1 << 22, 1 << 26  # usual, and if every picture were as large as the largest page
 NOT_UTF8 = "caption is not UTF-8"
 NOT_READABLE = "file not readable"
+TOO_LARGE = "too large"
 
 Columns = tuple[str | None, str | None]  # names of the caption column and the URL column; None: found by their names
 
@@ -68,7 +73,8 @@ class Row:
     """One input. ``url`` is an address, or a path below the source; ``problem`` names why the row cannot be used.
 
     ``stamp`` changes with the content of the file that ``place`` lies in: size, and modification time or etag.
-    ``place`` is where the picture's bytes lie; without one, ``url`` is fetched.
+    ``place`` is where the picture's bytes lie; without one, ``url`` is fetched. ``note`` says what was not taken of a
+    row that is used. ``extra`` has the list's other columns, by their names.
     """
 
     caption: str | None
@@ -76,6 +82,8 @@ class Row:
     problem: str | None = None
     stamp: str = ""
     place: Place | None = None
+    note: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 # what all sources share
@@ -109,15 +117,41 @@ def open_list(path: str) -> Iterator[IO[bytes]]:
 
 
 def lines(path: str) -> Iterator[bytes]:
-    """Lines without their ends; what goes beyond 1 MiB of a line is dropped."""
+    """Lines without their ends; what goes beyond 1 MiB of a line is dropped. Raises UserError for UTF-16."""
+    return (line.rstrip(b"\r\n") for line in raw_lines(path))
+
+
+def raw_lines(path: str) -> Iterator[bytes]:
+    """As `lines`, but the carriage return before a line feed stays. Memory: a line and a block.
+
+    A text whose first line ends in a carriage return alone, and most of whose first lines do, has such ends.
+    """
     with open_list(path) as file:
-        first = True
-        while line := file.readline(MAX_LINE_BYTES):
-            rest = line
-            while not rest.endswith(b"\n") and (rest := file.readline(MAX_LINE_BYTES)):
-                pass
-            yield line.removeprefix(b"\xef\xbb\xbf" if first else b"").rstrip(b"\r\n")
-            first = False
+        rest, end = file.read(BLOCK_BYTES), b"\n"
+        _check_encoding(path, rest)
+        rest = rest.removeprefix(codecs.BOM_UTF8)
+        first, feeds, returns = re.search(rb"\r(?!\n)|\n", rest), rest.count(b"\n"), rest.count(b"\r")
+        if first is not None and first[0] == b"\r" and returns > 2 * feeds:
+            end = b"\r"
+        *whole, rest = rest.split(end)
+        yield from (line[:MAX_LINE_BYTES] for line in whole)
+        while block := file.read(BLOCK_BYTES):
+            *whole, rest = (rest + block).split(end)
+            yield from (line[:MAX_LINE_BYTES] for line in whole)
+            rest = rest[:MAX_LINE_BYTES]
+        if rest:
+            yield rest
+
+
+def _check_encoding(path: str, head: bytes) -> None:
+    """Raises UserError for UTF-16 and UTF-32: by their mark, or by the zeros between the letters of an alphabet."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        name = "UTF-32" if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) else "UTF-16"
+    elif len(head) > 7 and max(head[:1000:2].count(0), head[1:1000:2].count(0)) > len(head[:1000]) // 4:
+        name = "UTF-16 or UTF-32"
+    else:
+        return
+    raise UserError(f"{path} is {name}, not UTF-8; iconv -f {name[:6]} -t UTF-8 makes it so")
 
 
 def find_column(given: str | None, candidates: tuple[str, ...], columns: list[str]) -> int | None:
@@ -127,13 +161,6 @@ def find_column(given: str | None, candidates: tuple[str, ...], columns: list[st
         return stripped.index(given) if given in stripped else None
     lowered = [column.lower() for column in stripped]
     return next((lowered.index(name) for name in candidates if name in lowered), None)
-
-
-def plain_bytes(column: pa.Array) -> list[bytes | None]:
-    """A text column's cells. Raises ArrowException for a column of another type."""
-    plain = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-    cells: list[bytes | None] = plain.cast(pa.large_binary()).to_pylist()
-    return cells
 
 
 def stamp_of(info: dict[str, Any]) -> str:
@@ -183,7 +210,7 @@ def read_place(place: Place, max_bytes: int) -> bytes:
     Many threads may call it at once. Rows of a Parquet row group are cheapest in rising order.
     """
     if isinstance(place, TarPlace) and place.size > max_bytes:
-        raise PlaceError("too large")
+        raise PlaceError(TOO_LARGE)
     try:
         if isinstance(place, ParquetPlace):
             data = _pool.read(place)
@@ -200,7 +227,7 @@ def read_place(place: Place, max_bytes: int) -> bytes:
     if not data:
         raise PlaceError("empty file")
     if len(data) > max_bytes:
-        raise PlaceError("too large")
+        raise PlaceError(TOO_LARGE)
     return data
 
 
@@ -210,9 +237,11 @@ def forget_places() -> None:
 
 
 def _read_file(path: str, max_bytes: int) -> bytes:
+    if not is_url(path) and os.path.exists(path) and not os.path.isfile(path):
+        raise PlaceError(NOT_READABLE)  # a folder; a pipe, which would be read for ever
     with open_read(path) as file:
         if not is_url(path) and os.fstat(file.fileno()).st_size > max_bytes:
-            raise PlaceError("too large")
+            raise PlaceError(TOO_LARGE)
         return file.read(max_bytes + 1)
 
 
@@ -235,7 +264,7 @@ class _Group:
         self.lock = threading.Lock()  # held while decoding
         self.batches: list[tuple[int, pa.Array]] = []  # (first row, pictures); changed under the pool's lock only
         self.next = 0  # row after the last one decoded
-        self.broken = False
+        self.problem: str | None = None
         self._place, self._arrays = place, _arrays(place)
 
     def find(self, row: int) -> pa.Scalar | None:
@@ -244,15 +273,19 @@ class _Group:
 
     def advance(self, row: int) -> pa.Array:
         """The next batch, from the group's start again when ``row`` has gone by. Raises PlaceError at its end."""
-        if row < self.next or (self.broken and is_url(self._place.path)):
-            self._arrays, self.next, self.broken = _arrays(self._place), 0, False
-        if self.broken:
-            raise PlaceError(NOT_READABLE)
-        self.broken = True
-        cells, left = next(self._arrays, (None, 0))
+        if row < self.next or (self.problem == NOT_READABLE and is_url(self._place.path)):
+            self._arrays, self.next, self.problem = _arrays(self._place), 0, None
+        if self.problem is not None:
+            raise PlaceError(self.problem)
+        self.problem = NOT_READABLE
+        try:
+            cells, left = next(self._arrays, (None, 0))
+        except PlaceError as error:
+            self.problem = str(error)
+            raise
         if cells is None:
             raise PlaceError(NOT_READABLE)  # the file has fewer rows than when it was listed
-        self.broken = False
+        self.problem = None
         self.next += len(cells)
         if not left:
             self._arrays.close()  # nothing more to decode: lets go of the file and its buffers
@@ -261,13 +294,16 @@ class _Group:
 
 def _arrays(place: ParquetPlace) -> Generator[tuple[pa.Array, int], None, None]:
     """(pictures, rows left) of a row group in batches of about 4 MiB; its bytes are streamed, never all in memory."""
-    with open_parquet(place.path) as table:
+    with open_parquet(place.path) as table, open_parts(place.path) as file:
         leaves = [table.schema.column(index).path for index in range(len(table.schema))]
         if place.row_group >= table.num_row_groups or place.column not in leaves:
             raise PlaceError(NOT_READABLE)  # another file than when it was listed
         group = table.metadata.row_group(place.row_group)
-        size = group.column(leaves.index(place.column)).total_uncompressed_size
-        rows = max(1, min(KEEP_ROWS, BATCH_BYTES * group.num_rows // max(size, 1)))
+        column = group.column(leaves.index(place.column))
+        page, size = largest_page(file, column, is_url(place.path)), column.total_uncompressed_size
+        if page > MAX_PAGE_BYTES:
+            raise PlaceError(TOO_LARGE)  # the picture itself is not the only one in it, but none can be had
+        rows = max(1, min(KEEP_ROWS, BATCH_BYTES * group.num_rows // max(size, 1), LARGEST_BATCH // max(page, 1)))
         groups = {"row_groups": [place.row_group], "columns": [place.column]}
         left = group.num_rows
         for batch in table.iter_batches(rows, use_threads=False, **groups):

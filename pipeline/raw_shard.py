@@ -61,7 +61,12 @@ def write_raw_shard(root: str, shard: int, inputs: Inputs, outcomes: list[Outcom
         pq.write_table(pa.Table.from_pylist(fields, SCHEMA), file, row_group_size=ROW_GROUP)
     counts = Counter("success" if isinstance(outcome, Picture) else outcome for outcome in outcomes)
     outputs = {f"{name}.tar": tar_hash, f"{name}.parquet": sha256_file(parquet)}
-    return Result(dict(counts), outputs, retried=inputs.retried)
+    notes = Counter(row.note for row, outcome in zip(inputs.rows, outcomes, strict=True) if _is_noted(row, outcome))
+    return Result(dict(counts), outputs, retried=inputs.retried, facts=dict(notes))
+
+
+def _is_noted(row: Row, outcome: Outcome) -> bool:
+    return row.note is not None and isinstance(outcome, Picture)
 
 
 def _check_room(root: str, outcomes: list[Outcome]) -> None:
@@ -84,7 +89,7 @@ def _fields(key: str, row: Row, outcome: Outcome) -> dict[str, Any]:
         "url": row.url,
         "key": key,
         "status": failed if reason else "success",
-        "error_message": reason,
+        "error_message": reason or row.note,
         **{name: getattr(picture, name, None) for name in SCHEMA.names[5:]},
     }
 

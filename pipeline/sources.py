@@ -4,19 +4,14 @@ A row that cannot be used (no URL, a caption that is no UTF-8) is still a row, w
 file, a folder or a glob, local or an fsspec URL; the files of a folder or a glob are read as one list, by name.
 """
 
-import csv
 import glob
 import gzip
-import io
-import json
 import os
-import re
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
-
-import pyarrow as pa
 
 from pipeline.local import (
     METADATA,
@@ -26,32 +21,15 @@ from pipeline.local import (
     mean_sample_bytes,
     webdataset_rows,
 )
-from pipeline.parquet_lists import picture_column, picture_parquet_rows
-from pipeline.places import (
-    CAPTION_NAMES,
-    NOT_UTF8,
-    URL_NAMES,
-    Columns,
-    Row,
-    expected_errors,
-    find_column,
-    json_text,
-    lines,
-    local_stamp,
-    open_list,
-    open_parquet,
-    plain_bytes,
-    stamp_of,
-    text_of,
-)
+from pipeline.parquet_lists import parquet_form, parquet_rows, picture_parquet_rows
+from pipeline.places import Columns, Row, expected_errors, local_stamp, open_list, open_parquet, stamp_of
+from pipeline.text_lists import CC3M, CC12M, address_rows, delimited_rows, detect_text, headless_rows, json_rows
 from shards_spec.files import DataError, UserError, filesystem, is_url, join, open_read, store_errors
 from shards_spec.folders import walk
 from shards_spec.manifest import STATS_PATTERN
-from shards_spec.names import is_image
+from shards_spec.names import is_ignored, is_image
 
-Format = Literal["cc3m", "cc12m", "csv", "parquet", "jsonl", "folder", "hf-parquet", "webdataset", "img2dataset"]
-WEB_NAMES = (*URL_NAMES, "image")  # a list's column image may hold addresses
-URL_PATTERN = re.compile(r"[a-z][a-z0-9+.\-]*://", re.IGNORECASE)
+Format = Literal["cc3m", "cc12m", "csv", "parquet", "jsonl", "txt", "folder", "hf-parquet", "webdataset", "img2dataset"]
 KINDS = {  # of files that a folder or a glob can have
     "tar": (".tar",),
     "parquet": (".parquet", ".parq", ".pq"),
@@ -61,13 +39,16 @@ KINDS = {  # of files that a folder or a glob can have
 }
 KINDS_OF_FORM = {
     "webdataset": ("tar",), "parquet": ("parquet",), "hf-parquet": ("parquet",), "jsonl": ("jsonl",),
-    "csv": ("csv", "tsv"), "cc3m": ("tsv",), "cc12m": ("tsv",),
+    "csv": ("csv", "tsv"), "cc3m": ("tsv",), "cc12m": ("tsv",), "txt": ("txt",),
 }  # fmt: skip
-HEAD_LINES = 20  # of a list, to tell its form and its columns
+ENDINGS = {**KINDS, "txt": (".txt", ".txt.gz")}  # a text file in a folder is a list only when the form says so
+PACKED = {  # first bytes of what may hold a list
+    b"PK\x03\x04": "a zip file (or a spreadsheet)", b"BZh": "packed with bzip2", b"\xfd7zXZ\0": "packed with xz",
+    b"\x28\xb5\x2f\xfd": "packed with zstd", b"7z\xbc\xaf": "a 7z file", b"Rar!": "a rar file",
+}  # fmt: skip
 HEAD_BYTES = 1 << 20  # of a list, to estimate its lines
 NAMES_SEEN = 10_000  # of a folder, to tell its form
 FOOTERS_READ = 100  # of Parquet files, to count their rows
-NO_COLUMN = "missing column"
 BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
 UNREADABLE: tuple[type[Exception], ...] = (*BROKEN_GZIP, DataError, UserError)
 __all__ = ["Format", "Row", "detect", "estimate_rows", "folder_rows", "list_rows", "source_files"]
@@ -137,6 +118,7 @@ def _globbed(source: str) -> list[SourceFile]:
         below = {name: info for name, info in below.items() if os.path.isfile(join(folder, name))}
     if not parts[-1].startswith("_"):  # such as Spark's _SUCCESS
         below = {name: info for name, info in below.items() if not name.rpartition("/")[2].startswith("_")}
+    below = {name: info for name, info in below.items() if not is_ignored(name)}
     if not below:
         raise UserError(f"--source {source}: no file matches it")
     return [_file(name if folder == "." else join(folder, name), name, info) for name, info in below.items()]
@@ -144,15 +126,15 @@ def _globbed(source: str) -> list[SourceFile]:
 
 def _in_folder(source: str, form: Format | None) -> list[SourceFile]:
     kinds = KINDS_OF_FORM.get(form or "", tuple(KINDS))
+    endings = tuple(ending for kind in kinds for ending in ENDINGS[kind])
     found = [
         (prefix + name, info)
         for prefix, files in walk(source)
         for name, info in files.items()
-        if not name.startswith((".", "_")) and _kind(name) in kinds
+        if not name.startswith("_") and name.lower().endswith(endings)
     ]
     if not found:
-        endings = ", ".join(ending for kind in kinds for ending in KINDS[kind])
-        raise UserError(f"--source {source}: the folder has no file for --format {form} ({endings})")
+        raise UserError(f"--source {source}: the folder has no file for --format {form} ({', '.join(endings)})")
     return [_file(join(source, below), below, info) for below, info in found]
 
 
@@ -216,59 +198,21 @@ def _detect_file(path: str, columns: Columns) -> Format:
     with open_list(path) as file:
         head = file.read(512)
     if head[:4] == b"PAR1":
-        return _detect_parquet(path, columns)
+        return parquet_form(path, columns)
     if head[257:262] == b"ustar" or path.lower().endswith(".tar"):
         if _packed(path):
             raise UserError(f"--source {path}: a tar packed with gzip has no places; unpack it (gunzip) first")
         return "webdataset"
     if is_image(path):
         raise UserError(f"--source {path}: a picture; give its folder")
-    found = [text_of(line)[0] or "" for line in islice(lines(path), HEAD_LINES)]
-    return _detect_list(path, [line for line in found if line.strip()], columns)
+    if (packed := next((what for magic, what in PACKED.items() if head.startswith(magic)), None)) is not None:
+        raise UserError(f"--source {path}: {packed}; unpack it first")
+    return detect_text(path, columns)
 
 
 def _packed(path: str) -> bool:
     with open_read(path) as file:
         return file.read(2) == b"\x1f\x8b"
-
-
-def _detect_parquet(path: str, columns: Columns) -> Format:
-    try:
-        with open_parquet(path) as table:
-            leaf = picture_column(table.schema_arrow)
-            if leaf is None or leaf == columns[1]:
-                return "parquet"
-            if leaf.endswith(".bytes"):
-                return "hf-parquet"
-            first = next(table.iter_batches(1, columns=[leaf]), None)
-            cell = first.column(0)[0].as_py() if first is not None and len(first) else None
-            return "parquet" if URL_PATTERN.match((cell or b"")[:100].decode(errors="replace")) else "hf-parquet"
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"--source {path}: not a readable Parquet file with text columns ({error})") from error
-
-
-def _detect_list(source: str, found: list[str], columns: Columns) -> Format:
-    if not found:
-        raise UserError(f"--source {source} is empty; give a list with a URL and a caption per line")
-    if found[0].lstrip().startswith("{") and _object(found[0].encode()) is not None:
-        return "jsonl"
-    if found[0].strip() in ("[", "{") or found[0].startswith(("[{", "[ {")):
-        raise UserError(f"--source {source}: JSON, but not one object per line; write it so (jq -c '.[]')")
-    header = _header(found[0])[0]
-    if find_column(columns[1], URL_NAMES, header) is not None or None not in _found(header, columns):
-        return "csv"
-    if columns != (None, None):
-        _pick(source, header, columns)
-    fields = [line.split("\t") for line in found if "\t" in line]
-    url_first = sum(bool(URL_PATTERN.match(row[0])) for row in fields)
-    url_last = sum(bool(URL_PATTERN.match(row[-1])) for row in fields)
-    if url_first == url_last:
-        raise UserError(
-            f"--source {source}: cannot tell its form from its first lines ({found[0][:80]!r}): no tab between a "
-            "caption and a URL, no header with a column url; name it with --format, or its columns with --url-col "
-            "and --caption-col"
-        )
-    return "cc12m" if url_first > url_last else "cc3m"
 
 
 # rows
@@ -295,120 +239,18 @@ def list_rows(source: str, form: Format, columns: Columns = (None, None)) -> Ite
 
 
 def _list_file_rows(path: str, form: Format, columns: Columns) -> Iterator[Row]:
-    readers: dict[str, Callable[[str, Columns], Iterator[Row]]] = {
-        "parquet": _parquet_rows, "csv": _csv_rows, "jsonl": _jsonl_rows
-    }  # fmt: skip
+    readers: dict[str, Callable[[], Iterator[Row]]] = {
+        "parquet": partial(parquet_rows, path, columns),
+        "csv": partial(delimited_rows, path, columns),
+        "jsonl": partial(json_rows, path, columns),
+        "txt": partial(address_rows, path),
+        "cc3m": partial(headless_rows, path, CC3M),
+        "cc12m": partial(headless_rows, path, CC12M),
+    }
     try:
-        if form in readers:
-            yield from readers[form](path, columns)
-        else:
-            for line in lines(path):
-                yield _tsv_row(line, url_first=form == "cc12m")
+        yield from readers[form]()
     except BROKEN_GZIP as error:
         raise UserError(f"--source {path}: broken gzip file ({error}); fetch it again") from error
-
-
-def _tsv_row(line: bytes, url_first: bool) -> Row:
-    """CC12M is URL, tab, caption; CC3M is caption, tab, URL. Further tabs belong to the caption."""
-    if b"\t" not in line:
-        text = text_of(line)[0]
-        return Row(None, text, NO_COLUMN) if URL_PATTERN.match(text or "") else Row(text, None, NO_COLUMN)
-    first, last = line.split(b"\t", 1) if url_first else line.rsplit(b"\t", 1)
-    return _row(*((last, first) if url_first else (first, last)))
-
-
-def _row(caption: bytes | None, url: bytes | None) -> Row:
-    text, broken = text_of(caption)
-    address = (text_of(url)[0] or "").strip()
-    return Row(text, address or None, NOT_UTF8 if broken else None if address else "no URL")
-
-
-def _header(line: str) -> tuple[list[str], str]:
-    delimiter = "\t" if "\t" in line else ","
-    try:
-        return next(csv.reader([line], delimiter=delimiter), []), delimiter
-    except csv.Error:
-        return [line], delimiter
-
-
-def _found(names: list[str], columns: Columns) -> tuple[int | None, int | None]:
-    return find_column(columns[0], CAPTION_NAMES, names), find_column(columns[1], WEB_NAMES, names)
-
-
-def _pick(source: str, names: list[str], columns: Columns) -> tuple[int, int]:
-    """Indexes of the caption and the URL. Raises UserError that names the columns that are there."""
-    caption, url = _found(names, columns)
-    for index, given, option in ((caption, columns[0], "--caption-col"), (url, columns[1], "--url-col")):
-        if index is None and given is not None:
-            raise UserError(f"--source {source}: no column {given!r}; its columns are {names}; change {option}")
-    if caption is None or url is None:
-        raise UserError(
-            f"--source {source}: its columns are {names}; it needs url (or URL) and caption (or TEXT), or name them "
-            "with --url-col and --caption-col"
-        )
-    return caption, url
-
-
-def _csv_rows(source: str, columns: Columns) -> Iterator[Row]:
-    first = next(lines(source), None)
-    if first is None:
-        return  # an empty part of a list
-    header, delimiter = _header(text_of(first)[0] or "")
-    caption, url = _pick(source, header, columns)
-    with open_list(source) as packed, io.TextIOWrapper(packed, "utf-8-sig", "surrogateescape", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter)
-        next(reader)
-        while True:
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error:
-                yield Row(None, None, "not a CSV row")
-                continue
-            raw = [field.encode(errors="surrogateescape") for field in fields]
-            if len(raw) <= max(caption, url):
-                joined = ",".join(fields).encode(errors="surrogateescape")
-                yield Row(text_of(joined)[0] or None, None, NO_COLUMN)
-            else:
-                yield _row(raw[caption], raw[url])
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    """The line's JSON object."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _jsonl_rows(source: str, columns: Columns) -> Iterator[Row]:
-    head = [_object(line) or {} for line in islice(lines(source), HEAD_LINES)]
-    if not head:
-        return  # an empty part of a list
-    names = list(dict.fromkeys(name for fields in head for name in fields))
-    caption, url = (names[index] for index in _pick(source, names, columns))
-    for line in lines(source):
-        fields = _object(line)
-        if fields is None:
-            yield Row(text_of(line)[0] or None, None, "not a JSON object")
-            continue
-        text, problem = json_text(fields.get(caption))
-        address = (json_text(fields.get(url))[0] or "").strip() or None
-        yield Row(text, address, problem or (None if address else "no URL"))
-
-
-def _parquet_rows(source: str, columns: Columns) -> Iterator[Row]:
-    try:
-        with open_parquet(source) as table:
-            names = table.schema_arrow.names
-            chosen = [names[index] for index in _pick(source, names, columns)]
-            for batch in table.iter_batches(1024, columns=chosen):
-                captions, urls = (plain_bytes(batch.column(name)) for name in chosen)
-                yield from map(_row, captions, urls)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"--source {source}: not a readable Parquet file with text columns ({error})") from error
 
 
 # how many
@@ -454,8 +296,8 @@ def _count_lines(file: SourceFile) -> tuple[int, int, bool]:
     text, used = head, len(head)
     if head[:2] == b"\x1f\x8b":
         unpacker = zlib.decompressobj(wbits=31)
-        text = unpacker.decompress(head)
-        used -= len(unpacker.unused_data)  # of a further packed piece
+        text = unpacker.decompress(head, 16 * HEAD_BYTES)
+        used -= len(unpacker.unused_data) + len(unpacker.unconsumed_tail)  # a further packed piece; beyond the limit
     whole = used >= file.size
-    unfinished = whole and text and not text.endswith(b"\n")
-    return text.count(b"\n") + bool(unfinished), used, whole
+    unfinished = whole and text and not text.endswith((b"\n", b"\r"))
+    return (text.count(b"\n") or text.count(b"\r")) + bool(unfinished), used, whole

@@ -122,11 +122,11 @@ def test_broken_rows_are_rows_with_a_problem(tmp_path):
     lines.append(b"http://h/9\tlast")
     path.write_bytes(b"\n".join(lines))
     rows = list(list_rows(str(path), "cc12m"))
-    problems = [None, "caption is not UTF-8", *["missing column"] * 3, "no URL", None, None, None]
+    problems = [None, "caption is not UTF-8", *["missing column"] * 3, "no URL", None, "caption too long", None]
     assert [row.problem for row in rows] == problems
     assert rows[1].caption == "bad \ufffd utf"
     assert (rows[2].url, rows[3].url, rows[6].caption, rows[8].caption) == ("http://h/3", None, "", "last")
-    assert len(rows[7].caption) < 1 << 20
+    assert rows[7].caption == "x" * 1000
 
 
 def test_broken_csv_rows(tmp_path):
@@ -139,7 +139,7 @@ def test_broken_csv_rows(tmp_path):
     )
     rows = list(list_rows(str(path), "csv"))
     assert [row.problem for row in rows][:4] == [None, "missing column", "missing column", "caption is not UTF-8"]
-    assert rows[4].problem == "not a CSV row"
+    assert (rows[4].url, rows[4].problem, rows[4].caption) == ("http://h/4", "caption too long", "x" * 1000)
     assert rows[-1] == Row("last", "http://h/5")
 
 
@@ -163,10 +163,11 @@ def test_broken_jsonl_rows(tmp_path):
     path.write_bytes(b"\n".join(lines))
     rows = list(list_rows(str(path), detect(str(path))))
     bad = "not a JSON object"
-    expected = [None, None, "no URL", "no URL", "caption is not text", "caption is not UTF-8", *[bad] * 6, None]
+    expected = [None, None, "no URL", "no URL", None, None, "caption is not UTF-8", *[bad] * 6, None]
     assert [row.problem for row in rows] == expected
     assert rows[0] == Row("ok", "http://h/1")
-    assert (rows[1].caption, rows[5].caption, rows[-1].caption) == (None, "half \ufffd\ufffd\ufffd", "last")
+    assert (rows[1].caption, rows[6].caption, rows[-1].caption) == (None, "half \ufffd\ufffd\ufffd", "last")
+    assert [row.caption for row in rows[4:6]] == ["a", "b"], "a caption each"
     assert sha256_json([astuple(row) for row in rows])
 
 
@@ -174,7 +175,7 @@ def test_broken_jsonl_rows(tmp_path):
     (b"", "is empty; give a list with a URL and a caption per line"),
     (b"\n\n", "is empty; give a list with a URL and a caption per line"),
     (b"one\ntwo\n", "cannot tell its form from its first lines .'one'.*--format"),
-    (b"http://h/1\nhttp://h/2\n", "cannot tell its form from its first lines"),
+    (b"http://h/1 cat\nhttp://h/2 dog\n", "cannot tell its form from its first lines"),
     (b"http://h/1\thttp://h/2\n", "cannot tell its form from its first lines"),
     (b"url,title\nhttp://h/1,x\n", r"its columns are \['url', 'title'\]; it needs url .* and caption"),
     (b'{"url": "http://h/1", "title": "x"}\n', r"its columns are \['url', 'title'\]; it needs url .* and caption"),
@@ -194,8 +195,8 @@ def test_lists_that_cannot_be_used(tmp_path, data, message):
 
 def test_a_parquet_list_without_text_columns(tmp_path):
     path = str(tmp_path / "list.parquet")
-    pq.write_table(pa.table({"url": ["http://h/1"], "caption": [["a", "b"]]}), path)
-    with pytest.raises(UserError, match="not a readable Parquet file with text columns"):
+    pq.write_table(pa.table({"url": ["http://h/1"], "caption": [[1, 2]]}), path)
+    with pytest.raises(UserError, match=r"the column 'caption' is list<element: int64>, not text or a list of texts"):
         rows_of(path)
     pq.write_table(pa.table({"url": ["http://h/1"]}), path)
     with pytest.raises(UserError, match=r"its columns are \['url'\]"):
