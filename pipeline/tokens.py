@@ -2,8 +2,8 @@
 
 The rules are kept here and not called from NLTK because NLTK's changed: 3.10 splits ``'dog'`` where 3.8.1 does not, and
 labels shall be the same on every machine. The regular expressions are NLTK's (``nltk/tokenize/destructive.py``,
-``punkt.py``, Apache-2.0), for lower-cased text and for Punkt without its trained abbreviations: "st. louis" ends a
-sentence after "st.", which makes the full stop a token of its own ("ph.d." and "o.k." are the only labels with one).
+``punkt.py``, Apache-2.0), for lower-cased text; what Punkt's English model has learnt about such text is
+`pipeline/punkt_english.py`: "col. sanders" is one sentence, so "col." is no colonel, and "ph.d. students" have a label.
 
 Twenty substitutions over every caption would be all of the time. Apart from quotes and full stops they do not look
 across a space, so `Reader` splits at spaces and remembers what each piece comes to; a caption for which that is not
@@ -18,6 +18,8 @@ from typing import TypeVar
 from urllib.parse import unquote
 
 import ftfy
+
+from pipeline.punkt_english import ABBREVIATIONS, OPENERS
 
 T = TypeVar("T")
 MEMO_LIMIT = 1 << 18  # entries, about 40 MB; web captions have long tails
@@ -94,7 +96,7 @@ def clean(caption: str) -> str:
 
 
 def tokenise(text: str) -> list[str]:
-    """NLTK 3.8.1's ``word_tokenize`` with an untrained Punkt."""
+    """NLTK 3.8.1's ``word_tokenize`` with Punkt's English model; ``text`` is lower-cased."""
     return [token for sentence in _sentences(text) for token in _words(sentence)]
 
 
@@ -154,9 +156,13 @@ def _ends(token: str, after: str) -> bool:
         return True
     if not token.endswith(".") or token.endswith(".."):
         return False
+    word = token[:-1].lower()
+    if word in ABBREVIATIONS or word.rpartition("-")[2] in ABBREVIATIONS:
+        return False
     initial = _INITIAL.match(token)
     if initial or _NUMBER.match(token):  # "j. smith", "no. 5. oktober": only what cannot go on a sentence starts one
-        return not (after in tuple(";:,.!?") or after[0].islower() or (initial and after[0].isupper()))
+        goes_on = after[0].islower() and after.removesuffix(".") not in OPENERS
+        return not (after in tuple(";:,.!?") or goes_on or (initial and after[0].isupper()))
     return True
 
 

@@ -9,7 +9,7 @@ The released way: every cleaning step on every caption, NLTK's ``word_tokenize``
 a look-up in a list of 24,320 keys, most frequent first (``in``, then ``index``). Its part-of-speech tags, which it
 computes and never uses, are left out, so the ratio is on the low side. NLTK reads a temporary copy of the WordNet
 folder, to which lexnames (and index.sense, empty: only other languages need it) are added. Without the data of Punkt
-the untrained one takes its place.
+the untrained one with the English abbreviations takes its place.
 
 **The captions are made up**: words of WordNet by their frequency in its tagged texts, in the forms of web captions
 (titles, possessives, numbers, quotes, entities, addresses, shares as in ``FORMS``); and the demo's own. CPU seconds, so
@@ -34,6 +34,7 @@ import ftfy
 import nltk
 
 from pipeline.labels import Labeller
+from pipeline.punkt_english import ABBREVIATIONS
 from pipeline.tokens import tokenise
 from pipeline.wordnet import WordNet, find_wordnet, load_wordnet
 from shards_spec.vocab import Vocabulary
@@ -85,9 +86,12 @@ def released(keys: list[str]) -> Released:
     from nltk.corpus import wordnet
     from nltk.stem import WordNetLemmatizer
     from nltk.tokenize import NLTKWordTokenizer, word_tokenize
-    from nltk.tokenize.punkt import PunktSentenceTokenizer
+    from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
 
-    lemmatise, sentences, words = WordNetLemmatizer().lemmatize, PunktSentenceTokenizer(), NLTKWordTokenizer()
+    parameters = PunktParameters()
+    parameters.abbrev_types |= ABBREVIATIONS
+    sentences = PunktSentenceTokenizer(parameters)
+    lemmatise, words = WordNetLemmatizer().lemmatize, NLTKWordTokenizer()
     lemmatise("dogs")  # the reader loads now
 
     def untrained(text: str) -> list[str]:
