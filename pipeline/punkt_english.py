@@ -1,9 +1,10 @@
 """What NLTK's English Punkt model knows of lower-cased text: the data that decide where a caption's sentences end.
 
 Taken from ``tokenizers/punkt/PY3/english.pickle`` of NLTK's data (the same in ``punkt_tab``), trained by Jan Strunk and
-Tibor Kiss on the Wall Street Journal of the Penn Treebank (Kiss and Strunk, "Unsupervised Multilingual Sentence Boundary
-Detection", Computational Linguistics 32(4), 2006) and distributed by the NLTK project under the Apache License 2.0. The
-rest of the model (sentence starters, 37 collocations, the case of 20,000 words) decides nothing on lower-cased text.
+Tibor Kiss on the Wall Street Journal of the Penn Treebank (Kiss and Strunk, "Unsupervised Multilingual Sentence
+Boundary Detection", Computational Linguistics 32(4), 2006) and distributed by the NLTK project under the Apache License
+2.0. The rest of the model (sentence starters, 37 collocations, the case of 20,000 words) decides nothing on lower-cased
+text.
 """
 
 ABBREVIATIONS = frozenset([

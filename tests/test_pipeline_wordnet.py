@@ -169,11 +169,12 @@ def test_lemmatising_agrees_with_nltk_where_nltk_strips_once(net):
 
 ATOMS = (
     "dog", "Cats", "cat's", "dogs'", "'dog'", "a", "j.", "5.", "12", "3.5", "u.s.", "st.", "...", "..", ".", "?", "!",
-    "x-gen.", "?!", '"', "'", "''", "``", "(", ")", "[", "]", "{", "}", "<", ">", ",", ":", ";", "-", "--", "---", "&", "@", "#",
+    "?!", '"', "'", "''", "``", "(", ")", "[", "]", "{", "}", "<", ">", ",", ":", ";", "-", "--", "---", "&", "@", "#",
     "$", "%", "*", "+", "/", "«", "»", "‘", "’", "“", "”", "—", "–", "é", "don't", "they'll", "n't", "cannot", "gonna",
     "wanna", "d'ye", "'tis", "more'n", "www.dog.com", "http://dog.com/cat?a=b%20c", "&amp;", "&#39;", "%20", "1,000",
     "10:30", "犬。", "\t", "\n", "\u00a0", "\u200b", "\u2028", "😀", "👩\u200d👧", "é.", "º", "İ", "ß", "\x00",
     "\ud83d", "ice", "cream", "children", "_", "'s", "bird's nest", "ice creams", "golden retrievers",
+    "x-gen.",
 )  # fmt: skip
 TEXTS = st.one_of(
     st.lists(st.tuples(st.sampled_from(ATOMS), st.sampled_from(["", " ", " ", "  "])), max_size=12).map(
