@@ -1,10 +1,26 @@
 """The one command: ``clipmill COMMAND …``. Everything heavy is imported when its command runs."""
 
+import contextlib
+import errno
 import importlib
+import io
 import logging
 import os
 import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
 from typing import Any
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PACKAGES = ("pipeline", "shards_spec", "slurm", "training")
+MENDS = {  # to what the system says
+    errno.EMFILE: "allow this process more open files (ulimit -n 1024)",
+    errno.ENOSPC: "free some space and run the same command again, it goes on",
+    errno.EACCES: "change the permissions, or give a folder of your own",
+    errno.EROFS: "give a folder that can be written",
+    errno.ENOTDIR: "a file is where a folder should be: give another path",
+    errno.EEXIST: "a file is where a folder should be: give another path",
+}
 
 # command: (module, config class, function, one line)
 COMMANDS = {
@@ -25,53 +41,115 @@ COMMANDS = {
 }
 
 
+class _OursFirst(MetaPathFinder):
+    """Finds our packages beside this file: their plain names may be those of folders where a command is started."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
+        """The spec of one of our packages, None for all else."""
+        return PathFinder.find_spec(name, [HERE]) if name in PACKAGES else None
+
+
+sys.meta_path.insert(0, _OursFirst())
+
+
 def usage() -> str:
     """The help page, printed without importing anything."""
     lines = [f"  {name:8} {line}" for name, (*_, line) in COMMANDS.items()]
-    return "usage: clipmill COMMAND ...\n\n" + "\n".join(lines) + "\n\nclipmill COMMAND --help shows every option."
+    return (
+        "usage: clipmill COMMAND ...\n\n" + "\n".join(lines)
+        + "\n\nclipmill COMMAND --help shows every option; clipmill --version the version."
+    )  # fmt: skip
 
 
 def main() -> None:
-    """Entry point. Exit code 0, 1 (data broken), 2 (the user's mistake, one line on stderr)."""
-    logging.basicConfig(level=os.environ.get("CLIPMILL_LOG", "INFO"), format="%(levelname).1s %(message)s")
-    logging.getLogger().handlers[0].addFilter(_ours)
-    command, rest = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
-    if command in ("-h", "--help"):
+    """Entry point. Exit code 0, 1 (data broken), 2 (the user's mistake, one line on stderr), 130 (Ctrl-C)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an ASCII terminal shows what it has no letters for
+    code = _told(sys.argv[1:])
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError as error:  # the reader left, as `head` does, or the disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            _fail(1, f"the output cannot be written: {error.strerror}")
+        code = code or 1
+    sys.exit(code)
+
+
+def _told(words: list[str]) -> int:
+    """Run a command; what users, data and the system can be blamed for is one line."""
+    if words[:1] in ([], ["-h"], ["--help"]):
         print(usage())
-        return
-    if command not in COMMANDS:
-        sys.exit(_fail(2, f"no command {command!r}; there are {', '.join(COMMANDS)}"))
+        return 0
     from shards_spec.files import DataError, UserError
+    from shards_spec.shown import log_to_stderr
 
     try:
-        own = {"train": _train, "submit": _submit}.get(command)
-        sys.exit(own(rest) if own else _run(command, rest))
+        log_to_stderr()
+        for word in words:
+            if not word.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in word):
+                raise UserError(f"{word!r} is not UTF-8: rename the file or folder")
+        return _command(words)
     except UserError as error:
-        sys.exit(_fail(2, str(error)))
+        return _fail(2, str(error))
     except DataError as error:
-        sys.exit(_fail(1, str(error)))
-    except BrokenPipeError:  # the reader of our output left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        return _fail(1, str(error))
+    except BrokenPipeError:
+        return 1
+    except OSError as error:
+        logging.getLogger("clipmill").debug("", exc_info=True)
+        return _fail(2, _system_said(error))
     except KeyboardInterrupt:
-        sys.exit(_fail(130, "interrupted; the same command goes on where it stopped"))
+        return _fail(130, "interrupted; the same command goes on where it stopped")
+    except SystemExit as leave:  # of --help
+        return int(leave.code or 0)
+
+
+def _system_said(error: OSError) -> str:
+    where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    mend = MENDS.get(error.errno or 0, "")
+    return f"{where}{': ' if where else ''}{error.strerror or error}{'; ' if mend else ''}{mend}"
+
+
+def _command(words: list[str]) -> int:
+    from importlib.metadata import version
+
+    from shards_spec.files import UserError
+
+    command, rest = words[0], words[1:]
+    if command == "--version":
+        print(f"clipmill {version('clipmill')}")
+        return 0
+    if command not in COMMANDS:
+        from shards_spec.suggest import did_you_mean
+
+        raise UserError(f"no command {command!r}; {did_you_mean(command, COMMANDS)}")
+    own = {"train": _train, "submit": _submit}.get(command)
+    return own(rest) if own else _run(command, rest)
 
 
 def _fail(code: int, message: str) -> int:
-    print(f"clipmill: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        _say(f"clipmill: {message}", file=sys.stderr)
     return code
 
 
-def _parse(config_class: Any, rest: list[str], prog: str, default: Any = None) -> Any:
-    import tyro
+def _say(text: object, file: Any = None) -> None:
+    """Print what may hold words of others."""
+    from shards_spec.shown import shown
 
-    return tyro.cli(config_class, args=rest, prog=prog, **({"default": default} if default is not None else {}))
+    print(shown(str(text)), file=file or sys.stdout)
 
 
 def _run(command: str, rest: list[str]) -> int:
+    from pipeline.command_line import parse
+
     module_name, class_name, function_name, _ = COMMANDS[command]
     module = importlib.import_module(module_name)
-    config = _parse(getattr(module, class_name), rest, f"clipmill {command}")
+    config = parse(command, getattr(module, class_name), rest)
     return _finish(command, getattr(module, function_name), config)
 
 
@@ -92,18 +170,18 @@ def _finish(command: str, function: Any, config: Any) -> int:
     outcome = function(config)
     if command == "check":
         for problem in outcome:
-            print(problem)
-        print(f"{config.root}: {len(outcome)} problems" if outcome else f"{config.root}: all promises hold")
+            _say(problem)
+        _say(f"{config.root}: {len(outcome)} problems" if outcome else f"{config.root}: all promises hold")
         return 1 if outcome else 0
     if command == "vocab":
-        print(
+        _say(
             f"vocab: {len(outcome)} synsets of {outcome.header['occurrences']} occurrences, "
             f"sha256 {outcome.sha256[:12]}"
         )
     if command == "classes":
-        print(f"classes: {outcome.summary}")
+        _say(f"classes: {outcome.summary}")
     if command in ("report", "jobs"):
-        print(outcome)
+        _say(outcome)
     return 0
 
 
@@ -117,7 +195,7 @@ def _run_stage(command: str, function: Any, config: Any) -> int:
     if command == "dedup":
         exact, near = (summary.counts.get(f"{kind}duplicate image", 0) for kind in ("", "near-"))
         pictures = sum(summary.counts.values())
-        print(f"dedup: {exact + near} of {pictures} pictures are duplicates ({exact} exact, {near} near)")
+        _say(f"dedup: {exact + near} of {pictures} pictures are duplicates ({exact} exact, {near} near)")
         return 0
     others = ", ".join(f"{number} {reason}" for reason, number in summary.counts.items() if reason != "success")
     facts = ", ".join(f"{number} {what}" for what, number in summary.facts.items())
@@ -127,7 +205,7 @@ def _run_stage(command: str, function: Any, config: Any) -> int:
         f"{command}: {samples} samples in {summary.shards} shards "
         f"({summary.made} made now, {summary.seconds:.1f} s{rate})"
     )
-    print("; ".join([done, *([f"left out: {others}"] if others else []), *([facts] if facts else [])]))
+    _say("; ".join([done, *([f"left out: {others}"] if others else []), *([facts] if facts else [])]))
     return 0
 
 
@@ -144,27 +222,27 @@ def _train(rest: list[str]) -> int:
         )
         return 0
     if recipe not in RECIPES:
-        return _fail(2, f"no recipe {recipe!r}; there are {', '.join(RECIPES)}")
+        from shards_spec.suggest import did_you_mean
+
+        return _fail(2, f"no recipe {recipe!r}; {did_you_mean(recipe, RECIPES)}")
+    from pipeline.command_line import Tries, parse_several
+
     module = importlib.import_module(f"training.recipes.{recipe}")
     from training.config import smoke
 
     default = smoke(module.config()) if "--smoke" in rest else module.config()
-    options = [option for option in rest[1:] if option not in ("--smoke", "--predict-memory")]
-    config = _parse(type(default), options, f"clipmill train {recipe}", default)
+    config, tries = parse_several(
+        f"train {recipe}", {recipe: (type(default), default), "tries": (Tries, None)}, rest[1:]
+    )
     from training.trainer import predict, train
 
-    if "--predict-memory" in rest:
-        print(predict(recipe, config))
+    if tries.predict_memory:
+        _say(predict(recipe, config))
         return 0
     out = train(recipe, config)
     if os.environ.get("RANK", "0") == "0":
-        print(out)
+        _say(out)
     return 0
-
-
-def _ours(record: logging.LogRecord) -> bool:
-    """Keep warnings of all, chatter only of our own modules."""
-    return record.levelno >= logging.WARNING or record.name.split(".")[0] in ("pipeline", "training", "slurm")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """One picture from the web: bytes, or a short named reason why not.
 
 Every connection, also after a redirect or for an address in digits, goes through one socket factory that refuses
-what is not globally routable: a list from the web must not reach services of the own network.
+what is not of the public internet: a list from the web must not reach services of the own network.
 """
 
 import asyncio
 import errno
-import ipaddress
 import re
 import socket
 import time
@@ -24,14 +23,13 @@ import aiohttp
 import yarl
 from aiohttp import http_exceptions
 
+from pipeline.addresses import is_public
 from pipeline.limits import Gate, Slots
 from pipeline.names import NameFailed, Names
 
 AGENT = "clipmill"
 OPT_OUT = frozenset({"noai", "noimageai", "noindex", "noimageindex"})  # img2dataset's defaults
 NOT_PUBLIC = "not a public address"
-GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
-NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 FIRST_PAUSE_S = 0.5  # before the first further try; doubled for each one after
 PIECE = 1 << 16
 ESCAPED = re.compile(r"&(?:amp;|#38;|#x26;)+", re.IGNORECASE)  # an ampersand of a link as a web page's source has it
@@ -330,19 +328,6 @@ def opted_out(headers: list[str]) -> bool:
         if OPT_OUT & {directive.strip().lower() for directive in header.split(",")}:
             return True
     return False
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address in digits is globally routable; an IPv4 address that hides in IPv6 must be so too."""
-    ip = ipaddress.ip_address(address)
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if ip in NAT64:
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner is not None:
-            return is_public(str(inner))
-        return ip.is_global and ip in GLOBAL_UNICAST
-    return ip.is_global and not ip.is_multicast
 
 
 def public_socket(address: tuple[Any, ...]) -> socket.socket:

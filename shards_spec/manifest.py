@@ -22,6 +22,7 @@ from shards_spec.files import (
     sha256_json,
     write_json,
 )
+from shards_spec.shown import hide_secrets
 
 STATS_PATTERN = re.compile(r"(\d+)_stats\.json")
 FILE_PATTERN = re.compile(r"(\d+)(\.tar|\.parquet|_stats\.json)")
@@ -165,7 +166,7 @@ def write_stage(root: str, stage: str, block: dict[str, Any], source: str | None
     """Put one finished stage's block (config, config hash, totals, versions) into ``dataset.json``."""
     remove_stale(root)
     dataset = read_dataset(root)
-    dataset["source"] = source or dataset["source"]
+    dataset["source"] = hide_secrets(source) if source else dataset["source"]
     dataset["stages"] = dict(sorted({**dataset["stages"], stage: block}.items()))
     write_json(join(root, "dataset.json"), dataset)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from shards_spec.files import DataError, UserError
 from shards_spec.manifest import finished_shards, shard_name
+from shards_spec.shown import log_to_stderr
 from slurm.claims import Claims, Failures, Finished, Listed, Others
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class Job:
 
     def begin(self) -> None:
         """Set up the log; raise when the job was restarted too often."""
-        logging.basicConfig(level=os.environ.get("CLIPMILL_LOG", "INFO"), format="%(levelname).1s %(message)s")
+        log_to_stderr()
         signal.signal(signal.SIGCONT, signal.SIG_IGN)
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         if restarts > self.max_requeue:

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import tyro
-
+from pipeline.command_line import parse, parse_known, parse_several
 from shards_spec.files import UserError, is_url, join, read_json, write_json
 from shards_spec.manifest import finished_shards
+from shards_spec.shown import hide_secrets
+from shards_spec.suggest import did_you_mean
 from slurm.jobs import ArrayJob, ChainJob, FinishJob, Job, StageJob, TrainJob
 from slurm.options import MEND, Options, Site, read_site
 from slurm.scheduler import Slurm, max_array_size, need_slurm, parameters, wait_for
@@ -68,7 +69,7 @@ def submit(words: list[str], commands: Commands, plain: Callable[[Step], int]) -
     elif target in STAGES:
         steps = [_stage_step(target, words[1:], commands, Options())]
     else:
-        raise UserError(f"cannot submit {target!r}; there are {', '.join(STAGES)}, train and pipeline")
+        raise UserError(f"cannot submit {target!r}; {did_you_mean(target, [*STAGES, 'train', 'pipeline'])}")
     cluster = steps[0].options.cluster
     if cluster == "debug":
         return next((code for step in steps if (code := plain(step))), 0)
@@ -90,15 +91,9 @@ def submit(words: list[str], commands: Commands, plain: Callable[[Step], int]) -
 def _stage_step(command: str, words: list[str], commands: Commands, default: Options) -> Step:
     module_name, class_name, function_name, _ = commands[command]
     module = importlib.import_module(module_name)
-    stage, flat = getattr(module, class_name), cast(Any, tyro.conf.OmitArgPrefixes)
-    pieces: list[Any] = [
-        ("stage", flat[stage]),
-        ("submit", flat[Options], dataclasses.field(default=default)),
-    ]
-    both: Any = dataclasses.make_dataclass("Submission", pieces, frozen=True)
-    both.__doc__ = f"Submit: {stage.__doc__}"
-    parsed = tyro.cli(both, args=words, prog=f"clipmill submit {command}")
-    return Step(command, parsed.submit, getattr(module, function_name), parsed.stage)
+    parts = {"": (getattr(module, class_name), None), "submit": (Options, default)}
+    config, options = parse_several(f"submit {command}", parts, words)
+    return Step(command, options, getattr(module, function_name), config)
 
 
 def _train_step(words: list[str], default: Options) -> Step:
@@ -106,10 +101,10 @@ def _train_step(words: list[str], default: Options) -> Step:
     from training.recipes import RECIPES
 
     if words and words[0] not in (*RECIPES, "-h", "--help"):
-        raise UserError(f"no recipe {words[0]!r}; there are {', '.join(RECIPES)}")
-    options, rest = tyro.cli(
-        Options, args=words[1:] if words[:1] != ["--help"] else words, default=default, return_unknown_args=True,
-        prog="clipmill submit train RECIPE [flags of clipmill train RECIPE]",
+        raise UserError(f"no recipe {words[0]!r}; {did_you_mean(words[0], RECIPES)}")
+    options, rest = parse_known(
+        "submit train RECIPE", Options, default,
+        words[1:] if words[:1] != ["--help"] else words,
     )  # fmt: skip
     if not words or not _option(rest, "--out"):
         raise UserError("submit train RECIPE --out RUN: name the recipe and the run's folder, the job's files go there")
@@ -139,7 +134,7 @@ def _pipeline(words: list[str], commands: Commands) -> list[Step]:
     common, *named = parts
     if not common or not named or not all(named):
         raise UserError(f"name ROOT and the commands\n{USAGE}")
-    options = tyro.cli(Options, args=common[1:], prog="clipmill submit pipeline ROOT")
+    options = parse("submit pipeline ROOT", Options, common[1:])
     steps = []
     for command, *rest in named:
         if command == "train":
@@ -148,7 +143,7 @@ def _pipeline(words: list[str], commands: Commands) -> list[Step]:
         elif command in STAGES:
             steps.append(_stage_step(command, [common[0], *rest], commands, options))
         else:
-            raise UserError(f"cannot submit {command!r}; there are {', '.join(STAGES)} and train")
+            raise UserError(f"cannot submit {command!r}; {did_you_mean(command, [*STAGES, 'train'])}")
     return steps
 
 
@@ -211,7 +206,7 @@ def submit_step(step: Step, chained: bool = False, shards: int | None = None) ->
         jobs = [FinishJob(**common, arrays=tuple(arrays))]
     last = slurm.submit(jobs, condition)
     submission = Submission(
-        name, step.command, shlex.join(sys.argv[1:]), options.cluster, step.root, folder, total, len(ranges), arrays,
+        name, step.command, _words(), options.cluster, step.root, folder, total, len(ranges), arrays,
         last, list(options.after), str(code),
     )  # fmt: skip
     if not options.dry_run:
@@ -247,6 +242,10 @@ def _submission_name(command: str) -> str:
 
 def _submission_name(command: str) -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{command}-{secrets.token_hex(2)}"
+
+
+def _words() -> str:
+    return hide_secrets(shlex.join(sys.argv[1:]))
 
 
 def submissions(place: Path) -> list[Submission]:
@@ -345,7 +344,7 @@ def _locally(steps: list[Step]) -> int:
     jobs = [_single(step) for step in steps]
     job: Any = executor.submit(jobs[0] if len(jobs) == 1 else ChainJob(options.max_requeue, tuple(jobs)))
     record = Submission(
-        name, "+".join(step.command for step in steps), shlex.join(sys.argv[1:]), "local", steps[0].root, None, None,
+        name, "+".join(step.command for step in steps), _words(), "local", steps[0].root, None, None,
         tasks, [], str(job.job_id), [], str(code),
     )  # fmt: skip
     write_json(str(place / name / "environment.json"), environment())

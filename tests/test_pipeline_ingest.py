@@ -23,7 +23,7 @@ from web_server import picture, serve
 
 from pipeline import fetch
 from pipeline.check import CheckConfig, check
-from pipeline.fetch import Fetcher, FetchError, FetchRules, is_public, opted_out
+from pipeline.fetch import Fetcher, FetchError, FetchRules, opted_out
 from pipeline.ingest import IngestConfig, Listing, ingest
 from pipeline.raw_shard import sample_key
 from pipeline.stage import ShardsFailed, Share
@@ -132,20 +132,6 @@ def test_each_hop_of_a_redirect_is_checked(server, monkeypatch):
             with pytest.raises(FetchError, match=r"^not a public address$"):
                 get(f"{server.url}/redirect/{target}/good/5")
         assert not inner.requests
-
-
-@pytest.mark.parametrize("address", [
-    "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
-    "240.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "fec0::1", "ff02::1",
-    "::ffff:10.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "2001:db8::1",
-])  # fmt: skip
-def test_addresses_that_are_not_public(address):
-    assert not is_public(address)
-
-
-@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
-def test_addresses_that_are_public(address):
-    assert is_public(address)
 
 
 @pytest.mark.parametrize(("headers", "expected"), [

@@ -12,6 +12,7 @@ from pipeline.report.axes import percent, short
 from pipeline.report.dataset import dataset_page
 from pipeline.report.run import run_page
 from shards_spec.files import UserError, exists, is_url, join, write_bytes
+from shards_spec.shown import shown
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def report(config: ReportConfig) -> str:
             "or the folder that `clipmill train` wrote"
         )
     try:
-        write_bytes(output, page.encode("utf-8", "replace"))
+        write_bytes(output, shown(page).encode())
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error.strerror}): name another file with --output") from error
     return output
