@@ -3,8 +3,7 @@
 An operation takes a picture and a level: a signed integer on its set's scale, drawn with the view. Sets:
 
 ``torchvision``: torchvision.transforms.RandAugment, 14 operations, level = signed bin of 31 (-30 to 30), nearest
-neighbour, black outside. Its own pixels for the same parameters, but: shifts keep their fraction of a pixel (there
-truncated) and go the other way for the same sign, Solarize's threshold is rounded to a whole one.
+neighbour, black outside; its own pixels to the bit.
 
 ``timm``, ``timm-inc``, ``timm-3a``: timm.data.auto_augment's ``rand-mM-nN``, the same with ``-inc1`` (every operation
 gets stronger with the magnitude) and with ``-t3a`` (3-Augment, DeiT III). Level = signed hundredths of timm's
@@ -13,6 +12,7 @@ bilinear or bicubic by chance unless set), grey (128) outside, and: a blur's rad
 timm's at 224 pixels; Posterize to 0 bits is black, which Pillow refuses by now.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -50,28 +50,46 @@ def _enhance(image: Image.Image, kind: Any, factor: float) -> Image.Image:
     return enhanced
 
 
-def _affine(image: Image.Image, level: int, matrix: Any) -> Image.Image:
-    coefficients = matrix(level / _LAST, image.width, image.height)
-    return image.transform(image.size, Image.Transform.AFFINE, coefficients, fillcolor=_BLACK)
+def _magnitude(most: float, level: int) -> float:
+    """Bin ``level`` of ``torch.linspace(0, most, 31)``, signed: float32, counted from the nearer end, rounded once."""
+    end, place = np.float32(most), abs(level)
+    step = float(end / np.float32(_LAST))
+    size = np.float32(step * place if place < BINS // 2 else float(end) - step * (_LAST - place))
+    return math.copysign(float(size), level)
+
+
+def _shear(image: Image.Image, level: int, matrix: Any) -> Image.Image:
+    slope = math.tan(math.radians(math.degrees(math.atan(_magnitude(0.3, level)))))  # +-0.3; an angle on its way
+    return image.transform(image.size, Image.Transform.AFFINE, matrix(slope), fillcolor=_BLACK)
+
+
+def _shift(image: Image.Image, level: int, side: int, matrix: Any) -> Image.Image:
+    pixels = int(_magnitude(_TRANSLATE * image.size[side], level))  # +-150/331 of the side, cut to whole pixels
+    return image.transform(image.size, Image.Transform.AFFINE, matrix(-pixels), fillcolor=_BLACK)
 
 
 def _stronger(kind: Any) -> Operation:
-    return lambda image, level: _enhance(image, kind, 1 + 0.9 * level / _LAST)
+    return lambda image, level: _enhance(image, kind, 1.0 + _magnitude(0.9, level))
+
+
+def _solarize(image: Image.Image, level: int) -> Image.Image:
+    threshold = 255.0 - 8.5 * abs(level)  # exact in float32: above 255 to 0
+    return image.point([value if value < threshold else 255 - value for value in range(256)] * 3)
 
 
 _TORCHVISION: tuple[tuple[str, Operation], ...] = (  # ranges of RandAugment._augmentation_space
     ("Identity", lambda image, level: image),
-    ("ShearX", partial(_affine, matrix=lambda s, w, h: (1, 0.3 * s, 0, 0, 1, 0))),  # +-0.3
-    ("ShearY", partial(_affine, matrix=lambda s, w, h: (1, 0, 0, 0.3 * s, 1, 0))),
-    ("TranslateX", partial(_affine, matrix=lambda s, w, h: (1, 0, _TRANSLATE * s * w, 0, 1, 0))),  # +-150/331
-    ("TranslateY", partial(_affine, matrix=lambda s, w, h: (1, 0, 0, 0, 1, _TRANSLATE * s * h))),
-    ("Rotate", lambda image, level: image.rotate(30 * level / _LAST, fillcolor=_BLACK)),  # +-30 degrees
+    ("ShearX", partial(_shear, matrix=lambda slope: (1, slope, 0, 0, 1, 0))),
+    ("ShearY", partial(_shear, matrix=lambda slope: (1, 0, 0, slope, 1, 0))),
+    ("TranslateX", partial(_shift, side=0, matrix=lambda pixels: (1, 0, pixels, 0, 1, 0))),
+    ("TranslateY", partial(_shift, side=1, matrix=lambda pixels: (1, 0, 0, 0, 1, pixels))),
+    ("Rotate", lambda image, level: image.rotate(_magnitude(30.0, level), fillcolor=_BLACK)),  # +-30 degrees
     ("Brightness", _stronger(ImageEnhance.Brightness)),  # factor 1 +- 0.9
     ("Color", _stronger(ImageEnhance.Color)),
     ("Contrast", _stronger(ImageEnhance.Contrast)),
     ("Sharpness", _stronger(ImageEnhance.Sharpness)),
     ("Posterize", lambda image, level: ImageOps.posterize(image, 8 - round(4 * abs(level) / _LAST))),  # 8 to 4 bits
-    ("Solarize", lambda image, level: ImageOps.solarize(image, 255 - round(255 * abs(level) / _LAST))),  # above 255-0
+    ("Solarize", _solarize),
     ("AutoContrast", lambda image, level: ImageOps.autocontrast(image)),
     ("Equalize", lambda image, level: ImageOps.equalize(image)),
 )

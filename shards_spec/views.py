@@ -9,6 +9,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from statistics import NormalDist
 from typing import Any
 
@@ -20,9 +21,10 @@ from shards_spec.augment import OP_SETS, ORDERS, OpSet, jitter
 from shards_spec.draws import uniform_draws
 from shards_spec.files import DataError, UserError, sha256_json
 
-RENDERING = 1  # raised whenever `apply_view` gives other pixels for the same view
+RENDERING = 2  # raised whenever `apply_view` gives other pixels for the same view
 _LATER = ("op_set", "op_prob", "magnitude_std", "jitter", "jitter_prob")  # not in the JSON while at their defaults
-_HEAD = struct.Struct("<4HBB")  # area, aspect, left, top, flip + 2 * jittered, number of operations
+TRIES = 10  # boxes that torchvision's RandomResizedCrop draws until one fits
+_HEAD = struct.Struct(f"<{2 * TRIES + 2}HBB")  # area, aspect, ... left, top, flip + 2 * jittered, number of operations
 _OPERATION = struct.Struct("<Bh")  # index in the set, level
 _JITTER = struct.Struct("<B4H")  # order, brightness, contrast, saturation, hue
 
@@ -31,8 +33,8 @@ _JITTER = struct.Struct("<B4H")  # order, brightness, contrast, saturation, hue
 class ViewSpec:
     """How views are drawn: crop, flip, RandAugment, colour jitter, in this order.
 
-    Crop: RandomResizedCrop with area share in ``scale`` and aspect in ``ratio``; ``scale=None`` means no
-    augmentation at all, the shorter side resized and the centre cropped.
+    Crop: torchvision's RandomResizedCrop with area share in ``scale`` and aspect in ``ratio``; ``scale=None`` means
+    no augmentation at all, the shorter side resized and the centre cropped.
     """
 
     seed: int = 0
@@ -98,10 +100,11 @@ def stored_spec(path: str, stored: dict[str, Any]) -> ViewSpec:
     said = dict(stored)
     made_with = (said.pop("pillow", None), said.pop("rendering", None))
     if made_with != (PIL.__version__, RENDERING):
+        install = f"install pillow=={made_with[0]}, or " if made_with[1] == RENDERING else ""
         raise DataError(
             f"{path}: its views were rendered by Pillow {made_with[0]} (rendering {made_with[1]}), here is Pillow "
-            f"{PIL.__version__} (rendering {RENDERING}), which may give other pixels: install pillow=={made_with[0]}, "
-            "or delete the cache and run `clipmill cache` again"
+            f"{PIL.__version__} (rendering {RENDERING}), which may give other pixels: {install}"
+            "delete the cache and run `clipmill cache` again"
         )
     tuples: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
     try:
@@ -114,13 +117,13 @@ def stored_spec(path: str, stored: dict[str, Any]) -> ViewSpec:
 
 @dataclass(frozen=True)
 class View:
-    """One drawn view. Crop numbers are shares in 1/65535; an operation is (index in its set, signed level).
+    """One drawn view. ``boxes`` are the tries of the crop in order, (area, aspect) each.
 
-    ``jitter`` is empty, or the order of the four (an index of `augment.ORDERS`) and their shares in 1/65535.
+    They, ``left`` and ``top`` are shares in 1/65535; an operation is (index in its set, signed level). ``jitter`` is
+    empty, or the order of the four (an index of `augment.ORDERS`) and their shares in 1/65535.
     """
 
-    area: int
-    aspect: int
+    boxes: tuple[tuple[int, int], ...]
     left: int
     top: int
     flip: bool
@@ -128,10 +131,9 @@ class View:
     jitter: tuple[int, ...] = ()
 
     def pack(self) -> bytes:
-        """All of it in 10 bytes, 3 more per operation and 9 for the jitter (SPEC.md section 4)."""
-        head = _HEAD.pack(
-            self.area, self.aspect, self.left, self.top, self.flip + 2 * bool(self.jitter), len(self.ops)
-        )  # fmt: skip
+        """All of it in 46 bytes, 3 more per operation and 9 for the jitter (SPEC.md section 4)."""
+        numbers = [*chain.from_iterable(self.boxes), self.left, self.top]
+        head = _HEAD.pack(*numbers, self.flip + 2 * bool(self.jitter), len(self.ops))
         tail = _JITTER.pack(*self.jitter) if self.jitter else b""
         return b"".join([head, *(_OPERATION.pack(*operation) for operation in self.ops), tail])
 
@@ -142,24 +144,27 @@ def unpack_view(data: bytes) -> View:
     places = range(_HEAD.size, _HEAD.size + count * _OPERATION.size, _OPERATION.size)
     operations = tuple(_OPERATION.unpack_from(data, place) for place in places)
     jittered = _JITTER.unpack_from(data, len(data) - _JITTER.size) if flags & 2 else ()
-    return View(crop[0], crop[1], crop[2], crop[3], bool(flags & 1), operations, jittered)
+    *boxes, left, top = crop
+    return View(tuple(zip(boxes[::2], boxes[1::2], strict=True)), left, top, bool(flags & 1), operations, jittered)
 
 
 def draw_view(spec: ViewSpec, key: str, view: int) -> View:
     """Draw view number ``view`` of sample ``key``: a pure function of its arguments.
 
-    The numbers in order: area, aspect, left, top, flip; a pick and a sign per operation; whether it is applied and
-    its deviation per operation; whether to jitter, the order, and four strengths.
+    The numbers in order: area and aspect of ten boxes, left, top, flip; a pick and a sign per operation; whether it is
+    applied and its deviation per operation; whether to jitter, the order, and four strengths.
     """
-    numbers = uniform_draws(f"{spec.seed}/{key}/{view}", 11 + 4 * spec.ops).tolist()
-    area, aspect, left, top = (round(u * 65535) for u in numbers[:4])
-    signs, more, last = 5 + 2 * spec.ops, 5 + 4 * spec.ops, numbers[5 + 4 * spec.ops :]
+    crop = 2 * TRIES + 2
+    numbers = uniform_draws(f"{spec.seed}/{key}/{view}", crop + 1 + 4 * spec.ops + 6).tolist()
+    *boxes, left, top = (int(u * 65536) for u in numbers[:crop])
+    picks, signs, more = crop + 1, crop + 1 + 2 * spec.ops, crop + 1 + 4 * spec.ops
+    last = numbers[more:]
     operations = OP_SETS[spec.op_set]
     ops = []
     for place, (applied, deviation) in enumerate(
         zip(numbers[signs:more:2], numbers[signs + 1 : more : 2], strict=True)
     ):
-        pick, sign = numbers[5 + 2 * place : 7 + 2 * place]
+        pick, sign = numbers[picks + 2 * place : picks + 2 * place + 2]
         magnitude: float = spec.magnitude
         if spec.magnitude_std:
             wide = NormalDist(spec.magnitude, spec.magnitude_std).inv_cdf(max(deviation, 2.0**-53))
@@ -170,34 +175,43 @@ def draw_view(spec: ViewSpec, key: str, view: int) -> View:
     jittered: tuple[int, ...] = ()
     if any(spec.jitter) and last[0] < spec.jitter_prob:
         jittered = (int(last[1] * len(ORDERS)), *(round(u * 65535) for u in last[2:]))
-    return View(area, aspect, left, top, numbers[4] < spec.flip, tuple(ops), jittered)
+    pairs = tuple(zip(boxes[::2], boxes[1::2], strict=True))
+    return View(pairs, left, top, numbers[crop] < spec.flip, tuple(ops), jittered)
 
 
 def crop_box(spec: ViewSpec, view: View, width: int, height: int) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) in pixels of a ``width`` x ``height`` picture.
+    """(left, top, right, bottom) in pixels of a ``width`` x ``height`` image, whole ones but for the plain centre crop.
 
-    Area share uniform in ``scale``, aspect log-uniform in ``ratio`` (Inception crop, as torchvision's
-    RandomResizedCrop); a box that does not fit is shrunk to fit along that side, which needs no second draw.
+    torchvision.transforms.RandomResizedCrop: of ten boxes, area share uniform in ``scale`` and aspect log-uniform in
+    ``ratio``, the first that fits; else the largest in the centre with its aspect clamped to ``ratio``.
     """
     if spec.scale is None:
         side = min(width, height)
         return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
-    area = spec.scale[0] + (spec.scale[1] - spec.scale[0]) * view.area / 65535
-    low, high = math.log(spec.ratio[0]), math.log(spec.ratio[1])
-    aspect = math.exp(low + (high - low) * view.aspect / 65535)
-    crop_width = min(math.sqrt(area * width * height * aspect), width)
-    crop_height = min(math.sqrt(area * width * height / aspect), height)
-    left = (width - crop_width) * view.left / 65535
-    top = (height - crop_height) * view.top / 65535
-    return left, top, left + crop_width, top + crop_height
+    (least, most), (low, high) = spec.scale, spec.ratio
+    for drawn_area, drawn_aspect in view.boxes:
+        area = (least + (most - least) * drawn_area / 65535) * width * height
+        aspect = math.exp(math.log(low) + (math.log(high) - math.log(low)) * drawn_aspect / 65535)
+        wide, tall = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < wide <= width and 0 < tall <= height:
+            left, top = view.left * (width - wide + 1) >> 16, view.top * (height - tall + 1) >> 16
+            return left, top, left + wide, top + tall
+    wide, tall = width, height
+    if width < low * height:
+        tall = max(1, round(width / low))
+    elif width > high * height:
+        wide = max(1, round(height * high))
+    left, top = (width - wide) // 2, (height - tall) // 2
+    return left, top, left + wide, top + tall
 
 
 def apply_view(image: Image.Image, spec: ViewSpec, view: View, size: int) -> Image.Image:
-    """Render a view of an RGB picture at ``size`` x ``size`` pixels, bicubic, antialiased."""
+    """Render a view of an RGB image at ``size`` x ``size`` pixels, bicubic, antialiased."""
     box = crop_box(spec, view, *image.size)
-    rendered = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     if spec.scale is None:
-        return rendered
+        return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    left, top, right, bottom = map(int, box)
+    rendered = image.crop((left, top, right, bottom)).resize((size, size), Image.Resampling.BICUBIC)
     if view.flip:
         rendered = ImageOps.mirror(rendered)
     for operation, level in view.ops:

@@ -390,7 +390,7 @@ def test_views_follow_their_ranges():
     assert boxes[:, [1, 3]].max() <= 200 + 1e-6
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / 60000
     assert areas.min() > 0.29
-    assert areas.max() < 0.601
+    assert areas.max() < 0.605  # sides are whole pixels
     assert abs(np.mean([view.flip for view in drawn]) - 0.25) < 0.03
     assert {operation for view in drawn for operation, _ in view.ops} == set(range(14))
 
