@@ -7,7 +7,7 @@ import numpy as np
 from shards_spec.embeddings import Dtype, EmbeddingFile, Vectors, content_id, empty_vectors, encode_vectors, id_column
 from shards_spec.files import DataError, read_buffer
 from shards_spec.sample import Sample
-from shards_spec.tar import index_shard
+from shards_spec.tar import index_shard, read_sample
 
 
 class OpenShard:
@@ -40,8 +40,7 @@ class OpenShard:
 
     def sample(self, row: int) -> Sample:
         """The sample with copies of its members' bytes."""
-        key, members = self._index[row]
-        return Sample(key, {ext: bytes(self._buffer[m.offset : m.offset + m.size]) for ext, m in members.items()})
+        return read_sample(self._buffer, *self._index[row])
 
     def columns(self, views: int, texts: bool) -> list[str]:
         """Names of all that a cache of ``views`` views should hold."""

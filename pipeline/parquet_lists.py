@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cells import URL_PATTERN, check_once, files_folder, make_row, pick_columns, shown
-from pipeline.local import PICTURE_COLUMNS, SourceFile
+from pipeline.local import SourceFile
 from pipeline.parquet_pages import MAX_PAGE_BYTES, largest_page
 from pipeline.places import (
     CAPTION_NAMES,
@@ -25,6 +25,7 @@ from pipeline.places import (
 )
 from shards_spec.files import UserError, is_url
 from shards_spec.library_errors import parquet_errors
+from shards_spec.sample import NAMED_IMAGES
 
 log = logging.getLogger(__name__)
 BATCH_ROWS, BATCH_BYTES = 1024, 1 << 25  # read at a time, if every cell were as large as the largest page
@@ -212,11 +213,11 @@ def picture_column(schema: pa.Schema, given: str | None = None) -> str | None:
         kind = field.type
         if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and is_binary(kind.field("bytes").type):
             found[field.name] = f"{field.name}.bytes"
-        elif is_binary(kind) and (field.name == given or field.name.strip().lower() in PICTURE_COLUMNS):
+        elif is_binary(kind) and (field.name == given or field.name.strip().lower() in NAMED_IMAGES):
             found[field.name] = field.name
     if given in found:
         return found[given]
-    index = find_column(None, PICTURE_COLUMNS, list(found))
+    index = find_column(None, NAMED_IMAGES, list(found))
     return list(found.values())[index or 0] if found else None
 
 

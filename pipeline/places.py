@@ -13,13 +13,14 @@ from collections import OrderedDict
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.parquet_pages import MAX_PAGE_BYTES, largest_page
 from shards_spec.files import UserError, filesystem, is_url, open_read, store_errors
+from shards_spec.tar_members import joined
 
 URL_NAMES, CAPTION_NAMES = ("url", "image_url", "img_url"), ("caption", "text", "alt_text", "alt")
 MAX_LINE_BYTES = 1 << 20
@@ -52,6 +53,15 @@ class TarPlace:
 
 
 @dataclass(frozen=True)
+class SparsePlace:
+    """A sparse member of a tar, ``size`` bytes: pieces of (first byte in the member, place in the tar, bytes)."""
+
+    path: str
+    size: int
+    pieces: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
 class ParquetPlace:
     """A cell of a Parquet file: ``column`` is the path of its leaf (``image.bytes``), ``row`` counts in the group."""
 
@@ -61,7 +71,7 @@ class ParquetPlace:
     row: int
 
 
-Place = FilePlace | TarPlace | ParquetPlace
+Place = FilePlace | TarPlace | SparsePlace | ParquetPlace
 
 
 class PlaceError(Exception):
@@ -84,6 +94,14 @@ class Row:
     place: Place | None = None
     note: str | None = None
     extra: dict[str, Any] = field(default_factory=dict, compare=False)
+
+
+class Caption(NamedTuple):
+    """A caption, why its row cannot be used, and what is to be noted of a row that can."""
+
+    text: str | None = None
+    problem: str | None = None
+    note: str | None = None
 
 
 # what all sources share
@@ -209,13 +227,16 @@ def read_place(place: Place, max_bytes: int) -> bytes:
 
     Many threads may call it at once. Rows of a Parquet row group are cheapest in rising order.
     """
-    if isinstance(place, TarPlace) and place.size > max_bytes:
+    if isinstance(place, TarPlace | SparsePlace) and place.size > max_bytes:
         raise PlaceError(TOO_LARGE)
     try:
         if isinstance(place, ParquetPlace):
             data = _pool.read(place)
         elif isinstance(place, TarPlace):
             data = _read_part(place)
+        elif isinstance(place, SparsePlace):
+            parts = ((start, _read_part(TarPlace(place.path, at, size))) for start, at, size in place.pieces)
+            data = joined(place.size, parts)
         else:
             data = _read_file(place.path, max_bytes)
     except (PlaceError, UserError):  # the latter: the store refuses us, no picture is to blame

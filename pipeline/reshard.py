@@ -21,7 +21,8 @@ from pipeline.stage import LOOK_AHEAD, Result, Stage, Summary, Task, run_stage
 from shards_spec.files import DataError, atomic_writer, exists, is_url, join, open_read, read_buffer, sha256_file
 from shards_spec.manifest import file_hash, forget, remove_shards, remove_stage, shard_name
 from shards_spec.sample import Sample
-from shards_spec.tar import BLOCK, index_shard
+from shards_spec.tar import index_shard
+from shards_spec.tar_members import BLOCK
 
 FOLDER = "plan"
 SCHEMA = pa.schema(
@@ -65,10 +66,7 @@ def plan_shard(root: str, task: Task, *, choice: Choice) -> Result:
     try:
         with read_buffer(source) as buffer:
             for key, members in index_shard(buffer, source):
-                texts = {
-                    ext: bytes(buffer[m.offset : m.offset + m.size]) if ext in ("txt", "json") else b""
-                    for ext, m in members.items()
-                }
+                texts = {ext: m.read(buffer) if ext in ("txt", "json") else b"" for ext, m in members.items()}
                 decided = chooser.decide(Sample(key, texts))
                 keys.append(key)
                 reasons.append(decided if isinstance(decided, str) else None)

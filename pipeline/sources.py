@@ -6,29 +6,30 @@ file, a folder or a glob, local or an fsspec URL; the files of a folder or a glo
 
 import glob
 import gzip
+import logging
 import os
 import zlib
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
 from itertools import islice
 from typing import Any, Literal
 
+from pipeline.foreign_tar import mean_sample_bytes, webdataset_rows
 from pipeline.local import (
-    METADATA,
     SourceFile,
-    clean_name,
     folder_rows,
-    mean_sample_bytes,
-    webdataset_rows,
 )
+from pipeline.metadata import METADATA
 from pipeline.parquet_lists import parquet_form, parquet_rows, picture_parquet_rows
 from pipeline.places import Columns, Row, expected_errors, local_stamp, open_list, open_parquet, stamp_of
 from pipeline.text_lists import CC3M, CC12M, address_rows, delimited_rows, detect_text, headless_rows, json_rows
 from shards_spec.files import DataError, UserError, filesystem, is_url, join, open_read, store_errors
 from shards_spec.folders import walk
 from shards_spec.manifest import STATS_PATTERN
-from shards_spec.names import is_ignored, is_image
+from shards_spec.names import PACKED_ENDINGS, clean_name, endings_line, file_ending, is_ignored, is_image, packed_kind
 
+log = logging.getLogger(__name__)
 Format = Literal["cc3m", "cc12m", "csv", "parquet", "jsonl", "txt", "folder", "hf-parquet", "webdataset", "img2dataset"]
 KINDS = {  # of files that a folder or a glob can have
     "tar": (".tar",),
@@ -42,10 +43,6 @@ KINDS_OF_FORM = {
     "csv": ("csv", "tsv"), "cc3m": ("tsv",), "cc12m": ("tsv",), "txt": ("txt",),
 }  # fmt: skip
 ENDINGS = {**KINDS, "txt": (".txt", ".txt.gz")}  # a text file in a folder is a list only when the form says so
-PACKED = {  # first bytes of what may hold a list
-    b"PK\x03\x04": "a zip file (or a spreadsheet)", b"BZh": "packed with bzip2", b"\xfd7zXZ\0": "packed with xz",
-    b"\x28\xb5\x2f\xfd": "packed with zstd", b"7z\xbc\xaf": "a 7z file", b"Rar!": "a rar file",
-}  # fmt: skip
 HEAD_BYTES = 1 << 20  # of a list, to estimate its lines
 NAMES_SEEN = 10_000  # of a folder, to tell its form
 FOOTERS_READ = 100  # of Parquet files, to count their rows
@@ -127,15 +124,17 @@ def _globbed(source: str) -> list[SourceFile]:
 def _in_folder(source: str, form: Format | None) -> list[SourceFile]:
     kinds = KINDS_OF_FORM.get(form or "", tuple(KINDS))
     endings = tuple(ending for kind in kinds for ending in ENDINGS[kind])
-    found = [
-        (prefix + name, info)
-        for prefix, files in walk(source)
-        for name, info in files.items()
-        if not name.startswith("_") and name.lower().endswith(endings)
-    ]
+    every = [(prefix + name, info) for prefix, files in walk(source) for name, info in files.items()]
+    found = [item for item in every if not _base(item[0]).startswith("_") and item[0].lower().endswith(endings)]
+    if packed := _packed_files(name for name, _ in every):
+        _warn_once(f"--source {source}: {packed}, which cannot be read in place, left out; unpack them")
     if not found:
         raise UserError(f"--source {source}: the folder has no file for --format {form} ({', '.join(endings)})")
     return [_file(join(source, below), below, info) for below, info in found]
+
+
+def _base(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _kind(name: str) -> str | None:
@@ -171,18 +170,33 @@ def _detect_folder(source: str, columns: Columns) -> Format | None:
     if any(STATS_PATTERN.fullmatch(name) for name in names):
         return "img2dataset"
     picture = next((name for name in names if is_image(name)), None)
-    own = [name for name in names if not name.rpartition("/")[2].startswith((".", "_")) and _kind(name)]
+    own = [name for name in names if not _base(name).startswith("_") and _kind(name)]
     if picture is None:
-        if own and all(name.rpartition("/")[2] in METADATA for name in own):
+        if own and all(_base(name) in METADATA for name in own):
             return _detect_metadata(join(source, own[0]), columns)
+        if not own and (packed := _packed_files(names)):
+            raise UserError(f"--source {source}: {packed}, which cannot be read in place; unpack them")
         return None if own else "folder"
-    large = next((name for name in own if _kind(name) in ("tar", "parquet")), None)
+    lists = (name for name in own if _base(name) not in METADATA)
+    large = next((name for name in lists if _kind(name) in ("tar", "parquet")), None)
     if large is not None:
         raise UserError(
             f"--source {source}: has pictures ({picture}) and {large}; name what is meant with --format "
             "(folder, webdataset, parquet, hf-parquet), or with a glob such as '*.parquet'"
         )
     return "folder"
+
+
+@cache
+def _warn_once(text: str) -> None:
+    """A source's files are listed several times."""
+    log.warning(text)
+
+
+def _packed_files(names: Iterable[str]) -> str:
+    """``has 12 .tar.gz``; empty when no file is packed so that it cannot be read."""
+    endings = Counter(ending for ending in map(file_ending, names) if ending in PACKED_ENDINGS)
+    return f"has {endings_line(endings)}" if endings else ""
 
 
 def _detect_metadata(path: str, columns: Columns) -> Format | None:
@@ -199,13 +213,13 @@ def _detect_file(path: str, columns: Columns) -> Format:
         head = file.read(512)
     if head[:4] == b"PAR1":
         return parquet_form(path, columns)
-    if head[257:262] == b"ustar" or path.lower().endswith(".tar"):
+    if head[257:262] == b"ustar" or (path.lower().endswith(".tar") and not packed_kind(head)):
         if _packed(path):
             raise UserError(f"--source {path}: a tar packed with gzip has no places; unpack it (gunzip) first")
         return "webdataset"
     if is_image(path):
         raise UserError(f"--source {path}: a picture; give its folder")
-    if (packed := next((what for magic, what in PACKED.items() if head.startswith(magic)), None)) is not None:
+    if (packed := packed_kind(head)) is not None:
         raise UserError(f"--source {path}: {packed}; unpack it first")
     return detect_text(path, columns)
 
@@ -221,7 +235,7 @@ def _packed(path: str) -> bool:
 def list_rows(source: str, form: Format, columns: Columns = (None, None)) -> Iterator[Row]:
     """Rows of a source in the order of its files, memory bounded. Raises UserError for a file that cannot be read."""
     if form == "folder":
-        yield from folder_rows(source)
+        yield from folder_rows(source, columns)
         return
     files = source_files(source, form)
     try:

@@ -29,7 +29,18 @@ from pipeline.cells import (
     make_row,
     pick_columns,
 )
-from pipeline.places import MAX_LINE_BYTES, URL_NAMES, Columns, Row, find_column, lines, raw_lines, text_of
+from pipeline.places import (
+    MAX_LINE_BYTES,
+    NOT_UTF8,
+    URL_NAMES,
+    Caption,
+    Columns,
+    Row,
+    find_column,
+    lines,
+    raw_lines,
+    text_of,
+)
 from shards_spec.files import UserError
 from shards_spec.library_errors import what_it_is
 
@@ -306,6 +317,13 @@ def json_captions(value: object) -> tuple[list[bytes | None], str | None]:
         return [_json_bytes(value)], None
     texts = [_json_bytes(text) for text in value if isinstance(text, str)] if isinstance(value, list) else []
     return (texts, None) if texts else ([None], None if value == [] else NOT_TEXT)
+
+
+def captions_of(value: object) -> list[Caption]:
+    """`json_captions` as text."""
+    texts, note = json_captions(value)
+    found = [text_of(text) for text in texts]
+    return [Caption(text, NOT_UTF8 if broken else None, note) for text, broken in found]
 
 
 def _json_bytes(value: object) -> bytes | None:

@@ -29,6 +29,13 @@ SYSTEM_NAMES = frozenset(
     }
 )  # fmt: skip
 MOST_ENDINGS = 10  # named in one line
+PACKED = {  # first bytes of what cannot be read in place
+    b"\x1f\x8b": "packed with gzip", b"PK\x03\x04": "a zip file (or a spreadsheet)", b"PK\x05\x06": "an empty zip file",
+    b"BZh": "packed with bzip2", b"\xfd7zXZ\0": "packed with xz", b"\x28\xb5\x2f\xfd": "packed with zstd",
+    b"7z\xbc\xaf": "a 7z file", b"Rar!": "a rar file",
+}  # fmt: skip
+PACKED_BYTES = 6  # that tell
+PACKED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".zip", ".7z", ".rar")
 # of captions, caches, vocabularies: one part of a path, no hidden one, no flag, nothing that a shell, a glob, a URL or
 # a brace list reads as more than a name
 NAME_PATTERN = re.compile(r"\w([\w .,+=@%~()-]*[\w.+=@%~()-])?")
@@ -58,8 +65,19 @@ def undecoded_ending(name: str) -> str | None:
 
 
 def file_ending(name: str) -> str:
-    """The lower-case ending with its dot; empty when there is none."""
-    return os.path.splitext(name)[1].lower()
+    """The lower-case ending with its dot (``.tar.gz`` is one); empty when there is none."""
+    lowered = name.lower()
+    return next((ending for ending in PACKED_ENDINGS if lowered.endswith(ending)), os.path.splitext(lowered)[1])
+
+
+def clean_name(name: str) -> str:
+    """The name with bytes that are no UTF-8 replaced."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def packed_kind(head: bytes) -> str | None:
+    """What archive or packed file begins with these bytes; None for all else."""
+    return next((kind for magic, kind in PACKED.items() if head.startswith(magic)), None)
 
 
 def endings_line(endings: Counter[str]) -> str:

@@ -3,13 +3,18 @@
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from shards_spec.files import DataError
-from shards_spec.names import IMAGE_EXTENSIONS
+from shards_spec.names import IMAGE_EXTENSIONS, is_image
 
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_\-]+(/[A-Za-z0-9_\-]+)*")
 MAX_NAME_BYTES = 100  # the name field of a USTAR header
+MAX_DEPTH = 100  # of JSON: what is nested deeper breaks those who write it again
+TEXT_EXTENSIONS = ("txt", "caption", "text")
+NAMED_IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes", "img_bytes")
+LABEL_IMAGES = ("mask", "seg", "segmentation", "label", "semantic", "instance", "depth", "normal", "alpha", "matte")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,28 @@ class Sample:
     def meta(self) -> dict[str, Any]:
         """The json member. Raises DataError when it is no JSON object."""
         try:
-            value = json.loads(self.members.get("json", b"{}"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"key {self.key}: its json member does not parse ({error})") from error
-        if not isinstance(value, dict):
-            raise DataError(f"key {self.key}: its json member is no object")
-        return value
+            return parse_object(self.members.get("json", b"{}"))
+        except ValueError as error:
+            raise DataError(f"key {self.key}: its json member {error}") from error
+
+
+def parse_object(data: str | bytes) -> dict[str, Any]:
+    """A JSON object. Raises ValueError that says what is wrong: no JSON, no object, nested too deep, huge numbers."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:  # of the former are numbers with more digits than Python converts
+        raise ValueError(f"does not parse ({str(error).split(';')[0]})") from error
+    if not isinstance(value, dict):
+        raise ValueError("is no object")
+    brackets = (b"[", b"{") if isinstance(data, bytes) else ("[", "{")
+    if sum(map(data.count, brackets)) > MAX_DEPTH and not _is_shallow(value, MAX_DEPTH):  # type: ignore[arg-type]
+        raise ValueError(f"is nested deeper than {MAX_DEPTH} levels")
+    return value
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return not inner or (levels > 0 and all(_is_shallow(item, levels - 1) for item in inner))
 
 
 def check_key(key: str) -> str:
@@ -74,3 +95,40 @@ def split_name(name: str) -> tuple[str, str]:
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
+
+
+def subsamples(key: str, members: dict[str, T]) -> list[tuple[str, dict[str, T]]]:
+    """The samples that webdataset's rule puts under one key: ``track 2.0.jpg``, ``track 2.0.txt``, ``track 2.1.jpg`` ….
+
+    Dots in file names make one key of many. An image is a sample of its own, under the longer key (``track 2.0``), when
+    a text or a json has the same longer stem, or the stem goes on with a digit; members without such a stem belong to
+    all of them when no image is left among those. When there are only images with longer stems and nothing to share,
+    each is a sample, too. What remains is one sample with several members, as ``x.jpg``, ``x.seg.png`` and ``x.txt``.
+    """
+    stems = dict[str, dict[str, T]]()
+    for extension, member in members.items():
+        stem, _, last = extension.rpartition(".")
+        stems.setdefault(stem, {})[last] = member
+    images = [stem for stem, own in stems.items() if stem not in LABEL_IMAGES and any(map(is_image, own))]
+    if not any(images):
+        return [(key, members)]
+    beside = TEXT_EXTENSIONS if "" in images else (*TEXT_EXTENSIONS, "json")
+    numbered = any(_is_number(stem) for stem in images)
+    own = [
+        stem
+        for stem in stems
+        if (stem in images and any(name in stems[stem] for name in beside) and stem not in ("", *NAMED_IMAGES))
+        or (numbered and _is_number(stem))
+    ]
+    rest = {extension: member for extension, member in members.items() if extension.rpartition(".")[0] not in own}
+    left = [stem for stem in images if stem not in own]
+    if len(left) > 1 and not any(stem in ("", *NAMED_IMAGES) for stem in left) and all(map(is_image, rest)):
+        own, left, rest = [stem for stem in stems if stem in own or stem in left], [], {}
+    shared = {} if left else rest
+    found = [(f"{key}.{stem}", {**shared, **stems[stem]}) for stem in own]
+    found += [(key, rest)] if left else []
+    return found if len(found) > 1 else [(key, members)]
+
+
+def _is_number(stem: str) -> bool:
+    return stem.strip()[:1].isdigit()

@@ -24,7 +24,8 @@ from shards_spec.images import decode_rgb
 from shards_spec.manifest import read_dataset, shard_ids, shard_name, shard_sizes
 from shards_spec.models import LoadedModel
 from shards_spec.sample import Sample
-from shards_spec.tar import Member, index_shard
+from shards_spec.tar import index_shard, read_sample
+from shards_spec.tar_members import Member
 from shards_spec.views import ViewSpec, apply_view, draw_view
 from shards_spec.vocab import Vocabulary, read_vocabulary
 from training.config import CacheConfig, DataConfig, LabelConfig, SideConfig, ViewConfig
@@ -67,10 +68,7 @@ class ShardReader:
     def sample(self, shard: int, index: int) -> Sample:
         """Raises DataError naming the file when the shard is not there, broken, or of another size."""
         opened = self._shard(shard)
-        members = opened.members[index].items()
-        return Sample(
-            opened.keys[index], {ext: bytes(opened.buffer[m.offset : m.offset + m.size]) for ext, m in members}
-        )
+        return read_sample(opened.buffer, opened.keys[index], opened.members[index])
 
     def _shard(self, shard: int) -> _Open:
         return self.open.get(shard, lambda: self._index(shard))

@@ -115,7 +115,7 @@ class TarPictures:
             with read_buffer(path) as buffer:
                 for key, members in index_shard(buffer, path):
                     member = members.get("cls")
-                    text = bytes(buffer[member.offset : member.offset + member.size]).decode() if member else ""
+                    text = member.read(buffer).decode() if member else ""
                     if not text.strip().isdigit() or int(text) >= len(self.classes):
                         raise DataError(
                             f"{path}: key {key} has class {text!r}, not a number below {len(self.classes)} (the lines "

@@ -12,7 +12,7 @@ from pipeline.report.columns import parquet_files, read_columns
 from shards_spec.files import DataError, exists, join, names, read_buffer
 from shards_spec.images import decode_rgb
 from shards_spec.sample import Sample
-from shards_spec.tar import index_shard
+from shards_spec.tar import index_shard, read_sample
 
 SHARDS = 6  # shards opened for the sheet at most
 THUMBNAIL = 320  # pixels of the longer side
@@ -83,8 +83,7 @@ def _with_pictures(path: str, rows: dict[str, Any], problems: list[str]) -> list
         with read_buffer(path) as buffer:
             for key, members in index_shard(buffer, path):
                 if key in rows:
-                    data = {ext: bytes(buffer[m.offset : m.offset + m.size]) for ext, m in members.items()}
-                    pictures[key] = _thumbnail(Sample(key, data), problems)
+                    pictures[key] = _thumbnail(read_sample(buffer, key, members), problems)
                     if len(pictures) == len(rows):
                         break
     except (DataError, OSError) as error:

@@ -1,0 +1,239 @@
+"""Files that list a folder's images with their captions, as they are published beside images.
+
+Hugging Face's ``metadata.csv``, ``.jsonl``, ``.parquet`` (``file_name``, ``text`` or ``caption``); Flickr's
+``captions.txt``, ``results.csv`` and ``.token``; COCO's and Karpathy's JSON. Their captions are in memory at once.
+"""
+
+import csv
+import io
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from pipeline.places import (
+    CAPTION_NAMES,
+    NOT_UTF8,
+    Caption,
+    find_column,
+    lines,
+    open_parquet,
+    text_of,
+)
+from pipeline.text_lists import captions_of
+from shards_spec.files import UserError, exists, is_url, join, read_bytes
+from shards_spec.library_errors import parquet_errors, parse_json
+from shards_spec.names import IMAGE_ENDINGS, clean_name, is_image
+from shards_spec.sample import parse_object
+
+log = logging.getLogger(__name__)
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+LISTS = re.compile(r"(.*caption.*\.(txt|csv|tsv|json)|results.*\.(csv|token)|.*\.token(\.txt)?|dataset_.*\.json)", re.I)
+TEXT_NAMES = ("text", "caption", *CAPTION_NAMES, "captions", "texts", "comment", "sentence")
+FILE_NAMES = ("file_name", "filename", "image", "image_name", "file", "img", "filepath", "image_path")
+TOKEN = re.compile(r"(?P<file>[^\t]+?\.\w+)(#\d+)?\t(?P<text>.*)")  # Flickr8k.token.txt
+MAX_CELL = 1 << 24  # characters; of a CSV
+MAX_JSON_BYTES = 1 << 28  # COCO's captions of 2017 have 92 MB
+NO_COLUMN = "missing column"
+TRIED_FILES, TRIED_FOLDERS = 5, 100  # to find where the images of a list lie
+
+Entry = tuple[str | None, list[Caption]]  # file name, its captions
+
+
+def is_list(name: str, files: dict[str, Any]) -> bool:
+    """Whether a file of a folder may list images; ``captions.txt`` beside ``captions.jpg`` does not."""
+    if name in METADATA:
+        return True
+    stem = os.path.splitext(name)[0]
+    if not LISTS.fullmatch(name):
+        return False
+    return not any(f"{stem}{end}" in files for ending in IMAGE_ENDINGS for end in (ending, ending.upper()))
+
+
+def read_lists(folder: str, found: list[str], prefixes: list[str], given: str | None) -> dict[str, list[Caption]]:
+    """Path below the folder to its captions in the lists ``found``; of a line without a file, the line's number.
+
+    ``prefixes`` are those of all folders, ``given`` names the caption column. Raises UserError for a list that cannot
+    be read or has not the columns.
+    """
+    captions = dict[str, list[Caption]]()
+    for below in found:
+        prefix, _, name = below.rpartition("/")
+        prefix += "/" if prefix else ""
+        path = join(folder, below)
+        entries = list(_metadata_entries(path, given) if name in METADATA else _list_entries(path, given) or ())
+        if name not in METADATA:
+            where = _where(folder, prefix, prefixes, [file for file, _ in islice(entries, TRIED_FILES) if file])
+            if where is None:
+                log.warning(
+                    "%s: %s", path, "none of its images is here; left out" if entries else "no list of captions"
+                )
+                continue
+            prefix = where
+        for number, (file, own) in enumerate(entries, start=1):
+            if file is None:
+                captions[f"{below}:{number}"] = [Caption(None, "metadata row without file_name")]
+            else:
+                captions.setdefault(prefix + _plain(join(folder, prefix), file), []).extend(own)
+    return captions
+
+
+def _plain(folder: str, file: str) -> str:
+    """A file name as a path; backslashes are Windows' separators unless a file is named so."""
+    if "\\" in file and (is_url(folder) or not os.path.exists(join(folder, file))):
+        file = file.replace("\\", "/")
+    return clean_name(os.path.normpath(file).replace(os.sep, "/"))
+
+
+def _where(folder: str, own: str, prefixes: list[str], files: list[str]) -> str | None:
+    """The prefix below which the files lie: the list's own, one in it, the one above, or one beside."""
+    above = own.rstrip("/").rpartition("/")[0]
+    above += "/" if above else ""
+    near = [own, *(prefix for prefix in prefixes if prefix.startswith(own)), above]
+    near += [prefix for prefix in prefixes if prefix.startswith(above)]
+    for prefix in list(dict.fromkeys(near))[:TRIED_FOLDERS]:
+        if any(exists(join(folder, prefix + _plain(join(folder, prefix), file))) for file in files):
+            return prefix
+    return None
+
+
+# Hugging Face's metadata
+
+
+def _metadata_entries(path: str, given: str | None) -> Iterator[Entry]:
+    for fields in _metadata_fields(path, given):
+        lowered = {str(name).lower(): value for name, value in fields.items()}
+        file = lowered.get("file_name")
+        names = (given.lower(),) if given is not None else TEXT_NAMES
+        value = next((lowered[name] for name in names if lowered.get(name) is not None), None)
+        yield (file if isinstance(file, str) and file else None), captions_of(value)
+
+
+def _metadata_fields(path: str, given: str | None) -> Iterator[dict[str, Any]]:
+    if path.endswith(".csv"):
+        header, *rows = _csv_rows(path, ",") or [[]]
+        _check(path, header, given)
+        yield from (dict(zip(header, row, strict=False)) for row in rows)
+    elif path.endswith(".parquet"):
+        with parquet_errors(path, given=True), open_parquet(path) as table:
+            names = table.schema_arrow.names
+            _check(path, names, given)
+            wanted = [name for name in names if name.lower() in ("file_name", *TEXT_NAMES, (given or "").lower())]
+            for batch in table.iter_batches(1024, columns=wanted):
+                yield from batch.to_pylist()
+    else:
+        parsed = [_object(line) for line in lines(path) if line.strip()]
+        if given is not None and parsed:
+            _check(path, list(dict.fromkeys(name for fields in parsed for name in ("file_name", *fields))), given)
+        yield from parsed
+
+
+def _check(path: str, names: list[str], given: str | None) -> None:
+    if "file_name" not in [name.lower() for name in names]:
+        raise UserError(f"{path}: its columns are {names}; it needs file_name and text")
+    if given is not None and given.lower() not in [name.lower() for name in names]:
+        raise UserError(f"{path}: no column {given!r}; its columns are {names}; change --caption-col")
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    """The line's JSON object; empty when it is none."""
+    try:
+        return parse_object(line.decode(errors="surrogateescape"))
+    except ValueError:
+        return {}
+
+
+def _csv_rows(path: str, delimiter: str) -> list[list[str]]:
+    before = csv.field_size_limit(MAX_CELL)
+    try:
+        text = read_bytes(path).decode("utf-8-sig", "surrogateescape")
+        return [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row]
+    except csv.Error as error:
+        raise UserError(f"{path}: not a CSV file ({error})") from error
+    finally:
+        csv.field_size_limit(before)
+
+
+# lists of Flickr, COCO, Karpathy
+
+
+def _list_entries(path: str, given: str | None) -> Iterator[Entry] | None:
+    """File names with captions; None for a file that is no such list."""
+    if path.lower().endswith(".json"):
+        data = read_bytes(path)
+        if len(data) > MAX_JSON_BYTES:
+            raise UserError(f"{path}: {len(data) >> 20} MB of JSON are too much; write it as metadata.jsonl")
+        return _json_entries(parse_json(path, data, given=True), given)
+    first = next(lines(path), b"").decode(errors="replace")
+    if TOKEN.fullmatch(first):
+        return _token_entries(path)
+    delimiter = next((sign for sign in ("\t", "|", ",") if sign in first), ",")
+    header = [name.strip() for name in first.split(delimiter)]
+    file, text = find_column(None, FILE_NAMES, header), find_column(given, TEXT_NAMES, header)
+    if file is None or text is None:
+        return None
+    if delimiter == ",":
+        rows = _csv_rows(path, delimiter)
+    else:  # without quotes; the last column has the rest
+        rows = [line.decode(errors="surrogateescape").split(delimiter, len(header) - 1) for line in lines(path)]
+    last = max(file, text)
+    return (
+        (row[file].strip() or None, _captions(row[text].strip()) if len(row) > last else [Caption(None, NO_COLUMN)])
+        for row in rows[1:]
+        if len(row) > file
+    )
+
+
+def _captions(text: str) -> list[Caption]:
+    plain, broken = text_of(text.encode(errors="surrogateescape"))
+    return [Caption(plain or None, NOT_UTF8 if broken else None)]
+
+
+def _token_entries(path: str) -> Iterator[Entry]:
+    for line in lines(path):
+        if found := TOKEN.fullmatch(line.decode(errors="surrogateescape")):
+            yield found["file"], _captions(found["text"].strip())
+        elif line.strip():
+            yield None, []
+
+
+def _json_entries(value: Any, given: str | None) -> Iterator[Entry] | None:
+    if isinstance(value, dict) and isinstance(value.get("images"), list):
+        images = [image for image in value["images"] if isinstance(image, dict)]
+        if isinstance(annotations := value.get("annotations"), list):
+            return _coco_entries(images, [one for one in annotations if isinstance(one, dict)], given or "caption")
+        return _karpathy_entries(images) if any("sentences" in image for image in images) else None
+    if isinstance(value, dict) and all(isinstance(name, str) and is_image(name) for name in value):
+        return ((name, captions_of(caption)) for name, caption in value.items())
+    if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+        names = list(value[0])
+        file, text = find_column(None, FILE_NAMES, names), find_column(given, TEXT_NAMES, names)
+        if file is not None and text is not None:
+            return ((_name(row.get(names[file])), captions_of(row.get(names[text]))) for row in value)
+    return None
+
+
+def _name(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _coco_entries(images: list[Any], annotations: list[Any], column: str) -> Iterator[Entry] | None:
+    if not any(column in annotation for annotation in annotations):
+        return None
+    texts = dict[str, list[Caption]]()
+    for annotation in annotations:
+        texts.setdefault(json.dumps(annotation.get("image_id")), []).extend(captions_of(annotation.get(column)))
+    return ((_name(image.get("file_name")), texts.get(json.dumps(image.get("id")), [Caption()])) for image in images)
+
+
+def _karpathy_entries(images: list[Any]) -> Iterator[Entry]:
+    for image in images:
+        file = _name(image.get("filename"))
+        folder = image.get("filepath")
+        sentences = image.get("sentences")
+        texts = [one.get("raw") for one in sentences if isinstance(one, dict)] if isinstance(sentences, list) else []
+        name = f"{folder}/{file}" if isinstance(folder, str) and file else file
+        yield name, [caption for text in texts for caption in captions_of(text)] or [Caption()]

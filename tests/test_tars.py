@@ -1,0 +1,395 @@
+"""Tars as others make them: every member is read or named, one key may hold several samples, damage never hangs."""
+
+import gzip
+import io
+import json
+import logging
+import shutil
+import subprocess
+import tarfile
+import zipfile
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.places import read_place
+from pipeline.sources import detect, list_rows
+from shards_spec.files import DataError, UserError
+from shards_spec.sample import Sample, subsamples
+from shards_spec.tar import read_shard
+
+LIMIT = 1 << 30
+
+
+def image(seed: int, form: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (8, 8, 3), np.uint8)).save(file, form)
+    return file.getvalue()
+
+
+def tar_of(*members: tuple[str, bytes | str], form: int = tarfile.PAX_FORMAT) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=form) as tar:
+        for name, data in members:
+            content = data.encode() if isinstance(data, str) else data
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def rows_of(path, **options):
+    return list(list_rows(str(path), detect(str(path)), **options))
+
+
+def told(path, **options):
+    return [(row.url.rpartition("/")[2], row.caption, row.problem) for row in rows_of(path, **options)]
+
+
+# one key, several samples
+
+
+DOTTED = ("track 2.0", "track 2.1", "track 2.10", "Dr. Who", "a.b.c")
+
+
+def test_dots_in_names_make_no_sample_vanish(tmp_path):
+    members = [item for n, stem in enumerate(DOTTED) for item in ((f"{stem}.jpg", image(n)), (f"{stem}.txt", stem))]
+    (tmp_path / "x.tar").write_bytes(tar_of(*members))
+    rows = rows_of(tmp_path / "x.tar")
+    assert [row.caption for row in rows] == list(DOTTED)
+    assert all(row.problem is None for row in rows)
+    assert [read_place(row.place, LIMIT) for row in rows] == [image(n) for n in range(5)]
+    assert [row.url for row in rows][:3] == [f"x.tar/{stem}" for stem in DOTTED[:3]]
+
+
+def test_dots_in_names_of_an_evaluation_tar(tmp_path):
+    members = [("t 2.0.jpg", image(0)), ("t 2.0.cls", "4"), ("t 2.0.txt", "a"), ("t 2.1.jpg", image(1)),
+               ("t 2.1.cls", "5"), ("t 2.1.txt", "b")]  # fmt: skip
+    (tmp_path / "x.tar").write_bytes(tar_of(*members))
+    samples = list(read_shard(str(tmp_path / "x.tar")))
+    assert [(sample.key, sample.image, sample.caption, sample.members["cls"]) for sample in samples] == [
+        ("t 2.0", image(0), "a", b"4"), ("t 2.1", image(1), "b", b"5"),
+    ]  # fmt: skip
+
+
+ONE = [  # webdataset's ordinary samples stay one
+    ("jpg", "txt"), ("jpg", "seg.png", "txt"), ("jpg", "cls"), ("txt",), ("jpg", "json", "mask.png"),
+    ("image.jpg", "caption.txt"), ("image.jpg", "mask.png", "cls"), ("rgb.jpg", "depth.png", "txt"),
+    ("0.jpg", "0.txt"), ("jpg", "0.txt", "1.txt"), ("seg.png", "seg.json", "jpg", "txt"), ("jpg", "png", "txt"),
+    ("input.jpg", "output.jpg", "edit.txt"),
+]  # fmt: skip
+SEVERAL = {
+    ("0.jpg", "0.txt", "1.jpg", "1.txt"): {"k.0": {"jpg", "txt"}, "k.1": {"jpg", "txt"}},
+    ("0.jpg", "0.txt", "1.jpg"): {"k.0": {"jpg", "txt"}, "k.1": {"jpg"}},
+    ("0.jpg", "1.jpg"): {"k.0": {"jpg"}, "k.1": {"jpg"}},
+    ("0.jpg", "1.jpg", "txt", "json"): {"k.0": {"jpg", "txt", "json"}, "k.1": {"jpg", "txt", "json"}},
+    ("0.jpg", "0.txt", "1.txt"): {"k.0": {"jpg", "txt"}, "k.1": {"txt"}},
+    ("jpg", "txt", "0.jpg", "0.txt"): {"k": {"jpg", "txt"}, "k.0": {"jpg", "txt"}},
+    ("left.jpg", "left.json", "right.jpg", "right.json"): {"k.left": {"jpg", "json"}, "k.right": {"jpg", "json"}},
+    (" Jones.jpg", " Smith.jpg"): {"k. Jones": {"jpg"}, "k. Smith": {"jpg"}},
+    (" A.jpg", " A.txt", " B.jpg"): {"k. A": {"jpg", "txt"}, "k": {" B.jpg"}},
+    ("v1.0.jpg", "v1.0.txt", "v1.1.jpg", "v1.1.txt", "cls"): {
+        "k.v1.0": {"jpg", "txt", "cls"}, "k.v1.1": {"jpg", "txt", "cls"},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("extensions", ONE)
+def test_a_sample_of_several_members_is_one(extensions):
+    members = {extension: extension for extension in extensions}
+    assert subsamples("k", members) == [("k", members)]
+
+
+@pytest.mark.parametrize("extensions", SEVERAL)
+def test_several_samples_under_one_key(extensions):
+    found = subsamples("k", {extension: extension for extension in extensions})
+    assert {key: set(own) for key, own in found} == SEVERAL[extensions]
+    assert {member for _, own in found for member in own.values()} == set(extensions)
+
+
+def test_what_stays_ambiguous_is_counted(tmp_path):
+    (tmp_path / "x.tar").write_bytes(tar_of(("x.left.jpg", image(0)), ("x.right.jpg", image(1)), ("x.txt", "both")))
+    assert told(tmp_path / "x.tar") == [("x", "both", None), ("x.right", None, "several images under one key")]
+
+
+def test_the_caption_is_the_one_of_the_images_own_stem(tmp_path):
+    (tmp_path / "x.tar").write_bytes(tar_of(("x.a.txt", "a"), ("x.b.jpg", image(0)), ("x.b.txt", "b")))
+    assert [row[1] for row in told(tmp_path / "x.tar")] == ["b"]
+
+
+def test_a_tar_of_macos_keeps_its_captions(tmp_path):
+    members = [("._0.jpg", b"junk"), ("0.jpg", image(0)), ("._0.txt", b"junk"), ("0.txt", "zero"),
+               ("__MACOSX/0.jpg", b"junk"), (".DS_Store", b"junk"), ("a/._1.jpg", b"junk"), ("a/1.jpg", image(1)),
+               ("a/.ipynb_checkpoints/1.jpg", b"junk"), ("a/1.txt", "one")]  # fmt: skip
+    (tmp_path / "x.tar").write_bytes(tar_of(*members))
+    assert told(tmp_path / "x.tar") == [("0", "zero", None), ("1", "one", None)]
+    assert [sample.caption for sample in read_shard(str(tmp_path / "x.tar"))] == ["zero", "one"]
+
+
+# forms of tar
+
+
+def pair(number: int) -> list[tuple[str, bytes | str]]:
+    return [(f"{number}.jpg", image(number)), (f"{number}.txt", f"c{number}")]
+
+
+@pytest.mark.parametrize("padding", [b"", bytes(512), bytes(10240), bytes(300_000 // 512 * 512)])
+def test_concatenated_tars_are_read_whole(tmp_path, padding):
+    halves = [tar_of(*pair(0), *pair(1)), padding, tar_of(*pair(2)), tar_of(*pair(3))]
+    (tmp_path / "x.tar").write_bytes(b"".join(halves))
+    assert told(tmp_path / "x.tar") == [(f"{n}", f"c{n}", None) for n in range(4)]
+    assert [sample.caption for sample in read_shard(str(tmp_path / "x.tar"))] == ["c0", "c1", "c2", "c3"]
+
+
+def test_what_follows_the_end_and_is_no_tar_is_named(tmp_path):
+    whole = tar_of(*pair(0))
+    (tmp_path / "x.tar").write_bytes(whole + b"\1" * 2048)
+    assert told(tmp_path / "x.tar")[1:] == [("x.tar", None, "damaged tar")]
+    (tmp_path / "x.tar").write_bytes(whole + bytes(2 << 20) + tar_of(*pair(1)))  # a hole in a file
+    assert told(tmp_path / "x.tar")[1:] == [("x.tar", None, "damaged tar")]
+    with pytest.raises(DataError, match="more zeros than any tar has after member 0"):
+        list(read_shard(str(tmp_path / "x.tar")))
+
+
+SPARSE = [("gnu",), ("pax", "--sparse-version=0.0"), ("pax", "--sparse-version=0.1"), ("pax", "--sparse-version=1.0")]
+
+
+@pytest.mark.parametrize("form", SPARSE)
+@pytest.mark.parametrize("pieces", [1, 3, 40])
+def test_sparse_members_are_read(tmp_path, form, pieces):
+    """GNU tar's own sparse members, of files with real holes: more than the map in one header holds."""
+    names = []
+    for number in range(3):
+        with open(tmp_path / f"{number}.jpg", "wb") as file:
+            file.write(image(number))
+            for piece in range(1, pieces):
+                file.seek(piece << 16)
+                file.write(bytes([piece]) * 4096)
+            file.truncate((pieces << 16) + 4096 * number)  # a hole at the end
+        (tmp_path / f"{number}.txt").write_text(f"c{number}")
+        names += [f"{number}.jpg", f"{number}.txt"]
+    command = ["tar", "-C", str(tmp_path), "--sparse", f"--format={form[0]}", *form[1:], "-cf", f"{tmp_path}/x.tar"]
+    subprocess.run([*command, *names], check=True)
+    assert (tmp_path / "x.tar").stat().st_size < 3 * (pieces << 16)
+    rows = rows_of(tmp_path / "x.tar")
+    assert [(row.caption, row.problem) for row in rows] == [(f"c{n}", None) for n in range(3)]
+    data = [(tmp_path / f"{number}.jpg").read_bytes() for number in range(3)]
+    assert [read_place(row.place, LIMIT) for row in rows] == data
+    assert [sample.image for sample in read_shard(str(tmp_path / "x.tar"))] == data
+
+
+def test_links_in_a_tar_are_the_members_they_lead_to(tmp_path):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, data in pair(0):
+            info = tarfile.TarInfo(f"d/{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data if isinstance(data, bytes) else data.encode()))
+        links = {
+            "e/1.jpg": (tarfile.LNKTYPE, "d/0.jpg"), "e/1.txt": (tarfile.SYMTYPE, "../d/0.txt"),
+            "e/2.jpg": (tarfile.SYMTYPE, "1.jpg"), "e/3.jpg": (tarfile.SYMTYPE, "later.jpg"),
+            "e/4.jpg": (tarfile.SYMTYPE, "/etc/passwd"), "e/5.jpg": (tarfile.SYMTYPE, "5.jpg"),
+            "d/0.jpg": (tarfile.LNKTYPE, "d/0.jpg"),
+        }  # fmt: skip
+        for name, (kind, target) in links.items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+        info = tarfile.TarInfo("e/later.jpg")
+        info.size = len(image(9))
+        tar.addfile(info, io.BytesIO(image(9)))
+    (tmp_path / "x.tar").write_bytes(file.getvalue())
+    rows = rows_of(tmp_path / "x.tar")
+    nowhere = "link to what is not in the tar"
+    assert [(row.url, row.caption, row.problem) for row in rows] == [
+        ("x.tar/d/0", "c0", None), ("x.tar/e/1", "c0", None), ("x.tar/e/2", None, None), ("x.tar/e/3", None, None),
+        ("x.tar/e/4", None, nowhere), ("x.tar/e/5", None, nowhere), ("x.tar/e/later", None, None),
+    ]  # fmt: skip
+    found = [read_place(rows[index].place, LIMIT) for index in (0, 1, 2, 3, 6)]
+    assert found == [image(0), image(0), image(0), image(9), image(9)]
+
+
+def test_hard_links_as_gnu_tar_writes_them(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(image(0))
+    (tmp_path / "a.txt").write_text("a")
+    for ending in ("jpg", "txt"):
+        (tmp_path / f"b.{ending}").hardlink_to(tmp_path / f"a.{ending}")
+    names = ["a.jpg", "a.txt", "b.jpg", "b.txt"]
+    subprocess.run(["tar", "-C", str(tmp_path), "-cf", f"{tmp_path}/x.tar", *names, *names[:2]], check=True)
+    assert told(tmp_path / "x.tar") == [("a", "a", None), ("b", "a", None)]
+    assert [sample.image for sample in read_shard(str(tmp_path / "x.tar"))] == [image(0)] * 2
+
+
+@pytest.mark.parametrize("first", ["jpg", "txt"])
+def test_all_images_first_then_all_captions(tmp_path, first):
+    members = sorted((member for number in range(50) for member in pair(number)), key=lambda m: m[0][-3:] != first)
+    data = tar_of(*members)
+    (tmp_path / "x.tar").write_bytes(data)
+    rows = rows_of(tmp_path / "x.tar")
+    assert [(row.url, row.caption, row.problem) for row in rows] == [(f"x.tar/{n}", f"c{n}", None) for n in range(50)]
+    assert [read_place(row.place, LIMIT) for row in rows] == [image(n) for n in range(50)]
+    with pytest.raises(DataError, match="not beside each other"):
+        list(read_shard(str(tmp_path / "x.tar")))
+    (tmp_path / "x.tar").write_bytes(data[: data.rindex(b"49") - 2000])  # some of the later members are cut off
+    rows = rows_of(tmp_path / "x.tar")
+    assert Counter(row.problem for row in rows)["truncated tar"] > 1
+    assert all(row.caption for row in rows if row.problem is None)
+
+
+def test_packed_tars_and_zips_are_named(tmp_path, caplog):
+    whole = tar_of(*pair(0))
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.tar.gz").write_bytes(gzip.compress(whole))
+    with pytest.raises(UserError, match=r"packed: has 3 .tar.gz, which cannot be read in place; unpack them"):
+        detect(str(folder))
+    (folder / "3.tar").write_bytes(whole)
+    assert told(folder) == [("0", "c0", None)]
+    assert caplog.text.count("has 3 .tar.gz, which cannot be read in place, left out; unpack them") == 1
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("0.jpg", image(0))
+    with pytest.raises(UserError, match=r"x.zip: a zip file .or a spreadsheet.; unpack it"):
+        detect(str(tmp_path / "x.zip"))
+    shutil.copy(tmp_path / "x.zip", folder / "4.tar")
+    (folder / "5.tar").write_bytes(gzip.compress(whole))
+    problems = [problem for _, _, problem in told(folder)]
+    assert problems == [None, "a zip file (or a spreadsheet), not a tar", "packed with gzip, not a tar"]
+
+
+def test_images_that_are_not_decoded_have_a_reason_that_says_so(tmp_path):
+    (tmp_path / "x.tar").write_bytes(tar_of(("0.heic", b"x"), ("0.txt", "zero"), *pair(1), ("2.jxl", b"x")))
+    assert told(tmp_path / "x.tar") == [
+        ("0", "zero", "format not decoded: heic"), ("1", "c1", None), ("2", None, "format not decoded: jxl"),
+    ]  # fmt: skip
+
+
+def test_a_tar_without_captions_says_what_it_has(tmp_path, caplog):
+    (tmp_path / "x.tar").write_bytes(tar_of(("0.jpg", image(0)), ("0.json", '{"n": 1}'), ("1.jpg", image(1))))
+    assert [row[1] for row in told(tmp_path / "x.tar")] == [None, None]
+    assert "no row has a caption: members seen were jpg, json" in caplog.text
+    caplog.clear()
+    (tmp_path / "x.tar").write_bytes(tar_of(("0.jpg", image(0)), *pair(1)))
+    rows_of(tmp_path / "x.tar")
+    assert "no row has a caption" not in caplog.text
+
+
+# hostile members
+
+
+def pax(records: bytes, name: bytes = b"1.jpg", data: bytes = b"") -> bytes:
+    """A pax header with these records, and the member it is for."""
+    parts = []
+    for kind, content, own in ((b"x", records, b"pax"), (b"0", data, name)):
+        header = bytearray(512)
+        header[: len(own)], header[124:136], header[156:157] = own, b"%011o\0" % len(content), kind
+        header[257:265], header[148:156] = b"ustar\x0000", b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        parts += [bytes(header), content, bytes(-len(content) % 512)]
+    return b"".join(parts)
+
+
+BAD_PAX = [
+    b"0 path=x.jpg\n", b"00 a=b\n", b"-5 a=b\n", b"x a=b\n", b"99 a=b\n", b"3 a=b\n", b"8 a=bc\n",
+    b"1" * 5000 + b" a=b\n",
+    b"12 size=abc\n", b"11 size=-1\n", b"path=x.jpg\n", b"\xff" * 600, b"5 ab\n", b"%d size=%s\n" % (5008, b"9" * 4996),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("records", BAD_PAX)
+def test_a_pax_record_that_is_none_costs_its_own_sample(tmp_path, records):
+    before = tar_of(*pair(0), form=tarfile.USTAR_FORMAT).rstrip(b"\0")
+    whole = before + bytes(-len(before) % 512) + pax(records, data=image(1)) + tar_of(*pair(2))
+    (tmp_path / "x.tar").write_bytes(whole)
+    assert told(tmp_path / "x.tar") == [("0", "c0", None), ("1", None, "damaged pax header"), ("2", "c2", None)]
+    with pytest.raises(DataError, match=r"member 1\.jpg: damaged pax header"):
+        list(read_shard(str(tmp_path / "x.tar")))
+
+
+BAD_SPARSE = [
+    {"GNU.sparse.major": "1", "GNU.sparse.realsize": "x"}, {"GNU.sparse.major": "1", "GNU.sparse.realsize": "100"},
+    {"GNU.sparse.size": str(1 << 60), "GNU.sparse.map": "0,10"}, {"GNU.sparse.size": "9", "GNU.sparse.map": "0,10"},
+    {"GNU.sparse.size": "100", "GNU.sparse.map": "50,10,0,10"}, {"GNU.sparse.size": "100", "GNU.sparse.map": "0,90"},
+    {"GNU.sparse.size": "100", "GNU.sparse.map": "0"}, {"GNU.sparse.size": "100", "GNU.sparse.map": "a,b"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("records", BAD_SPARSE)
+def test_a_sparse_map_that_does_not_fit_costs_its_own_sample(tmp_path, records):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("1.jpg")
+        info.size, info.pax_headers = 20, records
+        tar.addfile(info, io.BytesIO(b"9" * 20))
+    (tmp_path / "x.tar").write_bytes(file.getvalue() + tar_of(*pair(2)))
+    (url, _, problem), good = told(tmp_path / "x.tar")
+    assert (url, good) == ("1", ("2", "c2", None))
+    assert problem in ("damaged pax header", "damaged sparse member")
+
+
+DEEP = "[" * 5000 + "]" * 5000
+BAD_JSON = [
+    '{"n": ' + "9" * 5000 + "}",
+    '{"a": ' + DEEP + "}",
+    '{"a": ' + "[" * 300 + "]" * 300 + "}",
+    "[1]",
+    "{",
+    "\xff",
+]
+
+
+@pytest.mark.parametrize("text", BAD_JSON, ids=range(6))
+def test_a_json_member_that_cannot_be_used_costs_its_own_sample(tmp_path, text):
+    (tmp_path / "x.tar").write_bytes(tar_of(("0.jpg", image(0)), ("0.json", text), *pair(1)))
+    assert told(tmp_path / "x.tar") == [("0", None, "json member is not a JSON object"), ("1", "c1", None)]
+    sample = Sample("0", {"jpg": b"", "json": text.encode()})
+    for read in (lambda: sample.meta, lambda: sample.captions):
+        with pytest.raises(DataError, match=r"^key 0: its json member .{5,160}$"):
+            read()
+
+
+def test_json_members_that_are_large_and_sound_are_read():
+    boxes = {"boxes": [[n, [n, {"a": [n]}]] for n in range(1000)], "n": int("9" * 4000)}
+    assert Sample("0", {"json": json.dumps(boxes).encode()}).meta == boxes
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_noise_anywhere_in_a_tar_of_every_form_ends(tmp_path_factory, data):
+    """Whatever the bytes: rows with reasons, or DataError; nothing else, and no hang."""
+    path = tmp_path_factory.mktemp("t") / "x.tar"
+    whole = bytearray(EVERY_FORM)
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(whole) - 1))
+        noise = data.draw(st.binary(min_size=1, max_size=20))
+        whole[place : place + len(noise)] = noise
+    path.write_bytes(whole)
+    logging.disable()
+    try:
+        assert json.dumps([row.url for row in list_rows(str(path), "webdataset")])
+        list(read_shard(str(path)))
+    except DataError:
+        pass
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _every_form() -> bytes:
+    sparse = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "s.jpg", "GNU.sparse.realsize": "9"}
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, headers, content in (
+            ("x", sparse, b"1\n0\n9\n" + bytes(506) + b"123456789"),
+            ("é" * 120 + ".jpg", {}, b"2"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size, info.pax_headers = len(content), headers
+            tar.addfile(info, io.BytesIO(content))
+    return file.getvalue()[:5120] + tar_of(*pair(0), ("n" * 150 + ".txt", "long"), form=tarfile.GNU_FORMAT)
+
+
+EVERY_FORM = _every_form()
