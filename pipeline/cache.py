@@ -28,7 +28,7 @@ from shards_spec.cached import CachedShard
 from shards_spec.embeddings import Dtype, Vectors, id_column, write_vectors
 from shards_spec.files import DataError, UserError, exists, join, remove, sha256_file, sha256_json
 from shards_spec.manifest import forget, read_done, shard_name
-from shards_spec.models import LoadedModel, load_teacher, pick_devices, weights_sha256
+from shards_spec.models import LoadedModel, Trust, load_teacher, pick_devices, weights_sha256
 from shards_spec.names import check_name
 from shards_spec.views import ViewSpec, stored_spec
 
@@ -71,6 +71,7 @@ class CacheConfig:
     """auto (every CUDA device, else the CPU), cpu, cuda, cuda:N, or several with commas, a process each"""
     export_lists: bool = False
     """embed nothing; write teacher/NAME/lists/, one file per shard with lists of float32, for pandas and DuckDB"""
+    trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)
     overwrite: bool = False
     """make finished shards again"""
 
@@ -142,7 +143,9 @@ def _load(config: CacheConfig, device: str, devices: int) -> Embedder:
     cores = max(1, (os.cpu_count() or 1) // devices)
     processes = config.processes if config.processes is not None else cores if device.startswith("cuda") else 0
     pool = rendering_pool(processes, config.threads)
-    loaded = load_teacher(config.model, config.pretrained, device, pick_precision(config.precision, device))
+    loaded = load_teacher(
+        config.model, config.pretrained, device, pick_precision(config.precision, device), config.trust
+    )
     return Embedder(Teacher(loaded, config.batch_size), pool)
 
 

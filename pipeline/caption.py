@@ -22,6 +22,7 @@ from pipeline.stage import ALL, Result, Root, Share, Stage, Summary, Task, run_s
 from shards_spec.files import DataError, UserError, atomic_writer, join, sha256_file
 from shards_spec.images import decode_rgb
 from shards_spec.manifest import forget, shard_name
+from shards_spec.models import Trust
 from shards_spec.names import check_name
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard
@@ -71,6 +72,7 @@ class CaptionConfig:
     """threads per process that decode pictures ahead of the device"""
     device: str = "auto"
     """auto (every CUDA device, else the CPU), cpu, cuda, cuda:N, or several with commas, a process each"""
+    trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)
     overwrite: bool = False
     """make finished shards again"""
 
@@ -130,7 +132,7 @@ def _load(config: CaptionConfig, device: str) -> "Captioner":
     from shards_spec.models import load_model
 
     precision = pick_precision(config.precision, device)
-    loaded = load_model(config.model, config.pretrained, device, precision=precision)
+    loaded = load_model(config.model, config.pretrained, device, precision=precision, trust=config.trust)
     return Captioner(loaded, config.decoding, config.num_captions, config.seed, config.similarity, config.batch_size)
 
 

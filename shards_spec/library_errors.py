@@ -27,7 +27,7 @@ def short(error: BaseException) -> str:
     """An error's text in one line of at most `LONGEST` characters; its type where it has none."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     if isinstance(error, KeyError) and len(error.args) == 1:
-        text = str(error.args[0])  # str() of a KeyError is quoted
+        text = error.args[0] if isinstance(error.args[0], str) else f"KeyError {error}"  # str() puts text in quotes
     text = " ".join(text[: 4 * LONGEST].split()).rstrip(".")
     return (text if len(text) <= LONGEST else text[:LONGEST].rstrip() + " ...") or type(error).__name__
 

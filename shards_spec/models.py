@@ -8,17 +8,39 @@ Architectures that neither ships come from installed packages' entry points of t
 that are imported before a model is built and make their names known to open_clip or timm (training's are in pyproject).
 """
 
+import contextlib
+import difflib
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
+from shards_spec.checkpoints import load_checkpoint, misfit
 from shards_spec.files import UserError
+from shards_spec.library_errors import as_own, checkpoint_errors, parse_json, short
 
 Precision = Literal["fp32", "bf16", "fp16"]
 TIMM = "timm:"
+FOLDER, HUB = "local-dir:", "hf-hub:"
+SCHEMAS = (FOLDER, HUB)
+DESCRIPTION = "open_clip_config.json"
 EXTENSIONS = "clipmill.models"
+NEAR = 4  # names that are offered for one that is unknown
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What a model of others may do besides giving numbers."""
+
+    trust_checkpoint: bool = False
+    """load pickled checkpoints that hold more than weights; they run code of whoever made the file"""
+    trust_remote_code: bool = False
+    """let a model's tokenizer run the Python that its folder or repository brings (trust_remote_code, auto_map)"""
+
+
+NO_TRUST = Trust()
 
 
 @dataclass(frozen=True)
@@ -51,27 +73,48 @@ def load_model(
     device: str = "cpu",
     random_weights: bool = False,
     precision: Precision = "fp32",
+    trust: Trust = NO_TRUST,
 ) -> LoadedModel:
     """Build an open_clip model and load its weights as open_clip does; without any only if ``random_weights``.
 
     All of it is cast to ``precision`` (open_clip's pure_bf16 and pure_fp16). Raises UserError when the name, the tag or
-    the file is unknown, or no weights were named.
+    the file is unknown, no weights were named, or the model wants more than ``trust`` allows.
     """
     import open_clip
 
     import_extensions()
+    _check_names(model, pretrained)
     try:
-        built = open_clip.create_model(
-            model,
-            pretrained=pretrained,
-            device=device,
-            precision=precision if precision == "fp32" else f"pure_{precision}",
-            require_pretrained=not random_weights,
-        )
-        tokenizer = load_tokenizer(model)
-    except (RuntimeError, ValueError, FileNotFoundError) as error:
-        reason = str(error)
-        if pretrained is None and reason.startswith("Required pretrained weights"):
+        config = open_clip.get_model_config(model)
+        code = remote_code(model, config)
+        if code and not trust.trust_remote_code:
+            raise UserError(
+                f"model {model!r} wants to run Python of its own ({code}); if you trust whoever made it, give "
+                "--trust-remote-code"
+            )
+        with _reading_weights(model, trust.trust_checkpoint), _no_question():
+            built = open_clip.create_model(
+                model,
+                pretrained=pretrained,
+                device=device,
+                precision=precision if precision == "fp32" else f"pure_{precision}",
+                require_pretrained=not random_weights,
+            )
+            tokenizer = load_tokenizer(model, trust.trust_remote_code)
+    except UserError:
+        raise
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        OSError,
+        ImportError,
+    ) as error:
+        reason = short(error)
+        if reason.startswith("Required pretrained weights"):
             reason = "it has no weights; say --pretrained TAG_OR_FILE, or name a folder that has them"
         raise UserError(f"model {model!r} with pretrained {pretrained!r} cannot be loaded: {reason}") from error
     preprocess = open_clip.get_model_preprocess_cfg(built)
@@ -79,11 +122,138 @@ def load_model(
     return LoadedModel(
         built.eval(),
         tokenizer,
-        open_clip.get_model_config(model),
+        config,
         size if isinstance(size, int) else size[0],
         tuple(preprocess["mean"]),
         tuple(preprocess["std"]),
     )
+
+
+def _check_names(model: str, pretrained: str | None) -> None:
+    """Raise UserError for a name that open_clip does not know, naming near ones, or a tag that it would not use."""
+    import open_clip
+
+    if model.startswith(SCHEMAS) and pretrained is not None:
+        raise UserError(
+            f"--pretrained {pretrained!r} would not be used: {model!r} brings its own weights; drop one of them"
+        )
+    if model.startswith(FOLDER):
+        _check_folder(Path(model.removeprefix(FOLDER)))
+        return
+    if model.startswith(HUB):
+        return
+    known = open_clip.list_models()
+    name = model.replace("/", "-")
+    if name not in known:
+        raise UserError(
+            f"no model {model!r}{_near(name, known)}; folders are named {FOLDER}PATH, the Hub's {HUB}ORG/NAME"
+        )
+    if pretrained is None or Path(pretrained).is_file():
+        return
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if open_clip.get_pretrained_cfg(name, pretrained):
+        return
+    if Path(pretrained).exists():
+        raise UserError(
+            f"--pretrained {pretrained!r} is no file; name a checkpoint file, or the folder as --model {FOLDER}PATH"
+        )
+    has = f"its tags are {', '.join(tags[:NEAR])}{', ...' if len(tags) > NEAR else ''}" if tags else "it has no tags"
+    raise UserError(f"--pretrained {pretrained!r} is no tag of {model} and no file{_near(pretrained, tags)}; {has}")
+
+
+def _near(name: str, known: list[str]) -> str:
+    """``; did you mean X, Y?`` of names that look alike, whatever their case."""
+    lowered = {other.lower(): other for other in known}
+    found = [lowered[near] for near in difflib.get_close_matches(name.lower(), lowered, n=NEAR, cutoff=0.6)]
+    return f"; did you mean {', '.join(found)}?" if found else ""
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise UserError when a folder holds no readable description of an open_clip model."""
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        what = "is not there" if not folder.exists() else f"has no {DESCRIPTION}"
+        raise UserError(f"{FOLDER}{folder}: the folder {what}; name one that holds an open_clip model")
+    try:
+        said = parse_json(str(path), path.read_bytes(), given=True)
+    except OSError as error:
+        raise as_own(str(path), error, "JSON file", given=True) from error
+    config = said.get("model_cfg") if isinstance(said, dict) else None
+    parts = ("embed_dim", "vision_cfg", "text_cfg")
+    lacking = [part for part in parts if part not in config] if isinstance(config, dict) else ["model_cfg"]
+    if lacking:
+        raise UserError(f"{path}: no description of an open_clip model; it lacks {', '.join(lacking)}")
+
+
+def remote_code(model: str, config: Any) -> str | None:
+    """Where a model asks to run Python that its folder or repository brings; None where it does not.
+
+    That is ``trust_remote_code`` anywhere in its description, and, where its text side is transformers', ``auto_map``
+    in one of the folder's JSON files.
+    """
+    asked = _places(config, "trust_remote_code")
+    if asked:
+        return f"trust_remote_code in {DESCRIPTION}, {asked[0]}"
+    text = (config or {}).get("text_cfg") or {}
+    if not model.startswith(FOLDER) or not (text.get("hf_tokenizer_name") or text.get("hf_model_name")):
+        return None
+    for path in sorted(Path(model.removeprefix(FOLDER)).rglob("*.json")):
+        with contextlib.suppress(UserError, OSError):  # a file that is no JSON maps nothing
+            if _places(parse_json(str(path), path.read_bytes(), given=True), "auto_map"):
+                return f"auto_map in {path}"
+    return None
+
+
+def _places(value: Any, key: str, path: str = "") -> list[str]:
+    """Paths of a key, with anything but false or nothing under it, in nested mappings and lists."""
+    if isinstance(value, dict):
+        own = [f"{path}.{key}".lstrip(".")] if value.get(key) else []
+        return own + [place for name, part in value.items() for place in _places(part, key, f"{path}.{name}")]
+    parts = enumerate(value) if isinstance(value, list) else ()
+    return [place for number, part in parts for place in _places(part, key, f"{path}.{number}")]
+
+
+@contextlib.contextmanager
+def _reading_weights(model: str, trusted: bool) -> Iterator[None]:
+    """open_clip reads checkpoint files by `load_checkpoint` meanwhile, and converts them as always."""
+    import open_clip
+
+    factory = open_clip.factory
+    convert, read = factory.load_checkpoint, factory.load_state_dict
+
+    def load(module: Any, path: str, *rest: Any, **options: Any) -> Any:
+        if Path(path).suffix in (".npz", ".npy"):  # big_vision's; numpy unpickles nothing there
+            with checkpoint_errors(path):
+                return convert(module, path, *rest, **options)
+        weights = load_checkpoint(str(path), trusted, module.state_dict().keys())
+        factory.load_state_dict = lambda *_, **__: weights
+        try:
+            return convert(module, path, *rest, **options)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(f"{path} does not fit {model}: {misfit(error)}") from error
+        finally:
+            factory.load_state_dict = read
+
+    factory.load_checkpoint = load
+    try:
+        yield
+    finally:
+        factory.load_checkpoint = convert
+
+
+@contextlib.contextmanager
+def _no_question() -> Iterator[None]:
+    """transformers asks on the terminal whether to run foreign code where nobody said so; here that is a no."""
+    try:
+        from transformers import dynamic_module_utils as foreign
+    except ImportError:
+        yield
+        return
+    seconds, foreign.TIME_OUT_REMOTE_CODE = foreign.TIME_OUT_REMOTE_CODE, 0
+    try:
+        yield
+    finally:
+        foreign.TIME_OUT_REMOTE_CODE = seconds
 
 
 def import_extensions() -> None:
@@ -93,7 +263,11 @@ def import_extensions() -> None:
 
 
 def load_teacher(
-    model: str, pretrained: str | None = None, device: str = "cpu", precision: Precision = "fp32"
+    model: str,
+    pretrained: str | None = None,
+    device: str = "cpu",
+    precision: Precision = "fp32",
+    trust: Trust = NO_TRUST,
 ) -> LoadedModel:
     """As `load_model`, or timm's ``timm:NAME`` without its classifier: pixels to pooled features (N, D).
 
@@ -101,18 +275,15 @@ def load_teacher(
     the file is not there or does not fit.
     """
     if not model.startswith(TIMM):
-        return load_model(model, pretrained, device, precision=precision)
+        return load_model(model, pretrained, device, precision=precision, trust=trust)
     import timm
     import torch
 
     import_extensions()
-    name, dtype = model.removeprefix(TIMM), {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    try:
-        built = timm.create_model(name, pretrained=pretrained is None, num_classes=0)
-        if pretrained is not None:
-            load_backbone(built, pretrained)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"model {model!r} with pretrained {pretrained!r} cannot be loaded: {error}") from error
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    built = timm_model(model, pretrained is None, num_classes=0)
+    if pretrained is not None:
+        load_backbone(built, pretrained, trust.trust_checkpoint)
     data = timm.data.resolve_model_data_config(built)  # type: ignore[no-untyped-call]
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
     return LoadedModel(
@@ -120,28 +291,61 @@ def load_teacher(
     )
 
 
-def load_backbone(built: Any, file: str) -> None:
-    """A checkpoint's weights but for its classifier's, into a timm model without one.
+def timm_model(model: str, pretrained: bool, **options: Any) -> Any:
+    """``timm:NAME`` by timm, with timm's own weights if ``pretrained``; timm unpickles nothing but weights by itself.
 
-    Raises ValueError when others are missing or left over.
+    Raises UserError when the name is unknown, naming near ones, or the weights are not there; TypeError for an option
+    that the architecture does not have.
     """
     import timm
 
-    found = timm.models.load_checkpoint(built, file, strict=False)
+    name = model.removeprefix(TIMM)
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except TypeError:
+        raise
+    except Exception as error:  # of its own, of the Hub's client, of damaged files
+        if "Unknown model" in str(error):
+            raise UserError(f"no model {model!r} in timm{_near(name.partition('.')[0], timm.list_models())}") from error
+        raise UserError(f"model {model!r} cannot be loaded: {short(error)}") from error
+
+
+def load_backbone(built: Any, file: str, trusted: bool = False) -> None:
+    """A checkpoint's weights but for its classifier's, into a timm model without one.
+
+    Raises UserError when the file cannot be read, or other weights are missing or left over.
+    """
+    if Path(file).suffix in (".npz", ".npy"):
+        with checkpoint_errors(file):
+            built.load_pretrained(file)
+        return
+    try:
+        found = built.load_state_dict(load_checkpoint(file, trusted, built.state_dict().keys()), strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{file} does not fit: {misfit(error)}") from error
     classifiers = built.default_cfg.get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     over = [name for name in found.unexpected_keys if not name.startswith(tuple(f"{head}." for head in classifiers))]
     if found.missing_keys or over:
-        raise ValueError(f"{file} lacks {found.missing_keys[:3]} and has {over[:3]} too many")
+        raise UserError(
+            f"{file} does not fit: {len(found.missing_keys)} weights missing {found.missing_keys[:3]}, "
+            f"{len(over)} left over {over[:3]}"
+        )
 
 
-def load_tokenizer(model: str) -> Any:
-    """open_clip's tokenizer of a model; a relative ``bpe_path`` is looked up in the model's local-dir."""
+def load_tokenizer(model: str, trusted: bool = False) -> Any:
+    """open_clip's tokenizer of a model; a relative ``bpe_path`` is looked up in the model's local-dir.
+
+    ``trusted`` lets transformers run Python that comes with a tokenizer.
+    """
     import open_clip
 
     config = open_clip.get_model_config(model) or {}
-    bpe = ((config.get("text_cfg") or {}).get("tokenizer_kwargs") or {}).get("bpe_path")
-    folder = model.removeprefix("local-dir:")
+    text = config.get("text_cfg") or {}
+    if text.get("hf_tokenizer_name"):
+        return open_clip.get_tokenizer(model, trust_remote_code=trusted)
+    bpe = (text.get("tokenizer_kwargs") or {}).get("bpe_path")
+    folder = model.removeprefix(FOLDER)
     if bpe and folder != model and (Path(folder) / Path(bpe).name).exists():
         return open_clip.get_tokenizer(model, bpe_path=str(Path(folder) / Path(bpe).name))
     return open_clip.get_tokenizer(model)

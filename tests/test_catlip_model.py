@@ -139,12 +139,30 @@ def test_any_timm_vit_can_be_the_backbone():
     assert loaded.model(torch.rand(1, 3, 128, 128)).shape == (1, 7)
     assert loaded.model.head.weight.std().item() == pytest.approx(0.02, rel=0.2)
     assert not loaded.model.head.bias.any()
-    with pytest.raises(UserError, match="no vision transformer"):
-        new_classifier("timm:resnet18", 7)
-    with pytest.raises(UserError, match="cannot be loaded"):
-        new_classifier("timm:no_such_model", 7)
+    with pytest.raises(UserError, match="no model 'timm:vit_tinny_patch16_224' in timm; did you mean vit_tiny_patch16"):
+        new_classifier("timm:vit_tinny_patch16_224", 7)
     with pytest.raises(UserError, match="--model 'ViT-B-32': a classifier is named timm:NAME"):
         new_classifier("ViT-B-32", 7)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "fastvit_mci0", "mobilenetv3_small_050"])
+def test_any_convolutional_network_of_timm_can_be_the_backbone(name):
+    loaded = new_classifier(f"timm:{name}", 7)
+    images = torch.rand(2, 3, 96, 96)
+    torch.testing.assert_close(loaded.model.head(loaded.model.encode_image(images)), loaded.model(images))
+    assert loaded.model(images).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("deit_tiny_distilled_patch16_224", "no single linear layer"),
+        ("cait_xxs24_224", "does not serve as a classifier"),
+    ],
+)
+def test_networks_without_one_head_or_for_one_side_are_refused_by_name(name, why):
+    with pytest.raises(UserError, match=rf"timm:{name}.*{why}"):
+        new_classifier(f"timm:{name}", 7)
 
 
 def test_weights_depend_on_the_seed_alone():

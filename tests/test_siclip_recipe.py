@@ -339,7 +339,7 @@ def test_a_live_teacher_has_views_drawn_now(captions, root):
     ("fields", "message"),
     [
         ({"base_weights": ""}, "--base-weights is needed: MobileCLIP-tiny's weights"),
-        ({"base_weights": "/no/such.pt"}, "model 'MobileCLIP-tiny' with pretrained '/no/such.pt' cannot be loaded"),
+        ({"base_weights": "/no/such.pt"}, "--pretrained '/no/such.pt' is no tag of MobileCLIP-tiny and no file"),
         ({"base": "MobileCLIP-S0", "base_weights": "random"}, "takes pictures of image_size 256, the student of 64"),
         ({"model": "MobileCLIP-tiny"}, "--model 'MobileCLIP-tiny' has no SAS-P blocks"),
         (

@@ -1,4 +1,4 @@
-"""A picture classifier as a student: any of timm's vision transformers with a head over a list of classes.
+"""A picture classifier as a student: timm's vision transformers and convolutional networks with a head over classes.
 
 Its description in a run or export folder is ``classifier.json``, with the vocabulary that its classes belong to in
 ``vocabulary.tsv``; the vocabulary's hash is a buffer, hence in every checkpoint.
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shards_spec.files import UserError, exists, join, read_json, write_bytes, write_json
-from shards_spec.models import TIMM, LoadedModel, load_backbone
+from shards_spec.library_errors import short
+from shards_spec.models import NO_TRUST, TIMM, LoadedModel, Trust, load_backbone, timm_model
 from shards_spec.vocab import Vocabulary, read_vocabulary
 
 DESCRIPTION, VOCABULARY = "classifier.json", "vocabulary.tsv"
@@ -85,32 +86,57 @@ def _timm() -> Any:
 
 
 def new_classifier(
-    model: str, classes: int, vocabulary: Vocabulary | None = None, pretrained: str | None = None, seed: int = 0
+    model: str,
+    classes: int,
+    vocabulary: Vocabulary | None = None,
+    pretrained: str | None = None,
+    seed: int = 0,
+    trust: Trust = NO_TRUST,
 ) -> LoadedModel:
     """``timm:NAME`` with a new head over ``classes`` classes.
 
     Weights depend on ``seed`` alone; ``pretrained`` is a checkpoint file for all but the head, or "timm" for timm's
-    own. Raises UserError when the name is none of a vision transformer, or its weights are not there.
+    own. Raises UserError when the name is unknown or of a network that does not serve, or its weights are not there.
     """
-    name = model.removeprefix(TIMM)
-    if name == model:
+    if not model.startswith(TIMM):
         raise UserError(f"--model {model!r}: a classifier is named {TIMM}NAME, say {TIMM}catlip_vit_base_patch16_224")
-    timm = _timm()
-    torch.manual_seed(seed)
+    timm, own = _timm(), pretrained == "timm"
     try:
-        trunk: Any = timm.create_model(name, pretrained=pretrained == "timm", num_classes=0, dynamic_img_size=True)
-        if pretrained not in (None, "timm"):
-            load_backbone(trunk, pretrained)
-    except TypeError as error:
-        raise UserError(f"--model {model!r} is no vision transformer of timm's: {error}") from error
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"--model {model!r} with --pretrained {pretrained!r} cannot be loaded: {error}") from error
+        torch.manual_seed(seed)
+        trunk = timm_model(model, own, num_classes=0, dynamic_img_size=True)
+        any_side = True
+    except TypeError:  # no ViT
+        torch.manual_seed(seed)
+        trunk = timm_model(model, own, num_classes=0)
+        any_side = False
+    if pretrained is not None and not own:
+        load_backbone(trunk, pretrained, trust.trust_checkpoint)
     trunk.reset_classifier(classes)
-    new_rows(trunk.get_classifier())
+    head = trunk.get_classifier()
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"--model {model!r}: its classifier is no single linear layer; take another network")
+    new_rows(head)
     data = timm.data.resolve_model_data_config(trunk)
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
-    student = Classifier(model, trunk, vocabulary)
+    student = Classifier(model, trunk.eval(), vocabulary)
+    if not any_side:
+        _check_sides(student, data["input_size"][-1])
     return LoadedModel(student.eval(), None, config, data["input_size"][-1], data["mean"], data["std"])
+
+
+@torch.no_grad()
+def _check_sides(model: Classifier, side: int) -> None:
+    """Raise UserError for a network that takes images of one side only, or whose head sees something else."""
+    try:
+        for asked in (side, side + 32):
+            images = torch.zeros(1, 3, asked, asked)
+            if not torch.allclose(model.head(model.encode_image(images)), model(images), atol=1e-4):
+                raise RuntimeError("its head does not stand behind its pooled features")
+    except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--model {model.name!r} does not serve as a classifier ({short(error)}): take one of timm's vision "
+            "transformers or convolutional networks"
+        ) from error
 
 
 @torch.no_grad()

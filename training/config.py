@@ -1,10 +1,13 @@
 """The pieces that recipes compose their configs of. Field names are unique: the command line shows them flat."""
 
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
+
+from tyro.conf import OmitArgPrefixes
 
 from shards_spec.augment import OpSet
 from shards_spec.files import UserError
+from shards_spec.models import Trust
 from shards_spec.views import ViewSpec
 
 # What may change when a run goes on, beside the number of processes: a machine gone, the rest may have to fit another.
@@ -13,7 +16,7 @@ FREE_ON_RESUME = frozenset(
     {
         "out", "workers", "scratch", "scratch_gb", "log_every", "checkpoint_minutes", "checkpoint_steps",
         "keep_checkpoints", "resume", "device", "max_nonfinite", "eval_every_steps", "eval_every_epochs",
-        "chunk_size", "checkpoint_activations", "compile", "channels_last",
+        "chunk_size", "checkpoint_activations", "compile", "channels_last", "trust_checkpoint", "trust_remote_code",
     }
 )  # fmt: skip
 
@@ -136,6 +139,7 @@ class ModelConfig:
     """open_clip name, local-dir:PATH or hf-hub:ORG/NAME; catlip: timm:NAME; probe, finetune: RUN folder or timm:NAME"""
     pretrained: str | None = None
     """open_clip tag or checkpoint file to start from; None starts from random weights"""
+    trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)
 
 
 @dataclass(frozen=True)
@@ -213,9 +217,9 @@ def smoke(config: Any) -> Any:
 def flat(config: Any) -> dict[str, Any]:
     """All fields of a composed config by name, as JSON has them (tuples become lists)."""
     found: dict[str, Any] = {}
-    for field in fields(config):
-        value = getattr(config, field.name)
-        piece = flat(value) if is_dataclass(value) else {field.name: list(value) if isinstance(value, tuple) else value}
+    for own in fields(config):
+        value = getattr(config, own.name)
+        piece = flat(value) if is_dataclass(value) else {own.name: list(value) if isinstance(value, tuple) else value}
         assert not set(piece) & set(found), (set(piece), set(found))
         found |= piece
     return found

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
+from shards_spec.checkpoints import read_checkpoint
 from shards_spec.files import (
-    DataError,
     UserError,
     atomic_writer,
     is_url,
@@ -157,12 +157,8 @@ class RunDir:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The state that `RunDir.save` wrote, on the CPU. Raises DataError when the file is broken."""
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: not a readable checkpoint ({error}); delete it to go on from the one before"
-        ) from error
+    mend = "delete it to go on from the one before"
+    state: dict[str, Any] = read_checkpoint(str(path), given=False, mend=mend)
     return state
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from shards_spec.files import UserError
-from shards_spec.models import LoadedModel, load_model
+from shards_spec.models import NO_TRUST, LoadedModel, Trust, load_model
 from training.classifier import is_classifier, load_classifier
 from training.config import ModelConfig
 from training.run_dir import RunDir, load_checkpoint
@@ -18,7 +18,7 @@ def new_student(config: ModelConfig, seed: int) -> LoadedModel:
     """The model with its weights, or with random ones that depend on ``seed`` alone. Raises UserError."""
     torch.manual_seed(seed)
     with _nan_for_uninitialised():
-        student = load_model(config.model, config.pretrained, random_weights=True)
+        student = load_model(config.model, config.pretrained, random_weights=True, trust=config.trust)
     initialise_leftovers(student.model)
     return student
 
@@ -48,18 +48,18 @@ def _nan_for_uninitialised() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def _described(path: str) -> LoadedModel:
+def _described(path: str, trust: Trust) -> LoadedModel:
     """A RUN's student with random weights."""
     if is_classifier(path):
         return load_classifier(path)
     logging.disable(logging.WARNING)  # open_clip would say that the weights are random
     try:
-        return load_model(f"local-dir:{path}", random_weights=True)
+        return load_model(f"local-dir:{path}", random_weights=True, trust=trust)
     finally:
         logging.disable(logging.NOTSET)
 
 
-def load_run(path: str, raw: bool = False, best: bool = False) -> tuple[LoadedModel, int]:
+def load_run(path: str, raw: bool = False, best: bool = False, trust: Trust = NO_TRUST) -> tuple[LoadedModel, int]:
     """The student of a RUN folder with its newest (or best) checkpoint's weights, in eval mode, and that one's step.
 
     Where the run kept an average of the weights, that is what they are, unless ``raw``. Raises UserError when there is
@@ -70,7 +70,7 @@ def load_run(path: str, raw: bool = False, best: bool = False) -> tuple[LoadedMo
     if checkpoint is None:
         hint = "train with --eval-data EVAL" if best else f"run `clipmill train {config['recipe']}` longer"
         raise UserError(f"{run.checkpoints} has no {'best ' if best else ''}checkpoint yet: {hint}")
-    student = _described(path)
+    student = _described(path, trust)
     state = load_checkpoint(checkpoint)
     prefix = "student."
     weights = {name.removeprefix(prefix): value for name, value in state["task"].items() if name.startswith(prefix)}

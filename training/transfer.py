@@ -142,10 +142,14 @@ def load_base(config: ModelConfig, seed: int) -> LoadedModel:
     Of a CLIP run it is the picture tower, which must be one of timm's; it has no classes then. Raises UserError.
     """
     if config.model.startswith(TIMM):
-        return new_classifier(config.model, 1, None, config.pretrained, seed)
+        return new_classifier(config.model, 1, None, config.pretrained, seed, config.trust)
     if not Path(config.model, "config.json").is_file():
         raise UserError(f"--model {config.model!r}: give a RUN folder of `clipmill train`, or {TIMM}NAME")
-    loaded, _ = load_run(config.model)
+    if config.pretrained is not None:
+        raise UserError(
+            f"--pretrained {config.pretrained!r} would not be used: RUN {config.model} brings its own weights"
+        )
+    loaded, _ = load_run(config.model, trust=config.trust)
     if isinstance(loaded.model, Classifier):
         return loaded
     trunk = getattr(loaded.model.visual, "trunk", None)
@@ -153,14 +157,12 @@ def load_base(config: ModelConfig, seed: int) -> LoadedModel:
         raise UserError(f"--model {config.model!r}: its picture tower is none of timm's, which a classifier needs")
     name = f"{TIMM}{loaded.config['vision_cfg']['timm_model_name']}"
     base = new_classifier(name, 1)
-    missing, unexpected = base.model.trunk.load_state_dict(trunk.state_dict(), strict=False)
-    heads = [
-        key
-        for key in (*missing, *unexpected)
-        if base.model.trunk.get_submodule(key.rpartition(".")[0]) is not base.model.head
-    ]
-    if heads:
-        raise UserError(f"--model {config.model!r}: its picture tower is not {name} ({heads[:3]})")
+    own = {name for name, part in base.model.trunk.named_modules() if part is base.model.head}
+    weights = {key: value for key, value in trunk.state_dict().items() if key.rpartition(".")[0] not in own}
+    wanted = {key for key in base.model.trunk.state_dict() if key.rpartition(".")[0] not in own}
+    if differing := sorted(set(weights) ^ wanted):  # the head is not there, or projects to the embedding
+        raise UserError(f"--model {config.model!r}: its picture tower is not {name} ({differing[:3]})")
+    base.model.trunk.load_state_dict(weights, strict=False)
     return LoadedModel(base.model, None, base.config, loaded.image_size, loaded.mean, loaded.std)
 
 

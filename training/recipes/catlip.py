@@ -125,8 +125,10 @@ def prepare(config: Config) -> tuple[LoadedModel, Samples, Task]:
     if config.run.eval_data:
         raise UserError("--eval-data: CatLIP has no text tower to measure by; `clipmill train probe` measures its run")
     vocabulary, seed = find_vocabulary(config.data, config.labels), config.run.seed
-    student = new_classifier(config.student.model, len(vocabulary), vocabulary, config.student.pretrained, seed)
-    patch = student.model.trunk.patch_embed.patch_size[0]
+    asked = config.student
+    student = new_classifier(asked.model, len(vocabulary), vocabulary, asked.pretrained, seed, asked.trust)
+    embedding = getattr(student.model.trunk, "patch_embed", None)  # convolutional networks have none
+    patch = getattr(embedding, "patch_size", (1,))[0]
     if wrong := [side for side in config.sides.sides if side % patch]:
         raise UserError(f"--sides {wrong[0]}: must be a multiple of the model's patches of {patch} pixels")
     if config.frequency_bias:

@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
-from shards_spec.models import LoadedModel, load_model
+from shards_spec.models import NO_TRUST, LoadedModel, Trust, load_model
 from training.config import CacheConfig, DataConfig, ModelConfig, RunConfig, ViewConfig, require
 from training.inherit import freeze, inherit_siclip
 from training.losses import clip_loss, element_feature_loss, full, interactive_loss, relation_loss
@@ -232,7 +232,7 @@ def build(config: Config, student: LoadedModel, cache: TeacherCache | None) -> T
     """The task of a config. Raises UserError when base, teacher and student do not fit together."""
     base, aside, width, teacher_scale = None, None, student.config["embed_dim"], 0.0
     if config.inherit or (config.taught and cache is None):
-        base = load_base(config.base, config.base_weights, config.run.seed)
+        base = load_base(config.base, config.base_weights, config.run.seed, config.student.trust)
         _check_inputs(config.base, base, student)
         if config.inherit:
             _inherit(config, student, base)
@@ -246,18 +246,18 @@ def build(config: Config, student: LoadedModel, cache: TeacherCache | None) -> T
     return Task(config, student.model, width, aside, teacher_scale)
 
 
-def load_base(model: str, weights: str, seed: int) -> LoadedModel:
+def load_base(model: str, weights: str, seed: int, trust: Trust = NO_TRUST) -> LoadedModel:
     """The model to inherit from and to learn from. Raises UserError when there is none or it cannot be loaded."""
     if weights == "random":
-        return _own(model, new_student(ModelConfig(model), seed))
+        return _own(model, new_student(ModelConfig(model, trust=trust), seed))
     if weights and Path(weights, "config.json").is_file():
-        return load_run(weights)[0]
+        return load_run(weights, trust=trust)[0]
     if not weights and ":" not in model:
         raise UserError(
             f"--base-weights is needed: {model}'s weights (Apple's mobileclip_s0.pt, another checkpoint file, or a RUN "
             "folder), or random for a try"
         )
-    return _own(model, load_model(model, weights or None))
+    return _own(model, load_model(model, weights or None, trust=trust))
 
 
 def _own(model: str, base: LoadedModel) -> LoadedModel:
