@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class VocabConfig:
-    """Build the synset vocabulary: count over all captions, threshold, most frequent first."""
+    """Build the synset vocabulary: count over captions, threshold, most frequent first."""
 
     root: Root
     """the dataset; reads shards/*.parquet, writes vocab/NAME.tsv"""
@@ -36,8 +36,8 @@ class VocabConfig:
     """keep synsets that occur more often than this (CatLIP section 3.1: 500 for CC3M and DataComp)"""
     top_k: int | None = None
     """keep at most this many"""
-    source: str = "all"
-    """captions that count: all, original or synthetic"""
+    source: str = "original"
+    """captions that count: original (as CatLIP does), all or synthetic; training's --label-captions must be the same"""
     wordnet: str | None = None
     """folder with WordNet 3.0, for the lemmas; by default NLTK's or Debian's"""
     import_catlip: str | None = None
@@ -109,6 +109,9 @@ def _counted(config: VocabConfig, shards: list[int], rule: dict[str, Any]) -> Vo
             captions += labels.captions
             counts.update(_tally(labels.code, labels.wnids))
             documents.update(_tally(_distinct(labels.caption, labels), labels.wnids))
+    if not counts:
+        kind = "" if config.source == "all" else f"{config.source} "
+        raise UserError(f"{config.root}: no {kind}caption has a synset; count others by --source, or pack others")
     header = {**rule, "source": config.source, "captions": captions, "occurrences": counts.total()}
     heads = load_wordnet(config.wordnet).heads
     return build_vocabulary(counts, documents, heads, header, config.min_count, config.top_k)

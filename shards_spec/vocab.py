@@ -57,6 +57,20 @@ class Vocabulary:
                 "`clipmill vocab` makes of these shards, or pack them by the other rule with --overwrite"
             )
 
+    def check_captions(self, label_captions: str, name: str) -> None:
+        """Raise UserError unless it was counted on the captions that labels come from: ``original`` or ``all``.
+
+        CatLIP counts and labels original captions, so its own file is one of originals. ``name`` is what the message
+        calls the vocabulary.
+        """
+        counted = self.header.get("source")
+        if counted != label_captions and not (counted == "catlip" and label_captions == "original"):
+            raise UserError(
+                f"{name} was counted on {counted} captions, but labels are those of --label-captions {label_captions}: "
+                f"make it again with `clipmill vocab --source {label_captions}`"
+                + (f", or give --label-captions {counted}" if counted in ("original", "all") else "")
+            )
+
     def write(self, path: str) -> None:
         """Write the TSV: ``#`` header lines, column names, rows."""
         header = json.dumps(self.header, sort_keys=True, ensure_ascii=False)

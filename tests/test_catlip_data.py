@@ -10,6 +10,7 @@ import torch
 from small_catlip import TINY, need_wordnet, write_labelled
 
 from pipeline.labels import load_labeller
+from pipeline.vocab import VocabConfig, vocab
 from shards_spec.files import UserError
 from shards_spec.tar import read_shard
 from shards_spec.vocab import Vocabulary
@@ -168,3 +169,26 @@ def test_what_is_refused(root, student, tmp_path):
     other.write(f"{root}/vocab/other.tsv")
     with pytest.raises(UserError, match="is of the label rule catlip-released\\+synonyms"):
         find_vocabulary(DataConfig(data=root), LabelConfig(vocabulary="other"))
+
+
+def test_a_vocabulary_is_counted_on_the_captions_that_labels_come_from(root):
+    """CatLIP counts original captions, and --frequency-bias is a lie with counts of others."""
+    find_vocabulary(DataConfig(data=root), LabelConfig())  # both defaults are the original caption
+    with pytest.raises(
+        UserError,
+        match=r"all\.tsv was counted on original captions, .* --label-captions all: .*vocab --source all`, or give "
+        "--label-captions original",
+    ):
+        find_vocabulary(DataConfig(data=root), LabelConfig(label_captions="all"))
+    every = vocab(VocabConfig(root, min_count=0, source="all", name="every"))
+    replace(every, header={**every.header, "source": "synthetic"}).write(f"{root}/vocab/synthetic.tsv")
+    for source, name in (("all", "every"), ("synthetic", "synthetic")):
+        with pytest.raises(UserError, match=rf"counted on {source} captions, .* `clipmill vocab --source original`"):
+            find_vocabulary(DataConfig(data=root), LabelConfig(vocabulary=name))
+    with pytest.raises(UserError, match="no synthetic caption has a synset; count others by --source"):
+        vocab(VocabConfig(root, min_count=0, source="synthetic", name="none"))
+    taken = find_vocabulary(DataConfig(data=root), LabelConfig(vocabulary="every", label_captions="all"))
+    assert taken.header["source"] == "all"
+    imported = replace(taken, header={**taken.header, "source": "catlip"})  # counted on DataComp's original captions
+    imported.write(f"{root}/vocab/imported.tsv")
+    assert find_vocabulary(DataConfig(data=root), LabelConfig(vocabulary="imported"))

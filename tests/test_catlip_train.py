@@ -13,6 +13,7 @@ from small_dist import fork
 from small_training import tiny_clip, write_packed
 
 from pipeline.class_map import ClassesConfig, classes
+from pipeline.vocab import VocabConfig, vocab
 from shards_spec.files import UserError
 from shards_spec.vocab import read_vocabulary
 from training.classifier import Classifier
@@ -167,6 +168,10 @@ def test_the_loss_is_that_of_the_definition(root):
 
 def test_options(root):
     options = {"frequency_bias": True, "loss": "softmax", "drop_empty": True, "label_captions": "all"}
+    with pytest.raises(UserError, match="counted on original captions, but labels are those of --label-captions all"):
+        catlip.prepare(small("catlip", data=root, sides=(), **options))
+    vocab(VocabConfig(root, min_count=0, source="all", name="every"))
+    options["vocabulary"] = "every"
     student, samples, _ = catlip.prepare(small("catlip", data=root, sides=(), **options))
     vocabulary = samples.labels.vocabulary
     share = np.array([row[3] for row in vocabulary.rows]) / vocabulary.header["captions"]

@@ -103,7 +103,7 @@ def test_threshold_top_k_and_ties(tmp_path):
 
 def test_the_command_prints_coverage(tmp_path, monkeypatch, caplog, capsys):
     root = packed(str(tmp_path / "ds"), [[[[DOG, DOG, TENCH]], [[]]], [[[CAT]], [[DOG], [CAT]]]])
-    monkeypatch.setattr(sys, "argv", ["clipmill", "vocab", root, "--min-count", "0"])
+    monkeypatch.setattr(sys, "argv", ["clipmill", "vocab", root, "--min-count", "0", "--source", "all"])
     with caplog.at_level("INFO"), pytest.raises(SystemExit, match="0"):
         clipmill.main()
     said = "75.0 % of 4 samples have a label, 1.25 labels per sample, 1 of the 1000 classes of ImageNet-1k"

@@ -117,7 +117,10 @@ class Labels:
 
 
 def find_vocabulary(data: DataConfig, labels: LabelConfig) -> Vocabulary:
-    """The vocabulary of a config. Raises UserError when there is none, or the shards are labelled by another rule."""
+    """The vocabulary of a config.
+
+    Raises UserError when there is none, the shards are labelled by another rule, or it was counted on other captions.
+    """
     if not data.data or data.folder != "shards":
         raise UserError("--data is needed with --folder shards: labels are in packed shards only (`clipmill pack`)")
     path = join(data.data, "vocab", f"{labels.vocabulary}.tsv")
@@ -125,6 +128,7 @@ def find_vocabulary(data: DataConfig, labels: LabelConfig) -> Vocabulary:
         raise UserError(f"{path} is not there: `clipmill vocab {data.data} --name {labels.vocabulary}` makes it")
     vocabulary = read_vocabulary(path)
     vocabulary.check_rule(read_dataset(data.data)["stages"].get("pack", {}).get("config", {}), path)
+    vocabulary.check_captions(labels.label_captions, path)
     return vocabulary
 
 
