@@ -68,9 +68,8 @@ def read_lists(folder: str, found: list[str], prefixes: list[str], given: str | 
         if name not in METADATA:
             where = _where(folder, prefix, prefixes, [file for file, _ in islice(entries, TRIED_FILES) if file])
             if where is None:
-                log.warning(
-                    "%s: %s", path, "none of its images is here; left out" if entries else "no list of captions"
-                )
+                why = "none of its images is here" if entries else "it is no list of captions"
+                log.warning("%s: left out, %s", path, why)
                 continue
             prefix = where
         for number, (file, own) in enumerate(entries, start=1):

@@ -14,7 +14,7 @@ def walk(folder: str) -> Iterator[tuple[str, Files]]:
     """(prefix below the folder, its files by name), a folder's files before its folders', both by name.
 
     Files that are nobody's (`names.is_ignored`) are left out. Linked folders are entered, unless they lie in the
-    folder anyhow or were entered before, so that links make neither loops nor a file come twice. Raises UserError for
+    folder anyhow, hold it, or were entered before: links make neither loops nor a file come twice. Raises UserError for
     a folder that cannot be listed.
     """
     if is_url(folder):
@@ -32,7 +32,7 @@ def _walk_local(folder: str) -> Iterator[tuple[str, Files]]:
         path = os.path.join(folder, prefix)
         if linked:
             real = os.path.realpath(path)
-            if real in entered or os.path.commonpath((root, real)) == root:
+            if real in entered or os.path.commonpath((root, real)) in (root, real):
                 continue
             entered.add(real)
         try:
