@@ -205,7 +205,7 @@ def test_the_caption_column_of_files_beside(tmp_path):
     (tmp_path / "1.json").unlink()
     with pytest.raises(UserError, match=r"no caption column 'x': .* its files are 2 .jpg, 1 .[a-z]+, 1 .[a-z]+"):
         told(tmp_path, ("x", None))
-    with pytest.raises(UserError, match="--url-col 'u' is not used for a folder of images"):
+    with pytest.raises(UserError, match="--url-col 'u' means nothing for a folder of images"):
         told(tmp_path, (None, "u"))
 
 
