@@ -1,5 +1,6 @@
 """`check`: proves the format's promises, shard by shard, and names the first broken key of every file."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -7,10 +8,17 @@ from itertools import chain, zip_longest
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.cache_rows import OpenShard, stale_column
+from pipeline.check_records import (
+    Findings,
+    Totals,
+    check_dataset,
+    check_names,
+    check_record,
+    check_totals,
+    check_vocabularies,
+)
 from pipeline.dedup import FOLDER as DEDUP
 from pipeline.dedup import check_fresh
 from pipeline.likeness import EXACT, NEAR
@@ -19,7 +27,6 @@ from pipeline.stage import Root
 from shards_spec.cached import CachedShard
 from shards_spec.files import (
     DataError,
-    UserError,
     exists,
     join,
     names,
@@ -28,10 +35,10 @@ from shards_spec.files import (
     sha256_bytes,
     sha256_file,
 )
-from shards_spec.manifest import read_dataset, read_done, shard_ids, shard_name
+from shards_spec.library_errors import open_table, parquet_errors, short
+from shards_spec.manifest import Done, finished_shards, read_done, shard_ids, shard_name
 from shards_spec.sample import Sample, check_key
 from shards_spec.tar import read_shard, shard_keys
-from shards_spec.vocab import read_vocabulary
 
 NO_KEYS = np.empty(0, np.uint64)
 
@@ -46,30 +53,32 @@ class CheckConfig:
 
 def check(config: CheckConfig) -> list[str]:
     """Problems found, each naming file and key; empty when all promises hold. Memory: one shard, 8 bytes a key."""
-    root, problems = config.root, list[str]()
+    root, found = config.root, Findings()
     if not exists(join(root, "raw")) and not exists(join(root, "shards")):
         return [f"{root}: no raw/ and no shards/ in it; it is not a clipmill dataset"]
     keys_of = dict[str, list[np.ndarray]]()  # of raw/ and dedup/
+    blocks = check_dataset(root, found)
     for folder, stage, prove in _folders(root):
-        keys = list[np.ndarray]()
-        try:
-            shards = shard_ids(join(root, folder))
-            problems += _check_totals(root, folder, stage, shards)
-        except DataError as error:
-            problems.append(str(error))
-            continue
+        keys, totals, shards = list[np.ndarray](), Totals(), check_names(root, folder, found)
         for shard in shards:
-            try:
-                _check_hashes(root, folder, shard)
+            name, done = join(root, folder, shard_name(shard)), None
+            with found.of(f"{name}_stats.json"):
+                done = check_record(root, folder, stage, shard)
+                totals.add(shard, done)
+            with found.of(name):
+                _check_hashes(root, folder, shard, done)
                 keys.append(_key_numbers(prove(root, folder, shard)))
-            except DataError as error:
-                problems.append(str(error))
-        problems += _check_unique(folder, keys)
+        check_totals(root, folder, stage, blocks, totals, len(shards), found)
+        _check_unique(folder, keys, found)
         if folder in ("raw", DEDUP) and len(keys) == len(shards):
             keys_of[folder] = keys
     if len(keys_of) == 2:
-        problems += _check_kept(root, keys_of["raw"], keys_of[DEDUP])
-    return problems + _check_sizes(root) + _check_vocabularies(root)
+        with found.of(join(root, DEDUP)):
+            _check_kept(root, keys_of["raw"], keys_of[DEDUP], found)
+    with found.of(join(root, "shards", "sizes.json")):
+        _check_sizes(root, blocks or {}, found)
+    check_vocabularies(root, blocks or {}, found)
+    return found.problems
 
 
 def _key_numbers(keys: Iterable[str]) -> np.ndarray:
@@ -95,25 +104,7 @@ def _folders(root: str) -> Iterator[tuple[str, str, Prove]]:
         yield f"teacher/{name}", f"cache/{name}", _prove_cache
 
 
-def _check_totals(root: str, folder: str, stage: str, shards: list[int]) -> list[str]:
-    block, totals, ours = read_dataset(root)["stages"].get(stage), Counter[str](), 0
-    for shard in shards:
-        if done := read_done(join(root, folder), shard):
-            totals.update(done.counts)
-            totals.subtract(done.retried)
-            ours += 1
-    if not ours:
-        return []  # img2dataset's own shards, accepted as they are
-    if block is None:
-        return [f"{root}/dataset.json: no block for {stage}; it has not finished, run it again"]
-    found = {reason: number for reason, number in totals.items() if number}
-    if block["shards"] != len(shards) or block["counts"] != found:
-        return [f"{root}/dataset.json: {stage} says {block['counts']}, its {len(shards)} shards add up to {found}"]
-    return []
-
-
-def _check_hashes(root: str, folder: str, shard: int) -> None:
-    done = read_done(join(root, folder), shard)
+def _check_hashes(root: str, folder: str, shard: int, done: Done | None) -> None:
     for path, expected in (done.outputs if done else {}).items():
         if not exists(join(root, path)):
             raise DataError(f"{join(root, path)}: is not there; delete its _stats.json and run the stage again")
@@ -130,6 +121,8 @@ def _changed(root: str, folder: str, shard: int, path: str) -> str:
             pass
     except DataError as error:
         where = str(error).removeprefix(f"{join(root, path)}: ")
+    except Exception as error:  # over damaged bytes readers raise anything
+        where = f"it cannot be read any more ({short(error)})"
     mend = f"delete {folder}/{shard_name(shard)}_stats.json and run the stage again"
     return f"{join(root, path)}: not the file that was written: {where}; {mend}"
 
@@ -142,15 +135,16 @@ def _expect_keys(path: str, expected: list[str], found: list[str], other: str) -
 
 def _rows(path: str, columns: list[str], optional: str = "") -> list[dict[str, Any]]:
     try:
-        with open_read(path) as file:
-            parquet = pq.ParquetFile(file)
-            more = [optional] if optional in parquet.schema_arrow.names else []
-            rows: list[dict[str, Any]] = parquet.read(columns=[*columns, *more]).to_pylist()
-        if rows and (missing := set(columns) - set(rows[0])):
-            raise DataError(f"{path}: no column {sorted(missing)[0]}; make it again")
-        return rows
-    except (pa.ArrowInvalid, FileNotFoundError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error})") from error
+        with parquet_errors(path), open_read(path) as file:
+            parquet = open_table(path, file)
+            there = parquet.schema_arrow.names
+            wanted = [name for name in (*columns, optional) if name in there]
+            rows: list[dict[str, Any]] = parquet.read(wanted).to_pylist()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: is not there; delete its _stats.json and run the stage again") from error
+    if rows and (missing := [name for name in columns if name not in there]):
+        raise DataError(f"{path}: no column {missing[0]}; make it again")
+    return rows
 
 
 def _prove_raw(root: str, folder: str, shard: int) -> Iterator[str]:
@@ -270,66 +264,53 @@ def _dropped(root: str, name: str) -> set[str]:
     return {row["key"] for row in _rows(path, ["key"])} if exists(path) else set()
 
 
-def _check_kept(root: str, raw: list[np.ndarray], dropped: list[np.ndarray]) -> list[str]:
+def _check_kept(root: str, raw: list[np.ndarray], dropped: list[np.ndarray], found: Findings) -> None:
     """The lists belong to raw/ as it is, and every sample that stays for another is there and does not go itself."""
-    try:
-        check_fresh(root, shard_ids(join(root, "raw")))
-    except UserError as error:
-        return [str(error)]
-    problems, there, gone = list[str](), *(np.sort(np.concatenate([NO_KEYS, *keys])) for keys in (raw, dropped))
+    check_fresh(root, shard_ids(join(root, "raw")))
+    there, gone = (np.sort(np.concatenate([NO_KEYS, *keys])) for keys in (raw, dropped))
     for shard in range(len(dropped)):
         path = join(root, DEDUP, f"{shard_name(shard)}.parquet")
         rows = _rows(path, ["key", "kept"])
         kept = _key_numbers(row["kept"] for row in rows)
         if (wrong := ~_among(kept, there) | _among(kept, gone)).any():
             row = rows[int(wrong.argmax())]
-            problems.append(
+            found.add(
                 f"{path}: key {row['key']} goes for key {row['kept']}, which is not in raw/ or goes itself; "
                 "run `clipmill dedup --overwrite`"
             )
-    return problems
 
 
 def _among(numbers: np.ndarray, ascending: np.ndarray) -> np.ndarray:
     return np.searchsorted(ascending, numbers, "left") < np.searchsorted(ascending, numbers, "right")
 
 
-def _check_unique(folder: str, keys: list[np.ndarray]) -> list[str]:
+def _check_unique(folder: str, keys: list[np.ndarray], found: Findings) -> None:
     hashes = np.concatenate(keys) if keys else np.empty(0, np.uint64)
     repeated = len(hashes) - len(np.unique(hashes))
-    return [f"{folder}: {repeated} keys are there more than once; keys must be unique in a dataset"] if repeated else []
+    if repeated:
+        found.add(f"{folder}: {repeated} keys are there more than once; keys must be unique in a dataset")
 
 
-def _check_sizes(root: str) -> list[str]:
+def _check_sizes(root: str, blocks: dict[str, Any], found: Findings) -> None:
     path = join(root, "shards", "sizes.json")
     if not exists(join(root, "shards")):
-        return []
+        return
     if not exists(path):
-        return [f"{path}: is not there; `clipmill pack` has not finished"]
-    sizes, problems, shards = read_json(path), list[str](), shard_ids(join(root, "shards"))
+        raise DataError(f"{path}: is not there; `clipmill pack` has not finished")
+    sizes, shards = read_json(path), finished_shards(join(root, "shards"))
+    if not isinstance(sizes, dict):
+        raise DataError(f"{path}: no object of sizes; delete it and run `clipmill pack` again")
     for shard in shards:
-        done = read_done(join(root, "shards"), shard)
-        name = f"{shard_name(shard)}.tar"
+        name, done = f"{shard_name(shard)}.tar", None
+        with contextlib.suppress(DataError):  # named already
+            done = read_done(join(root, "shards"), shard)
         if done and sizes.get(name) != done.successes:
-            problems.append(f"{path}: {name} has {done.successes} samples, the file says {sizes.get(name)}")
+            found.add(f"{path}: {name} has {done.successes} samples, the file says {sizes.get(name)}")
         size = done.config.get("shard_size") if done else None
         if done and size and not (done.successes == size or (shard == shards[-1] and done.successes <= size)):
-            problems.append(f"{path}: {name} has {done.successes} samples, not {size}; run `clipmill pack` again")
-    stages = read_dataset(root)["stages"]
-    planned, packed = (stages.get(name, {}).get("counts") for name in ("plan", "pack"))
+            found.add(f"{path}: {name} has {done.successes} samples, not {size}; run `clipmill pack` again")
+    if other := sorted(set(sizes) - {f"{shard_name(shard)}.tar" for shard in shards}):
+        found.add(f"{path}: {other[0]} is not there; delete the file and run `clipmill pack` again")
+    planned, packed = (blocks.get(name, {}).get("counts") for name in ("plan", "pack"))
     if planned is not None and planned != packed:
-        problems.append(f"{root}/dataset.json: plan says {planned}, pack {packed}; run `clipmill pack` again")
-    return problems
-
-
-def _check_vocabularies(root: str) -> list[str]:
-    problems, packed = list[str](), read_dataset(root)["stages"].get("pack", {}).get("config", {})
-    for name in names(join(root, "vocab")):
-        path = join(root, "vocab", name)
-        try:
-            vocabulary = read_vocabulary(path)
-            if packed:
-                vocabulary.check_rule(packed, path)
-        except (DataError, UserError) as error:
-            problems.append(str(error))
-    return problems
+        found.add(f"{root}/dataset.json: plan says {planned}, pack {packed}; run `clipmill pack` again")

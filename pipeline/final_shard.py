@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 FOLDER, SIZES = "shards", "shards/sizes.json"
 DISSIMILAR = "every caption below min_similarity"  # why a sample is dropped
 NEED_SIMILARITY = "--min-similarity needs the cosines that `clipmill caption ... --similarity` stores"
+OWN_FIELD = re.compile(r"syn_(0|[1-9][0-9]*)|synsets")  # of the json member: a source's are no captions of these shards
 SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -136,6 +138,7 @@ class Chooser:
         if problem := caption_problem(caption, 0, self._choice.max_caption_chars, sane=False):
             return problem
         facts = [f"{mend} mended" for mend in mends]
+        facts += ["json members with syn_N or synsets of the source, left out"] * any(map(OWN_FIELD.fullmatch, meta))
         facts += ["original captions below min_similarity"] * dissimilar
         facts += ["synthetic captions below min_similarity"] * synthetic.left_out
         return Kept(original, caption, synthetic.texts, meta, facts)
@@ -264,8 +267,9 @@ def _pixels(value: Any) -> int | None:
 def _members(sample: Sample, kept: Kept, synsets: list[list[str]]) -> dict[str, bytes]:
     """The picture as it is, the original caption mended; json gets the captions as plain strings and the synsets."""
     ours = {"caption": kept.caption, **{f"syn_{i}": text for i, text in enumerate(kept.synthetic)}, "synsets": synsets}
+    theirs = {name: value for name, value in kept.meta.items() if not OWN_FIELD.fullmatch(name)}
     try:
-        meta = json_bytes({**kept.meta, **ours}, indent=None)
+        meta = json_bytes({**theirs, **ours}, indent=None)
     except UnicodeEncodeError:
-        meta = json_bytes({**hygiene.encodable(kept.meta), **ours}, indent=None)
+        meta = json_bytes({**hygiene.encodable(theirs), **ours}, indent=None)
     return {sample.image_extension: sample.image, "txt": kept.caption.encode(), "json": meta}

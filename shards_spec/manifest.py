@@ -2,7 +2,8 @@
 
 ``NNNNN_stats.json`` beside a shard holds img2dataset's counts and, under ``"clipmill"``, the done-record: the
 stage, its config, the hashes of what it read and of what it wrote. It is written last, so a shard that has one
-is complete.
+is complete. Records, and the blocks of ``dataset.json``, have a hash of themselves (`SEAL`) since it was found that
+damage to what nothing derives again went unseen; older ones have none and are valid.
 """
 
 import re
@@ -26,6 +27,20 @@ from shards_spec.shown import hide_secrets
 
 STATS_PATTERN = re.compile(r"(\d+)_stats\.json")
 FILE_PATTERN = re.compile(r"(\d+)(\.tar|\.parquet|_stats\.json)")
+SEAL = "self_sha256"  # of a JSON object: the hash of all its other fields
+TIMES = ("start_time", "end_time", "duration")  # img2dataset's: the third is the difference of the others
+
+
+def seal(value: dict[str, Any]) -> str:
+    """What the object's `SEAL` has to be."""
+    return sha256_json({name: own for name, own in value.items() if name != SEAL})
+
+
+def stats_seal(stats: dict[str, Any]) -> str:
+    """What the `SEAL` of a done-record has to be: the hash of all of the stats but itself and the times, which no other
+    run repeats."""
+    record = {name: own for name, own in stats["clipmill"].items() if name != SEAL}
+    return sha256_json({name: own for name, own in {**stats, "clipmill": record}.items() if name not in TIMES})
 
 
 def shard_name(shard: int) -> str:
@@ -62,7 +77,7 @@ class Done:
         """Publish the record as ``folder/NNNNN_stats.json``: img2dataset's fields, then ours."""
         failed_resize = sum(n for reason, n in self.counts.items() if reason.startswith("resize: "))
         total = sum(self.counts.values())
-        stats = {
+        stats: dict[str, Any] = {
             "count": total,
             "successes": self.successes,
             "failed_to_download": total - self.successes - failed_resize,
@@ -81,6 +96,7 @@ class Done:
                 **({"facts": self.facts} if self.facts else {}),
             },
         }
+        stats["clipmill"] |= {SEAL: stats_seal(stats)}
         write_json(join(folder, f"{shard_name(self.shard)}_stats.json"), stats)
 
 
@@ -97,14 +113,22 @@ def read_done(folder: str, shard: int) -> Done | None:
     record = stats.get("clipmill") if isinstance(stats, dict) else None
     if record is None:
         return None
-    if record.get("spec_version") != SPEC_VERSION:
-        raise DataError(
-            f"{path}: spec version {record.get('spec_version')}, this clipmill reads {SPEC_VERSION}; make it again"
-        )
-    return Done(
-        record["stage"], record["shard"], record["config"], stats["status_dict"], record["inputs"], record["outputs"],
-        retried=record.get("retried", {}), facts=record.get("facts", {}),
-    )  # fmt: skip
+    version = record.get("spec_version") if isinstance(record, dict) else None
+    if version != SPEC_VERSION:
+        raise DataError(f"{path}: spec version {version}, this clipmill reads {SPEC_VERSION}; make it again")
+    try:
+        done = Done(
+            record["stage"], record["shard"], record["config"], stats["status_dict"], record["inputs"],
+            record["outputs"], retried=record.get("retried", {}), facts=record.get("facts", {}),
+        )  # fmt: skip
+    except KeyError as error:
+        raise DataError(f"{path}: its done-record has no {error}; delete it and run its stage again") from error
+    tables: list[Any] = [done.config, done.inputs, done.outputs, done.counts, done.retried, done.facts]
+    if not all(isinstance(table, dict) for table in tables) or any(
+        type(number) is not int for table in tables[3:] for number in table.values()
+    ):
+        raise DataError(f"{path}: its done-record is damaged; delete it and run its stage again")
+    return done
 
 
 def forget(folder: str, shard: int) -> None:
@@ -151,14 +175,19 @@ def file_hashes(root: str, folder: str, shard: int, paths: list[str]) -> list[st
 
 
 def read_dataset(root: str) -> dict[str, Any]:
-    """``dataset.json``; an empty one when absent. Raises UserError for another spec version."""
+    """``dataset.json``; an empty one when absent. Raises UserError for another spec version, DataError for no such."""
     path = join(root, "dataset.json")
     try:
-        dataset: dict[str, Any] = read_json(path)
+        dataset = read_json(path)
     except FileNotFoundError:
         return {"spec_version": SPEC_VERSION, "name": root.rstrip("/").rsplit("/", 1)[-1], "source": None, "stages": {}}
-    if dataset.get("spec_version") != SPEC_VERSION:
-        raise UserError(f"{path}: spec version {dataset.get('spec_version')}, this clipmill reads {SPEC_VERSION}")
+    version, stages = (dataset.get(name) if isinstance(dataset, dict) else None for name in ("spec_version", "stages"))
+    if version is not None and version != SPEC_VERSION:
+        raise UserError(f"{path}: spec version {version}, this clipmill reads {SPEC_VERSION}")
+    if version is None or not isinstance(stages, dict) or not all(isinstance(own, dict) for own in stages.values()):
+        raise DataError(f"{path}: no version and stages in it; delete it and run the stages again, they write it anew")
+    for name in ("name", "source"):
+        dataset.setdefault(name, None)
     return dataset
 
 
@@ -166,9 +195,17 @@ def write_stage(root: str, stage: str, block: dict[str, Any], source: str | None
     """Put one finished stage's block (config, config hash, totals, versions) into ``dataset.json``."""
     remove_stale(root)
     dataset = read_dataset(root)
+    sound = dataset.get(SEAL) in (None, head_seal(dataset))
     dataset["source"] = hide_secrets(source) if source else dataset["source"]
-    dataset["stages"] = dict(sorted({**dataset["stages"], stage: block}.items()))
+    dataset["stages"] = dict(sorted({**dataset["stages"], stage: {**block, SEAL: seal(block)}}.items()))
+    if sound:  # else the damage stays visible
+        dataset[SEAL] = head_seal(dataset)
     write_json(join(root, "dataset.json"), dataset)
+
+
+def head_seal(dataset: dict[str, Any]) -> str:
+    """What the `SEAL` of ``dataset.json`` has to be: of all but its stages, which have their own."""
+    return seal({name: own for name, own in dataset.items() if name != "stages"})
 
 
 def remove_stage(root: str, stage: str) -> None:

@@ -73,8 +73,13 @@ class Vocabulary:
 
     def write(self, path: str) -> None:
         """Write the TSV: ``#`` header lines, column names, rows."""
+        write_bytes(path, self.data)
+
+    @property
+    def data(self) -> bytes:
+        """The file's bytes."""
         header = json.dumps(self.header, sort_keys=True, ensure_ascii=False)
-        write_bytes(path, f"# clipmill vocabulary {header}\n# sha256 {self.sha256}\n{COLUMNS}\n{self.body}".encode())
+        return f"# clipmill vocabulary {header}\n# sha256 {self.sha256}\n{COLUMNS}\n{self.body}".encode()
 
 
 def rule_of(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_data import tree, write_raw
+from small_data import tree, vouch, write_raw
 
 from pipeline.check import CheckConfig, check
 from pipeline.dedup import DedupConfig, dedup
@@ -67,10 +67,8 @@ def without_captions(root: str, keys: set[str]) -> None:
     for shard in shard_ids(join(root, "raw")):
         path = f"raw/{shard_name(shard)}.tar"
         changed = [Sample(s.key, {**s.members, "txt": b"" if s.key in keys else s.members["txt"]}) for s in raw(root)]
-        _, digest = write_shard(join(root, path), [s for s in changed if s.key[:5] == shard_name(shard)])
-        stats = read_json(join(root, f"raw/{shard_name(shard)}_stats.json"))
-        stats["clipmill"]["outputs"][path] = digest
-        write_bytes(join(root, f"raw/{shard_name(shard)}_stats.json"), json.dumps(stats).encode())
+        write_shard(join(root, path), [s for s in changed if s.key[:5] == shard_name(shard)])
+        vouch(root, "raw", shard, path)
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +197,29 @@ def test_a_foreign_json_member_costs_only_its_sizes(root):
     table = pq.read_table(join(root, "shards/00000.parquet"), columns=["width", "height"]).to_pylist()
     assert table[0] == {"width": None, "height": None}
     assert table[1]["width"] > 0
+
+
+@pytest.mark.parametrize("captioner", [(), ("none",)])
+@pytest.mark.parametrize("size", [None, 4])
+def test_a_source_with_fields_of_ours_is_packed_as_check_wants_it(root, captioner, size):
+    """Final shards of somebody else, say, as a source: their synthetic captions and synsets are not of these shards."""
+    samples, captions = shard_of(root, 0, "raw"), 1 if captioner else 2
+    theirs = [
+        {"syn_0": "a lie", "syn_1": "another"}, {f"syn_{captions - 1}": "behind"}, {"synsets": [["n02084071"]] * 9},
+        {"synsets": "dog", "caption": "somebody's", "syn_0": 5}, {"syn_00": "kept", "synset": "kept", "syn_a": None},
+    ]  # fmt: skip
+    odd = [
+        Sample(s.key, {**s.members, "json": json.dumps({**s.meta, **more}).encode()})
+        for s, more in zip(samples, theirs, strict=False)
+    ]
+    write_shard(join(root, "raw/00000.tar"), [*odd, *samples[len(odd) :]])
+    vouch(root, "raw", 0, "raw/00000.tar")
+    summary = pack(PackConfig(root, captioner, workers=1, shard_size=size))
+    assert summary.facts["json members with syn_N or synsets of the source, left out"] == 4
+    assert check(CheckConfig(root)) == []
+    packed = shard_of(root, 0)
+    assert [len(sample.captions) for sample in packed] == [captions] * len(packed)
+    assert all(sample.meta["caption"] == sample.caption for sample in packed)
 
 
 # equal sizes

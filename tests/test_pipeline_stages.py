@@ -280,6 +280,7 @@ def test_check_finds_a_key_that_is_there_twice(tmp_path):
         stats = json.loads(path.read_text())
         del stats["clipmill"]
         path.write_text(json.dumps(stats))
+    Path(root, "dataset.json").unlink()  # as img2dataset leaves it
     assert check(CheckConfig(root)) == ["raw: 5 keys are there more than once; keys must be unique in a dataset"]
 
 

@@ -1,0 +1,239 @@
+"""What `check` asks of the text files of a dataset: done-records, ``dataset.json``, ``sizes.json``, vocabularies.
+
+A record of today has a hash of itself; one of an older clipmill is held to what can be derived again.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from shards_spec.files import DataError, UserError, exists, join, json_bytes, names, read_bytes, read_json, sha256_json
+from shards_spec.library_errors import short
+from shards_spec.manifest import (
+    FILE_PATTERN,
+    SEAL,
+    STATS_PATTERN,
+    TIMES,
+    Done,
+    head_seal,
+    read_dataset,
+    read_done,
+    seal,
+    shard_name,
+    stats_seal,
+)
+from shards_spec.vocab import read_vocabulary
+
+FOLDERS = {"ingest": "raw", "dedup": "dedup", "plan": "plan", "pack": "shards"}  # stage to folder; others: see `place`
+RECORD = {"spec_version", "stage", "shard", "config", "config_sha256", "inputs", "outputs", "retried", "facts", SEAL}
+BLOCK = {"config", "config_sha256", "shards", "counts", "facts", "versions", "synsets", "sha256", "coverage", SEAL}
+HEAD = {"spec_version", "name", "source", "stages", SEAL}
+AGAIN = "delete it and run its stage again"
+
+
+class Findings:
+    """Problems found, each once, in the order of finding."""
+
+    def __init__(self) -> None:
+        self._found = dict[str, None]()
+
+    def add(self, problem: str) -> None:
+        """One more."""
+        self._found[problem] = None
+
+    @property
+    def problems(self) -> list[str]:
+        """All of them."""
+        return list(self._found)
+
+    @contextmanager
+    def of(self, what: str) -> Iterator[None]:
+        """Around a part of the check: what is raised becomes a problem, and the check goes on behind it.
+
+        Anything may be raised over damaged bytes, so everything is caught; ``what`` names the file for those errors
+        that do not.
+        """
+        try:
+            yield
+        except (DataError, UserError) as error:
+            self.add(str(error))
+        except Exception as error:
+            said = short(error)
+            self.add(said if what in said else f"{what}: damaged, it cannot be read ({type(error).__name__}: {said})")
+
+
+def place(stage: str) -> str | None:
+    """The file or folder below ROOT that a stage of ``dataset.json`` fills; None for a stage that is not known."""
+    kind, _, name = stage.partition("/")
+    named = {"caption": f"captions/{name}", "cache": f"teacher/{name}", "vocab": f"vocab/{name}.tsv"}
+    return named.get(kind) if name else FOLDERS.get(stage)
+
+
+def check_dataset(root: str, found: Findings) -> dict[str, Any] | None:
+    """The blocks of ``dataset.json``, each checked in itself; none where it is not there, None when it is broken."""
+    path, dataset = join(root, "dataset.json"), dict[str, Any]()
+    if not exists(path):
+        return dataset
+    with found.of(path):
+        dataset = read_dataset(root)
+    if not dataset:
+        return None
+    if SEAL in dataset and dataset[SEAL] != head_seal(dataset):
+        found.add(f"{path}: name, source or version are not as they were written; {_mend_head()}")
+    elif SEAL in dataset and json_bytes(read_json(path)) != read_bytes(path):
+        found.add(f"{path}: not as it was written; {_mend_head()}")
+    if unknown := sorted(set(dataset) - HEAD):
+        found.add(f"{path}: unknown field {unknown[0]!r}; {_mend_head()}")
+    for stage, block in dataset["stages"].items():
+        _check_block(root, path, stage, block, found)
+    blocks: dict[str, Any] = dataset["stages"]
+    return blocks
+
+
+def _mend_head() -> str:
+    return "delete the file and run the stages again, each writes its part from what is there"
+
+
+def _check_block(root: str, path: str, stage: str, block: dict[str, Any], found: Findings) -> None:
+    folder = place(stage)
+    mend = f"take the block out and run `clipmill {stage.split('/')[0]}` again, it writes it from what is there"
+    if folder is None:
+        found.add(f"{path}: unknown stage {stage!r}; take its block out")
+        return
+    if not exists(join(root, folder)):
+        found.add(
+            f"{join(root, folder)} is gone, {path} has a block of {stage}; put it back, make it again, or take the "
+            "block out"
+        )
+    config = block.get("config")
+    if SEAL in block and block[SEAL] != seal(block):
+        found.add(f"{path}: the block of {stage} is not as it was written; {mend}")
+    elif unknown := sorted(set(block) - BLOCK):
+        found.add(f"{path}: the block of {stage} has an unknown field {unknown[0]!r}; {mend}")
+    elif "config_sha256" in block and block["config_sha256"] != sha256_json(config):
+        found.add(f"{path}: the config of {stage} does not fit its hash; {mend}")
+
+
+@dataclass
+class Totals:
+    """What the done-records of a folder add up to."""
+
+    shards: int = 0
+    foreign: list[int] = field(default_factory=list)  # shards whose record is another tool's
+    counts: Counter[str] = field(default_factory=Counter)
+    facts: Counter[str] = field(default_factory=Counter)
+    configs: dict[str, int] = field(default_factory=dict)  # JSON to the first shard that has it
+
+    def add(self, shard: int, done: Done | None) -> None:
+        """One more shard; None where the record is another tool's."""
+        self.shards += 1
+        if done is None:
+            self.foreign.append(shard)
+        else:
+            self.counts.update(done.counts)
+            self.counts.subtract(done.retried)
+            self.facts.update(done.facts)
+            self.configs.setdefault(json.dumps(done.config, sort_keys=True), done.shard)
+
+
+def check_totals(
+    root: str, folder: str, stage: str, blocks: dict[str, Any] | None, totals: Totals, shards: int, found: Findings
+) -> None:
+    """The block of a stage against the sums of its records; those of img2dataset in ``raw`` have neither.
+
+    Without ``blocks`` (they cannot be read), or where a record is broken, only the records are looked at.
+    """
+    path, block = f"{root}/dataset.json", (blocks or {}).get(stage)
+    if totals.foreign and (block is not None or folder != "raw" or len(totals.foreign) < shards):
+        found.add(
+            f"{join(root, folder, shard_name(totals.foreign[0]))}_stats.json: no done-record in it "
+            f"({len(totals.foreign)} such of {totals.shards}); delete it and run `clipmill {stage.split('/')[0]}` again"
+        )
+    if blocks is None or totals.shards != shards:
+        return
+    if block is None:
+        if totals.shards > len(totals.foreign):
+            found.add(f"{path}: no block for {stage}; it has not finished, run it again")
+        return
+    counts = {reason: number for reason, number in totals.counts.items() if number}
+    facts = {what: number for what, number in totals.facts.items() if number}
+    said = {what: number for what, number in (block.get("facts") or {}).items() if number}
+    if block.get("shards") != totals.shards or block.get("counts") != counts:
+        found.add(f"{path}: {stage} says {block.get('counts')}, its {totals.shards} shards add up to {counts}")
+    elif said != facts:
+        found.add(f"{path}: {stage} says {said}, the facts of its shards add up to {facts}")
+    if "config" in block and (other := set(totals.configs) - {json.dumps(block["config"], sort_keys=True)}):
+        shard = totals.configs[min(other)]
+        found.add(f"{path}: the config of {stage} is not that of {folder}/{shard_name(shard)}; run it again")
+
+
+def check_record(root: str, folder: str, stage: str, shard: int) -> Done | None:
+    """The done-record of a shard, proven; None for another tool's. Raises DataError."""
+    path = join(root, folder, f"{shard_name(shard)}_stats.json")
+    stats, done = read_json(path), read_done(join(root, folder), shard)
+    if done is None:
+        return None
+    record, own = stats["clipmill"], (done.stage, done.shard, record_hash(stats))
+    times = [stats[name] for name in TIMES if name in stats]
+    if SEAL in record and (
+        record[SEAL] != stats_seal(stats)
+        or json_bytes(stats) != read_bytes(path)
+        or (times and times[2] != times[1] - times[0])
+    ):
+        raise DataError(f"{path}: not as it was written; {AGAIN}")
+    if unknown := sorted(set(record) - RECORD):
+        raise DataError(f"{path}: its done-record has an unknown field {unknown[0]!r}; {AGAIN}")
+    if own != (stage, shard, sha256_json(done.config)):
+        raise DataError(f"{path}: says {own[0]} shard {own[1]}, or its config does not fit its hash; {AGAIN}")
+    failed = [stats.get(name) for name in ("failed_to_download", "failed_to_resize")]
+    total = sum(done.counts.values())
+    if (stats.get("count"), stats.get("successes")) != (total, done.successes) or sum(failed) != total - done.successes:
+        raise DataError(
+            f"{path}: {stats.get('count')} inputs, {stats.get('successes')} successes, {failed[0]} + {failed[1]} "
+            f"failed; its reasons add up to {done.counts}; {AGAIN}"
+        )
+    return done
+
+
+def record_hash(stats: dict[str, Any]) -> str:
+    """The hash of the config as a record has it; that of the config itself where it has none."""
+    found: str = stats["clipmill"].get("config_sha256", sha256_json(stats["clipmill"]["config"]))
+    return found
+
+
+def check_names(root: str, folder: str, found: Findings) -> list[int]:
+    """The numbers of a folder's finished shards; gaps and files that nothing vouches for are problems."""
+    there = names(join(root, folder))
+    shards = sorted(int(match[1]) for name in there if (match := STATS_PATTERN.fullmatch(name)))
+    if missing := sorted(set(range(shards[-1] + 1 if shards else 0)) - set(shards)):
+        found.add(
+            f"{join(root, folder)}: shards {missing[:5]} are missing or unfinished; run the stage that makes them again"
+        )
+    for name in there:
+        match = FILE_PATTERN.fullmatch(name)
+        if match and int(match[1]) not in shards and int(match[1]) not in missing:
+            found.add(f"{join(root, folder, name)}: no done-record vouches for it; delete it or run its stage again")
+        if name.endswith(".json") and not match and (folder, name) != ("shards", "sizes.json"):
+            found.add(f"{join(root, folder, name)}: no file of this format; delete it, readers take it for stats")
+    return shards
+
+
+def check_vocabularies(root: str, blocks: dict[str, Any], found: Findings) -> None:
+    """Each vocabulary as a file, against the rule of the shards, and against its block of ``dataset.json``."""
+    packed = blocks.get("pack", {}).get("config", {})
+    for name in names(join(root, "vocab")):
+        path = join(root, "vocab", name)
+        with found.of(path):
+            vocabulary = read_vocabulary(path)
+            if vocabulary.data != read_bytes(path):
+                raise DataError(f"{path}: not the bytes that `clipmill vocab` writes; make it again")
+            if packed:
+                vocabulary.check_rule(packed, path)
+            block = blocks.get(f"vocab/{name.removesuffix('.tsv')}", {})
+            said = [block.get(key) for key in ("sha256", "synsets", "config")]
+            own = [vocabulary.sha256, len(vocabulary), vocabulary.header]
+            if block and said != own:
+                raise DataError(f"{path}: not the vocabulary of {root}/dataset.json; run `clipmill vocab` again")

@@ -1,0 +1,190 @@
+"""`check` under damage: any one bit, in any file that a stage wrote, is named, and the rest is still checked."""
+
+import random
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from small_data import build_all, draw, tiny_coca
+
+from pipeline.check import CheckConfig, check
+from pipeline.dedup import DedupConfig, dedup
+from pipeline.ingest import IngestConfig, ingest
+from shards_spec.files import read_json, write_json
+from shards_spec.manifest import SEAL
+
+IMAGES = 12
+
+
+@pytest.fixture(scope="module", params=[None, 4], ids=["uneven", "equal"])
+def whole(tmp_path_factory, request) -> Path:
+    """A dataset of every stage, made by the product's own commands; final shards of equal size bring a plan."""
+    base = tmp_path_factory.mktemp("whole")
+    (base / "images").mkdir()
+    for index in range(IMAGES):
+        data, caption = draw(f"damage/{index}")
+        (base / "images" / f"{index:02}.jpg").write_bytes(data)
+        (base / "images" / f"{index:02}.txt").write_text(caption)
+    shutil.copy(base / "images/00.jpg", base / "images/99.jpg")  # for dedup
+    (base / "images/99.txt").write_text("the same again")
+    root = str(base / "ds")
+    ingest(IngestConfig(root, str(base / "images"), shard_size=7, workers=1))
+    dedup(DedupConfig(root, workers=1))
+    build_all(root, tiny_coca(base / "coca"), views=2, shard_size=request.param)
+    assert check(CheckConfig(root)) == []
+    return base / "ds"
+
+
+def files(root: Path) -> list[Path]:
+    """All that a stage wrote and `check` vouches for: not the logs of times."""
+    return sorted(path for path in root.rglob("*") if path.is_file() and "logs" not in path.parts)
+
+
+def flip(path: Path, rng: random.Random) -> bytes:
+    """Flip one bit of a file; what it was before."""
+    before = path.read_bytes()
+    after, place = bytearray(before), rng.randrange(len(before))
+    after[place] ^= 1 << rng.randrange(8)
+    path.write_bytes(after)
+    return before
+
+
+def names(problems: list[str], root: Path, path: Path) -> bool:
+    inside = path.relative_to(root).as_posix()
+    return any(inside in problem for problem in problems)
+
+
+def missed(root: Path, per_file: int, seed: int) -> list[str]:
+    """Flips that went unnamed. Each is one of two in the dataset, the other one in a file of another shard."""
+    rng, unseen = random.Random(seed), list[str]()
+    paths = [path for path in files(root) for _ in range(per_file)]
+    rng.shuffle(paths)
+    for one, other in pairwise([*paths, paths[0]]):
+        pair = [one] if one.parent == other.parent and one.name[:5] == other.name[:5] else [one, other]
+        before = {path: flip(path, rng) for path in pair}
+        problems = check(CheckConfig(str(root)))
+        for path in pair:
+            if not names(problems, root, path):
+                place = next(i for i, (a, b) in enumerate(zip(before[path], path.read_bytes(), strict=True)) if a != b)
+                unseen.append(f"{path.relative_to(root)} byte {place}: {before[path][place - 20 : place + 20]!r}")
+            path.write_bytes(before[path])
+    return unseen
+
+
+def test_a_bit_anywhere_is_named(whole):
+    assert len(files(whole)) > 25
+    assert missed(whole, 1, seed=0) == []
+    assert check(CheckConfig(str(whole))) == []
+
+
+@pytest.mark.slow
+def test_420_bits_are_named(whole):
+    assert missed(whole, -(-420 // len(files(whole))), seed=1) == []
+
+
+@pytest.mark.slow
+def test_every_byte_of_the_small_records_is_named(whole):
+    """Text that nothing derives again: all bytes of one record of each folder, of dataset.json and the vocabulary."""
+    chosen = {path.parent: path for path in files(whole) if path.name.endswith("_stats.json")}
+    rng, unseen = random.Random(2), list[str]()
+    for path in [*chosen.values(), whole / "dataset.json", whole / "shards/sizes.json", *whole.glob("vocab/*")]:
+        before = path.read_bytes()
+        for place in range(0, len(before), 7):
+            path.write_bytes(before[:place] + bytes([before[place] ^ 1 << rng.randrange(8)]) + before[place + 1 :])
+            if not names(check(CheckConfig(str(whole))), whole, path):
+                unseen.append(f"{path.relative_to(whole)} byte {place}: {before[place - 20 : place + 20]!r}")
+        path.write_bytes(before)
+    assert unseen == []
+
+
+def edited(path: Path, edit) -> None:
+    value = read_json(str(path))
+    edit(value)
+    write_json(str(path), value)
+
+
+def unsealed(whole: Path, tmp_path: Path) -> Path:
+    """The dataset as a clipmill before the seals left it."""
+    root = shutil.copytree(whole, tmp_path / "old")
+    for path in root.rglob("*_stats.json"):
+        edited(path, lambda stats: stats["clipmill"].pop(SEAL))
+    edited(
+        root / "dataset.json", lambda dataset: (dataset.pop(SEAL), [b.pop(SEAL) for b in dataset["stages"].values()])
+    )
+    return root
+
+
+def test_a_dataset_without_seals_is_valid_and_held_to_what_can_be_derived(whole, tmp_path):
+    root = unsealed(whole, tmp_path)
+    assert check(CheckConfig(str(root))) == []
+    for edit, said in [
+        (lambda s: s["clipmill"].update(shard=1), "says dedup shard 1"),
+        (lambda s: s["clipmill"].update(stage="pack"), "says pack shard 0"),
+        (lambda s: s["clipmill"]["config"].update(near_bits=4), "its config does not fit its hash"),
+        (lambda s: s.update(count=99), "99 inputs"),
+        (lambda s: s.update(failed_to_resize=1), "+ 1 failed"),
+        (lambda s: s["status_dict"].update(success="7"), "is damaged"),
+        (lambda s: s["clipmill"].update(more=1), "unknown field 'more'"),
+        (lambda s: s["clipmill"].pop("inputs"), "has no 'inputs'"),
+        (lambda s: s.pop("clipmill"), "no done-record in it"),
+    ]:
+        record = root / "dedup/00000_stats.json"
+        before = record.read_bytes()
+        edited(record, edit)
+        problems = check(CheckConfig(str(root)))
+        assert any(said in problem and "dedup/00000_stats.json" in problem for problem in problems), (said, problems)
+        record.write_bytes(before)
+    captions = root / "captions/cap/00000_stats.json"
+    edited(captions, lambda s: s["clipmill"]["facts"].update(captions=999))
+    (problem,) = check(CheckConfig(str(root)))
+    assert "dataset.json: caption/cap says" in problem
+
+
+def test_old_records_get_seals_when_they_are_written_again(whole, tmp_path):
+    root = unsealed(whole, tmp_path)
+    dedup(DedupConfig(str(root), workers=1))
+    dataset = read_json(str(root / "dataset.json"))
+    assert SEAL in dataset
+    assert [stage for stage, block in dataset["stages"].items() if SEAL in block] == ["dedup"]
+    assert check(CheckConfig(str(root))) == []
+
+
+def test_damage_to_a_block_is_not_sealed_by_the_next_stage(whole, tmp_path):
+    root = str(shutil.copytree(whole, tmp_path / "ds"))
+    edited(
+        Path(root, "dataset.json"), lambda d: (d.update(name="other"), d["stages"]["pack"]["versions"].update(x="1"))
+    )
+    dedup(DedupConfig(root, workers=1))
+    assert len(check(CheckConfig(root))) == 2
+
+
+def test_what_is_gone_or_does_not_belong_is_named(whole, tmp_path):
+    root = shutil.copytree(whole, tmp_path / "ds")
+    shutil.rmtree(root / "teacher/tea")
+    (root / "vocab/all.tsv").unlink()
+    (root / "vocab/odd.tsv").mkdir()
+    (root / "raw/notes.json").write_text("{}")
+    (root / "captions/cap/00007.parquet").write_bytes(b"")
+    problems = "\n".join(check(CheckConfig(str(root))))
+    for said in ("teacher/tea is gone", "vocab/all.tsv is gone", "odd.tsv is a folder", "raw/notes.json: no file of",
+                 "cap/00007.parquet: no done-record vouches"):  # fmt: skip
+        assert said in problems
+    assert problems.count("\n") == 4
+
+
+@pytest.mark.slow
+def test_many_kinds_of_nonsense_are_named_without_a_traceback(whole, tmp_path):
+    """Whole files replaced: the kinds of damage that parsers of JSON, Parquet, tar and TSV trip over."""
+    root = shutil.copytree(whole, tmp_path / "ds")
+    junk = [b"", b"null", b"[]", b'{"clipmill": 5}', b'{"clipmill": {}}', b"[" * 100_000, b"\xff" * 99, b"9" * 9999,
+            b'{"stages": {"pack": 3}, "spec_version": 1}', b"PAR1", b"\x00" * 10240]  # fmt: skip
+    for path in [root / "dataset.json", root / "shards/sizes.json", root / "vocab/all.tsv", *root.rglob("00000*")]:
+        before = path.read_bytes()
+        for data in junk:
+            path.write_bytes(data)
+            problems = check(CheckConfig(str(root)))
+            assert names(problems, root, path), (path, data[:30], problems)
+            assert max(map(len, problems)) < 2000
+        path.write_bytes(before)
+    assert check(CheckConfig(str(root))) == []
