@@ -59,7 +59,7 @@ def warn_of_no_caption(rows: Iterable[Row], source: str, what: str, seen: Counte
     number = captions = 0
     for row in rows:
         number += 1
-        captions += bool(row.caption)
+        captions += bool(row.caption) and row.problem is None
         yield row
     if number and not captions:
         names = ", ".join(ending for ending, _ in seen.most_common(MOST_ENDINGS))

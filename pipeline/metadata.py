@@ -25,7 +25,7 @@ from pipeline.places import (
 )
 from pipeline.text_lists import captions_of
 from shards_spec.files import UserError, exists, is_url, join, read_bytes
-from shards_spec.library_errors import parquet_errors, parse_json
+from shards_spec.library_errors import no_regular_file, parquet_errors, parse_json
 from shards_spec.names import IMAGE_ENDINGS, clean_name, is_image
 from shards_spec.sample import parse_object
 
@@ -64,6 +64,9 @@ def read_lists(folder: str, found: list[str], prefixes: list[str], given: str | 
         prefix, _, name = below.rpartition("/")
         prefix += "/" if prefix else ""
         path = join(folder, below)
+        if (reason := no_regular_file(path)) is not None:
+            log.warning("%s: left out, it %s", path, reason)
+            continue
         entries = list(_metadata_entries(path, given) if name in METADATA else _list_entries(path, given) or ())
         if name not in METADATA:
             where = _where(folder, prefix, prefixes, [file for file, _ in islice(entries, TRIED_FILES) if file])

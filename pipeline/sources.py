@@ -26,6 +26,7 @@ from pipeline.places import Columns, Row, expected_errors, local_stamp, open_lis
 from pipeline.text_lists import CC3M, CC12M, address_rows, delimited_rows, detect_text, headless_rows, json_rows
 from shards_spec.files import DataError, UserError, filesystem, is_url, join, open_read, store_errors
 from shards_spec.folders import walk
+from shards_spec.library_errors import no_regular_file
 from shards_spec.manifest import STATS_PATTERN
 from shards_spec.names import PACKED_ENDINGS, clean_name, endings_line, file_ending, is_ignored, is_image, packed_kind
 
@@ -90,6 +91,8 @@ def _file(path: str, below: str, info: dict[str, Any]) -> SourceFile:
         raise UserError(f"--source: the file name {clean_name(path)!r} is not UTF-8; rename it")
     if is_url(path):
         return SourceFile(path, below, info.get("size") or 0, stamp_of(info))
+    if (reason := no_regular_file(path)) is not None:  # reading a pipe would wait for ever
+        raise UserError(f"--source {path} {reason}; name a file")
     stamp = local_stamp(path)
     return SourceFile(path, below, int(stamp.split()[0]), stamp)
 

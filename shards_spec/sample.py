@@ -105,13 +105,13 @@ def subsamples(key: str, members: dict[str, T]) -> list[tuple[str, dict[str, T]]
     all of them when no image is left among those. When there are only images with longer stems and nothing to share,
     each is a sample, too. What remains is one sample with several members, as ``x.jpg``, ``x.seg.png`` and ``x.txt``.
     """
+    if not any("." in extension for extension in members):
+        return [(key, members)]
     stems = dict[str, dict[str, T]]()
     for extension, member in members.items():
         stem, _, last = extension.rpartition(".")
         stems.setdefault(stem, {})[last] = member
     images = [stem for stem, own in stems.items() if stem not in LABEL_IMAGES and any(map(is_image, own))]
-    if not any(images):
-        return [(key, members)]
     beside = TEXT_EXTENSIONS if "" in images else (*TEXT_EXTENSIONS, "json")
     numbered = any(_is_number(stem) for stem in images)
     own = [

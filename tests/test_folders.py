@@ -271,3 +271,14 @@ def test_lists_that_are_none_of_ours_are_named_and_left_out(tmp_path, caplog):
     fill(tmp_path, ("captions_broken.json", '{"images": ['))
     with pytest.raises(UserError, match=r"captions_broken.json: not a readable JSON file"):
         told(tmp_path)
+
+
+def test_pipes_where_lists_are_looked_for_never_hang(tmp_path, caplog):
+    images(tmp_path / "in", "0.jpg")
+    os.mkfifo(tmp_path / "in/metadata.csv")
+    assert told(tmp_path / "in") == [("0.jpg", None, None)]
+    assert "metadata.csv: left out, it is no regular file" in caplog.text
+    for name in ("list.csv", "x.tar"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name} is no regular file"):
+            detect(str(tmp_path / name))
