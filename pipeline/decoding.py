@@ -25,9 +25,9 @@ class Decoding:
     repetition_penalty: float = 1.0
     """logits of tokens that are there already are divided by it, multiplied where negative; 1 is none"""
     min_tokens: int = 5
-    """shortest caption in tokens"""
+    """shortest caption in tokens: open_clip's min_seq_len - 1, which counts the start token"""
     max_tokens: int = 30
-    """longest caption in tokens"""
+    """longest caption in tokens: open_clip's seq_len - 2, which counts the start token and forces the end token"""
     prefix: str = ""
     """words that every caption begins with, such as 'a photo of'; they are part of the caption"""
 

@@ -307,6 +307,9 @@ def test_half_precision_writes_much_the_same(tiny, tmp_path):
     beam_search(half, half.encode(images), 2, Decoding("beam", num_beams=2, max_tokens=8))
 
 
+LENGTHS = [(15, 4), (8, 2), (8, 6), (5, 3)]  # open_clip's seq_len and min_seq_len, as Decoding's help translates them
+
+
 def test_equal_to_open_clips_own_generate(tmp_path):
     """In a process with the transformers release that open_clip's generate still runs with."""
     old = Path(sys.prefix) / "transformers-4.46"
@@ -321,23 +324,26 @@ def test_equal_to_open_clips_own_generate(tmp_path):
 import json, open_clip, torch
 given = torch.load({str(tmp_path / "in.pt")!r})
 model = open_clip.create_model("local-dir:{tmp_path / "coca"}").eval()
-rows = model.generate(given["images"], generation_type="top_k", top_k=1, seq_len=15, min_seq_len=4,
-                      sot_token_id=given["start"], eos_token_id=given["end"])
-print(json.dumps(rows.tolist()))
+def generate(most, least):
+    return model.generate(given["images"], generation_type="top_k", top_k=1, seq_len=most, min_seq_len=least,
+                          sot_token_id=given["start"], eos_token_id=given["end"]).tolist()
+print(json.dumps([generate(*lengths) for lengths in {LENGTHS}]))
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(old)}
     )
     assert done.returncode == 0, done.stderr
-    theirs = [row[1:] for row in json.loads(done.stdout.splitlines()[-1])]
-    found = greedy(coca, images, Decoding("greedy", min_tokens=3, max_tokens=13))
-    compared = 0
-    for caption, row in zip(found, theirs, strict=True):
-        if set(row[: len(caption.tokens)]) & set(coca.barred):
-            continue  # open_clip may write padding, and takes it for the end
-        compared += 1
-        assert row[: len(caption.tokens) + 1] == [*caption.tokens, coca.end]
-    assert compared > 20
+    cut = 0
+    for (most, least), rows in zip(LENGTHS, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        found = greedy(coca, images, Decoding("greedy", min_tokens=least - 1, max_tokens=most - 2))
+        compared = 0
+        for caption, row in zip(found, rows, strict=True):
+            if set(row[1 : 1 + len(caption.tokens)]) & set(coca.barred):
+                continue  # open_clip may write padding, and takes it for the end
+            compared, cut = compared + 1, cut + (not caption.ended)
+            assert row[: len(caption.tokens) + 2] == [coca.start, *caption.tokens, coca.end]
+        assert compared > 20
+    assert cut, "no caption was as long as it may be"
 
 
 def test_weights_that_are_not_finite_are_named(tiny):
