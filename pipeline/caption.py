@@ -61,7 +61,8 @@ class CaptionConfig:
     redraws: int = 2
     """top_k, nucleus: how often an empty, looping or repeated caption is drawn again"""
     similarity: bool = False
-    """also store each caption's cosine with its picture by the model's contrastive heads, and the original's"""
+    """also store each caption's cosine with its picture by the model's contrastive heads, and the original's; a shard
+    whose original captions score no better than shuffled ones is warned of"""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a CUDA device that has it, else fp32"""
     batch_size: int | None = None
@@ -161,6 +162,8 @@ def caption_shard(
             counts["picture does not decode" if isinstance(found, DataError) else "success"] += 1
         drafts.add([found for _, found in batch if not isinstance(found, DataError)])
     drafts.redraw(least=1)
+    if complaint := drafts.contrast.complaint():
+        log.warning("%s: %s", source, complaint)
     path = f"{stage.folder}/{shard_name(task.shard)}.parquet"
     forget(join(root, stage.folder), task.shard)
     schema = pa.schema(

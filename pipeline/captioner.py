@@ -12,7 +12,7 @@ from pipeline.beam import beam_search
 from pipeline.coca import Coca
 from pipeline.decoding import Decoding
 from pipeline.devices import out_of_memory
-from pipeline.drafts import Described, Wanted, Written
+from pipeline.drafts import Contrast, Described, Wanted, Written
 from pipeline.generate import generate
 from shards_spec.files import UserError
 from shards_spec.models import LoadedModel
@@ -78,14 +78,17 @@ class Captioner:
             most = min(most, max(1, int(SHARE * free) // self.picture_bytes()))
         return 1 << (most.bit_length() - 1)
 
-    def describe(self, batch: list[Wanted]) -> list[Described]:
-        """Captions for a batch of any length. A batch that the device has no memory for is halved, and so are all
-        later ones. Raises UserError when not even one picture fits."""
+    def describe(self, batch: list[Wanted], contrast: Contrast | None = None) -> list[Described]:
+        """Captions for a batch of any length; its rated original pairs are added to ``contrast``.
+
+        A batch that the device has no memory for is halved, and so are all later ones. Raises UserError when not even
+        one picture fits.
+        """
         described: list[Described] = []
         while len(described) < len(batch):
             part = batch[len(described) : len(described) + self.batch_size]
             try:
-                described += self._describe(part)
+                described += self._describe(part, contrast)
                 continue
             except RuntimeError as error:
                 if not out_of_memory(error):
@@ -101,7 +104,7 @@ class Captioner:
                 torch.cuda.empty_cache()
         return described
 
-    def _describe(self, batch: list[Wanted]) -> list[Described]:
+    def _describe(self, batch: list[Wanted], contrast: Contrast | None) -> list[Described]:
         coca, decoding = self.coca, self.decoding
         pictures = coca.encode(torch.stack([wanted.image for wanted in batch]))
         owners = [place for place, wanted in enumerate(batch) for _ in wanted.indices]
@@ -112,7 +115,7 @@ class Captioner:
             found = generate(coca, pictures, owners, names, decoding)
         prompt = coca.prompt(decoding.prefix) if decoding.prefix else []
         texts = [coca.decode([*prompt, *caption.tokens]) for caption in found]
-        cosines, originals = self._similarities(batch, pictures.features, owners, texts)
+        cosines, originals = self._similarities(batch, pictures.features, owners, texts, contrast)
         written = iter(
             Written(text, caption.logprob, len(caption.tokens), caption.ended, cosine)
             for text, caption, cosine in zip(texts, found, cosines, strict=True)
@@ -128,7 +131,7 @@ class Captioner:
 
     @torch.inference_mode()
     def _similarities(
-        self, batch: list[Wanted], features: Tensor, owners: list[int], texts: list[str]
+        self, batch: list[Wanted], features: Tensor, owners: list[int], texts: list[str], contrast: Contrast | None
     ) -> tuple[list[float | None], list[float | None]]:
         """Cosines of the texts, and of the batch's original captions, with their pictures; None where not asked."""
         originals: list[float | None] = [None] * len(batch)
@@ -136,7 +139,10 @@ class Captioner:
             return [None] * len(texts), originals
         rated = [place for place, wanted in enumerate(batch) if wanted.original is not None]
         text_features = self.coca.text_features([*texts, *(str(batch[place].original) for place in rated)])
-        cosines = (features.float()[[*owners, *rated]] * text_features).sum(-1).tolist()
+        features = features.float()
+        cosines = (features[[*owners, *rated]] * text_features).sum(-1).tolist()
+        if contrast is not None and rated:
+            contrast.add(features[rated], text_features[len(texts) :], [str(batch[place].original) for place in rated])
         for place, cosine in zip(rated, cosines[len(texts) :], strict=True):
             originals[place] = cosine
         return cosines[: len(texts)], originals

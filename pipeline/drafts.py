@@ -5,11 +5,14 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.captioner import Captioner
 
+ENOUGH_PAIRS = 4096  # of a shard, to judge heads by: 25 MB
 LOOP = re.compile(r"(?<!\S)(\S+(?: \S+){0,3})(?: \1){2,}(?!\S)")  # up to four words, three times in a row
 
 
@@ -57,6 +60,44 @@ def problem(text: str, others: list[str]) -> str | None:
 
 
 @dataclass
+class Contrast:
+    """Whether a model's contrastive heads tell its images apart by their captions: a shard's first original pairs."""
+
+    images: "list[Tensor]" = field(default_factory=list)
+    texts: "list[Tensor]" = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+
+    def add(self, images: "Tensor", texts: "Tensor", captions: list[str]) -> None:
+        """A batch's unit features (n, D) and the captions (n)."""
+        if len(self.captions) < ENOUGH_PAIRS:
+            self.images.append(images.cpu())
+            self.texts.append(texts.cpu())
+            self.captions += captions
+
+    def complaint(self) -> str | None:
+        """What to say when own captions score no better than shuffled ones by two standard errors; None otherwise, and
+        where there are too few to tell (three pairs, two different captions).
+
+        By how much a pair beats what its image and its caption score on average needs no matrix of all pairs: it is the
+        product of the two features less their means.
+        """
+        n = len(self.captions)
+        if n < 3 or len(set(self.captions)) < 2:
+            return None
+        images, texts = (np.concatenate([part.float().numpy() for part in own]) for own in (self.images, self.texts))
+        margins = ((images - images.mean(0)) * (texts - texts.mean(0))).sum(-1) * (n / (n - 1))
+        if margins.mean() > 2 * margins.std() / n**0.5:
+            return None
+        own = (images * texts).sum(-1).mean()
+        return (
+            f"original captions are no closer to their images than to others by this model's contrastive heads (mean "
+            f"cosine {own:.4f}, shuffled {own - margins.mean():.4f}, {n} images): its similarities say nothing, do not "
+            "filter by them. Fine-tuning on captions can spoil these heads (open_clip's mscoco_finetuned tags): take "
+            "another tag"
+        )
+
+
+@dataclass
 class Row:
     """One picture's captions by index, in the order of the indices."""
 
@@ -75,10 +116,11 @@ class Drafts:
     def __init__(self, captioner: "Captioner", redraws: int) -> None:
         self.captioner, self.redraws = captioner, redraws if captioner.decoding.draws else 0
         self.rows, self.waiting, self.redrawn = dict[str, Row](), list[Wanted](), 0
+        self.contrast = Contrast()
 
     def add(self, batch: list[Wanted]) -> None:
         """Write a batch's captions; those that went wrong are put to wait, or drawn again when enough wait."""
-        for wanted, described in zip(batch, self.captioner.describe(batch), strict=True):
+        for wanted, described in zip(batch, self.captioner.describe(batch, self.contrast), strict=True):
             row, wrong = self.rows[wanted.key], list[int]()
             if wanted.attempt == 0:
                 row.original_similarity = described.original_similarity

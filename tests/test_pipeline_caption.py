@@ -14,7 +14,7 @@ from pipeline.caption import CaptionConfig, caption
 from pipeline.captioner import Captioner
 from pipeline.coca import Coca
 from pipeline.decoding import Decoding
-from pipeline.drafts import Wanted, problem
+from pipeline.drafts import Contrast, Wanted, problem
 from shards_spec.files import UserError, join
 from shards_spec.images import decode_rgb
 from shards_spec.manifest import Done, read_dataset, read_done, shard_ids, write_stage
@@ -282,3 +282,58 @@ def test_on_a_gpu_a_batch_stays_within_its_prediction():
     captioner.describe(wanted(captioner, 64))
     assert torch.cuda.max_memory_allocated() - before < 64 * captioner.picture_bytes()
     assert isinstance(captioner.coca, Coca)
+
+
+def heads_complain(root, model, caplog, **options) -> list[str]:
+    caplog.clear()
+    caption(config(root, model, similarity=True, overwrite=True, num_captions=1, **options))
+    return [record.message for record in caplog.records if "original captions are no closer" in record.message]
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 32])
+def test_heads_that_cannot_tell_images_apart_are_named_per_shard(root, model, caplog, batch_size):
+    """Random weights say nothing. The same weights with the captions that they rate highest for each image do."""
+    found = heads_complain(root, model, caplog, batch_size=batch_size)
+    assert [message.partition(":")[0][-9:] for message in found] == ["00000.tar", "00001.tar", "00002.tar"]
+    assert all("shuffled" in message and "8 images" in message and "another tag" in message for message in found)
+    loaded = load_model(model)
+    captioner = Captioner(loaded, SHORT, 1)
+    words = [
+        f"{a} {b}" for a in ("red", "dog", "of", "sky", "night") for b in ("one", "cat", "in", "snow", "the", "sea")
+    ]
+    for shard in range(3):
+        path = join(root, f"raw/{shard:05d}.tar")
+        samples = list(read_shard(path))
+        with torch.no_grad():
+            pixels = torch.stack([captioner.preprocess(decode_rgb(sample.image)) for sample in samples])
+            cosines = loaded.model.encode_image(pixels, normalize=True) @ captioner.coca.text_features(words).T
+        best = (cosines - cosines.mean(0)).argmax(1).tolist()
+        for sample, place in zip(samples, best, strict=True):
+            sample.members["txt"] = words[place].encode()
+        _, digest = write_shard(path, samples)
+        done = read_done(join(root, "raw"), shard)
+        replace(done, outputs={**done.outputs, f"raw/{shard:05d}.tar": digest}).write(join(root, "raw"))
+    assert heads_complain(root, model, caplog, batch_size=batch_size) == []
+
+
+def test_too_few_or_equal_captions_are_no_reason_to_complain():
+    features = torch.nn.functional.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    for images, texts, complains in (
+        (features, ["a"] * 6, False),  # equal captions score as shuffled ones do, whatever the heads
+        (features[:2], ["a", "b"], False),
+        (features, list("abcdef"), True),
+    ):
+        contrast = Contrast()
+        for row, text in enumerate(texts):
+            contrast.add(images[row : row + 1], features[(row + 1) % len(images)][None], [text])
+        assert bool(contrast.complaint()) == complains
+    contrast = Contrast()
+    contrast.add(features, features, list("abcdef"))
+    assert contrast.complaint() is None
+    shuffled = (features @ features.T).fill_diagonal_(0).sum().item() / 30
+    others = Contrast()
+    others.add(features, features.roll(1, 0), list("abcdef"))
+    rest = features @ features.roll(1, 0).T
+    expected = (rest.sum() - rest.diagonal().sum()).item() / 30
+    assert f"shuffled {expected:.4f}" in others.complaint()
+    assert abs(expected - shuffled) > 1e-3  # the own pairs are left out of each
