@@ -9,7 +9,7 @@ from itertools import chain, islice
 from typing import Any, cast
 
 from pipeline.ahead import ahead
-from pipeline.local import SourceFile, not_decoded, warn_of_no_caption
+from pipeline.local import not_decoded, warn_of_no_caption
 from pipeline.places import (
     CAPTION_NAMES,
     NOT_UTF8,
@@ -17,6 +17,7 @@ from pipeline.places import (
     Caption,
     Columns,
     Row,
+    SourceFile,
     SparsePlace,
     TarPlace,
     find_column,

@@ -8,7 +8,6 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,16 +36,6 @@ REMOTE_TEXTS = 256  # read at once
 NAME_NOT_UTF8 = "file name is not UTF-8"
 NOT_READABLE, TOO_LONG, OUTSIDE = "caption not readable", "caption too long", "caption links outside of the folder"
 BAD_JSON = "json beside the image does not parse"
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file of a source; ``below`` is its path below the source's folder."""
-
-    path: str
-    below: str
-    size: int
-    stamp: str
 
 
 def not_decoded(ending: str) -> str:

@@ -4,40 +4,42 @@ Hugging Face's ``metadata.csv``, ``.jsonl``, ``.parquet`` (``file_name``, ``text
 ``captions.txt``, ``results.csv`` and ``.token``; COCO's and Karpathy's JSON. Their captions are in memory at once.
 """
 
-import csv
-import io
 import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from pipeline.places import (
-    CAPTION_NAMES,
-    NOT_UTF8,
-    Caption,
-    find_column,
-    lines,
-    open_parquet,
-    text_of,
+from pipeline.cells import NOT_FOUND, shown
+from pipeline.parquet_lists import parquet_rows
+from pipeline.places import CAPTION_NAMES, NOT_UTF8, Caption, Row, find_column, lines, open_parquet, text_of
+from pipeline.text_lists import (
+    HEAD_LINES,
+    NO_COLUMN,
+    captions_of,
+    delimited_rows,
+    header_of,
+    json_rows,
 )
-from pipeline.text_lists import captions_of
 from shards_spec.files import UserError, exists, is_url, join, read_bytes
 from shards_spec.library_errors import no_regular_file, parquet_errors, parse_json
-from shards_spec.names import IMAGE_ENDINGS, clean_name, is_image
+from shards_spec.names import IMAGE_ENDINGS, clean_name, file_ending, is_image
 from shards_spec.sample import parse_object
 
 log = logging.getLogger(__name__)
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-LISTS = re.compile(r"(.*caption.*\.(txt|csv|tsv|json)|results.*\.(csv|token)|.*\.token(\.txt)?|dataset_.*\.json)", re.I)
+LISTS = re.compile(
+    r".*caption.*\.(txt|csv|tsv|json)|metadata\.(tsv|json)|results.*\.(csv|token)|.*\.token(\.txt)?|dataset_.*\.json",
+    re.IGNORECASE,
+)
 TEXT_NAMES = ("text", "caption", *CAPTION_NAMES, "captions", "texts", "comment", "sentence")
 FILE_NAMES = ("file_name", "filename", "image", "image_name", "file", "img", "filepath", "image_path")
 TOKEN = re.compile(r"(?P<file>[^\t]+?\.\w+)(#\d+)?\t(?P<text>.*)")  # Flickr8k.token.txt
-MAX_CELL = 1 << 24  # characters; of a CSV
 MAX_JSON_BYTES = 1 << 28  # COCO's captions of 2017 have 92 MB
-NO_COLUMN = "missing column"
+NO_URL, NO_FILE = "no URL", "metadata row without file_name"
 TRIED_FILES, TRIED_FOLDERS = 5, 100  # to find where the images of a list lie
 
 Entry = tuple[str | None, list[Caption]]  # file name, its captions
@@ -45,7 +47,7 @@ Entry = tuple[str | None, list[Caption]]  # file name, its captions
 
 def is_list(name: str, files: dict[str, Any]) -> bool:
     """Whether a file of a folder may list images; ``captions.txt`` beside ``captions.jpg`` does not."""
-    if name in METADATA:
+    if name.lower() in METADATA:
         return True
     stem = os.path.splitext(name)[0]
     if not LISTS.fullmatch(name):
@@ -67,8 +69,8 @@ def read_lists(folder: str, found: list[str], prefixes: list[str], given: str | 
         if (reason := no_regular_file(path)) is not None:
             log.warning("%s: left out, it %s", path, reason)
             continue
-        entries = list(_metadata_entries(path, given) if name in METADATA else _list_entries(path, given) or ())
-        if name not in METADATA:
+        entries = list((_table_entries if name.lower() in METADATA else _list_entries)(path, given) or ())
+        if name.lower() not in METADATA:
             where = _where(folder, prefix, prefixes, [file for file, _ in islice(entries, TRIED_FILES) if file])
             if where is None:
                 why = "none of its images is here" if entries else "it is no list of captions"
@@ -77,7 +79,8 @@ def read_lists(folder: str, found: list[str], prefixes: list[str], given: str | 
             prefix = where
         for number, (file, own) in enumerate(entries, start=1):
             if file is None:
-                captions[f"{below}:{number}"] = [Caption(None, "metadata row without file_name")]
+                problem = next((one.problem for one in own if one.problem == NO_COLUMN), NO_FILE)
+                captions[f"{below}:{number}"] = [Caption(None, problem)]
             else:
                 captions.setdefault(prefix + _plain(join(folder, prefix), file), []).extend(own)
     return captions
@@ -102,61 +105,57 @@ def _where(folder: str, own: str, prefixes: list[str], files: list[str]) -> str 
     return None
 
 
-# Hugging Face's metadata
+# tables: Hugging Face's metadata, Flickr's lists
 
 
-def _metadata_entries(path: str, given: str | None) -> Iterator[Entry]:
-    for fields in _metadata_fields(path, given):
-        lowered = {str(name).lower(): value for name, value in fields.items()}
-        file = lowered.get("file_name")
-        names = (given.lower(),) if given is not None else TEXT_NAMES
-        value = next((lowered[name] for name in names if lowered.get(name) is not None), None)
-        yield (file if isinstance(file, str) and file else None), captions_of(value)
+def _table_entries(path: str, given: str | None) -> Iterator[Entry] | None:
+    """What the readers of lists make of a table; None for a file that is no list of ours.
+
+    Raises UserError for a metadata file without the columns, and as those readers do.
+    """
+    names = [name.strip() for name in _names(path, given)]
+    strict = os.path.basename(path).lower() in METADATA
+    file = find_column(None, ("file_name",) if strict else FILE_NAMES, names)
+    text = find_column(given, TEXT_NAMES, names)
+    if strict and names and file is None:
+        raise UserError(f"{path}: its columns are {shown(names)}; it needs file_name and text")
+    if strict and names and text is None and given is not None:
+        raise UserError(f"{path}: no column {given!r}; its columns are {shown(names)}; change --caption-col")
+    if file is None or (text is None and not strict):
+        return None
+    columns = names[file if text is None else text], names[file]
+    reader = {".jsonl": json_rows, ".parquet": parquet_rows}.get(file_ending(path), delimited_rows)
+    return _entries(reader(path, columns), has_text=text is not None)
 
 
-def _metadata_fields(path: str, given: str | None) -> Iterator[dict[str, Any]]:
-    if path.endswith(".csv"):
-        header, *rows = _csv_rows(path, ",") or [[]]
-        _check(path, header, given)
-        yield from (dict(zip(header, row, strict=False)) for row in rows)
-    elif path.endswith(".parquet"):
+def _names(path: str, given: str | None) -> list[str]:
+    """The columns of a table; of JSON Lines, without a column given, those that half of the first lines have."""
+    ending = file_ending(path)
+    if ending == ".parquet":
         with parquet_errors(path, given=True), open_parquet(path) as table:
-            names = table.schema_arrow.names
-            _check(path, names, given)
-            wanted = [name for name in names if name.lower() in ("file_name", *TEXT_NAMES, (given or "").lower())]
-            for batch in table.iter_batches(1024, columns=wanted):
-                yield from batch.to_pylist()
-    else:
-        parsed = [_object(line) for line in lines(path) if line.strip()]
-        if given is not None and parsed:
-            _check(path, list(dict.fromkeys(name for fields in parsed for name in ("file_name", *fields))), given)
-        yield from parsed
-
-
-def _check(path: str, names: list[str], given: str | None) -> None:
-    if "file_name" not in [name.lower() for name in names]:
-        raise UserError(f"{path}: its columns are {names}; it needs file_name and text")
-    if given is not None and given.lower() not in [name.lower() for name in names]:
-        raise UserError(f"{path}: no column {given!r}; its columns are {names}; change --caption-col")
+            names: list[str] = table.schema_arrow.names
+        return names
+    head = list(islice((line for line in lines(path) if line.strip()), HEAD_LINES))
+    if ending == ".jsonl":
+        counts = Counter(name for line in head for name in _object(line))
+        return [name for name, count in counts.items() if given is not None or 2 * count >= len(head)]
+    return header_of(head[0], (given, None))[0] if head else []
 
 
 def _object(line: bytes) -> dict[str, Any]:
-    """The line's JSON object; empty when it is none."""
     try:
-        return parse_object(line.decode(errors="surrogateescape"))
+        return parse_object(line)
     except ValueError:
         return {}
 
 
-def _csv_rows(path: str, delimiter: str) -> list[list[str]]:
-    before = csv.field_size_limit(MAX_CELL)
-    try:
-        text = read_bytes(path).decode("utf-8-sig", "surrogateescape")
-        return [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row]
-    except csv.Error as error:
-        raise UserError(f"{path}: not a CSV file ({error})") from error
-    finally:
-        csv.field_size_limit(before)
+def _entries(rows: Iterator[Row], has_text: bool) -> Iterator[Entry]:
+    for row in rows:
+        if row.url is None and row.caption is None and row.problem != NO_URL:
+            continue  # an empty line
+        caption = row.caption.strip() if row.caption is not None and has_text else None
+        problem = None if row.problem == NOT_FOUND else row.problem  # where the image lies, is found out later
+        yield row.url, [Caption(caption, problem, row.note)]
 
 
 # lists of Flickr, COCO, Karpathy
@@ -169,24 +168,9 @@ def _list_entries(path: str, given: str | None) -> Iterator[Entry] | None:
         if len(data) > MAX_JSON_BYTES:
             raise UserError(f"{path}: {len(data) >> 20} MB of JSON are too much; write it as metadata.jsonl")
         return _json_entries(parse_json(path, data, given=True), given)
-    first = next(lines(path), b"").decode(errors="replace")
-    if TOKEN.fullmatch(first):
+    if TOKEN.fullmatch(next(lines(path), b"").decode(errors="replace")):
         return _token_entries(path)
-    delimiter = next((sign for sign in ("\t", "|", ",") if sign in first), ",")
-    header = [name.strip() for name in first.split(delimiter)]
-    file, text = find_column(None, FILE_NAMES, header), find_column(given, TEXT_NAMES, header)
-    if file is None or text is None:
-        return None
-    if delimiter == ",":
-        rows = _csv_rows(path, delimiter)
-    else:  # without quotes; the last column has the rest
-        rows = [line.decode(errors="surrogateescape").split(delimiter, len(header) - 1) for line in lines(path)]
-    last = max(file, text)
-    return (
-        (row[file].strip() or None, _captions(row[text].strip()) if len(row) > last else [Caption(None, NO_COLUMN)])
-        for row in rows[1:]
-        if len(row) > file
-    )
+    return _table_entries(path, given)
 
 
 def _captions(text: str) -> list[Caption]:

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cells import URL_PATTERN, check_once, files_folder, make_row, pick_columns, shown
-from pipeline.local import SourceFile
 from pipeline.parquet_pages import MAX_PAGE_BYTES, largest_page
 from pipeline.places import (
     CAPTION_NAMES,
@@ -18,6 +17,7 @@ from pipeline.places import (
     Columns,
     ParquetPlace,
     Row,
+    SourceFile,
     find_column,
     open_parquet,
     open_parts,

@@ -96,6 +96,16 @@ class Row:
     extra: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a source; ``below`` is its path below the source's folder."""
+
+    path: str
+    below: str
+    size: int
+    stamp: str
+
+
 class Caption(NamedTuple):
     """A caption, why its row cannot be used, and what is to be noted of a row that can."""
 

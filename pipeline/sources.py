@@ -16,13 +16,10 @@ from itertools import islice
 from typing import Any, Literal
 
 from pipeline.foreign_tar import mean_sample_bytes, webdataset_rows
-from pipeline.local import (
-    SourceFile,
-    folder_rows,
-)
+from pipeline.local import folder_rows
 from pipeline.metadata import METADATA
 from pipeline.parquet_lists import parquet_form, parquet_rows, picture_parquet_rows
-from pipeline.places import Columns, Row, expected_errors, local_stamp, open_list, open_parquet, stamp_of
+from pipeline.places import Columns, Row, SourceFile, expected_errors, local_stamp, open_list, open_parquet, stamp_of
 from pipeline.text_lists import CC3M, CC12M, address_rows, delimited_rows, detect_text, headless_rows, json_rows
 from shards_spec.files import DataError, UserError, filesystem, is_url, join, open_read, store_errors
 from shards_spec.folders import walk

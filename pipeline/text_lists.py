@@ -68,7 +68,7 @@ def detect_text(source: str, columns: Columns) -> TextForm:
         return "jsonl"
     if found[0].strip() in ("[", "{") or found[0].startswith(("[{", "[ {")):
         raise UserError(f"--source {source}: JSON, but not one object per line; write it so (jq -c '.[]')")
-    names, _ = _header(found[0].encode(), columns)
+    names, _ = header_of(found[0].encode(), columns)
     if columns[0] is None and _is_plain(found, columns):
         return "txt"
     if find_column(columns[1], URL_NAMES, names) is not None or None not in found_columns(names, columns):
@@ -140,7 +140,7 @@ class Shape:
 CC3M, CC12M = Shape("\t", 2, 0, 1), Shape("\t", 2, 1, 0)
 
 
-def _header(line: bytes, columns: Columns) -> tuple[list[str], str]:
+def header_of(line: bytes, columns: Columns) -> tuple[list[str], str]:
     """(names, delimiter) of a first line: the delimiter that gives both columns, else the one that gives most names."""
     cuts = []
     for delimiter in DELIMITERS:
@@ -245,7 +245,7 @@ def delimited_rows(source: str, columns: Columns) -> Iterator[Row]:
     first = next(texts, None)
     if first is None:
         return  # an empty part of a list
-    names, delimiter = _header(first, columns)
+    names, delimiter = header_of(first, columns)
     caption, url = pick_columns(source, names, columns)
     rows = split_rows(texts, Shape(delimiter, len(names), caption, url))
     head = list(islice(rows, 1))

@@ -209,10 +209,35 @@ def test_the_caption_column_of_files_beside(tmp_path):
         told(tmp_path, (None, "u"))
 
 
-def test_a_large_cell_of_metadata_is_read(tmp_path):
-    images(tmp_path, "0.jpg", "1.jpg")
-    fill(tmp_path, ("metadata.csv", f'file_name,text,more\n0.jpg,"{"x" * 200_000}",\n1.jpg,one,{"y" * 300_000}\n'))
-    assert told(tmp_path) == [("0.jpg", "x" * 200_000, None), ("1.jpg", "one", None)]
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_a_large_cell_of_metadata_costs_at_most_its_own_caption(tmp_path, form):
+    images(tmp_path, "0.jpg", "1.jpg", "2.jpg")
+    texts = {"0.jpg": "x" * 200_000, "1.jpg": "one", "2.jpg": "two"}
+    rows = [{"file_name": name, "text": text, "more": "y" * 300_000} for name, text in texts.items()]
+    if form == "csv":
+        lines = ["file_name,text,more", *(f'{row["file_name"]},"{row["text"]}",{row["more"]}' for row in rows)]
+        fill(tmp_path, ("metadata.csv", "\n".join(lines)))
+    else:
+        write_metadata(tmp_path, form, rows)
+    (url, _, problem), *others = told(tmp_path)
+    assert (url, problem, others) == ("0.jpg", "caption too long", [("1.jpg", "one", None), ("2.jpg", "two", None)])
+
+
+def test_an_open_quote_in_metadata_takes_no_other_row(tmp_path):
+    images(tmp_path, *(f"{n}.jpg" for n in range(5)))
+    fill(
+        tmp_path,
+        ("metadata.csv", 'file_name,text\n0.jpg,"the cat\n1.jpg,a dog, too\n2.jpg,"the ""end"""\n3.jpg,\n4.jpg\n'),
+    )
+    assert told(tmp_path) == [
+        ("0.jpg", '"the cat', None), ("1.jpg", "a dog, too", None), ("2.jpg", 'the "end"', None), ("3.jpg", "", None),
+        ("4.jpg", None, None), ("metadata.csv:5", None, "missing column"),
+    ]  # fmt: skip
+    fill(tmp_path, ("metadata.csv", "file_name;text\r0.jpg;eins\r1.jpg;zwei\r"))
+    assert told(tmp_path)[:2] == [("0.jpg", "eins", None), ("1.jpg", "zwei", None)]
+    fill(tmp_path, ("metadata.csv", "file_name,text\n0.jpg,eins\n".encode("utf-16")))
+    with pytest.raises(UserError, match=r"metadata.csv is UTF-16, not UTF-8"):
+        told(tmp_path)
 
 
 FLICKR = {
@@ -253,7 +278,7 @@ def test_a_broken_row_of_flickr30k_costs_itself(tmp_path):
     images(tmp_path, "1.jpg")
     text = "image_name| comment_number| comment\n1.jpg| 0| A dog\n1.jpg| 4   A dog runs across the grass .\n"
     fill(tmp_path, ("results.csv", text))
-    assert told(tmp_path) == [("1.jpg", "A dog", None), ("1.jpg", None, "missing column")]
+    assert told(tmp_path) == [("1.jpg", "A dog", None), ("results.csv:2", None, "missing column")]
 
 
 def test_lists_that_are_none_of_ours_are_named_and_left_out(tmp_path, caplog):
@@ -282,3 +307,15 @@ def test_pipes_where_lists_are_looked_for_never_hang(tmp_path, caplog):
         os.mkfifo(tmp_path / name)
         with pytest.raises(UserError, match=f"{name} is no regular file"):
             detect(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_metadata_without_a_caption_column_has_none(tmp_path, form, caplog):
+    images(tmp_path, "0.jpg", "1.jpg")
+    rows = [{"file_name": "1.jpg", "label": 3}, {"file_name": "0.jpg", "label": 4}]
+    if form == "csv":
+        fill(tmp_path, ("metadata.csv", "file_name,label\n1.jpg,3\n0.jpg,4\n"))
+    else:
+        write_metadata(tmp_path, form, rows)
+    assert told(tmp_path) == [("0.jpg", None, None), ("1.jpg", None, None)]
+    assert f"no row has a caption: files seen were .jpg, .{form}" in caplog.text
