@@ -67,15 +67,16 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an ASCII terminal shows what it has no letters for
-    code = _told(sys.argv[1:])
+    code = 1
     try:
+        code = _told(sys.argv[1:])
         if sys.stdout:
             sys.stdout.flush()
     except OSError as error:  # the reader left, as `head` does, or the disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            _fail(1, f"the output cannot be written: {error.strerror}")
         code = code or 1
+        if not isinstance(error, BrokenPipeError):
+            _fail(code, f"the output cannot be written: {error.strerror}")
     sys.exit(code)
 
 
@@ -91,7 +92,9 @@ def _told(words: list[str]) -> int:
         log_to_stderr()
         for word in words:
             if not word.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in word):
-                raise UserError(f"{word!r} is not UTF-8: rename the file or folder")
+                encoding = sys.getfilesystemencoding()
+                way = "" if encoding == "utf-8" else ", or set PYTHONUTF8=1"
+                raise UserError(f"{word!r} is no text in {encoding}: rename the file or folder{way}")
         return _command(words)
     except UserError as error:
         return _fail(2, str(error))

@@ -7,8 +7,10 @@ config is built of what it read: so configs stay as flat or as composed as their
 import ast
 import contextlib
 import dataclasses
+import errno
 import inspect
 import io
+import os
 import re
 import textwrap
 from collections.abc import Iterator
@@ -121,6 +123,11 @@ def parse_several(command: str, parts: dict[str, tuple[Any, Any]], words: list[s
     with _in_one_line(command, leaves, words):
         read = tyro.cli(_grouped(leaves, groups), args=words, prog=f"clipmill {command}", description=about)
     values = {name: value for group in vars(read).values() for name, value in vars(group).items()}
+    for name in ("root", "data", "out") if recipe else ("root",):
+        if os.path.isfile(value := values.get(name, "")):
+            raise UserError(f"{value} is a file: {'ROOT' if name == 'root' else f'--{name}'} is a folder or its URL")
+        if os.path.isdir(value) and not os.access(value, os.R_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), value)
     return [_build(kind, default, values) for kind, default in parts.values()]
 
 

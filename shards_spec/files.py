@@ -190,7 +190,7 @@ def _local_writer(path: str) -> Iterator[IO[bytes]]:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = _temporary_name(path)
     try:
-        with open(temporary, "xb") as file:  # exclusive: no link that somebody put there is followed
+        with _open_new(temporary, path) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -198,6 +198,16 @@ def _local_writer(path: str) -> Iterator[IO[bytes]]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _open_new(temporary: str, path: str) -> IO[bytes]:
+    """Exclusive: no link that somebody put there is followed. Errors name the file that is meant."""
+    try:
+        return open(temporary, "xb")
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
 
 
 @contextlib.contextmanager
