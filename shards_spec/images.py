@@ -5,7 +5,6 @@ formats only: Pillow's readers of EPS, WMF and the like, which start other progr
 """
 
 import io
-import re
 import struct
 import warnings
 import zlib
@@ -13,6 +12,7 @@ from collections.abc import Callable
 
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
+from shards_spec.effort import jpeg2000_blocks, jpeg_scans
 from shards_spec.files import DataError
 from shards_spec.pixels import BadImage, to_rgb
 
@@ -21,6 +21,7 @@ MAX_PIXELS = 100_000_000  # 400 MB as Pillow keeps RGB; decompression bombs are 
 MAX_SIDE = 65_500  # libjpeg's limit
 # a progressive JPEG is worked through once per scan, whatever few bytes a scan has: two seconds at the most
 MAX_SCANS, MAX_SCAN_PIXELS = 20, 2_000_000_000
+MAX_BLOCKS = 400_000  # of a JPEG 2000, 1.6 GB; in blocks of 64 x 64, 100 million RGB pixels have a quarter of it
 TURNS = {  # EXIF orientation to what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -31,7 +32,6 @@ TURNS = {  # EXIF orientation to what makes the image upright
     8: Image.Transpose.ROTATE_90,
 }
 SIDEWAYS = frozenset(TURNS[orientation] for orientation in (5, 6, 7, 8))  # the sides change places
-JPEG_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)  # not a stuffed byte, a restart or a fill byte
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_KEPT = (b"tRNS", b"eXIf")  # of the chunks that are not critical
 ORIENTATION_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # texts that Pillow finds the orientation in
@@ -77,8 +77,10 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile
         raise BadImage("too many pixels")
     if min(image.size) < 1:
         raise BadImage("broken image")
-    if image.format in ("JPEG", "MPO") and _scans(data) > max(MAX_SCANS, MAX_SCAN_PIXELS // pixels):
+    if image.format in ("JPEG", "MPO") and jpeg_scans(data) > max(MAX_SCANS, MAX_SCAN_PIXELS // pixels):
         raise BadImage("too many scans")
+    if image.format == "JPEG2000" and jpeg2000_blocks(data) > MAX_BLOCKS:
+        raise BadImage("too many code-blocks")
     return image
 
 
@@ -113,17 +115,6 @@ def read_exif(image: Image.Image) -> Image.Exif | None:
 def turn_of(exif: Image.Exif | None) -> Image.Transpose | None:
     """What makes the image upright, None when it is."""
     return TURNS.get(exif.get(ExifTags.Base.Orientation, 1)) if exif else None
-
-
-def _scans(data: bytes) -> int:
-    """How often a JPEG's decoder goes through the image."""
-    place = scans = 0
-    while (marker := JPEG_MARKER.search(data, place)) and marker[1] != b"\xd9":  # the end of the image
-        place = marker.end()
-        if marker[1] not in (b"\xd8", b"\x01"):  # which have no length
-            place += int.from_bytes(data[place : place + 2], "big")
-        scans += marker[1] == b"\xda"
-    return scans
 
 
 def _bare_png(data: bytes) -> bytes:

@@ -66,7 +66,8 @@ def _to_grey(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
     black, white = _range(*_extremes(samples), limits, tags)
     grey, transparent = np.empty(samples.shape, np.uint8), image.info.get("transparency")
     for rows in _blocks(samples):
-        block = np.nan_to_num(samples[rows].astype(np.float64), nan=black, posinf=white, neginf=black)
+        with np.errstate(invalid="ignore"):  # signalling NaNs
+            block = np.nan_to_num(samples[rows].astype(np.float64), nan=black, posinf=white, neginf=black)
         if samples.dtype.kind == "f":
             shares = np.rint((block - black) * (255 / (white - black)))
         else:

@@ -77,4 +77,26 @@ def slow_jpeg(side: int, scans: int) -> bytes:
     return data[:end] + data[starts[1] : end] * scans + data[end:]
 
 
+def jpeg2000(side: int, precincts: int | None = None, in_tile: bool = False, **options) -> bytes:
+    """A grey JPEG 2000 code stream; ``precincts`` is the byte of their size, said in the main or the tile's header."""
+    data = encoded(Image.new("L", (side, side), 120), "JPEG2000", no_jp2=True, **options)
+    if precincts is None:
+        return data
+    place = data.index(b"\xff\x52")
+    end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    sizes = bytes([precincts]) * (data[place + 9] + 1)
+    style = (
+        data[place : place + 2]
+        + struct.pack(">H", end - place - 2 + len(sizes))
+        + b"\1"
+        + data[place + 5 : end]
+        + sizes
+    )
+    if not in_tile:
+        return data[:place] + style + data[end:]
+    tile = data.index(b"\xff\x90")
+    length = int.from_bytes(data[tile + 6 : tile + 10], "big") + len(style)
+    return data[: tile + 6] + struct.pack(">I", length) + data[tile + 10 : tile + 12] + style + data[tile + 12 :]
+
+
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from small_data import draw, tiny_coca, write_raw
-from small_images import EPS, encoded, png, png_chunk, ramp, slow_jpeg, tiff
+from small_images import EPS, encoded, jpeg2000, png, png_chunk, ramp, slow_jpeg, tiff
 from small_training import tiny_clip
 
 from pipeline.caption import CaptionConfig, caption
@@ -23,6 +23,7 @@ from pipeline.dedup import DedupConfig, dedup
 from pipeline.images import BadImage, PictureRules, convert
 from pipeline.rendering import Job, render
 from pipeline.report.samples import draw_samples
+from shards_spec.effort import jpeg2000_blocks
 from shards_spec.files import DataError, join
 from shards_spec.images import decode_rgb
 from shards_spec.models import load_model
@@ -262,6 +263,7 @@ HOSTILE = {
     "EPS": (EPS, "not an image"),
     "AVIF": (broken_avif(), "broken image"),
     "scans": (slow_jpeg(6000, 4000), "too many scans"),
+    "blocks": (jpeg2000(3000, precincts=0x11), "too many code-blocks"),
     "nothing": (b"", "not an image"),
     "cut": (encoded(NOISE, "JPEG")[:-400], "truncated image"),
 }
@@ -358,6 +360,17 @@ def test_scans_times_pixels_are_limited(side, scans, allowed):
     else:
         with pytest.raises(DataError, match="too many scans"):
             decode_rgb(data)
+
+
+@pytest.mark.parametrize(("data", "blocks"), [
+    (jpeg2000(1000), 250), (jpeg2000(1000, tile_size=(256, 256)), 20),
+    (jpeg2000(1000, codeblock_size=(4, 4)), 62_500), (jpeg2000(1000, 0x22), 4 * 62_500),
+    (jpeg2000(1000, 0x22, in_tile=True), 4 * 62_500),
+    (encoded(Image.new("RGB", (1000, 1000)), "JPEG2000", codeblock_size=(4, 4)), 3 * 62_500),
+])  # fmt: skip
+def test_code_blocks_of_a_jpeg_2000_are_counted_before_it_is_decoded(data, blocks):
+    assert blocks <= jpeg2000_blocks(data) <= 1.35 * blocks + 100
+    assert Image.open(io.BytesIO(data)).size == (1000, 1000)
 
 
 def test_scans_of_what_is_not_the_image_do_not_count():
