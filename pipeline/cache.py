@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pipeline.teacher import Teacher  # it imports torch
 
 log = logging.getLogger(__name__)
+MODEL, TAG = "ViT-L-14", "datacomp_xl_s13b_b90k"
 PROBE = "Two naïve dogs' $3.50 café, 東京 & <b>http://a.b/c</b>"  # its tokens tell tokenizers apart
 
 
@@ -45,10 +46,11 @@ class CacheConfig:
 
     root: Root
     """the dataset; reads shards/, writes teacher/NAME/"""
-    model: str = "ViT-L-14"
+    model: str = MODEL
     """open_clip name of the teacher, local-dir:PATH, hf-hub:ORG/NAME, or timm:NAME for an image-only one"""
     pretrained: str | None = None
-    """open_clip tag or checkpoint file; for timm a checkpoint file, or None for timm's own weights"""
+    """open_clip tag or checkpoint file; of the default model by default datacomp_xl_s13b_b90k; for timm a checkpoint
+    file, or None for timm's own weights"""
     name: str | None = None
     """folder below teacher/; by default made from model and pretrained; several can stand side by side"""
     views: int = 8
@@ -76,6 +78,8 @@ class CacheConfig:
     """make finished shards again"""
 
     def __post_init__(self) -> None:
+        if self.pretrained is None and self.model == MODEL:
+            object.__setattr__(self, "pretrained", TAG)
         check_name(self.label)
         if min(self.views, self.threads, self.batch_size or 1) < 1 or self.batch_size == 0:
             raise UserError(

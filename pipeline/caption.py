@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pipeline.captioner import Captioner  # it imports torch
 
 log = logging.getLogger(__name__)
+MODEL, TAG = "coca_ViT-L-14", "mscoco_finetuned_laion2b_s13b_b90k"
 FIELDS = [
     pa.field("key", pa.string(), nullable=False),
     pa.field("captions", pa.list_(pa.string())),
@@ -49,10 +50,10 @@ class CaptionConfig:
 
     root: Root
     """the dataset: a folder or an fsspec URL; reads raw/, writes captions/NAME/"""
-    model: str = "coca_ViT-L-14"
+    model: str = MODEL
     """open_clip name of a CoCa model, local-dir:PATH or hf-hub:ORG/NAME"""
     pretrained: str | None = None
-    """open_clip tag or checkpoint file, such as mscoco_finetuned_laion2b_s13b_b90k"""
+    """open_clip tag or checkpoint file; of the default model by default mscoco_finetuned_laion2b_s13b_b90k"""
     name: str | None = None
     """folder below captions/; by default made from model and pretrained; several can stand side by side"""
     num_captions: int = 5
@@ -78,6 +79,8 @@ class CaptionConfig:
     """make finished shards again"""
 
     def __post_init__(self) -> None:
+        if self.pretrained is None and self.model == MODEL:
+            object.__setattr__(self, "pretrained", TAG)
         check_name(self.label)
         if min(self.batch_size or 1, self.threads) < 1 or self.batch_size == 0:
             raise UserError(f"batch_size {self.batch_size} and threads {self.threads} must be at least 1")
@@ -129,9 +132,10 @@ def caption(config: CaptionConfig, share: Share = ALL) -> Summary:
 
 
 def _load(config: CaptionConfig, device: str) -> "Captioner":
-    from pipeline.captioner import Captioner
+    from pipeline.captioner import Captioner, check_coca
     from shards_spec.models import load_model
 
+    check_coca(config.model)
     precision = pick_precision(config.precision, device)
     loaded = load_model(config.model, config.pretrained, device, precision=precision, trust=config.trust)
     return Captioner(loaded, config.decoding, config.num_captions, config.seed, config.similarity, config.batch_size)

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.beam import beam_search
-from pipeline.coca import Coca
+from pipeline.coca import NO_COCA, Coca
 from pipeline.decoding import Decoding
 from pipeline.devices import out_of_memory
 from pipeline.drafts import Contrast, Described, Wanted, Written
@@ -21,6 +21,13 @@ log = logging.getLogger(__name__)
 MOST_PICTURES = {"cpu": 32, "cuda": 512}  # more makes no batch faster
 SHARE = 0.8  # of the device's free memory that a batch may take
 CHOICE_BYTES = 64  # per row and vocabulary entry, for choosing a token: logits, their copies, a full sort
+
+
+def check_coca(model: str) -> None:
+    """Raise UserError for a name of open_clip's that is no CoCa, before it is built and its weights are fetched."""
+    config = open_clip.get_model_config(model) if model in open_clip.list_models() else None
+    if config is not None and "multimodal_cfg" not in config:
+        raise UserError(f"{model}: {NO_COCA}")
 
 
 class Captioner:

@@ -24,6 +24,8 @@ from torch.nn import functional as F
 
 from shards_spec.files import UserError
 
+NO_COCA = "caption needs an open_clip CoCa model, such as coca_ViT-L-14: this has no text decoder"
+
 Linear = Callable[[Tensor], Tensor]
 
 
@@ -110,7 +112,7 @@ class Coca:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         if not hasattr(model, "text_decoder") or not hasattr(model, "_encode_image"):
-            raise UserError("caption needs an open_clip CoCa model, such as coca_ViT-L-14: this has no text decoder")
+            raise UserError(NO_COCA)
         self.model, self.tokenizer, self.text, self.decoder = model, tokenizer, model.text, model.text_decoder
         words = getattr(tokenizer, "tokenizer", tokenizer)  # Hugging Face's stands inside open_clip's
         self.start = int(words.bos_token_id if hasattr(words, "bos_token_id") else words.sot_token_id)

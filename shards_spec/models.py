@@ -27,6 +27,10 @@ FOLDER, HUB = "local-dir:", "hf-hub:"
 SCHEMAS = (FOLDER, HUB)
 DESCRIPTION = "open_clip_config.json"
 EXTENSIONS = "clipmill.models"
+BUILD_ERRORS = (
+    RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError, ImportError,
+)  # fmt: skip
+WEIGHTS = ("*.safetensors", "*.bin", "*.pth")  # what open_clip looks for in a folder
 NEAR = 4  # names that are offered for one that is unknown
 
 
@@ -83,7 +87,7 @@ def load_model(
     import open_clip
 
     import_extensions()
-    _check_names(model, pretrained)
+    _check_names(model, pretrained, random_weights)
     try:
         config = open_clip.get_model_config(model)
         code = remote_code(model, config)
@@ -103,19 +107,14 @@ def load_model(
             tokenizer = load_tokenizer(model, trust.trust_remote_code)
     except UserError:
         raise
-    except (
-        RuntimeError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-        OSError,
-        ImportError,
-    ) as error:
+    except BUILD_ERRORS as error:
         reason = short(error)
         if reason.startswith("Required pretrained weights"):
             reason = "it has no weights; say --pretrained TAG_OR_FILE, or name a folder that has them"
+        elif reason.startswith("Failed to download"):
+            reason = (
+                f"its weights are not here and cannot be fetched; --pretrained FILE takes a file of them ({reason})"
+            )
         raise UserError(f"model {model!r} with pretrained {pretrained!r} cannot be loaded: {reason}") from error
     preprocess = open_clip.get_model_preprocess_cfg(built)
     size = preprocess["size"]
@@ -129,8 +128,9 @@ def load_model(
     )
 
 
-def _check_names(model: str, pretrained: str | None) -> None:
-    """Raise UserError for a name that open_clip does not know, naming near ones, or a tag that it would not use."""
+def _check_names(model: str, pretrained: str | None, random_weights: bool) -> None:
+    """Raise UserError for a name that open_clip does not know, naming near ones, or a tag that it would not use, and
+    unless ``random_weights`` for a model that brings no weights when none are named: building it can take minutes."""
     import open_clip
 
     if model.startswith(SCHEMAS) and pretrained is not None:
@@ -138,7 +138,7 @@ def _check_names(model: str, pretrained: str | None) -> None:
             f"--pretrained {pretrained!r} would not be used: {model!r} brings its own weights; drop one of them"
         )
     if model.startswith(FOLDER):
-        _check_folder(Path(model.removeprefix(FOLDER)))
+        _check_folder(Path(model.removeprefix(FOLDER)), random_weights)
         return
     if model.startswith(HUB):
         return
@@ -148,17 +148,27 @@ def _check_names(model: str, pretrained: str | None) -> None:
         raise UserError(
             f"no model {model!r}{_near(name, known)}; folders are named {FOLDER}PATH, the Hub's {HUB}ORG/NAME"
         )
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None and not random_weights:
+        raise UserError(
+            f"model {model!r} with pretrained {pretrained!r} cannot be loaded: it has no weights; say --pretrained "
+            f"TAG_OR_FILE ({_said(tags)}), or name a folder that has them"
+        )
     if pretrained is None or Path(pretrained).is_file():
         return
-    tags = open_clip.list_pretrained_tags_by_model(name)
     if open_clip.get_pretrained_cfg(name, pretrained):
         return
     if Path(pretrained).exists():
         raise UserError(
             f"--pretrained {pretrained!r} is no file; name a checkpoint file, or the folder as --model {FOLDER}PATH"
         )
-    has = f"its tags are {', '.join(tags[:NEAR])}{', ...' if len(tags) > NEAR else ''}" if tags else "it has no tags"
-    raise UserError(f"--pretrained {pretrained!r} is no tag of {model} and no file{_near(pretrained, tags)}; {has}")
+    raise UserError(
+        f"--pretrained {pretrained!r} is no tag of {model} and no file{_near(pretrained, tags)}; {_said(tags)}"
+    )
+
+
+def _said(tags: list[str]) -> str:
+    return f"its tags are {', '.join(tags[:NEAR])}{', ...' if len(tags) > NEAR else ''}" if tags else "it has no tags"
 
 
 def _near(name: str, known: list[str]) -> str:
@@ -168,8 +178,8 @@ def _near(name: str, known: list[str]) -> str:
     return f"; did you mean {', '.join(found)}?" if found else ""
 
 
-def _check_folder(folder: Path) -> None:
-    """Raise UserError when a folder holds no readable description of an open_clip model."""
+def _check_folder(folder: Path, random_weights: bool) -> None:
+    """Raise UserError when a folder holds no readable description of an open_clip model, or no weights."""
     path = folder / DESCRIPTION
     if not path.is_file():
         what = "is not there" if not folder.exists() else f"has no {DESCRIPTION}"
@@ -183,6 +193,8 @@ def _check_folder(folder: Path) -> None:
     lacking = [part for part in parts if part not in config] if isinstance(config, dict) else ["model_cfg"]
     if lacking:
         raise UserError(f"{path}: no description of an open_clip model; it lacks {', '.join(lacking)}")
+    if not random_weights and not any(found for ending in WEIGHTS for found in folder.glob(ending)):
+        raise UserError(f"{FOLDER}{folder}: it has no weights; put them there as one of {', '.join(WEIGHTS)}")
 
 
 def remote_code(model: str, config: Any) -> str | None:

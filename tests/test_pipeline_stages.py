@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -320,9 +321,9 @@ def test_samples_without_any_caption_are_dropped_and_counted(tmp_path):
 
 
 def test_models_that_are_not_there_are_one_clear_line(root):
-    with pytest.raises(UserError, match=r"'local-dir:/nope'.*cannot be loaded"):
+    with pytest.raises(UserError, match="local-dir:/nope: the folder is not there"):
         caption(CaptionConfig(root, "local-dir:/nope"))
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="no model 'ViT-NOPE'; did you mean"):
         cache(CacheConfig(root, "ViT-NOPE"))
 
 
@@ -332,6 +333,39 @@ def test_a_model_without_weights_is_refused(root, tmp_path):
         caption(CaptionConfig(root, "coca_ViT-B-32"))
     with pytest.raises(UserError, match="it has no weights"):
         cache(CacheConfig(root, "ViT-B-32"))
+
+
+def test_defaults_name_a_model_and_a_tag_that_exist(root, monkeypatch):
+    """And what cannot be had is refused before a model of gigabytes is built."""
+    import huggingface_hub.constants
+    import open_clip
+
+    def build(*_, **__):
+        raise AssertionError("built")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for name in ("CLIP", "CustomTextCLIP", "CoCa"):
+        monkeypatch.setattr(open_clip.factory, name, build)
+    for run, config in ((caption, CaptionConfig(root)), (cache, CacheConfig(root))):
+        assert config.pretrained in open_clip.list_pretrained_tags_by_model(config.model)
+        assert config.label == model_label(config.model, config.pretrained)
+        with pytest.raises(
+            UserError, match=rf"{config.model}.*{config.pretrained}.*cannot be fetched; --pretrained FILE"
+        ):
+            run(config)
+        with pytest.raises(UserError, match=r"no weights; say --pretrained TAG_OR_FILE \(its tags are laion2b"):
+            run(replace(config, model="coca_ViT-B-32", pretrained=None))
+    with pytest.raises(UserError, match="ViT-B-32: caption needs an open_clip CoCa model"):
+        caption(CaptionConfig(root, "ViT-B-32", "openai"))
+    assert CaptionConfig(root, "local-dir:x").pretrained is CacheConfig(root, "timm:x").pretrained is None
+    assert CacheConfig(root, pretrained="openai").label == "ViT-L-14-openai"
+
+
+def test_a_folder_without_weights_is_refused(root, tmp_path):
+    model = Path(tiny_coca(tmp_path / "coca").removeprefix("local-dir:"))
+    (model / "open_clip_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"it has no weights; put them there as one of \*\.safetensors"):
+        caption(CaptionConfig(root, f"local-dir:{model}"))
 
 
 def test_labels_of_models():
