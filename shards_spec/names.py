@@ -11,13 +11,13 @@ from shards_spec.files import UserError
 
 # what the decoder takes (formats in `images.py`), the preferred ones of several first
 IMAGE_EXTENSIONS = (
-    "jpg", "jpeg", "png", "webp", "jpe", "jfif", "jif", "pjpeg", "pjp", "gif", "bmp", "dib", "tif", "tiff", "avif",
+    "jpg", "jpeg", "png", "webp", "jpe", "jfif", "jif", "pjpeg", "pjp", "gif", "bmp", "tif", "tiff", "avif",
     "jp2", "j2k", "j2c", "jpc", "jpf", "jpx", "mpo", "apng", "ppm", "pgm", "pbm", "pnm", "ico",
 )  # fmt: skip
 # images that are not decoded here: counted, never taken for something else
 UNDECODED_EXTENSIONS = (
-    "heic", "heif", "hif", "jxl", "svg", "svgz", "eps", "psd", "psb", "xcf", "tga", "exr", "hdr", "dds", "qoi", "jxr",
-    "wdp", "bpg", "pcx", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf",
+    "heic", "heif", "hif", "jxl", "dib", "svg", "svgz", "eps", "psd", "psb", "xcf", "tga", "exr", "hdr", "dds", "qoi",
+    "jxr", "wdp", "bpg", "pcx", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf",
 )  # fmt: skip
 IMAGE_ENDINGS = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 UNDECODED_ENDINGS = tuple(f".{extension}" for extension in UNDECODED_EXTENSIONS)

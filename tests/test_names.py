@@ -4,9 +4,11 @@ import os
 from collections import Counter
 
 import pytest
+from PIL import Image
 
 from shards_spec.files import UserError
 from shards_spec.folders import walk
+from shards_spec.images import FORMATS
 from shards_spec.names import (
     IMAGE_EXTENSIONS,
     UNDECODED_EXTENSIONS,
@@ -46,6 +48,13 @@ def test_endings_of_images():
     assert endings_line(Counter({".pdf": 12, ".heic": 3, "": 1})) == "12 .pdf, 3 .heic, 1 without an ending"
     many = Counter({f".{number}": 20 - number for number in range(12)})
     assert endings_line(many).endswith("11 .9, 19 with other endings")
+
+
+def test_the_endings_are_those_of_the_formats_that_are_decoded():
+    Image.init()
+    formats = {ending[1:]: form for ending, form in Image.EXTENSION.items()}
+    assert {formats.get(ending, "JPEG") for ending in IMAGE_EXTENSIONS} == set(FORMATS)
+    assert not {formats.get(ending) for ending in UNDECODED_EXTENSIONS} & set(FORMATS)
 
 
 def tree(folder, *paths):
