@@ -14,7 +14,9 @@ import tyro
 
 from pipeline.wordnet import WORDNET_VERSION, WordNet, load_hypernyms, load_wordnet
 from shards_spec.class_map import ClassMap, ClassRow
-from shards_spec.files import UserError, read_bytes
+from shards_spec.class_names import read_lines
+from shards_spec.files import UserError
+from shards_spec.names import is_ignored
 from shards_spec.vocab import Vocabulary, read_vocabulary
 
 log = logging.getLogger(__name__)
@@ -57,15 +59,11 @@ def classes(config: ClassesConfig) -> ClassMap:
 
 def read_names(path: str) -> list[str]:
     """Lines of a file, or names of the folders in a folder, ascending. Raises UserError when there is none."""
-    if Path(path).is_dir():
-        names = sorted(entry.name for entry in Path(path).iterdir() if entry.is_dir())
-    else:
-        try:
-            names = [line.strip() for line in read_bytes(path).decode().splitlines() if line.strip()]
-        except FileNotFoundError as error:
-            raise UserError(f"{path} is not there: give a file of class names or a folder of class folders") from error
+    if not Path(path).is_dir():
+        return [name for name in read_lines(path, "one class name per line") if name]
+    names = sorted(entry.name for entry in Path(path).iterdir() if entry.is_dir() and not is_ignored(entry.name))
     if not names:
-        raise UserError(f"{path} holds no class name")
+        raise UserError(f"{path} holds no class folder")
     return names
 
 

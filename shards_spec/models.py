@@ -9,7 +9,6 @@ that are imported before a model is built and make their names known to open_cli
 """
 
 import contextlib
-import difflib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any, Literal
 from shards_spec.checkpoints import load_checkpoint, misfit
 from shards_spec.files import UserError
 from shards_spec.library_errors import as_own, checkpoint_errors, parse_json, short
+from shards_spec.suggest import did_you_mean
 
 Precision = Literal["fp32", "bf16", "fp16"]
 TIMM = "timm:"
@@ -31,7 +31,7 @@ BUILD_ERRORS = (
     RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError, ImportError,
 )  # fmt: skip
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth")  # what open_clip looks for in a folder
-NEAR = 4  # names that are offered for one that is unknown
+SHOWN = 4  # tags in a message
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _check_names(model: str, pretrained: str | None, random_weights: bool) -> No
     name = model.replace("/", "-")
     if name not in known:
         raise UserError(
-            f"no model {model!r}{_near(name, known)}; folders are named {FOLDER}PATH, the Hub's {HUB}ORG/NAME"
+            f"no model {model!r}: {did_you_mean(name, known)} Folders are named {FOLDER}PATH, the Hub's {HUB}ORG/NAME"
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None and not random_weights:
@@ -162,20 +162,12 @@ def _check_names(model: str, pretrained: str | None, random_weights: bool) -> No
         raise UserError(
             f"--pretrained {pretrained!r} is no file; name a checkpoint file, or the folder as --model {FOLDER}PATH"
         )
-    raise UserError(
-        f"--pretrained {pretrained!r} is no tag of {model} and no file{_near(pretrained, tags)}; {_said(tags)}"
-    )
+    tagged = did_you_mean(pretrained, tags) if tags else "it has no tags"
+    raise UserError(f"--pretrained {pretrained!r} is no tag of {model} and no file: {tagged}")
 
 
 def _said(tags: list[str]) -> str:
-    return f"its tags are {', '.join(tags[:NEAR])}{', ...' if len(tags) > NEAR else ''}" if tags else "it has no tags"
-
-
-def _near(name: str, known: list[str]) -> str:
-    """``; did you mean X, Y?`` of names that look alike, whatever their case."""
-    lowered = {other.lower(): other for other in known}
-    found = [lowered[near] for near in difflib.get_close_matches(name.lower(), lowered, n=NEAR, cutoff=0.6)]
-    return f"; did you mean {', '.join(found)}?" if found else ""
+    return f"its tags are {', '.join(tags[:SHOWN])}{', ...' if len(tags) > SHOWN else ''}" if tags else "it has no tags"
 
 
 def _check_folder(folder: Path, random_weights: bool) -> None:
@@ -318,7 +310,9 @@ def timm_model(model: str, pretrained: bool, **options: Any) -> Any:
         raise
     except Exception as error:  # of its own, of the Hub's client, of damaged files
         if "Unknown model" in str(error):
-            raise UserError(f"no model {model!r} in timm{_near(name.partition('.')[0], timm.list_models())}") from error
+            raise UserError(
+                f"no model {model!r} in timm: {did_you_mean(name.partition('.')[0], timm.list_models())}"
+            ) from error
         raise UserError(f"model {model!r} cannot be loaded: {short(error)}") from error
 
 

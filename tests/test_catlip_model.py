@@ -139,7 +139,7 @@ def test_any_timm_vit_can_be_the_backbone():
     assert loaded.model(torch.rand(1, 3, 128, 128)).shape == (1, 7)
     assert loaded.model.head.weight.std().item() == pytest.approx(0.02, rel=0.2)
     assert not loaded.model.head.bias.any()
-    with pytest.raises(UserError, match="no model 'timm:vit_tinny_patch16_224' in timm; did you mean vit_tiny_patch16"):
+    with pytest.raises(UserError, match="no model 'timm:vit_tinny_patch16_224' in timm: did you mean vit_tiny_patch16"):
         new_classifier("timm:vit_tinny_patch16_224", 7)
     with pytest.raises(UserError, match="--model 'ViT-B-32': a classifier is named timm:NAME"):
         new_classifier("ViT-B-32", 7)

@@ -20,7 +20,7 @@ from shards_spec.models import load_model
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
 from training.config import ModelConfig
-from training.evaluate import Encoder, EvalConfig, evaluate, recalls, retrieval, zeroshot
+from training.evaluate import Encoder, EvalConfig, check_root, evaluate, measure, recalls, retrieval, zeroshot
 from training.export import ExportConfig, compare, export
 from training.student import load_run, new_student
 from training.trainer import train
@@ -173,6 +173,21 @@ def test_recalls_equal_clip_benchmarks(monkeypatch):
     assert 0 < expected["text_retrieval_recall@1"] < 1
 
 
+def test_blank_lines_of_captions_are_captions(seer, tmp_path):
+    """As in CLIP_benchmark, whose rule is str.splitlines: every line, the blank ones too."""
+    samples = [
+        (plain("red"), "png", "red\n\nred again\n"),
+        (plain("green"), "png", "green"),
+        (plain("blue"), "png", "\n"),
+    ]
+    asked, texts = list[str](), seer.texts
+    seer.texts = lambda captions: asked.extend(captions) or texts(captions)
+    metrics, count = retrieval(seer, write_eval(tmp_path / "eval", [samples], "retrieval"))
+    assert asked == ["red", "", "red again", "green", ""]
+    assert count == 3
+    assert metrics["image_retrieval_recall@10"] == 1.0
+
+
 def test_a_broken_picture_is_left_out_and_counted(seer, tmp_path):
     samples = [(plain("red"), "png", 0), (plain("green")[:40], "png", 0), (plain("blue"), "png", 2)]
     metrics, count = zeroshot(seer, write_eval(tmp_path / "eval", [samples]))
@@ -201,6 +216,74 @@ def test_any_model_is_measured(tmp_path):
     assert evaluate(EvalConfig(model, (root,), output=str(output)))[0]["model"] == model
     assert json.loads((output / "colours_zeroshot.json").read_text())["samples"] == 1
     assert evaluate(EvalConfig(model.removeprefix("local-dir:"), (root,)))[0]["model"] == model
+
+
+def test_paths_of_results_are_printed_whole(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    output = tmp_path / ("a_long_name_" * 12)
+    root = write_eval(tmp_path / "colours", [[(plain("red"), "png", 0)]])
+    evaluate(EvalConfig(run, (root,), output=str(output)))
+    assert str(output / "colours_zeroshot.json") in capsys.readouterr().out.splitlines()
+
+
+def write_folders(root: Path, split="test"):
+    """Class folders of colours with a wrong picture among them; names sort as blue, green, red."""
+    for colour, shown in (("red", "red"), ("green", "green"), ("blue", "blue"), ("blue", "red")):
+        folder = root / split / colour / "deeper"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{shown}.png").write_bytes(plain(shown))
+    (root / split / ".ipynb_checkpoints").mkdir()
+    (root / split / "red" / "notes.txt").write_text("x")
+    return str(root)
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_class_folders_are_measured_as_shards_are(seer, tmp_path, split):
+    root = write_folders(tmp_path / "folders", split)
+    check_root(root)
+    found, metrics, count = measure(seer, root)
+    assert (found, count, metrics["acc1"]) == ("zeroshot", 4, 3 / 4)
+    assert metrics["mean_per_class_recall"] == pytest.approx((1 + 1 + 1 / 2) / 3)
+
+
+def test_class_folders_take_names_and_prompts_of_files(seer, tmp_path):
+    root = write_folders(tmp_path / "folders")
+    Path(root, "classnames.txt").write_text("red\ngreen\nblue\n")  # of blue/, green/, red/
+    assert zeroshot(seer, root)[0]["acc1"] == pytest.approx(2 / 4)
+    Path(root, "zeroshot_classification_templates.txt").write_text("{}\n")
+    with pytest.raises(UserError, match=r"has no \{c\}"):
+        zeroshot(seer, root)
+    Path(root, "classnames.txt").write_text("red\ngreen\n")
+    with pytest.raises(UserError, match=r"classnames.txt has 2 lines, .*/test 3 class folders; give a line per folder"):
+        check_root(root)
+
+
+def test_class_folders_measure_a_run_while_it_trains(tmp_path):
+    root, folders = tmp_path / "data", write_folders(tmp_path / "folders")
+    write_packed(str(root), [8])
+    tiny_clip(root / "models" / "clip")
+    out = train("clip", tiny_config("clip", str(root), str(tmp_path / "out"), steps=2, eval_data=folders))
+    assert (Path(out) / "checkpoints" / "best.pt").exists()
+    assert evaluate(EvalConfig(out, (folders,), best=True))[0]["samples"] == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"pretrained": "x.pt"}, "--pretrained 'x.pt' would not be used"),
+        ({"raw": True}, "--raw would not be used"),
+        ({"best": True}, "--best would not be used"),
+    ],
+)
+def test_options_that_would_not_be_used_are_refused(tmp_path, fields, said):
+    model = tiny_coca(tmp_path / "model").removeprefix("local-dir:")
+    with pytest.raises(UserError, match=said):
+        evaluate(EvalConfig(model, (str(tmp_path),), **fields))
+
+
+def test_a_run_takes_no_weights_of_others(run, tmp_path):
+    with pytest.raises(UserError, match=r"--pretrained 'x\.pt' would not be used"):
+        evaluate(EvalConfig(run, (str(tmp_path),), pretrained="x.pt"))
 
 
 @pytest.mark.parametrize(
@@ -259,12 +342,41 @@ def test_export_comes_back_the_same(run, tmp_path, monkeypatch):
         "open_clip_model.safetensors",
         "bpe.txt.gz",
     }
-    monkeypatch.chdir("/")  # open_clip alone finds weights and tokenizer
-    plain_model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(["a red ball"])
+    moved = shutil.move(folder, tmp_path / "elsewhere")
+    assert str(tmp_path) not in (moved / "open_clip_config.json").read_text()
+    monkeypatch.chdir("/")  # open_clip alone finds weights, and tokenizer by name of its file
+    plain_model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{moved}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{moved}", bpe_path=str(moved / "bpe.txt.gz"))(["a red ball"])
     with torch.no_grad():
         assert torch.equal(plain_model.eval().encode_text(tokens), student.model.encode_text(tokens))
     assert np.allclose(preprocess.transforms[-1].mean, 0.5)
+    assert compare(student, load_model(f"local-dir:{moved}")) == 0
+
+
+def test_a_tokenizer_of_transformers_travels_with_run_and_export(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from small_data import write_roberta
+
+    source = tmp_path / "source"
+    name = tiny_clip(source)
+    said = json.loads((source / "open_clip_config.json").read_text())
+    text = write_roberta(source, width=32, layers=1, heads=2, wide=64)
+    named = {name: text[name] for name in ("vocab_size", "hf_tokenizer_name")}
+    said["model_cfg"]["text_cfg"] |= {**named, "tokenizer_kwargs": {}}
+    (source / "open_clip_config.json").write_text(json.dumps(said))
+    root = tmp_path / "data"
+    write_packed(str(root), [8])
+    (root / "models").mkdir()
+    out = train("clip", tiny_config("clip", str(root), str(tmp_path / "out"), steps=1, model=name))
+    texts = ["a red ball", "two cats"]
+    wanted = load_model(name, random_weights=True).tokenizer(texts)
+    shutil.move(source, tmp_path / "gone")
+    monkeypatch.chdir("/")
+    assert torch.equal(load_run(out)[0].tokenizer(texts), wanted)
+    export(ExportConfig(out, str(tmp_path / "to")))
+    moved = shutil.move(tmp_path / "to", tmp_path / "moved")
+    assert str(tmp_path) not in (moved / "open_clip_config.json").read_text()
+    assert torch.equal(open_clip.get_tokenizer(f"local-dir:{moved}")(texts), wanted)
 
 
 def test_a_run_lives_without_its_source(run, tmp_path):

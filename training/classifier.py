@@ -17,6 +17,7 @@ from shards_spec.files import UserError, exists, join, read_json, write_bytes, w
 from shards_spec.library_errors import short
 from shards_spec.models import NO_TRUST, TIMM, LoadedModel, Trust, load_backbone, timm_model
 from shards_spec.vocab import Vocabulary, read_vocabulary
+from training.pictures import CROP
 
 DESCRIPTION, VOCABULARY = "classifier.json", "vocabulary.tsv"
 HASH_BYTES = 32
@@ -118,6 +119,8 @@ def new_classifier(
     new_rows(head)
     data = timm.data.resolve_model_data_config(trunk)
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
+    if ":" in model.removeprefix(TIMM):  # a folder or the Hub: runs and exports are to live without it
+        model = f"{TIMM}{trunk.pretrained_cfg['architecture']}"
     student = Classifier(model, trunk.eval(), vocabulary)
     if not any_side:
         _check_sides(student, data["input_size"][-1])
@@ -183,7 +186,10 @@ def load_classifier(folder: str) -> LoadedModel:
 
 
 def export_classifier(folder: str, student: LoadedModel) -> None:
-    """Write a folder that timm loads as ``local-dir:FOLDER``, with the vocabulary; CatLIP's own ViTs need this package.
+    """Write a folder that timm loads as ``local-dir:FOLDER``, with the vocabulary, wherever it is moved to.
+
+    timm alone does for its own architectures; CatLIP's ViTs (``catlip_vit_...``) have another stem and need this
+    package (``import training.models.catlip``).
 
     Raises UserError when the loaded copy computes something else.
     """
@@ -191,8 +197,14 @@ def export_classifier(folder: str, student: LoadedModel) -> None:
     rows = model.vocabulary.rows if model.vocabulary else ()
     names = [row[0] for row in rows] or model.names
     about = {"label_names": names, "label_descriptions": {wnid: lemma for wnid, lemma, *_ in rows}}
+    side = student.image_size
+    seen = {"mean": tuple(student.mean), "std": tuple(student.std), "input_size": (3, side, side)}
+    seen |= {"crop_pct": CROP, "interpolation": "bilinear"}  # what `probe` and `finetune` measure by
+    kept = {name: value for name, value in model.trunk.pretrained_cfg.items() if not name.startswith("test_")}
+    model.trunk.pretrained_cfg = kept | seen
+    options = {"dynamic_img_size": True} if getattr(model.trunk, "dynamic_img_size", False) else None
     with TemporaryDirectory() as near:
-        timm.models.save_for_hf(model.trunk, near, about, safe_serialization=True)
+        timm.models.save_for_hf(model.trunk, near, about, model_args=options, safe_serialization=True)
         for path in sorted(Path(near).iterdir()):
             write_bytes(join(folder, path.name), path.read_bytes())
     describe_classifier(folder, student)

@@ -1,9 +1,10 @@
-"""Zero-shot classification and retrieval over a CLIP_benchmark WebDataset root.
+"""Zero-shot classification and retrieval over a CLIP_benchmark WebDataset root, or over class folders.
 
     EVAL/classnames.txt, zeroshot_classification_templates.txt   one per line; a template has {c}
     EVAL/dataset_type.txt                                        "retrieval", or absent for classification
     EVAL/test/nshards.txt, test/0.tar …                          members jpg|png|webp and cls (a number) or txt
                                                                  (captions, one per line)
+    EVAL/test/CLASS/*.jpg (or val/)                              instead of shards; both text files may be left out then
 
 Metrics are named and defined as CLIP_benchmark has them. Memory: class embeddings, or the features of all pictures
 and captions; scores only chunk by chunk.
@@ -21,15 +22,19 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from tyro.conf import OmitArgPrefixes
 
-from shards_spec.files import DataError, UserError, exists, join, read_bytes, write_json
+from shards_spec.class_names import parse_label, read_class_names, read_lines
+from shards_spec.files import DataError, UserError, exists, join, write_json
 from shards_spec.images import decode_rgb
-from shards_spec.models import LoadedModel, load_model, pick_device
+from shards_spec.models import DESCRIPTION, FOLDER, LoadedModel, Trust, load_model, pick_device
+from shards_spec.names import IMAGE_EXTENSIONS
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard
 from training.classifier import Classifier
 from training.config import require
 from training.hits import Hits
+from training.pictures import FolderPictures, find_split, is_folders, numbered_shards
 from training.run_dir import RunDir
 from training.student import load_run
 from training.transfer import measure_classifier
@@ -37,6 +42,7 @@ from training.transfer import measure_classifier
 log = logging.getLogger(__name__)
 RECALL_AT = (1, 5, 10)
 CHUNK = 1024
+PROMPT = "a photo of a {c}."  # of class folders that bring no prompts; the one of CLIP's paper
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class EvalConfig:
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_MODEL")]
     """RUN folder, folder with an open_clip_config.json, or open_clip name"""
     data: tuple[str, ...]
-    """one or more EVAL roots, folders or URLs in CLIP_benchmark's WebDataset layout"""
+    """one or more EVAL roots: folders or URLs in CLIP_benchmark's WebDataset layout, or with test/CLASS/*.jpg"""
     pretrained: str | None = None
     """open_clip tag or checkpoint file, when model is a name"""
     task: Literal["auto", "zeroshot", "retrieval"] = "auto"
@@ -61,6 +67,7 @@ class EvalConfig:
     """pictures or texts per forward pass"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is autocast"""
+    trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
 
@@ -182,9 +189,11 @@ def measure(
 
 def check_root(root: str) -> None:
     """Raise now what `measure` would raise for a root that is none, or lacks a file."""
-    _shards(root)
+    split = find_split(root)
+    if not is_folders(root, split):
+        numbered_shards(root, split)
     if _task(root) == "zeroshot":
-        _classes(root)
+        _classes(root, split)
 
 
 def score(metrics: dict[str, float]) -> float:
@@ -195,52 +204,62 @@ def score(metrics: dict[str, float]) -> float:
 def _load(config: EvalConfig) -> tuple[LoadedModel, dict[str, Any]]:
     """The model and how to name it; a RUN also has ``recipe`` and ``step``."""
     folder = Path(config.model)
-    if (folder / "checkpoints").is_dir() and (folder / "config.json").exists():
-        loaded, step = load_run(config.model, config.raw, config.best)
+    is_run = (folder / "checkpoints").is_dir() and (folder / "config.json").exists()
+    if config.pretrained is not None and folder.is_dir():
+        raise UserError(f"--pretrained {config.pretrained!r} would not be used: {config.model} brings its own weights")
+    if is_run:
+        loaded, step = load_run(config.model, config.raw, config.best, config.trust)
         run = RunDir(config.model).config()
         return loaded, {"model": run["model"], "pretrained": config.model, "recipe": run["recipe"], "step": step}
-    if folder.is_dir() and (folder / "open_clip_config.json").exists():
-        return load_model(f"local-dir:{config.model}"), {"model": f"local-dir:{config.model}", "pretrained": None}
-    if folder.is_dir():
-        raise UserError(f"{config.model} is neither a RUN folder (checkpoints/) nor a model (open_clip_config.json)")
-    return load_model(config.model, config.pretrained), {"model": config.model, "pretrained": config.pretrained}
+    if config.raw or config.best:
+        raise UserError(f"--{'raw' if config.raw else 'best'} would not be used: {config.model} is no RUN folder")
+    if folder.is_dir() and not (folder / DESCRIPTION).exists():
+        raise UserError(f"{config.model} is neither a RUN folder (checkpoints/) nor a model ({DESCRIPTION})")
+    name = f"{FOLDER}{config.model}" if folder.is_dir() else config.model
+    return load_model(name, config.pretrained, trust=config.trust), {"model": name, "pretrained": config.pretrained}
 
 
 def _task(root: str) -> Literal["zeroshot", "retrieval"]:
     path = join(root, "dataset_type.txt")
-    kind = read_bytes(path).decode().strip() if exists(path) else "classification"
+    kind = next(filter(None, read_lines(path, "the kind of data"))).lower() if exists(path) else "classification"
     if kind not in ("classification", "retrieval"):
         raise UserError(f"{path} says {kind!r}: classification and retrieval can be measured")
     return "retrieval" if kind == "retrieval" else "zeroshot"
 
 
-def _lines(root: str, name: str, what: str) -> list[str]:
-    path = join(root, name)
-    if not exists(path):
-        raise UserError(f"{path} is not there: it holds {what}; is {root} a CLIP_benchmark WebDataset root?")
-    lines = [line.strip() for line in read_bytes(path).decode().splitlines() if line.strip()]
-    if not lines:
-        raise UserError(f"{path} is empty: it holds {what}")
-    return lines
+def _classes(root: str, split: str) -> tuple[list[str], list[str]]:
+    """Names of the classes and prompts; class folders may do without files of either."""
+    names_file, prompts_file = join(root, "classnames.txt"), join(root, "zeroshot_classification_templates.txt")
+    folders = FolderPictures(Path(root, split)).classes if is_folders(root, split) else None
+    if folders is None or exists(names_file):
+        names = read_class_names(names_file)
+    else:
+        names = [name.replace("_", " ") for name in folders]
+        log.info(
+            "%s: classes are named as their folders; classnames.txt, a line per folder, names them otherwise", root
+        )
+    if folders is not None and len(names) != len(folders):
+        raise UserError(f"{names_file} has {len(names)} lines, {join(root, split)} {len(folders)} class folders; "
+                        "give a line per folder, in their alphabetical order")  # fmt: skip
+    if folders is not None and not exists(prompts_file):
+        return names, [PROMPT]
+    prompts = [line for line in read_lines(prompts_file, "one prompt per line with {c} for the class") if line]
+    if bad := [prompt for prompt in prompts if "{c}" not in prompt]:
+        raise UserError(f"{prompts_file}: {bad[0]!r} has no {{c}} for the class")
+    return names, prompts
 
 
-def _shards(root: str) -> list[str]:
-    """Paths of the test shards. Raises UserError when nshards.txt does not tell them."""
-    count = _lines(root, "test/nshards.txt", "the number of shards in test/")[0]
-    if not count.isdigit():
-        raise UserError(f"{join(root, 'test/nshards.txt')} says {count!r}: it must be a number")
-    paths = [join(root, "test", f"{shard}.tar") for shard in range(int(count))]
-    if missing := [path for path in paths if not exists(path)]:
-        raise UserError(f"{missing[0]} is not there, though nshards.txt says {count}; copy the missing shards")
-    return paths
-
-
-def _classes(root: str) -> tuple[list[str], list[str]]:
-    names = _lines(root, "classnames.txt", "one class name per line")
-    templates = _lines(root, "zeroshot_classification_templates.txt", "one prompt per line with {c} for the class")
-    if bad := [template for template in templates if "{c}" not in template]:
-        raise UserError(f"{join(root, 'zeroshot_classification_templates.txt')}: {bad[0]!r} has no {{c}} for the class")
-    return names, templates
+def _test_samples(root: str, split: str) -> Iterator[tuple[str, Iterable[Sample]]]:
+    """Where samples lie, and they; those of class folders have the member ``cls`` that shards have."""
+    if not is_folders(root, split):
+        yield from ((path, read_shard(path)) for path in numbered_shards(root, split))
+        return
+    found = FolderPictures(Path(root, split))
+    samples = (
+        Sample(name, {IMAGE_EXTENSIONS[0]: data, "cls": str(label).encode()})  # the ending does not say how to decode
+        for label, (name, data) in zip(found.labels, map(found.picture, range(len(found.labels))), strict=True)
+    )
+    yield join(root, split), samples
 
 
 def zeroshot(encoder: Encoder, root: str) -> tuple[dict[str, float], int]:
@@ -249,12 +268,13 @@ def zeroshot(encoder: Encoder, root: str) -> tuple[dict[str, float], int]:
     A class is the renormalised mean of its prompts' unit features (CLIP, section 3.1.4). With fewer than five
     classes acc5 counts among those there are. Recall is averaged over the classes that occur.
     """
-    names, templates = _classes(root)
+    split = find_split(root)
+    names, templates = _classes(root, split)
     prompts = (encoder.texts([template.replace("{c}", name) for template in templates]) for name in names)
     classes = torch.stack([F.normalize(features.mean(dim=0), dim=-1) for features in prompts])
     hits = Hits(len(names))
-    for path in _shards(root):
-        for samples, features in encoder.images(read_shard(path), path):
+    for path, found in _test_samples(root, split):
+        for samples, features in encoder.images(found, path):
             labels = torch.tensor([_label(sample, len(names), path) for sample in samples])
             hits.add(features @ classes.T, labels)
     if not hits.total:
@@ -263,13 +283,7 @@ def zeroshot(encoder: Encoder, root: str) -> tuple[dict[str, float], int]:
 
 
 def _label(sample: Sample, classes: int, path: str) -> int:
-    text = sample.members.get("cls", b"").decode("utf-8", "replace").strip()
-    if not text.isdigit() or int(text) >= classes:
-        raise DataError(
-            f"{path}: key {sample.key} has class {text!r}, not a number below {classes} (the lines of classnames.txt); "
-            "for pictures with captions use --task retrieval"
-        )
-    return int(text)
+    return parse_label(sample.members.get("cls", b""), classes, f"{path}: key {sample.key}")
 
 
 def retrieval(encoder: Encoder, root: str) -> tuple[dict[str, float], int]:
@@ -280,11 +294,11 @@ def retrieval(encoder: Encoder, root: str) -> tuple[dict[str, float], int]:
     """
     pieces, captions, owners = list[Tensor](), list[str](), list[int]()
     pictures = 0
-    for path in _shards(root):
+    for path in numbered_shards(root, find_split(root)):
         for samples, features in encoder.images(read_shard(path), path):
             pieces.append(features)
             for sample in samples:
-                own = [line for line in sample.caption.splitlines() if line.strip()]
+                own = sample.caption.splitlines()  # CLIP_benchmark's rule: a blank line is a caption, the empty one
                 if not own:
                     raise DataError(
                         f"{path}: key {sample.key} has no caption (member txt); for classes use --task zeroshot"
@@ -315,9 +329,11 @@ def recalls(images: Tensor, texts: Tensor, owner: Tensor) -> dict[str, float]:
 
 def _print(result: dict[str, Any], output: str | None) -> None:
     title = f"{result['dataset']} · {result['task']} · {result['samples']} pictures"
-    table = Table("metric", "value", title=title, caption=output)
+    table = Table("metric", "value", title=title)
     for name, value in result["metrics"].items():
         table.add_row(name, f"{value:.4f}")
     if result["skipped"]:
         table.add_row("pictures left out", str(result["skipped"]))
     Console().print(table)
+    if output:
+        print(output)  # whole, however narrow the terminal

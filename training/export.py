@@ -1,18 +1,19 @@
 """A run's student as an open_clip model folder, loaded back and compared before it counts as exported."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
 from torch import Tensor
+from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError, is_url, write_bytes
-from shards_spec.models import LoadedModel, load_model
+from shards_spec.models import LoadedModel, Trust, load_model
 from training.classifier import Classifier, export_classifier
-from training.run_dir import BPE, write_open_clip_config
+from training.run_dir import write_open_clip_config
 from training.student import load_run
 
 log = logging.getLogger(__name__)
@@ -26,13 +27,15 @@ class ExportConfig:
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """RUN folder of `clipmill train`"""
     to: str
-    """folder to write; load it with open_clip as local-dir:FOLDER"""
+    """folder to write, which can be moved; load it with open_clip as local-dir:FOLDER (a student with byte pairs of its
+    own: open_clip.get_tokenizer(..., bpe_path='FOLDER/bpe.txt.gz'))"""
     raw: bool = False
     """take the run's weights themselves where it kept an average of them"""
     best: bool = False
     """take the run's best checkpoint by its eval_data, not the newest"""
     format: Literal["open_clip"] = "open_clip"
     """open_clip: open_clip_config.json and open_clip_model.safetensors"""
+    trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)
 
 
 def export(config: ExportConfig) -> None:
@@ -44,16 +47,18 @@ def export(config: ExportConfig) -> None:
 
     if is_url(config.to):
         raise UserError(f"--to {config.to!r}: give a local folder and copy it from there")
-    student, step = load_run(config.run, config.raw, config.best)
+    student, step = load_run(config.run, config.raw, config.best, config.trust)
     folder = Path(config.to).resolve()
     if isinstance(student.model, Classifier):
         export_classifier(str(folder), student)
-        log.info("%s: step %d of %s, a model of timm's", folder, step, config.run)
+        own = type(student.model.trunk).__module__.startswith("timm.")
+        needs = "loads it alone" if own else "needs `import training.models.catlip` for this architecture"
+        log.info("%s: step %d of %s, timm's local-dir:%s; timm %s", folder, step, config.run, folder, needs)
         return
     tensors = {name: tensor.contiguous() for name, tensor in student.model.state_dict().items()}
     write_bytes(str(folder / "open_clip_model.safetensors"), save(tensors, metadata={"format": "pt"}))
-    write_open_clip_config(str(folder), student, f"local-dir:{config.run}", str(folder / BPE))
-    difference = compare(student, load_model(f"local-dir:{folder}"))
+    write_open_clip_config(str(folder), student, f"local-dir:{config.run}")
+    difference = compare(student, load_model(f"local-dir:{folder}", trust=config.trust))
     if difference > TOLERANCE:
         raise UserError(
             f"{folder}: loaded back, its features differ by {difference:.2g} (more than {TOLERANCE:g}); do not use it"

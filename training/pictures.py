@@ -6,6 +6,7 @@ ROOT/classnames.txt, train/nshards.txt, train/0.tar …, test/…               
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from shards_spec.class_names import parse_label, read_class_names, read_shard_count
 from shards_spec.draws import raw_draws
-from shards_spec.files import DataError, UserError, exists, join, read_buffer, read_bytes
+from shards_spec.files import DataError, UserError, exists, is_url, join, read_buffer
 from shards_spec.folders import walk
 from shards_spec.images import decode_rgb
 from shards_spec.models import LoadedModel
@@ -92,13 +94,9 @@ class TarPictures:
     """Samples of ``root/split/N.tar`` in the order of the files. Raises UserError and DataError."""
 
     def __init__(self, root: str, split: str) -> None:
-        names = read_bytes(join(root, "classnames.txt")).decode().splitlines()
-        self.classes = [name.strip() for name in names if name.strip()]
-        text = read_bytes(join(root, split, "nshards.txt")).decode().strip()
-        if not text.isdigit():
-            raise UserError(f"{join(root, split, 'nshards.txt')} says {text!r}: it must be a number")
+        self.classes = read_class_names(join(root, "classnames.txt"))
         self.reader = _Numbered(root, split, [])
-        labels = [self._labels(self.reader.path(shard)) for shard in range(int(text))]
+        labels = [self._labels(path) for path in numbered_shards(root, split)]
         self.reader.sizes = [len(own) for own in labels]
         self.ends = np.cumsum(self.reader.sizes)
         self.labels = np.array([label for own in labels for label in own], np.int64)
@@ -110,21 +108,22 @@ class TarPictures:
         return sample.key, sample.image
 
     def _labels(self, path: str) -> list[int]:
-        found = []
-        try:
-            with read_buffer(path) as buffer:
-                for key, members in index_shard(buffer, path):
-                    member = members.get("cls")
-                    text = member.read(buffer).decode() if member else ""
-                    if not text.strip().isdigit() or int(text) >= len(self.classes):
-                        raise DataError(
-                            f"{path}: key {key} has class {text!r}, not a number below {len(self.classes)} (the lines "
-                            "of classnames.txt)"
-                        )
-                    found.append(int(text))
-        except FileNotFoundError as error:
-            raise UserError(f"{path} is not there, though nshards.txt counts it; copy the missing shards") from error
-        return found
+        with read_buffer(path) as buffer:
+            return [
+                parse_label(
+                    members["cls"].read(buffer) if "cls" in members else b"", len(self.classes), f"{path}: key {key}"
+                )
+                for key, members in index_shard(buffer, path)
+            ]
+
+
+def numbered_shards(root: str, split: str) -> list[str]:
+    """Paths of a split's shards as CLIP_benchmark names them. Raises UserError when nshards.txt does not tell them."""
+    count = read_shard_count(join(root, split, "nshards.txt"))
+    paths = [join(root, split, f"{shard}.tar") for shard in range(count)]
+    if missing := [path for path in paths if not exists(path)]:
+        raise UserError(f"{missing[0]} is not there, though nshards.txt says {count}; copy the missing shards")
+    return paths
 
 
 def _images(folder: Path, left_out: Counter[str]) -> list[Path]:
@@ -140,15 +139,31 @@ def open_pictures(root: str, train: bool) -> Pictures:
     if not root:
         raise UserError("--data is needed: a folder with train/ and test/, of class folders or WebDataset shards")
     splits = ("train",) if train else TEST_SPLITS
+    split = find_split(root, splits)
+    found: Pictures = FolderPictures(Path(root, split)) if is_folders(root, split) else TarPictures(root, split)
+    if not len(found.labels):
+        raise UserError(f"{join(root, split)} has no images; put class folders with images there, or shards")
+    return found
+
+
+def find_split(root: str, splits: Sequence[str] = TEST_SPLITS) -> str:
+    """The first of the folders ``splits`` of a data set that holds shards or class folders. Raises UserError."""
     for split in splits:
-        found: Pictures | None = None
-        if exists(join(root, split, "nshards.txt")):
-            found = TarPictures(root, split)
-        elif Path(root, split).is_dir():
-            found = FolderPictures(Path(root, split))
-        if found is not None and len(found.labels):
-            return found
-    raise UserError(f"{root} has no pictures in {'/ or '.join(splits)}/: class folders, or shards with nshards.txt")
+        if exists(join(root, split, "nshards.txt")) or is_folders(root, split):
+            return split
+    raise UserError(
+        f"{join(root, splits[0], 'nshards.txt')} is not there, nor is a folder of images per class in "
+        f"{' or '.join(join(root, split) for split in splits)}: is {root} a data set in CLIP_benchmark's WebDataset "
+        "layout or of class folders?"
+    )
+
+
+def is_folders(root: str, split: str) -> bool:
+    """Whether a split is class folders and not shards."""
+    folder = Path(root, split)
+    if is_url(root) or not folder.is_dir() or (folder / "nshards.txt").exists():
+        return False
+    return any(entry.is_dir() and not is_ignored(entry.name) for entry in folder.iterdir())
 
 
 def subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

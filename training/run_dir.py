@@ -19,6 +19,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ class RunDir:
         if isinstance(student.model, Classifier):
             describe_classifier(str(self.path), student)
         else:
-            write_open_clip_config(str(self.path), student, model, BPE)
+            write_open_clip_config(str(self.path), student, model)
 
     def newest(self) -> Path | None:
         """The checkpoint of the highest step."""
@@ -162,18 +163,26 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def write_open_clip_config(folder: str, student: LoadedModel, model: str, bpe_path: str) -> None:
-    """``open_clip_config.json`` of a student in ``folder``, beside a copy of its own BPE file when it has one.
+def write_open_clip_config(folder: str, student: LoadedModel, model: str) -> None:
+    """``open_clip_config.json`` of a student in ``folder``, with the tokenizer files of one that has its own.
 
-    ``model`` is the name it was loaded by; ``bpe_path`` is what the config says of the copy.
+    ``model`` is the name it was loaded by. Nothing in it names another folder, so that this one can be moved.
     """
     import open_clip
 
     config = json.loads(json.dumps(student.config))
+    text = config.get("text_cfg") or {}
     source = bpe_file(model, config)
     if source is not None:
         write_bytes(str(Path(folder) / BPE), read_bytes(str(source)))
-        config["text_cfg"]["tokenizer_kwargs"]["bpe_path"] = bpe_path
+        text["tokenizer_kwargs"]["bpe_path"] = BPE
+    if text.get("hf_tokenizer_name"):  # open_clip takes the files beside its config, whatever the name says
+        text["hf_tokenizer_name"] = Path(text["hf_tokenizer_name"]).name
+        with TemporaryDirectory() as near:
+            student.tokenizer.tokenizer.save_pretrained(near)
+            for path in sorted(Path(near).rglob("*")):
+                if path.is_file():
+                    write_bytes(str(Path(folder) / path.relative_to(near)), path.read_bytes())
     preprocess = open_clip.get_model_preprocess_cfg(student.model)
     write_json(str(Path(folder) / "open_clip_config.json"), {"model_cfg": config, "preprocess_cfg": preprocess})
 

@@ -66,10 +66,10 @@ class Task(nn.Module):
         """``image`` and ``text`` features (n, D), normalised; ``caption`` (n,), each caption's summed cross-entropy,
         and ``words`` (n,), how many tokens it is summed over: padding is left out.
         """
-        output = self.student(batch["images"], batch["tokens"])
-        labels = output["labels"]
+        output, labels = self.student(batch["images"], batch["tokens"]), batch["tokens"][:, 1:]
         with torch.autocast(labels.device.type, enabled=False):
-            logits = output["logits"].float().transpose(1, 2)
+            # open_clip 3 gives no logits for the last token, which nothing follows; other versions may
+            logits = output["logits"][:, : labels.shape[1]].float().transpose(1, 2)
             words = F.cross_entropy(logits, labels, ignore_index=self.student.pad_id, reduction="none")
         return {
             "image": output["image_features"],

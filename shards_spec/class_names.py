@@ -1,0 +1,60 @@
+"""The small text files of a labelled data set: class names, numbers of shards, labels. One reader for all stages.
+
+A class is the number of its line, so no line is ever left out: names are read up to the last line that says anything,
+and an empty one before it is an error. CLIP_benchmark drops such lines, which moves every later class.
+"""
+
+import re
+
+from shards_spec.files import DataError, UserError, read_bytes
+from shards_spec.library_errors import decode_text
+
+LINE_END = re.compile(r"\r\n|\n|\r")  # str.splitlines would end lines at characters that names may hold
+NUMBER = re.compile(r"[0-9]{1,9}")  # "²" and "٣" are digits to str.isdigit, too
+
+
+def read_lines(path: str, what: str) -> list[str]:
+    """Lines of a UTF-8 file without a BOM, stripped, up to the last that is not empty.
+
+    ``what`` says what it holds. Raises UserError when it is not there, not UTF-8, or says nothing.
+    """
+    try:
+        text = decode_text(path, read_bytes(path))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there: it holds {what}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): it holds {what}") from error
+    lines = [line.strip() for line in LINE_END.split(text.rstrip())]
+    if not any(lines):
+        raise UserError(f"{path} is empty: it holds {what}")
+    return lines
+
+
+def read_class_names(path: str) -> list[str]:
+    """One class per line. Raises UserError naming an empty line, since classes are the numbers of lines."""
+    names = read_lines(path, "one class name per line")
+    if "" in names:
+        line = names.index("") + 1
+        raise UserError(
+            f"{path}: line {line} is empty, and labels are numbers of lines; name that class, or delete the line"
+        )
+    return names
+
+
+def read_shard_count(path: str) -> int:
+    """The number in a CLIP_benchmark ``nshards.txt``. Raises UserError."""
+    text = next(filter(None, read_lines(path, "the number of shards in its folder")))
+    if not NUMBER.fullmatch(text):
+        raise UserError(f"{path} says {text[:40]!r}: it must be a number")
+    return int(text)
+
+
+def parse_label(data: bytes, classes: int, where: str) -> int:
+    """The class in a ``cls`` member, a number below ``classes``; ``where`` names file and key. Raises DataError."""
+    text = data.decode("utf-8-sig", "replace").strip()
+    if not NUMBER.fullmatch(text) or int(text) >= classes:
+        raise DataError(
+            f"{where} has class {text[:40]!r}, not a number below {classes} (the lines of classnames.txt); for images "
+            "with captions use --task retrieval"
+        )
+    return int(text)
