@@ -198,7 +198,7 @@ def export_classifier(folder: str, student: LoadedModel) -> None:
     names = [row[0] for row in rows] or model.names
     about = {"label_names": names, "label_descriptions": {wnid: lemma for wnid, lemma, *_ in rows}}
     side = student.image_size
-    seen = {"mean": tuple(student.mean), "std": tuple(student.std), "input_size": (3, side, side)}
+    seen: dict[str, Any] = {"mean": tuple(student.mean), "std": tuple(student.std), "input_size": (3, side, side)}
     seen |= {"crop_pct": CROP, "interpolation": "bilinear"}  # what `probe` and `finetune` measure by
     kept = {name: value for name, value in model.trunk.pretrained_cfg.items() if not name.startswith("test_")}
     model.trunk.pretrained_cfg = kept | seen
