@@ -146,7 +146,7 @@ def _check_names(model: str, pretrained: str | None, random_weights: bool) -> No
     name = model.replace("/", "-")
     if name not in known:
         raise UserError(
-            f"no model {model!r}: {did_you_mean(name, known)} Folders are named {FOLDER}PATH, the Hub's {HUB}ORG/NAME"
+            f"no model {model!r}: {did_you_mean(name, known)}; folders are named {FOLDER}PATH, the Hub's {HUB}ORG/NAME"
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None and not random_weights:

@@ -399,7 +399,7 @@ def test_weights_that_would_not_be_used_are_refused(name):
     ("model", "pretrained", "said"),
     [
         ("VIT-B32", None, "no model 'VIT-B32': did you mean .*ViT-B-32"),
-        ("qqqq", None, "no model 'qqqq': none of the .* Folders are named local-dir:PATH"),
+        ("qqqq", None, "no model 'qqqq': none of the .* folders are named local-dir:PATH"),
         ("ViT-B-32", "opeanai", r"is no tag of ViT-B-32 and no file: did you mean openai"),
         ("ViT-B-32", ".", "is no file; name a checkpoint file"),
         ("ViT-S-32-alt", "x", "it has no tags"),
