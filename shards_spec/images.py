@@ -18,6 +18,7 @@ from shards_spec.pixels import BadImage, to_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "MPO", "BMP", "TIFF", "JPEG2000", "PPM", "ICO")
 MAX_PIXELS = 100_000_000  # 400 MB as Pillow keeps RGB; decompression bombs are larger
+PYTHON_DECODERS, MAX_PYTHON_PIXELS = ("ppm", "ppm_plain", "bmp_rle"), 10_000_000  # Pillow's, a microsecond a sample
 MAX_SIDE = 65_500  # libjpeg's limit
 # a progressive JPEG is worked through once per scan, whatever few bytes a scan has: two seconds at the most
 MAX_SCANS, MAX_SCAN_PIXELS = 20, 2_000_000_000
@@ -73,7 +74,8 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile
     except Exception as error:  # hostile bytes make Pillow's readers raise anything
         raise BadImage("broken image") from error
     pixels = image.width * image.height
-    if pixels > max_pixels or max(image.size) > MAX_SIDE:
+    slow = bool(image.tile) and image.tile[0][0] in PYTHON_DECODERS
+    if pixels > (min(max_pixels, MAX_PYTHON_PIXELS) if slow else max_pixels) or max(image.size) > MAX_SIDE:
         raise BadImage("too many pixels")
     if min(image.size) < 1:
         raise BadImage("broken image")
@@ -90,14 +92,24 @@ def load_rgb(image: ImageFile.ImageFile) -> Image.Image:
 
 
 def _loaded(image: ImageFile.ImageFile, convert: Callable[[Image.Image, str], Image.Image]) -> Image.Image:
-    args = image.tile[0].args if image.tile else ""
+    raw_mode = _raw_mode(image)  # which loading forgets
     try:
         image.load()
-        return convert(image, str(args[0] if isinstance(args, tuple) else args))
+        return convert(image, raw_mode)
     except BadImage:
         raise
     except Exception as error:
         raise BadImage("truncated image" if "truncated" in str(error) else "broken image") from error
+
+
+def _raw_mode(image: ImageFile.ImageFile) -> str:
+    """Pillow's name of the samples in the file, with ``;16`` where they have 16 bits."""
+    if not image.tile:
+        return ""
+    codec, _, _, args = image.tile[0]
+    if codec == "ppm":
+        return f"{args[0]};16" if args[1] > 255 else str(args[0])
+    return str(args[0] if isinstance(args, tuple) else args)
 
 
 def _as_pillow(image: Image.Image, raw_mode: str) -> Image.Image:
@@ -114,7 +126,10 @@ def read_exif(image: Image.Image) -> Image.Exif | None:
 
 def turn_of(exif: Image.Exif | None) -> Image.Transpose | None:
     """What makes the image upright, None when it is."""
-    return TURNS.get(exif.get(ExifTags.Base.Orientation, 1)) if exif else None
+    try:
+        return TURNS.get(exif.get(ExifTags.Base.Orientation, 1)) if exif else None
+    except Exception:  # values are read only now, and may be damaged
+        return None
 
 
 def _bare_png(data: bytes) -> bytes:

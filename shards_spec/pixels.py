@@ -29,7 +29,7 @@ def to_rgb(image: Image.Image, raw_mode: str) -> Image.Image:
     tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
     if image.mode == "F" or image.mode.startswith("I") or (image.mode == "L" and _first(tags, SAMPLE_FORMAT) == SIGNED):
         return _to_grey(image, tags).convert("RGB")
-    if ";16" in raw_mode and max(_maxima(image)) < 16:  # Pillow keeps the upper byte of colours
+    if ";16" in raw_mode and max(_maxima(image)) <= 16:  # of 255: Pillow keeps the upper byte of colours
         raise BadImage("16 bits hardly used")
     if image.mode == "La":
         image = image.convert("LA")

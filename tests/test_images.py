@@ -77,6 +77,24 @@ def test_unsigned_32_bits_reach_from_black_to_white(highest):
     assert np.abs(np.subtract(levels(tiff(ramp(0, highest, "u4"))), BLACK_TO_WHITE)).max() <= 2
 
 
+@pytest.mark.parametrize(("data", "middle"), [
+    (b"P5 64 8 4095\n" + ramp(0, 4095, ">u2").tobytes(), 130), (b"P5 64 8 100\n" + ramp(0, 100, "u1").tobytes(), 128),
+    (b"P6 64 8 1023\n" + np.stack([ramp(0, 1023, "u2")] * 3, -1).astype(">u2").tobytes(), 129),
+    (b"Pf\n64 8\n-1.0\n" + ramp(0, 1, "<f4").tobytes(), 130),
+    (encoded(Image.fromarray(ramp(0, 4095, "u2")), "JPEG2000"), 130),
+])  # fmt: skip
+def test_other_formats_with_many_bits_reach_from_black_to_white(data, middle):
+    assert levels(data) == (0, middle, 255)
+
+
+def test_what_pillow_decodes_in_python_is_limited():
+    with pytest.raises(DataError, match="too many pixels"):
+        decode_rgb(b"P5 10000 10000 254\n" + bytes(10**8))
+    with pytest.raises(DataError, match="too many pixels"):
+        decode_rgb(b"P2 10000 10000 255\n")
+    assert decode_rgb(b"P5 10000 2000 255\n" + bytes(2 * 10**7)).size == (10_000, 2000)
+
+
 def test_what_a_tiff_declares_comes_first():
     assert levels(tiff(ramp(0, 1000, "u2"), t281=[4095]))[2] == 62
     assert levels(tiff(ramp(0, 1000, "u2"), t281=[1000]))[2] == 255
@@ -109,6 +127,7 @@ def test_samples_that_are_no_numbers_are_black_and_an_image_of_nothing_else_is_r
 
 @pytest.mark.parametrize("data", [
     png(np.stack([ramp(0, 4095, "u2")] * 3, -1), 16, 2), png(np.stack([ramp(0, 4095, "u2")] * 2, -1), 16, 4),
+    b"P6 64 8 65535\n" + np.stack([ramp(0, 4095, "u2")] * 3, -1).astype(">u2").tobytes(),
     tiff(np.stack([ramp(0, 4095, "u2")] * 3, -1), 2), tiff(np.stack([ramp(0, 4095, "u2")] * 4, -1), 5),
 ])  # fmt: skip
 def test_16_bit_colours_of_an_unknown_depth_are_refused(data):
