@@ -9,7 +9,7 @@ from itertools import chain, islice
 from typing import Any, cast
 
 from pipeline.ahead import ahead
-from pipeline.local import not_decoded, warn_of_no_caption
+from pipeline.local import not_decoded, seen_line, warn_of_no_caption
 from pipeline.places import (
     CAPTION_NAMES,
     NOT_UTF8,
@@ -179,7 +179,8 @@ def webdataset_rows(files: list[SourceFile], columns: Columns) -> Iterator[Row]:
         rows = chain.from_iterable(listed)
     else:
         rows = chain.from_iterable(_tar_rows(file, columns, seen) for file in files)
-    yield from warn_of_no_caption(rows, files[0].path if len(files) == 1 else f"{len(files)} tars", "members", seen)
+    source = files[0].path if len(files) == 1 else f"{len(files)} tars"
+    yield from warn_of_no_caption(rows, source, partial(seen_line, "members", seen))
 
 
 def _tar_rows(file: SourceFile, columns: Columns, seen: Counter[str]) -> Iterator[Row]:

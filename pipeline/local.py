@@ -7,7 +7,7 @@ import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -43,16 +43,20 @@ def not_decoded(ending: str) -> str:
     return f"format not decoded: {ending.removeprefix('.')}"
 
 
-def warn_of_no_caption(rows: Iterable[Row], source: str, what: str, seen: Counter[str]) -> Iterator[Row]:
-    """The rows; one warning after the last when none had a caption, with the endings of what was ``seen`` beside."""
+def warn_of_no_caption(rows: Iterable[Row], source: str, why: Callable[[], str]) -> Iterator[Row]:
+    """The rows; one warning after the last when none that can be used had a caption."""
     number = captions = 0
     for row in rows:
         number += 1
-        captions += bool(row.caption) and row.problem is None
+        captions += bool(row.caption and row.caption.strip()) and row.problem is None
         yield row
     if number and not captions:
-        names = ", ".join(ending for ending, _ in seen.most_common(MOST_ENDINGS))
-        log.warning("--source %s: no row has a caption: %s seen were %s", source, what, names or "none")
+        log.warning("--source %s: no row has a caption: %s", source, why())
+
+
+def seen_line(what: str, seen: Counter[str]) -> str:
+    """``members seen were jpg, json``."""
+    return f"{what} seen were {', '.join(ending for ending, _ in seen.most_common(MOST_ENDINGS)) or 'none'}"
 
 
 # folders of images
@@ -83,7 +87,8 @@ def folder_rows(folder: str, columns: Columns = (None, None)) -> Iterator[Row]:
             f".{given.lower()} beside images; its files are {endings_line(seen)}; change --caption-col"
         )
     listed = read_lists(folder, lists, prefixes, given)
-    yield from warn_of_no_caption(_folder_rows(folder, listed, set(lists), given), folder, "files", seen)
+    rows = _folder_rows(folder, listed, set(lists), given)
+    yield from warn_of_no_caption(rows, folder, partial(seen_line, "files", seen))
 
 
 def _folder_rows(folder: str, listed: dict[str, list[Caption]], lists: set[str], given: str | None) -> Iterator[Row]:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -38,7 +39,7 @@ LISTS = re.compile(
 TEXT_NAMES = ("text", "caption", *CAPTION_NAMES, "captions", "texts", "comment", "sentence")
 FILE_NAMES = ("file_name", "filename", "image", "image_name", "file", "img", "filepath", "image_path")
 TOKEN = re.compile(r"(?P<file>[^\t]+?\.\w+)(#\d+)?\t(?P<text>.*)")  # Flickr8k.token.txt
-MAX_JSON_BYTES = 1 << 28  # COCO's captions of 2017 have 92 MB
+MAX_JSON_BYTES = 1 << 27  # COCO's captions of 2017 have 92 MB
 NO_URL, NO_FILE = "no URL", "metadata row without file_name"
 TRIED_FILES, TRIED_FOLDERS = 5, 100  # to find where the images of a list lie
 
@@ -87,10 +88,18 @@ def read_lists(folder: str, found: list[str], prefixes: list[str], given: str | 
 
 
 def _plain(folder: str, file: str) -> str:
-    """A file name as a path; backslashes are Windows' separators unless a file is named so."""
-    if "\\" in file and (is_url(folder) or not os.path.exists(join(folder, file))):
-        file = file.replace("\\", "/")
-    return clean_name(os.path.normpath(file).replace(os.sep, "/"))
+    """A file name as a path below the folder, in the first of its spellings under which a file is there.
+
+    Backslashes are Windows' separators; accents may be letters of their own (macOS) or not. Names of remote files are
+    not looked up.
+    """
+    slashes = file.replace("\\", "/")
+    if not is_url(folder):
+        spellings = (file, slashes, *(unicodedata.normalize(form, slashes) for form in ("NFC", "NFD")))
+        slashes = next((name for name in spellings if os.path.lexists(os.path.join(folder, name))), slashes)
+        if os.path.isabs(slashes) and os.path.commonpath((os.path.abspath(folder), slashes)) == os.path.abspath(folder):
+            slashes = os.path.relpath(slashes, folder)
+    return clean_name(os.path.normpath(slashes).replace(os.sep, "/"))
 
 
 def _where(folder: str, own: str, prefixes: list[str], files: list[str]) -> str | None:

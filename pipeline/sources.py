@@ -12,11 +12,11 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal
 
 from pipeline.foreign_tar import mean_sample_bytes, webdataset_rows
-from pipeline.local import folder_rows
+from pipeline.local import folder_rows, warn_of_no_caption
 from pipeline.metadata import METADATA
 from pipeline.parquet_lists import parquet_form, parquet_rows, picture_parquet_rows
 from pipeline.places import Columns, Row, SourceFile, expected_errors, local_stamp, open_list, open_parquet, stamp_of
@@ -241,11 +241,13 @@ def list_rows(source: str, form: Format, columns: Columns = (None, None)) -> Ite
     try:
         if form == "webdataset":
             yield from webdataset_rows(files, columns)
-        elif form == "hf-parquet":
-            yield from picture_parquet_rows(files, columns)
+            return
+        if form == "hf-parquet":
+            rows = picture_parquet_rows(files, columns)
         else:
-            for file in files:
-                yield from _list_file_rows(file.path, form, columns)
+            rows = chain.from_iterable(_list_file_rows(file.path, form, columns) for file in files)
+        hint = "the caption's column has none; name another with --caption-col"
+        yield from rows if form == "txt" else warn_of_no_caption(rows, source, lambda: hint)
     except UserError:
         raise
     except expected_errors(source) as error:

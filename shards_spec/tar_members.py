@@ -18,7 +18,7 @@ from shards_spec.names import is_ignored
 BLOCK = 512
 MOST_PADDING = 1 << 20  # zero bytes between concatenated tars; more is a hole in a damaged file
 MAX_HEADER_BYTES = 1 << 20  # of pax records, of a long name, of a sparse map
-MAX_SPARSE_BYTES = 1 << 30  # that a sparse member may claim to have
+MAX_SPARSE_BYTES = 1 << 26  # that a sparse member may claim to have
 MOST_LINKS = 40  # followed one after the other, as in a file system
 REGULAR, HARD_LINK, SYMBOLIC_LINK, SPARSE = (b"0", b"\0", b"7"), b"1", b"2", b"S"
 EXTENSIONS = (b"x", b"X", b"L", b"K")

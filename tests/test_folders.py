@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import unicodedata
 
 import numpy as np
 import pyarrow as pa
@@ -159,6 +160,20 @@ def test_a_row_of_metadata_is_a_row(tmp_path, form):
         ("img/3.jpg", None, None),
     ]  # fmt: skip
     assert [read_place(row.place, LIMIT) for row in rows] == [image(n) for n in (0, 0, 0, 1, 2)]
+
+
+def test_file_names_of_metadata_in_other_spellings(tmp_path):
+    images(tmp_path, unicodedata.normalize("NFD", "é.jpg"), unicodedata.normalize("NFC", "ü.jpg"), "a/b.jpg", "d/c.jpg")
+    names = [
+        unicodedata.normalize("NFC", "é.jpg"),
+        unicodedata.normalize("NFD", "ü.jpg"),
+        "./a//b.jpg",
+        f"{tmp_path}/d/c.jpg",
+    ]
+    write_metadata(tmp_path, "jsonl", [{"file_name": name, "text": f"c{n}"} for n, name in enumerate(names)])
+    rows = rows_of(tmp_path)
+    assert {row.caption: read_place(row.place, LIMIT) for row in rows} == {f"c{n}": image(n) for n in range(4)}
+    assert [row.problem for row in rows] == [None] * 4
 
 
 def test_metadata_whose_captions_are_no_texts(tmp_path):
@@ -319,3 +334,18 @@ def test_metadata_without_a_caption_column_has_none(tmp_path, form, caplog):
         write_metadata(tmp_path, form, rows)
     assert told(tmp_path) == [("0.jpg", None, None), ("1.jpg", None, None)]
     assert f"no row has a caption: files seen were .jpg, .{form}" in caplog.text
+
+
+def test_a_list_whose_captions_are_all_empty_says_so(tmp_path, caplog):
+    fill(
+        tmp_path, ("list.csv", "url,caption\nhttp://h/1,\nhttp://h/2,NaN\n"), ("plain.txt", "http://h/1\nhttp://h/2\n")
+    )
+    pq.write_table(
+        pa.table({"image": [{"bytes": image(0)}], "text": pa.array([None], pa.string())}), tmp_path / "x.parquet"
+    )
+    for name in ("list.csv", "x.parquet"):
+        assert not any(row.caption for row in rows_of(tmp_path / name))
+        assert f"{name}: no row has a caption: the caption's column has none" in caplog.text
+    caplog.clear()
+    rows_of(tmp_path / "plain.txt")
+    assert "no row has a caption" not in caplog.text
