@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from pipeline.adopt import adopt_shard, adopt_tasks
+from pipeline.cells import ADDRESS_TOO_LONG, CAPTION_TOO_LONG, KEPT_CHARS
 from pipeline.download import Downloader
 from pipeline.fetch import FetchRules
 from pipeline.images import JPEG_QUALITY, PictureRules
@@ -24,6 +25,7 @@ from shards_spec.manifest import finished_shards, shard_name
 
 log = logging.getLogger(__name__)
 OTHER_FILES = 200  # that this process has open beside its downloads
+MEAN_CHARS = 8192  # of a row's texts over its shard; more is no captions but something that fills the memory
 ENOUGH_ROWS = 2000  # to guess from how large the rest will be
 
 
@@ -231,7 +233,7 @@ class Listing:
                 remove_shard(config.root, number)
             additional = {}
         rows = list_rows(config.source, self._form, (config.caption_col, config.url_col))
-        while chunk := list(islice(rows, config.shard_size)):
+        while chunk := list(bounded(islice(rows, config.shard_size), config.shard_size * MEAN_CHARS)):
             if shard in additional:
                 raise UserError(
                     f"--source {config.source} has more rows than when its failed rows were tried again; give the new "
@@ -246,6 +248,19 @@ class Listing:
             raise UserError(f"--source {config.source} has no row and no picture in it; nothing to ingest")
         self.rows = self.read
         yield from kept_tasks(config.root, shard)
+
+
+def bounded(rows: Iterator[Row], most: int) -> Iterator[Row]:
+    """The rows of a shard, whose texts have ``most`` characters: when they are used up, only short ones are kept."""
+    for row in rows:
+        most -= len(row.caption or "") + len(row.url or "") + sum(len(str(value)) for value in row.extra.values())
+        if most >= 0:
+            yield row
+            continue
+        long_caption, long_url = (len(text or "") > KEPT_CHARS for text in (row.caption, row.url))
+        problem = CAPTION_TOO_LONG if long_caption else ADDRESS_TOO_LONG if long_url else None
+        cut = [text and text[:KEPT_CHARS] for text in (row.caption, row.url)]
+        yield replace(row, caption=cut[0], url=cut[1], problem=row.problem or problem, extra={})
 
 
 def _identity(row: Row) -> list[Any]:

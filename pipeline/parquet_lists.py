@@ -3,14 +3,16 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
-from typing import IO, Any, Literal
+from dataclasses import dataclass
+from itertools import chain, islice, repeat
+from typing import IO, Any, Literal, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.cells import URL_PATTERN, check_once, files_folder, make_row, pick_columns, shown
-from pipeline.parquet_pages import MAX_PAGE_BYTES, largest_page
+from pipeline.cells import MAX_CELL_BYTES, URL_PATTERN, check_once, files_folder, make_row, pick_columns, shown
+from pipeline.parquet_pages import MAX_PAGE_BYTES, largest_pages
 from pipeline.places import (
     CAPTION_NAMES,
     URL_NAMES,
@@ -29,7 +31,8 @@ from shards_spec.sample import NAMED_IMAGES
 
 log = logging.getLogger(__name__)
 BATCH_ROWS, BATCH_BYTES = 1024, 1 << 25  # read at a time, if every cell were as large as the largest page
-MAX_TEXTS = 1000  # captions of a row, on an average
+LARGE = 1 << 22  # bytes of a dictionary or a page; writers aim at 1 MiB
+MAX_TEXTS, MAX_VALUES = 1000, 64  # captions of a row, values of another column's, on an average
 CELL_TOO_LARGE = "cell too large"
 TYPE_CHARS = 80  # of a type's name in a message
 
@@ -77,18 +80,20 @@ def _texts(cells: pa.Array) -> list[list[bytes | None]]:
     """The captions of each cell: one, none (a null), or those of its list."""
     if not _is_texts(cells.type):
         return [[cell] for cell in _plain(cells)]
-    lists = cells.cast(pa.large_list(pa.large_binary())).to_pylist()
-    return [[text for text in texts or () if text is not None] or [None] for texts in lists]
+    flat = iter(_plain(cells.flatten()))
+    lists = [list(islice(flat, length or 0)) for length in pc.list_value_length(cells).to_pylist()]
+    return [[text for text in texts if text is not None] or [None] for texts in lists]
 
 
 def _plain(cells: pa.Array) -> list[bytes | None]:
-    """The bytes of each cell; those of a dictionary are one object for all cells that have them."""
+    """The bytes of each cell, as many as tell that it is too large; a dictionary's are one object for all its cells."""
     if isinstance(cells, pa.ExtensionArray):
         return _plain(cells.storage)
     if isinstance(cells, pa.DictionaryArray):
-        values = _plain(cells.dictionary)
-        return [None if index is None else values[index] for index in cells.indices.to_pylist()]
-    plain: list[bytes | None] = cells.cast(pa.large_binary()).to_pylist()
+        used = cells.indices.drop_null().unique()
+        values = dict(zip(used.to_pylist(), _plain(cells.dictionary.take(used)), strict=True))
+        return [values.get(index) for index in cells.indices.to_pylist()]
+    plain: list[bytes | None] = pc.binary_slice(cells.cast(pa.large_binary()), 0, MAX_CELL_BYTES + 1).to_pylist()
     return plain
 
 
@@ -111,26 +116,44 @@ def parquet_form(path: str, columns: Columns) -> Literal["parquet", "hf-parquet"
         leaf = picture_column(table.schema_arrow, columns[1])
         if leaf is None:
             return "parquet"
-        if leaf.endswith(".bytes") or _largest(file, table, 0, [leaf], is_url(path)) > MAX_PAGE_BYTES:
+        if leaf.endswith(".bytes") or not table.num_row_groups or _sizes(file, table, 0, leaf, is_url(path)).too_large:
             return "hf-parquet"
         first = next(table.iter_batches(1, columns=[leaf]), None)
         cell = first.column(0)[0].as_py() if first is not None and len(first) else None
         return "parquet" if URL_PATTERN.match((cell or b"")[:100].decode(errors="replace")) else "hf-parquet"
 
 
-def _largest(file: IO[bytes], table: pq.ParquetFile, group: int, names: list[str], remote: bool) -> int:
-    """Bytes of the largest page of a row group's columns; more than may be read for lists that are too long."""
-    largest = 0
-    rows = table.metadata.row_group(group) if group < table.num_row_groups else None
-    for index in range(rows.num_columns if rows else 0):
-        column = rows.column(index)
-        path = column.path_in_schema
-        if any(path == name or path.startswith(f"{name}.") for name in names):
-            if column.num_values > MAX_TEXTS * max(rows.num_rows, 1):
-                return MAX_PAGE_BYTES + 1
-            if column.physical_type.endswith("BYTE_ARRAY"):
-                largest = max(largest, largest_page(file, column, remote))
-    return largest
+@dataclass(frozen=True)
+class Sizes:
+    """Of a row group's column: bytes of the largest dictionary and of the largest other page, its texts' leaves."""
+
+    dictionary: int
+    page: int
+    leaves: tuple[str, ...]
+    values: float  # of a row, on an average
+
+    @property
+    def can_be_kept(self) -> bool:
+        """Whether the cells may be kept beside the caption: no long lists, no long texts in lists."""
+        flat = not any("." in leaf for leaf in self.leaves)
+        return self.values <= MAX_VALUES and not self.too_large and (flat or max(self.dictionary, self.page) <= LARGE)
+
+    @property
+    def too_large(self) -> bool:
+        """Whether they are not to be unpacked."""
+        return max(self.dictionary, self.page) > MAX_PAGE_BYTES or self.values > MAX_TEXTS
+
+
+def _sizes(file: IO[bytes], table: pq.ParquetFile, group: int, name: str, remote: bool) -> Sizes:
+    """Of a row group's column."""
+    rows = table.metadata.row_group(group)
+    columns = [rows.column(index) for index in range(rows.num_columns)]
+    own = [column for column in columns if f"{column.path_in_schema}.".startswith(f"{name}.")]
+    texts = [column for column in own if column.physical_type.endswith("BYTE_ARRAY")]
+    pages = [largest_pages(file, column, remote) for column in texts]
+    dictionary, page = (max((pair[which] for pair in pages), default=0) for which in (0, 1))
+    values = max((column.num_values for column in own), default=0) / max(rows.num_rows, 1)
+    return Sizes(dictionary, page, tuple(column.path_in_schema for column in texts), values)
 
 
 def _batches(
@@ -143,26 +166,41 @@ def _batches(
     left_out = set[str]()
     with open_parts(source) as file:
         for group in range(table.num_row_groups):
-            largest = _largest(file, table, group, wanted, is_url(source))
-            if largest > MAX_PAGE_BYTES:
+            sizes = {name: _sizes(file, table, group, name, is_url(source)) for name in (*wanted, *others)}
+            if any(sizes[name].too_large for name in wanted):
                 yield int(table.metadata.row_group(group).num_rows)
                 continue
-            sizes = {name: _largest(file, table, group, [name], is_url(source)) for name in others}
-            names = [name for name in others if sizes[name] <= MAX_PAGE_BYTES]
+            names = [*wanted, *(name for name in others if sizes[name].can_be_kept)]
             left_out |= set(others) - set(names)
-            largest = max([largest, 1, *(sizes[name] for name in names)])
-            rows = max(1, min(BATCH_ROWS, BATCH_BYTES // largest))
-            yield from table.iter_batches(rows, row_groups=[group], columns=[*wanted, *names], use_threads=False)
+            yield from _group_batches(source, group, {name: sizes[name] for name in names})
     if left_out:
         log.warning("%s: cells too large to be kept in the columns %s", source, shown(sorted(left_out)))
 
 
+def _group_batches(source: str, group: int, sizes: dict[str, Sizes]) -> Iterator[pa.RecordBatch]:
+    """Batches that are small even when every cell is as large as the largest page.
+
+    Cells of a large dictionary stay its indices: one value of 1 MB that a thousand rows have is 1 MB.
+    """
+    large = {name for name, size in sizes.items() if size.dictionary > LARGE}
+    pages = [size.page if name in large else max(size.page, size.dictionary) for name, size in sizes.items()]
+    rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, *pages)))
+    leaves = [leaf for name in large for leaf in sizes[name].leaves]
+    with open_parquet(source, leaves) as table:
+        yield from table.iter_batches(rows, row_groups=[group], columns=list(sizes), use_threads=False)
+
+
 def _other_cells(batch: pa.RecordBatch, chosen: list[str]) -> Iterator[dict[str, Any]]:
-    """The other columns of each row."""
+    """The other columns of each row; too long a text is left out."""
     names = [name for name in batch.schema.names if name not in chosen]
-    if not names:
-        return iter([{}] * len(batch))
-    return iter(batch.select(names).to_pylist())
+    columns = [_values(batch.column(name)) for name in names]
+    return (dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)) if names else repeat({})
+
+
+def _values(cells: pa.Array) -> list[Any]:
+    if not is_text(cells.type):
+        return cast(list[Any], cells.to_pylist())
+    return [text_of(cell)[0] if cell is None or len(cell) <= MAX_CELL_BYTES else None for cell in _plain(cells)]
 
 
 def other_columns(schema: pa.Schema, chosen: list[str]) -> list[str]:
@@ -196,7 +234,7 @@ def parquet_rows(source: str, columns: Columns) -> Iterator[Row]:
                 yield from (Row(None, None, CELL_TOO_LARGE) for _ in range(batch))
                 continue
             links, others = _plain(batch.column(url)), _other_cells(batch, [caption, url])
-            for texts, link, extra in zip(_texts(batch.column(caption)), links, others, strict=True):
+            for texts, link, extra in zip(_texts(batch.column(caption)), links, others, strict=False):
                 yield from (make_row(text, link, folder, extra) for text in texts)
 
 
@@ -258,7 +296,7 @@ def _picture_rows(file: SourceFile, table: pq.ParquetFile, columns: Columns) -> 
             continue
         links = _plain(batch.column(chosen[1])) if url is not None else [None] * len(batch)
         others = _other_cells(batch, chosen)
-        for texts, link, extra in zip(_texts(batch.column(chosen[0])), links, others, strict=True):
+        for texts, link, extra in zip(_texts(batch.column(chosen[0])), links, others, strict=False):
             place = ParquetPlace(file.path, leaf, *next(places))
             for text in texts:
                 yield _picture_row(make_row(text, link, extra=extra), f"{file.below}#{number}", file.stamp, place)

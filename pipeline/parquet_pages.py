@@ -1,8 +1,8 @@
 """How large the pages of a Parquet column are, from their headers alone: a small file may unpack to gigabytes.
 
 PyArrow unpacks a page as a whole and does not tell its size before. A page's header is a Thrift struct in the compact
-protocol (https://github.com/apache/parquet-format, PageHeader): its second field is the size unpacked, its third the
-size in the file. Only these are read; the rest is stepped over.
+protocol (https://github.com/apache/parquet-format, PageHeader): its first fields are the kind of page, the size
+unpacked and the size in the file. Only these are read; the rest is stepped over.
 """
 
 from typing import IO
@@ -13,34 +13,39 @@ MAX_PAGE_BYTES = 1 << 28  # unpacked; larger ones are not read. Writers aim at 1
 USUAL_PAGE_BYTES = 1 << 20
 USUAL_RATIO = 20  # of unpacked to packed bytes: more makes the pages of a remote file worth a request each
 HEADER_BYTES = 1 << 16
+DICTIONARY = 2  # kind of a page
 STOP, BYTE, INTEGERS, DOUBLE, BINARY, LISTS, STRUCT = 0, 3, (4, 5, 6), 7, 8, (9, 10), 12  # Thrift's compact types
 
 
-def largest_page(file: IO[bytes], column: pq.ColumnChunkMetaData, remote: bool) -> int:
-    """Bytes of the largest page of a column chunk when unpacked; of the chunk when its headers make no sense.
+def largest_pages(file: IO[bytes], column: pq.ColumnChunkMetaData, remote: bool) -> tuple[int, int]:
+    """Bytes of a column chunk's dictionary and of its largest other page, unpacked.
 
-    Of a ``remote`` file whose size is usual it is taken to be the usual one: each header would cost a request.
+    Of the whole chunk where its headers make no sense. Of a ``remote`` file whose size is usual they are taken to be
+    the usual ones: each header would cost a request.
     """
-    if remote and column.total_uncompressed_size <= USUAL_RATIO * column.total_compressed_size:
-        return min(column.total_uncompressed_size, USUAL_PAGE_BYTES)
-    start = column.data_page_offset
-    if column.has_dictionary_page and 0 < (first := column.dictionary_page_offset) < start:
-        start = first
-    largest, at, end = 0, start, start + int(column.total_compressed_size)
+    unpacked = int(column.total_uncompressed_size)
+    if remote and unpacked <= USUAL_RATIO * column.total_compressed_size:
+        usual = min(unpacked, USUAL_PAGE_BYTES)
+        return usual, usual
+    at = column.data_page_offset
+    if column.has_dictionary_page and 0 < (first := column.dictionary_page_offset) < at:
+        at = first
+    largest, end = {True: 0, False: 0}, at + int(column.total_compressed_size)
     while at < end:
         file.seek(at)
         try:
-            unpacked, packed, length = _sizes(file.read(HEADER_BYTES))
+            kind, size, packed, length = _header(file.read(HEADER_BYTES))
         except (IndexError, KeyError):
-            return column.total_uncompressed_size
-        if unpacked < 0 or packed < 0:
-            return column.total_uncompressed_size
-        largest, at = max(largest, unpacked), at + length + packed
-    return largest
+            return unpacked, unpacked
+        if size < 0 or packed < 0:
+            return unpacked, unpacked
+        largest[kind == DICTIONARY] = max(largest[kind == DICTIONARY], size)
+        at += length + packed
+    return largest[True], largest[False]
 
 
-def _sizes(data: bytes) -> tuple[int, int, int]:
-    """(bytes unpacked, bytes in the file, bytes of the header itself) of a PageHeader."""
+def _header(data: bytes) -> tuple[int, int, int, int]:
+    """(kind, bytes unpacked, bytes in the file, bytes of the header itself) of a page."""
     found, field, at = dict[int, int](), 0, 0
     while (head := data[at]) != STOP:
         at += 1
@@ -52,7 +57,7 @@ def _sizes(data: bytes) -> tuple[int, int, int]:
             found[field], at = _integer(data, at)
         else:
             at = _after(data, at, head & 15)
-    return found[2], found[3], at + 1
+    return found[1], found[2], found[3], at + 1
 
 
 def _number(data: bytes, at: int) -> tuple[int, int]:

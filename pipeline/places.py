@@ -10,7 +10,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple, cast
@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.parquet_pages import MAX_PAGE_BYTES, largest_page
+from pipeline.parquet_pages import MAX_PAGE_BYTES, largest_pages
 from shards_spec.files import UserError, filesystem, is_url, open_read, store_errors
 from shards_spec.tar_members import joined
 
@@ -214,12 +214,15 @@ def open_parts(path: str) -> IO[bytes]:
 
 
 @contextlib.contextmanager
-def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file that is streamed: without ``pre_buffer`` no row group is in memory as a whole."""
+def open_parquet(path: str, as_dictionary: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
+    """A Parquet file that is streamed: without ``pre_buffer`` no row group is in memory as a whole.
+
+    The leaves of ``as_dictionary`` come as their dictionary and indices where the file has them so.
+    """
     piece = 1 << (23 if is_url(path) else 20)  # a request to a store takes longer
     with (
         open_parts(path) if is_url(path) else contextlib.nullcontext(path) as source,
-        pq.ParquetFile(source, buffer_size=piece, pre_buffer=False) as table,
+        pq.ParquetFile(source, read_dictionary=list(as_dictionary), buffer_size=piece, pre_buffer=False) as table,
     ):
         yield table
 
@@ -241,7 +244,7 @@ def read_place(place: Place, max_bytes: int) -> bytes:
         raise PlaceError(TOO_LARGE)
     try:
         if isinstance(place, ParquetPlace):
-            data = _pool.read(place)
+            data = _pool.read(place, max_bytes)
         elif isinstance(place, TarPlace):
             data = _read_part(place)
         elif isinstance(place, SparsePlace):
@@ -331,7 +334,7 @@ def _arrays(place: ParquetPlace) -> Generator[tuple[pa.Array, int], None, None]:
             raise PlaceError(NOT_READABLE)  # another file than when it was listed
         group = table.metadata.row_group(place.row_group)
         column = group.column(leaves.index(place.column))
-        page, size = largest_page(file, column, is_url(place.path)), column.total_uncompressed_size
+        page, size = max(largest_pages(file, column, is_url(place.path))), column.total_uncompressed_size
         if page > MAX_PAGE_BYTES:
             raise PlaceError(TOO_LARGE)  # the picture itself is not the only one in it, but none can be had
         rows = max(1, min(KEEP_ROWS, BATCH_BYTES * group.num_rows // max(size, 1), LARGEST_BATCH // max(page, 1)))
@@ -350,7 +353,7 @@ class _Pool:
         self._lock = threading.Lock()
         self._groups: OrderedDict[tuple[str, str, int, str], _Group] = OrderedDict()
 
-    def read(self, place: ParquetPlace) -> bytes:
+    def read(self, place: ParquetPlace, max_bytes: int) -> bytes:
         stamp = "" if is_url(place.path) else local_stamp(place.path)
         group = self._group(place, stamp)
         cell = group.find(place.row)
@@ -362,7 +365,10 @@ class _Pool:
                 cells = _decoder.submit(group.advance, place.row).result()
                 self._keep(group, start, cells)
                 cell = cells[place.row - start] if start <= place.row < start + len(cells) else None
-        return cast(bytes, cell.as_py()) or b""
+        data = cell.as_buffer()
+        if data is not None and data.size > max_bytes:  # before it is copied
+            raise PlaceError(TOO_LARGE)
+        return data.to_pybytes() if data is not None else b""
 
     def _group(self, place: ParquetPlace, stamp: str) -> _Group:
         key = (place.path, place.column, place.row_group, stamp)

@@ -7,7 +7,7 @@ import numpy as np
 
 from pipeline.images import Outcome, Picture
 from pipeline.likeness import EXACT, NEAR, caption_problem, duplicates
-from pipeline.places import Row, open_list
+from pipeline.places import Row, lines
 from shards_spec.files import UserError, exists, sha256_bytes
 
 EXCLUDED_URL, EXCLUDED_PICTURE = "excluded address", "excluded picture"
@@ -29,11 +29,10 @@ def read_exclusions(paths: Iterable[str]) -> Hashes:
 def _lines(path: str) -> Iterator[str]:
     if not exists(path):
         raise UserError(f"--exclude {path}: no such file; give a text file with an address or a sha256 per line")
-    with open_list(path) as file:
-        for line in file:
-            text = line.decode(errors="surrogateescape").strip()
-            if text:
-                yield text.lower() if len(text) == 64 else text
+    for line in lines(path):
+        text = line.decode(errors="surrogateescape").strip()
+        if text:
+            yield text.lower() if len(text) == 64 else text
 
 
 @dataclass(frozen=True)

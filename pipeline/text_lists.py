@@ -92,6 +92,8 @@ def _headless_form(source: str, found: list[str]) -> TextForm:
         return "cc12m" if url_first > url_last else "cc3m"
     if (what := what_it_is(source)) is not None and not what[0].startswith("is packed"):
         raise UserError(f"--source {source} {what[0]}; {what[1]}")
+    if any(len(line) >= MAX_LINE_BYTES for line in found):
+        raise UserError(f"--source {source}: one of its first lines has more than {MAX_LINE_BYTES >> 20} MiB; cut it")
     other = next((sign for sign in ",;|" if _is_cut_by(sign, found)), None)
     if other is not None:
         url_last = URL_PATTERN.match(found[0].split(other)[-1].strip(' "'))
