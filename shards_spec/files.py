@@ -279,12 +279,13 @@ def remove_stale(folder: str) -> None:
         if name.startswith(".") and name.endswith(".tmp"):
             owner = name[:-4].rsplit(".", 1)[-1]
             mine = name[: -len(owner) - 5].endswith("." + socket.gethostname())
-            if mine and owner.isdigit() and not _alive(int(owner)):
+            if mine and owner.isdigit() and not is_alive(int(owner)):
                 with contextlib.suppress(OSError):  # gone meanwhile, or somebody else's
                     os.unlink(os.path.join(folder, name))
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this host runs; one that was killed and not collected yet does not."""
     try:
         os.kill(pid, 0)
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

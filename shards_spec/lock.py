@@ -15,10 +15,11 @@ import socket
 import time
 from collections.abc import Iterator
 
-from shards_spec.files import UserError, is_url
+from shards_spec.files import UserError, is_alive, is_url
 
 log = logging.getLogger(__name__)
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+ORPHANS_S = 20.0  # for which worker processes of a killed holder are waited for: they share its lock until they notice
 
 
 @contextlib.contextmanager
@@ -41,6 +42,7 @@ def locked(path: str, what: str) -> Iterator[None]:
 
 
 def _taken(path: str, what: str) -> int:
+    patience = time.monotonic() + ORPHANS_S
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -49,9 +51,12 @@ def _taken(path: str, what: str) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = _holder(os.pread(descriptor, 4096, 0))
+            said = os.pread(descriptor, 4096, 0)
             os.close(descriptor)
-            raise UserError(f"{what} is being written by {holder}: wait for its end, or stop it first") from None
+            if _died_here(said) and time.monotonic() < patience:
+                time.sleep(0.1)
+                continue
+            raise UserError(f"{what} is being written by {_holder(said)}: wait for its end, or stop it first") from None
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 os.close(descriptor)
@@ -80,3 +85,12 @@ def _holder(data: bytes) -> str:
         return f"process {said['pid']} on {said['host']} (of {said['user']}, since {said['since']})"
     except (ValueError, KeyError, TypeError):  # it has just been taken
         return "another process"
+
+
+def _died_here(data: bytes) -> bool:
+    """Whether the holder was a process of this host that is no more."""
+    try:
+        said = json.loads(data)
+        return bool(said["host"] == socket.gethostname() and not is_alive(int(said["pid"])))
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -23,6 +23,8 @@ from shards_spec.shown import log_to_stderr
 from slurm.claims import Claims, Failures, Finished, Listed, Others
 
 log = logging.getLogger(__name__)
+# a training that stopped on SIGUSR1 has saved and says so; killed by it, it had nothing to save yet
+SAVED = (128 + signal.SIGUSR1, -signal.SIGUSR1)
 DOOMED_S = 900  # how long a task that got SIGTERM waits for its end
 
 
@@ -202,9 +204,9 @@ class TrainJob(Job):
         child.append(subprocess.Popen(command, env={**os.environ, **distributed()}))
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         code = child[0].wait()
-        if code and not (stop and code == -signal.SIGUSR1):  # that one came before there was anything to save
+        if code and not (stop and code in SAVED):
             raise JobFailedError(f"clipmill train {' '.join(self.words)} ended with {_said(code)}")
-        if stop:
+        if code and stop:
             doomed = time.monotonic() + DOOMED_S
             while signal.SIGUSR2 not in stop and time.monotonic() < doomed:
                 time.sleep(1)

@@ -287,7 +287,7 @@ def stop_rank_1(rank):
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(root, tmp_path):
     fields, out, whole = {"checkpoint_minutes": 99.0}, str(tmp_path / "run"), str(tmp_path / "whole")
-    fork(2, run, root, out, stop_rank_1, fields)
+    assert [kind for kind, _ in finish(start(2, run, root, out, stop_rank_1, fields))] == ["SystemExit"] * 2
     assert RunDir(out).newest().name == "step_000004.pt"
     assert len(load_checkpoint(RunDir(out).newest())["rng"]) == 2
     fork(2, run, root, out, nothing, fields)

@@ -119,7 +119,7 @@ def test_recipe_learns_and_leaves_a_whole_run_folder(recipe, precision, root, tm
     names = set(os.listdir(out))
     model = {"open_clip_config.json", "bpe.txt.gz"}
     assert names == {"config.json", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints"} | model
-    assert os.listdir(f"{out}/checkpoints") == ["step_000030.pt"]
+    assert sorted(os.listdir(f"{out}/checkpoints")) == ["step_000030.pt", "step_000030.pt.sha256"]
     config = json.loads(Path(out, "config.json").read_text())
     assert (config["recipe"], config["batch_size"], config["precision"]) == (recipe, 6, precision)
     student, step = load_run(out)
@@ -240,7 +240,10 @@ def test_stopping_signals_leave_a_checkpoint(root, tmp_path, number, monkeypatch
     monkeypatch.setattr(Trainer, "step", interrupted)
     handler = signal.getsignal(number)
     config = tiny_config("affinity", root, str(tmp_path / "run"), checkpoint_minutes=99.0)
-    out = train("affinity", config)
+    out = str(tmp_path / "run")
+    with pytest.raises(SystemExit) as left:
+        train("affinity", config)
+    assert left.value.code == 128 + number, "so that `train && eval` ends here"
     assert RunDir(out).newest().name == "step_000005.pt"
     assert f"stopped by {number.name} after step 5 of 12" in caplog.text
     assert signal.getsignal(number) == handler
@@ -255,7 +258,7 @@ def test_ctrl_c_reaches_the_workers_too_and_they_stay(root, tmp_path):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    assert process.returncode == 130, errors
     assert "stopped by SIGINT" in errors
     assert (
         load_checkpoint(RunDir(str(tmp_path / "run")).newest())["progress"]["step"]
@@ -265,7 +268,8 @@ def test_ctrl_c_reaches_the_workers_too_and_they_stay(root, tmp_path):
 
 def test_only_the_newest_checkpoints_stay(root, tmp_path):
     out = train("clip", tiny_config("clip", root, str(tmp_path / "run"), checkpoint_steps=2, keep_checkpoints=3))
-    assert sorted(os.listdir(f"{out}/checkpoints")) == ["step_000008.pt", "step_000010.pt", "step_000012.pt"]
+    kept = ["step_000008.pt", "step_000010.pt", "step_000012.pt"]
+    assert sorted(os.listdir(f"{out}/checkpoints")) == sorted(kept + [f"{name}.sha256" for name in kept])
 
 
 def test_another_config_is_refused_by_field(root, tmp_path):
@@ -319,7 +323,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped(root, tmp_path, monkeypatch,
     model = tiny_clip(tmp_path / "resnet", vision=TINY_RESNET)
     fields = {"model": model, "checkpoint_steps": 1, "keep_checkpoints": 99}
     out = train("clip", tiny_config("clip", root, str(tmp_path / "run"), **fields))
-    states = {path.stem: load_checkpoint(path) for path in Path(out, "checkpoints").iterdir()}
+    states = {path.stem: load_checkpoint(path) for path in Path(out, "checkpoints").glob("*.pt")}
     for step, before in ((3, 2), (4, 2), (7, 5)):
         weights, others = (states[f"step_{number:06d}"]["task"] for number in (step, before))
         assert all(torch.equal(weights[name], others[name]) for name in weights), "running statistics, too"

@@ -40,7 +40,7 @@ class DataConfig:
     captions: Literal["all", "original"] = "all"
     """all: one of original and synthetic captions per epoch, by chance; original: only that"""
     batch_size: int = 1024
-    """pairs per step, over all processes"""
+    """pairs per step over all processes together: a global batch (open_clip's --batch-size is per GPU)"""
     workers: int = 2
     """processes that read and decode; 0 does it in the main process"""
     streams: int = 8
@@ -154,8 +154,8 @@ class RunConfig:
     """passes over the dataset; used when steps is None"""
     seed: int = 0
     """of weights, order, captions and (without a cache) views"""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """bf16 and fp16 are autocast, fp16 with a scaled loss; weights stay fp32"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on a CUDA device that has it, else fp32; bf16 and fp16 are autocast, weights stay fp32"""
     chunk_size: int | None = None
     """samples per forward pass and process: less memory, a pass more, the same loss of the full batch; None is all"""
     checkpoint_activations: bool = False

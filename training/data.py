@@ -38,7 +38,7 @@ from training.teacher_cache import TeacherCache
 log = logging.getLogger(__name__)
 PIECE = 64  # samples that a worker makes at a time
 TENSORS = ("images", "tokens", "teacher_image", "teacher_text", "features", "targets")
-LISTS = ("keys", "epochs", "skipped")
+LISTS = ("keys", "epochs", "skipped", "blank")
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,7 @@ class Samples(Dataset[Item]):
         }
         if self.student.tokenizer is not None:
             item["tokens"] = self.student.tokenizer([captions[caption]])[0]
+            item["blank"] = not captions[caption].strip()
         if self.cache:
             rows = self.cache.rows(place.shard, view, self.reader.keys(place.shard))
             item["teacher_image"] = torch.from_numpy(rows.row(f"image_{view}", place.index))
@@ -230,6 +231,13 @@ def to_pixels(image: Any) -> Tensor:
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
+def check_data(data: DataConfig) -> list[int]:
+    """Samples of each shard that is read. Raises UserError when no dataset is named or its stage has not finished."""
+    if not data.data:
+        raise UserError("--data is needed: the ROOT of a dataset, as `clipmill pack` or `clipmill ingest` left it")
+    return dataset_sizes(data.data, data.folder)[: data.shards]
+
+
 def open_samples(
     data: DataConfig,
     views: ViewConfig | CacheConfig,
@@ -239,9 +247,7 @@ def open_samples(
     sides: SideConfig | None = None,
 ) -> Samples:
     """The reader that a config asks for. Raises UserError and DataError when the dataset does not serve it."""
-    if not data.data:
-        raise UserError("--data is needed: the ROOT of a dataset, as `clipmill pack` or `clipmill ingest` left it")
-    sizes = dataset_sizes(data.data, data.folder)[: data.shards]
+    sizes = check_data(data)
     nearby = Nearby(data.scratch, int(data.scratch_gb * 1e9))
     capacity = data.streams * (data.window + 1)
     reader = ShardReader(data.data, data.folder, sizes, capacity, nearby)
@@ -277,6 +283,7 @@ def collate(items: list[Item]) -> dict[str, Any]:
         else:
             good.append(item)
     piece: dict[str, Any] = {"keys": [i["key"] for i in good], "epochs": [i["epoch"] for i in good], "skipped": skipped}
+    piece["blank"] = [item["key"] for item in good if item.get("blank")]
     if good:
         piece["positions"] = torch.tensor([item["position"] for item in good])
         piece |= {name: torch.stack([item[name] for item in good]) for name in TENSORS if name in good[0]}
@@ -296,7 +303,8 @@ def load_batches(
 
     A batch has ``images`` (B, 3, S, S) float32 normalised, ``tokens`` (B, T), ``positions`` (B,), ``keys``, ``epochs``,
     with a cache ``teacher_image`` and ``teacher_text`` (B, D), with labels ``labels`` (B, L) int64 filled up with -1,
-    and ``skipped``: the reasons why it is smaller than its range; they are logged, too. ``sides`` are the batches' S.
+    and ``skipped``: the reasons why it is smaller than its range; they are logged, too, and the first empty text is.
+    ``blank`` are the keys of those. ``sides`` are the batches' S.
     Workers make pieces of `PIECE` samples: the first batch is there the sooner, and two batches are in flight however
     many workers there are. Raises DataError and UserError.
     """
@@ -320,12 +328,15 @@ def load_batches(
         worker_init_fn=_leave_signals_to_parent,
         generator=torch.Generator(),  # its own: the default would draw from the training's random stream
     )
-    parts = list[dict[str, Any]]()
+    parts, told = list[dict[str, Any]](), False
     for part in loader:
         if "error" in part:
             raise part["error"]
         for reason in part["skipped"]:
             log.warning("sample skipped: %s", reason)
+        if part["blank"] and not told:
+            told = True
+            log.warning("key %s has no caption, so its text is empty (as of others maybe: said once)", part["blank"][0])
         parts.append(_move(part, device))
         if len(parts) == counts[0]:
             counts.popleft()

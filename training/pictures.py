@@ -43,7 +43,7 @@ class PictureConfig:
     fraction: float = 1.0
     """share of each class's training pictures that is used, at least one of each"""
     batch_size: int = 256
-    """pictures per step, over all processes"""
+    """images per step over all processes together: a global batch (open_clip's --batch-size is per GPU)"""
     workers: int = 2
     """processes that read and decode; 0 does it in the main process"""
 

@@ -6,10 +6,13 @@ open_clip_config.json   the student's architecture and preprocessing (and bpe.tx
 metrics.jsonl           one line per log interval; tensorboard/ has the same curves
 checkpoints/step_N.pt   state of model, optimizer and random streams after N steps
 checkpoints/best.pt     the same of the best measurement on eval_data, which is in it
+checkpoints/*.sha256    the hash of each, as sha256sum writes it; a checkpoint that is damaged is not believed
+.lock                   who trains here at the moment
 nonfinite/step_N.pt     what each process had read for a step whose loss was not finite, and the losses
 """
 
 import json
+import logging
 import os
 import platform
 import re
@@ -17,30 +20,40 @@ import shlex
 import subprocess
 import sys
 import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from shards_spec.checkpoints import read_checkpoint
 from shards_spec.files import (
+    DISK_FULL,
+    DataError,
     UserError,
     atomic_writer,
     is_url,
     read_bytes,
-    read_json,
     remove_stale,
+    sha256_file,
     write_bytes,
     write_json,
 )  # fmt: skip
+from shards_spec.library_errors import checkpoint_errors, parse_json, short
+from shards_spec.lock import locked
 from shards_spec.models import LoadedModel
 from training.classifier import Classifier, describe_classifier
 from training.config import FREE_ON_RESUME
 
+log = logging.getLogger(__name__)
 CHECKPOINT = re.compile(r"step_(\d+)\.pt")
 BEST = "best.pt"
+LOCK = ".lock"
+HASH, DAMAGED = ".sha256", ".damaged"  # endings beside a checkpoint's name
 BPE = "bpe.txt.gz"
 VERSIONED = ("clipmill", "torch", "open_clip_torch", "timm", "numpy", "pillow", "pyarrow")
 
@@ -53,42 +66,88 @@ class RunDir:
             raise UserError(f"--out {path!r}: a run needs a local folder, since it is written line by line")
         self.path = Path(path)
         self.checkpoints, self.metrics = self.path / "checkpoints", self.path / "metrics.jsonl"
+        self.asked = dict[str, Any]()  # recipe and flat config, once it has started
 
-    def start(self, recipe: str, config: dict[str, Any], resume: bool, device: str) -> Path | None:
-        """Make the folder or check that it is this run's; return the newest checkpoint, if any.
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """One training at a time. Raises UserError naming the process that has it; a folder made for this alone goes.
 
-        Raises UserError when it holds a run with another config, or a run at all without ``resume``.
+        Where that one was killed the kernel has freed the lock.
+        """
+        made = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.path}: no folder can be made there ({short(error)})") from error
+        try:
+            with locked(str(self.path / LOCK), str(self.path)):
+                yield
+        finally:
+            if made:
+                with suppress(OSError):  # it is filled
+                    self.path.rmdir()
+
+    def start(
+        self, recipe: str, config: dict[str, Any], resume: bool, device: str, steps: Callable[[dict[str, Any]], int]
+    ) -> tuple[Path, dict[str, Any]] | None:
+        """Make the folder or check that it is this run's; return the newest whole checkpoint, if any, and its config.
+
+        ``steps`` counts the steps that a config asks for: it may grow. Raises UserError when the folder holds a run
+        with another config, or a run at all without ``resume``, and DataError when no checkpoint is whole.
         """
         remove_stale(str(self.path))
         remove_stale(str(self.checkpoints))
-        newest, asked = self.newest(), {"recipe": recipe, **config}
+        asked, before = {"recipe": recipe, **config}, dict[str, Any]()
+        newest = self.newest()
         if newest is not None:
             if not resume:
                 raise UserError(f"{self.path} has checkpoints (up to {newest.name}): use another --out, or --resume")
-            self._check_same(asked)
+            newest = self._newest_whole(set_aside=True)
+            before = self._config_before(newest) or asked
+            self._check_same(before, asked, steps)
+        self.asked = asked
         write_json(str(self.path / "config.json"), asked)
         write_json(str(self.path / "environment.json"), environment(device))
-        return newest
+        return (newest, before) if newest is not None else None
 
-    def _check_same(self, asked: dict[str, Any]) -> None:
-        there = self.config()
-        changed = [
-            f"{field}: {there.get(field)!r} there, {asked.get(field)!r} asked"
-            for field in sorted({*there, *asked} - FREE_ON_RESUME)
-            if there.get(field) != asked.get(field)
-        ]
-        if changed:
-            raise UserError(
-                f"{self.path} holds a run with another config ({'; '.join(changed)}): ask for the same to go on, "
-                "or use another --out"
-            )
+    def _config_before(self, checkpoint: Path) -> dict[str, Any]:
+        """What the run was asked for so far: config.json, or where that is broken what the checkpoint says of it."""
+        try:
+            return self.config()
+        except (UserError, DataError) as error:
+            kept: dict[str, Any] = load_checkpoint(checkpoint).get("config") or {}
+            there = f"it is written anew, as {checkpoint.name} has it" if kept else "it is written anew, as asked now"
+            log.warning("%s; %s", str(error).split(";")[0], there)
+            return kept
+
+    def _check_same(self, there: dict[str, Any], asked: dict[str, Any], steps: Callable[[dict[str, Any]], int]) -> None:
+        different = {field for field in {*there, *asked} - FREE_ON_RESUME if there.get(field) != asked.get(field)}
+        if different <= {"steps", "epochs"} and steps(asked) >= steps(there):
+            return
+        changed = [f"{field}: {there.get(field)!r} there, {asked.get(field)!r} asked" for field in sorted(different)]
+        shorter = " (a run can be extended, not shortened)" if different <= {"steps", "epochs"} else ""
+        raise UserError(
+            f"{self.path} holds a run with another config ({'; '.join(changed)}){shorter}: ask for the same to go on, "
+            "or use another --out"
+        )
+
+    def recorded(self, field: str) -> Any:
+        """A field of the config of a run that has checkpoints; None where there is none, or no config to be read."""
+        try:
+            return self.config().get(field) if self.newest() is not None else None
+        except (UserError, DataError):
+            return None
 
     def config(self) -> dict[str, Any]:
-        """``recipe`` and the flat config. Raises UserError when the folder is no run."""
-        path = self.path / "config.json"
+        """``recipe`` and the flat config. Raises UserError when the folder is no run, DataError when it is broken."""
+        path, mend = self.path / "config.json", "run the same `clipmill train` command again, it writes the file anew"
         if not path.exists():
+            if self.newest() is not None:
+                raise DataError(f"{path} is not there, though there are checkpoints; {mend}")
             raise UserError(f"{path} is not there: {self.path} is no RUN folder of `clipmill train`")
-        config: dict[str, Any] = read_json(str(path))
+        config: Any = parse_json(str(path), read_bytes(str(path)), mend=mend)
+        if not isinstance(config, dict):
+            raise DataError(f"{path}: not the config of a run; {mend}")
         return config
 
     def describe(self, student: LoadedModel, model: str) -> None:
@@ -99,9 +158,36 @@ class RunDir:
             write_open_clip_config(str(self.path), student, model)
 
     def newest(self) -> Path | None:
-        """The checkpoint of the highest step."""
+        """The checkpoint of the highest step, whole or not."""
         found = self._found()
         return found[-1] if found else None
+
+    def load_newest(self) -> dict[str, Any] | None:
+        """The state of the newest checkpoint that is whole, if there is any; newer ones are named in a warning.
+
+        Raises DataError when there are checkpoints and none is whole.
+        """
+        return load_checkpoint(self._newest_whole()) if self._found() else None
+
+    def _newest_whole(self, set_aside: bool = False) -> Path:
+        """Raises DataError when none of the checkpoints is whole."""
+        damaged = dict[Path, str]()
+        for path in reversed(self._found()):
+            try:
+                load_checkpoint(path)
+            except DataError as error:
+                damaged[path] = str(error)
+                continue
+            for other, reason in damaged.items():
+                log.warning("%s; taking %s, the one before it", reason.split(";")[0], path.name)
+                if set_aside:  # it would count as the newest
+                    other.rename(f"{other}{DAMAGED}")
+                    hash_file(other).unlink(missing_ok=True)
+            return path
+        raise DataError(
+            f"{next(iter(damaged.values())).split(';')[0]}; no other checkpoint in {self.checkpoints} is whole: "
+            "restore one, or train anew with another --out"
+        )
 
     def best(self) -> Path | None:
         """The checkpoint of the best measurement."""
@@ -115,51 +201,143 @@ class RunDir:
         return [folder / name for _, name in steps]
 
     def save(self, step: int, state: dict[str, Any], keep: int) -> None:
-        """Write a checkpoint atomically, then delete all but the newest ``keep``."""
-        if self.metrics.exists():
-            with open(self.metrics, "rb") as lines:
-                os.fsync(lines.fileno())  # on disk before the checkpoint that stands for them
-        with atomic_writer(str(self.checkpoints / f"step_{step:06d}.pt")) as file:
-            torch.save(state, file)
+        """Write a checkpoint atomically, then delete all but the newest ``keep``.
+
+        Raises UserError when the disk is full; the checkpoints before it are there still.
+        """
+        with self.room():
+            if self.metrics.exists():
+                with open(self.metrics, "rb") as lines:
+                    os.fsync(lines.fileno())  # on disk before the checkpoint that stands for them
+            write_checkpoint(self.checkpoints / f"step_{step:06d}.pt", {"config": self.asked, **state})
         for old in self._found()[:-keep]:
             old.unlink()
+            hash_file(old).unlink(missing_ok=True)
 
     def save_best(self, state: dict[str, Any]) -> None:
         """Write best.pt atomically."""
-        with atomic_writer(str(self.checkpoints / BEST)) as file:
-            torch.save(state, file)
+        with self.room():
+            write_checkpoint(self.checkpoints / BEST, {"config": self.asked, **state})
 
     def save_nonfinite(self, step: int, state: dict[str, Any], keep: int) -> Path:
         """Write what led to a loss that is not finite; the newest ``keep`` of these stay."""
         folder = self.path / "nonfinite"
         path = folder / f"step_{step:06d}.pt"
-        with atomic_writer(str(path)) as file:
-            torch.save(state, file)
+        with self.room():
+            _save_state(path, state)
         for old in self._found(folder)[:-keep]:
             old.unlink()
         return path
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        with open(self.metrics, "a", encoding="utf-8") as file:
+        with self.room(), open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    @contextmanager
+    def room(self) -> Iterator[None]:
+        """Within, a full disk is a UserError that names the last good checkpoint."""
+        try:
+            yield
+        except (OSError, UserError) as error:
+            cause = error.__cause__ if isinstance(error, UserError) else error
+            if not isinstance(cause, OSError) or cause.errno not in DISK_FULL:
+                raise
+            newest = self.newest()
+            kept = f"the last good checkpoint is {newest.name}" if newest else "there is no checkpoint yet"
+            raise UserError(
+                f"no space left on the disk of {self.path} ({kept}): free some and run the same command again, it goes "
+                "on from there"
+            ) from error
+
     def cut_metrics(self, step: int) -> None:
-        """Drop lines after ``step`` (a killed run had gone on from there), and a half-written last one."""
+        """Drop lines after ``step`` (a killed run had gone on from there), and those that are none, which are counted.
+
+        A half-written last line is what a kill leaves, and not worth a word.
+        """
         if not self.metrics.exists():
             return
-        kept = b""
+        kept, garbage = list[bytes](), 0
         for line in read_bytes(str(self.metrics)).splitlines(keepends=True):
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-            kept += line
-        write_bytes(str(self.metrics), kept)
+            number = _step_of(line)
+            if number is None:
+                garbage += line.endswith(b"\n")
+            elif number <= step:
+                kept.append(line)
+        if garbage:
+            log.warning("%s: %d lines were no metrics and are dropped", self.metrics, garbage)
+        write_bytes(str(self.metrics), b"".join(kept))
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of metrics.jsonl; None for what is none."""
+    try:
+        found = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    step = found.get("step") if isinstance(found, dict) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
+
+
+def hash_file(checkpoint: Path) -> Path:
+    """Where a checkpoint's hash is."""
+    return checkpoint.with_name(checkpoint.name + HASH)
+
+
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint atomically and its hash after it. Raises UserError when the disk is full."""
+    hash_file(path).unlink(missing_ok=True)  # an older file's of this name; a kill leaves one without, which is fine
+    _save_state(path, state)
+    write_bytes(str(hash_file(path)), f"{sha256_file(str(path))}  {path.name}\n".encode())
+
+
+class _Written:
+    """A file that remembers why it could not be written: torch then says "unexpected pos" and no more."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.error = file, None
+        self.error: OSError | None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _save_state(path: Path, state: dict[str, Any]) -> None:
+    with atomic_writer(str(path)) as file:
+        written = _Written(file)
+        try:
+            torch.save(state, written)
+        except RuntimeError as error:
+            if written.error is None:
+                raise
+            raise written.error from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state that `RunDir.save` wrote, on the CPU. Raises DataError when the file is broken."""
-    mend = "delete it to go on from the one before"
-    state: dict[str, Any] = read_checkpoint(str(path), given=False, mend=mend)
+    """The state that `RunDir.save` wrote, on the CPU.
+
+    Raises DataError when its bytes are not those of its hash, or when it cannot be read. One without a hash, of an
+    earlier version, is checked by its zip's own checksums.
+    """
+    mend, hashed = "delete it to go on from the one before", hash_file(path)
+    with checkpoint_errors(str(path), given=False, mend=mend):
+        if not hashed.exists():
+            with zipfile.ZipFile(path) as parts:
+                whole = parts.testzip() is None
+        else:
+            whole = hashed.read_text().split()[:1] == [sha256_file(str(path))]
+        if not whole:
+            raise DataError(f"{path} is damaged: its bytes are not those that were written; {mend}")
+    state: Any = read_checkpoint(str(path), given=False, mend=mend)
+    if not isinstance(state, dict) or not {"task", "progress"} <= set(state):
+        raise DataError(f"{path} is no checkpoint of `clipmill train`; {mend}")
     return state
 
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training.batch_norm import kept_statistics
 from training.dist import Ranks, gather
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Batch = dict[str, Any]
 Features = dict[str, Tensor]
@@ -140,6 +140,14 @@ class Gradients:
     def _autocast(self) -> torch.autocast:
         """A fresh one per pass: casts made without a graph must not be found again by a pass with one."""
         return torch.autocast(self.type, dtype=DTYPES[self.precision], enabled=self.precision != "fp32")
+
+
+def pick_precision(asked: Precision, device: str, before: Precision | None = None) -> Precision:
+    """``auto`` is what the run had ``before``; a new one's is bf16 on a CUDA device that has it, else fp32."""
+    if asked != "auto":
+        return asked
+    has_bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    return before if before in DTYPES else "bf16" if has_bf16 else "fp32"
 
 
 def total(losses: dict[str, Tensor]) -> Tensor:

@@ -62,16 +62,17 @@ def _described(path: str, trust: Trust) -> LoadedModel:
 def load_run(path: str, raw: bool = False, best: bool = False, trust: Trust = NO_TRUST) -> tuple[LoadedModel, int]:
     """The student of a RUN folder with its newest (or best) checkpoint's weights, in eval mode, and that one's step.
 
-    Where the run kept an average of the weights, that is what they are, unless ``raw``. Raises UserError when there is
-    no checkpoint.
+    Where the run kept an average of the weights, that is what they are, unless ``raw``. A damaged newest checkpoint is
+    named in a warning, and the one before it is taken. Raises UserError when there is none, DataError when none is
+    whole.
     """
     run = RunDir(path)
-    config, checkpoint = run.config(), run.best() if best else run.newest()
-    if checkpoint is None:
+    config, best_one = run.config(), run.best() if best else None
+    state = run.load_newest() if not best else load_checkpoint(best_one) if best_one else None
+    if state is None:
         hint = "train with --eval-data EVAL" if best else f"run `clipmill train {config['recipe']}` longer"
         raise UserError(f"{run.checkpoints} has no {'best ' if best else ''}checkpoint yet: {hint}")
     student = _described(path, trust)
-    state = load_checkpoint(checkpoint)
     prefix = "student."
     weights = {name.removeprefix(prefix): value for name, value in state["task"].items() if name.startswith(prefix)}
     student.model.load_state_dict(weights if raw else weights | (state.get("ema") or {}))

@@ -7,28 +7,33 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from shards_spec.files import UserError, sha256_json
-from shards_spec.models import LoadedModel
+from shards_spec.checkpoints import misfit
+from shards_spec.files import DataError, UserError, sha256_json
+from shards_spec.models import LoadedModel, pick_device
 from training.batch_norm import statistics, synchronise
 from training.config import CacheConfig, DataConfig, ModelConfig, RunConfig, ViewConfig, flat, total_steps
-from training.data import Samples, load_batches, open_samples
+from training.curves import Curves
+from training.data import Samples, check_data, load_batches, open_samples
 from training.dist import Ranks, processes
 from training.ema import Average
 from training.evaluate import Encoder, check_root, measure, score
+from training.lengths import extension, warn_of_lengths
 from training.memory import Memory, predict_memory
 from training.optim import OptimConfig, build_optimizer, learning_rate, set_lr
 from training.recipes import RECIPES
 from training.run_dir import RunDir, load_checkpoint
-from training.step import Batch, Gradients, rng_state, set_rng_state, total
+from training.step import Batch, Gradients, Precision, pick_precision, rng_state, set_rng_state, total
 from training.student import new_student
 
 log = logging.getLogger(__name__)
@@ -92,29 +97,49 @@ def train(recipe: str, config: RecipeConfig) -> str:
     """Train a recipe to its end, or on from RUN's newest checkpoint; return the RUN folder.
 
     Under torchrun this is one of several processes. SIGTERM, SIGUSR1 and Ctrl-C end all of them after the step in
-    progress, with a checkpoint. Raises UserError and DataError.
+    progress, with a checkpoint and SystemExit of 128 + the signal's number. Raises UserError and DataError.
     """
-    with processes(config.run.device) as (ranks, device):
+    stopped = None
+    with processes(config.run.device) as (ranks, device), ExitStack() as held:
+        run, found, precision = RunDir(config.run.out), None, config.run.precision
+        with ranks.together():
+            if ranks.first:
+                held.enter_context(run.lock())
+                precision = pick_precision(precision, device, run.recorded("precision"))
+        config = _with_precision(config, ranks.from_first(precision))
         with ranks.together():
             student, samples, task = prepare(recipe, config)
             next(samples.plan.positions(0, 0, 1, ranks.rank, ranks.size))  # raises where it cannot share
             predicted = _predict(config, samples, task, ranks.size) if device != "cpu" and ranks.first else None
             task = task.to(device).train()
-            run, newest = RunDir(config.run.out), None
             if ranks.first:
-                newest = run.start(recipe, flat(config), config.run.resume, device)
+                found = run.start(recipe, flat(config), config.run.resume, device, partial(_steps, config, samples))
                 run.describe(student, config.student.model)
-        newest = ranks.from_first(newest)
+        found = ranks.from_first(found)
         if predicted is not None:
             log.info("%s", predicted)
         trainer = Trainer(config, task, samples, run, device, student, ranks, predicted)
         with ranks.together():
-            if newest is not None:
-                trainer.restore(newest)
+            if found is not None:
+                trainer.restore(*found)
             if ranks.first:
                 run.cut_metrics(trainer.progress.step)
-        trainer.loop()
+                warn_of_lengths(config.data.batch_size, config.optim, samples, trainer.total)
+        stopped = trainer.loop()
+    if stopped is not None:
+        raise SystemExit(128 + stopped)
     return str(run.path)
+
+
+def _with_precision(config: RecipeConfig, precision: Precision) -> RecipeConfig:
+    run = dataclasses.replace(config.run, precision=precision)
+    return dataclasses.replace(config, run=run)  # type: ignore[type-var]  # every recipe's config is a dataclass
+
+
+def _steps(config: RecipeConfig, samples: Samples, asked: dict[str, Any]) -> int:
+    """Steps that a flat config of this run asks for."""
+    run = dataclasses.replace(config.run, steps=asked.get("steps"), epochs=asked.get("epochs", 1.0))
+    return total_steps(run, samples.plan.mean, samples.order.total)
 
 
 def prepare(recipe: str, config: RecipeConfig) -> tuple[LoadedModel, Samples, Any]:
@@ -124,9 +149,12 @@ def prepare(recipe: str, config: RecipeConfig) -> tuple[LoadedModel, Samples, An
     if config.run.eval_data:
         check_root(config.run.eval_data)  # raises now, not after an epoch
     module = import_module(f"training.recipes.{recipe}")
+    if hasattr(module, "check"):
+        module.check(config)
     if hasattr(module, "prepare"):  # its student or its samples are others than open_clip's and pairs
         student, samples, task = module.prepare(config)
     else:
+        check_data(config.data)
         student = new_student(config.student, config.run.seed)
         samples = open_samples(config.data, config.views, student, config.run.seed)
         task = module.build(config, student, samples.cache)
@@ -139,6 +167,7 @@ def prepare(recipe: str, config: RecipeConfig) -> tuple[LoadedModel, Samples, An
 
 def predict(recipe: str, config: RecipeConfig) -> Memory:
     """Peak memory of one training process, where a batch is shared by the processes there are."""
+    config = _with_precision(config, pick_precision(config.run.precision, pick_device(config.run.device)))
     with processes("cpu") as (ranks, _):
         _, samples, task = prepare(recipe, config)
         return _predict(config, samples, task, ranks.size)
@@ -182,13 +211,13 @@ class Trainer:
         self.statistics = statistics(self.task)
         torch.manual_seed(run.seed + 1 + self.ranks.rank)  # dropout and the like, whatever the weights' draw took
 
-    def loop(self) -> None:
-        """Run the steps that are left."""
+    def loop(self) -> int | None:
+        """Run the steps that are left; the number of the signal that stopped it, None at the end."""
         progress, config, ranks = self.progress, self.config, self.ranks
         left = self.total - progress.step
         log.info("%s: step %d of %d, %d samples", self.run.path, progress.step, self.total, self.samples.order.total)
         if left <= 0:
-            return
+            return None
         plan = self.samples.plan
         positions = plan.positions(progress.step, progress.samples_seen, left, ranks.rank, ranks.size)
         sides = plan.sides_from(progress.step)
@@ -219,7 +248,8 @@ class Trainer:
                         "stopped by %s after step %d of %d; the same command goes on from there",
                         signal.Signals(stopped).name, progress.step, self.total,
                     )  # fmt: skip
-                    return
+                    return int(stopped)
+        return None
 
     def step(self, batch: Batch) -> tuple[dict[str, Tensor], float, float]:
         """One step; returns the losses, the learning rate and the gradient's norm before clipping.
@@ -328,9 +358,7 @@ class Trainer:
         """TensorBoard's on rank 0."""
         if not self.ranks.first:
             return nullcontext()
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(self.run.path / "tensorboard"), purge_step=self.progress.step + 1)
+        return Curves(str(self.run.path / "tensorboard"), self.progress.step + 1)
 
     def _log(
         self, writer: Any, losses: dict[str, Tensor], lr: float, norm: float, rate: float, metrics: dict[str, float]
@@ -359,8 +387,8 @@ class Trainer:
         curves |= {f"loss/{name}": value for name, value in values.items()}
         curves |= {f"eval/{name}": value for name, value in metrics.items()}
         self.run.log(line | ({"eval": metrics} if metrics else {}))
-        for name, value in curves.items():
-            writer.add_scalar(name, value, progress.step)
+        with self.run.room():
+            writer.add(progress.step, curves)
         eta = (self.total - progress.step) * self.samples.plan.mean / max(rate, 1e-9)
         log.info(
             "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  %.0f samples/s  %.0f s left%s",
@@ -394,10 +422,10 @@ class Trainer:
             else:
                 self.run.save(self.progress.step, state, self.config.run.keep_checkpoints)
 
-    def restore(self, checkpoint: Any) -> None:
-        """Go back to a checkpoint, whatever the number of processes that wrote it.
+    def restore(self, checkpoint: Path, before: dict[str, Any]) -> None:
+        """Go back to a checkpoint, whatever the number of processes that wrote it; ``before`` is its run's config.
 
-        Raises UserError when the dataset's shards are not those of then.
+        Raises UserError when the dataset's shards are not those of then, DataError when the model is another.
         """
         state = load_checkpoint(checkpoint)
         if state["sizes_sha256"] != self.sizes_sha256:
@@ -405,8 +433,14 @@ class Trainer:
                 f"{checkpoint}: the shards in {self.config.data.data} have other sizes than when it was written, so "
                 "its place in them is lost; restore the dataset, or train anew with another --out"
             )
-        self.task.load_state_dict(state["task"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.task.load_state_dict(state["task"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:  # a name or a shape; a group of parameters
+            raise DataError(
+                f"{checkpoint} does not fit the model as it is built now ({misfit(error)}): restore what it was made "
+                "from, or train anew with another --out"
+            ) from error
         self.gradients.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             for name, value in state["ema"].items():
@@ -416,6 +450,9 @@ class Trainer:
             set_rng_state(state["rng"][self.ranks.rank], self.device)
         else:  # there were fewer: a stream of its own from here on
             torch.manual_seed(self.config.run.seed + 1 + self.ranks.rank + 1_000_003 * self.progress.step)
+        steps = _steps(self.config, self.samples, before)
+        if steps != self.total and self.ranks.first:
+            log.warning("%s", extension(self.config.optim, self.progress.step, steps, self.total))
         log.info("going on from %s, written by %d processes, with %d", checkpoint, len(state["rng"]), self.ranks.size)
 
 

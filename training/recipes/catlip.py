@@ -86,7 +86,7 @@ def config() -> Config:
             lr=2e-3, final_lr=2e-5, weight_decay=0.2, beta1=0.9, beta2=0.999, eps=1e-8, warmup=10_000, warmup_lr=1e-6,
             clip_norm=1.0, ema_decay=1 - 5e-4,
         ),
-        run=RunConfig(out="runs/catlip", epochs=25, precision="bf16", sync_bn=False),
+        run=RunConfig(out="runs/catlip", epochs=25, sync_bn=False),
     )  # fmt: skip
 
 

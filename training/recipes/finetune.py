@@ -29,7 +29,7 @@ def config() -> TransferConfig:
             lr=3e-5, final_lr=3e-6, weight_decay=0.05, beta2=0.999, eps=1e-8, warmup=500, warmup_lr=1e-6,
             clip_norm=1.0, ema_decay=1 - 5e-4,
         ),
-        run=RunConfig(out="runs/finetune", epochs=10, precision="bf16", sync_bn=False),
+        run=RunConfig(out="runs/finetune", epochs=10, sync_bn=False),
         freeze=False,
         range_augment=True,
     )  # fmt: skip

@@ -28,5 +28,5 @@ def config() -> TransferConfig:
         sides=SideConfig(sides=tuple(range(128, 321, 32))),
         student=ModelConfig(model=""),
         optim=OptimConfig(lr=3e-5, final_lr=1e-6, weight_decay=0.0, beta2=0.999, eps=1e-8, warmup=0),
-        run=RunConfig(out="runs/probe", epochs=30, precision="bf16"),
+        run=RunConfig(out="runs/probe", epochs=30),
     )

@@ -64,6 +64,7 @@ MAX_SCALE = math.log(100)
 TAIL = (
     "visual.trunk.final_conv.", "visual.trunk.head.", "text.last.", "text.ln_final.", "text.text_projection",
 )  # fmt: skip
+OPEN_CLIPS = "--base MobileCLIP2-S0 --base-weights dfndr2b --model SiCLIP2-S0"
 WEIGHTS = ("clip_weight", "fd_weight", "crd_weight", "icl_weight", "pm_weight")
 
 
@@ -137,7 +138,7 @@ def config() -> Config:
         drawn_views=ViewConfig(scale=(0.08, 1.0), ops=2, magnitude=9),
         student=ModelConfig(model="SiCLIP-S0"),
         optim=OptimConfig(lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.999, eps=1e-8, warmup=10000),
-        run=RunConfig(out="runs/siclip", epochs=32, precision="bf16"),
+        run=RunConfig(out="runs/siclip", epochs=32),
     )
 
 
@@ -228,6 +229,31 @@ class Task(nn.Module):
                 self.icl_logit_scale.clamp_(max=MAX_SCALE)
 
 
+def check(config: Config) -> None:
+    """Raise UserError where the base has no weights to take, before anything is built."""
+    model, weights = config.base, config.base_weights
+    if not config.inherit and not (config.taught and config.teacher_from == "live"):
+        return
+    _need_weights(model, weights)
+    if weights and weights != "random" and not Path(weights).exists():
+        import open_clip
+
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        if weights not in tags:
+            raise UserError(
+                f"--base-weights {weights!r}: no such file, RUN folder or tag of {model} (tags: "
+                f"{', '.join(tags) or 'none'}); open_clip itself has {OPEN_CLIPS}"
+            )
+
+
+def _need_weights(model: str, weights: str) -> None:
+    if not weights and ":" not in model:
+        raise UserError(
+            f"--base-weights is needed: {model}'s weights (Apple's mobileclip_s0.pt, another checkpoint file, or a RUN "
+            f"folder), or random for a try; open_clip itself has {OPEN_CLIPS}"
+        )
+
+
 def build(config: Config, student: LoadedModel, cache: TeacherCache | None) -> Task:
     """The task of a config. Raises UserError when base, teacher and student do not fit together."""
     base, aside, width, teacher_scale = None, None, student.config["embed_dim"], 0.0
@@ -252,11 +278,7 @@ def load_base(model: str, weights: str, seed: int, trust: Trust = NO_TRUST) -> L
         return _own(model, new_student(ModelConfig(model, trust=trust), seed))
     if weights and Path(weights, "config.json").is_file():
         return load_run(weights, trust=trust)[0]
-    if not weights and ":" not in model:
-        raise UserError(
-            f"--base-weights is needed: {model}'s weights (Apple's mobileclip_s0.pt, another checkpoint file, or a RUN "
-            "folder), or random for a try"
-        )
+    _need_weights(model, weights)
     return _own(model, load_model(model, weights or None, trust=trust))
 
 
