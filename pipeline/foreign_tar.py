@@ -35,6 +35,7 @@ MAX_TEXT_BYTES = 1 << 24  # of a member beside an image
 PEEKED_SAMPLES = 20  # of the first tar, to tell whether a named column is there; of each, to tell how members lie
 MOST_GATHERED = 200_000  # members of a tar whose captions do not lie beside their images; some 100 MB
 REMOTE_TARS = 8  # listed at once
+ONLY_NOBODYS = "only hidden or system files"
 SEVERAL, NOT_AN_OBJECT = "several images under one key", "json member is not a JSON object"
 
 Group = tuple[str, dict[str, Member], str | None]  # key, extension -> member, problem
@@ -85,8 +86,11 @@ def tar_samples(buffer: memoryview, path: str) -> Iterator[Group]:
     by their keys wherever they lie, up to `MOST_GATHERED` of them. A tar that breaks off gives its whole samples, then
     one last item with its problem and the key it broke in.
     """
-    groups = _adjacent(buffer, path)
+    nobodys = list[str]()
+    groups = _adjacent(buffer, path, nobodys)
     head = list(islice(groups, PEEKED_SAMPLES))
+    if not head and nobodys:
+        yield "", {}, ONLY_NOBODYS
     lonely = len(head) > 1 and all(problem is None and len(members) == 1 for _, members, problem in head)
     groups = chain(head, groups)
     for key, members, problem in _gathered(groups) if lonely else groups:
@@ -98,10 +102,10 @@ def tar_samples(buffer: memoryview, path: str) -> Iterator[Group]:
             yield from ((f"{longer}.{stem}", {}, SEVERAL) for stem in _ambiguous(own))
 
 
-def _adjacent(buffer: memoryview, path: str) -> Iterator[Group]:
+def _adjacent(buffer: memoryview, path: str, nobodys: list[str]) -> Iterator[Group]:
     key, members, usual = None, dict[str, Member](), set[str]()
     try:
-        for member in scan(buffer, path):
+        for member in scan(buffer, path, nobodys=nobodys):
             new_key, extension = split_name(member.name)
             if new_key != key or extension in members:
                 if key is not None:

@@ -138,7 +138,7 @@ def _table_entries(path: str, given: str | None) -> Iterator[Entry] | None:
 
 
 def _names(path: str, given: str | None) -> list[str]:
-    """The columns of a table; of JSON Lines, without a column given, those that half of the first lines have."""
+    """The columns of a table; of JSON Lines, of several for captions those that most of the first lines have."""
     ending = file_ending(path)
     if ending == ".parquet":
         with parquet_errors(path, given=True), open_parquet(path) as table:
@@ -147,7 +147,8 @@ def _names(path: str, given: str | None) -> list[str]:
     head = list(islice((line for line in lines(path) if line.strip()), HEAD_LINES))
     if ending == ".jsonl":
         counts = Counter(name for line in head for name in _object(line))
-        return [name for name, count in counts.items() if given is not None or 2 * count >= len(head)]
+        most = max((count for name, count in counts.items() if name.lower() in TEXT_NAMES), default=0)
+        return [name for name, count in counts.items() if given or name.lower() not in TEXT_NAMES or count == most]
     return header_of(head[0], (given, None))[0] if head else []
 
 

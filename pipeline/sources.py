@@ -126,8 +126,11 @@ def _in_folder(source: str, form: Format | None) -> list[SourceFile]:
     endings = tuple(ending for kind in kinds for ending in ENDINGS[kind])
     every = [(prefix + name, info) for prefix, files in walk(source) for name, info in files.items()]
     found = [item for item in every if not _base(item[0]).startswith("_") and item[0].lower().endswith(endings)]
-    if packed := _packed_files(name for name, _ in every):
-        _warn_once(f"--source {source}: {packed}, which cannot be read in place, left out; unpack them")
+    left_out = Counter(file_ending(name) for name, _ in every)
+    left_out.subtract(file_ending(name) for name, _ in found)
+    if form is not None and (left_out := +left_out):
+        hint = "; unpack what is packed" if set(PACKED_ENDINGS) & set(left_out) else ""
+        _warn_once(f"--source {source}: files that are not taken: {endings_line(left_out)}{hint}")
     if not found:
         raise UserError(f"--source {source}: the folder has no file for --format {form} ({', '.join(endings)})")
     return [_file(join(source, below), below, info) for below, info in found]
@@ -167,9 +170,9 @@ def detect(source: str, columns: Columns = (None, None)) -> Format:
 def _detect_folder(source: str, columns: Columns) -> Format | None:
     """By the names in it; None when its list files or tars have to tell."""
     names = list(islice((prefix + name for prefix, files in walk(source) for name in files), NAMES_SEEN))
-    if any(STATS_PATTERN.fullmatch(name) for name in names):
-        return "img2dataset"
     picture = next((name for name in names if is_image(name)), None)
+    if any(map(STATS_PATTERN.fullmatch, names)) and (picture is None or any(name.endswith(".tar") for name in names)):
+        return "img2dataset"  # with images and no tar, it is img2dataset's output format "files"
     own = [name for name in names if not _base(name).startswith("_") and _kind(name)]
     if picture is None:
         if own and all(_base(name) in METADATA for name in own):

@@ -64,14 +64,17 @@ def joined(size: int, pieces: Iterator[tuple[int, bytes]]) -> bytes:
     return bytes(data)
 
 
-def scan(buffer: memoryview, path: str, start: int = 0) -> Iterator[Member]:
+def scan(buffer: memoryview, path: str, start: int = 0, nobodys: list[str] | None = None) -> Iterator[Member]:
     """Regular members and links to such in file order from byte ``start``, where a header lies.
 
-    Raises DataError naming the last whole member when the tar is broken.
+    The first one that is nobody's is added to ``nobodys``. Raises DataError naming the last whole member when the tar
+    is broken.
     """
     targets: dict[str, _Entry] | None = None
     for entry in _entries(buffer, path, start):
         if is_ignored(entry.member.name):
+            if not nobodys and nobodys is not None:
+                nobodys.append(entry.member.name)
             continue
         if entry.link is None:
             yield entry.member

@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from small_ingest import config
+from small_ingest import rows_of as raw_rows
 
 from pipeline.ingest import ingest
 from pipeline.places import read_place
 from pipeline.sources import detect, list_rows
 from shards_spec.files import UserError
-from tests.small_ingest import config
-from tests.small_ingest import rows_of as raw_rows
 
 LIMIT = 1 << 30
 
@@ -349,3 +349,12 @@ def test_a_list_whose_captions_are_all_empty_says_so(tmp_path, caplog):
     caplog.clear()
     rows_of(tmp_path / "plain.txt")
     assert "no row has a caption" not in caplog.text
+
+
+def test_img2datasets_folders_of_files(tmp_path, caplog):
+    images(tmp_path, "00000/000000000.jpg", "00000/000000001.jpg")
+    for key, caption in (("000000000", "a"), ("000000001", "b")):
+        fill(tmp_path / "00000", (f"{key}.txt", caption), (f"{key}.json", json.dumps({"caption": caption})))
+    fill(tmp_path, ("00000_stats.json", "{}"))
+    assert told(tmp_path) == [("00000/000000000.jpg", "a", None), ("00000/000000001.jpg", "b", None)]
+    assert "files that are not taken: 3 .json" in caplog.text

@@ -130,6 +130,11 @@ def test_a_tar_of_macos_keeps_its_captions(tmp_path):
     assert [sample.caption for sample in read_shard(str(tmp_path / "x.tar"))] == ["zero", "one"]
 
 
+def test_a_tar_of_a_hidden_folder_says_so(tmp_path):
+    (tmp_path / "x.tar").write_bytes(tar_of((".data/0.jpg", image(0)), (".data/0.txt", "zero")))
+    assert told(tmp_path / "x.tar") == [("x.tar", None, "only hidden or system files")]
+
+
 # forms of tar
 
 
@@ -250,7 +255,7 @@ def test_packed_tars_and_zips_are_named(tmp_path, caplog):
         detect(str(folder))
     (folder / "3.tar").write_bytes(whole)
     assert told(folder) == [("0", "c0", None)]
-    assert caplog.text.count("has 3 .tar.gz, which cannot be read in place, left out; unpack them") == 1
+    assert caplog.text.count("files that are not taken: 3 .tar.gz; unpack what is packed") == 1
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("0.jpg", image(0))
     with pytest.raises(UserError, match=r"x.zip: a zip file .or a spreadsheet.; unpack it"):
