@@ -15,6 +15,7 @@ from pipeline.devices import out_of_memory
 from pipeline.drafts import Contrast, Described, Wanted, Written
 from pipeline.generate import generate
 from shards_spec.files import UserError
+from shards_spec.images import without_ends
 from shards_spec.models import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Captioner:
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """(3, S, S) as the model was trained to see it; open_clip's evaluation transform."""
-        return self._transform(image)
+        return self._transform(without_ends(image))
 
     def picture_bytes(self) -> int:
         """An upper bound of the device memory that one more picture in the batch takes at its worst moment.

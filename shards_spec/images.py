@@ -20,6 +20,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "MPO", "BMP", "TIFF", "JPEG2000
 MAX_PIXELS = 100_000_000  # 400 MB as Pillow keeps RGB; decompression bombs are larger
 PYTHON_DECODERS, MAX_PYTHON_PIXELS = ("ppm", "ppm_plain", "bmp_rle"), 10_000_000  # Pillow's, a microsecond a sample
 MAX_SIDE = 65_500  # libjpeg's limit
+MAX_ASPECT = 100  # of what `without_ends` leaves
 # a progressive JPEG is worked through once per scan, whatever few bytes a scan has: two seconds at the most
 MAX_SCANS, MAX_SCAN_PIXELS = 20, 2_000_000_000
 MAX_BLOCKS = 400_000  # of a JPEG 2000, 1.6 GB; in blocks of 64 x 64, 100 million RGB pixels have a quarter of it
@@ -59,6 +60,18 @@ def decode_rgb(data: bytes, as_benchmark: bool = False) -> Image.Image:
     except BadImage as error:
         raise DataError(f"does not decode: {error}") from error
     return pixels if turn is None else pixels.transpose(turn)
+
+
+def without_ends(image: Image.Image) -> Image.Image:
+    """The middle of an image longer than `MAX_ASPECT` shorter sides, for whoever enlarges the shorter side and cuts.
+
+    65,500 x 1 pixels, some hundred bytes as PNG, would be three billion at a shorter side of 224.
+    """
+    most = MAX_ASPECT * min(image.size)
+    left, top = (max(0, side - most) // 2 for side in image.size)
+    if not left and not top:
+        return image
+    return image.crop((left, top, left + min(image.width, most), top + min(image.height, most)))
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile:

@@ -18,6 +18,7 @@ from small_images import EPS, encoded, jpeg2000, png, png_chunk, ramp, slow_jpeg
 from small_training import tiny_clip
 
 from pipeline.caption import CaptionConfig, caption
+from pipeline.captioner import Captioner
 from pipeline.decoding import Decoding
 from pipeline.dedup import DedupConfig, dedup
 from pipeline.images import BadImage, PictureRules, convert
@@ -25,7 +26,7 @@ from pipeline.rendering import Job, render
 from pipeline.report.samples import draw_samples
 from shards_spec.effort import jpeg2000_blocks
 from shards_spec.files import DataError, join
-from shards_spec.images import decode_rgb
+from shards_spec.images import decode_rgb, without_ends
 from shards_spec.models import load_model
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, write_shard
@@ -340,6 +341,19 @@ def test_stages_name_hostile_bytes_and_keep_the_rest(hostile, tmp_path, caplog):
     rows = open_samples(config, ViewConfig(), student, seed=0)
     assert sum(isinstance(rows[place], Skipped) for place in range(len(samples))) == len(HOSTILE)
     assert time.monotonic() - started < 60  # one of them alone takes Pillow minutes
+
+
+def test_a_very_long_image_is_cut_before_its_shorter_side_is_enlarged(tmp_path):
+    """A line of pixels: the middle of it is what the centre crop shows, the rest is never enlarged."""
+    line = np.zeros((1, 65_000, 3), np.uint8)
+    line[:, 32_480:32_520] = 200
+    for data in (encoded(Image.fromarray(line), "PNG"), encoded(Image.fromarray(line.transpose(1, 0, 2)), "PNG")):
+        captioner = Captioner(load_model(tiny_coca(tmp_path / "coca")), Decoding(), 1, batch_size=1)
+        shown = captioner.preprocess(decode_rgb(data))
+        assert shown.shape == (3, 32, 32)
+        assert float(shown.std(dim=(1, 2)).max()) < 1e-6  # within the bright pixels
+        assert float(shown.mean()) > 0
+    assert without_ends(corner((300, 3))).size == (300, 3)
 
 
 def test_no_foreign_image_starts_a_program(tmp_path):

@@ -26,7 +26,7 @@ from tyro.conf import OmitArgPrefixes
 
 from shards_spec.class_names import parse_label, read_class_names, read_lines
 from shards_spec.files import DataError, UserError, exists, join, write_json
-from shards_spec.images import decode_rgb
+from shards_spec.images import decode_rgb, without_ends
 from shards_spec.models import DESCRIPTION, FOLDER, LoadedModel, Trust, load_model, pick_device
 from shards_spec.names import IMAGE_EXTENSIONS
 from shards_spec.sample import Sample
@@ -96,7 +96,7 @@ class Encoder:
         good: list[tuple[Sample, Tensor]] = []
         for sample in samples:
             try:
-                good.append((sample, transform(decode_rgb(sample.image, as_benchmark=True))))
+                good.append((sample, transform(without_ends(decode_rgb(sample.image, as_benchmark=True)))))
             except DataError as error:
                 self.skipped += 1
                 log.warning("%s: key %s: %s; left out", path, sample.key, error)
