@@ -5,6 +5,7 @@ Also what all sources share: text from bytes, lines of packed files, columns by 
 
 import codecs
 import contextlib
+import errno
 import gzip
 import os
 import re
@@ -257,6 +258,8 @@ def read_place(place: Place, max_bytes: int) -> bytes:
     except FileNotFoundError as error:
         raise PlaceError("file not found") from error
     except expected_errors(place.path) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # our own limit, not the file's fault: every later row would fail for it
         raise PlaceError(NOT_READABLE) from error
     if not data:
         raise PlaceError("empty file")

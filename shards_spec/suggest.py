@@ -11,7 +11,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A phrase for a message: the names most like ``word``, all of them where they are few, else how many there are."""
     by_lower = {name.lower().lstrip("-"): name for name in known}
     word = word.lower().lstrip("-")
-    near = get_close_matches(word, by_lower, cutoff=0.7)
+    near = [word] if word in by_lower else get_close_matches(word, by_lower, cutoff=0.7)
     if near:
         likeness = [SequenceMatcher(None, word, name).ratio() for name in near]
         near = [name for name, own in zip(near, likeness, strict=True) if own > max(likeness) - CLOSE]
