@@ -199,7 +199,7 @@ def _run_stage(command: str, function: Any, config: Any) -> int:
         exact, near = (summary.counts.get(f"{kind}duplicate image", 0) for kind in ("", "near-"))
         pictures = sum(summary.counts.values())
         _say(f"dedup: {exact + near} of {pictures} pictures are duplicates ({exact} exact, {near} near)")
-        return 0
+        return _checked(command, summary)
     others = ", ".join(f"{number} {reason}" for reason, number in summary.counts.items() if reason != "success")
     facts = ", ".join(f"{number} {what}" for what, number in summary.facts.items())
     samples = summary.counts.get("success", 0)
@@ -209,7 +209,15 @@ def _run_stage(command: str, function: Any, config: Any) -> int:
         f"({summary.made} made now, {summary.seconds:.1f} s{rate})"
     )
     _say("; ".join([done, *([f"left out: {others}"] if others else []), *([facts] if facts else [])]))
-    return 0
+    return _checked(command, summary)
+
+
+def _checked(command: str, summary: Any) -> int:
+    """The exit code of a stage: 1 with a word about it when nothing came out."""
+    from pipeline.nothing import nothing_came
+
+    nothing = nothing_came(command, summary.counts)
+    return _fail(1, nothing) if nothing else 0
 
 
 def _train(rest: list[str]) -> int:

@@ -7,7 +7,6 @@ space, so memory does not grow with the dataset; pictures are read only where a 
 import hashlib
 import logging
 import os
-import re
 import tempfile
 from bisect import bisect_right
 from collections import deque
@@ -44,9 +43,7 @@ from shards_spec.files import (
     UserError,
     atomic_writer,
     join,
-    names,
     open_read,
-    remove,
     sha256_bytes,
     sha256_file,
     sha256_json,
@@ -58,7 +55,6 @@ from shards_spec.tar import read_shard
 log = logging.getLogger(__name__)
 FOLDER = "dedup"
 SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("key", "reason", "kept")])
-OWN_FILE = re.compile(r"(\d+)(\.parquet|_stats\.json)")
 SAMPLE_BYTES = 150  # of memory, for each sample that is compared at once
 NUMBERS = 1 << 32  # of pictures: a position has 32 bits
 MIX = np.uint64(0x9E3779B97F4A7C15)  # spreads hashes over the buckets (Fibonacci hashing)
@@ -98,11 +94,7 @@ def dedup(config: DedupConfig, in_memory: int | None = None) -> Summary:
     stage = Stage("dedup", FOLDER, {"near_bits": config.near_bits})
     tasks = (Task(shard, inputs) for shard in shards)
     with Search(config, shards, in_memory or int(config.memory_gb * 1e9 / SAMPLE_BYTES)) as search:
-        summary = run_stage(config.root, stage, tasks, search.shard, total=len(shards), overwrite=config.overwrite)
-    for name in reversed(names(join(config.root, FOLDER))):  # of an earlier, longer raw/; the done-record goes first
-        if (match := OWN_FILE.fullmatch(name)) and int(match[1]) >= len(shards):
-            remove(join(config.root, FOLDER, name))
-    return summary
+        return run_stage(config.root, stage, tasks, search.shard, total=len(shards), overwrite=config.overwrite)
 
 
 def raw_hash(root: str, shards: list[int]) -> str:

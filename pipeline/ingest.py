@@ -4,7 +4,7 @@ import logging
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -135,16 +135,12 @@ def ingest(config: IngestConfig, share: Share = ALL) -> Summary:
     if form == "img2dataset":
         stage = Stage("ingest", FOLDER, {"kind": "img2dataset"})
         adopted = adopt_tasks(config.root, config.source)
-        workers = config.processes
-        summary = run_stage(
-            config.root, stage, adopted, adopt_shard, total=len(adopted), workers=workers, overwrite=config.overwrite,
-            source=config.source, share=share,
+        _refuse_surplus(config, len(adopted))
+        return run_stage(
+            config.root, stage, adopted, adopt_shard, total=len(adopted), workers=config.processes,
+            overwrite=config.overwrite, source=config.source, surplus=partial(_remove_surplus, config), share=share,
         )  # fmt: skip
-    else:
-        summary = _ingest_rows(config, form, share)
-    if share.whole:
-        _remove_surplus(config, summary.shards)
-    return summary
+    return _ingest_rows(config, form, share)
 
 
 def source_shards(config: IngestConfig) -> int | None:
@@ -172,7 +168,8 @@ def _ingest_rows(config: IngestConfig, form: Format, share: Share) -> Summary:
         live = partial(_live, source, downloader, config.root)
         summary = run_stage(
             config.root, stage, tasks, work, total=None if config.retry_failed else source.shards, live=live,
-            threads=config.shards_at_once, overwrite=config.overwrite, source=config.source, share=share,
+            threads=config.shards_at_once, overwrite=config.overwrite, source=config.source,
+            surplus=partial(_remove_surplus, config), share=share,
         )  # fmt: skip
     if nothing := downloader.tally.nothing():
         log.warning(nothing)
@@ -224,7 +221,8 @@ class Listing:
     def tasks(self, share: Share = ALL) -> Iterator[Task]:
         """Slices of ``shard_size`` rows, the share's, then the shards of earlier retries.
 
-        Raises UserError when there is no row, or more rows than when failed ones were tried again.
+        Raises UserError when there is no row, more rows than when failed ones were tried again, or fewer shards than
+        are there.
         """
         config, shard = self._config, 0
         additional = additional_shards(config.root)
@@ -233,7 +231,11 @@ class Listing:
                 remove_shard(config.root, number)
             additional = {}
         rows = list_rows(config.source, self._form, (config.caption_col, config.url_col))
-        while chunk := list(bounded(islice(rows, config.shard_size), config.shard_size * MEAN_CHARS)):
+        size = config.shard_size
+        chunks = iter(lambda: list(bounded(islice(rows, size), size * MEAN_CHARS)), [])
+        for chunk, last in _with_last(chunks):
+            if last:  # said before the last one is made again with fewer rows
+                _refuse_surplus(config, shard + 1, additional)
             if shard in additional:
                 raise UserError(
                     f"--source {config.source} has more rows than when its failed rows were tried again; give the new "
@@ -294,14 +296,34 @@ def rows_to_shard(root: str, task: Task, *, downloader: Downloader, selection: S
     return replace(result, extra={"duration": end - start, "start_time": start, "end_time": end})
 
 
-def _remove_surplus(config: IngestConfig, shards: int) -> None:
-    """Shards beyond the source's end, left by a longer source: an error, or removed with ``overwrite``."""
-    folder = join(config.root, FOLDER)
-    surplus = [number for number in finished_shards(folder) if number >= shards]
+def _with_last(chunks: Iterator[list[Row]]) -> Iterator[tuple[list[Row], bool]]:
+    """Each chunk, and whether it is the last one."""
+    before = next(chunks, None)
+    for chunk in chunks:
+        assert before is not None
+        yield before, False
+        before = chunk
+    if before is not None:
+        yield before, True
+
+
+def _surplus(config: IngestConfig, shards: int) -> list[int]:
+    """Shards beyond the source's end, left by a longer source."""
+    return [number for number in finished_shards(join(config.root, FOLDER)) if number >= shards]
+
+
+def _refuse_surplus(config: IngestConfig, shards: int, additional: Container[int] = ()) -> None:
+    """Raise UserError when there are more shards than the source makes, but for the ``additional`` ones of retries."""
+    surplus = [number for number in _surplus(config, shards) if number not in additional]
     if surplus and not config.overwrite:
         raise UserError(
-            f"{folder} has {len(surplus)} shards more ({shard_name(surplus[0])} and on) than --source {config.source} "
-            "makes; use another ROOT, or --overwrite, which deletes them"
+            f"{join(config.root, FOLDER)} has {len(surplus)} shards more ({shard_name(surplus[0])} and on) than "
+            f"--source {config.source} makes; use another ROOT, or --overwrite, which deletes them"
         )
-    for number in surplus:
+
+
+def _remove_surplus(config: IngestConfig, folder: str, shards: int) -> None:
+    """Before the totals are written: an error, or with ``overwrite`` they go."""
+    _refuse_surplus(config, shards)
+    for number in _surplus(config, shards):
         remove_shard(config.root, number)

@@ -1,12 +1,14 @@
 """Stage `pack`: raw shard + captions + synsets → final shard. The only stage after ingest that writes pictures.
 
 Raw shard i becomes final shard i, or, with a shard size, the samples that stay become shards of equal size (`reshard`).
+Raw shards at the end of which nothing stays make no shards of their own: the last final shard counts their losses.
 """
 
 import contextlib
+import logging
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pyarrow as pa
@@ -21,7 +23,11 @@ from pipeline.reshard import forget_plan, inputs_of, plan, ranges
 from pipeline.stage import ALL, Root, Share, Stage, Summary, Task, run_stage, same_config, upstream_shards
 from pipeline.wordnet import find_wordnet
 from shards_spec.files import UserError, exists, join, names, open_read, read_bytes, write_json
-from shards_spec.manifest import read_done, remove_shards, shard_name
+from shards_spec.lock import locked
+from shards_spec.manifest import finished_shards, read_done, shard_name
+
+log = logging.getLogger(__name__)
+LOCK = ".pack.lock"  # below ROOT
 
 
 @dataclass(frozen=True)
@@ -85,12 +91,19 @@ def _stop_words(source: str) -> tuple[str, ...]:
 
 
 def pack(config: PackConfig, share: Share = ALL) -> Summary:
-    """Run the stage and write ``shards/sizes.json``. Raises UserError, ShardsFailed.
+    """Run the stage and write ``shards/sizes.json``. Raises UserError, also when another one runs, and ShardsFailed.
 
     With a shard size there is one ``share``: where a final shard begins depends on all raw ones.
     """
-    root, shards = config.root, upstream_shards(config.root, "raw", "ingest")
-    choice = _choice(config, shards)
+    shards = upstream_shards(config.root, "raw", "ingest")
+    if share is not ALL:  # its claims keep it apart from others
+        return _pack(config, share, shards)
+    with locked(join(config.root, LOCK), join(config.root, FOLDER)):
+        return _pack(config, share, shards)
+
+
+def _pack(config: PackConfig, share: Share, shards: list[int]) -> Summary:
+    root, choice = config.root, _choice(config, shards)
     wordnet, rule = str(find_wordnet(config.wordnet, config.download_wordnet)), config.rule
     load_labeller(wordnet, rule)  # an unusable WordNet or tagger is an error now, not in a worker
     captioner, deciding = _deciding(choice)
@@ -100,18 +113,65 @@ def pack(config: PackConfig, share: Share = ALL) -> Summary:
         same_config(join(root, FOLDER), stage, 0)  # before a plan is made for nothing
     if config.shard_size is None:
         forget_plan(root)
-        tasks: Iterable[Task] = (Task(s, inputs_of(root, s, choice), (Part(s),)) for s in filter(share.take, shards))
-        total = len(shards)
+        last = _last(root, shards, choice)
+        tasks: Iterable[Task] = _one_to_one(root, shards, choice, share, last)
+        total = last + 1
     else:
         planned = plan(root, shards, choice, {**captioner, **deciding}, config.workers, config.overwrite)
         staying = planned.counts.get("success", 0)
         tasks, total = ranges(root, shards, choice, config.shard_size), max(1, -(-staying // config.shard_size))
-    work, workers = partial(write_final_shard, choice=choice, wordnet=wordnet, rule=rule), min(config.workers, total)
-    summary = run_stage(root, stage, tasks, work, total=total, workers=workers, overwrite=config.overwrite, share=share)
-    if share.whole:
-        remove_shards(join(root, FOLDER), total)  # of an earlier run that made more
-        write_json(join(root, SIZES), _sizes(root, total))
+    work = partial(write_final_shard, choice=choice, wordnet=wordnet, rule=rule)
+
+    def run(tasks: Iterable[Task], total: int, overwrite: bool, share: Share) -> Summary:
+        workers = min(config.workers, total)
+        return run_stage(root, stage, tasks, work, total=total, workers=workers, overwrite=overwrite, share=share)
+
+    summary = run(tasks, total, config.overwrite, share)
+    if not share.whole:
+        return summary
+    sizes = _sizes(root, summary.shards)
+    if config.shard_size is None:
+        last = max((shard for shard, size in enumerate(sizes.values()) if size), default=0)
+        if last + 1 < len(sizes) and not exists(join(root, SIZES)):  # one that was finished with empty shards stays so
+            again = run(_one_to_one(root, shards, choice, ALL, last), last + 1, False, ALL)
+            summary, sizes = (
+                replace(again, made=min(summary.made, again.shards), seconds=summary.seconds),
+                _sizes(root, last + 1),
+            )
+        _warn_of_empty(sizes)
+    write_json(join(root, SIZES), sizes)
     return summary
+
+
+def _warn_of_empty(sizes: dict[str, int]) -> None:
+    if empty := [name for name, size in sizes.items() if not size]:
+        log.warning(
+            "pack: %d final shards have no sample (%s first), so that numbers have no gaps; for readers that refuse "
+            "such (Megatron-Energon; datasets without features= when the first is one) --shard-size makes none",
+            len(empty), empty[0],
+        )  # fmt: skip
+
+
+def _last(root: str, shards: list[int], choice: Choice) -> int:
+    """The number of the last final shard: that of the last raw one, or what an earlier run found to be the last one of
+    which a sample stays, when the raw shards behind it are still the same."""
+    there = finished_shards(join(root, FOLDER))
+    done = read_done(join(root, FOLDER), there[-1]) if there else None
+    if done is None or there[-1] >= shards[-1] or f"raw/{shard_name(shards[-1])}.tar" not in done.inputs:
+        return shards[-1]
+    return there[-1] if done.inputs == _merged(root, shards[there[-1] :], choice).inputs else shards[-1]
+
+
+def _one_to_one(root: str, shards: list[int], choice: Choice, share: Share, last: int) -> Iterator[Task]:
+    """A task per raw shard of the share up to ``last``, whose task takes in those behind it: nothing stays of them."""
+    for shard in filter(share.take, shards[: last + 1]):
+        yield _merged(root, shards[last:] if shard == last else [shard], choice)
+
+
+def _merged(root: str, shards: list[int], choice: Choice) -> Task:
+    """One final shard of several raw ones."""
+    inputs = {path: digest for shard in shards for path, digest in inputs_of(root, shard, choice).items()}
+    return Task(shards[0], inputs, tuple(map(Part, shards)))
 
 
 def _choice(config: PackConfig, shards: list[int]) -> Choice:
@@ -164,6 +224,10 @@ def _sizes(root: str, total: int) -> dict[str, int]:
     sizes = {}
     for shard in range(total):
         done = read_done(join(root, FOLDER), shard)
-        assert done is not None, shard
+        if done is None:
+            raise UserError(
+                f"{join(root, FOLDER, shard_name(shard))}_stats.json is not there any more: does another pack run "
+                "on this ROOT? Run this one again when it has ended"
+            )
         sizes[f"{shard_name(shard)}.tar"] = done.successes
     return sizes

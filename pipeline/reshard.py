@@ -42,9 +42,7 @@ def plan(root: str, shards: list[int], choice: Choice, config: dict[str, object]
     tasks = (Task(shard, inputs_of(root, shard, choice)) for shard in shards)
     work = partial(plan_shard, choice=choice)
     stage = Stage("plan", FOLDER, config)
-    summary = run_stage(root, stage, tasks, work, total=len(shards), workers=min(workers, len(shards)), overwrite=over)
-    remove_shards(join(root, FOLDER), len(shards))
-    return summary
+    return run_stage(root, stage, tasks, work, total=len(shards), workers=min(workers, len(shards)), overwrite=over)
 
 
 def forget_plan(root: str) -> None:

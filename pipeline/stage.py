@@ -26,7 +26,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipeline.ahead import ahead
 from pipeline.children import die_with_parent
 from shards_spec.files import DataError, UserError, is_url, join, read_bytes, remove_stale, sha256_json, write_bytes
-from shards_spec.manifest import Done, file_hash, read_dataset, read_done, shard_ids, shard_name, write_stage
+from shards_spec.manifest import (
+    Done,
+    file_hash,
+    read_dataset,
+    read_done,
+    remove_shards,
+    shard_ids,
+    shard_name,
+    write_stage,
+)
 
 log = logging.getLogger(__name__)
 LOOK_AHEAD = 16  # done-records asked for at a time from an object store
@@ -126,14 +135,15 @@ def run_stage(
     source: str | None = None,
     live: Callable[[], str] | None = None,
     begin: Callable[[], None] | None = None,
+    surplus: Callable[[str, int], None] = remove_shards,
     share: Share = ALL,
 ) -> Summary:
     """Run ``work`` over the share's tasks whose done-record is missing or stale, then write the stage's totals.
 
-    With ``workers`` > 1 shards go to spawned processes, each of which calls ``begin`` first, a bounded number in
-    flight; with ``threads`` > 0 that many run at once in threads, for ``work`` that only waits. ``live`` gives the
-    progress line more to say. Totals are written when the ``share`` is whole. Raises UserError when finished shards
-    were made under another config (unless ``overwrite``), and ShardsFailed at the end when shards broke on their data.
+    With ``workers`` > 1 shards go to spawned processes, each of which calls ``begin`` first, a few in flight; with
+    ``threads`` > 0 that many run at once in threads. ``live`` gives the progress line more to say. Before a whole
+    ``share``'s totals are written ``surplus`` deletes the folder's shards from their number on, or raises. Raises
+    UserError for finished shards of another config (unless ``overwrite``), ShardsFailed for broken data.
     """
     start, folder = time.monotonic(), join(root, stage.folder)
     remove_stale(folder)
@@ -165,19 +175,19 @@ def run_stage(
                 share.end(task.shard, not isinstance(outcome, DataError))
             advance(there + made + len(failures))
     remove_stale(folder)  # of workers that outlived a killed run for a moment
-    if failures:
-        raise _failed(stage, failures, there + made + len(failures))
+    _raise_failures(stage, failures, there + made + len(failures))
     totals = {reason: number for reason, number in sorted(counts.items()) if number}
     summary = Summary(there + made, made, totals, dict(sorted(facts.items())), time.monotonic() - start, measured)
     if share.whole:
-        _write_block(root, stage, summary, source)
-        _log_run(root, stage, summary)
+        surplus(folder, summary.shards)
+        _write_totals(root, stage, summary, source)
     return summary
 
 
-def _failed(stage: Stage, failures: dict[int, str], shards: int) -> ShardsFailed:
+def _raise_failures(stage: Stage, failures: dict[int, str], shards: int) -> None:
     lines = [f"  {shard_name(shard)}: {reason}" for shard, reason in sorted(failures.items())]
-    return ShardsFailed("\n".join([f"{stage.name}: {len(failures)} of {shards} shards failed", *lines]))
+    if lines:
+        raise ShardsFailed("\n".join([f"{stage.name}: {len(failures)} of {shards} shards failed", *lines]))
 
 
 def _with_done(
@@ -291,7 +301,7 @@ def _guarded(work: Callable[[Task], Result], task: Task) -> Result | DataError:
         return error
 
 
-def _write_block(root: str, stage: Stage, summary: Summary, source: str | None) -> None:
+def _write_totals(root: str, stage: Stage, summary: Summary, source: str | None) -> None:
     block = {
         "config": stage.config,
         "config_sha256": sha256_json(stage.config),
@@ -301,6 +311,7 @@ def _write_block(root: str, stage: Stage, summary: Summary, source: str | None) 
         "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
     }
     write_stage(root, stage.name, block, source)
+    _log_run(root, stage, summary)
 
 
 def _log_run(root: str, stage: Stage, summary: Summary) -> None:

@@ -26,7 +26,7 @@ from shards_spec.files import (
 from shards_spec.shown import hide_secrets
 
 STATS_PATTERN = re.compile(r"(\d+)_stats\.json")
-FILE_PATTERN = re.compile(r"(\d+)(\.tar|\.parquet|_stats\.json)")
+FILE_PATTERN = re.compile(r"(\d+)(\.tar|(-\d+)?\.parquet|_stats\.json)")
 SEAL = "self_sha256"  # of a JSON object: the hash of all its other fields
 TIMES = ("start_time", "end_time", "duration")  # img2dataset's: the third is the difference of the others
 

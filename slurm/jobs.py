@@ -66,7 +66,14 @@ class StageJob(Job):
 
     def __call__(self) -> None:
         self.begin()
-        self.run()
+        self.need_samples(self.run())
+
+    def need_samples(self, outcome: Any) -> None:
+        """Raise JobFailedError after a stage of which nothing came out, so that what follows does not begin."""
+        from pipeline.nothing import INPUT, nothing_came
+
+        if self.command in INPUT and (nothing := nothing_came(self.command, outcome.counts)):
+            raise JobFailedError(nothing)
 
     def run(self, *share: Any) -> Any:
         """Call the stage. What users and data can be blamed for becomes a message without a traceback."""
@@ -136,13 +143,14 @@ class FinishJob(StageJob):
         self.begin()
         self._clean()
         share = Finished(self.folder)
-        self.run(share)
+        outcome = self.run(share)
         if share.missing:
             some = ", ".join(map(shard_name, share.missing[:8])) + (" …" if len(share.missing) > 8 else "")
             raise JobFailedError(
                 f"{self.command}: {len(share.missing)} shards are missing ({some}); "
                 "submit it again, it does only what is missing"
             )
+        self.need_samples(outcome)
 
     def _clean(self) -> None:
         for path in Path(self.claims).glob("*"):

@@ -43,7 +43,13 @@ def draw(seed: str, size: int = 48) -> tuple[bytes, str]:
 
 
 def write_raw(
-    root: str, shards: int = 2, per_shard: int = 6, seed: int = 0, size: int = 48, lost: int | None = None
+    root: str,
+    shards: int = 2,
+    per_shard: int = 6,
+    seed: int = 0,
+    size: int = 48,
+    lost: int | None = None,
+    captions: bool = True,
 ) -> None:
     """ROOT/raw as `ingest` leaves it, pictures of ``size`` pixels, every fifth input failed, all of shard ``lost``."""
     totals: dict[str, int] = {}
@@ -53,6 +59,7 @@ def write_raw(
         for index in range(per_shard):
             key = f"{shard:05d}{index:04d}"
             picture, caption = draw(f"{seed}/{key}", size)
+            caption = caption if captions else ""
             status = "failed_to_download" if index % 5 == 4 or shard == lost else "success"
             rows.append({"url": f"http://h/{key}", "caption": caption, "key": key, "status": status})
             if status == "success":

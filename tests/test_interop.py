@@ -145,6 +145,28 @@ def test_hugging_faces_datasets_takes_types_where_the_first_samples_do_not_show_
     assert loaded == streamed == wanted
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_shard_without_samples_is_read_over(tmp_path, lost):
+    """Where the first one has none, `datasets` cannot guess the types from it and wants them."""
+    root = str(tmp_path / "ds")
+    write_raw(root, SHARDS, lost=lost)
+    pack(PackConfig(root, ("none",), workers=1))
+    rows = expected(root)
+    assert [len(list(read_shard(join(root, f"shards/0000{i}.tar")))) for i in range(SHARDS)].index(0) == lost
+    for old in (True, False):
+        assert run(WEBDATASET, root, "", old).split()[1:] == ["10", "True", rows[0][0]]
+    batches = str([(5, 3, 32, 32, 5, 77)] * 2)
+    assert run(OPEN_CLIP, root, "train", old=True).split(maxsplit=2)[2].strip() == batches
+    assert run(OPEN_CLIP, root, "val", old=False).split(maxsplit=2)[2].strip() == batches
+    types = TYPES.replace(', "syn_0", "syn_1"', "") if lost == 0 else ""
+    loaded, streamed = load_dataset(root, tmp_path, types)
+    assert loaded == streamed == rows
+    assert duckdb.sql(f"SELECT key FROM '{root}/shards/*.parquet' ORDER BY key").fetchall() == [(r[0],) for r in rows]
+    frames = pd.concat([pd.read_parquet(f"{root}/shards/0000{i}.parquet") for i in range(SHARDS)])
+    assert frames["key"].tolist() == [key for key, _, _ in rows]
+
+
 def test_duckdb_joins_the_side_files(built):
     query = f"""
         SELECT s.key, r.url, s.caption, c.captions = s.synthetic AS same, octet_length(t.image_0::BLOB) AS bytes

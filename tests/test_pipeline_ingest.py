@@ -216,9 +216,18 @@ def test_a_rerun_does_only_what_is_missing_or_changed(server, tmp_path):
     ):
         ingest(config(root, source, image_size=32))
     assert ingest(config(root, source, image_size=32, overwrite=True)).made == 3
+    before = tree(root)
+    for shorter, more in (
+        (7, r"2 shards more \(00001"),
+        (10, r"2 shards more \(00001"),
+        (13, r"1 shards more \(00002"),
+    ):
+        write_list(source, rows[:shorter])
+        with pytest.raises(UserError, match=rf"has {more} and on\) than --source .* --overwrite"):
+            ingest(config(root, source, image_size=32))
+        assert tree(root) == before, "nothing is made again first, and dataset.json stays true"
+    assert check(CheckConfig(str(root))) == []
     write_list(source, rows[:7])
-    with pytest.raises(UserError, match=r"has 2 shards more \(00001 and on\) than --source .* --overwrite"):
-        ingest(config(root, source, image_size=32))
     ingest(config(root, source, image_size=32, overwrite=True))
     assert sorted(path.name for path in (root / "raw").iterdir()) == ["00000.parquet", "00000.tar", "00000_stats.json"]
     assert check(CheckConfig(str(root))) == []

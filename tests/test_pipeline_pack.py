@@ -4,7 +4,10 @@ import io
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from pipeline.dedup import DedupConfig, dedup
 from pipeline.final_shard import DISSIMILAR
 from pipeline.pack import PackConfig, pack
 from pipeline.stage import ShardsFailed
-from shards_spec.files import UserError, join, names, read_bytes, read_json, sha256_file, write_bytes
+from shards_spec.files import UserError, join, names, read_bytes, read_json, sha256_file, write_bytes, write_json
 from shards_spec.manifest import Done, shard_ids, shard_name, shard_sizes, write_stage
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, shard_keys, write_shard
@@ -222,6 +225,78 @@ def test_a_source_with_fields_of_ours_is_packed_as_check_wants_it(root, captione
     assert all(sample.meta["caption"] == sample.caption for sample in packed)
 
 
+def test_two_at_once(root):
+    """The second one names the first; when that is killed, the next one goes on."""
+    slow = (
+        "import time, sys, pipeline.pack as p; p._sizes = lambda *_: time.sleep(600); p.pack(p.PackConfig(sys.argv[1]))"
+    )
+    first = subprocess.Popen([sys.executable, "-c", slow, root], cwd=Path(__file__).parents[1])
+    while not Path(root, "shards/00002_stats.json").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    with pytest.raises(UserError, match=f"shards is being written by process {first.pid} on "):
+        pack(PackConfig(root, workers=1))
+    first.kill()
+    first.wait()
+    pack(PackConfig(root, workers=1))
+    assert check(CheckConfig(root)) == []
+    assert not Path(root, ".pack.lock").exists()
+
+
+EMPTIES = [
+    ({0: 5, 1: 5, 2: 0}, [5, 5]), ({0: 5, 1: 0, 2: 0}, [5]), ({0: 0, 1: 0, 2: 0}, [0]), ({0: 5, 1: 0, 2: 5}, [5, 0, 5]),
+    ({0: 0, 1: 5, 2: 5}, [0, 5, 5]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("staying", "sizes"), EMPTIES)
+def test_shards_without_samples_are_written_only_inside(root, staying, sizes, caplog):
+    """At the end no number needs them: the last shard counts what was left out of the raw shards behind it."""
+    gone = {key for shard, left in staying.items() for key in shard_keys(join(root, f"raw/{shard:05d}.tar"))[left:]}
+    without_captions(root, gone)
+    config = PackConfig(root, ("none",), workers=1)
+    summary = pack(config)
+    assert (summary.shards, summary.made) == (len(sizes), len(sizes))
+    assert summary.counts == {what: n for what, n in {"success": sum(sizes), "no caption": len(gone)}.items() if n}
+    assert shard_sizes(root) == sizes
+    assert shard_ids(join(root, "shards")) == list(range(len(sizes)))
+    assert ("have no sample" in caplog.text) == (0 in sizes)
+    assert check(CheckConfig(root)) == []
+    before = tree(root)
+    assert pack(config).made == 0
+    Path(root, "shards/sizes.json").unlink()
+    assert pack(config).made == 0
+    assert tree(root) == before
+    for path in Path(root, "shards").glob("*0_*"):  # made again from the first shard on, as after a kill
+        path.unlink()
+    pack(config)
+    assert tree(root) == before
+
+
+def test_a_shard_at_the_end_comes_back_with_its_samples(root):
+    keys = set(shard_keys(join(root, "raw/00002.tar")))
+    without_captions(root, keys)
+    assert pack(PackConfig(root, ("none",), workers=1)).shards == 2
+    write_raw(root, SHARDS, per_shard=PER_SHARD + 1)
+    assert pack(PackConfig(root, ("none",), workers=1)).shards == 3
+    assert shard_sizes(root) == [PER_SHARD] * 3
+    assert check(CheckConfig(root)) == []
+
+
+def test_a_finished_dataset_with_empty_shards_at_its_end_stays_as_it_is(root):
+    """As packed before they were left out: somebody has a list of their names."""
+    without_captions(root, set(shard_keys(join(root, "raw/00002.tar"))))
+    config = PackConfig(root, ("none",), workers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.pack._sizes", lambda root, total: dict.fromkeys(map(str, range(total)), 1))
+        pack(config)
+    write_json(join(root, "shards/sizes.json"), {"00000.tar": 5, "00001.tar": 5, "00002.tar": 0})
+    assert check(CheckConfig(root)) == []
+    before = tree(root)
+    assert pack(config).shards == 3
+    assert tree(root) == before
+
+
 # equal sizes
 
 
@@ -387,7 +462,7 @@ def test_nobody_trains_on_a_mixture_of_two_sizes(equal, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.pack.remove_shards", die)  # all is made, some of it anew
+        patch.setattr("pipeline.pack._sizes", die)  # all is made, some of it anew
         with pytest.raises(KeyboardInterrupt):
             pack(PackConfig(equal, shard_size=3, workers=1, overwrite=True))
     with pytest.raises(UserError, match="run `clipmill pack"):
