@@ -139,13 +139,18 @@ def _gathered(groups: Iterator[Group]) -> Iterator[Group]:
         number += len(members)
         if number >= MOST_GATHERED:
             break
-    usual = set().union(*(members for _, members in found)) if last else set()
-    for key, members in found:
-        lacking = bool(usual - set(members)) and last is not None
-        yield key, members, last[2] if lacking and last is not None else None
+    usual = set[str]().union(*(_kinds(members) for _, members in found)) if last is not None else set[str]()
+    for key, members in found:  # of a tar that breaks off, those that may have had more behind the break are not whole
+        yield key, members, last[2] if last is not None and usual - _kinds(members) else None
     if last is not None:
         yield last
     yield from groups
+
+
+def _kinds(members: dict[str, Member]) -> set[str]:
+    """``image``, ``txt``, ``json`` …"""
+    found = {"image" if is_image(extension) else extension.rpartition(".")[2] for extension in members}
+    return found & {"image", "json", *TEXT_EXTENSIONS}
 
 
 def _image_extension(members: dict[str, Member]) -> str | None:

@@ -109,7 +109,7 @@ def subsamples(key: str, members: dict[str, T]) -> list[tuple[str, dict[str, T]]
         return [(key, members)]
     stems = dict[str, dict[str, T]]()
     for extension, member in members.items():
-        stem, _, last = extension.rpartition(".")
+        stem, last = split_extension(extension)
         stems.setdefault(stem, {})[last] = member
     images = [stem for stem, own in stems.items() if stem not in LABEL_IMAGES and any(map(is_image, own))]
     beside = TEXT_EXTENSIONS if "" in images else (*TEXT_EXTENSIONS, "json")
@@ -120,7 +120,7 @@ def subsamples(key: str, members: dict[str, T]) -> list[tuple[str, dict[str, T]]
         if (stem in images and any(name in stems[stem] for name in beside) and stem not in ("", *NAMED_IMAGES))
         or (numbered and _is_number(stem))
     ]
-    rest = {extension: member for extension, member in members.items() if extension.rpartition(".")[0] not in own}
+    rest = {extension: member for extension, member in members.items() if split_extension(extension)[0] not in own}
     left = [stem for stem in images if stem not in own]
     if len(left) > 1 and not any(stem in ("", *NAMED_IMAGES) for stem in left) and all(map(is_image, rest)):
         own, left, rest = [stem for stem in stems if stem in own or stem in left], [], {}
@@ -128,6 +128,12 @@ def subsamples(key: str, members: dict[str, T]) -> list[tuple[str, dict[str, T]]
     found = [(f"{key}.{stem}", {**shared, **stems[stem]}) for stem in own]
     found += [(key, rest)] if left else []
     return found if len(found) > 1 else [(key, members)]
+
+
+def split_extension(extension: str) -> tuple[str, str]:
+    """(longer stem, last part) of a member: ``0.jpg``, and ``0.jpg.txt`` beside it, have the stem ``0``."""
+    stem, _, last = extension.rpartition(".")
+    return (stem.rpartition(".")[0] if is_image(stem) and not is_image(last) else stem), last
 
 
 def _is_number(stem: str) -> bool:

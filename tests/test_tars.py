@@ -79,11 +79,12 @@ def test_dots_in_names_of_an_evaluation_tar(tmp_path):
 ONE = [  # webdataset's ordinary samples stay one
     ("jpg", "txt"), ("jpg", "seg.png", "txt"), ("jpg", "cls"), ("txt",), ("jpg", "json", "mask.png"),
     ("image.jpg", "caption.txt"), ("image.jpg", "mask.png", "cls"), ("rgb.jpg", "depth.png", "txt"),
-    ("0.jpg", "0.txt"), ("jpg", "0.txt", "1.txt"), ("seg.png", "seg.json", "jpg", "txt"), ("jpg", "png", "txt"),
-    ("input.jpg", "output.jpg", "edit.txt"),
+    ("0.jpg", "0.txt"), ("jpg", "jpg.txt"), ("jpg", "0.txt", "1.txt"), ("jpg", "png", "txt"),
+    ("seg.png", "seg.json", "jpg", "txt"), ("input.jpg", "output.jpg", "edit.txt"),
 ]  # fmt: skip
 SEVERAL = {
     ("0.jpg", "0.txt", "1.jpg", "1.txt"): {"k.0": {"jpg", "txt"}, "k.1": {"jpg", "txt"}},
+    ("0.jpg", "0.jpg.txt", "1.jpg", "1.jpg.txt"): {"k.0": {"jpg", "txt"}, "k.1": {"jpg", "txt"}},
     ("0.jpg", "0.txt", "1.jpg"): {"k.0": {"jpg", "txt"}, "k.1": {"jpg"}},
     ("0.jpg", "1.jpg"): {"k.0": {"jpg"}, "k.1": {"jpg"}},
     ("0.jpg", "1.jpg", "txt", "json"): {"k.0": {"jpg", "txt", "json"}, "k.1": {"jpg", "txt", "json"}},
@@ -227,6 +228,14 @@ def test_hard_links_as_gnu_tar_writes_them(tmp_path):
     subprocess.run(["tar", "-C", str(tmp_path), "-cf", f"{tmp_path}/x.tar", *names, *names[:2]], check=True)
     assert told(tmp_path / "x.tar") == [("a", "a", None), ("b", "a", None)]
     assert [sample.image for sample in read_shard(str(tmp_path / "x.tar"))] == [image(0)] * 2
+
+
+def test_images_first_with_dots_in_their_names(tmp_path):
+    members = [(f"t {n}.{m}.jpg", image(10 * n + m)) for n in range(12) for m in range(2)]
+    members = sorted(members, key=lambda member: member[0].split(".")[1])  # no two of a key side by side
+    members += [(name.replace("jpg", "txt"), name) for name, _ in members]
+    (tmp_path / "x.tar").write_bytes(tar_of(*members))
+    assert sorted(row[1] for row in told(tmp_path / "x.tar")) == sorted(name for name, _ in members[:24])
 
 
 @pytest.mark.parametrize("first", ["jpg", "txt"])
