@@ -119,8 +119,8 @@ def stored_spec(path: str, stored: dict[str, Any]) -> ViewSpec:
 class View:
     """One drawn view. ``boxes`` are the tries of the crop in order, (area, aspect) each.
 
-    They, ``left`` and ``top`` are shares in 1/65535; an operation is (index in its set, signed level). ``jitter`` is
-    empty, or the order of the four (an index of `augment.ORDERS`) and their shares in 1/65535.
+    They are shares in 1/65535, ``left`` and ``top`` in 1/65536; an operation is (index in its set, signed level).
+    ``jitter`` is empty, or the order of the four (an index of `augment.ORDERS`) and their shares in 1/65535.
     """
 
     boxes: tuple[tuple[int, int], ...]
