@@ -14,6 +14,7 @@ MAX_DEPTH = 100  # of JSON: what is nested deeper breaks those who write it agai
 TEXT_EXTENSIONS = ("txt", "caption", "text")
 NAMED_IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes", "img_bytes")
 LABEL_IMAGES = ("mask", "seg", "segmentation", "label", "semantic", "instance", "depth", "normal", "alpha", "matte")
+MOST_SHARED = 20  # members that several samples of one key may have together
 T = TypeVar("T")
 
 
@@ -111,22 +112,18 @@ def subsamples(key: str, members: dict[str, T]) -> list[tuple[str, dict[str, T]]
     for extension, member in members.items():
         stem, last = split_extension(extension)
         stems.setdefault(stem, {})[last] = member
-    images = [stem for stem, own in stems.items() if stem not in LABEL_IMAGES and any(map(is_image, own))]
+    images = {stem for stem, own in stems.items() if stem not in LABEL_IMAGES and any(map(is_image, own))}
     beside = TEXT_EXTENSIONS if "" in images else (*TEXT_EXTENSIONS, "json")
-    numbered = any(_is_number(stem) for stem in images)
-    own = [
-        stem
-        for stem in stems
-        if (stem in images and any(name in stems[stem] for name in beside) and stem not in ("", *NAMED_IMAGES))
-        or (numbered and _is_number(stem))
-    ]
+    paired = {stem for stem in images - {"", *NAMED_IMAGES} if not stems[stem].keys().isdisjoint(beside)}
+    numbered = {stem for stem in stems if _is_number(stem)} if any(map(_is_number, images)) else set()
+    own = paired | numbered
+    left = images - own
     rest = {extension: member for extension, member in members.items() if split_extension(extension)[0] not in own}
-    left = [stem for stem in images if stem not in own]
-    if len(left) > 1 and not any(stem in ("", *NAMED_IMAGES) for stem in left) and all(map(is_image, rest)):
-        own, left, rest = [stem for stem in stems if stem in own or stem in left], [], {}
-    shared = {} if left else rest
-    found = [(f"{key}.{stem}", {**shared, **stems[stem]}) for stem in own]
-    found += [(key, rest)] if left else []
+    if len(left) > 1 and left.isdisjoint(("", *NAMED_IMAGES)) and all(map(is_image, rest)):
+        own, left, rest = own | left, set(), {}
+    shared = rest if not left and len(rest) <= MOST_SHARED else {}
+    found = [(f"{key}.{stem}", {**shared, **stems[stem]}) for stem in stems if stem in own]
+    found += [(key, rest)] if rest and not shared else []
     return found if len(found) > 1 else [(key, members)]
 
 

@@ -112,6 +112,18 @@ def test_several_samples_under_one_key(extensions):
     assert {member for _, own in found for member in own.values()} == set(extensions)
 
 
+def test_a_whole_tar_under_one_key(tmp_path):
+    """``frame.000001.jpg`` is a usual name: as many samples as there are, in time that grows as they do."""
+    members = [(f"frame.{n:06d}.{ending}", b"x") for n in range(20_000) for ending in ("jpg", "txt")]
+    found = subsamples("frame", {name.partition(".")[2]: name for name, _ in members})
+    assert [key for key, _ in found] == [f"frame.{n:06d}" for n in range(20_000)]
+    lone = {f"{n}.jpg": n for n in range(20_000)} | {f"a{n}.txt": n for n in range(20_000)}
+    found = subsamples("x", lone)
+    assert sum(len(own) for _, own in found) == len(lone)
+    (tmp_path / "x.tar").write_bytes(tar_of(*members[:4000], form=tarfile.USTAR_FORMAT))
+    assert len(rows_of(tmp_path / "x.tar")) == len(list(read_shard(str(tmp_path / "x.tar")))) == 2000
+
+
 def test_what_stays_ambiguous_is_counted(tmp_path):
     (tmp_path / "x.tar").write_bytes(tar_of(("x.left.jpg", image(0)), ("x.right.jpg", image(1)), ("x.txt", "both")))
     assert told(tmp_path / "x.tar") == [("x", "both", None), ("x.right", None, "several images under one key")]
