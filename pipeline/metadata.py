@@ -33,7 +33,8 @@ from shards_spec.sample import parse_object
 log = logging.getLogger(__name__)
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 LISTS = re.compile(
-    r".*caption.*\.(txt|csv|tsv|json)|metadata\.(tsv|json)|results.*\.(csv|token)|.*\.token(\.txt)?|dataset_.*\.json",
+    r"(?!.*lemma)"  # Flickr8k's captions come in basic forms, too
+    r"(.*caption.*\.(txt|csv|tsv|json)|metadata\.(tsv|json)|results.*\.(csv|token)|.*\.token(\.txt)?|dataset_.*\.json)",
     re.IGNORECASE,
 )
 TEXT_NAMES = ("text", "caption", *CAPTION_NAMES, "captions", "texts", "comment", "sentence")
@@ -59,6 +60,7 @@ def is_list(name: str, files: dict[str, Any]) -> bool:
 def read_lists(folder: str, found: list[str], prefixes: list[str], given: str | None) -> dict[str, list[Caption]]:
     """Path below the folder to its captions in the lists ``found``; of a line without a file, the line's number.
 
+    A metadata file comes before those above it and before other lists; of several others each text counts once.
     ``prefixes`` are those of all folders, ``given`` names the caption column. Raises UserError for a list that cannot
     be read or has not the columns.
     """
@@ -78,12 +80,16 @@ def read_lists(folder: str, found: list[str], prefixes: list[str], given: str | 
                 log.warning("%s: left out, %s", path, why)
                 continue
             prefix = where
+        listed = dict[str, list[Caption]]()
         for number, (file, own) in enumerate(entries, start=1):
             if file is None:
                 problem = next((one.problem for one in own if one.problem == NO_COLUMN), NO_FILE)
-                captions[f"{below}:{number}"] = [Caption(None, problem)]
+                listed[f"{below}:{number}"] = [Caption(None, problem)]
             else:
-                captions.setdefault(prefix + _plain(join(folder, prefix), file), []).extend(own)
+                listed.setdefault(prefix + _plain(join(folder, prefix), file), []).extend(own)
+        for inside, own in listed.items():
+            before = captions.get(inside, []) if name.lower() not in METADATA else []
+            captions[inside] = before + [one for one in own if not before or one not in before]
     return captions
 
 

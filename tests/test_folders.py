@@ -358,3 +358,17 @@ def test_img2datasets_folders_of_files(tmp_path, caplog):
     fill(tmp_path, ("00000_stats.json", "{}"))
     assert told(tmp_path) == [("00000/000000000.jpg", "a", None), ("00000/000000001.jpg", "b", None)]
     assert "files that are not taken: 3 .json" in caplog.text
+
+
+def test_several_lists_of_the_same_images(tmp_path):
+    images(tmp_path, "1.jpg", "2.jpg", "in/3.jpg")
+    fill(tmp_path, ("captions_de.txt", "image,caption\n1.jpg,eins\n2.jpg,zwei\n"))
+    fill(tmp_path, ("captions_en.txt", "image,caption\n1.jpg,one\n2.jpg,zwei\n"))
+    fill(tmp_path, ("Flickr8k.lemma.token.txt", "1.jpg#0\tlemma\n"))
+    assert told(tmp_path)[:3] == [("1.jpg", "eins", None), ("1.jpg", "one", None), ("2.jpg", "zwei", None)]
+    fill(
+        tmp_path,
+        ("metadata.csv", "file_name,text\n1.jpg,top\nin/3.jpg,outer\n"),
+        ("in/metadata.csv", "file_name,text\n3.jpg,inner\n"),
+    )
+    assert told(tmp_path) == [("1.jpg", "top", None), ("2.jpg", "zwei", None), ("in/3.jpg", "inner", None)]
