@@ -11,9 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline.raw_shard import FOLDER
 from pipeline.stage import Result, Task
 from shards_spec.files import (
@@ -28,6 +25,7 @@ from shards_spec.files import (
     read_json,
     sha256_file,
 )
+from shards_spec.library_errors import read_table
 from shards_spec.manifest import STATS_PATTERN, forget, shard_name
 from shards_spec.sample import check_key
 from shards_spec.tar import shard_keys
@@ -115,11 +113,7 @@ def _readable_keys(path: str) -> list[str]:
 
 def _keys(path: str) -> list[str]:
     """Keys of the samples by the Parquet file. Raises DataError when it is missing or broken."""
-    try:
-        with open_read(f"{path}.parquet") as file:
-            rows = pq.read_table(file, columns=["key", "status"]).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}.parquet cannot be read ({error}); {MEND}") from error
+    rows = read_table(f"{path}.parquet", ["key", "status"], mend=MEND).to_pylist()
     return [row["key"] for row in rows if row["status"] == "success"]
 
 

@@ -43,12 +43,12 @@ from shards_spec.files import (
     UserError,
     atomic_writer,
     join,
-    open_read,
     sha256_bytes,
     sha256_file,
     sha256_json,
 )
 from shards_spec.images import decode_rgb
+from shards_spec.library_errors import column_names, read_table
 from shards_spec.manifest import file_hashes, finished_shards, forget, read_done, shard_name
 from shards_spec.tar import read_shard
 
@@ -123,11 +123,7 @@ def check_fresh(root: str, shards: list[int]) -> None:
 
 def read_dropped(path: str) -> dict[str, str]:
     """Key to reason of one shard's list. Raises DataError for a file that is no such list."""
-    try:
-        with open_read(path) as file:
-            table = pq.read_table(file, columns=["key", "reason"])
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error}); delete it and run dedup again") from error
+    table = read_table(path, ["key", "reason"], mend="delete it and run dedup again")
     return dict(zip(table.column("key").to_pylist(), table.column("reason").to_pylist(), strict=True))
 
 
@@ -152,8 +148,7 @@ def read_entries(root: str, near: bool, shard: int) -> Entries:
     there = [name for name in wanted if name in columns]
     if not {"key", "status"} <= set(there):
         raise DataError(f"{path}: no columns key and status; run ingest again")
-    with open_read(path) as file:
-        rows = [row for row in pq.read_table(file, columns=there).to_pylist() if row["status"] == "success"]
+    rows = [row for row in read_table(path, there, mend="run ingest again").to_pylist() if row["status"] == "success"]
     keys = [row["key"] for row in rows]
     if "sha256" not in there or (near and "phash" not in there):
         found = _from_tar(join(root, "raw", f"{shard_name(shard)}.tar"), near and "phash" not in there)
@@ -173,12 +168,7 @@ def _raw_parquet(root: str, shard: int) -> str:
 
 
 def _columns(path: str) -> list[str]:
-    try:
-        with open_read(path) as file:
-            columns: list[str] = pq.read_schema(file).names
-        return columns
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error}); run ingest again") from error
+    return column_names(path, mend="run ingest again")
 
 
 def _from_tar(path: str, near: bool) -> dict[str, tuple[str, str | None]]:

@@ -21,6 +21,7 @@ from pipeline.labels import LabelRule, load_labeller
 from pipeline.likeness import caption_problem
 from pipeline.stage import Result, Task
 from shards_spec.files import DataError, atomic_writer, join, json_bytes, open_read, remove, sha256_file
+from shards_spec.library_errors import open_table, parquet_errors
 from shards_spec.manifest import forget, shard_name
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, write_shard
@@ -176,11 +177,8 @@ def read_captions(path: str, keys: tuple[str, ...] | None, least: float | None) 
     these columns or repeats a key.
     """
     wanted = ["key", "captions", *(["similarities", "original_similarity"] if least is not None else [])]
-    try:
-        with open_read(path) as file:
-            table = pq.ParquetFile(file).read(columns=wanted)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error}); delete it and run caption again") from error
+    with parquet_errors(path, mend="delete it and run caption again"), open_read(path) as file:
+        table = open_table(path, file).read(columns=wanted)
     if missing := set(wanted) - set(table.column_names):
         mend = NEED_SIMILARITY if least is not None else "delete it and run caption again"
         raise DataError(f"{path}: no column {max(missing)}; {mend}")

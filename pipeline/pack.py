@@ -11,9 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline import hygiene
 from pipeline.dedup import FOLDER as DEDUP
 from pipeline.dedup import check_fresh
@@ -22,7 +19,8 @@ from pipeline.labels import FUNCTION_WORDS, LabelRule, load_labeller
 from pipeline.reshard import forget_plan, inputs_of, plan, ranges
 from pipeline.stage import ALL, Root, Share, Stage, Summary, Task, run_stage, same_config, upstream_shards
 from pipeline.wordnet import find_wordnet
-from shards_spec.files import UserError, exists, join, names, open_read, read_bytes, write_json
+from shards_spec.files import DataError, UserError, exists, join, names, read_bytes, write_json
+from shards_spec.library_errors import column_names
 from shards_spec.lock import locked
 from shards_spec.manifest import finished_shards, read_done, shard_name
 
@@ -215,8 +213,8 @@ def _need_similarities(config: PackConfig, captioners: tuple[str, ...], shards: 
         raise UserError(f"{NEED_SIMILARITY}, and no captions are packed; leave it out")
     for name in captioners:
         path = join(config.root, f"captions/{name}/{shard_name(shards[0])}.parquet")
-        with contextlib.suppress(pa.ArrowInvalid), open_read(path) as file:  # the shard's own work tells a broken one
-            if "similarities" not in pq.read_schema(file).names:
+        with contextlib.suppress(DataError):  # the shard's own work tells a broken one
+            if "similarities" not in column_names(path):
                 raise UserError(f"captions/{name} has no column similarities: {NEED_SIMILARITY}")
 
 

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from pipeline.ahead import ahead
 from pipeline.final_shard import Choice, Chooser, Part
 from pipeline.stage import LOOK_AHEAD, Result, Stage, Summary, Task, run_stage
-from shards_spec.files import DataError, atomic_writer, exists, is_url, join, open_read, read_buffer, sha256_file
+from shards_spec.files import DataError, atomic_writer, exists, is_url, join, read_buffer, sha256_file
+from shards_spec.library_errors import read_table
 from shards_spec.manifest import file_hash, forget, remove_shards, remove_stage, shard_name
 from shards_spec.sample import Sample
 from shards_spec.tar import index_shard
@@ -89,11 +90,7 @@ def ranges(root: str, shards: list[int], choice: Choice, size: int) -> Iterator[
 
     def read(shard: int) -> tuple[int, pa.Table, dict[str, str]]:
         path = f"{FOLDER}/{shard_name(shard)}.parquet"
-        try:
-            with open_read(join(root, path)) as file:
-                table = pq.read_table(file)
-        except (pa.ArrowException, FileNotFoundError) as error:
-            raise DataError(f"{path} cannot be read ({error}): delete {FOLDER}/ and run pack again") from error
+        table = read_table(join(root, path), mend=f"delete {FOLDER}/ and run pack again")
         return shard, table, {**inputs_of(root, shard, choice), path: file_hash(root, FOLDER, shard, path)}
 
     parts, inputs, taken, number = list[Part](), dict[str, str](), 0, 0

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from itertools import groupby, islice
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from pipeline.fetch import MAY_PASS
 from pipeline.raw_shard import FOLDER, Inputs
 from pipeline.sources import Row
 from pipeline.stage import Task
-from shards_spec.files import UserError, join, open_read, remove, sha256_json
+from shards_spec.files import UserError, join, remove, sha256_json
+from shards_spec.library_errors import read_table
 from shards_spec.manifest import Done, finished_shards, read_dataset, read_done, shard_name
 
 PASS = "retry pass"  # name of the input that tells an additional shard; its value is the number of the pass
@@ -109,6 +108,6 @@ def _latest(root: str, base: int, passes: list[int]) -> Iterator[dict[str, Any]]
 
 def _rows(root: str, numbers: list[int], retry_pass: int) -> Iterator[dict[str, Any]]:
     for number in numbers:
-        with open_read(join(root, FOLDER, f"{shard_name(number)}.parquet")) as file:
-            for row in pq.read_table(file, columns=COLUMNS).to_pylist():
-                yield {**row, "pass": retry_pass}
+        table = read_table(join(root, FOLDER, f"{shard_name(number)}.parquet"), COLUMNS, mend="run ingest again")
+        for row in table.to_pylist():
+            yield {**row, "pass": retry_pass}

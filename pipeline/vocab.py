@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.catlip_vocab import catlip_bytes, read_catlip
 from pipeline.labels import LabelRule
 from pipeline.stage import Root, upstream_shards
 from pipeline.wordnet import load_wordnet
 from shards_spec.files import DataError, UserError, join, open_read, read_bytes, remove_stale, write_bytes
+from shards_spec.library_errors import open_table, parquet_errors
 from shards_spec.manifest import read_dataset, shard_name, write_stage
 from shards_spec.names import check_name
 from shards_spec.vocab import Vocabulary, build_vocabulary, rule_of
@@ -155,8 +155,9 @@ def coverage(root: str, shards: list[int], source: str, vocabulary: Vocabulary) 
 
 
 def _labels(root: str, shard: int, source: str) -> Iterator[Labels]:
-    with open_read(join(root, "shards", f"{shard_name(shard)}.parquet")) as file:
-        for batch in pq.ParquetFile(file).iter_batches(columns=["synsets"]):
+    path = join(root, "shards", f"{shard_name(shard)}.parquet")
+    with parquet_errors(path, mend="run pack again"), open_read(path) as file:
+        for batch in open_table(path, file).iter_batches(columns=["synsets"]):
             column = batch.column(0)
             captions, sample = pc.list_flatten(column), pc.list_parent_indices(column).to_numpy()
             first = np.append(True, sample[1:] != sample[:-1])[: len(sample)]  # the original, SPEC.md §3

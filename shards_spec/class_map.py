@@ -5,9 +5,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from shards_spec.files import DataError, read_bytes, sha256_bytes, write_bytes
+from shards_spec.class_names import LINE_END
+from shards_spec.files import UserError, read_bytes, sha256_bytes, write_bytes
+from shards_spec.library_errors import decode_text, no_regular_file
 
 Case = Literal["exact", "mean", "nearest", "none"]
+HEADER = "# clipmill class map "
 COLUMNS = "class\tcase\tsimilarity\twnids\tlemmas"
 
 
@@ -51,7 +54,7 @@ class ClassMap:
 
     def write(self, path: str) -> None:
         """Write the TSV: a ``#`` header line, column names, rows."""
-        head = f"# clipmill class map {json.dumps(self.header, sort_keys=True)}\n{COLUMNS}\n"
+        head = f"{HEADER}{json.dumps(self.header, sort_keys=True)}\n{COLUMNS}\n"
         write_bytes(path, (head + "".join(_line(row) for row in self.rows)).encode())
 
     @property
@@ -66,20 +69,33 @@ def _line(row: ClassRow) -> str:
 
 
 def read_class_map(path: str) -> ClassMap:
-    """Read the TSV; rows may have been mended by hand. Raises DataError naming the line that is broken."""
+    """Read the TSV; rows may have been mended by hand. Raises UserError naming the line that is broken."""
+    if reason := no_regular_file(path):
+        raise UserError(f"{path} {reason}; a class map is a file that `clipmill classes` makes")
     try:
-        lines = read_bytes(path).decode().splitlines()
-        if len(lines) < 2 or not lines[0].startswith("# clipmill class map ") or lines[1] != COLUMNS:
+        lines = LINE_END.split(decode_text(path, read_bytes(path)).rstrip("\r\n"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there; make it with `clipmill classes`") from error
+    try:
+        if len(lines) < 2 or not lines[0].startswith(HEADER) or lines[1] != COLUMNS:
             raise ValueError
-        header = json.loads(lines[0].removeprefix("# clipmill class map "))
-    except ValueError as error:
-        raise DataError(f"{path}: not a clipmill class map; make it with `clipmill classes`") from error
+        header = json.loads(lines[0].removeprefix(HEADER))
+        if not isinstance(header, dict):
+            raise ValueError
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a clipmill class map; make it with `clipmill classes`") from error
     rows = []
     for number, line in enumerate(lines[2:], start=3):
         fields = line.split("\t")
-        if len(fields) != 5 or fields[1] not in get_args(Case) or (fields[1] == "none") != (not fields[3]):
-            raise DataError(f"{path}: line {number} is broken: {line!r}; make it again with `clipmill classes`")
-        wnids, lemmas = (tuple(part for part in text.split(",") if part) for text in fields[3:])
+        try:
+            if len(fields) != 5 or fields[1] not in get_args(Case) or (fields[1] == "none") != (not fields[3]):
+                raise ValueError
+            similarity = float(fields[2]) if fields[2] else None
+        except ValueError as error:
+            raise UserError(
+                f"{path}: line {number} is broken: {line[:80]!r}; mend it, or make it again with `clipmill classes`"
+            ) from error
+        wnids, lemmas = (tuple(part.strip() for part in text.split(",") if part.strip()) for text in fields[3:])
         case: Case = fields[1]  # type: ignore[assignment]  # one of them, as was just seen
-        rows.append(ClassRow(fields[0], case, wnids, lemmas, float(fields[2]) if fields[2] else None))
+        rows.append(ClassRow(fields[0], case, wnids, lemmas, similarity))
     return ClassMap(tuple(rows), header)

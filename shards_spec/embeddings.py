@@ -17,9 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards_spec.files import DataError, atomic_writer, is_url, open_read, sha256_bytes
+from shards_spec.library_errors import open_table, parquet_errors
 
 Dtype = Literal["float32", "float16", "int8"]
 STORED: dict[str, Any] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "int8": np.dtype("i1")}
+MEND = "delete it and run `clipmill cache` again"
 LAYOUT = 2  # of a file; 1 had several pages per column and no identities
 
 
@@ -118,12 +120,7 @@ def _fixed_binary(column: Vectors) -> Any:
 
 
 def _opened(path: str, file: Any) -> tuple[Any, dict[str, Any]]:
-    try:
-        parquet = pq.ParquetFile(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(
-            f"{path}: not a readable Parquet file ({error}); delete it and run `clipmill cache` again"
-        ) from error
+    parquet = open_table(path, file)
     stored = (parquet.schema_arrow.metadata or {}).get(b"clipmill")
     if stored is None:
         raise DataError(f"{path}: no clipmill metadata in it; it is not a teacher cache")
@@ -132,7 +129,7 @@ def _opened(path: str, file: Any) -> tuple[Any, dict[str, Any]]:
 
 def read_meta(path: str) -> dict[str, Any]:
     """The cache file's own metadata. Raises DataError when the file is no teacher cache."""
-    with open_read(path) as file:
+    with parquet_errors(path, mend=MEND), open_read(path) as file:
         return _opened(path, file)[1]
 
 
@@ -146,7 +143,7 @@ class EmbeddingFile:
 
     def __init__(self, path: str, at: str | None = None) -> None:
         self.path, self._at = path, at or path
-        with open_read(self._at) as file:
+        with parquet_errors(path, mend=MEND), open_read(self._at) as file:
             parquet, self.meta = _opened(path, file)
             if self.meta.get("layout") != LAYOUT:
                 raise DataError(
@@ -156,17 +153,19 @@ class EmbeddingFile:
             self.names = [name for name in parquet.schema_arrow.names if name.startswith(("image_", "text_"))]
             self.names = [name for name in self.names if not name.endswith("_scale")]
             small = parquet.read([name for name in parquet.schema_arrow.names if name not in self.names])
-        self.keys: list[str] = small.column("key").to_pylist()
-        self._small = {
-            name: small.column(name).to_numpy() if not small.column(name).null_count else _filled(small.column(name))
-            for name in small.column_names[1:]
-        }
-        self.dim, self.dtype = self.meta["dim"], STORED[self.meta["dtype"]]
-        self._ends = dict[str, int]()  # where each column's vectors end
-        if parquet.metadata.num_row_groups:
-            group = parquet.metadata.row_group(0)
-            for chunk in map(group.column, range(group.num_columns)):
-                self._ends[chunk.path_in_schema] = chunk.data_page_offset + chunk.total_compressed_size
+            self.keys: list[str] = small.column("key").to_pylist()
+            self._small = {
+                name: small.column(name).to_numpy()
+                if not small.column(name).null_count
+                else _filled(small.column(name))
+                for name in small.column_names[1:]
+            }
+            self.dim, self.dtype = self.meta["dim"], STORED[self.meta["dtype"]]
+            self._ends = dict[str, int]()  # where each column's vectors end
+            if parquet.metadata.num_row_groups:
+                group = parquet.metadata.row_group(0)
+                for chunk in map(group.column, range(group.num_columns)):
+                    self._ends[chunk.path_in_schema] = chunk.data_page_offset + chunk.total_compressed_size
         self._whole, self._valid = dict[str, Vectors](), dict[str, np.ndarray]()
         if not is_url(self._at):
             self._descriptor = os.open(self._at, os.O_RDONLY)
@@ -212,12 +211,14 @@ class EmbeddingFile:
         if name not in self._valid:
             known = self.ids(name)
             if known is None:  # a file without identities: the column itself says where it is null
-                with open_read(self._at) as file:
-                    known = pq.read_table(file, columns=[name]).column(name).is_valid().to_numpy()
+                with parquet_errors(self.path, mend=MEND), open_read(self._at) as file:
+                    known = open_table(self.path, file).read(columns=[name]).column(name).is_valid().to_numpy()
             self._valid[name] = known != 0
         return self._valid[name]
 
     def _read(self, start: int, end: int) -> bytes:
+        if start < 0:
+            raise DataError(f"{self.path}: shorter than its columns; {MEND}")
         if not is_url(self._at):
             data = os.pread(self._descriptor, end - start, start)
         else:
@@ -225,7 +226,7 @@ class EmbeddingFile:
                 file.seek(start)
                 data = file.read(end - start)
         if len(data) != end - start:
-            raise DataError(f"{self.path}: shorter than its footer says; delete it and run `clipmill cache` again")
+            raise DataError(f"{self.path}: shorter than its footer says; {MEND}")
         return data
 
 

@@ -118,6 +118,33 @@ def open_table(path: str, file: IO[bytes], given: bool = False) -> Any:
         return table
 
 
+def read_table(path: str, columns: list[str] | None = None, given: bool = False, mend: str = "") -> Any:
+    """These columns of a Parquet file, or all, as a `pyarrow.Table`.
+
+    Raises UserError or DataError also when the file is not there, or has no such column.
+    """
+    try:
+        with parquet_errors(path, given, mend), open_read(path) as file:
+            table = open_table(path, file, given)
+            missing = [name for name in columns or () if name not in table.schema_arrow.names]
+            if missing:
+                own = UserError if given else DataError
+                raise own(f"{path}: no column {missing[0]}; {mend or (FETCH if given else REMAKE)}")
+            return table.read(columns=columns)
+    except FileNotFoundError as error:
+        raise as_own(path, error, "Parquet file", given, mend) from error
+
+
+def column_names(path: str, given: bool = False, mend: str = "") -> list[str]:
+    """The columns of a Parquet file. Raises UserError or DataError also when the file is not there."""
+    try:
+        with parquet_errors(path, given, mend), open_read(path) as file:
+            names: list[str] = open_table(path, file, given).schema_arrow.names
+            return names
+    except FileNotFoundError as error:
+        raise as_own(path, error, "Parquet file", given, mend) from error
+
+
 @contextmanager
 def json_errors(path: str, given: bool = False, mend: str = "") -> Iterator[None]:
     """Around parsing JSON: no JSON, no UTF-8, nested too deep, a number of more digits than Python converts."""

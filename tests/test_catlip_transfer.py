@@ -1,6 +1,7 @@
 """Transfer Init, class maps, and pictures of classes."""
 
 from collections import Counter, deque
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,10 +143,17 @@ def test_class_map_file(tmp_path, net):
         class_map_of(out, ["cat", "dog"], vocabulary)
     with open(out, "a") as file:
         file.write("cat\texact\t\t\t\n")
-    with pytest.raises(DataError, match="line 6 is broken"):
+    with pytest.raises(UserError, match="line 6 is broken"):
         read_class_map(out)
-    with pytest.raises(DataError, match="not a clipmill class map"):
-        read_class_map(str(tmp_path / "all.tsv"))
+    for name, said in (("all.tsv", "not a clipmill class map"), ("absent.tsv", "is not there"), (".", "is a folder")):
+        with pytest.raises(UserError, match=said):
+            read_class_map(str(tmp_path / name))
+    lines = Path(out).read_bytes().splitlines()[:-1]
+    Path(out).write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines) + b"\r\n")  # as an editor on Windows leaves it
+    assert len(read_class_map(out).rows) == len(lines) - 2
+    Path(out).write_bytes(b"\n".join([*lines, b"cat\tnearest\tnear\tn1\tx"]))
+    with pytest.raises(UserError, match=f"line {len(lines) + 1} is broken"):
+        read_class_map(out)
     with pytest.raises(UserError, match="--alpha 0"):
         ClassesConfig("x", "y", "z", alpha=0)
 

@@ -147,3 +147,78 @@ def test_long_texts_are_cut():
     assert len(short(RuntimeError("x\n" * 40_000))) < LONGEST + 5
     assert short(RuntimeError()) == "RuntimeError"
     assert short(KeyError("Field 'x'")) == "Field 'x'"
+
+
+def readers(tmp_path):
+    """(name, call) for every reader of a Parquet file of the dataset; the file is ``x`` in all of them."""
+    from functools import partial
+
+    from pipeline.adopt import _keys
+    from pipeline.dedup import read_dropped, read_entries
+    from pipeline.final_shard import read_captions
+    from pipeline.report.columns import read_columns
+    from pipeline.retry import _rows
+    from pipeline.vocab import _labels
+    from shards_spec.embeddings import EmbeddingFile, read_meta
+
+    for folder in ("raw", "shards"):
+        (tmp_path / folder).mkdir()
+    root, raw = str(tmp_path), tmp_path / "raw/00000.parquet"
+    yield raw, lambda: _keys(str(raw.with_suffix("")))
+    yield raw, partial(read_dropped, str(raw))
+    yield raw, partial(read_entries, root, False, 0)
+    yield raw, partial(read_captions, str(raw), None, None)
+    yield raw, lambda: list(_rows(root, [0], 0))
+    yield tmp_path / "shards/00000.parquet", lambda: list(_labels(root, 0, "all"))
+    yield raw, partial(EmbeddingFile, str(raw))
+    yield raw, partial(read_meta, str(raw))
+
+    def problems():
+        found = list[str]()
+        read_columns(str(raw), ["key"], found)
+        raise DataError(*found)
+
+    yield raw, problems
+
+
+@pytest.mark.parametrize("kind", ["twice", "pointer", "cut", "empty"])
+def test_every_reader_of_parquet_names_the_file(tmp_path, kind):
+    names = ["key", "status", "reason", "captions", "synsets", "key"]
+    good = tmp_path / "good.parquet"
+    pq.write_table(pa.table([pa.array(["a"]) for _ in names], names=names), good)
+    data = {"twice": good.read_bytes(), "pointer": POINTER, "cut": good.read_bytes()[:-30], "empty": b""}[kind]
+    tried = 0
+    for path, read in readers(tmp_path):
+        path.write_bytes(data)
+        with pytest.raises(DataError) as found:
+            read()
+        text = str(found.value)
+        assert str(path) in text
+        assert {"twice": "'key' more than once", "pointer": "git lfs pull"}.get(kind, "") in text
+        assert len(text) < len(str(path)) + 2 * LONGEST
+        tried += 1
+    assert tried == 9
+
+
+def test_every_flip_in_a_teacher_cache_is_read_or_named(tmp_path):
+    import numpy as np
+
+    from shards_spec.embeddings import EmbeddingFile, Vectors, write_vectors
+
+    path = tmp_path / "00000.parquet"
+    rows = np.arange(12, dtype=np.float16).reshape(3, 4)
+    vectors = Vectors(rows, None, np.array([True, True, True]))
+    write_vectors(str(path), ["a", "b", "c"], {"image_0": vectors}, {}, {"dim": 4, "dtype": "float16"})
+    whole, said = path.read_bytes(), list[str]()
+    assert np.array_equal(EmbeddingFile(str(path)).row("image_0", 1), rows[1])
+    for at in range(0, len(whole), 3):
+        flipped = bytearray(whole)
+        flipped[at] ^= 0xFF
+        for data in (bytes(flipped), whole[:at]):
+            path.write_bytes(data)
+            try:
+                EmbeddingFile(str(path)).row("image_0", 1)
+            except DataError as error:
+                said.append(str(error))
+    assert len(said) > len(whole) // 3
+    assert all(str(path) in text and len(text) < len(str(path)) + 2 * LONGEST for text in said)

@@ -196,6 +196,8 @@ def class_map_of(path: str, classes: list[str], vocabulary: Vocabulary) -> Class
     rows = {row.name: row for row in found.rows}
     if missing := [name for name in classes if name not in rows]:
         raise UserError(f"{path} has no row for {len(missing)} classes, first {missing[0]!r}: make it of these classes")
+    if unknown := [wnid for row in found.rows for wnid in row.wnids if wnid not in vocabulary.index]:
+        raise UserError(f"{path} names {unknown[0]}, which is not in the vocabulary; mend that row")
     ordered = ClassMap(tuple(rows[name] for name in classes), found.header)
     log.info("Transfer Init of %s", ordered.summary)
     return ordered

@@ -4,9 +4,6 @@ import math
 from collections import Counter
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline.report.axes import logarithmic, short, total
 from pipeline.report.charts import Chart, Line, Plot, Rule, line_chart
 from pipeline.report.columns import ASPECT_UNIT, COSINE_UNIT, LOGPROB_UNIT, Tally, count_dataset, parquet_files
@@ -15,7 +12,8 @@ from pipeline.report.samples import draw_samples
 from pipeline.report.stages import foreign_counts, funnel, losses, mismatches, ordered, stage_row
 from pipeline.report.text import flatten
 from shards_spec.embeddings import read_meta
-from shards_spec.files import DataError, join, names, open_read
+from shards_spec.files import DataError, UserError, join, names, open_read
+from shards_spec.library_errors import open_table, parquet_errors
 from shards_spec.manifest import read_dataset
 from shards_spec.vocab import Vocabulary, read_vocabulary
 
@@ -155,13 +153,13 @@ def _teacher(root: str, name: str, problems: list[str]) -> dict[str, Any]:
     for path in files:
         try:
             meta = meta or read_meta(path)
-            with open_read(path) as file:
-                footer = pq.ParquetFile(file)
+            with parquet_errors(path), open_read(path) as file:
+                footer = open_table(path, file)
                 columns = columns or footer.schema_arrow.names
                 rows += footer.metadata.num_rows
                 size += file.seek(0, 2)
-        except (DataError, pa.ArrowException, OSError) as error:
-            problems.append(f"{path} cannot be read: {str(error).splitlines()[0]}")
+        except (DataError, UserError, FileNotFoundError) as error:
+            problems.append(str(error))
     facts = [
         ("model", " ".join(str(meta[part]) for part in ("model", "pretrained") if meta.get(part)) or "–"),
         ("samples", f"{rows:,} in {len(files):,} shards"),
