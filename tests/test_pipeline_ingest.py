@@ -431,7 +431,7 @@ def test_broken_img2dataset_shards_fail_by_name_and_others_go_on(tmp_path):
     assert lines[0] == "ingest: 4 of 6 shards failed"
     expected = [
         "00001.tar: truncated tar, last whole member",
-        "00002.parquet cannot be read",
+        "00002.parquet is not there",
         "00003_stats.json: not a readable JSON file",
         "00004.tar: is not there",
     ]
