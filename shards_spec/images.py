@@ -10,7 +10,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 
-from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from shards_spec.effort import jpeg2000_blocks, jpeg_scans
 from shards_spec.files import DataError
@@ -81,7 +81,7 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile
     try:
         image = Image.open(io.BytesIO(_bare_png(data) if data.startswith(PNG_START) else data), formats=formats)
     except UnidentifiedImageError as error:
-        raise BadImage("not an image") from error
+        raise BadImage("unsupported TIFF" if _is_odd_tiff(data) else "not an image") from error
     except Image.DecompressionBombError as error:
         raise BadImage("too many pixels") from error
     except Exception as error:  # hostile bytes make Pillow's readers raise anything
@@ -97,6 +97,15 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile
     if image.format == "JPEG2000" and jpeg2000_blocks(data) > MAX_BLOCKS:
         raise BadImage("too many code-blocks")
     return image
+
+
+def _is_odd_tiff(data: bytes) -> bool:
+    """Whether the bytes are a TIFF of samples that Pillow has no mode for: floats of 16 or 64 bits, three floats."""
+    try:
+        TiffImagePlugin.TiffImageFile(io.BytesIO(data))
+    except Exception as error:
+        return "unknown pixel mode" in str(error)
+    return False
 
 
 def load_rgb(image: ImageFile.ImageFile) -> Image.Image:

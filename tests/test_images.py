@@ -139,6 +139,15 @@ def test_16_bit_colours_of_an_unknown_depth_are_refused(data):
 PALETTE = png_chunk(b"PLTE", b"\0\0\0\x09\x09\x09")
 
 
+@pytest.mark.parametrize("data", [
+    tiff(ramp(0, 1, "f8")), tiff(ramp(0, 1, "f2")), tiff(np.full((8, 8, 3), 0.5, np.float32), 2),
+    tiff(np.full((8, 8, 2), 9, np.uint16), t338=[2]), tiff(ramp(0, 255, "u8")),
+])  # fmt: skip
+def test_tiffs_of_samples_that_pillow_has_no_mode_for_are_named(data):
+    with pytest.raises(DataError, match=r"^does not decode: unsupported TIFF$"):
+        decode_rgb(data)
+
+
 def grey_key(value: int) -> bytes:
     return png_chunk(b"tRNS", value.to_bytes(2, "big"))
 
@@ -238,13 +247,17 @@ def test_evaluation_sees_what_clip_benchmark_sees(name):
     assert (ours.mode, ours.size, ours.tobytes()) == ("RGB", theirs.size, theirs.convert("RGB").tobytes())
 
 
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    return load_model(tiny_clip(tmp_path_factory.mktemp("student") / "model"), random_weights=True)
+
+
 @pytest.mark.parametrize("name", ODD)
-def test_every_stage_sees_the_same_pixels(name, tmp_path):
+def test_every_stage_sees_the_same_pixels(name, tmp_path, student):
     data, spec = ODD[name], ViewSpec(scale=None)
     expected = decode_rgb(data)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.jpg").write_bytes(data)
-    student = load_model(tiny_clip(tmp_path / "model"), random_weights=True)
     side, rows = student.image_size, FolderPictures(tmp_path)
     crop = (min(expected.size),) * 2
     left, top = ((whole - part) / 2 for whole, part in zip(expected.size, crop, strict=True))
@@ -316,7 +329,7 @@ def hostile(tmp_path_factory) -> str:
     return root
 
 
-def test_stages_name_hostile_bytes_and_keep_the_rest(hostile, tmp_path, caplog):
+def test_stages_name_hostile_bytes_and_keep_the_rest(hostile, student, tmp_path, caplog):
     path, model = join(hostile, "raw", "00000.tar"), tiny_coca(tmp_path / "coca")
     samples = list(read_shard(path))
     named = [
@@ -336,7 +349,6 @@ def test_stages_name_hostile_bytes_and_keep_the_rest(hostile, tmp_path, caplog):
     problems = list[str]()
     shown = draw_samples(hostile, len(samples), problems)
     assert sum(one.picture is None for one in shown) == len(problems) == len(HOSTILE)
-    student = load_model(tiny_clip(tmp_path / "clip"), random_weights=True)
     config = DataConfig(data=hostile, folder="raw", batch_size=2, workers=0, streams=1)
     rows = open_samples(config, ViewConfig(), student, seed=0)
     assert sum(isinstance(rows[place], Skipped) for place in range(len(samples))) == len(HOSTILE)
