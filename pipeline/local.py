@@ -94,21 +94,27 @@ def folder_rows(folder: str, columns: Columns = (None, None)) -> Iterator[Row]:
 def _folder_rows(folder: str, listed: dict[str, list[Caption]], lists: set[str], given: str | None) -> Iterator[Row]:
     left_out = Counter[str]()
     for prefix, files in walk(folder):
-        sidecars = _Sidecars(files, given)
-        for chunk in batches((name for name in files if is_image(name) or undecoded_ending(name)), REMOTE_TEXTS):
+        sidecars, taken = _Sidecars(files, given), _taken(files)
+        for chunk in batches(taken, REMOTE_TEXTS):
             beside = {name: sidecars.of(name) for name in chunk if prefix + name not in listed}
             captions = _read_captions(folder, prefix, [text for text in beside.values() if text], given)
             for name in chunk:
-                if ending := undecoded_ending(name):
-                    left_out[ending] += 1
                 found = listed.pop(prefix + name, None) or captions.get(beside.get(name) or "", [Caption()])
                 yield from _image_rows(folder, prefix + name, files[name], found)
-        used = {name for name in files if is_image(name) or undecoded_ending(name) or prefix + name in lists}
-        left_out.update(file_ending(name) for name in files if name not in used and name not in sidecars.used)
+        used = sidecars.used.union(filter(is_image, taken))
+        left_out.update(file_ending(name) for name in files if name not in used and prefix + name not in lists)
     for path in sorted(listed):
         yield from (Row(caption.text, path, caption.problem or "file not found") for caption in listed[path])
     if left_out:
         log.warning("--source %s: files that are not taken: %s", folder, endings_line(left_out))
+
+
+def _taken(files: Files) -> list[str]:
+    """Names of images; of a format that is not decoded (``x.cr2``) unless it is there as another (``x.jpg``), too."""
+    stems = {os.path.splitext(name)[0] for name in files if is_image(name)}
+    return [
+        name for name in files if is_image(name) or (undecoded_ending(name) and os.path.splitext(name)[0] not in stems)
+    ]
 
 
 class _Sidecars:

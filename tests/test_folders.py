@@ -372,3 +372,10 @@ def test_several_lists_of_the_same_images(tmp_path):
         ("in/metadata.csv", "file_name,text\n3.jpg,inner\n"),
     )
     assert told(tmp_path) == [("1.jpg", "top", None), ("2.jpg", "zwei", None), ("in/3.jpg", "inner", None)]
+
+
+def test_a_raw_photo_beside_its_jpeg_is_no_row_of_its_own(tmp_path, caplog):
+    images(tmp_path, "1.JPG")
+    fill(tmp_path, ("1.CR2", b"raw"), ("2.CR2", b"raw"), ("1.txt", "one"))
+    assert told(tmp_path) == [("1.JPG", "one", None), ("2.CR2", None, "format not decoded: cr2")]
+    assert "files that are not taken: 2 .cr2" in caplog.text
