@@ -27,6 +27,7 @@ from pipeline.places import (
 )
 from pipeline.text_lists import captions_of
 from shards_spec.files import DataError, UserError, is_url, store_errors
+from shards_spec.library_errors import what_it_is
 from shards_spec.names import PACKED_BYTES, clean_name, is_image, packed_kind, undecoded_ending
 from shards_spec.sample import LABEL_IMAGES, NAMED_IMAGES, TEXT_EXTENSIONS, parse_object, split_name, subsamples
 from shards_spec.tar_members import Member, TrailingBytes, TruncatedTar, scan
@@ -197,10 +198,12 @@ def _tar_rows(file: SourceFile, columns: Columns, seen: Counter[str]) -> Iterato
         if (kind := packed_kind(bytes(buffer[:PACKED_BYTES]))) is not None:
             yield Row(None, clean_name(file.below), f"{kind}, not a tar", file.stamp)
             return
-        for key, members, problem in tar_samples(buffer, file.path):
+        for number, (key, members, problem) in enumerate(tar_samples(buffer, file.path)):
             name = clean_name(f"{file.below}/{key}" if key else file.below)
             seen.update(extension.rpartition(".")[2] for extension in members)
             if problem is not None:
+                if not number and (found := what_it_is(file.path)) is not None and found[0].startswith("is "):
+                    problem = found[0].removeprefix("is ")  # a Git LFS pointer, a web page
                 yield Row(None, name, problem, file.stamp)
             else:
                 yield from _sample_rows(buffer, members, name, file, columns)

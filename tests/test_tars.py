@@ -287,6 +287,14 @@ def test_packed_tars_and_zips_are_named(tmp_path, caplog):
     assert problems == [None, "a zip file (or a spreadsheet), not a tar", "packed with gzip, not a tar"]
 
 
+def test_what_was_taken_for_a_tar_is_named(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for name, data in {"0": tar_of(*pair(0)), "1": pointer.encode(), "2": b"<!DOCTYPE html><html>", "3": b""}.items():
+        (tmp_path / f"{name}.tar").write_bytes(data)
+    reasons = ["a Git LFS pointer, not the file itself", "a web page, not the file itself", "truncated tar"]
+    assert [problem for *_, problem in told(tmp_path)] == [None, *reasons]
+
+
 def test_images_that_are_not_decoded_have_a_reason_that_says_so(tmp_path):
     (tmp_path / "x.tar").write_bytes(tar_of(("0.heic", b"x"), ("0.txt", "zero"), *pair(1), ("2.jxl", b"x")))
     assert told(tmp_path / "x.tar") == [
