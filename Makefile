@@ -1,11 +1,12 @@
 # make demo: set up and run the whole path on embedded data. make test: set up, lint, types, tests.
+# make fuzz: ten minutes of wrong inputs; FUZZ='--seconds 60 tar' for less.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
 PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadgroup
 
-.PHONY: demo study-siclip study-catlip test test-all lint style types tests wordnet debian clean
+.PHONY: demo study-siclip study-catlip test test-all fuzz lint style types tests wordnet debian clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipmill needs Python 3.11 or later")'
@@ -51,6 +52,9 @@ test:
 
 test-all: $(VENV)/.done debian lint
 	$(PYTEST) --durations=20 -m "not gpu"
+
+fuzz: $(VENV)/.done
+	$(BIN)/python tests/fuzz/run.py $(FUZZ)
 
 clean:
 	rm -rf $(VENV) demo-run

@@ -6,6 +6,7 @@ a file that holds more says so (``trust``). torch is imported inside the functio
 """
 
 import pickle
+import pickletools
 import re
 import warnings
 from collections.abc import Collection, Mapping
@@ -17,6 +18,7 @@ from shards_spec.library_errors import LONGEST, checkpoint_errors, short
 WRAPPERS = ("module", "_orig_mod")  # of DistributedDataParallel and torch.compile
 NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # where training loops keep weights, timm's order
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "n_averaged")  # OpenAI's archives, AveragedModel
+LEGACY_PICKLES = 5  # magic number, protocol, system, the object, names of storages
 SHOWN = 3  # names in a message
 TRUST = "take a safetensors file, or give --trust-checkpoint if you trust whoever made it: it runs their code"
 
@@ -35,6 +37,8 @@ def read_checkpoint(path: str, trust: bool = False, given: bool = True, mend: st
             from safetensors.torch import load_file
 
             return load_file(path)
+        if head[:2] != b"PK" and not trust:
+            _check_names(path)
         others = _other_types(path) if given and not trust else []
         if others:
             raise UserError(f"{path} holds Python objects besides tensors ({_some(others)}); {TRUST}")
@@ -145,6 +149,27 @@ def _allowed() -> list[Any]:
     dtypes = [type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDG"]
     places = ("numpy.core.multiarray", "numpy._core.multiarray")
     return [argparse.Namespace, np.dtype, *dict.fromkeys(dtypes), *((scalar, f"{place}.scalar") for place in places)]
+
+
+def _check_names(path: str) -> None:
+    """Raise ValueError for a type's name of thousands of characters in a file of before torch 1.6.
+
+    torch puts it into its message and takes the square of its length to look that through: minutes.
+    """
+    try:
+        with open_read(path) as file:
+            for _ in range(LEGACY_PICKLES):
+                for code, argument, _place in pickletools.genops(file):
+                    if code.name in ("GLOBAL", "INST") and len(str(argument)) > LONGEST:
+                        raise _LongNameError(f"it names a type of {len(str(argument))} characters")
+    except _LongNameError:
+        raise
+    except Exception:  # damaged or no pickle: loading it will tell
+        return
+
+
+class _LongNameError(ValueError):
+    pass
 
 
 def _other_types(path: str) -> list[str]:
