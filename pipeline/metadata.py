@@ -25,7 +25,7 @@ from pipeline.text_lists import (
     header_of,
     json_rows,
 )
-from shards_spec.files import UserError, exists, is_url, join, read_bytes
+from shards_spec.files import UserError, exists, is_url, join, open_read
 from shards_spec.library_errors import no_regular_file, parquet_errors, parse_json
 from shards_spec.names import IMAGE_ENDINGS, clean_name, file_ending, is_image
 from shards_spec.sample import parse_object
@@ -180,9 +180,10 @@ def _entries(rows: Iterator[Row], has_text: bool) -> Iterator[Entry]:
 def _list_entries(path: str, given: str | None) -> Iterator[Entry] | None:
     """File names with captions; None for a file that is no such list."""
     if path.lower().endswith(".json"):
-        data = read_bytes(path)
+        with open_read(path) as file:
+            data = file.read(MAX_JSON_BYTES + 1)
         if len(data) > MAX_JSON_BYTES:
-            raise UserError(f"{path}: {len(data) >> 20} MB of JSON are too much; write it as metadata.jsonl")
+            raise UserError(f"{path}: more than {MAX_JSON_BYTES >> 20} MiB of JSON; write it as metadata.jsonl")
         return _json_entries(parse_json(path, data, given=True), given)
     if TOKEN.fullmatch(next(lines(path), b"").decode(errors="replace")):
         return _token_entries(path)

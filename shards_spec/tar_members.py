@@ -17,6 +17,9 @@ from shards_spec.names import is_ignored
 
 BLOCK = 512
 MOST_PADDING = 1 << 20  # zero bytes between concatenated tars; more is a hole in a damaged file
+MOST_SEEN = (
+    1 << 26
+)  # of the zeros at the end; of what is more, its last MiB: a file of zeros may be said to have terabytes
 MAX_HEADER_BYTES = 1 << 20  # of pax records, of a long name, of a sparse map
 MAX_SPARSE_BYTES = 1 << 26  # that a sparse member may claim to have
 MOST_LINKS = 40  # followed one after the other, as in a file system
@@ -178,7 +181,8 @@ def _after_end(buffer: memoryview, position: int) -> int | None:
     """
     if len(buffer) < position + 2 * BLOCK or any(buffer[position + BLOCK : position + 2 * BLOCK]):
         return -1
-    for start in range(position, len(buffer), MOST_PADDING):
+    seen = min(len(buffer), position + MOST_SEEN)
+    for start in (*range(position, seen, MOST_PADDING), max(seen, len(buffer) - MOST_PADDING)):
         chunk = bytes(buffer[start : start + MOST_PADDING])
         if kept := chunk.lstrip(b"\0"):
             first = start + (len(chunk) - len(kept)) // BLOCK * BLOCK

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import logging
+import os
 import shutil
 import subprocess
 import tarfile
@@ -171,6 +172,16 @@ def test_what_follows_the_end_and_is_no_tar_is_named(tmp_path):
     assert told(tmp_path / "x.tar")[1:] == [("x.tar", None, "damaged tar")]
     with pytest.raises(DataError, match="more zeros than any tar has after member 0"):
         list(read_shard(str(tmp_path / "x.tar")))
+
+
+def test_a_tar_that_ends_in_terabytes_of_zeros_is_read(tmp_path):
+    (tmp_path / "x.tar").write_bytes(tar_of(*pair(0)))
+    os.truncate(tmp_path / "x.tar", 1 << 40)  # a hole: no byte on the disk
+    assert told(tmp_path / "x.tar") == [("0", "c0", None)]
+    with open(tmp_path / "x.tar", "r+b") as file:
+        file.seek(-100, io.SEEK_END)
+        file.write(b"x")
+    assert told(tmp_path / "x.tar")[1:] == [("x.tar", None, "damaged tar")]
 
 
 SPARSE = [("gnu",), ("pax", "--sparse-version=0.0"), ("pax", "--sparse-version=0.1"), ("pax", "--sparse-version=1.0")]
