@@ -129,9 +129,9 @@ def _raw_mode(image: ImageFile.ImageFile) -> str:
     if not image.tile:
         return ""
     codec, _, _, args = image.tile[0]
-    if codec == "ppm":
-        return f"{args[0]};16" if args[1] > 255 else str(args[0])
-    return str(args[0] if isinstance(args, tuple) else args)
+    if not isinstance(args, tuple):
+        return str(args)
+    return f"{args[0]};16" if codec == "ppm" and args[1] > 255 else str(args[0])  # its largest sample
 
 
 def _as_pillow(image: Image.Image, raw_mode: str) -> Image.Image:
