@@ -3,6 +3,8 @@
 import dataclasses
 import importlib
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +19,14 @@ from pipeline.vocab import VocabConfig, vocab
 from shards_spec.files import UserError
 from shards_spec.vocab import read_vocabulary
 from training.classifier import Classifier
-from training.config import smoke
+from training.config import ModelConfig, smoke
+from training.export import ExportConfig, export
 from training.multilabel import PAD
 from training.optim import OptimConfig, learning_rate
 from training.recipes import catlip
 from training.student import load_run
 from training.trainer import train
-from training.transfer import measure_classifier
+from training.transfer import load_base, measure_classifier
 
 SMALL = {"model": TINY, "precision": "fp32", "workers": 0, "steps": 4, "log_every": 1, "warmup": 1, "lr": 1e-3}
 
@@ -221,15 +224,13 @@ def test_transfer_init_starts_ahead(run, root, tmp_path):
         probe.prepare(dataclasses.replace(config, student=dataclasses.replace(config.student, model=TINY)))
 
 
-def test_a_clip_tower_can_be_probed(tmp_path):
+def clip_run(tmp_path, vision):
+    """A RUN of one step whose image tower is timm's."""
     import json
-
-    from training.recipes import probe
 
     folder = Path(tiny_clip(tmp_path / "models" / "clip").removeprefix("local-dir:"))
     path = folder / "open_clip_config.json"
     config = json.loads(path.read_text())
-    vision = {"timm_model_name": "catlip_vit_tiny", "image_size": 32, "timm_pool": "token", "timm_proj": "linear"}
     config["model_cfg"]["vision_cfg"] = vision
     path.write_text(json.dumps(config))
     write_packed(str(tmp_path / "root"), [6, 6])
@@ -240,7 +241,14 @@ def test_a_clip_tower_can_be_probed(tmp_path):
         data=dataclasses.replace(clip.data, data=str(tmp_path / "root"), batch_size=4),
         run=dataclasses.replace(clip.run, out=str(tmp_path / "clip"), steps=1),
     )
-    out = train("clip", clip)
+    return train("clip", clip)
+
+
+def test_a_clip_tower_can_be_probed(tmp_path):
+    from training.recipes import probe
+
+    vision = {"timm_model_name": "catlip_vit_tiny", "image_size": 32, "timm_pool": "token", "timm_proj": "linear"}
+    out = clip_run(tmp_path, vision)
     pictures = write_folders(tmp_path / "pictures")
     student, _, _ = probe.prepare(small("probe", data=pictures, model=out))
     trunk = load_run(out)[0].model.visual.trunk
@@ -248,3 +256,50 @@ def test_a_clip_tower_can_be_probed(tmp_path):
     with torch.no_grad():
         assert torch.equal(student.model.encode_image(images), trunk.eval()(images))
     assert (student.mean, student.std) == ((0.5,) * 3, (0.25,) * 3)
+
+
+@pytest.mark.parametrize("projection", ["linear", None], ids=["behind the tower", "in the tower's head"])
+def test_a_convolutional_tower_can_be_tuned_measured_and_exported(projection, tmp_path):
+    """The projection to the embedding, which some towers have as their own head, does not come along."""
+    vision = {"timm_model_name": "resnet18", "image_size": 32, "timm_pool": "avg", "timm_proj": projection}
+    out = clip_run(tmp_path, vision)
+    pictures = write_folders(tmp_path / "pictures")
+    fields = {"data": pictures, "model": out, "out": str(tmp_path / "fine"), "batch_size": 8, "steps": 2, "sides": ()}
+    fine = train("finetune", small("finetune", **fields, ema_decay=None))
+    loaded = load_run(fine)[0]
+    assert loaded.model.name == "timm:resnet18"
+    assert measure_classifier(loaded, pictures, "cpu", False)[1] == 12
+    assert timm_alone(fine, tmp_path, loaded)
+
+
+def test_a_plain_classifier_loads_in_timm_alone(tmp_path):
+    """Wherever the folder is, with other sides than its own, and without this package."""
+    pictures = write_folders(tmp_path / "pictures")
+    fields = {"data": pictures, "model": "timm:test_vit", "out": str(tmp_path / "fine"), "batch_size": 8, "steps": 1}
+    fine = train("finetune", small("finetune", **fields, sides=(), ema_decay=None))
+    assert timm_alone(fine, tmp_path, load_run(fine)[0])
+
+
+def timm_alone(run, tmp_path, loaded):
+    """Whether an export of a run, moved, computes the same in a process that has timm and none of our packages."""
+    export(ExportConfig(run, str(tmp_path / "to")))
+    moved = shutil.move(tmp_path / "to", tmp_path / "moved")
+    assert not any(str(tmp_path) in path.read_text() for path in moved.glob("*.json"))
+    images = torch.rand(2, 3, loaded.image_size + 32, loaded.image_size + 32)
+    with torch.no_grad():
+        torch.save([images, loaded.model(images)], tmp_path / "wanted.pt")
+    code = f"""
+import sys, timm, torch
+model = timm.create_model("local-dir:{moved}", pretrained=True).eval()
+images, wanted = torch.load("{tmp_path}/wanted.pt")
+assert not {{"training", "shards_spec"}} & set(sys.modules)
+assert torch.allclose(model(images), wanted, atol=1e-5)
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return True
+
+
+def test_weights_beside_a_run_are_refused(run, tmp_path):
+    with pytest.raises(UserError, match=r"--pretrained 'x' would not be used: RUN .* brings its own weights"):
+        load_base(ModelConfig(run, "x"), 0)

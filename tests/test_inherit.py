@@ -6,7 +6,7 @@ import open_clip
 import pytest
 import torch
 from open_clip.model import CustomTextCLIP
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 
 from training.inherit import freeze, in_teacher, inherit, inherit_siclip
 from training.losses import clip_loss

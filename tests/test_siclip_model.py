@@ -12,8 +12,8 @@ import timm
 import torch
 from small_apple import released_names
 from small_training import tiny_config, write_packed
-from timm.models import reparameterize_model
 from timm.models.fastvit import ConvMlp, checkpoint_filter_fn
+from timm.utils import reparameterize_model
 from torch import nn
 
 from shards_spec.files import UserError
