@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.cells import NOT_FOUND, shown
 from pipeline.parquet_lists import parquet_rows
-from pipeline.places import CAPTION_NAMES, NOT_UTF8, Caption, Row, find_column, lines, open_parquet, text_of
+from pipeline.places import CAPTION_NAMES, NOT_UTF8, Caption, Row, find_column, json_text, lines, open_parquet, text_of
 from pipeline.text_lists import (
     HEAD_LINES,
     NO_COLUMN,
@@ -210,7 +210,7 @@ def _json_entries(value: Any, given: str | None) -> Iterator[Entry] | None:
             return _coco_entries(images, [one for one in annotations if isinstance(one, dict)], given or "caption")
         return _karpathy_entries(images) if any("sentences" in image for image in images) else None
     if isinstance(value, dict) and all(isinstance(name, str) and is_image(name) for name in value):
-        return ((name, captions_of(caption)) for name, caption in value.items())
+        return ((_name(name), captions_of(caption)) for name, caption in value.items())
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
         names = list(value[0])
         file, text = find_column(None, FILE_NAMES, names), find_column(given, TEXT_NAMES, names)
@@ -220,7 +220,8 @@ def _json_entries(value: Any, given: str | None) -> Iterator[Entry] | None:
 
 
 def _name(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None
+    """A file name out of JSON, where half surrogates are possible."""
+    return json_text(value)[0] or None if isinstance(value, str) else None
 
 
 def _coco_entries(images: list[Any], annotations: list[Any], column: str) -> Iterator[Entry] | None:
@@ -238,5 +239,5 @@ def _karpathy_entries(images: list[Any]) -> Iterator[Entry]:
         folder = image.get("filepath")
         sentences = image.get("sentences")
         texts = [one.get("raw") for one in sentences if isinstance(one, dict)] if isinstance(sentences, list) else []
-        name = f"{folder}/{file}" if isinstance(folder, str) and file else file
+        name = _name(f"{folder}/{file}") if isinstance(folder, str) and file else file
         yield name, [caption for text in texts for caption in captions_of(text)] or [Caption()]
