@@ -35,7 +35,7 @@ def largest_pages(file: IO[bytes], column: pq.ColumnChunkMetaData, remote: bool)
         file.seek(at)
         try:
             kind, size, packed, length = _header(file.read(HEADER_BYTES))
-        except (IndexError, KeyError):
+        except (IndexError, KeyError, RecursionError):
             return unpacked, unpacked
         if size < 0 or packed < 0:
             return unpacked, unpacked
@@ -88,6 +88,8 @@ def _after(data: bytes, at: int, kind: int) -> int:
         many, inner, at = data[at] >> 4, data[at] & 15, at + 1
         if many == 15:
             many, at = _number(data, at)
+        if many > len(data):  # a value takes a byte at least
+            raise IndexError(many)
         for _ in range(many):
             at = _after(data, at, BYTE if inner in (1, 2) else inner)
         return at

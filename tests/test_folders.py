@@ -379,3 +379,14 @@ def test_a_raw_photo_beside_its_jpeg_is_no_row_of_its_own(tmp_path, caplog):
     fill(tmp_path, ("1.CR2", b"raw"), ("2.CR2", b"raw"), ("1.txt", "one"))
     assert told(tmp_path) == [("1.JPG", "one", None), ("2.CR2", None, "format not decoded: cr2")]
     assert "files that are not taken: 2 .cr2" in caplog.text
+
+
+def test_half_surrogates_in_lists_are_replaced(tmp_path):
+    images(tmp_path, "1.jpg")
+    fill(tmp_path, ("captions.json", '{"1.jpg": "one \\ud800", "\\ud800.jpg": "none"}'))
+    found = told(tmp_path)
+    assert [(url, why) for url, _, why in found] == [
+        ("1.jpg", "caption is not UTF-8"),
+        ("\ufffd\ufffd\ufffd.jpg", "file not found"),
+    ]
+    assert json.dumps(found, ensure_ascii=False).encode()

@@ -119,7 +119,9 @@ def test_sizes_of_pages_are_those_that_were_written(version, compression, dictio
         assert 100_000 <= page < 110_000
         usual = (1 << 20, 1 << 20) if compression != "zstd" else (most, page)  # which packs these 25-fold
         assert largest_pages(file, column, remote=True) == usual
-    broken = io.BytesIO(file.getvalue()[:4] + b"\xff" * 3000 + file.getvalue()[3004:])
-    assert largest_pages(broken, metadata.row_group(0).column(0), False) == (
-        (metadata.row_group(0).column(0).total_uncompressed_size,) * 2
-    )
+    endless = b"\x19\xf3" + b"\xff" * 8 + b"\x0f"  # a list of 2 ** 60 values of a byte
+    for noise in (b"\xff" * 3000, b"\x19" * 3000, endless + bytes(2989)):
+        broken = io.BytesIO(file.getvalue()[:4] + noise + file.getvalue()[3004:])
+        assert largest_pages(broken, metadata.row_group(0).column(0), False) == (
+            (metadata.row_group(0).column(0).total_uncompressed_size,) * 2
+        )
