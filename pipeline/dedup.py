@@ -8,7 +8,6 @@ import hashlib
 import logging
 import os
 import tempfile
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.children import die_with_parent
+from pipeline.disk_columns import Column, Keys
 from pipeline.likeness import (
     EXACT,
     INDEX_BITS,
@@ -37,6 +37,7 @@ from pipeline.likeness import (
     perceptual_hash,
     pointers,
 )
+from pipeline.second_look import look_again
 from pipeline.stage import Result, Root, ShardsFailed, Stage, Summary, Task, run_stage, upstream_shards
 from shards_spec.files import (
     DataError,
@@ -55,6 +56,7 @@ from shards_spec.tar import read_shard
 log = logging.getLogger(__name__)
 FOLDER = "dedup"
 SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("key", "reason", "kept")])
+SECOND_CHECK = 1  # of the rules by which images confirm what signatures say (`alike`)
 SAMPLE_BYTES = 150  # of memory, for each sample that is compared at once
 NUMBERS = 1 << 32  # of pictures: a position has 32 bits
 MIX = np.uint64(0x9E3779B97F4A7C15)  # spreads hashes over the buckets (Fibonacci hashing)
@@ -67,9 +69,10 @@ class DedupConfig:
     root: Root
     """the dataset; reads raw/, writes dedup/"""
     near_bits: int = 3
-    """signatures (64-bit DCT hash) that differ in at most so many bits are one picture; -1: equal files only"""
+    """pictures whose signatures (64-bit DCT hash) differ in at most so many bits, and that look alike in colours and
+    details, are one; -1: equal files only"""
     workers: int = os.cpu_count() or 1
-    """processes that decode pictures, for raw shards without a phash column"""
+    """processes that decode pictures: those with near signatures, all of raw shards without a phash column"""
     memory_gb: float = 0.6
     """memory for the comparison, 0.15 GB per million pictures; with less all are gone through several times"""
     overwrite: bool = False
@@ -91,7 +94,8 @@ def dedup(config: DedupConfig, in_memory: int | None = None) -> Summary:
     """
     shards = upstream_shards(config.root, "raw", "ingest")
     inputs = {"raw": raw_hash(config.root, shards)}
-    stage = Stage("dedup", FOLDER, {"near_bits": config.near_bits})
+    rule = {"second_check": SECOND_CHECK} if config.near_bits >= 0 else {}
+    stage = Stage("dedup", FOLDER, {"near_bits": config.near_bits, **rule})
     tasks = (Task(shard, inputs) for shard in shards)
     with Search(config, shards, in_memory or int(config.memory_gb * 1e9 / SAMPLE_BYTES)) as search:
         return run_stage(config.root, stage, tasks, search.shard, total=len(shards), overwrite=config.overwrite)
@@ -199,68 +203,6 @@ def _numbers(texts: list[str | None]) -> np.ndarray:
 Table = Callable[[int], tuple[np.ndarray, np.ndarray]]  # of a bucket: its keys, each once, ascending; their minima
 
 
-class Column:
-    """Numbers (uint64) in a file, read and written in pieces of at most ``piece`` of them."""
-
-    def __init__(self, path: str, piece: int) -> None:
-        self._path, self._piece = path, piece
-        self.length = 0
-        open(path, "wb").close()
-
-    def append(self, values: np.ndarray) -> None:
-        """Add at the end."""
-        self.write(self.length, values)
-        self.length += len(values)
-
-    def write(self, start: int, values: np.ndarray) -> None:
-        """Put values from ``start`` on."""
-        with open(self._path, "r+b") as file:
-            file.seek(start * 8)
-            file.write(np.ascontiguousarray(values, np.uint64).data)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Values from ``start`` to before ``stop``."""
-        return np.fromfile(self._path, np.uint64, stop - start, offset=start * 8)
-
-    def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
-        """All values, as (start, values)."""
-        for start in range(0, self.length, self._piece):
-            yield start, self.read(start, min(self.length, start + self._piece))
-
-    def take(self, index: np.ndarray) -> np.ndarray:
-        """The values at ``index`` (integers [n])."""
-        if not len(index):
-            return np.empty(0, np.uint64)
-        mapped = np.memmap(self._path, np.uint64, "r")
-        return np.asarray(mapped[index.astype(np.int64)])
-
-
-class Keys:
-    """The keys of all entries in a file, those of one shard padded to one width."""
-
-    def __init__(self, path: str) -> None:
-        self._file = open(path, "w+b")  # noqa: SIM115 - closed by Search
-        self.starts, self._bases, self._widths = [0], [0], list[int]()
-
-    def append(self, keys: list[str]) -> None:
-        """The next shard's."""
-        data = np.array([key.encode() for key in keys], np.bytes_)
-        self._file.write(data.tobytes())
-        self._widths.append(data.itemsize)
-        self._bases.append(self._bases[-1] + len(keys) * data.itemsize)
-        self.starts.append(self.starts[-1] + len(keys))
-
-    def __getitem__(self, entry: int) -> str:
-        shard = bisect_right(self.starts, entry) - 1
-        width = self._widths[shard]
-        self._file.seek(self._bases[shard] + (entry - self.starts[shard]) * width)
-        return self._file.read(width).rstrip(b"\0").decode()
-
-    def close(self) -> None:
-        """Let go of the file."""
-        self._file.close()
-
-
 class Search:
     """The comparison of all pictures, done when the first shard is asked for; its files live as long as the block."""
 
@@ -271,7 +213,9 @@ class Search:
     def __enter__(self) -> "Search":
         self._folder = tempfile.TemporaryDirectory(prefix="clipmill-dedup-")
         self._keys = Keys(join(self._folder.name, "keys"))
-        columns = ("urls", "files", "signatures", "values", "exact", "near", "unique", "minima", "best")
+        columns = (
+            "urls", "files", "signatures", "values", "exact", "near", "unique", "minima", "best", "twin", "first",
+        )  # fmt: skip
         self._c = {name: Column(join(self._folder.name, name), max(1, self._limit // 4)) for name in columns}
         return self
 
@@ -329,7 +273,21 @@ class Search:
         self._each("files", "exact", self._minima("files"), pointers)
         if self._config.near_bits >= 0:
             self._each("signatures", "near", self._near(), pointers)
+            self._confirm()
         self._resolve()
+
+    def _confirm(self) -> None:
+        """Keep of the pointers to near rows those that the images bear out, to the first row that does."""
+        for _, piece in self._c["exact"].pieces():
+            self._c["twin"].append(piece)
+        self._resolve()  # now they point to the first of their group
+        for start, piece in self._c["near"].pieces():
+            twin = self._c["twin"].read(start, start + len(piece))
+            self._c["first"].append(np.where(twin == NONE, piece, NONE))
+            self._c["near"].write(start, np.full(len(piece), NONE))
+            self._c["exact"].write(start, twin)
+        memory = self._limit * SAMPLE_BYTES
+        look_again(self._config.root, self._shards, self._keys, self._c, memory, self._config.workers)
 
     def _all_entries(self) -> Iterator[Entries]:
         """Of every raw shard in order; in worker processes when pictures must be decoded."""

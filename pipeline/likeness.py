@@ -8,10 +8,12 @@ import itertools
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
+
+from pipeline.alike import confirmed
 
 EXACT, NEAR = "duplicate image", "near-duplicate image"  # why a picture is left out
 SIDE, LOW = 32, 8  # pixels of the grey thumbnail; frequencies per axis that make the signature
@@ -185,10 +187,12 @@ def duplicates(
     sha256s: Sequence[str | None],
     hashes: Sequence[str | None],
     near_bits: int | None,
+    same: Callable[[int, int], bool] | None = None,
 ) -> dict[int, int]:
     """Rows of one shard that repeat a picture: index of each to the index of the row that stays in its place.
 
-    Equal ``sha256s`` are duplicates; with ``near_bits`` also ``hashes`` that differ in at most so many bits. The list's
+    Equal ``sha256s`` are duplicates; with ``near_bits`` also ``hashes`` that differ in at most so many bits, where
+    ``same`` (of two rows' indices) says so, too. The list's
     order decides: a row goes when one alike has an earlier canonical position, that of the first row with its URL. So
     rows of one URL, several captions of a picture, are never duplicates of each other. Rows with neither
     sha256 nor hash (failed ones) are not looked at.
@@ -199,14 +203,28 @@ def duplicates(
     values = (np.array(canonical, np.uint64) << INDEX_BITS) | np.array(rows, np.uint64)
     names = dict[str, int]()
     exact = np.array([names.setdefault(text, len(names) + 1) if (text := sha256s[i]) else 0 for i in rows], np.uint64)
-    kept = np.full(len(urls), NONE)
+    near, equal = np.full(len(urls), NONE), np.full(len(urls), NONE)
     if near_bits is not None:
-        _point(kept, hash_numbers([hashes[i] for i in rows]), values, near_bits)
-    _point(kept, exact, values, 0)
+        _point(near, hash_numbers([hashes[i] for i in rows]), values, near_bits)
+    _point(equal, exact, values, 0)
+    kept = _resolved(equal, near)
+    if same is not None:
+        candidates = np.flatnonzero((near != NONE) & (equal == NONE))
+        pairs = zip(candidates.tolist(), kept[candidates].tolist(), strict=True)
+        found, near = confirmed(pairs, dict(zip(rows, canonical, strict=True)), same), np.full(len(urls), NONE)
+        near[list(found)] = list(found.values())
+        kept = _resolved(equal, near)
+    gone = np.flatnonzero(kept != NONE)
+    return dict(zip(gone.tolist(), kept[gone].tolist(), strict=True))
+
+
+def _resolved(equal: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """Pointers to rows that stay: the one that a row repeats may itself repeat an earlier one."""
+    kept = np.where(equal != NONE, equal, near)
     gone = np.flatnonzero(kept != NONE)
     while (onward := kept[kept[gone].astype(np.int64)] != NONE).any():
         kept[gone[onward]] = kept[kept[gone[onward]].astype(np.int64)]
-    return dict(zip(gone.tolist(), kept[gone].tolist(), strict=True))
+    return kept
 
 
 def _point(kept: np.ndarray, keys: np.ndarray, values: np.ndarray, near_bits: int) -> None:

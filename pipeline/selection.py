@@ -5,10 +5,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from pipeline.alike import alike, fingerprint
 from pipeline.images import Outcome, Picture
 from pipeline.likeness import EXACT, NEAR, caption_problem, duplicates
 from pipeline.places import Row, lines
 from shards_spec.files import UserError, exists, sha256_bytes
+from shards_spec.images import decode_rgb
 
 EXCLUDED_URL, EXCLUDED_PICTURE = "excluded address", "excluded picture"
 Hashes = np.ndarray[tuple[int], np.dtype[np.uint64]]
@@ -66,7 +68,17 @@ class Selection:
         pictures = [outcome if isinstance(outcome, Picture) else None for outcome in kept]
         sha256s = [picture.sha256 if picture else None for picture in pictures]
         hashes = [picture.phash if picture else None for picture in pictures]
-        for index, first in duplicates([row.url for row in rows], sha256s, hashes, self.near_bits).items():
+        copies = dict[int, np.ndarray]()
+
+        def same(one: int, other: int) -> bool:
+            for index in {one, other} - set(copies):
+                picture = pictures[index]
+                assert picture is not None  # what failed is no candidate
+                copies[index] = fingerprint(decode_rgb(picture.data))
+            return alike(copies[one], copies[other])
+
+        found = duplicates([row.url for row in rows], sha256s, hashes, self.near_bits, same)
+        for index, first in found.items():
             kept[index] = EXACT if sha256s[index] == sha256s[first] else NEAR
         return kept
 
