@@ -188,7 +188,8 @@ def read_dataset(root: str) -> dict[str, Any]:
         raise DataError(f"{path}: no version and stages in it; delete it and run the stages again, they write it anew")
     for name in ("name", "source"):
         dataset.setdefault(name, None)
-    return dataset
+    found: dict[str, Any] = dataset
+    return found
 
 
 def write_stage(root: str, stage: str, block: dict[str, Any], source: str | None = None) -> None:
