@@ -15,6 +15,7 @@ from pipeline.check import CheckConfig, check
 from pipeline.dedup import DedupConfig, dedup
 from pipeline.ingest import IngestConfig, ingest
 from pipeline.likeness import NEAR, perceptual_hash
+from pipeline.report import ReportConfig, report
 from shards_spec.files import read_json
 
 DEMO = Path(__file__).parents[1] / "demo" / "pictures"
@@ -206,6 +207,10 @@ def test_dedup_over_all_shards(folder, tmp_path, memory):
     assert {names[row["key"]]: names[row["kept"]] for row in lists} == truth
     assert {row["reason"] for row in lists} == {NEAR}
     assert check(CheckConfig(root)) == []
+    page = Path(report(ReportConfig(root, samples=40))).read_text()
+    shown = page[page.index("<h2>Near-duplicates") : page.index("<h2>Contact sheet")]
+    assert shown.count("<img ") == 2 * len(truth)
+    assert all(f"{row['kept']} stays" in shown and f"{row['key']} goes" in shown for row in lists)
 
 
 def test_ingest_within_a_shard(folder, tmp_path):

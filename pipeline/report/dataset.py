@@ -8,7 +8,7 @@ from pipeline.report.axes import logarithmic, short, total
 from pipeline.report.charts import Chart, Line, Plot, Rule, line_chart
 from pipeline.report.columns import ASPECT_UNIT, COSINE_UNIT, LOGPROB_UNIT, Tally, count_dataset, parquet_files
 from pipeline.report.histogram import Scale, histogram
-from pipeline.report.samples import draw_samples
+from pipeline.report.samples import draw_pairs, draw_samples
 from pipeline.report.stages import foreign_counts, funnel, losses, mismatches, ordered, stage_row
 from pipeline.report.text import flatten
 from shards_spec.embeddings import read_meta
@@ -48,6 +48,7 @@ def dataset_page(root: str, samples: int) -> dict[str, Any]:
         "lemmas": lemmas,
         "teachers": [_teacher(root, name, problems) for name in names(join(root, "teacher"))],
         "sheet": draw_samples(root, samples, problems),
+        "near": draw_pairs(root, samples // 2, problems),
         "problems": problems,
     }
 

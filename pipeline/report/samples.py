@@ -8,6 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.dedup import FOLDER as DEDUP
+from pipeline.likeness import NEAR
 from pipeline.report.columns import parquet_files, read_columns
 from shards_spec.files import DataError, exists, join, names, read_buffer
 from shards_spec.images import decode_rgb
@@ -15,6 +17,7 @@ from shards_spec.sample import Sample
 from shards_spec.tar import index_shard, read_sample
 
 SHARDS = 6  # shards opened for the sheet at most
+LISTS = 40  # of dedup's lists that pairs are taken from at most
 THUMBNAIL = 320  # pixels of the longer side
 
 
@@ -40,6 +43,33 @@ def draw_samples(root: str, number: int, problems: list[str]) -> list[Shown]:
         rows = _shard_rows(root, folder, name, share, problems)
         shown += _with_pictures(join(root, folder, name.replace(".parquet", ".tar")), rows, problems)
     return shown
+
+
+def draw_pairs(root: str, number: int, problems: list[str]) -> list[tuple[Shown, Shown]]:
+    """Near-duplicates that `dedup` left out, each beside the one that stays in its place, from a few of its lists."""
+    files, rows = parquet_files(join(root, DEDUP)), list[dict[str, str]]()
+    for name in (files[i] for i in evenly(len(files), LISTS)):
+        table = read_columns(join(root, DEDUP, name), ["key", "reason", "kept"], problems)
+        if table is not None and {"key", "reason", "kept"} <= set(table.column_names):
+            near = table.filter(pc.fill_null(pc.equal(table.column("reason"), NEAR), False))
+            rows += [{**row, "shard": name.split(".")[0]} for row in near.slice(0, number).to_pylist()]
+    rows = [rows[i] for i in evenly(len(rows), number)]
+    wanted = dict[str, dict[str, list[tuple[str, list[str]]]]]()  # by shard: a key tells its own, but for retried ones
+    for row in rows:
+        wanted.setdefault(row["shard"], {})[row["key"]] = []
+        wanted.setdefault(row["kept"][: len(row["shard"])], {})[row["kept"]] = []
+    shown = dict[str, Shown]()
+    for shard, keys in wanted.items():
+        path = join(root, "raw", f"{shard}.tar")
+        if exists(path):
+            shown |= {one.key: one for one in _with_pictures(path, keys, problems)}
+    return [
+        (
+            shown.get(row["key"], Shown(row["key"], [], None, 0, 0)),
+            shown.get(row["kept"], Shown(row["kept"], [], None, 0, 0)),
+        )
+        for row in rows
+    ]
 
 
 def evenly(total: int, number: int) -> list[int]:
