@@ -192,8 +192,11 @@ def lines(out):
 
 
 def assert_close_runs(one, other, tolerance=1e-4):
+    """Gradients are compared to 1e-13 in float64 above. Here a norm of 365 in float32 feels the last bits of all steps
+    before it (9e-4 at the sixth), where the losses still agree to 1e-6."""
     assert len(lines(one)) == len(lines(other)) == 8
     for line, expected in zip(lines(one), lines(other), strict=True):
+        assert line.pop("grad_norm") == pytest.approx(expected.pop("grad_norm"), rel=1e-2)
         assert {**line.pop("losses"), **line} == pytest.approx(
             {**expected.pop("losses"), **expected}, abs=tolerance, rel=tolerance
         )
