@@ -24,6 +24,7 @@ from typing import IO, Any
 
 import fsspec
 
+S3_HINT = " (pip install s3fs, or in a checkout of clipmill pip install -e '.[s3]')"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -53,7 +54,7 @@ def store_errors(url: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise FileNotFoundError(errno.ENOENT, _one_line(error), url) from error
     except ImportError as error:
-        raise UserError(f"{url}: {error} (for s3:// with pip install 'clipmill[s3]')") from error
+        raise UserError(f"{url}: {_one_line(error)}{S3_HINT if url.startswith('s3') else ''}") from error
     except Exception as error:
         if type(error).__module__ == "builtins" and not isinstance(error, OSError | ValueError):
             raise  # a bug; what clients raise is OSError, ValueError or a class of their own

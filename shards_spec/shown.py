@@ -64,4 +64,6 @@ def log_to_stderr() -> None:
 def _worth_telling(record: logging.LogRecord) -> bool:
     if record.name.split(".")[0] in OURS:
         return True
-    return record.levelno >= logging.WARNING and "Model initialized randomly" not in record.getMessage()
+    said = record.getMessage()
+    random = "Model initialized randomly" in said or "no CLIP weights found" in said
+    return record.levelno >= logging.WARNING and not random

@@ -65,7 +65,8 @@ def tiny(tmp_path_factory):
 @torch.no_grad()
 def open_clip_logits(coca: Coca, image: torch.Tensor, tokens: list[int]) -> torch.Tensor:
     """(T, V) by open_clip's own forward over the whole text."""
-    return coca.model(image[None], torch.tensor([tokens]), output_labels=False)["logits"][0].float()
+    image = image[None].to(coca.dtype)
+    return coca.model(image, torch.tensor([tokens]), output_labels=False)["logits"][0].float()
 
 
 def recomputed(coca: Coca, image: torch.Tensor, decoding: Decoding = GREEDY) -> list[int]:
@@ -96,6 +97,15 @@ def scored(coca: Coca, image: torch.Tensor, tokens: list[int], ended: bool, prom
     return total
 
 
+def alike(found: float, expected: float) -> bool:
+    """Whether two log-probabilities of float32 differ by its rounding alone.
+
+    They are sums over tokens of logits that are sums of hundreds of products, in an order that differs between the two
+    ways and between processors: 3.5e-6 of the sum is the largest difference seen on two. A wrong token costs more.
+    """
+    return abs(found - expected) <= 1e-4 * max(1, abs(expected))
+
+
 @pytest.fixture(scope="module")
 def expected(coca):
     return [recomputed(coca, image) for image in noise(coca)]
@@ -109,15 +119,21 @@ def test_greedy_equals_full_recomputation(coca, expected, batch):
     assert len({len(tokens) for tokens in expected}) > 2, "mixed lengths, or rows that leave the batch are not tested"
     if batch == 8:
         for image, caption in zip(images[:16], found, strict=False):
-            assert abs(caption.logprob - scored(coca, image, caption.tokens, caption.ended, [])) < 1e-4
+            assert alike(caption.logprob, scored(coca, image, caption.tokens, caption.ended, []))
 
 
-def test_sampled_captions_of_one_picture_have_the_log_probability_of_teacher_forcing(coca):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sampled_captions_of_one_picture_have_the_log_probability_of_teacher_forcing(coca, dtype):
+    """In float64 exactly, but for the logits, which are float32 in the end: 12 tokens of 1e-6 at most."""
+    if dtype == torch.float64:
+        end, coca = coca.end, Coca(copy.deepcopy(coca.model).double(), coca.tokenizer)
+        coca.end = end
     images, decoding = noise(coca, 6), Decoding(top_p=0.95, temperature=1.5, min_tokens=1, max_tokens=12)
     owners = [picture for picture in range(6) for _ in range(4)]
     found = generate(coca, coca.encode(images), owners, [f"{row}" for row in range(24)], decoding)
     for owner, caption in zip(owners, found, strict=True):
-        assert abs(caption.logprob - scored(coca, images[owner], caption.tokens, caption.ended, [])) < 1e-4
+        score = scored(coca, images[owner], caption.tokens, caption.ended, [])
+        assert alike(caption.logprob, score) if dtype == torch.float32 else abs(caption.logprob - score) < 2e-5
     assert len({tuple(caption.tokens) for caption in found}) > 12
     assert len({len(caption.tokens) for caption in found}) > 2
 
@@ -156,8 +172,8 @@ def test_beam_equals_a_slow_beam_search(coca, beams, penalty):
         slow = slow_beams(coca, image, decoding, beams)
         assert [caption.tokens for caption in captions] == [tokens for tokens, _ in slow]
         for caption, (_, total) in zip(captions, slow, strict=True):
-            assert abs(caption.logprob - total) < 1e-4
-            assert abs(caption.logprob - scored(coca, image, caption.tokens, caption.ended, [])) < 1e-4
+            assert alike(caption.logprob, total)
+            assert alike(caption.logprob, scored(coca, image, caption.tokens, caption.ended, []))
 
 
 def test_a_beam_is_at_least_as_likely_as_greedy(tiny):
@@ -165,7 +181,10 @@ def test_a_beam_is_at_least_as_likely_as_greedy(tiny):
     beams = beam_search(
         tiny, tiny.encode(images), 1, Decoding("beam", num_beams=8, length_penalty=0, min_tokens=2, max_tokens=14)
     )
-    likelier = [b.logprob >= g.logprob - 1e-4 for (b,), g in zip(beams, greedy(tiny, images), strict=True)]
+    likelier = [
+        b.logprob >= g.logprob or alike(b.logprob, g.logprob)
+        for (b,), g in zip(beams, greedy(tiny, images), strict=True)
+    ]
     assert sum(likelier) >= 22  # beam search may lose the greedy path, seldom
 
 
@@ -180,7 +199,7 @@ def test_a_prefix_is_fed_once_and_not_scored(coca, method):
     else:
         found = [captions[0] for captions in beam_search(coca, coca.encode(images), 1, decoding)]
     for image, caption in zip(images, found, strict=True):
-        assert abs(caption.logprob - scored(coca, image, caption.tokens, caption.ended, prompt)) < 1e-4
+        assert alike(caption.logprob, scored(coca, image, caption.tokens, caption.ended, prompt))
 
 
 def test_a_prefix_that_leaves_no_room_is_told(tiny):
@@ -418,4 +437,4 @@ def test_rows_feed_a_prompt_as_one_or_token_by_token(coca):
         at_once = Rows(coca, pictures, 12).feed(prompt)
         rows = Rows(coca, pictures, 12)
         one_by_one = [rows.feed(prompt[:, place : place + 1]) for place in range(prompt.shape[1])][-1]
-    assert torch.allclose(at_once, one_by_one, atol=1e-4)
+    assert torch.allclose(at_once, one_by_one, rtol=0, atol=1e-4 * at_once.abs().max().item())  # float32 sums

@@ -20,7 +20,7 @@ from shards_spec.models import load_model
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
 from training.config import ModelConfig
-from training.evaluate import Encoder, EvalConfig, check_root, evaluate, measure, recalls, retrieval, zeroshot
+from training.evaluate import Encoder, EvalConfig, _print, check_root, evaluate, measure, recalls, retrieval, zeroshot
 from training.export import ExportConfig, compare, export
 from training.student import load_run, new_student
 from training.trainer import train
@@ -224,6 +224,14 @@ def test_paths_of_results_are_printed_whole(run, tmp_path, capsys, monkeypatch):
     root = write_eval(tmp_path / "colours", [[(plain("red"), "png", 0)]])
     evaluate(EvalConfig(run, (root,), output=str(output)))
     assert str(output / "colours_zeroshot.json") in capsys.readouterr().out.splitlines()
+
+
+def test_the_name_of_a_data_set_is_neither_markup_nor_a_terminals_command(tmp_path, capsys):
+    result = {"dataset": "[/red]\x1b[2J", "task": "zeroshot", "samples": 1, "skipped": 0, "metrics": {"acc1": 1.0}}
+    _print(result, f"{tmp_path}/\x1b[2J.json")
+    out = capsys.readouterr().out
+    assert "[/red]\\x1b[2J" in out
+    assert "\x1b" not in out
 
 
 def write_folders(root: Path, split="test"):

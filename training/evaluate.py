@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
@@ -30,6 +31,7 @@ from shards_spec.images import decode_rgb, without_ends
 from shards_spec.models import DESCRIPTION, FOLDER, LoadedModel, Trust, load_model, pick_device
 from shards_spec.names import IMAGE_EXTENSIONS
 from shards_spec.sample import Sample
+from shards_spec.shown import shown
 from shards_spec.tar import read_shard
 from training.classifier import Classifier
 from training.config import require
@@ -328,12 +330,12 @@ def recalls(images: Tensor, texts: Tensor, owner: Tensor) -> dict[str, float]:
 
 
 def _print(result: dict[str, Any], output: str | None) -> None:
-    title = f"{result['dataset']} · {result['task']} · {result['samples']} pictures"
-    table = Table("metric", "value", title=title)
+    title = shown(f"{result['dataset']} · {result['task']} · {result['samples']} pictures")
+    table = Table("metric", "value", title=Text(title))  # a name with brackets is no markup
     for name, value in result["metrics"].items():
         table.add_row(name, f"{value:.4f}")
     if result["skipped"]:
         table.add_row("pictures left out", str(result["skipped"]))
     Console().print(table)
     if output:
-        print(output)  # whole, however narrow the terminal
+        print(shown(output))  # whole, however narrow the terminal
