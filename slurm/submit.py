@@ -240,10 +240,6 @@ def _submission_name(command: str) -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{command}-{secrets.token_hex(2)}"
 
 
-def _submission_name(command: str) -> str:
-    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{command}-{secrets.token_hex(2)}"
-
-
 def _words() -> str:
     return hide_secrets(shlex.join(sys.argv[1:]))
 

@@ -68,9 +68,9 @@ def test_sigmoid_loss_is_the_dense_one(seed):
     t = multi_hot(labels, 40)
     logits = torch.tensor(z, dtype=torch.float32, requires_grad=True)
     losses = sigmoid_loss(logits, labels)
-    assert np.allclose(losses.detach(), dense_sigmoid(z, t), rtol=1e-6)
+    assert np.allclose(losses.detach(), dense_sigmoid(z, t), rtol=1e-5)  # float32: 40 roundings of 6e-8 at most
     losses.mean().backward()
-    assert np.allclose(logits.grad, (1 / (1 + np.exp(-z)) - t) / len(z), atol=1e-7)
+    assert np.allclose(logits.grad, (1 / (1 + np.exp(-z)) - t) / len(z), rtol=1e-5, atol=1e-6)
     dense = torch.nn.functional.binary_cross_entropy_with_logits(
         logits.detach(), torch.tensor(t, dtype=torch.float32), reduction="none"
     )

@@ -101,7 +101,7 @@ def test_positions_along_the_raster_are_one_dimensional():
     got = resize_positions(source, (4, 4), (6, 6), "raster")[0].numpy()
     places = (np.arange(36) + 0.5) * 16 / 36 - 0.5
     expected = np.stack([np.interp(places, np.arange(16), source[0, :, c].double().numpy()) for c in range(3)], 1)
-    assert np.allclose(got, expected, atol=1e-6)
+    assert np.allclose(got, expected, atol=1e-5)  # it computes in float32: some roundings of places and values, 6e-8
 
 
 def test_positions_over_the_grid_are_separable():
@@ -114,7 +114,7 @@ def test_positions_over_the_grid_are_separable():
 
     plane = source[0].double().numpy().reshape(3, 4, 2)
     expected = np.einsum("ih,hwc,jw->ijc", matrix(3, 5), plane, matrix(4, 8))
-    assert np.allclose(got, expected, atol=1e-6)
+    assert np.allclose(got, expected, atol=1e-5)
     assert resize_positions(source, (3, 4), (3, 4), "raster") is source
 
 

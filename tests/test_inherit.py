@@ -75,7 +75,7 @@ def test_options(teacher, student):
         assert torch.equal(state[text + kind][64:], source[f"text.layers.0.qkv.{kind}"][64:128])
     student.load_state_dict(state)
     norm, x = student.visual.trunk.stages[3].blocks[0].blocks[1].norm.eval(), torch.randn(2, 128, 2, 2)
-    assert (norm(x) - x).abs().max() < 1e-6
+    assert (norm(x) - x).abs().max() <= 1e-6 * x.abs().max()  # its gain is a float32: 1 and a few roundings of 6e-8
     pairs = open_clip.create_model("SiCLIP-tiny").text.layers[0]
     assert pairs.share == 4
 
