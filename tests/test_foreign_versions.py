@@ -1,4 +1,4 @@
-"""What we count on in versions of others. The floors were tried too: torch 2.6.0, open_clip 3.0.0, timm 1.0.26."""
+"""What we count on in versions of others. The floors were tried too: torch 2.6.0, open_clip 3.1.0, timm 1.0.26."""
 
 import inspect
 import tomllib
@@ -22,9 +22,9 @@ def release(name):
 
 def test_versions_are_within_what_was_tried():
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert {"torch>=2.6", "open_clip_torch>=3.0,<4", "timm>=1.0.26"} <= set(wanted)
+    assert {"torch>=2.6", "open_clip_torch>=3.1,<4", "timm>=1.0.26"} <= set(wanted)
     assert release("torch") >= (2, 6, 0)
-    assert (3, 0, 0) <= release("open_clip_torch") < (4, 0, 0)
+    assert (3, 1, 0) <= release("open_clip_torch") < (4, 0, 0)
     assert release("timm") >= (1, 0, 26)
 
 

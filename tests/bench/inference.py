@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import open_clip
 import torch
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from training.inherit import freeze, inherit_siclip
