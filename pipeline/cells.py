@@ -46,7 +46,7 @@ def found_columns(names: list[str], columns: Columns) -> tuple[int | None, int |
     A list without a column of addresses may have one of files.
     """
     url = find_column(columns[1], WEB_NAMES, names)
-    captions = CAPTION_NAMES
+    captions: tuple[str, ...] = CAPTION_NAMES
     if url is None and columns[1] is None:
         url, captions = find_column(None, PATH_NAMES, names), PATH_CAPTIONS
     return find_column(columns[0], captions, names), url

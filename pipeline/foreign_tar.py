@@ -285,16 +285,22 @@ def _check_columns(path: str, columns: Columns) -> None:
     """Raises UserError when a column given is in none of the first samples."""
     if columns == (None, None):
         return
-    seen = dict[str, None]()
+    seen, samples, links = dict[str, None](), 0, 0
     with _tar_buffer(path) as buffer:
-        for number, (_, members, _) in enumerate(tar_samples(buffer, path)):
+        for _, members, _ in islice(tar_samples(buffer, path), PEEKED_SAMPLES):
+            samples += bool(members)
             texts = {extension: member for extension, member in members.items() if not is_image(extension)}
-            seen |= dict.fromkeys([*texts, *(_json_fields(buffer, texts)[0] or {})])
-            if number == PEEKED_SAMPLES:
-                break
+            fields = _json_fields(buffer, texts)[0] or {}
+            seen |= dict.fromkeys([*texts, *fields])
+            links += columns[1] is not None and "\ufffd" not in (_url(buffer, texts, fields, columns[1]) or "\ufffd")
     for given, option in zip(columns, ("--caption-col", "--url-col"), strict=True):
-        if seen and given is not None and given not in seen and given.lower() not in seen:
+        if samples and given is not None and given not in seen and given.lower() not in seen:
             raise UserError(f"--source {path}: no column {given!r}; its samples have {list(seen)}; change {option}")
+    if samples and columns[1] is not None and not links:
+        raise UserError(
+            f"--source {path}: --url-col {columns[1]!r} holds no text in the first {samples} samples; it names where "
+            "the image's address stands, images themselves are found without it"
+        )
 
 
 def mean_sample_bytes(path: str, samples: int) -> float | None:

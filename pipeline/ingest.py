@@ -7,25 +7,33 @@ import time
 from collections.abc import Container, Iterator
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal
+
+import pyarrow as pa
 
 from pipeline.adopt import adopt_shard, adopt_tasks
 from pipeline.cells import ADDRESS_TOO_LONG, CAPTION_TOO_LONG, KEPT_CHARS
 from pipeline.download import Downloader
 from pipeline.fetch import FetchRules
 from pipeline.images import JPEG_QUALITY, PictureRules
+from pipeline.other_columns import ALL_COLUMNS, check_named, plain, read_conditions
+from pipeline.parquet_lists import other_types
+from pipeline.places import Columns
 from pipeline.raw_shard import FOLDER, Inputs, sample_key, write_raw_shard
 from pipeline.retry import additional_shards, kept_tasks, remove_shard, retry_tasks
 from pipeline.selection import Selection, read_exclusions
-from pipeline.sources import Format, Row, detect, estimate_rows, list_rows
+from pipeline.sources import Format, Row, detect, estimate_rows, list_rows, source_files
 from pipeline.stage import ALL, Result, Root, Share, Stage, Summary, Task, run_stage
-from shards_spec.files import UserError, free_bytes, join, sha256_bytes, sha256_json
+from shards_spec.files import UserError, free_bytes, is_url, join, sha256_bytes, sha256_json
 from shards_spec.manifest import finished_shards, shard_name
 
 log = logging.getLogger(__name__)
 OTHER_FILES = 200  # that this process has open beside its downloads
 MEAN_CHARS = 8192  # of a row's texts over its shard; more is no captions but something that fills the memory
+LISTS: tuple[Format, ...] = ("cc3m", "cc12m", "csv", "jsonl", "parquet", "txt")
+NO_COLUMNS: tuple[Format, ...] = ("cc3m", "cc12m", "txt", "img2dataset")  # without names
+OTHER_FOLDERS = ("dedup", "captions", "plan", "shards", "vocab", "teacher", "logs")
 ENOUGH_ROWS = 2000  # to guess from how large the rest will be
 
 
@@ -35,9 +43,9 @@ class IngestConfig:
 
     root: Root
     """the dataset: a folder or an fsspec URL; writes raw/"""
-    source: str
+    source: tuple[str, ...]
     """links in .tsv, .csv, .jsonl or .parquet (also .gz), a folder or glob of such files, Parquet files with pictures,
-    a folder of pictures, WebDataset tars, or img2dataset's shards; local or an fsspec URL"""
+    a folder of pictures, WebDataset tars, or img2dataset's shards; local or an fsspec URL; several lists are one"""
     format: Literal["auto"] | Format = "auto"
     """form of the source: cc3m is caption, tab, URL; cc12m is URL, tab, caption"""
     url_col: str | None = None
@@ -80,6 +88,10 @@ class IngestConfig:
     """leave out a picture that stands earlier in its shard under another link; `clipmill dedup` looks at all shards"""
     near_bits: int = 3
     """bits of 64 by which perceptual hashes of near-duplicates differ at most"""
+    where: tuple[str, ...] = ()
+    """conditions on a list's other columns that a row has to meet, such as 'similarity >= 0.3' 'NSFW == UNLIKELY'"""
+    save_additional_columns: tuple[str, ...] = (ALL_COLUMNS,)
+    """which of a list's other columns raw/ keeps: names, all ('*'), or none (nothing after the option)"""
     exclude: tuple[str, ...] = ()
     """text files of links, or of sha256 of pictures, to leave out: one per line, also .gz"""
     allow_private: bool = False
@@ -106,10 +118,25 @@ class IngestConfig:
                 raise UserError(f"{field} is {getattr(self, field)}: allowed are seconds above 0")
         if self.max_aspect_ratio and not self.max_aspect_ratio >= 1:
             raise UserError(f"max_aspect_ratio is {self.max_aspect_ratio}: allowed are numbers from 1, and 0 for any")
-        if not self.source:
+        if not self.sources or not all(self.sources):
             raise UserError("source is empty: give a list, a folder of pictures or a folder of img2dataset's shards")
         if self.retry_failed and self.overwrite:
             raise UserError("--retry-failed adds to finished shards, --overwrite makes them again: give one of them")
+
+    @property
+    def named(self) -> str:
+        """The sources as text."""
+        return " ".join(self.sources)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources; callers may give one as a string."""
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+    @property
+    def columns(self) -> Columns:
+        """The given names of the caption's and the link's column."""
+        return self.caption_col, self.url_col
 
     @property
     def processes(self) -> int:
@@ -129,31 +156,64 @@ def ingest(config: IngestConfig, share: Share = ALL) -> Summary:
     Raises UserError for a source that cannot be used, finished shards of another config or a full disk, ShardsFailed
     for img2dataset's broken shards.
     """
-    columns = (config.caption_col, config.url_col)
-    form = detect(config.source, columns) if config.format == "auto" else config.format
-    log.info("%s: %s", config.source, form)
+    form = _form(config)
+    log.info("%s: %s", config.named, form)
     if form == "img2dataset":
         stage = Stage("ingest", FOLDER, {"kind": "img2dataset"})
-        adopted = adopt_tasks(config.root, config.source)
+        adopted = adopt_tasks(config.root, config.sources[0])
         _refuse_surplus(config, len(adopted))
         return run_stage(
             config.root, stage, adopted, adopt_shard, total=len(adopted), workers=config.processes,
-            overwrite=config.overwrite, source=config.source, surplus=partial(_remove_surplus, config), share=share,
+            overwrite=config.overwrite, source=config.named, surplus=partial(_remove_surplus, config), share=share,
         )  # fmt: skip
     return _ingest_rows(config, form, share)
 
 
 def source_shards(config: IngestConfig) -> int | None:
     """About how many shards a source makes, without reading it; None when only reading it would tell."""
-    form = detect(config.source, (config.caption_col, config.url_col)) if config.format == "auto" else config.format
-    return len(finished_shards(config.source)) if form == "img2dataset" else Listing(config, form).shards
+    form = _form(config)
+    return len(finished_shards(config.sources[0])) if form == "img2dataset" else Listing(config, form).shards
+
+
+def _form(config: IngestConfig) -> Format:
+    """The one form of all sources. Raises UserError for sources that cannot be read together, and unused options."""
+    for source in config.sources:
+        _check_outside(config.root, source)
+    forms = (
+        [detect(source, config.columns) for source in config.sources] if config.format == "auto" else [config.format]
+    )
+    if len(set(forms)) > 1:
+        found = ", ".join(f"{source} is {form}" for source, form in zip(config.sources, forms, strict=True))
+        raise UserError(f"--source: lists of several forms ({found}); give lists of one form, or ingest into two ROOTs")
+    form = forms[0]
+    if len(config.sources) > 1 and form not in LISTS:
+        raise UserError(f"--source: several sources of form {form}; only lists are read together, give one folder")
+    for option, given in (("--caption-col", config.caption_col), ("--url-col", config.url_col)):
+        if given is not None and form in NO_COLUMNS:
+            raise UserError(f"{option} {given!r} means nothing for a source of form {form}; leave it out")
+    if form not in (*LISTS, "hf-parquet") and config.where:
+        raise UserError(f"--where means nothing for a source of form {form}, which has no other columns; leave it out")
+    return form
+
+
+def _check_outside(root: str, source: str) -> None:
+    """Raises UserError for a source that is ROOT itself, or a folder of it that a stage writes."""
+    place, own = (
+        path.rstrip("/") if is_url(path) else os.path.realpath(path) for path in (source, root)
+    )  # fmt: skip
+    if place == own or any(f"{place}/".startswith(f"{own}/{folder}/") for folder in OTHER_FOLDERS):
+        raise UserError(
+            f"--source {source} is ROOT itself, or what its stages write: give another folder as ROOT; shards of "
+            f"img2dataset that lie in {join(root, FOLDER)} are taken as they are by --source {join(root, FOLDER)}"
+        )
 
 
 def _ingest_rows(config: IngestConfig, form: Format, share: Share) -> Summary:
     """Everything but img2dataset's shards: rows, from the web or from where they lie, to shards."""
     selection = Selection(
         config.sane_captions, config.min_caption_chars, config.max_caption_chars, config.dedup != "none",
-        config.near_bits if config.dedup == "near" else None, read_exclusions(config.exclude),
+        config.near_bits if config.dedup == "near" else None, read_conditions(config.where),
+        read_exclusions(config.exclude),
     )  # fmt: skip
     pictures = PictureRules(config.image_size, config.max_pixels, config.min_size, config.max_aspect_ratio)
     fetch = FetchRules(
@@ -168,7 +228,7 @@ def _ingest_rows(config: IngestConfig, form: Format, share: Share) -> Summary:
         live = partial(_live, source, downloader, config.root)
         summary = run_stage(
             config.root, stage, tasks, work, total=None if config.retry_failed else source.shards, live=live,
-            threads=config.shards_at_once, overwrite=config.overwrite, source=config.source,
+            threads=config.shards_at_once, overwrite=config.overwrite, source=config.named,
             surplus=partial(_remove_surplus, config), share=share,
         )  # fmt: skip
     if nothing := downloader.tally.nothing():
@@ -185,7 +245,9 @@ def _shape(config: IngestConfig, form: Format, selection: Selection, pictures: P
         "max_bytes": config.max_bytes,
         "jpeg_quality": JPEG_QUALITY,
         **asdict(pictures),
-        **{name: value for name, value in asdict(selection).items() if name != "exclusions"},
+        **{name: value for name, value in asdict(selection).items() if name not in ("exclusions", "where")},
+        **({"where": list(config.where)} if config.where else {}),
+        **({"other_columns": list(kept)} if (kept := config.save_additional_columns) != (ALL_COLUMNS,) else {}),
         "exclusions": sha256_bytes(selection.exclusions.tobytes()) if len(selection.exclusions) else None,
         "allow_private": config.allow_private,
         "ignore_opt_out": config.ignore_opt_out,
@@ -210,8 +272,8 @@ class Listing:
     def __init__(self, config: IngestConfig, form: Format) -> None:
         self._config, self._form = config, form
         self.read = 0
-        estimate = estimate_rows(config.source, form)
-        self.rows = estimate[0] if estimate else None
+        estimates = [estimate_rows(source, form) for source in config.sources]
+        self.rows = sum(estimate[0] for estimate in estimates if estimate) if all(estimates) else None
 
     @property
     def shards(self) -> int | None:
@@ -230,7 +292,8 @@ class Listing:
             for number in reversed(additional):
                 remove_shard(config.root, number)
             additional = {}
-        rows = list_rows(config.source, self._form, (config.caption_col, config.url_col))
+        rows = chain.from_iterable(list_rows(source, self._form, config.columns) for source in config.sources)
+        types = self._types()
         size = config.shard_size
         chunks = iter(lambda: list(bounded(islice(rows, size), size * MEAN_CHARS)), [])
         for chunk, last in _with_last(chunks):
@@ -238,18 +301,30 @@ class Listing:
                 _refuse_surplus(config, shard + 1, additional)
             if shard in additional:
                 raise UserError(
-                    f"--source {config.source} has more rows than when its failed rows were tried again; give the new "
+                    f"--source {config.named} has more rows than when its failed rows were tried again; give the new "
                     "rows as a list of their own to another ROOT, or make all anew with --overwrite"
                 )
             if share.take(shard):  # asked before the rows are hashed, which takes longer than reading them
                 keys = [sample_key(shard, index, config.shard_size) for index in range(len(chunk))]
-                yield Task(shard, {"rows": sha256_json([_identity(row) for row in chunk])}, Inputs(keys, chunk, {}))
+                inputs = Inputs(keys, chunk, {}, types, config.save_additional_columns)
+                former = {"rows": sha256_json([_identity(row) for row in chunk])}
+                others = [{name: plain(cell) for name, cell in row.extra.items()} for row in chunk]
+                more = {"columns": sha256_json(others)} if any(others) else {}
+                yield Task(shard, former | more, inputs, former)
+            if not shard:
+                check_named(chunk, read_conditions(config.where), config.save_additional_columns)
             self.read += len(chunk)
             shard += 1
         if not shard:
-            raise UserError(f"--source {config.source} has no row and no picture in it; nothing to ingest")
+            raise UserError(f"--source {config.named} has no row and no picture in it; nothing to ingest")
         self.rows = self.read
         yield from kept_tasks(config.root, shard)
+
+    def _types(self) -> dict[str, pa.DataType]:
+        """Of the list's columns, where it has types: those of its first file."""
+        if self._form not in ("parquet", "hf-parquet"):
+            return {}
+        return other_types(source_files(self._config.sources[0], self._form)[0].path)
 
 
 def bounded(rows: Iterator[Row], most: int) -> Iterator[Row]:
@@ -318,7 +393,7 @@ def _refuse_surplus(config: IngestConfig, shards: int, additional: Container[int
     if surplus and not config.overwrite:
         raise UserError(
             f"{join(config.root, FOLDER)} has {len(surplus)} shards more ({shard_name(surplus[0])} and on) than "
-            f"--source {config.source} makes; use another ROOT, or --overwrite, which deletes them"
+            f"--source {config.named} makes; use another ROOT, or --overwrite, which deletes them"
         )
 
 

@@ -211,6 +211,15 @@ def other_columns(schema: pa.Schema, chosen: list[str]) -> list[str]:
     ]
 
 
+def other_types(source: str) -> dict[str, pa.DataType]:
+    """Types of the columns of a Parquet file, as raw shards can have them: text without a dictionary or views."""
+    with _source_errors(source), open_parquet(source) as table:
+        schema = table.schema_arrow
+        names = [name for name in schema.names if schema.names.count(name) == 1]
+        kinds = {name: schema.field(name).type for name in names}
+        return {name: pa.string() if is_text(kind) else kind for name, kind in kinds.items()}
+
+
 def _is_kept(kind: pa.DataType) -> bool:
     parts = [kind.field(index).type for index in range(kind.num_fields)]  # of a list or a struct
     return not is_binary(kind) and all(_is_kept(part) for part in parts)
@@ -296,10 +305,10 @@ def _picture_rows(file: SourceFile, table: pq.ParquetFile, columns: Columns) -> 
             continue
         links = _plain(batch.column(chosen[1])) if url is not None else [None] * len(batch)
         others = _other_cells(batch, chosen)
-        for texts, link, extra in zip(_texts(batch.column(chosen[0])), links, others, strict=False):
+        for texts, address, extra in zip(_texts(batch.column(chosen[0])), links, others, strict=False):
             place = ParquetPlace(file.path, leaf, *next(places))
             for text in texts:
-                yield _picture_row(make_row(text, link, extra=extra), f"{file.below}#{number}", file.stamp, place)
+                yield _picture_row(make_row(text, address, extra=extra), f"{file.below}#{number}", file.stamp, place)
             number += 1
 
 

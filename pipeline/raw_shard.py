@@ -4,13 +4,14 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.images import RESIZE, Outcome, Picture
+from pipeline.other_columns import ALL_COLUMNS, kept_columns, plain
 from pipeline.sources import Row
 from pipeline.stage import Result
 from shards_spec.files import UserError, atomic_writer, free_bytes, join, sha256_file
@@ -33,11 +34,16 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Inputs:
-    """The rows of a shard and their keys; ``retried`` counts their earlier reasons when they were tried before."""
+    """The rows of a shard and their keys; ``retried`` counts their earlier reasons when they were tried before.
+
+    ``types`` are those of the list's other columns where it has types, ``wanted`` names those that are kept.
+    """
 
     keys: list[str]
     rows: list[Row]
     retried: dict[str, int]
+    types: dict[str, pa.DataType] = field(default_factory=dict)
+    wanted: tuple[str, ...] = (ALL_COLUMNS,)
 
 
 def sample_key(shard: int, index: int, shard_size: int) -> str:
@@ -52,21 +58,19 @@ def write_raw_shard(root: str, shard: int, inputs: Inputs, outcomes: list[Outcom
     Raises UserError when the disk has no room for it, before anything is written.
     """
     fields = [_fields(*row) for row in zip(inputs.keys, inputs.rows, outcomes, strict=True)]
+    others = kept_columns(inputs.rows, inputs.types, inputs.wanted)
     name = join(FOLDER, shard_name(shard))
     _check_room(root, outcomes)
     forget(join(root, FOLDER), shard)
-    _, tar_hash = write_shard(join(root, f"{name}.tar"), _samples(fields, outcomes))
+    _, tar_hash = write_shard(join(root, f"{name}.tar"), _samples(_with(others, fields), outcomes))
     parquet = join(root, f"{name}.parquet")
     with atomic_writer(parquet) as file:
-        pq.write_table(pa.Table.from_pylist(fields, SCHEMA), file, row_group_size=ROW_GROUP)
+        pq.write_table(_table(others, fields), file, row_group_size=ROW_GROUP)
     counts = Counter("success" if isinstance(outcome, Picture) else outcome for outcome in outcomes)
     outputs = {f"{name}.tar": tar_hash, f"{name}.parquet": sha256_file(parquet)}
-    notes = Counter(row.note for row, outcome in zip(inputs.rows, outcomes, strict=True) if _is_noted(row, outcome))
+    noted = zip(inputs.rows, outcomes, strict=True)
+    notes = Counter(row.note for row, outcome in noted if row.note is not None and isinstance(outcome, Picture))
     return Result(dict(counts), outputs, retried=inputs.retried, facts=dict(notes))
-
-
-def _is_noted(row: Row, outcome: Outcome) -> bool:
-    return row.note is not None and isinstance(outcome, Picture)
 
 
 def _check_room(root: str, outcomes: list[Outcome]) -> None:
@@ -92,6 +96,19 @@ def _fields(key: str, row: Row, outcome: Outcome) -> dict[str, Any]:
         "error_message": reason or row.note,
         **{name: getattr(picture, name, None) for name in SCHEMA.names[5:]},
     }
+
+
+def _table(others: dict[str, pa.Array], fields: list[dict[str, Any]]) -> pa.Table:
+    """The Parquet file's content: a list's other columns come first, as in img2dataset's."""
+    own = pa.Table.from_pylist(fields, SCHEMA)
+    return pa.table({**others, **dict(zip(own.column_names, own.columns, strict=True))}) if others else own
+
+
+def _with(others: dict[str, pa.Array], fields: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The fields of the json members, the list's other columns first."""
+    cells = zip(*(array.to_pylist() for array in others.values()), strict=True) if others else [()] * len(fields)
+    more = (dict(zip(others, map(plain, row), strict=True)) for row in cells)
+    return [{**extra, **own} for extra, own in zip(more, fields, strict=True)]
 
 
 def _samples(fields: list[dict[str, Any]], outcomes: list[Outcome]) -> Iterator[Sample]:

@@ -10,7 +10,7 @@ from itertools import groupby, islice
 from typing import Any
 
 from pipeline.fetch import MAY_PASS
-from pipeline.raw_shard import FOLDER, Inputs
+from pipeline.raw_shard import FOLDER, SCHEMA, Inputs
 from pipeline.sources import Row
 from pipeline.stage import Task
 from shards_spec.files import UserError, join, remove, sha256_json
@@ -87,8 +87,9 @@ def _base_tasks(root: str) -> Iterator[Task]:
 def _task(number: int, retry_pass: int, chunk: list[dict[str, Any]]) -> Task:
     inputs = Inputs(
         [row["key"] for row in chunk],
-        [Row(row["caption"], row["url"]) for row in chunk],
+        [Row(row["caption"], row["url"], extra=row["extra"]) for row in chunk],
         dict(Counter(row["error_message"] for row in chunk)),
+        {name: kind for row in chunk for name, kind in row["types"].items()},
     )
     digest = sha256_json([[row["key"], row["url"], row["caption"]] for row in chunk])
     return Task(number, {PASS: str(retry_pass), "rows": digest}, inputs)
@@ -108,6 +109,9 @@ def _latest(root: str, base: int, passes: list[int]) -> Iterator[dict[str, Any]]
 
 def _rows(root: str, numbers: list[int], retry_pass: int) -> Iterator[dict[str, Any]]:
     for number in numbers:
-        table = read_table(join(root, FOLDER, f"{shard_name(number)}.parquet"), COLUMNS, mend="run ingest again")
-        for row in table.to_pylist():
-            yield {**row, "pass": retry_pass}
+        table = read_table(join(root, FOLDER, f"{shard_name(number)}.parquet"), mend="run ingest again")
+        others = table.drop_columns([name for name in table.column_names if name in SCHEMA.names])
+        types = {field.name: field.type for field in others.schema}
+        extras = others.to_pylist() if types else [{}] * len(table)
+        for row, extra in zip(table.select(COLUMNS).to_pylist(), extras, strict=True):
+            yield {**row, "pass": retry_pass, "extra": extra, "types": types}

@@ -1,4 +1,7 @@
-"""Which rows a list's user wants: captions, excluded links and pictures, duplicates. Each `no` is a named reason."""
+"""Which rows a list's user wants: captions, conditions on columns, excluded links and pictures, duplicates.
+
+Each `no` is a named reason.
+"""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -8,6 +11,7 @@ import numpy as np
 from pipeline.alike import alike, fingerprint
 from pipeline.images import Outcome, Picture
 from pipeline.likeness import EXACT, NEAR, caption_problem, duplicates
+from pipeline.other_columns import Condition
 from pipeline.places import Row, lines
 from shards_spec.files import UserError, exists, sha256_bytes
 from shards_spec.images import decode_rgb
@@ -46,6 +50,7 @@ class Selection:
     max_caption_chars: int = 0
     duplicates: bool = False
     near_bits: int | None = None
+    where: tuple[Condition, ...] = ()
     exclusions: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
 
     def before(self, rows: list[Row]) -> list[Row]:
@@ -55,6 +60,8 @@ class Selection:
     def _problem(self, row: Row) -> str | None:
         if row.url is not None and self._is_excluded(row.url):
             return EXCLUDED_URL
+        if (failed := next((condition for condition in self.where if not condition.holds(row)), None)) is not None:
+            return failed.reason
         return caption_problem(row.caption, self.min_caption_chars, self.max_caption_chars, self.sane_captions)
 
     def after(self, rows: list[Row], outcomes: list[Outcome]) -> list[Outcome]:

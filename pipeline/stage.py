@@ -61,11 +61,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Task:
-    """One shard's work: ``inputs`` maps paths (or names) to hashes, ``payload`` is what ``work`` needs besides."""
+    """One shard's work: ``inputs`` maps paths (or names) to hashes, ``payload`` is what ``work`` needs besides.
+
+    A finished shard stands too when its inputs are ``former``: those that an earlier version wrote down for the same.
+    """
 
     shard: int
     inputs: dict[str, str]
     payload: Any = None
+    former: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,7 @@ def _count(counts: Counter[str], facts: Counter[str], done: Done) -> None:
 def _done_before(folder: str, stage: Stage, task: Task) -> Done | None:
     done = same_config(folder, stage, task.shard)
     grown = done is not None and done.config != stage.config
-    return done if done is not None and not grown and done.inputs == task.inputs else None
+    return done if done is not None and not grown and done.inputs in (task.inputs, task.former) else None
 
 
 def same_config(folder: str, stage: Stage, shard: int) -> Done | None:

@@ -96,8 +96,8 @@ def _headless_form(source: str, found: list[str]) -> TextForm:
         raise UserError(f"--source {source}: one of its first lines has more than {MAX_LINE_BYTES >> 20} MiB; cut it")
     other = next((sign for sign in ",;|" if _is_cut_by(sign, found)), None)
     if other is not None:
-        url_last = URL_PATTERN.match(found[0].split(other)[-1].strip(' "'))
-        header = f"caption{other}url" if url_last else f"url{other}caption"
+        last = found[0].split(other)[-1].strip(' "')
+        header = f"caption{other}url" if URL_PATTERN.match(last) else f"url{other}caption"
         raise UserError(
             f"--source {source}: its fields are cut by {DELIMITERS[other]} ({other!r}) and it has no header with a "
             f"column url; put a first line such as {header} before it"
