@@ -196,7 +196,7 @@ def _grouped(leaves: list[_Leaf], groups: dict[str, tuple[str, ...]]) -> Any:
             own = sorted(own, key=lambda leaf: leaf.default is not dataclasses.MISSING)  # as dataclasses want it
             piece = dataclasses.make_dataclass(group, [leaf.field for leaf in own])
             piece.__doc__ = ""
-            pieces.append((group, tyro.conf.OmitArgPrefixes[piece]))  # type: ignore[misc]
+            pieces.append((group, tyro.conf.OmitArgPrefixes[piece]))  # type: ignore[valid-type]
     return dataclasses.make_dataclass("Options", pieces)
 
 

@@ -116,6 +116,7 @@ def parquet_form(path: str, columns: Columns) -> Literal["parquet", "hf-parquet"
         leaf = picture_column(table.schema_arrow, columns[1])
         if leaf is None:
             return "parquet"
+        _check_leaf(path, table, leaf)
         if leaf.endswith(".bytes") or not table.num_row_groups or _sizes(file, table, 0, leaf, is_url(path)).too_large:
             return "hf-parquet"
         first = next(table.iter_batches(1, columns=[leaf]), None)
@@ -268,6 +269,12 @@ def picture_column(schema: pa.Schema, given: str | None = None) -> str | None:
     return list(found.values())[index or 0] if found else None
 
 
+def _check_leaf(source: str, table: pq.ParquetFile, leaf: str) -> None:
+    """Raises UserError when the images' column, or the path of its leaf, is there more than once."""
+    check_once(source, table.schema_arrow.names, [leaf.removesuffix(".bytes")])
+    check_once(source, [table.schema.column(index).path for index in range(len(table.schema))], [leaf])
+
+
 def picture_parquet_rows(files: list[SourceFile], columns: Columns) -> Iterator[Row]:
     """A row per row of the Parquet files. Raises UserError for a file without images or without a caption column."""
     for file in files:
@@ -280,6 +287,7 @@ def _picture_rows(file: SourceFile, table: pq.ParquetFile, columns: Columns) -> 
     leaf = picture_column(schema, columns[1])
     if leaf is None:
         raise UserError(f"--source {file.path}: no column holds pictures; its columns are {shown(schema.names)}")
+    _check_leaf(file.path, table, leaf)
     own = (leaf, leaf.removesuffix(".bytes"))
     names = [name for name in schema.names if name not in own]
     link = None if columns[1] in own else columns[1]

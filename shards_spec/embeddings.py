@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from shards_spec.files import DataError, atomic_writer, is_url, open_read, sha256_bytes
 from shards_spec.library_errors import open_table, parquet_errors
+from shards_spec.sample import parse_object
 
 Dtype = Literal["float32", "float16", "int8"]
 STORED: dict[str, Any] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "int8": np.dtype("i1")}
@@ -124,7 +125,7 @@ def _opened(path: str, file: Any) -> tuple[Any, dict[str, Any]]:
     stored = (parquet.schema_arrow.metadata or {}).get(b"clipmill")
     if stored is None:
         raise DataError(f"{path}: no clipmill metadata in it; it is not a teacher cache")
-    return parquet, json.loads(stored)
+    return parquet, parse_object(stored)
 
 
 def read_meta(path: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import IO, Any
 
 from shards_spec.files import DataError, UserError, is_url, open_read
+from shards_spec.sample import check_depth
 
 LONGEST = 200  # characters of a library's text that are shown
 SNIFFED = 512  # bytes
@@ -155,7 +156,9 @@ def json_errors(path: str, given: bool = False, mend: str = "") -> Iterator[None
 def parse_json(path: str, data: bytes, given: bool = False, mend: str = "") -> Any:
     """A JSON document in any Unicode encoding, with or without a BOM. Raises UserError and DataError."""
     with json_errors(path, given, mend):
-        return json.loads(data)
+        value = json.loads(data)
+        check_depth(data, value)
+        return value
 
 
 def decode_text(path: str, data: bytes, given: bool = True) -> str:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 
 from shards_spec.files import UserError, is_alive, is_url
+from shards_spec.sample import parse_object
 
 log = logging.getLogger(__name__)
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -81,7 +82,7 @@ def _myself() -> dict[str, object]:
 
 def _holder(data: bytes) -> str:
     try:
-        said = json.loads(data)
+        said = parse_object(data)
         return f"process {said['pid']} on {said['host']} (of {said['user']}, since {said['since']})"
     except (ValueError, KeyError, TypeError):  # it has just been taken
         return "another process"
@@ -90,7 +91,7 @@ def _holder(data: bytes) -> str:
 def _died_here(data: bytes) -> bool:
     """Whether the holder was a process of this host that is no more."""
     try:
-        said = json.loads(data)
+        said = parse_object(data)
         return bool(said["host"] == socket.gethostname() and not is_alive(int(said["pid"])))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return False

@@ -71,10 +71,15 @@ def parse_object(data: str | bytes) -> dict[str, Any]:
         raise ValueError(f"does not parse ({str(error).split(';')[0]})") from error
     if not isinstance(value, dict):
         raise ValueError("is no object")
+    check_depth(data, value)
+    return value
+
+
+def check_depth(data: str | bytes, value: Any) -> None:
+    """Raises ValueError for a JSON value, parsed from ``data``, that is nested too deep for those who go through it."""
     brackets = (b"[", b"{") if isinstance(data, bytes) else ("[", "{")
     if sum(map(data.count, brackets)) > MAX_DEPTH and not _is_shallow(value, MAX_DEPTH):  # type: ignore[arg-type]
         raise ValueError(f"is nested deeper than {MAX_DEPTH} levels")
-    return value
 
 
 def _is_shallow(value: Any, levels: int) -> bool:

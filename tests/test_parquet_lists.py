@@ -56,6 +56,24 @@ def test_a_list_of_texts_is_a_caption_each(tmp_path, kind):
     assert [row.caption for row in rows(path)] == ["a", "b"] * 3
 
 
+@pytest.mark.parametrize("other", [pa.array([1, 2, 3]), pa.array([b"x"] * 3), pa.array([{"bytes": b"x"}] * 3)])
+@pytest.mark.parametrize("image", [[{"bytes": picture(n)} for n in range(3)], [picture(n) for n in range(3)]])
+def test_two_columns_of_images_with_one_name(tmp_path, image, other):
+    """Whichever comes first, whatever the other one holds; also where it appears in a later file only."""
+    path = tmp_path / "l.parquet"
+    texts = pa.array(["a", "b", "c"])
+    for first, second in ((pa.array(image), other), (other, pa.array(image))):
+        pq.write_table(pa.table([texts, first, second], ["caption", "image", "image"]), path)
+        with pytest.raises(UserError, match="has the column 'image' more than once; rename or drop one of them"):
+            rows(path)
+    folder = tmp_path / "d"
+    folder.mkdir()
+    pq.write_table(pa.table({"caption": texts, "image": image}), folder / "0.parquet")
+    path.rename(folder / "1.parquet")
+    with pytest.raises(UserError, match=r"1\.parquet has the column 'image' more than once"):
+        rows(folder)
+
+
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()], ids=str)
 def test_every_type_of_bytes_holds_images(tmp_path, kind):
     path = tmp_path / "l.parquet"

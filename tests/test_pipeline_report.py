@@ -352,12 +352,21 @@ def test_run_page_of_few_or_no_numbers(run, lines):
 def test_resumed_and_torn_metrics(run):
     steps = [1, 2, 3, 4, 3, 4, 5]
     text = "".join(metrics_line(step, float(n)) + "\n" for n, step in enumerate(steps))
+    text += (
+        "[" * 3000
+        + "\n"
+        + '{"step": '
+        + "1" * 400
+        + '}\n{"step": '
+        + "1" * 5000
+        + '}\n[1]\n\n{"step": "5", "loss": 6}\n'
+    )
     (run / "metrics.jsonl").write_text(text + '{"step": 6, "lo')
     problems: list[str] = []
     columns = read_metrics(str(run / "metrics.jsonl"), problems)
     assert columns["step"].tolist() == [1, 2, 3, 4, 5]
     assert columns["loss"].tolist() == [0, 1, 4, 5, 6]
-    assert "1 of 8 lines" in problems[0]
+    assert "5 of 13 lines" in problems[0]
 
 
 def test_long_runs_keep_the_page_small(run):

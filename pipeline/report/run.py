@@ -68,9 +68,10 @@ def read_metrics(path: str, problems: list[str]) -> dict[str, np.ndarray]:
     A run that went on from a checkpoint wrote some steps twice: the later line counts.
     """
     rows, broken = json_lines(path)
-    kept = list[dict[str, Any]]()
+    lines, kept = len(rows) + broken, list[dict[str, Any]]()
     for row in rows:
-        if not math.isfinite(number(row.get("step"))):
+        row["step"] = number(row.get("step"))
+        if not math.isfinite(row["step"]):
             broken += 1
             continue
         while kept and kept[-1]["step"] >= row["step"]:
@@ -78,7 +79,7 @@ def read_metrics(path: str, problems: list[str]) -> dict[str, np.ndarray]:
         nested = [_named(group, row.pop(group, None)) for group in ("losses", "eval")]
         kept.append(row | nested[0] | nested[1])
     if broken:
-        problems.append(f"{path}: {broken} of {len(rows) + broken} lines are no metrics and were left out")
+        problems.append(f"{path}: {broken} of {lines} lines are no metrics and were left out")
     columns = dict.fromkeys(name for row in kept for name in row)
     return {name: np.array([number(row.get(name)) for row in kept]) for name in columns}
 

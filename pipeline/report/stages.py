@@ -1,10 +1,11 @@
 """What each stage of a dataset did: its totals, its time, the funnel from the list to the shards, and the losses."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.report.text import flatten, json_lines
+from pipeline.report.text import flatten, json_lines, number
 from shards_spec.files import exists, join, names, read_json
 from shards_spec.manifest import STATS_PATTERN
 
@@ -91,8 +92,9 @@ def _time_spent(path: str) -> tuple[float | None, float]:
     if not exists(path):
         return None, 0
     runs = [run for run in json_lines(path)[0] if run.get("made")]
-    samples = sum(run["samples"] * run["made"] / max(1, run["shards"]) for run in runs)
-    return (sum(run["seconds"] for run in runs), samples) if runs else (None, 0)
+    samples = sum(number(run.get("samples")) * number(run["made"]) / max(1, number(run.get("shards"))) for run in runs)
+    seconds = sum(number(run.get("seconds")) for run in runs)
+    return (seconds, samples) if runs and math.isfinite(seconds) and math.isfinite(samples) else (None, 0)
 
 
 def funnel(counts: dict[str, dict[str, int]]) -> list[tuple[str, str, int, float]]:

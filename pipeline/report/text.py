@@ -1,23 +1,21 @@
 """Small readings that both pages share: lines of JSON, numbers that may be none, nested settings as rows."""
 
-import json
 import math
 from typing import Any
 
 from shards_spec.files import read_bytes
+from shards_spec.sample import parse_object
 
 
 def json_lines(path: str) -> tuple[list[dict[str, Any]], int]:
     """The JSON objects of a file with one per line, and how many lines are none (a writer killed in mid-line)."""
     rows, broken = list[dict[str, Any]](), 0
     for line in read_bytes(path).decode("utf-8", "replace").splitlines():
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line) if line.strip() else None
-        except json.JSONDecodeError:
-            row = line
-        if isinstance(row, dict):
-            rows.append(row)
-        elif row is not None:
+            rows.append(parse_object(line))
+        except ValueError:
             broken += 1
     return rows, broken
 
@@ -26,7 +24,7 @@ def number(value: Any) -> float:
     """A float; NaN for what is none."""
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
