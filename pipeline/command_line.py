@@ -15,7 +15,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, cast, get_type_hints
 
 import tyro
 
@@ -190,13 +190,13 @@ def _grouped(leaves: list[_Leaf], groups: dict[str, tuple[str, ...]]) -> Any:
     of = dict[str, list[_Leaf]]({group: [] for group in groups})
     for leaf in sorted(leaves, key=lambda leaf: order.get(leaf.name, len(order))):
         of.setdefault(named.get(leaf.name, leaf.group or ("more" if groups else "options")), []).append(leaf)
-    pieces = list[tuple[str, Any]]()
+    pieces, without_prefix = list[tuple[str, Any]](), cast(Any, tyro.conf.OmitArgPrefixes)
     for group, own in of.items():
         if own:
             own = sorted(own, key=lambda leaf: leaf.default is not dataclasses.MISSING)  # as dataclasses want it
             piece = dataclasses.make_dataclass(group, [leaf.field for leaf in own])
             piece.__doc__ = ""
-            pieces.append((group, tyro.conf.OmitArgPrefixes[piece]))  # type: ignore[valid-type]
+            pieces.append((group, without_prefix[piece]))
     return dataclasses.make_dataclass("Options", pieces)
 
 
