@@ -4,6 +4,7 @@ import io
 import json
 import random
 import shutil
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -40,6 +41,18 @@ def draw(seed: str, size: int = 48) -> tuple[bytes, str]:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=90)
     return file.getvalue(), f"a {colour} {shape} on a wall"
+
+
+def tar_bytes(members: list[tuple[str, str | bytes]], form: int = tarfile.GNU_FORMAT) -> bytes:
+    """A tar as others make them: members in the given order."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=form) as tar:
+        for name, data in members:
+            content = data.encode() if isinstance(data, str) else data
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return file.getvalue()
 
 
 def write_raw(

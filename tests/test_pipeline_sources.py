@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_data import tar_bytes
 from web_server import picture
 
 from pipeline import foreign_tar, places
@@ -426,17 +427,6 @@ def test_a_changed_picture_changes_its_stamp(tmp_path, store):
 
 
 # tars made by others
-
-
-def tar_bytes(members: list[tuple[str, str | bytes]], form: int = tarfile.GNU_FORMAT) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=form) as tar:
-        for name, data in members:
-            content = data.encode() if isinstance(data, str) else data
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return file.getvalue()
 
 
 MEMBERS = [

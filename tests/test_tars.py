@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from small_data import tar_bytes
 
 from pipeline.places import read_place
 from pipeline.sources import detect, list_rows
@@ -33,14 +34,7 @@ def image(seed: int, form: str = "PNG") -> bytes:
 
 
 def tar_of(*members: tuple[str, bytes | str], form: int = tarfile.PAX_FORMAT) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=form) as tar:
-        for name, data in members:
-            content = data.encode() if isinstance(data, str) else data
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return file.getvalue()
+    return tar_bytes(list(members), form)
 
 
 def rows_of(path, **options):
