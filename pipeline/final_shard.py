@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 FOLDER, SIZES = "shards", "shards/sizes.json"
 DISSIMILAR = "every caption below min_similarity"  # why a sample is dropped
 NEED_SIMILARITY = "--min-similarity needs the cosines that `clipmill caption ... --similarity` stores"
+NOT_FINITE = "json members with NaN or Infinity of the source, null instead"
 OWN_FIELD = re.compile(r"syn_(0|[1-9][0-9]*)|synsets")  # of the json member: a source's are no captions of these shards
 SCHEMA = pa.schema(
     [
@@ -237,13 +238,14 @@ def write_final_shard(root: str, task: Task, *, choice: Choice, wordnet: str, ru
                     counts[kept] += 1
                     continue
                 counts["success"] += 1
-                facts.update(kept.facts)
                 synsets = [label(text) for text in (kept.original, *kept.synthetic)]
                 sides = (_pixels(kept.meta.get(name)) for name in ("width", "height"))
                 row = (sample.key, kept.caption, kept.synthetic, synsets, *sides)
                 for column, value in zip(columns.values(), row, strict=True):
                     column.append(value)
-                yield Sample(sample.key, _members(sample, kept, synsets))
+                members = _members(sample, kept, synsets)
+                facts.update(kept.facts)
+                yield Sample(sample.key, members)
             chooser.end()
 
     forget(join(root, FOLDER), task.shard)
@@ -263,11 +265,16 @@ def _pixels(value: Any) -> int | None:
 
 
 def _members(sample: Sample, kept: Kept, synsets: list[list[str]]) -> dict[str, bytes]:
-    """The picture as it is, the original caption mended; json gets the captions as plain strings and the synsets."""
+    """The picture as it is, the original caption mended; json gets the captions as plain strings and the synsets.
+
+    Adds to the facts of ``kept`` what the json member could not keep.
+    """
     ours = {"caption": kept.caption, **{f"syn_{i}": text for i, text in enumerate(kept.synthetic)}, "synsets": synsets}
     theirs = {name: value for name, value in kept.meta.items() if not OWN_FIELD.fullmatch(name)}
     try:
-        meta = json_bytes({**theirs, **ours}, indent=None)
-    except UnicodeEncodeError:
-        meta = json_bytes({**hygiene.encodable(theirs), **ours}, indent=None)
+        meta = json_bytes({**theirs, **ours}, indent=None, strict=True)
+    except ValueError as error:
+        if not isinstance(error, UnicodeEncodeError):
+            kept.facts.append(NOT_FINITE)
+        meta = json_bytes({**hygiene.strict_json(theirs), **ours}, indent=None, strict=True)
     return {sample.image_extension: sample.image, "txt": kept.caption.encode(), "json": meta}

@@ -26,12 +26,13 @@ Drops, counted among the shard's reasons:
 
 import contextlib
 import html
+import math
 import re
 from typing import Any
 
 from ftfy.fixes import fix_c1_controls
 
-from shards_spec.files import DataError, json_bytes
+from shards_spec.files import DataError
 from shards_spec.sample import Sample
 
 VERSION = 1  # in pack's config: shards of other rules are made again
@@ -74,24 +75,15 @@ def without_surrogates(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "ignore")
 
 
-def encodable(meta: dict[str, Any]) -> dict[str, Any]:
-    """The json member's object, its surrogates mended wherever they are: they cannot be written as UTF-8."""
-    try:
-        json_bytes(meta)
-        return meta
-    except UnicodeEncodeError:
-        mended: dict[str, Any] = _mended(meta)
-        return mended
-
-
-def _mended(value: Any) -> Any:
+def strict_json(value: Any) -> Any:
+    """A value of a json member as every reader takes it: surrogates mended, null for NaN and infinities."""
     if isinstance(value, str):
         return without_surrogates(value)
     if isinstance(value, list):
-        return [_mended(part) for part in value]
+        return [strict_json(part) for part in value]
     if isinstance(value, dict):
-        return {without_surrogates(key): _mended(part) for key, part in value.items()}
-    return value
+        return {without_surrogates(key): strict_json(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _unescape(text: str) -> str:

@@ -245,9 +245,12 @@ def write_bytes(path: str, data: bytes) -> None:
         file.write(data)
 
 
-def json_bytes(value: Any, indent: int | None = 2) -> bytes:
-    """JSON as written everywhere here: UTF-8, keys in the given order, newline at the end."""
-    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode()
+def json_bytes(value: Any, indent: int | None = 2, strict: bool = False) -> bytes:
+    """JSON as written everywhere here: UTF-8, keys in the given order, newline at the end.
+
+    Raises UnicodeEncodeError for a half surrogate, and when ``strict`` ValueError for NaN and infinities.
+    """
+    return (json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=not strict) + "\n").encode()
 
 
 def write_json(path: str, value: Any) -> None:

@@ -89,7 +89,7 @@ def images(tmp_path) -> str:
     (["ingest", "x", "--sorce", "y"], "no option --sorce; did you mean --source?"),
     (["ingest", "x", "--source=y", "--shard_sise=3"], "no option --shard-sise; did you mean --shard-size?"),
     (["ingest", "x", "--source", "y", "--frobnicate"], "no option --frobnicate; clipmill ingest --help shows all"),
-    (["ingest", "x", "--source"], "Missing value for argument '--source'"),
+    (["ingest", "x", "--source"], "source is empty: give a list"),
     (["ingest", "x", "--source", "y", "--shard-size", "many"], "--shard-size: invalid literal for int()"),
     (["ingest", "x", "--source", "y", "--format", "csvv"], "invalid choice 'csvv' for argument '--format'"),
     (["pack", "x", "y"], "Unrecognized options: y"),

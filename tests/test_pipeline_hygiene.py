@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from small_data import draw
 
 from pipeline.check import CheckConfig, check
-from pipeline.hygiene import EMPTY, MENDS, encodable, tidy
+from pipeline.hygiene import EMPTY, MENDS, strict_json, tidy
 from pipeline.pack import PackConfig, pack
 from pipeline.wordnet import load_wordnet
 from shards_spec.files import UserError, join, json_bytes, sha256_file
@@ -70,9 +70,9 @@ def test_what_is_stored_is_utf8_and_names_its_mends(caption):
 
 def test_json_with_half_surrogates_can_be_written():
     meta = json.loads('{"alt": "\\ud83d x", "n": [1, {"\\ud83d\\ude00": null}], "pair": "\\ud83d\\ude00"}')
-    assert json.loads(json_bytes(encodable(meta))) == {"alt": " x", "n": [1, {"😀": None}], "pair": "😀"}
+    assert json.loads(json_bytes(strict_json(meta))) == {"alt": " x", "n": [1, {"😀": None}], "pair": "😀"}
     plain = {"a": [1, None, "x"]}
-    assert encodable(plain) is plain
+    assert strict_json(plain) == plain
 
 
 CAPTIONS = {

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import duckdb
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -223,6 +224,31 @@ def test_a_source_with_fields_of_ours_is_packed_as_check_wants_it(root, captione
     packed = shard_of(root, 0)
     assert [len(sample.captions) for sample in packed] == [captions] * len(packed)
     assert all(sample.meta["caption"] == sample.caption for sample in packed)
+
+
+def test_numbers_that_json_has_no_word_for_are_null(root):
+    """Python reads and writes NaN and Infinity, others refuse the whole file for them."""
+
+    def no_json(word):
+        raise AssertionError(word)
+
+    samples = shard_of(root, 0, "raw")
+    odd = b'{"width": NaN, "s": Infinity, "a": [1.5, -Infinity, {"b": 1e999, "c": "NaN"}], "u": "\\ud83d", "n": 1}'
+    samples[0] = Sample(samples[0].key, {**samples[0].members, "json": odd})
+    write_shard(join(root, "raw/00000.tar"), samples)
+    vouch(root, "raw", 0, "raw/00000.tar")
+    summary = pack(PackConfig(root, workers=1))
+    assert summary.facts["json members with NaN or Infinity of the source, null instead"] == 1
+    packed = shard_of(root, 0)
+    for sample in packed:
+        json.loads(sample.members["json"], parse_constant=no_json)
+    theirs = {"width": None, "s": None, "a": [1.5, None, {"b": None, "c": "NaN"}], "u": "", "n": 1}
+    assert {name: packed[0].meta[name] for name in theirs} == theirs
+    (Path(root) / "members.jsonl").write_bytes(b"".join(sample.members["json"] for sample in packed))
+    read = duckdb.sql(f"select n, width from read_json('{root}/members.jsonl')").fetchall()
+    assert read[0] == (1, None)
+    assert len(read) == len(packed)
+    assert check(CheckConfig(root)) == []
 
 
 def test_two_at_once(root):

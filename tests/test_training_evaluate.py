@@ -20,7 +20,18 @@ from shards_spec.models import load_model
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
 from training.config import ModelConfig
-from training.evaluate import Encoder, EvalConfig, _print, check_root, evaluate, measure, recalls, retrieval, zeroshot
+from training.evaluate import (
+    Encoder,
+    EvalConfig,
+    _print,
+    check_root,
+    dataset_names,
+    evaluate,
+    measure,
+    recalls,
+    retrieval,
+    zeroshot,
+)
 from training.export import ExportConfig, compare, export
 from training.student import load_run, new_student
 from training.trainer import train
@@ -207,6 +218,31 @@ def test_a_run_is_measured_and_its_result_kept(run, tmp_path, capsys):
     )
     assert evaluate(EvalConfig(run, (pairs,), precision="bf16"))[0]["task"] == "zeroshot_retrieval"
     assert Path(run, "eval", "pairs_retrieval.json").exists()
+
+
+def test_two_roots_of_one_name_are_two_results(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    samples = [(plain(colour), "png", n) for n, colour in enumerate(COLOURS)]
+    roots = [write_eval(Path(name), [samples[: n + 1]]) for n, name in enumerate(("a/x", "b/x", "y"))]
+    roots[1] += "/"
+    results = evaluate(EvalConfig(run, tuple(roots), output="results"))
+    assert {path.name for path in Path("results").iterdir()} == {f"{x}_zeroshot.json" for x in ("a-x", "b-x", "y")}
+    assert [(result["dataset"], result["samples"]) for result in results] == [("a-x", 1), ("b-x", 2), ("y", 3)]
+    assert [json.loads(Path(f"results/{result['dataset']}_zeroshot.json").read_text()) for result in results] == results
+
+
+@pytest.mark.parametrize(
+    ("roots", "names"),
+    [
+        (["/d/x"], ["x"]),
+        (["/d/x/", "/d/x"], ["x", "x"]),
+        (["/d/a/x/test", "/d/b/x/test", "/d/test"], ["a-x-test", "b-x-test", "d-test"]),
+        (["/d/x", "s3://d/x"], ["d-x", "s3-d-x"]),
+        (["/p/a/x", "/q/a/x", "/r/p-a-x"], ["p-a-x", "q-a-x", "r-p-a-x"]),
+    ],
+)
+def test_names_of_datasets(roots, names):
+    assert dataset_names(roots) == names
 
 
 def test_any_model_is_measured(tmp_path):

@@ -11,7 +11,8 @@ and captions; scores only chunk by chunk.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,7 +27,7 @@ from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
 from shards_spec.class_names import parse_label, read_class_names, read_lines
-from shards_spec.files import DataError, UserError, exists, join, write_json
+from shards_spec.files import DataError, UserError, exists, is_url, join, write_json
 from shards_spec.images import decode_rgb, without_ends
 from shards_spec.models import DESCRIPTION, FOLDER, LoadedModel, Trust, load_model, pick_device
 from shards_spec.names import IMAGE_EXTENSIONS
@@ -64,7 +65,8 @@ class EvalConfig:
     best: bool = False
     """take a run's best checkpoint by its eval_data, not the newest"""
     output: str | None = None
-    """folder for the results, DATASET_TASK.json each; by default RUN/eval, and none for a model that is no RUN"""
+    """folder for the results, DATASET_TASK.json each (DATASET: the EVAL root's name, with its parents' where several
+    have that); by default RUN/eval, and none for a model that is no RUN"""
     batch_size: int = 64
     """pictures or texts per forward pass"""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -132,36 +134,49 @@ def evaluate(config: EvalConfig) -> list[dict[str, Any]]:
     device = pick_device(config.device)
     loaded, about = _load(config)
     loaded.model.to(device).eval()
-    if isinstance(loaded.model, Classifier):
-        return [_classify(config, loaded, device, about, root) for root in config.data]
-    return [
-        _evaluate_one(config, Encoder(loaded, config.batch_size, device, config.precision == "bf16"), about, root)
-        for root in config.data
-    ]
+    bf16, results = config.precision == "bf16", list[dict[str, Any]]()
+    for root, dataset in zip(config.data, dataset_names(config.data), strict=True):
+        if isinstance(loaded.model, Classifier):
+            metrics, samples = measure_classifier(loaded, root, device, bf16)
+            results.append(_write(config, about, dataset, "classification", "classification", metrics, samples, 0))
+            continue
+        encoder = Encoder(loaded, config.batch_size, device, bf16)
+        task, metrics, samples = measure(encoder, root, config.task)
+        name = "zeroshot_classification" if task == "zeroshot" else "zeroshot_retrieval"
+        results.append(_write(config, about, dataset, task, name, metrics, samples, encoder.skipped))
+    return results
 
 
-def _evaluate_one(config: EvalConfig, encoder: Encoder, about: dict[str, Any], root: str) -> dict[str, Any]:
-    task, metrics, samples = measure(encoder, root, config.task)
-    name = "zeroshot_classification" if task == "zeroshot" else "zeroshot_retrieval"
-    return _write(config, about, root, task, name, metrics, samples, encoder.skipped)
-
-
-def _classify(config: EvalConfig, loaded: LoadedModel, device: str, about: dict[str, Any], root: str) -> dict[str, Any]:
-    metrics, samples = measure_classifier(loaded, root, device, config.precision == "bf16")
-    return _write(config, about, root, "classification", "classification", metrics, samples, 0)
+def dataset_names(roots: Sequence[str]) -> list[str]:
+    """A name per EVAL root: its last part, and as many of its parents before it as tell different roots apart."""
+    whole = [root.rstrip("/") if is_url(root) else os.path.abspath(root) for root in roots]
+    parts = [[part.rstrip(":") for part in path.split("/") if part] for path in whole]
+    depths = [1] * len(roots)
+    while True:
+        names = ["-".join(own[-depth:]) for own, depth in zip(parts, depths, strict=True)]
+        alike = [
+            any(whole[n] != whole[m] and names[n] == names[m] for m in range(len(roots))) for n in range(len(roots))
+        ]
+        if not any(alike):
+            return names
+        deeper = [min(depth + same, len(own)) for depth, same, own in zip(depths, alike, parts, strict=True)]
+        if deeper == depths:
+            raise UserError(
+                f"--data {' '.join(roots)}: results of different roots would have one name; measure one by one"
+            )
+        depths = deeper
 
 
 def _write(
     config: EvalConfig,
     about: dict[str, Any],
-    root: str,
+    dataset: str,
     task: str,
     name: str,
     metrics: dict[str, float],
     samples: int,
     skipped: int,
 ) -> dict[str, Any]:
-    dataset = root.rstrip("/").rsplit("/", 1)[-1]
     result = {
         "dataset": dataset,
         "model": about["model"],
