@@ -173,7 +173,8 @@ def test_no_group_names_an_option_twice_or_one_that_is_nowhere():
 
 def test_configs_come_out_as_they_are_made_by_hand():
     words = ["R", "--source", "S", "--shard-size", "7", "--no-sane-captions", "--exclude", "a", "b", "--url_col", "u"]
-    assert parse("ingest", IngestConfig, words) == IngestConfig("R", "S", shard_size=7, exclude=("a", "b"), url_col="u")
+    expected = IngestConfig("R", ("S",), shard_size=7, exclude=("a", "b"), url_col="u")
+    assert parse("ingest", IngestConfig, words) == expected
     with pytest.raises(UserError, match="shard_size is 0"):
         parse("ingest", IngestConfig, ["R", "--source", "S", "--shard-size", "0"])
 
