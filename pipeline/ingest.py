@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 OTHER_FILES = 200  # that this process has open beside its downloads
 MEAN_CHARS = 8192  # of a row's texts over its shard; more is no captions but something that fills the memory
 LISTS: tuple[Format, ...] = ("cc3m", "cc12m", "csv", "jsonl", "parquet", "txt")
+FILES: tuple[Format, ...] = ("webdataset", "hf-parquet")  # with images, as a shell's *.tar names them
 NO_COLUMNS: tuple[Format, ...] = ("cc3m", "cc12m", "txt", "img2dataset")  # without names
 OTHER_FOLDERS = ("dedup", "captions", "plan", "shards", "vocab", "teacher", "logs")
 ENOUGH_ROWS = 2000  # to guess from how large the rest will be
@@ -186,10 +187,10 @@ def _form(config: IngestConfig) -> Format:
         found = ", ".join(f"{source} is {form}" for source, form in zip(config.sources, forms, strict=True))
         raise UserError(f"--source: lists of several forms ({found}); give lists of one form, or ingest into two ROOTs")
     form = forms[0]
-    if len(config.sources) > 1 and form not in LISTS:
+    if len(config.sources) > 1 and form not in (*LISTS, *FILES):
         raise UserError(f"--source: several sources of form {form}; only lists are read together, give one folder")
     for option, given in (("--caption-col", config.caption_col), ("--url-col", config.url_col)):
-        if given is not None and form in NO_COLUMNS:
+        if given is not None and form in NO_COLUMNS and (form, option) != ("txt", "--url-col"):  # which is its header
             raise UserError(f"{option} {given!r} means nothing for a source of form {form}; leave it out")
     if form not in (*LISTS, "hf-parquet") and config.where:
         raise UserError(f"--where means nothing for a source of form {form}, which has no other columns; leave it out")

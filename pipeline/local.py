@@ -44,11 +44,11 @@ def not_decoded(ending: str) -> str:
 
 
 def warn_of_no_caption(rows: Iterable[Row], source: str, why: Callable[[], str]) -> Iterator[Row]:
-    """The rows; one warning after the last when none that can be used had a caption."""
+    """The rows; one warning after the last when none that can be used, or fails for its caption, had one."""
     number = captions = 0
     for row in rows:
         number += 1
-        captions += bool(row.caption and row.caption.strip()) and row.problem is None
+        captions += bool(row.caption and row.caption.strip()) and row.problem in (None, NOT_UTF8, TOO_LONG)
         yield row
     if number and not captions:
         log.warning("--source %s: no row has a caption: %s", source, why())

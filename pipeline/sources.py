@@ -99,7 +99,8 @@ def _globbed(source: str) -> list[SourceFile]:
     parts = source.split("/")
     wild = [number for number, part in enumerate(parts) if "*" in part or (not is_url(source) and glob.has_magic(part))]
     if not wild:
-        raise UserError(f"--source {source}: no such file or folder")
+        hint = "; give a glob ('*.tar'), or leave the quotes away for the shell to expand it" if "{" in source else ""
+        raise UserError(f"--source {source}: no such file or folder{hint}")
     fixed = wild[0]
     if is_url(source) and fixed < 3:
         raise UserError(f"--source {source}: begins with a wildcard; give a bucket or folder before it")
@@ -262,7 +263,7 @@ def _list_file_rows(path: str, form: Format, columns: Columns) -> Iterator[Row]:
         "parquet": partial(parquet_rows, path, columns),
         "csv": partial(delimited_rows, path, columns),
         "jsonl": partial(json_rows, path, columns),
-        "txt": partial(address_rows, path),
+        "txt": partial(address_rows, path, columns),
         "cc3m": partial(headless_rows, path, CC3M),
         "cc12m": partial(headless_rows, path, CC12M),
     }

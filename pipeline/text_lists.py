@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 TextForm = Literal["cc3m", "cc12m", "csv", "jsonl", "txt"]
 DELIMITERS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
 HEAD_LINES = 20  # of a list, to tell its form and its columns
+MOST_HEAD_LINES, MOST_NAMES = 10_000, 10_000  # of JSON Lines, whose first objects may lack a column
 MAX_ROW_LINES, MAX_ROW_BYTES = 100, 1 << 18  # of a row with line ends in its quotes
 NO_COLUMN, LINE_TOO_LONG, NO_OBJECT = "missing column", "line too long", "not a JSON object"
 PLAIN_ADDRESS = re.compile(r"[a-z][a-z0-9+.\-]*://\S+", re.IGNORECASE)
@@ -64,12 +65,12 @@ def detect_text(source: str, columns: Columns) -> TextForm:
     if not found:
         raise UserError(f"--source {source} is empty; give a list with a URL and a caption per line")
     _warn_of_encoding(source, head)
-    if found[0].lstrip().startswith("{") and _object(found[0].encode()) is not None:
+    if found[0].startswith("{") and any(_object(line) is not None for line in head):
         return "jsonl"
     if found[0].strip() in ("[", "{") or found[0].startswith(("[{", "[ {")):
         raise UserError(f"--source {source}: JSON, but not one object per line; write it so (jq -c '.[]')")
     names, _ = header_of(found[0].encode(), columns)
-    if columns[0] is None and _is_plain(found, columns):
+    if columns[0] is None and _is_plain(source, found, columns):
         return "txt"
     if find_column(columns[1], URL_NAMES, names) is not None or None not in found_columns(names, columns):
         return "csv"
@@ -78,10 +79,19 @@ def detect_text(source: str, columns: Columns) -> TextForm:
     return _headless_form(source, found)
 
 
-def _is_plain(found: list[str], columns: Columns) -> bool:
-    """Whether the lines are addresses and nothing else, below a header ``url`` or without one."""
-    headed = len(found) > 1 and find_column(columns[1], URL_NAMES, found[:1]) is not None
-    return all(PLAIN_ADDRESS.fullmatch(text.strip()) for text in found[headed:])
+def _is_plain(source: str, found: list[str], columns: Columns) -> bool:
+    """Whether the lines are addresses and nothing else, below a header ``url`` or without one.
+
+    Of a ``.txt`` at least half of them: a remark is a row with its problem. Lines of a ``.csv`` that have a delimiter
+    hold more than addresses, unless a header says that they do not.
+    """
+    headed = len(found) > 1 and find_column(columns[1], URL_NAMES, [_bare(found[0].encode())]) is not None
+    plain = [PLAIN_ADDRESS.fullmatch(_bare(text.encode())) is not None for text in found[headed:]]
+    name = source.lower().removesuffix(".gz")
+    if name.endswith(".txt"):
+        return 2 * sum(plain) >= len(plain) and not any("\t" in text for text in found)
+    cut = not headed and name.endswith(".csv") and any(_is_cut_by(sign, found) for sign in ",;|")
+    return all(plain) and not cut
 
 
 def _headless_form(source: str, found: list[str]) -> TextForm:
@@ -195,7 +205,7 @@ def _unquoted(field: bytes) -> bytes:
 
 def split_rows(texts: Iterator[bytes], shape: Shape) -> Iterator[tuple[bytes, list[bytes]]]:
     """(line, or lines joined, and its fields) of each row; ``texts`` as `raw_lines` gives them."""
-    ahead = deque[bytes]()
+    ahead, texts = deque[bytes](), _apart(texts, shape)
     while (line := ahead.popleft() if ahead else next(texts, None)) is not None:
         text = line.removesuffix(b"\r")
         if b'"' not in text:
@@ -208,6 +218,14 @@ def split_rows(texts: Iterator[bytes], shape: Shape) -> Iterator[tuple[bytes, li
         alone, strict = _alone(text, shape), _placed(fields, shape) if fields is not None else None
         by_quotes = strict is not None and (_has_address(strict, shape) or not _has_address(alone, shape))
         yield text, strict if strict is not None and by_quotes else alone
+
+
+def _apart(texts: Iterator[bytes], shape: Shape) -> Iterator[bytes]:
+    """The lines; one with carriage returns inside is several when each of its parts is a row by itself."""
+    for text in texts:
+        parts = text.removesuffix(b"\r").split(b"\r")
+        several = len(parts) > 1 and all(_has_address(_alone(part, shape), shape) for part in parts)
+        yield from parts if several else [text]
 
 
 def _alone(text: bytes, shape: Shape) -> list[bytes]:
@@ -272,11 +290,24 @@ def headless_rows(source: str, shape: Shape) -> Iterator[Row]:
             yield make_row(fields[shape.caption], fields[shape.url])
 
 
-def address_rows(source: str) -> Iterator[Row]:
-    """Rows of a list of addresses alone, one a line, below a header or without one: images without captions."""
+def address_rows(source: str, columns: Columns) -> Iterator[Row]:
+    """Rows of a list of addresses alone, one a line, below a header or without one: images without captions.
+
+    Raises UserError when the header is not the one that was named.
+    """
     for number, line in enumerate(lines(source)):
-        if number or PLAIN_ADDRESS.fullmatch((text_of(line)[0] or "").strip()):
-            yield make_row(None, line)
+        headed = not number and find_column(columns[1], URL_NAMES, [_bare(line)]) is not None
+        if not number and not headed and columns[1] is not None:
+            raise UserError(
+                f"--source {source}: no column {columns[1]!r}; its first line is {_bare(line)[:80]!r}; change --url-col"
+            )
+        if not headed:
+            yield make_row(None, _unquoted(line.strip()))
+
+
+def _bare(line: bytes) -> str:
+    """The one field of a line."""
+    return (text_of(_unquoted(line.strip()))[0] or "").strip()
 
 
 # JSON Lines
@@ -296,7 +327,7 @@ def json_rows(source: str, columns: Columns) -> Iterator[Row]:
     head = [_object(line) or {} for line in islice(lines(source), HEAD_LINES)]
     if not head:
         return  # an empty part of a list
-    names = list(dict.fromkeys(name for fields in head for name in fields))
+    names = _json_names(source, columns)
     caption, url = (names[index] for index in pick_columns(source, names, columns))
     folder = files_folder(
         source, url, next((text for fields in head if isinstance(text := fields.get(url), str)), None)
@@ -311,6 +342,18 @@ def json_rows(source: str, columns: Columns) -> Iterator[Row]:
         captions, note = json_captions(fields.get(caption))
         for text in captions:
             yield make_row(text, _json_bytes(fields.get(url)), folder, cells, note)
+
+
+def _json_names(source: str, columns: Columns) -> list[str]:
+    """Names in a list's first lines, up to the one that has the last of both columns: a key may be left out."""
+    names = dict[str, None]()
+    for number, line in enumerate(islice(lines(source), MOST_HEAD_LINES)):
+        if number >= HEAD_LINES and None not in found_columns(list(names), columns):
+            break
+        names.update(dict.fromkeys(_object(line) or {}))
+        if len(names) > MOST_NAMES:
+            break
+    return list(names)
 
 
 def json_captions(value: object) -> tuple[list[bytes | None], str | None]:

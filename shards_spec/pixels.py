@@ -29,7 +29,8 @@ def to_rgb(image: Image.Image, raw_mode: str) -> Image.Image:
     tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
     if image.mode == "F" or image.mode.startswith("I") or (image.mode == "L" and _first(tags, SAMPLE_FORMAT) == SIGNED):
         return _to_grey(image, tags).convert("RGB")
-    if ";16" in raw_mode and max(_maxima(image)) <= 16:  # of 255: Pillow keeps the upper byte of colours
+    dark = ";16" in raw_mode and max(_maxima(image)) <= 16  # of 255: Pillow keeps the upper byte of colours
+    if dark and not _is_unseen(image):
         raise BadImage("16 bits hardly used")
     if image.mode == "La":
         image = image.convert("LA")
@@ -44,6 +45,11 @@ def to_rgb(image: Image.Image, raw_mode: str) -> Image.Image:
 def _first(tags: Mapping[int, Any], tag: int) -> Any:
     value = tags.get(tag)
     return value[0] if isinstance(value, tuple) and value else value
+
+
+def _is_unseen(image: Image.Image) -> bool:
+    """Whether all of it is transparent: white, whatever its colours are."""
+    return "A" in image.getbands() and image.getchannel("A").getextrema()[1] == 0
 
 
 def _maxima(image: Image.Image) -> list[float]:

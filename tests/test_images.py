@@ -136,6 +136,12 @@ def test_16_bit_colours_of_an_unknown_depth_are_refused(data):
         decode_rgb(data)
 
 
+@pytest.mark.parametrize("kind", [4, 6])  # grey and colours, with alpha
+def test_16_bits_that_nobody_sees_are_white(kind):
+    data = png(np.zeros((8, 8, {4: 2, 6: 4}[kind]), np.uint16), 16, kind)
+    assert np.all(np.asarray(decode_rgb(data)) == 255)
+
+
 PALETTE = png_chunk(b"PLTE", b"\0\0\0\x09\x09\x09")
 
 

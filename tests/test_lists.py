@@ -234,6 +234,65 @@ def test_plain_addresses(tmp_path):
     assert detect(f"{tmp_path}/S/*.txt") == "txt"
 
 
+def test_addresses_with_remarks_between_them(tmp_path):
+    text = "# mine\nhttp://h/1\n\nwww.h/2\n  http://h/3 \r\n"
+    found = [("# mine", None), ("http://h/1", None), (None, "no URL"), ("www.h/2", None), ("http://h/3", None)]
+    assert [(row.url, row.problem) for row in rows(tmp_path, text, "l.txt")] == found
+    (tmp_path / "l.txt").write_text("www.h/1\nhttp://h/2\n")
+    assert [row.url for row in list_rows(f"{tmp_path}/l.txt", "txt")] == ["www.h/1", "http://h/2"], "no header"
+    with pytest.raises(UserError, match="cannot tell its form"):
+        rows(tmp_path, text, "l.tsv")
+
+
+def test_addresses_below_a_header_of_their_own(tmp_path):
+    for text in ("link\nhttp://h/1\n", '"link"\r\n"http://h/1"\r\n'):
+        assert [row.url for row in rows(tmp_path, text, "l.csv", (None, "link"))] == ["http://h/1"]
+    with pytest.raises(UserError, match="no column 'other'; its first line is 'link'; change --url-col"):
+        list(list_rows(f"{tmp_path}/l.csv", "txt", (None, "other")))
+
+
+def test_a_csv_without_a_header_is_no_list_of_addresses(tmp_path):
+    for name in ("l.csv", "l.csv.gz"):
+        with pytest.raises(UserError, match=r"no header with a column url; put a first line such as url,caption"):
+            rows(tmp_path, "http://h/1,cat\nhttp://h/2,dog\n", name)
+    assert next(row.url for row in rows(tmp_path, "http://h/1,cat\nhttp://h/2,dog\n", "l.txt")) == "http://h/1,cat"
+    assert [row.url for row in rows(tmp_path, "url\nhttp://h/w_1,h_2/a\n", "l.csv")] == ["http://h/w_1,h_2/a"]
+
+
+def test_line_ends_of_several_kinds(tmp_path):
+    text = "url,caption\r\nhttp://h/1,a\nhttp://h/2,b\rhttp://h/3,c\r\nhttp://h/4,d\re\n"
+    expected = [("a", "http://h/1"), ("b", "http://h/2"), ("c", "http://h/3"), ("d\re", "http://h/4")]
+    assert captions(tmp_path, text) == expected
+
+
+def test_a_caption_that_comes_late_in_json_lines(tmp_path):
+    text = '{"url": "http://h/0"}\n' * 50 + '{"url": "http://h/1", "caption": "a"}\n'
+    found = rows(tmp_path, text, "l.jsonl")
+    assert len(found) == 51
+    assert found[0] == Row(None, "http://h/0")
+    assert found[-1] == Row("a", "http://h/1")
+
+
+def test_a_first_line_that_does_not_parse_is_one_row(tmp_path):
+    good = '{"url": "http://h/1", "caption": "a"}\n'
+    for first in (
+        '{"url": "http://h/0", "caption": "open\n',
+        '{"x": ' + "[" * 5000 + "\n",
+        '{"x": ' + "9" * 5000 + "}\n",
+    ):
+        found = rows(tmp_path, first + good, "l.jsonl")
+        assert [row.problem for row in found] == ["not a JSON object", None]
+        assert found[1] == Row("a", "http://h/1")
+
+
+def test_captions_of_another_encoding_are_captions(tmp_path, caplog):
+    assert [row.problem for row in rows(tmp_path, b"url,caption\nhttp://h/1,\xe4\n", "l.csv")] == [
+        "caption is not UTF-8"
+    ]
+    assert "iconv -f LATIN1" in caplog.text
+    assert "no row has a caption" not in caplog.text
+
+
 @pytest.mark.parametrize("form", ["tsv", "csv", "jsonl", "parquet"])
 def test_lists_of_files_as_open_clip_reads_them(tmp_path, form):
     source, away = tmp_path / "S", tmp_path / "away.jpg"
