@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +94,12 @@ def test_each_help_shows_every_field_with_default_and_a_line(command):
         positional = field.default is dataclasses.MISSING and option not in flat
         assert positional or option in flat, option
     assert flat.count("(default:") + flat.count("(required)") + flat.count("(repeatable)") >= len(fields)
+
+
+@pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_waiting_threads_leave_their_core_to_others(given, policy):
+    """It counts when torch is loaded, so a command sets it before, and no command overrides the user."""
+    code = "import sys, os, shards_spec; print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, check=True)
+    assert done.stdout.split() == ["False", policy]
