@@ -16,7 +16,8 @@ FREE_ON_RESUME = frozenset(
     {
         "out", "workers", "scratch", "scratch_gb", "log_every", "checkpoint_minutes", "checkpoint_steps",
         "keep_checkpoints", "resume", "device", "max_nonfinite", "eval_every_steps", "eval_every_epochs",
-        "chunk_size", "checkpoint_activations", "compile", "channels_last", "trust_checkpoint", "trust_remote_code",
+        "fit", "trust_checkpoint", "trust_remote_code",
+        "chunk_size", "checkpoint_activations", "compile", "channels_last",
     }
 )  # fmt: skip
 
@@ -157,7 +158,9 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a CUDA device that has it, else fp32; bf16 and fp16 are autocast, weights stay fp32"""
     chunk_size: int | None = None
-    """samples per forward pass and process: less memory, a pass more, the same loss of the full batch; None is all"""
+    """samples per forward pass and process: less memory, a pass more, the same loss of the full batch; None: by fit"""
+    fit: float | None = None
+    """gigabytes that a process may take, say 24: chunk_size is chosen by prediction; None: what the device has free"""
     checkpoint_activations: bool = False
     """keep only each block's input for the backward pass and compute the rest again"""
     compile: bool = False
@@ -197,6 +200,7 @@ class RunConfig:
             "checkpoint_steps", self.checkpoint_steps, "1 or more, or None",
         )  # fmt: skip
         require(self.chunk_size is None or self.chunk_size >= 1, "chunk_size", self.chunk_size, "1 or more, or None")
+        require(self.fit is None or self.fit > 0, "fit", self.fit, "above 0, or None")
         require(self.max_nonfinite >= 1, "max_nonfinite", self.max_nonfinite, "1 or more")
         every = self.eval_every_steps
         require(every is None or every >= 1, "eval_every_steps", every, "1 or more, or None")

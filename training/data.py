@@ -298,10 +298,12 @@ def load_batches(
     workers: int = 0,
     device: str = "cpu",
     sides: Iterable[int | None] | None = None,
+    as_bytes: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """One batch per range of positions, in order, on ``device``, read ahead by ``workers`` processes.
 
-    A batch has ``images`` (B, 3, S, S) float32 normalised, ``tokens`` (B, T), ``positions`` (B,), ``keys``, ``epochs``,
+    A batch has ``images`` (B, 3, S, S) float32 normalised (uint8 as they are where ``as_bytes``),
+    ``tokens`` (B, T), ``positions`` (B,), ``keys``, ``epochs``,
     with a cache ``teacher_image`` and ``teacher_text`` (B, D), with labels ``labels`` (B, L) int64 filled up with -1,
     and ``skipped``: the reasons why it is smaller than its range; they are logged, too, and the first empty text is.
     ``blank`` are the keys of those. ``sides`` are the batches' S.
@@ -340,8 +342,16 @@ def load_batches(
         parts.append(_move(part, device))
         if len(parts) == counts[0]:
             counts.popleft()
-            yield _join(parts, samples.student)
+            yield _join(parts, samples.student, as_bytes)
             parts = []
+
+
+def first_batch(samples: Rows, count: int, side: int | None = None) -> dict[str, Any]:
+    """The first samples as `load_batches` gives them, on the CPU and without a word. Raises DataError and UserError."""
+    piece = collate([samples[(position, side)] for position in range(count)])
+    if "error" in piece:
+        raise piece["error"]
+    return _join([piece], samples.student, as_bytes=False)
 
 
 def _move(part: dict[str, Any], device: str) -> dict[str, Any]:
@@ -351,7 +361,7 @@ def _move(part: dict[str, Any], device: str) -> dict[str, Any]:
     }
 
 
-def _join(parts: list[dict[str, Any]], student: LoadedModel) -> dict[str, Any]:
+def _join(parts: list[dict[str, Any]], student: LoadedModel, as_bytes: bool) -> dict[str, Any]:
     batch: dict[str, Any] = {name: [one for part in parts for one in part[name]] for name in LISTS}
     if not (full := [part for part in parts if "positions" in part]):
         skipped = batch["skipped"]
@@ -364,6 +374,8 @@ def _join(parts: list[dict[str, Any]], student: LoadedModel) -> dict[str, Any]:
     batch |= {name: torch.cat([part[name] for part in full]) for name in tensors}
     if "images" in full[0]:
         pieces = [part["images"] for part in full]
+        if as_bytes:
+            return batch | {"images": torch.cat(pieces)}
         pixels = torch.empty(len(batch["keys"]), *pieces[0].shape[1:], device=pieces[0].device)
         for place, piece in zip(pixels.split([len(piece) for piece in pieces]), pieces, strict=True):
             place.copy_(piece)  # in one go from bytes: joining these first would read and write them once more

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from training.batch_norm import kept_statistics
+from training.losses import ROWS, WHOLE
 from training.step import Batch, Precision, split
 
 MIB = 2**20
@@ -23,24 +24,67 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process at the worst moment of a step."""
+    """Bytes of one process at the worst moment of a step, which takes ``chunk_size`` samples at a time (None: all)."""
 
-    weights: int
-    gradients: int
-    optimizer: int
-    average: int
-    batch: int
-    activations: int
-    losses: int
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    average: int = 0
+    batch: int = 0
+    activations: int = 0
+    losses: int = 0
+    chunk_size: int | None = None
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "chunk_size"}
 
     @property
     def total(self) -> int:
         """The sum."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(self.parts.values())
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{field.name} {getattr(self, field.name) / MIB:,.1f}" for field in fields(self))
-        return f"peak memory of a process: about {self.total / MIB:,.1f} MiB ({parts})"
+        parts = ", ".join(f"{name} {count / MIB:,.1f}" for name, count in self.parts.items())
+        chunks = f", in chunks of {self.chunk_size:,} samples" if self.chunk_size else ""
+        return f"peak memory of a process: about {self.total / MIB:,.1f} MiB ({parts}){chunks}"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a task takes per sample, measured at small batches, from which `at` extrapolates.
+
+    ``pixels`` and ``others`` are bytes of a sample's images and of the rest of it; ``activations`` and ``losses`` are
+    (samples, bytes) as measured.
+    """
+
+    weights: int
+    trained: int
+    average: int
+    pixels: float
+    others: float
+    activations: tuple[tuple[int, int], ...]
+    losses: tuple[tuple[int, int], ...]
+
+    def at(self, batch_size: int, ranks: int = 1, chunk_size: int | None = None, as_bytes: bool = False) -> Memory:
+        """Of one of ``ranks`` processes. ``as_bytes``: images lie as uint8 until their chunk's turn."""
+        share = batch_size // ranks
+        own = min(chunk_size or share, share)
+        activations = max(0, int(_line(self.activations)(own)))
+        losses = max(0, int(self._losses_at(batch_size)))
+        if own < share:  # the losses' graph is gone before the chunks' second pass
+            activations, losses = max(activations, losses), 0
+        images = self.pixels / 4 * share + self.pixels * own if as_bytes else self.pixels * share
+        return Memory(
+            self.weights, self.trained, 2 * self.trained, self.average, int(images + self.others * share), activations,
+            losses, chunk_size,
+        )  # fmt: skip
+
+    def _losses_at(self, size: int) -> float:
+        """Matrices of all pairs above `WHOLE` rows are there a block of `ROWS` at a time."""
+        squared, linear, constant = np.polyfit(*zip(*self.losses, strict=True), 2)
+        return float(squared * size * (size if size <= WHOLE else ROWS) + linear * size + constant)
 
 
 def predict_memory(
@@ -56,9 +100,12 @@ def predict_memory(
 
     The random stream and the norms' running statistics are left as they are.
     """
-    share, count = batch_size // ranks, len(batch["keys"])
-    own = min(chunk_size or share, share)
-    few = split(batch, 2)[0]
+    return profile(task, batch, precision, average).at(batch_size, ranks, chunk_size)
+
+
+def profile(task: Any, batch: Batch, precision: Precision = "fp32", average: bool = False) -> Profile:
+    """Measure a task as `predict_memory` does."""
+    count, few = len(batch["keys"]), split(batch, 2)[0]
     trained = _bytes(parameter for parameter in task.parameters() if parameter.requires_grad)
     inputs = {id(v.untyped_storage()): v for v in batch.values() if isinstance(v, Tensor)}
     kept = {tensor.untyped_storage().data_ptr() for tensor in [*task.parameters(), *task.buffers(), *inputs.values()]}
@@ -71,14 +118,14 @@ def predict_memory(
         few_saved, _ = saved_bytes(partial(task, few), kept)
         saved, features = saved_bytes(partial(task, batch), kept)
         pairs = [saved_bytes(partial(_losses, task, features, times), kept)[0] for times in (1, 2, 3)]
-    activations = _extrapolate([len(few["keys"]), count], [few_saved, saved], own)
-    losses = _extrapolate([count, 2 * count, 3 * count], pairs, batch_size)
-    if own < share:  # the losses' graph is gone before the chunks' second pass
-        activations, losses = max(activations, losses), 0
-    per_sample = sum(value.nbytes / count for value in inputs.values() if len(value) == count)
-    weights = _bytes([*task.parameters(), *task.buffers()])
+    per_sample = {id(v): v.nbytes / count for v in inputs.values() if len(v) == count}
+    pixels = per_sample.pop(id(batch.get("images")), 0.0)
     averaged = _bytes(v for v in task.student.state_dict().values() if v.is_floating_point()) if average else 0
-    return Memory(weights, trained, 2 * trained, averaged, int(per_sample * share), activations, losses)
+    return Profile(
+        _bytes([*task.parameters(), *task.buffers()]), trained, averaged, pixels, sum(per_sample.values()),
+        ((len(few["keys"]), few_saved), (count, saved)),
+        tuple((times * count, found) for times, found in zip((1, 2, 3), pairs, strict=True)),
+    )  # fmt: skip
 
 
 def saved_bytes(function: Callable[[], dict[str, Tensor]], but: set[int]) -> tuple[int, dict[str, Tensor]]:
@@ -107,9 +154,9 @@ def _losses(task: Any, features: dict[str, Tensor], times: int) -> dict[str, Ten
     return losses
 
 
-def _extrapolate(sizes: list[int], found: list[int], size: int) -> int:
-    """The polynomial through the points, at ``size``."""
-    return max(0, int(np.polyval(np.polyfit(sizes, found, len(sizes) - 1), size)))
+def _line(points: tuple[tuple[int, int], ...]) -> np.poly1d:
+    """The line through two points."""
+    return np.poly1d(np.polyfit(*zip(*points, strict=True), 1))
 
 
 def _bytes(tensors: Any) -> int:

@@ -59,10 +59,14 @@ def _distributed(whole: nn.Module) -> DistributedDataParallel:
 class Gradients:
     """Losses and gradients of a task. ``chunk_size`` is samples per forward pass and process; None takes all."""
 
-    def __init__(self, task: Any, ranks: Ranks, device: str, precision: Precision, chunk_size: int | None) -> None:
+    def __init__(
+        self, task: Any, ranks: Ranks, device: str, precision: Precision, chunk_size: int | None,
+        normalise: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self.task, self.ranks, self.device, self.chunk_size = task, ranks, device, chunk_size
         self.type, self.precision = torch.device(device).type, precision
         self.scaler = torch.amp.GradScaler(self.type, enabled=precision == "fp16")
+        self.normalise = normalise  # of images that come as bytes
         self.whole: nn.Module = _Whole(task)
         if ranks.size > 1:
             self.whole = _distributed(self.whole)
@@ -75,8 +79,9 @@ class Gradients:
         return self._cached(batch, step, sizes, chunks) if chunks > 1 else self._at_once(batch, step, sizes)
 
     def _at_once(self, batch: Batch, step: int, sizes: list[int]) -> Pending:
+        ready = self._ready(batch)
         with self._autocast():
-            losses = self.whole(batch, lambda own: self.task.losses(self._everyones(own, batch, sizes), step))
+            losses = self.whole(ready, lambda own: self.task.losses(self._everyones(own, batch, sizes), step))
 
         def backward() -> None:
             with kept_statistics(self.task):  # recomputed activations are a second pass, too
@@ -98,7 +103,7 @@ class Gradients:
         with torch.no_grad(), self._autocast():
             for piece in pieces:
                 states.append(rng_state(self.device))
-                kept.append(self.task(piece))
+                kept.append(self.task(self._ready(piece)))
         own = {name: torch.cat([features[name] for features in kept]) for name in kept[0]}
         leaves = {name: value.requires_grad_() for name, value in own.items() if value.is_floating_point()}
         with self._autocast():
@@ -134,8 +139,15 @@ class Gradients:
         ddp = self.whole if isinstance(self.whole, DistributedDataParallel) else None
         with ddp.no_sync() if ddp and direct is None else nullcontext():
             with self._autocast():
-                outputs = self.whole(piece, then)
+                outputs = self.whole(self._ready(piece), then)
             torch.autograd.backward(list(outputs.values()), [wanted[name] for name in outputs])
+
+    def _ready(self, batch: Batch) -> Batch:
+        """A batch, or a chunk of one, with images as the task takes them."""
+        images = batch.get("images")
+        if images is None or images.dtype != torch.uint8 or self.normalise is None:
+            return batch
+        return {**batch, "images": self.normalise(images)}
 
     def _autocast(self) -> torch.autocast:
         """A fresh one per pass: casts made without a graph must not be found again by a pass with one."""

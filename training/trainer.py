@@ -1,18 +1,15 @@
 """The one training loop. It knows a task, that is features of samples and named losses of them, and no paper."""
 
 import dataclasses
-import itertools
 import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -20,24 +17,26 @@ from torch import Tensor, nn
 
 from shards_spec.checkpoints import misfit
 from shards_spec.files import DataError, UserError, sha256_json
+from shards_spec.library_errors import short
 from shards_spec.models import LoadedModel, pick_device
 from training.batch_norm import statistics, synchronise
 from training.config import CacheConfig, DataConfig, ModelConfig, RunConfig, ViewConfig, flat, total_steps
 from training.curves import Curves
-from training.data import Samples, check_data, load_batches, open_samples
+from training.data import Samples, check_data, first_batch, load_batches, open_samples
 from training.dist import Ranks, processes
 from training.ema import Average
 from training.evaluate import Encoder, check_root, measure, score
+from training.fit import Sized, fitted, halved, is_out_of_memory, out_of_memory
 from training.lengths import extension, warn_of_lengths
-from training.memory import Memory, predict_memory
+from training.memory import Memory, profile
 from training.optim import OptimConfig, build_optimizer, learning_rate, set_lr
 from training.recipes import RECIPES
 from training.run_dir import RunDir, load_checkpoint
-from training.step import Batch, Gradients, Precision, pick_precision, rng_state, set_rng_state, total
+from training.step import Batch, Gradients, pick_precision, rng_state, set_rng_state, split, total
+from training.stopping import stop_flag
 from training.student import new_student
 
 log = logging.getLogger(__name__)
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class RecipeConfig(Protocol):
@@ -101,23 +100,25 @@ def train(recipe: str, config: RecipeConfig) -> str:
     """
     stopped = None
     with processes(config.run.device) as (ranks, device), ExitStack() as held:
-        run, found, precision = RunDir(config.run.out), None, config.run.precision
+        run, precision = RunDir(config.run.out), config.run.precision
+        found, predicted = None, Memory()
         with ranks.together():
             if ranks.first:
                 held.enter_context(run.lock())
                 precision = pick_precision(precision, device, run.recorded("precision"))
-        config = _with_precision(config, ranks.from_first(precision))
+        config = _with(config, precision=ranks.from_first(precision))
         with ranks.together():
             student, samples, task = prepare(recipe, config)
             next(samples.plan.positions(0, 0, 1, ranks.rank, ranks.size))  # raises where it cannot share
-            predicted = _predict(config, samples, task, ranks.size) if device != "cpu" and ranks.first else None
-            task = task.to(device).train()
             if ranks.first:
+                predicted = fitted(config.run, profiles(config, samples, task), ranks.size, device)
                 found = run.start(recipe, flat(config), config.run.resume, device, partial(_steps, config, samples))
                 run.describe(student, config.student.model)
-        found = ranks.from_first(found)
-        if predicted is not None:
-            log.info("%s", predicted)
+        found, predicted = ranks.from_first((found, predicted))
+        log.info("%s", predicted)
+        config = _with(config, chunk_size=predicted.chunk_size)
+        with ranks.together(), out_of_memory(device):
+            task = task.to(device).train()
         trainer = Trainer(config, task, samples, run, device, student, ranks, predicted)
         with ranks.together():
             if found is not None:
@@ -131,8 +132,9 @@ def train(recipe: str, config: RecipeConfig) -> str:
     return str(run.path)
 
 
-def _with_precision(config: RecipeConfig, precision: Precision) -> RecipeConfig:
-    run = dataclasses.replace(config.run, precision=precision)
+def _with(config: RecipeConfig, **fields: Any) -> RecipeConfig:
+    """The config with other fields of its run."""
+    run = dataclasses.replace(config.run, **fields)
     return dataclasses.replace(config, run=run)  # type: ignore[type-var]  # every recipe's config is a dataclass
 
 
@@ -166,19 +168,28 @@ def prepare(recipe: str, config: RecipeConfig) -> tuple[LoadedModel, Samples, An
 
 
 def predict(recipe: str, config: RecipeConfig) -> Memory:
-    """Peak memory of one training process, where a batch is shared by the processes there are."""
-    config = _with_precision(config, pick_precision(config.run.precision, pick_device(config.run.device)))
+    """Peak memory of one training process, where a batch is shared by the processes there are.
+
+    Chunks are those that training would take here, or within --fit. Raises UserError when nothing fits --fit.
+    """
+    device = pick_device(config.run.device)
+    config = _with(config, precision=pick_precision(config.run.precision, device))
     with processes("cpu") as (ranks, _):
         _, samples, task = prepare(recipe, config)
-        return _predict(config, samples, task, ranks.size)
+        sized = profiles(config, samples, task)
+        return fitted(config.run, sized, ranks.size, device, only_said=config.run.fit is None)
 
 
-def _predict(config: RecipeConfig, samples: Samples, task: Any, size: int) -> Memory:
-    positions = (range(start, start + 4) for start in itertools.count(0, 4))
-    batch = next(batch for batch in load_batches(samples, positions) if len(batch["keys"]) > 1)
-    run, optim = config.run, config.optim
-    average = optim.ema_decay is not None
-    return predict_memory(task.train(), batch, config.data.batch_size, size, run.chunk_size, run.precision, average)
+def profiles(config: RecipeConfig, samples: Samples, task: Any) -> list[Sized]:
+    """What the smallest and the largest images of a run take, with their global batches."""
+    plan, average = samples.plan, config.optim.ema_decay is not None
+    sides: list[int | None] = sorted({min(plan.sides), max(plan.sides)}) if plan.sides else [None]
+    found = []
+    for side in sides:
+        batch = first_batch(samples, 16, side)
+        few = split(batch, max(1, len(batch["keys"]) // 4))[0]
+        found.append((profile(task.train(), few, config.run.precision, average), plan.of_side(side)))
+    return found
 
 
 @dataclass
@@ -204,11 +215,17 @@ class Trainer:
         if run.compile:
             self.task.compile()  # its forward, in place: names of weights stay
         self.optimizer = build_optimizer(self.task, optim)
-        self.gradients = Gradients(self.task, self.ranks, self.device, run.precision, run.chunk_size)
+        normalise = self.student.normalise
+        self.gradients = Gradients(self.task, self.ranks, self.device, run.precision, run.chunk_size, normalise)
         self.average = Average(self.task.student, optim.ema_decay) if optim.ema_decay is not None else None
         self.total = total_steps(run, self.samples.plan.mean, self.samples.order.total)
         self.sizes_sha256 = sha256_json(self.samples.order.sizes.tolist())
         self.statistics = statistics(self.task)
+        if self.statistics and run.chunk_size is not None:
+            log.warning(
+                "trained BatchNorms normalise over a chunk of %d samples and not over the batch; "
+                "--checkpoint-activations saves memory without that", run.chunk_size,
+            )  # fmt: skip
         torch.manual_seed(run.seed + 1 + self.ranks.rank)  # dropout and the like, whatever the weights' draw took
 
     def loop(self) -> int | None:
@@ -221,10 +238,11 @@ class Trainer:
         plan = self.samples.plan
         positions = plan.positions(progress.step, progress.samples_seen, left, ranks.rank, ranks.size)
         sides = plan.sides_from(progress.step)
-        batches = load_batches(self.samples, positions, config.data.workers, self.device, sides)
+        as_bytes = config.run.chunk_size is not None  # floats are those of a chunk alone
+        batches = load_batches(self.samples, positions, config.data.workers, self.device, sides, as_bytes)
         saved, logged = (time.monotonic(), progress.step), (time.monotonic(), progress.samples_seen)
         start = time.monotonic() - progress.seconds
-        with self._writer() as writer, _stop_flag() as stop:
+        with self._writer() as writer, stop_flag() as stop:
             while progress.step < self.total:
                 with ranks.together():
                     batch = next(batches)
@@ -264,11 +282,9 @@ class Trainer:
         before = [buffer.clone() for buffer in self.statistics]
         if self.config.run.channels_last:
             batch["images"] = batch["images"].contiguous(memory_format=torch.channels_last)
-        losses, backward = self.gradients.losses(batch, progress.step, sizes)
+        losses, bad = self._gradients(batch, sizes, before)
         lr, norm = learning_rate(progress.step, self.config.optim, self.total), math.nan
-        bad = bool(self.ranks.maximum(not math.isfinite(total(losses).item()))[0])
         if not bad:
-            backward()
             scaler.unscale_(self.optimizer)
             norm = self._clip()
             hopeless = not scaler.is_enabled() or scaler.get_scale() < 1  # else the scaler skips and lowers its scale
@@ -291,6 +307,29 @@ class Trainer:
         if bad:
             self._note_nonfinite(batch, losses)
         return losses, lr, norm
+
+    def _gradients(self, batch: Batch, sizes: list[int], before: list[Tensor]) -> tuple[dict[str, Tensor], bool]:
+        """Losses, and whether one is not finite: then there are no gradients. Chunks that do not fit are halved."""
+        streams = rng_state(self.device)
+        while True:
+            try:
+                losses, backward = self.gradients.losses(batch, self.progress.step, sizes)
+                bad = bool(self.ranks.maximum(not math.isfinite(total(losses).item()))[0])
+                if not bad:
+                    backward()
+                return losses, bad
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = short(error)
+            # out here the error, and with it the graph, is gone
+            self.gradients.chunk_size = halved(self.gradients.chunk_size, max(sizes), self.ranks.size, reason)
+            self.optimizer.zero_grad(set_to_none=True)
+            set_rng_state(streams, self.device)
+            for buffer, value in zip(self.statistics, before, strict=True):
+                buffer.copy_(value)
+            if self.device != "cpu":
+                torch.cuda.empty_cache()
 
     def _clip(self) -> float:
         parameters = [parameter for parameter in self.task.parameters() if parameter.grad is not None]
@@ -380,7 +419,7 @@ class Trainer:
         }
         if self.gradients.scaler.is_enabled():
             line["loss_scale"] = self.gradients.scaler.get_scale()
-        if self.predicted is not None:
+        if self.predicted is not None and self.device.startswith("cuda"):
             line["memory_mib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1)
             line["memory_predicted_mib"] = round(self.predicted.total / 2**20, 1)
         curves = {name: value for name, value in line.items() if isinstance(value, float)}
@@ -459,22 +498,3 @@ class Trainer:
 def _finite(value: float) -> float | None:
     """JSON has no others."""
     return value if math.isfinite(value) else None
-
-
-@contextmanager
-def _stop_flag() -> Iterator[list[signal.Signals]]:
-    """A list that receives stopping signals; Ctrl-C after the first one acts at once. Schedulers repeat the others."""
-    received: list[signal.Signals] = []
-    before: dict[signal.Signals, Any] = {}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(signal.Signals(number))
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
-
-    for name in STOPPING:
-        before[name] = signal.signal(name, note)
-    try:
-        yield received
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)

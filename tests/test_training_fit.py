@@ -1,0 +1,320 @@
+"""Chunks that fit the memory there is: chosen by prediction, exact, halved when the prediction was wrong."""
+
+import dataclasses
+import importlib
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_catlip import TINY, write_folders, write_labelled
+from small_data import write_raw
+from small_training import (
+    TINY_RESNET,
+    bare_coca,
+    tiny_clip,
+    tiny_config,
+    tiny_siclip,
+    write_packed,
+    write_teacher,
+)
+
+from shards_spec.files import UserError
+from shards_spec.vocab import Vocabulary, read_vocabulary
+from training import fit, losses
+from training.fit import available_bytes, choose, halved
+from training.memory import Profile
+from training.recipes import RECIPES
+from training.step import Gradients
+from training.trainer import predict, prepare, profiles, train
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A dataset for every recipe of pairs, with its tiny models."""
+    root = tmp_path_factory.mktemp("data")
+    write_teacher(str(root), write_packed(str(root), [9, 8, 6]))
+    tiny_clip(root / "models" / "clip")
+    bare_coca(root / "models" / "coca")
+    tiny_siclip(root / "models" / "siclip")
+    tiny_siclip(root / "models" / "base", "MobileCLIP-tiny")
+    write_raw(str(root), shards=2, per_shard=6)
+    return str(root)
+
+
+def lines(out):
+    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+
+
+def told(caplog):
+    return [r.getMessage() for r in caplog.records if r.name.startswith("training") and r.levelno >= logging.WARNING]
+
+
+def bytes_of(config, recipe, chunk, as_bytes=True):
+    """What chunks of a size take, as predicted."""
+    _, samples, task = prepare(recipe, config)
+    [(profile, size)] = profiles(config, samples, task)
+    return profile.at(size, 1, chunk, as_bytes).total
+
+
+@pytest.mark.parametrize("recipe", ["clip", "affinity", "coca"])
+def test_chunks_chosen_by_fit_are_the_same_mathematics(recipe, root, tmp_path, caplog):
+    """The largest that fits of 16, 8, 4, 2, 1; losses, gradients and learning rate of every step are the whole's."""
+    fields = {"batch_size": 16, "steps": 5, "precision": "fp32"}
+    whole = tiny_config(recipe, root, str(tmp_path / "whole"), **fields)
+    room = bytes_of(whole, recipe, 4) / fit.SHARE / fit.GB
+    assert bytes_of(whole, recipe, 8) > bytes_of(whole, recipe, 4)
+    caplog.set_level(logging.INFO)
+    train(recipe, whole)
+    assert "in chunks of" not in caplog.text
+    train(recipe, tiny_config(recipe, root, str(tmp_path / "fit"), **fields, fit=room))
+    assert "in chunks of 4 samples" in caplog.text
+    for line, expected in zip(lines(tmp_path / "fit"), lines(tmp_path / "whole"), strict=True):
+        assert line["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+    config = json.loads(Path(tmp_path, "fit", "config.json").read_text())
+    assert (config["chunk_size"], config["fit"]) == (None, room), "what was asked, so that another machine may choose"
+
+
+@pytest.mark.parametrize("recipe", ["clip", "siclip"])
+def test_chunks_of_a_trained_batch_norm_are_told(recipe, root, tmp_path, caplog):
+    model = {"model": tiny_clip(tmp_path / "resnet", vision=TINY_RESNET)} if recipe == "clip" else {}
+    config = tiny_config(recipe, root, str(tmp_path / "run"), batch_size=16, steps=2, **model)
+    room = bytes_of(config, recipe, 8) / fit.SHARE / fit.GB
+    train(recipe, dataclasses.replace(config, run=dataclasses.replace(config.run, fit=room)))
+    [warning] = told(caplog)
+    assert "trained BatchNorms normalise over a chunk of 8 samples and not over the batch" in warning
+
+
+def test_finetuning_and_catlip_in_chunks_are_the_whole(tmp_path):
+    """Means over the whole batch, at the largest side. RangeAugment draws per chunk, so it is off."""
+    data = write_folders(tmp_path / "pictures")
+    found = {}
+    for name, fields in (("whole", {}), ("chunks", {"chunk_size": 3})):
+        config = importlib.import_module("training.recipes.finetune").config()
+        config = dataclasses.replace(
+            config, range_augment=False,
+            data=dataclasses.replace(config.data, data=data, batch_size=8, workers=0),
+            sides=dataclasses.replace(config.sides, sides=(16, 32), base_side=32),
+            student=dataclasses.replace(config.student, model=TINY),
+            optim=dataclasses.replace(config.optim, warmup=1),
+            run=dataclasses.replace(config.run, out=str(tmp_path / name), steps=3, log_every=1, **fields),
+        )  # fmt: skip
+        found[name] = [line["loss"] for line in lines(train("finetune", config))]
+    assert found["chunks"] == pytest.approx(found["whole"], rel=1e-4)
+
+
+def test_the_largest_equal_chunks_that_fit():
+    """By hand: 1,000 bytes that are always there, 10 per sample of the batch (3 as bytes, then 8 per chunk's)."""
+    one = Profile(500, 125, 0, 8.0, 2.0, ((2, 200), (4, 400)), ((4, 0), (8, 0), (12, 0)))
+    assert one.at(64).total == 1000 + 64 * 10 - 125 + 64 * 100 + 0
+    for room, chunk in ((10_000, None), (6_500, 32), (3_500, 16), (2_600, 8), (2_000, 4)):
+        memory = choose([(one, 64)], 1, room / fit.SHARE, None)
+        assert (memory.chunk_size, memory.total <= room) == (chunk, True)
+    assert choose([(one, 64)], 1, 100, None).chunk_size == 1
+    assert choose([(one, 64)], 4, 2_600 / fit.SHARE, None).chunk_size is None, "a share of 16"
+    assert choose([(one, 64)], 1, 100, 5).chunk_size == 5, "asked for"
+    large = dataclasses.replace(one, activations=((2, 400), (4, 800)))
+    assert choose([(one, 64), (large, 32)], 1, 3_500 / fit.SHARE, None).chunk_size == 8, "the larger images decide"
+
+
+def test_a_batch_that_no_chunk_makes_fit_is_refused_before_the_first_step(root, tmp_path):
+    """On a CPU the machine's memory is the limit: killed without a word otherwise."""
+    with pytest.raises(UserError) as error:
+        train("clip", tiny_config("clip", root, str(tmp_path / "run"), batch_size=100_000_000))
+    message = str(error.value)
+    assert message.startswith("a step takes about ")
+    assert "that are free on this machine, even one sample at a time: take a smaller --batch-size" in message
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=r"of the 0\.0 GB of --fit 1e-06, even one sample at a time"):
+        train("clip", tiny_config("clip", root, str(tmp_path / "run"), fit=1e-6))
+    with pytest.raises(UserError, match="take a --chunk-size below 2, or leave it to --fit"):
+        train("clip", tiny_config("clip", root, str(tmp_path / "run"), fit=1e-6, chunk_size=2))
+    with pytest.raises(UserError, match=r"--fit 0: must be above 0"):
+        tiny_config("clip", root, str(tmp_path / "run"), fit=0)
+
+
+def test_a_chunk_size_that_was_asked_for_is_warned_of(root, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(fit, "available_bytes", lambda: 1e5)
+    train("clip", tiny_config("clip", root, str(tmp_path / "run"), steps=1, warmup=1, chunk_size=2))
+    [warning] = told(caplog)
+    assert "of the 0.0 GB that are free on this machine: take a --chunk-size below 2" in warning
+
+
+def overflows_above(monkeypatch, limit, where):
+    """An allocator that has no more for chunks above ``limit`` samples, in the forward or the backward pass."""
+    compute = Gradients.losses
+
+    def losses(self, batch, step, sizes):
+        size = min(self.chunk_size or sizes[0], sizes[0])
+
+        def fail():
+            torch.empty(0).sum()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+        if size > limit and where == "forward":
+            fail()
+        pending = compute(self, batch, step, sizes)
+        return pending._replace(backward=fail) if size > limit else pending
+
+    monkeypatch.setattr(Gradients, "losses", losses)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_what_does_not_fit_after_all_is_halved(where, root, tmp_path, caplog, monkeypatch):
+    model = {"model": tiny_clip(tmp_path / "resnet", vision={**TINY_RESNET})}
+    for name, fields in (("clip", {}), ("resnet", model)):
+        usual = train("clip", tiny_config("clip", root, str(tmp_path / f"{name}-usual"), chunk_size=2, **fields))
+        with monkeypatch.context() as patch:
+            overflows_above(patch, 2, where)
+            halved_run = train("clip", tiny_config("clip", root, str(tmp_path / name), **fields))
+        for line, expected in zip(lines(halved_run), lines(usual), strict=True):
+            assert line["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    found = [text for text in told(caplog) if "out of memory" in text]
+    assert found == ["out of memory with 4 samples at a time (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has "
+                     "...): --chunk-size 2 from here on"] * 2 or len(found) == 2  # fmt: skip
+
+
+def test_out_of_memory_names_the_chunk_size(root, tmp_path, monkeypatch):
+    overflows_above(monkeypatch, 0, "forward")
+    with pytest.raises(
+        UserError, match=r"out of memory with 1 samples at a time .*: take a smaller --chunk-size, --batch"
+    ):
+        train("clip", tiny_config("clip", root, str(tmp_path / "run")))
+    with pytest.raises(UserError, match="out of memory with 8 samples at a time"):
+        halved(None, 8, 2, "of several processes none may go back alone")
+
+
+REAL = """
+import sys, resource, torch, logging
+sys.path.insert(0, {tests!r})
+logging.basicConfig(level="INFO")
+torch.set_num_threads(1)
+from training import fit
+from training.trainer import Trainer
+fit.available_bytes = lambda: 1e12
+step = Trainer.step
+def limited(self, batch):
+    if self.progress.step == 1:
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + {room}, -1))
+    return step(self, batch)
+Trainer.step = limited
+import clipmill
+sys.argv = ["clipmill", *sys.argv[1:]]
+clipmill.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc are Linux's")
+def test_a_real_allocator_without_memory_halves_the_chunk(root, tmp_path):
+    """Address space for less than a batch of 2,048 takes, from the second step on."""
+    code = REAL.format(tests=str(Path(__file__).parent), room=150_000_000)
+    words = ["train", "clip", "--smoke", "--data", root, "--model", f"local-dir:{root}/models/clip", "--batch-size",
+             "2048", "--steps", "3", "--out", str(tmp_path / "run")]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "out of memory with 2048 samples at a time" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("rows", [3, 4, 16])
+@pytest.mark.parametrize("name", ["clip_loss", "affinity_loss", "relation_loss", "interactive_loss"])
+def test_losses_in_blocks_of_rows_are_the_whole(name, rows, monkeypatch):
+    """In float64, with their gradients at features and scale; also through `torch.autograd.grad`, as chunks do."""
+    generator = torch.Generator().manual_seed(0)
+    features = [
+        torch.nn.functional.normalize(torch.randn(10, 5, generator=generator).double(), dim=1) for _ in range(4)
+    ]
+    found = []
+    for whole in (10, 9):
+        monkeypatch.setattr(losses, "WHOLE", whole)
+        monkeypatch.setattr(losses, "ROWS", rows)
+        leaves = [value.clone().requires_grad_() for value in features]
+        scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
+        own = leaves[:2] if name == "clip_loss" else leaves
+        scales = [scale, 3.0] if name in ("affinity_loss", "relation_loss") else [scale]
+        loss = getattr(losses, name)(*own, *scales)
+        found.append((loss.detach(), *torch.autograd.grad(loss, [*leaves[:2], scale])))
+    for value, expected in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_memory_of_losses_in_blocks_is_linear_in_the_batch(root):
+    """What the allocator holds at once for 9,000 pairs is a tenth of the whole matrices, as predicted."""
+    config = tiny_config("affinity", root, "unused", batch_size=losses.WHOLE)
+    _, samples, task = prepare("affinity", config)
+    [(one, _)] = profiles(config, samples, task)
+    whole, blocks = (one.at(size, chunk_size=1).activations for size in (losses.WHOLE, losses.WHOLE + 1))
+    assert whole > 5 * losses.WHOLE**2 * 4
+    assert blocks < whole / 7
+
+
+def test_available_memory_is_the_smallest_that_is_said(tmp_path):
+    proc, cgroup = tmp_path / "proc", tmp_path / "cgroup"
+    for folder in (proc, cgroup / "memory"):
+        folder.mkdir(parents=True)
+    assert available_bytes(str(proc), str(cgroup)) > 2**28, "what the system says, where there are no files"
+    (proc / "meminfo").write_text("MemTotal: 64 kB\nMemAvailable:  1000000 kB\n")
+    assert available_bytes(str(proc), str(cgroup)) == 1_024_000_000
+    (cgroup / "memory.max").write_text("max\n")
+    (cgroup / "memory.stat").write_text("anon 100000000\nfile 5\n")
+    assert available_bytes(str(proc), str(cgroup)) == 1_024_000_000
+    (cgroup / "memory.max").write_text("500000000\n")
+    assert available_bytes(str(proc), str(cgroup)) == 400_000_000
+    (cgroup / "memory" / "memory.limit_in_bytes").write_text("300000000\n")
+    (cgroup / "memory" / "memory.stat").write_text("cache 1\nrss 50000000\ntotal_rss 60000000\n")
+    assert available_bytes(str(proc), str(cgroup)) == 240_000_000
+
+
+def with_data(recipe, root, labelled, pictures):
+    config = importlib.import_module(f"training.recipes.{recipe}").config()
+    data = {"catlip": labelled, "probe": pictures, "finetune": pictures}.get(recipe, root)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, data=data))
+    if recipe in ("probe", "finetune"):  # they have no default: the tower that CatLIP's defaults leave
+        student = dataclasses.replace(config.student, model="timm:catlip_vit_base_patch16_224")
+        config = dataclasses.replace(config, student=student)
+    return dataclasses.replace(config, base_weights="random") if recipe == "siclip" else config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipes_defaults_fit_24_gigabytes(recipe, root, tmp_path):
+    """The real models and batches; 24,320 classes of CatLIP's. In fp32 already, bf16 takes less."""
+    labelled = tmp_path / "labelled"
+    if recipe == "catlip":
+        write_labelled(labelled)
+        path = (
+            labelled / "vocab" / f"{importlib.import_module('training.recipes.catlip').config().labels.vocabulary}.tsv"
+        )
+        few = read_vocabulary(str(path))
+        more = tuple((f"n9{number:07d}", "made_up", 1, 1) for number in range(24_320 - len(few)))
+        Vocabulary(few.rows + more, few.header).write(str(path))
+    pictures = write_folders(tmp_path / "pictures") if recipe in ("probe", "finetune") else ""
+    config = with_data(recipe, root, str(labelled), pictures)
+    for precision in ("fp32", "bf16"):
+        run = dataclasses.replace(config.run, fit=24.0, precision=precision, device="cpu")
+        memory = predict(recipe, dataclasses.replace(config, run=run))
+        print(recipe, precision, memory)
+        assert memory.total <= fit.SHARE * 24e9
+
+
+@pytest.mark.slow
+def test_readmes_commands_fit_24_gigabytes(root):
+    """`clipmill train` as README has it, with the data of the test."""
+    found = [line.split("#")[0].split() for line in (ROOT / "README.md").read_text().splitlines() if " train " in line]
+    commands = [words[words.index("train") :] for words in found if words[:1] in (["clipmill"], ["torchrun"])]
+    assert len(commands) >= 3
+    for words in commands:
+        words = [{"/data/cc3m": root, "mobileclip_s0.pt": "random"}.get(word, word) for word in words]
+        call = [sys.executable, "-m", "clipmill", *words, "--predict-memory"]
+        done = subprocess.run([*call, "--fit", "24"], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout.split("about ")[1].split(" MiB")[0].replace(",", "")) * 2**20 <= 24e9
