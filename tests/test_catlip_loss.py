@@ -208,7 +208,13 @@ def test_curriculum_goes_from_40_to_20_decibel():
 def test_contrast_is_about_each_channels_mean():
     torch.manual_seed(0)
     pixels = torch.rand(4, 3, 6, 6) * torch.tensor([0.2, 0.5, 1.0]).view(3, 1, 1)
-    shown = RangeAugment((0, 0, 0), (1, 1, 1))._apply_one("contrast", pixels).detach().double().numpy()
+    shown = (
+        RangeAugment((0, 0, 0), (1, 1, 1))
+        ._apply_one("contrast", pixels, torch.rand(4, 1, 1, 1))
+        .detach()
+        .double()
+        .numpy()
+    )
     before = pixels.double().numpy()
     mean = before.mean(axis=(2, 3), keepdims=True)
     assert np.allclose(shown.mean(axis=(2, 3), keepdims=True), mean, atol=1e-6)

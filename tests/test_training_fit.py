@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_catlip import TINY, write_folders, write_labelled
+from small_catlip import write_folders, write_labelled
 from small_data import write_raw
 from small_training import (
     TINY_RESNET,
+    TINY_VIT,
     bare_coca,
     tiny_clip,
     tiny_config,
@@ -25,11 +26,11 @@ from small_training import (
 from shards_spec.files import UserError
 from shards_spec.vocab import Vocabulary, read_vocabulary
 from training import fit, losses
-from training.fit import available_bytes, choose, halved
+from training.fit import available_bytes, choose, halved, profiles
 from training.memory import Profile
 from training.recipes import RECIPES
 from training.step import Gradients
-from training.trainer import predict, prepare, profiles, train
+from training.trainer import predict, prepare, train
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,39 +87,47 @@ def test_chunks_chosen_by_fit_are_the_same_mathematics(recipe, root, tmp_path, c
 def test_chunks_of_a_trained_batch_norm_are_told(recipe, root, tmp_path, caplog):
     model = {"model": tiny_clip(tmp_path / "resnet", vision=TINY_RESNET)} if recipe == "clip" else {}
     config = tiny_config(recipe, root, str(tmp_path / "run"), batch_size=16, steps=2, **model)
-    room = bytes_of(config, recipe, 8) / fit.SHARE / fit.GB
+    room = bytes_of(config, recipe, 4) / fit.SHARE / fit.GB
     train(recipe, dataclasses.replace(config, run=dataclasses.replace(config.run, fit=room)))
     [warning] = told(caplog)
-    assert "trained BatchNorms normalise over a chunk of 8 samples and not over the batch" in warning
+    assert "trained BatchNorms normalise over a chunk of 4 samples and not over the batch" in warning
 
 
-def test_finetuning_and_catlip_in_chunks_are_the_whole(tmp_path):
-    """Means over the whole batch, at the largest side. RangeAugment draws per chunk, so it is off."""
+@pytest.mark.parametrize("range_augment", [False, True])
+def test_finetuning_and_catlip_in_chunks_are_the_whole(range_augment, tmp_path):
+    """Means over the whole batch, of images of two sizes, with a tower that has no BatchNorm.
+
+    RangeAugment draws for the whole batch; on a CPU the noise of chunks is that of the batch, too.
+    """
     data = write_folders(tmp_path / "pictures")
     found = {}
     for name, fields in (("whole", {}), ("chunks", {"chunk_size": 3})):
         config = importlib.import_module("training.recipes.finetune").config()
         config = dataclasses.replace(
-            config, range_augment=False,
+            config, range_augment=range_augment,
             data=dataclasses.replace(config.data, data=data, batch_size=8, workers=0),
-            sides=dataclasses.replace(config.sides, sides=(16, 32), base_side=32),
-            student=dataclasses.replace(config.student, model=TINY),
+            sides=dataclasses.replace(config.sides, sides=(32, 64), base_side=64),
+            student=dataclasses.replace(config.student, model="timm:test_vit"),
             optim=dataclasses.replace(config.optim, warmup=1),
             run=dataclasses.replace(config.run, out=str(tmp_path / name), steps=3, log_every=1, **fields),
         )  # fmt: skip
-        found[name] = [line["loss"] for line in lines(train("finetune", config))]
-    assert found["chunks"] == pytest.approx(found["whole"], rel=1e-4)
+        found[name] = lines(train("finetune", config))
+    for line, expected in zip(found["chunks"], found["whole"], strict=True):
+        assert line["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+    assert ("augment" in found["whole"][0]["losses"]) == range_augment
 
 
 def test_the_largest_equal_chunks_that_fit():
-    """By hand: 1,000 bytes that are always there, 10 per sample of the batch (3 as bytes, then 8 per chunk's)."""
+    """By hand: 875 bytes that are always there, 10 a sample of the batch (as bytes 4, and 8 of the chunk's)."""
     one = Profile(500, 125, 0, 8.0, 2.0, ((2, 200), (4, 400)), ((4, 0), (8, 0), (12, 0)))
-    assert one.at(64).total == 1000 + 64 * 10 - 125 + 64 * 100 + 0
-    for room, chunk in ((10_000, None), (6_500, 32), (3_500, 16), (2_600, 8), (2_000, 4)):
+    assert one.at(64).total == 875 + 64 * 10 + 64 * 100
+    assert one.at(64, 1, 16, as_bytes=True).total == 875 + 64 * 4 + 16 * 8 + 16 * 100
+    for room, chunk in ((10_000, None), (6_500, 32), (3_500, 16), (2_600, 8), (2_000, 8), (1_900, 4)):
         memory = choose([(one, 64)], 1, room / fit.SHARE, None)
         assert (memory.chunk_size, memory.total <= room) == (chunk, True)
     assert choose([(one, 64)], 1, 100, None).chunk_size == 1
-    assert choose([(one, 64)], 4, 2_600 / fit.SHARE, None).chunk_size is None, "a share of 16"
+    assert choose([(one, 64)], 4, 2_700 / fit.SHARE, None).chunk_size is None, "a share of 16"
     assert choose([(one, 64)], 1, 100, 5).chunk_size == 5, "asked for"
     large = dataclasses.replace(one, activations=((2, 400), (4, 800)))
     assert choose([(one, 64), (large, 32)], 1, 3_500 / fit.SHARE, None).chunk_size == 8, "the larger images decide"
@@ -177,8 +186,8 @@ def test_what_does_not_fit_after_all_is_halved(where, root, tmp_path, caplog, mo
         for line, expected in zip(lines(halved_run), lines(usual), strict=True):
             assert line["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     found = [text for text in told(caplog) if "out of memory" in text]
-    assert found == ["out of memory with 4 samples at a time (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has "
-                     "...): --chunk-size 2 from here on"] * 2 or len(found) == 2  # fmt: skip
+    said = ("out of memory with 4 samples at a time", "--chunk-size 2 from here on")
+    assert [(text.split(" (")[0], text.split(": ")[-1]) for text in found] == [said] * 2
 
 
 def test_out_of_memory_names_the_chunk_size(root, tmp_path, monkeypatch):
@@ -214,13 +223,15 @@ clipmill.main()
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc are Linux's")
 def test_a_real_allocator_without_memory_halves_the_chunk(root, tmp_path):
-    """Address space for less than a batch of 2,048 takes, from the second step on."""
-    code = REAL.format(tests=str(Path(__file__).parent), room=150_000_000)
-    words = ["train", "clip", "--smoke", "--data", root, "--model", f"local-dir:{root}/models/clip", "--batch-size",
-             "2048", "--steps", "3", "--out", str(tmp_path / "run")]  # fmt: skip
+    """Address space for a third of what a batch of 256 takes, from the second step on."""
+    model = tiny_clip(tmp_path / "deep", vision={**TINY_VIT, "layers": 4, "patch_size": 4, "width": 64})
+    whole = bytes_of(tiny_config("clip", root, "unused", batch_size=256, model=model), "clip", None)
+    code = REAL.format(tests=str(Path(__file__).parent), room=whole // 3)
+    words = ["train", "clip", "--smoke", "--data", root, "--model", model, "--batch-size",
+             "256", "--steps", "3", "--out", str(tmp_path / "run")]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "out of memory with 2048 samples at a time" in done.stderr
+    assert "out of memory with 256 samples at a time" in done.stderr
     assert "Traceback" not in done.stderr
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
 
@@ -248,12 +259,12 @@ def test_losses_in_blocks_of_rows_are_the_whole(name, rows, monkeypatch):
 
 
 def test_memory_of_losses_in_blocks_is_linear_in_the_batch(root):
-    """What the allocator holds at once for 9,000 pairs is a tenth of the whole matrices, as predicted."""
+    """Above `WHOLE` pairs the four matrices of all pairs are never there, and are not predicted."""
     config = tiny_config("affinity", root, "unused", batch_size=losses.WHOLE)
     _, samples, task = prepare("affinity", config)
     [(one, _)] = profiles(config, samples, task)
     whole, blocks = (one.at(size, chunk_size=1).activations for size in (losses.WHOLE, losses.WHOLE + 1))
-    assert whole > 5 * losses.WHOLE**2 * 4
+    assert whole > 3 * losses.WHOLE**2 * 4
     assert blocks < whole / 7
 
 

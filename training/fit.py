@@ -5,19 +5,27 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from shards_spec.files import UserError
 from shards_spec.library_errors import short
+from training.batch_norm import moving
 from training.config import RunConfig
-from training.memory import Memory, Profile
+from training.data import Samples, first_batch
+from training.memory import Memory, Profile, profile
+from training.step import split
 
 log = logging.getLogger(__name__)
 GB = 1e9
 SHARE = 0.9  # of the memory that a prediction may fill: it leaves workspaces and the allocator's rounding out
 MEND = "take a smaller --chunk-size, --batch-size or --model, or --checkpoint-activations"
 Sized = tuple[Profile, int]  # with the global batch that it is of
+NO_MEMORY = (  # what else says so, as RuntimeError: torch's allocators, C++, cuBLAS and cuDNN; oneDNN gives no reason
+    "can't allocate memory", "DefaultCPUAllocator", "out of memory", "std::bad_alloc", "bad allocation",
+    "STATUS_ALLOC_FAILED", "could not create a primitive", "could not create a memory object",
+)  # fmt: skip
 CGROUPS = (  # its limit and what is used of it for good, of versions 2 and 1
     ("memory.max", "memory.stat", "anon"),
     ("memory/memory.limit_in_bytes", "memory/memory.stat", "total_rss"),
@@ -45,6 +53,18 @@ def available_bytes(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> floa
             taken = sum(float(line.split()[1]) for line in lines if line.split()[:1] == [used])
             found.append(float(Path(cgroup, limit).read_text()) - taken)
     return min(found) if found else float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def profiles(config: Any, samples: Samples, task: Any) -> list[Sized]:
+    """What the smallest and the largest images of a run take, with their global batches."""
+    plan, average = samples.plan, config.optim.ema_decay is not None
+    sides: list[int | None] = sorted({min(plan.sides), max(plan.sides)}) if plan.sides else [None]
+    found = []
+    for side in sides:
+        batch = first_batch(samples, 16, side)
+        few = split(batch, max(1, len(batch["keys"]) // 4))[0]
+        found.append((profile(task.train(), few, config.run.precision, average), plan.of_side(side)))
+    return found
 
 
 def choose(batches: list[Sized], ranks: int, bytes_there: float, asked: int | None) -> Memory:
@@ -102,9 +122,18 @@ def halved(chunk_size: int | None, share: int, ranks: int, reason: str) -> int:
     return half
 
 
+def warn_of_norms(task: torch.nn.Module, chunk_size: int | None) -> None:
+    """Say that chunks are not the mathematics of the whole batch, where they are not."""
+    if chunk_size is not None and moving(task):
+        log.warning(
+            "trained BatchNorms normalise over a chunk of %d samples and not over the batch; "
+            "--checkpoint-activations saves memory without that", chunk_size,
+        )  # fmt: skip
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether CUDA's or the CPU's allocator had no more."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in NO_MEMORY)
 
 
 @contextmanager

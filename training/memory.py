@@ -71,8 +71,8 @@ class Profile:
         """Of one of ``ranks`` processes. ``as_bytes``: images lie as uint8 until their chunk's turn."""
         share = batch_size // ranks
         own = min(chunk_size or share, share)
-        activations = max(0, int(_line(self.activations)(own)))
-        losses = max(0, int(self._losses_at(batch_size)))
+        activations = max(0, round(_line(self.activations)(own)))
+        losses = max(0, round(self._losses_at(batch_size)))
         if own < share:  # the losses' graph is gone before the chunks' second pass
             activations, losses = max(activations, losses), 0
         images = self.pixels / 4 * share + self.pixels * own if as_bytes else self.pixels * share

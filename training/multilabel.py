@@ -94,22 +94,42 @@ class RangeAugment(nn.Module):
         low, high = self.ranges[name].new_tensor(lows), self.ranges[name].new_tensor(highs)
         return low + (high - low) * torch.sigmoid(self.ranges[name])
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, S, S) normalised -> the same augmented, and (B,) mean squared error on the scale of 0 to 255."""
+    def draw(self, count: int) -> Tensor:
+        """(B, operations, 2) on the CPU, in the order of application: the operation's number, the same in all rows,
+        and where in its range an image's magnitude is, 0 to 1, or -1 for an image that it does not hit.
+
+        Of a batch that is taken in chunks, each chunk's forward pass gets its rows.
+        """
+        drawn = torch.full((count, len(self.SPANS), 2), -1.0)
+        for turn, index in enumerate(torch.randperm(len(self.SPANS)).tolist()):
+            chosen = torch.randperm(count)[: max(1, count // 2)]
+            drawn[:, turn, 0] = index
+            drawn[chosen, turn, 1] = torch.rand(len(chosen))
+        return drawn
+
+    def forward(self, images: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, 3, S, S) normalised -> the same augmented, and (B,) mean squared error on the scale of 0 to 255.
+
+        ``drawn`` is `draw`'s, or rows of it; None draws for these images.
+        """
+        drawn = self.draw(len(images)) if drawn is None else drawn
         with torch.autocast(images.device.type, enabled=False):
             clean = images.float() * self.std + self.mean
             pixels = clean
             names = list(self.SPANS)
-            for index in torch.randperm(len(names)).tolist():
-                chosen = torch.randperm(len(clean))[: max(1, len(clean) // 2)].to(clean.device)
-                pixels = pixels.index_copy(0, chosen, self._apply_one(names[index], pixels[chosen]))
+            for turn in range(len(names)):
+                places = drawn[:, turn, 1]
+                chosen, shares = (places >= 0).nonzero().flatten(), places[places >= 0].view(-1, 1, 1, 1)
+                chosen, shares = chosen.to(clean.device), shares.to(clean.device)
+                changed = self._apply_one(names[int(drawn[0, turn, 0])], pixels[chosen], shares)
+                pixels = pixels.index_copy(0, chosen, changed)
             pixels = pixels.clamp(0, 1)
             error = (255 * (pixels - clean)).square().mean(dim=(1, 2, 3))
             return (pixels - self.mean) / self.std, error
 
-    def _apply_one(self, name: str, pixels: Tensor) -> Tensor:
+    def _apply_one(self, name: str, pixels: Tensor, shares: Tensor) -> Tensor:
         low, high = self.span(name)
-        magnitude = low + (high - low) * torch.rand(len(pixels), 1, 1, 1, device=pixels.device)
+        magnitude = low + (high - low) * shares
         if name == "brightness":
             return pixels * magnitude
         if name == "contrast":

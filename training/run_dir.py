@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -295,8 +295,8 @@ class _Written:
     """A file that remembers why it could not be written: torch then says "unexpected pos" and no more."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file, self.error = file, None
-        self.error: OSError | None
+        self._file = file
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         try:
@@ -313,7 +313,7 @@ def _save_state(path: Path, state: dict[str, Any]) -> None:
     with atomic_writer(str(path)) as file:
         written = _Written(file)
         try:
-            torch.save(state, written)
+            torch.save(state, cast(IO[bytes], written))  # of which it uses these two alone
         except RuntimeError as error:
             if written.error is None:
                 raise

@@ -98,6 +98,8 @@ class Gradients:
         return {name: value[order] for name, value in gathered.items()}
 
     def _cached(self, batch: Batch, step: int, sizes: list[int], chunks: int) -> Pending:
+        if hasattr(self.task, "draw"):
+            batch = self.task.draw(batch)
         pieces = split(batch, chunks)
         states, kept = list[RngState](), list[Features]()
         with torch.no_grad(), self._autocast():

@@ -22,17 +22,17 @@ from shards_spec.models import LoadedModel, pick_device
 from training.batch_norm import statistics, synchronise
 from training.config import CacheConfig, DataConfig, ModelConfig, RunConfig, ViewConfig, flat, total_steps
 from training.curves import Curves
-from training.data import Samples, check_data, first_batch, load_batches, open_samples
+from training.data import Samples, check_data, load_batches, open_samples
 from training.dist import Ranks, processes
 from training.ema import Average
 from training.evaluate import Encoder, check_root, measure, score
-from training.fit import Sized, fitted, halved, is_out_of_memory, out_of_memory
+from training.fit import fitted, halved, is_out_of_memory, out_of_memory, profiles, warn_of_norms
 from training.lengths import extension, warn_of_lengths
-from training.memory import Memory, profile
+from training.memory import Memory
 from training.optim import OptimConfig, build_optimizer, learning_rate, set_lr
 from training.recipes import RECIPES
 from training.run_dir import RunDir, load_checkpoint
-from training.step import Batch, Gradients, pick_precision, rng_state, set_rng_state, split, total
+from training.step import Batch, Gradients, pick_precision, rng_state, set_rng_state, total
 from training.stopping import stop_flag
 from training.student import new_student
 
@@ -62,6 +62,8 @@ class Task(Protocol):
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """Per-sample tensors (n, ...) of a batch or of a chunk of one, teacher features and per-sample losses too."""
         ...
+
+    # Optional: draw(batch) -> batch, with random numbers that belong to the whole batch, before it is cut into chunks.
 
     def losses(self, features: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Named weighted losses of the global batch's features (N, ...), in the order of positions.
@@ -126,7 +128,8 @@ def train(recipe: str, config: RecipeConfig) -> str:
             if ranks.first:
                 run.cut_metrics(trainer.progress.step)
                 warn_of_lengths(config.data.batch_size, config.optim, samples, trainer.total)
-        stopped = trainer.loop()
+        with out_of_memory(device):  # of batches and of the optimizer's state
+            stopped = trainer.loop()
     if stopped is not None:
         raise SystemExit(128 + stopped)
     return str(run.path)
@@ -180,18 +183,6 @@ def predict(recipe: str, config: RecipeConfig) -> Memory:
         return fitted(config.run, sized, ranks.size, device, only_said=config.run.fit is None)
 
 
-def profiles(config: RecipeConfig, samples: Samples, task: Any) -> list[Sized]:
-    """What the smallest and the largest images of a run take, with their global batches."""
-    plan, average = samples.plan, config.optim.ema_decay is not None
-    sides: list[int | None] = sorted({min(plan.sides), max(plan.sides)}) if plan.sides else [None]
-    found = []
-    for side in sides:
-        batch = first_batch(samples, 16, side)
-        few = split(batch, max(1, len(batch["keys"]) // 4))[0]
-        found.append((profile(task.train(), few, config.run.precision, average), plan.of_side(side)))
-    return found
-
-
 @dataclass
 class Trainer:
     """The state of a run and the loop over its steps."""
@@ -221,11 +212,7 @@ class Trainer:
         self.total = total_steps(run, self.samples.plan.mean, self.samples.order.total)
         self.sizes_sha256 = sha256_json(self.samples.order.sizes.tolist())
         self.statistics = statistics(self.task)
-        if self.statistics and run.chunk_size is not None:
-            log.warning(
-                "trained BatchNorms normalise over a chunk of %d samples and not over the batch; "
-                "--checkpoint-activations saves memory without that", run.chunk_size,
-            )  # fmt: skip
+        warn_of_norms(self.task, run.chunk_size)
         torch.manual_seed(run.seed + 1 + self.ranks.rank)  # dropout and the like, whatever the weights' draw took
 
     def loop(self) -> int | None:
@@ -313,23 +300,28 @@ class Trainer:
         streams = rng_state(self.device)
         while True:
             try:
-                losses, backward = self.gradients.losses(batch, self.progress.step, sizes)
-                bad = bool(self.ranks.maximum(not math.isfinite(total(losses).item()))[0])
-                if not bad:
-                    backward()
-                return losses, bad
+                return self._try_gradients(batch, sizes)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 reason = short(error)
             # out here the error, and with it the graph, is gone
             self.gradients.chunk_size = halved(self.gradients.chunk_size, max(sizes), self.ranks.size, reason)
+            warn_of_norms(self.task, self.gradients.chunk_size)
             self.optimizer.zero_grad(set_to_none=True)
             set_rng_state(streams, self.device)
             for buffer, value in zip(self.statistics, before, strict=True):
                 buffer.copy_(value)
             if self.device != "cpu":
                 torch.cuda.empty_cache()
+
+    def _try_gradients(self, batch: Batch, sizes: list[int]) -> tuple[dict[str, Tensor], bool]:
+        """Of its own, so that an attempt that did not fit keeps nothing while the next one runs."""
+        losses, backward = self.gradients.losses(batch, self.progress.step, sizes)
+        bad = bool(self.ranks.maximum(not math.isfinite(total(losses).item()))[0])
+        if not bad:
+            backward()
+        return losses, bad
 
     def _clip(self) -> float:
         parameters = [parameter for parameter in self.task.parameters() if parameter.grad is not None]

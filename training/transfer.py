@@ -78,6 +78,10 @@ class Task(nn.Module):
             self.student.eval()
         return self
 
+    def draw(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with RangeAugment's draws, before it is cut into chunks."""
+        return batch if self.augment is None else {**batch, "drawn": self.augment.draw(len(batch["keys"]))}
+
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """(n,) ``loss`` and ``right``; (n,) ``error`` of RangeAugment's pictures."""
         found = dict[str, Tensor]()
@@ -85,7 +89,7 @@ class Task(nn.Module):
         if features is None:
             images = batch["images"]
             if self.augment is not None and self.training:
-                images, found["error"] = self.augment(images)
+                images, found["error"] = self.augment(images, batch.get("drawn"))
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze):
                 features = self.student.encode_image(images)
         logits, targets = self.student.head(features).float(), batch["targets"]

@@ -99,11 +99,15 @@ class Task(nn.Module):
         self.config, self.total = config, total
         self.augment = RangeAugment(student.mean, student.std) if config.range_augment else None
 
+    def draw(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with RangeAugment's draws, before it is cut into chunks."""
+        return batch if self.augment is None else {**batch, "drawn": self.augment.draw(len(batch["keys"]))}
+
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """(n,) ``loss`` and number of ``labels``; (n,) ``error`` of RangeAugment's pictures."""
         images, features = batch["images"], dict[str, Tensor]()
         if self.augment is not None and self.training:
-            images, features["error"] = self.augment(images)
+            images, features["error"] = self.augment(images, batch.get("drawn"))
         logits = self.student(images)
         features["loss"] = LOSSES[self.config.loss](logits, batch["labels"])
         features["labels"] = (batch["labels"] != PAD).sum(dim=1)
