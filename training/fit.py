@@ -58,9 +58,8 @@ def available_bytes(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> floa
 def profiles(config: Any, samples: Samples, task: Any) -> list[Sized]:
     """What the smallest and the largest images of a run take, with their global batches."""
     plan, average = samples.plan, config.optim.ema_decay is not None
-    sides: list[int | None] = sorted({min(plan.sides), max(plan.sides)}) if plan.sides else [None]
     found = []
-    for side in sides:
+    for side in sorted({min(plan.sides), max(plan.sides)}) if plan.sides else (None,):
         batch = first_batch(samples, 16, side)
         few = split(batch, max(1, len(batch["keys"]) // 4))[0]
         found.append((profile(task.train(), few, config.run.precision, average), plan.of_side(side)))

@@ -83,7 +83,8 @@ class Profile:
 
     def _losses_at(self, size: int) -> float:
         """Matrices of all pairs above `WHOLE` rows are there a block of `ROWS` at a time."""
-        squared, linear, constant = np.polyfit(*zip(*self.losses, strict=True), 2)
+        sizes, found = np.array(self.losses, float).T
+        squared, linear, constant = np.polyfit(sizes, found, 2)
         return float(squared * size * (size if size <= WHOLE else ROWS) + linear * size + constant)
 
 
@@ -156,7 +157,8 @@ def _losses(task: Any, features: dict[str, Tensor], times: int) -> dict[str, Ten
 
 def _line(points: tuple[tuple[int, int], ...]) -> np.poly1d:
     """The line through two points."""
-    return np.poly1d(np.polyfit(*zip(*points, strict=True), 1))
+    sizes, found = np.array(points, float).T
+    return np.poly1d(np.polyfit(sizes, found, 1))
 
 
 def _bytes(tensors: Any) -> int:
