@@ -235,6 +235,7 @@ def _member_text(buffer: memoryview, member: Member) -> tuple[str | None, str | 
     if member.size > MAX_TEXT_BYTES:
         return None, "caption too long"
     text, broken = text_of(member.read(buffer))
+    text = text.removeprefix("\ufeff") if text is not None else None
     return text, NOT_UTF8 if broken else None
 
 

@@ -46,7 +46,8 @@ class IngestConfig:
     """the dataset: a folder or an fsspec URL; writes raw/"""
     source: tuple[str, ...]
     """links in .tsv, .csv, .jsonl or .parquet (also .gz), a folder or glob of such files, Parquet files with pictures,
-    a folder of pictures, WebDataset tars, or img2dataset's shards; local or an fsspec URL; several lists are one"""
+    a folder of pictures, WebDataset tars, or img2dataset's shards; local or an fsspec URL; several lists or tars are
+    read as one"""
     format: Literal["auto"] | Format = "auto"
     """form of the source: cc3m is caption, tab, URL; cc12m is URL, tab, caption"""
     url_col: str | None = None

@@ -198,7 +198,7 @@ def _captions(name: str, data: bytes | Exception | str, given: str | None) -> li
         return [Caption(None, data if isinstance(data, str) else NOT_READABLE)]
     text, broken = text_of(data)
     if broken or not name.lower().endswith(".json"):
-        return [Caption((text or "").strip(), NOT_UTF8 if broken else None)]
+        return [Caption((text or "").removeprefix("\ufeff").strip(), NOT_UTF8 if broken else None)]
     try:
         fields = parse_object(data)
     except ValueError as error:

@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from pipeline.cells import NOT_FOUND, shown
@@ -132,6 +132,8 @@ def _table_entries(path: str, given: str | None) -> Iterator[Entry] | None:
     strict = os.path.basename(path).lower() in METADATA
     file = find_column(None, ("file_name",) if strict else FILE_NAMES, names)
     text = find_column(given, TEXT_NAMES, names)
+    if not names and path.lower().endswith(".jsonl") and any(map(bytes.strip, lines(path))):
+        raise UserError(f"{path}: none of its first lines is a JSON object; it needs file_name and text")
     if strict and names and file is None:
         raise UserError(f"{path}: its columns are {shown(names)}; it needs file_name and text")
     if strict and names and text is None and given is not None:
@@ -230,7 +232,13 @@ def _coco_entries(images: list[Any], annotations: list[Any], column: str) -> Ite
     texts = dict[str, list[Caption]]()
     for annotation in annotations:
         texts.setdefault(json.dumps(annotation.get("image_id")), []).extend(captions_of(annotation.get(column)))
-    return ((_name(image.get("file_name")), texts.get(json.dumps(image.get("id")), [Caption()])) for image in images)
+    ids = [json.dumps(image.get("id")) for image in images]
+    found = (
+        (_name(image.get("file_name")), texts.get(own, [Caption()])) for image, own in zip(images, ids, strict=True)
+    )
+    known = set(ids)
+    nobodys = ((None, [caption]) for own, captions in texts.items() if own not in known for caption in captions)
+    return chain(found, nobodys)
 
 
 def _karpathy_entries(images: list[Any]) -> Iterator[Entry]:

@@ -374,6 +374,36 @@ def test_several_lists_of_the_same_images(tmp_path):
     assert told(tmp_path) == [("1.jpg", "top", None), ("2.jpg", "zwei", None), ("in/3.jpg", "inner", None)]
 
 
+def test_captions_of_coco_that_belong_to_no_image_are_rows(tmp_path):
+    images(tmp_path, "0.jpg")
+    own = [(1, "a"), ("1", "b"), (9, "c"), (None, "d")]
+    annotations = [{"image_id": number, "caption": text} for number, text in own]
+    fill(
+        tmp_path,
+        ("captions.json", json.dumps({"images": [{"id": 1, "file_name": "0.jpg"}], "annotations": annotations})),
+    )
+    assert told(tmp_path) == [
+        ("0.jpg", "a", None), *((f"captions.json:{n}", None, "metadata row without file_name") for n in (2, 3, 4))
+    ]  # fmt: skip
+
+
+def test_metadata_without_a_json_object_is_told(tmp_path):
+    images(tmp_path, "0.jpg")
+    fill(tmp_path, ("metadata.jsonl", "\n"))
+    assert told(tmp_path) == [("0.jpg", None, None)]
+    fill(tmp_path, ("metadata.jsonl", '["0.jpg", "a"]\n'))
+    with pytest.raises(
+        UserError, match=r"metadata.jsonl: none of its first lines is a JSON object; it needs file_name"
+    ):
+        told(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    images(tmp_path, "0.jpg", "1.jpg")
+    fill(tmp_path, ("0.txt", b"\xef\xbb\xbfa cat\r\n"), ("1.json", b'\xef\xbb\xbf{"caption": "a dog"}'))
+    assert told(tmp_path) == [("0.jpg", "a cat", None), ("1.jpg", "a dog", None)]
+
+
 def test_a_raw_photo_beside_its_jpeg_is_no_row_of_its_own(tmp_path, caplog):
     images(tmp_path, "1.JPG")
     fill(tmp_path, ("1.CR2", b"raw"), ("2.CR2", b"raw"), ("1.txt", "one"))

@@ -129,6 +129,17 @@ def test_the_caption_is_the_one_of_the_images_own_stem(tmp_path):
     assert [row[1] for row in told(tmp_path / "x.tar")] == ["b"]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_caption_or_json(tmp_path):
+    members = [
+        ("0.jpg", image(0)),
+        ("0.txt", "\ufeffa cat"),
+        ("1.jpg", image(1)),
+        ("1.json", '\ufeff{"caption": "a dog"}'),
+    ]
+    (tmp_path / "x.tar").write_bytes(tar_of(*members))
+    assert [(caption, why) for _, caption, why in told(tmp_path / "x.tar")] == [("a cat", None), ("a dog", None)]
+
+
 def test_a_tar_of_macos_keeps_its_captions(tmp_path):
     members = [("._0.jpg", b"junk"), ("0.jpg", image(0)), ("._0.txt", b"junk"), ("0.txt", "zero"),
                ("__MACOSX/0.jpg", b"junk"), (".DS_Store", b"junk"), ("a/._1.jpg", b"junk"), ("a/1.jpg", image(1)),
