@@ -16,12 +16,12 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.children import die_with_parent
+from shards_spec.files import UserError
 
 AHEAD = 2  # pictures in a process: the one it works on, and the next
 BUFFER = 1 << 22  # bytes of the socket's buffer: most pictures fit
 START_S = 60  # a busy machine starts a process slowly; its first picture is not to blame
 STILLBORN = 5  # processes that die one after the other without an answer: a bug, not a picture
-DEAD = f"{STILLBORN} decoder processes died before they answered once"
 CRASHED, TOO_LONG = "decoder crashed", "decoding took too long"
 LENGTH = struct.Struct("<Q")
 STARTED = b"\x01"
@@ -48,6 +48,7 @@ class Decoders:
     def __init__(self, work: Work, number: int, timeout_s: float) -> None:
         self._work, self._number, self._timeout_s = work, number, timeout_s
         self._stillborn = 0
+        self._exit_code: int | None = None
 
     async def __aenter__(self) -> "Decoders":
         self._jobs = asyncio.Queue[_Job]()
@@ -62,9 +63,9 @@ class Decoders:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def convert(self, data: bytes) -> Any:
-        """What ``work(data)`` returns. Raises DecoderFailed, RuntimeError when no process stays alive."""
+        """What ``work(data)`` returns. Raises DecoderFailed, UserError when no process stays alive."""
         if self._stillborn >= STILLBORN:
-            raise RuntimeError(DEAD)
+            raise self._dead()
         job = _Job(data, asyncio.get_running_loop().create_future())
         self._jobs.put_nowait(job)
         return await job.answer
@@ -83,12 +84,19 @@ class Decoders:
                 writer.transport.abort()
                 process.kill()
                 process.join()
+                self._exit_code = process.exitcode
                 while not given.empty():  # not to blame: for another process
                     self._jobs.put_nowait(given.get_nowait())
         while not self._jobs.empty():
             job = self._jobs.get_nowait()
             if not job.answer.done():
-                job.answer.set_exception(RuntimeError(DEAD))
+                job.answer.set_exception(self._dead())
+
+    def _dead(self) -> UserError:
+        return UserError(
+            f"{STILLBORN} decoder processes died before they answered once, the last with exit code {self._exit_code}; "
+            "where memory is short, fewer --workers need less; else the lines above say why"
+        )
 
     async def _send(self, writer: asyncio.StreamWriter, given: "asyncio.Queue[_Job]", room: asyncio.Semaphore) -> None:
         while True:

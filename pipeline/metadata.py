@@ -114,10 +114,16 @@ def _where(folder: str, own: str, prefixes: list[str], files: list[str]) -> str 
     above += "/" if above else ""
     near = [own, *(prefix for prefix in prefixes if prefix.startswith(own)), above]
     near += [prefix for prefix in prefixes if prefix.startswith(above)]
-    for prefix in list(dict.fromkeys(near))[:TRIED_FOLDERS]:
-        if any(exists(join(folder, prefix + _plain(join(folder, prefix), file))) for file in files):
-            return prefix
-    return None
+    fitting = (
+        prefix
+        for prefix in list(dict.fromkeys(near))[:TRIED_FOLDERS]
+        if any(exists(join(folder, prefix + _plain(join(folder, prefix), file))) for file in files)
+    )
+    first = next(fitting, None)
+    if first is not None and first != own and not is_url(folder) and (other := next(fitting, None)) is not None:
+        log.warning("%s: files of a list here are in %s and in %s; the first ones get its captions",
+                    join(folder, own), first, other or folder)  # fmt: skip
+    return first
 
 
 # tables: Hugging Face's metadata, Flickr's lists

@@ -404,6 +404,17 @@ def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
     assert told(tmp_path) == [("0.jpg", "a cat", None), ("1.jpg", "a dog", None)]
 
 
+def test_a_list_whose_names_fit_two_folders_says_which_it_takes(tmp_path, caplog):
+    images(tmp_path, "a/0.jpg", "b/0.jpg")
+    fill(tmp_path, ("captions.txt", "image,caption\n0.jpg,zero\n"))
+    assert told(tmp_path) == [("a/0.jpg", "zero", None), ("b/0.jpg", None, None)]
+    assert "files of a list here are in a/ and in b/; the first ones get its captions" in caplog.text
+    caplog.clear()
+    (tmp_path / "captions.txt").rename(tmp_path / "b/captions.txt")
+    assert told(tmp_path) == [("a/0.jpg", None, None), ("b/0.jpg", "zero", None)]
+    assert "files of a list" not in caplog.text
+
+
 def test_a_raw_photo_beside_its_jpeg_is_no_row_of_its_own(tmp_path, caplog):
     images(tmp_path, "1.JPG")
     fill(tmp_path, ("1.CR2", b"raw"), ("2.CR2", b"raw"), ("1.txt", "one"))

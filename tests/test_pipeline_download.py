@@ -264,7 +264,7 @@ def test_processes_that_cannot_start_are_a_bug_not_a_loop(monkeypatch):
         async with Decoders(stillborn, 1, 5.0) as decoders:
             await decoders.convert(b"x")
 
-    with pytest.raises(RuntimeError, match="died before they answered once"):
+    with pytest.raises(UserError, match="5 decoder processes died before they answered once, the last with exit code"):
         asyncio.run(run())
 
 
