@@ -306,6 +306,8 @@ class Listing:
                     f"--source {config.named} has more rows than when its failed rows were tried again; give the new "
                     "rows as a list of their own to another ROOT, or make all anew with --overwrite"
                 )
+            if not shard:  # before anything is written under a config that cannot be meant
+                check_named(chunk, read_conditions(config.where), config.save_additional_columns)
             if share.take(shard):  # asked before the rows are hashed, which takes longer than reading them
                 keys = [sample_key(shard, index, config.shard_size) for index in range(len(chunk))]
                 inputs = Inputs(keys, chunk, {}, types, config.save_additional_columns)
@@ -313,8 +315,6 @@ class Listing:
                 others = [{name: plain(cell) for name, cell in row.extra.items()} for row in chunk]
                 more = {"columns": sha256_json(others)} if any(others) else {}
                 yield Task(shard, former | more, inputs, former)
-            if not shard:
-                check_named(chunk, read_conditions(config.where), config.save_additional_columns)
             self.read += len(chunk)
             shard += 1
         if not shard:

@@ -156,6 +156,7 @@ def test_conditions_that_cannot_be_used(server, tmp_path):
             ingest(config(tmp_path / "D", source, where=(text,)))
     with pytest.raises(UserError, match=r"--where: the list has no other column 'score'; it has \['uid', 'similarity'"):
         ingest(config(tmp_path / "D", source, where=("score > 1",)))
+    assert ingest(config(tmp_path / "D", source, where=("similarity > 0",))).counts["success"], "no shard was left"
     rows = [*records(server), {"url": f"{server.url}/good/9", "caption": "c"}]
     summary = ingest(config(tmp_path / "E", write_list(tmp_path, rows, "jsonl"), where=("similarity > 0",)))
     assert summary.counts == {"success": 4, "not similarity > 0": 1}, "a row without the cell"
