@@ -77,6 +77,8 @@ def main() -> None:
         code = code or 1
         if not isinstance(error, BrokenPipeError):
             _fail(code, f"the output cannot be written: {error.strerror}")
+    except KeyboardInterrupt:  # before a command has begun: while modules are imported
+        code = _fail(130, "interrupted; the same command goes on where it stopped")
     sys.exit(code)
 
 

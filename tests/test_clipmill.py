@@ -192,3 +192,21 @@ def test_the_wheel_carries_every_floor(tmp_path):
     assert {"clipmill.py", "shards_spec/SPEC.md", "training/recipes/affinity.py", "slurm/__init__.py"} <= names
     assert any(name.endswith("dataset.html.j2") for name in names)
     assert not any(name.startswith(("tests/", "demo/")) for name in names)
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line_and_130():
+    program = """
+import os, signal, sys
+import clipmill
+class Interrupted:
+    def find_spec(self, name, *rest):
+        if name == "shards_spec.files":
+            sys.meta_path.remove(self)  # once
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupted())
+sys.argv = ["clipmill", "check", "nowhere"]
+clipmill.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert done.stderr.splitlines() == ["clipmill: interrupted; the same command goes on where it stopped"]
