@@ -70,7 +70,7 @@ def _unpickling(path: str, error: Exception, given: bool) -> Exception:
 def load_checkpoint(path: str, trust: bool = False, own: Collection[str] = ()) -> dict[str, Any]:
     """The weights in a checkpoint file by name, on the CPU, without the names that wrappers put before their modules.
 
-    ``own`` are the names of the model that they are for. Raises UserError when there are none.
+    ``own`` are the names of the model that they are for. Raises UserError when there are none, or NaN among them.
     """
     found = read_checkpoint(path, trust)
     if isinstance(found, Mapping) and {"task", "progress"} <= set(found):
@@ -88,6 +88,9 @@ def load_checkpoint(path: str, trust: bool = False, own: Collection[str] = ()) -
     names = {name: unwrapped(name, own) for name in weights}
     if len(set(names.values())) < len(names):
         raise UserError(f"{path} holds some weights twice, with and without module. or _orig_mod. before their names")
+    for name, value in weights.items():
+        if value.is_floating_point() and value.itemsize > 1 and value.isnan().any():  # torch tests no 8-bit floats
+            raise UserError(f"{path}: {name} holds values that are no numbers (NaN); take an earlier or another file")
     return {names[name]: value for name, value in weights.items()}
 
 

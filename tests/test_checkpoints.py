@@ -143,6 +143,16 @@ def test_files_without_weights_are_named(tmp_path, held):
         load_checkpoint(str(tmp_path / "x.pt"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_weights_that_are_no_numbers_are_named(tmp_path, dtype):
+    fine = {"a": torch.ones(2), "mask": torch.full((2,), -torch.inf), "steps": torch.tensor(3)}
+    torch.save(fine, tmp_path / "fine.pt")
+    assert load_checkpoint(str(tmp_path / "fine.pt")).keys() == fine.keys()
+    torch.save(fine | {"b": torch.tensor([1, torch.nan], dtype=dtype)}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"x\.pt: b holds values that are no numbers"):
+        load_checkpoint(str(tmp_path / "x.pt"))
+
+
 def test_a_runs_own_checkpoint_is_named(tmp_path):
     torch.save({"task": {"student.a": torch.ones(1)}, "progress": {"step": 3}}, tmp_path / "step_000003.pt")
     with pytest.raises(UserError, match="is a checkpoint of a RUN; name the RUN folder"):
