@@ -94,7 +94,7 @@ def check_name(name: str, option: str = "--name") -> str:
     if not NAME_PATTERN.fullmatch(name) or len(name.encode()) > MAX_NAME_BYTES:
         shown = name if len(name) <= 60 else f"{name[:60]}..."
         raise UserError(
-            f"{option} {shown!r} cannot be the name of a folder: take letters, digits, '_', '-' and '.', the first one "
-            f"a letter or digit, at most {MAX_NAME_BYTES} bytes"
+            f"{option} {shown!r} cannot be the name of a folder: take letters, digits, spaces and _-.,+=@%~(), the "
+            f"first one a letter, digit or _, the last one no space or comma, at most {MAX_NAME_BYTES} bytes"
         )
     return name
