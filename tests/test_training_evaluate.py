@@ -33,6 +33,8 @@ from training.evaluate import (
     zeroshot,
 )
 from training.export import ExportConfig, compare, export
+from training.model_folder import write_model
+from training.pictures import find_split
 from training.student import load_run, new_student
 from training.trainer import train
 
@@ -443,3 +445,34 @@ def test_compare_sees_another_model(run, tmp_path):
     other = new_student(ModelConfig(tiny_clip(tmp_path / "model")), 5)
     other.model.eval()
     assert compare(load_run(run)[0], other) > 1e-2
+
+
+def test_class_folders_one_level_off_are_told_with_the_way_out(tmp_path):
+    for folder in ("set/cat", "set/dog", "imagenet/val/n01440764"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "file").write_text("x")
+    said = {}
+    for name in ("set", "nosuch", "file"):
+        with pytest.raises(UserError) as error:
+            find_split(str(tmp_path / name))
+        said[name] = str(error.value)
+    assert said["set"].endswith(f"move them below {tmp_path}/set/test")
+    assert said["nosuch"] == f"{tmp_path}/nosuch is not there; check --data"
+    assert said["file"] == f"{tmp_path}/file is a file, not a folder; check --data"
+    with pytest.raises(UserError, match="give the folder above"):
+        find_split(str(tmp_path / "imagenet" / "val"))
+    assert find_split(str(tmp_path / "imagenet")) == "val"
+
+
+def test_an_export_replaces_no_other_model(tmp_path):
+    write_model(str(tmp_path / "to"), "open_clip_model.safetensors", b"one", False)
+    write_model(str(tmp_path / "to"), "open_clip_model.safetensors", b"one", False)  # again, after a kill
+    for folder, name in (("to", "open_clip_model.safetensors"), ("to", "model.safetensors")):
+        with pytest.raises(UserError, match=r"another model \(open_clip_model.safetensors\).*--overwrite"):
+            write_model(str(tmp_path / folder), name, b"two", False)
+    assert (tmp_path / "to" / "open_clip_model.safetensors").read_bytes() == b"one"
+    write_model(str(tmp_path / "to"), "open_clip_model.safetensors", b"two", True)
+    assert (tmp_path / "to" / "open_clip_model.safetensors").read_bytes() == b"two"
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="is a RUN"):
+        write_model(str(tmp_path / "run"), "model.safetensors", b"x", True)

@@ -17,6 +17,7 @@ from shards_spec.files import UserError, exists, join, read_json, write_bytes, w
 from shards_spec.library_errors import short
 from shards_spec.models import NO_TRUST, TIMM, LoadedModel, Trust, load_backbone, timm_model
 from shards_spec.vocab import Vocabulary, read_vocabulary
+from training.model_folder import write_model
 from training.pictures import CROP
 
 DESCRIPTION, VOCABULARY = "classifier.json", "vocabulary.tsv"
@@ -185,13 +186,14 @@ def load_classifier(folder: str) -> LoadedModel:
     return replace(student, image_size=said["image_size"], mean=tuple(said["mean"]), std=tuple(said["std"]))
 
 
-def export_classifier(folder: str, student: LoadedModel) -> None:
+def export_classifier(folder: str, student: LoadedModel, overwrite: bool = False) -> None:
     """Write a folder that timm loads as ``local-dir:FOLDER``, with the vocabulary, wherever it is moved to.
 
     timm alone does for its own architectures; CatLIP's ViTs (``catlip_vit_...``) have another stem and need this
     package (``import training.models.catlip``).
 
-    Raises UserError when the loaded copy computes something else.
+    Raises UserError when the folder has another model (unless ``overwrite``), or the loaded copy computes something
+    else.
     """
     timm, model = _timm(), student.model
     rows = model.vocabulary.rows if model.vocabulary else ()
@@ -205,6 +207,7 @@ def export_classifier(folder: str, student: LoadedModel) -> None:
     options = {"dynamic_img_size": True} if getattr(model.trunk, "dynamic_img_size", False) else None
     with TemporaryDirectory() as near:
         timm.models.save_for_hf(model.trunk, near, about, model_args=options, safe_serialization=True)
+        write_model(folder, "model.safetensors", Path(near, "model.safetensors").read_bytes(), overwrite)
         for path in sorted(Path(near).iterdir()):
             write_bytes(join(folder, path.name), path.read_bytes())
     describe_classifier(folder, student)

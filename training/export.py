@@ -10,9 +10,10 @@ import tyro
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from shards_spec.files import UserError, is_url, write_bytes
+from shards_spec.files import UserError, is_url
 from shards_spec.models import LoadedModel, Trust, load_model
 from training.classifier import Classifier, export_classifier
+from training.model_folder import write_model
 from training.run_dir import write_open_clip_config
 from training.student import load_run
 
@@ -35,13 +36,16 @@ class ExportConfig:
     """take the run's best checkpoint by its eval_data, not the newest"""
     format: Literal["open_clip"] = "open_clip"
     """open_clip: open_clip_config.json and open_clip_model.safetensors"""
+    overwrite: bool = False
+    """replace another model in the folder"""
     trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)
 
 
 def export(config: ExportConfig) -> None:
     """Write the folder, load it back, compare features.
 
-    Raises UserError when the run has no checkpoint or the loaded copy computes something else.
+    Raises UserError when the run has no checkpoint, the folder has another model, or the loaded copy computes something
+    else.
     """
     from safetensors.torch import save
 
@@ -50,13 +54,14 @@ def export(config: ExportConfig) -> None:
     student, step = load_run(config.run, config.raw, config.best, config.trust)
     folder = Path(config.to).resolve()
     if isinstance(student.model, Classifier):
-        export_classifier(str(folder), student)
+        export_classifier(str(folder), student, config.overwrite)
         own = type(student.model.trunk).__module__.startswith("timm.")
         needs = "loads it alone" if own else "needs `import training.models.catlip` for this architecture"
         log.info("%s: step %d of %s, timm's local-dir:%s; timm %s", folder, step, config.run, folder, needs)
         return
     tensors = {name: tensor.contiguous() for name, tensor in student.model.state_dict().items()}
-    write_bytes(str(folder / "open_clip_model.safetensors"), save(tensors, metadata={"format": "pt"}))
+    weights = save(tensors, metadata={"format": "pt"})
+    write_model(str(folder), "open_clip_model.safetensors", weights, config.overwrite)
     write_open_clip_config(str(folder), student, f"local-dir:{config.run}")
     difference = compare(student, load_model(f"local-dir:{folder}", trust=config.trust))
     if difference > TOLERANCE:

@@ -151,11 +151,22 @@ def find_split(root: str, splits: Sequence[str] = TEST_SPLITS) -> str:
     for split in splits:
         if exists(join(root, split, "nshards.txt")) or is_folders(root, split):
             return split
+    if not is_url(root) and not Path(root).is_dir():
+        raise UserError(f"{root} is {'a file, not a folder' if Path(root).exists() else 'not there'}; check --data")
     raise UserError(
         f"{join(root, splits[0], 'nshards.txt')} is not there, nor is a folder of images per class in "
         f"{' or '.join(join(root, split) for split in splits)}: is {root} a data set in CLIP_benchmark's WebDataset "
-        "layout or of class folders?"
+        f"layout or of class folders? {_way_out(root, splits)}".rstrip()
     )
+
+
+def _way_out(root: str, splits: Sequence[str]) -> str:
+    """What to do where ``root`` itself has the class folders."""
+    if not is_folders(root, ""):
+        return ""
+    if Path(root).resolve().name in splits:
+        return f"Its classes lie in {root} itself: give the folder above"
+    return f"If the folders in {root} are its classes, move them below {join(root, splits[0])}"
 
 
 def is_folders(root: str, split: str) -> bool:

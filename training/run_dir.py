@@ -105,6 +105,8 @@ class RunDir:
             newest = self._newest_whole(set_aside=True)
             before = self._config_before(newest) or asked
             self._check_same(before, asked, steps)
+        elif self.metrics.exists():
+            log.warning("%s: has metrics and no checkpoint; the run starts again from step 0", self.path)
         self.asked = asked
         write_json(str(self.path / "config.json"), asked)
         write_json(str(self.path / "environment.json"), environment(device))
