@@ -27,6 +27,7 @@ from pipeline.places import (
 )
 from shards_spec.files import UserError, is_url
 from shards_spec.library_errors import parquet_errors
+from shards_spec.parquet_footer import Chunk, row_groups
 from shards_spec.sample import NAMED_IMAGES
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,13 @@ def parquet_form(path: str, columns: Columns) -> Literal["parquet", "hf-parquet"
         if leaf is None:
             return "parquet"
         _check_leaf(path, table, leaf)
-        if leaf.endswith(".bytes") or not table.num_row_groups or _sizes(file, table, 0, leaf, is_url(path)).too_large:
+        if (
+            leaf.endswith(".bytes")
+            or not table.num_row_groups
+            or _sizes(
+                file, row_groups(table.metadata)[0], table.metadata.row_group(0).num_rows, leaf, is_url(path)
+            ).too_large
+        ):
             return "hf-parquet"
         first = next(table.iter_batches(1, columns=[leaf]), None)
         cell = first.column(0)[0].as_py() if first is not None and len(first) else None
@@ -145,16 +152,14 @@ class Sizes:
         return max(self.dictionary, self.page) > MAX_PAGE_BYTES or self.values > MAX_TEXTS
 
 
-def _sizes(file: IO[bytes], table: pq.ParquetFile, group: int, name: str, remote: bool) -> Sizes:
+def _sizes(file: IO[bytes], columns: tuple[Chunk, ...], rows: int, name: str, remote: bool) -> Sizes:
     """Of a row group's column."""
-    rows = table.metadata.row_group(group)
-    columns = [rows.column(index) for index in range(rows.num_columns)]
-    own = [column for column in columns if f"{column.path_in_schema}.".startswith(f"{name}.")]
-    texts = [column for column in own if column.physical_type.endswith("BYTE_ARRAY")]
+    own = [column for column in columns if f"{column.path}.".startswith(f"{name}.")]
+    texts = [column for column in own if column.is_text]
     pages = [largest_pages(file, column, remote) for column in texts]
     dictionary, page = (max((pair[which] for pair in pages), default=0) for which in (0, 1))
-    values = max((column.num_values for column in own), default=0) / max(rows.num_rows, 1)
-    return Sizes(dictionary, page, tuple(column.path_in_schema for column in texts), values)
+    values = max((column.values for column in own), default=0) / max(rows, 1)
+    return Sizes(dictionary, page, tuple(column.path for column in texts), values)
 
 
 def _batches(
@@ -166,10 +171,11 @@ def _batches(
     """
     left_out = set[str]()
     with open_parts(source) as file:
-        for group in range(table.num_row_groups):
-            sizes = {name: _sizes(file, table, group, name, is_url(source)) for name in (*wanted, *others)}
+        for group, chunks in enumerate(row_groups(table.metadata)):
+            rows = int(table.metadata.row_group(group).num_rows)
+            sizes = {name: _sizes(file, chunks, rows, name, is_url(source)) for name in (*wanted, *others)}
             if any(sizes[name].too_large for name in wanted):
-                yield int(table.metadata.row_group(group).num_rows)
+                yield rows
                 continue
             names = [*wanted, *(name for name in others if sizes[name].can_be_kept)]
             left_out |= set(others) - set(names)

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from pipeline.parquet_pages import MAX_PAGE_BYTES, largest_pages
 from shards_spec.files import UserError, filesystem, is_url, open_read, store_errors
+from shards_spec.parquet_footer import row_groups
 from shards_spec.tar_members import joined
 
 URL_NAMES, CAPTION_NAMES = ("url", "image_url", "img_url"), ("caption", "text", "alt_text", "alt")
@@ -332,12 +333,12 @@ class _Group:
 def _arrays(place: ParquetPlace) -> Generator[tuple[pa.Array, int], None, None]:
     """(pictures, rows left) of a row group in batches of about 4 MiB; its bytes are streamed, never all in memory."""
     with open_parquet(place.path) as table, open_parts(place.path) as file:
-        leaves = [table.schema.column(index).path for index in range(len(table.schema))]
-        if place.row_group >= table.num_row_groups or place.column not in leaves:
+        chunks = row_groups(table.metadata)[place.row_group] if place.row_group < table.num_row_groups else ()
+        column = next((chunk for chunk in chunks if chunk.path == place.column), None)
+        if column is None:
             raise PlaceError(NOT_READABLE)  # another file than when it was listed
         group = table.metadata.row_group(place.row_group)
-        column = group.column(leaves.index(place.column))
-        page, size = max(largest_pages(file, column, is_url(place.path))), column.total_uncompressed_size
+        page, size = max(largest_pages(file, column, is_url(place.path))), column.unpacked
         if page > MAX_PAGE_BYTES:
             raise PlaceError(TOO_LARGE)  # the picture itself is not the only one in it, but none can be had
         rows = max(1, min(KEEP_ROWS, BATCH_BYTES * group.num_rows // max(size, 1), LARGEST_BATCH // max(page, 1)))

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from shards_spec.files import DataError, atomic_writer, is_url, open_read, sha256_bytes
 from shards_spec.library_errors import open_table, parquet_errors
+from shards_spec.parquet_footer import row_groups
 from shards_spec.sample import parse_object
 
 Dtype = Literal["float32", "float16", "int8"]
@@ -164,9 +165,8 @@ class EmbeddingFile:
             self.dim, self.dtype = self.meta["dim"], STORED[self.meta["dtype"]]
             self._ends = dict[str, int]()  # where each column's vectors end
             if parquet.metadata.num_row_groups:
-                group = parquet.metadata.row_group(0)
-                for chunk in map(group.column, range(group.num_columns)):
-                    self._ends[chunk.path_in_schema] = chunk.data_page_offset + chunk.total_compressed_size
+                chunks = row_groups(parquet.metadata)[0]
+                self._ends = {chunk.path: chunk.data_page + chunk.packed for chunk in chunks}
         self._whole, self._valid = dict[str, Vectors](), dict[str, np.ndarray]()
         if not is_url(self._at):
             self._descriptor = os.open(self._at, os.O_RDONLY)

@@ -11,6 +11,7 @@ from pipeline.parquet_pages import largest_pages
 from pipeline.places import Row, read_place
 from pipeline.sources import detect, list_rows
 from shards_spec.files import UserError
+from shards_spec.parquet_footer import row_groups
 
 URLS = ["http://h/0", "http://h/1", "http://h/2"]
 TEXTS = [
@@ -130,7 +131,7 @@ def test_sizes_of_pages_are_those_that_were_written(version, compression, dictio
     )  # fmt: skip
     metadata = pq.read_metadata(file)
     for group in range(2):
-        column = metadata.row_group(group).column(0)
+        column = row_groups(metadata)[group][0]
         most, page = largest_pages(file, column, remote=False)
         assert (1_000_000 <= most < 1_010_000) == dictionary
         assert most == 0 or dictionary
@@ -140,6 +141,28 @@ def test_sizes_of_pages_are_those_that_were_written(version, compression, dictio
     endless = b"\x19\xf3" + b"\xff" * 8 + b"\x0f"  # a list of 2 ** 60 values of a byte
     for noise in (b"\xff" * 3000, b"\x19" * 3000, endless + bytes(2989)):
         broken = io.BytesIO(file.getvalue()[:4] + noise + file.getvalue()[3004:])
-        assert largest_pages(broken, metadata.row_group(0).column(0), False) == (
+        assert largest_pages(broken, row_groups(metadata)[0][0], False) == (
             (metadata.row_group(0).column(0).total_uncompressed_size,) * 2
         )
+
+
+@pytest.mark.parametrize("codec", ["none", "snappy", "zstd"])
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_chunks_are_those_that_pyarrow_tells(codec, dictionary):
+    file = io.BytesIO()
+    table = pa.table({
+        "n": range(300), "t": ["a", None, "b"] * 100, "b": [b"x"] * 300, "l": [["a", "b"]] * 300,
+        "s": [{"bytes": b"x", "ü": True}] * 300, "f": pa.array([b"xy"] * 300, pa.binary(2)), "none": pa.nulls(300),
+    })  # fmt: skip
+    pq.write_table(table, file, compression=codec, use_dictionary=dictionary, row_group_size=100)
+    metadata = pq.read_metadata(file)
+    for group, chunks in enumerate(row_groups(metadata)):
+        expected = map(metadata.row_group(group).column, range(metadata.num_columns))
+        for own, column in zip(chunks, expected, strict=True):
+            assert (own.path, own.values, own.packed) == (
+                column.path_in_schema, column.num_values, column.total_compressed_size,
+            )  # fmt: skip
+            assert own.unpacked == column.total_uncompressed_size
+            assert (own.data_page, own.dictionary_page) == (column.data_page_offset, column.dictionary_page_offset)
+            assert own.is_text == column.physical_type.endswith("BYTE_ARRAY")
+    assert len(row_groups(metadata)) == 3
