@@ -9,7 +9,6 @@ quote costs its own row nothing and takes no other.
 """
 
 import csv
-import json
 import logging
 import re
 from collections import deque
@@ -43,6 +42,7 @@ from pipeline.places import (
 )
 from shards_spec.files import UserError
 from shards_spec.library_errors import what_it_is
+from shards_spec.sample import parse_object
 
 log = logging.getLogger(__name__)
 TextForm = Literal["cc3m", "cc12m", "csv", "jsonl", "txt"]
@@ -314,12 +314,11 @@ def _bare(line: bytes) -> str:
 
 
 def _object(line: bytes) -> dict[str, Any] | None:
-    """The line's JSON object."""
+    """The line's JSON object; None also for one that is nested too deep."""
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
+        return parse_object(line)
+    except ValueError:
         return None
-    return value if isinstance(value, dict) else None
 
 
 def json_rows(source: str, columns: Columns) -> Iterator[Row]:

@@ -319,3 +319,15 @@ def test_lists_of_files_as_open_clip_reads_them(tmp_path, form):
     table["caption"] = table.pop("title")
     table.to_csv(source / "other.csv", index=False)
     assert [row.place is not None for row in list_rows(str(source / "other.csv"), "csv")] == [True, True, False, True]
+
+
+@pytest.mark.parametrize(("opening", "closing"), ["[]", ('{"a":', "}")])
+@pytest.mark.parametrize("depth", [50, 600, 3000])
+def test_a_line_that_is_nested_deep_costs_itself(tmp_path, opening, closing, depth):
+    """Its other columns are written again as JSON; Python parses deeper than it writes."""
+    deep = opening * depth + "1" + closing * depth
+    lines = [f'{{"url": "http://127.0.0.1:9/{n}", "caption": "a", "x": {x}}}\n' for n, x in enumerate(("1", deep, "2"))]
+    (tmp_path / "l.jsonl").write_text("".join(lines))
+    counts = ingest(config(tmp_path / "R", tmp_path / "l.jsonl")).counts
+    assert sum(counts.values()) == 3
+    assert counts.get("not a JSON object", 0) == (depth > 100)
