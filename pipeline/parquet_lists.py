@@ -122,7 +122,11 @@ def parquet_form(path: str, columns: Columns) -> Literal["parquet", "hf-parquet"
             leaf.endswith(".bytes")
             or not table.num_row_groups
             or _sizes(
-                file, row_groups(table.metadata)[0], table.metadata.row_group(0).num_rows, leaf, is_url(path)
+                file,
+                row_groups(file, table.num_row_groups)[0],
+                table.metadata.row_group(0).num_rows,
+                leaf,
+                is_url(path),
             ).too_large
         ):
             return "hf-parquet"
@@ -171,7 +175,7 @@ def _batches(
     """
     left_out = set[str]()
     with open_parts(source) as file:
-        for group, chunks in enumerate(row_groups(table.metadata)):
+        for group, chunks in enumerate(row_groups(file, table.num_row_groups)):
             rows = int(table.metadata.row_group(group).num_rows)
             sizes = {name: _sizes(file, chunks, rows, name, is_url(source)) for name in (*wanted, *others)}
             if any(sizes[name].too_large for name in wanted):

@@ -38,7 +38,7 @@ def largest_pages(file: IO[bytes], column: Chunk, remote: bool) -> tuple[int, in
             kind, size, packed = (header[field] for field in HEADER)
         except (IndexError, KeyError, RecursionError):
             return unpacked, unpacked
-        if size < 0 or packed < 0:
+        if not all(isinstance(number, int) and number >= 0 for number in (size, packed)):
             return unpacked, unpacked
         largest[kind == DICTIONARY] = max(largest[kind == DICTIONARY], size)
         at += length + packed

@@ -333,7 +333,9 @@ class _Group:
 def _arrays(place: ParquetPlace) -> Generator[tuple[pa.Array, int], None, None]:
     """(pictures, rows left) of a row group in batches of about 4 MiB; its bytes are streamed, never all in memory."""
     with open_parquet(place.path) as table, open_parts(place.path) as file:
-        chunks = row_groups(table.metadata)[place.row_group] if place.row_group < table.num_row_groups else ()
+        chunks = (
+            row_groups(file, table.num_row_groups)[place.row_group] if place.row_group < table.num_row_groups else ()
+        )
         column = next((chunk for chunk in chunks if chunk.path == place.column), None)
         if column is None:
             raise PlaceError(NOT_READABLE)  # another file than when it was listed

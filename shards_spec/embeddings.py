@@ -165,7 +165,7 @@ class EmbeddingFile:
             self.dim, self.dtype = self.meta["dim"], STORED[self.meta["dtype"]]
             self._ends = dict[str, int]()  # where each column's vectors end
             if parquet.metadata.num_row_groups:
-                chunks = row_groups(parquet.metadata)[0]
+                chunks = row_groups(file, parquet.metadata.num_row_groups)[0]
                 self._ends = {chunk.path: chunk.data_page + chunk.packed for chunk in chunks}
         self._whole, self._valid = dict[str, Vectors](), dict[str, np.ndarray]()
         if not is_url(self._at):

@@ -7,10 +7,7 @@ structs are those of https://github.com/apache/parquet-format (FileMetaData, Row
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import IO, Any
 
 STOP, TRUE, FALSE, BYTE, INTEGERS, DOUBLE, BINARY, LISTS, STRUCT = 0, 1, 2, 3, (4, 5, 6), 7, 8, (9, 10), 12  # types
 MOST_BITS = 70  # of a variable-length number, whose values have 64
@@ -34,11 +31,19 @@ class Chunk:
     dictionary_page: int | None
 
 
-def row_groups(metadata: pq.FileMetaData) -> tuple[tuple[Chunk, ...], ...]:
-    """The column chunks of each row group. Raises ValueError for a footer that makes no sense."""
-    sink = pa.BufferOutputStream()
-    metadata.write_metadata_file(sink)  # from memory: magic, footer, its length, magic
-    return _read(sink.getvalue().to_pybytes()[4:-8])
+def row_groups(file: IO[bytes], number: int) -> tuple[tuple[Chunk, ...], ...]:
+    """The column chunks of each row group of a file that PyArrow opened, and found ``number`` groups in.
+
+    Raises ValueError for a footer that makes no sense.
+    """
+    end = file.seek(0, 2) - 8  # the footer's length and a magic word are last
+    file.seek(max(end, 0))
+    start = end - int.from_bytes(file.read(4), "little")
+    file.seek(max(start, 0))
+    groups = _read(file.read(max(end - start, 0)))
+    if len(groups) != number:
+        raise ValueError("its footer makes no sense")
+    return groups
 
 
 @lru_cache(maxsize=4)
@@ -54,9 +59,11 @@ def _chunks(group: dict[int, Any]) -> Iterator[Chunk]:
     for column in group[COLUMNS]:
         own = column[DESCRIBED]
         path = b".".join(own[PATH]).decode()
-        yield Chunk(
-            path, own[TYPE] in TEXTS, own[VALUES], own[UNPACKED], own[PACKED], own[DATA_PAGE], own.get(DICTIONARY_PAGE)
-        )
+        numbers = [own[field] for field in (VALUES, UNPACKED, PACKED, DATA_PAGE)]
+        dictionary = own.get(DICTIONARY_PAGE)
+        if not all(isinstance(value, int) for value in (*numbers, dictionary or 0)):
+            raise TypeError(path)
+        yield Chunk(path, own[TYPE] in TEXTS, *numbers, dictionary)
 
 
 def read_struct(data: bytes, at: int, wanted: dict[int, Any]) -> tuple[dict[int, Any], int]:
