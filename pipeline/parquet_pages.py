@@ -40,6 +40,7 @@ def largest_pages(file: IO[bytes], column: Chunk, remote: bool) -> tuple[int, in
             return unpacked, unpacked
         if not all(isinstance(number, int) and number >= 0 for number in (size, packed)):
             return unpacked, unpacked
-        largest[kind == DICTIONARY] = max(largest[kind == DICTIONARY], size)
+        # PyArrow makes room for the packed bytes too, before it sees that they are not there
+        largest[kind == DICTIONARY] = max(largest[kind == DICTIONARY], size, packed)
         at += length + packed
     return largest[True], largest[False]

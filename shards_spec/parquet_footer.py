@@ -59,11 +59,11 @@ def _chunks(group: dict[int, Any]) -> Iterator[Chunk]:
     for column in group[COLUMNS]:
         own = column[DESCRIBED]
         path = b".".join(own[PATH]).decode()
-        numbers = [own[field] for field in (VALUES, UNPACKED, PACKED, DATA_PAGE)]
+        values, unpacked, packed, page = (own[field] for field in (VALUES, UNPACKED, PACKED, DATA_PAGE))
         dictionary = own.get(DICTIONARY_PAGE)
-        if not all(isinstance(value, int) for value in (*numbers, dictionary or 0)):
+        if not all(isinstance(number, int) for number in (values, unpacked, packed, page, dictionary or 0)):
             raise TypeError(path)
-        yield Chunk(path, own[TYPE] in TEXTS, *numbers, dictionary)
+        yield Chunk(path, own[TYPE] in TEXTS, values, unpacked, packed, page, dictionary)
 
 
 def read_struct(data: bytes, at: int, wanted: dict[int, Any]) -> tuple[dict[int, Any], int]:
