@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from small_data import BPE, draw, tiny_coca
+from small_data import BPE, draw, tiny_coca, write_raw
 
 from shards_spec.embeddings import write_embeddings
 from shards_spec.files import join, json_bytes, sha256_file, write_json
@@ -140,6 +140,24 @@ def tiny_siclip(folder: Path, name: str = "SiCLIP-tiny") -> str:
     preprocess = {"mean": [0.0] * 3, "std": [1.0] * 3}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     return f"local-dir:{folder}"
+
+
+def write_clip_root(root: Path) -> str:
+    """A packed dataset of 3 shards with a student models/clip."""
+    write_packed(str(root), [9, 8, 6])
+    tiny_clip(root / "models" / "clip")
+    return str(root)
+
+
+def write_every_root(root: Path, broken: tuple[str, ...] = ()) -> str:
+    """A dataset for every recipe of pairs: 3 packed shards, a teacher, students clip, coca and siclip with its base."""
+    write_teacher(str(root), write_packed(str(root), [9, 8, 6], broken=broken))
+    tiny_clip(root / "models" / "clip")
+    bare_coca(root / "models" / "coca")
+    tiny_siclip(root / "models" / "siclip")
+    tiny_siclip(root / "models" / "base", "MobileCLIP-tiny")
+    write_raw(str(root), shards=2, per_shard=6)
+    return str(root)
 
 
 def tiny_config(recipe, root, out, **fields):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import tiny_clip, tiny_config, write_packed
+from small_training import tiny_config, write_clip_root
 
 from shards_spec.files import DataError, UserError
 from training.run_dir import RunDir, hash_file, load_checkpoint
@@ -27,10 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    write_packed(str(root), [9, 8, 6])
-    tiny_clip(root / "models" / "clip")
-    return str(root)
+    return write_clip_root(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from small_catlip import write_folders, write_labelled
-from small_data import write_raw
 from small_training import (
     TINY_RESNET,
     TINY_VIT,
-    bare_coca,
     tiny_clip,
     tiny_config,
-    tiny_siclip,
-    write_packed,
-    write_teacher,
+    write_every_root,
 )
 
 from shards_spec.files import UserError
@@ -40,14 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A dataset for every recipe of pairs, with its tiny models."""
-    root = tmp_path_factory.mktemp("data")
-    write_teacher(str(root), write_packed(str(root), [9, 8, 6]))
-    tiny_clip(root / "models" / "clip")
-    bare_coca(root / "models" / "coca")
-    tiny_siclip(root / "models" / "siclip")
-    tiny_siclip(root / "models" / "base", "MobileCLIP-tiny")
-    write_raw(str(root), shards=2, per_shard=6)
-    return str(root)
+    return write_every_root(tmp_path_factory.mktemp("data"))
 
 
 def lines(out):

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from small_data import draw
-from small_training import tiny_clip, tiny_config, write_packed
+from small_training import tiny_clip, tiny_config, write_clip_root, write_packed
 
 from shards_spec.files import UserError, json_bytes
 from shards_spec.sample import Sample
@@ -26,10 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    write_packed(str(root), [9, 8, 6])
-    tiny_clip(root / "models" / "clip")
-    return str(root)
+    return write_clip_root(tmp_path_factory.mktemp("data"))
 
 
 def told(caplog):

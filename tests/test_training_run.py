@@ -14,16 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_data import write_raw
 from small_training import (
     TINY_RESNET,
-    bare_coca,
     tiny_clip,
     tiny_config,
-    tiny_siclip,
+    write_every_root,
     write_packed,
     write_retrieval,
-    write_teacher,
 )
 
 import clipmill
@@ -56,14 +53,7 @@ pytestmark = pytest.mark.usefixtures(
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A packed dataset of 3 shards with a teacher; students clip/, coca/ and siclip/ with its base/ beside them."""
-    root = tmp_path_factory.mktemp("data")
-    write_teacher(str(root), write_packed(str(root), [9, 8, 6], broken=("000020001",)))
-    tiny_clip(root / "models" / "clip")
-    bare_coca(root / "models" / "coca")
-    tiny_siclip(root / "models" / "siclip")
-    tiny_siclip(root / "models" / "base", "MobileCLIP-tiny")
-    write_raw(str(root), shards=2, per_shard=6)
-    return str(root)
+    return write_every_root(tmp_path_factory.mktemp("data"), broken=("000020001",))
 
 
 def lines(out):

@@ -18,7 +18,6 @@ from shards_spec.manifest import read_dataset
 from shards_spec.vocab import Vocabulary, read_vocabulary
 
 TOP = 30  # synsets in the table
-PACKED_NOTE = {"ingest": "downloaded and decoded", "caption": "captioned", "pack": "in final shards", "cache": "cached"}
 
 
 def dataset_page(root: str, samples: int) -> dict[str, Any]:
