@@ -24,18 +24,33 @@ MENDS = {  # to what the system says
 
 # command: (module, config class, function, one line)
 COMMANDS = {
-    "ingest": ("pipeline.ingest", "IngestConfig", "ingest", "list, folder or img2dataset shards -> ROOT/raw"),
-    "dedup": ("pipeline.dedup", "DedupConfig", "dedup", "duplicates over all shards -> ROOT/dedup, which pack obeys"),
-    "caption": ("pipeline.caption", "CaptionConfig", "caption", "N CoCa captions per picture -> ROOT/captions/NAME"),
-    "pack": ("pipeline.pack", "PackConfig", "pack", "pictures, captions, WordNet synsets -> ROOT/shards"),
-    "vocab": ("pipeline.vocab", "VocabConfig", "vocab", "synsets by frequency -> ROOT/vocab/NAME.tsv"),
-    "classes": ("pipeline.class_map", "ClassesConfig", "classes", "class names -> synsets of a vocabulary, a TSV"),
-    "cache": ("pipeline.cache", "CacheConfig", "cache", "teacher embeddings of K views -> ROOT/teacher/NAME"),
+    "ingest": ("pipeline.ingest.stage", "IngestConfig", "ingest", "list, folder or img2dataset shards -> ROOT/raw"),
+    "dedup": (
+        "pipeline.dedup.stage",
+        "DedupConfig",
+        "dedup",
+        "duplicates over all shards -> ROOT/dedup, which pack obeys",
+    ),
+    "caption": (
+        "pipeline.caption.stage",
+        "CaptionConfig",
+        "caption",
+        "N CoCa captions per picture -> ROOT/captions/NAME",
+    ),
+    "pack": ("pipeline.pack.stage", "PackConfig", "pack", "pictures, captions, WordNet synsets -> ROOT/shards"),
+    "vocab": ("pipeline.labels.vocab_stage", "VocabConfig", "vocab", "synsets by frequency -> ROOT/vocab/NAME.tsv"),
+    "classes": (
+        "pipeline.labels.classes_stage",
+        "ClassesConfig",
+        "classes",
+        "class names -> synsets of a vocabulary, a TSV",
+    ),
+    "cache": ("pipeline.cache.stage", "CacheConfig", "cache", "teacher embeddings of K views -> ROOT/teacher/NAME"),
     "train": ("", "", "", "train RECIPE: a student from shards and cache -> RUN"),
-    "eval": ("training.evaluate", "EvalConfig", "evaluate", "zero-shot classification and retrieval"),
+    "eval": ("training.evaluation.stage", "EvalConfig", "evaluate", "zero-shot classification and retrieval"),
     "export": ("training.export", "ExportConfig", "export", "RUN -> an open_clip folder"),
     "report": ("pipeline.report", "ReportConfig", "report", "one HTML page of a dataset or a run"),
-    "check": ("pipeline.check", "CheckConfig", "check", "prove a dataset's promises"),
+    "check": ("pipeline.check.stage", "CheckConfig", "check", "prove a dataset's promises"),
     "submit": ("", "", "", "submit STAGE ROOT | train RECIPE | pipeline ROOT: the same commands on Slurm"),
     "jobs": ("slurm.status", "JobsConfig", "jobs", "what was submitted for a dataset or a run, and how it goes"),
 }
@@ -87,8 +102,8 @@ def _told(words: list[str]) -> int:
     if words[:1] in ([], ["-h"], ["--help"]):
         print(usage())
         return 0
+    from shards_spec.display import log_to_stderr
     from shards_spec.files import DataError, UserError
-    from shards_spec.shown import log_to_stderr
 
     try:
         log_to_stderr()
@@ -144,13 +159,13 @@ def _fail(code: int, message: str) -> int:
 
 def _say(text: object, file: Any = None) -> None:
     """Print what may hold words of others."""
-    from shards_spec.shown import shown
+    from shards_spec.display import shown
 
     print(shown(str(text)), file=file or sys.stdout)
 
 
 def _run(command: str, rest: list[str]) -> int:
-    from pipeline.command_line import parse
+    from pipeline.core.command_line import parse
 
     module_name, class_name, function_name, _ = COMMANDS[command]
     module = importlib.import_module(module_name)
@@ -191,7 +206,7 @@ def _finish(command: str, function: Any, config: Any) -> int:
 
 
 def _run_stage(command: str, function: Any, config: Any) -> int:
-    from pipeline.stage import ShardsFailed
+    from pipeline.core.runner import ShardsFailed
 
     try:
         summary = function(config)
@@ -216,7 +231,7 @@ def _run_stage(command: str, function: Any, config: Any) -> int:
 
 def _checked(command: str, summary: Any) -> int:
     """The exit code of a stage: 1 with a word about it when nothing came out."""
-    from pipeline.nothing import nothing_came
+    from pipeline.core.no_success import nothing_came
 
     nothing = nothing_came(command, summary.counts)
     return _fail(1, nothing) if nothing else 0
@@ -238,7 +253,7 @@ def _train(rest: list[str]) -> int:
         from shards_spec.suggest import did_you_mean
 
         return _fail(2, f"no recipe {recipe!r}; {did_you_mean(recipe, RECIPES)}")
-    from pipeline.command_line import Tries, parse_several
+    from pipeline.core.command_line import Tries, parse_several
 
     module = importlib.import_module(f"training.recipes.{recipe}")
     from training.config import smoke

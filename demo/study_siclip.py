@@ -13,10 +13,10 @@ from table import metrics
 
 from pipeline.report.axes import linear
 from training.config import DataConfig, ViewConfig
-from training.data import load_batches, open_samples
-from training.divergence import adjacent_divergences, write_divergences
-from training.order import batch_positions
-from training.student import load_run
+from training.data.order import batch_positions
+from training.data.samples import load_batches, open_samples
+from training.evaluation.attention_divergence import adjacent_divergences, write_divergences
+from training.runs.student import load_run
 
 ROWS = {
     "plain": "plain training",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
-from shards_spec.effort import jpeg2000_blocks, jpeg_scans
+from shards_spec.decode_cost import jpeg2000_blocks, jpeg_scans
 from shards_spec.files import DataError
 from shards_spec.pixels import BadImage, to_rgb
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shards_spec import SPEC_VERSION
+from shards_spec.display import hide_secrets
 from shards_spec.files import (
     DataError,
     UserError,
@@ -23,7 +24,6 @@ from shards_spec.files import (
     sha256_json,
     write_json,
 )
-from shards_spec.shown import hide_secrets
 
 STATS_PATTERN = re.compile(r"(\d+)_stats\.json")
 FILE_PATTERN = re.compile(r"(\d+)(\.tar|(-\d+)?\.parquet|_stats\.json)")

@@ -18,7 +18,7 @@ import PIL
 from PIL import Image, ImageOps
 
 from shards_spec.augment import OP_SETS, ORDERS, OpSet, jitter
-from shards_spec.draws import uniform_draws
+from shards_spec.counter_rng import uniform_draws
 from shards_spec.files import DataError, UserError, sha256_json
 
 RENDERING = 2  # raised whenever `apply_view` gives other pixels for the same view

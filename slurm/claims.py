@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from pipeline.stage import Share
+from pipeline.core.runner import Share
 from shards_spec.files import UserError, write_bytes
 from shards_spec.manifest import finished_shards, shard_name
 

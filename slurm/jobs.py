@@ -17,9 +17,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from shards_spec.display import log_to_stderr
 from shards_spec.files import DataError, UserError
 from shards_spec.manifest import finished_shards, shard_name
-from shards_spec.shown import log_to_stderr
 from slurm.claims import Claims, Failures, Finished, Listed, Others
 
 log = logging.getLogger(__name__)
@@ -70,14 +70,14 @@ class StageJob(Job):
 
     def need_samples(self, outcome: Any) -> None:
         """Raise JobFailedError after a stage of which nothing came out, so that what follows does not begin."""
-        from pipeline.nothing import INPUT, nothing_came
+        from pipeline.core.no_success import INPUT, nothing_came
 
         if self.command in INPUT and (nothing := nothing_came(self.command, outcome.counts)):
             raise JobFailedError(nothing)
 
     def run(self, *share: Any) -> Any:
         """Call the stage. What users and data can be blamed for becomes a message without a traceback."""
-        from pipeline.stage import ShardsFailed
+        from pipeline.core.runner import ShardsFailed
 
         try:
             return self.function(self.config, *share)

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.stage import Root
+from pipeline.core.runner import Root
 from shards_spec.files import UserError, join
 from shards_spec.manifest import finished_shards, shard_name
 from slurm.options import read_site

@@ -17,10 +17,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipeline.command_line import parse, parse_known, parse_several
+from pipeline.core.command_line import parse, parse_known, parse_several
+from shards_spec.display import hide_secrets
 from shards_spec.files import UserError, is_url, join, read_json, write_json
 from shards_spec.manifest import finished_shards
-from shards_spec.shown import hide_secrets
 from shards_spec.suggest import did_you_mean
 from slurm.jobs import ArrayJob, ChainJob, FinishJob, Job, StageJob, TrainJob
 from slurm.options import MEND, Options, Site, read_site
@@ -304,13 +304,13 @@ def _ranges(shards: list[int]) -> Ranges:
 
 
 def _source_shards(config: Any) -> int | None:
-    from pipeline.ingest import source_shards
+    from pipeline.ingest.stage import source_shards
 
     return source_shards(config)
 
 
 def _upstream_shards(step: Step, chained: bool, shards: int | None, place: Path) -> int | None:
-    from pipeline.stage import upstream_shards
+    from pipeline.core.runner import upstream_shards
 
     folder, stage = UPSTREAM[step.command]
     if chained:

@@ -809,7 +809,7 @@ def serve_faults(folder: Path, good_only: bool = False):
 RUN = """
 import json, re, resource, sys, time
 from pathlib import Path
-from pipeline.ingest import IngestConfig, ingest
+from pipeline.ingest.stage import IngestConfig, ingest
 if __name__ == "__main__":
     start = time.monotonic()
     ingest(IngestConfig(**json.loads(sys.argv[1])))

@@ -3,10 +3,13 @@
 import os
 from pathlib import Path
 
-from pipeline.images import to_outcome
+from pipeline.ingest.images import to_outcome
 
 MARKS = "CLIPMILL_TEST_MARKS"  # folder in which a decoder that has decoded something leaves its process id
-MARKING = "import pipeline.download, marked_decoder; pipeline.download.to_outcome = marked_decoder.marked_outcome\n"
+MARKING = (
+    "import pipeline.ingest.downloader, marked_decoder\n"
+    "pipeline.ingest.downloader.to_outcome = marked_decoder.marked_outcome\n"
+)
 
 
 def marked_outcome(data: bytes, rules):

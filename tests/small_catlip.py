@@ -6,9 +6,9 @@ from pathlib import Path
 from conftest import skip_or_fail
 from small_data import draw, write_raw
 
-from pipeline.pack import PackConfig, pack
-from pipeline.vocab import VocabConfig, vocab
-from pipeline.wordnet import load_wordnet
+from pipeline.labels.vocab_stage import VocabConfig, vocab
+from pipeline.labels.wordnet import load_wordnet
+from pipeline.pack.stage import PackConfig, pack
 from shards_spec.files import UserError
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard

@@ -184,11 +184,11 @@ def write_coca(folder: Path, config: dict, seed: int = 0, spread: float = 1.0) -
 
 def build_all(root: str, model: str, views: int, shard_size: int | None = None) -> None:
     """caption, pack, vocab and cache a ROOT that has its raw/."""
-    from pipeline.cache import CacheConfig, cache
-    from pipeline.caption import CaptionConfig, caption
-    from pipeline.decoding import Decoding
-    from pipeline.pack import PackConfig, pack
-    from pipeline.vocab import VocabConfig, vocab
+    from pipeline.cache.stage import CacheConfig, cache
+    from pipeline.caption.decoding import Decoding
+    from pipeline.caption.stage import CaptionConfig, caption
+    from pipeline.labels.vocab_stage import VocabConfig, vocab
+    from pipeline.pack.stage import PackConfig, pack
 
     caption(CaptionConfig(root, model, name="cap", num_captions=2, decoding=Decoding(max_tokens=8)))
     pack(PackConfig(root, workers=1, shard_size=shard_size))

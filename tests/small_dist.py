@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training.batch_norm import statistics, synchronise
-from training.dist import processes
-from training.step import Gradients
+from training.engine.distributed import processes
+from training.engine.gradients import Gradients
+from training.engine.sync_batch_norm import statistics, synchronise
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:

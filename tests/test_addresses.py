@@ -4,7 +4,7 @@ import ipaddress
 
 import pytest
 
-from pipeline.addresses import is_public
+from pipeline.ingest.addresses import is_public
 
 # every entry of iana-ipv4-special-registry and iana-ipv6-special-registry, but for those that are other addresses'
 # clothes (below); then multicast, site-local and what is no global unicast

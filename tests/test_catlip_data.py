@@ -9,16 +9,16 @@ import pytest
 import torch
 from small_catlip import TINY, need_wordnet, write_labelled
 
-from pipeline.labels import load_labeller
-from pipeline.vocab import VocabConfig, vocab
+from pipeline.labels.labeler import load_labeller
+from pipeline.labels.vocab_stage import VocabConfig, vocab
 from shards_spec.files import UserError
 from shards_spec.tar import read_shard
 from shards_spec.vocab import Vocabulary
-from training.classifier import new_classifier
 from training.config import DataConfig, LabelConfig, SideConfig, ViewConfig
-from training.data import Labels, find_vocabulary, load_batches, open_samples
-from training.multilabel import PAD
-from training.order import BatchPlan, batch_positions
+from training.data.order import BatchPlan, batch_positions
+from training.data.samples import Labels, find_vocabulary, load_batches, open_samples
+from training.losses.multilabel import PAD
+from training.models.classifier import new_classifier
 
 SIDES = tuple(range(128, 321, 16))
 LOCAL = {  # batch of 1024 at 224
@@ -155,7 +155,7 @@ def test_batches_of_several_sizes_and_workers_change_nothing(root, student):
 def test_pieces_of_different_widths_are_joined(root, student, monkeypatch):
     samples = samples_of(root, student, batch_size=12)
     whole = next(load_batches(samples, batch_positions(0, 1, 12)))["labels"]
-    monkeypatch.setattr("training.data.PIECE", 1)
+    monkeypatch.setattr("training.data.samples.PIECE", 1)
     assert torch.equal(next(load_batches(samples, batch_positions(0, 1, 12)))["labels"], whole)
 
 

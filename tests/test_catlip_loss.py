@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from training.multilabel import (
+from training.engine.optim import OptimConfig, build_optimizer
+from training.losses.multilabel import (
     PAD,
     RangeAugment,
     curriculum_loss,
@@ -17,7 +18,6 @@ from training.multilabel import (
     sigmoid_loss,
     softmax_loss,
 )
-from training.optim import OptimConfig, build_optimizer
 
 
 def multi_hot(labels, classes):

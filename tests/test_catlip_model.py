@@ -11,7 +11,8 @@ from torch import nn
 
 from shards_spec.files import UserError
 from shards_spec.vocab import Vocabulary, read_vocabulary
-from training.classifier import (
+from training.models.catlip import resize_positions
+from training.models.classifier import (
     Classifier,
     describe_classifier,
     export_classifier,
@@ -19,7 +20,6 @@ from training.classifier import (
     load_classifier,
     new_classifier,
 )
-from training.models.catlip import resize_positions
 
 COUNTS = {  # backbone, with K = 24,320, with K = 1000
     "base": (85_955_328, 104_657_408, 86_724_328),

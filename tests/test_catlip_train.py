@@ -14,19 +14,19 @@ from small_catlip import TINY, read_metrics, write_folders, write_labelled
 from small_dist import fork
 from small_training import tiny_clip, write_packed
 
-from pipeline.class_map import ClassesConfig, classes
-from pipeline.vocab import VocabConfig, vocab
+from pipeline.labels.classes_stage import ClassesConfig, classes
+from pipeline.labels.vocab_stage import VocabConfig, vocab
 from shards_spec.files import UserError
 from shards_spec.vocab import read_vocabulary
-from training.classifier import Classifier
 from training.config import ModelConfig, smoke
+from training.engine.optim import OptimConfig, learning_rate
 from training.export import ExportConfig, export
-from training.multilabel import PAD
-from training.optim import OptimConfig, learning_rate
+from training.losses.multilabel import PAD
+from training.models.classifier import Classifier
 from training.recipes import catlip
-from training.student import load_run
+from training.recipes.transfer import load_base, measure_classifier
+from training.runs.student import load_run
 from training.trainer import train
-from training.transfer import load_base, measure_classifier
 
 SMALL = {"model": TINY, "precision": "fp32", "workers": 0, "steps": 4, "log_every": 1, "warmup": 1, "lr": 1e-3}
 
@@ -157,7 +157,7 @@ def test_another_vocabulary_is_refused_when_going_on(run, root, tmp_path):
 
 def test_the_loss_is_that_of_the_definition(root):
     _, samples, task = catlip.prepare(small("catlip", data=root, batch_size=6, range_augment=False, sides=()))
-    from training.data import load_batches
+    from training.data.samples import load_batches
 
     batch = next(load_batches(samples, [range(6)]))
     with torch.no_grad():

@@ -10,16 +10,16 @@ from small_catlip import TINY, need_wordnet, write_bench, write_folders
 from torch import nn
 
 import clipmill
-from pipeline.class_map import ClassesConfig, Nearest, classes, map_class, map_classes
-from pipeline.vocab import imagenet_classes
-from pipeline.wordnet import load_hypernyms
+from pipeline.labels.classes_stage import ClassesConfig, Nearest, classes, map_class, map_classes
+from pipeline.labels.vocab_stage import imagenet_classes
+from pipeline.labels.wordnet import load_hypernyms
 from shards_spec.class_map import ClassMap, ClassRow, read_class_map
 from shards_spec.files import DataError, UserError
 from shards_spec.vocab import Vocabulary
-from training.classifier import new_classifier
-from training.order import BatchPlan
-from training.pictures import PictureRows, open_pictures, plain_crop, subset
-from training.transfer import class_map_of, transfer_rows
+from training.data.labelled_images import PictureRows, open_pictures, plain_crop, subset
+from training.data.order import BatchPlan
+from training.models.classifier import new_classifier
+from training.recipes.transfer import class_map_of, transfer_rows
 
 WALL, BALL, DOG, TERRIER = "n04546855", "n02778669", "n02084071", "n02092468"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from small_data import build_all, draw, tiny_coca
 
-from pipeline.check import CheckConfig, check
-from pipeline.dedup import DedupConfig, dedup
-from pipeline.ingest import IngestConfig, ingest
+from pipeline.check.stage import CheckConfig, check
+from pipeline.dedup.stage import DedupConfig, dedup
+from pipeline.ingest.stage import IngestConfig, ingest
 from shards_spec.files import read_json, write_json
 from shards_spec.manifest import SEAL
 

@@ -17,7 +17,7 @@ from small_training import BPE, tiny_clip
 from shards_spec.checkpoints import TRUST, load_checkpoint, misfit, read_checkpoint, unwrapped
 from shards_spec.files import DataError, UserError
 from shards_spec.models import Trust, load_model, load_teacher, remote_code
-from training.classifier import new_classifier
+from training.models.classifier import new_classifier
 
 MOST = 700  # characters of a message: a few lines
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.zeros(2)}
@@ -311,8 +311,8 @@ def test_a_planted_pickle_runs_in_no_place_that_takes_weights(tmp_path, trap):
 
 
 def test_a_planted_pickle_in_a_run_does_not_run(tmp_path, trap):
-    from training.run_dir import RunDir, load_checkpoint
-    from training.student import load_run
+    from training.runs.run_folder import RunDir, load_checkpoint
+    from training.runs.student import load_run
 
     run = RunDir(str(tmp_path / "run"))
     run.save(1, {"task": {}, "progress": {"step": 1}, "x": trap}, keep=1)
@@ -369,7 +369,7 @@ def test_a_folders_own_python_is_refused_by_name(tmp_path, roberta, kwargs, auto
 
 
 def test_a_runs_own_python_is_refused_by_name(tmp_path, roberta):
-    from training.student import load_run
+    from training.runs.student import load_run
 
     describe(roberta, {"trust_remote_code": True}, MAP)
     (roberta / "config.json").write_text(json.dumps({"recipe": "clip"}))

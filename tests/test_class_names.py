@@ -6,7 +6,7 @@ from small_catlip import write_bench
 
 from shards_spec.class_names import parse_label, read_class_names, read_shard_count
 from shards_spec.files import DataError, UserError
-from training.pictures import open_pictures
+from training.data.labelled_images import open_pictures
 
 
 @pytest.mark.parametrize(

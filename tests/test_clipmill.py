@@ -162,7 +162,7 @@ def test_the_demos_scenes_are_reproducible_and_true(tmp_path):
 def test_the_demos_pictures_are_licensed_and_known_to_wordnet():
     from conftest import skip_or_fail
 
-    from pipeline.wordnet import load_wordnet
+    from pipeline.labels.wordnet import load_wordnet
     from shards_spec.files import UserError
 
     folder = Path(clipmill.__file__).parent / "demo" / "pictures"

@@ -14,8 +14,8 @@ from small_data import draw, write_raw
 from small_training import tiny_clip
 
 import clipmill
-from pipeline.command_line import EXAMPLES, GROUPS, parse
-from pipeline.ingest import IngestConfig
+from pipeline.core.command_line import EXAMPLES, GROUPS, parse
+from pipeline.ingest.stage import IngestConfig
 from shards_spec.files import UserError, read_json
 from shards_spec.suggest import did_you_mean
 from training.recipes import RECIPES
@@ -157,7 +157,7 @@ def test_no_group_names_an_option_twice_or_one_that_is_nowhere():
     import dataclasses
 
     from training.config import DataConfig, ModelConfig, RunConfig
-    from training.optim import OptimConfig
+    from training.engine.optim import OptimConfig
 
     for command, groups in GROUPS.items():
         named = [name for names in groups.values() for name in names]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import training.models.mobileclip  # noqa: F401 - its names for open_clip.create_model
-from training.divergence import (
+from training.evaluation.attention_divergence import (
     adjacent_divergences,
     assignment,
     attention_maps,

@@ -7,14 +7,14 @@ from small_data import tiny_coca, write_raw
 from small_training import tiny_clip
 
 from clipmill import _train
-from pipeline.cache import CacheConfig, cache
-from pipeline.caption import CaptionConfig, caption
-from pipeline.check import CheckConfig, check
-from pipeline.decoding import Decoding
-from pipeline.dedup import DedupConfig, dedup
-from pipeline.pack import PackConfig, pack
+from pipeline.cache.stage import CacheConfig, cache
+from pipeline.caption.decoding import Decoding
+from pipeline.caption.stage import CaptionConfig, caption
+from pipeline.check.stage import CheckConfig, check
+from pipeline.dedup.stage import DedupConfig, dedup
+from pipeline.labels.vocab_stage import VocabConfig, vocab
+from pipeline.pack.stage import PackConfig, pack
 from pipeline.report import ReportConfig, report
-from pipeline.vocab import VocabConfig, vocab
 from shards_spec.files import read_json
 
 

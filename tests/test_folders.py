@@ -13,9 +13,9 @@ from PIL import Image
 from small_ingest import config
 from small_ingest import rows_of as raw_rows
 
-from pipeline.ingest import ingest
-from pipeline.places import read_place
-from pipeline.sources import detect, list_rows
+from pipeline.ingest.rows import read_place
+from pipeline.ingest.stage import ingest
+from pipeline.ingest.url_lists import detect, list_rows
 from shards_spec.files import UserError
 
 LIMIT = 1 << 30

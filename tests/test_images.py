@@ -17,14 +17,14 @@ from small_data import draw, tiny_coca, write_raw
 from small_images import EPS, encoded, jpeg2000, png, png_chunk, ramp, slow_jpeg, tiff
 from small_training import tiny_clip
 
-from pipeline.caption import CaptionConfig, caption
-from pipeline.captioner import Captioner
-from pipeline.decoding import Decoding
-from pipeline.dedup import DedupConfig, dedup
-from pipeline.images import BadImage, PictureRules, convert
-from pipeline.rendering import Job, render
+from pipeline.cache.render_pool import Job, render
+from pipeline.caption.captioner import Captioner
+from pipeline.caption.decoding import Decoding
+from pipeline.caption.stage import CaptionConfig, caption
+from pipeline.dedup.stage import DedupConfig, dedup
+from pipeline.ingest.images import BadImage, PictureRules, convert
 from pipeline.report.samples import draw_samples
-from shards_spec.effort import jpeg2000_blocks
+from shards_spec.decode_cost import jpeg2000_blocks
 from shards_spec.files import DataError, join
 from shards_spec.images import decode_rgb, without_ends
 from shards_spec.models import load_model
@@ -32,10 +32,10 @@ from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, write_shard
 from shards_spec.views import ViewSpec
 from training.config import DataConfig, ViewConfig
-from training.data import Skipped, open_samples
-from training.evaluate import Encoder
-from training.order import BatchPlan
-from training.pictures import FolderPictures, PictureRows
+from training.data.labelled_images import FolderPictures, PictureRows
+from training.data.order import BatchPlan
+from training.data.samples import Skipped, open_samples
+from training.evaluation.stage import Encoder
 
 ROOT = Path(__file__).parents[1]
 BLACK_TO_WHITE = (0, 130, 255)  # of a ramp, at its ends and in its middle

@@ -8,10 +8,10 @@ import torch
 from open_clip.model import CustomTextCLIP
 from timm.utils import reparameterize_model
 
-from training.inherit import freeze, in_teacher, inherit, inherit_siclip
-from training.losses import clip_loss
+from training.engine.optim import OptimConfig, build_optimizer
+from training.losses.distillation import clip_loss
+from training.models.inheritance import freeze, in_teacher, inherit, inherit_siclip
 from training.models.mobileclip import image_prefix, image_rest, with_text_tower
-from training.optim import OptimConfig, build_optimizer
 
 NEW = ("visual.trunk.stages.3.blocks.", "text.layers.")
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from small_data import tiny_coca, tree, write_raw
 
-from pipeline.cache import CacheConfig, cache
-from pipeline.caption import CaptionConfig, caption
-from pipeline.check import CheckConfig, check
-from pipeline.decoding import Decoding
-from pipeline.pack import PackConfig, pack
-from pipeline.vocab import VocabConfig, vocab
+from pipeline.cache.stage import CacheConfig, cache
+from pipeline.caption.decoding import Decoding
+from pipeline.caption.stage import CaptionConfig, caption
+from pipeline.check.stage import CheckConfig, check
+from pipeline.labels.vocab_stage import VocabConfig, vocab
+from pipeline.pack.stage import PackConfig, pack
 
 KILLS = 20
 FOLDERS = {"caption": ["captions"], "pack": ["shards"], "vocab": ["vocab"], "cache": ["teacher"]}

@@ -153,12 +153,12 @@ def readers(tmp_path):
     """(name, call) for every reader of a Parquet file of the dataset; the file is ``x`` in all of them."""
     from functools import partial
 
-    from pipeline.adopt import _keys
-    from pipeline.dedup import read_dropped, read_entries
-    from pipeline.final_shard import read_captions
+    from pipeline.dedup.stage import read_dropped, read_entries
+    from pipeline.ingest.img2dataset import _keys
+    from pipeline.ingest.retry import _rows
+    from pipeline.labels.vocab_stage import _labels
+    from pipeline.pack.final_shard import read_captions
     from pipeline.report.columns import read_columns
-    from pipeline.retry import _rows
-    from pipeline.vocab import _labels
     from shards_spec.embeddings import EmbeddingFile, read_meta
 
     for folder in ("raw", "shards"):

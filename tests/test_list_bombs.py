@@ -16,8 +16,8 @@ MOST_MIB = 1024  # of any process; VmHWM, because ru_maxrss knows of the process
 HUGE = 300 << 20  # bytes of a cell
 RUN = r"""
 import collections, json, re, sys
-from pipeline.places import PlaceError, read_place
-from pipeline.sources import detect, estimate_rows, list_rows
+from pipeline.ingest.rows import PlaceError, read_place
+from pipeline.ingest.url_lists import detect, estimate_rows, list_rows
 
 def outcome(row):
     try:
@@ -34,7 +34,7 @@ print(json.dumps([found, int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/statu
 """
 INGEST = r"""
 import json, re, sys
-from pipeline.ingest import IngestConfig, ingest
+from pipeline.ingest.stage import IngestConfig, ingest
 if __name__ == "__main__":
     config = IngestConfig(sys.argv[1], sys.argv[2], allow_private=True, workers=1, retries=0)
     counts = ingest(config).counts

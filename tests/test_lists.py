@@ -13,10 +13,10 @@ from small_ingest import config
 from small_ingest import rows_of as raw_rows
 from web_server import picture, serve
 
-from pipeline.check import CheckConfig, check
-from pipeline.ingest import ingest
-from pipeline.places import Row
-from pipeline.sources import detect, estimate_rows, list_rows
+from pipeline.check.stage import CheckConfig, check
+from pipeline.ingest.rows import Row
+from pipeline.ingest.stage import ingest
+from pipeline.ingest.url_lists import detect, estimate_rows, list_rows
 from shards_spec.files import UserError
 from shards_spec.tar import read_shard
 

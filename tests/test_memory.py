@@ -11,13 +11,13 @@ import torch
 from small_data import tiny_coca, write_raw
 from small_training import tiny_clip
 
-from pipeline.cache import CacheConfig, cache
-from pipeline.caption import CaptionConfig, caption
-from pipeline.check import CheckConfig, check
-from pipeline.decoding import Decoding
-from pipeline.dedup import DedupConfig, dedup
-from pipeline.pack import PackConfig, pack
-from pipeline.vocab import VocabConfig, vocab
+from pipeline.cache.stage import CacheConfig, cache
+from pipeline.caption.decoding import Decoding
+from pipeline.caption.stage import CaptionConfig, caption
+from pipeline.check.stage import CheckConfig, check
+from pipeline.dedup.stage import DedupConfig, dedup
+from pipeline.labels.vocab_stage import VocabConfig, vocab
+from pipeline.pack.stage import PackConfig, pack
 
 MIB = 1024  # ru_maxrss is in KiB
 SIZE = 384  # pixels: a shard of 12 drawn pictures is about 1 MB with noise on top

@@ -17,7 +17,7 @@ from shards_spec.names import (
     is_image,
     undecoded_ending,
 )
-from training.pictures import FolderPictures
+from training.data.labelled_images import FolderPictures
 
 NOBODYS = [
     "._0.jpg", "a/._0.jpg", "__MACOSX/a/0.jpg", "a/.ipynb_checkpoints/0-checkpoint.jpg", ".Trash-1000/files/0.jpg",

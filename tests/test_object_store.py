@@ -23,15 +23,15 @@ from small_training import tiny_clip, write_packed, write_teacher
 from web_server import serve
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-from pipeline.check import CheckConfig, check
-from pipeline.ingest import IngestConfig, ingest
-from pipeline.pack import PackConfig, pack
+from pipeline.check.stage import CheckConfig, check
+from pipeline.ingest.stage import IngestConfig, ingest
+from pipeline.pack.stage import PackConfig, pack
 from shards_spec import files
 from shards_spec.files import UserError
 from shards_spec.models import load_model
 from training.config import CacheConfig, DataConfig
-from training.data import load_batches, open_samples
-from training.order import batch_positions
+from training.data.order import batch_positions
+from training.data.samples import load_batches, open_samples
 
 GOLDEN = Path(__file__).parent / "golden" / "img2dataset-1.47"
 numbers = itertools.count()
@@ -318,7 +318,7 @@ def test_a_killed_ingest_and_its_rerun_leave_the_objects_of_an_undisturbed_run(b
 
 def test_a_finished_dataset_is_passed_over_with_few_requests(bucket, store):
     """The runner's own requests; its tasks do nothing."""
-    from pipeline.stage import Result, Stage, Task, run_stage
+    from pipeline.core.runner import Result, Stage, Task, run_stage
 
     root, stage = f"s3://{bucket}/ds", Stage("nothing", "raw", {})
     tasks = [Task(number, {"rows": str(number)}) for number in range(200)]

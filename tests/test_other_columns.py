@@ -14,10 +14,10 @@ import pytest
 from small_ingest import config, rows_of
 from web_server import picture, serve
 
-from pipeline import ingest as module
-from pipeline.check import CheckConfig, check
-from pipeline.ingest import ingest
-from pipeline.pack import PackConfig, pack
+from pipeline.check.stage import CheckConfig, check
+from pipeline.ingest import stage as module
+from pipeline.ingest.stage import ingest
+from pipeline.pack.stage import PackConfig, pack
 from shards_spec.files import UserError
 from shards_spec.manifest import read_done
 from shards_spec.tar import read_shard
@@ -167,7 +167,7 @@ def test_finished_shards_of_the_version_before_stand(server, tmp_path, monkeypat
     source, root = write_list(tmp_path, records(server), "csv"), tmp_path / "D"
     with monkeypatch.context() as patch:
         patch.setattr(module, "plain", lambda cell: None)
-        patch.setattr("pipeline.raw_shard.kept_columns", lambda *_: {})
+        patch.setattr("pipeline.ingest.raw_shard.kept_columns", lambda *_: {})
         patch.setattr(module, "any", lambda _: False, raising=False)
         ingest(config(root, source))
     assert set(read_done(str(root / "raw"), 0).inputs) == {"rows"}

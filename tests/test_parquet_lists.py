@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from web_server import picture
 
-from pipeline.parquet_pages import largest_pages
-from pipeline.places import Row, read_place
-from pipeline.sources import detect, list_rows
+from pipeline.ingest.parquet_pages import largest_pages
+from pipeline.ingest.rows import Row, read_place
+from pipeline.ingest.url_lists import detect, list_rows
 from shards_spec.files import UserError
 from shards_spec.parquet_footer import row_groups
 

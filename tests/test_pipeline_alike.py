@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
-from pipeline.alike import LEADERS, alike, confirmed, fingerprint
-from pipeline.check import CheckConfig, check
-from pipeline.dedup import DedupConfig, dedup
-from pipeline.ingest import IngestConfig, ingest
-from pipeline.likeness import NEAR, perceptual_hash
+from pipeline.check.stage import CheckConfig, check
+from pipeline.core.likeness import NEAR, perceptual_hash
+from pipeline.dedup.image_match import LEADERS, alike, confirmed, fingerprint
+from pipeline.dedup.stage import DedupConfig, dedup
+from pipeline.ingest.stage import IngestConfig, ingest
 from pipeline.report import ReportConfig, report
 from shards_spec.files import read_json
 
@@ -231,6 +231,6 @@ def test_an_image_that_does_not_decode_stays(tmp_path):
         (images / f"{name}.txt").write_text(name)
     ingest(IngestConfig(root, str(images), workers=1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.second_look._fingerprints", lambda *_: iter(()))
+        patch.setattr("pipeline.dedup.verification._fingerprints", lambda *_: iter(()))
         assert dedup(DedupConfig(root, workers=1)).counts == {"success": 2}
     assert dedup(DedupConfig(root, workers=1, overwrite=True)).counts == {"success": 1, NEAR: 1}

@@ -14,13 +14,12 @@ import pytest
 import torch
 from small_data import tiny_coca, tree, vouch, write_raw
 
-from pipeline import stage
-from pipeline.cache import CacheConfig, cache
-from pipeline.check import CheckConfig, check
-from pipeline.pack import PackConfig, pack
-from pipeline.stage import ShardsFailed
-from pipeline.teacher import CPU_ROWS, Teacher
-from shards_spec.cached import CachedShard
+from pipeline.cache.stage import CacheConfig, cache
+from pipeline.cache.teacher import CPU_ROWS, Teacher
+from pipeline.check.stage import CheckConfig, check
+from pipeline.core import runner as stage
+from pipeline.core.runner import ShardsFailed
+from pipeline.pack.stage import PackConfig, pack
 from shards_spec.embeddings import EmbeddingFile, content_id, encode_vectors, id_column, write_vectors
 from shards_spec.files import DataError, UserError, join, json_bytes, names, read_json
 from shards_spec.images import decode_rgb
@@ -28,9 +27,10 @@ from shards_spec.manifest import read_done
 from shards_spec.models import LoadedModel, load_model, load_teacher
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, write_shard
+from shards_spec.teacher_shard import CachedShard
 from shards_spec.views import ViewSpec, apply_view, draw_view, unpack_view
-from training.losses import affinity_loss
-from training.teacher_cache import TeacherCache
+from training.data.teacher_cache import TeacherCache
+from training.losses.distillation import affinity_loss
 
 SHARDS = 2
 JITTERED = ViewSpec(ops=2, op_set="timm-inc", op_prob=0.5, jitter=(0.4, 0.4, 0.2, 0.1))

@@ -10,11 +10,11 @@ import pytest
 import torch
 from small_data import narrow_coca, tiny_coca, tree, write_coca, write_raw
 
-from pipeline.caption import CaptionConfig, caption
-from pipeline.captioner import Captioner
-from pipeline.coca import Coca
-from pipeline.decoding import Decoding
-from pipeline.drafts import Contrast, Wanted, problem
+from pipeline.caption.captioner import Captioner
+from pipeline.caption.coca import Coca
+from pipeline.caption.decoding import Decoding
+from pipeline.caption.redraws import Contrast, Wanted, problem
+from pipeline.caption.stage import CaptionConfig, caption
 from shards_spec.files import UserError, join
 from shards_spec.images import decode_rgb
 from shards_spec.manifest import Done, read_dataset, read_done, shard_ids, write_stage

@@ -14,10 +14,10 @@ import torch
 from conftest import skip_or_fail
 from small_data import narrow_coca, tiny_coca
 
-from pipeline.beam import beam_search
-from pipeline.coca import Coca, Rows
-from pipeline.decoding import Decoding
-from pipeline.generate import adjusted, choose, generate
+from pipeline.caption.beam_search import beam_search
+from pipeline.caption.coca import Coca, Rows
+from pipeline.caption.decoding import Decoding
+from pipeline.caption.sampling import adjusted, choose, generate
 from shards_spec.files import UserError
 from shards_spec.models import load_model
 

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from small_data import tree, vouch, write_raw
 
-from pipeline.check import CheckConfig, check
-from pipeline.dedup import DedupConfig, dedup
-from pipeline.likeness import (
+from pipeline.check.stage import CheckConfig, check
+from pipeline.core.likeness import (
     EXACT,
     NEAR,
     ONES,
@@ -30,9 +29,10 @@ from pipeline.likeness import (
     perceptual_hash,
     picture_problem,
 )
-from pipeline.pack import PackConfig, pack
+from pipeline.core.runner import ShardsFailed
+from pipeline.dedup.stage import DedupConfig, dedup
+from pipeline.pack.stage import PackConfig, pack
 from pipeline.report.stages import mismatches, ordered
-from pipeline.stage import ShardsFailed
 from shards_spec.files import UserError, join, json_bytes, read_bytes, read_json, sha256_bytes, sha256_file, write_bytes
 from shards_spec.manifest import Done, shard_name, write_stage
 from shards_spec.sample import Sample
@@ -391,9 +391,9 @@ def test_lists_of_random_rows_follow_the_rule(tmp_path_factory, seed, count, sha
     write_stage(root, "ingest", {"config": {}, "shards": shards, "counts": {}}, "test")
     with pytest.MonkeyPatch.context() as patch:  # there are no images: signatures alone decide
         patch.setattr(
-            "pipeline.second_look._fingerprints", lambda *given: ((entry, entry) for entry in given[3].tolist())
+            "pipeline.dedup.verification._fingerprints", lambda *given: ((entry, entry) for entry in given[3].tolist())
         )
-        patch.setattr("pipeline.second_look.alike", lambda *_: True)
+        patch.setattr("pipeline.dedup.verification.alike", lambda *_: True)
         dedup(DedupConfig(root, near_bits, workers=1), in_memory)
     limit = near_bits if near_bits >= 0 else None
     found, expected = listed(root), expected_drops(*rows, limit)

@@ -21,16 +21,16 @@ from PIL import Image
 from small_ingest import config, rows_of, write_list
 from web_server import picture, serve
 
-from pipeline import decoders as decoders_module
-from pipeline import fetch
-from pipeline.check import CheckConfig, check
-from pipeline.decoders import DecoderFailed, Decoders
-from pipeline.download import Tally
-from pipeline.fetch import Fetcher, FetchError, FetchRules
-from pipeline.ingest import ingest
-from pipeline.limits import Gate, Slots
-from pipeline.pack import PackConfig, pack
-from pipeline.raw_shard import SCHEMA
+from pipeline.check.stage import CheckConfig, check
+from pipeline.ingest import decode_pool as decoders_module
+from pipeline.ingest import http_client as fetch
+from pipeline.ingest.backpressure import Gate, Slots
+from pipeline.ingest.decode_pool import DecoderFailed, Decoders
+from pipeline.ingest.downloader import Tally
+from pipeline.ingest.http_client import Fetcher, FetchError, FetchRules
+from pipeline.ingest.raw_shard import SCHEMA
+from pipeline.ingest.stage import ingest
+from pipeline.pack.stage import PackConfig, pack
 from shards_spec.files import UserError
 from shards_spec.tar import read_shard
 
@@ -297,7 +297,7 @@ def test_the_progress_line():
     assert tally.line(None) == ""
     for outcome in ["HTTP 404"] * 2 + ["timeout"]:
         tally.add(outcome)
-    from pipeline.images import Picture
+    from pipeline.ingest.images import Picture
 
     for _ in range(7):
         tally.add(Picture(b"x" * 100, 1, 1, 1, 1, "{}", "", None))
@@ -460,8 +460,8 @@ def test_a_killed_retry_goes_on(server, tmp_path):
 
 FULL = """
 import resource, sys
-from pipeline import raw_shard
-from pipeline.ingest import IngestConfig, ingest
+from pipeline.ingest import raw_shard
+from pipeline.ingest.stage import IngestConfig, ingest
 from shards_spec.files import UserError
 raw_shard.SPARE_BYTES = int(sys.argv[3])
 if sys.argv[4] == "limited":
@@ -510,7 +510,7 @@ def test_a_full_disk_is_told_and_leaves_whole_shards(server, tmp_path, spare):
 MEMORY = """
 import re, resource, sys
 from pathlib import Path
-from pipeline.ingest import IngestConfig, ingest
+from pipeline.ingest.stage import IngestConfig, ingest
 if __name__ == "__main__":
     ingest(IngestConfig(sys.argv[1], sys.argv[2], shard_size=25, allow_private=True, workers=1, open_shards=3))
     own = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_data import draw
 
-from pipeline.check import CheckConfig, check
-from pipeline.hygiene import EMPTY, MENDS, strict_json, tidy
-from pipeline.pack import PackConfig, pack
-from pipeline.wordnet import load_wordnet
+from pipeline.check.stage import CheckConfig, check
+from pipeline.labels.wordnet import load_wordnet
+from pipeline.pack.caption_cleaning import EMPTY, MENDS, strict_json, tidy
+from pipeline.pack.stage import PackConfig, pack
 from shards_spec.files import UserError, join, json_bytes, sha256_file
 from shards_spec.manifest import Done, write_stage
 from shards_spec.sample import Sample

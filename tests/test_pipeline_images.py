@@ -11,7 +11,7 @@ from bench.photos import photo
 from PIL import Image
 from web_server import picture
 
-from pipeline.images import BadImage, PictureRules, _decode, _shrunk, convert
+from pipeline.ingest.images import BadImage, PictureRules, _decode, _shrunk, convert
 
 
 def test_small_upright_rgb_jpegs_keep_their_bytes():

@@ -21,12 +21,12 @@ from PIL import Image
 from small_ingest import config, rows_of, write_list
 from web_server import picture, serve
 
-from pipeline import fetch
-from pipeline.check import CheckConfig, check
-from pipeline.fetch import Fetcher, FetchError, FetchRules, opted_out
-from pipeline.ingest import IngestConfig, Listing, ingest
-from pipeline.raw_shard import sample_key
-from pipeline.stage import ShardsFailed, Share
+from pipeline.check.stage import CheckConfig, check
+from pipeline.core.runner import ShardsFailed, Share
+from pipeline.ingest import http_client as fetch
+from pipeline.ingest.http_client import Fetcher, FetchError, FetchRules, opted_out
+from pipeline.ingest.raw_shard import sample_key
+from pipeline.ingest.stage import IngestConfig, Listing, ingest
 from shards_spec.files import UserError
 from shards_spec.tar import read_shard
 
@@ -235,7 +235,7 @@ def test_a_rerun_does_only_what_is_missing_or_changed(server, tmp_path):
 
 RUN = """
 import sys
-from pipeline.ingest import IngestConfig, ingest
+from pipeline.ingest.stage import IngestConfig, ingest
 if __name__ == "__main__":
     ingest(IngestConfig(sys.argv[1], sys.argv[2], shard_size=8, image_size=48, allow_private=True, workers=1))
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from small_data import write_raw
 
-from pipeline.nothing import INPUT, nothing_came
+from pipeline.core.no_success import INPUT, nothing_came
 from shards_spec.files import read_json
 
 ROOT = Path(__file__).parents[1]

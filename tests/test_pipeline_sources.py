@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from small_data import tar_bytes
 from web_server import picture
 
-from pipeline import foreign_tar, places
-from pipeline.places import FilePlace, ParquetPlace, PlaceError, Row, TarPlace, forget_places, read_place
-from pipeline.sources import detect, estimate_rows, folder_rows, list_rows, source_files
+from pipeline.ingest import rows as places
+from pipeline.ingest import webdataset_source as foreign_tar
+from pipeline.ingest.rows import FilePlace, ParquetPlace, PlaceError, Row, TarPlace, forget_places, read_place
+from pipeline.ingest.url_lists import detect, estimate_rows, folder_rows, list_rows, source_files
 from shards_spec.files import UserError, sha256_json, write_bytes
 
 GOLDEN = Path(__file__).parent / "golden" / "img2dataset-1.47"
@@ -334,7 +335,7 @@ def test_estimates(tmp_path, store):
 
 
 def test_an_estimate_over_many_parquet_files_reads_some(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.sources.FOOTERS_READ", 3)
+    monkeypatch.setattr("pipeline.ingest.url_lists.FOOTERS_READ", 3)
     for n in range(10):
         put(tmp_path, f"{n}.parquet", parquet_bytes([{"url": "http://h/1", "caption": "c"}] * 5))
     assert estimate_rows(str(tmp_path), "parquet") == (50, False)

@@ -13,13 +13,13 @@ import pytest
 import torch
 from small_data import build_all, tiny_coca, tree, write_raw
 
-from pipeline.cache import CacheConfig, cache
-from pipeline.caption import CaptionConfig, caption, model_label
-from pipeline.check import CheckConfig, check
-from pipeline.decoding import Decoding
-from pipeline.pack import PackConfig, pack
-from pipeline.stage import ShardsFailed
-from pipeline.vocab import VocabConfig, vocab
+from pipeline.cache.stage import CacheConfig, cache
+from pipeline.caption.decoding import Decoding
+from pipeline.caption.stage import CaptionConfig, caption, model_label
+from pipeline.check.stage import CheckConfig, check
+from pipeline.core.runner import ShardsFailed
+from pipeline.labels.vocab_stage import VocabConfig, vocab
+from pipeline.pack.stage import PackConfig, pack
 from shards_spec.embeddings import read_embeddings
 from shards_spec.files import UserError, join, names, read_bytes, read_json, write_bytes
 from shards_spec.images import decode_rgb
@@ -117,7 +117,7 @@ def test_another_config_is_an_error_that_names_both(root, model):
 
 def test_a_kill_while_overwriting_leaves_no_record_that_vouches_for_other_bytes(root, model, monkeypatch):
     """Dies between a shard's file and its record, under another config; the old record must be gone."""
-    from pipeline import stage
+    from pipeline.core import runner as stage
 
     def die(*_):
         raise KeyboardInterrupt

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from small_data import write_raw
 
 import clipmill
-from pipeline.catlip_vocab import catlip_bytes, read_catlip
-from pipeline.final_shard import SCHEMA
-from pipeline.pack import PackConfig, pack
-from pipeline.vocab import VocabConfig, coverage, vocab
-from pipeline.wordnet import load_wordnet
+from pipeline.labels.catlip_pickle import catlip_bytes, read_catlip
+from pipeline.labels.vocab_stage import VocabConfig, coverage, vocab
+from pipeline.labels.wordnet import load_wordnet
+from pipeline.pack.final_shard import SCHEMA
+from pipeline.pack.stage import PackConfig, pack
 from shards_spec.files import DataError, UserError, join, read_json
 from shards_spec.manifest import Done, shard_name, write_stage
 from shards_spec.vocab import Vocabulary, build_vocabulary, read_vocabulary, rule_of

@@ -26,13 +26,13 @@ from hypothesis import strategies as st
 from nltk.tokenize import NLTKWordTokenizer
 from nltk.tokenize.punkt import PunktLanguageVars, PunktSentenceTokenizer
 
-from pipeline import wordnet
-from pipeline.labels import FUNCTION_WORDS, Labeller, LabelRule, load_labeller, load_tagger
-from pipeline.pack import PackConfig
-from pipeline.punkt_english import ABBREVIATIONS
-from pipeline.tokens import Memo, Reader, _pieces, clean, tokenise
-from pipeline.vocab import imagenet_classes
-from pipeline.wordnet import find_wordnet, load_wordnet
+from pipeline.labels import wordnet
+from pipeline.labels.labeler import FUNCTION_WORDS, Labeller, LabelRule, load_labeller, load_tagger
+from pipeline.labels.punkt_english import ABBREVIATIONS
+from pipeline.labels.tokenizer import Memo, Reader, _pieces, clean, tokenise
+from pipeline.labels.vocab_stage import imagenet_classes
+from pipeline.labels.wordnet import find_wordnet, load_wordnet
+from pipeline.pack.stage import PackConfig
 from shards_spec.files import UserError
 from shards_spec.vocab import Vocabulary
 
@@ -235,7 +235,7 @@ def test_memoised_and_plain_labels_agree(net, rule):  # fact 15
 
 
 def test_a_full_memo_starts_again(monkeypatch):
-    monkeypatch.setattr("pipeline.tokens.MEMO_LIMIT", 3)
+    monkeypatch.setattr("pipeline.labels.tokenizer.MEMO_LIMIT", 3)
     memo = Memo(str.upper)
     assert [memo[char] for char in "abcdab"] == list("ABCDAB")
     assert len(memo) == 3
@@ -444,7 +444,7 @@ class Mirror(http.server.BaseHTTPRequestHandler):
 
 DOWNLOAD = """
 import sys, nltk.downloader
-from pipeline import wordnet
+from pipeline.labels import wordnet
 from shards_spec.files import UserError
 nltk.downloader.Downloader.DEFAULT_URL = "http://192.0.43.8/index.xml"
 wordnet.DEBIAN = ()

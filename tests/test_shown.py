@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards_spec.shown import LogFormatter, hide_secrets, shown
+from shards_spec.display import LogFormatter, hide_secrets, shown
 
 
 @pytest.mark.parametrize(("text", "expected"), [

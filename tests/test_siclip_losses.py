@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from training.losses import (
+from training.losses.distillation import (
     affinity_loss,
     clip_loss,
     element_feature_loss,
@@ -19,7 +19,7 @@ from training.losses import (
     interactive_loss,
     relation_loss,
 )
-from training.pairs import Negatives, PairHead, key_ids, pair_loss, sample_negatives, text_ids
+from training.losses.pair_matching import Negatives, PairHead, key_ids, pair_loss, sample_negatives, text_ids
 
 EYE = torch.eye(2, dtype=torch.float64)
 

@@ -18,12 +18,12 @@ from torch import nn
 
 from shards_spec.files import UserError
 from shards_spec.models import load_model
+from training.engine.optim import OptimConfig, build_optimizer, param_groups
 from training.export import ExportConfig, export
 from training.models.mobileclip import from_apple, image_prefix, image_rest, our_name
 from training.models.siclip import SasBlock, SasStack, shaped_matrices
 from training.models.text_tower import FeedForward, TextTower
-from training.optim import OptimConfig, build_optimizer, param_groups
-from training.student import load_run
+from training.runs.student import load_run
 from training.trainer import train
 
 ROOT = Path(__file__).parents[1]

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from small_training import teacher_rows, tiny_siclip, write_packed, write_teacher
 
 from shards_spec.files import UserError
-from training import losses as formulas
 from training.config import CacheConfig, DataConfig, ModelConfig, ViewConfig
-from training.data import draw_caption, load_batches, open_samples
-from training.optim import build_optimizer, param_groups
-from training.pairs import pair_loss, sample_negatives
+from training.data.samples import draw_caption, load_batches, open_samples
+from training.engine.optim import build_optimizer, param_groups
+from training.losses import distillation as formulas
+from training.losses.pair_matching import pair_loss, sample_negatives
 from training.recipes import siclip
-from training.student import new_student
+from training.runs.student import new_student
 
 UNTAUGHT = {"fd_weight": 0.0, "crd_weight": 0.0, "icl_weight": 0.0}
 WEIGHTS = {"contrastive": 1.0, "feature": 4000.0, "relation": 1.0, "interactive": 1.0, "pairs": 0.1}

@@ -24,7 +24,7 @@ from small_slurm import (
     undisturbed,
 )  # fmt: skip
 
-from pipeline.pack import PackConfig, pack
+from pipeline.pack.stage import PackConfig, pack
 from shards_spec.manifest import finished_shards
 
 

@@ -8,7 +8,7 @@ import pytest
 from small_data import tree, write_raw
 from small_slurm import TAGGED, log_of, submit
 
-from pipeline.pack import PackConfig, pack
+from pipeline.pack.stage import PackConfig, pack
 
 
 def local_tree(root: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.stage import ALL
+from pipeline.core.runner import ALL
 from shards_spec.files import UserError
 from slurm.claims import Claims, Failures, Finished, Listed, Others
 

@@ -14,7 +14,7 @@ import pytest
 from small_data import tree, write_raw
 
 import clipmill
-from pipeline.pack import PackConfig, pack
+from pipeline.pack.stage import PackConfig, pack
 from shards_spec.files import UserError
 from slurm import scheduler
 from slurm.jobs import ArrayJob
@@ -194,7 +194,7 @@ def test_the_snapshot_is_the_code_and_made_once(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
     assert not list(first.rglob("__pycache__"))
     done = subprocess.run(
-        [sys.executable, "-c", "import pipeline.stage; print(pipeline.stage.__file__)"], cwd=ROOT, text=True,
+        [sys.executable, "-c", "from pipeline.core import runner; print(runner.__file__)"], cwd=ROOT, text=True,
         env={"PYTHONSAFEPATH": "1", "PYTHONPATH": str(first)}, capture_output=True,
     )  # fmt: skip
     assert done.stdout.strip() == str(first / "pipeline" / "stage.py")

@@ -131,7 +131,10 @@ def test_a_full_disk_is_said_and_leaves_nothing(small_disk, how):
     code = f"""
 {limit}
 import numpy as np, os, tempfile
-from shards_spec import embeddings, files, sample, tar
+from shards_spec import embeddings
+from shards_spec import files
+from shards_spec import sample
+from shards_spec import tar
 tempfile.tempdir = {disk!r}
 files.write_bytes({path!r}, b"as before")
 large = np.random.default_rng(0).normal(size=(1 << 13, 256))

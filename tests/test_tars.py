@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from small_data import tar_bytes
 
-from pipeline.places import read_place
-from pipeline.sources import detect, list_rows
+from pipeline.ingest.rows import read_place
+from pipeline.ingest.url_lists import detect, list_rows
 from shards_spec.files import DataError, UserError
 from shards_spec.sample import Sample, subsamples
 from shards_spec.tar import read_shard

@@ -18,9 +18,9 @@ from shards_spec.models import LoadedModel, load_model
 from shards_spec.tar import read_shard, write_shard
 from shards_spec.views import apply_view, draw_view
 from training.config import CacheConfig, DataConfig, ViewConfig
-from training.data import ShardReader, draw_caption, load_batches, open_samples
-from training.order import batch_positions
-from training.teacher_cache import TeacherCache
+from training.data.order import batch_positions
+from training.data.samples import ShardReader, draw_caption, load_batches, open_samples
+from training.data.teacher_cache import TeacherCache
 
 
 @pytest.fixture(scope="module")

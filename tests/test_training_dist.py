@@ -26,12 +26,12 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from shards_spec.files import DataError, UserError
-from training.batch_norm import CpuSyncBatchNormAct, statistics, synchronise
-from training.dist import processes
-from training.order import Order
+from training.data.order import Order
+from training.engine.distributed import processes
+from training.engine.gradients import Gradients, split
+from training.engine.sync_batch_norm import CpuSyncBatchNormAct, statistics, synchronise
 from training.recipes import affinity
-from training.run_dir import RunDir, load_checkpoint
-from training.step import Gradients, split
+from training.runs.run_folder import RunDir, load_checkpoint
 from training.trainer import Trainer, train
 
 EVEN, UNEVEN = [6, 6], [7, 5]

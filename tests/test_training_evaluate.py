@@ -20,7 +20,8 @@ from shards_spec.models import load_model
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
 from training.config import ModelConfig
-from training.evaluate import (
+from training.data.labelled_images import find_split
+from training.evaluation.stage import (
     Encoder,
     EvalConfig,
     _print,
@@ -33,9 +34,8 @@ from training.evaluate import (
     zeroshot,
 )
 from training.export import ExportConfig, compare, export
-from training.model_folder import write_model
-from training.pictures import find_split
-from training.student import load_run, new_student
+from training.runs.model_folder import write_model
+from training.runs.student import load_run, new_student
 from training.trainer import train
 
 COLOURS = {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250)}
@@ -181,7 +181,7 @@ def test_recalls_equal_clip_benchmarks(monkeypatch):
     for k in (1, 5, 10):
         expected[f"image_retrieval_recall@{k}"] = (recall_at_k(scores, positive, k) > 0).float().mean().item()
         expected[f"text_retrieval_recall@{k}"] = (recall_at_k(scores.T, positive.T, k) > 0).float().mean().item()
-    monkeypatch.setattr("training.evaluate.CHUNK", 32)
+    monkeypatch.setattr("training.evaluation.stage.CHUNK", 32)
     assert recalls(images, texts, owner) == pytest.approx(expected)
     assert 0 < expected["text_retrieval_recall@1"] < 1
 

@@ -15,8 +15,8 @@ import torch
 from small_training import tiny_config, write_clip_root
 
 from shards_spec.files import DataError, UserError
-from training.run_dir import RunDir, hash_file, load_checkpoint
-from training.student import load_run
+from training.runs.run_folder import RunDir, hash_file, load_checkpoint
+from training.runs.student import load_run
 from training.trainer import Trainer, train
 
 ROOT = Path(__file__).parents[1]

@@ -22,11 +22,12 @@ from small_training import (
 
 from shards_spec.files import UserError
 from shards_spec.vocab import Vocabulary, read_vocabulary
-from training import fit, losses
-from training.fit import available_bytes, choose, halved, profiles
-from training.memory import Profile
+from training.engine import batch_fit as fit
+from training.engine.batch_fit import available_bytes, choose, halved, profiles
+from training.engine.gradients import Gradients
+from training.engine.memory_estimate import Profile
+from training.losses import distillation as losses
 from training.recipes import RECIPES
-from training.step import Gradients
 from training.trainer import predict, prepare, train
 
 ROOT = Path(__file__).parents[1]
@@ -196,7 +197,7 @@ sys.path.insert(0, {tests!r})
 logging.basicConfig(level="INFO")
 torch.set_num_threads(1)
 torch.backends.mkldnn.set_flags(False)  # its compiled kernels take address space, whatever the chunk is
-from training import fit
+from training.engine import batch_fit as fit
 from training.trainer import Trainer
 fit.available_bytes = lambda: 1e12
 step = Trainer.step

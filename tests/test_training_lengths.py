@@ -16,9 +16,9 @@ from small_training import tiny_clip, tiny_config, write_clip_root, write_packed
 from shards_spec.files import UserError, json_bytes
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
+from training.engine.gradients import pick_precision
 from training.recipes import RECIPES, siclip
-from training.run_dir import RunDir, load_checkpoint
-from training.step import pick_precision
+from training.runs.run_folder import RunDir, load_checkpoint
 from training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

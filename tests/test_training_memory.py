@@ -8,9 +8,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from training.config import ModelConfig
-from training.memory import predict_memory, saved_bytes
+from training.engine.memory_estimate import predict_memory, saved_bytes
 from training.recipes.clip import Task
-from training.student import new_student
+from training.runs.student import new_student
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,9 +9,9 @@ import fsspec
 import pytest
 
 from shards_spec.files import DataError, UserError
-from training import nearby
-from training.data import ShardReader
-from training.nearby import Nearby
+from training.data import local_copies as nearby
+from training.data.local_copies import Nearby
+from training.data.samples import ShardReader
 
 FORK = multiprocessing.get_context("fork")
 numbers = itertools.count()

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards_spec.files import UserError
-from training.order import Order, Place, batch_positions
-from training.recent import Recent
+from training.data.lru import Recent
+from training.data.order import Order, Place, batch_positions
 
 
 def places(order: Order, start: int, stop: int) -> list[Place]:

@@ -17,8 +17,8 @@ from small_training import tiny_clip, write_packed, write_teacher
 from shards_spec.files import write_json
 from shards_spec.models import load_model
 from training.config import CacheConfig, DataConfig
-from training.data import load_batches, open_samples
-from training.order import batch_positions
+from training.data.order import batch_positions
+from training.data.samples import load_batches, open_samples
 
 FORK = multiprocessing.get_context("fork")
 SIZES, BATCH = [11, 7, 9, 4, 13, 6], 10

@@ -26,10 +26,10 @@ from small_training import (
 import clipmill
 from shards_spec.files import UserError
 from training.config import flat
-from training.evaluate import EvalConfig, evaluate
+from training.evaluation.stage import EvalConfig, evaluate
 from training.recipes import RECIPES
-from training.run_dir import RunDir, load_checkpoint
-from training.student import load_run, new_student
+from training.runs.run_folder import RunDir, load_checkpoint
+from training.runs.student import load_run, new_student
 from training.trainer import Trainer, train
 
 GOLDEN = Path(__file__).parent / "golden"

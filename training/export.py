@@ -12,10 +12,10 @@ from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError, is_url
 from shards_spec.models import LoadedModel, Trust, load_model
-from training.classifier import Classifier, export_classifier
-from training.model_folder import write_model
-from training.run_dir import write_open_clip_config
-from training.student import load_run
+from training.models.classifier import Classifier, export_classifier
+from training.runs.model_folder import write_model
+from training.runs.run_folder import write_open_clip_config
+from training.runs.student import load_run
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-5  # largest difference of a feature, fp32 on the same CPU

@@ -19,22 +19,22 @@ from shards_spec.checkpoints import misfit
 from shards_spec.files import DataError, UserError, sha256_json
 from shards_spec.library_errors import short
 from shards_spec.models import LoadedModel, pick_device
-from training.batch_norm import statistics, synchronise
 from training.config import CacheConfig, DataConfig, ModelConfig, RunConfig, ViewConfig, flat, total_steps
-from training.curves import Curves
-from training.data import Samples, check_data, load_batches, open_samples
-from training.dist import Ranks, processes
-from training.ema import Average
-from training.evaluate import Encoder, check_root, measure, score
-from training.fit import fitted, halved, is_out_of_memory, out_of_memory, profiles, warn_of_norms
-from training.lengths import extension, warn_of_lengths
-from training.memory import Memory
-from training.optim import OptimConfig, build_optimizer, learning_rate, set_lr
+from training.data.samples import Samples, check_data, load_batches, open_samples
+from training.engine.batch_fit import fitted, halved, is_out_of_memory, out_of_memory, profiles, warn_of_norms
+from training.engine.distributed import Ranks, processes
+from training.engine.ema import Average
+from training.engine.gradients import Batch, Gradients, pick_precision, rng_state, set_rng_state, total
+from training.engine.memory_estimate import Memory
+from training.engine.optim import OptimConfig, build_optimizer, learning_rate, set_lr
+from training.engine.run_length import extension, warn_of_lengths
+from training.engine.stop_signal import stop_flag
+from training.engine.sync_batch_norm import statistics, synchronise
+from training.evaluation.stage import Encoder, check_root, measure, score
 from training.recipes import RECIPES
-from training.run_dir import RunDir, load_checkpoint
-from training.step import Batch, Gradients, pick_precision, rng_state, set_rng_state, total
-from training.stopping import stop_flag
-from training.student import new_student
+from training.runs.run_folder import RunDir, load_checkpoint
+from training.runs.student import new_student
+from training.runs.tensorboard_writer import Curves
 
 log = logging.getLogger(__name__)
 

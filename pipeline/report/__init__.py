@@ -11,8 +11,8 @@ import tyro
 from pipeline.report.axes import percent, short
 from pipeline.report.dataset import dataset_page
 from pipeline.report.run import run_page
+from shards_spec.display import shown
 from shards_spec.files import UserError, exists, is_url, join, write_bytes
-from shards_spec.shown import shown
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dedup import FOLDER as DEDUP
-from pipeline.likeness import NEAR
+from pipeline.core.likeness import NEAR
+from pipeline.dedup.stage import FOLDER as DEDUP
 from pipeline.report.columns import parquet_files, read_columns
 from shards_spec.files import DataError, exists, join, names, read_buffer
 from shards_spec.images import decode_rgb

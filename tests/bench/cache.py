@@ -23,8 +23,8 @@ import torchvision.transforms as T
 from photos import photo
 from PIL import Image
 
-from pipeline.cache import CacheConfig, cache
-from pipeline.teacher import CPU_ROWS, Teacher
+from pipeline.cache.stage import CacheConfig, cache
+from pipeline.cache.teacher import CPU_ROWS, Teacher
 from shards_spec.files import json_bytes, write_json
 from shards_spec.images import decode_rgb
 from shards_spec.manifest import Done, write_stage

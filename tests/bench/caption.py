@@ -121,9 +121,9 @@ def ours(options: argparse.Namespace) -> dict:
     """Seconds, parts and operations per (batch, captions)."""
     import open_clip
 
-    from pipeline.coca import Coca
-    from pipeline.decoding import Decoding
-    from pipeline.generate import generate
+    from pipeline.caption.coca import Coca
+    from pipeline.caption.decoding import Decoding
+    from pipeline.caption.sampling import generate
 
     model = build(options.model, options.device, options.precision)
     coca = Coca(model, open_clip.tokenizer.SimpleTokenizer())

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from shards_spec.models import TIMM, LoadedModel
-from training.classifier import new_classifier
-from training.multilabel import pad_labels, sigmoid_loss
-from training.optim import OptimConfig, build_optimizer
+from training.engine.optim import OptimConfig, build_optimizer
+from training.losses.multilabel import pad_labels, sigmoid_loss
+from training.models.classifier import new_classifier
 from training.recipes import catlip, clip
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}

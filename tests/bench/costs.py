@@ -38,15 +38,15 @@ from scale import KINDS, operations, tracer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from small_data import tiny_coca, write_raw
 
-from pipeline.cache_rows import OpenShard
-from pipeline.check import CheckConfig, check
-from pipeline.dedup import DedupConfig, dedup
-from pipeline.images import PictureRules, convert
-from pipeline.ingest import IngestConfig, Listing
-from pipeline.pack import PackConfig, pack
-from pipeline.stage import ALL, Result, Stage, Task, run_stage
-from pipeline.vocab import VocabConfig, vocab
-from pipeline.wordnet import find_wordnet, load_wordnet
+from pipeline.cache.incremental import OpenShard
+from pipeline.check.stage import CheckConfig, check
+from pipeline.core.runner import ALL, Result, Stage, Task, run_stage
+from pipeline.dedup.stage import DedupConfig, dedup
+from pipeline.ingest.images import PictureRules, convert
+from pipeline.ingest.stage import IngestConfig, Listing
+from pipeline.labels.vocab_stage import VocabConfig, vocab
+from pipeline.labels.wordnet import find_wordnet, load_wordnet
+from pipeline.pack.stage import PackConfig, pack
 from shards_spec.embeddings import Dtype, encode_vectors, write_vectors
 from shards_spec.files import atomic_writer, join, sha256_file
 from shards_spec.images import decode_rgb
@@ -57,7 +57,7 @@ from shards_spec.tar import read_shard, shard_keys
 from shards_spec.views import ViewSpec, render_views
 from slurm.claims import Finished
 from training.config import CacheConfig, DataConfig
-from training.data import open_samples
+from training.data.samples import open_samples
 
 VIEWS, CAPTIONS, DIM = 10, 5, 768
 COMMAND = [sys.executable, str(Path(__file__).parents[2] / "clipmill.py")]

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from shards_spec.models import LoadedModel, load_model
 from training.config import CacheConfig, DataConfig, ModelConfig, ViewConfig
-from training.data import load_batches, open_samples
-from training.optim import OptimConfig, build_optimizer
-from training.order import batch_positions
+from training.data.order import batch_positions
+from training.data.samples import load_batches, open_samples
+from training.engine.optim import OptimConfig, build_optimizer
 from training.recipes import affinity, clip
-from training.student import new_student
+from training.runs.student import new_student
 
 
 class Live(nn.Module):

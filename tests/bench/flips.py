@@ -12,9 +12,9 @@ from itertools import islice
 
 import torch
 
-from pipeline.captioner import Captioner
-from pipeline.decoding import Decoding
-from pipeline.drafts import Wanted
+from pipeline.caption.captioner import Captioner
+from pipeline.caption.decoding import Decoding
+from pipeline.caption.redraws import Wanted
 from shards_spec.files import join
 from shards_spec.images import decode_rgb
 from shards_spec.manifest import shard_ids, shard_name

@@ -20,10 +20,10 @@ import torch
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from training.inherit import freeze, inherit_siclip
-from training.losses import clip_loss
+from training.engine.optim import OptimConfig, build_optimizer
+from training.losses.distillation import clip_loss
+from training.models.inheritance import freeze, inherit_siclip
 from training.models.mobileclip import image_prefix, image_rest
-from training.optim import OptimConfig, build_optimizer
 
 PAPER = 39.5 / 38.2
 

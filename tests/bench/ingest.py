@@ -29,7 +29,7 @@ from statistics import median
 import pyarrow.parquet as pq
 from photos import write_photos
 
-from pipeline.images import PictureRules, convert
+from pipeline.ingest.images import PictureRules, convert
 
 ROOT = Path(__file__).parents[2]
 PORT = 8357

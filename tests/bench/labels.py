@@ -33,10 +33,10 @@ from urllib.parse import unquote
 import ftfy
 import nltk
 
-from pipeline.labels import Labeller
-from pipeline.punkt_english import ABBREVIATIONS
-from pipeline.tokens import tokenise
-from pipeline.wordnet import WordNet, find_wordnet, load_wordnet
+from pipeline.labels.labeler import Labeller
+from pipeline.labels.punkt_english import ABBREVIATIONS
+from pipeline.labels.tokenizer import tokenise
+from pipeline.labels.wordnet import WordNet, find_wordnet, load_wordnet
 from shards_spec.vocab import Vocabulary
 
 ROOT = Path(__file__).parents[2]

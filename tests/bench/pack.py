@@ -33,12 +33,12 @@ from labels import made_up
 from photos import photo
 from PIL import Image
 
-from pipeline.images import Picture
-from pipeline.pack import PackConfig, pack
-from pipeline.raw_shard import Inputs, sample_key, write_raw_shard
-from pipeline.sources import Row
-from pipeline.stage import Result, Stage, Task, run_stage
-from pipeline.wordnet import find_wordnet, load_wordnet
+from pipeline.core.runner import Result, Stage, Task, run_stage
+from pipeline.ingest.images import Picture
+from pipeline.ingest.raw_shard import Inputs, sample_key, write_raw_shard
+from pipeline.ingest.url_lists import Row
+from pipeline.labels.wordnet import find_wordnet, load_wordnet
+from pipeline.pack.stage import PackConfig, pack
 from shards_spec.files import atomic_writer, join, sha256_file
 from shards_spec.manifest import shard_name
 

@@ -194,9 +194,9 @@ def count_flops() -> None:
     from caption import build, count, pictures
     from torch.utils.flop_counter import FlopCounterMode
 
-    from pipeline.coca import Coca
-    from pipeline.decoding import Decoding
-    from pipeline.generate import generate
+    from pipeline.caption.coca import Coca
+    from pipeline.caption.decoding import Decoding
+    from pipeline.caption.sampling import generate
     from shards_spec.models import import_extensions
 
     import_extensions()

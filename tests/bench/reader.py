@@ -38,8 +38,8 @@ from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
 from shards_spec.views import ViewSpec
 from training.config import CacheConfig, DataConfig, ViewConfig
-from training.data import load_batches, open_samples
-from training.order import batch_positions
+from training.data.order import batch_positions
+from training.data.samples import load_batches, open_samples
 
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 VIEWS, CAPTIONS, DIM = 10, 6, 768

@@ -56,15 +56,15 @@ def first_shard(root: str) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from small_data import tiny_coca
 
-    from pipeline.cache import CacheConfig, cache
-    from pipeline.caption import CaptionConfig, caption
-    from pipeline.decoding import Decoding
-    from pipeline.dedup import DedupConfig, dedup
-    from pipeline.images import Picture
-    from pipeline.pack import PackConfig, pack
-    from pipeline.raw_shard import Inputs, write_raw_shard
-    from pipeline.sources import Row
-    from pipeline.stage import Stage, Task, run_stage
+    from pipeline.cache.stage import CacheConfig, cache
+    from pipeline.caption.decoding import Decoding
+    from pipeline.caption.stage import CaptionConfig, caption
+    from pipeline.core.runner import Stage, Task, run_stage
+    from pipeline.dedup.stage import DedupConfig, dedup
+    from pipeline.ingest.images import Picture
+    from pipeline.ingest.raw_shard import Inputs, write_raw_shard
+    from pipeline.ingest.url_lists import Row
+    from pipeline.pack.stage import PackConfig, pack
 
     file = io.BytesIO()
     Image.new("L", (8, 8)).save(file, "JPEG", quality=30)
@@ -174,8 +174,8 @@ def _jobs(root: str) -> object:
 
 
 def _pack(root: str, array: bool = False) -> object:
-    from pipeline.pack import PackConfig, pack
-    from pipeline.stage import ALL
+    from pipeline.core.runner import ALL
+    from pipeline.pack.stage import PackConfig, pack
     from slurm.claims import Claims, Failures, Others
 
     if not array:
@@ -197,14 +197,14 @@ def _claims(root: str) -> None:
 
 
 def _order(root: str) -> object:
-    from training.order import Order
+    from training.data.order import Order
 
     order = Order([20_000] * read_dataset(root)["stages"]["pack"]["shards"], 0)
     return order.locate(0), order.locate(order.total // 2)
 
 
 def _check(root: str) -> object:
-    from pipeline.check import CheckConfig, check
+    from pipeline.check.stage import CheckConfig, check
 
     problems = check(CheckConfig(root))
     assert not problems, problems[:3]
@@ -212,7 +212,7 @@ def _check(root: str) -> object:
 
 
 def _vocab(root: str) -> object:
-    from pipeline.vocab import VocabConfig, vocab
+    from pipeline.labels.vocab_stage import VocabConfig, vocab
 
     return vocab(VocabConfig(root, min_count=0))
 
@@ -222,7 +222,7 @@ def _open(root: str, teacher: str = "") -> object:
 
     from shards_spec.models import LoadedModel
     from training.config import CacheConfig, DataConfig, ViewConfig
-    from training.data import open_samples
+    from training.data.samples import open_samples
 
     student = LoadedModel(None, open_clip.get_tokenizer("ViT-B-32"), {}, 32, (0.5,) * 3, (0.5,) * 3)
     samples = open_samples(DataConfig(data=root), CacheConfig(teacher) if teacher else ViewConfig(), student, 0)
@@ -244,11 +244,11 @@ MEASURES: dict[str, tuple[str, Measure]] = {
     "teacher": ("the same with a teacher cache", lambda root: _open(root, "tea")),
     "order": ("a place in the order, shards of 20,000", _order),
 }
-HEAVY = dict.fromkeys(("open", "teacher", "order"), ("open_clip", "training.data"))
+HEAVY = dict.fromkeys(("open", "teacher", "order"), ("open_clip", "training.data.samples"))
 LIGHT = (
-    "pipeline.pack",
-    "pipeline.check",
-    "pipeline.vocab",
+    "pipeline.pack.stage",
+    "pipeline.check.stage",
+    "pipeline.labels.vocab_stage",
     "slurm.submit",
     "slurm.status",
     "slurm.claims",

@@ -59,8 +59,8 @@ def placed(folder: Path, path: str, data: bytes) -> str:
 
 def read_source(source: str) -> None:
     """All rows of a list, a tar or a folder and the bytes of the images that it brings: what ``ingest`` does first."""
-    from pipeline.places import PlaceError, forget_places, read_place
-    from pipeline.sources import detect, estimate_rows, list_rows
+    from pipeline.ingest.rows import PlaceError, forget_places, read_place
+    from pipeline.ingest.url_lists import detect, estimate_rows, list_rows
 
     form = detect(source)
     estimate_rows(source, form)
@@ -329,7 +329,7 @@ class Picture(Target):
         return [*found, ("x.jpeg", file.getvalue())]
 
     def run(self, folder: Path, path: str, data: bytes) -> None:
-        from pipeline.images import PictureRules, to_outcome
+        from pipeline.ingest.images import PictureRules, to_outcome
         from shards_spec.images import decode_rgb
 
         to_outcome(data, PictureRules(image_size=64))
@@ -370,9 +370,9 @@ class Dataset(Tree):
     def build(self, valid: Path) -> None:
         from small_training import write_teacher
 
-        from pipeline.dedup import DedupConfig, dedup
-        from pipeline.pack import PackConfig, pack
-        from pipeline.vocab import VocabConfig, vocab
+        from pipeline.dedup.stage import DedupConfig, dedup
+        from pipeline.labels.vocab_stage import VocabConfig, vocab
+        from pipeline.pack.stage import PackConfig, pack
 
         root = str(valid)
         write_raw(root, 2, 5)
@@ -384,10 +384,10 @@ class Dataset(Tree):
         write_teacher(root, keys, views=1, captions=2)
 
     def run(self, folder: Path, path: str, data: bytes) -> None:
-        from pipeline.check import CheckConfig, check
-        from pipeline.pack import PackConfig, pack
+        from pipeline.check.stage import CheckConfig, check
+        from pipeline.core.runner import ShardsFailed
+        from pipeline.pack.stage import PackConfig, pack
         from pipeline.report import ReportConfig, report
-        from pipeline.stage import ShardsFailed
         from shards_spec.files import DataError, UserError
 
         root = self.with_change(folder, path, data)
@@ -407,7 +407,7 @@ class Dataset(Tree):
 
 def write_captions(root: str) -> None:
     """ROOT/captions/cap as ``caption --similarity`` leaves it, without a model."""
-    from pipeline.caption import FIELDS, SIMILARITY_FIELDS
+    from pipeline.caption.stage import FIELDS, SIMILARITY_FIELDS
     from shards_spec.files import join, sha256_file
     from shards_spec.manifest import Done, shard_name, write_stage
     from shards_spec.tar import read_shard
@@ -450,7 +450,7 @@ class Adopted(Tree):
             placed(valid, f"{shard:05d}_stats.json", json.dumps(stats).encode())
 
     def run(self, folder: Path, path: str, data: bytes) -> None:
-        from pipeline.ingest import IngestConfig, ingest
+        from pipeline.ingest.stage import IngestConfig, ingest
 
         ingest(IngestConfig(str(folder / "root"), self.with_change(folder / "source", path, data), workers=1))
 
@@ -478,7 +478,7 @@ class Run(Tree):
 
     def run(self, folder: Path, path: str, data: bytes) -> None:
         from pipeline.report import ReportConfig, report
-        from training.run_dir import load_checkpoint
+        from training.runs.run_folder import load_checkpoint
 
         run = self.with_change(folder, path, data)
         if path.endswith(".pt"):
@@ -575,8 +575,8 @@ class Json(Target):
         return name, json.dumps(value(4)).encode("utf-8", "surrogatepass")
 
     def run(self, folder: Path, path: str, data: bytes) -> None:
-        from pipeline.catlip_vocab import read_catlip
-        from pipeline.class_map import read_names
+        from pipeline.labels.catlip_pickle import read_catlip
+        from pipeline.labels.classes_stage import read_names
         from shards_spec.manifest import read_dataset, read_done
         from shards_spec.models import load_model
         from shards_spec.sample import Sample

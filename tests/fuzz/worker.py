@@ -49,7 +49,7 @@ def limit_memory() -> None:
 
 def complaint(target, data: bytes, name: str, folder: Path) -> str | None:
     """What is wrong with how an input was taken; None when nothing is."""
-    from pipeline.stage import ShardsFailed
+    from pipeline.core.runner import ShardsFailed
     from shards_spec.files import DataError, UserError
 
     faulthandler.dump_traceback_later(HANG_S, exit=True)

@@ -22,9 +22,9 @@ from tyro.conf import OmitArgPrefixes
 from shards_spec.files import UserError
 from shards_spec.models import LoadedModel
 from training.config import CacheConfig, DataConfig, ModelConfig, RunConfig, require
-from training.losses import affinity_loss, clip_loss, feature_loss
-from training.optim import OptimConfig
-from training.teacher_cache import TeacherCache
+from training.data.teacher_cache import TeacherCache
+from training.engine.optim import OptimConfig
+from training.losses.distillation import affinity_loss, clip_loss, feature_loss
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,10 @@ from tyro.conf import OmitArgPrefixes
 from shards_spec.files import UserError
 from shards_spec.models import LoadedModel
 from shards_spec.vocab import Vocabulary
-from training.classifier import Classifier, new_classifier
 from training.config import DataConfig, LabelConfig, ModelConfig, RunConfig, SideConfig, ViewConfig, total_steps
-from training.data import Labels, Samples, find_vocabulary, open_samples
-from training.multilabel import (
+from training.data.samples import Labels, Samples, find_vocabulary, open_samples
+from training.engine.optim import OptimConfig
+from training.losses.multilabel import (
     PAD,
     RangeAugment,
     curriculum_loss,
@@ -50,7 +50,7 @@ from training.multilabel import (
     sigmoid_loss,
     softmax_loss,
 )
-from training.optim import OptimConfig
+from training.models.classifier import Classifier, new_classifier
 
 LOSSES = {"sigmoid": sigmoid_loss, "softmax": softmax_loss}
 SIDES = tuple(range(128, 321, 16))

@@ -17,9 +17,9 @@ from tyro.conf import OmitArgPrefixes
 
 from shards_spec.models import LoadedModel
 from training.config import DataConfig, ModelConfig, RunConfig, ViewConfig
-from training.losses import clip_loss
-from training.optim import OptimConfig
-from training.teacher_cache import TeacherCache
+from training.data.teacher_cache import TeacherCache
+from training.engine.optim import OptimConfig
+from training.losses.distillation import clip_loss
 
 
 @dataclass(frozen=True)

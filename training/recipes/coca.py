@@ -19,9 +19,9 @@ from tyro.conf import OmitArgPrefixes
 from shards_spec.files import UserError
 from shards_spec.models import LoadedModel
 from training.config import DataConfig, ModelConfig, RunConfig, ViewConfig, require
-from training.losses import clip_loss
-from training.optim import OptimConfig
-from training.teacher_cache import TeacherCache
+from training.data.teacher_cache import TeacherCache
+from training.engine.optim import OptimConfig
+from training.losses.distillation import clip_loss
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ sides of 128 to 320 by 32, measured at 224 cut from 232, RangeAugment. AdamW is 
 """
 
 from training.config import ModelConfig, RunConfig, SideConfig, ViewConfig
-from training.optim import OptimConfig
-from training.pictures import PictureConfig
-from training.transfer import Task as Task
-from training.transfer import TransferConfig
-from training.transfer import prepare as prepare
+from training.data.labelled_images import PictureConfig
+from training.engine.optim import OptimConfig
+from training.recipes.transfer import Task as Task
+from training.recipes.transfer import TransferConfig
+from training.recipes.transfer import prepare as prepare
 
 Config = TransferConfig
 

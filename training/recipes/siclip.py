@@ -28,7 +28,7 @@ each the default here where sources are silent, the other one being an option wh
 - ICL's scale is the exponential of a parameter, clamped to 100 and saved. CLIP-KD uses the parameter, ln(1/0.07), as
   it is, which cannot go below 4.69 at batch 1536: --icl-raw-scale.
 - The order of the weights, and that CLIP's has weight 1.
-- Pair matching: see `training.pairs`; --pm-logits, --pm-raw, --pm-similarity.
+- Pair matching: see `training.losses.pair_matching`; --pm-logits, --pm-raw, --pm-similarity.
 - What is frozen: all that has S0's weights outside of the SAS-P blocks, also after them: --train-tail. Inside of the
   blocks norm and FFN start from S0's and are trained: --no-inherit-ffn, --inherit-keys, --exact-norm.
 - S0 sees the student's picture and text (live). From a cache, the views are the cache's, and any teacher will do.
@@ -52,13 +52,13 @@ from tyro.conf import OmitArgPrefixes
 from shards_spec.files import UserError
 from shards_spec.models import NO_TRUST, LoadedModel, Trust, load_model
 from training.config import CacheConfig, DataConfig, ModelConfig, RunConfig, ViewConfig, require
-from training.inherit import freeze, inherit_siclip
-from training.losses import clip_loss, element_feature_loss, full, interactive_loss, relation_loss
+from training.data.teacher_cache import TeacherCache
+from training.engine.optim import OptimConfig
+from training.losses.distillation import clip_loss, element_feature_loss, full, interactive_loss, relation_loss
+from training.losses.pair_matching import PairHead, key_ids, pair_loss, sample_negatives, text_ids
+from training.models.inheritance import freeze, inherit_siclip
 from training.models.mobileclip import image_prefix, image_rest, with_text_tower
-from training.optim import OptimConfig
-from training.pairs import PairHead, key_ids, pair_loss, sample_negatives, text_ids
-from training.student import load_run, new_student
-from training.teacher_cache import TeacherCache
+from training.runs.student import load_run, new_student
 
 MAX_SCALE = math.log(100)
 TAIL = (

@@ -1,0 +1,1 @@
+"""Teacher embeddings of views and captions."""

@@ -1,0 +1,62 @@
+"""The convenient form of a teacher cache: ordinary lists of float32, for pandas and DuckDB."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.core.runner import Result, Stage, Summary, Task, run_stage, upstream_shards
+from shards_spec.files import UserError, atomic_writer, join, names, sha256_file
+from shards_spec.manifest import forget, read_done, shard_name
+from shards_spec.teacher_shard import CachedShard
+from shards_spec.views import draw_view, stored_spec
+
+
+def export_lists(root: str, name: str, overwrite: bool) -> Summary:
+    """Write ``teacher/NAME/lists/NNNNN.parquet``: key, ``image_0`` … ``text_0`` … as lists, ``view_0`` … packed.
+
+    Raises UserError when there is no such cache, ShardsFailed.
+    """
+    if name not in (there := names(join(root, "teacher"))):
+        raise UserError(f"no teacher/{name} in {root}, there are: {', '.join(there) or 'none'}; say --name")
+    folder = f"teacher/{name}"
+    shards = upstream_shards(root, folder, f"cache/{name}")
+    stage = Stage(f"cache-lists/{name}", f"{folder}/lists", {"teacher": name})
+
+    def inputs(shard: int) -> dict[str, str]:
+        done = read_done(join(root, folder), shard)
+        return done.outputs if done else {}
+
+    tasks = (Task(shard, inputs(shard)) for shard in shards)
+    return run_stage(
+        root, stage, tasks, partial(_export_shard, stage=stage, name=name), total=len(shards), overwrite=overwrite
+    )
+
+
+def _export_shard(root: str, task: Task, *, stage: Stage, name: str) -> Result:
+    cached = CachedShard(root, name, task.shard)
+    columns = sorted(
+        {column for file in cached.files for column in file.names},
+        key=lambda column: (column[0], int(column.rpartition("_")[2])),
+    )
+    spec, keys = stored_spec(cached.path, cached.config["views"]), cached.files[-1].keys
+    table: dict[str, Any] = {"key": pa.array(keys, pa.string())}
+    for view in range(cached.config["num_views"]):
+        table[f"view_{view}"] = pa.array([draw_view(spec, key, view).pack() for key in keys], pa.binary())
+    for column in columns:
+        vectors = cached.file(column).vectors(column)
+        table[column] = _lists(vectors.as_floats().astype(np.float32), vectors.present)
+    path = f"{stage.folder}/{shard_name(task.shard)}.parquet"
+    forget(join(root, stage.folder), task.shard)
+    with atomic_writer(join(root, path)) as file:
+        pq.write_table(pa.table(table), file)
+    return Result({"success": len(keys)}, {path: sha256_file(join(root, path))})
+
+
+def _lists(values: np.ndarray, present: np.ndarray) -> Any:
+    """list<float32> of (n, D), null where not ``present``."""
+    ends = np.concatenate([[0], np.cumsum(present)]).astype(np.int32) * np.int32(values.shape[1])
+    flat = pa.array(values[present].ravel(), pa.float32())
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), flat, mask=pa.array(~present))

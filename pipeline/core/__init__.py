@@ -1,0 +1,1 @@
+"""What every stage shares: the runner, prefetching, worker processes, devices."""

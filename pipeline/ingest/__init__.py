@@ -1,0 +1,1 @@
+"""Sources of every form into raw shards."""

@@ -1,0 +1,97 @@
+"""Which rows a list's user wants: captions, conditions on columns, excluded links and pictures, duplicates.
+
+Each `no` is a named reason.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from pipeline.core.likeness import EXACT, NEAR, caption_problem, duplicates
+from pipeline.dedup.image_match import alike, fingerprint
+from pipeline.ingest.additional_columns import Condition
+from pipeline.ingest.images import Outcome, Picture
+from pipeline.ingest.rows import Row, lines
+from shards_spec.files import UserError, exists, sha256_bytes
+from shards_spec.images import decode_rgb
+
+EXCLUDED_URL, EXCLUDED_PICTURE = "excluded address", "excluded picture"
+Hashes = np.ndarray[tuple[int], np.dtype[np.uint64]]
+
+
+def _hash(text: str) -> int:
+    return int(sha256_bytes(text.encode(errors="surrogatepass"))[:16], 16)
+
+
+def read_exclusions(paths: Iterable[str]) -> Hashes:
+    """Sorted 64-bit hashes of the lines of text files, gzipped or not: addresses, or sha256 of pictures in hex.
+
+    8 bytes a line: lists of many millions fit. Raises UserError for a file that is not there.
+    """
+    return np.unique(np.fromiter((_hash(line) for path in paths for line in _lines(path)), np.uint64))
+
+
+def _lines(path: str) -> Iterator[str]:
+    if not exists(path):
+        raise UserError(f"--exclude {path}: no such file; give a text file with an address or a sha256 per line")
+    for line in lines(path):
+        text = line.decode(errors="surrogateescape").strip()
+        if text:
+            yield text.lower() if len(text) == 64 else text
+
+
+@dataclass(frozen=True)
+class Selection:
+    """``min_caption_chars`` and ``max_caption_chars`` 0: no limit; ``near_bits`` None: no near-duplicates."""
+
+    sane_captions: bool = False
+    min_caption_chars: int = 0
+    max_caption_chars: int = 0
+    duplicates: bool = False
+    near_bits: int | None = None
+    where: tuple[Condition, ...] = ()
+    exclusions: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
+
+    def before(self, rows: list[Row]) -> list[Row]:
+        """Rows, with a problem where they need not even be downloaded."""
+        return [replace(row, problem=row.problem or self._problem(row)) for row in rows]
+
+    def _problem(self, row: Row) -> str | None:
+        if row.url is not None and self._is_excluded(row.url):
+            return EXCLUDED_URL
+        if (failed := next((condition for condition in self.where if not condition.holds(row)), None)) is not None:
+            return failed.reason
+        return caption_problem(row.caption, self.min_caption_chars, self.max_caption_chars, self.sane_captions)
+
+    def after(self, rows: list[Row], outcomes: list[Outcome]) -> list[Outcome]:
+        """Outcomes, with a reason in place of the pictures that are excluded or stand earlier in the shard."""
+        kept: list[Outcome] = [
+            EXCLUDED_PICTURE if isinstance(outcome, Picture) and self._is_excluded(outcome.sha256) else outcome
+            for outcome in outcomes
+        ]
+        if not self.duplicates:
+            return kept
+        pictures = [outcome if isinstance(outcome, Picture) else None for outcome in kept]
+        sha256s = [picture.sha256 if picture else None for picture in pictures]
+        hashes = [picture.phash if picture else None for picture in pictures]
+        copies = dict[int, np.ndarray]()
+
+        def same(one: int, other: int) -> bool:
+            for index in {one, other} - set(copies):
+                picture = pictures[index]
+                assert picture is not None  # what failed is no candidate
+                copies[index] = fingerprint(decode_rgb(picture.data))
+            return alike(copies[one], copies[other])
+
+        found = duplicates([row.url for row in rows], sha256s, hashes, self.near_bits, same)
+        for index, first in found.items():
+            kept[index] = EXACT if sha256s[index] == sha256s[first] else NEAR
+        return kept
+
+    def _is_excluded(self, text: str) -> bool:
+        if not len(self.exclusions):
+            return False
+        wanted = np.uint64(_hash(text))
+        place = int(np.searchsorted(self.exclusions, wanted))
+        return place < len(self.exclusions) and bool(self.exclusions[place] == wanted)

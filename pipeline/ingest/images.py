@@ -1,0 +1,143 @@
+"""Bytes in, bytes out: decode any picture, turn it upright, make it RGB, shrink its shorter side, write a JPEG.
+
+No files and no network here, so it runs in any process. A picture that is a small upright RGB JPEG already keeps
+its bytes. What is decoded, and how, is `shards_spec.images`.
+"""
+
+import io
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import ExifTags, Image, ImageFile
+
+from pipeline.core.likeness import perceptual_hash, picture_problem
+from shards_spec.files import sha256_bytes
+from shards_spec.images import MAX_PIXELS, SIDEWAYS, load_rgb, open_image, read_exif, turn_of
+from shards_spec.pixels import BadImage
+
+JPEG_QUALITY = 95
+RESIZE = "resize: "  # reasons that begin so are counted as img2dataset's failed_to_resize
+MAX_EXIF_CHARS = 1000  # of one value; makers hide whole previews in there
+
+
+@dataclass(frozen=True)
+class PictureRules:
+    """``image_size`` (of the shorter side) and ``min_size`` are pixels; ``max_aspect_ratio`` 0 allows any."""
+
+    image_size: int = 256
+    max_pixels: int = MAX_PIXELS
+    min_size: int = 0
+    max_aspect_ratio: float = 0.0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """``data`` is a JPEG of ``width`` x ``height`` pixels.
+
+    ``original_*`` are the upright sizes before shrinking, ``exif`` is JSON (tag name to text), ``sha256`` is of the
+    bytes that came in, ``phash`` is `likeness.perceptual_hash` of the pixels.
+    """
+
+    data: bytes
+    width: int
+    height: int
+    original_width: int
+    original_height: int
+    exif: str
+    sha256: str
+    phash: str | None
+
+
+Outcome = Picture | str  # of a row: the picture, or the named reason why there is none
+
+
+def to_outcome(data: bytes, rules: PictureRules) -> Outcome:
+    """`convert`, with a reason in place of an error."""
+    try:
+        return convert(data, rules)
+    except BadImage as error:
+        return f"{RESIZE}{error}"
+
+
+def convert(data: bytes, rules: PictureRules) -> Picture:
+    """The picture with its shorter side at most ``rules.image_size`` pixels. Raises BadImage."""
+    image = open_image(data, rules.max_pixels)
+    if problem := picture_problem(*image.size, rules.min_size, rules.max_aspect_ratio or math.inf):
+        raise BadImage(problem)
+    width, height = image.size
+    pixels, scaled = _decode(image, _shrunk(image.size, rules.image_size))
+    if not scaled:  # a TIFF has turned itself by now, of an icon the largest image was taken
+        width, height = pixels.size
+    size, jpeg = _shrunk((width, height), rules.image_size), image.format == "JPEG" and image.mode == "RGB"
+    exif = read_exif(image)  # after the pixels: for some formats Pillow decodes here too, and hides what breaks
+    turn = turn_of(exif)
+    if pixels.size != size:
+        pixels = pixels.resize(size, Image.Resampling.HAMMING)
+    if turn is not None:
+        pixels = pixels.transpose(turn)
+        width, height = (height, width) if turn in SIDEWAYS else (width, height)
+    keep = jpeg and turn is None and size == (width, height)
+    encoded = data if keep else _encode(pixels)
+    exif_json = json.dumps(_exif_texts(exif)) if exif else "{}"
+    phash = perceptual_hash(pixels)
+    return Picture(encoded, *pixels.size, width, height, exif_json, sha256_bytes(data), phash)
+
+
+def _decode(image: ImageFile.ImageFile, size: tuple[int, int]) -> tuple[Image.Image, bool]:
+    """All pixels as RGB, and whether at a smaller scale: of a large JPEG half, quarter or eighth, never below ``size``.
+
+    With Pillow's HAMMING filter after it the pixels are 40 dB and more from a full decode and Lanczos
+    (`tests/test_pipeline_images.py` measures), for half the time of a full decode and a bicubic filter.
+    """
+    scaled = image.draft(None, size) is not None
+    return load_rgb(image), scaled
+
+
+def _shrunk(size: tuple[int, int], image_size: int) -> tuple[int, int]:
+    """``size`` with its shorter side at ``image_size``, when it is larger."""
+    shorter = min(size)
+    if shorter <= image_size:
+        return size
+    width, height = (max(1, round(side * image_size / shorter)) for side in size)
+    return width, height
+
+
+def _encode(pixels: Image.Image) -> bytes:
+    file = io.BytesIO()
+    pixels.save(file, "JPEG", quality=JPEG_QUALITY)
+    return file.getvalue()
+
+
+def _exif_texts(exif: Image.Exif | None) -> dict[str, str]:
+    """Tags named as exifread names them (img2dataset's EXIF reader): ``Image Make``, ``EXIF ISOSpeedRatings``."""
+    texts: dict[str, str] = {}
+    if not exif:
+        return texts
+    parts: tuple[tuple[str, int | None, dict[int, str]], ...] = (
+        ("Image", None, ExifTags.TAGS),
+        ("EXIF", ExifTags.IFD.Exif, ExifTags.TAGS),
+        ("GPS", ExifTags.IFD.GPSInfo, ExifTags.GPSTAGS),
+    )
+    for part, directory, tag_names in parts:
+        try:
+            tags: dict[int, Any] = dict(exif) if directory is None else exif.get_ifd(directory)
+            for tag, value in tags.items():
+                text = _exif_text(value)
+                if tag in tag_names and text is not None:
+                    texts[f"{part} {tag_names[tag]}"] = text
+        except Exception:  # damaged directories raise anything
+            continue
+    return texts
+
+
+def _exif_text(value: Any) -> str | None:
+    """The value as text; None for binary or very long values."""
+    if isinstance(value, bytes):
+        value = value.rstrip(b"\0")
+        if not value.isascii():
+            return None
+        value = value.decode()
+    text = str(value).strip()
+    return text if len(text) <= MAX_EXIF_CHARS and (text.isprintable() or text == "") else None

@@ -1,0 +1,1 @@
+"""WordNet synsets of captions, vocabularies, class names."""

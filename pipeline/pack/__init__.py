@@ -1,0 +1,1 @@
+"""Raw images, captions and synsets into final shards."""

@@ -1,0 +1,1 @@
+"""Samples in order, from shards and teacher caches."""

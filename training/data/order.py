@@ -1,0 +1,163 @@
+"""Which sample comes at which position: arithmetic, so resuming is arithmetic too.
+
+The stream is endless. Position ``epoch * N + p`` is the p-th sample of that epoch, N the samples of the dataset, so
+a batch may cross epochs. An epoch permutes the shards and lays their samples in a row. The row is cut into ``streams``
+parts of equal length (one sample more or less), which are read side by side: position p lies in part p mod streams. A
+part permutes all samples of ``window`` shards at a time. So every sample comes once per epoch, about streams · window
+shards are open at a time, and ranks that take turns (`batch_positions`) read other parts, hence other shards, when
+their number divides ``streams``.
+
+Permutations sort raw Philox draws, whose stream numpy guarantees; ``Generator.permutation`` it may change.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count, pairwise
+
+import numpy as np
+
+from shards_spec.counter_rng import raw_draws
+from shards_spec.files import UserError
+from training.data.lru import Recent
+
+
+@dataclass(frozen=True)
+class Place:
+    """A position's sample: its epoch, its shard and its index in the shard; ``window`` is (stream, number)."""
+
+    epoch: int
+    shard: int
+    index: int
+    window: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    shards: np.ndarray  # (shards,) shard ids in the epoch's order
+    ends: np.ndarray  # (shards,) where each of them ends in the row
+    windows: list[np.ndarray]  # per stream (windows + 1,) where its windows start in the row, then its end
+
+
+class Order:
+    """The order of a dataset whose shard i holds ``sizes[i]`` samples. Memory: one permutation per open window."""
+
+    def __init__(self, sizes: list[int], seed: int, streams: int = 8, window: int = 2) -> None:
+        self.sizes = np.asarray(sizes, np.int64)
+        self.seed, self.streams, self.window = seed, streams, window
+        self.total = int(self.sizes.sum())
+        if self.total < 1:
+            raise UserError("the dataset holds no sample: run the stages that fill it first")
+        # twice what is open, since a batch may lie across two windows or epochs
+        self._epochs: Recent[int, _Epoch] = Recent(2)
+        self._windows: Recent[tuple[int, int, int], np.ndarray] = Recent(2 * streams)
+
+    def locate(self, position: int) -> Place:
+        """The sample at ``position`` >= 0 of the endless stream."""
+        epoch, offset = divmod(position, self.total)
+        layout = self._epochs.get(epoch, lambda: self._epoch(epoch))
+        rank, stream = divmod(offset, self.streams)
+        starts = layout.windows[stream]
+        number = int(np.searchsorted(starts, starts[0] + rank, side="right")) - 1
+        places = self._windows.get((epoch, stream, number), lambda: self._window(epoch, stream, number, starts))
+        place = int(starts[number] + places[starts[0] + rank - starts[number]])
+        which = int(np.searchsorted(layout.ends, place, side="right"))
+        shard = int(layout.shards[which])
+        return Place(epoch, shard, place - int(layout.ends[which] - self.sizes[shard]), (stream, number))
+
+    def next_shards(self, place: Place) -> list[int]:
+        """The shards that its stream opens when it is through with the window of ``place``; none at an epoch's end."""
+        layout = self._epochs.get(place.epoch, lambda: self._epoch(place.epoch))
+        starts, number = layout.windows[place.window[0]], place.window[1] + 1
+        if number + 1 >= len(starts):
+            return []
+        first, last = np.searchsorted(layout.ends, (starts[number], starts[number + 1] - 1), side="right")
+        return [int(shard) for shard in layout.shards[first : last + 1] if self.sizes[shard]]
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        shards = _permutation(f"{self.seed}/{epoch}", len(self.sizes))
+        ends = np.cumsum(self.sizes[shards])
+        cuts = np.arange(self.streams + 1) * (self.total // self.streams)
+        cuts += np.minimum(np.arange(self.streams + 1), self.total % self.streams)
+        windows = []
+        for low, high in pairwise(cuts.tolist()):
+            inner = ends[np.searchsorted(ends, low, side="right") : np.searchsorted(ends, high, side="left")]
+            windows.append(np.append(np.unique(np.append(low, inner))[:: self.window], high))
+        return _Epoch(shards, ends, windows)
+
+    def _window(self, epoch: int, stream: int, number: int, starts: np.ndarray) -> np.ndarray:
+        return _permutation(f"{self.seed}/{epoch}/{stream}/{number}", int(starts[number + 1] - starts[number]))
+
+
+def _permutation(name: str, count: int) -> np.ndarray:
+    return np.argsort(raw_draws(f"order/{name}", count), kind="stable")
+
+
+def batch_positions(
+    samples_seen: int, batches: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[range]:
+    """Positions of a rank's share of each of the next ``batches`` global batches.
+
+    The global batch is ``batch_size`` positions from ``samples_seen`` on (counted over all ranks); rank r takes the
+    r-th and every world_size-th after it, so the shares tile it for any world size that divides it. Raises UserError.
+    """
+    if batch_size % world_size:
+        raise UserError(f"--batch-size {batch_size}: must be a multiple of the {world_size} processes")
+    for batch in range(batches):
+        start = samples_seen + batch * batch_size
+        yield range(start + rank, start + batch_size, world_size)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Each step's global batch, a pure function of (seed, step): the side of its pictures, and how many they are.
+
+    Without ``sides`` all batches are ``batch_size`` pictures of the student's own side. With them one side is drawn per
+    step, for all processes alike, and a batch of side s has about as many pixels as ``batch_size`` pictures of ``base``
+    pixels: ``int(B base^2 / s^2)`` for each of ``parts`` equal parts B of ``batch_size``, what CatLIP gives each
+    of its GPUs (arXiv 2404.15653).
+    """
+
+    batch_size: int
+    sides: tuple[int, ...] = ()
+    base: int = 224
+    parts: int = 1
+    seed: int = 0
+
+    def side(self, step: int) -> int | None:
+        """Pixels; None is the student's own."""
+        if not self.sides:
+            return None
+        return self.sides[int(raw_draws(f"side/{self.seed}/{step}", 1)[0] % np.uint64(len(self.sides)))]
+
+    def size(self, step: int) -> int:
+        """Samples of the global batch of a step."""
+        return self.of_side(self.side(step))
+
+    def of_side(self, side: int | None) -> int:
+        """Samples of a global batch of pictures of ``side`` pixels."""
+        if side is None:
+            return self.batch_size
+        return self.parts * max(1, int(self.batch_size / self.parts * self.base**2 / side**2))
+
+    @property
+    def mean(self) -> float:
+        """Samples of a global batch, on average."""
+        sizes = [self.of_side(side) for side in self.sides or (None,)]
+        return sum(sizes) / len(sizes)
+
+    def positions(
+        self, step: int, samples_seen: int, steps: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[range]:
+        """Positions of a rank's share of each of the next ``steps`` global batches, as `batch_positions` shares them.
+
+        Raises UserError where the processes cannot share them equally.
+        """
+        if self.sides and self.parts % world_size:
+            raise UserError(f"--batch-parts {self.parts}: must be a multiple of the {world_size} processes")
+        for number in range(step, step + steps):
+            yield from batch_positions(samples_seen, 1, self.size(number), rank, world_size)
+            samples_seen += self.size(number)
+
+    def sides_from(self, step: int) -> Iterator[int | None]:
+        """The sides of the batches from ``step`` on, without end."""
+        return (self.side(number) for number in count(step))

@@ -1,0 +1,129 @@
+"""The teacher cache read beside the shards: what is in it is checked before a row is believed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shards_spec.embeddings import EmbeddingFile
+from shards_spec.files import DataError, UserError, exists, join, names
+from shards_spec.manifest import file_hash, shard_name
+from shards_spec.teacher_shard import CachedShard
+from shards_spec.views import ViewSpec, stored_spec
+from training.data.local_copies import Nearby
+from training.data.lru import Recent
+
+SAME = ("model", "pretrained", "weights_sha256", "logit_scale", "views_sha256", "dim")
+AGAIN = "delete it and run `clipmill cache` again"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One shard's features in the shard's order, read row by row; ``files`` has the file of each column."""
+
+    path: str
+    keys: list[str]
+    files: dict[str, EmbeddingFile]
+
+    def row(self, column: str, index: int) -> np.ndarray:
+        """(D,) float32. Raises DataError when the cache has no such row."""
+        file = self.files.get(column)
+        row = file.row(column, index) if file else None
+        if row is None or np.isnan(row).any():
+            raise DataError(f"{self.path}: key {self.keys[index]} has no {column}; {AGAIN}")
+        return row
+
+
+class TeacherCache:
+    """The cache ``ROOT/teacher/NAME``. Holds the rows of at most ``capacity`` shards.
+
+    ``views``, ``num_views``, ``logit_scale`` (the scale itself) and ``dim`` come from the first shard's metadata;
+    every other shard must agree. Raises UserError when there is no such cache, DataError when it is broken.
+    """
+
+    def __init__(
+        self, root: str, name: str, shards: int, capacity: int = 24, original_only: bool = False,
+        nearby: Nearby | None = None,
+    ) -> None:  # fmt: skip
+        self.root, self.name, self.original_only = root, _pick(root, name), original_only
+        self.near = (nearby or Nearby()).get
+        present = set(names(join(root, "teacher", self.name)))
+        if missing := [shard for shard in range(shards) if f"{shard_name(shard)}.parquet" not in present]:
+            raise UserError(
+                f"{self.path(missing[0])} is not there ({len(missing)} of {shards} shards are missing): "
+                f"run `clipmill cache {root}` to its end"
+            )
+        first = CachedShard(root, self.name, 0, self.near)
+        self.meta = first.files[0].meta
+        if lacking := [field for field in (*SAME, "views") if field not in self.meta]:
+            raise DataError(f"{self.path(0)}: its metadata has no {lacking[0]}; {AGAIN}")
+        if first.find("text_0") is None:
+            raise UserError(f"--teacher {self.name!r} is an image-only teacher's cache; take one that has captions too")
+        self.views = view_spec(self.path(0), self.meta)
+        self.num_views: int = first.config["num_views"]
+        self.logit_scale: float = self.meta["logit_scale"]
+        self.dim: int = self.meta["dim"]
+        self._rows: Recent[tuple[int, int], Rows] = Recent(capacity)
+
+    def path(self, shard: int) -> str:
+        """The Parquet file of a shard."""
+        return join(self.root, "teacher", self.name, f"{shard_name(shard)}.parquet")
+
+    def rows(self, shard: int, view: int, keys: list[str]) -> Rows:
+        """Rows of one view and of the captions, in the order of ``keys`` (the shard's).
+
+        Raises DataError naming file, key and mend when they are not that shard's.
+        """
+        return self._rows.get((shard, view), lambda: self._read(shard, view, keys))
+
+    def _read(self, shard: int, view: int, keys: list[str]) -> Rows:
+        path, tar = self.path(shard), f"shards/{shard_name(shard)}.tar"
+        if not exists(path):
+            raise DataError(f"{path} is not there any more; run `clipmill cache {self.root}` again")
+        cached = CachedShard(self.root, self.name, shard, self.near)
+        if cached.config["num_views"] != self.num_views:
+            raise DataError(
+                f"{path}: {cached.config['num_views']} views, {self.path(0)} has {self.num_views}; run `clipmill cache "
+                f"{self.root}` to its end"
+            )
+        if cached.inputs.get(tar) != file_hash(self.root, "shards", shard, tar):
+            raise DataError(f"{path}: made from another {join(self.root, tar)} than the one there; {AGAIN}")
+        texts = [f"text_{i}" for i in range(1 if self.original_only else cached.captions)]
+        files = {column: cached.file(column) for column in (f"image_{view}", *texts)}
+        for file in {file.path: file for file in files.values()}.values():
+            self._check_same(file)
+            _check_keys(file.path, file.keys, keys)
+        return Rows(path, keys, files)
+
+    def _check_same(self, file: EmbeddingFile) -> None:
+        if different := [field for field in SAME if file.meta.get(field) != self.meta[field]]:
+            raise DataError(
+                f"{file.path}: its {different[0]} is {file.meta.get(different[0])!r}, {self.path(0)} has "
+                f"{self.meta[different[0]]!r}; {AGAIN}"
+            )
+
+
+def _pick(root: str, name: str) -> str:
+    found = [entry for entry in names(join(root, "teacher")) if "." not in entry or name == entry]
+    if name in found or (not name and len(found) == 1):
+        return name or found[0]
+    there = ", ".join(found) or "none"
+    asked = f"--teacher {name!r} is not there" if name else "--teacher is needed"
+    raise UserError(f"{asked}: teacher caches in {root} are: {there}; make one with `clipmill cache {root}`")
+
+
+def _check_keys(path: str, stored: list[str], keys: list[str]) -> None:
+    for row, (ours, theirs) in enumerate(zip(stored, keys, strict=False)):
+        if ours != theirs:
+            raise DataError(f"{path}: row {row} is key {ours}, the shard has {theirs} there; {AGAIN}")
+    if len(stored) != len(keys):
+        first = (stored if len(stored) > len(keys) else keys)[min(len(stored), len(keys))]
+        raise DataError(f"{path}: {len(stored)} rows, the shard has {len(keys)}, first odd key {first}; {AGAIN}")
+
+
+def view_spec(path: str, meta: dict[str, Any]) -> ViewSpec:
+    """The ViewSpec of a cache. Raises DataError when this Pillow would render other pixels from it."""
+    spec = stored_spec(path, meta["views"])
+    if spec.sha256 != meta["views_sha256"]:
+        raise DataError(f"{path}: its view spec does not match its hash; {AGAIN}")
+    return spec

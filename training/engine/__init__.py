@@ -1,0 +1,1 @@
+"""Gradients, processes, optimizers, averages, memory."""
