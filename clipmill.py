@@ -35,9 +35,9 @@ COMMANDS = {
         "pipeline.caption.stage",
         "CaptionConfig",
         "caption",
-        "N CoCa captions per picture -> ROOT/captions/NAME",
+        "N CoCa captions per image -> ROOT/captions/NAME",
     ),
-    "pack": ("pipeline.pack.stage", "PackConfig", "pack", "pictures, captions, WordNet synsets -> ROOT/shards"),
+    "pack": ("pipeline.pack.stage", "PackConfig", "pack", "images, captions, WordNet synsets -> ROOT/shards"),
     "vocab": ("pipeline.labels.vocab_stage", "VocabConfig", "vocab", "synsets by frequency -> ROOT/vocab/NAME.tsv"),
     "classes": (
         "pipeline.labels.classes_stage",
@@ -214,8 +214,8 @@ def _run_stage(command: str, function: Any, config: Any) -> int:
         return _fail(1, str(error))
     if command == "dedup":
         exact, near = (summary.counts.get(f"{kind}duplicate image", 0) for kind in ("", "near-"))
-        pictures = sum(summary.counts.values())
-        _say(f"dedup: {exact + near} of {pictures} pictures are duplicates ({exact} exact, {near} near)")
+        images = sum(summary.counts.values())
+        _say(f"dedup: {exact + near} of {images} images are duplicates ({exact} exact, {near} near)")
         return _checked(command, summary)
     others = ", ".join(f"{number} {reason}" for reason, number in summary.counts.items() if reason != "success")
     facts = ", ".join(f"{number} {what}" for what, number in summary.facts.items())

@@ -3,7 +3,7 @@
 
 python demo/named.py ROOT TRUTH.jsonl [CAPTIONER ...]
 
-Precision: of the demo's nouns in the captions, the share that the picture shows. Recall: of the shown things, the
+Precision: of the demo's nouns in the captions, the share that the image shows. Recall: of the shown things, the
 share that the caption names. Both per captioner, over all captions.
 """
 
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 
 def captions(folder: Path, root: Path) -> Iterator[tuple[str, list[str]]]:
-    """(file name of the picture, its captions) of one captioner."""
+    """(file name of the image, its captions) of one captioner."""
     for path in sorted(folder.glob("*.parquet")):
         raw = pq.read_table(root / "raw" / path.name, columns=["key", "url"]).to_pylist()
         files = {row["key"]: row["url"].rpartition("/")[2] for row in raw}

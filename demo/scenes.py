@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Make a small world of captioned pictures, with the faults of a list scraped from the web.
+"""Make a small world of captioned images, with the faults of a list scraped from the web.
 
     python demo/scenes.py OUT --count 3000 --seed 0 --base-url http://127.0.0.1:8000 --eval-count 400
 
-A scene is a 96 x 96 px JPEG: one to three things (the glyphs of `demo/pictures`) on one of 8 backgrounds. Things
+A scene is a 96 x 96 px JPEG: one to three things (the glyphs of `demo/images`) on one of 8 backgrounds. Things
 stand on a grid of 3 x 3 cells in two sizes: that makes the world small enough to be learnt in a minute on two cores.
 What is in it is known, so captions can be checked. OUT receives:
 
@@ -32,7 +32,7 @@ from random import Random
 
 from PIL import Image
 
-PICTURES = Path(__file__).resolve().parent / "pictures"
+IMAGES = Path(__file__).resolve().parent / "images"
 SIDE = 96  # px, width and height of a scene
 GRID = 3  # things stand on a grid of GRID x GRID cells, which are the patches of the demo's ViTs
 CELL = SIDE // GRID  # px
@@ -41,11 +41,11 @@ JPEG_QUALITY = 90
 SHORT_SHARE = 0.50  # captions that leave out the background
 JUNK_SHARE = 0.03  # captions that say nothing about the scene
 MISSING_SHARE = 0.01  # extra rows whose URL does not exist
-HTML_FILES, TRUNCATED_FILES, EMPTY_FILES = 3, 2, 2  # extra rows whose file is no picture
+HTML_FILES, TRUNCATED_FILES, EMPTY_FILES = 3, 2, 2  # extra rows whose file is no image
 
-THINGS = tuple(sorted(path.stem for path in PICTURES.glob("*.png")))
+THINGS = tuple(sorted(path.stem for path in IMAGES.glob("*.png")))
 
-STYLES = ("{}", "{}", "a photo of {}", "a picture of {}")
+STYLES = ("{}", "{}", "a photo of {}", "an image of {}")
 JUNK = (
     "IMG_{n:04d}",
     "DSC{n:05d}.JPG",
@@ -58,7 +58,7 @@ JUNK = (
     "share this on social media",
     "add to cart",
 )
-TEMPLATES = ("{c}", "a {c}", "a photo of a {c}", "a picture of a {c}", "an image of a {c}")
+TEMPLATES = ("{c}", "a {c}", "a photo of a {c}", "an image of a {c}", "an image of a {c}")
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ BACKGROUNDS = {
 
 @cache
 def _glyph(name: str) -> Image.Image:
-    """Return the picture of `name`, RGBA."""
-    with Image.open(PICTURES / f"{name}.png") as picture:
-        return picture.convert("RGBA")
+    """Return the image of `name`, RGBA."""
+    with Image.open(IMAGES / f"{name}.png") as image:
+        return image.convert("RGBA")
 
 
 def _put(name: str, size: str, column: int, row: int) -> Thing:

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
 # CatLIP's figure 4 and Transfer Init in small: one ViT (three layers of width 96, 48 px), the demo's scenes.
 #   make study-catlip      after or before `make demo`; under an hour on two cores; writes docs/catlip.md and two .svg
-# Pre-training by synsets or by CLIP, for 2 to 16 epochs of 5,000 pictures; then linear probes on 4,000 labelled ones.
+# Pre-training by synsets or by CLIP, for 2 to 16 epochs of 5,000 images; then linear probes on 4,000 labelled ones.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 RUN=${RUN:-demo-run}
 SEEDS=${SEEDS:-0 1 2} EPOCHS=${EPOCHS:-2 4 8 16} LANES=${LANES:-2}
 ROOT=$RUN/scenes STUDY=$RUN/catlip
-PICTURES=$STUDY/labelled/eval/zeroshot
+IMAGES=$STUDY/labelled/eval/zeroshot
 export CLIPMILL_LOG=${CLIPMILL_LOG:-WARNING} PYTHONWARNINGS=ignore OMP_NUM_THREADS=1
 [ -f "$ROOT/vocab/all.tsv" ] || RUN=$RUN bash demo/demo.sh
-[ -d "$PICTURES" ] || python demo/scenes.py "$STUDY/labelled" --count 0 --eval-count 2000 --train-count 4000 >/dev/null
+[ -d "$IMAGES" ] || python demo/scenes.py "$STUDY/labelled" --count 0 --eval-count 2000 --train-count 4000 >/dev/null
 
 data=(--data "$ROOT" --captions original --batch-size 128 --scale 0.9 1 --ratio 1 1 --warmup 20)
 run=(--workers 0 --precision fp32)
 catlip=(--model timm:catlip_vit_tiny --sides 48 --base-side 48 --batch-parts 1 --flip 0 --no-range-augment
   --ema-decay 0.99)
-fixed=(--data "$PICTURES" --no-augment --batch-size 64 --final-lr 0 --eval-every-epochs 10000)
+fixed=(--data "$IMAGES" --no-augment --batch-size 64 --final-lr 0 --eval-every-epochs 10000)
 
 pretrain() { # pretrain ROW EPOCHS SEED, then its linear probe with all labels
   local out=$STUDY/$1-$2-$3 words
@@ -36,7 +36,7 @@ transfer() { # transfer INIT FRACTION LR SEED: a probe of 8 epochs with frequenc
     --out "$STUDY/transfer/$1-$2-$3-$4" $([ "$1" = rows ] && echo --class-map "$STUDY/classes.tsv")
 }
 lanes() { xargs -P "$LANES" -I@ bash -c 'set -euo pipefail; eval "$SHARED"; @' >>"$STUDY/log.txt" 2>&1; }
-SHARED=$(declare -p STUDY PICTURES data run catlip fixed; declare -f pretrain transfer)
+SHARED=$(declare -p STUDY IMAGES data run catlip fixed; declare -f pretrain transfer)
 export SHARED
 
 for epochs in $EPOCHS; do
@@ -44,7 +44,7 @@ for epochs in $EPOCHS; do
     for seed in $SEEDS; do echo "pretrain $row $epochs $seed"; done
   done
 done | lanes
-clipmill classes "$PICTURES/classnames.txt" --vocabulary "$ROOT/vocab/all.tsv" --out "$STUDY/classes.tsv"
+clipmill classes "$IMAGES/classnames.txt" --vocabulary "$ROOT/vocab/all.tsv" --out "$STUDY/classes.tsv"
 for fraction in 0.01 0.05 0.25 1; do
   for lr in 1e-4 1e-3 1e-2; do
     for init in rows random; do

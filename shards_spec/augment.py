@@ -1,6 +1,6 @@
-"""What a view does to pixels after the crop: RandAugment's operations and colour jitter, on RGB pictures by Pillow.
+"""What a view does to pixels after the crop: RandAugment's operations and colour jitter, on RGB images by Pillow.
 
-An operation takes a picture and a level: a signed integer on its set's scale, drawn with the view. Sets:
+An operation takes an image and a level: a signed integer on its set's scale, drawn with the view. Sets:
 
 ``torchvision``: torchvision.transforms.RandAugment, 14 operations, level = signed bin of 31 (-30 to 30), nearest
 neighbour, black outside; its own pixels to the bit.
@@ -8,7 +8,7 @@ neighbour, black outside; its own pixels to the bit.
 ``timm``, ``timm-inc``, ``timm-3a``: timm.data.auto_augment's ``rand-mM-nN``, the same with ``-inc1`` (every operation
 gets stronger with the magnitude) and with ``-t3a`` (3-Augment, DeiT III). Level = signed hundredths of timm's
 magnitude (-1000 to 1000 for 0 to 10). Its own pixels for the same parameters, with the interpolation bicubic (there
-bilinear or bicubic by chance unless set), grey (128) outside, and: a blur's radius is relative to the picture's side,
+bilinear or bicubic by chance unless set), grey (128) outside, and: a blur's radius is relative to the image's side,
 timm's at 224 pixels; Posterize to 0 bits is black, which Pillow refuses by now.
 """
 

@@ -68,12 +68,12 @@ def encode_vectors(values: np.ndarray, dtype: Dtype) -> Vectors:
 
 
 def content_id(content: bytes) -> int:
-    """What a vector was made from: the first 64 bits of the sha256 of a picture's or caption's bytes; never 0."""
+    """What a vector was made from: the first 64 bits of the sha256 of an image's or caption's bytes; never 0."""
     return int(sha256_bytes(content)[:16], 16) or 1
 
 
 def id_column(name: str) -> str:
-    """The column that says what ``image_3`` or ``text_0`` was made from; views of a picture share one."""
+    """The column that says what ``image_3`` or ``text_0`` was made from; views of an image share one."""
     return "id_image" if name.startswith("image_") else f"id_{name}"
 
 

@@ -64,7 +64,7 @@ class LoadedModel:
     std: tuple[float, ...]
 
     def normalise(self, pixels: Any) -> Any:
-        """Pictures (N, 3, S, S) of 0 to 255 -> what the image tower takes, float32; float32 ones are overwritten."""
+        """Images (N, 3, S, S) of 0 to 255 -> what the image tower takes, float32; float32 ones are overwritten."""
         import torch
 
         mean, std = (torch.tensor(own, device=pixels.device).view(3, 1, 1) for own in (self.mean, self.std))

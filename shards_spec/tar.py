@@ -99,7 +99,7 @@ def read_sample(buffer: memoryview, key: str, members: dict[str, Member]) -> Sam
 
 
 def shard_keys(path: str) -> list[str]:
-    """Keys in file order; no picture is copied. Raises DataError as `read_shard` does."""
+    """Keys in file order; no image is copied. Raises DataError as `read_shard` does."""
     with _opened(path) as buffer:
         return [key for key, _ in index_shard(buffer, path)]
 

@@ -1,7 +1,7 @@
 """Replayable views: augmentation drawn from (seed, key, view index) and rendered at any size.
 
 A view is a handful of integers from a counter-based generator (Philox keyed by a hash of the three). Everything in
-it is relative to the picture, so that a teacher at 336 pixels and a student at 256 see the same crop with the same
+it is relative to the image, so that a teacher at 336 pixels and a student at 256 see the same crop with the same
 operations. Rendering is Pillow's, hence bit-identical between machines that have the same Pillow.
 """
 
@@ -40,7 +40,7 @@ class ViewSpec:
     seed: int = 0
     """of the views"""
     scale: tuple[float, float] | None = (0.08, 1.0)
-    """share of the picture that a crop covers, low and high; None is the plain centre crop without anything else"""
+    """share of the image that a crop covers, low and high; None is the plain centre crop without anything else"""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """aspect of a crop, low and high"""
     flip: float = 0.5

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 from PIL import ExifTags, Image
-from web_server import picture
+from web_server import make_image
 
 GOOD_HOSTS = [f"127.0.0.{n}" for n in range(1, 17)]
 MAX_BYTES = 1_000_000  # the kinds expect this ingest --max-bytes,
@@ -40,12 +40,12 @@ LINK = "http://{host}:{port}/{kind}?n={n}"
 OPENSSL = shutil.which("openssl")
 
 
-# pictures
+# images
 
 
 @lru_cache(maxsize=1)
 def _plain() -> bytes:
-    return picture(1)
+    return make_image(1)
 
 
 def marked(text: str) -> bytes:
@@ -61,7 +61,7 @@ def good_body(number: int | str) -> bytes:
 
 def encoded(form: str, mode: str = "RGB", size: tuple[int, int] = (96, 64), **options) -> bytes:
     """A drawing in any form."""
-    return picture(5, size, form, mode, **options)
+    return make_image(5, size, form, mode, **options)
 
 
 def zeros(mebibytes: int) -> bytes:
@@ -132,7 +132,7 @@ def rotated() -> bytes:
 
 
 def odd_profile() -> bytes:
-    """A profile of the right form that no picture viewer has seen: 3,000 bytes of a made-up RGB space."""
+    """A profile of the right form that no image viewer has seen: 3,000 bytes of a made-up RGB space."""
     profile = struct.pack(">I", 3000) + b"test\x02\x10\0\0mntrRGB XYZ " + bytes(12) + b"acsp" + bytes(2960)
     return encoded("JPEG", icc_profile=profile)
 
@@ -308,7 +308,7 @@ async def silence(_peer: Peer) -> None:
 
 
 def only(targets: list[str], body: bytes) -> Answer:
-    """The picture when the request is for one of these, else 404."""
+    """The image when the request is for one of these, else 404."""
 
     async def act(peer: Peer) -> None:
         peer.send(reply(body) if peer.target in targets else reply(b"no such page", "404 Not Found"))
@@ -317,7 +317,7 @@ def only(targets: list[str], body: bytes) -> Answer:
 
 
 async def _hop(peer: Peer) -> None:
-    """/hop/3 leads to /hop/2 and so on, /hop/0 to a picture; with ?slow each takes 0.6 s."""
+    """/hop/3 leads to /hop/2 and so on, /hop/0 to an image; with ?slow each takes 0.6 s."""
     left = int(peer.target.split("?")[0].rpartition("/")[2])
     slow = peer.target.endswith("?slow")
     await asyncio.sleep(0.6 * slow)
@@ -325,14 +325,14 @@ async def _hop(peer: Peer) -> None:
 
 
 async def _late(peer: Peer) -> None:
-    """/late/SECONDS/NUMBER answers with /good/NUMBER's picture after a while."""
+    """/late/SECONDS/NUMBER answers with /good/NUMBER's image after a while."""
     seconds, _, number = peer.target.removeprefix("/late/").partition("/")
     await asyncio.sleep(float(seconds))
     peer.send(reply(good_body(number)))
 
 
 async def _photo(peer: Peer) -> None:
-    """/photo/NUMBER: a picture that takes a decoder about 50 ms."""
+    """/photo/NUMBER: an image that takes a decoder about 50 ms."""
     peer.send(reply(marked_photo(peer.target.rpartition("/")[2])))
 
 
@@ -352,7 +352,7 @@ def marked_photo(number: int | str) -> bytes:
 
 
 async def _once(peer: Peer) -> None:
-    """/once/NUMBER is busy the first time, then /good/NUMBER's picture."""
+    """/once/NUMBER is busy the first time, then /good/NUMBER's image."""
     number = peer.target.rpartition("/")[2]
     peer.send(reply(b"", "503 Busy") if peer.first else reply(good_body(number)))
 
@@ -365,7 +365,7 @@ WAYS: dict[str, Answer] = {"hop": _hop, "late": _late, "once": _once, "photo": _
 
 @dataclass(frozen=True)
 class Kind:
-    """``expected`` lists all right ends; ``body`` is the picture of a success.
+    """``expected`` lists all right ends; ``body`` is the image of a success.
 
     ``once`` is the answer to the first request for a link, ``at_accept`` gives the answer before there is a request,
     ``tls``: the address speaks TLS with a certificate of our own.
@@ -388,7 +388,7 @@ NO_IMAGE, BROKEN = "resize: not an image", ("resize: broken image", "resize: tru
 
 
 def kind(name: str, expected: str | tuple[str, ...], answer: Answer | None = None, body: bytes | None = None, **more):
-    """Add a kind; without ``answer`` it is the picture ``body``, without that one of its own."""
+    """Add a kind; without ``answer`` it is the image ``body``, without that one of its own."""
     body = marked(name) if body is None else body
     ends = (expected,) if isinstance(expected, str) else expected
     KINDS[name] = Kind(ends, reply(body) if answer is None else answer, body, **more)
@@ -521,7 +521,7 @@ def _protocols() -> None:
     for name, data in {"garbage": garbage, "ssh": b"SSH-2.0-OpenSSH_9.6\r\n", "smtp": b"220 mail ESMTP\r\n"}.items():
         kind(f"{name}_at_accept", (NOT_HTTP, LOST), data, at_accept=True)
         kind(f"{name}_then_close", (NOT_HTTP, LOST), then_close(data))
-    kind("picture_without_header", (NOT_HTTP, LOST), then_close(jpeg))
+    kind("image_without_header", (NOT_HTTP, LOST), then_close(jpeg))
     kind("header_1_mb", NOT_HTTP, reply(jpeg, "200 OK", "X-A: " + "b" * 1_000_000))
     many = reply(jpeg, "200 OK", *(f"X-{n}: {n}" for n in range(10_000)))
     kind("headers_10000", (NOT_HTTP, DONE), many, jpeg)
@@ -567,8 +567,8 @@ def _encodings() -> None:
     packed("gzip_empty", "empty body", deflate(b"", wbits | 16), "gzip")
 
 
-def _pictures() -> None:
-    jpeg, bits = marked("pictures"), zlib.compress(bytes(16))
+def _images() -> None:
+    jpeg, bits = marked("images"), zlib.compress(bytes(16))
     for name, body in {
         "cmyk_jpeg": encoded("JPEG", "CMYK"), "grey_jpeg": encoded("JPEG", "L"), "gif_animated": frames("GIF"),
         "progressive": encoded("JPEG", progressive=True), "png_16_bits": encoded("PNG", "I;16"),
@@ -577,18 +577,18 @@ def _pictures() -> None:
         "ico": encoded("ICO"), "one_pixel": blank(1, 1), "wide": blank(20_000, 2), "rotated": rotated(),
         "odd_profile": odd_profile(), "junk_behind": jpeg + b"<html>" * 50, "png_data_crc": png(8, 8, bits, crc_off=1),
     }.items():
-        kind(f"picture_{name}", DONE, body=body)
+        kind(f"image_{name}", DONE, body=body)
     for name, body in {
-        "html": b"<html>no picture</html>", "json": b'{"error": 1}', "svg": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+        "html": b"<html>no image</html>", "json": b'{"error": 1}', "svg": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
         "pdf": b"%PDF-1.7\n%", "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "nul": bytes(5000),
         "mp4": b"\0\0\0\x18ftypmp42" + bytes(40), "one_byte": b"x",
     }.items():
         kind(f"{name}_as_jpeg", NO_IMAGE, reply(body, "200 OK", "Content-Type: image/jpeg"))
-    kind("picture_as_html", DONE, reply(jpeg, "200 OK", "Content-Type: text/html"), jpeg)
+    kind("image_as_html", DONE, reply(jpeg, "200 OK", "Content-Type: text/html"), jpeg)
     kind("empty", "empty body", reply())
     kind("empty_without_length", "empty body", then_close(reply(length=None)))
     kind("empty_chunks", "empty body", chunks())
-    large, noise = picture(1, (200, 200)), encoded("PNG", size=(200, 200))
+    large, noise = make_image(1, (200, 200)), encoded("PNG", size=(200, 200))
     kind("jpeg_truncated", BROKEN[1], body=large[:900])
     kind("jpeg_header_alone", (*BROKEN, NO_IMAGE), body=jpeg[:20])
     kind("jpeg_broken_middle", (*BROKEN, DONE), body=large[:1000] + bytes(range(7, 47)) + large[1040:])
@@ -657,7 +657,7 @@ def _certified() -> None:
 
 
 for group in (
-    _connections, _lengths, _redirects, _statuses, _protocols, _encodings, _pictures, _links, _robots, _certified
+    _connections, _lengths, _redirects, _statuses, _protocols, _encodings, _images, _links, _robots, _certified
 ):  # fmt: skip
     group()
 
@@ -674,7 +674,7 @@ def link(name: str, port: int, number: int = 0) -> str:
 
 
 def good_link(number: int, port: int, host: str | None = None) -> str:
-    """The address of a good picture; those of 16 numbers in a row have hosts of their own."""
+    """The address of a good image; those of 16 numbers in a row have hosts of their own."""
     return f"http://{host or GOOD_HOSTS[number % len(GOOD_HOSTS)]}:{port}/good/{number}"
 
 

@@ -24,7 +24,7 @@ def image_names(depths):
     se = ("se.reduce", AFFINE), ("se.expand", AFFINE)
     ffn = *branch("convffn.conv"), ("convffn.fc1", AFFINE), ("convffn.fc2", AFFINE)
     yield from names("patch_embed.0.", *conv, *scale)
-    yield from names("patch_embed.1.", *conv, *scale)  # a block that halves the picture has no skip branch
+    yield from names("patch_embed.1.", *conv, *scale)  # a block that halves the image has no skip branch
     yield from names("patch_embed.2.", *conv, skip)
     for stage, depth in enumerate(depths[:3]):
         for block in range(depth):

@@ -1,4 +1,4 @@
-"""A small labelled dataset, made by the real stages, and pictures of classes, for the tests of CatLIP."""
+"""A small labelled dataset, made by the real stages, and images of classes, for the tests of CatLIP."""
 
 import json
 from pathlib import Path
@@ -32,26 +32,26 @@ def write_labelled(root, shards=3, per_shard=6, min_count=0):
     return vocab(VocabConfig(str(root), min_count=min_count))
 
 
-def class_pictures(count, split, classes=("red", "blue")):
+def class_images(count, split, classes=("red", "blue")):
     """(class, JPEG) of drawn shapes whose colour is the class, ``count`` of each."""
     found = {name: [] for name in classes}
     number = 0
     while any(len(own) < count for own in found.values()):
-        picture, caption = draw(f"{split}/{number}")
+        image, caption = draw(f"{split}/{number}")
         colour = caption.split()[1]
         if colour in found and len(found[colour]) < count:
-            found[colour].append(picture)
+            found[colour].append(image)
         number += 1
-    return [(name, picture) for name in classes for picture in found[name]]
+    return [(name, image) for name in classes for image in found[name]]
 
 
 def write_folders(root: Path, train=12, test=6, classes=("red", "blue")):
     """ROOT/train and ROOT/test of class folders."""
     for split, count in (("train", train), ("test", test)):
-        for number, (name, picture) in enumerate(class_pictures(count, split, classes)):
+        for number, (name, image) in enumerate(class_images(count, split, classes)):
             folder = root / split / name
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{number:03d}.jpg").write_bytes(picture)
+            (folder / f"{number:03d}.jpg").write_bytes(image)
     return str(root)
 
 
@@ -61,8 +61,8 @@ def write_bench(root: Path, train=12, test=6, classes=("blue", "red")):
     (root / "classnames.txt").write_text("\n".join(classes) + "\n")
     for split, count in (("train", train), ("test", test)):
         samples = [
-            Sample(f"s{number:04d}", {"jpg": picture, "cls": str(classes.index(name)).encode()})
-            for number, (name, picture) in enumerate(class_pictures(count, split, classes))
+            Sample(f"s{number:04d}", {"jpg": image, "cls": str(classes.index(name)).encode()})
+            for number, (name, image) in enumerate(class_images(count, split, classes))
         ]
         (root / split).mkdir()
         (root / split / "nshards.txt").write_text("2")

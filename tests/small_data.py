@@ -1,4 +1,4 @@
-"""Small real data for tests: drawn pictures with true captions, raw shards, a tiny CoCa."""
+"""Small real data for tests: drawn images with true captions, raw shards, a tiny CoCa."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def draw(seed: str, size: int = 48) -> tuple[bytes, str]:
     else:
         pen.line((x, y, x + side, y + side), COLOURS[colour], 5)
         pen.line((x, y + side, x + side, y), COLOURS[colour], 5)
-    if size > 200:  # large pictures are there to take space
+    if size > 200:  # large images are there to take space
         noise = Image.effect_noise(image.size, 60).convert("RGB")
         image = Image.blend(image, noise, 0.3)
     file = io.BytesIO()
@@ -64,21 +64,21 @@ def write_raw(
     lost: int | None = None,
     captions: bool = True,
 ) -> None:
-    """ROOT/raw as `ingest` leaves it, pictures of ``size`` pixels, every fifth input failed, all of shard ``lost``."""
+    """ROOT/raw as `ingest` leaves it, images of ``size`` pixels, every fifth input failed, all of shard ``lost``."""
     totals: dict[str, int] = {}
     config = {"image_size": 256, "shard_size": per_shard}
     for shard in range(shards):
         samples, rows = [], []
         for index in range(per_shard):
             key = f"{shard:05d}{index:04d}"
-            picture, caption = draw(f"{seed}/{key}", size)
+            image, caption = draw(f"{seed}/{key}", size)
             caption = caption if captions else ""
             status = "failed_to_download" if index % 5 == 4 or shard == lost else "success"
             rows.append({"url": f"http://h/{key}", "caption": caption, "key": key, "status": status})
             if status == "success":
-                width, height = Image.open(io.BytesIO(picture)).size
+                width, height = Image.open(io.BytesIO(image)).size
                 meta = {**rows[-1], "width": width, "height": height}
-                samples.append(Sample(key, {"jpg": picture, "txt": caption.encode(), "json": json_bytes(meta)}))
+                samples.append(Sample(key, {"jpg": image, "txt": caption.encode(), "json": json_bytes(meta)}))
         name = f"raw/{shard_name(shard)}"
         _, tar_hash = write_shard(join(root, f"{name}.tar"), samples)
         pq.write_table(pa.Table.from_pylist(rows), join(root, f"{name}.parquet"))

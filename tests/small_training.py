@@ -23,16 +23,16 @@ SPEC = ViewSpec(seed=3, scale=(0.5, 1.0))
 
 
 def write_packed(root: str, sizes: list[int], synthetic: int = 2, broken: tuple[str, ...] = ()) -> list[list[str]]:
-    """ROOT/shards as `pack` leaves it; returns the keys per shard. Pictures of ``broken`` keys do not decode."""
+    """ROOT/shards as `pack` leaves it; returns the keys per shard. Images of ``broken`` keys do not decode."""
     keys = []
     for shard, size in enumerate(sizes):
         samples = []
         for index in range(size):
             key = f"{shard:05d}{index:04d}"
-            picture, caption = draw(key)
+            image, caption = draw(key)
             meta = {"key": key, "caption": caption, **{f"syn_{i}": f"{caption} {i}" for i in range(synthetic)}}
-            picture = picture[:200] if key in broken else picture
-            samples.append(Sample(key, {"jpg": picture, "txt": caption.encode(), "json": json_bytes(meta)}))
+            image = image[:200] if key in broken else image
+            samples.append(Sample(key, {"jpg": image, "txt": caption.encode(), "json": json_bytes(meta)}))
         path = f"shards/{shard_name(shard)}.tar"
         _, digest = write_shard(join(root, path), samples)
         Done("pack", shard, {}, {"success": size}, {}, {path: digest}).write(join(root, "shards"))
@@ -82,11 +82,11 @@ def write_teacher(root: str, keys: list[list[str]], name: str = "planted", views
 
 
 def write_retrieval(folder: Path, count: int = 8) -> str:
-    """An EVAL root for retrieval: the first pictures of `write_packed`, one caption each."""
+    """An EVAL root for retrieval: the first images of `write_packed`, one caption each."""
     samples = []
     for index in range(count):
-        picture, caption = draw(f"{0:05d}{index:04d}")
-        samples.append(Sample(f"s{index:04d}", {"jpg": picture, "txt": f"{caption} {index}".encode()}))
+        image, caption = draw(f"{0:05d}{index:04d}")
+        samples.append(Sample(f"s{index:04d}", {"jpg": image, "txt": f"{caption} {index}".encode()}))
     write_shard(str(folder / "test" / "0.tar"), samples)
     (folder / "test" / "nshards.txt").write_text("1\n")
     (folder / "dataset_type.txt").write_text("retrieval\n")

@@ -141,7 +141,7 @@ def test_ranges_at_the_start():
             assert augment.span(name).tolist() == pytest.approx([low[place], high[place]], abs=1e-6)
 
 
-def test_augmented_pictures_and_their_error():
+def test_augmented_images_and_their_error():
     torch.manual_seed(0)
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
     augment, clean = RangeAugment(mean, std), torch.rand(8, 3, 16, 16)
@@ -169,7 +169,7 @@ def test_each_operation_hits_half_of_the_batch():
         first, second = changed(pixels, keep), changed(pixels, keep)
         assert (int(first.sum()), int(second.sum())) == (5, 5)
         assert not torch.equal(first, second)
-    assert not changed(flat, "contrast").any(), "contrast keeps a flat picture"
+    assert not changed(flat, "contrast").any(), "contrast keeps a flat image"
 
 
 @pytest.mark.parametrize(("batch", "chosen"), [(1, 1), (2, 1), (3, 1), (5, 2), (10, 5), (11, 5)])

@@ -174,7 +174,7 @@ def test_weights_depend_on_the_seed_alone():
     assert not torch.equal(one["trunk.head.weight"], other["trunk.head.weight"])
 
 
-def test_pictures_are_not_normalised():
+def test_images_are_not_normalised():
     loaded = new_classifier(TINY, 5)
     assert (loaded.mean, loaded.std, loaded.image_size, loaded.tokenizer) == ((0, 0, 0), (1, 1, 1), 48, None)
     pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)

@@ -189,15 +189,15 @@ def test_options(root):
 
 @pytest.mark.parametrize(("recipe", "fields"), [("probe", {}), ("probe", {"augment": False}), ("finetune", {})])
 def test_transfer_learns_colours(recipe, fields, run, tmp_path):
-    pictures = write_folders(tmp_path / "pictures", train=24, test=12)
+    images = write_folders(tmp_path / "images", train=24, test=12)
     fields = {"batch_size": 16, "sides": (), "ema_decay": None, "steps": None, **fields}
     fields |= {"lr": 1e-3, "epochs": 30} if recipe == "finetune" else {"lr": 2e-2, "epochs": 40}
     fields |= {"scale": (0.7, 1.0)}
-    out = train(recipe, small(recipe, data=pictures, model=run, out=str(tmp_path / recipe), **fields))
+    out = train(recipe, small(recipe, data=images, model=run, out=str(tmp_path / recipe), **fields))
     assert read_metrics(out)[-1]["eval"]["acc1"] >= 0.8
-    assert measure_classifier(load_run(out)[0], pictures, "cpu", False) == (read_metrics(out)[-1]["eval"], 24)
+    assert measure_classifier(load_run(out)[0], images, "cpu", False) == (read_metrics(out)[-1]["eval"], 24)
     with pytest.raises(UserError, match="has other classes than the model"):
-        measure_classifier(load_run(run)[0], pictures, "cpu", False)
+        measure_classifier(load_run(run)[0], images, "cpu", False)
     before, after = load_run(run)[0].model.state_dict(), load_run(out, raw=True)[0].model
     assert isinstance(after, Classifier)
     assert after.names == ["blue", "red"]
@@ -208,10 +208,10 @@ def test_transfer_learns_colours(recipe, fields, run, tmp_path):
 def test_transfer_init_starts_ahead(run, root, tmp_path):
     from training.recipes import probe
 
-    pictures = write_folders(tmp_path / "pictures", classes=("red", "blue", "yellow"))
+    images = write_folders(tmp_path / "images", classes=("red", "blue", "yellow"))
     out = str(tmp_path / "classes.tsv")
-    found = classes(ClassesConfig(f"{pictures}/train", f"{run}/vocabulary.tsv", out))
-    config = small("probe", data=pictures, model=run, class_map=out)
+    found = classes(ClassesConfig(f"{images}/train", f"{run}/vocabulary.tsv", out))
+    config = small("probe", data=images, model=run, class_map=out)
     student, _, _ = probe.prepare(config)
     base = load_run(run)[0].model
     for place, row in enumerate(found.rows):
@@ -249,8 +249,8 @@ def test_a_clip_tower_can_be_probed(tmp_path):
 
     vision = {"timm_model_name": "catlip_vit_tiny", "image_size": 32, "timm_pool": "token", "timm_proj": "linear"}
     out = clip_run(tmp_path, vision)
-    pictures = write_folders(tmp_path / "pictures")
-    student, _, _ = probe.prepare(small("probe", data=pictures, model=out))
+    folders = write_folders(tmp_path / "images")
+    student, _, _ = probe.prepare(small("probe", data=folders, model=out))
     trunk = load_run(out)[0].model.visual.trunk
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
@@ -263,19 +263,19 @@ def test_a_convolutional_tower_can_be_tuned_measured_and_exported(projection, tm
     """The projection to the embedding, which some towers have as their own head, does not come along."""
     vision = {"timm_model_name": "resnet18", "image_size": 32, "timm_pool": "avg", "timm_proj": projection}
     out = clip_run(tmp_path, vision)
-    pictures = write_folders(tmp_path / "pictures")
-    fields = {"data": pictures, "model": out, "out": str(tmp_path / "fine"), "batch_size": 8, "steps": 2, "sides": ()}
+    images = write_folders(tmp_path / "images")
+    fields = {"data": images, "model": out, "out": str(tmp_path / "fine"), "batch_size": 8, "steps": 2, "sides": ()}
     fine = train("finetune", small("finetune", **fields, ema_decay=None))
     loaded = load_run(fine)[0]
     assert loaded.model.name == "timm:resnet18"
-    assert measure_classifier(loaded, pictures, "cpu", False)[1] == 12
+    assert measure_classifier(loaded, images, "cpu", False)[1] == 12
     assert timm_alone(fine, tmp_path, loaded)
 
 
 def test_a_plain_classifier_loads_in_timm_alone(tmp_path):
     """Wherever the folder is, with other sides than its own, and without this package."""
-    pictures = write_folders(tmp_path / "pictures")
-    fields = {"data": pictures, "model": "timm:test_vit", "out": str(tmp_path / "fine"), "batch_size": 8, "steps": 1}
+    images = write_folders(tmp_path / "images")
+    fields = {"data": images, "model": "timm:test_vit", "out": str(tmp_path / "fine"), "batch_size": 8, "steps": 1}
     fine = train("finetune", small("finetune", **fields, sides=(), ema_decay=None))
     assert timm_alone(fine, tmp_path, load_run(fine)[0])
 

@@ -1,4 +1,4 @@
-"""Transfer Init, class maps, and pictures of classes."""
+"""Transfer Init, class maps, and images of classes."""
 
 from collections import Counter, deque
 from pathlib import Path
@@ -16,7 +16,7 @@ from pipeline.labels.wordnet import load_hypernyms
 from shards_spec.class_map import ClassMap, ClassRow, read_class_map
 from shards_spec.files import DataError, UserError
 from shards_spec.vocab import Vocabulary
-from training.data.labelled_images import PictureRows, open_pictures, plain_crop, subset
+from training.data.labelled_images import LabelledImageRows, open_images, plain_crop, subset
 from training.data.order import BatchPlan
 from training.models.classifier import new_classifier
 from training.recipes.transfer import class_map_of, transfer_rows
@@ -131,9 +131,9 @@ def test_class_map_file(tmp_path, net):
     vocabulary = words((DOG, "dog"), (WALL, "wall"))
     vocabulary.write(str(tmp_path / "all.tsv"))
     for name in ("dog", "wall dog", "qwertz"):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "images" / name).mkdir(parents=True)
     out = str(tmp_path / "classes.tsv")
-    found = classes(ClassesConfig(str(tmp_path / "pictures"), str(tmp_path / "all.tsv"), out))
+    found = classes(ClassesConfig(str(tmp_path / "images"), str(tmp_path / "all.tsv"), out))
     assert read_class_map(out) == found
     assert (found.unmapped, found.cases["mean"]) == (["qwertz"], 1)
     assert class_map_of(out, ["qwertz", "dog"], vocabulary).rows[1].wnids == (DOG,)
@@ -193,12 +193,12 @@ def test_rows_of_the_pretrained_head():
 
 @pytest.mark.parametrize("write", [write_folders, write_bench])
 def test_folders_and_shards_hold_the_same(tmp_path, write):
-    root = write(tmp_path / "pictures")
-    train, test = open_pictures(root, True), open_pictures(root, False)
+    root = write(tmp_path / "images")
+    train, test = open_images(root, True), open_images(root, False)
     assert train.classes == test.classes == ["blue", "red"]
     assert Counter(train.labels.tolist()) == {0: 12, 1: 12}
     assert len(test.labels) == 12
-    rows = PictureRows(test, new_classifier(TINY, 2), BatchPlan(4), None, np.arange(12))
+    rows = LabelledImageRows(test, new_classifier(TINY, 2), BatchPlan(4), None, np.arange(12))
     for position in (0, 5, 6, 7, 11):
         item = rows[position]
         colour = item["images"].float().amax(dim=(1, 2)) - item["images"].float().mean(dim=(1, 2))
@@ -206,21 +206,21 @@ def test_folders_and_shards_hold_the_same(tmp_path, write):
         assert (colour[0] > colour[2]) == (test.classes[item["targets"]] == "red")
 
 
-def test_what_pictures_refuse(tmp_path):
+def test_what_images_refuse(tmp_path):
     with pytest.raises(UserError, match="--data is needed"):
-        open_pictures("", True)
+        open_images("", True)
     with pytest.raises(
         UserError, match=r"test/nshards.txt is not there, nor is a folder of images per class in .*/test or .*/val"
     ):
-        open_pictures(str(tmp_path), False)
+        open_images(str(tmp_path), False)
     root = write_bench(tmp_path / "bench")
     (tmp_path / "bench" / "classnames.txt").write_text("blue\n")
     with pytest.raises(DataError, match="has class '1', not a number below 1"):
-        open_pictures(root, True)
+        open_images(root, True)
     (tmp_path / "bench" / "train" / "nshards.txt").write_text("3")
     (tmp_path / "bench" / "classnames.txt").write_text("blue\nred\n")
     with pytest.raises(UserError, match=r"2\.tar is not there"):
-        open_pictures(root, True)
+        open_images(root, True)
 
 
 def test_subsets_are_balanced_and_nested():

@@ -6,7 +6,7 @@ from small_catlip import write_bench
 
 from shards_spec.class_names import parse_label, read_class_names, read_shard_count
 from shards_spec.files import DataError, UserError
-from training.data.labelled_images import open_pictures
+from training.data.labelled_images import open_images
 
 
 @pytest.mark.parametrize(
@@ -80,15 +80,15 @@ def test_numbers_of_shards(tmp_path, text):
 def test_probe_and_eval_read_the_same_classes(tmp_path):
     """An empty line is refused by the reader of `probe`, too, and a BOM or a blank end shift nothing."""
     root = write_bench(tmp_path / "bench")
-    before = open_pictures(root, False)
+    before = open_images(root, False)
     (tmp_path / "bench" / "classnames.txt").write_bytes(
         b"\xef\xbb\xbf" + "\n".join(before.classes).encode() + b"\n\n\n"
     )
-    assert open_pictures(root, False).classes == before.classes
-    assert np.array_equal(open_pictures(root, False).labels, before.labels)
+    assert open_images(root, False).classes == before.classes
+    assert np.array_equal(open_images(root, False).labels, before.labels)
     (tmp_path / "bench" / "classnames.txt").write_text("\n" + "\n".join(before.classes))
     with pytest.raises(UserError, match="line 1 is empty"):
-        open_pictures(root, False)
+        open_images(root, False)
     (tmp_path / "bench" / "classnames.txt").unlink()
     with pytest.raises(UserError, match=r"classnames\.txt is not there"):
-        open_pictures(root, False)
+        open_images(root, False)

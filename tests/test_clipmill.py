@@ -31,11 +31,11 @@ def command(monkeypatch, capsys):
     return run
 
 
-def pictures(folder: Path, count: int) -> str:
+def images(folder: Path, count: int) -> str:
     folder.mkdir()
     for i in range(count):
-        picture, caption = draw(str(i))
-        (folder / f"{i:03d}.jpg").write_bytes(picture)
+        image, caption = draw(str(i))
+        (folder / f"{i:03d}.jpg").write_bytes(image)
         (folder / f"{i:03d}.txt").write_text(caption)
     return str(folder)
 
@@ -47,8 +47,8 @@ def evaluation(root: Path) -> str:
 
     samples = []
     for i in range(6):
-        picture, caption = draw(f"eval {i}")
-        samples.append(Sample(f"s{i:07d}", {"jpg": picture, "txt": caption.encode()}))
+        image, caption = draw(f"eval {i}")
+        samples.append(Sample(f"s{i:07d}", {"jpg": image, "txt": caption.encode()}))
     write_shard(str(root / "test" / "0.tar"), samples)
     (root / "test" / "nshards.txt").write_text("1")
     (root / "dataset_type.txt").write_text("retrieval")
@@ -56,7 +56,7 @@ def evaluation(root: Path) -> str:
 
 
 def test_the_whole_path(command, tmp_path):
-    source, root, run = pictures(tmp_path / "pictures", 24), str(tmp_path / "ds"), str(tmp_path / "run")
+    source, root, run = images(tmp_path / "images", 24), str(tmp_path / "ds"), str(tmp_path / "run")
     coca, student = tiny_coca(tmp_path / "coca"), tiny_clip(tmp_path / "student")
 
     def good(*words: str) -> str:
@@ -103,13 +103,13 @@ def test_exit_codes_and_one_line_errors(command, tmp_path):
 
 
 def test_duplicates_are_counted_in_one_line(command, tmp_path):
-    source = Path(pictures(tmp_path / "pictures", 3))
+    source = Path(images(tmp_path / "images", 3))
     for copy in ("100.jpg", "200.jpg"):
         shutil.copy(source / "000.jpg", source / copy)
     root = str(tmp_path / "ds")
     assert command("ingest", root, "--source", str(source), "--shard-size", "2")[0] == 0
     code, out, err = command("dedup", root, "--near-bits", "-1")
-    assert (code, out) == (0, "dedup: 2 of 5 pictures are duplicates (2 exact, 0 near)\n"), err
+    assert (code, out) == (0, "dedup: 2 of 5 images are duplicates (2 exact, 0 near)\n"), err
     assert "pack: 3 samples in 2 shards (2 made now" in command("pack", root, "--workers", "1")[1]
     code, _, err = command("dedup", root)
     assert (code, "near_bits: -1 there, 3 asked" in err) == (2, True)
@@ -159,13 +159,13 @@ def test_the_demos_scenes_are_reproducible_and_true(tmp_path):
             assert all(thing["name"] in scene["caption"] for thing in scene["things"])
 
 
-def test_the_demos_pictures_are_licensed_and_known_to_wordnet():
+def test_the_demos_images_are_licensed_and_known_to_wordnet():
     from conftest import skip_or_fail
 
     from pipeline.labels.wordnet import load_wordnet
     from shards_spec.files import UserError
 
-    folder = Path(clipmill.__file__).parent / "demo" / "pictures"
+    folder = Path(clipmill.__file__).parent / "demo" / "images"
     assert "SIL OPEN FONT LICENSE" in (folder / "LICENSE").read_text().upper()
     names = [path.stem for path in folder.glob("*.png")]
     assert len(names) >= 24

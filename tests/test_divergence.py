@@ -62,7 +62,7 @@ def test_assignment_is_the_cheapest_of_all():
             assert sum(costs[i][j] for i, j in enumerate(found)) == pytest.approx(best)
 
 
-def test_attention_of_both_models_and_the_picture(tmp_path):
+def test_attention_of_both_models_and_the_image(tmp_path):
     torch.manual_seed(0)
     teacher, student = open_clip.create_model("MobileCLIP-tiny").eval(), open_clip.create_model("SiCLIP-tiny").eval()
     pixels, tokens = torch.rand(2, 3, 64, 64), torch.randint(1, 400, (2, 77))

@@ -22,7 +22,7 @@ from pipeline.caption.captioner import Captioner
 from pipeline.caption.decoding import Decoding
 from pipeline.caption.stage import CaptionConfig, caption
 from pipeline.dedup.stage import DedupConfig, dedup
-from pipeline.ingest.images import BadImage, PictureRules, convert
+from pipeline.ingest.images import BadImage, ImageRules, convert
 from pipeline.report.samples import draw_samples
 from shards_spec.decode_cost import jpeg2000_blocks
 from shards_spec.files import DataError, join
@@ -32,7 +32,7 @@ from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, write_shard
 from shards_spec.views import ViewSpec
 from training.config import DataConfig, ViewConfig
-from training.data.labelled_images import FolderPictures, PictureRows
+from training.data.labelled_images import FolderImages, LabelledImageRows
 from training.data.order import BatchPlan
 from training.data.samples import Skipped, open_samples
 from training.evaluation.stage import Encoder
@@ -43,7 +43,7 @@ BLACK_TO_WHITE = (0, 130, 255)  # of a ramp, at its ends and in its middle
 
 def levels(data: bytes) -> tuple[int, int, int]:
     """Grey levels at the left, in the middle and at the right; `ingest` must see the same."""
-    image, made = decode_rgb(data), Image.open(io.BytesIO(convert(data, PictureRules(16)).data))
+    image, made = decode_rgb(data), Image.open(io.BytesIO(convert(data, ImageRules(16)).data))
     assert (image.mode, image.size) == ("RGB", made.size)
     assert np.abs(np.asarray(image, int) - np.asarray(made, int)).mean() < 4  # written as JPEG
     pixels = np.asarray(image)
@@ -227,7 +227,7 @@ TURNED = [
 def test_images_are_upright(data):
     shown = np.asarray(decode_rgb(data), int)
     assert np.abs(shown - np.asarray(corner().transpose(Image.Transpose.ROTATE_270), int)).mean() < 8
-    made = convert(data, PictureRules(32))
+    made = convert(data, ImageRules(32))
     assert (made.width, made.height, made.original_width, made.original_height) == (32, 51, 40, 64)
     assert np.abs(np.asarray(Image.open(io.BytesIO(made.data)).resize((40, 64)), int) - shown).mean() < 12
 
@@ -264,13 +264,13 @@ def test_every_stage_sees_the_same_pixels(name, tmp_path, student):
     expected = decode_rgb(data)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.jpg").write_bytes(data)
-    side, rows = student.image_size, FolderPictures(tmp_path)
+    side, rows = student.image_size, FolderImages(tmp_path)
     crop = (min(expected.size),) * 2
     left, top = ((whole - part) / 2 for whole, part in zip(expected.size, crop, strict=True))
     square = expected.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + crop[0], top + crop[1]))
     assert (render(spec, side, Job("k", data, (0,)))[0] == np.asarray(square)).all()
     rows.labels, chosen = rows.labels[:1], np.arange(1)
-    item = PictureRows(rows, student, BatchPlan(1), spec, chosen)[0]
+    item = LabelledImageRows(rows, student, BatchPlan(1), spec, chosen)[0]
     assert (item["images"].permute(1, 2, 0).numpy() == np.asarray(square)).all()
     write_shard(
         str(tmp_path / "shards" / "00000.tar"), [Sample("000000000", {"jpg": data, "txt": b"x", "json": b"{}"})]
@@ -315,7 +315,7 @@ def test_hostile_bytes_have_their_reason_everywhere(name):
         with pytest.raises(DataError, match=f"^does not decode: {reason}$"):
             decode_rgb(data, as_benchmark)
     with pytest.raises(BadImage, match=f"^{reason}$"):
-        convert(data, PictureRules(48))
+        convert(data, ImageRules(48))
 
 
 @pytest.fixture(scope="module")
@@ -354,7 +354,7 @@ def test_stages_name_hostile_bytes_and_keep_the_rest(hostile, student, tmp_path,
     assert [line for line in named if line not in caplog.text] == []
     problems = list[str]()
     shown = draw_samples(hostile, len(samples), problems)
-    assert sum(one.picture is None for one in shown) == len(problems) == len(HOSTILE)
+    assert sum(one.image is None for one in shown) == len(problems) == len(HOSTILE)
     config = DataConfig(data=hostile, folder="raw", batch_size=2, workers=0, streams=1)
     rows = open_samples(config, ViewConfig(), student, seed=0)
     assert sum(isinstance(rows[place], Skipped) for place in range(len(samples))) == len(HOSTILE)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from web_server import picture
+from web_server import make_image
 
 URL = "http://127.0.0.1:9/1"
 MOST_MIB = 1024  # of any process; VmHWM, because ru_maxrss knows of the process before the exec
@@ -123,7 +123,7 @@ def test_good_row_groups_beside_one_that_is_too_large(tmp_path):
 
 @pytest.mark.parametrize("form", ["plain", "struct"])
 def test_a_huge_image_in_a_parquet_file(tmp_path, form):
-    images = pa.array([picture(1), picture(2), b"x" * HUGE, picture(3)], pa.large_binary())
+    images = pa.array([make_image(1), make_image(2), b"x" * HUGE, make_image(3)], pa.large_binary())
     column = images if form == "plain" else pa.StructArray.from_arrays([images], ["bytes"])
     columns = {"image": column, "caption": list("abcd")}
     write_parquet(tmp_path / "l.parquet", columns, use_dictionary=False, row_group_size=2)

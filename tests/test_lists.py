@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from small_ingest import config
 from small_ingest import rows_of as raw_rows
-from web_server import picture, serve
+from web_server import make_image, serve
 
 from pipeline.check.stage import CheckConfig, check
 from pipeline.ingest.rows import Row
@@ -297,8 +297,8 @@ def test_captions_of_another_encoding_are_captions(tmp_path, caplog):
 def test_lists_of_files_as_open_clip_reads_them(tmp_path, form):
     source, away = tmp_path / "S", tmp_path / "away.jpg"
     (source / "img").mkdir(parents=True)
-    (source / "img/1.jpg").write_bytes(picture(1))
-    away.write_bytes(picture(2))
+    (source / "img/1.jpg").write_bytes(make_image(1))
+    away.write_bytes(make_image(2))
     table = pd.DataFrame(
         {"filepath": ["img/1.jpg", str(away), "img/no.jpg", "img"], "title": ["one", "two", "three", "four"]}
     )
@@ -313,7 +313,7 @@ def test_lists_of_files_as_open_clip_reads_them(tmp_path, form):
     assert summary.counts == {"success": 2, "file not found": 1, "file not readable": 1}
     samples = list(read_shard(str(tmp_path / "D/raw/00000.tar")))
     assert [(sample.caption, sample.meta["url"]) for sample in samples] == [("one", "img/1.jpg"), ("two", str(away))]
-    (source / "img/1.jpg").write_bytes(picture(3))
+    (source / "img/1.jpg").write_bytes(make_image(3))
     assert ingest(config(tmp_path / "D", path)).made == 1, "a changed image is read again"
     table["image"] = table.pop("filepath")
     table["caption"] = table.pop("title")

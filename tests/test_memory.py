@@ -20,7 +20,7 @@ from pipeline.labels.vocab_stage import VocabConfig, vocab
 from pipeline.pack.stage import PackConfig, pack
 
 MIB = 1024  # ru_maxrss is in KiB
-SIZE = 384  # pixels: a shard of 12 drawn pictures is about 1 MB with noise on top
+SIZE = 384  # pixels: a shard of 12 drawn images is about 1 MB with noise on top
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from shards_spec.names import (
     is_image,
     undecoded_ending,
 )
-from training.data.labelled_images import FolderPictures
+from training.data.labelled_images import FolderImages
 
 NOBODYS = [
     "._0.jpg", "a/._0.jpg", "__MACOSX/a/0.jpg", "a/.ipynb_checkpoints/0-checkpoint.jpg", ".Trash-1000/files/0.jpg",
@@ -112,8 +112,8 @@ def test_class_folders_take_the_endings_that_ingest_takes(tmp_path, caplog):
     tree(tmp_path / "train", "dog/1.txt", *(f"dog/{path}" for path in NOBODYS), ".cache/0.jpg")
     (tmp_path / "train/dog/linked").symlink_to(tmp_path / "pool")
     os.mkfifo(tmp_path / "train/dog/pipe.jpg")
-    found = FolderPictures(tmp_path / "train")
+    found = FolderImages(tmp_path / "train")
     assert found.classes == ["cat", "dog"]
-    names = [found.picture(index)[0] for index in range(len(found.paths))]
+    names = [found.image(index)[0] for index in range(len(found.paths))]
     assert sorted(names) == sorted([*(f"cat/x.{ending}" for ending in endings), "cat/deep/1.png", "dog/linked/3.bmp"])
     assert "files that are not taken: 2 .txt, 1 .heic" in caplog.text

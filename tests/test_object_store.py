@@ -251,7 +251,7 @@ def test_a_list_on_s3_becomes_a_dataset_on_s3(bucket, other, web, store):
     other.delete_object(Bucket=bucket, Key="ds/raw/00001_stats.json")
     fetched = Counter(web.requests)
     assert ingest(config(root, source)).made == 1
-    assert sum((web.requests - fetched).values()) == 4, "only that shard's pictures are fetched again"
+    assert sum((web.requests - fetched).values()) == 4, "only that shard's images are fetched again"
     assert objects(other, bucket, "ds/") == before
     summary = pack(PackConfig(root, captioner=("none",), workers=2))
     assert (summary.made, summary.counts) == (3, {"success": 10})

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from small_ingest import config, rows_of
-from web_server import picture, serve
+from web_server import make_image, serve
 
 from pipeline.check.stage import CheckConfig, check
 from pipeline.ingest import stage as module
@@ -206,7 +206,7 @@ def test_several_lists_are_one(server, tmp_path):
         ingest(module.IngestConfig(str(tmp_path / "E"), (paths[0], str(tmp_path / "d.jsonl"))))
     for name in ("S", "T"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "x.jpg").write_bytes(picture(1))
+        (tmp_path / name / "x.jpg").write_bytes(make_image(1))
     with pytest.raises(UserError, match="several sources of form folder; only lists are read together"):
         ingest(module.IngestConfig(str(tmp_path / "E"), (str(tmp_path / "S"), str(tmp_path / "T"))))
 
@@ -214,7 +214,7 @@ def test_several_lists_are_one(server, tmp_path):
 def test_tars_that_the_shell_named_are_read_in_their_order(tmp_path):
     for name in ("b", "a"):
         with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
-            for ending, data in (("jpg", picture(1)), ("txt", name.encode())):
+            for ending, data in (("jpg", make_image(1)), ("txt", name.encode())):
                 member = tarfile.TarInfo(f"0.{ending}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -238,18 +238,18 @@ def tar_of(path: Path, members: dict[str, bytes]) -> str:
 
 
 @pytest.mark.parametrize(("members", "message"), [
-    ({"0.jpg": picture(1)}, r"no column 'img'; its samples have \[\]; change --url-col"),
-    ({"0.jpg": picture(1), "0.txt": b"a"}, r"no column 'img'; its samples have \['txt'\]; change --url-col"),
-    ({"0.jpg": picture(1), "0.img": picture(2)}, "--url-col 'img' holds no text in the first 1 samples"),
-    ({"0.jpg": picture(1), "0.json": b'{"img": 3}'}, "--url-col 'img' holds no text in the first 1 samples"),
-    ({"0.jpg": picture(1), "0.json": b'{"img": null}'}, "--url-col 'img' holds no text in the first 1 samples"),
+    ({"0.jpg": make_image(1)}, r"no column 'img'; its samples have \[\]; change --url-col"),
+    ({"0.jpg": make_image(1), "0.txt": b"a"}, r"no column 'img'; its samples have \['txt'\]; change --url-col"),
+    ({"0.jpg": make_image(1), "0.img": make_image(2)}, "--url-col 'img' holds no text in the first 1 samples"),
+    ({"0.jpg": make_image(1), "0.json": b'{"img": 3}'}, "--url-col 'img' holds no text in the first 1 samples"),
+    ({"0.jpg": make_image(1), "0.json": b'{"img": null}'}, "--url-col 'img' holds no text in the first 1 samples"),
 ])  # fmt: skip
 def test_a_column_of_addresses_that_a_tar_has_not_is_refused(tmp_path, members, message):
     source = tar_of(tmp_path / "x.tar", members)
     with pytest.raises(UserError, match=message):
         ingest(config(tmp_path / "D", source, url_col="img"))
     assert not (tmp_path / "D").exists()
-    source = tar_of(tmp_path / "y.tar", {"0.jpg": picture(1), "0.json": b'{"img": "http://h/1"}'})
+    source = tar_of(tmp_path / "y.tar", {"0.jpg": make_image(1), "0.json": b'{"img": "http://h/1"}'})
     ingest(config(tmp_path / "D", source, url_col="img"))
     assert rows_of(tmp_path / "D")[0]["url"] == "http://h/1"
 
@@ -268,7 +268,7 @@ def test_names_of_columns_that_have_none_are_refused(tmp_path, form, option):
 def test_a_source_that_is_root_is_refused(tmp_path):
     root = tmp_path / "D"
     root.mkdir()
-    (root / "x.jpg").write_bytes(picture(1))
+    (root / "x.jpg").write_bytes(make_image(1))
     (tmp_path / "link").symlink_to(root)
     for source in (
         root,
@@ -284,5 +284,5 @@ def test_a_source_that_is_root_is_refused(tmp_path):
         ingest(config("memory://same/D/", "memory://same/D"))
     assert [path.name for path in root.iterdir()] == ["x.jpg"]
     (root / "images").mkdir()
-    (root / "images/x.jpg").write_bytes(picture(1))
+    (root / "images/x.jpg").write_bytes(make_image(1))
     assert ingest(config(root, root / "images")).counts == {"success": 1}

@@ -5,7 +5,7 @@ import io
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from web_server import picture
+from web_server import make_image
 
 from pipeline.ingest.parquet_pages import largest_pages
 from pipeline.ingest.rows import Row, read_place
@@ -33,10 +33,10 @@ def test_every_type_of_text(tmp_path, kind):
     path = tmp_path / "l.parquet"
     write(path, caption=pa.array(["a", None, "ü"], kind), url=pa.array(URLS, kind))
     assert rows(path) == [Row("a", URLS[0]), Row(None, URLS[1]), Row("ü", URLS[2])]
-    write(path, caption=pa.array(["a", None, "ü"], kind), image=[{"bytes": picture(n)} for n in range(3)])
+    write(path, caption=pa.array(["a", None, "ü"], kind), image=[{"bytes": make_image(n)} for n in range(3)])
     found = rows(path)
     assert [row.caption for row in found] == ["a", None, "ü"]
-    assert [read_place(row.place, 1 << 20) for row in found] == [picture(n) for n in range(3)]
+    assert [read_place(row.place, 1 << 20) for row in found] == [make_image(n) for n in range(3)]
 
 
 @pytest.mark.parametrize("kind", [
@@ -49,16 +49,16 @@ def test_a_list_of_texts_is_a_caption_each(tmp_path, kind):
     write(path, caption=pa.array(texts, kind), url=URLS)
     pairs = [("a", URLS[0]), ("b", URLS[0]), (None, URLS[1]), (None, URLS[2])]
     assert rows(path) == [Row(*pair) for pair in pairs]
-    write(path, caption=pa.array(texts, kind), image=[{"bytes": picture(n)} for n in range(3)])
+    write(path, caption=pa.array(texts, kind), image=[{"bytes": make_image(n)} for n in range(3)])
     found = rows(path)
     assert [(row.caption, row.url) for row in found] == [(text, f"l.parquet#{url[-1]}") for text, url in pairs]
-    assert [read_place(row.place, 1 << 20) for row in found] == [picture(n) for n in (0, 0, 1, 2)]
+    assert [read_place(row.place, 1 << 20) for row in found] == [make_image(n) for n in (0, 0, 1, 2)]
     write(path, caption=pa.array([["a", "b"]] * 3, pa.list_(pa.string(), 2)), url=URLS)
     assert [row.caption for row in rows(path)] == ["a", "b"] * 3
 
 
 @pytest.mark.parametrize("other", [pa.array([1, 2, 3]), pa.array([b"x"] * 3), pa.array([{"bytes": b"x"}] * 3)])
-@pytest.mark.parametrize("image", [[{"bytes": picture(n)} for n in range(3)], [picture(n) for n in range(3)]])
+@pytest.mark.parametrize("image", [[{"bytes": make_image(n)} for n in range(3)], [make_image(n) for n in range(3)]])
 def test_two_columns_of_images_with_one_name(tmp_path, image, other):
     """Whichever comes first, whatever the other one holds; also where it appears in a later file only."""
     path = tmp_path / "l.parquet"
@@ -79,11 +79,11 @@ def test_two_columns_of_images_with_one_name(tmp_path, image, other):
 def test_every_type_of_bytes_holds_images(tmp_path, kind):
     path = tmp_path / "l.parquet"
     for column in ("image", "jpg"):
-        write(path, **{column: pa.array([picture(n) for n in range(3)], kind), "caption": list("abc")})
-        assert [read_place(row.place, 1 << 20) for row in rows(path)] == [picture(n) for n in range(3)]
-    write(path, photo_data=pa.array([picture(n) for n in range(3)], kind), caption=list("abc"))
+        write(path, **{column: pa.array([make_image(n) for n in range(3)], kind), "caption": list("abc")})
+        assert [read_place(row.place, 1 << 20) for row in rows(path)] == [make_image(n) for n in range(3)]
+    write(path, photo_data=pa.array([make_image(n) for n in range(3)], kind), caption=list("abc"))
     found = rows(path, (None, "photo_data"))
-    assert [read_place(row.place, 1 << 20) for row in found] == [picture(n) for n in range(3)]
+    assert [read_place(row.place, 1 << 20) for row in found] == [make_image(n) for n in range(3)]
 
 
 @pytest.mark.parametrize(("values", "named"), [
@@ -98,7 +98,7 @@ def test_what_is_no_text_is_refused_by_column_and_type(tmp_path, values, named):
         rows(path)
     expected = f"the column 'caption' is {named}, not text or a list of texts; change --caption-col"
     assert str(error.value) == f"--source {path}: {expected}"
-    write(path, caption=values, image=[{"bytes": picture(1)}] * 3)
+    write(path, caption=values, image=[{"bytes": make_image(1)}] * 3)
     with pytest.raises(UserError, match="the column 'caption' is"):
         rows(path)
     write(path, caption=list("abc"), url=values)

@@ -60,7 +60,7 @@ def run(root: str, model: str, **changes) -> stage.Summary:
 
 
 def made_now(summary: stage.Summary) -> tuple[int, int]:
-    """Vectors of pictures and of texts that a run embedded."""
+    """Vectors of images and of texts that a run embedded."""
     measured = summary.measured
     return int(measured.get("new_image_vectors", 0)), int(measured.get("new_text_vectors", 0))
 
@@ -113,7 +113,7 @@ def test_more_views_are_added_and_nothing_else_is_made(root, model, tmp_path):
     }  # fmt: skip
 
 
-def test_captions_are_added_and_pictures_are_not_embedded_again(root, model, tmp_path):
+def test_captions_are_added_and_images_are_not_embedded_again(root, model, tmp_path):
     run(root, model)
     before = tree(root)
     change(root, lambda sample: captioned(sample, "a red ball", f"a box {sample.key}"))
@@ -135,7 +135,7 @@ def test_one_edited_caption_re_embeds_one_row(root, model, tmp_path, dtype):
     assert_as_if_made_at_once(root, model, tmp_path, dtype=dtype)
 
 
-def test_another_picture_re_embeds_its_views_and_removed_samples_nothing(root, model, tmp_path):
+def test_another_image_re_embeds_its_views_and_removed_samples_nothing(root, model, tmp_path):
     run(root, model)
     keys = [sample.key for sample in read_shard(join(root, "shards/00000.tar"))]
     first = next(read_shard(join(root, "shards/00000.tar")))
@@ -208,15 +208,15 @@ def test_rows_do_not_depend_on_batches(model):
     """Bit for bit: any batch size, any neighbours, any place in the batch."""
     loaded = load_model(model)
     rng = np.random.default_rng(0)
-    pictures = list(rng.integers(0, 256, (CPU_ROWS + 5, 32, 32, 3), np.uint8))
+    images = list(rng.integers(0, 256, (CPU_ROWS + 5, 32, 32, 3), np.uint8))
     texts = [f"a {word} ball on a wall" for word in ["red", "green", "blue", "yellow"]] * 6
-    images, words = Teacher(loaded).embed_images(pictures), Teacher(loaded).embed_texts(texts)
-    assert np.array_equal(Teacher(loaded).embed_images(pictures[::-1])[::-1], images)
-    for size in (1, 2, 7, CPU_ROWS, len(pictures)):
+    features, words = Teacher(loaded).embed_images(images), Teacher(loaded).embed_texts(texts)
+    assert np.array_equal(Teacher(loaded).embed_images(images[::-1])[::-1], features)
+    for size in (1, 2, 7, CPU_ROWS, len(images)):
         teacher = Teacher(loaded, batch_size=size)
-        parts = [pictures[start : start + size] for start in range(0, len(pictures), size)]
-        assert np.array_equal(teacher.embed_images(pictures), images)
-        assert np.array_equal(np.concatenate([teacher.embed_images(part) for part in parts]), images), size
+        parts = [images[start : start + size] for start in range(0, len(images), size)]
+        assert np.array_equal(teacher.embed_images(images), features)
+        assert np.array_equal(np.concatenate([teacher.embed_images(part) for part in parts]), features), size
         assert np.array_equal(np.concatenate([teacher.embed_texts([text]) for text in texts[:4]]), words[:4])
 
 
@@ -235,7 +235,7 @@ def test_several_devices_share_the_shards(root, model):
 
 
 class Narrow(torch.nn.Module):
-    """An image encoder on a device with memory for ``most`` pictures."""
+    """An image encoder on a device with memory for ``most`` images."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -251,16 +251,16 @@ class Narrow(torch.nn.Module):
 def test_out_of_memory_halves_the_batch(caplog):
     model = Narrow(5)
     teacher = Teacher(LoadedModel(model, None, {}, 8, (0.5,) * 3, (0.5,) * 3))
-    pictures = list(np.random.default_rng(0).integers(0, 256, (18, 8, 8, 3), np.uint8))
+    images = list(np.random.default_rng(0).integers(0, 256, (18, 8, 8, 3), np.uint8))
     with caplog.at_level(logging.WARNING):
-        found = teacher.embed_images(pictures)
+        found = teacher.embed_images(images)
     assert model.seen == [16, 8, 4, 4, 4, 4, 4]
     assert "out of memory with 16 rows; going on with 8 at a time" in caplog.text
-    pixels = (torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
+    pixels = (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
     expected = torch.nn.functional.normalize(model.linear(pixels.flatten(1)), dim=-1).detach().numpy()
     assert np.abs(found - expected).max() < 1e-6
     with pytest.raises(UserError, match="out of memory with one row at a time"):
-        Teacher(LoadedModel(Narrow(0), None, {}, 8, (0.5,) * 3, (0.5,) * 3)).embed_images(pictures)
+        Teacher(LoadedModel(Narrow(0), None, {}, 8, (0.5,) * 3, (0.5,) * 3)).embed_images(images)
 
 
 @pytest.fixture(scope="module")
@@ -378,7 +378,7 @@ def test_export_lists_is_read_by_pandas(root, model):
         run(root, model, name="nope", export_lists=True)
 
 
-def test_a_picture_that_does_not_decode_names_file_and_key(root, model):
+def test_a_image_that_does_not_decode_names_file_and_key(root, model):
     change(root, lambda s: Sample(s.key, {**s.members, "jpg": b"<html>"}) if s.key.endswith("2") else s)
     for processes in (0, 1):
         with pytest.raises(ShardsFailed, match=r"00000: .*shards/00000\.tar: key 000000002 does not decode"):

@@ -100,8 +100,8 @@ def test_wrong_captions_are_drawn_again_a_bounded_number_of_times(root, model):
     counts = {}
     for redraws in (0, 1, 4):
         counts[redraws] = caption(config(root, model, redraws=redraws, decoding=cold, name=f"r{redraws}")).facts
-    pictures = len(captions(root, "r0"))
-    assert all(facts["captions"] == 3 * pictures for facts in counts.values())
+    images = len(captions(root, "r0"))
+    assert all(facts["captions"] == 3 * images for facts in counts.values())
     wrong = {redraws: facts.get("repeated", 0) + facts.get("degenerate", 0) for redraws, facts in counts.items()}
     assert wrong[0] > wrong[1] > wrong[4]
     assert "redrawn" not in counts[0]
@@ -208,7 +208,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(tmp_path):
     assert 1 <= batch_size < 64
     enough = Captioner(load_model(model), SHORT, 4, batch_size=64)
     assert described == [[c.text for c in d.captions] for d in enough.describe(wanted(enough, 64))]
-    assert "out of memory with one picture at a time" in receive.recv()
+    assert "out of memory with one image at a time" in receive.recv()
     child.join()
 
 
@@ -221,7 +221,7 @@ def _grown(pipe, model: str, batch: int) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is used now
     start = _high_water()
     captioner.describe(work)
-    pipe.send((1024 * (_high_water() - start), captioner.picture_bytes()))
+    pipe.send((1024 * (_high_water() - start), captioner.image_bytes()))
 
 
 def _high_water() -> int:
@@ -239,7 +239,7 @@ def test_the_memory_of_a_batch_is_predicted(tmp_path):
     send.close()
     grown, predicted = receive.recv()
     child.join()
-    print(f"64 pictures took {grown / 2**20:.0f} MiB, predicted {64 * predicted / 2**20:.0f} MiB")
+    print(f"64 images took {grown / 2**20:.0f} MiB, predicted {64 * predicted / 2**20:.0f} MiB")
     assert grown < 64 * predicted < 8 * grown
 
 
@@ -247,8 +247,8 @@ def test_the_batch_is_chosen_for_the_device(model):
     loaded = load_model(model)
     assert Captioner(loaded, SHORT, 3).batch_size == 32
     assert Captioner(loaded, SHORT, 3, batch_size=7).batch_size == 7
-    few = Captioner(loaded, SHORT, 1).picture_bytes()
-    assert Captioner(loaded, SHORT, 9).picture_bytes() > 3 * few
+    few = Captioner(loaded, SHORT, 1).image_bytes()
+    assert Captioner(loaded, SHORT, 9).image_bytes() > 3 * few
 
 
 def test_devices_and_numbers_are_checked(root, model):
@@ -280,7 +280,7 @@ def test_on_a_gpu_a_batch_stays_within_its_prediction():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     captioner.describe(wanted(captioner, 64))
-    assert torch.cuda.max_memory_allocated() - before < 64 * captioner.picture_bytes()
+    assert torch.cuda.max_memory_allocated() - before < 64 * captioner.image_bytes()
     assert isinstance(captioner.coca, Coca)
 
 

@@ -23,7 +23,7 @@ from shards_spec.models import load_model
 
 MODELS = ["coca_ViT-B-32", "coca_ViT-L-14", "coca_base", "coca_roberta-ViT-B-32", "tiny"]
 GREEDY = Decoding("greedy", min_tokens=2, max_tokens=14)
-PICTURES = 64
+IMAGES = 64
 
 
 def load(name: str, folder: Path) -> Coca:
@@ -34,7 +34,7 @@ def load(name: str, folder: Path) -> Coca:
     return coca
 
 
-def noise(coca: Coca, count: int = PICTURES) -> torch.Tensor:
+def noise(coca: Coca, count: int = IMAGES) -> torch.Tensor:
     size = coca.model.visual.image_size
     size = size if isinstance(size, tuple) else (size, size)
     return 2 * torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0))
@@ -114,7 +114,7 @@ def expected(coca):
 @pytest.mark.parametrize("batch", [1, 3, 8, 64])
 def test_greedy_equals_full_recomputation(coca, expected, batch):
     images = noise(coca)
-    found = [caption for first in range(0, PICTURES, batch) for caption in greedy(coca, images[first : first + batch])]
+    found = [caption for first in range(0, IMAGES, batch) for caption in greedy(coca, images[first : first + batch])]
     assert [caption.tokens for caption in found] == expected
     assert len({len(tokens) for tokens in expected}) > 2, "mixed lengths, or rows that leave the batch are not tested"
     if batch == 8:
@@ -123,13 +123,13 @@ def test_greedy_equals_full_recomputation(coca, expected, batch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sampled_captions_of_one_picture_have_the_log_probability_of_teacher_forcing(coca, dtype):
+def test_sampled_captions_of_one_image_have_the_log_probability_of_teacher_forcing(coca, dtype):
     """In float64 exactly, but for the logits, which are float32 in the end: 12 tokens of 1e-6 at most."""
     if dtype == torch.float64:
         end, coca = coca.end, Coca(copy.deepcopy(coca.model).double(), coca.tokenizer)
         coca.end = end
     images, decoding = noise(coca, 6), Decoding(top_p=0.95, temperature=1.5, min_tokens=1, max_tokens=12)
-    owners = [picture for picture in range(6) for _ in range(4)]
+    owners = [image for image in range(6) for _ in range(4)]
     found = generate(coca, coca.encode(images), owners, [f"{row}" for row in range(24)], decoding)
     for owner, caption in zip(owners, found, strict=True):
         score = scored(coca, images[owner], caption.tokens, caption.ended, [])
@@ -235,7 +235,7 @@ def test_sampling_does_not_depend_on_the_batch(coca):
 
     def captions(order: list[int]) -> dict[tuple[int, int], list[int]]:
         owners = [place for place in range(len(order)) for _ in range(3)]
-        names = [f"{picture}/{n}" for picture in order for n in range(3)]
+        names = [f"{image}/{n}" for image in order for n in range(3)]
         found = generate(coca, coca.encode(images[order]), owners, names, decoding)
         return {
             (order[owner], row % 3): caption.tokens
@@ -244,7 +244,7 @@ def test_sampling_does_not_depend_on_the_batch(coca):
 
     together = captions(list(range(12)))
     assert captions(list(reversed(range(12)))) == together
-    alone = {place: tokens for picture in range(12) for place, tokens in captions([picture]).items()}
+    alone = {place: tokens for image in range(12) for place, tokens in captions([image]).items()}
     assert alone == together
     one = generate(coca, coca.encode(images[3:4]), [0], ["3/2"], decoding)[0]
     assert one.tokens == together[3, 2]
@@ -433,8 +433,8 @@ def test_rows_feed_a_prompt_as_one_or_token_by_token(coca):
     images = noise(coca, 3)
     prompt = torch.tensor([[coca.start, *coca.prompt("a blue box")]]).expand(3, -1)
     with torch.inference_mode():
-        pictures = coca.encode(images)
-        at_once = Rows(coca, pictures, 12).feed(prompt)
-        rows = Rows(coca, pictures, 12)
+        encoded = coca.encode(images)
+        at_once = Rows(coca, encoded, 12).feed(prompt)
+        rows = Rows(coca, encoded, 12)
         one_by_one = [rows.feed(prompt[:, place : place + 1]) for place in range(prompt.shape[1])][-1]
     assert torch.allclose(at_once, one_by_one, rtol=0, atol=1e-4 * at_once.abs().max().item())  # float32 sums

@@ -1,4 +1,4 @@
-"""Leaving samples out: signatures of pictures, caption and picture rules, duplicates in a shard and over all shards."""
+"""Leaving samples out: signatures of images, caption and image rules, duplicates in a shard and over all shards."""
 
 import io
 import random
@@ -26,8 +26,8 @@ from pipeline.core.likeness import (
     distances,
     duplicates,
     hash_numbers,
+    image_problem,
     perceptual_hash,
-    picture_problem,
 )
 from pipeline.core.runner import ShardsFailed
 from pipeline.dedup.stage import DedupConfig, dedup
@@ -39,8 +39,8 @@ from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, shard_keys, write_shard
 
 
-def picture(seed: object, size: tuple[int, int] = (340, 256)) -> Image.Image:
-    """A drawn picture of several shapes."""
+def make_image(seed: object, size: tuple[int, int] = (340, 256)) -> Image.Image:
+    """A drawn image of several shapes."""
     rng, (width, height) = random.Random(str(seed)), size
     image = Image.new("RGB", size, tuple(rng.randrange(256) for _ in range(3)))
     pen = ImageDraw.Draw(image)
@@ -69,7 +69,7 @@ def bits(one: str | None, other: str | None) -> int:
 def test_a_signature_survives_encoding_and_scaling():
     moved = []
     for seed in range(40):
-        image = picture(seed)
+        image = make_image(seed)
         own = perceptual_hash(image)
         assert own is not None
         assert len(own) == 16
@@ -79,14 +79,14 @@ def test_a_signature_survives_encoding_and_scaling():
     assert max(moved) <= 6
 
 
-def test_different_pictures_have_different_signatures():
-    numbers = hash_numbers([perceptual_hash(picture(seed)) for seed in range(150)])
+def test_different_images_have_different_signatures():
+    numbers = hash_numbers([perceptual_hash(make_image(seed)) for seed in range(150)])
     apart = np.concatenate([distances(numbers[:-k], numbers[k:]) for k in range(1, 150)])
     assert np.mean(apart > 10) > 0.999
     assert apart.min() > 3
 
 
-def test_plain_pictures_have_no_signature():
+def test_plain_images_have_no_signature():
     gradient = Image.linear_gradient("L").convert("RGB")
     stripes = Image.fromarray(np.repeat(np.arange(200) // 25 % 2 * 255, 300).reshape(200, 300).astype(np.uint8))
     for image in (Image.new("RGB", (300, 200), "red"), gradient, stripes.convert("RGB"), Image.new("RGB", (1, 1))):
@@ -95,7 +95,7 @@ def test_plain_pictures_have_no_signature():
 
 
 def test_a_signature_is_cheap():
-    image = picture(0, (256, 340))
+    image = make_image(0, (256, 340))
     start = time.perf_counter()
     for _ in range(200):
         perceptual_hash(image)
@@ -155,14 +155,14 @@ def test_captions_that_say_nothing(caption, problem):
     assert caption_problem(caption, 2, 200) == problem
 
 
-def test_limits_of_captions_and_pictures():
+def test_limits_of_captions_and_images():
     assert caption_problem(None, 0, 100) is None
     assert caption_problem("x" * 9, 0, 0) is None
     assert caption_problem("DSC00012", 5, 100, sane=False) is None
-    assert picture_problem(100, 300, 100, 3.0) is None
-    assert picture_problem(99, 300, 100, 3.0) == "picture too small"
-    assert picture_problem(301, 100, 100, 3.0) == "aspect ratio too large"
-    assert picture_problem(100, 301, 100, 3.0) == "aspect ratio too large"
+    assert image_problem(100, 300, 100, 3.0) is None
+    assert image_problem(99, 300, 100, 3.0) == "picture too small"
+    assert image_problem(301, 100, 100, 3.0) == "aspect ratio too large"
+    assert image_problem(100, 301, 100, 3.0) == "aspect ratio too large"
 
 
 def expected_drops(urls, sha256s, hashes, near_bits) -> dict[int, bool]:
@@ -184,7 +184,7 @@ def expected_drops(urls, sha256s, hashes, near_bits) -> dict[int, bool]:
 
 
 def random_rows(seed: int, count: int) -> tuple[list, list, list]:
-    """Rows with repeated URLs, repeated files, clusters of near signatures, failed rows and plain pictures."""
+    """Rows with repeated URLs, repeated files, clusters of near signatures, failed rows and plain images."""
     rng = random.Random(seed)
     centres = [rng.getrandbits(64) | 1 for _ in range(max(1, count // 4))]
     urls, sha256s, hashes = [], [], []
@@ -208,7 +208,7 @@ def test_duplicates_of_a_shard_follow_the_rule(seed, count, near_bits):
     assert not set(found.values()) & set(found)  # the one that stays does stay
 
 
-def test_captions_of_one_picture_are_no_duplicates():
+def test_captions_of_one_image_are_no_duplicates():
     assert duplicates(["u", "u", "v", "u", "v"], ["a"] * 5, [None] * 5, None) == {2: 0, 4: 0}
     assert duplicates(["u", "v", "u"], [None] * 3, [None] * 3, 3) == {}
     assert duplicates([None, None], ["a", "a"], [None] * 2, None) == {1: 0}
@@ -276,13 +276,13 @@ PER_SHARD, SHARDS = 20, 6
 
 
 def planted(seed: int = 0) -> tuple[list[list[Item]], dict[str, str]]:
-    """Shards of different pictures with copies of some, exact and encoded anew, anywhere later; and key to reason."""
+    """Shards of different images with copies of some, exact and encoded anew, anywhere later; and key to reason."""
     rng, originals, items, truth = random.Random(seed), [], [], {}
     for position in range(PER_SHARD * SHARDS):
         key = f"{position // PER_SHARD:05d}{position % PER_SHARD:04d}"
         kind = rng.choice(["new", "new", "new", "exact", "near", "caption", "failed"]) if originals else "new"
         if kind == "new":
-            originals.append((f"http://h/{position}", jpeg(picture(f"{seed}/{position}", (120, 90)))))
+            originals.append((f"http://h/{position}", jpeg(make_image(f"{seed}/{position}", (120, 90)))))
             items.append(Item(*originals[-1]))
             continue
         url, data = rng.choice(originals)
@@ -333,7 +333,7 @@ def test_planted_copies_are_found_and_nothing_else(root, world):
     assert len(list(Path(root, "dedup").iterdir())) == 2 * SHARDS
 
 
-def test_recall_over_many_pictures(tmp_path):
+def test_recall_over_many_images(tmp_path):
     root, found, wanted, false = str(tmp_path / "ds"), 0, 0, 0
     for seed in range(1, 5):
         shards, truth = planted(seed)
@@ -351,7 +351,7 @@ def test_equal_files_only(root, world):
 
 
 @pytest.mark.parametrize("columns", [(), ("sha256",)])
-def test_shards_of_img2dataset_are_read_from_their_pictures(root, world, tmp_path, columns):
+def test_shards_of_img2dataset_are_read_from_their_images(root, world, tmp_path, columns):
     run(root)
     other = str(tmp_path / "other")
     raw(other, planted()[0], columns)
@@ -386,7 +386,7 @@ def test_lists_of_random_rows_follow_the_rule(tmp_path_factory, seed, count, sha
         table = {"key": keys[part], "status": status, "url": urls, "sha256": sha256s, "phash": hashes}
         Path(root, "raw").mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({c: pa.array(v, pa.string()) for c, v in table.items()}), join(root, f"{name}.parquet"))
-        outputs = {f"{name}.tar": "no picture is read", f"{name}.parquet": "x"}
+        outputs = {f"{name}.tar": "no image is read", f"{name}.parquet": "x"}
         Done("ingest", shard, {}, {}, {}, outputs).write(join(root, "raw"))
     write_stage(root, "ingest", {"config": {}, "shards": shards, "counts": {}}, "test")
     with pytest.MonkeyPatch.context() as patch:  # there are no images: signatures alone decide
@@ -414,7 +414,7 @@ def test_a_rerun_makes_nothing_and_a_changed_raw_makes_it_again(root):
     assert run(root).made == 1
     assert tree(root) == before
     shards = planted()[0]
-    shards[0][0], lost = Item("http://h/other", jpeg(picture("other"))), listed(root)
+    shards[0][0], lost = Item("http://h/other", jpeg(make_image("other"))), listed(root)
     raw(root, shards)
     assert run(root).made == SHARDS
     assert listed(root) != lost
@@ -479,7 +479,7 @@ def test_pack_refuses_a_list_of_other_raw_shards(root):
         pack(PackConfig(root))
     run(root)
     shards = planted()[0]
-    shards[5][0] = Item("http://h/other", jpeg(picture("other")))
+    shards[5][0] = Item("http://h/other", jpeg(make_image("other")))
     raw(root, shards)
     with pytest.raises(UserError, match=r"dedup/00000 was made from other raw shards: run `clipmill dedup"):
         pack(PackConfig(root))

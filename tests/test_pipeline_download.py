@@ -19,7 +19,7 @@ import pytest
 from dns_server import NXDOMAIN, SERVFAIL, SILENT, serve_names
 from PIL import Image
 from small_ingest import config, rows_of, write_list
-from web_server import picture, serve
+from web_server import make_image, serve
 
 from pipeline.check.stage import CheckConfig, check
 from pipeline.ingest import decode_pool as decoders_module
@@ -66,7 +66,7 @@ def test_a_name_is_asked_for_once(server):
         port = server.server_port
         urls = [f"http://{host}.test:{port}/good/{n}" for n in range(30) for host in ("good", "gone", "broken")]
         found = gather(urls, nameservers=nameservers, retries=0, per_host=3)
-        assert found[::3] == [picture(n) for n in range(30)]
+        assert found[::3] == [make_image(n) for n in range(30)]
         assert set(found[1::3]) == {"name not found"}
         assert set(found[2::3]) == {"name look-up failed"}
         # an A and an AAAA question each, twice where the server failed; not once per row
@@ -195,7 +195,7 @@ def test_a_host_that_never_answers_is_given_up():
 def test_retry_after_is_obeyed_when_it_is_short(server):
     server.retry_after = "1"
     start = time.monotonic()
-    assert gather([f"{server.url}/busy/1"]) == [picture(1)]
+    assert gather([f"{server.url}/busy/1"]) == [make_image(1)]
     assert time.monotonic() - start >= 1
     server.retry_after = "3600"
     start = time.monotonic()
@@ -243,12 +243,12 @@ def test_decoders_answer_in_their_order():
     assert converted(jobs) == [job[::-1] for job in jobs]
 
 
-def test_a_crash_costs_the_picture_that_caused_it():
+def test_a_crash_costs_the_image_that_caused_it():
     jobs = [b"crash" if n % 10 == 5 else b"good %d" % n for n in range(40)]
     assert converted(jobs) == ["decoder crashed" if job == b"crash" else job[::-1] for job in jobs]
 
 
-def test_a_picture_that_takes_too_long_costs_itself():
+def test_a_image_that_takes_too_long_costs_itself():
     jobs = [b"hang" if n == 3 else b"good %d" % n for n in range(12)]
     assert converted(jobs, timeout_s=2.0) == ["decoding took too long" if job == b"hang" else job[::-1] for job in jobs]
 
@@ -297,14 +297,14 @@ def test_the_progress_line():
     assert tally.line(None) == ""
     for outcome in ["HTTP 404"] * 2 + ["timeout"]:
         tally.add(outcome)
-    from pipeline.ingest.images import Picture
+    from pipeline.ingest.images import EncodedImage
 
     for _ in range(7):
-        tally.add(Picture(b"x" * 100, 1, 1, 1, 1, "{}", "", None))
+        tally.add(EncodedImage(b"x" * 100, 1, 1, 1, 1, "{}", "", None))
     assert (
         tally.line(3600) == "10 rows, 1 images/s, 70.0 % good, HTTP 404 20.0 %, timeout 10.0 %, about 1 h 00 min left"
     )
-    assert tally.picture_bytes == 700
+    assert tally.image_bytes == 700
 
 
 # selection
@@ -315,15 +315,15 @@ def test_selection_names_each_reason(server, tmp_path):
     rows = [
         (f"{server.url}/good/1", "a good caption"), (f"{server.url}/good/2?out", "no"),
         (f"{server.url}/good/3", "long " * 30), (f"{server.url}/good/4", "12345 !!! 678"),
-        (f"{server.url}/good/5", "IMG_2041.jpg"), (f"{server.url}/sized/20x20", "a small picture"),
-        (wide, "a wide picture"), (f"{server.url}/good/6?out", "an excluded link"),
+        (f"{server.url}/good/5", "IMG_2041.jpg"), (f"{server.url}/sized/20x20", "a small image"),
+        (wide, "a wide image"), (f"{server.url}/good/6?out", "an excluded link"),
         (f"{server.url}/good/9", "an excluded picture"), (f"{server.url}/good/1?copy", "a copy of the first"),
         (f"{server.url}/scene/1", "a scene"), (f"{server.url}/again/1", "the scene at another quality"),
         (f"{server.url}/scene/8", "another scene"),
     ]  # fmt: skip
     links, hashes = tmp_path / "links.txt", tmp_path / "hashes.txt"
     links.write_text(f"{server.url}/good/6?out\n\nhttp://elsewhere/x\n")
-    hashes.write_text(hashlib.sha256(picture(9)).hexdigest().upper() + "\n")
+    hashes.write_text(hashlib.sha256(make_image(9)).hexdigest().upper() + "\n")
     source = write_list(tmp_path / "l.tsv", rows)
     options = {
         "min_caption_chars": 4, "max_caption_chars": 100, "sane_captions": True, "min_size": 30, "dedup": "near",
@@ -346,7 +346,7 @@ def test_selection_names_each_reason(server, tmp_path):
         ingest(config(tmp_path / "E", source, exclude=(str(tmp_path / "nowhere"),)))
 
 
-def test_what_is_kept_of_a_picture(server, tmp_path):
+def test_what_is_kept_of_a_image(server, tmp_path):
     ingest(config(tmp_path / "D", write_list(tmp_path / "l.tsv", [(f"{server.url}/noise/3", "x")])))
     (row,) = rows_of(tmp_path / "D")
     assert SCHEMA.names[-2:] == ["sha256", "phash"]
@@ -356,10 +356,10 @@ def test_what_is_kept_of_a_picture(server, tmp_path):
     assert Image.open(io.BytesIO(sample.image)).size == (48, 48)
 
 
-# pictures that are already there
+# images that are already there
 
 
-def pictures_in_tars(folder: Path) -> None:
+def images_in_tars(folder: Path) -> None:
     """Two WebDataset tars as others make them: keys that collide, png and webp, captions in txt and in json."""
     folder.mkdir()
     for number in range(2):
@@ -367,23 +367,23 @@ def pictures_in_tars(folder: Path) -> None:
             for n in range(15):
                 form = ("PNG", "WEBP")[n % 2]
                 text = {"txt": f"{number} {n}".encode()} if n % 3 else {"json": b'{"caption": "%d %d"}' % (number, n)}
-                for ending, data in {form.lower(): picture(100 * number + n, form=form), **text}.items():
+                for ending, data in {form.lower(): make_image(100 * number + n, form=form), **text}.items():
                     member = tarfile.TarInfo(f"same/{n:03d}.{ending}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
 
 
-def pictures_in_parquet(folder: Path) -> None:
+def images_in_parquet(folder: Path) -> None:
     """Two Parquet files as Hugging Face's image datasets have them."""
     folder.mkdir()
     for number in range(2):
-        images = [{"bytes": picture(100 * number + n, form="PNG"), "path": f"{n}.png"} for n in range(15)]
+        images = [{"bytes": make_image(100 * number + n, form="PNG"), "path": f"{n}.png"} for n in range(15)]
         table = {"image": images, "text": [f"{number} {n}" for n in range(15)]}
         pq.write_table(pa.table(table), folder / f"train-{number}.parquet", row_group_size=4)
 
 
-@pytest.mark.parametrize("make", [pictures_in_tars, pictures_in_parquet])
-def test_pictures_that_need_no_download(tmp_path, make):
+@pytest.mark.parametrize("make", [images_in_tars, images_in_parquet])
+def test_images_that_need_no_download(tmp_path, make):
     source, root = tmp_path / "S", tmp_path / "D"
     make(source)
     summary = ingest(config(root, source, shard_size=8))

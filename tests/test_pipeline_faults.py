@@ -54,7 +54,7 @@ def sha256(data: bytes) -> str:
 
 
 def wrong_bytes(rows: list[dict], bodies: list[bytes]) -> list[str]:
-    """Links whose picture is not the one that was asked for."""
+    """Links whose image is not the one that was asked for."""
     pairs = zip(rows, bodies, strict=True)
     return [row["url"] for row, body in pairs if outcome(row) == "success" and row["sha256"] != sha256(body)]
 
@@ -92,7 +92,7 @@ def test_no_link_is_asked_for_too_often(troubles, server):
     assert (own["status_500"], own["stalled_body"], own["status_429_after_hour"]) == (2, 2, 1)
 
 
-def test_a_link_after_each_trouble_on_the_same_connection_gets_its_own_picture(server, tmp_path):
+def test_a_link_after_each_trouble_on_the_same_connection_gets_its_own_image(server, tmp_path):
     """With one request at a time per host a connection is used again: what trouble left in it must not be read."""
     names = [name for name, entry in KINDS.items() if "{kind}" in entry.url and not entry.at_accept and not entry.tls]
     names = [name for name in names if name not in ("refused", "blackhole")]
@@ -135,7 +135,7 @@ def test_certificates(tmp_path, trusted):
 @pytest.mark.slow
 def test_good_links_beside_troubles(server, tmp_path):
     ratios = pair(server, tmp_path, 8000, TIMEOUT_S, 1000)
-    print(f"good pictures per second with a tenth of troubles by without: {ratios}")
+    print(f"good images per second with a tenth of troubles by without: {ratios}")
     assert ratios["steady"] > 0.4, "tests/bench/faults.py measures it in earnest"
 
 
@@ -248,7 +248,7 @@ def disturb(parent, marks: Path, signals: list[int], rng: random.Random) -> int:
 
 
 @pytest.mark.parametrize(("kind", "allowed"), [(signal.SIGKILL, {CRASHED}), (signal.SIGSTOP, {CRASHED, TOO_LONG})])
-def test_a_decoder_that_dies_or_hangs_costs_its_picture_alone(server, tmp_path, kind, allowed):
+def test_a_decoder_that_dies_or_hangs_costs_its_image_alone(server, tmp_path, kind, allowed):
     if not Path("/proc/self/stat").exists():
         skip_or_fail("no /proc to find the decoders in")
     links = [server.way(f"photo/{n}", f"127.0.0.{1 + n % 8}") for n in range(240)]

@@ -90,9 +90,9 @@ CAPTIONS = {
 
 
 def write_captions(root):
-    picture = draw("x")[0]
+    image = draw("x")[0]
     meta = b'{"alt": "\\ud83d", "width": 9, "height": 9}'
-    samples = [Sample(key, {"jpg": picture, "txt": text, "json": meta}) for key, text in CAPTIONS.items()]
+    samples = [Sample(key, {"jpg": image, "txt": text, "json": meta}) for key, text in CAPTIONS.items()]
     _, digest = write_shard(join(root, "raw/00000.tar"), samples)
     rows = [{"key": key, "status": "success"} for key in CAPTIONS]
     pq.write_table(pa.Table.from_pylist(rows), join(root, "raw/00000.parquet"))

@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 from bench.photos import photo
 from PIL import Image
-from web_server import picture
+from web_server import make_image
 
-from pipeline.ingest.images import BadImage, PictureRules, _decode, _shrunk, convert
+from pipeline.ingest.images import BadImage, ImageRules, _decode, _shrunk, convert
 
 
 def test_small_upright_rgb_jpegs_keep_their_bytes():
-    data = picture(1, (90, 48))
-    result = convert(data, PictureRules(48))
+    data = make_image(1, (90, 48))
+    result = convert(data, ImageRules(48))
     assert (result.data, result.width, result.height, result.exif) == (data, 90, 48, "{}")
 
 
 @pytest.mark.parametrize(("size", "expected"), [((96, 64), (72, 48)), ((64, 96), (48, 72)), ((1600, 800), (96, 48)),
                                                 ((4000, 60), (3200, 48)), ((40, 200), (40, 200))])  # fmt: skip
 def test_the_shorter_side_is_shrunk(size, expected):
-    result = convert(picture(1, size), PictureRules(48))
+    result = convert(make_image(1, size), ImageRules(48))
     assert (result.width, result.height, result.original_width, result.original_height) == (*expected, *size)
     assert Image.open(io.BytesIO(result.data)).size == expected
 
@@ -34,12 +34,12 @@ def test_orientation_is_applied(orientation, size):
     upright = Image.new("RGB", size, "red")
     upright.paste("blue", (0, 0, size[0] // 2, size[1]))
     upright.paste("green", (0, 0, size[0] // 4, size[1] // 2))
-    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that makes the camera's picture
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that makes the camera's image
     camera = upright.transpose(Image.Transpose(back[orientation])) if orientation > 1 else upright
     exif, file = Image.Exif(), io.BytesIO()
     exif[0x0112], exif[0x010F] = orientation, "Acme"
     camera.save(file, "JPEG", quality=95, exif=exif)
-    result = convert(file.getvalue(), PictureRules(48))
+    result = convert(file.getvalue(), ImageRules(48))
     shown = Image.open(io.BytesIO(result.data)).resize(size)
     assert (result.original_width, result.original_height) == size
     assert json.loads(result.exif) == {"Image Orientation": str(orientation), "Image Make": "Acme"}
@@ -47,7 +47,7 @@ def test_orientation_is_applied(orientation, size):
 
 
 def pixel(data: bytes) -> tuple[int, ...]:
-    result = Image.open(io.BytesIO(convert(data, PictureRules(16)).data))
+    result = Image.open(io.BytesIO(convert(data, ImageRules(16)).data))
     assert (result.format, result.mode) == ("JPEG", "RGB")
     return result.getpixel((8, 8))
 
@@ -88,26 +88,26 @@ def bomb() -> bytes:
     (b"<html>", "not an image"),
     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     (b"\xff\xd8\xff", "not an image"),
-    (picture(1, (300, 300))[:1500], "truncated image"),
-    (picture(1, (300, 300), progressive=True)[:1500], "truncated image"),
-    (picture(1, (300, 300), "PNG")[:600], "truncated image"),
+    (make_image(1, (300, 300))[:1500], "truncated image"),
+    (make_image(1, (300, 300), progressive=True)[:1500], "truncated image"),
+    (make_image(1, (300, 300), "PNG")[:600], "truncated image"),
     (bomb(), "too many pixels"),
 ])  # fmt: skip
-def test_bytes_that_are_no_picture(data, reason):
+def test_bytes_that_are_no_image(data, reason):
     with pytest.raises(BadImage, match=f"^{reason}$"):
-        convert(data, PictureRules(48))
+        convert(data, ImageRules(48))
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000"])
-def test_damaged_bytes_give_a_picture_or_a_named_reason(form):
-    data, rng = picture(3, (80, 60), form), random.Random(form)
+def test_damaged_bytes_give_a_image_or_a_named_reason(form):
+    data, rng = make_image(3, (80, 60), form), random.Random(form)
     reasons = set()
     for _ in range(60):
         broken = bytearray(data[: rng.randrange(1, len(data) + 1)])
         for _ in range(rng.randrange(6)):
             broken[rng.randrange(len(broken))] = rng.randrange(256)
         try:
-            convert(bytes(broken), PictureRules(32))
+            convert(bytes(broken), ImageRules(32))
         except BadImage as error:
             reasons.add(str(error))
     assert reasons <= {"not an image", "unsupported TIFF", "truncated image", "broken image", "too many pixels"}
@@ -117,7 +117,7 @@ def test_exif_is_text_that_json_can_hold():
     exif = Image.Exif()
     exif[0x010F], exif[0x9286], exif[0x927C] = "Ac\x00me", b"ASCII\0\0\0\xff\xfe", b"x" * 5000
     exif.get_ifd(0x8769)[0x829A] = 1 / 60
-    result = convert(picture(1, exif=exif), PictureRules(48))
+    result = convert(make_image(1, exif=exif), ImageRules(48))
     assert all(isinstance(value, str) and len(value) <= 1000 for value in json.loads(result.exif).values())
     assert "EXIF ExposureTime" in json.loads(result.exif)
 

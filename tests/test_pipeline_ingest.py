@@ -1,4 +1,4 @@
-"""Stage `ingest`: sources, the web, pictures, img2dataset's layout and shards, kills at any moment."""
+"""Stage `ingest`: sources, the web, images, img2dataset's layout and shards, kills at any moment."""
 
 import asyncio
 import hashlib
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from small_ingest import config, rows_of, write_list
-from web_server import picture, serve
+from web_server import make_image, serve
 
 from pipeline.check.stage import CheckConfig, check
 from pipeline.core.runner import ShardsFailed, Share
@@ -113,7 +113,7 @@ def test_private_addresses_are_refused_by_default(server, tmp_path, caplog):
     odd = ["bad address"] * 2  # aiohttp itself refuses digits that are no address as written
     assert reasons == ["not a public address"] * 2 + odd + ["not a public address"] * 4
     assert server.requests["good/900"] == 0
-    assert "not one picture came, mostly 'not a public address': --allow-private fetches" in caplog.text
+    assert "not one image came, mostly 'not a public address': --allow-private fetches" in caplog.text
 
 
 def get(url: str, **rules) -> bytes:
@@ -126,7 +126,7 @@ def get(url: str, **rules) -> bytes:
 
 def test_each_hop_of_a_redirect_is_checked(server, monkeypatch):
     monkeypatch.setattr(fetch, "is_public", lambda address: address == "127.0.0.1")
-    assert get(f"{server.url}/redirect/{server.url}/good/5") == picture(5)
+    assert get(f"{server.url}/redirect/{server.url}/good/5") == make_image(5)
     with serve("127.0.0.2") as inner:
         for target in (inner.url, f"http://[::1]:{inner.server_port}", "http://169.254.169.254"):
             with pytest.raises(FetchError, match=r"^not a public address$"):
@@ -150,7 +150,7 @@ def test_opt_out_headers(headers, expected):
 
 
 def test_ignoring_opt_out_and_other_schemes(server):
-    assert get(f"{server.url}/optout/noai", allow_private=True, ignore_opt_out=True) == picture(4)
+    assert get(f"{server.url}/optout/noai", allow_private=True, ignore_opt_out=True) == make_image(4)
     for url in ("file:///etc/passwd", "ftp://h/x", "data:image/png;base64,AAAA", "//h/x", "x"):
         with pytest.raises(FetchError, match=r"^not an http address$"):
             get(url)
@@ -347,7 +347,7 @@ def test_tar_members_are_img2datasets_but_for_what_the_spec_names(server, tmp_pa
     assert (sample.caption, sample.meta["key"]) == ("good 0 ü", "000000000")
     assert json.loads(rows_of(tmp_path / "D")[3]["exif"])["EXIF ISOSpeedRatings"] == "200"
     assert sample.meta == {**rows_of(tmp_path / "D")[0]}
-    assert sample.meta["sha256"] == hashlib.sha256(picture(0)).hexdigest()
+    assert sample.meta["sha256"] == hashlib.sha256(make_image(0)).hexdigest()
 
 
 @pytest.mark.parametrize(("shard", "index", "size", "key"), [
@@ -473,7 +473,7 @@ def test_a_folder_with_captions_beside(tmp_path):
     source = tmp_path / "S"
     (source / "b").mkdir(parents=True)
     for n, name in enumerate(("z.jpg", "b/x.PNG", "a.webp", "b/none.jpg")):
-        (source / name).write_bytes(picture(n, form="PNG" if name.endswith("PNG") else "JPEG"))
+        (source / name).write_bytes(make_image(n, form="PNG" if name.endswith("PNG") else "JPEG"))
     (source / "z.txt").write_text("last ü\n")
     (source / "b/x.txt").write_text("in b")
     (source / "a.txt").write_bytes(b"\xff")
@@ -497,24 +497,24 @@ def test_a_folder_with_captions_beside(tmp_path):
     assert check(CheckConfig(str(tmp_path / "D"))) == []
 
 
-def test_a_changed_picture_is_read_again_by_two_workers(tmp_path):
+def test_a_changed_image_is_read_again_by_two_workers(tmp_path):
     source = tmp_path / "S"
     source.mkdir()
     for n in range(12):
-        (source / f"{n:02d}.jpg").write_bytes(picture(n))
+        (source / f"{n:02d}.jpg").write_bytes(make_image(n))
         (source / f"{n:02d}.txt").write_text(f"c{n}")
     root = tmp_path / "D"
     assert ingest(config(root, source, workers=2, shard_size=4)).made == 3
     assert ingest(config(root, source, workers=2, shard_size=4)).made == 0
-    (source / "05.jpg").write_bytes(picture(77))
+    (source / "05.jpg").write_bytes(make_image(77))
     assert ingest(config(root, source, workers=2, shard_size=4)).made == 1
     (tmp_path / "E").mkdir()
-    with pytest.raises(UserError, match="has no row and no picture in it; nothing to ingest"):
+    with pytest.raises(UserError, match="has no row and no image in it; nothing to ingest"):
         ingest(config(root, tmp_path / "E"))
 
 
 def test_a_root_on_an_object_store(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(picture(1))
+    (tmp_path / "a.jpg").write_bytes(make_image(1))
     ingest(config("memory://ingest/D", tmp_path))
     assert [sample.key for sample in read_shard("memory://ingest/D/raw/00000.tar")] == ["000000000"]
     assert check(CheckConfig("memory://ingest/D")) == []

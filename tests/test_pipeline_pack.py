@@ -112,7 +112,7 @@ def test_a_shard_is_made_again_when_any_of_its_captions_changed(root):
     assert shard_of(root, 1)[1].meta["syn_1"] == "another"
 
 
-def test_a_picture_counts_as_described_when_one_captioner_could(root):
+def test_a_image_counts_as_described_when_one_captioner_could(root):
     nothing = ([], [], None)
     write_captions(root, "two", {"000000000": nothing, "000000001": nothing})
     write_captions(root, "three", {"000000001": nothing})
@@ -369,8 +369,8 @@ def test_final_shards_are_ranges_of_the_survivors(pattern, size, style, tmp_path
         len(keys) for keys in expected
     ]
     assert shard_sizes(root) == [len(keys) for keys in expected]
-    pictures = {sample.key: sample.image for sample in raw(root)}
-    assert all(sample.image == pictures[sample.key] for sample in final(root))
+    images = {sample.key: sample.image for sample in raw(root)}
+    assert all(sample.image == images[sample.key] for sample in final(root))
     assert check(CheckConfig(root)) == []
 
 

@@ -39,7 +39,7 @@ LONG = "unbroken" * 30
 DOG, CAT, RARE = "n02084071", "n02121620", "n00000001"
 
 
-def picture(shard: int, row: int) -> bytes:
+def make_image(shard: int, row: int) -> bytes:
     image = Image.new("RGB", (96 + 8 * row, 64), (40 * shard, 20 * row, 128))
     file = io.BytesIO()
     image.save(file, "JPEG")
@@ -75,7 +75,7 @@ def make_shard(root: Path, shard: int) -> None:
         synsets = [[DOG, CAT], [DOG], [DOG], [RARE] if row == 9 else []]
         packed.append({"key": key, "caption": original, "synthetic": captions[-1]["captions"], "synsets": synsets,
                        "width": 96 + 8 * row, "height": 64})  # fmt: skip
-        samples.append(Sample(key, {"jpg": picture(shard, row), "txt": original.encode(), "json": b"{}"}))
+        samples.append(Sample(key, {"jpg": make_image(shard, row), "txt": original.encode(), "json": b"{}"}))
     name = f"{shard:05d}"
     for folder, rows in (("raw", raw), ("captions/toy", captions), ("shards", packed)):
         write_table(root / folder / f"{name}.parquet", rows)
@@ -232,24 +232,24 @@ def test_tally_counts_by_hand(root):
 
 def test_dataset_page_shows_captions_synsets_and_cache(root):
     page = page_of(root)
-    assert "66.7 %" in page.text  # distinct captions per picture
+    assert "66.7 %" in page.text  # distinct captions per image
     assert re.search(rf"1\s+dog\s+{DOG}\s+54", page.text)
     assert "2 classes" in page.source
     assert "more than 5" in page.source
     for fact in ("ViT-L-14 toy_tag", "2 views and 2 captions", "8 numbers of float16", "18 in 3 shards"):
         assert fact in page.text
     titles = ["Shorter side of the originals", "Aspect ratio as stored", "Caption length", "Synset frequency by rank",
-              "Cosine with the picture, by toy itself"]  # fmt: skip
+              "Cosine with the image, by toy itself"]  # fmt: skip
     assert [title for title in titles if title not in page.text] == []
 
 
 def test_contact_sheet_is_drawn_evenly_and_stays_the_same(root):
     page = page_of(root, samples=6)
-    pictures = [attrs for tag, attrs in page.tags if tag == "img"]
-    assert len(pictures) == 6
+    images = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert len(images) == 6
     keys = re.findall(r'class="key">(\d+)<', page.source)
     assert [key[:5] for key in keys] == ["00000", "00000", "00001", "00001", "00002", "00002"]
-    assert all(attrs["src"].startswith("data:image/jpeg;base64,") and attrs["alt"] for attrs in pictures)
+    assert all(attrs["src"].startswith("data:image/jpeg;base64,") and attrs["alt"] for attrs in images)
     assert f'<span title="{DOG}">dog</span>' in page.source
     assert f'<span title="{RARE}">{RARE}</span>' in page_of(root).source
     assert page_of(root, samples=6).source == page.source
@@ -303,7 +303,7 @@ def test_broken_files_are_named_and_the_rest_is_shown(root):
     text = page_of(root).text
     names = ("shards/00001.parquet", "toy/00000.parquet", "toy/00002.parquet", "shards/00002.tar", "all.tsv")
     assert [name for name in names if name not in text[: text.index("Stages")]] == []
-    assert "no picture to show" in text
+    assert "no image to show" in text
 
 
 def test_a_vocabulary_that_is_a_folder_is_named(root):
@@ -311,10 +311,10 @@ def test_a_vocabulary_that_is_a_folder_is_named(root):
     assert "odd.tsv is a folder" in page_of(root).text
 
 
-def test_picture_that_does_not_decode_costs_itself(root):
+def test_image_that_does_not_decode_costs_itself(root):
     path = str(root / "shards" / "00000.tar")
     keys = pq.read_table(root / "shards" / "00000.parquet").column("key").to_pylist()
-    data = [b"broken", *(picture(0, row) for row in range(1, len(keys)))]
+    data = [b"broken", *(make_image(0, row) for row in range(1, len(keys)))]
     write_shard(path, [Sample(key, {"jpg": d, "txt": b"x"}) for key, d in zip(keys, data, strict=True)])
     page = page_of(root)
     assert f"key {keys[0]}: its picture does not decode" in page.text
@@ -512,7 +512,7 @@ addEventListener("load", () => {
       getComputedStyle(e).display !== "none" && !e.closest(".stack thead, .columns table + table thead")
       && e.getBoundingClientRect().right > width + 1);
     return {width, scroll: page.scrollWidth, wide: wide.map(e => e.outerHTML.slice(0, 120)),
-            text: page.innerText.length, pictures: [...page.querySelectorAll("img")].every(i => i.naturalWidth > 0)};
+            text: page.innerText.length, images: [...page.querySelectorAll("img")].every(i => i.naturalWidth > 0)};
   });
   document.getElementById("out").textContent = JSON.stringify(measured);
 });
@@ -527,7 +527,7 @@ def test_page_fits_phone_and_desktop_and_asks_no_network(kind, request, tmp_path
     path = report(ReportConfig(str(request.getfixturevalue(kind))))
     if kind == "root":
         source = Path(path).read_text()
-        Path(path).write_text(source.replace(' loading="lazy"', ""))  # all pictures decode, also those below the fold
+        Path(path).write_text(source.replace(' loading="lazy"', ""))  # all images decode, also those below the fold
     wrapper = tmp_path / "wrapper.html"
     wrapper.write_text(MEASURE.replace("PAGE", Path(path).as_uri()))
     Recorder.seen = []
@@ -551,7 +551,7 @@ def test_page_fits_phone_and_desktop_and_asks_no_network(kind, request, tmp_path
         assert measured["wide"] == []
         assert measured["scroll"] <= measured["width"] <= width
         assert measured["text"] > 500
-        assert measured["pictures"]
+        assert measured["images"]
     asked = [url for url in Recorder.seen if not re.search(r"google(apis)?\.com|gstatic\.com|gvt1\.com", url)]
     assert asked == []
 

@@ -1,4 +1,4 @@
-"""Sources of `ingest`: lists of every form, several files as one, pictures in folders, tars and Parquet files."""
+"""Sources of `ingest`: lists of every form, several files as one, images in folders, tars and Parquet files."""
 
 import gzip
 import io
@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_data import tar_bytes
-from web_server import picture
+from web_server import make_image
 
 from pipeline.ingest import rows as places
 from pipeline.ingest import webdataset_source as foreign_tar
@@ -217,8 +217,8 @@ def test_sources_that_are_not_there(tmp_path, store):
         assert estimate_rows(str(source), "cc3m") is None
     with pytest.raises(UserError, match="not a folder"):
         list(list_rows(str(tmp_path / "x"), "folder"))
-    (tmp_path / "x.jpg").write_bytes(picture(1))
-    with pytest.raises(UserError, match="a picture; give its folder"):
+    (tmp_path / "x.jpg").write_bytes(make_image(1))
+    with pytest.raises(UserError, match="an image; give its folder"):
         detect(str(tmp_path / "x.jpg"))
 
 
@@ -294,11 +294,11 @@ def test_folders_whose_form_is_not_clear(tmp_path):
     assert list(list_rows(f"{tmp_path}/a", "parquet")) == [Row("c", "http://h/1")]
     with pytest.raises(UserError, match=r"no file for --format jsonl \(.jsonl"):
         list(list_rows(f"{tmp_path}/a", "jsonl"))
-    put(tmp_path / "a", "assets/figure.png", picture(1))
-    with pytest.raises(UserError, match=r"has pictures .assets/figure.png. and data/x.parquet; name what is meant"):
+    put(tmp_path / "a", "assets/figure.png", make_image(1))
+    with pytest.raises(UserError, match=r"has images .assets/figure.png. and data/x.parquet; name what is meant"):
         detect(f"{tmp_path}/a")
     put(tmp_path / "b", "x.csv", CSV)
-    put(tmp_path / "b", "train/x.jpg", picture(1))
+    put(tmp_path / "b", "train/x.jpg", make_image(1))
     assert detect(f"{tmp_path}/b") == "folder"
     (tmp_path / "empty").mkdir()
     assert detect(f"{tmp_path}/empty") == "folder"
@@ -341,14 +341,14 @@ def test_an_estimate_over_many_parquet_files_reads_some(tmp_path, monkeypatch):
     assert estimate_rows(str(tmp_path), "parquet") == (50, False)
 
 
-# folders of pictures
+# folders of images
 
 
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_folder_with_captions_beside(tmp_path, store, remote):
     folder = store if remote else str(tmp_path)
     for n, name in enumerate(("z.jpg", "b/x.PNG", "a.webp", "b/none.jpg", "[1]*.jpg")):
-        put(folder, name, picture(n))
+        put(folder, name, make_image(n))
     put(folder, "z.txt", "last ü\n")
     put(folder, "b/x.txt", "in b")
     put(folder, "a.txt", b"\xff")
@@ -357,7 +357,7 @@ def test_a_folder_with_captions_beside(tmp_path, store, remote):
     put(folder, "notes.md", "no picture")
     if not remote:
         (tmp_path / "gone.jpg").symlink_to("nowhere")
-        (tmp_path / "zz.jpg").write_bytes(picture(3))
+        (tmp_path / "zz.jpg").write_bytes(make_image(3))
         (tmp_path / "zz.txt").symlink_to("nowhere")
     rows = rows_of(folder)
     expected = [("odd", "[1]*.jpg", None), ("\ufffd", "a.webp", "caption is not UTF-8"), (None, "empty.jpg", None)]
@@ -368,7 +368,7 @@ def test_a_folder_with_captions_beside(tmp_path, store, remote):
     assert plain(rows) == expected
     assert all(row.stamp and row.place == FilePlace(f"{folder}/{row.url}") for row in rows if row.url != "gone.jpg")
     by_url = {row.url: row.place for row in rows}
-    assert read_place(by_url["z.jpg"], LIMIT) == picture(0)
+    assert read_place(by_url["z.jpg"], LIMIT) == make_image(0)
     with pytest.raises(PlaceError, match=r"^empty file$"):
         read_place(by_url["empty.jpg"], LIMIT)
 
@@ -378,7 +378,7 @@ def test_a_folder_with_captions_beside(tmp_path, store, remote):
 def test_a_folder_with_metadata(tmp_path, store, form, remote):
     folder = store if remote else str(tmp_path)
     for name in ("1.jpg", "2.jpg", "other.jpg"):
-        put(folder, f"train/{name}", picture(1))
+        put(folder, f"train/{name}", make_image(1))
     listed = [
         ("train/2.jpg", "two"),
         ("train/1.jpg", 'one, "quoted"'),
@@ -411,18 +411,18 @@ def test_metadata_that_cannot_be_used(tmp_path):
     assert rows_of(tmp_path) == ROWS
 
 
-def test_a_picture_whose_name_is_not_utf8(tmp_path):
+def test_a_image_whose_name_is_not_utf8(tmp_path):
     with open(os.fsencode(tmp_path) + b"/\xff.jpg", "wb") as file:
-        file.write(picture(1))
+        file.write(make_image(1))
     assert rows_of(tmp_path) == [Row(None, "\ufffd.jpg", "file name is not UTF-8")]
 
 
-def test_a_changed_picture_changes_its_stamp(tmp_path, store):
+def test_a_changed_image_changes_its_stamp(tmp_path, store):
     for folder in (tmp_path, store):
-        put(folder, "x.jpg", picture(1))
+        put(folder, "x.jpg", make_image(1))
         (before,) = folder_rows(str(folder))
         assert list(folder_rows(str(folder))) == [before]
-        put(folder, "x.jpg", picture(1) + b"more")
+        put(folder, "x.jpg", make_image(1) + b"more")
         (after,) = folder_rows(str(folder))
         assert before.stamp != after.stamp
 
@@ -431,19 +431,19 @@ def test_a_changed_picture_changes_its_stamp(tmp_path, store):
 
 
 MEMBERS = [
-    ("a/0.jpg", picture(0)), ("a/0.txt", "zero\n"), ("a/0.url", "http://h/0"),
-    ("1.WEBP", picture(1)), ("1.json", '{"TEXT": "one", "alt": "other", "url": "http://h/1", "n": [1]}'),
-    ("2.cls", "7"), ("2.mask.png", b"mask"), ("2.image.jpg", picture(2)), ("2.caption.txt", "two"),
-    ("x.y.json", "{}"), ("x.y.gif", picture(3)), ("x.y.caption", b"bad \xff"),
-    ("k.png", picture(4)), ("k.text", "k1"), ("k.png", picture(5)), ("k.text", "k2"),
-    ("none.txt", "no picture here"), ("README", "about"),
-    ("b.json", "{"), ("b.bmp", picture(6)), ("l.avif", picture(7)), ("l.json", '{"caption": ["a", "b"]}'),
-    ("e.jpg", b""), ("1.jpg", picture(8)),
+    ("a/0.jpg", make_image(0)), ("a/0.txt", "zero\n"), ("a/0.url", "http://h/0"),
+    ("1.WEBP", make_image(1)), ("1.json", '{"TEXT": "one", "alt": "other", "url": "http://h/1", "n": [1]}'),
+    ("2.cls", "7"), ("2.mask.png", b"mask"), ("2.image.jpg", make_image(2)), ("2.caption.txt", "two"),
+    ("x.y.json", "{}"), ("x.y.gif", make_image(3)), ("x.y.caption", b"bad \xff"),
+    ("k.png", make_image(4)), ("k.text", "k1"), ("k.png", make_image(5)), ("k.text", "k2"),
+    ("none.txt", "no image here"), ("README", "about"),
+    ("b.json", "{"), ("b.bmp", make_image(6)), ("l.avif", make_image(7)), ("l.json", '{"caption": ["a", "b"]}'),
+    ("e.jpg", b""), ("1.jpg", make_image(8)),
 ]  # fmt: skip
 FOUND = [
     ("zero", "http://h/0", None), ("one", "http://h/1", None), ("two", "T/2", None),
     ("bad \ufffd", "T/x", "caption is not UTF-8"), ("k1", "T/k", None), ("k2", "T/k", None),
-    ("no picture here", "T/none", "no picture"), (None, "T/README", "no picture"),
+    ("no image here", "T/none", "no picture"), (None, "T/README", "no picture"),
     (None, "T/b", "json member is not a JSON object"), ("a", "T/l", None), ("b", "T/l", None), (None, "T/e", None),
     (None, "T/1", None),
 ]  # fmt: skip
@@ -459,7 +459,7 @@ def test_a_tar_made_by_others(tmp_path, store, form, remote):
     assert plain(rows) == FOUND
     seeds = {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 8: 6, 9: 7, 10: 7, 12: 8}
     for index, seed in seeds.items():
-        assert read_place(rows[index].place, LIMIT) == picture(seed)
+        assert read_place(rows[index].place, LIMIT) == make_image(seed)
     with pytest.raises(PlaceError, match=r"^empty file$"):
         read_place(rows[11].place, LIMIT)
     with pytest.raises(PlaceError, match=r"^too large$"):
@@ -472,9 +472,9 @@ def test_tars_of_a_folder_with_a_broken_one(tmp_path, store, remote):
     folder = store if remote else str(tmp_path)
     for number in range(4):
         members = [(f"{n}.{ending}", data) for n in range(3)
-                   for ending, data in (("jpg", picture(10 * number + n)), ("txt", f"c{number}{n}"))]  # fmt: skip
+                   for ending, data in (("jpg", make_image(10 * number + n)), ("txt", f"c{number}{n}"))]  # fmt: skip
         data = tar_bytes(members)
-        inside = data.index(picture(10 * number + 2)) + 50  # in the last picture
+        inside = data.index(make_image(10 * number + 2)) + 50  # in the last image
         put(folder, f"{number}.tar", {1: data[:inside], 2: b"x" + data[1:]}.get(number, data))
     rows = rows_of(folder)
     assert [row.caption for row in rows] == ["c00", "c01", "c02", "c10", "c11", None, None, "c30", "c31", "c32"]
@@ -485,7 +485,7 @@ def test_tars_of_a_folder_with_a_broken_one(tmp_path, store, remote):
 def whole_tar() -> tuple[bytes, list[int]]:
     """A tar of 5 samples, and where each ends."""
     members = [(f"{n}.{ending}", data) for n in range(5)
-               for ending, data in (("jpg", picture(n)), ("txt", f"c{n}"))]  # fmt: skip
+               for ending, data in (("jpg", make_image(n)), ("txt", f"c{n}"))]  # fmt: skip
     data = tar_bytes(members)
     ends = [data.index(f"c{n}".encode() + bytes(500)) + 2 for n in range(5)]
     return data, ends
@@ -521,8 +521,8 @@ def test_a_damaged_tar_never_breaks_the_lister(tmp_path_factory, position, noise
 
 def test_columns_of_a_tars_json(tmp_path):
     fields = {"caption": "c", "long": "l", "where": "http://h/w"}
-    put(tmp_path, "x.tar", tar_bytes([("0.jpg", picture(1)), ("0.json", json.dumps(fields)), ("0.txt", "t"),
-                                      ("0.blip", "b"), ("1.jpg", picture(2)), ("1.json", "{}")]))  # fmt: skip
+    put(tmp_path, "x.tar", tar_bytes([("0.jpg", make_image(1)), ("0.json", json.dumps(fields)), ("0.txt", "t"),
+                                      ("0.blip", "b"), ("1.jpg", make_image(2)), ("1.json", "{}")]))  # fmt: skip
     path = f"{tmp_path}/x.tar"
     assert plain(rows_of(path)) == [("t", "x.tar/0", None), (None, "x.tar/1", None)]
     assert plain(rows_of(path, ("long", "where"))) == [("l", "http://h/w", None), (None, "x.tar/1", None)]
@@ -544,11 +544,11 @@ def test_img2datasets_tars_are_webdataset_too(tmp_path):
 
 def test_a_member_that_is_too_long_for_a_caption(tmp_path, monkeypatch):
     monkeypatch.setattr(foreign_tar, "MAX_TEXT_BYTES", 100)
-    put(tmp_path, "x.tar", tar_bytes([("0.jpg", picture(1)), ("0.txt", "x" * 101)]))
+    put(tmp_path, "x.tar", tar_bytes([("0.jpg", make_image(1)), ("0.txt", "x" * 101)]))
     assert plain(rows_of(tmp_path / "x.tar")) == [(None, "x.tar/0", "caption too long")]
 
 
-def test_pictures_of_a_remote_tar_are_not_fetched_by_the_lister(tmp_path):
+def test_images_of_a_remote_tar_are_not_fetched_by_the_lister(tmp_path):
     """A real web server that counts the bytes it gives."""
     import threading
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -600,17 +600,17 @@ def test_pictures_of_a_remote_tar_are_not_fetched_by_the_lister(tmp_path):
         server.server_close()
 
 
-# Parquet files with pictures in them
+# Parquet files with images in them
 
 
-def picture_rows(count: int) -> list[dict]:
-    return [{"image": {"bytes": picture(n), "path": f"{n}.jpg"}, "text": f"c{n}", "label": n} for n in range(count)]
+def image_rows(count: int) -> list[dict]:
+    return [{"image": {"bytes": make_image(n), "path": f"{n}.jpg"}, "text": f"c{n}", "label": n} for n in range(count)]
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_parquet_files_with_pictures(tmp_path, store, remote):
+def test_parquet_files_with_images(tmp_path, store, remote):
     folder = store if remote else str(tmp_path)
-    rows = picture_rows(25)
+    rows = image_rows(25)
     put(folder, "data/train-0.parquet", parquet_bytes(rows[:20], row_group_size=7))
     put(folder, "data/train-1.parquet", parquet_bytes(rows[20:], row_group_size=2))
     for source in (folder, f"{folder}/data/train-*.parquet"):
@@ -620,33 +620,33 @@ def test_parquet_files_with_pictures(tmp_path, store, remote):
     assert [row.caption for row in found] == [f"c{n}" for n in range(25)]
     assert [row.url for row in found][19:21] == ["data/train-0.parquet#19", "data/train-1.parquet#0"]
     assert found[8].place == ParquetPlace(f"{folder}/data/train-0.parquet", "image.bytes", 1, 1)
-    assert [read_place(row.place, LIMIT) for row in found] == [picture(n) for n in range(25)]
-    assert [read_place(row.place, LIMIT) for row in found[::-1]] == [picture(n) for n in range(25)][::-1]
+    assert [read_place(row.place, LIMIT) for row in found] == [make_image(n) for n in range(25)]
+    assert [read_place(row.place, LIMIT) for row in found[::-1]] == [make_image(n) for n in range(25)][::-1]
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
-def test_a_binary_column_of_pictures_and_a_url(tmp_path, kind):
+def test_a_binary_column_of_images_and_a_url(tmp_path, kind):
     schema = pa.schema([("jpg", kind), ("caption", pa.string()), ("url", pa.string())])
-    rows = [{"jpg": picture(n), "caption": None if n == 1 else f"c{n}", "url": f"http://h/{n}"} for n in range(3)]
+    rows = [{"jpg": make_image(n), "caption": None if n == 1 else f"c{n}", "url": f"http://h/{n}"} for n in range(3)]
     rows += [{"jpg": None, "caption": "null", "url": ""}, {"jpg": b"", "caption": "empty", "url": None}]
     put(tmp_path, "x.parquet", parquet_bytes(rows, schema))
     found = rows_of(tmp_path / "x.parquet")
     assert plain(found) == [("c0", "http://h/0", None), (None, "http://h/1", None), ("c2", "http://h/2", None),
                             ("null", "x.parquet#3", None), ("empty", "x.parquet#4", None)]  # fmt: skip
-    assert read_place(found[2].place, LIMIT) == picture(2)
+    assert read_place(found[2].place, LIMIT) == make_image(2)
     for row in found[3:]:
         with pytest.raises(PlaceError, match=r"^empty file$"):
             read_place(row.place, LIMIT)
     with pytest.raises(PlaceError, match=r"^too large$"):
         read_place(found[2].place, 100)
-    with pytest.raises(UserError, match=r"no column 'x' beside its pictures jpg; it has \['caption', 'url'\]"):
+    with pytest.raises(UserError, match=r"no column 'x' beside its images jpg; it has \['caption', 'url'\]"):
         rows_of(tmp_path / "x.parquet", ("x", None))
     with pytest.raises(UserError, match=r"no column 'x' beside.*--url-col"):
         rows_of(tmp_path / "x.parquet", (None, "x"))
 
 
 def test_null_structs_other_structs_and_no_caption(tmp_path):
-    rows = [{"mask": {"bytes": b"m", "path": ""}, **row} for row in picture_rows(2)] + [{"text": "null"}]
+    rows = [{"mask": {"bytes": b"m", "path": ""}, **row} for row in image_rows(2)] + [{"text": "null"}]
     put(tmp_path, "x.parquet", parquet_bytes(rows))
     found = rows_of(tmp_path / "x.parquet")
     assert [row.place.column for row in found] == ["image.bytes"] * 3
@@ -662,11 +662,11 @@ def test_null_structs_other_structs_and_no_caption(tmp_path):
 def test_a_rewritten_parquet_file_is_read_anew(tmp_path):
     path = f"{tmp_path}/x.parquet"
     for seed in (0, 50):
-        put(tmp_path, "x.parquet", parquet_bytes([{"image": picture(seed + n), "text": "c"} for n in range(3)]))
-        assert [read_place(row.place, LIMIT) for row in rows_of(path)] == [picture(seed + n) for n in range(3)]
+        put(tmp_path, "x.parquet", parquet_bytes([{"image": make_image(seed + n), "text": "c"} for n in range(3)]))
+        assert [read_place(row.place, LIMIT) for row in rows_of(path)] == [make_image(seed + n) for n in range(3)]
 
 
-def test_a_broken_parquet_file_of_pictures(tmp_path):
+def test_a_broken_parquet_file_of_images(tmp_path):
     noise = [{"image": os.urandom(2000), "text": f"c{n}"} for n in range(300)]
     data = parquet_bytes(noise, row_group_size=100, compression="zstd", use_dictionary=False)
     middle = pq.ParquetFile(io.BytesIO(data)).metadata.row_group(1).column(0).data_page_offset
@@ -712,7 +712,7 @@ def test_places_that_are_not_there(tmp_path, store):
             read_place(place, LIMIT)
     assert read_place(ParquetPlace(f"{tmp_path}/x.parquet", "image", 0, 0), LIMIT) == b"a"
     assert read_place(FilePlace(f"{tmp_path}/x.bin"), 10) == b"0123456789"
-    with pytest.raises(UserError, match="Protocol not known"):  # no picture is to blame
+    with pytest.raises(UserError, match="Protocol not known"):  # no image is to blame
         read_place(FilePlace("nope://x/y"), LIMIT)
     with pytest.raises(PlaceError, match="too large"):
         read_place(FilePlace(f"{tmp_path}/x.bin"), 9)
@@ -721,8 +721,8 @@ def test_places_that_are_not_there(tmp_path, store):
 def test_many_threads_read_a_row_group_once_and_hold_little(tmp_path, monkeypatch):
     monkeypatch.setattr(places, "KEEP_BYTES", 4 << 20)
     monkeypatch.setattr(places, "BATCH_BYTES", 1 << 18)
-    pictures = [bytes([n % 256]) * 10_000 + n.to_bytes(4) for n in range(4000)]
-    rows = [{"image": data, "text": "c"} for data in pictures]
+    images = [bytes([n % 256]) * 10_000 + n.to_bytes(4) for n in range(4000)]
+    rows = [{"image": data, "text": "c"} for data in images]
     schema = pa.schema([("image", pa.binary()), ("text", pa.string())])
     put(tmp_path, "x.parquet", parquet_bytes(rows, schema, row_group_size=2500, use_dictionary=False))
     opened = []
@@ -733,7 +733,7 @@ def test_many_threads_read_a_row_group_once_and_hold_little(tmp_path, monkeypatc
     with ThreadPoolExecutor(32) as pool:
         for start in range(0, 4000, 64):
             read = pool.map(lambda place: read_place(place, LIMIT), found[start : start + 64])
-            assert list(read) == pictures[start : start + 64]
+            assert list(read) == images[start : start + 64]
             held = sum(cells.nbytes for group in places._pool._groups.values() for _, cells in group.batches)
             assert held <= 4 << 20
     assert len(opened) == 2

@@ -189,7 +189,7 @@ def test_cache_holds_the_teachers_features_of_the_replayed_views(built, model):
         assert np.abs(columns["text_2"][row] - texts[2]).max() < 1e-3
 
 
-def test_a_picture_that_does_not_decode_costs_itself_only(root, model, caplog):
+def test_a_image_that_does_not_decode_costs_itself_only(root, model, caplog):
     samples = list(read_shard(join(root, "raw/00000.tar")))
     samples[1] = Sample(samples[1].key, {**samples[1].members, "jpg": b"<html>"})
     write_shard(join(root, "raw/00000.tar"), samples)
@@ -200,7 +200,7 @@ def test_a_picture_that_does_not_decode_costs_itself_only(root, model, caplog):
         del stats["clipmill"]  # as img2dataset leaves them
         path.write_text(json.dumps(stats))
     summary = pack(PackConfig(root, captioner=("none",), workers=1))
-    assert summary.counts == {"success": 15}  # nobody has looked at the pictures yet
+    assert summary.counts == {"success": 15}  # nobody has looked at the images yet
     with pytest.raises(ShardsFailed, match=f"1 of 3 shards failed\n  00000: .*key {samples[1].key} does not decode"):
         cache(CacheConfig(root, model, name="tea", views=1))
     assert names(join(root, "teacher/tea")) == [
@@ -246,7 +246,7 @@ def test_check_names_the_first_broken_key_of_a_foreign_cache(root):
     assert any("row 0 is key 000010000, shards/00000.tar has key 000000000" in p for p in problems), problems
 
 
-def test_check_finds_a_cache_of_other_pictures(root):
+def test_check_finds_a_cache_of_other_images(root):
     samples = [
         Sample(s.key, {**s.members, "txt": s.members["txt"] + b"!"}) for s in read_shard(join(root, "shards/00002.tar"))
     ]
@@ -328,7 +328,7 @@ def test_models_that_are_not_there_are_one_clear_line(root):
 
 
 def test_a_model_without_weights_is_refused(root, tmp_path):
-    """open_clip only warns; random captions of twelve million pictures would be dear."""
+    """open_clip only warns; random captions of twelve million images would be dear."""
     with pytest.raises(UserError, match=r"'coca_ViT-B-32' with pretrained None.*no weights; say --pretrained"):
         caption(CaptionConfig(root, "coca_ViT-B-32"))
     with pytest.raises(UserError, match="it has no weights"):

@@ -54,7 +54,7 @@ def arrays(module):
     return {name: tensor.detach().double().numpy() for name, tensor in module.state_dict().items()}
 
 
-# NumPy, float64. Tokens are (B, T, C), pictures (B, C, H, W).
+# NumPy, float64. Tokens are (B, T, C), images (B, C, H, W).
 
 
 def np_softmax(x):
@@ -380,10 +380,10 @@ def test_a_run_trains_evaluates_and_exports(tmp_path):
     assert step == 2
     assert student.mean == (0.0, 0.0, 0.0)
     export(ExportConfig(run=out, to=str(tmp_path / "exported")))
-    picture, tokens = torch.rand(1, 3, 64, 64), student.tokenizer(["a red square"])
+    image, tokens = torch.rand(1, 3, 64, 64), student.tokenizer(["a red square"])
     again = load_model(f"local-dir:{tmp_path / 'exported'}")
     assert again.config["text_cfg"]["share"] == 4
-    assert (again.model.encode_image(picture) - student.model.encode_image(picture)).abs().max() < 1e-5
+    assert (again.model.encode_image(image) - student.model.encode_image(image)).abs().max() < 1e-5
     assert (again.model.encode_text(tokens) - student.model.encode_text(tokens)).abs().max() < 1e-5
 
 

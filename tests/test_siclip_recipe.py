@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def base_file(tmp_path_factory):
-    """A tiny base model's weights; its norms have seen pictures and texts."""
+    """A tiny base model's weights; its norms have seen images and texts."""
     path = tmp_path_factory.mktemp("base") / "tiny.pt"
     base = new_student(ModelConfig("MobileCLIP-tiny"), seed=5).model.train()
     with torch.no_grad():
@@ -41,7 +41,7 @@ def base_file(tmp_path_factory):
 
 
 def batch_of(count=6, seed=0):
-    """Pictures of noise, texts of their own."""
+    """Images of noise, texts of their own."""
     tokens = open_clip.get_tokenizer("ViT-B-32")([f"a photo of {seed} {number}" for number in range(count)])
     images = torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
     return {"images": images, "tokens": tokens, "keys": [f"{seed}/{n}" for n in range(count)], "epochs": [0] * count}
@@ -340,7 +340,7 @@ def test_a_live_teacher_has_views_drawn_now(captions, root):
     [
         ({"base_weights": ""}, "--base-weights is needed: MobileCLIP-tiny's weights"),
         ({"base_weights": "/no/such.pt"}, "--pretrained '/no/such.pt' is no tag of MobileCLIP-tiny and no file"),
-        ({"base": "MobileCLIP-S0", "base_weights": "random"}, "takes pictures of image_size 256, the student of 64"),
+        ({"base": "MobileCLIP-S0", "base_weights": "random"}, "takes images of image_size 256, the student of 64"),
         ({"model": "MobileCLIP-tiny"}, "--model 'MobileCLIP-tiny' has no SAS-P blocks"),
         (
             {"model": "SiCLIP-tiny", "base": "SiCLIP-tiny", "base_weights": "random"},

@@ -197,7 +197,7 @@ def test_the_snapshot_is_the_code_and_made_once(tmp_path):
         [sys.executable, "-c", "from pipeline.core import runner; print(runner.__file__)"], cwd=ROOT, text=True,
         env={"PYTHONSAFEPATH": "1", "PYTHONPATH": str(first)}, capture_output=True,
     )  # fmt: skip
-    assert done.stdout.strip() == str(first / "pipeline" / "stage.py")
+    assert done.stdout.strip() == str(first / "pipeline" / "core" / "runner.py")
 
 
 @pytest.mark.parametrize("planted", ["changed", "module", "compiled", "linked module", "linked folder", "other user's"])

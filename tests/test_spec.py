@@ -424,7 +424,7 @@ def test_bad_view_specs_are_refused():
         views.ViewSpec(magnitude=31)
 
 
-def test_pictures_that_do_not_decode_say_why():
+def test_images_that_do_not_decode_say_why():
     good, _ = draw("x")
     assert decode_rgb(good).mode == "RGB"
     for bad in (b"", b"<html>", good[: len(good) // 2]):

@@ -168,7 +168,7 @@ def test_raw_shards_serve_too(tmp_path, student):
         open_samples(config(str(tmp_path), folder="raw"), CacheConfig(), student, seed=0)
 
 
-def test_a_picture_that_does_not_decode_is_skipped_and_named(tmp_path, student, caplog):
+def test_a_image_that_does_not_decode_is_skipped_and_named(tmp_path, student, caplog):
     write_packed(str(tmp_path), [6], broken=("000000002",))
     samples = open_samples(config(str(tmp_path)), ViewConfig(), student, seed=0)
     with caplog.at_level(logging.WARNING):
@@ -181,7 +181,7 @@ def test_a_picture_that_does_not_decode_is_skipped_and_named(tmp_path, student, 
     assert [[k for k in b["keys"] if k != "000000002"] for b in whole] == [b["keys"] for b in batches]
 
 
-def test_a_batch_of_nothing_but_broken_pictures_stops(tmp_path, student):
+def test_a_batch_of_nothing_but_broken_images_stops(tmp_path, student):
     write_packed(str(tmp_path), [1], broken=("000000000",))
     samples = open_samples(config(str(tmp_path)), ViewConfig(), student, seed=0)
     with pytest.raises(DataError, match=r"none of the 2 samples of a batch can be used, first .*key 000000000"):

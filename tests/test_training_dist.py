@@ -168,7 +168,7 @@ def test_a_norm_with_activation_sees_all_ranks():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A packed dataset with a broken picture and a teacher, and students: with trained BatchNorms, and without."""
+    """A packed dataset with a broken image and a teacher, and students: with trained BatchNorms, and without."""
     root = tmp_path_factory.mktemp("data")
     write_teacher(str(root), write_packed(str(root), [9, 8, 6], broken=("000020001",)))
     tiny_clip(root / "models" / "clip", vision=TINY_RESNET)

@@ -51,14 +51,14 @@ def run(tmp_path_factory):
 
 
 def write_eval(root: Path, shards, kind="classification"):
-    """A CLIP_benchmark root; ``shards`` are lists of (picture bytes, extension, label or captions)."""
+    """A CLIP_benchmark root; ``shards`` are lists of (image bytes, extension, label or captions)."""
     member = "cls" if kind == "classification" else "txt"
     for shard, samples in enumerate(shards):
         write_shard(
             str(root / "test" / f"{shard}.tar"),
             [
-                Sample(f"s{shard}{i:04d}", {extension: picture, member: str(answer).encode()})
-                for i, (picture, extension, answer) in enumerate(samples)
+                Sample(f"s{shard}{i:04d}", {extension: image, member: str(answer).encode()})
+                for i, (image, extension, answer) in enumerate(samples)
             ],
         )
     (root / "test" / "nshards.txt").write_text(f"{len(shards)}\n")
@@ -77,7 +77,7 @@ def plain(colour, extension="png"):
 
 
 class Seer(torch.nn.Module):
-    """A model that sees a picture's mean colour and reads colour words: the right answer, known beforehand."""
+    """A model that sees an image's mean colour and reads colour words: the right answer, known beforehand."""
 
     def encode_image(self, images):
         return F.one_hot(images.mean(dim=(2, 3)).argmax(dim=1), 3).float()
@@ -143,8 +143,8 @@ def test_classes_are_renormalised_means_of_their_prompts(tmp_path):
             prompts = F.normalize(loaded.model.encode_text(loaded.tokenizer([f"a photo of {name}.", name])), dim=-1)
             rows.append(F.normalize(prompts.mean(0), dim=0))
         transform = open_clip.image_transform(32, is_train=False, mean=loaded.mean, std=loaded.std)
-        pictures = torch.stack([transform(Image.open(io.BytesIO(data)).convert("RGB")) for data, _, _ in samples])
-        guesses = (F.normalize(loaded.model.encode_image(pictures), dim=-1) @ torch.stack(rows).T).argmax(1)
+        images = torch.stack([transform(Image.open(io.BytesIO(data)).convert("RGB")) for data, _, _ in samples])
+        guesses = (F.normalize(loaded.model.encode_image(images), dim=-1) @ torch.stack(rows).T).argmax(1)
     right = guesses == torch.tensor([answer for _, _, answer in samples])
     assert metrics["acc1"] == pytest.approx(right.float().mean().item())
 
@@ -158,7 +158,7 @@ def test_retrieval_of_a_model_that_knows(seer, tmp_path):
     metrics, count = retrieval(seer, write_eval(tmp_path / "eval", [samples], "retrieval"))
     assert count == 3
     assert metrics["text_retrieval_recall@1"] == 1.0
-    assert metrics["image_retrieval_recall@1"] == pytest.approx(4 / 5)  # "nothing" matches no picture
+    assert metrics["image_retrieval_recall@1"] == pytest.approx(4 / 5)  # "nothing" matches no image
     assert metrics["image_retrieval_recall@5"] == 1.0
 
 
@@ -201,7 +201,7 @@ def test_blank_lines_of_captions_are_captions(seer, tmp_path):
     assert metrics["image_retrieval_recall@10"] == 1.0
 
 
-def test_a_broken_picture_is_left_out_and_counted(seer, tmp_path):
+def test_a_broken_image_is_left_out_and_counted(seer, tmp_path):
     samples = [(plain("red"), "png", 0), (plain("green")[:40], "png", 0), (plain("blue"), "png", 2)]
     metrics, count = zeroshot(seer, write_eval(tmp_path / "eval", [samples]))
     assert (count, seer.skipped, metrics["acc1"]) == (2, 1, 1.0)
@@ -273,7 +273,7 @@ def test_the_name_of_a_data_set_is_neither_markup_nor_a_terminals_command(tmp_pa
 
 
 def write_folders(root: Path, split="test"):
-    """Class folders of colours with a wrong picture among them; names sort as blue, green, red."""
+    """Class folders of colours with a wrong image among them; names sort as blue, green, red."""
     for colour, shown in (("red", "red"), ("green", "green"), ("blue", "blue"), ("blue", "red")):
         folder = root / split / colour / "deeper"
         folder.mkdir(parents=True, exist_ok=True)

@@ -90,7 +90,7 @@ def test_finetuning_and_catlip_in_chunks_are_the_whole(range_augment, tmp_path):
 
     RangeAugment draws for the whole batch; on a CPU the noise of chunks is that of the batch, too.
     """
-    data = write_folders(tmp_path / "pictures")
+    data = write_folders(tmp_path / "images")
     found = {}
     for name, fields in (("whole", {}), ("chunks", {"chunk_size": 3})):
         config = importlib.import_module("training.recipes.finetune").config()
@@ -281,9 +281,9 @@ def test_available_memory_is_the_smallest_that_is_said(tmp_path):
     assert available_bytes(str(proc), str(cgroup)) == 240_000_000
 
 
-def with_data(recipe, root, labelled, pictures):
+def with_data(recipe, root, labelled, images):
     config = importlib.import_module(f"training.recipes.{recipe}").config()
-    data = {"catlip": labelled, "probe": pictures, "finetune": pictures}.get(recipe, root)
+    data = {"catlip": labelled, "probe": images, "finetune": images}.get(recipe, root)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, data=data))
     if recipe in ("probe", "finetune"):  # they have no default: the tower that CatLIP's defaults leave
         student = dataclasses.replace(config.student, model="timm:catlip_vit_base_patch16_224")
@@ -304,8 +304,8 @@ def test_every_recipes_defaults_fit_24_gigabytes(recipe, root, tmp_path):
         few = read_vocabulary(str(path))
         more = tuple((f"n9{number:07d}", "made_up", 1, 1) for number in range(24_320 - len(few)))
         Vocabulary(few.rows + more, few.header).write(str(path))
-    pictures = write_folders(tmp_path / "pictures") if recipe in ("probe", "finetune") else ""
-    config = with_data(recipe, root, str(labelled), pictures)
+    images = write_folders(tmp_path / "images") if recipe in ("probe", "finetune") else ""
+    config = with_data(recipe, root, str(labelled), images)
     for precision in ("fp32", "bf16"):
         run = dataclasses.replace(config.run, fit=24.0, precision=precision, device="cpu")
         memory = predict(recipe, dataclasses.replace(config, run=run))

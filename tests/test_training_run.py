@@ -129,7 +129,7 @@ def test_terms_of_the_affinity_recipe(root, tmp_path):
     assert scales[0] == pytest.approx(1 / 0.07, rel=0.01)
 
 
-def test_broken_pictures_are_counted(root, tmp_path):
+def test_broken_images_are_counted(root, tmp_path):
     out = train("clip", tiny_config("clip", root, str(tmp_path / "run"), steps=12, batch_size=4))
     assert lines(out)[-1]["skipped"] == 2  # 48 positions: two epochs of 23 samples and a bit
 

@@ -32,7 +32,7 @@ TORCHVISION, TIMM_INC = dict(OP_SETS["torchvision"].operations), dict(OP_SETS["t
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
+def image() -> Image.Image:
     """Gradients and noise, 120 x 90: the same on every machine."""
     y, x = np.mgrid[:90, :120]
     noise = np.random.default_rng(0).integers(0, 40, (90, 120, 3))
@@ -40,8 +40,8 @@ def picture() -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def square(picture) -> Image.Image:
-    return picture.resize((224, 224))
+def square(image) -> Image.Image:
+    return image.resize((224, 224))
 
 
 def same(one: Image.Image, other: Image.Image) -> bool:
@@ -95,17 +95,17 @@ def test_packed_views_come_back(number, spec):
     assert len(packed) == 46 + 3 * len(view.ops) + 9 * bool(view.jitter)
 
 
-def test_many_views_at_once_are_the_same_pixels(picture):
+def test_many_views_at_once_are_the_same_pixels(image):
     for spec in (ViewSpec(ops=2), FULL, ViewSpec(scale=None)):
-        batch = render_views(picture, spec, "k", (0, 3, 5), 40)
+        batch = render_views(image, spec, "k", (0, 3, 5), 40)
         for rendered, view in zip(batch, (0, 3, 5), strict=True):
-            assert same(Image.fromarray(rendered), apply_view(picture, spec, draw_view(spec, "k", view), 40))
+            assert same(Image.fromarray(rendered), apply_view(image, spec, draw_view(spec, "k", view), 40))
 
 
 @pytest.mark.parametrize("side", [32, 97, 224])
-def test_torchvisions_operations_give_torchvisions_pixels(picture, side):
+def test_torchvisions_operations_give_torchvisions_pixels(image, side):
     """Every operation, bin and sign, by torchvision's own RandAugment: its float32 magnitudes, its pixels."""
-    square, space = picture.resize((side, side)), RandAugment()._augmentation_space(31, (side, side))
+    square, space = image.resize((side, side)), RandAugment()._augmentation_space(31, (side, side))
     assert list(TORCHVISION) == list(space)
     different, tried = [], 0
     for name, (magnitudes, signed) in space.items():
@@ -137,9 +137,9 @@ def test_posterize_to_no_bits_is_black(square):
     assert TIMM_INC["PosterizeIncreasing"](square, 1000).getextrema() == ((0, 0),) * 3
 
 
-def test_a_blur_is_relative_to_the_picture(picture):
+def test_a_blur_is_relative_to_the_image(image):
     blur = dict(OP_SETS["timm-3a"].operations)["GaussianBlur"]
-    small, large = (blur(picture.resize((side, side)), 1000) for side in (112, 224))
+    small, large = (blur(image.resize((side, side)), 1000) for side in (112, 224))
     assert np.abs(np.asarray(small, float) - np.asarray(large.resize((112, 112), Image.Resampling.BOX))).mean() < 2
 
 
@@ -167,15 +167,15 @@ def test_jitter_ranges_are_torchvisions():
 BOXES = ((0, 0),) * 10
 
 
-def test_crop_and_flip_are_torchvisions(picture):
+def test_crop_and_flip_are_torchvisions(image):
     whole = ViewSpec(scale=(1.0, 1.0), ratio=(4 / 3, 4 / 3), flip=1.0)
-    expected = TF.hflip(TF.resized_crop(picture, 0, 0, 90, 120, [48, 48], InterpolationMode.BICUBIC))
-    assert same(apply_view(picture, whole, View(BOXES, 0, 0, True), 48), expected)
+    expected = TF.hflip(TF.resized_crop(image, 0, 0, 90, 120, [48, 48], InterpolationMode.BICUBIC))
+    assert same(apply_view(image, whole, View(BOXES, 0, 0, True), 48), expected)
     for number in range(20):
         spec, view = ViewSpec(flip=0.0), draw_view(ViewSpec(flip=0.0), "k", number)
         left, top, right, bottom = views.crop_box(spec, view, 120, 90)
-        theirs = TF.resized_crop(picture, top, left, bottom - top, right - left, [48, 48], InterpolationMode.BICUBIC)
-        assert same(apply_view(picture, spec, view, 48), theirs)
+        theirs = TF.resized_crop(image, top, left, bottom - top, right - left, [48, 48], InterpolationMode.BICUBIC)
+        assert same(apply_view(image, spec, view, 48), theirs)
 
 
 def test_the_first_box_that_fits_is_taken_and_else_torchvisions_centre_crop():
@@ -230,23 +230,23 @@ GOLDEN = {
 }
 
 
-def rendered_hashes(picture: Image.Image) -> dict[str, str]:
-    square, hashes = picture.resize((64, 64)), {}
+def rendered_hashes(image: Image.Image) -> dict[str, str]:
+    square, hashes = image.resize((64, 64)), {}
     for op_set, operations in OP_SETS.items():
         level = 9 * operations.unit
         everything = (operation(square, sign * level) for _, operation in operations.operations for sign in (1, -1))
         hashes[op_set] = digest(Image.fromarray(np.concatenate([np.asarray(image) for image in everything])))
     hashes["jitter"] = digest(augment.jitter(square, JITTER, 7, (60000, 4000, 50000, 9000)))
     specs = (ViewSpec(seed=3, ops=2), FULL, replace(FULL, op_set="timm-3a"), ViewSpec(scale=None))
-    shown = [render_views(picture, spec, "k", range(4), 48) for spec in specs]
+    shown = [render_views(image, spec, "k", range(4), 48) for spec in specs]
     hashes["views"] = digest(Image.fromarray(np.concatenate(shown).reshape(-1, 48, 3)))
     return hashes
 
 
-def test_pixels_are_the_golden_ones(picture):
+def test_pixels_are_the_golden_ones(image):
     if PIL.__version__ != GOLDEN_PILLOW:
         pytest.skip(f"pinned for Pillow {GOLDEN_PILLOW}")
-    assert rendered_hashes(picture) == GOLDEN, "other pixels: raise views.RENDERING and write down the new hashes"
+    assert rendered_hashes(image) == GOLDEN, "other pixels: raise views.RENDERING and write down the new hashes"
 
 
 def test_decoded_pixels_are_the_golden_ones():

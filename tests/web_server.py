@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from small_data import draw
 
 
-def picture(seed: int, size: tuple[int, int] = (96, 64), form: str = "JPEG", mode: str = "RGB", **options) -> bytes:
+def make_image(seed: int, size: tuple[int, int] = (96, 64), form: str = "JPEG", mode: str = "RGB", **options) -> bytes:
     """An encoded drawing that differs from seed to seed."""
     image = Image.new("RGB", size, (seed * 37 % 256, seed * 91 % 256, 120))
     ImageDraw.Draw(image).ellipse((4, 4, size[0] // 2 + seed % 7, size[1] - 5), "white")
@@ -59,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _good(self, rest: str) -> None:
         time.sleep(self.server.delay_s)
-        self._send(200, picture(int(rest.partition("?")[0])))
+        self._send(200, make_image(int(rest.partition("?")[0])))
 
     def _again(self, rest: str) -> None:
         scene, file = Image.open(io.BytesIO(draw(rest)[0])), io.BytesIO()
@@ -73,11 +73,11 @@ class _Handler(BaseHTTPRequestHandler):
         exif = Image.Exif()
         exif[0x010F], exif[0x0110] = "Acme", "A 1"
         exif.get_ifd(0x8769).update({0x8827: 200, 0x9003: "2020:01:02 03:04:05"})
-        self._send(200, picture(int(rest), exif=exif))
+        self._send(200, make_image(int(rest), exif=exif))
 
     def _sized(self, rest: str) -> None:
         width, height = rest.split("x")
-        self._send(200, picture(5, (int(width), int(height))))
+        self._send(200, make_image(5, (int(width), int(height))))
 
     def _noise(self, rest: str) -> None:
         noise = Image.effect_noise((256, 256), 100 + int(rest) % 50).convert("RGB")
@@ -92,13 +92,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._good(rest)
 
     def _html(self, _) -> None:
-        self._send(200, b"<html>not a picture</html>", Content_Type="image/jpeg")
+        self._send(200, b"<html>not an image</html>", Content_Type="image/jpeg")
 
     def _empty(self, _) -> None:
         self._send(200, b"")
 
     def _cut(self, _) -> None:
-        self._send(200, picture(1, (200, 200))[:900])
+        self._send(200, make_image(1, (200, 200))[:900])
 
     def _lost(self, _) -> None:
         self.send_response(200)
@@ -109,20 +109,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _slow(self, rest: str) -> None:
         time.sleep(float(rest.partition("?")[0]))
-        self._send(200, picture(2))
+        self._send(200, make_image(2))
 
     def _large(self, _) -> None:
-        self._send(200, picture(3) + bytes(300_000))
+        self._send(200, make_image(3) + bytes(300_000))
 
     def _unsized(self, _) -> None:
         self.send_response(200)
         self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(picture(3) + bytes(300_000))
+        self.wfile.write(make_image(3) + bytes(300_000))
         self.close_connection = True
 
     def _optout(self, rest: str) -> None:
-        self._send(200, picture(4), X_Robots_Tag=rest.replace("+", " "))
+        self._send(200, make_image(4), X_Robots_Tag=rest.replace("+", " "))
 
     def _redirect(self, rest: str) -> None:
         self._send(302, b"", Location=unquote(rest))

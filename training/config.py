@@ -64,24 +64,24 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LabelConfig:
-    """Labels of the pictures: the WordNet synsets of their captions that are in a vocabulary."""
+    """Labels of the images: the WordNet synsets of their captions that are in a vocabulary."""
 
     vocabulary: str = "all"
     """NAME of ROOT/vocab/NAME.tsv, as `clipmill vocab` wrote it; its ranks are the classes"""
     label_captions: Literal["original", "all"] = "original"
-    """captions whose synsets are a picture's labels: the original's, or those of all its captions together"""
+    """captions whose synsets are an image's labels: the original's, or those of all its captions together"""
     drop_empty: bool = False
-    """pictures without a label do not count in the loss; otherwise all their classes are to be off"""
+    """images without a label do not count in the loss; otherwise all their classes are to be off"""
 
 
 @dataclass(frozen=True)
 class SideConfig:
-    """Batches of pictures of several sizes."""
+    """Batches of images of several sizes."""
 
     sides: tuple[int, ...] = ()
     """pixels a side, one of these per step, by chance; the batch grows as they shrink; none: the model's own"""
     base_side: int = 224
-    """pixels a side of pictures of which a step takes exactly batch_size"""
+    """pixels a side of images of which a step takes exactly batch_size"""
     batch_parts: int = 1
     """equal parts that a batch of any side is rounded to; the number of processes must divide it"""
 
@@ -96,7 +96,7 @@ class ViewConfig:
     """Views drawn while training, a new one each epoch."""
 
     scale: tuple[float, float] | None = (0.9, 1.0)
-    """share of the picture that a crop covers, low and high; None is the plain centre crop"""
+    """share of the image that a crop covers, low and high; None is the plain centre crop"""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """aspect of a crop, low and high"""
     flip: float = 0.0

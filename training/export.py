@@ -73,12 +73,12 @@ def export(config: ExportConfig) -> None:
 
 @torch.no_grad()
 def compare(one: LoadedModel, other: LoadedModel) -> float:
-    """Largest absolute difference of image and text features over eight pictures of noise and eight captions."""
-    pictures = torch.randn(8, 3, one.image_size, one.image_size, generator=torch.Generator().manual_seed(0))
+    """Largest absolute difference of image and text features over eight images of noise and eight captions."""
+    images = torch.randn(8, 3, one.image_size, one.image_size, generator=torch.Generator().manual_seed(0))
     captions = [f"a photo of {number} things" for number in ("no", "one", "two", "three", "four", "five", "six", "7")]
 
     def features(loaded: LoadedModel) -> list[Tensor]:
-        image = loaded.model.encode_image(pictures, normalize=True)
+        image = loaded.model.encode_image(images, normalize=True)
         return [image, loaded.model.encode_text(loaded.tokenizer(captions), normalize=True)]
 
     pairs = zip(features(one), features(other), strict=True)

@@ -11,7 +11,7 @@ from shards_spec.tar import index_shard, read_sample
 
 
 class OpenShard:
-    """A final shard in place: keys, captions and identities of all samples in memory, pictures where they lie.
+    """A final shard in place: keys, captions and identities of all samples in memory, images where they lie.
 
     ``ids``: ``id_image``, ``id_text_0`` … to uint64 (n,), 0 where a sample has no such caption. Raises DataError naming
     the file when it is broken or gone.
@@ -24,15 +24,15 @@ class OpenShard:
         except FileNotFoundError as error:
             raise DataError(f"{path}: is not there; make the shard again") from error
         self.path, self.keys = path, [key for key, _ in self._index]
-        self.captions, pictures = list[list[str]](), list[int]()
+        self.captions, images = list[list[str]](), list[int]()
         try:
             for row in range(len(self.keys)):
                 sample = self.sample(row)
                 self.captions.append(sample.captions)
-                pictures.append(content_id(sample.image))
+                images.append(content_id(sample.image))
         except DataError as error:
             raise DataError(f"{path}: {error}; pack again") from error
-        self.ids = {"id_image": np.array(pictures, np.uint64)}
+        self.ids = {"id_image": np.array(images, np.uint64)}
         for caption in range(max(map(len, self.captions), default=1)):
             self.ids[f"id_text_{caption}"] = np.array(
                 [content_id(own[caption].encode()) if caption < len(own) else 0 for own in self.captions], np.uint64

@@ -1,4 +1,4 @@
-"""Pictures decoded and views rendered ahead of the device, in order, by processes or threads."""
+"""Images decoded and views rendered ahead of the device, in order, by processes or threads."""
 
 import multiprocessing
 import time
@@ -18,17 +18,17 @@ from shards_spec.views import ViewSpec, render_views
 
 @dataclass(frozen=True)
 class Job:
-    """Views of one sample to render, from its encoded picture."""
+    """Views of one sample to render, from its encoded image."""
 
     key: str
-    picture: bytes
+    image: bytes
     views: tuple[int, ...]
 
 
 def render(spec: ViewSpec, size: int, job: Job) -> np.ndarray | DataError:
     """(V, size, size, 3) uint8, or why the picture does not decode."""
     try:
-        return render_views(decode_rgb(job.picture), spec, job.key, job.views, size)
+        return render_views(decode_rgb(job.image), spec, job.key, job.views, size)
     except DataError as error:
         return error
 

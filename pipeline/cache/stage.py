@@ -1,6 +1,6 @@
 """Stage `cache`: a teacher's embeddings of K replayable views and of all captions, Parquet files per shard.
 
-Only what is new is embedded and written: further views, further captions, rows whose picture or caption changed.
+Only what is new is embedded and written: further views, further captions, rows whose image or caption changed.
 """
 
 import logging
@@ -54,7 +54,7 @@ class CacheConfig:
     name: str | None = None
     """folder below teacher/; by default made from model and pretrained; several can stand side by side"""
     views: int = 8
-    """replayable views per picture; more than are there are added to them"""
+    """replayable views per image; more than are there are added to them"""
     dtype: Dtype = "float16"
     """how vectors are stored; int8 has one scale per row"""
     spec: OmitArgPrefixes[ViewSpec] = field(default_factory=ViewSpec)
@@ -63,7 +63,7 @@ class CacheConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """of the teacher; auto: bf16 on a CUDA device that has it, else fp32"""
     batch_size: int | None = None
-    """pictures or texts per forward pass on a CUDA device, 256 by default, halved when memory runs out; 16 on a CPU"""
+    """images or texts per forward pass on a CUDA device, 256 by default, halved when memory runs out; 16 on a CPU"""
     processes: int | None = None
     """processes per device that decode and augment ahead of it; by default one per core beside CUDA devices, 0 (threads
     do it) beside a CPU"""
@@ -235,7 +235,7 @@ def _embed(
     depth = 2 * config.threads + 2 * teacher.rows // config.views
     rendering = Rendering(embedder.pool, jobs, depth, config.view_spec, teacher.loaded.image_size)
     features = {"text": teacher.embed_texts(shard.captions[row][caption] for row, caption in texts)}
-    features["image"] = teacher.embed_images(_pictures(rendering, list(views), shard))
+    features["image"] = teacher.embed_images(_images(rendering, list(views), shard))
     if not shard.keys:
         features = dict.fromkeys(features, np.empty((0, teacher.dim), np.float32))
     numbers = {"image": np.array([view for _, view in images]), "text": np.array([caption for _, caption in texts])}
@@ -249,12 +249,12 @@ def _embed(
     return new, {**took, "new_image_vectors": len(images), "new_text_vectors": len(texts)}
 
 
-def _pictures(rendering: Rendering, rows: list[int], shard: OpenShard) -> Iterator[np.ndarray]:
+def _images(rendering: Rendering, rows: list[int], shard: OpenShard) -> Iterator[np.ndarray]:
     """(S, S, 3) each, the rows' views in order."""
     for row, rendered in zip(rows, rendering, strict=True):
         if isinstance(rendered, DataError):
             raise DataError(
-                f"{shard.path}: key {shard.keys[row]} {rendered}; run caption, it finds such pictures, then pack again"
+                f"{shard.path}: key {shard.keys[row]} {rendered}; run caption, it finds such images, then pack again"
             ) from rendered
         yield from rendered
 

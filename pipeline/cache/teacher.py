@@ -36,12 +36,12 @@ class Teacher:
 
     @cached_property
     def dim(self) -> int:
-        """D, as a blank picture has it."""
+        """D, as a blank image has it."""
         side = self.loaded.image_size
         return self.embed_images([np.zeros((side, side, 3), np.uint8)]).shape[1]
 
-    def embed_images(self, pictures: Iterable[np.ndarray]) -> np.ndarray:
-        """Pictures (S, S, 3) uint8 -> (n, D) float32, L2-normalised."""
+    def embed_images(self, images: Iterable[np.ndarray]) -> np.ndarray:
+        """Images (S, S, 3) uint8 -> (n, D) float32, L2-normalised."""
 
         def encode(batch: list[np.ndarray]) -> Tensor:
             pixels = torch.from_numpy(np.stack(batch)).to(self.device).permute(0, 3, 1, 2)
@@ -50,7 +50,7 @@ class Teacher:
                 return self.model(pixels)
             return self.model.encode_image(pixels, normalize=False)
 
-        return self._embed(pictures, encode)
+        return self._embed(images, encode)
 
     def embed_texts(self, texts: Iterable[str]) -> np.ndarray:
         """(n, D) float32, L2-normalised."""

@@ -1,4 +1,4 @@
-"""A captioner on its device: batches of pictures to captions, within the device's memory."""
+"""A captioner on its device: batches of images to captions, within the device's memory."""
 
 import logging
 from typing import Any
@@ -19,7 +19,7 @@ from shards_spec.images import without_ends
 from shards_spec.models import LoadedModel
 
 log = logging.getLogger(__name__)
-MOST_PICTURES = {"cpu": 32, "cuda": 512}  # more makes no batch faster
+MOST_IMAGES = {"cpu": 32, "cuda": 512}  # more makes no batch faster
 SHARE = 0.8  # of the device's free memory that a batch may take
 CHOICE_BYTES = 64  # per row and vocabulary entry, for choosing a token: logits, their copies, a full sort
 
@@ -32,7 +32,7 @@ def check_coca(model: str) -> None:
 
 
 class Captioner:
-    """Writes captions in batches of at most ``batch_size`` pictures; by default as many as the device's memory holds.
+    """Writes captions in batches of at most ``batch_size`` images; by default as many as the device's memory holds.
 
     ``decoding``, ``num_captions`` and ``seed`` shape the captions; ``similarity`` adds the cosines. Raises UserError
     when the model is no CoCa.
@@ -58,10 +58,10 @@ class Captioner:
         """(3, S, S) as the model was trained to see it; open_clip's evaluation transform."""
         return self._transform(without_ends(image))
 
-    def picture_bytes(self) -> int:
-        """An upper bound of the device memory that one more picture in the batch takes at its worst moment.
+    def image_bytes(self) -> int:
+        """An upper bound of the device memory that one more image in the batch takes at its worst moment.
 
-        Counted: the encoder's activations, the picture's cross-attention keys and values, its rows' caches, and the
+        Counted: the encoder's activations, the image's cross-attention keys and values, its rows' caches, and the
         room to choose a token.
         """
         coca, decoding = self.coca, self.decoding
@@ -78,19 +78,19 @@ class Captioner:
         return cross * 5 // 4 + encoder + rows * (caches * 5 // 4 + CHOICE_BYTES * vocabulary)
 
     def _fitting(self) -> int:
-        """Pictures per batch for this device, a power of two."""
+        """Images per batch for this device, a power of two."""
         kind = self.coca.device.type
-        most = MOST_PICTURES.get(kind, 32)
+        most = MOST_IMAGES.get(kind, 32)
         if kind == "cuda":
             free, _ = torch.cuda.mem_get_info(self.coca.device)
-            most = min(most, max(1, int(SHARE * free) // self.picture_bytes()))
+            most = min(most, max(1, int(SHARE * free) // self.image_bytes()))
         return 1 << (most.bit_length() - 1)
 
     def describe(self, batch: list[Wanted], contrast: Contrast | None = None) -> list[Described]:
         """Captions for a batch of any length; its rated original pairs are added to ``contrast``.
 
         A batch that the device has no memory for is halved, and so are all later ones. Raises UserError when not even
-        one picture fits.
+        one image fits.
         """
         described: list[Described] = []
         while len(described) < len(batch):
@@ -103,27 +103,25 @@ class Captioner:
                     raise
                 reason = str(error).splitlines()[0]
             if len(part) == 1:  # and out of the except block, where the failed batch's tensors are free again
-                raise UserError(
-                    f"out of memory with one picture at a time ({reason}); ask for fewer or shorter captions"
-                )
+                raise UserError(f"out of memory with one image at a time ({reason}); ask for fewer or shorter captions")
             self.batch_size = len(part) // 2
-            log.warning("out of memory with %d pictures; going on with %d at a time", len(part), self.batch_size)
+            log.warning("out of memory with %d images; going on with %d at a time", len(part), self.batch_size)
             if self.coca.device.type == "cuda":
                 torch.cuda.empty_cache()
         return described
 
     def _describe(self, batch: list[Wanted], contrast: Contrast | None) -> list[Described]:
         coca, decoding = self.coca, self.decoding
-        pictures = coca.encode(torch.stack([wanted.image for wanted in batch]))
+        images = coca.encode(torch.stack([wanted.image for wanted in batch]))
         owners = [place for place, wanted in enumerate(batch) for _ in wanted.indices]
         if decoding.method == "beam":
-            found = [c for row in beam_search(coca, pictures, self.num_captions, decoding) for c in row]
+            found = [c for row in beam_search(coca, images, self.num_captions, decoding) for c in row]
         else:
             names = [self._name(wanted, index) for wanted in batch for index in wanted.indices]
-            found = generate(coca, pictures, owners, names, decoding)
+            found = generate(coca, images, owners, names, decoding)
         prompt = coca.prompt(decoding.prefix) if decoding.prefix else []
         texts = [coca.decode([*prompt, *caption.tokens]) for caption in found]
-        cosines, originals = self._similarities(batch, pictures.features, owners, texts, contrast)
+        cosines, originals = self._similarities(batch, images.features, owners, texts, contrast)
         written = iter(
             Written(text, caption.logprob, len(caption.tokens), caption.ended, cosine)
             for text, caption, cosine in zip(texts, found, cosines, strict=True)
@@ -141,7 +139,7 @@ class Captioner:
     def _similarities(
         self, batch: list[Wanted], features: Tensor, owners: list[int], texts: list[str], contrast: Contrast | None
     ) -> tuple[list[float | None], list[float | None]]:
-        """Cosines of the texts, and of the batch's original captions, with their pictures; None where not asked."""
+        """Cosines of the texts, and of the batch's original captions, with their images; None where not asked."""
         originals: list[float | None] = [None] * len(batch)
         if not self.similarity:
             return [None] * len(texts), originals

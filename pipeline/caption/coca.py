@@ -7,7 +7,7 @@ once, the start token and the prompt are computed once per image, and rows can l
 not causal (`coca_roberta-ViT-B-32`: RoBERTa sees the whole prefix from every place) changes all its outputs with each
 token, so there it is open_clip's own forward again, and only the image's share is kept.
 
-Shapes: P pictures, R rows (captions being written, sorted by picture), T tokens, C width, H heads, D head width,
+Shapes: P images, R rows (captions being written, sorted by image), T tokens, C width, H heads, D head width,
 Q image tokens, V vocabulary.
 """
 
@@ -89,17 +89,17 @@ class Cache:
 
 
 @dataclass
-class Pictures:
-    """P encoded pictures: ``features`` (P, E), L2-normalised, and per layer keys and values (P, H, Q, D)."""
+class EncodedImages:
+    """P encoded images: ``features`` (P, E), L2-normalised, and per layer keys and values (P, H, Q, D)."""
 
     features: Tensor
     keys: list[Tensor]
     values: list[Tensor]
 
-    def select(self, pictures: Tensor) -> "Pictures":
-        """These pictures only."""
-        keys, values = [k[pictures] for k in self.keys], [v[pictures] for v in self.values]
-        return Pictures(self.features[pictures], keys, values)
+    def select(self, images: Tensor) -> "EncodedImages":
+        """These images only."""
+        keys, values = [k[images] for k in self.keys], [v[images] for v in self.values]
+        return EncodedImages(self.features[images], keys, values)
 
 
 class Coca:
@@ -143,7 +143,7 @@ class Coca:
         return " ".join(words.decode(list(tokens)).split())
 
     @torch.inference_mode()
-    def encode(self, images: Tensor) -> Pictures:
+    def encode(self, images: Tensor) -> EncodedImages:
         """Images (P, 3, S, S), normalised as the model wants them, once and for all captions."""
         features, tokens = self.model._encode_image(images.to(self.device, self.dtype))
         keys, values = [], []
@@ -151,7 +151,7 @@ class Coca:
             key, value = block.split(block.key_value(block.block.ln_1_kv(tokens)), 2)
             keys.append(key.contiguous())
             values.append(value.contiguous())
-        return Pictures(features, keys, values)
+        return EncodedImages(features, keys, values)
 
     @torch.inference_mode()
     def text_features(self, texts: list[str]) -> Tensor:
@@ -190,15 +190,15 @@ def _is_causal(text: Any) -> bool:
 
 
 class Rows:
-    """R captions being written side by side; at first one per picture. Rows of a picture are neighbours.
+    """R captions being written side by side; at first one per image. Rows of an image are neighbours.
 
-    ``tokens`` (R, T_max) holds what was fed, ``position`` how many tokens, ``picture`` (R,) the row's picture.
+    ``tokens`` (R, T_max) holds what was fed, ``position`` how many tokens, ``image`` (R,) the row's image.
     """
 
-    def __init__(self, coca: Coca, pictures: Pictures, length: int) -> None:
+    def __init__(self, coca: Coca, images: EncodedImages, length: int) -> None:
         """For at most ``length`` tokens, start token and prompt counted."""
-        self.coca, self.pictures, self.position = coca, pictures, 0
-        rows = len(pictures.features)
+        self.coca, self.images, self.position = coca, images, 0
+        rows = len(images.features)
         self.tokens = torch.zeros(rows, length, dtype=torch.long, device=coca.device)
 
         def empty(block: Block) -> Cache:
@@ -209,25 +209,25 @@ class Rows:
         self.caches = [empty(block) for block in coca.blocks]
         self._place(torch.arange(rows, device=coca.device))
 
-    def _place(self, picture: Tensor) -> None:
-        """Give each row its place in a grid (P, slots): cross-attention has the rows of a picture as its queries."""
-        self.picture = picture
-        counts = torch.bincount(picture, minlength=len(self.pictures.features))
+    def _place(self, image: Tensor) -> None:
+        """Give each row its place in a grid (P, slots): cross-attention has the rows of an image as its queries."""
+        self.image = image
+        counts = torch.bincount(image, minlength=len(self.images.features))
         self.slots = int(counts.max())
-        rank = torch.arange(len(picture), device=picture.device) - (counts.cumsum(0) - counts)[picture]
-        self.grid = None if len(picture) == len(counts) * self.slots else picture * self.slots + rank
+        rank = torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[image]
+        self.grid = None if len(image) == len(counts) * self.slots else image * self.slots + rank
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these rows (R',), sorted by picture; a row may stand there several times. Pictures without a row
+        """Go on with these rows (R',), sorted by image; a row may stand there several times. Images without a row
         are dropped."""
         self.tokens = self.tokens[rows]
         for caches in (self.text_caches, self.caches):
             for layer, cache in enumerate(caches):  # one by one: never two copies of them all
                 caches[layer] = cache.select(rows, self.position)
-        kept, picture = torch.unique(self.picture[rows], return_inverse=True)
-        if len(kept) < len(self.pictures.features):
-            self.pictures = self.pictures.select(kept)
-        self._place(picture)
+        kept, image = torch.unique(self.image[rows], return_inverse=True)
+        if len(kept) < len(self.images.features):
+            self.images = self.images.select(kept)
+        self._place(image)
 
     @torch.inference_mode()
     def feed(self, tokens: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ class Rows:
                 x = _self_attend(block, cache, x, first)
             if coca.text.cls_emb is None:
                 x = coca.text.ln_final(x)
-        layers = zip(coca.blocks, self.caches, coca.cross_blocks, self.pictures.keys, self.pictures.values, strict=True)
+        layers = zip(coca.blocks, self.caches, coca.cross_blocks, self.images.keys, self.images.values, strict=True)
         for block, cache, cross_block, keys, values in layers:
             x = _self_attend(block, cache, x, first)
             x = self._cross_attend(cross_block, keys, values, x)
@@ -256,7 +256,7 @@ class Rows:
         return coca.logits(coca.decoder.ln_final(x[:, -1])).float()
 
     def _cross_attend(self, block: Block, keys: Tensor, values: Tensor, x: Tensor) -> Tensor:
-        """x (R, T, C) against the picture's (P, H, Q, D), which are not copied for its rows."""
+        """x (R, T, C) against the image's (P, H, Q, D), which are not copied for its rows."""
         query, tokens = block.query(block.block.ln_1(x)), x.shape[1]
         if self.grid is not None:
             scattered = query.new_zeros(len(keys) * self.slots, tokens, query.shape[-1])

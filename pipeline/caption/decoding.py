@@ -50,10 +50,10 @@ class Decoding:
         return self.method in ("top_k", "nucleus")
 
     def check_number(self, num_captions: int) -> None:
-        """Raises UserError when the method cannot give this many different captions of a picture."""
+        """Raises UserError when the method cannot give this many different captions of an image."""
         most = {"greedy": 1, "beam": self.num_beams}.get(self.method, num_captions)
         if not 1 <= num_captions <= most:
-            raise UserError(f"num_captions {num_captions}: {self.method} gives 1 to {most} captions of a picture")
+            raise UserError(f"num_captions {num_captions}: {self.method} gives 1 to {most} captions of an image")
 
     def room(self, context_length: int, prompt_length: int) -> int:
         """The most tokens that a caption can have in a model's context, start token and prefix taken off.

@@ -18,7 +18,7 @@ LOOP = re.compile(r"(?<!\S)(\S+(?: \S+){0,3})(?: \1){2,}(?!\S)")  # up to four w
 
 @dataclass(frozen=True)
 class Wanted:
-    """Captions to write for a picture: their ``indices``, and which ``attempt`` at them this is.
+    """Captions to write for an image: their ``indices``, and which ``attempt`` at them this is.
 
     ``image`` (3, S, S) is normalised; ``original`` is the caption that came with it, None when it is not to be rated.
     """
@@ -32,7 +32,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Written:
-    """A caption; ``similarity``: cosine with its picture under the captioner's contrastive heads, when asked for."""
+    """A caption; ``similarity``: cosine with its image under the captioner's contrastive heads, when asked for."""
 
     text: str
     logprob: float
@@ -51,7 +51,7 @@ class Described:
 
 def problem(text: str, others: list[str]) -> str | None:
     """Why a caption should be drawn again: ``empty``, ``degenerate`` (no letter, or words in a loop) or ``repeated``
-    (one of the picture's ``others`` says the same)."""
+    (one of the image's ``others`` says the same)."""
     if not text:
         return "empty"
     if not any(letter.isalpha() for letter in text) or LOOP.search(text):
@@ -99,7 +99,7 @@ class Contrast:
 
 @dataclass
 class Row:
-    """One picture's captions by index, in the order of the indices."""
+    """One image's captions by index, in the order of the indices."""
 
     captions: dict[int, Written] = field(default_factory=dict)
     original_similarity: float | None = None
@@ -133,7 +133,7 @@ class Drafts:
         self.redraw(least=self.captioner.batch_size)
 
     def redraw(self, least: int) -> None:
-        """Draw again while ``least`` pictures wait."""
+        """Draw again while ``least`` images wait."""
         while len(self.waiting) >= least:
             batch = self.waiting[: self.captioner.batch_size]
             del self.waiting[: self.captioner.batch_size]

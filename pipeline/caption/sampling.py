@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.caption.coca import Coca, Pictures, Rows
+from pipeline.caption.coca import Coca, EncodedImages, Rows
 from pipeline.caption.decoding import Decoding
 from shards_spec.counter_rng import raw_draws
 from shards_spec.files import UserError
@@ -32,14 +32,14 @@ class Caption:
 
 @torch.inference_mode()
 def generate(
-    coca: Coca, pictures: Pictures, owners: Sequence[int], names: Sequence[str], decoding: Decoding
+    coca: Coca, images: EncodedImages, owners: Sequence[int], names: Sequence[str], decoding: Decoding
 ) -> list[Caption]:
-    """A caption per row: row r describes picture ``owners[r]`` (ascending, every picture at least once) and draws from
+    """A caption per row: row r describes image ``owners[r]`` (ascending, every image at least once) and draws from
     ``names[r]``. Raises UserError when the model's logits are not finite.
     """
-    rows, logits, longest = begin(coca, pictures, decoding)
+    rows, logits, longest = begin(coca, images, decoding)
     owned = torch.tensor(owners, device=coca.device)
-    rows.select(owned)  # several captions of a picture share what was computed so far
+    rows.select(owned)  # several captions of an image share what was computed so far
     logits = logits[owned]
     seeds = _seeds(names, decoding, longest).to(coca.device)
     tokens = torch.full((len(names), longest), coca.end, device=coca.device)
@@ -64,14 +64,14 @@ def generate(
     return [written(row, logprob, coca.end) for row, logprob in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
 
 
-def begin(coca: Coca, pictures: Pictures, decoding: Decoding) -> tuple[Rows, Tensor, int]:
-    """A row per picture with start token and prefix fed, the logits (P, V) after them, and how many tokens may follow.
+def begin(coca: Coca, images: EncodedImages, decoding: Decoding) -> tuple[Rows, Tensor, int]:
+    """A row per image with start token and prefix fed, the logits (P, V) after them, and how many tokens may follow.
 
     Raises UserError when the logits are not finite or the prefix leaves no room.
     """
     prompt = coca.prompt(decoding.prefix) if decoding.prefix else []
     longest = decoding.room(coca.context_length, len(prompt))
-    rows = Rows(coca, pictures, 1 + len(prompt) + longest)
+    rows = Rows(coca, images, 1 + len(prompt) + longest)
     logits = rows.feed(torch.tensor([[coca.start, *prompt]], device=coca.device).expand(len(rows.tokens), -1))
     if not torch.isfinite(logits).all():
         raise UserError("the captioner gives logits that are not finite: its weights are broken or were not loaded")

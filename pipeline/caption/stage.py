@@ -1,4 +1,4 @@
-"""Stage `caption`: N synthetic captions per picture of ROOT/raw, one Parquet file per shard."""
+"""Stage `caption`: N synthetic captions per image of ROOT/raw, one Parquet file per shard."""
 
 import json
 import logging
@@ -46,7 +46,7 @@ SIMILARITY_FIELDS = [
 
 @dataclass(frozen=True)
 class CaptionConfig:
-    """Write N synthetic captions per picture with an open_clip CoCa model."""
+    """Write N synthetic captions per image with an open_clip CoCa model."""
 
     root: Root
     """the dataset: a folder or an fsspec URL; reads raw/, writes captions/NAME/"""
@@ -57,21 +57,21 @@ class CaptionConfig:
     name: str | None = None
     """folder below captions/; by default made from model and pretrained; several can stand side by side"""
     num_captions: int = 5
-    """captions per picture"""
+    """captions per image"""
     decoding: OmitArgPrefixes[Decoding] = field(default_factory=Decoding)
     redraws: int = 2
     """top_k, nucleus: how often an empty, looping or repeated caption is drawn again"""
     similarity: bool = False
-    """also store each caption's cosine with its picture by the model's contrastive heads, and the original's; a shard
+    """also store each caption's cosine with its image by the model's contrastive heads, and the original's; a shard
     whose original captions score no better than shuffled ones is warned of"""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a CUDA device that has it, else fp32"""
     batch_size: int | None = None
-    """pictures at a time; by default what the device's memory holds, at most 512, on a CPU 32"""
+    """images at a time; by default what the device's memory holds, at most 512, on a CPU 32"""
     seed: int = 0
     """of the drawing; a caption depends on (seed, key, caption index) only"""
     threads: int = os.cpu_count() or 1
-    """threads per process that decode pictures ahead of the device"""
+    """threads per process that decode images ahead of the device"""
     device: str = "auto"
     """auto (every CUDA device, else the CPU), cpu, cuda, cuda:N, or several with commas, a process each"""
     trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)
@@ -151,7 +151,7 @@ def _load_worker(config: CaptionConfig, device: str) -> None:
 def caption_shard(
     root: str, task: Task, *, stage: Stage, config: CaptionConfig, captioner: "Captioner | None" = None
 ) -> Result:
-    """One raw shard to one Parquet file; a picture that does not decode keeps its row with no captions.
+    """One raw shard to one Parquet file; an image that does not decode keeps its row with no captions.
 
     ``facts`` of the result count captions: all, those drawn again, and what is still wrong with how many.
     """
@@ -179,7 +179,7 @@ def caption_shard(
 
 
 def _decoded(source: str, captioner: "Captioner", config: CaptionConfig) -> Iterator[tuple[str, Wanted | DataError]]:
-    """Per sample its key and the picture ready for the captioner, or the DataError that says why it is not."""
+    """Per sample its key and the image ready for the captioner, or the DataError that says why it is not."""
     indices = tuple(range(config.num_captions))
 
     def decode(sample: Sample) -> tuple[str, Wanted | DataError]:

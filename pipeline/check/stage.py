@@ -190,7 +190,7 @@ def _prove_final(root: str, folder: str, shard: int) -> Iterator[str]:
         if synsets != row["synsets"] or len(synsets) != len(captions):
             raise DataError(f"{name}.tar: key {sample.key} has synsets that do not fit its captions or its Parquet row")
         if raw is not None and next(s for s in _until(raw, sample.key, name)).image != sample.image:
-            raise DataError(f"{name}.tar: key {sample.key} has another picture than raw/{' or '.join(sources)}.tar")
+            raise DataError(f"{name}.tar: key {sample.key} has another image than raw/{' or '.join(sources)}.tar")
         if sample.key in dropped:
             raise DataError(f"{name}.tar: key {sample.key} is a duplicate by {DEDUP}/; run `clipmill pack` again")
         yield check_key(sample.key)
@@ -234,7 +234,7 @@ def _prove_cache(root: str, folder: str, shard: int) -> Iterator[str]:
         if column is not None and len(column.rows):
             raise DataError(
                 f"{path}: made from another {tar}: key {there.keys[int(column.rows[0])]} has another "
-                f"{'picture' if name.startswith('image_') else 'caption'} than {name} was made from; run `clipmill "
+                f"{'image' if name.startswith('image_') else 'caption'} than {name} was made from; run `clipmill "
                 "cache` again, it embeds what is new"
             )
         finite = np.isfinite(vectors.as_floats()).all(axis=1) | ~vectors.present
@@ -242,7 +242,7 @@ def _prove_cache(root: str, folder: str, shard: int) -> Iterator[str]:
             raise DataError(f"{path}: key {there.keys[int(finite.argmin())]} has no {name}; run `clipmill cache` again")
     if cached.inputs.get(tar) != sha256_file(join(root, tar)):
         raise DataError(
-            f"{path}: made from another {tar}, its pictures and captions are the same; run `clipmill cache` again, it "
+            f"{path}: made from another {tar}, its images and captions are the same; run `clipmill cache` again, it "
             "embeds nothing"
         )
     yield from there.keys

@@ -1,4 +1,4 @@
-"""Which samples to leave out: pictures that are alike, captions that say nothing, pictures of an odd size.
+"""Which samples to leave out: images that are alike, captions that say nothing, images of an odd size.
 
 Pure functions, no files. `ingest` uses them within a shard, `dedup` over all shards.
 """
@@ -15,14 +15,14 @@ from PIL import Image
 
 from pipeline.dedup.image_match import confirmed
 
-EXACT, NEAR = "duplicate image", "near-duplicate image"  # why a picture is left out
+EXACT, NEAR = "duplicate image", "near-duplicate image"  # why an image is left out
 SIDE, LOW = 32, 8  # pixels of the grey thumbnail; frequencies per axis that make the signature
 PLAIN = 2.0  # grey levels (orthonormal DCT): where half of the frequencies are weaker, noise would set the bits
 INDEX_BITS = np.uint64(32)  # a row as one number: its canonical position above, its own position below
 INDEX_MASK = np.uint64(0xFFFFFFFF)
 NONE = np.uint64(0xFFFFFFFFFFFFFFFF)  # no row: this one stays
 ONES = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
-MAX_NEAR_BITS = 8  # of 64; beyond it different pictures look alike, and the search over all shards takes hours
+MAX_NEAR_BITS = 8  # of 64; beyond it different images look alike, and the search over all shards takes hours
 
 RUN = re.compile(r"(\S)\1{9}")
 WORD_BREAK = re.compile(r"[\s,;:.!?|/·、，。_\-–—]+")
@@ -32,7 +32,7 @@ ADDRESS = re.compile(
     r"|\S+@[a-z0-9.\-]+\.[a-z]+"
     r"|[a-z0-9\-]+(?:\.[a-z0-9\-]+)*\.(?:com|net|org|info)(?:/\S*)?"
     r"|\S+\.(?:jpe?g|png|gif|webp|bmp|tiff?|avif|heic|svg)"
-    r"|(?:img|imag|image|dsc|dscn|dscf|pict|dcim|mvi|gopr|cimg|hpim|pxl|sam|vid|photo|picture|screenshot)"
+    r"|(?:img|imag|image|dsc|dscn|dscf|pict|dcim|mvi|gopr|cimg|hpim|pxl|sam|vid|photo|image|screenshot)"
     r"[ _\-]?[(]?\d{3,}[\d _\-.()]*(?:\.[a-z]{3,4})?",
     re.IGNORECASE,
 )
@@ -67,8 +67,8 @@ def _repeats_a_word(text: str) -> bool:
     return any(sum(1 for _ in same) >= SAME_WORDS for _, same in itertools.groupby(words))
 
 
-def picture_problem(width: int, height: int, min_size: int, max_aspect: float) -> str | None:
-    """A short stable reason to leave a picture out, or None. Pixels; ``max_aspect`` is longer side / shorter side."""
+def image_problem(width: int, height: int, min_size: int, max_aspect: float) -> str | None:
+    """A short stable reason to leave an image out, or None. Pixels; ``max_aspect`` is longer side / shorter side."""
     if min(width, height) < min_size:
         return "picture too small"
     return "aspect ratio too large" if max(width, height) > max_aspect * min(width, height) else None
@@ -84,12 +84,12 @@ def _cosines() -> np.ndarray:
 
 
 def perceptual_hash(image: Image.Image) -> str | None:
-    """The DCT signature of an RGB picture: 64 bits as 16 hexadecimal digits; None for a plain one.
+    """The DCT signature of an RGB image: 64 bits as 16 hexadecimal digits; None for a plain one.
 
     Zauner 2010, "Implementation and Benchmarking of Perceptual Image Hash Functions", the DCT based hash: 32 x 32 grey
     pixels, two-dimensional DCT-II, the 8 x 8 lowest frequencies; a bit says whether a coefficient is above the median.
     The constant term is left out of the median, and its bit is 0. Encoding, scaling and small changes of tone move few
-    bits, an even number as 31 are set; colour plays no part. A picture without structure in half of these frequencies
+    bits, an even number as 31 are set; colour plays no part. An image without structure in half of these frequencies
     (one colour, a gradient, stripes) has no signature: noise would decide it.
     """
     small = image.reduce(max(1, min(image.size) // (2 * SIDE)))  # never below twice the side: cheap, and flips nothing
@@ -114,7 +114,7 @@ def distances(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def hash_numbers(hashes: Sequence[str | None]) -> np.ndarray:
-    """Signatures as uint64 [n]; 0, which no picture has, for None. Raises ValueError for other than 16 hex digits."""
+    """Signatures as uint64 [n]; 0, which no image has, for None. Raises ValueError for other than 16 hex digits."""
     if any(text is not None and len(text) != 16 for text in hashes):
         raise ValueError("a signature that has not 16 hexadecimal digits")
     return np.array([int(text, 16) if text is not None else 0 for text in hashes], np.uint64)
@@ -189,12 +189,12 @@ def duplicates(
     near_bits: int | None,
     same: Callable[[int, int], bool] | None = None,
 ) -> dict[int, int]:
-    """Rows of one shard that repeat a picture: index of each to the index of the row that stays in its place.
+    """Rows of one shard that repeat an image: index of each to the index of the row that stays in its place.
 
     Equal ``sha256s`` are duplicates; with ``near_bits`` also ``hashes`` that differ in at most so many bits, where
     ``same`` (of two rows' indices) says so, too. The list's
     order decides: a row goes when one alike has an earlier canonical position, that of the first row with its URL. So
-    rows of one URL, several captions of a picture, are never duplicates of each other. Rows with neither
+    rows of one URL, several captions of an image, are never duplicates of each other. Rows with neither
     sha256 nor hash (failed ones) are not looked at.
     """
     rows = [i for i in range(len(urls)) if sha256s[i] is not None or hashes[i] is not None]

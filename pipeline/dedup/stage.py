@@ -1,7 +1,7 @@
-"""Stage `dedup`: pictures that are there twice, over all raw shards → ROOT/dedup, the keys that pack leaves out.
+"""Stage `dedup`: images that are there twice, over all raw shards → ROOT/dedup, the keys that pack leaves out.
 
 The columns it compares lie in temporary files of 8 bytes a sample each. They are gone through in buckets of the hash
-space, so memory does not grow with the dataset; pictures are read only where a raw shard has no hashes of them.
+space, so memory does not grow with the dataset; images are read only where a raw shard has no hashes of them.
 """
 
 import hashlib
@@ -58,23 +58,23 @@ FOLDER = "dedup"
 SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("key", "reason", "kept")])
 SECOND_CHECK = 1  # of the rules by which images confirm what signatures say (`alike`)
 SAMPLE_BYTES = 150  # of memory, for each sample that is compared at once
-NUMBERS = 1 << 32  # of pictures: a position has 32 bits
+NUMBERS = 1 << 32  # of images: a position has 32 bits
 MIX = np.uint64(0x9E3779B97F4A7C15)  # spreads hashes over the buckets (Fibonacci hashing)
 
 
 @dataclass(frozen=True)
 class DedupConfig:
-    """List the pictures of raw/ that repeat an earlier one; pack leaves them out of the final shards."""
+    """List the images of raw/ that repeat an earlier one; pack leaves them out of the final shards."""
 
     root: Root
     """the dataset; reads raw/, writes dedup/"""
     near_bits: int = 3
-    """pictures whose signatures (64-bit DCT hash) differ in at most so many bits, and that look alike in colours and
+    """images whose signatures (64-bit DCT hash) differ in at most so many bits, and that look alike in colours and
     details, are one; -1: equal files only"""
     workers: int = os.cpu_count() or 1
-    """processes that decode pictures: those with near signatures, all of raw shards without a phash column"""
+    """processes that decode images: those with near signatures, all of raw shards without a phash column"""
     memory_gb: float = 0.6
-    """memory for the comparison, 0.15 GB per million pictures; with less all are gone through several times"""
+    """memory for the comparison, 0.15 GB per million images; with less all are gone through several times"""
     overwrite: bool = False
     """make finished shards again"""
 
@@ -116,7 +116,7 @@ def check_fresh(root: str, shards: list[int]) -> None:
     if found != shards:
         raise UserError(
             f"{join(root, FOLDER)} has {len(found)} shards, raw/ has {len(shards)}: run `clipmill dedup {root}` again, "
-            "or delete dedup/ to keep every picture"
+            "or delete dedup/ to keep every image"
         )
     expected = {"raw": raw_hash(root, shards)}
     for shard in shards:
@@ -133,7 +133,7 @@ def read_dropped(path: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Entries:
-    """The pictures of one raw shard, in its rows' order; the numbers are uint64 [pictures], 0: none."""
+    """The images of one raw shard, in its rows' order; the numbers are uint64 [images], 0: none."""
 
     keys: list[str]
     urls: np.ndarray
@@ -142,7 +142,7 @@ class Entries:
 
 
 def read_entries(root: str, near: bool, shard: int) -> Entries:
-    """What is compared of one raw shard; decodes the pictures when ``near`` and it has no phash column.
+    """What is compared of one raw shard; decodes the images when ``near`` and it has no phash column.
 
     Raises DataError naming file and key.
     """
@@ -176,7 +176,7 @@ def _columns(path: str) -> list[str]:
 
 
 def _from_tar(path: str, near: bool) -> dict[str, tuple[str, str | None]]:
-    """Key to sha256 of the picture's bytes and signature (None when plain, undecodable or not asked for)."""
+    """Key to sha256 of the image's bytes and signature (None when plain, undecodable or not asked for)."""
     found = dict[str, tuple[str, str | None]]()
     for sample in read_shard(path):
         try:
@@ -204,7 +204,7 @@ Table = Callable[[int], tuple[np.ndarray, np.ndarray]]  # of a bucket: its keys,
 
 
 class Search:
-    """The comparison of all pictures, done when the first shard is asked for; its files live as long as the block."""
+    """The comparison of all images, done when the first shard is asked for; its files live as long as the block."""
 
     def __init__(self, config: DedupConfig, shards: list[int], in_memory: int) -> None:
         self._config, self._shards, self._limit = config, shards, in_memory
@@ -260,10 +260,8 @@ class Search:
             for name in ("urls", "files", "signatures"):
                 self._c[name].append(getattr(entries, name))
         if self._keys.starts[-1] >= NUMBERS:
-            raise UserError(
-                f"{self._config.root}: {self._keys.starts[-1]} pictures; dedup compares less than {NUMBERS}"
-            )
-        log.info("dedup: comparing %d pictures", self._keys.starts[-1])
+            raise UserError(f"{self._config.root}: {self._keys.starts[-1]} images; dedup compares less than {NUMBERS}")
+        log.info("dedup: comparing %d images", self._keys.starts[-1])
         for start, piece in self._c["urls"].pieces():
             own = np.arange(start, start + len(piece), dtype=np.uint64)
             self._c["values"].append(own << INDEX_BITS | own)
@@ -290,7 +288,7 @@ class Search:
         look_again(self._config.root, self._shards, self._keys, self._c, memory, self._config.workers)
 
     def _all_entries(self) -> Iterator[Entries]:
-        """Of every raw shard in order; in worker processes when pictures must be decoded."""
+        """Of every raw shard in order; in worker processes when images must be decoded."""
         root, near = self._config.root, self._config.near_bits >= 0
         read = partial(read_entries, root, near)
         workers = min(self._config.workers, len(self._shards))

@@ -33,7 +33,7 @@ def look_again(root: str, shards: list[int], keys: Keys, columns: dict[str, Colu
     if not number:
         return
     passes = -(-2 * number * PRINT_BYTES // max(memory, 1))
-    log.info("dedup: %d pictures with near signatures are looked at, in %d passes", number, passes)
+    log.info("dedup: %d images with near signatures are looked at, in %d passes", number, passes)
     for turn in range(passes):
         rows, firsts = _group(columns["first"], passes, turn)
         if not len(rows):

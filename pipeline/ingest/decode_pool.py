@@ -1,6 +1,6 @@
-"""Processes that turn bytes into pictures, kept busy by the event loop; a picture that kills or hangs one costs itself.
+"""Processes that turn bytes into images, kept busy by the event loop; an image that kills or hangs one costs itself.
 
-Each process has two pictures in its socket, so that it never waits for the next one.
+Each process has two images in its socket, so that it never waits for the next one.
 """
 
 import asyncio
@@ -18,10 +18,10 @@ from typing import Any
 from pipeline.core.workers import die_with_parent
 from shards_spec.files import UserError
 
-AHEAD = 2  # pictures in a process: the one it works on, and the next
-BUFFER = 1 << 22  # bytes of the socket's buffer: most pictures fit
-START_S = 60  # a busy machine starts a process slowly; its first picture is not to blame
-STILLBORN = 5  # processes that die one after the other without an answer: a bug, not a picture
+AHEAD = 2  # images in a process: the one it works on, and the next
+BUFFER = 1 << 22  # bytes of the socket's buffer: most images fit
+START_S = 60  # a busy machine starts a process slowly; its first image is not to blame
+STILLBORN = 5  # processes that die one after the other without an answer: a bug, not an image
 CRASHED, TOO_LONG = "decoder crashed", "decoding took too long"
 LENGTH = struct.Struct("<Q")
 STARTED = b"\x01"
@@ -30,7 +30,7 @@ Work = Callable[[bytes], Any]
 
 
 class DecoderFailed(Exception):
-    """The process died or took too long over this picture; the message is the reason."""
+    """The process died or took too long over this image; the message is the reason."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class _Job:
 class Decoders:
     """``number`` processes that answer ``work(data)``; use as ``async with Decoders(...) as decoders``.
 
-    ``work`` must be picklable and must not raise; ``timeout_s`` is the longest it may take for one picture.
+    ``work`` must be picklable and must not raise; ``timeout_s`` is the longest it may take for one image.
     """
 
     def __init__(self, work: Work, number: int, timeout_s: float) -> None:

@@ -1,4 +1,4 @@
-"""Rows to pictures, many shards at a time: one event loop that fetches, processes that decode, a bound on everything.
+"""Rows to images, many shards at a time: one event loop that fetches, processes that decode, a bound on everything.
 
 Rows of several shards are under way at once, the earliest first, so that neither the network nor a core waits for
 the last slow host of a shard. A shard that takes twice as long as the others gives its late links up.
@@ -20,7 +20,7 @@ from types import TracebackType
 from pipeline.ingest.backpressure import Gate
 from pipeline.ingest.decode_pool import DecoderFailed, Decoders
 from pipeline.ingest.http_client import MAY_PASS, NOT_PUBLIC, Fetcher, FetchError, FetchRules, Link
-from pipeline.ingest.images import RESIZE, Outcome, Picture, PictureRules, to_outcome
+from pipeline.ingest.images import RESIZE, EncodedImage, ImageRules, Outcome, to_outcome
 from pipeline.ingest.rows import Place, PlaceError, forget_places, read_place
 from pipeline.ingest.url_lists import Row
 
@@ -28,10 +28,10 @@ LATE = 2.0  # medians of the finished shards' times: what is on the network then
 KNOWN = 3  # finished shards before there is a median
 GRACE_S = 3.0  # however short that is
 TICK_S = 0.3
-READERS = 8  # threads that read local pictures
+READERS = 8  # threads that read local images
 BODIES = 32  # per decoder: bodies that may wait for it
 
-Origin = str | Place  # of a picture: its link, or where it lies. One that is there twice is fetched once
+Origin = str | Place  # of an image: its link, or where it lies. One that is there twice is fetched once
 
 
 @dataclass
@@ -41,26 +41,26 @@ class Tally:
     started: float = field(default_factory=time.monotonic)
     given: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
-    picture_bytes: int = 0
+    image_bytes: int = 0
     warned: bool = False
 
     def add(self, outcome: Outcome) -> None:
         """Count one row."""
-        if isinstance(outcome, Picture):
+        if isinstance(outcome, EncodedImage):
             self.outcomes["success"] += 1
-            self.picture_bytes += len(outcome.data)
+            self.image_bytes += len(outcome.data)
         else:
             self.outcomes[outcome] += 1
 
     def nothing(self) -> str | None:
-        """A word to the user when downloads were tried and not one picture came."""
+        """A word to the user when downloads were tried and not one image came."""
         if self.outcomes["success"] or not self.outcomes:
             return None
         reason = self.outcomes.most_common(1)[0][0]
         if reason == NOT_PUBLIC:
-            return f"not one picture came, mostly {reason!r}: --allow-private fetches from such addresses"
+            return f"not one image came, mostly {reason!r}: --allow-private fetches from such addresses"
         if reason in MAY_PASS or reason == "name not found":
-            return f"not one picture came, mostly {reason!r}: is this machine on the web? No proxy is used"
+            return f"not one image came, mostly {reason!r}: is this machine on the web? No proxy is used"
         return None
 
     def line(self, rows_left: int | None) -> str:
@@ -90,10 +90,10 @@ def _duration(seconds: float) -> str:
 class Downloader:
     """Turns rows into outcomes; use as ``with Downloader(...) as downloader``; any thread may call its methods."""
 
-    def __init__(self, fetch: FetchRules, pictures: PictureRules, workers: int, decode_timeout_s: float) -> None:
+    def __init__(self, fetch: FetchRules, images: ImageRules, workers: int, decode_timeout_s: float) -> None:
         self.tally = Tally()
         self._fetch_rules = fetch
-        self._decoders = Decoders(partial(to_outcome, rules=pictures), workers, decode_timeout_s)
+        self._decoders = Decoders(partial(to_outcome, rules=images), workers, decode_timeout_s)
         self._workers = workers
         self._seconds = deque[float](maxlen=100)  # of the last finished shards
         self._loop = asyncio.new_event_loop()
@@ -200,10 +200,10 @@ class Downloader:
             return str(error)
         async with self._gate.body():
             try:
-                picture: Outcome = await self._decoders.convert(data)
+                image: Outcome = await self._decoders.convert(data)
             except DecoderFailed as error:
                 return f"{RESIZE}{error}"
-        return picture
+        return image
 
     async def _read(self, place: Place, link: Link) -> bytes:
         link.phase = "slot"

@@ -1,4 +1,4 @@
-"""Which rows a list's user wants: captions, conditions on columns, excluded links and pictures, duplicates.
+"""Which rows a list's user wants: captions, conditions on columns, excluded links and images, duplicates.
 
 Each `no` is a named reason.
 """
@@ -11,12 +11,12 @@ import numpy as np
 from pipeline.core.likeness import EXACT, NEAR, caption_problem, duplicates
 from pipeline.dedup.image_match import alike, fingerprint
 from pipeline.ingest.additional_columns import Condition
-from pipeline.ingest.images import Outcome, Picture
+from pipeline.ingest.images import EncodedImage, Outcome
 from pipeline.ingest.rows import Row, lines
 from shards_spec.files import UserError, exists, sha256_bytes
 from shards_spec.images import decode_rgb
 
-EXCLUDED_URL, EXCLUDED_PICTURE = "excluded address", "excluded picture"
+EXCLUDED_URL, EXCLUDED_IMAGE = "excluded address", "excluded picture"
 Hashes = np.ndarray[tuple[int], np.dtype[np.uint64]]
 
 
@@ -25,7 +25,7 @@ def _hash(text: str) -> int:
 
 
 def read_exclusions(paths: Iterable[str]) -> Hashes:
-    """Sorted 64-bit hashes of the lines of text files, gzipped or not: addresses, or sha256 of pictures in hex.
+    """Sorted 64-bit hashes of the lines of text files, gzipped or not: addresses, or sha256 of images in hex.
 
     8 bytes a line: lists of many millions fit. Raises UserError for a file that is not there.
     """
@@ -65,23 +65,23 @@ class Selection:
         return caption_problem(row.caption, self.min_caption_chars, self.max_caption_chars, self.sane_captions)
 
     def after(self, rows: list[Row], outcomes: list[Outcome]) -> list[Outcome]:
-        """Outcomes, with a reason in place of the pictures that are excluded or stand earlier in the shard."""
+        """Outcomes, with a reason in place of the images that are excluded or stand earlier in the shard."""
         kept: list[Outcome] = [
-            EXCLUDED_PICTURE if isinstance(outcome, Picture) and self._is_excluded(outcome.sha256) else outcome
+            EXCLUDED_IMAGE if isinstance(outcome, EncodedImage) and self._is_excluded(outcome.sha256) else outcome
             for outcome in outcomes
         ]
         if not self.duplicates:
             return kept
-        pictures = [outcome if isinstance(outcome, Picture) else None for outcome in kept]
-        sha256s = [picture.sha256 if picture else None for picture in pictures]
-        hashes = [picture.phash if picture else None for picture in pictures]
+        images = [outcome if isinstance(outcome, EncodedImage) else None for outcome in kept]
+        sha256s = [image.sha256 if image else None for image in images]
+        hashes = [image.phash if image else None for image in images]
         copies = dict[int, np.ndarray]()
 
         def same(one: int, other: int) -> bool:
             for index in {one, other} - set(copies):
-                picture = pictures[index]
-                assert picture is not None  # what failed is no candidate
-                copies[index] = fingerprint(decode_rgb(picture.data))
+                image = images[index]
+                assert image is not None  # what failed is no candidate
+                copies[index] = fingerprint(decode_rgb(image.data))
             return alike(copies[one], copies[other])
 
         found = duplicates([row.url for row in rows], sha256s, hashes, self.near_bits, same)

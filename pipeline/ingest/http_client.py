@@ -1,4 +1,4 @@
-"""One picture from the web: bytes, or a short named reason why not.
+"""One image from the web: bytes, or a short named reason why not.
 
 Every connection, also after a redirect or for an address in digits, goes through one socket factory that refuses
 what is not of the public internet: a list from the web must not reach services of the own network.
@@ -114,7 +114,7 @@ class _Host:
 
 
 class Fetcher:
-    """A session for many pictures; use as ``async with Fetcher(rules, gate) as fetcher``."""
+    """A session for many images; use as ``async with Fetcher(rules, gate) as fetcher``."""
 
     def __init__(self, rules: FetchRules, gate: Gate | None = None) -> None:
         self._rules = rules
@@ -266,7 +266,7 @@ def _retry_after(value: str) -> float:
 
 
 def _unpack(body: bytearray, encoding: str, limit: int) -> bytes | bytearray:
-    """The body without its Content-Encoding; we ask for none, some servers pack pictures all the same."""
+    """The body without its Content-Encoding; we ask for none, some servers pack images all the same."""
     encoding = encoding.strip().lower()
     if encoding in ("", "identity") or not body:
         return body

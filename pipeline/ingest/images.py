@@ -1,6 +1,6 @@
-"""Bytes in, bytes out: decode any picture, turn it upright, make it RGB, shrink its shorter side, write a JPEG.
+"""Bytes in, bytes out: decode any image, turn it upright, make it RGB, shrink its shorter side, write a JPEG.
 
-No files and no network here, so it runs in any process. A picture that is a small upright RGB JPEG already keeps
+No files and no network here, so it runs in any process. An image that is a small upright RGB JPEG already keeps
 its bytes. What is decoded, and how, is `shards_spec.images`.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import ExifTags, Image, ImageFile
 
-from pipeline.core.likeness import perceptual_hash, picture_problem
+from pipeline.core.likeness import image_problem, perceptual_hash
 from shards_spec.files import sha256_bytes
 from shards_spec.images import MAX_PIXELS, SIDEWAYS, load_rgb, open_image, read_exif, turn_of
 from shards_spec.pixels import BadImage
@@ -23,7 +23,7 @@ MAX_EXIF_CHARS = 1000  # of one value; makers hide whole previews in there
 
 
 @dataclass(frozen=True)
-class PictureRules:
+class ImageRules:
     """``image_size`` (of the shorter side) and ``min_size`` are pixels; ``max_aspect_ratio`` 0 allows any."""
 
     image_size: int = 256
@@ -33,7 +33,7 @@ class PictureRules:
 
 
 @dataclass(frozen=True)
-class Picture:
+class EncodedImage:
     """``data`` is a JPEG of ``width`` x ``height`` pixels.
 
     ``original_*`` are the upright sizes before shrinking, ``exif`` is JSON (tag name to text), ``sha256`` is of the
@@ -50,10 +50,10 @@ class Picture:
     phash: str | None
 
 
-Outcome = Picture | str  # of a row: the picture, or the named reason why there is none
+Outcome = EncodedImage | str  # of a row: the image, or the named reason why there is none
 
 
-def to_outcome(data: bytes, rules: PictureRules) -> Outcome:
+def to_outcome(data: bytes, rules: ImageRules) -> Outcome:
     """`convert`, with a reason in place of an error."""
     try:
         return convert(data, rules)
@@ -61,10 +61,10 @@ def to_outcome(data: bytes, rules: PictureRules) -> Outcome:
         return f"{RESIZE}{error}"
 
 
-def convert(data: bytes, rules: PictureRules) -> Picture:
-    """The picture with its shorter side at most ``rules.image_size`` pixels. Raises BadImage."""
+def convert(data: bytes, rules: ImageRules) -> EncodedImage:
+    """The image with its shorter side at most ``rules.image_size`` pixels. Raises BadImage."""
     image = open_image(data, rules.max_pixels)
-    if problem := picture_problem(*image.size, rules.min_size, rules.max_aspect_ratio or math.inf):
+    if problem := image_problem(*image.size, rules.min_size, rules.max_aspect_ratio or math.inf):
         raise BadImage(problem)
     width, height = image.size
     pixels, scaled = _decode(image, _shrunk(image.size, rules.image_size))
@@ -82,7 +82,7 @@ def convert(data: bytes, rules: PictureRules) -> Picture:
     encoded = data if keep else _encode(pixels)
     exif_json = json.dumps(_exif_texts(exif)) if exif else "{}"
     phash = perceptual_hash(pixels)
-    return Picture(encoded, *pixels.size, width, height, exif_json, sha256_bytes(data), phash)
+    return EncodedImage(encoded, *pixels.size, width, height, exif_json, sha256_bytes(data), phash)
 
 
 def _decode(image: ImageFile.ImageFile, size: tuple[int, int]) -> tuple[Image.Image, bool]:

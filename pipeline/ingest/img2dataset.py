@@ -83,7 +83,7 @@ def _finished(folder: str) -> list[str]:
 
 
 def _fingerprint(path: str) -> dict[str, str]:
-    """The Parquet file holds the sha256 of every picture, so its hash stands for the shard."""
+    """The Parquet file holds the sha256 of every image, so its hash stands for the shard."""
     parquet = f"{path}.parquet"
     return {"parquet": sha256_file(parquet) if exists(parquet) else "not there"}
 

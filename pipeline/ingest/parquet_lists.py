@@ -114,7 +114,7 @@ def _source_errors(path: str) -> Iterator[None]:
 def parquet_form(path: str, columns: Columns) -> Literal["parquet", "hf-parquet"]:
     """Whether a Parquet file is a list or has images in it. Raises UserError."""
     with _source_errors(path), open_parquet(path) as table, open_parts(path) as file:
-        leaf = picture_column(table.schema_arrow, columns[1])
+        leaf = image_column(table.schema_arrow, columns[1])
         if leaf is None:
             return "parquet"
         _check_leaf(path, table, leaf)
@@ -261,7 +261,7 @@ def parquet_rows(source: str, columns: Columns) -> Iterator[Row]:
 # images in the file
 
 
-def picture_column(schema: pa.Schema, given: str | None = None) -> str | None:
+def image_column(schema: pa.Schema, given: str | None = None) -> str | None:
     """The leaf that holds encoded images: of a struct (``image.bytes``), or a binary column with an image's name.
 
     A column ``given`` by name comes before the usual ones.
@@ -285,18 +285,18 @@ def _check_leaf(source: str, table: pq.ParquetFile, leaf: str) -> None:
     check_once(source, [table.schema.column(index).path for index in range(len(table.schema))], [leaf])
 
 
-def picture_parquet_rows(files: list[SourceFile], columns: Columns) -> Iterator[Row]:
+def image_parquet_rows(files: list[SourceFile], columns: Columns) -> Iterator[Row]:
     """A row per row of the Parquet files. Raises UserError for a file without images or without a caption column."""
     for file in files:
         with _source_errors(file.path), open_parquet(file.path) as table:
-            yield from _picture_rows(file, table, columns)
+            yield from _image_rows(file, table, columns)
 
 
-def _picture_rows(file: SourceFile, table: pq.ParquetFile, columns: Columns) -> Iterator[Row]:
+def _image_rows(file: SourceFile, table: pq.ParquetFile, columns: Columns) -> Iterator[Row]:
     schema = table.schema_arrow
-    leaf = picture_column(schema, columns[1])
+    leaf = image_column(schema, columns[1])
     if leaf is None:
-        raise UserError(f"--source {file.path}: no column holds pictures; its columns are {shown(schema.names)}")
+        raise UserError(f"--source {file.path}: no column holds images; its columns are {shown(schema.names)}")
     _check_leaf(file.path, table, leaf)
     own = (leaf, leaf.removesuffix(".bytes"))
     names = [name for name in schema.names if name not in own]
@@ -305,9 +305,7 @@ def _picture_rows(file: SourceFile, table: pq.ParquetFile, columns: Columns) -> 
     if caption is None or (url is None and link is not None):
         wanted, option = (columns[0], "--caption-col") if caption is None else (link, "--url-col")
         there = f"no column {wanted!r}" if wanted is not None else "no caption column"
-        raise UserError(
-            f"--source {file.path}: {there} beside its pictures {leaf}; it has {shown(names)}; give {option}"
-        )
+        raise UserError(f"--source {file.path}: {there} beside its images {leaf}; it has {shown(names)}; give {option}")
     chosen = [names[index] for index in (caption, url) if index is not None]
     check_once(file.path, names, chosen)
     _check_types(file.path, schema, chosen[0], chosen[1] if url is not None else None)
@@ -326,11 +324,11 @@ def _picture_rows(file: SourceFile, table: pq.ParquetFile, columns: Columns) -> 
         for texts, address, extra in zip(_texts(batch.column(chosen[0])), links, others, strict=False):
             place = ParquetPlace(file.path, leaf, *next(places))
             for text in texts:
-                yield _picture_row(make_row(text, address, extra=extra), f"{file.below}#{number}", file.stamp, place)
+                yield _image_row(make_row(text, address, extra=extra), f"{file.below}#{number}", file.stamp, place)
             number += 1
 
 
-def _picture_row(row: Row, number: str, stamp: str, place: ParquetPlace) -> Row:
+def _image_row(row: Row, number: str, stamp: str, place: ParquetPlace) -> Row:
     """The row as of an image that needs no address."""
     problem = None if row.problem == "no URL" else row.problem
     return Row(row.caption, row.url or number, problem, stamp, place, row.note, row.extra)

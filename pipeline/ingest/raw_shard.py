@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from pipeline.core.runner import Result
 from pipeline.ingest.additional_columns import ALL_COLUMNS, kept_columns, plain
-from pipeline.ingest.images import RESIZE, Outcome, Picture
+from pipeline.ingest.images import RESIZE, EncodedImage, Outcome
 from pipeline.ingest.url_lists import Row
 from shards_spec.files import UserError, atomic_writer, free_bytes, join, sha256_file
 from shards_spec.manifest import forget, shard_name
@@ -22,7 +22,7 @@ from shards_spec.tar import write_shard
 FOLDER = "raw"
 ROW_GROUP = 100  # img2dataset's
 SPARE_BYTES = 64 << 20  # left free on a disk, for what else writes there
-MEMBERS_BYTES = 8192  # of a sample beside its picture: text, json, tar headers, its Parquet row
+MEMBERS_BYTES = 8192  # of a sample beside its image: text, json, tar headers, its Parquet row
 SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("caption", "url", "key", "status", "error_message")),
@@ -53,7 +53,7 @@ def sample_key(shard: int, index: int, shard_size: int) -> str:
 
 
 def write_raw_shard(root: str, shard: int, inputs: Inputs, outcomes: list[Outcome]) -> Result:
-    """Write the tar and the Parquet file of a shard: every row stands in the Parquet, the pictures in the tar.
+    """Write the tar and the Parquet file of a shard: every row stands in the Parquet, the images in the tar.
 
     Raises UserError when the disk has no room for it, before anything is written.
     """
@@ -66,15 +66,15 @@ def write_raw_shard(root: str, shard: int, inputs: Inputs, outcomes: list[Outcom
     parquet = join(root, f"{name}.parquet")
     with atomic_writer(parquet) as file:
         pq.write_table(_table(others, fields), file, row_group_size=ROW_GROUP)
-    counts = Counter("success" if isinstance(outcome, Picture) else outcome for outcome in outcomes)
+    counts = Counter("success" if isinstance(outcome, EncodedImage) else outcome for outcome in outcomes)
     outputs = {f"{name}.tar": tar_hash, f"{name}.parquet": sha256_file(parquet)}
     noted = zip(inputs.rows, outcomes, strict=True)
-    notes = Counter(row.note for row, outcome in noted if row.note is not None and isinstance(outcome, Picture))
+    notes = Counter(row.note for row, outcome in noted if row.note is not None and isinstance(outcome, EncodedImage))
     return Result(dict(counts), outputs, retried=inputs.retried, facts=dict(notes))
 
 
 def _check_room(root: str, outcomes: list[Outcome]) -> None:
-    size = sum(len(outcome.data) + MEMBERS_BYTES for outcome in outcomes if isinstance(outcome, Picture))
+    size = sum(len(outcome.data) + MEMBERS_BYTES for outcome in outcomes if isinstance(outcome, EncodedImage))
     free = free_bytes(root)
     if free is not None and free < size + SPARE_BYTES:
         raise UserError(
@@ -85,7 +85,7 @@ def _check_room(root: str, outcomes: list[Outcome]) -> None:
 
 def _fields(key: str, row: Row, outcome: Outcome) -> dict[str, Any]:
     """A row of the Parquet file, which is also the sample's json member."""
-    picture = outcome if isinstance(outcome, Picture) else None
+    image = outcome if isinstance(outcome, EncodedImage) else None
     reason = outcome if isinstance(outcome, str) else None
     failed = "failed_to_resize" if reason and reason.startswith(RESIZE) else "failed_to_download"
     return {
@@ -94,7 +94,7 @@ def _fields(key: str, row: Row, outcome: Outcome) -> dict[str, Any]:
         "key": key,
         "status": failed if reason else "success",
         "error_message": reason or row.note,
-        **{name: getattr(picture, name, None) for name in SCHEMA.names[5:]},
+        **{name: getattr(image, name, None) for name in SCHEMA.names[5:]},
     }
 
 
@@ -113,6 +113,6 @@ def _with(others: dict[str, pa.Array], fields: list[dict[str, Any]]) -> list[dic
 
 def _samples(fields: list[dict[str, Any]], outcomes: list[Outcome]) -> Iterator[Sample]:
     for meta, outcome in zip(fields, outcomes, strict=True):
-        if isinstance(outcome, Picture):
+        if isinstance(outcome, EncodedImage):
             text = (meta["caption"] or "").encode()
             yield Sample(meta["key"], {"jpg": outcome.data, "txt": text, "json": json.dumps(meta, indent=4).encode()})

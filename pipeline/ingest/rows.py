@@ -1,4 +1,4 @@
-"""One input, and the place where its picture's bytes lie when they need no download.
+"""One input, and the place where its image's bytes lie when they need no download.
 
 Also what all sources share: text from bytes, lines of packed files, columns by name, files read in parts.
 """
@@ -29,8 +29,8 @@ MAX_LINE_BYTES = 1 << 20
 BLOCK_BYTES = 1 << 18  # of a list, read at a time
 PART_BYTES = 1 << 16  # read ahead at one go from a remote file of which only parts are needed
 MAX_GROUPS = 8  # Parquet row groups open at once
-KEEP_ROWS, KEEP_BYTES = 1024, 1 << 28  # of pictures decoded from Parquet: per row group, and of all together
-BATCH_BYTES, LARGEST_BATCH = 1 << 22, 1 << 26  # usual, and if every picture were as large as the largest page
+KEEP_ROWS, KEEP_BYTES = 1024, 1 << 28  # of images decoded from Parquet: per row group, and of all together
+BATCH_BYTES, LARGEST_BATCH = 1 << 22, 1 << 26  # usual, and if every image were as large as the largest page
 NOT_UTF8 = "caption is not UTF-8"
 NOT_READABLE = "file not readable"
 TOO_LARGE = "too large"
@@ -40,7 +40,7 @@ Columns = tuple[str | None, str | None]  # names of the caption column and the U
 
 @dataclass(frozen=True)
 class FilePlace:
-    """A file that is the picture."""
+    """A file that is the image."""
 
     path: str
 
@@ -77,7 +77,7 @@ Place = FilePlace | TarPlace | SparsePlace | ParquetPlace
 
 
 class PlaceError(Exception):
-    """No picture there; the message is a short, stable reason fit for counting."""
+    """No image there; the message is a short, stable reason fit for counting."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Row:
     """One input. ``url`` is an address, or a path below the source; ``problem`` names why the row cannot be used.
 
     ``stamp`` changes with the content of the file that ``place`` lies in: size, and modification time or etag.
-    ``place`` is where the picture's bytes lie; without one, ``url`` is fetched. ``note`` says what was not taken of a
+    ``place`` is where the image's bytes lie; without one, ``url`` is fetched. ``note`` says what was not taken of a
     row that is used. ``extra`` has the list's other columns, by their names.
     """
 
@@ -229,7 +229,7 @@ def open_parquet(path: str, as_dictionary: Sequence[str] = ()) -> Iterator[pq.Pa
         yield table
 
 
-# pictures
+# images
 
 
 def expected_errors(path: str) -> tuple[type[Exception], ...]:
@@ -238,7 +238,7 @@ def expected_errors(path: str) -> tuple[type[Exception], ...]:
 
 
 def read_place(place: Place, max_bytes: int) -> bytes:
-    """The encoded picture. Raises PlaceError: file not found, file not readable, empty file, too large.
+    """The encoded image. Raises PlaceError: file not found, file not readable, empty file, too large.
 
     Many threads may call it at once. Rows of a Parquet row group are cheapest in rising order.
     """
@@ -254,7 +254,7 @@ def read_place(place: Place, max_bytes: int) -> bytes:
             data = joined(place.size, parts)
         else:
             data = _read_file(place.path, max_bytes)
-    except (PlaceError, UserError):  # the latter: the store refuses us, no picture is to blame
+    except (PlaceError, UserError):  # the latter: the store refuses us, no image is to blame
         raise
     except FileNotFoundError as error:
         raise PlaceError("file not found") from error
@@ -270,7 +270,7 @@ def read_place(place: Place, max_bytes: int) -> bytes:
 
 
 def forget_places() -> None:
-    """Let go of the decoded pictures and open files that neighbouring rows would have used."""
+    """Let go of the decoded images and open files that neighbouring rows would have used."""
     _pool.clear()
 
 
@@ -296,11 +296,11 @@ def _read_part(place: TarPlace) -> bytes:
 
 
 class _Group:
-    """One row group's picture column, decoded batch by batch; the last batches are kept."""
+    """One row group's image column, decoded batch by batch; the last batches are kept."""
 
     def __init__(self, place: ParquetPlace) -> None:
         self.lock = threading.Lock()  # held while decoding
-        self.batches: list[tuple[int, pa.Array]] = []  # (first row, pictures); changed under the pool's lock only
+        self.batches: list[tuple[int, pa.Array]] = []  # (first row, images); changed under the pool's lock only
         self.next = 0  # row after the last one decoded
         self.problem: str | None = None
         self._place, self._arrays = place, _arrays(place)
@@ -331,7 +331,7 @@ class _Group:
 
 
 def _arrays(place: ParquetPlace) -> Generator[tuple[pa.Array, int], None, None]:
-    """(pictures, rows left) of a row group in batches of about 4 MiB; its bytes are streamed, never all in memory."""
+    """(images, rows left) of a row group in batches of about 4 MiB; its bytes are streamed, never all in memory."""
     with open_parquet(place.path) as table, open_parts(place.path) as file:
         chunks = (
             row_groups(file, table.num_row_groups)[place.row_group] if place.row_group < table.num_row_groups else ()
@@ -342,7 +342,7 @@ def _arrays(place: ParquetPlace) -> Generator[tuple[pa.Array, int], None, None]:
         group = table.metadata.row_group(place.row_group)
         page, size = max(largest_pages(file, column, is_url(place.path))), column.unpacked
         if page > MAX_PAGE_BYTES:
-            raise PlaceError(TOO_LARGE)  # the picture itself is not the only one in it, but none can be had
+            raise PlaceError(TOO_LARGE)  # the image itself is not the only one in it, but none can be had
         rows = max(1, min(KEEP_ROWS, BATCH_BYTES * group.num_rows // max(size, 1), LARGEST_BATCH // max(page, 1)))
         groups = {"row_groups": [place.row_group], "columns": [place.column]}
         left = group.num_rows

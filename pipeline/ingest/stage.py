@@ -1,4 +1,4 @@
-"""Stage `ingest`: a list of URLs, a folder of pictures or img2dataset's shards → ROOT/raw in img2dataset's layout."""
+"""Stage `ingest`: a list of URLs, a folder of images or img2dataset's shards → ROOT/raw in img2dataset's layout."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ from pipeline.ingest.cells import ADDRESS_TOO_LONG, CAPTION_TOO_LONG, KEPT_CHARS
 from pipeline.ingest.downloader import Downloader
 from pipeline.ingest.filters import Selection, read_exclusions
 from pipeline.ingest.http_client import FetchRules
-from pipeline.ingest.images import JPEG_QUALITY, PictureRules
+from pipeline.ingest.images import JPEG_QUALITY, ImageRules
 from pipeline.ingest.img2dataset import adopt_shard, adopt_tasks
 from pipeline.ingest.parquet_lists import other_types
 from pipeline.ingest.raw_shard import FOLDER, Inputs, sample_key, write_raw_shard
@@ -40,24 +40,24 @@ ENOUGH_ROWS = 2000  # to guess from how large the rest will be
 
 @dataclass(frozen=True)
 class IngestConfig:
-    """Download a list, read a folder of pictures or take over img2dataset's shards; write ROOT/raw."""
+    """Download a list, read a folder of images or take over img2dataset's shards; write ROOT/raw."""
 
     root: Root
     """the dataset: a folder or an fsspec URL; writes raw/"""
     source: tuple[str, ...]
-    """links in .tsv, .csv, .jsonl or .parquet (also .gz), a folder or glob of such files, Parquet files with pictures,
-    a folder of pictures, WebDataset tars, or img2dataset's shards; local or an fsspec URL; several lists or tars are
+    """links in .tsv, .csv, .jsonl or .parquet (also .gz), a folder or glob of such files, Parquet files with images,
+    a folder of images, WebDataset tars, or img2dataset's shards; local or an fsspec URL; several lists or tars are
     read as one"""
     format: Literal["auto"] | Format = "auto"
     """form of the source: cc3m is caption, tab, URL; cc12m is URL, tab, caption"""
     url_col: str | None = None
-    """column with the link (or the picture's bytes); found by its name when not given"""
+    """column with the link (or the image's bytes); found by its name when not given"""
     caption_col: str | None = None
     """column with the caption; found by its name when not given"""
     shard_size: int = 1000
     """inputs per shard"""
     image_size: int = 256
-    """pixels of the shorter side; smaller pictures are not enlarged"""
+    """pixels of the shorter side; smaller images are not enlarged"""
     concurrency: int = 1024
     """downloads in flight"""
     per_host: int = 16
@@ -65,21 +65,21 @@ class IngestConfig:
     open_shards: int = 0
     """shards under way at once, so that a slow host of one holds nobody; 0: four per core, from 12 to 64"""
     workers: int = 0
-    """processes that decode pictures; 0: one per core"""
+    """processes that decode images; 0: one per core"""
     timeout_s: float = 10.0
     """seconds for one try, from name look-up to last byte"""
     decode_timeout_s: float = 30.0
-    """seconds for decoding one picture"""
+    """seconds for decoding one image"""
     retries: int = 1
     """further tries, after a pause, where one can help: a time-out, a lost connection, an answer 429 or 5xx"""
     max_bytes: int = 20_000_000
     """larger files are left out"""
     max_pixels: int = 100_000_000
-    """pictures with more are left out"""
+    """images with more are left out"""
     min_size: int = 0
-    """pictures whose shorter side has fewer pixels are left out"""
+    """images whose shorter side has fewer pixels are left out"""
     max_aspect_ratio: float = 0.0
-    """pictures with a larger ratio of the sides are left out; 0: none is"""
+    """images with a larger ratio of the sides are left out; 0: none is"""
     min_caption_chars: int = 0
     """rows with a shorter caption are left out"""
     max_caption_chars: int = 0
@@ -87,7 +87,7 @@ class IngestConfig:
     sane_captions: bool = False
     """leave out captions without letters, addresses and file names, captions that repeat themselves or are symbols"""
     dedup: Literal["none", "exact", "near"] = "none"
-    """leave out a picture that stands earlier in its shard under another link; `clipmill dedup` looks at all shards"""
+    """leave out an image that stands earlier in its shard under another link; `clipmill dedup` looks at all shards"""
     near_bits: int = 3
     """bits of 64 by which perceptual hashes of near-duplicates differ at most"""
     where: tuple[str, ...] = ()
@@ -95,11 +95,11 @@ class IngestConfig:
     save_additional_columns: tuple[str, ...] = (ALL_COLUMNS,)
     """which of a list's other columns raw/ keeps: names, all ('*'), or none (nothing after the option)"""
     exclude: tuple[str, ...] = ()
-    """text files of links, or of sha256 of pictures, to leave out: one per line, also .gz"""
+    """text files of links, or of sha256 of images, to leave out: one per line, also .gz"""
     allow_private: bool = False
     """also fetch from addresses that are not public, such as 127.0.0.1 or 10.0.0.0/8"""
     ignore_opt_out: bool = False
-    """also take pictures whose X-Robots-Tag says noai, noimageai, noindex or noimageindex"""
+    """also take images whose X-Robots-Tag says noai, noimageai, noindex or noimageindex"""
     nameservers: tuple[str, ...] = ()
     """DNS servers to ask in place of the system's"""
     retry_failed: bool = False
@@ -121,7 +121,7 @@ class IngestConfig:
         if self.max_aspect_ratio and not self.max_aspect_ratio >= 1:
             raise UserError(f"max_aspect_ratio is {self.max_aspect_ratio}: allowed are numbers from 1, and 0 for any")
         if not self.sources or not all(self.sources):
-            raise UserError("source is empty: give a list, a folder of pictures or a folder of img2dataset's shards")
+            raise UserError("source is empty: give a list, a folder of images or a folder of img2dataset's shards")
         if self.retry_failed and self.overwrite:
             raise UserError("--retry-failed adds to finished shards, --overwrite makes them again: give one of them")
 
@@ -217,15 +217,15 @@ def _ingest_rows(config: IngestConfig, form: Format, share: Share) -> Summary:
         config.near_bits if config.dedup == "near" else None, read_conditions(config.where),
         read_exclusions(config.exclude),
     )  # fmt: skip
-    pictures = PictureRules(config.image_size, config.max_pixels, config.min_size, config.max_aspect_ratio)
+    images = ImageRules(config.image_size, config.max_pixels, config.min_size, config.max_aspect_ratio)
     fetch = FetchRules(
         config.timeout_s, config.max_bytes, config.retries, _affordable(config.concurrency), config.per_host,
         config.allow_private, config.ignore_opt_out, config.nameservers,
     )  # fmt: skip
-    stage = Stage("ingest", FOLDER, _shape(config, form, selection, pictures))
+    stage = Stage("ingest", FOLDER, _shape(config, form, selection, images))
     source = Listing(config, form)
     tasks = retry_tasks(config.root, config.shard_size) if config.retry_failed else source.tasks(share)
-    with Downloader(fetch, pictures, config.processes, config.decode_timeout_s) as downloader:
+    with Downloader(fetch, images, config.processes, config.decode_timeout_s) as downloader:
         work = partial(rows_to_shard, downloader=downloader, selection=selection)
         live = partial(_live, source, downloader, config.root)
         summary = run_stage(
@@ -238,7 +238,7 @@ def _ingest_rows(config: IngestConfig, form: Format, share: Share) -> Summary:
     return summary
 
 
-def _shape(config: IngestConfig, form: Format, selection: Selection, pictures: PictureRules) -> dict[str, Any]:
+def _shape(config: IngestConfig, form: Format, selection: Selection, images: ImageRules) -> dict[str, Any]:
     """All of the config that decides which samples there are and what they hold."""
     return {
         "kind": form,
@@ -246,7 +246,7 @@ def _shape(config: IngestConfig, form: Format, selection: Selection, pictures: P
         "shard_size": config.shard_size,
         "max_bytes": config.max_bytes,
         "jpeg_quality": JPEG_QUALITY,
-        **asdict(pictures),
+        **asdict(images),
         **{name: value for name, value in asdict(selection).items() if name not in ("exclusions", "where")},
         **({"where": list(config.where)} if config.where else {}),
         **({"other_columns": list(kept)} if (kept := config.save_additional_columns) != (ALL_COLUMNS,) else {}),
@@ -318,7 +318,7 @@ class Listing:
             self.read += len(chunk)
             shard += 1
         if not shard:
-            raise UserError(f"--source {config.named} has no row and no picture in it; nothing to ingest")
+            raise UserError(f"--source {config.named} has no row and no image in it; nothing to ingest")
         self.rows = self.read
         yield from kept_tasks(config.root, shard)
 
@@ -353,7 +353,7 @@ def _live(source: Listing, downloader: Downloader, root: str) -> str:
     done = sum(tally.outcomes.values())
     left = max(0, source.rows - source.read + tally.given - done) if source.rows and source.read else None
     if done > ENOUGH_ROWS and not tally.warned:
-        needed, free = (left or 0) * tally.picture_bytes // done, free_bytes(root)
+        needed, free = (left or 0) * tally.image_bytes // done, free_bytes(root)
         if free is not None and needed > free:
             log.warning("about %d GB more are needed for %d rows, %s has %d", needed >> 30, left, root, free >> 30)
             tally.warned = True

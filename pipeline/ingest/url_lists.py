@@ -1,4 +1,4 @@
-"""Where pictures come from: lists of URLs, and pictures that are there. Each is an iterator of rows in a fixed order.
+"""Where images come from: lists of URLs, and images that are there. Each is an iterator of rows in a fixed order.
 
 A row that cannot be used (no URL, a caption that is no UTF-8) is still a row, with its problem named. A source is one
 file, a folder or a glob, local or an fsspec URL; the files of a folder or a glob are read as one list, by name.
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pipeline.ingest.image_folder import folder_rows, warn_of_no_caption
 from pipeline.ingest.metadata import METADATA
-from pipeline.ingest.parquet_lists import parquet_form, parquet_rows, picture_parquet_rows
+from pipeline.ingest.parquet_lists import image_parquet_rows, parquet_form, parquet_rows
 from pipeline.ingest.rows import (
     Columns,
     Row,
@@ -180,11 +180,11 @@ def detect(source: str, columns: Columns = (None, None)) -> Format:
 def _detect_folder(source: str, columns: Columns) -> Format | None:
     """By the names in it; None when its list files or tars have to tell."""
     names = list(islice((prefix + name for prefix, files in walk(source) for name in files), NAMES_SEEN))
-    picture = next((name for name in names if is_image(name)), None)
-    if any(map(STATS_PATTERN.fullmatch, names)) and (picture is None or any(name.endswith(".tar") for name in names)):
+    image = next((name for name in names if is_image(name)), None)
+    if any(map(STATS_PATTERN.fullmatch, names)) and (image is None or any(name.endswith(".tar") for name in names)):
         return "img2dataset"  # with images and no tar, it is img2dataset's output format "files"
     own = [name for name in names if not _base(name).startswith("_") and _kind(name)]
-    if picture is None:
+    if image is None:
         if own and all(_base(name) in METADATA for name in own):
             return _detect_metadata(join(source, own[0]), columns)
         if not own and (packed := _packed_files(names)):
@@ -194,7 +194,7 @@ def _detect_folder(source: str, columns: Columns) -> Format | None:
     large = next((name for name in lists if _kind(name) in ("tar", "parquet")), None)
     if large is not None:
         raise UserError(
-            f"--source {source}: has pictures ({picture}) and {large}; name what is meant with --format "
+            f"--source {source}: has images ({image}) and {large}; name what is meant with --format "
             "(folder, webdataset, parquet, hf-parquet), or with a glob such as '*.parquet'"
         )
     return "folder"
@@ -213,7 +213,7 @@ def _packed_files(names: Iterable[str]) -> str:
 
 
 def _detect_metadata(path: str, columns: Columns) -> Format | None:
-    """A folder with nothing but ``metadata.csv``: its pictures are missing, unless that is a list of URLs."""
+    """A folder with nothing but ``metadata.csv``: its images are missing, unless that is a list of URLs."""
     try:
         _detect_file(path, columns)
     except UserError:
@@ -231,7 +231,7 @@ def _detect_file(path: str, columns: Columns) -> Format:
             raise UserError(f"--source {path}: a tar packed with gzip has no places; unpack it (gunzip) first")
         return "webdataset"
     if is_image(path):
-        raise UserError(f"--source {path}: a picture; give its folder")
+        raise UserError(f"--source {path}: an image; give its folder")
     if (packed := packed_kind(head)) is not None:
         raise UserError(f"--source {path}: {packed}; unpack it first")
     return detect_text(path, columns)
@@ -256,7 +256,7 @@ def list_rows(source: str, form: Format, columns: Columns = (None, None)) -> Ite
             yield from webdataset_rows(files, columns)
             return
         if form == "hf-parquet":
-            rows = picture_parquet_rows(files, columns)
+            rows = image_parquet_rows(files, columns)
         else:
             rows = chain.from_iterable(_list_file_rows(file.path, form, columns) for file in files)
         hint = "the caption's column has none; name another with --caption-col"

@@ -45,7 +45,7 @@ Group = tuple[str, dict[str, Member], str | None]  # key, extension -> member, p
 class _Parts:
     """A tar as the slices that `scan` asks for, local or remote; what lies between them is skipped.
 
-    Mapped into memory, a local tar was listed at less than half the speed, and its pictures counted as memory.
+    Mapped into memory, a local tar was listed at less than half the speed, and its images counted as memory.
     """
 
     def __init__(self, path: str) -> None:
@@ -273,7 +273,7 @@ def _captions(
 
 
 def _url(buffer: memoryview, texts: dict[str, Member], fields: dict[str, Any], given: str | None) -> str | None:
-    """The picture's address on the web, when the sample tells it."""
+    """The image's address on the web, when the sample tells it."""
     names = list(fields)
     index = find_column(given, URL_NAMES, names)
     value = fields[names[index]] if index is not None else None

@@ -20,7 +20,7 @@ FUNCTION_WORDS = (
     "above", "are", "being", "best", "can", "down", "few", "first", "free", "get", "here", "like", "may", "more", "no",
     "now", "one", "out", "over", "then", "there", "two", "use", "while", "why",
 )  # fmt: skip
-"""Words that say nothing about a picture and pass the released rule all the same ("can" is a tin, "are" an area)."""
+"""Words that say nothing about an image and pass the released rule all the same ("can" is a tin, "are" an area)."""
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ Drops, counted among the shard's reasons:
 | reason | what |
 |---|---|
 | caption or json does not parse | bytes that are no UTF-8, surrogates apart |
-| caption empty after cleaning | nothing was left, and the picture has no synthetic caption |
-| caption too long | more characters than ``--max-caption-chars`` after mending: a page of text says little of a picture |
+| caption empty after cleaning | nothing was left, and the image has no synthetic caption |
+| caption too long | more characters than ``--max-caption-chars`` after mending: a page of text says little of an image |
 """  # noqa: E501 (tables)
 
 import contextlib

@@ -77,7 +77,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Synthetic:
-    """The captions that the captioners wrote for a picture, in order, those that are left out counted.
+    """The captions that the captioners wrote for an image, in order, those that are left out counted.
 
     ``there`` is False when nobody wrote any; ``original``: whether the original caption may stay.
     """
@@ -100,7 +100,7 @@ class Kept:
 
 
 class Chooser:
-    """Decides sample by sample, for one part of a raw shard. Raises DataError for captions or lists of other pictures.
+    """Decides sample by sample, for one part of a raw shard. Raises DataError for captions or lists of other images.
 
     >>> decided = [chooser.decide(sample) for sample in samples]
     >>> chooser.end()
@@ -119,7 +119,7 @@ class Chooser:
         self._captions = [read_captions(path, part.keys, choice.min_similarity) for path in paths]
 
     def decide(self, sample: Sample) -> Kept | str:
-        """What stays of a sample, or the reason why it is dropped. Its picture is not looked at."""
+        """What stays of a sample, or the reason why it is dropped. Its image is not looked at."""
         synthetic = self._synthetic(sample.key)
         if reason := self._dropped.pop(sample.key, None):
             return reason
@@ -146,7 +146,7 @@ class Chooser:
         return Kept(original, caption, synthetic.texts, meta, facts)
 
     def end(self) -> None:
-        """After the last sample: whatever is still here belongs to no picture. Raises DataError."""
+        """After the last sample: whatever is still here belongs to no image. Raises DataError."""
         for captioner, captions in zip(self._choice.captioners, self._captions, strict=True):
             if captions:
                 path = f"captions/{captioner}/{self._name}.parquet"
@@ -221,7 +221,7 @@ def _uncollected() -> Iterator[None]:
 def write_final_shard(root: str, task: Task, *, choice: Choice, wordnet: str, rule: LabelRule) -> Result:
     """Write the tar and the Parquet file of a final shard, made of the task's payload: its `Part` tuple, in order.
 
-    Picture bytes are copied untouched; every sample that is left out is counted. Raises DataError when captions or
+    Image bytes are copied untouched; every sample that is left out is counted. Raises DataError when captions or
     dedup's list do not belong to the raw shards.
     """
     label = load_labeller(wordnet, rule).synsets
@@ -265,7 +265,7 @@ def _pixels(value: Any) -> int | None:
 
 
 def _members(sample: Sample, kept: Kept, synsets: list[list[str]]) -> dict[str, bytes]:
-    """The picture as it is, the original caption mended; json gets the captions as plain strings and the synsets.
+    """The image as it is, the original caption mended; json gets the captions as plain strings and the synsets.
 
     Adds to the facts of ``kept`` what the json member could not keep.
     """

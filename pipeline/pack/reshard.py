@@ -59,7 +59,7 @@ def inputs_of(root: str, shard: int, choice: Choice) -> dict[str, str]:
 
 
 def plan_shard(root: str, task: Task, *, choice: Choice) -> Result:
-    """One raw shard's rows; its pictures are not read. Raises DataError as `Chooser` does."""
+    """One raw shard's rows; its images are not read. Raises DataError as `Chooser` does."""
     source, chooser = join(root, f"raw/{shard_name(task.shard)}.tar"), Chooser(root, Part(task.shard), choice)
     keys, reasons, offsets, end = list[str](), list[str | None](), list[int](), 0
     try:

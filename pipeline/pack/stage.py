@@ -1,4 +1,4 @@
-"""Stage `pack`: raw shard + captions + synsets → final shard. The only stage after ingest that writes pictures.
+"""Stage `pack`: raw shard + captions + synsets → final shard. The only stage after ingest that writes images.
 
 Raw shard i becomes final shard i, or, with a shard size, the samples that stay become shards of equal size (`reshard`).
 Raw shards at the end of which nothing stays make no shards of their own: the last final shard counts their losses.
@@ -30,14 +30,14 @@ LOCK = ".pack.lock"  # below ROOT
 
 @dataclass(frozen=True)
 class PackConfig:
-    """Join pictures, captions and WordNet synsets into the final shards."""
+    """Join images, captions and WordNet synsets into the final shards."""
 
     root: Root
     """the dataset; reads raw/, captions/NAME/ and, where it is there, dedup/; writes shards/"""
     captioner: tuple[str, ...] = ()
     """folders below captions/, joined in this order; by default the only one there; 'none': original captions alone"""
     min_similarity: float | None = None
-    """leave out captions, original ones too, of a lower cosine with the picture; needs caption --similarity"""
+    """leave out captions, original ones too, of a lower cosine with the image; needs caption --similarity"""
     wordnet: str | None = None
     """folder (or NLTK's zip) with WordNet 3.0's index.noun, data.noun, noun.exc; by default NLTK's or Debian's"""
     download_wordnet: bool = False

@@ -24,7 +24,7 @@ class ReportConfig:
     output: str | None = None
     """where to write the page; by default report.html in that folder"""
     samples: int = 24
-    """pictures in the contact sheet of a dataset; 0 leaves it out"""
+    """images in the contact sheet of a dataset; 0 leaves it out"""
 
     def __post_init__(self) -> None:
         if self.samples < 0:

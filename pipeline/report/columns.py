@@ -22,7 +22,7 @@ ASPECT_UNIT = 0.125  # octaves
 @dataclass
 class Captions:
     """The synthetic captions of one captioner. ``logprobs`` counts whole multiples of LOGPROB_UNIT, per token;
-    ``cosines`` and ``original_cosines`` (of caption and picture, from `caption --similarity`) those of COSINE_UNIT."""
+    ``cosines`` and ``original_cosines`` (of caption and image, from `caption --similarity`) those of COSINE_UNIT."""
 
     images: int = 0
     captions: int = 0

@@ -1,4 +1,4 @@
-"""The dataset page: its stages, its losses, and what pictures, captions, synsets and caches look like."""
+"""The dataset page: its stages, its losses, and what images, captions, synsets and caches look like."""
 
 import math
 from collections import Counter
@@ -106,7 +106,7 @@ def _text_charts(tally: Tally) -> list[Chart]:
         ),
         *(
             histogram(
-                f"Cosine with the picture, by {name} itself",
+                f"Cosine with the image, by {name} itself",
                 Scale("cosine", COSINE_UNIT),
                 {"original": c.original_cosines, "synthetic": c.cosines},
             )

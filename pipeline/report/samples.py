@@ -27,7 +27,7 @@ class Shown:
 
     key: str
     captions: list[tuple[str, list[str]]]
-    picture: str | None
+    image: str | None
     width: int
     height: int
 
@@ -41,7 +41,7 @@ def draw_samples(root: str, number: int, problems: list[str]) -> list[Shown]:
     for done, name in enumerate(chosen):
         share = -(-(number - len(shown)) // (len(chosen) - done))
         rows = _shard_rows(root, folder, name, share, problems)
-        shown += _with_pictures(join(root, folder, name.replace(".parquet", ".tar")), rows, problems)
+        shown += _with_images(join(root, folder, name.replace(".parquet", ".tar")), rows, problems)
     return shown
 
 
@@ -62,7 +62,7 @@ def draw_pairs(root: str, number: int, problems: list[str]) -> list[tuple[Shown,
     for shard, keys in wanted.items():
         path = join(root, "raw", f"{shard}.tar")
         if exists(path):
-            shown |= {one.key: one for one in _with_pictures(path, keys, problems)}
+            shown |= {one.key: one for one in _with_images(path, keys, problems)}
     return [
         (
             shown.get(row["key"], Shown(row["key"], [], None, 0, 0)),
@@ -106,30 +106,30 @@ def _made_captions(root: str, name: str, problems: list[str]) -> dict[str, list[
     return {}
 
 
-def _with_pictures(path: str, rows: dict[str, Any], problems: list[str]) -> list[Shown]:
-    """Read the pictures of the given keys only; a sample without a readable one is listed without."""
-    pictures: dict[str, tuple[str | None, int, int]] = {}
+def _with_images(path: str, rows: dict[str, Any], problems: list[str]) -> list[Shown]:
+    """Read the images of the given keys only; a sample without a readable one is listed without."""
+    images: dict[str, tuple[str | None, int, int]] = {}
     try:
         with read_buffer(path) as buffer:
             for key, members in index_shard(buffer, path):
                 if key in rows:
-                    pictures[key] = _thumbnail(read_sample(buffer, key, members), problems)
-                    if len(pictures) == len(rows):
+                    images[key] = _thumbnail(read_sample(buffer, key, members), problems)
+                    if len(images) == len(rows):
                         break
     except (DataError, OSError) as error:
         problems.append(str(error))
-    return [Shown(key, captions, *pictures.get(key, (None, 0, 0))) for key, captions in rows.items()]
+    return [Shown(key, captions, *images.get(key, (None, 0, 0))) for key, captions in rows.items()]
 
 
 def _thumbnail(sample: Sample, problems: list[str]) -> tuple[str | None, int, int]:
-    """A picture as a data URI with its size; None, and a problem, when it does not decode."""
+    """An image as a data URI with its size; None, and a problem, when it does not decode."""
     try:
-        picture = decode_rgb(sample.image)
+        image = decode_rgb(sample.image)
     except DataError as error:
         said = str(error)
-        problems.append(said if said.startswith("key ") else f"key {sample.key}: its picture {said}")
+        problems.append(said if said.startswith("key ") else f"key {sample.key}: its image {said}")
         return None, 0, 0
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode(), *picture.size
+    image.save(file, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode(), *image.size

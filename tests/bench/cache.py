@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Filling a teacher cache against the plain loop, in one run: the same pictures, views, captions and teacher.
+"""Filling a teacher cache against the plain loop, in one run: the same images, views, captions and teacher.
 
     python tests/bench/cache.py [--model ViT-B-32] [--samples 64] [--views 10] [--captions 5] [--ops 2] [--processes 2]
 
 The rival does what a script does: per sample decode, K times torchvision's RandomResizedCrop, flip and RandAugment,
-normalise, the teacher on these K pictures and on the texts, one npz at the end. Ours is `clipmill cache`. Weights are
-random (the time does not depend on them), pictures have a shorter side of 256. Prints the seconds of both, their ratio,
+normalise, the teacher on these K images and on the texts, one npz at the end. Ours is `clipmill cache`. Weights are
+random (the time does not depend on them), images have a shorter side of 256. Prints the seconds of both, their ratio,
 the share of time that the device waited, milliseconds per view on one core of both, and how far apart rows are when
 the forward passes have other numbers of rows.
 """
@@ -108,12 +108,12 @@ def rendering_times(root: str, size: int, options: argparse.Namespace) -> tuple[
 
 def batch_effect(loaded: LoadedModel) -> str:
     """How rows differ between passes of 1, 4, … rows and of the stage's 16, stored as float16."""
-    pictures = list(np.random.default_rng(0).integers(0, 256, (CPU_ROWS, *[loaded.image_size] * 2, 3), np.uint8))
-    expected, said = Teacher(loaded).embed_images(pictures), []
+    images = list(np.random.default_rng(0).integers(0, 256, (CPU_ROWS, *[loaded.image_size] * 2, 3), np.uint8))
+    expected, said = Teacher(loaded).embed_images(images), []
     for rows in (1, 4, 8, 32):
         teacher = Teacher(loaded)
         teacher.rows = rows
-        found = teacher.embed_images(pictures)
+        found = teacher.embed_images(images)
         equal = (found.astype(np.float16) == expected.astype(np.float16)).all(axis=1).mean()
         said.append(
             f"{rows} rows: {100 * equal:.0f} % of float16 rows equal, at most {np.abs(found - expected).max():.0e}"
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--views", type=int, default=10)
-    parser.add_argument("--captions", type=int, default=5, help="synthetic ones per picture")
+    parser.add_argument("--captions", type=int, default=5, help="synthetic ones per image")
     parser.add_argument("--ops", type=int, default=2, help="RandAugment operations per view")
     parser.add_argument("--processes", type=int, default=None, help="that render; the stage's own default")
     parser.add_argument("--device", default="cpu")

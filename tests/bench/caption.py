@@ -6,7 +6,7 @@
 
 The rival runs in a process of its own with transformers 4.46, which its `generate` needs (`make test` installs it to
 VENV/transformers-4.46; or --rival DIR). Weights are random, which the time does not depend on; both sides encode the
-pictures, draw by top-k 50 and write captions of `--tokens` tokens with the start token, none ends early. For N captions
+images, draw by top-k 50 and write captions of `--tokens` tokens with the start token, none ends early. For N captions
 the rival has to be called N times; one call is timed, the faster of two.
 
 Operations are counted by torch's own formulas on both sides (multiply and add are two; products, attention,
@@ -41,7 +41,7 @@ def build(model: str, device: str, precision: str) -> nn.Module:
     return built
 
 
-def pictures(model: nn.Module, count: int) -> torch.Tensor:
+def random_images(model: nn.Module, count: int) -> torch.Tensor:
     """Noise of the model's size."""
     size = model.visual.image_size
     weight = model.text_decoder.text_projection
@@ -89,7 +89,7 @@ def count(work) -> float:
 
 
 def rival(options: argparse.Namespace) -> None:
-    """Prints JSON: seconds of one caption for each picture of a batch, operations of one caption of one picture."""
+    """Prints JSON: seconds of one caption for each image of a batch, operations of one caption of one image."""
     torch.set_num_threads(options.threads)
     model = build(options.model, options.device, options.precision)
 
@@ -98,10 +98,10 @@ def rival(options: argparse.Namespace) -> None:
             images, generation_type="top_k", top_k=50, seq_len=options.tokens, min_seq_len=options.tokens - 1
         )
 
-    operations = count(lambda: work(pictures(model, 1)))
+    operations = count(lambda: work(random_images(model, 1)))
     seconds = {}
     for batch in options.batches:
-        images = pictures(model, batch)
+        images = random_images(model, batch)
         seconds[batch] = min(clock(lambda i=images: work(i), options.device) for _ in range(2))
     print(json.dumps({"operations": operations, "seconds": seconds}))
 
@@ -130,14 +130,14 @@ def ours(options: argparse.Namespace) -> dict:
     decoding = Decoding("top_k", top_k=50, min_tokens=options.tokens - 2, max_tokens=options.tokens - 1)
 
     def write(encoded, batch: int, captions: int) -> None:
-        owners = [picture for picture in range(batch) for _ in range(captions)]
-        names = [f"{picture}/{n}" for picture in range(batch) for n in range(captions)]
+        owners = [image for image in range(batch) for _ in range(captions)]
+        names = [f"{image}/{n}" for image in range(batch) for n in range(captions)]
         generate(coca, encoded, owners, names, decoding)
 
     measured = {}
-    write(coca.encode(pictures(model, 1)), 1, 1)  # warm up
+    write(coca.encode(random_images(model, 1)), 1, 1)  # warm up
     for batch in options.batches:
-        images = pictures(model, batch)
+        images = random_images(model, batch)
         encoded = coca.encode(images)
         for captions in options.captions:
             one = images[:1]
@@ -162,8 +162,8 @@ def main() -> None:
     """Measure both sides and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="coca_ViT-B-32")
-    parser.add_argument("--batches", type=int, nargs="+", default=[4, 32], help="pictures")
-    parser.add_argument("--captions", type=int, nargs="+", default=[1, 5], help="captions per picture")
+    parser.add_argument("--batches", type=int, nargs="+", default=[4, 32], help="images")
+    parser.add_argument("--captions", type=int, nargs="+", default=[1, 5], help="captions per image")
     parser.add_argument("--tokens", type=int, default=30, help="open_clip's seq_len")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
@@ -191,7 +191,7 @@ def main() -> None:
         batch, captions = map(int, setting.split())
         seconds, operations = part["encode"] + part["write"], part["encode operations"] + part["write operations"]
         number = batch * captions
-        line = f"{batch:4} pictures x {captions}: {number / seconds:8.2f} captions/s"
+        line = f"{batch:4} images x {captions}: {number / seconds:8.2f} captions/s"
         if theirs:
             rival_seconds = captions * theirs["seconds"][str(batch)]
             fewer = theirs["operations"] * number / operations
@@ -200,12 +200,12 @@ def main() -> None:
         print(line)
         steps = options.tokens - 1
         print(
-            f"       pictures {part['encode']:6.2f} s at {part['encode operations'] / part['encode']:6,.0f} GFLOP/s, "
+            f"       images {part['encode']:6.2f} s at {part['encode operations'] / part['encode']:6,.0f} GFLOP/s, "
             f"tokens {part['write']:6.2f} s at {part['write operations'] / part['write']:6,.0f} GFLOP/s, weights at "
             f"{steps * found['weights'] / part['write'] / 1e9:.1f} GB/s"
         )
         if options.device != "cpu" and captions == 5:
-            print(f"       12.4 M pictures x 5 captions: {CC12M * 5 / (number / seconds) / 3600:.1f} hours")
+            print(f"       12.4 M images x 5 captions: {CC12M * 5 / (number / seconds) / 3600:.1f} hours")
     return None
 
 

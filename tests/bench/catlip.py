@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A CatLIP step against a CLIP step, same picture tower (ViT-B/16), same pictures, in one run.
+"""A CatLIP step against a CLIP step, same image tower (ViT-B/16), same images, in one run.
 
     python tests/bench/catlip.py [--model catlip_vit_base_patch16_224] [--batch-size 8] [--steps 2] [--rounds 3]
                                  [--classes 24320] [--labels 10] [--device cpu] [--precision fp32] [--fit]
@@ -34,7 +34,7 @@ WARMING = 1
 
 
 def clip_task(options: argparse.Namespace) -> Any:
-    """CLIP with the picture tower in question."""
+    """CLIP with the image tower in question."""
     vision = {"timm_model_name": options.model, "timm_pool": "token", "timm_proj": "linear", "image_size": 224}
     return clip.Task(open_clip.model.CLIP(512, vision, TEXT)).to(options.device).train()
 
@@ -47,7 +47,7 @@ def catlip_task(options: argparse.Namespace) -> Any:
 
 
 def draw_batch(options: argparse.Namespace) -> dict[str, Tensor]:
-    """Pictures, texts of 77 tokens and some ten labels each."""
+    """Images, texts of 77 tokens and some ten labels each."""
     drawn, number = torch.Generator().manual_seed(0), options.batch_size
     labels = [torch.randperm(options.classes, generator=drawn)[: options.labels].tolist() for _ in range(number)]
     tokens = torch.randint(1, 49_000, (number, 77), generator=drawn)

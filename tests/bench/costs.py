@@ -3,13 +3,13 @@
 
     python tests/bench/costs.py [--photos 1000] [--rounds 2] [--work FOLDER]       docs/scale.md is computed from it
 
-Photos are those of `photos.py`, served over loopback as in `ingest.py`, captions those of `labels.py`, pictures have a
+Photos are those of `photos.py`, served over loopback as in `ingest.py`, captions those of `labels.py`, images have a
 shorter side of 256. CPU seconds are those of the command's processes, less those of the same command with nothing left
 to do, the fewest of the rounds; the web server's are not in them. What a GPU stage leaves to the CPU is measured here:
 decoding for the captioner, rendering views for the teacher, reading for training. What the GPU does: `plan.py`.
 
 Operations on files below ROOT, by strace: the difference between datasets of 20 and of 10 shards, divided by ten, with
-small models and pictures; so what a command does once is not in them. The first word of each line is the stage.
+small models and images; so what a command does once is not in them. The first word of each line is the stage.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from pipeline.cache.incremental import OpenShard
 from pipeline.check.stage import CheckConfig, check
 from pipeline.core.runner import ALL, Result, Stage, Task, run_stage
 from pipeline.dedup.stage import DedupConfig, dedup
-from pipeline.ingest.images import PictureRules, convert
+from pipeline.ingest.images import ImageRules, convert
 from pipeline.ingest.stage import IngestConfig, Listing
 from pipeline.labels.vocab_stage import VocabConfig, vocab
 from pipeline.labels.wordnet import find_wordnet, load_wordnet
@@ -101,7 +101,7 @@ def own_seconds(work: Callable[[], object]) -> float:
 
 
 def add_captions(root: str) -> None:
-    """ROOT/captions/made-up: CAPTIONS per picture."""
+    """ROOT/captions/made-up: CAPTIONS per image."""
     count = len(list(Path(root, "raw").glob("*.tar")))
     said = iter(made_up(find_wordnet(), 10**7, 1))
 
@@ -198,7 +198,7 @@ def counting(work: Path, rounds: int, shards: int = 10, per_shard: int = 20_000)
         numbers, name = draw.integers(0, 1 << 63, (per_shard, 4)).tolist(), shard_name(shard)
         table = pa.Table.from_pylist(
             [
-                {"key": f"{name}{row:05d}", "status": "success", "url": f"http://pictures.example.com/{a:x}.jpg",
+                {"key": f"{name}{row:05d}", "status": "success", "url": f"http://images.example.com/{a:x}.jpg",
                  "sha256": f"{a:016x}{b:016x}{c:016x}{d:016x}", "phash": f"{d:016x}"}
                 for row, (a, b, c, d) in enumerate(numbers)
             ]
@@ -223,7 +223,7 @@ def counting(work: Path, rounds: int, shards: int = 10, per_shard: int = 20_000)
 
 def list_rows_cost(work: Path, rounds: int, number: int = 200_000) -> None:
     """What a task of ingest's array spends on rows that others make, and on its own before it fetches them."""
-    urls = [f"https://cdn.pictures.example.com/2016/08/{n}/{n * 7919 % 10**9}-large.jpg" for n in range(number)]
+    urls = [f"https://cdn.images.example.com/2016/08/{n}/{n * 7919 % 10**9}-large.jpg" for n in range(number)]
     table = pa.table({"url": urls, "text": list(made_up(find_wordnet(), number, 0))})
     pq.write_table(table, str(work / "list.parquet"))
     gc.freeze()  # what the bench holds: it would be gone through again and again
@@ -240,12 +240,12 @@ def rendered(samples: list[Sample], spec: ViewSpec) -> Iterator[np.ndarray]:
 
 
 def parts(work: Path, options: argparse.Namespace) -> None:
-    """What GPU stages leave to the CPU, and bytes of pictures by size."""
+    """What GPU stages leave to the CPU, and bytes of images by size."""
     root, rounds = str(work / "ds"), options.rounds
     photos = [path.read_bytes() for path in sorted((work / "photos").iterdir())[:300]]
     for size in (224, 256, 336, 384, 512):
-        sizes = [len(convert(data, PictureRules(size)).data) for data in photos]
-        tell("ingest", f"picture, shorter side {size}, kB", sum(sizes) / len(sizes) / 1e3, "a sample")
+        sizes = [len(convert(data, ImageRules(size)).data) for data in photos]
+        tell("ingest", f"image, shorter side {size}, kB", sum(sizes) / len(sizes) / 1e3, "a sample")
     samples = list(read_shard(f"{root}/shards/00000.tar"))
     preprocess, tokenizer = open_clip.image_transform(224, is_train=False), open_clip.get_tokenizer("ViT-B-32")
     cost = per_item(lambda: (preprocess(decode_rgb(sample.image)) for sample in samples), rounds)

@@ -33,7 +33,7 @@ from training.runs.student import new_student
 
 
 class Live(nn.Module):
-    """The affinity task whose teacher embeds each batch; the pictures are resized to its size on the device."""
+    """The affinity task whose teacher embeds each batch; the images are resized to its size on the device."""
 
     def __init__(self, task: affinity.Task, teacher: LoadedModel) -> None:
         super().__init__()
@@ -42,8 +42,8 @@ class Live(nn.Module):
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         with torch.no_grad():
             size = self.teacher.image_size
-            pictures = F.interpolate(batch["images"], (size, size), mode="bicubic", antialias=True)
-            image = self.teacher.model.encode_image(pictures, normalize=True)
+            images = F.interpolate(batch["images"], (size, size), mode="bicubic", antialias=True)
+            image = self.teacher.model.encode_image(images, normalize=True)
             text = self.teacher.model.encode_text(batch["tokens"], normalize=True)
         features: dict[str, Tensor] = self.task({**batch, "teacher_image": image, "teacher_text": text})
         return features
@@ -72,12 +72,12 @@ def seconds_per_step(task: Any, batches: Iterator[dict[str, Any]], options: argp
 
 @torch.no_grad()
 def seconds_to_embed(teacher: LoadedModel, options: argparse.Namespace) -> tuple[float, float]:
-    """Of a picture and of a text, in batches of the size of the steps."""
+    """Of an image and of a text, in batches of the size of the steps."""
     number, size, taken = options.batch_size, teacher.image_size, []
-    pictures = torch.randn(number, 3, size, size, device=options.device)
+    images = torch.randn(number, 3, size, size, device=options.device)
     tokens = teacher.tokenizer(["a photo of things beside each other on a beach"] * number).to(options.device)
     calls: tuple[Callable[[], Tensor], ...] = (
-        lambda: teacher.model.encode_image(pictures), lambda: teacher.model.encode_text(tokens),
+        lambda: teacher.model.encode_image(images), lambda: teacher.model.encode_text(tokens),
     )  # fmt: skip
     with torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16"):
         for call in calls:
@@ -131,9 +131,9 @@ def main() -> None:
     ratios = [[b / a, c / b] for a, b, c in zip(*taken.values(), strict=True)]
     cached_ratio, live_ratio = (statistics.median(turn) for turn in zip(*ratios, strict=True))
     print(f"(b)/(a) {cached_ratio:.3f}; (c)/(b) {live_ratio:.2f}: medians of {options.rounds} turns")
-    picture, text = seconds_to_embed(teacher, options)
-    filling, saved = VIEWS * picture + CAPTIONS * text, (live - cache) / options.batch_size
-    print(f"a picture costs the teacher {1e3 * picture:.1f} ms, a text {1e3 * text:.1f} ms")
+    image, text = seconds_to_embed(teacher, options)
+    filling, saved = VIEWS * image + CAPTIONS * text, (live - cache) / options.batch_size
+    print(f"an image costs the teacher {1e3 * image:.1f} ms, a text {1e3 * text:.1f} ms")
     print(f"a cache of {VIEWS} views and {CAPTIONS} texts costs {filling:.3f} s a sample, an epoch saves {saved:.3f} s")
     print(f"it has paid for itself after {filling / saved:.1f} epochs, and serves any number of students")
 

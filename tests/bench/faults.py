@@ -3,8 +3,8 @@
 
     python tests/bench/faults.py [--good 30000] [--pairs 5] [--timeout-s 1.5] [--shard-size 1000]
 
-Good links are small pictures on sixteen hosts, so the network loop is what is measured, not the decoding; troubles are
-all kinds of tests/fault_server.py in turn, at random places. Two rates of good pictures per second: `whole` from the
+Good links are small images on sixteen hosts, so the network loop is what is measured, not the decoding; troubles are
+all kinds of tests/fault_server.py in turn, at random places. Two rates of good images per second: `whole` from the
 start of the command to its end, in which the last links' time-outs stand; `steady` until nine shards of ten are done.
 A good link that is `lost` ended as a time-out: the machine was too slow for --timeout-s.
 """
@@ -36,7 +36,7 @@ def mixed(server: FaultServer, good: int, share: float, seed: int = 0) -> list[s
 
 
 def rates(root: Path, links: list[str], good: int, timeout_s: float, shard_size: int) -> dict[str, float]:
-    """Ingest; good pictures per second, and how many of the good links were lost."""
+    """Ingest; good images per second, and how many of the good links were lost."""
     shutil.rmtree(root, ignore_errors=True)
     options = {"timeout_s": timeout_s, "retries": 1, "max_bytes": MAX_BYTES, "shard_size": shard_size, "workers": 2}
     report = ingest_apart(root, links, LIMIT_S, **options)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """How often a caption depends on its batch, which only the last bits of float sums can bring about.
 
-    python tests/bench/flips.py ROOT --model local-dir:DIR [--pictures 500] [--batches 1 3 32] [--precision fp32]
+    python tests/bench/flips.py ROOT --model local-dir:DIR [--images 500] [--batches 1 3 32] [--precision fp32]
 
-Writes five nucleus captions of each of ROOT's first pictures in batches of different sizes (and with the pictures in
+Writes five nucleus captions of each of ROOT's first images in batches of different sizes (and with the images in
 reverse) and compares the tokens with those of batches of 64.
 """
 
@@ -28,14 +28,14 @@ def main() -> None:
     parser.add_argument("root")
     parser.add_argument("--model", required=True)
     parser.add_argument("--pretrained")
-    parser.add_argument("--pictures", type=int, default=500)
+    parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 3, 32])
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     loaded = load_model(options.model, options.pretrained, options.device, precision=options.precision)
     tars = (join(options.root, "raw", f"{shard_name(shard)}.tar") for shard in shard_ids(join(options.root, "raw")))
-    samples = islice((sample for tar in tars for sample in read_shard(tar)), options.pictures)
+    samples = islice((sample for tar in tars for sample in read_shard(tar)), options.images)
     captioner = Captioner(loaded, Decoding(), 5, batch_size=64)
     wanted = [Wanted(s.key, captioner.preprocess(decode_rgb(s.image)), tuple(range(5))) for s in samples]
 

@@ -4,7 +4,7 @@
     python tests/bench/ingest.py [--photos 3000] [--pairs 5] [--work FOLDER] [--shard-sizes 1000 1500]
 
 img2dataset is installed into an environment of its own below FOLDER. Both write WebDataset shards of JPEGs of quality
-95, shorter side 256, ratio kept, smaller pictures not enlarged; img2dataset has as many processes as there are cores
+95, shorter side 256, ratio kept, smaller images not enlarged; img2dataset has as many processes as there are cores
 and 64 threads in each. The server is nginx where it is installed, else demo/serve.py.
 
 Two rates per run. `command`: photos by the seconds from the start of the command to its end. `steady`: photos by the
@@ -29,7 +29,7 @@ from statistics import median
 import pyarrow.parquet as pq
 from photos import write_photos
 
-from pipeline.ingest.images import PictureRules, convert
+from pipeline.ingest.images import ImageRules, convert
 
 ROOT = Path(__file__).parents[2]
 PORT = 8357
@@ -124,13 +124,13 @@ def commands(work: Path, size: int, source: Path) -> dict[str, tuple[list[str], 
 
 
 def sizes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Link to pixels of the picture in the shard."""
+    """Link to pixels of the image in the shard."""
     tables = [pq.read_table(path, columns=["url", "width", "height"]) for path in sorted(folder.glob("*.parquet"))]
     return {row["url"]: (row["width"], row["height"]) for table in tables for row in table.to_pylist()}
 
 
 def _convert(path: Path) -> int:
-    return len(convert(path.read_bytes(), PictureRules()).data)
+    return len(convert(path.read_bytes(), ImageRules()).data)
 
 
 def limit(work: Path, photos: int) -> float:
@@ -170,7 +170,7 @@ def main() -> None:
                 for name, (command, output) in commands(work, size, source).items():
                     runs[name].append(measure(command, output, photos))
             if sizes(work / "ours/raw") != sizes(work / "theirs"):
-                sys.exit("the two did not make pictures of the same sizes")
+                sys.exit("the two did not make images of the same sizes")
             print(f"\n{size} inputs per shard; min / median / max of {options.pairs} pairs")
             for name, found in runs.items():
                 print(f"  {name:12}", *(f"{key} {spread([run[key] for run in found], '.0f')}," for key in found[0]))

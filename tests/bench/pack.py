@@ -3,9 +3,9 @@
 
     python tests/bench/pack.py [--shards 8] [--per-shard 1000] [--captions 5] [--rounds 5] [--shard-size N] [--profile]
 
-The copy is the limit of any stage that writes pictures again under this format's promises: read, SHA-256, write, flush
-to disk, rename. Pictures are JPEGs of 256 px and 25 kB or so (`photos.py`). Captions are made up as in `labels.py`: one
-original per picture, and five synthetic ones in lower-case ASCII without entities, as a captioner writes them; the json
+The copy is the limit of any stage that writes images again under this format's promises: read, SHA-256, write, flush
+to disk, rename. Images are JPEGs of 256 px and 25 kB or so (`photos.py`). Captions are made up as in `labels.py`: one
+original per image, and five synthetic ones in lower-case ASCII without entities, as a captioner writes them; the json
 member has ingest's fields. Raw tars are in the page
 cache, both sides write to the same disk (TMPDIR). One core; a round packs and copies everything, in turn. The first
 round labels words for the first time and is told apart; the others know all pieces of their captions already, as after
@@ -34,7 +34,7 @@ from photos import photo
 from PIL import Image
 
 from pipeline.core.runner import Result, Stage, Task, run_stage
-from pipeline.ingest.images import Picture
+from pipeline.ingest.images import EncodedImage
 from pipeline.ingest.raw_shard import Inputs, sample_key, write_raw_shard
 from pipeline.ingest.url_lists import Row
 from pipeline.labels.wordnet import find_wordnet, load_wordnet
@@ -42,7 +42,7 @@ from pipeline.pack.stage import PackConfig, pack
 from shards_spec.files import atomic_writer, join, sha256_file
 from shards_spec.manifest import shard_name
 
-DISTINCT = 200  # pictures, again and again: pack does not look into them
+DISTINCT = 200  # images, again and again: pack does not look into them
 PLAIN = re.compile(r"[a-z0-9 ,.'\-]+")
 
 
@@ -58,23 +58,23 @@ def small_photo(seed: int) -> bytes:
 
 def write_dataset(root: str, shards: int, per_shard: int, captions: int) -> None:
     """ROOT/raw and ROOT/captions/made-up as `ingest` and `caption` leave them."""
-    pictures = [small_photo(seed) for seed in range(DISTINCT)]
+    images = [small_photo(seed) for seed in range(DISTINCT)]
     said = list(made_up(find_wordnet(), shards * per_shard, 0))
     plain = (text.lower() for text in made_up(find_wordnet(), 2 * shards * per_shard * captions, 1))
     written = list(islice((text for text in plain if PLAIN.fullmatch(text)), shards * per_shard * captions))
     fields = {"width": 256, "height": 256, "original_width": 800, "original_height": 800, "exif": "{}"}
 
-    def picture(index: int) -> Picture:
-        data = pictures[index % DISTINCT]
-        return Picture(data, **fields, sha256=hashlib.sha256(data).hexdigest(), phash="0123456789abcdef")
+    def image(index: int) -> EncodedImage:
+        data = images[index % DISTINCT]
+        return EncodedImage(data, **fields, sha256=hashlib.sha256(data).hexdigest(), phash="0123456789abcdef")
 
     def raw(_: str, task: Task) -> Result:
         start = task.shard * per_shard
         keys = [sample_key(task.shard, index, per_shard) for index in range(per_shard)]
         rows = [
-            Row(said[start + i], f"https://pictures.example.com/2016/08/{keys[i]}-large.jpg") for i in range(per_shard)
+            Row(said[start + i], f"https://images.example.com/2016/08/{keys[i]}-large.jpg") for i in range(per_shard)
         ]
-        return write_raw_shard(root, task.shard, Inputs(keys, rows, {}), [picture(i) for i in range(per_shard)])
+        return write_raw_shard(root, task.shard, Inputs(keys, rows, {}), [image(i) for i in range(per_shard)])
 
     def synthetic(_: str, task: Task) -> Result:
         rows = []

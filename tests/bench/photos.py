@@ -1,6 +1,6 @@
-"""Pictures that cost what photographs cost: 1/f spectra, coloured regions with edges, JPEG quality 80 to 92.
+"""Images that cost what photographs cost: 1/f spectra, coloured regions with edges, JPEG quality 80 to 92.
 
-Natural pictures have amplitude spectra near 1/f (Field 1987), which is what a JPEG decoder's time and file sizes depend
+Natural images have amplitude spectra near 1/f (Field 1987), which is what a JPEG decoder's time and file sizes depend
 on; the mean here is about 1.5 bits per pixel. The same seed gives the same bytes.
 """
 

@@ -27,7 +27,7 @@ class Costs:
     check_ms: float = 0.33  # from the page cache
     rows_per_s: float = 518_000  # of a list of links, that are read to be left to others
     downloaded: float = 125_000  # assumed: the photos of the benches
-    picture: float = 29_900  # img2dataset's documentation: 1 M pictures at 256 px are 29.9 GB
+    image: float = 29_900  # img2dataset's documentation: 1 M images at 256 px are 29.9 GB
     raw_more: float = 3_800  # tar headers, txt, json, padding, the Parquet row
     final_more: float = 4_600
     caption_bytes: float = 185  # of five captions
@@ -49,9 +49,9 @@ class Files:
 
 CLAIM = 5  # more per shard where an array makes it: linked, looked up, moved aside, opened, removed
 FLOP = {  # 1e9 operations of a sample; multiply and add are two
-    "picture, ViT-L/14": 162.03,
+    "image, ViT-L/14": 162.03,
     "text, ViT-L/14": 13.30,
-    "picture, CoCa ViT-L/14": 170.86,
+    "image, CoCa ViT-L/14": 170.86,
     "five captions of 30 tokens, CoCa ViT-L/14": 80.05,
     "step of ViT-M-32": 3 * (3.99 + 5.96),
     "step of MobileCLIP-S0": 3 * (4.79 + 2.64),
@@ -113,13 +113,13 @@ def gpu_work(options: argparse.Namespace) -> tuple[float, float]:
     """1e9 operations of a sample: captions, teacher."""
     captions = FLOP["five captions of 30 tokens, CoCa ViT-L/14"] * options.captions / 5
     texts = (options.captions + 1) * FLOP["text, ViT-L/14"]
-    return FLOP["picture, CoCa ViT-L/14"] + captions, options.views * FLOP["picture, ViT-L/14"] + texts
+    return FLOP["image, CoCa ViT-L/14"] + captions, options.views * FLOP["image, ViT-L/14"] + texts
 
 
 def stages(corpus: Corpus, options: argparse.Namespace) -> list[Stage]:
     """All stages of a corpus, one epoch of training."""
     c, n, cores = Costs(), corpus.samples, options.cores
-    raw, final = n * (c.picture + c.raw_more), n * (c.picture + c.final_more)
+    raw, final = n * (c.image + c.raw_more), n * (c.image + c.final_more)
     caption = n * c.caption_bytes * options.captions / 5
     cached = n * ((options.views + options.captions + 1) * WIDTH * 2 + c.row_more)
     hours, (coca, teacher) = n / 3.6e6, (n * giga / 1e6 for giga in gpu_work(options))
@@ -191,7 +191,7 @@ def count_flops() -> None:
     convolutions counts too much; of ViTs it comes to just that."""
     import open_clip
     import torch
-    from caption import build, count, pictures
+    from caption import build, count, random_images
     from torch.utils.flop_counter import FlopCounterMode
 
     from pipeline.caption.coca import Coca
@@ -206,16 +206,16 @@ def count_flops() -> None:
         size = open_clip.get_model_preprocess_cfg(model)["size"]
         pixels = torch.empty(1, 3, *(size if isinstance(size, tuple) else (size, size)), device="meta")
         for what, work in (
-            ("picture", lambda m=model, p=pixels: m.encode_image(p)),
+            ("image", lambda m=model, p=pixels: m.encode_image(p)),
             ("text", lambda m=model: m.encode_text(torch.zeros(1, 77, dtype=torch.long, device="meta"))),
         ):
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 work()
             print(f"{what}, {name}: {counter.get_total_flops() / 1e9:.2f}")
     model = build("coca_ViT-L-14", "cpu", "fp32")
-    coca, image = Coca(model, open_clip.tokenizer.SimpleTokenizer()), pictures(model, 1)
+    coca, image = Coca(model, open_clip.tokenizer.SimpleTokenizer()), random_images(model, 1)
     decoding = Decoding("top_k", top_k=50, min_tokens=28, max_tokens=29)
-    print(f"picture, CoCa ViT-L/14: {count(lambda: coca.encode(image)):.2f}")
+    print(f"image, CoCa ViT-L/14: {count(lambda: coca.encode(image)):.2f}")
     seen, names = coca.encode(image), [f"0/{caption}" for caption in range(5)]
     written = count(lambda: generate(coca, seen, [0] * 5, names, decoding))
     print(f"five captions of 30 tokens, CoCa ViT-L/14: {written:.2f}")

@@ -5,7 +5,7 @@
 
 The rival is what open_clip trains with: webdataset's shuffle and decode, torchvision's RandomResizedCrop, ToTensor and
 Normalize, open_clip's tokenizer, batches made in the workers. Both end as normalised float32 batches in the main
-process. Pictures have a shorter side of 256. Prints samples per second of both and their ratio (medians of turns taken
+process. Images have a shorter side of 256. Prints samples per second of both and their ratio (medians of turns taken
 one after the other), what joining 10 views and 6 captions of a ViT-L/14 teacher costs, the time to the first batch,
 the time to the first batch from the middle of an epoch of 10,000 shards, and the memory of a worker over them.
 """

@@ -3,7 +3,7 @@
 
     python tests/bench/scale.py [--shards 100000] [--work FOLDER] [--only NAME ...]
 
-Each shard holds one picture of 8 pixels with two captions, so that everything but contents is as in a real dataset:
+Each shard holds one image of 8 pixels with two captions, so that everything but contents is as in a real dataset:
 raw/, dedup/, captions/, shards/ and teacher/ with tar, Parquet and done-record each. The stages themselves make the
 first shard; the others are copies of it with their own key, names and hashes (no flushing to disk, which takes minutes
 at 100,000 shards). `check` proves all of it. Sparse tars: about 5 GB.
@@ -61,7 +61,7 @@ def first_shard(root: str) -> None:
     from pipeline.caption.stage import CaptionConfig, caption
     from pipeline.core.runner import Stage, Task, run_stage
     from pipeline.dedup.stage import DedupConfig, dedup
-    from pipeline.ingest.images import Picture
+    from pipeline.ingest.images import EncodedImage
     from pipeline.ingest.raw_shard import Inputs, write_raw_shard
     from pipeline.ingest.url_lists import Row
     from pipeline.pack.stage import PackConfig, pack
@@ -69,11 +69,11 @@ def first_shard(root: str) -> None:
     file = io.BytesIO()
     Image.new("L", (8, 8)).save(file, "JPEG", quality=30)
     data = file.getvalue()
-    picture = Picture(data, 8, 8, 8, 8, "{}", hashlib.sha256(data).hexdigest(), "0" * 15 + "1")
-    rows = [Row("a dog on a beach", "http://pictures.example.com/1.jpg")]
+    image = EncodedImage(data, 8, 8, 8, 8, "{}", hashlib.sha256(data).hexdigest(), "0" * 15 + "1")
+    rows = [Row("a dog on a beach", "http://images.example.com/1.jpg")]
     stage = Stage("ingest", "raw", {"shard_size": 1})
     run_stage(root, stage, [Task(0, {"rows": "0"})], lambda *_: write_raw_shard(
-        root, 0, Inputs([KEY], rows, {}), [picture]
+        root, 0, Inputs([KEY], rows, {}), [image]
     ))  # fmt: skip
     model = tiny_coca(Path(root).parent / "coca")
     dedup(DedupConfig(root, workers=1))

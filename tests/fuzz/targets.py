@@ -289,7 +289,7 @@ class Folder(Target):
 # images
 
 
-class Picture(Target):
+class ImageFile(Target):
     """Images of every format that is taken, as ``ingest`` and as all later stages decode them."""
 
     def make(self, valid: Path) -> list[Input]:
@@ -329,10 +329,10 @@ class Picture(Target):
         return [*found, ("x.jpeg", file.getvalue())]
 
     def run(self, folder: Path, path: str, data: bytes) -> None:
-        from pipeline.ingest.images import PictureRules, to_outcome
+        from pipeline.ingest.images import ImageRules, to_outcome
         from shards_spec.images import decode_rgb
 
-        to_outcome(data, PictureRules(image_size=64))
+        to_outcome(data, ImageRules(image_size=64))
         decode_rgb(data)
 
 
@@ -601,6 +601,6 @@ class Json(Target):
 
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
-    "tar": Tar, "list": List, "parquet": Parquet, "folder": Folder, "image": Picture, "dataset": Dataset, "run": Run,
+    "tar": Tar, "list": List, "parquet": Parquet, "folder": Folder, "image": ImageFile, "dataset": Dataset, "run": Run,
     "adopted": Adopted, "checkpoint": Checkpoint, "json": Json,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Pictures of classes: folders of class folders, or a CLIP_benchmark WebDataset, read by position like packed shards.
+"""Images of classes: folders of class folders, or a CLIP_benchmark WebDataset, read by position like packed shards.
 
 ROOT/train/CLASS/*.jpg, ROOT/test/CLASS/*.jpg (or val/)                            any depth below CLASS
 ROOT/classnames.txt, train/nshards.txt, train/0.tar …, test/…                      members jpg|png|webp and cls
@@ -35,13 +35,13 @@ CROP = 224 / 232  # share of the shorter side that the test crop covers: 232 pix
 
 
 @dataclass(frozen=True)
-class PictureConfig:
-    """Which labelled pictures, and how many at a time."""
+class LabelledImageConfig:
+    """Which labelled images, and how many at a time."""
 
     data: str = ""
     """ROOT with train/ and test/: class folders, or a CLIP_benchmark WebDataset (classnames.txt, train/0.tar ...)"""
     fraction: float = 1.0
-    """share of each class's training pictures that is used, at least one of each"""
+    """share of each class's training images that is used, at least one of each"""
     batch_size: int = 256
     """images per step over all processes together: a global batch (open_clip's --batch-size is per GPU)"""
     workers: int = 2
@@ -53,18 +53,18 @@ class PictureConfig:
         require(self.workers >= 0, "workers", self.workers, "0 or more")
 
 
-class Pictures(Protocol):
+class LabelledImages(Protocol):
     """``labels`` (N,) are indices into ``classes``."""
 
     classes: list[str]
     labels: np.ndarray
 
-    def picture(self, index: int) -> tuple[str, bytes]:
-        """A name and the encoded picture."""
+    def image(self, index: int) -> tuple[str, bytes]:
+        """A name and the encoded image."""
         ...
 
 
-class FolderPictures:
+class FolderImages:
     """Files below ``folder``/CLASS, both ascending."""
 
     def __init__(self, folder: Path) -> None:
@@ -77,7 +77,7 @@ class FolderPictures:
         self.paths = [path for path, _ in found]
         self.labels = np.array([label for _, label in found], np.int64)
 
-    def picture(self, index: int) -> tuple[str, bytes]:
+    def image(self, index: int) -> tuple[str, bytes]:
         """Path below the folder, bytes."""
         path = self.paths[index]
         return path.relative_to(self.folder).as_posix(), path.read_bytes()
@@ -90,7 +90,7 @@ class _Numbered(ShardReader):
         return join(self.root, self.folder, f"{shard}.tar")
 
 
-class TarPictures:
+class TarImages:
     """Samples of ``root/split/N.tar`` in the order of the files. Raises UserError and DataError."""
 
     def __init__(self, root: str, split: str) -> None:
@@ -101,7 +101,7 @@ class TarPictures:
         self.ends = np.cumsum(self.reader.sizes)
         self.labels = np.array([label for own in labels for label in own], np.int64)
 
-    def picture(self, index: int) -> tuple[str, bytes]:
+    def image(self, index: int) -> tuple[str, bytes]:
         """Key, bytes."""
         shard = int(np.searchsorted(self.ends, index, side="right"))
         sample = self.reader.sample(shard, index - int(self.ends[shard] - self.reader.sizes[shard]))
@@ -134,13 +134,13 @@ def _images(folder: Path, left_out: Counter[str]) -> list[Path]:
     return sorted(images)
 
 
-def open_pictures(root: str, train: bool) -> Pictures:
-    """The training or test split of a data set. Raises UserError when there is none, or it has no picture."""
+def open_images(root: str, train: bool) -> LabelledImages:
+    """The training or test split of a data set. Raises UserError when there is none, or it has no image."""
     if not root:
         raise UserError("--data is needed: a folder with train/ and test/, of class folders or WebDataset shards")
     splits = ("train",) if train else TEST_SPLITS
     split = find_split(root, splits)
-    found: Pictures = FolderPictures(Path(root, split)) if is_folders(root, split) else TarPictures(root, split)
+    found: LabelledImages = FolderImages(Path(root, split)) if is_folders(root, split) else TarImages(root, split)
     if not len(found.labels):
         raise UserError(f"{join(root, split)} has no images; put class folders with images there, or shards")
     return found
@@ -178,7 +178,7 @@ def is_folders(root: str, split: str) -> bool:
 
 
 def subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Indices of ``fraction`` of each class's pictures, ascending; a smaller share is within a larger one."""
+    """Indices of ``fraction`` of each class's images, ascending; a smaller share is within a larger one."""
     kept = []
     for label in np.unique(labels):
         own = np.flatnonzero(labels == label)
@@ -187,16 +187,16 @@ def subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(kept))
 
 
-class PictureRows:
-    """Pictures by position: the ``chosen`` ones in the order of epochs with views drawn, or, without, all as they lie.
+class LabelledImageRows:
+    """Images by position: the ``chosen`` ones in the order of epochs with views drawn, or, without, all as they lie.
 
     Items are those of `Samples`, with ``targets`` (an int64 scalar) in place of texts.
     """
 
     def __init__(
-        self, pictures: Pictures, student: LoadedModel, plan: BatchPlan, views: ViewSpec | None, chosen: np.ndarray
+        self, images: LabelledImages, student: LoadedModel, plan: BatchPlan, views: ViewSpec | None, chosen: np.ndarray
     ) -> None:
-        self.pictures, self.student, self.plan, self.views, self.chosen = pictures, student, plan, views, chosen
+        self.images, self.student, self.plan, self.views, self.chosen = images, student, plan, views, chosen
         self.order = Order([len(chosen)], plan.seed, streams=1, window=1)
 
     def __getitem__(self, index: int | tuple[int, int | None]) -> Item:
@@ -204,14 +204,14 @@ class PictureRows:
         place = self.order.locate(position)
         number = int(self.chosen[place.index if self.views else position])
         side = side or self.student.image_size
-        name, data = self.pictures.picture(number)
+        name, data = self.images.image(number)
         try:
             image = decode_rgb(data)
         except DataError as error:
             return Skipped(f"{name}: {error}")
         spec = self.views
         shown = apply_view(image, spec, draw_view(spec, name, place.epoch), side) if spec else plain_crop(image, side)
-        targets = torch.tensor(int(self.pictures.labels[number]))
+        targets = torch.tensor(int(self.images.labels[number]))
         return {
             "key": name, "position": position, "epoch": place.epoch, "images": to_pixels(shown), "targets": targets,
         }  # fmt: skip

@@ -109,10 +109,10 @@ def batch_positions(
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Each step's global batch, a pure function of (seed, step): the side of its pictures, and how many they are.
+    """Each step's global batch, a pure function of (seed, step): the side of its images, and how many they are.
 
-    Without ``sides`` all batches are ``batch_size`` pictures of the student's own side. With them one side is drawn per
-    step, for all processes alike, and a batch of side s has about as many pixels as ``batch_size`` pictures of ``base``
+    Without ``sides`` all batches are ``batch_size`` images of the student's own side. With them one side is drawn per
+    step, for all processes alike, and a batch of side s has about as many pixels as ``batch_size`` images of ``base``
     pixels: ``int(B base^2 / s^2)`` for each of ``parts`` equal parts B of ``batch_size``, what CatLIP gives each
     of its GPUs (arXiv 2404.15653).
     """
@@ -134,7 +134,7 @@ class BatchPlan:
         return self.of_side(self.side(step))
 
     def of_side(self, side: int | None) -> int:
-        """Samples of a global batch of pictures of ``side`` pixels."""
+        """Samples of a global batch of images of ``side`` pixels."""
         if side is None:
             return self.batch_size
         return self.parts * max(1, int(self.batch_size / self.parts * self.base**2 / side**2))

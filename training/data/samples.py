@@ -143,7 +143,7 @@ Item = dict[str, Any] | Skipped | DataError | UserError
 
 
 class Rows(Protocol):
-    """What `load_batches` and the trainer read by position: `Samples`, or pictures of classes."""
+    """What `load_batches` and the trainer read by position: `Samples`, or images of classes."""
 
     @property
     def student(self) -> LoadedModel: ...
@@ -227,7 +227,7 @@ class Samples(Dataset[Item]):
 
 
 def to_pixels(image: Any) -> Tensor:
-    """A PIL picture as (3, S, S) uint8."""
+    """A PIL image as (3, S, S) uint8."""
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 

@@ -20,11 +20,11 @@ class Hits:
 
     @property
     def total(self) -> int:
-        """Pictures counted."""
+        """Images counted."""
         return int(self.seen.sum())
 
     def metrics(self) -> dict[str, float]:
-        """acc1, acc5 and mean_per_class_recall, over the classes that occur; at least one picture was counted."""
+        """acc1, acc5 and mean_per_class_recall, over the classes that occur; at least one image was counted."""
         there = self.seen > 0
         return {
             "acc1": int(self.first.sum()) / self.total,

@@ -6,7 +6,7 @@
                                                                  (captions, one per line)
     EVAL/test/CLASS/*.jpg (or val/)                              instead of shards; both text files may be left out then
 
-Metrics are named and defined as CLIP_benchmark has them. Memory: class embeddings, or the features of all pictures
+Metrics are named and defined as CLIP_benchmark has them. Memory: class embeddings, or the features of all images
 and captions; scores only chunk by chunk.
 """
 
@@ -35,7 +35,7 @@ from shards_spec.names import IMAGE_EXTENSIONS
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard
 from training.config import require
-from training.data.labelled_images import FolderPictures, find_split, is_folders, numbered_shards
+from training.data.labelled_images import FolderImages, find_split, is_folders, numbered_shards
 from training.evaluation.accuracy import Hits
 from training.models.classifier import Classifier
 from training.recipes.transfer import measure_classifier
@@ -68,7 +68,7 @@ class EvalConfig:
     """folder for the results, DATASET_TASK.json each (DATASET: the EVAL root's name, with its parents' where several
     have that); by default RUN/eval, and none for a model that is no RUN"""
     batch_size: int = 64
-    """pictures or texts per forward pass"""
+    """images or texts per forward pass"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is autocast"""
     trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)
@@ -82,7 +82,7 @@ class EvalConfig:
 
 @dataclass
 class Encoder:
-    """Unit features of pictures and texts; counts the samples that had to be left out."""
+    """Unit features of images and texts; counts the samples that had to be left out."""
 
     loaded: LoadedModel
     batch_size: int
@@ -91,7 +91,7 @@ class Encoder:
     skipped: int = field(default=0)
 
     def images(self, samples: Iterable[Sample], path: str) -> Iterator[tuple[list[Sample], Tensor]]:
-        """Batches of samples with (b, D) float32 features on the CPU; pictures that do not decode are left out."""
+        """Batches of samples with (b, D) float32 features on the CPU; images that do not decode are left out."""
         import open_clip
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
@@ -199,7 +199,7 @@ def _write(
 def measure(
     encoder: Encoder, root: str, task: Literal["auto", "zeroshot", "retrieval"] = "auto"
 ) -> tuple[Literal["zeroshot", "retrieval"], dict[str, float], int]:
-    """What was measured, its metrics, and the number of pictures. Raises UserError and DataError."""
+    """What was measured, its metrics, and the number of images. Raises UserError and DataError."""
     found = _task(root) if task == "auto" else task
     return found, *(zeroshot if found == "zeroshot" else retrieval)(encoder, root)
 
@@ -247,7 +247,7 @@ def _task(root: str) -> Literal["zeroshot", "retrieval"]:
 def _classes(root: str, split: str) -> tuple[list[str], list[str]]:
     """Names of the classes and prompts; class folders may do without files of either."""
     names_file, prompts_file = join(root, "classnames.txt"), join(root, "zeroshot_classification_templates.txt")
-    folders = FolderPictures(Path(root, split)).classes if is_folders(root, split) else None
+    folders = FolderImages(Path(root, split)).classes if is_folders(root, split) else None
     if folders is None or exists(names_file):
         names = read_class_names(names_file)
     else:
@@ -271,16 +271,16 @@ def _test_samples(root: str, split: str) -> Iterator[tuple[str, Iterable[Sample]
     if not is_folders(root, split):
         yield from ((path, read_shard(path)) for path in numbered_shards(root, split))
         return
-    found = FolderPictures(Path(root, split))
+    found = FolderImages(Path(root, split))
     samples = (
         Sample(name, {IMAGE_EXTENSIONS[0]: data, "cls": str(label).encode()})  # the ending does not say how to decode
-        for label, (name, data) in zip(found.labels, map(found.picture, range(len(found.labels))), strict=True)
+        for label, (name, data) in zip(found.labels, map(found.image, range(len(found.labels))), strict=True)
     )
     yield join(root, split), samples
 
 
 def zeroshot(encoder: Encoder, root: str) -> tuple[dict[str, float], int]:
-    """acc1, acc5, mean_per_class_recall, and the number of pictures.
+    """acc1, acc5, mean_per_class_recall, and the number of images.
 
     A class is the renormalised mean of its prompts' unit features (CLIP, section 3.1.4). With fewer than five
     classes acc5 counts among those there are. Recall is averaged over the classes that occur.
@@ -295,7 +295,7 @@ def zeroshot(encoder: Encoder, root: str) -> tuple[dict[str, float], int]:
             labels = torch.tensor([_label(sample, len(names), path) for sample in samples])
             hits.add(features @ classes.T, labels)
     if not hits.total:
-        raise DataError(f"{join(root, 'test')}: no picture that decodes; download it again")
+        raise DataError(f"{join(root, 'test')}: no image that decodes; download it again")
     return hits.metrics(), hits.total
 
 
@@ -304,13 +304,13 @@ def _label(sample: Sample, classes: int, path: str) -> int:
 
 
 def retrieval(encoder: Encoder, root: str) -> tuple[dict[str, float], int]:
-    """Recall at 1, 5, 10 both ways over all captions, and the number of pictures.
+    """Recall at 1, 5, 10 both ways over all captions, and the number of images.
 
-    ``image_retrieval_recall@k``: share of captions whose picture is among the k best pictures.
-    ``text_retrieval_recall@k``: share of pictures with any of their captions among the k best captions.
+    ``image_retrieval_recall@k``: share of captions whose image is among the k best images.
+    ``text_retrieval_recall@k``: share of images with any of their captions among the k best captions.
     """
     pieces, captions, owners = list[Tensor](), list[str](), list[int]()
-    pictures = 0
+    image_count = 0
     for path in numbered_shards(root, find_split(root)):
         for samples, features in encoder.images(read_shard(path), path):
             pieces.append(features)
@@ -321,16 +321,16 @@ def retrieval(encoder: Encoder, root: str) -> tuple[dict[str, float], int]:
                         f"{path}: key {sample.key} has no caption (member txt); for classes use --task zeroshot"
                     )
                 captions += own
-                owners += [pictures] * len(own)
-                pictures += 1
-    if not pictures:
-        raise DataError(f"{join(root, 'test')}: no picture that decodes; download it again")
+                owners += [image_count] * len(own)
+                image_count += 1
+    if not image_count:
+        raise DataError(f"{join(root, 'test')}: no image that decodes; download it again")
     images, texts, owner = torch.cat(pieces), encoder.texts(captions), torch.tensor(owners)
-    return recalls(images, texts, owner), pictures
+    return recalls(images, texts, owner), image_count
 
 
 def recalls(images: Tensor, texts: Tensor, owner: Tensor) -> dict[str, float]:
-    """(n, D) unit features of pictures, (m, D) of captions, (m,) which picture a caption belongs to."""
+    """(n, D) unit features of images, (m, D) of captions, (m,) which image a caption belongs to."""
     found = {f"{way}_retrieval_recall@{k}": 0 for way in ("image", "text") for k in RECALL_AT}
     ways = (("image", texts, images, owner), ("text", images, texts, torch.arange(len(images))))
     for way, queries, candidates, own in ways:
@@ -345,12 +345,12 @@ def recalls(images: Tensor, texts: Tensor, owner: Tensor) -> dict[str, float]:
 
 
 def _print(result: dict[str, Any], output: str | None) -> None:
-    title = shown(f"{result['dataset']} · {result['task']} · {result['samples']} pictures")
+    title = shown(f"{result['dataset']} · {result['task']} · {result['samples']} images")
     table = Table("metric", "value", title=Text(title))  # a name with brackets is no markup
     for name, value in result["metrics"].items():
         table.add_row(name, f"{value:.4f}")
     if result["skipped"]:
-        table.add_row("pictures left out", str(result["skipped"]))
+        table.add_row("images left out", str(result["skipped"]))
     Console().print(table)
     if output:
         print(shown(output))  # whole, however narrow the terminal

@@ -1,4 +1,4 @@
-"""Classification with several labels per picture: losses on index lists, and CatLIP's RangeAugment.
+"""Classification with several labels per image: losses on index lists, and CatLIP's RangeAugment.
 
 Labels are (B, L) int64 class indices, each at most once per row, filled up with `PAD`. The 0/1 target (B, K) is never
 made: its product with the logits is a gather, whose gradient is scattered.

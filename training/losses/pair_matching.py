@@ -1,6 +1,6 @@
-"""Pair matching (SiCLIP, arXiv 2411.14789): does this picture belong to this text? Hard negatives, a linear head.
+"""Pair matching (SiCLIP, arXiv 2411.14789): does this image belong to this text? Hard negatives, a linear head.
 
-N pairs of the whole batch, D feature dimensions. Each picture takes one wrong text and each text one wrong picture,
+N pairs of the whole batch, D feature dimensions. Each image takes one wrong text and each text one wrong image,
 drawn by the softmax of their similarities; a hyperplane over the product of the two features then tells the N right
 pairs from the 2N wrong ones. The paper's formulas could not be seen: the combination by product, the normalisation and
 the draw by the student's own similarity are readings. (A hyperplane over [image; text] would be additive, g(i) + h(t):

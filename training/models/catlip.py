@@ -1,7 +1,7 @@
 """CatLIP's vision transformers (Mehta et al., arXiv 2404.15653; released code in apple/corenet) for timm and open_clip.
 
 A pre-norm ViT whose patches come from three convolutions, with positions on patches only and a linear head on the
-normalised CLS token. Pictures are RGB in [0, 1] without further normalisation. Any side that is a multiple of 16 goes:
+normalised CLS token. Images are RGB in [0, 1] without further normalisation. Any side that is a multiple of 16 goes:
 positions are resized over the grid (``positions="grid"``), or, as the released code does, along the raster order.
 
 timm names: ``catlip_vit_base_patch16_224``, ``_large_``, ``_huge_``, and ``catlip_vit_tiny`` for tests and studies.
@@ -50,7 +50,7 @@ class ConvStem(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, S/16, S/16, D)."""
         if images.shape[-1] % 16 or images.shape[-2] % 16:
-            raise ValueError(f"pictures of {tuple(images.shape[-2:])}: sides must be multiples of 16")
+            raise ValueError(f"images of {tuple(images.shape[-2:])}: sides must be multiples of 16")
         tokens: Tensor = self.layers(images).permute(0, 2, 3, 1)
         return tokens
 

@@ -1,4 +1,4 @@
-"""A picture classifier as a student: timm's vision transformers and convolutional networks with a head over classes.
+"""An image classifier as a student: timm's vision transformers and convolutional networks with a head over classes.
 
 Its description in a run or export folder is ``classifier.json``, with the vocabulary that its classes belong to in
 ``vocabulary.tsv``; the vocabulary's hash is a buffer, hence in every checkpoint.
@@ -212,8 +212,8 @@ def export_classifier(folder: str, student: LoadedModel, overwrite: bool = False
             write_bytes(join(folder, path.name), path.read_bytes())
     describe_classifier(folder, student)
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    pictures = torch.rand(4, 3, student.image_size, student.image_size, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(4, 3, student.image_size, student.image_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        difference = float((again(pictures) - model.eval()(pictures)).abs().max())
+        difference = float((again(images) - model.eval()(images)).abs().max())
     if difference > TOLERANCE:
         raise UserError(f"{folder}: loaded back, its logits differ by {difference:.2g}; do not use it")

@@ -45,7 +45,7 @@ def shaped_matrices(
 def conv_ffn(ffn: Any, x: Tensor) -> Tensor:
     """timm's ConvMlp of (B, C, H, W) as tokens (B, T, C).
 
-    Its 1x1 convolutions are one matrix product each here: on one thread torch does them picture by picture, which is
+    Its 1x1 convolutions are one matrix product each here: on one thread torch does them image by image, which is
     7 % slower at batch 8.
     """
     inner = F.linear(ffn.conv(x).flatten(2).mT.contiguous(), ffn.fc1.weight.flatten(1), ffn.fc1.bias)

@@ -3,9 +3,9 @@
 RECIPES = {
     "clip": "plain contrastive training (CLIP)",
     "affinity": "a student taught by a teacher cache: affinity mimicking and features (TinyCLIP)",
-    "catlip": "a picture tower that names the synsets of captions, without a text tower (CatLIP)",
-    "probe": "a linear head on a frozen picture tower, of labelled pictures",
-    "finetune": "a whole picture tower on labelled pictures",
+    "catlip": "an image tower that names the synsets of captions, without a text tower (CatLIP)",
+    "probe": "a linear head on a frozen image tower, of labelled images",
+    "finetune": "a whole image tower on labelled images",
     "siclip": "a MobileCLIP-S0 with simpler, shared attention: inherited, distilled, pairs matched (SiCLIP)",
     "coca": "contrastive and captioning loss (CoCa): a captioner of one's own",
 }

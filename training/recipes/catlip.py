@@ -1,4 +1,4 @@
-"""CatLIP (Mehta et al., arXiv 2404.15653): a vision transformer that names the synsets of its picture's caption.
+"""CatLIP (Mehta et al., arXiv 2404.15653): a vision transformer that names the synsets of its image's caption.
 
 No text tower and no pairs: a caption becomes WordNet synsets (`clipmill pack`, `clipmill vocab`), the model says for
 each class of the vocabulary whether it is among them.
@@ -17,7 +17,7 @@ where CLIP's fine-tuned 84.4 is CatLIP's 84.3. Cost: 2.7 times fewer GPU hours t
 The paper and its configs give: batches, peak and final learning rates, AdamW (0.9, 0.999), eps 1e-8, weight decay 0.2,
 10,000 steps of warm-up from 1e-6 (stated for DataComp alone), cosine, clipping at 1, bf16, crops of (0.08, 1), flips,
 RangeAugment from 40 to 20 dB, sides of 128 to 320 by 16 with equal pixels per batch, and the average of the weights
-(decay 0.9995) as the result. A picture's labels are its original caption's; pictures without any are kept.
+(decay 0.9995) as the result. An image's labels are its original caption's; images without any are kept.
 Readings, each with its other one as an option or noted:
 - Crops are rendered bicubic and antialiased, as all our views are; theirs are bilinear.
 - Positions are resized over the grid; the code's way, along the raster order, is `CatlipViT(positions="raster")`.
@@ -104,7 +104,7 @@ class Task(nn.Module):
         return batch if self.augment is None else {**batch, "drawn": self.augment.draw(len(batch["keys"]))}
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """(n,) ``loss`` and number of ``labels``; (n,) ``error`` of RangeAugment's pictures."""
+        """(n,) ``loss`` and number of ``labels``; (n,) ``error`` of RangeAugment's images."""
         images, features = batch["images"], dict[str, Tensor]()
         if self.augment is not None and self.training:
             images, features["error"] = self.augment(images, batch.get("drawn"))

@@ -8,7 +8,7 @@ in three spaces); pair matching adds hard negatives; texts are CC12M's and CoCa'
 
 Target (the cells of its tables were not seen, only its prose): text-to-image recall about 1 % below MobileCLIP-S0's
 40.4 (MSCOCO) and 67.7 (Flickr30k); table 5: ImageNet zero-shot 13.0 (WI) and 25.4 (WIKD) above plain training, most
-with WIKD + PM; table 3: 39.5 pictures/s on a CPU where S0 has 38.2. Cost: 32 epochs of 12.4 million pairs are 0.40
+with WIKD + PM; table 3: 39.5 images/s on a CPU where S0 has 38.2. Cost: 32 epochs of 12.4 million pairs are 0.40
 billion samples, 259,000 steps. Sizes: 9.8 M + 38.8 M parameters, 12.7 M of them trained.
 
     clipmill train siclip --data ROOT --base-weights mobileclip_s0.pt --out RUN                     WIKD + PM
@@ -23,7 +23,7 @@ each the default here where sources are silent, the other one being an option wh
 - RandAugment is torchvision's default: 2 operations of magnitude 9 out of 31. No flip: none is mentioned.
 - betas (0.9, 0.999) and eps 1e-8 are CLIP-KD's for models without "vit" in their name. Its fp16 is bf16 here.
 - FD is over normalised features and the mean over elements (CLIP-KD's code). A weight of 4000 fits this and 512
-  dimensions: 15.6 [(1 - cos) + (1 - cos)] of pictures and texts. Other widths take 4000 D / 512 for the same.
+  dimensions: 15.6 [(1 - cos) + (1 - cos)] of images and texts. Other widths take 4000 D / 512 for the same.
 - CRD is KL(teacher || student) with each model's own scale, and a mean over directions (CLIP-KD's code).
 - ICL's scale is the exponential of a parameter, clamped to 100 and saved. CLIP-KD uses the parameter, ln(1/0.07), as
   it is, which cannot go below 4.69 at batch 1536: --icl-raw-scale.
@@ -31,7 +31,7 @@ each the default here where sources are silent, the other one being an option wh
 - Pair matching: see `training.losses.pair_matching`; --pm-logits, --pm-raw, --pm-similarity.
 - What is frozen: all that has S0's weights outside of the SAS-P blocks, also after them: --train-tail. Inside of the
   blocks norm and FFN start from S0's and are trained: --no-inherit-ffn, --inherit-keys, --exact-norm.
-- S0 sees the student's picture and text (live). From a cache, the views are the cache's, and any teacher will do.
+- S0 sees the student's image and text (live). From a cache, the views are the cache's, and any teacher will do.
 - open_clip ships no S0. Its MobileCLIP2-S0 has S0's image tower and another text tower (12 layers, no RepMixer), which
   makes it another experiment: --base MobileCLIP2-S0 --base-weights dfndr2b --model SiCLIP2-S0.
 - Text blocks share in one group of four; --model SiCLIP-S0 says so ("share" in its open_clip config).
@@ -290,7 +290,7 @@ def _check_inputs(name: str, base: LoadedModel, student: LoadedModel) -> None:
     for field_name in ("image_size", "mean", "std"):
         ours, theirs = getattr(student, field_name), getattr(base, field_name)
         if ours != theirs:
-            raise UserError(f"--base {name!r} takes pictures of {field_name} {theirs}, the student of {ours}")
+            raise UserError(f"--base {name!r} takes images of {field_name} {theirs}, the student of {ours}")
     ours, theirs = (
         [model.config["text_cfg"].get(key) for key in ("context_length", "vocab_size")] for model in (student, base)
     )

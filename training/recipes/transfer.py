@@ -1,4 +1,4 @@
-"""Transfer of a picture tower to labelled pictures: its linear probe, its fine-tuning, and CatLIP's Transfer Init.
+"""Transfer of an image tower to labelled images: its linear probe, its fine-tuning, and CatLIP's Transfer Init.
 
 The recipes `probe` and `finetune` are two sets of numbers for what is here.
 """
@@ -18,7 +18,14 @@ from shards_spec.files import UserError
 from shards_spec.models import TIMM, LoadedModel, pick_device
 from shards_spec.vocab import Vocabulary
 from training.config import ModelConfig, RunConfig, SideConfig, ViewConfig, require, total_steps
-from training.data.labelled_images import FeatureRows, PictureConfig, PictureRows, Pictures, open_pictures, subset
+from training.data.labelled_images import (
+    FeatureRows,
+    LabelledImageConfig,
+    LabelledImageRows,
+    LabelledImages,
+    open_images,
+    subset,
+)
 from training.data.order import BatchPlan
 from training.data.samples import batch_plan, load_batches
 from training.engine.optim import OptimConfig
@@ -32,9 +39,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TransferConfig:
-    """Train a classifier of labelled pictures from a pre-trained picture tower."""
+    """Train a classifier of labelled images from a pre-trained image tower."""
 
-    data: OmitArgPrefixes[PictureConfig] = field(default_factory=PictureConfig)
+    data: OmitArgPrefixes[LabelledImageConfig] = field(default_factory=LabelledImageConfig)
     views: OmitArgPrefixes[ViewConfig] = field(default_factory=ViewConfig)
     sides: OmitArgPrefixes[SideConfig] = field(default_factory=SideConfig)
     student: OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
@@ -60,9 +67,9 @@ class TransferConfig:
 
 
 class Task(nn.Module):
-    """A classifier, of which all or only the head is trained; ``test`` are the pictures it is measured on."""
+    """A classifier, of which all or only the head is trained; ``test`` are the images it is measured on."""
 
-    def __init__(self, config: TransferConfig, student: LoadedModel, test: PictureRows, total: int) -> None:
+    def __init__(self, config: TransferConfig, student: LoadedModel, test: LabelledImageRows, total: int) -> None:
         super().__init__()
         self.student: Classifier = student.model
         self.config, self.loaded, self.test, self.total = config, student, test, total
@@ -83,7 +90,7 @@ class Task(nn.Module):
         return batch if self.augment is None else {**batch, "drawn": self.augment.draw(len(batch["keys"]))}
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """(n,) ``loss`` and ``right``; (n,) ``error`` of RangeAugment's pictures."""
+        """(n,) ``loss`` and ``right``; (n,) ``error`` of RangeAugment's images."""
         found = dict[str, Tensor]()
         features = batch.get("features")
         if features is None:
@@ -107,16 +114,16 @@ class Task(nn.Module):
         """Nothing."""
 
     def measure(self, device: str) -> dict[str, float]:
-        """acc1, acc5, mean_per_class_recall on the test pictures."""
+        """acc1, acc5, mean_per_class_recall on the test images."""
         config = self.config
         return accuracy(self.student, self.test, device, config.data.workers, config.run.precision == "bf16")
 
 
-def prepare(config: TransferConfig) -> tuple[LoadedModel, PictureRows | FeatureRows, Task]:
+def prepare(config: TransferConfig) -> tuple[LoadedModel, LabelledImageRows | FeatureRows, Task]:
     """Student, reader and task. Raises UserError and DataError when data, model or class map do not serve."""
     if config.run.eval_data:
-        raise UserError("--eval-data: a classifier is measured on the test pictures of --data")
-    train, test = open_pictures(config.data.data, True), open_pictures(config.data.data, False)
+        raise UserError("--eval-data: a classifier is measured on the test images of --data")
+    train, test = open_images(config.data.data, True), open_images(config.data.data, False)
     if train.classes != test.classes:
         raise UserError(
             f"{config.data.data}: train and test have other classes: {_differ(train.classes, test.classes)}"
@@ -125,25 +132,27 @@ def prepare(config: TransferConfig) -> tuple[LoadedModel, PictureRows | FeatureR
     student = successor(base, config, train.classes)
     plan = batch_plan(config.data.batch_size, config.sides if config.augment else None, config.run.seed)
     chosen = subset(train.labels, config.data.fraction, config.run.seed)
-    log.info("%d of %d pictures of %d classes", len(chosen), len(train.labels), len(train.classes))
-    rows: PictureRows | FeatureRows
+    log.info("%d of %d images of %d classes", len(chosen), len(train.labels), len(train.classes))
+    rows: LabelledImageRows | FeatureRows
     if config.augment:
-        rows = PictureRows(train, student, plan, config.views.spec(config.run.seed), chosen)
+        rows = LabelledImageRows(train, student, plan, config.views.spec(config.run.seed), chosen)
     else:
-        rows = feature_rows(PictureRows(train, student, plan, None, chosen), config.run.device, config.data.workers)
+        rows = feature_rows(
+            LabelledImageRows(train, student, plan, None, chosen), config.run.device, config.data.workers
+        )
     total = total_steps(config.run, plan.mean, len(chosen))
-    return student, rows, Task(config, student, every_picture(test, student), total)
+    return student, rows, Task(config, student, every_image(test, student), total)
 
 
-def every_picture(pictures: Pictures, student: LoadedModel) -> PictureRows:
-    """All pictures as they lie, plain crops."""
-    return PictureRows(pictures, student, BatchPlan(64), None, torch.arange(len(pictures.labels)).numpy())
+def every_image(images: LabelledImages, student: LoadedModel) -> LabelledImageRows:
+    """All images as they lie, plain crops."""
+    return LabelledImageRows(images, student, BatchPlan(64), None, torch.arange(len(images.labels)).numpy())
 
 
 def load_base(config: ModelConfig, seed: int) -> LoadedModel:
     """A classifier from a RUN folder of `clipmill train`, or ``timm:NAME``.
 
-    Of a CLIP run it is the picture tower, which must be one of timm's; it has no classes then. Raises UserError.
+    Of a CLIP run it is the image tower, which must be one of timm's; it has no classes then. Raises UserError.
     """
     if config.model.startswith(TIMM):
         return new_classifier(config.model, 1, None, config.pretrained, seed, config.trust)
@@ -158,14 +167,14 @@ def load_base(config: ModelConfig, seed: int) -> LoadedModel:
         return loaded
     trunk = getattr(loaded.model.visual, "trunk", None)
     if trunk is None:
-        raise UserError(f"--model {config.model!r}: its picture tower is none of timm's, which a classifier needs")
+        raise UserError(f"--model {config.model!r}: its image tower is none of timm's, which a classifier needs")
     name = f"{TIMM}{loaded.config['vision_cfg']['timm_model_name']}"
     base = new_classifier(name, 1)
     own = {name for name, part in base.model.trunk.named_modules() if part is base.model.head}
     weights = {key: value for key, value in trunk.state_dict().items() if key.rpartition(".")[0] not in own}
     wanted = {key for key in base.model.trunk.state_dict() if key.rpartition(".")[0] not in own}
     if differing := sorted(set(weights) ^ wanted):  # the head is not there, or projects to the embedding
-        raise UserError(f"--model {config.model!r}: its picture tower is not {name} ({differing[:3]})")
+        raise UserError(f"--model {config.model!r}: its image tower is not {name} ({differing[:3]})")
     base.model.trunk.load_state_dict(weights, strict=False)
     return LoadedModel(base.model, None, base.config, loaded.image_size, loaded.mean, loaded.std)
 
@@ -229,8 +238,8 @@ def transfer_rows(
 
 
 @torch.no_grad()
-def feature_rows(rows: PictureRows, device: str, workers: int) -> FeatureRows:
-    """Features of the plain crops of all ``rows``, in fp32. Pictures that do not decode are left out."""
+def feature_rows(rows: LabelledImageRows, device: str, workers: int) -> FeatureRows:
+    """Features of the plain crops of all ``rows``, in fp32. Images that do not decode are left out."""
     device, features, labels = pick_device(device), list[Tensor](), list[Tensor]()
     model = rows.student.model.to(device)
     for batch in load_batches(rows, _ranges(len(rows.chosen)), workers, device):
@@ -241,7 +250,7 @@ def feature_rows(rows: PictureRows, device: str, workers: int) -> FeatureRows:
 
 
 @torch.no_grad()
-def accuracy(student: Classifier, rows: PictureRows, device: str, workers: int, bf16: bool) -> dict[str, float]:
+def accuracy(student: Classifier, rows: LabelledImageRows, device: str, workers: int, bf16: bool) -> dict[str, float]:
     """acc1, acc5 and mean_per_class_recall (of the classes that occur) of a classifier in eval mode."""
     hits = Hits(student.head.out_features)
     for batch in load_batches(rows, _ranges(len(rows.chosen)), workers, device):
@@ -252,17 +261,17 @@ def accuracy(student: Classifier, rows: PictureRows, device: str, workers: int, 
 
 
 def measure_classifier(loaded: LoadedModel, root: str, device: str, bf16: bool) -> tuple[dict[str, float], int]:
-    """What a run of `probe` or `finetune` does on the test pictures of ``root``, and how many they are.
+    """What a run of `probe` or `finetune` does on the test images of ``root``, and how many they are.
 
     Raises UserError when it has other classes than they.
     """
-    model, pictures = loaded.model, open_pictures(root, False)
-    if pictures.classes != model.names:
+    model, images = loaded.model, open_images(root, False)
+    if images.classes != model.names:
         raise UserError(
-            f"{root} has other classes than the model ({_differ(pictures.classes, model.names)}); after pre-training, "
+            f"{root} has other classes than the model ({_differ(images.classes, model.names)}); after pre-training, "
             "`clipmill train probe` makes a classifier of its classes"
         )
-    return accuracy(model, every_picture(pictures, loaded), device, 0, bf16), len(pictures.labels)
+    return accuracy(model, every_image(images, loaded), device, 0, bf16), len(images.labels)
 
 
 def _ranges(count: int) -> list[range]:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Render the demo's pictures from the Noto Color Emoji font.
+"""Render the demo's images from the Noto Color Emoji font.
 
-How `demo/pictures/*.png` were made; run it again only to add or change a picture:
+How `demo/images/*.png` were made; run it again only to add or change an image:
 
-    python demo/render_pictures.py [OUT] [--font NotoColorEmoji.ttf]
+    python demo/render_images.py [OUT] [--font NotoColorEmoji.ttf]
 
 Each file is named by a noun of WordNet 3.0 whose first sense (`dog.n.01`) is the thing shown and whose first
 lemma is the word itself, so that the word names its label without any guessing.
@@ -79,16 +79,16 @@ def render(character: str, font: ImageFont.FreeTypeFont) -> Image.Image:
 
 
 def main() -> None:
-    """Write every picture as an optimised palette PNG with transparency."""
+    """Write every image as an optimised palette PNG with transparency."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", nargs="?", type=Path, default=Path(__file__).parent / "pictures")
+    parser.add_argument("out", nargs="?", type=Path, default=Path(__file__).parent / "images")
     parser.add_argument("--font", type=Path, default=FONT)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     font = ImageFont.truetype(str(args.font), FONT_SIZE)
     for word, character in GLYPHS.items():
-        picture = render(character, font).quantize(PALETTE_COLOURS, method=Image.Quantize.FASTOCTREE)
-        picture.save(args.out / f"{word}.png", optimize=True)
+        image = render(character, font).quantize(PALETTE_COLOURS, method=Image.Quantize.FASTOCTREE)
+        image.save(args.out / f"{word}.png", optimize=True)
 
 
 if __name__ == "__main__":
