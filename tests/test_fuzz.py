@@ -41,7 +41,7 @@ def test_the_fuzzer_finds(tmp_path, body, said):
     code = f"""
 import sys, time
 from pathlib import Path
-sys.path[:0] = [{str(FUZZ.parent)!r}, {str(FUZZ.parents[1])!r}]
+sys.path[:0] = [{str(FUZZ.parent / "support")!r}, {str(FUZZ.parent)!r}, {str(FUZZ.parents[1])!r}]
 from fuzz import targets, worker
 from shards_spec.files import UserError
 def busy(seconds):

@@ -4,7 +4,7 @@ A signature has the coarsest shades of grey alone: objects on a plain ground, ic
 colours and details. Here small copies in colour are laid over each other (a light crop is a shift and a stretch),
 brightness, contrast and saturation are fitted, and what is then left must be little: in the details, in the colours as
 a whole, and in every single place. The limits were set on photographs, icons, product shots and pages, changed by
-encoding, scaling, crops of up to 5 % a side and tone (`tests/test_pipeline_alike.py`).
+encoding, scaling, crops of up to 5 % a side and tone (`tests/pipeline/dedup/test_image_match.py`).
 """
 
 import functools

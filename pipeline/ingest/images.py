@@ -89,7 +89,7 @@ def _decode(image: ImageFile.ImageFile, size: tuple[int, int]) -> tuple[Image.Im
     """All pixels as RGB, and whether at a smaller scale: of a large JPEG half, quarter or eighth, never below ``size``.
 
     With Pillow's HAMMING filter after it the pixels are 40 dB and more from a full decode and Lanczos
-    (`tests/test_pipeline_images.py` measures), for half the time of a full decode and a bicubic filter.
+    (`tests/pipeline/ingest/test_images.py` measures), for half the time of a full decode and a bicubic filter.
     """
     scaled = image.draft(None, size) is not None
     return load_rgb(image), scaled

@@ -35,7 +35,7 @@ from labels import made_up
 from photos import write_photos
 from scale import KINDS, operations, tracer
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from small_data import tiny_coca, write_raw
 
 from pipeline.cache.incremental import OpenShard

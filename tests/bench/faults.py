@@ -4,8 +4,9 @@
     python tests/bench/faults.py [--good 30000] [--pairs 5] [--timeout-s 1.5] [--shard-size 1000]
 
 Good links are small images on sixteen hosts, so the network loop is what is measured, not the decoding; troubles are
-all kinds of tests/fault_server.py in turn, at random places. Two rates of good images per second: `whole` from the
-start of the command to its end, in which the last links' time-outs stand; `steady` until nine shards of ten are done.
+all kinds of tests/support/fault_server.py in turn, at random places. Two rates of good images per second: `whole` from
+the start of the command to its end, in which the last links' time-outs stand; `steady` until nine shards of ten are
+done.
 A good link that is `lost` ended as a time-out: the machine was too slow for --timeout-s.
 """
 
@@ -18,7 +19,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from fault_server import MAX_BYTES, TIMEOUT_S, TROUBLES, FaultServer, ingest_apart, outcome, rows_of, serve_faults
 

@@ -53,7 +53,7 @@ KIND = {call: kind for kind, calls in KINDS.items() for call in calls.split()}
 
 def first_shard(root: str) -> None:
     """ROOT of one shard, by the stages; captioner and teacher are a CoCa of 2 layers with random weights."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
     from small_data import tiny_coca
 
     from pipeline.cache.stage import CacheConfig, cache

@@ -24,7 +24,8 @@ import traceback
 import warnings
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]  # tests/ and the checkout
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS / "support"), str(TESTS), str(TESTS.parent)]
 
 FOUND = Path(__file__).parent / "found"
 LIMIT_S, HANG_S, LIMIT_MB = 20, 120, 1000

@@ -36,7 +36,7 @@ from pipeline.pack.stage import PackConfig
 from shards_spec.files import UserError
 from shards_spec.vocab import Vocabulary
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 NOUN_TAGS = {"dog": "NN", "catching": "VBG", "frisbee": "NN", "ice": "NN", "cream": "NN", "black": "JJ", "sells": "VBZ"}
 
 

@@ -206,7 +206,7 @@ def torchrun(*options):
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     return subprocess.run(
         [*words, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "clipmill", *options],
-        capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[1],
+        capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[3],
     )  # fmt: skip
 
 

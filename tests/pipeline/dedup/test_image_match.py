@@ -18,7 +18,7 @@ from pipeline.ingest.stage import IngestConfig, ingest
 from pipeline.report import ReportConfig, report
 from shards_spec.files import read_json
 
-DEMO = Path(__file__).parents[1] / "demo" / "images"
+DEMO = Path(__file__).parents[3] / "demo" / "images"
 WORDS = "the quick brown fox jumps over a lazy dog while engineers compare images and write tests".split()  # noqa: SIM905
 
 

@@ -24,7 +24,7 @@ from pipeline.ingest.rows import FilePlace, ParquetPlace, PlaceError, Row, TarPl
 from pipeline.ingest.url_lists import detect, estimate_rows, folder_rows, list_rows, source_files
 from shards_spec.files import UserError, sha256_json, write_bytes
 
-GOLDEN = Path(__file__).parent / "golden" / "img2dataset-1.47"
+GOLDEN = Path(__file__).parents[2] / "golden" / "img2dataset-1.47"
 LIMIT = 1 << 20
 CC3M = "a cat on a mat\thttp://h/1.jpg\ntwo\tdogs\thttps://h/2.jpg\n"
 CC12M = "http://h/1.jpg\ta cat on a mat\nhttps://h/2.jpg\ttwo\tdogs\n"

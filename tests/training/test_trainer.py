@@ -32,8 +32,10 @@ from training.runs.run_folder import RunDir, load_checkpoint
 from training.runs.student import load_run, new_student
 from training.trainer import Trainer, train
 
-GOLDEN = Path(__file__).parent / "golden"
-PAIRS = [name for name in RECIPES if name not in ("catlip", "probe", "finetune")]  # those: tests/test_catlip_train.py
+GOLDEN = Path(__file__).parents[1] / "golden"
+PAIRS = [
+    name for name in RECIPES if name not in ("catlip", "probe", "finetune")
+]  # those: tests/training/recipes/test_catlip.py
 TIMING = ("samples_per_s", "seconds")
 RUN_IT = """
 import sys, json, torch
@@ -176,7 +178,7 @@ def test_dropout_goes_on_in_its_random_stream(root, tmp_path):
 
 
 def start(root, out, **fields):
-    code = RUN_IT.format(tests=str(Path(__file__).parent))
+    code = RUN_IT.format(tests=str(Path(__file__).parents[1] / "support"))
     words = [json.dumps(["affinity", root, str(out)]), json.dumps(fields)]
     return subprocess.Popen(
         [sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True, start_new_session=True

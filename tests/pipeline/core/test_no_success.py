@@ -10,7 +10,7 @@ from small_data import write_raw
 from pipeline.core.no_success import INPUT, nothing_came
 from shards_spec.files import read_json
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 
 
 def clipmill(*words: str, code: int) -> str:

@@ -30,7 +30,7 @@ from training.losses import distillation as losses
 from training.recipes import RECIPES
 from training.trainer import predict, prepare, train
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -218,7 +218,7 @@ def test_a_real_allocator_without_memory_halves_the_chunk(root, tmp_path):
     """Address space for a third of what a batch of 256 takes, from the second step on."""
     model = tiny_clip(tmp_path / "deep", vision={**TINY_VIT, "layers": 4, "patch_size": 4, "width": 64})
     whole = bytes_of(tiny_config("clip", root, "unused", batch_size=256, model=model), "clip", None)
-    code = REAL.format(tests=str(Path(__file__).parent), room=whole // 3)
+    code = REAL.format(tests=str(Path(__file__).parents[2] / "support"), room=whole // 3)
     words = ["train", "clip", "--smoke", "--data", root, "--model", model, "--batch-size",
              "256", "--steps", "3", "--out", str(tmp_path / "run")]  # fmt: skip
     returned = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # freed memory is free address space

@@ -22,7 +22,7 @@ from slurm.options import Options, read_site
 from slurm.snapshot import CODE, snapshot
 from slurm.submit import STAGES, Step, _divided, _ranges, _stage_step
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOWHERE = {"PATH": "/usr/bin/none", "HOME": "/", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 

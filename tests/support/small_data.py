@@ -18,7 +18,7 @@ from shards_spec.tar import write_shard
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (240, 210, 40)}
 SHAPES = ("ball", "box", "cross")
-BPE = Path(__file__).parents[1] / "demo" / "models" / "coca" / "bpe.txt.gz"
+BPE = Path(__file__).parents[2] / "demo" / "models" / "coca" / "bpe.txt.gz"
 
 
 def draw(seed: str, size: int = 48) -> tuple[bytes, str]:

@@ -37,7 +37,7 @@ from training.data.order import BatchPlan
 from training.data.samples import Skipped, open_samples
 from training.evaluation.stage import Encoder
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BLACK_TO_WHITE = (0, 130, 255)  # of a ramp, at its ends and in its middle
 
 

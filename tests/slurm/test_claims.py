@@ -14,7 +14,7 @@ from pipeline.core.runner import ALL
 from shards_spec.files import UserError
 from slurm.claims import Claims, Failures, Finished, Listed, Others
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def claims(folder: Path, owner: str, stale_s: float = 60, **options) -> Claims:

@@ -26,7 +26,7 @@ from training.models.text_tower import FeedForward, TextTower
 from training.runs.student import load_run
 from training.trainer import train
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 HEAD_BIAS = 512  # timm's head has one, Apple's projection has none
 
 

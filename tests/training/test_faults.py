@@ -19,7 +19,7 @@ from training.runs.run_folder import RunDir, hash_file, load_checkpoint
 from training.runs.student import load_run
 from training.trainer import Trainer, train
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EVERY = {"checkpoint_steps": 4, "keep_checkpoints": 9}
 TIMING = ("samples_per_s", "seconds")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -182,7 +182,7 @@ def start(root, out, *words, first=""):
         "train", "clip", "--smoke", "--data", root, "--out", str(out), "--model", f"local-dir:{root}/models/clip",
         "--batch-size", "4", *words,
     )  # fmt: skip
-    code = TRAIN.format(tests=str(Path(__file__).parent), first=first)
+    code = TRAIN.format(tests=str(Path(__file__).parents[1] / "support"), first=first)
     return subprocess.Popen(
         [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         start_new_session=True,

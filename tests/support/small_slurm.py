@@ -11,14 +11,14 @@ from slurm_cluster import Cluster
 from small_data import write_raw
 from small_training import tiny_clip
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TAGGED = ("--captioner", "none", "--nouns-only", "--tagger", "slow_tagger:tag", "--workers", "1")
 SHARDS = 12
 
 
 def clipmill(here: Cluster, *words: str, code: int = 0, slow_s: float = 0, **more: str) -> str:
     """What the command says, in a process of its own."""
-    path = f"{ROOT}:{ROOT / 'tests'}"
+    path = f"{ROOT}:{ROOT / 'tests' / 'support'}"
     environment = {**os.environ, **here.own, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CLIPMILL_SLOW_S": str(slow_s)}
     done = subprocess.run(
         [sys.executable, "-m", "clipmill", *words], env={**environment, **more}, capture_output=True, text=True,

@@ -257,7 +257,7 @@ def test_two_at_once(root):
         "import time, sys, pipeline.pack.stage as p; p._sizes = lambda *_: time.sleep(600); "
         "p.pack(p.PackConfig(sys.argv[1]))"
     )
-    first = subprocess.Popen([sys.executable, "-c", slow, root], cwd=Path(__file__).parents[1])
+    first = subprocess.Popen([sys.executable, "-c", slow, root], cwd=Path(__file__).parents[3])
     while not Path(root, "shards/00002_stats.json").exists():
         assert first.poll() is None
         time.sleep(0.05)

@@ -30,7 +30,7 @@ from pipeline.ingest.stage import IngestConfig, Listing, ingest
 from shards_spec.files import UserError
 from shards_spec.tar import read_shard
 
-GOLDEN = Path(__file__).parent / "golden" / "img2dataset-1.47"  # its own output, never edited
+GOLDEN = Path(__file__).parents[2] / "golden" / "img2dataset-1.47"  # its own output, never edited
 TIMES = ("duration", "start_time", "end_time")
 
 

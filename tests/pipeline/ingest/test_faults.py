@@ -255,7 +255,7 @@ def test_a_decoder_that_dies_or_hangs_costs_its_image_alone(server, tmp_path, ki
     options = {"timeout_s": 30, "decode_timeout_s": 3, "workers": 2, "shard_size": 60, "image_size": 400}
     marks = tmp_path / "marks"
     marks.mkdir()
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[2] / "support"), os.environ.get("PYTHONPATH", "")])
     process = start_ingest(tmp_path / "D", links, {MARKS: str(marks), "PYTHONPATH": path}, MARKING, **options)
     try:
         sent = disturb(process, marks, [kind] * 6, random.Random(kind))

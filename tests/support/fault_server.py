@@ -2,7 +2,8 @@
 
 Each kind has a loopback address of its own, so that also what happens before a request (refused, reset, garbage) is
 told apart by address alone, on one port. The server is a process of its own: it can be killed and started again, and
-takes no time from the process under test. ``python tests/fault_server.py PORT FOLDER`` prints its port when it listens.
+takes no time from the process under test. ``python tests/support/fault_server.py PORT FOLDER`` prints its port when it
+listens.
 `ingest_apart` runs `clipmill ingest` in a process of its own too, so that one that hangs is an error and ends.
 """
 
