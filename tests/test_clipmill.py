@@ -198,6 +198,7 @@ def test_ctrl_c_while_modules_are_imported_is_one_line_and_130():
     program = """
 import os, signal, sys
 import clipmill
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with SIGINT ignored
 class Interrupted:
     def find_spec(self, name, *rest):
         if name == "shards_spec.files":

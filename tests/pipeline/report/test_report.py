@@ -317,7 +317,7 @@ def test_image_that_does_not_decode_costs_itself(root):
     data = [b"broken", *(make_image(0, row) for row in range(1, len(keys)))]
     write_shard(path, [Sample(key, {"jpg": d, "txt": b"x"}) for key, d in zip(keys, data, strict=True)])
     page = page_of(root)
-    assert f"key {keys[0]}: its picture does not decode" in page.text
+    assert f"key {keys[0]}: its image does not decode" in page.text
     assert sum(tag == "img" for tag, _ in page.tags) == 17
 
 
