@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from training.engine.optim import OptimConfig, build_optimizer
 from training.losses.distillation import clip_loss
 from training.models.inheritance import freeze, inherit_siclip
-from training.models.mobileclip import image_prefix, image_rest
+from training.models.mobileclip import forward_shared, forward_tail
 
 PAPER = 39.5 / 38.2
 
@@ -86,9 +86,9 @@ def student_step(teacher: nn.Module, student: nn.Module) -> Callable[[Tensor, Te
 
     def step(pixels: Tensor, tokens: Tensor) -> None:
         with torch.no_grad():
-            seen, read = image_prefix(prefix, pixels), prefix.text.prefix(tokens)
-            targets = image_rest(prefix, seen), prefix.text.rest(read, tokens)
-        found = image_rest(student, seen), student.text.rest(read, tokens)
+            seen, read = forward_shared(prefix, pixels), prefix.text.forward_shared(tokens)
+            targets = forward_tail(prefix, seen), prefix.text.forward_tail(read, tokens)
+        found = forward_tail(student, seen), student.text.forward_tail(read, tokens)
         (image, text), (image_target, text_target) = (
             [nn.functional.normalize(features, dim=-1) for features in pair] for pair in (found, targets)
         )

@@ -55,7 +55,7 @@ def private_folder(path: Path) -> Path:
     return fresh
 
 
-class Nearby:
+class LocalFileCache:
     """Copies of remote files in ``folder`` (made when missing), at most ``limit`` bytes, those used last stay.
 
     With an empty ``folder`` they go to this user's own among the temporary files. Processes share it by file locks.
@@ -96,7 +96,7 @@ class Nearby:
         os.utime(copy)
         return str(copy)
 
-    def ahead(self, paths: list[str]) -> None:
+    def prefetch(self, paths: list[str]) -> None:
         """Begin to bring files near, in a thread; what goes wrong shows when `get` is asked for them."""
         for path in paths:
             if is_url(path):

@@ -8,7 +8,7 @@ Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 
-class Recent(Generic[Key, Value]):
+class LRUCache(Generic[Key, Value]):
     """At most ``capacity`` values, the least recently used leaves first, before its successor is made."""
 
     def __init__(self, capacity: int) -> None:

@@ -18,11 +18,11 @@ import numpy as np
 
 from shards_spec.counter_rng import raw_draws
 from shards_spec.files import UserError
-from training.data.lru import Recent
+from training.data.lru import LRUCache
 
 
 @dataclass(frozen=True)
-class Place:
+class SampleLocation:
     """A position's sample: its epoch, its shard and its index in the shard; ``window`` is (stream, number)."""
 
     epoch: int
@@ -48,10 +48,10 @@ class Order:
         if self.total < 1:
             raise UserError("the dataset holds no sample: run the stages that fill it first")
         # twice what is open, since a batch may lie across two windows or epochs
-        self._epochs: Recent[int, _Epoch] = Recent(2)
-        self._windows: Recent[tuple[int, int, int], np.ndarray] = Recent(2 * streams)
+        self._epochs: LRUCache[int, _Epoch] = LRUCache(2)
+        self._windows: LRUCache[tuple[int, int, int], np.ndarray] = LRUCache(2 * streams)
 
-    def locate(self, position: int) -> Place:
+    def locate(self, position: int) -> SampleLocation:
         """The sample at ``position`` >= 0 of the endless stream."""
         epoch, offset = divmod(position, self.total)
         layout = self._epochs.get(epoch, lambda: self._epoch(epoch))
@@ -62,9 +62,9 @@ class Order:
         place = int(starts[number] + places[starts[0] + rank - starts[number]])
         which = int(np.searchsorted(layout.ends, place, side="right"))
         shard = int(layout.shards[which])
-        return Place(epoch, shard, place - int(layout.ends[which] - self.sizes[shard]), (stream, number))
+        return SampleLocation(epoch, shard, place - int(layout.ends[which] - self.sizes[shard]), (stream, number))
 
-    def next_shards(self, place: Place) -> list[int]:
+    def next_shards(self, place: SampleLocation) -> list[int]:
         """The shards that its stream opens when it is through with the window of ``place``; none at an epoch's end."""
         layout = self._epochs.get(place.epoch, lambda: self._epoch(place.epoch))
         starts, number = layout.windows[place.window[0]], place.window[1] + 1

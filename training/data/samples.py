@@ -29,9 +29,9 @@ from shards_spec.tar_members import Member
 from shards_spec.views import ViewSpec, apply_view, draw_view
 from shards_spec.vocab import Vocabulary, read_vocabulary
 from training.config import CacheConfig, DataConfig, LabelConfig, SideConfig, ViewConfig
-from training.data.local_copies import Nearby
-from training.data.lru import Recent
-from training.data.order import BatchPlan, Order, Place
+from training.data.local_copies import LocalFileCache
+from training.data.lru import LRUCache
+from training.data.order import BatchPlan, Order, SampleLocation
 from training.data.teacher_cache import TeacherCache
 from training.losses.multilabel import PAD, pad_labels
 
@@ -52,10 +52,10 @@ class ShardReader:
     """Samples of ``root/folder/NNNNN.tar`` by (shard, index); at most ``capacity`` shards are open."""
 
     def __init__(
-        self, root: str, folder: str, sizes: list[int], capacity: int = 24, nearby: Nearby | None = None
+        self, root: str, folder: str, sizes: list[int], capacity: int = 24, file_cache: LocalFileCache | None = None
     ) -> None:
-        self.root, self.folder, self.sizes, self.nearby = root, folder, sizes, nearby or Nearby()
-        self.open: Recent[int, _Open] = Recent(capacity)
+        self.root, self.folder, self.sizes, self.file_cache = root, folder, sizes, file_cache or LocalFileCache()
+        self.open: LRUCache[int, _Open] = LRUCache(capacity)
 
     def path(self, shard: int) -> str:
         """The tar of a shard."""
@@ -76,7 +76,7 @@ class ShardReader:
     def _index(self, shard: int) -> _Open:
         path = self.path(shard)
         try:
-            with read_buffer(self.nearby.get(path)) as buffer:
+            with read_buffer(self.file_cache.get(path)) as buffer:
                 found = list(index_shard(buffer, path))
         except FileNotFoundError as error:
             raise DataError(f"{path} is not there; run the stage that makes it again") from error
@@ -102,13 +102,13 @@ def draw_caption(seed: int, key: str, epoch: int, count: int) -> int:
 
 
 @dataclass(frozen=True)
-class Labels:
+class SampleLabels:
     """Class indices of a sample: of its original caption's synsets, or of those of all its captions."""
 
     vocabulary: Vocabulary
     original_only: bool = True
 
-    def of(self, sample: Sample) -> list[int]:
+    def class_indices(self, sample: Sample) -> list[int]:
         """Ascending, each once. Raises DataError when the sample has no synsets."""
         synsets = sample.meta.get("synsets")
         if not isinstance(synsets, list):
@@ -142,7 +142,7 @@ class Skipped:
 Item = dict[str, Any] | Skipped | DataError | UserError
 
 
-class Rows(Protocol):
+class TrainingRows(Protocol):
     """What `load_batches` and the trainer read by position: `Samples`, or images of classes."""
 
     @property
@@ -172,13 +172,13 @@ class Samples(Dataset[Item]):
         seed: int,
         original_only: bool = False,
         cache: TeacherCache | None = None,
-        labels: Labels | None = None,
+        labels: SampleLabels | None = None,
         plan: BatchPlan | None = None,
     ) -> None:
         self.reader, self.order, self.views, self.cache = reader, order, views, cache
         self.student, self.seed, self.original_only = student, seed, original_only
         self.labels, self.plan = labels, plan or BatchPlan(1)
-        self._begun: Recent[tuple[int, tuple[int, int]], bool] = Recent(2 * order.streams)
+        self._begun: LRUCache[tuple[int, tuple[int, int]], bool] = LRUCache(2 * order.streams)
 
     def __getitem__(self, index: int | tuple[int, int | None]) -> Item:
         position, side = index if isinstance(index, tuple) else (index, None)
@@ -194,7 +194,7 @@ class Samples(Dataset[Item]):
         try:
             image = decode_rgb(sample.image)
             captions = [sample.caption] if self.original_only else sample.captions
-            labels = {"labels": self.labels.of(sample)} if self.labels else {}
+            labels = {"labels": self.labels.class_indices(sample)} if self.labels else {}
         except DataError as error:
             return Skipped(f"{self.reader.path(place.shard)}: key {sample.key}: {error}")
         view = place.epoch % self.cache.num_views if self.cache else place.epoch
@@ -217,12 +217,12 @@ class Samples(Dataset[Item]):
             item["teacher_text"] = torch.from_numpy(rows.row(f"text_{caption}", place.index))
         return item
 
-    def _read_ahead(self, place: Place) -> bool:
+    def _read_ahead(self, place: SampleLocation) -> bool:
         """Bring the shards near that the stream of ``place`` opens next."""
         shards = self.order.next_shards(place)
-        self.reader.nearby.ahead([self.reader.path(shard) for shard in shards])
+        self.reader.file_cache.prefetch([self.reader.path(shard) for shard in shards])
         if self.cache:
-            self.reader.nearby.ahead([self.cache.path(shard) for shard in shards])
+            self.reader.file_cache.prefetch([self.cache.path(shard) for shard in shards])
         return True
 
 
@@ -243,14 +243,14 @@ def open_samples(
     views: ViewConfig | CacheConfig,
     student: LoadedModel,
     seed: int,
-    labels: Labels | None = None,
+    labels: SampleLabels | None = None,
     sides: SideConfig | None = None,
 ) -> Samples:
     """The reader that a config asks for. Raises UserError and DataError when the dataset does not serve it."""
     sizes = check_data(data)
-    nearby = Nearby(data.scratch, int(data.scratch_gb * 1e9))
+    file_cache = LocalFileCache(data.scratch, int(data.scratch_gb * 1e9))
     capacity = data.streams * (data.window + 1)
-    reader = ShardReader(data.data, data.folder, sizes, capacity, nearby)
+    reader = ShardReader(data.data, data.folder, sizes, capacity, file_cache)
     order = Order(sizes, seed, data.streams, data.window)
     plan = batch_plan(data.batch_size, sides, seed)
     original_only = data.captions == "original" or data.folder == "raw"
@@ -258,7 +258,7 @@ def open_samples(
         return Samples(reader, order, student, views.spec(seed), seed, original_only, None, labels, plan)
     if data.folder != "shards":
         raise UserError(f"--folder {data.folder!r}: a teacher cache belongs to packed shards; use --folder shards")
-    cache = TeacherCache(data.data, views.teacher, len(sizes), capacity, original_only, nearby)
+    cache = TeacherCache(data.data, views.teacher, len(sizes), capacity, original_only, file_cache)
     return Samples(reader, order, student, cache.views, seed, original_only, cache, labels, plan)
 
 
@@ -293,7 +293,7 @@ def collate(items: list[Item]) -> dict[str, Any]:
 
 
 def load_batches(
-    samples: Rows,
+    samples: TrainingRows,
     positions: Iterable[range],
     workers: int = 0,
     device: str = "cpu",
@@ -346,7 +346,7 @@ def load_batches(
             parts = []
 
 
-def first_batch(samples: Rows, count: int, side: int | None = None) -> dict[str, Any]:
+def first_batch(samples: TrainingRows, count: int, side: int | None = None) -> dict[str, Any]:
     """The first samples as `load_batches` gives them, on the CPU and without a word. Raises DataError and UserError."""
     piece = collate([samples[(position, side)] for position in range(count)])
     if "error" in piece:

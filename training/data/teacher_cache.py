@@ -10,15 +10,15 @@ from shards_spec.files import DataError, UserError, exists, join, names
 from shards_spec.manifest import file_hash, shard_name
 from shards_spec.teacher_shard import CachedShard
 from shards_spec.views import ViewSpec, stored_spec
-from training.data.local_copies import Nearby
-from training.data.lru import Recent
+from training.data.local_copies import LocalFileCache
+from training.data.lru import LRUCache
 
 SAME = ("model", "pretrained", "weights_sha256", "logit_scale", "views_sha256", "dim")
 AGAIN = "delete it and run `clipmill cache` again"
 
 
 @dataclass(frozen=True)
-class Rows:
+class ShardFeatures:
     """One shard's features in the shard's order, read row by row; ``files`` has the file of each column."""
 
     path: str
@@ -43,10 +43,10 @@ class TeacherCache:
 
     def __init__(
         self, root: str, name: str, shards: int, capacity: int = 24, original_only: bool = False,
-        nearby: Nearby | None = None,
+        file_cache: LocalFileCache | None = None,
     ) -> None:  # fmt: skip
         self.root, self.name, self.original_only = root, _pick(root, name), original_only
-        self.near = (nearby or Nearby()).get
+        self.near = (file_cache or LocalFileCache()).get
         present = set(names(join(root, "teacher", self.name)))
         if missing := [shard for shard in range(shards) if f"{shard_name(shard)}.parquet" not in present]:
             raise UserError(
@@ -63,20 +63,20 @@ class TeacherCache:
         self.num_views: int = first.config["num_views"]
         self.logit_scale: float = self.meta["logit_scale"]
         self.dim: int = self.meta["dim"]
-        self._rows: Recent[tuple[int, int], Rows] = Recent(capacity)
+        self._rows: LRUCache[tuple[int, int], ShardFeatures] = LRUCache(capacity)
 
     def path(self, shard: int) -> str:
         """The Parquet file of a shard."""
         return join(self.root, "teacher", self.name, f"{shard_name(shard)}.parquet")
 
-    def rows(self, shard: int, view: int, keys: list[str]) -> Rows:
-        """Rows of one view and of the captions, in the order of ``keys`` (the shard's).
+    def rows(self, shard: int, view: int, keys: list[str]) -> ShardFeatures:
+        """ShardFeatures of one view and of the captions, in the order of ``keys`` (the shard's).
 
         Raises DataError naming file, key and mend when they are not that shard's.
         """
         return self._rows.get((shard, view), lambda: self._read(shard, view, keys))
 
-    def _read(self, shard: int, view: int, keys: list[str]) -> Rows:
+    def _read(self, shard: int, view: int, keys: list[str]) -> ShardFeatures:
         path, tar = self.path(shard), f"shards/{shard_name(shard)}.tar"
         if not exists(path):
             raise DataError(f"{path} is not there any more; run `clipmill cache {self.root}` again")
@@ -93,7 +93,7 @@ class TeacherCache:
         for file in {file.path: file for file in files.values()}.values():
             self._check_same(file)
             _check_keys(file.path, file.keys, keys)
-        return Rows(path, keys, files)
+        return ShardFeatures(path, keys, files)
 
     def _check_same(self, file: EmbeddingFile) -> None:
         if different := [field for field in SAME if file.meta.get(field) != self.meta[field]]:

@@ -2,13 +2,13 @@
 
 import logging
 
-from training.data.samples import Rows
+from training.data.samples import TrainingRows
 from training.engine.optim import OptimConfig, learning_rate
 
 log = logging.getLogger(__name__)
 
 
-def warn_of_lengths(batch_size: int, optim: OptimConfig, samples: Rows, steps: int) -> None:
+def warn_of_lengths(batch_size: int, optim: OptimConfig, samples: TrainingRows, steps: int) -> None:
     """One warning for each: a batch larger than the dataset, a batch of one, a warm-up that does not end."""
     pairs, there = samples.student.tokenizer is not None, samples.order.total
     if batch_size > there:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class Hits:
+class AccuracyMeter:
     """Right answers per class; metrics are named and defined as CLIP_benchmark has them."""
 
     def __init__(self, classes: int) -> None:

@@ -36,7 +36,7 @@ from shards_spec.sample import Sample
 from shards_spec.tar import read_shard
 from training.config import require
 from training.data.labelled_images import FolderImages, find_split, is_folders, numbered_shards
-from training.evaluation.accuracy import Hits
+from training.evaluation.accuracy import AccuracyMeter
 from training.models.classifier import Classifier
 from training.recipes.transfer import measure_classifier
 from training.runs.run_folder import RunDir
@@ -289,7 +289,7 @@ def zeroshot(encoder: Encoder, root: str) -> tuple[dict[str, float], int]:
     names, templates = _classes(root, split)
     prompts = (encoder.texts([template.replace("{c}", name) for template in templates]) for name in names)
     classes = torch.stack([F.normalize(features.mean(dim=0), dim=-1) for features in prompts])
-    hits = Hits(len(names))
+    hits = AccuracyMeter(len(names))
     for path, found in _test_samples(root, split):
         for samples, features in encoder.images(found, path):
             labels = torch.tensor([_label(sample, len(names), path) for sample in samples])

@@ -25,7 +25,7 @@ PIXELS = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bil
 APPLE = "image_encoder.model."
 
 
-def image_prefix(model: nn.Module, pixels: Tensor) -> Tensor:
+def forward_shared(model: nn.Module, pixels: Tensor) -> Tensor:
     """Pixels (B, 3, S, S) -> (B, C, S/32, S/32): all before the attention blocks, the same in SiCLIP and its teacher.
 
     85 % of the multiplications. ``model`` is an open_clip model whose image tower is a FastViT of timm's.
@@ -36,8 +36,8 @@ def image_prefix(model: nn.Module, pixels: Tensor) -> Tensor:
     return stage.pos_emb(stage.downsample(trunk.stages[:-1](trunk.stem(pixels))))
 
 
-def image_rest(model: nn.Module, hidden: Tensor) -> Tensor:
-    """What `image_prefix` gave -> features (B, D), not normalised; the two together are ``model.visual``."""
+def forward_tail(model: nn.Module, hidden: Tensor) -> Tensor:
+    """What `forward_shared` gave -> features (B, D), not normalised; the two together are ``model.visual``."""
     visual: Any = model.visual
     trunk = visual.trunk
     return visual.head(trunk.forward_head(trunk.final_conv(trunk.stages[-1].blocks(hidden))))

@@ -163,14 +163,14 @@ class TextTower(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T) int64 -> (B, embed_dim), not normalised."""
-        return self.rest(self.prefix(tokens), tokens)
+        return self.forward_tail(self.forward_shared(tokens), tokens)
 
-    def prefix(self, tokens: Tensor) -> Tensor:
+    def forward_shared(self, tokens: Tensor) -> Tensor:
         """Embeddings and first RepMixer block, (B, T, C): the part that SiCLIP has in common with its teacher."""
         return self.first(self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]])
 
-    def rest(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """All after `prefix`; the end-of-text token has the highest number."""
+    def forward_tail(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """All after `forward_shared`; the end-of-text token has the highest number."""
         for layer in self.layers:
             if self.grad_checkpointing and self.training:
                 hidden = checkpoint(layer, hidden, use_reentrant=False)

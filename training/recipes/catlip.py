@@ -39,7 +39,7 @@ from shards_spec.files import UserError
 from shards_spec.models import LoadedModel
 from shards_spec.vocab import Vocabulary
 from training.config import DataConfig, LabelConfig, ModelConfig, RunConfig, SideConfig, ViewConfig, total_steps
-from training.data.samples import Labels, Samples, find_vocabulary, open_samples
+from training.data.samples import SampleLabels, Samples, find_vocabulary, open_samples
 from training.engine.optim import OptimConfig
 from training.losses.multilabel import (
     PAD,
@@ -138,7 +138,7 @@ def prepare(config: Config) -> tuple[LoadedModel, Samples, Task]:
     if config.frequency_bias:
         with torch.no_grad():
             student.model.head.bias.copy_(start_bias(vocabulary))
-    labels = Labels(vocabulary, config.labels.label_captions == "original")
+    labels = SampleLabels(vocabulary, config.labels.label_captions == "original")
     samples = open_samples(config.data, config.views, student, seed, labels, config.sides)
     total = total_steps(config.run, samples.plan.mean, samples.order.total)
     return student, samples, Task(config, student, total)

@@ -57,7 +57,7 @@ from training.engine.optim import OptimConfig
 from training.losses.distillation import clip_loss, element_feature_loss, full, interactive_loss, relation_loss
 from training.losses.pair_matching import PairHead, key_ids, pair_loss, sample_negatives, text_ids
 from training.models.inheritance import freeze, inherit_siclip
-from training.models.mobileclip import image_prefix, image_rest, with_text_tower
+from training.models.mobileclip import forward_shared, forward_tail, with_text_tower
 from training.runs.student import load_run, new_student
 
 MAX_SCALE = math.log(100)
@@ -172,15 +172,15 @@ class Task(nn.Module):
         live = config.taught and config.teacher_from == "live"
         with torch.no_grad():
             if config.inherit:
-                hidden = image_prefix(base, images), base.text.prefix(tokens)
+                hidden = forward_shared(base, images), base.text.forward_shared(tokens)
             if live and config.inherit:
-                teacher = image_rest(base, hidden[0]), base.text.rest(hidden[1], tokens)
+                teacher = forward_tail(base, hidden[0]), base.text.forward_tail(hidden[1], tokens)
             elif live:
                 teacher = base.encode_image(images), base.encode_text(tokens)
             elif config.taught:
                 teacher = batch["teacher_image"], batch["teacher_text"]
         if config.inherit:
-            student = image_rest(self.student, hidden[0]), self.student.text.rest(hidden[1], tokens)
+            student = forward_tail(self.student, hidden[0]), self.student.text.forward_tail(hidden[1], tokens)
         else:
             student = self.student.encode_image(images), self.student.encode_text(tokens)
         features = {"image": full(student[0]), "text": full(student[1])}

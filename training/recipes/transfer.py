@@ -29,7 +29,7 @@ from training.data.labelled_images import (
 from training.data.order import BatchPlan
 from training.data.samples import batch_plan, load_batches
 from training.engine.optim import OptimConfig
-from training.evaluation.accuracy import Hits
+from training.evaluation.accuracy import AccuracyMeter
 from training.losses.multilabel import RangeAugment, curriculum_loss
 from training.models.classifier import Classifier, new_classifier, new_rows
 from training.runs.student import load_run
@@ -252,7 +252,7 @@ def feature_rows(rows: LabelledImageRows, device: str, workers: int) -> FeatureR
 @torch.no_grad()
 def accuracy(student: Classifier, rows: LabelledImageRows, device: str, workers: int, bf16: bool) -> dict[str, float]:
     """acc1, acc5 and mean_per_class_recall (of the classes that occur) of a classifier in eval mode."""
-    hits = Hits(student.head.out_features)
+    hits = AccuracyMeter(student.head.out_features)
     for batch in load_batches(rows, _ranges(len(rows.chosen)), workers, device):
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             logits = student(batch["images"])

@@ -16,7 +16,7 @@ from shards_spec.tar import read_shard
 from shards_spec.vocab import Vocabulary
 from training.config import DataConfig, LabelConfig, SideConfig, ViewConfig
 from training.data.order import BatchPlan, batch_positions
-from training.data.samples import Labels, find_vocabulary, load_batches, open_samples
+from training.data.samples import SampleLabels, find_vocabulary, load_batches, open_samples
 from training.losses.multilabel import PAD
 from training.models.classifier import new_classifier
 
@@ -42,7 +42,7 @@ def student():
 
 def samples_of(root, student, sides=None, original_only=True, **changes):
     data = DataConfig(data=root, **{"batch_size": 4, "workers": 0, "streams": 1, **changes})
-    labels = Labels(find_vocabulary(data, LabelConfig()), original_only)
+    labels = SampleLabels(find_vocabulary(data, LabelConfig()), original_only)
     return open_samples(data, ViewConfig(), student, 0, labels, sides)
 
 
@@ -111,9 +111,9 @@ def test_labels_are_those_of_the_original_caption(root, student):
 def test_labels_of_all_captions_and_none():
     vocabulary = Vocabulary((("n1", "a", 3, 1), ("n2", "b", 2, 1), ("n3", "c", 1, 1)), {})
     sample = next(iter([_sample([["n2", "n9", "n2"], ["n3"], ["n1"]])]))
-    assert Labels(vocabulary).of(sample) == [1]
-    assert Labels(vocabulary, original_only=False).of(sample) == [0, 1, 2]
-    assert Labels(vocabulary).of(_sample([[], ["n3"]])) == []
+    assert SampleLabels(vocabulary).class_indices(sample) == [1]
+    assert SampleLabels(vocabulary, original_only=False).class_indices(sample) == [0, 1, 2]
+    assert SampleLabels(vocabulary).class_indices(_sample([[], ["n3"]])) == []
 
 
 def _sample(synsets):
@@ -131,7 +131,7 @@ def test_the_figure_of_the_paper_becomes_its_target():  # fact 2
     vocabulary = Vocabulary(tuple((wnid, lemma, 1, 1) for wnid, lemma in rows), {})
     wnids = load_labeller().synsets("An image of black dog.")
     assert wnids == ["n05928118", "n04960277", "n02084071"]
-    assert Labels(vocabulary).of(_sample([wnids])) == [0, 2]
+    assert SampleLabels(vocabulary).class_indices(_sample([wnids])) == [0, 2]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

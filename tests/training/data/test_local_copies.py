@@ -9,8 +9,8 @@ import fsspec
 import pytest
 
 from shards_spec.files import DataError, UserError
-from training.data import local_copies as nearby
-from training.data.local_copies import Nearby
+from training.data import local_copies
+from training.data.local_copies import LocalFileCache
 from training.data.samples import ShardReader
 
 FORK = multiprocessing.get_context("fork")
@@ -20,7 +20,7 @@ numbers = itertools.count()
 @pytest.fixture
 def url():
     """A new folder of the memory store."""
-    return f"memory://nearby{next(numbers)}"
+    return f"memory://remote{next(numbers)}"
 
 
 def put(url, data):
@@ -40,28 +40,28 @@ def wait_for(folder, names):
 
 
 def test_a_local_file_stays_where_it_is(tmp_path):
-    assert Nearby(str(tmp_path / "scratch")).get("/some/file") == "/some/file"
+    assert LocalFileCache(str(tmp_path / "scratch")).get("/some/file") == "/some/file"
     assert not (tmp_path / "scratch").exists()
 
 
 def test_a_remote_file_is_copied_once_and_again_when_it_changed(url, tmp_path, monkeypatch):
     path, read = put(f"{url}/a.tar", b"one"), []
     monkeypatch.setattr(
-        nearby, "read_bytes", lambda path: read.append(path) or fsspec.filesystem("memory").cat_file(path)
+        local_copies, "read_bytes", lambda path: read.append(path) or fsspec.filesystem("memory").cat_file(path)
     )
-    for one in (Nearby(str(tmp_path)), Nearby(str(tmp_path))):
+    for one in (LocalFileCache(str(tmp_path)), LocalFileCache(str(tmp_path))):
         with open(one.get(path), "rb") as file:
             assert file.read() == b"one"
     assert read == [path]
     put(path, b"other")
-    with open(Nearby(str(tmp_path)).get(path), "rb") as file:
+    with open(LocalFileCache(str(tmp_path)).get(path), "rb") as file:
         assert file.read() == b"other"
     assert read == [path, path]
 
 
 @pytest.mark.parametrize("planted", ["nothing", "readable", "writable", "link", "file", "other user's"])
 def test_the_folder_among_temporary_files_is_this_users_alone(url, tmp_path, monkeypatch, planted, caplog):
-    monkeypatch.setattr(nearby.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(local_copies.tempfile, "tempdir", str(tmp_path))
     usual, elsewhere = tmp_path / f"clipmill-{os.getuid()}", tmp_path / "elsewhere"
     elsewhere.mkdir()
     if planted in ("readable", "writable", "other user's"):
@@ -74,7 +74,7 @@ def test_the_folder_among_temporary_files_is_this_users_alone(url, tmp_path, mon
     if planted == "other user's":
         usual.chmod(0o700)
         os.chown(usual, 12345, 12345) if os.getuid() == 0 else pytest.skip("only root gives folders away")
-    copy = Nearby().get(put(f"{url}/a.tar", b"one"))
+    copy = LocalFileCache().get(put(f"{url}/a.tar", b"one"))
     folder = os.path.dirname(copy)
     assert (os.stat(folder).st_uid, os.stat(folder).st_mode & 0o777) == (os.getuid(), 0o700)
     assert (folder == str(usual)) == (planted in ("nothing", "readable"))
@@ -88,19 +88,21 @@ def test_a_lock_is_no_way_to_another_file(url, tmp_path):
     for number in range(256):
         (tmp_path / f".lock-{number:02x}").symlink_to(victim)
     with pytest.raises(OSError, match="symbolic links"):
-        Nearby(str(tmp_path)).get(put(f"{url}/a.tar", b"one"))
+        LocalFileCache(str(tmp_path)).get(put(f"{url}/a.tar", b"one"))
     assert victim.read_bytes() == b"mine"
 
 
 def test_files_of_one_name_in_two_places_are_two(url, tmp_path):
-    one, other = (Nearby(str(tmp_path)).get(put(f"{url}/{place}/a.tar", place.encode())) for place in ("x", "y"))
+    one, other = (
+        LocalFileCache(str(tmp_path)).get(put(f"{url}/{place}/a.tar", place.encode())) for place in ("x", "y")
+    )
     assert one != other
     assert copies(tmp_path) == ["a.tar", "a.tar"]
 
 
 def test_what_was_used_last_stays(url, tmp_path, monkeypatch):
-    monkeypatch.setattr(nearby, "KEEP_SECONDS", 0)
-    near = Nearby(str(tmp_path), limit=25)
+    monkeypatch.setattr(local_copies, "KEEP_SECONDS", 0)
+    near = LocalFileCache(str(tmp_path), limit=25)
     for name in "abcd":
         copy = near.get(put(f"{url}/{name}", bytes(10)))
         os.utime(copy, (0, time.time() - 100 + ord(name)))
@@ -110,35 +112,35 @@ def test_what_was_used_last_stays(url, tmp_path, monkeypatch):
 
 
 def test_what_another_process_may_open_any_moment_stays(url, tmp_path):
-    near = Nearby(str(tmp_path), limit=25)
+    near = LocalFileCache(str(tmp_path), limit=25)
     for name in "abcd":
         near.get(put(f"{url}/{name}", bytes(10)))
     assert copies(tmp_path) == ["a", "b", "c", "d"]
 
 
 def test_a_disk_without_room_is_named(url, tmp_path, monkeypatch):
-    monkeypatch.setattr(nearby, "SPARE_BYTES", 1 << 60)
+    monkeypatch.setattr(local_copies, "SPARE_BYTES", 1 << 60)
     with pytest.raises(UserError, match=rf"{url}/a: its 3 bytes do not fit into {tmp_path}.*--scratch"):
-        Nearby(str(tmp_path)).get(put(f"{url}/a", b"one"))
+        LocalFileCache(str(tmp_path)).get(put(f"{url}/a", b"one"))
     assert copies(tmp_path) == []
 
 
 def test_ahead_brings_what_get_then_finds(url, tmp_path):
-    near, path = Nearby(str(tmp_path)), put(f"{url}/a", b"one")
-    near.ahead([f"{url}/missing", path, str(tmp_path / "local, and missing")])
+    near, path = LocalFileCache(str(tmp_path)), put(f"{url}/a", b"one")
+    near.prefetch([f"{url}/missing", path, str(tmp_path / "local, and missing")])
     wait_for(tmp_path, ["a"])
 
 
 def bring(folder, path, queue):
-    near = Nearby(folder)
-    near.ahead([path])
+    near = LocalFileCache(folder)
+    near.prefetch([path])
     with open(near.get(path), "rb") as file:
         queue.put(file.read())
 
 
 def test_a_forked_process_reads_ahead_too(url, tmp_path):
-    near, path, queue = Nearby(str(tmp_path)), put(f"{url}/a", b"one"), FORK.Queue()
-    near.ahead([put(f"{url}/first", b"")])  # the parent's thread is there, and idle
+    near, path, queue = LocalFileCache(str(tmp_path)), put(f"{url}/a", b"one"), FORK.Queue()
+    near.prefetch([put(f"{url}/first", b"")])  # the parent's thread is there, and idle
     wait_for(tmp_path, ["first"])
     children = [FORK.Process(target=bring, args=(str(tmp_path), path, queue)) for _ in range(3)]
     for child in children:
@@ -148,6 +150,6 @@ def test_a_forked_process_reads_ahead_too(url, tmp_path):
 
 
 def test_a_remote_shard_that_is_not_there_is_named_by_its_url(url, tmp_path):
-    reader = ShardReader(url, "shards", [3], nearby=Nearby(str(tmp_path)))
+    reader = ShardReader(url, "shards", [3], file_cache=LocalFileCache(str(tmp_path)))
     with pytest.raises(DataError, match=rf"{url}/shards/00000\.tar is not there"):
         reader.sample(0, 0)

@@ -5,11 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards_spec.files import UserError
-from training.data.lru import Recent
-from training.data.order import Order, Place, batch_positions
+from training.data.lru import LRUCache
+from training.data.order import Order, SampleLocation, batch_positions
 
 
-def places(order: Order, start: int, stop: int) -> list[Place]:
+def places(order: Order, start: int, stop: int) -> list[SampleLocation]:
     return [order.locate(position) for position in range(start, stop)]
 
 
@@ -83,7 +83,7 @@ def test_an_empty_dataset_is_refused():
 
 def test_recent_drops_the_oldest_before_making_the_next():
     alive, seen = set(), []
-    store = Recent(2)
+    store = LRUCache(2)
 
     class Token:
         def __init__(self, name):

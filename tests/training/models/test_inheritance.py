@@ -11,7 +11,7 @@ from timm.utils import reparameterize_model
 from training.engine.optim import OptimConfig, build_optimizer
 from training.losses.distillation import clip_loss
 from training.models.inheritance import freeze, in_teacher, inherit, inherit_siclip
-from training.models.mobileclip import image_prefix, image_rest, with_text_tower
+from training.models.mobileclip import forward_shared, forward_tail, with_text_tower
 
 NEW = ("visual.trunk.stages.3.blocks.", "text.layers.")
 
@@ -114,8 +114,8 @@ def test_mobileclip2_is_another_base():
     assert torch.allclose(base.encode_text(tokens), wanted[0], atol=1e-5)
     state, frozen = inherit_siclip(student.state_dict(), base.state_dict())
     student.load_state_dict(state)
-    assert torch.equal(student.text.prefix(tokens), base.text.prefix(tokens))
-    assert torch.equal(image_rest(base, image_prefix(student, pixels)), wanted[1])
+    assert torch.equal(student.text.forward_shared(tokens), base.text.forward_shared(tokens))
+    assert torch.equal(forward_tail(base, forward_shared(student, pixels)), wanted[1])
     assert {"text.positional_embedding", "text.text_projection", "text.ln_final.bias"} <= set(frozen)
 
 
@@ -150,10 +150,12 @@ def test_the_prefix_is_one_for_teacher_and_student(teacher, student):
     student.train()
     pixels, tokens = torch.rand(3, 3, 64, 64), torch.randint(1, 49407, (3, 77))
     with torch.no_grad():
-        assert torch.equal(image_rest(teacher, image_prefix(student, pixels)), teacher.encode_image(pixels))
-        assert torch.equal(teacher.text.rest(student.text.prefix(tokens), tokens), teacher.encode_text(tokens))
+        assert torch.equal(forward_tail(teacher, forward_shared(student, pixels)), teacher.encode_image(pixels))
+        assert torch.equal(
+            teacher.text.forward_tail(student.text.forward_shared(tokens), tokens), teacher.encode_text(tokens)
+        )
         fused = reparameterize_model(teacher)
         student.eval()
         for model in (teacher, student):
-            found, whole = image_rest(model, image_prefix(fused, pixels)), model.encode_image(pixels)
+            found, whole = forward_tail(model, forward_shared(fused, pixels)), model.encode_image(pixels)
             assert (found - whole).abs().max() < 1e-5

@@ -20,7 +20,7 @@ from shards_spec.files import UserError
 from shards_spec.models import load_model
 from training.engine.optim import OptimConfig, build_optimizer, param_groups
 from training.export import ExportConfig, export
-from training.models.mobileclip import from_apple, image_prefix, image_rest, our_name
+from training.models.mobileclip import forward_shared, forward_tail, from_apple, our_name
 from training.models.siclip import SasBlock, SasStack, shaped_matrices
 from training.models.text_tower import FeedForward, TextTower
 from training.runs.student import load_run
@@ -322,8 +322,8 @@ def test_inference_form_and_split_change_nothing(name):
         images, texts = model.encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)
         assert (fused.encode_image(pixels, normalize=True) - images).abs().max() < 1e-5
         assert (fused.encode_text(tokens, normalize=True) - texts).abs().max() < 1e-5
-        assert torch.equal(image_rest(model, image_prefix(model, pixels)), model.visual(pixels))
-        assert torch.equal(model.text.rest(model.text.prefix(tokens), tokens), model.text(tokens))
+        assert torch.equal(forward_tail(model, forward_shared(model, pixels)), model.visual(pixels))
+        assert torch.equal(model.text.forward_tail(model.text.forward_shared(tokens), tokens), model.text(tokens))
         assert len({tuple(row.tolist()) for row in images}) == 2
 
 

@@ -164,7 +164,7 @@ def test_a_weight_of_zero_takes_the_terms_work_away(weight, function, name, base
 def test_rows_of_table_5(fields, terms, trains_stem, base_file, monkeypatch):
     task = task_of(base_file, **fields)
     if "feature" not in terms:
-        monkeypatch.setattr(siclip, "image_rest", count := Counting(siclip.image_rest))
+        monkeypatch.setattr(siclip, "forward_tail", count := Counting(siclip.forward_tail))
     features = task(batch_of())
     assert set(task.losses(features, 0)) == terms
     assert ("teacher_image" in features) == ("feature" in terms)
