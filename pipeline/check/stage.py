@@ -19,7 +19,7 @@ from pipeline.check.records import (
     check_totals,
     check_vocabularies,
 )
-from pipeline.core.likeness import EXACT, NEAR
+from pipeline.core.near_duplicates import EXACT_DUPLICATE, NEAR_DUPLICATE
 from pipeline.core.runner import Root
 from pipeline.dedup.stage import FOLDER as DEDUP
 from pipeline.dedup.stage import check_fresh
@@ -254,7 +254,7 @@ def _prove_dedup(root: str, folder: str, shard: int) -> Iterator[str]:
     for row in _rows(path, ["key", "reason", "kept"]):
         if keys is not None and row["key"] not in keys:
             raise DataError(f"{path}: key {row['key']} is not in {tar}; run `clipmill dedup` again")
-        if row["reason"] not in (EXACT, NEAR):
+        if row["reason"] not in (EXACT_DUPLICATE, NEAR_DUPLICATE):
             raise DataError(f"{path}: key {row['key']} has reason {row['reason']!r}; run `clipmill dedup` again")
         yield row["key"]
 

@@ -9,7 +9,6 @@ encoding, scaling, crops of up to 5 % a side and tone (`tests/pipeline/dedup/tes
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 from PIL import Image
@@ -21,7 +20,6 @@ DETAIL_LEFT, NOISE = 0.28, 1.2  # share of the details that may be left; grey le
 # what may be left of colours on average and in one place, of grey in one place: levels, or a share of the contrast
 COLOUR_LEFT, COLOUR_SPOT, GREY_SPOT = (8.0, 0.2), (10.0, 0.3), (16.0, 0.3)
 GAIN, SATURATION = (0.5, 2.0), (0.6, 1.7)  # of contrast; of colours (less is another image, grey say)
-LEADERS = 64  # images of one signature that a further one is compared with; beyond it stays, undecided
 
 
 def fingerprint(image: Image.Image) -> np.ndarray:
@@ -103,23 +101,3 @@ def _places(grey: np.ndarray) -> np.ndarray:
     parts = SIDE // BLOCK
     means: np.ndarray = grey.reshape(parts, BLOCK, parts, BLOCK).mean(axis=(1, 3))
     return means
-
-
-def confirmed(
-    candidates: Iterable[tuple[int, int]], places: Mapping[int, int], same: Callable[[int, int], bool]
-) -> dict[int, int]:
-    """Of rows that may go, those that do: row to the row that stays in its place.
-
-    ``candidates`` are (row, the first one of its group, which stays), ``places`` each one's in the order of the list
-    (rows of one link share one and are never compared), ``same`` compares two rows. A row goes for the first one of its
-    group that stays and is the same; else it stays, and later ones are compared with it, too.
-    """
-    found, leaders = dict[int, int](), dict[int, list[int]]()
-    for row, first in sorted(candidates, key=lambda pair: (places[pair[0]], pair[0])):
-        others = leaders.setdefault(first, [first])
-        leader = next((other for other in others if places[other] < places[row] and same(other, row)), None)
-        if leader is not None:
-            found[row] = leader
-        elif len(others) < LEADERS:
-            others.append(row)
-    return found

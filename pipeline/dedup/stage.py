@@ -21,20 +21,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.likeness import (
-    EXACT,
+from pipeline.core.near_duplicates import (
+    EXACT_DUPLICATE,
     INDEX_BITS,
     INDEX_MASK,
     MAX_NEAR_BITS,
-    NEAR,
-    NONE,
+    NEAR_DUPLICATE,
+    NO_ROW,
     band_masks,
-    hash_numbers,
-    keyed_minima,
-    near_minima,
-    perceptual_hash,
-    pointers,
+    canonical_index,
+    min_by_key,
+    min_over_neighbours,
+    parse_hashes,
 )
+from pipeline.core.perceptual_hash import perceptual_hash
 from pipeline.core.runner import Result, Root, ShardsFailed, Stage, Summary, Task, run_stage, upstream_shards
 from pipeline.core.workers import die_with_parent
 from pipeline.dedup.disk_columns import Column, Keys
@@ -160,7 +160,7 @@ def read_entries(root: str, near: bool, shard: int) -> Entries:
             raise DataError(f"{path}: key {missing[0]} is not in {shard_name(shard)}.tar; run ingest again")
         rows = [{"sha256": found[key][0], "phash": found[key][1], **row} for key, row in zip(keys, rows, strict=True)]
     try:
-        signatures = hash_numbers([row["phash"] if near else None for row in rows])
+        signatures = parse_hashes([row["phash"] if near else None for row in rows])
     except (ValueError, TypeError) as error:
         raise DataError(f"{path}: its column phash has no 64-bit hashes ({error}); run ingest again") from error
     urls, files = (_numbers([row.get(name) for row in rows]) for name in ("url", "sha256"))
@@ -235,17 +235,17 @@ class Search:
             self._searched = True
         start, stop = self._keys.starts[task.shard : task.shard + 2]
         exact, near = (self._c[name].read(start, stop) for name in ("exact", "near"))
-        kept = np.where(exact != NONE, exact, near)
+        kept = np.where(exact != NO_ROW, exact, near)
         rows = [
             {
                 "key": self._keys[start + i],
-                "reason": EXACT if exact[i] != NONE else NEAR,
+                "reason": EXACT_DUPLICATE if exact[i] != NO_ROW else NEAR_DUPLICATE,
                 "kept": self._keys[int(kept[i])],
             }
-            for i in np.flatnonzero(kept != NONE).tolist()
+            for i in np.flatnonzero(kept != NO_ROW).tolist()
         ]
-        exacts = int((exact != NONE).sum())
-        counts = {"success": stop - start - len(rows), EXACT: exacts, NEAR: len(rows) - exacts}
+        exacts = int((exact != NO_ROW).sum())
+        counts = {"success": stop - start - len(rows), EXACT_DUPLICATE: exacts, NEAR_DUPLICATE: len(rows) - exacts}
         path = f"{FOLDER}/{shard_name(task.shard)}.parquet"
         forget(join(root, FOLDER), task.shard)
         with atomic_writer(join(root, path)) as file:
@@ -266,11 +266,11 @@ class Search:
             own = np.arange(start, start + len(piece), dtype=np.uint64)
             self._c["values"].append(own << INDEX_BITS | own)
             for name in ("exact", "near"):
-                self._c[name].append(np.full(len(piece), NONE))
+                self._c[name].append(np.full(len(piece), NO_ROW))
         self._each("urls", "values", self._minima("urls"), _canonical)
-        self._each("files", "exact", self._minima("files"), pointers)
+        self._each("files", "exact", self._minima("files"), canonical_index)
         if self._config.near_bits >= 0:
-            self._each("signatures", "near", self._near(), pointers)
+            self._each("signatures", "near", self._near(), canonical_index)
             self._confirm()
         self._resolve()
 
@@ -281,8 +281,8 @@ class Search:
         self._resolve()  # now they point to the first of their group
         for start, piece in self._c["near"].pieces():
             twin = self._c["twin"].read(start, start + len(piece))
-            self._c["first"].append(np.where(twin == NONE, piece, NONE))
-            self._c["near"].write(start, np.full(len(piece), NONE))
+            self._c["first"].append(np.where(twin == NO_ROW, piece, NO_ROW))
+            self._c["near"].write(start, np.full(len(piece), NO_ROW))
             self._c["exact"].write(start, twin)
         memory = self._limit * SAMPLE_BYTES
         look_again(self._config.root, self._shards, self._keys, self._c, memory, self._config.workers)
@@ -370,7 +370,7 @@ class Search:
         if not parts:
             return
         hashes, values = (np.concatenate([part[column] for part in parts]) for column in (2, 3))
-        lowered, done = near_minima(hashes, values, mask, self._config.near_bits), 0
+        lowered, done = min_over_neighbours(hashes, values, mask, self._config.near_bits), 0
         for start, chosen, _, _ in parts:
             best = self._c["best"].read(start, start + int(chosen[-1]) + 1 if len(chosen) else start)
             best[chosen] = np.minimum(best[chosen], lowered[done : done + len(chosen)])
@@ -384,10 +384,10 @@ class Search:
             changed = False
             for name in ("exact", "near"):
                 for start, piece in self._c[name].pieces():
-                    gone = np.flatnonzero(piece != NONE)
+                    gone = np.flatnonzero(piece != NO_ROW)
                     onward = [self._c[other].take(piece[gone]) for other in ("exact", "near")]
-                    target = np.where(onward[0] != NONE, *onward)
-                    moves = target != NONE
+                    target = np.where(onward[0] != NO_ROW, *onward)
+                    moves = target != NO_ROW
                     if moves.any():
                         piece[gone[moves]] = target[moves]
                         self._c[name].write(start, piece)
@@ -396,7 +396,7 @@ class Search:
 
 def _reduced(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     keys, values = (np.concatenate([part[column] for part in parts]) for column in (0, 1))
-    return keyed_minima(keys, values)
+    return min_by_key(keys, values)
 
 
 def _canonical(values: np.ndarray, minima: np.ndarray) -> np.ndarray:

@@ -8,10 +8,10 @@ from multiprocessing import get_context
 
 import numpy as np
 
-from pipeline.core.likeness import INDEX_BITS, NONE
+from pipeline.core.near_duplicates import INDEX_BITS, NO_ROW, confirm_duplicates
 from pipeline.core.workers import die_with_parent
 from pipeline.dedup.disk_columns import Column, Keys
-from pipeline.dedup.image_match import SIDE, alike, confirmed, fingerprint
+from pipeline.dedup.image_match import SIDE, alike, fingerprint
 from shards_spec.files import DataError, join, read_buffer
 from shards_spec.images import decode_rgb
 from shards_spec.manifest import shard_name
@@ -25,11 +25,11 @@ ENOUGH = 2000  # images that are worth starting processes for
 def look_again(root: str, shards: list[int], keys: Keys, columns: dict[str, Column], memory: int, workers: int) -> None:
     """Set ``near`` of every row that goes to the row that stays in its place.
 
-    ``columns["first"]``: per row the first of its group, NONE for rows that are no candidates; ``values`` as in
+    ``columns["first"]``: per row the first of its group, NO_ROW for rows that are no candidates; ``values`` as in
     `dedup`. Groups are gone through in as many passes as ``memory`` (bytes) wants. An image that does not decode stays.
     Raises DataError for a broken tar.
     """
-    number = sum(int((piece != NONE).sum()) for _, piece in columns["first"].pieces())
+    number = sum(int((piece != NO_ROW).sum()) for _, piece in columns["first"].pieces())
     if not number:
         return
     passes = -(-2 * number * PRINT_BYTES // max(memory, 1))
@@ -45,7 +45,7 @@ def look_again(root: str, shards: list[int], keys: Keys, columns: dict[str, Colu
         def same(one: int, other: int, prints: dict[int, np.ndarray] = prints) -> bool:
             return one in prints and other in prints and alike(prints[one], prints[other])
 
-        found = confirmed(zip(rows.tolist(), firsts.tolist(), strict=True), places, same)
+        found = confirm_duplicates(zip(rows.tolist(), firsts.tolist(), strict=True), places, same)
         columns["near"].put(np.array(list(found), np.int64), np.array(list(found.values()), np.uint64))
 
 
@@ -53,7 +53,7 @@ def _group(column: Column, passes: int, turn: int) -> tuple[np.ndarray, np.ndarr
     """The candidates of every so manieth group: rows and the first of each one's group."""
     rows, firsts = list[np.ndarray](), list[np.ndarray]()
     for start, piece in column.pieces():
-        chosen = np.flatnonzero((piece != NONE) & (piece % np.uint64(passes) == turn))
+        chosen = np.flatnonzero((piece != NO_ROW) & (piece % np.uint64(passes) == turn))
         rows.append(start + chosen)
         firsts.append(piece[chosen].astype(np.int64))
     return np.concatenate(rows), np.concatenate(firsts)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pipeline.core.likeness import EXACT, NEAR, caption_problem, duplicates
+from pipeline.core.filters import caption_problem
+from pipeline.core.near_duplicates import EXACT_DUPLICATE, NEAR_DUPLICATE, find_duplicates
 from pipeline.dedup.image_match import alike, fingerprint
 from pipeline.ingest.additional_columns import Condition
 from pipeline.ingest.images import EncodedImage, Outcome
@@ -84,9 +85,9 @@ class Selection:
                 copies[index] = fingerprint(decode_rgb(image.data))
             return alike(copies[one], copies[other])
 
-        found = duplicates([row.url for row in rows], sha256s, hashes, self.near_bits, same)
+        found = find_duplicates([row.url for row in rows], sha256s, hashes, self.near_bits, same)
         for index, first in found.items():
-            kept[index] = EXACT if sha256s[index] == sha256s[first] else NEAR
+            kept[index] = EXACT_DUPLICATE if sha256s[index] == sha256s[first] else NEAR_DUPLICATE
         return kept
 
     def _is_excluded(self, text: str) -> bool:

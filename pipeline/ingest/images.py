@@ -12,7 +12,8 @@ from typing import Any
 
 from PIL import ExifTags, Image, ImageFile
 
-from pipeline.core.likeness import image_problem, perceptual_hash
+from pipeline.core.filters import image_problem
+from pipeline.core.perceptual_hash import perceptual_hash
 from shards_spec.files import sha256_bytes
 from shards_spec.images import MAX_PIXELS, SIDEWAYS, load_rgb, open_image, read_exif, turn_of
 from shards_spec.pixels import BadImage
@@ -37,7 +38,7 @@ class EncodedImage:
     """``data`` is a JPEG of ``width`` x ``height`` pixels.
 
     ``original_*`` are the upright sizes before shrinking, ``exif`` is JSON (tag name to text), ``sha256`` is of the
-    bytes that came in, ``phash`` is `likeness.perceptual_hash` of the pixels.
+    bytes that came in, ``phash`` is `perceptual_hash` of the pixels.
     """
 
     data: bytes

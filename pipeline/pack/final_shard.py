@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.core.likeness import caption_problem
+from pipeline.core.filters import caption_problem
 from pipeline.core.runner import Result, Task
 from pipeline.dedup.stage import FOLDER as DEDUP
 from pipeline.dedup.stage import read_dropped

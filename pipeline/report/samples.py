@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.core.likeness import NEAR
+from pipeline.core.near_duplicates import NEAR_DUPLICATE
 from pipeline.dedup.stage import FOLDER as DEDUP
 from pipeline.report.columns import parquet_files, read_columns
 from shards_spec.files import DataError, exists, join, names, read_buffer
@@ -51,7 +51,7 @@ def draw_pairs(root: str, number: int, problems: list[str]) -> list[tuple[Shown,
     for name in (files[i] for i in evenly(len(files), LISTS)):
         table = read_columns(join(root, DEDUP, name), ["key", "reason", "kept"], problems)
         if table is not None and {"key", "reason", "kept"} <= set(table.column_names):
-            near = table.filter(pc.fill_null(pc.equal(table.column("reason"), NEAR), False))
+            near = table.filter(pc.fill_null(pc.equal(table.column("reason"), NEAR_DUPLICATE), False))
             rows += [{**row, "shard": name.split(".")[0]} for row in near.slice(0, number).to_pylist()]
     rows = [rows[i] for i in evenly(len(rows), number)]
     wanted = dict[str, dict[str, list[tuple[str, list[str]]]]]()  # by shard: a key tells its own, but for retried ones

@@ -17,18 +17,17 @@ from PIL import Image, ImageDraw
 from small_data import tree, vouch, write_raw
 
 from pipeline.check.stage import CheckConfig, check
-from pipeline.core.likeness import (
-    EXACT,
-    NEAR,
-    ONES,
+from pipeline.core.filters import caption_problem, image_problem
+from pipeline.core.near_duplicates import (
+    BIT_COUNTS,
+    EXACT_DUPLICATE,
+    NEAR_DUPLICATE,
     band_masks,
-    caption_problem,
-    distances,
-    duplicates,
-    hash_numbers,
-    image_problem,
-    perceptual_hash,
+    find_duplicates,
+    hamming_distances,
+    parse_hashes,
 )
+from pipeline.core.perceptual_hash import perceptual_hash
 from pipeline.core.runner import ShardsFailed
 from pipeline.dedup.stage import DedupConfig, dedup
 from pipeline.pack.stage import PackConfig, pack
@@ -80,8 +79,8 @@ def test_a_signature_survives_encoding_and_scaling():
 
 
 def test_different_images_have_different_signatures():
-    numbers = hash_numbers([perceptual_hash(make_image(seed)) for seed in range(150)])
-    apart = np.concatenate([distances(numbers[:-k], numbers[k:]) for k in range(1, 150)])
+    numbers = parse_hashes([perceptual_hash(make_image(seed)) for seed in range(150)])
+    apart = np.concatenate([hamming_distances(numbers[:-k], numbers[k:]) for k in range(1, 150)])
     assert np.mean(apart > 10) > 0.999
     assert apart.min() > 3
 
@@ -106,10 +105,10 @@ def test_distances_without_numpy_2(monkeypatch):
     rng = np.random.default_rng(0)
     one, other = (rng.integers(0, 2**64, 1000, np.uint64) for _ in range(2))
     expected = [(int(a) ^ int(b)).bit_count() for a, b in zip(one, other, strict=True)]
-    assert distances(one, other).tolist() == expected
+    assert hamming_distances(one, other).tolist() == expected
     monkeypatch.delattr(np, "bitwise_count", raising=False)
-    assert distances(one, other).tolist() == expected
-    assert ONES[255] == 8
+    assert hamming_distances(one, other).tolist() == expected
+    assert BIT_COUNTS[255] == 8
 
 
 @pytest.mark.parametrize(
@@ -203,18 +202,18 @@ def random_rows(seed: int, count: int) -> tuple[list, list, list]:
 @given(st.integers(0, 2**32), st.integers(0, 80), st.sampled_from([None, 0, 1, 3, 6, 10]))
 def test_duplicates_of_a_shard_follow_the_rule(seed, count, near_bits):
     rows = random_rows(seed, count)
-    found, expected = duplicates(*rows, near_bits), expected_drops(*rows, near_bits)
+    found, expected = find_duplicates(*rows, near_bits), expected_drops(*rows, near_bits)
     assert set(found) == set(expected)
     assert not set(found.values()) & set(found)  # the one that stays does stay
 
 
 def test_captions_of_one_image_are_no_duplicates():
-    assert duplicates(["u", "u", "v", "u", "v"], ["a"] * 5, [None] * 5, None) == {2: 0, 4: 0}
-    assert duplicates(["u", "v", "u"], [None] * 3, [None] * 3, 3) == {}
-    assert duplicates([None, None], ["a", "a"], [None] * 2, None) == {1: 0}
+    assert find_duplicates(["u", "u", "v", "u", "v"], ["a"] * 5, [None] * 5, None) == {2: 0, 4: 0}
+    assert find_duplicates(["u", "v", "u"], [None] * 3, [None] * 3, 3) == {}
+    assert find_duplicates([None, None], ["a", "a"], [None] * 2, None) == {1: 0}
     chain = [f"{n:016x}" for n in (0b1, 0b111, 0b11111, 0b1111111)]
-    assert duplicates(list("abcd"), list("abcd"), chain, 2) == {1: 0, 2: 0, 3: 0}
-    assert duplicates(list("abcd"), list("abcd"), chain, None) == {}
+    assert find_duplicates(list("abcd"), list("abcd"), chain, 2) == {1: 0, 2: 0, 3: 0}
+    assert find_duplicates(list("abcd"), list("abcd"), chain, None) == {}
 
 
 def test_a_shard_takes_milliseconds():
@@ -222,7 +221,7 @@ def test_a_shard_takes_milliseconds():
     hashes = [f"{number:016x}" for number in rng.integers(1, 2**64, 1000, np.uint64).tolist()]
     for near_bits in (None, 3, 10):
         start = time.perf_counter()
-        assert duplicates([str(i) for i in range(1000)], [str(i % 900) for i in range(1000)], hashes, near_bits)
+        assert find_duplicates([str(i) for i in range(1000)], [str(i % 900) for i in range(1000)], hashes, near_bits)
         assert time.perf_counter() - start < 0.25  # measured: 1 to 4 ms
 
 
@@ -291,7 +290,7 @@ def planted(seed: int = 0) -> tuple[list[list[Item]], dict[str, str]]:
         elif kind == "failed":
             items.append(Item(url, None))
         else:
-            truth[key] = {"exact": EXACT, "near": NEAR}[kind]
+            truth[key] = {"exact": EXACT_DUPLICATE, "near": NEAR_DUPLICATE}[kind]
             copy = data if kind == "exact" else jpeg(opened(data), 60 + position % 30, 0.7 + position / 200)
             items.append(Item(f"http://copies/{position}", copy))
     return [items[start : start + PER_SHARD] for start in range(0, len(items), PER_SHARD)], truth
@@ -327,7 +326,7 @@ def test_planted_copies_are_found_and_nothing_else(root, world):
     found = listed(root)
     assert {key: reason for key, (reason, _) in found.items()} == truth
     assert all(kept < key and kept not in found for key, (_, kept) in found.items())
-    assert summary.counts[EXACT] + summary.counts[NEAR] == len(truth)
+    assert summary.counts[EXACT_DUPLICATE] + summary.counts[NEAR_DUPLICATE] == len(truth)
     assert summary.counts["success"] + len(truth) == read_json(join(root, "dataset.json"))["stages"]["ingest"][
         "counts"]["success"]  # fmt: skip
     assert len(list(Path(root, "dedup").iterdir())) == 2 * SHARDS
@@ -347,7 +346,7 @@ def test_recall_over_many_images(tmp_path):
 
 def test_equal_files_only(root, world):
     run(root, near_bits=-1)
-    assert set(listed(root)) == {key for key, reason in world[1].items() if reason == EXACT}
+    assert set(listed(root)) == {key for key, reason in world[1].items() if reason == EXACT_DUPLICATE}
 
 
 @pytest.mark.parametrize("columns", [(), ("sha256",)])
@@ -398,10 +397,10 @@ def test_lists_of_random_rows_follow_the_rule(tmp_path_factory, seed, count, sha
     limit = near_bits if near_bits >= 0 else None
     found, expected = listed(root), expected_drops(*rows, limit)
     assert {key: reason for key, (reason, _) in found.items()} == {
-        keys[i]: EXACT if exact else NEAR for i, exact in expected.items()
+        keys[i]: EXACT_DUPLICATE if exact else NEAR_DUPLICATE for i, exact in expected.items()
     }
     assert {key: kept for key, (_, kept) in found.items()} == {
-        keys[i]: keys[j] for i, j in duplicates(*rows, limit).items()
+        keys[i]: keys[j] for i, j in find_duplicates(*rows, limit).items()
     }
 
 
@@ -448,7 +447,7 @@ def test_pack_leaves_them_out_and_check_proves_it(root, world):
     assert len(found) == SHARDS
     assert "is a duplicate by dedup/; run `clipmill pack` again" in found[0]
     summary = pack(PackConfig(root, workers=1))
-    assert (summary.made, summary.counts[EXACT] + summary.counts[NEAR]) == (SHARDS, len(truth))
+    assert (summary.made, summary.counts[EXACT_DUPLICATE] + summary.counts[NEAR_DUPLICATE]) == (SHARDS, len(truth))
     assert sum(summary.counts.values()) == before["success"]
     assert check(CheckConfig(root)) == []
     keys = [set(shard_keys(join(root, f"shards/{shard_name(shard)}.tar"))) for shard in range(SHARDS)]
@@ -465,7 +464,7 @@ def test_pack_again_remakes_only_what_a_new_list_changes(root, world):
     run(root)
     pack(PackConfig(root, workers=1))
     run(root, near_bits=-1, overwrite=True)
-    changed = {key[:5] for key, reason in world[1].items() if reason == NEAR}
+    changed = {key[:5] for key, reason in world[1].items() if reason == NEAR_DUPLICATE}
     assert pack(PackConfig(root, workers=1)).made == len(changed)
     assert check(CheckConfig(root)) == []
     shutil.rmtree(join(root, "dedup"))
@@ -490,7 +489,9 @@ def test_pack_refuses_a_list_that_does_not_fit_or_is_broken(root):
     run(root)
     path = join(root, "dedup/00000.parquet")
     schema = pq.read_schema(path)
-    pq.write_table(pa.Table.from_pylist([{"key": "nope", "reason": EXACT, "kept": "000000000"}], schema), path)
+    pq.write_table(
+        pa.Table.from_pylist([{"key": "nope", "reason": EXACT_DUPLICATE, "kept": "000000000"}], schema), path
+    )
     with pytest.raises(ShardsFailed, match=r"dedup/00000.parquet: key nope is not in raw/00000.tar; run dedup"):
         pack(PackConfig(root, workers=1))
     Path(path).write_bytes(b"half")

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
 from pipeline.check.stage import CheckConfig, check
-from pipeline.core.likeness import NEAR, perceptual_hash
-from pipeline.dedup.image_match import LEADERS, alike, confirmed, fingerprint
+from pipeline.core.near_duplicates import MAX_COMPARED, NEAR_DUPLICATE, confirm_duplicates
+from pipeline.core.perceptual_hash import perceptual_hash
+from pipeline.dedup.image_match import alike, fingerprint
 from pipeline.dedup.stage import DedupConfig, dedup
 from pipeline.ingest.stage import IngestConfig, ingest
 from pipeline.report import ReportConfig, report
@@ -168,15 +169,15 @@ def test_rows_go_for_the_first_that_stays_and_is_the_same():
     def same(one: int, other: int) -> bool:
         return kinds[one] == kinds[other]
 
-    assert confirmed([(row, 0) for row in (5, 4, 3, 2, 1, 6)], places, same) == {2: 0, 3: 1, 5: 1, 6: 4}
-    assert confirmed([(1, 0), (3, 0)], {0: 0, 1: 1, 3: 1}, same) == {}, "of one link: captions of one image"
-    assert confirmed([], {}, same) == {}
+    assert confirm_duplicates([(row, 0) for row in (5, 4, 3, 2, 1, 6)], places, same) == {2: 0, 3: 1, 5: 1, 6: 4}
+    assert confirm_duplicates([(1, 0), (3, 0)], {0: 0, 1: 1, 3: 1}, same) == {}, "of one link: captions of one image"
+    assert confirm_duplicates([], {}, same) == {}
     asked = list[int]()
-    many = confirmed(
+    many = confirm_duplicates(
         [(row, 0) for row in range(1, 500)], {row: row for row in range(500)}, lambda *_: bool(asked.append(1))
     )
     assert many == {}
-    assert len(asked) < 500 * LEADERS
+    assert len(asked) < 500 * MAX_COMPARED
 
 
 @pytest.fixture
@@ -205,7 +206,7 @@ def test_dedup_over_all_shards(folder, tmp_path, memory):
     names = {row["key"]: row["caption"] for row in rows}
     lists = [row for path in Path(root, "dedup").glob("*.parquet") for row in pq.read_table(path).to_pylist()]
     assert {names[row["key"]]: names[row["kept"]] for row in lists} == truth
-    assert {row["reason"] for row in lists} == {NEAR}
+    assert {row["reason"] for row in lists} == {NEAR_DUPLICATE}
     assert check(CheckConfig(root)) == []
     page = Path(report(ReportConfig(root, samples=40))).read_text()
     shown = page[page.index("<h2>Near-duplicates") : page.index("<h2>Contact sheet")]
@@ -217,7 +218,7 @@ def test_ingest_within_a_shard(folder, tmp_path):
     images, truth = folder
     root = str(tmp_path / "ds")
     ingest(IngestConfig(root, str(images), dedup="near", workers=1))
-    assert read_json(f"{root}/dataset.json")["stages"]["ingest"]["counts"][NEAR] == len(truth)
+    assert read_json(f"{root}/dataset.json")["stages"]["ingest"]["counts"][NEAR_DUPLICATE] == len(truth)
     rows = pq.read_table(f"{root}/raw/00000.parquet").to_pylist()
     assert {row["caption"] for row in rows if row["status"] != "success"} == set(truth)
 
@@ -233,4 +234,4 @@ def test_an_image_that_does_not_decode_stays(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.dedup.verification._fingerprints", lambda *_: iter(()))
         assert dedup(DedupConfig(root, workers=1)).counts == {"success": 2}
-    assert dedup(DedupConfig(root, workers=1, overwrite=True)).counts == {"success": 1, NEAR: 1}
+    assert dedup(DedupConfig(root, workers=1, overwrite=True)).counts == {"success": 1, NEAR_DUPLICATE: 1}
