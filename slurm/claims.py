@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from pipeline.core.runner import Share
+from pipeline.core.runner import ShardAssignment
 from shards_spec.files import UserError, write_bytes
 from shards_spec.manifest import finished_shards, shard_name
 
@@ -23,7 +23,7 @@ BEATS = 6  # in the time after which a claim is stale
 LISTED_S = 5.0  # how old a list of finished shards may be
 
 
-def start_anew() -> None:
+def restart_process() -> None:
     """Run this process's command again in its place; what it was writing stays a temporary file."""
     for child in multiprocessing.active_children():
         child.kill()
@@ -39,7 +39,7 @@ class Claims:
     An owner that finds itself late by ``stale_s`` was frozen: others may have taken over, so it calls ``late`` at once.
     """
 
-    def __init__(self, folder: str, owner: str, stale_s: float, late: Callable[[], None] = start_anew) -> None:
+    def __init__(self, folder: str, owner: str, stale_s: float, late: Callable[[], None] = restart_process) -> None:
         self._folder, self._owner, self._stale_s, self._late = Path(folder), owner, stale_s, late
         self._mine, self.beat_s = self._folder / f".{owner}", stale_s / BEATS
         self._held, self._stop = set[int](), threading.Event()
@@ -58,7 +58,7 @@ class Claims:
             self.release(shard)
         self._mine.unlink(missing_ok=True)
 
-    def take(self, shard: int) -> bool:
+    def acquire(self, shard: int) -> bool:
         """Claim a shard: True when it is this owner's now. Raises UserError where hard links cannot be made."""
         path = self._folder / shard_name(shard)
         if shard in self._held:
@@ -68,8 +68,8 @@ class Claims:
         self._held.add(shard)
         return True
 
-    def free(self, shard: int) -> bool:
-        """Whether `take` would go well at the moment."""
+    def is_available(self, shard: int) -> bool:
+        """Whether `acquire` would go well at the moment."""
         path = self._folder / shard_name(shard)
         return shard in self._held or not path.exists() or self._stale(path)
 
@@ -165,7 +165,7 @@ class Failures:
         return self._folder / f"{shard_name(shard)}{self._ending}"
 
 
-class Listed(Share):
+class Assigned(ShardAssignment):
     """The shards of a list, claimed one by one."""
 
     def __init__(self, claims: Claims, failures: Failures, shards: Iterable[int]) -> None:
@@ -173,28 +173,28 @@ class Listed(Share):
         self.failed = False
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         return False
 
-    def take(self, shard: int) -> bool:
-        return shard in self._shards and self._claim(shard)
+    def claim(self, shard: int) -> bool:
+        return shard in self._shards and self._acquire(shard)
 
-    def _claim(self, shard: int) -> bool:
-        if not self._claims.take(shard):
+    def _acquire(self, shard: int) -> bool:
+        if not self._claims.acquire(shard):
             return False
         if self._failures.has(shard):  # in another task
             self._claims.release(shard)
             return False
         return True
 
-    def end(self, shard: int, made: bool) -> None:
+    def complete(self, shard: int, made: bool) -> None:
         if not made:
             self._failures.note(shard)
             self.failed = True
         self._claims.release(shard)
 
 
-class Others(Listed):
+class WorkStealing(Assigned):
     """All shards: what nobody makes at the moment is taken over, unless it failed."""
 
     def __init__(self, claims: Claims, failures: Failures, folder: str) -> None:
@@ -208,16 +208,16 @@ class Others(Listed):
             self._when = -LISTED_S
             self._look()
             left = [shard for shard in range(total) if shard not in self._done]
-            if any(self._claims.free(shard) for shard in left):
+            if any(self._claims.is_available(shard) for shard in left):
                 return True
             silent_s = max((self._claims.silent_s(shard) for shard in left), default=0.0)
             if not left or (silent_s < 2 * beat and time.monotonic() - begun > 2.5 * beat):
                 return False
             time.sleep(pause := min(2 * pause, beat / 2))
 
-    def take(self, shard: int) -> bool:
+    def claim(self, shard: int) -> bool:
         self._look()
-        return shard not in self._done and self._claim(shard)
+        return shard not in self._done and self._acquire(shard)
 
     def _look(self) -> None:
         if time.monotonic() - self._when > LISTED_S:
@@ -225,17 +225,17 @@ class Others(Listed):
             self._when = time.monotonic()
 
 
-class Finished(Share):
+class Finished(ShardAssignment):
     """The shards that are there; the stage's totals are written when none is missing."""
 
     def __init__(self, folder: str) -> None:
         self._there, self.missing = frozenset(finished_shards(folder)), list[int]()
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         return not self.missing
 
-    def take(self, shard: int) -> bool:
+    def claim(self, shard: int) -> bool:
         if shard not in self._there and shard not in self.missing:
             self.missing.append(shard)
         return shard in self._there

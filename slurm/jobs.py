@@ -20,7 +20,7 @@ from typing import Any
 from shards_spec.display import log_to_stderr
 from shards_spec.files import DataError, UserError
 from shards_spec.manifest import finished_shards, shard_name
-from slurm.claims import Claims, Failures, Finished, Listed, Others
+from slurm.claims import Assigned, Claims, Failures, Finished, WorkStealing
 
 log = logging.getLogger(__name__)
 # a training that stopped on SIGUSR1 has saved and says so; killed by it, it had nothing to save yet
@@ -75,12 +75,12 @@ class StageJob(Job):
         if self.command in INPUT and (nothing := nothing_came(self.command, outcome.counts)):
             raise JobFailedError(nothing)
 
-    def run(self, *share: Any) -> Any:
+    def run(self, *assignment: Any) -> Any:
         """Call the stage. What users and data can be blamed for becomes a message without a traceback."""
         from pipeline.core.runner import ShardsFailed
 
         try:
-            return self.function(self.config, *share)
+            return self.function(self.config, *assignment)
         except (UserError, DataError, ShardsFailed) as error:
             raise JobFailedError(str(error)) from None
 
@@ -105,24 +105,24 @@ class ArrayJob(StageJob):
         shards = {shard for start, stop in self.ranges for shard in range(start, stop)}
         failures, messages = Failures(self.claims, self.submission), []
         with Claims(self.claims, owner(), self.claim_s) as claims:
-            others = Others(claims, failures, self.folder)
-            share: Listed = Listed(claims, failures, shards) if shards else others
+            stealing = WorkStealing(claims, failures, self.folder)
+            assignment: Assigned = Assigned(claims, failures, shards) if shards else stealing
             while True:
-                upstream = self.upstream if share is others else None
-                if upstream is not None and not others.wait(len(finished_shards(upstream))):
+                upstream = self.upstream if assignment is stealing else None
+                if upstream is not None and not stealing.wait(len(finished_shards(upstream))):
                     break  # before a model is loaded for nothing
-                share.failed = False
+                assignment.failed = False
                 try:
-                    made = self.run(share).made
+                    made = self.run(assignment).made
                     log.info("%s: made %d shards", self.command, made)
                 except JobFailedError as error:
-                    if not share.failed:
+                    if not assignment.failed:
                         raise
                     messages.append(str(error))
                     made = 1
-                if share is others and (made == 0 or self.upstream is None):
+                if assignment is stealing and (made == 0 or self.upstream is None):
                     break
-                share = others
+                assignment = stealing
         if messages:
             raise JobFailedError("\n".join(messages))
 
@@ -142,12 +142,12 @@ class FinishJob(StageJob):
     def __call__(self) -> None:
         self.begin()
         self._clean()
-        share = Finished(self.folder)
-        outcome = self.run(share)
-        if share.missing:
-            some = ", ".join(map(shard_name, share.missing[:8])) + (" …" if len(share.missing) > 8 else "")
+        assignment = Finished(self.folder)
+        outcome = self.run(assignment)
+        if assignment.missing:
+            some = ", ".join(map(shard_name, assignment.missing[:8])) + (" …" if len(assignment.missing) > 8 else "")
             raise JobFailedError(
-                f"{self.command}: {len(share.missing)} shards are missing ({some}); "
+                f"{self.command}: {len(assignment.missing)} shards are missing ({some}); "
                 "submit it again, it does only what is missing"
             )
         self.need_samples(outcome)

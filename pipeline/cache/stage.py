@@ -23,7 +23,18 @@ from pipeline.cache.incremental import Column, OpenShard, stale_column
 from pipeline.cache.render_pool import Job, Rendering, rendering_pool
 from pipeline.caption.stage import model_label
 from pipeline.core.devices import begin_on, pick_precision
-from pipeline.core.runner import ALL, Result, Root, Share, Stage, Summary, Task, run_stage, tar_tasks, upstream_shards
+from pipeline.core.runner import (
+    ALL,
+    Result,
+    Root,
+    ShardAssignment,
+    Stage,
+    Summary,
+    Task,
+    run_stage,
+    tar_tasks,
+    upstream_shards,
+)
 from shards_spec.embeddings import Dtype, Vectors, id_column, write_vectors
 from shards_spec.files import DataError, UserError, exists, join, remove, sha256_file, sha256_json
 from shards_spec.manifest import forget, read_done, shard_name
@@ -111,7 +122,7 @@ class Embedder:
     pool: Executor
 
 
-def cache(config: CacheConfig, share: Share = ALL) -> Summary:
+def cache(config: CacheConfig, assignment: ShardAssignment = ALL) -> Summary:
     """Run the stage. Raises UserError, ShardsFailed, DataError for views of another Pillow."""
     if config.export_lists:
         return export_lists(config.root, config.label, config.overwrite)
@@ -131,8 +142,8 @@ def cache(config: CacheConfig, share: Share = ALL) -> Summary:
     work = partial(cache_shard, stage=stage, config=config, embedder=embedder)
     try:
         summary = run_stage(
-            config.root, stage, tar_tasks(config.root, "shards", shards, share), work, total=len(shards),
-            workers=len(devices), begin=begin, overwrite=config.overwrite, share=share,
+            config.root, stage, tar_tasks(config.root, "shards", shards, assignment), work, total=len(shards),
+            workers=len(devices), begin=begin, overwrite=config.overwrite, assignment=assignment,
         )  # fmt: skip
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

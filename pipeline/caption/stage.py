@@ -18,7 +18,18 @@ from pipeline.caption.decoding import Decoding
 from pipeline.caption.redraws import Drafts, Row, Wanted
 from pipeline.core.devices import begin_on, pick_precision
 from pipeline.core.prefetch import ahead, batches
-from pipeline.core.runner import ALL, Result, Root, Share, Stage, Summary, Task, run_stage, tar_tasks, upstream_shards
+from pipeline.core.runner import (
+    ALL,
+    Result,
+    Root,
+    ShardAssignment,
+    Stage,
+    Summary,
+    Task,
+    run_stage,
+    tar_tasks,
+    upstream_shards,
+)
 from shards_spec.files import DataError, UserError, atomic_writer, join, sha256_file
 from shards_spec.images import decode_rgb
 from shards_spec.manifest import forget, shard_name
@@ -100,7 +111,7 @@ def model_label(model: str, pretrained: str | None) -> str:
     return re.sub(r"[^A-Za-z0-9_\-]+", "_", "-".join(part for part in parts if part))
 
 
-def caption(config: CaptionConfig, share: Share = ALL) -> Summary:
+def caption(config: CaptionConfig, assignment: ShardAssignment = ALL) -> Summary:
     """Run the stage. Raises UserError for a model that is no CoCa, ShardsFailed for broken shards."""
     from shards_spec.models import pick_devices, weights_sha256
 
@@ -124,10 +135,10 @@ def caption(config: CaptionConfig, share: Share = ALL) -> Summary:
     stage = Stage(f"caption/{config.label}", f"captions/{config.label}", identity)
     work = partial(caption_shard, stage=stage, config=config, captioner=None if several else captioner)
     begin = begin_on(devices, partial(_load_worker, config)) if several else None
-    tasks = tar_tasks(config.root, "raw", shards, share)
+    tasks = tar_tasks(config.root, "raw", shards, assignment)
     return run_stage(
         config.root, stage, tasks, work, total=len(shards), workers=len(devices), begin=begin,
-        overwrite=config.overwrite, share=share,
+        overwrite=config.overwrite, assignment=assignment,
     )  # fmt: skip
 
 

@@ -102,26 +102,26 @@ class ShardsFailed(Exception):
     """Some shards could not be made; the others are done. The message lists them."""
 
 
-class Share:
+class ShardAssignment:
     """Which shards this process makes of a stage: all of them. `slurm` has shares of several processes.
 
-    `take` is asked as late as possible, just before a shard is begun, and may be asked again for the same one.
+    `claim` is asked as late as possible, just before a shard is begun, and may be asked again for the same one.
     """
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether all shards are there at the end, so that the stage's totals can be written."""
         return True
 
-    def take(self, shard: int) -> bool:
+    def claim(self, shard: int) -> bool:
         """Whether to make the shard, unless it is done."""
         return True
 
-    def end(self, shard: int, made: bool) -> None:
+    def complete(self, shard: int, made: bool) -> None:
         """The shard is there, or it failed."""
 
 
-ALL = Share()
+ALL = ShardAssignment()
 Work = Callable[[str, Task], Result]
 Root = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ROOT")]  # a config's first field
 
@@ -140,13 +140,13 @@ def run_stage(
     live: Callable[[], str] | None = None,
     begin: Callable[[], None] | None = None,
     surplus: Callable[[str, int], None] = remove_shards,
-    share: Share = ALL,
+    assignment: ShardAssignment = ALL,
 ) -> Summary:
-    """Run ``work`` over the share's tasks whose done-record is missing or stale, then write the stage's totals.
+    """Run ``work`` over the assignment's tasks whose done-record is missing or stale, then write the stage's totals.
 
     With ``workers`` > 1 shards go to spawned processes, each of which calls ``begin`` first, a few in flight; with
     ``threads`` > 0 that many run at once in threads. ``live`` gives the progress line more to say. Before a whole
-    ``share``'s totals are written ``surplus`` deletes the folder's shards from their number on, or raises. Raises
+    ``assignment``'s totals are written ``surplus`` deletes the folder's shards from their number on, or raises. Raises
     UserError for finished shards of another config (unless ``overwrite``), ShardsFailed for broken data.
     """
     start, folder = time.monotonic(), join(root, stage.folder)
@@ -156,16 +156,16 @@ def run_stage(
 
     def missing() -> Iterator[Task]:
         nonlocal there
-        for task, done in _with_done(tasks, folder, stage, overwrite, share):
+        for task, done in _with_done(tasks, folder, stage, overwrite, assignment):
             if done:
                 there += 1
-                share.end(task.shard, True)
+                assignment.complete(task.shard, True)
                 _count(counts, facts, done)
             else:
                 yield task
 
     with _progress(stage.name, total, live) as advance:
-        waiting = workers + 1 if share is ALL else 0  # what waits for a worker here could be made elsewhere
+        waiting = workers + 1 if assignment is ALL else 0  # what waits for a worker here could be made elsewhere
         for ended in _outcomes(missing(), partial(work, root), workers, threads, waiting, begin):
             if ended is not None:
                 task, outcome = ended
@@ -176,13 +176,13 @@ def run_stage(
                     _count(counts, facts, _publish(folder, stage, task, outcome))
                     measured.update({what: measured.get(what, 0) + own for what, own in outcome.measured.items()})
                     made += 1
-                share.end(task.shard, not isinstance(outcome, DataError))
+                assignment.complete(task.shard, not isinstance(outcome, DataError))
             advance(there + made + len(failures))
     remove_stale(folder)  # of workers that outlived a killed run for a moment
     _raise_failures(stage, failures, there + made + len(failures))
     totals = {reason: number for reason, number in sorted(counts.items()) if number}
     summary = Summary(there + made, made, totals, dict(sorted(facts.items())), time.monotonic() - start, measured)
-    if share.whole:
+    if assignment.is_complete:
         surplus(folder, summary.shards)
         _write_totals(root, stage, summary, source)
     return summary
@@ -195,9 +195,9 @@ def _raise_failures(stage: Stage, failures: dict[int, str], shards: int) -> None
 
 
 def _with_done(
-    tasks: Iterable[Task], folder: str, stage: Stage, overwrite: bool, share: Share
+    tasks: Iterable[Task], folder: str, stage: Stage, overwrite: bool, assignment: ShardAssignment
 ) -> Iterator[tuple[Task, Done | None]]:
-    """Each task of the share with the done-record that makes it unnecessary.
+    """Each task of the assignment with the done-record that makes it unnecessary.
 
     A process that does all of them asks an object store for many at a time.
     """
@@ -205,8 +205,8 @@ def _with_done(
     def look(task: Task) -> tuple[Task, Done | None]:
         return task, None if overwrite else _done_before(folder, stage, task)
 
-    taken = (task for task in tasks if share.take(task.shard))
-    return ahead(look, taken, LOOK_AHEAD, 2 * LOOK_AHEAD) if is_url(folder) and share is ALL else map(look, taken)
+    taken = (task for task in tasks if assignment.claim(task.shard))
+    return ahead(look, taken, LOOK_AHEAD, 2 * LOOK_AHEAD) if is_url(folder) and assignment is ALL else map(look, taken)
 
 
 def _count(counts: Counter[str], facts: Counter[str], done: Done) -> None:
@@ -355,9 +355,9 @@ def upstream_shards(root: str, folder: str, stage: str) -> list[int]:
     return shards
 
 
-def tar_tasks(root: str, folder: str, shards: list[int], share: Share = ALL) -> Iterator[Task]:
-    """A task per shard of the share, whose input is the shard's tar in ``root/folder``."""
-    for shard in filter(share.take, shards):
+def tar_tasks(root: str, folder: str, shards: list[int], assignment: ShardAssignment = ALL) -> Iterator[Task]:
+    """A task per shard of the assignment, whose input is the shard's tar in ``root/folder``."""
+    for shard in filter(assignment.claim, shards):
         path = f"{folder}/{shard_name(shard)}.tar"
         yield Task(shard, {path: file_hash(root, folder, shard, path)})
 

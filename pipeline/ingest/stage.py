@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from pipeline.core.runner import ALL, Result, Root, Share, Stage, Summary, Task, run_stage
+from pipeline.core.runner import ALL, Result, Root, ShardAssignment, Stage, Summary, Task, run_stage
 from pipeline.ingest.additional_columns import ALL_COLUMNS, check_named, plain, read_conditions
 from pipeline.ingest.cells import ADDRESS_TOO_LONG, CAPTION_TOO_LONG, KEPT_CHARS
 from pipeline.ingest.downloader import Downloader
@@ -152,7 +152,7 @@ class IngestConfig:
         return self.open_shards or min(64, max(12, 4 * self.processes))
 
 
-def ingest(config: IngestConfig, share: Share = ALL) -> Summary:
+def ingest(config: IngestConfig, assignment: ShardAssignment = ALL) -> Summary:
     """Make what is missing of ROOT/raw.
 
     Raises UserError for a source that cannot be used, finished shards of another config or a full disk, ShardsFailed
@@ -166,9 +166,10 @@ def ingest(config: IngestConfig, share: Share = ALL) -> Summary:
         _refuse_surplus(config, len(adopted))
         return run_stage(
             config.root, stage, adopted, adopt_shard, total=len(adopted), workers=config.processes,
-            overwrite=config.overwrite, source=config.named, surplus=partial(_remove_surplus, config), share=share,
+            overwrite=config.overwrite, source=config.named, surplus=partial(_remove_surplus, config),
+            assignment=assignment,
         )  # fmt: skip
-    return _ingest_rows(config, form, share)
+    return _ingest_rows(config, form, assignment)
 
 
 def source_shards(config: IngestConfig) -> int | None:
@@ -210,7 +211,7 @@ def _check_outside(root: str, source: str) -> None:
         )
 
 
-def _ingest_rows(config: IngestConfig, form: Format, share: Share) -> Summary:
+def _ingest_rows(config: IngestConfig, form: Format, assignment: ShardAssignment) -> Summary:
     """Everything but img2dataset's shards: rows, from the web or from where they lie, to shards."""
     selection = Selection(
         config.sane_captions, config.min_caption_chars, config.max_caption_chars, config.dedup != "none",
@@ -224,14 +225,14 @@ def _ingest_rows(config: IngestConfig, form: Format, share: Share) -> Summary:
     )  # fmt: skip
     stage = Stage("ingest", FOLDER, _shape(config, form, selection, images))
     source = Listing(config, form)
-    tasks = retry_tasks(config.root, config.shard_size) if config.retry_failed else source.tasks(share)
+    tasks = retry_tasks(config.root, config.shard_size) if config.retry_failed else source.tasks(assignment)
     with Downloader(fetch, images, config.processes, config.decode_timeout_s) as downloader:
         work = partial(rows_to_shard, downloader=downloader, selection=selection)
         live = partial(_live, source, downloader, config.root)
         summary = run_stage(
             config.root, stage, tasks, work, total=None if config.retry_failed else source.shards, live=live,
             threads=config.shards_at_once, overwrite=config.overwrite, source=config.named,
-            surplus=partial(_remove_surplus, config), share=share,
+            surplus=partial(_remove_surplus, config), assignment=assignment,
         )  # fmt: skip
     if nothing := downloader.tally.nothing():
         log.warning(nothing)
@@ -282,8 +283,8 @@ class Listing:
         """About how many shards the rows make."""
         return -(-self.rows // self._config.shard_size) if self.rows else None
 
-    def tasks(self, share: Share = ALL) -> Iterator[Task]:
-        """Slices of ``shard_size`` rows, the share's, then the shards of earlier retries.
+    def tasks(self, assignment: ShardAssignment = ALL) -> Iterator[Task]:
+        """Slices of ``shard_size`` rows, the assignment's, then the shards of earlier retries.
 
         Raises UserError when there is no row, more rows than when failed ones were tried again, or fewer shards than
         are there.
@@ -308,7 +309,7 @@ class Listing:
                 )
             if not shard:  # before anything is written under a config that cannot be meant
                 check_named(chunk, read_conditions(config.where), config.save_additional_columns)
-            if share.take(shard):  # asked before the rows are hashed, which takes longer than reading them
+            if assignment.claim(shard):  # asked before the rows are hashed, which takes longer than reading them
                 keys = [sample_key(shard, index, config.shard_size) for index in range(len(chunk))]
                 inputs = Inputs(keys, chunk, {}, types, config.save_additional_columns)
                 former = {"rows": sha256_json([_identity(row) for row in chunk])}

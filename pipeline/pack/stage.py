@@ -11,7 +11,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from pipeline.core.runner import ALL, Root, Share, Stage, Summary, Task, run_stage, same_config, upstream_shards
+from pipeline.core.runner import (
+    ALL,
+    Root,
+    ShardAssignment,
+    Stage,
+    Summary,
+    Task,
+    run_stage,
+    same_config,
+    upstream_shards,
+)
 from pipeline.dedup.stage import FOLDER as DEDUP
 from pipeline.dedup.stage import check_fresh
 from pipeline.labels.labeler import FUNCTION_WORDS, LabelRule, load_labeller
@@ -88,19 +98,19 @@ def _stop_words(source: str) -> tuple[str, ...]:
     return tuple(sorted(set(words)))
 
 
-def pack(config: PackConfig, share: Share = ALL) -> Summary:
+def pack(config: PackConfig, assignment: ShardAssignment = ALL) -> Summary:
     """Run the stage and write ``shards/sizes.json``. Raises UserError, also when another one runs, and ShardsFailed.
 
-    With a shard size there is one ``share``: where a final shard begins depends on all raw ones.
+    With a shard size there is one ``assignment``: where a final shard begins depends on all raw ones.
     """
     shards = upstream_shards(config.root, "raw", "ingest")
-    if share is not ALL:  # its claims keep it apart from others
-        return _pack(config, share, shards)
+    if assignment is not ALL:  # its claims keep it apart from others
+        return _pack(config, assignment, shards)
     with locked(join(config.root, LOCK), join(config.root, FOLDER)):
-        return _pack(config, share, shards)
+        return _pack(config, assignment, shards)
 
 
-def _pack(config: PackConfig, share: Share, shards: list[int]) -> Summary:
+def _pack(config: PackConfig, assignment: ShardAssignment, shards: list[int]) -> Summary:
     root, choice = config.root, _choice(config, shards)
     wordnet, rule = str(find_wordnet(config.wordnet, config.download_wordnet)), config.rule
     load_labeller(wordnet, rule)  # an unusable WordNet or tagger is an error now, not in a worker
@@ -112,7 +122,7 @@ def _pack(config: PackConfig, share: Share, shards: list[int]) -> Summary:
     if config.shard_size is None:
         forget_plan(root)
         last = _last(root, shards, choice)
-        tasks: Iterable[Task] = _one_to_one(root, shards, choice, share, last)
+        tasks: Iterable[Task] = _one_to_one(root, shards, choice, assignment, last)
         total = last + 1
     else:
         planned = plan(root, shards, choice, {**captioner, **deciding}, config.workers, config.overwrite)
@@ -120,12 +130,14 @@ def _pack(config: PackConfig, share: Share, shards: list[int]) -> Summary:
         tasks, total = ranges(root, shards, choice, config.shard_size), max(1, -(-staying // config.shard_size))
     work = partial(write_final_shard, choice=choice, wordnet=wordnet, rule=rule)
 
-    def run(tasks: Iterable[Task], total: int, overwrite: bool, share: Share) -> Summary:
+    def run(tasks: Iterable[Task], total: int, overwrite: bool, assignment: ShardAssignment) -> Summary:
         workers = min(config.workers, total)
-        return run_stage(root, stage, tasks, work, total=total, workers=workers, overwrite=overwrite, share=share)
+        return run_stage(
+            root, stage, tasks, work, total=total, workers=workers, overwrite=overwrite, assignment=assignment
+        )
 
-    summary = run(tasks, total, config.overwrite, share)
-    if not share.whole:
+    summary = run(tasks, total, config.overwrite, assignment)
+    if not assignment.is_complete:
         return summary
     sizes = _sizes(root, summary.shards)
     if config.shard_size is None:
@@ -160,9 +172,9 @@ def _last(root: str, shards: list[int], choice: Choice) -> int:
     return there[-1] if done.inputs == _merged(root, shards[there[-1] :], choice).inputs else shards[-1]
 
 
-def _one_to_one(root: str, shards: list[int], choice: Choice, share: Share, last: int) -> Iterator[Task]:
-    """A task per raw shard of the share up to ``last``, whose task takes in those behind it: nothing stays of them."""
-    for shard in filter(share.take, shards[: last + 1]):
+def _one_to_one(root: str, shards: list[int], choice: Choice, assignment: ShardAssignment, last: int) -> Iterator[Task]:
+    """A task per raw shard of the assignment up to ``last``; the last one takes in those behind, which are empty."""
+    for shard in filter(assignment.claim, shards[: last + 1]):
         yield _merged(root, shards[last:] if shard == last else [shard], choice)
 
 

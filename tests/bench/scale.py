@@ -176,24 +176,26 @@ def _jobs(root: str) -> object:
 def _pack(root: str, array: bool = False) -> object:
     from pipeline.core.runner import ALL
     from pipeline.pack.stage import PackConfig, pack
-    from slurm.claims import Claims, Failures, Others
+    from slurm.claims import Claims, Failures, WorkStealing
 
     if not array:
         return pack(PackConfig(root, workers=1), ALL)
     with Claims(f"{root}/logs/jobs/claims/shards", "bench", 180.0) as claims:
-        return pack(PackConfig(root, workers=1), Others(claims, Failures(f"{root}/logs/jobs", "s"), f"{root}/shards"))
+        return pack(
+            PackConfig(root, workers=1), WorkStealing(claims, Failures(f"{root}/logs/jobs", "s"), f"{root}/shards")
+        )
 
 
 def _claims(root: str) -> None:
-    from slurm.claims import Claims, Failures, Listed
+    from slurm.claims import Assigned, Claims, Failures
 
     shards = range(read_dataset(root)["stages"]["pack"]["shards"])
     place = f"{root}/logs/jobs/claims/new"
     with Claims(place, "bench", 180.0) as claims:
-        share = Listed(claims, Failures(place, "s"), shards)
+        assignment = Assigned(claims, Failures(place, "s"), shards)
         for shard in shards:
-            assert share.take(shard)
-            share.end(shard, True)
+            assert assignment.claim(shard)
+            assignment.complete(shard, True)
 
 
 def _order(root: str) -> object:

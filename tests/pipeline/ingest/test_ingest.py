@@ -22,7 +22,7 @@ from small_ingest import config, rows_of, write_list
 from web_server import make_image, serve
 
 from pipeline.check.stage import CheckConfig, check
-from pipeline.core.runner import ShardsFailed, Share
+from pipeline.core.runner import ShardAssignment, ShardsFailed
 from pipeline.ingest import http_client as fetch
 from pipeline.ingest.http_client import Fetcher, FetchError, FetchRules, opted_out
 from pipeline.ingest.raw_shard import sample_key
@@ -177,8 +177,8 @@ def test_config_errors(options, message):
 
 
 def test_rows_of_others_shards_are_read_and_left(tmp_path):
-    class Second(Share):
-        def take(self, shard: int) -> bool:
+    class Second(ShardAssignment):
+        def claim(self, shard: int) -> bool:
             return shard == 1
 
     (tmp_path / "list.tsv").write_text("".join(f"http://h/{n}.jpg\tcaption {n}\n" for n in range(5)))
