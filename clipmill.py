@@ -231,9 +231,9 @@ def _run_stage(command: str, function: Any, config: Any) -> int:
 
 def _checked(command: str, summary: Any) -> int:
     """The exit code of a stage: 1 with a word about it when nothing came out."""
-    from pipeline.core.no_success import nothing_came
+    from pipeline.core.no_success import explain_no_success
 
-    nothing = nothing_came(command, summary.counts)
+    nothing = explain_no_success(command, summary.counts)
     return _fail(1, nothing) if nothing else 0
 
 

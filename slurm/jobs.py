@@ -70,9 +70,9 @@ class StageJob(Job):
 
     def need_samples(self, outcome: Any) -> None:
         """Raise JobFailedError after a stage of which nothing came out, so that what follows does not begin."""
-        from pipeline.core.no_success import INPUT, nothing_came
+        from pipeline.core.no_success import STAGE_INPUTS, explain_no_success
 
-        if self.command in INPUT and (nothing := nothing_came(self.command, outcome.counts)):
+        if self.command in STAGE_INPUTS and (nothing := explain_no_success(self.command, outcome.counts)):
             raise JobFailedError(nothing)
 
     def run(self, *assignment: Any) -> Any:

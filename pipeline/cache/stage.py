@@ -22,7 +22,7 @@ from pipeline.cache.export_lists import export_lists
 from pipeline.cache.incremental import Column, OpenShard, stale_column
 from pipeline.cache.render_pool import Job, Rendering, rendering_pool
 from pipeline.caption.stage import model_label
-from pipeline.core.devices import begin_on, pick_precision
+from pipeline.core.devices import resolve_precision, worker_initializer
 from pipeline.core.runner import (
     ALL,
     Result,
@@ -138,7 +138,7 @@ def cache(config: CacheConfig, assignment: ShardAssignment = ALL) -> Summary:
     begin, pool = None, embedder.pool
     if len(devices) > 1:
         embedder = None  # every worker loads its own
-        begin = begin_on(devices, partial(_load_worker, config, len(devices)))
+        begin = worker_initializer(devices, partial(_load_worker, config, len(devices)))
     work = partial(cache_shard, stage=stage, config=config, embedder=embedder)
     try:
         summary = run_stage(
@@ -159,7 +159,7 @@ def _load(config: CacheConfig, device: str, devices: int) -> Embedder:
     processes = config.processes if config.processes is not None else cores if device.startswith("cuda") else 0
     pool = rendering_pool(processes, config.threads)
     loaded = load_teacher(
-        config.model, config.pretrained, device, pick_precision(config.precision, device), config.trust
+        config.model, config.pretrained, device, resolve_precision(config.precision, device), config.trust
     )
     return Embedder(Teacher(loaded, config.batch_size), pool)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.core.devices import out_of_memory
+from pipeline.core.devices import is_out_of_memory
 from pipeline.core.prefetch import batches
 from shards_spec.files import UserError
 from shards_spec.models import LoadedModel
@@ -75,7 +75,7 @@ class Teacher:
             try:
                 encoded = encode(part + part[:1] * (self.rows - len(part)))[: len(part)]
             except RuntimeError as error:
-                if not out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0]
             else:

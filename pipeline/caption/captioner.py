@@ -13,7 +13,7 @@ from pipeline.caption.coca import NO_COCA, Coca
 from pipeline.caption.decoding import Decoding
 from pipeline.caption.redraws import Contrast, Described, Wanted, Written
 from pipeline.caption.sampling import generate
-from pipeline.core.devices import out_of_memory
+from pipeline.core.devices import is_out_of_memory
 from shards_spec.files import UserError
 from shards_spec.images import without_ends
 from shards_spec.models import LoadedModel
@@ -99,7 +99,7 @@ class Captioner:
                 described += self._describe(part, contrast)
                 continue
             except RuntimeError as error:
-                if not out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0]
             if len(part) == 1:  # and out of the except block, where the failed batch's tensors are free again

@@ -16,8 +16,8 @@ from tyro.conf import OmitArgPrefixes
 
 from pipeline.caption.decoding import Decoding
 from pipeline.caption.redraws import Drafts, Row, Wanted
-from pipeline.core.devices import begin_on, pick_precision
-from pipeline.core.prefetch import ahead, batches
+from pipeline.core.devices import resolve_precision, worker_initializer
+from pipeline.core.prefetch import batches, prefetch_map
 from pipeline.core.runner import (
     ALL,
     Result,
@@ -118,7 +118,7 @@ def caption(config: CaptionConfig, assignment: ShardAssignment = ALL) -> Summary
     shards = upstream_shards(config.root, "raw", "ingest")
     devices = pick_devices(config.device)
     several = len(devices) > 1  # then every worker process loads its own, and this one only says who they are
-    config = replace(config, precision=pick_precision(config.precision, devices[0]))
+    config = replace(config, precision=resolve_precision(config.precision, devices[0]))
     captioner = _load(config, "cpu" if several else devices[0])
     identity = {
         "model": model_label(config.model, None),
@@ -134,7 +134,7 @@ def caption(config: CaptionConfig, assignment: ShardAssignment = ALL) -> Summary
     }
     stage = Stage(f"caption/{config.label}", f"captions/{config.label}", identity)
     work = partial(caption_shard, stage=stage, config=config, captioner=None if several else captioner)
-    begin = begin_on(devices, partial(_load_worker, config)) if several else None
+    begin = worker_initializer(devices, partial(_load_worker, config)) if several else None
     tasks = tar_tasks(config.root, "raw", shards, assignment)
     return run_stage(
         config.root, stage, tasks, work, total=len(shards), workers=len(devices), begin=begin,
@@ -147,7 +147,7 @@ def _load(config: CaptionConfig, device: str) -> "Captioner":
     from shards_spec.models import load_model
 
     check_coca(config.model)
-    precision = pick_precision(config.precision, device)
+    precision = resolve_precision(config.precision, device)
     loaded = load_model(config.model, config.pretrained, device, precision=precision, trust=config.trust)
     return Captioner(loaded, config.decoding, config.num_captions, config.seed, config.similarity, config.batch_size)
 
@@ -200,7 +200,7 @@ def _decoded(source: str, captioner: "Captioner", config: CaptionConfig) -> Iter
             return sample.key, error
         return sample.key, Wanted(sample.key, image, indices, _original(sample) if config.similarity else None)
 
-    return ahead(decode, read_shard(source), config.threads, 2 * captioner.batch_size)
+    return prefetch_map(decode, read_shard(source), config.threads, 2 * captioner.batch_size)
 
 
 def _original(sample: Sample) -> str | None:

@@ -1,4 +1,4 @@
-"""What stages with a model share: a process per device, the precision there, and how running out of memory is told."""
+"""What stages with a model share: a worker process per device, its precision, and the errors of full memory."""
 
 import multiprocessing
 import os
@@ -9,8 +9,8 @@ from typing import Any, Literal
 from shards_spec.models import Precision
 
 
-def pick_precision(asked: Literal["auto"] | Precision, device: str) -> Precision:
-    """``auto`` becomes bf16 on a CUDA device that has it, else fp32."""
+def resolve_precision(asked: Literal["auto"] | Precision, device: str) -> Precision:
+    """``auto`` becomes bf16 on a CUDA device that supports it, else fp32."""
     import torch
 
     if asked != "auto":
@@ -18,24 +18,27 @@ def pick_precision(asked: Literal["auto"] | Precision, device: str) -> Precision
     return "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
 
 
-def begin_on(devices: list[str], load: Callable[[str], None]) -> Callable[[], None]:
-    """What each worker process does first: take one of the devices and ``load`` there, with its share of the cores."""
+def worker_initializer(devices: list[str], load: Callable[[str], None]) -> Callable[[], None]:
+    """An initializer for as many worker processes as devices: each takes one of them and calls ``load(device)``."""
     queue = multiprocessing.get_context("spawn").SimpleQueue()
     for device in devices:
         queue.put(device)
-    return partial(_begin, queue, len(devices), load)
+    return partial(_load_on_next_device, queue, len(devices), load)
 
 
-def _begin(queue: Any, workers: int, load: Callable[[str], None]) -> None:
+def _load_on_next_device(queue: Any, workers: int, load: Callable[[str], None]) -> None:
     import torch
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     load(queue.get())
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """CUDA's error has a class; on a CPU torch's allocator and oneDNN say it in these words."""
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device's memory, or the host's for a CPU, did not suffice.
+
+    CUDA's error has a class of its own; torch's CPU allocator and oneDNN can be told by their messages alone.
+    """
     import torch
 
-    words = ("can't allocate memory", "could not create a primitive")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+    messages = ("can't allocate memory", "could not create a primitive")
+    return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in messages)

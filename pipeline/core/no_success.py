@@ -1,45 +1,95 @@
-"""What a stage says that ends without one sample: the commonest reason, and what to try."""
+"""What a stage says that ends without one sample: the most common reason, and what to try."""
 
 import re
 from collections.abc import Mapping
 
-INPUT = {"ingest": "the list", "dedup": "raw/", "caption": "raw/", "pack": "raw/", "cache": "shards/"}
-ADVICE = (  # (how a reason reads, what to try), the first that fits counts
-    (r"not a public address", "--allow-private fetches from addresses of one's own network"),
-    (r"timeout|connection .*|name .*|HTTP 407",
-     "is this machine on the web? No proxy is used; --timeout-s gives more time"),
-    (r"HTTP 40[13]|HTTP 429",
-     "the servers refuse: give signed links, or try later with --retry-failed and a lower --per-host"),
-    (r"HTTP \d+", "open one of the links in a browser: they may be old, or --url-col may be another column"),
-    (r"opted out", "the owners opted out; --ignore-opt-out takes their images all the same"),
-    (r"not an http address|bad address|address .*|missing column",
-     "name the columns with --url-col and --caption-col, or the form of the list with --format"),
-    (r"file not found|file not readable|link to .*",
-     "the paths are read as below the folder of the list: is it where it was made?"),
-    (r"resize: too many pixels.*|too large|cell too large", "--max-bytes and --max-pixels are the limits"),
-    (r".*(too small|aspect ratio).*", "--min-size and --max-aspect-ratio are the limits"),
-    (r"caption (too short|too long).*",
-     "--min-caption-chars and --max-caption-chars are the limits; is --caption-col right?"),
-    (r"caption (is|has|repeats).*|caption not readable", "is --caption-col right? --sane-captions leaves odd ones out"),
-    (r"excluded .*", "the files of --exclude name them"),
-    (r"no caption|caption empty.*",
-     "run `clipmill caption`, or give ingest the captions (--caption-col, x.txt beside x.jpg)"),
-    (r"every caption below min_similarity", "lower --min-similarity; `clipmill report` shows how the cosines lie"),
-    (r"(near-)?duplicate image", "delete dedup/ to keep every image, or lower --near-bits"),
-    (r"decoding took too long|decoder crashed", "--decode-timeout-s gives more time; look at one of the files"),
-    (r".*(not an image|decode|format).*",
-     "look at one of the files: are they images, of a format that is read?"),
-)  # fmt: skip
+STAGE_INPUTS = {"ingest": "the list", "dedup": "raw/", "caption": "raw/", "pack": "raw/", "cache": "shards/"}
+# (pattern of a reason, what to try); the first pattern that matches the whole reason counts
+ADVICE = (
+    (
+        r"not a public address",
+        "--allow-private fetches from addresses of one's own network",
+    ),
+    (
+        r"timeout|connection .*|name .*|HTTP 407",
+        "is this machine on the web? No proxy is used; --timeout-s gives more time",
+    ),
+    (
+        r"HTTP 40[13]|HTTP 429",
+        "the servers refuse: give signed links, or try later with --retry-failed and a lower --per-host",
+    ),
+    (
+        r"HTTP \d+",
+        "open one of the links in a browser: they may be old, or --url-col may be another column",
+    ),
+    (
+        r"opted out",
+        "the owners opted out; --ignore-opt-out takes their images all the same",
+    ),
+    (
+        r"not an http address|bad address|address .*|missing column",
+        "name the columns with --url-col and --caption-col, or the form of the list with --format",
+    ),
+    (
+        r"file not found|file not readable|link to .*",
+        "paths are read relative to the folder of the list: is the list where it was made?",
+    ),
+    (
+        r"resize: too many pixels.*|too large|cell too large",
+        "--max-bytes and --max-pixels are the limits",
+    ),
+    (
+        r".*(too small|aspect ratio).*",
+        "--min-size and --max-aspect-ratio are the limits",
+    ),
+    (
+        r"caption (too short|too long).*",
+        "--min-caption-chars and --max-caption-chars are the limits; is --caption-col right?",
+    ),
+    (
+        r"caption (is|has|repeats).*|caption not readable",
+        "is --caption-col right? --sane-captions leaves odd ones out",
+    ),
+    (
+        r"excluded .*",
+        "the files of --exclude name them",
+    ),
+    (
+        r"no caption|caption empty.*",
+        "run `clipmill caption`, or give ingest the captions (--caption-col, x.txt beside x.jpg)",
+    ),
+    (
+        r"every caption below min_similarity",
+        "lower --min-similarity; `clipmill report` shows the distribution of the cosines",
+    ),
+    (
+        r"(near-)?duplicate image",
+        "delete dedup/ to keep every image, or lower --near-bits",
+    ),
+    (
+        r"decoding took too long|decoder crashed",
+        "--decode-timeout-s gives more time; look at one of the files",
+    ),
+    (
+        r".*(not an image|decode|format).*",
+        "look at one of the files: are they images, of a format that is read?",
+    ),
+)
 
 
-def nothing_came(command: str, counts: Mapping[str, int]) -> str | None:
-    """Why a finished stage has no sample, and what to try; None when it has one. ``counts``: its totals by reason."""
+def explain_no_success(command: str, counts: Mapping[str, int]) -> str | None:
+    """Why a finished stage has no sample, and what to try; None when it has one.
+
+    ``counts`` are the stage's totals: ``success`` or a reason to the number of inputs.
+    """
     if counts.get("success"):
         return None
     total = sum(counts.values())
     if not total:
-        return f"{command}: nothing came out, {INPUT[command]} has no sample: look at the stage before"
+        return f"{command}: no samples, because {STAGE_INPUTS[command]} has none; check the previous stage"
     reason = max(counts, key=lambda name: counts[name])
     advice = next((advice for pattern, advice in ADVICE if re.fullmatch(pattern, reason)), None)
-    said = f"{command}: not one sample came of {total}; {counts[reason]} times the reason is {reason!r}"
-    return f"{said}: {advice or 'clipmill report counts all reasons'}"
+    return (
+        f"{command}: none of {total} inputs became a sample; the most common reason, {counts[reason]} times, "
+        f"is {reason!r}: {advice or '`clipmill report` counts all reasons'}"
+    )

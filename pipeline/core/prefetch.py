@@ -1,4 +1,7 @@
-"""Work done ahead of a device, in order and in bounded memory; Pillow and numpy let go of the GIL meanwhile."""
+"""Results computed ahead of their use by threads, in order and in bounded memory.
+
+Threads suffice: Pillow, numpy and network clients release the GIL while they work.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,8 +13,12 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T], threads: int, depth: int) -> Iterator[R]:
-    """``map(function, items)`` with up to ``depth`` results computed ahead by ``threads`` threads."""
+def prefetch_map(function: Callable[[T], R], items: Iterable[T], threads: int, depth: int) -> Iterator[R]:
+    """``map(function, items)`` with up to ``depth`` results computed ahead by ``threads`` threads.
+
+    Results come in the order of the items. An exception of ``function`` is raised in its result's place; calls that
+    have not begun when the iterator is closed are cancelled.
+    """
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:

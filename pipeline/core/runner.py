@@ -23,7 +23,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.core.prefetch import ahead
+from pipeline.core.prefetch import prefetch_map
 from pipeline.core.workers import die_with_parent
 from shards_spec.files import DataError, UserError, is_url, join, read_bytes, remove_stale, sha256_json, write_bytes
 from shards_spec.manifest import (
@@ -206,7 +206,11 @@ def _with_done(
         return task, None if overwrite else _done_before(folder, stage, task)
 
     taken = (task for task in tasks if assignment.claim(task.shard))
-    return ahead(look, taken, LOOK_AHEAD, 2 * LOOK_AHEAD) if is_url(folder) and assignment is ALL else map(look, taken)
+    return (
+        prefetch_map(look, taken, LOOK_AHEAD, 2 * LOOK_AHEAD)
+        if is_url(folder) and assignment is ALL
+        else map(look, taken)
+    )
 
 
 def _count(counts: Counter[str], facts: Counter[str], done: Done) -> None:

@@ -1,4 +1,4 @@
-"""What every worker process does first. Imports next to nothing: workers start with it."""
+"""What every worker process does first. Imports next to nothing, because workers start with it."""
 
 import ctypes
 import os
@@ -6,14 +6,17 @@ import signal
 import sys
 from multiprocessing.process import parent_process
 
+PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that this process gets when its parent dies
+
 
 def die_with_parent() -> None:
-    """In a worker: end when the parent is killed, so that no orphan writes beside a second run (Linux only).
+    """End this worker when its parent is killed, so that no orphan writes beside a second run (Linux only).
 
-    The kernel tells a death from now on; a parent that died while this worker started is found by its number.
+    SIGINT is ignored: Ctrl-C reaches the whole process group, and the parent ends its workers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if (parent := parent_process()) is not None and os.getppid() != parent.pid:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        parent = parent_process()
+        if parent is not None and os.getppid() != parent.pid:  # the parent died before prctl was called
             os._exit(1)

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any, cast
 
-from pipeline.core.prefetch import ahead
+from pipeline.core.prefetch import prefetch_map
 from pipeline.ingest.image_folder import not_decoded, seen_line, warn_of_no_caption
 from pipeline.ingest.rows import (
     CAPTION_NAMES,
@@ -185,7 +185,7 @@ def webdataset_rows(files: list[SourceFile], columns: Columns) -> Iterator[Row]:
     _check_columns(files[0].path, columns)
     seen = Counter[str]()
     if any(is_url(file.path) for file in files):
-        listed = ahead(lambda file: list(_tar_rows(file, columns, seen)), files, REMOTE_TARS, REMOTE_TARS)
+        listed = prefetch_map(lambda file: list(_tar_rows(file, columns, seen)), files, REMOTE_TARS, REMOTE_TARS)
         rows = chain.from_iterable(listed)
     else:
         rows = chain.from_iterable(_tar_rows(file, columns, seen) for file in files)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.core.prefetch import ahead
+from pipeline.core.prefetch import prefetch_map
 from pipeline.core.runner import LOOK_AHEAD, Result, Stage, Summary, Task, run_stage
 from pipeline.pack.final_shard import Choice, Chooser, Part
 from shards_spec.files import DataError, atomic_writer, exists, is_url, join, read_buffer, sha256_file
@@ -94,7 +94,7 @@ def ranges(root: str, shards: list[int], choice: Choice, size: int) -> Iterator[
         return shard, table, {**inputs_of(root, shard, choice), path: file_hash(root, FOLDER, shard, path)}
 
     parts, inputs, taken, number = list[Part](), dict[str, str](), 0, 0
-    plans = ahead(read, shards, LOOK_AHEAD, 2 * LOOK_AHEAD) if is_url(root) else map(read, shards)
+    plans = prefetch_map(read, shards, LOOK_AHEAD, 2 * LOOK_AHEAD) if is_url(root) else map(read, shards)
     for shard, table, files in plans:
         survivors, start, used = np.flatnonzero(pc.is_null(table.column("reason")).to_numpy()), 0, 0
         while len(survivors) - used > size - taken:

@@ -1,4 +1,4 @@
-"""A stage of which nothing came out ends with exit code 1, the commonest reason and what to try."""
+"""A stage without one sample ends with exit code 1, the most common reason and what to try."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from small_data import write_raw
 
-from pipeline.core.no_success import INPUT, nothing_came
+from pipeline.core.no_success import STAGE_INPUTS, explain_no_success
 from shards_spec.files import read_json
 
 ROOT = Path(__file__).parents[3]
@@ -24,10 +24,15 @@ def test_a_list_of_dead_links(tmp_path):
     (tmp_path / "l.tsv").write_text("".join(f"caption {n}\thttp://127.0.0.1:9/{n}.jpg\n" for n in range(3)))
     words = ("ingest", str(tmp_path / "D"), "--source", str(tmp_path / "l.tsv"))
     said = clipmill(*words, code=1)
-    assert "ingest: not one sample came of 3; 3 times the reason is 'not a public address': --allow-private" in said
+    assert (
+        "ingest: none of 3 inputs became a sample; the most common reason, 3 times, is 'not a public address': --a"
+        in said
+    )
     assert read_json(str(tmp_path / "D/dataset.json"))["stages"]["ingest"]["counts"] == {"not a public address": 3}
-    clipmill(*words, code=1)  # and again, where nothing is to be done
-    assert "pack: nothing came out, raw/ has no sample" in clipmill("pack", str(tmp_path / "D"), code=1)
+    clipmill(*words, code=1)  # and again, when nothing is left to do
+    assert "pack: no samples, because raw/ has none; check the previous stage" in clipmill(
+        "pack", str(tmp_path / "D"), code=1
+    )
 
 
 def test_images_without_captions(tmp_path):
@@ -38,17 +43,31 @@ def test_images_without_captions(tmp_path):
     clipmill("pack", root, code=0)
 
 
-@pytest.mark.parametrize("reason", ["HTTP 404", "timeout", "opted out", "resize: not an image", "caption too short",
-                                    "resize: picture too small", "near-duplicate image", "file not found",
-                                    "every caption below min_similarity", "name not found"])  # fmt: skip
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "HTTP 404",
+        "timeout",
+        "opted out",
+        "resize: not an image",
+        "caption too short",
+        "resize: picture too small",
+        "near-duplicate image",
+        "file not found",
+        "every caption below min_similarity",
+        "name not found",
+    ],
+)
 def test_each_reason_has_its_advice(reason):
-    said = nothing_came("ingest", {"other": 2, reason: 3})
-    assert f"3 times the reason is {reason!r}: " in said
+    said = explain_no_success("ingest", {"other": 2, reason: 3})
+    assert f"the most common reason, 3 times, is {reason!r}: " in said
     assert "clipmill report" not in said or reason.startswith("every")
     assert "\n" not in said
 
 
-@pytest.mark.parametrize("command", INPUT)
+@pytest.mark.parametrize("command", STAGE_INPUTS)
 def test_one_sample_is_enough(command):
-    assert nothing_came(command, {"success": 1, "timeout": 10**6}) is None
-    assert nothing_came(command, {}).startswith(f"{command}: nothing came out, {INPUT[command]} has no sample")
+    assert explain_no_success(command, {"success": 1, "timeout": 10**6}) is None
+    assert explain_no_success(command, {}).startswith(
+        f"{command}: no samples, because {STAGE_INPUTS[command]} has none; check the previous stage"
+    )
