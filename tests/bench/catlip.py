@@ -27,6 +27,7 @@ from shards_spec.models import TIMM, LoadedModel
 from training.engine.optim import OptimConfig, build_optimizer
 from training.losses.multilabel import pad_labels, sigmoid_loss
 from training.models.classifier import new_classifier
+from training.models.range_augment import RangeAugment
 from training.recipes import catlip, clip
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
@@ -116,7 +117,7 @@ def measure_parts(options: argparse.Namespace) -> dict[str, float]:
     loss = seconds_of(lambda: sigmoid_loss(logits, labels.to(options.device)).mean(), options)
     parts = {"text tower": text, "labels and loss": loss}
     if options.augment:
-        augment = catlip.RangeAugment((0.0,) * 3, (1.0,) * 3).to(options.device)
+        augment = RangeAugment((0.0,) * 3, (1.0,) * 3).to(options.device)
         parts["RangeAugment"] = seconds_of(lambda: augment(batch["images"])[1], options)
     return parts
 

@@ -37,8 +37,8 @@ from shards_spec.tar import read_shard
 from training.config import require
 from training.data.labelled_images import FolderImages, find_split, is_folders, numbered_shards
 from training.evaluation.accuracy import AccuracyMeter
+from training.evaluation.classification import measure_classifier
 from training.models.classifier import Classifier
-from training.recipes.transfer import measure_classifier
 from training.runs.run_folder import RunDir
 from training.runs.student import load_run
 

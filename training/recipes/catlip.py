@@ -41,16 +41,9 @@ from shards_spec.vocab import Vocabulary
 from training.config import DataConfig, LabelConfig, ModelConfig, RunConfig, SideConfig, ViewConfig, total_steps
 from training.data.samples import SampleLabels, Samples, find_vocabulary, open_samples
 from training.engine.optim import OptimConfig
-from training.losses.multilabel import (
-    PAD,
-    RangeAugment,
-    curriculum_loss,
-    frequency_bias,
-    mean_loss,
-    sigmoid_loss,
-    softmax_loss,
-)
+from training.losses.multilabel import PAD, frequency_bias, mean_loss, sigmoid_loss, softmax_loss
 from training.models.classifier import Classifier, new_classifier
+from training.models.range_augment import RangeAugment, curriculum_loss
 
 LOSSES = {"sigmoid": sigmoid_loss, "softmax": softmax_loss}
 SIDES = tuple(range(128, 321, 16))

@@ -22,16 +22,14 @@ from training.data.labelled_images import (
     FeatureRows,
     LabelledImageConfig,
     LabelledImageRows,
-    LabelledImages,
     open_images,
     subset,
 )
-from training.data.order import BatchPlan
 from training.data.samples import batch_plan, load_batches
 from training.engine.optim import OptimConfig
-from training.evaluation.accuracy import AccuracyMeter
-from training.losses.multilabel import RangeAugment, curriculum_loss
+from training.evaluation.classification import batch_ranges, classification_metrics, describe_difference, plain_rows
 from training.models.classifier import Classifier, new_classifier, new_rows
+from training.models.range_augment import RangeAugment, curriculum_loss
 from training.runs.student import load_run
 
 log = logging.getLogger(__name__)
@@ -116,7 +114,8 @@ class Task(nn.Module):
     def measure(self, device: str) -> dict[str, float]:
         """acc1, acc5, mean_per_class_recall on the test images."""
         config = self.config
-        return accuracy(self.student, self.test, device, config.data.workers, config.run.precision == "bf16")
+        workers, bf16 = config.data.workers, config.run.precision == "bf16"
+        return classification_metrics(self.student, self.test, device=device, workers=workers, bf16=bf16)
 
 
 def prepare(config: TransferConfig) -> tuple[LoadedModel, LabelledImageRows | FeatureRows, Task]:
@@ -126,7 +125,7 @@ def prepare(config: TransferConfig) -> tuple[LoadedModel, LabelledImageRows | Fe
     train, test = open_images(config.data.data, True), open_images(config.data.data, False)
     if train.classes != test.classes:
         raise UserError(
-            f"{config.data.data}: train and test have other classes: {_differ(train.classes, test.classes)}"
+            f"{config.data.data}: train and test have other classes: {describe_difference(train.classes, test.classes)}"
         )
     base = load_base(config.student, config.run.seed)
     student = successor(base, config, train.classes)
@@ -141,12 +140,7 @@ def prepare(config: TransferConfig) -> tuple[LoadedModel, LabelledImageRows | Fe
             LabelledImageRows(train, student, plan, None, chosen), config.run.device, config.data.workers
         )
     total = total_steps(config.run, plan.mean, len(chosen))
-    return student, rows, Task(config, student, every_image(test, student), total)
-
-
-def every_image(images: LabelledImages, student: LoadedModel) -> LabelledImageRows:
-    """All images as they lie, plain crops."""
-    return LabelledImageRows(images, student, BatchPlan(64), None, torch.arange(len(images.labels)).numpy())
+    return student, rows, Task(config, student, plain_rows(test, student), total)
 
 
 def load_base(config: ModelConfig, seed: int) -> LoadedModel:
@@ -242,41 +236,8 @@ def feature_rows(rows: LabelledImageRows, device: str, workers: int) -> FeatureR
     """Features of the plain crops of all ``rows``, in fp32. Images that do not decode are left out."""
     device, features, labels = pick_device(device), list[Tensor](), list[Tensor]()
     model = rows.student.model.to(device)
-    for batch in load_batches(rows, _ranges(len(rows.chosen)), workers, device):
+    for batch in load_batches(rows, batch_ranges(len(rows.chosen)), workers, device):
         features.append(model.encode_image(batch["images"]).float().cpu())
         labels.append(batch["targets"].cpu())
     model.to("cpu")
     return FeatureRows(torch.cat(features), torch.cat(labels), rows.student, rows.plan)
-
-
-@torch.no_grad()
-def accuracy(student: Classifier, rows: LabelledImageRows, device: str, workers: int, bf16: bool) -> dict[str, float]:
-    """acc1, acc5 and mean_per_class_recall (of the classes that occur) of a classifier in eval mode."""
-    hits = AccuracyMeter(student.head.out_features)
-    for batch in load_batches(rows, _ranges(len(rows.chosen)), workers, device):
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-            logits = student(batch["images"])
-        hits.add(logits.float(), batch["targets"].cpu())
-    return hits.metrics()
-
-
-def measure_classifier(loaded: LoadedModel, root: str, device: str, bf16: bool) -> tuple[dict[str, float], int]:
-    """What a run of `probe` or `finetune` does on the test images of ``root``, and how many they are.
-
-    Raises UserError when it has other classes than they.
-    """
-    model, images = loaded.model, open_images(root, False)
-    if images.classes != model.names:
-        raise UserError(
-            f"{root} has other classes than the model ({_differ(images.classes, model.names)}); after pre-training, "
-            "`clipmill train probe` makes a classifier of its classes"
-        )
-    return accuracy(model, every_image(images, loaded), device, 0, bf16), len(images.labels)
-
-
-def _ranges(count: int) -> list[range]:
-    return [range(start, min(start + 64, count)) for start in range(0, count, 64)]
-
-
-def _differ(one: list[str], other: list[str]) -> str:
-    return ", ".join(sorted({*one} ^ {*other})[:5]) or "in another order"

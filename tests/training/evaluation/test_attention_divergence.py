@@ -14,12 +14,12 @@ import training.models.mobileclip  # noqa: F401 - its names for open_clip.create
 from training.evaluation.attention_divergence import (
     adjacent_divergences,
     assignment,
-    attention_maps,
     averaged_divergence,
     js_divergence,
     matched_divergence,
     write_divergences,
 )
+from training.models.taps import attention_maps
 
 
 def attention(seed, sharpness=3.0):

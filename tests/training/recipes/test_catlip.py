@@ -20,11 +20,12 @@ from shards_spec.files import UserError
 from shards_spec.vocab import read_vocabulary
 from training.config import ModelConfig, smoke
 from training.engine.optim import OptimConfig, learning_rate
+from training.evaluation.classification import measure_classifier
 from training.export import ExportConfig, export
 from training.losses.multilabel import PAD
 from training.models.classifier import Classifier
 from training.recipes import catlip
-from training.recipes.transfer import load_base, measure_classifier
+from training.recipes.transfer import load_base
 from training.runs.student import load_run
 from training.trainer import train
 

@@ -1,0 +1,60 @@
+"""Measuring an image classifier on labelled images: the test of `probe`, `finetune` and `clipmill eval`."""
+
+import numpy as np
+import torch
+
+from shards_spec.files import UserError
+from shards_spec.models import LoadedModel
+from training.data.labelled_images import LabelledImageRows, LabelledImages, open_images
+from training.data.order import BatchPlan
+from training.data.samples import load_batches
+from training.evaluation.accuracy import AccuracyMeter
+from training.models.classifier import Classifier
+
+BATCH = 64  # images per forward pass
+
+
+@torch.no_grad()
+def classification_metrics(
+    classifier: Classifier, rows: LabelledImageRows, *, device: str, workers: int, bf16: bool
+) -> dict[str, float]:
+    """Return acc1, acc5 and mean_per_class_recall (of the classes that occur) of a classifier in eval mode."""
+    meter = AccuracyMeter(classifier.head.out_features)
+    for batch in load_batches(rows, batch_ranges(len(rows.chosen)), workers, device):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+            logits = classifier(batch["images"])
+        meter.add(logits.float(), batch["targets"].cpu())
+    return meter.metrics()
+
+
+def measure_classifier(loaded: LoadedModel, root: str, device: str, bf16: bool) -> tuple[dict[str, float], int]:
+    """Return the metrics of a classifier on the test images of ``root``, and the number of those images.
+
+    Raises:
+        UserError: The test images have other classes than the classifier, or there are none.
+        DataError: A shard is damaged.
+    """
+    model = loaded.model
+    images = open_images(root, train=False)
+    if images.classes != model.names:
+        raise UserError(
+            f"{root} has other classes than the model ({describe_difference(images.classes, model.names)}); after "
+            "pre-training, `clipmill train probe` makes a classifier of its classes"
+        )
+    metrics = classification_metrics(model, plain_rows(images, loaded), device=device, workers=0, bf16=bf16)
+    return metrics, len(images.labels)
+
+
+def plain_rows(images: LabelledImages, student: LoadedModel) -> LabelledImageRows:
+    """Return all images in their stored order, as plain crops."""
+    return LabelledImageRows(images, student, BatchPlan(BATCH), None, np.arange(len(images.labels)))
+
+
+def batch_ranges(count: int) -> list[range]:
+    """Return the positions of the batches of ``count`` rows; the last batch may be smaller."""
+    return [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
+
+
+def describe_difference(classes: list[str], others: list[str]) -> str:
+    """Return up to five class names that only one of two lists has, for a message."""
+    return ", ".join(sorted({*classes} ^ {*others})[:5]) or "in another order"
