@@ -1,12 +1,16 @@
-# make demo: set up and run the whole path on embedded data. make test: set up, lint, types, tests.
-# make fuzz: ten minutes of wrong inputs; FUZZ='--seconds 60 tar' for less.
+# make demo      set up, and run the whole path on embedded data
+# make fast      set up; tests that start no server, cluster or training: under a minute on two cores
+# make test      set up; lint, types, tests: under ten minutes
+# make test-all  the slow tests too
+# make fuzz      ten minutes of wrong inputs; FUZZ='--seconds 60 tar' for less
+# make lock      constraints.txt anew, the whole set of packages that `make` installs; LOCK=--upgrade for newer ones
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
 PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadgroup
 
-.PHONY: demo study-siclip study-catlip test test-all fuzz lint style types tests wordnet debian clean
+.PHONY: demo study-siclip study-catlip fast test test-all fuzz lock lint style types tests wordnet debian clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipmill needs Python 3.11 or later")'
@@ -45,16 +49,26 @@ tests: $(VENV)/.done debian
 	$(PYTEST) --durations=10
 
 # Several processes, so one thread in each. Set-up, then style, types and tests run side by side.
-test test-all: export OMP_NUM_THREADS = 1
+fast test test-all: export OMP_NUM_THREADS = 1
 test:
 	$(MAKE) --jobs=2 $(VENV)/.done debian
 	$(MAKE) --jobs=3 style types tests
+
+fast: $(VENV)/.done
+	$(PYTEST) -m "not slow and not gpu and not integration"
 
 test-all: $(VENV)/.done debian lint
 	$(PYTEST) --durations=20 -m "not gpu"
 
 fuzz: $(VENV)/.done
 	$(BIN)/python tests/fuzz/run.py $(FUZZ)
+
+lock:
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet pip-tools
+	CUSTOM_COMPILE_COMMAND='make lock' $(VENV)-lock/bin/pip-compile --quiet $(LOCK) --extra dev --strip-extras --allow-unsafe \
+		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --output-file constraints.txt pyproject.toml
+	rm -rf $(VENV)-lock
 
 clean:
 	rm -rf $(VENV) demo-run

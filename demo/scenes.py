@@ -45,7 +45,7 @@ HTML_FILES, TRUNCATED_FILES, EMPTY_FILES = 3, 2, 2  # extra rows whose file is n
 
 THINGS = tuple(sorted(path.stem for path in IMAGES.glob("*.png")))
 
-STYLES = ("{}", "{}", "a photo of {}", "an image of {}")
+STYLES = ("{}", "{}", "a photo of {}", "a picture of {}")
 JUNK = (
     "IMG_{n:04d}",
     "DSC{n:05d}.JPG",
@@ -58,7 +58,7 @@ JUNK = (
     "share this on social media",
     "add to cart",
 )
-TEMPLATES = ("{c}", "a {c}", "a photo of a {c}", "an image of a {c}", "an image of a {c}")
+TEMPLATES = ("{c}", "a {c}", "a photo of a {c}", "a picture of a {c}", "an image of a {c}")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ ADDRESS = re.compile(
     r"|\S+@[a-z0-9.\-]+\.[a-z]+"
     r"|[a-z0-9\-]+(?:\.[a-z0-9\-]+)*\.(?:com|net|org|info)(?:/\S*)?"
     r"|\S+\.(?:jpe?g|png|gif|webp|bmp|tiff?|avif|heic|svg)"
-    r"|(?:img|imag|image|dsc|dscn|dscf|pict|dcim|mvi|gopr|cimg|hpim|pxl|sam|vid|photo|image|screenshot)"
+    r"|(?:img|imag|image|dsc|dscn|dscf|pict|dcim|mvi|gopr|cimg|hpim|pxl|sam|vid|photo|picture|screenshot)"
     r"[ _\-]?[(]?\d{3,}[\d _\-.()]*(?:\.[a-z]{3,4})?",
     re.IGNORECASE,
 )

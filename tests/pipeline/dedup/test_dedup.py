@@ -132,6 +132,7 @@ def test_distances_without_numpy_2(monkeypatch):
         ("dsc 00012.JPG", "caption is an address"),
         ("my-holiday-2019.jpeg", "caption is an address"),
         ("IMG_20190512_101112", "caption is an address"),
+        ("picture 0042.jpg", "caption is an address"),
         ("a photo of www.example.com on a screen", None),
         ("St.Petersburg", None),
         ("Photo of a dog", None),
