@@ -10,7 +10,6 @@ that are imported before a model is built and make their names known to open_cli
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, Literal
 from shards_spec.checkpoints import load_checkpoint, misfit
 from shards_spec.files import UserError
 from shards_spec.library_errors import as_own, checkpoint_errors, parse_json, short
+from shards_spec.open_clip_plugins import reading_weights, unavailable, without_remote_code_prompt
 from shards_spec.suggest import did_you_mean
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -96,7 +96,7 @@ def load_model(
                 f"model {model!r} wants to run Python of its own ({code}); if you trust whoever made it, give "
                 "--trust-remote-code"
             )
-        with _reading_weights(model, trust.trust_checkpoint), _no_question():
+        with reading_weights(model, trust.trust_checkpoint), without_remote_code_prompt():
             built = open_clip.create_model(
                 model,
                 pretrained=pretrained,
@@ -144,6 +144,8 @@ def _check_names(model: str, pretrained: str | None, random_weights: bool) -> No
         return
     known = open_clip.list_models()
     name = model.replace("/", "-")
+    if name in unavailable:
+        raise UserError(f"model {model!r} cannot be built: {unavailable[name]}")
     if name not in known:
         raise UserError(
             f"no model {model!r}: {did_you_mean(name, known)}; folders are named {FOLDER}PATH, the Hub's {HUB}ORG/NAME"
@@ -215,49 +217,6 @@ def _places(value: Any, key: str, path: str = "") -> list[str]:
         return own + [place for name, part in value.items() for place in _places(part, key, f"{path}.{name}")]
     parts = enumerate(value) if isinstance(value, list) else ()
     return [place for number, part in parts for place in _places(part, key, f"{path}.{number}")]
-
-
-@contextlib.contextmanager
-def _reading_weights(model: str, trusted: bool) -> Iterator[None]:
-    """open_clip reads checkpoint files by `load_checkpoint` meanwhile, and converts them as always."""
-    import open_clip
-
-    factory = open_clip.factory
-    convert, read = factory.load_checkpoint, factory.load_state_dict
-
-    def load(module: Any, path: str, *rest: Any, **options: Any) -> Any:
-        if Path(path).suffix in (".npz", ".npy"):  # big_vision's; numpy unpickles nothing there
-            with checkpoint_errors(path):
-                return convert(module, path, *rest, **options)
-        weights = load_checkpoint(str(path), trusted, module.state_dict().keys())
-        factory.load_state_dict = lambda *_, **__: weights
-        try:
-            return convert(module, path, *rest, **options)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise UserError(f"{path} does not fit {model}: {misfit(error)}") from error
-        finally:
-            factory.load_state_dict = read
-
-    factory.load_checkpoint = load
-    try:
-        yield
-    finally:
-        factory.load_checkpoint = convert
-
-
-@contextlib.contextmanager
-def _no_question() -> Iterator[None]:
-    """transformers asks on the terminal whether to run foreign code where nobody said so; here that is a no."""
-    try:
-        from transformers import dynamic_module_utils as foreign
-    except ImportError:
-        yield
-        return
-    seconds, foreign.TIME_OUT_REMOTE_CODE = foreign.TIME_OUT_REMOTE_CODE, 0
-    try:
-        yield
-    finally:
-        foreign.TIME_OUT_REMOTE_CODE = seconds
 
 
 def import_extensions() -> None:

@@ -5,23 +5,22 @@
 MobileCLIP-tiny and SiCLIP-tiny for tests and studies on a CPU.
 Apple's S0 has 53,847,681 parameters; ours has 512 more, the bias of timm's head, which is 0 after loading Apple's file.
 
-open_clip 3.x has no way to bring a text tower of one's own, so `_register` puts three functions of ours before three of
-its: each looks whether a model is one of these and else calls open_clip's.
+How open_clip is brought to build them is in `shards_spec/open_clip_plugins.py`.
 """
 
 import re
 from pathlib import Path
 from typing import Any
 
-import open_clip
 from torch import Tensor, nn
 
+from shards_spec.open_clip_plugins import ModelPlugin, register_models
 from training.models.text_tower import TextTower
 
 State = dict[str, Tensor]
 CONFIGS = Path(__file__).parent / "configs"
 TOWER = "mct"  # text_cfg's "tower"; the rest of text_cfg is TextTower's
-PIXELS = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear", "resize_mode": "shortest"}
+PREPROCESS = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear", "resize_mode": "shortest"}
 APPLE = "image_encoder.model."
 
 
@@ -153,33 +152,25 @@ def _some(names: list[str]) -> str:
     return f"{len(names)} tensors ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else "none"
 
 
-def _register() -> None:
-    open_clip.add_model_config(CONFIGS)
-    names = {path.stem for path in CONFIGS.glob("*.json")} | {"MobileCLIP2-S0"}
-    tower, convert, create = (
-        open_clip.model._build_text_tower, open_clip.factory.convert_state_dict, open_clip.factory.create_model,
-    )  # fmt: skip
-
-    def _build_text_tower(embed_dim: int, text_cfg: Any, *rest: Any, **options: Any) -> nn.Module:
-        if not isinstance(text_cfg, dict) or text_cfg.get("tower") != TOWER:
-            return tower(embed_dim, text_cfg, *rest, **options)
-        own = {name: value for name, value in text_cfg.items() if name not in ("tower", "tokenizer_kwargs")}
-        return TextTower(embed_dim, **own)
-
-    def convert_state_dict(model: nn.Module, state: State) -> State:
-        """open_clip's own conversion knows S1, S2 and B only."""
-        apple = isinstance(getattr(model, "text", None), TextTower) and any(name.startswith(APPLE) for name in state)
-        return from_apple(state, model.state_dict()) if apple else convert(model, state)
-
-    def create_model(model_name: str, *rest: Any, **options: Any) -> nn.Module:
-        """Of a bare name without a tag, open_clip takes OpenAI's pixels; these towers take them in [0, 1]."""
-        if model_name in names:
-            options["force_preprocess_cfg"] = {**PIXELS, **(options.get("force_preprocess_cfg") or {})}
-        return create(model_name, *rest, **options)
-
-    open_clip.model._build_text_tower = _build_text_tower
-    open_clip.factory.convert_state_dict = convert_state_dict
-    open_clip.factory.create_model = open_clip.create_model = create_model
+def _build_text_tower(embed_dim: int, **config: Any) -> nn.Module:
+    return TextTower(embed_dim, **config)
 
 
-_register()
+def _convert_state_dict(model: nn.Module, state: State) -> State | None:
+    """Apple's checkpoint of MobileCLIP-S0 for our text tower; open_clip's own conversion knows S1, S2 and B only."""
+    is_apples = any(name.startswith(APPLE) for name in state)
+    if not is_apples or not isinstance(getattr(model, "text", None), TextTower):
+        return None
+    return from_apple(state, model.state_dict())
+
+
+register_models(
+    ModelPlugin(
+        configs=CONFIGS,
+        tower=TOWER,
+        build_text_tower=_build_text_tower,
+        convert_state_dict=_convert_state_dict,
+        preprocess=PREPROCESS,
+        preprocess_also=frozenset({"MobileCLIP2-S0"}),
+    )
+)

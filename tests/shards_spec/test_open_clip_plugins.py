@@ -1,0 +1,104 @@
+"""open_clip's private parts that we replace: they are there and called as we expect, and what happens without them."""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from small_data import tiny_coca
+
+import training.models.mobileclip  # noqa: F401 - registers its names
+from shards_spec import open_clip_plugins
+from shards_spec.files import UserError
+from shards_spec.models import load_model
+from shards_spec.open_clip_plugins import MODEL_PARTS, READING_PARTS, missing_parts
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_installed_open_clip_has_every_part_that_is_replaced():
+    assert missing_parts([*READING_PARTS, *MODEL_PARTS]) == []
+    assert missing_parts(["factory.no_such_part", "nowhere.at_all"]) == ["factory.no_such_part", "nowhere.at_all"]
+    assert open_clip_plugins.unavailable == {}
+
+
+def test_open_clip_calls_the_parts_as_we_expect():
+    """In a process of its own, where nothing has been replaced yet."""
+    code = """
+import inspect, open_clip
+for part in (open_clip.factory.load_checkpoint, open_clip.factory.load_state_dict, open_clip.factory.create_model,
+             open_clip.factory.convert_state_dict, open_clip.model._build_text_tower):
+    print(part.__name__, *list(inspect.signature(part).parameters)[:2])
+print(inspect.signature(open_clip.factory.load_state_dict).parameters["weights_only"].default)
+print("force_preprocess_cfg" in inspect.signature(open_clip.factory.create_model).parameters)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.splitlines() == [
+        "load_checkpoint model checkpoint_path",
+        "load_state_dict checkpoint_path device",
+        "create_model model_name pretrained",
+        "convert_state_dict model state_dict",
+        "_build_text_tower embed_dim text_cfg",
+        "True",
+        "True",
+    ]
+    source = inspect.getsource(open_clip.factory)
+    for call in ("load_checkpoint(\n", "load_state_dict(checkpoint_path", "convert_state_dict(model, state_dict)"):
+        assert call in source, "open_clip looks the function up by its global name, so that a replacement is called"
+
+
+def test_without_its_reading_parts_open_clip_reads_checkpoints_itself(tmp_path, monkeypatch):
+    name = tiny_coca(tmp_path / "coca")
+    with_ours = load_model(name)
+    monkeypatch.setattr(open_clip_plugins, "READING_PARTS", ("factory.no_such_part",))
+
+    def never(*_):
+        raise AssertionError("our reader was called")
+
+    monkeypatch.setattr(open_clip_plugins, "load_checkpoint", never)
+    alone = load_model(name)
+    for key, value in with_ours.model.state_dict().items():
+        assert torch.equal(alone.model.state_dict()[key], value), key
+
+
+def test_without_its_model_parts_our_architectures_are_refused_by_name_and_others_load(tmp_path):
+    code = f"""
+from shards_spec import open_clip_plugins
+open_clip_plugins.MODEL_PARTS = ("model._gone", "factory.create_model")
+from shards_spec.files import UserError
+from shards_spec.models import load_model
+for name in ("MobileCLIP-tiny", "SiCLIP-S0"):
+    try:
+        load_model(name, random_weights=True)
+    except UserError as error:
+        print(error)
+print(load_model({tiny_coca(tmp_path / "coca")!r}).image_size)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    reason = f"open_clip {open_clip.__version__} has no model._gone; install open_clip_torch>=3.1,<4"
+    assert done.stdout.splitlines() == [
+        f"model 'MobileCLIP-tiny' cannot be built: {reason}",
+        f"model 'SiCLIP-S0' cannot be built: {reason}",
+        "32",
+    ]
+
+
+def test_transformers_answer_for_remote_code_is_restored(monkeypatch):
+    pytest.importorskip("transformers")
+    from transformers import dynamic_module_utils
+
+    def inside() -> None:
+        with open_clip_plugins.without_remote_code_prompt():
+            assert dynamic_module_utils.TIME_OUT_REMOTE_CODE == 0
+            raise UserError("x")
+
+    before = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    with pytest.raises(UserError):
+        inside()
+    assert before == dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    monkeypatch.delattr(dynamic_module_utils, "TIME_OUT_REMOTE_CODE")
+    with open_clip_plugins.without_remote_code_prompt():
+        assert not hasattr(dynamic_module_utils, "TIME_OUT_REMOTE_CODE")
