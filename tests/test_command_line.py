@@ -156,8 +156,7 @@ def test_a_recipes_help_has_an_example_what_is_needed_and_how_to_try_it(here, re
 def test_no_group_names_an_option_twice_or_one_that_is_nowhere():
     import dataclasses
 
-    from training.config import DataConfig, ModelConfig, RunConfig
-    from training.engine.optim import OptimConfig
+    from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 
     for command, groups in GROUPS.items():
         named = [name for names in groups.values() for name in names]

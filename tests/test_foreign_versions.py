@@ -11,7 +11,7 @@ import torch
 from small_data import tiny_coca
 
 from shards_spec.models import load_model
-from training.recipes.coca import Task
+from training.recipes.coca import CocaTask
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,7 +55,7 @@ def test_the_coca_recipe_does_not_need_open_clip_3s_labels(tmp_path):
     batch = {"images": torch.rand(2, 3, loaded.image_size, loaded.image_size), "tokens": tokens}
     with torch.no_grad():
         output = loaded.model(batch["images"], tokens)
-        found, other = (Task(model, 1.0, 2.0)(batch) for model in (loaded.model, WithoutLabels(loaded.model)))
+        found, other = (CocaTask(model, 1.0, 2.0)(batch) for model in (loaded.model, WithoutLabels(loaded.model)))
     assert torch.equal(output["labels"], tokens[:, 1:])
     for name in ("image", "text", "caption", "words"):
         torch.testing.assert_close(found[name], other[name])

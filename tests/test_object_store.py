@@ -29,7 +29,7 @@ from pipeline.pack.stage import PackConfig, pack
 from shards_spec import files
 from shards_spec.files import UserError
 from shards_spec.models import load_model
-from training.config import CacheConfig, DataConfig
+from training.config import DataConfig, TeacherCacheConfig
 from training.data.order import batch_positions
 from training.data.samples import load_batches, open_samples
 
@@ -348,7 +348,7 @@ def test_a_training_run_fetches_every_shard_once_for_all_its_workers_and_epochs(
 
     def batches(root: str):
         data = DataConfig(data=root, streams=2, window=1, scratch=str(tmp_path / "near"))
-        samples = open_samples(data, CacheConfig(), student, seed=0)
+        samples = open_samples(data, TeacherCacheConfig(), student, seed=0)
         return load_batches(samples, batch_positions(0, 12, 5), workers=3)
 
     for one, other in zip(batches(here), batches(there), strict=True):

@@ -125,7 +125,7 @@ class ViewConfig:
 
 
 @dataclass(frozen=True)
-class CacheConfig:
+class TeacherCacheConfig:
     """Views and features of a teacher cache; its metadata says how the views were drawn."""
 
     teacher: str = ""
@@ -141,6 +141,67 @@ class ModelConfig:
     pretrained: str | None = None
     """open_clip tag or checkpoint file to start from; None starts from random weights"""
     trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)
+
+
+@dataclass(frozen=True)
+class LabelledImageConfig:
+    """Which labelled images, and how many at a time."""
+
+    data: str = ""
+    """ROOT with train/ and test/: class folders, or a CLIP_benchmark WebDataset (classnames.txt, train/0.tar ...)"""
+    fraction: float = 1.0
+    """share of each class's training images that is used, at least one of each"""
+    batch_size: int = 256
+    """images per step over all processes together: a global batch (open_clip's --batch-size is per GPU)"""
+    workers: int = 2
+    """processes that read and decode; 0 does it in the main process"""
+
+    def __post_init__(self) -> None:
+        require(0 < self.fraction <= 1, "fraction", self.fraction, "in (0, 1]")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        require(self.workers >= 0, "workers", self.workers, "0 or more")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its learning rate by the step, and an average of the weights."""
+
+    lr: float = 1e-4
+    """peak learning rate"""
+    weight_decay: float = 0.2
+    """of matrices; biases, norms and the logit scale have none"""
+    beta1: float = 0.9
+    """AdamW"""
+    beta2: float = 0.98
+    """AdamW; CLIP takes 0.98 for ViT, 0.999 for ResNet"""
+    eps: float = 1e-6
+    """AdamW; CLIP takes 1e-6 for ViT, 1e-8 for ResNet"""
+    warmup: int = 2000
+    """steps of linear warm-up"""
+    warmup_lr: float | None = None
+    """learning rate that the warm-up begins at; None: its first step has lr / warmup"""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """way of the learning rate after the warm-up: down to final_lr in half a cosine or a line, or as it is"""
+    final_lr: float = 0.0
+    """learning rate that cosine and linear end at"""
+    clip_norm: float | None = None
+    """clip the gradient's global L2 norm to this; None does not clip"""
+    ema_decay: float | None = None
+    """keep an exponential moving average of the student's weights, say 0.9998; eval and export then take it"""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "lr", self.lr, "above 0")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        require(0 <= self.beta1 < 1, "beta1", self.beta1, "in [0, 1)")
+        require(0 <= self.beta2 < 1, "beta2", self.beta2, "in [0, 1)")
+        require(self.eps > 0, "eps", self.eps, "above 0")
+        require(self.warmup >= 0, "warmup", self.warmup, "0 or more")
+        first = self.warmup_lr
+        require(first is None or 0 < first <= self.lr, "warmup_lr", first, f"above 0, to --lr ({self.lr:g}), or None")
+        require(0 <= self.final_lr <= self.lr, "final_lr", self.final_lr, f"from 0 to --lr ({self.lr:g})")
+        decay = self.ema_decay
+        require(decay is None or 0 < decay < 1, "ema_decay", decay, "in (0, 1), or None")
+        require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0 or None")
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,23 @@ from shards_spec.checkpoints import misfit
 from shards_spec.files import DataError, UserError, sha256_json
 from shards_spec.library_errors import short
 from shards_spec.models import LoadedModel, pick_device
-from training.config import CacheConfig, DataConfig, ModelConfig, RunConfig, ViewConfig, flat, total_steps
+from training.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TeacherCacheConfig,
+    ViewConfig,
+    flat,
+    total_steps,
+)
 from training.data.samples import Samples, check_data, load_batches, open_samples
 from training.engine.batch_fit import fitted, halved, is_out_of_memory, out_of_memory, profiles, warn_of_norms
 from training.engine.distributed import Ranks, processes
-from training.engine.ema import Average
+from training.engine.ema import ModelEma
 from training.engine.gradients import Batch, Gradients, pick_precision, rng_state, set_rng_state, total
 from training.engine.memory_estimate import Memory
-from training.engine.optim import OptimConfig, build_optimizer, learning_rate, set_lr
+from training.engine.optim import build_optimizer, learning_rate, set_lr
 from training.engine.run_length import extension, warn_of_lengths
 from training.engine.stop_signal import stop_flag
 from training.engine.sync_batch_norm import statistics, synchronise
@@ -45,7 +54,7 @@ class RecipeConfig(Protocol):
     @property
     def data(self) -> DataConfig: ...
     @property
-    def views(self) -> ViewConfig | CacheConfig: ...
+    def views(self) -> ViewConfig | TeacherCacheConfig: ...
     @property
     def student(self) -> ModelConfig: ...
     @property
@@ -104,28 +113,28 @@ def train(recipe: str, config: RecipeConfig) -> str:
     with processes(config.run.device) as (ranks, device), ExitStack() as held:
         run, precision = RunDir(config.run.out), config.run.precision
         found, predicted = None, Memory()
-        with ranks.together():
-            if ranks.first:
+        with ranks.raise_on_all():
+            if ranks.is_main:
                 held.enter_context(run.lock())
                 precision = pick_precision(precision, device, run.recorded("precision"))
-        config = _with(config, precision=ranks.from_first(precision))
-        with ranks.together():
+        config = _with(config, precision=ranks.broadcast(precision))
+        with ranks.raise_on_all():
             student, samples, task = prepare(recipe, config)
             next(samples.plan.positions(0, 0, 1, ranks.rank, ranks.size))  # raises where it cannot share
-            if ranks.first:
+            if ranks.is_main:
                 predicted = fitted(config.run, profiles(config, samples, task), ranks.size, device)
                 found = run.start(recipe, flat(config), config.run.resume, device, partial(_steps, config, samples))
                 run.describe(student, config.student.model)
-        found, predicted = ranks.from_first((found, predicted))
+        found, predicted = ranks.broadcast((found, predicted))
         log.info("%s", predicted)
         config = _with(config, chunk_size=predicted.chunk_size)
-        with ranks.together(), out_of_memory(device):
+        with ranks.raise_on_all(), out_of_memory(device):
             task = task.to(device).train()
         trainer = Trainer(config, task, samples, run, device, student, ranks, predicted)
-        with ranks.together():
+        with ranks.raise_on_all():
             if found is not None:
                 trainer.restore(*found)
-            if ranks.first:
+            if ranks.is_main:
                 run.cut_metrics(trainer.progress.step)
                 warn_of_lengths(config.data.batch_size, config.optim, samples, trainer.total)
         with out_of_memory(device):  # of batches and of the optimizer's state
@@ -208,7 +217,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.task, optim)
         normalise = self.student.normalise
         self.gradients = Gradients(self.task, self.ranks, self.device, run.precision, run.chunk_size, normalise)
-        self.average = Average(self.task.student, optim.ema_decay) if optim.ema_decay is not None else None
+        self.average = ModelEma(self.task.student, optim.ema_decay) if optim.ema_decay is not None else None
         self.total = total_steps(run, self.samples.plan.mean, self.samples.order.total)
         self.sizes_sha256 = sha256_json(self.samples.order.sizes.tolist())
         self.statistics = statistics(self.task)
@@ -231,19 +240,19 @@ class Trainer:
         start = time.monotonic() - progress.seconds
         with self._writer() as writer, stop_flag() as stop:
             while progress.step < self.total:
-                with ranks.together():
+                with ranks.raise_on_all():
                     batch = next(batches)
                 losses, lr, norm = self.step(batch)
                 metrics = self._evaluate() if self._evaluation_due() else {}
                 now = time.monotonic()
                 progress.seconds = now - start
                 # looked at once, and by all: a signal after this waits for the next step; rank 0's clock decides
-                stopped, due = ranks.maximum(stop[0] if stop else 0, ranks.first and self._save_due(now - saved[0]))
+                stopped, due = ranks.all_max(stop[0] if stop else 0, ranks.is_main and self._save_due(now - saved[0]))
                 finished = progress.step == self.total
                 if progress.step % config.run.log_every == 0 or finished or metrics:
                     rate = (progress.samples_seen - logged[1]) / max(now - logged[0], 1e-9)
                     logged = (now, progress.samples_seen)
-                    if ranks.first:
+                    if ranks.is_main:
                         self._log(writer, losses, lr, norm, rate, metrics)
                 if stopped or finished or due:
                     self.save()
@@ -275,7 +284,7 @@ class Trainer:
             scaler.unscale_(self.optimizer)
             norm = self._clip()
             hopeless = not scaler.is_enabled() or scaler.get_scale() < 1  # else the scaler skips and lowers its scale
-            bad = bool(self.ranks.maximum(hopeless and not math.isfinite(norm))[0])
+            bad = bool(self.ranks.all_max(hopeless and not math.isfinite(norm))[0])
         if bad:
             for buffer, value in zip(self.statistics, before, strict=True):
                 buffer.copy_(value)
@@ -318,7 +327,7 @@ class Trainer:
     def _try_gradients(self, batch: Batch, sizes: list[int]) -> tuple[dict[str, Tensor], bool]:
         """Of its own, so that an attempt that did not fit keeps nothing while the next one runs."""
         losses, backward = self.gradients.losses(batch, self.progress.step, sizes)
-        bad = bool(self.ranks.maximum(not math.isfinite(total(losses).item()))[0])
+        bad = bool(self.ranks.all_max(not math.isfinite(total(losses).item()))[0])
         if not bad:
             backward()
         return losses, bad
@@ -333,21 +342,21 @@ class Trainer:
         progress.nonfinite += 1
         values = {name: value.item() for name, value in losses.items()}
         where = self.run.path
-        with self.ranks.together():
-            batches = self.ranks.to_first(batch)
-            if self.ranks.first:
+        with self.ranks.raise_on_all():
+            batches = self.ranks.gather_to_main(batch)
+            if self.ranks.is_main:
                 state = {"step": progress.step, "losses": values, "batches": batches}
                 where = self.run.save_nonfinite(progress.step, state, run.max_nonfinite)
         what = "gradient" if math.isfinite(sum(values.values())) else "loss"
         parts = ", ".join(f"{name} {value:g}" for name, value in values.items())
         message = f"the {what} is not finite at step {progress.step} ({parts}; first keys {batch['keys'][:5]})"
-        with self.ranks.together():
-            if progress.in_a_row >= run.max_nonfinite and self.ranks.first:
+        with self.ranks.raise_on_all():
+            if progress.in_a_row >= run.max_nonfinite and self.ranks.is_main:
                 raise UserError(
                     f"{message}, {progress.in_a_row} in a row; the batch is in {where}: lower --lr "
                     f"({self.config.optim.lr:g}), clip with --clip-norm, or train with --precision fp32"
                 )
-        if self.ranks.first:
+        if self.ranks.is_main:
             log.warning("%s: skipped; the batch is in %s", message, where)
 
     def _evaluation_due(self) -> bool:
@@ -363,17 +372,17 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         """Metrics on ``eval_data`` (of the averaged weights, where there are), by rank 0; the best is saved."""
         metrics: dict[str, float] = {}
-        with self.ranks.together():
-            if self.ranks.first:
+        with self.ranks.raise_on_all():
+            if self.ranks.is_main:
                 student = self.task.student.eval()
-                with self.average.within(student) if self.average is not None else nullcontext():
+                with self.average.swap_in(student) if self.average is not None else nullcontext():
                     if hasattr(self.task, "measure"):
                         metrics = self.task.measure(self.device)
                     else:
                         encoder = Encoder(dataclasses.replace(self.student, model=student), 64, self.device)
                         _, metrics, _ = measure(encoder, self.config.run.eval_data)
                 self.task.train()
-        metrics = self.ranks.from_first(metrics)
+        metrics = self.ranks.broadcast(metrics)
         if self.progress.best is None or score(metrics) > self.progress.best:
             self.progress.best = score(metrics)
             self.save({"eval": metrics, "score": self.progress.best})
@@ -387,7 +396,7 @@ class Trainer:
 
     def _writer(self) -> Any:
         """TensorBoard's on rank 0."""
-        if not self.ranks.first:
+        if not self.ranks.is_main:
             return nullcontext()
         return Curves(str(self.run.path / "tensorboard"), self.progress.step + 1)
 
@@ -434,9 +443,9 @@ class Trainer:
 
     def save(self, best: dict[str, Any] | None = None) -> None:
         """Write a checkpoint of everything that the next step depends on; with ``best``, also that, as best.pt."""
-        streams = self.ranks.to_first(rng_state(self.device))
-        with self.ranks.together():
-            if not self.ranks.first:
+        streams = self.ranks.gather_to_main(rng_state(self.device))
+        with self.ranks.raise_on_all():
+            if not self.ranks.is_main:
                 return
             state = {
                 "progress": vars(self.progress),
@@ -482,7 +491,7 @@ class Trainer:
         else:  # there were fewer: a stream of its own from here on
             torch.manual_seed(self.config.run.seed + 1 + self.ranks.rank + 1_000_003 * self.progress.step)
         steps = _steps(self.config, self.samples, before)
-        if steps != self.total and self.ranks.first:
+        if steps != self.total and self.ranks.is_main:
             log.warning("%s", extension(self.config.optim, self.progress.step, steps, self.total))
         log.info("going on from %s, written by %d processes, with %d", checkpoint, len(state["rng"]), self.ranks.size)
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from shards_spec.models import TIMM, LoadedModel
-from training.engine.optim import OptimConfig, build_optimizer
+from training.config import OptimConfig
+from training.engine.optim import build_optimizer
 from training.losses.multilabel import pad_labels, sigmoid_loss
 from training.models.classifier import new_classifier
 from training.models.range_augment import RangeAugment
@@ -37,14 +38,14 @@ WARMING = 1
 def clip_task(options: argparse.Namespace) -> Any:
     """CLIP with the image tower in question."""
     vision = {"timm_model_name": options.model, "timm_pool": "token", "timm_proj": "linear", "image_size": 224}
-    return clip.Task(open_clip.model.CLIP(512, vision, TEXT)).to(options.device).train()
+    return clip.ClipTask(open_clip.model.CLIP(512, vision, TEXT)).to(options.device).train()
 
 
 def catlip_task(options: argparse.Namespace) -> Any:
     """CatLIP's, with as many classes as it published."""
     student: LoadedModel = new_classifier(f"{TIMM}{options.model}", options.classes)
-    config = catlip.Config(range_augment=options.augment)
-    return catlip.Task(config, student, 1000).to(options.device).train()
+    config = catlip.CatlipConfig(range_augment=options.augment)
+    return catlip.CatlipTask(config, student, 1000).to(options.device).train()
 
 
 def draw_batch(options: argparse.Namespace) -> dict[str, Tensor]:

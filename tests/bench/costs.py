@@ -56,7 +56,7 @@ from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, shard_keys
 from shards_spec.views import ViewSpec, render_views
 from slurm.claims import Finished
-from training.config import CacheConfig, DataConfig
+from training.config import DataConfig, TeacherCacheConfig
 from training.data.samples import open_samples
 
 VIEWS, CAPTIONS, DIM = 10, 5, 768
@@ -258,7 +258,7 @@ def parts(work: Path, options: argparse.Namespace) -> None:
     student = LoadedModel(None, tokenizer, {}, 224, (0.5,) * 3, (0.5,) * 3)
 
     def read() -> Iterable[object]:
-        rows = open_samples(DataConfig(data=root), CacheConfig("wide"), student, 0)
+        rows = open_samples(DataConfig(data=root), TeacherCacheConfig("wide"), student, 0)
         return (rows[position] for position in range(len(samples)))
 
     tell("train", "read, crop to 224, tokens, cache row, CPU ms", per_item(read, rounds), "a sample")

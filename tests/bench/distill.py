@@ -24,10 +24,10 @@ from reader import CAPTIONS, SCALE, VIEWS, write_dataset
 from torch import Tensor, nn
 
 from shards_spec.models import LoadedModel, load_model
-from training.config import CacheConfig, DataConfig, ModelConfig, ViewConfig
+from training.config import DataConfig, ModelConfig, OptimConfig, TeacherCacheConfig, ViewConfig
 from training.data.order import batch_positions
 from training.data.samples import load_batches, open_samples
-from training.engine.optim import OptimConfig, build_optimizer
+from training.engine.optim import build_optimizer
 from training.recipes import affinity, clip
 from training.runs.student import new_student
 
@@ -35,7 +35,7 @@ from training.runs.student import new_student
 class Live(nn.Module):
     """The affinity task whose teacher embeds each batch; the images are resized to its size on the device."""
 
-    def __init__(self, task: affinity.Task, teacher: LoadedModel) -> None:
+    def __init__(self, task: affinity.AffinityTask, teacher: LoadedModel) -> None:
         super().__init__()
         self.task, self.teacher = task, teacher
 
@@ -108,16 +108,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         write_dataset(root, max(256, options.batch_size), 2)
 
-        def batches(views: ViewConfig | CacheConfig) -> Iterator[dict[str, Any]]:
+        def batches(views: ViewConfig | TeacherCacheConfig) -> Iterator[dict[str, Any]]:
             samples = open_samples(DataConfig(data=root), views, student, 0)
             positions = batch_positions(0, 10**6, options.batch_size)
             return load_batches(samples, positions, options.workers, options.device)
 
-        drawn, cached = ViewConfig(scale=SCALE), CacheConfig("wide")
+        drawn, cached = ViewConfig(scale=SCALE), TeacherCacheConfig("wide")
         weights = {"affinity": 1.0, "feature": 0.0, "contrastive": 1.0}
-        taught = affinity.Task(student.model, weights, None, 100.0)
-        cases: dict[str, tuple[Any, ViewConfig | CacheConfig]] = {
-            "(a) no teacher": (clip.Task(student.model), drawn),
+        taught = affinity.AffinityTask(student.model, weights, None, 100.0)
+        cases: dict[str, tuple[Any, ViewConfig | TeacherCacheConfig]] = {
+            "(a) no teacher": (clip.ClipTask(student.model), drawn),
             "(b) cached teacher": (taught, cached),
             "(c) live teacher": (Live(taught, teacher), drawn),
         }

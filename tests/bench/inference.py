@@ -20,7 +20,8 @@ import torch
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from training.engine.optim import OptimConfig, build_optimizer
+from training.config import OptimConfig
+from training.engine.optim import build_optimizer
 from training.losses.distillation import clip_loss
 from training.models.inheritance import freeze, inherit_siclip
 from training.models.mobileclip import forward_shared, forward_tail

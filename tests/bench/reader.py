@@ -37,7 +37,7 @@ from shards_spec.models import LoadedModel
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
 from shards_spec.views import ViewSpec
-from training.config import CacheConfig, DataConfig, ViewConfig
+from training.config import DataConfig, TeacherCacheConfig, ViewConfig
 from training.data.order import batch_positions
 from training.data.samples import load_batches, open_samples
 
@@ -113,7 +113,7 @@ def plain(root: str, shards: int, options: argparse.Namespace) -> Iterator[tuple
 
 
 def ours(
-    root: str, views: ViewConfig | CacheConfig, captions: Any, options: argparse.Namespace, start: int = 0
+    root: str, views: ViewConfig | TeacherCacheConfig, captions: Any, options: argparse.Namespace, start: int = 0
 ) -> Iterator[dict[str, Any]]:
     """The reader as `clipmill train` opens it."""
     student = LoadedModel(None, open_clip.get_tokenizer("ViT-B-32"), {}, options.size, MEAN, STD)
@@ -168,7 +168,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = f"{folder}/few"
         write_dataset(root, options.samples, options.shards)
-        drawn, cached = ViewConfig(scale=SCALE), CacheConfig("wide")
+        drawn, cached = ViewConfig(scale=SCALE), TeacherCacheConfig("wide")
         rates: dict[str, list[float]] = {"webdataset + torchvision": [], "clipmill": [], "clipmill, cache joined": []}
         for _ in range(options.rounds):
             for name, batches in (

@@ -27,6 +27,7 @@ from shards_spec.files import UserError
 from training.config import flat
 from training.evaluation.stage import EvalConfig, evaluate
 from training.recipes import RECIPES
+from training.recipes.clip import ClipTask
 from training.runs.run_folder import RunDir, load_checkpoint
 from training.runs.student import load_run, new_student
 from training.trainer import Trainer, train
@@ -77,10 +78,12 @@ def test_every_field_is_a_flat_flag_with_help(recipe, capsys):
     import tyro
 
     module = importlib.import_module(f"training.recipes.{recipe}")
-    config = tyro.cli(module.Config, args=["--data", "D", "--batch-size", "3", "--lr", "0.5"], default=module.config())
+    config = tyro.cli(
+        type(module.config()), args=["--data", "D", "--batch-size", "3", "--lr", "0.5"], default=module.config()
+    )
     assert (flat(config)["data"], flat(config)["batch_size"], flat(config)["lr"]) == ("D", 3, 0.5)
     with pytest.raises(SystemExit):
-        tyro.cli(module.Config, args=["--help"], default=module.config())
+        tyro.cli(type(module.config()), args=["--help"], default=module.config())
     flags = " ".join(capsys.readouterr().out.replace("│", " ").split()).split(" --")
     for name in flat(config):
         flag = name.replace("_", "-")
@@ -289,16 +292,15 @@ def test_a_loss_that_is_not_finite_stops_after_some_in_a_row(root, tmp_path, oft
     assert len(os.listdir(tmp_path / "run" / "nonfinite")) == often
 
 
-def poison(monkeypatch, steps, recipe="clip"):
+def poison(monkeypatch, steps):
     """Losses of these steps are NaN."""
-    task = importlib.import_module(f"training.recipes.{recipe}").Task
-    losses = task.losses
+    losses = ClipTask.losses
 
     def poisoned(self, features, step):
         found = losses(self, features, step)
         return {name: value * math.nan for name, value in found.items()} if step + 1 in steps else found
 
-    monkeypatch.setattr(task, "losses", poisoned)
+    monkeypatch.setattr(ClipTask, "losses", poisoned)
 
 
 def test_a_step_whose_loss_is_not_finite_is_skipped(root, tmp_path, monkeypatch, caplog):
@@ -324,14 +326,13 @@ def test_a_step_whose_loss_is_not_finite_is_skipped(root, tmp_path, monkeypatch,
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_too(root, tmp_path, monkeypatch, caplog):
-    task = importlib.import_module("training.recipes.clip").Task
-    losses = task.losses
+    losses = ClipTask.losses
 
     def steep(self, features, step):
         found = losses(self, features, step)
         return {"contrastive": found["contrastive"] + (features["image"].sum() * 0).sqrt()} if step == 2 else found
 
-    monkeypatch.setattr(task, "losses", steep)
+    monkeypatch.setattr(ClipTask, "losses", steep)
     out = train("clip", tiny_config("clip", root, str(tmp_path / "run"), steps=4))
     assert [line["nonfinite"] for line in lines(out)] == [0, 0, 1, 1]
     assert "the gradient is not finite at step 3" in caplog.text
@@ -459,12 +460,12 @@ def test_captioning_loss_is_open_clips(root):
     from open_clip.loss import CoCaLoss
 
     from training.config import ModelConfig
-    from training.recipes.coca import Task
+    from training.recipes.coca import CocaTask
 
     student = new_student(ModelConfig(f"local-dir:{root}/models/coca"), 0)
     tokens = student.tokenizer(["a red square", "two green circles and a long blue line", "a dot"])
     images = torch.randn(3, 3, student.image_size, student.image_size, generator=torch.Generator().manual_seed(0))
-    task = Task(student.model, 0.7, 1.5)
+    task = CocaTask(student.model, 0.7, 1.5)
     ours = task.losses(task({"images": images, "tokens": tokens}), 0)
     out = student.model(images, tokens)
     theirs = CoCaLoss(1.5, 0.7, pad_id=student.model.pad_id)(

@@ -7,7 +7,6 @@ ROOT/classnames.txt, train/nshards.txt, train/0.tar …, test/…               
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,32 +24,12 @@ from shards_spec.models import LoadedModel
 from shards_spec.names import endings_line, file_ending, is_ignored, is_image
 from shards_spec.tar import index_shard
 from shards_spec.views import ViewSpec, apply_view, draw_view
-from training.config import require
 from training.data.order import BatchPlan, Order
 from training.data.samples import Item, ShardReader, Skipped, to_pixels
 
 log = logging.getLogger(__name__)
 TEST_SPLITS = ("test", "val")
 CROP = 224 / 232  # share of the shorter side that the test crop covers: 232 pixels are cut to 224
-
-
-@dataclass(frozen=True)
-class LabelledImageConfig:
-    """Which labelled images, and how many at a time."""
-
-    data: str = ""
-    """ROOT with train/ and test/: class folders, or a CLIP_benchmark WebDataset (classnames.txt, train/0.tar ...)"""
-    fraction: float = 1.0
-    """share of each class's training images that is used, at least one of each"""
-    batch_size: int = 256
-    """images per step over all processes together: a global batch (open_clip's --batch-size is per GPU)"""
-    workers: int = 2
-    """processes that read and decode; 0 does it in the main process"""
-
-    def __post_init__(self) -> None:
-        require(0 < self.fraction <= 1, "fraction", self.fraction, "in (0, 1]")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
-        require(self.workers >= 0, "workers", self.workers, "0 or more")
 
 
 class LabelledImages(Protocol):

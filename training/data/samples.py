@@ -28,7 +28,7 @@ from shards_spec.tar import index_shard, read_sample
 from shards_spec.tar_members import Member
 from shards_spec.views import ViewSpec, apply_view, draw_view
 from shards_spec.vocab import Vocabulary, read_vocabulary
-from training.config import CacheConfig, DataConfig, LabelConfig, SideConfig, ViewConfig
+from training.config import DataConfig, LabelConfig, SideConfig, TeacherCacheConfig, ViewConfig
 from training.data.local_copies import LocalFileCache
 from training.data.lru import LRUCache
 from training.data.order import BatchPlan, Order, SampleLocation
@@ -240,7 +240,7 @@ def check_data(data: DataConfig) -> list[int]:
 
 def open_samples(
     data: DataConfig,
-    views: ViewConfig | CacheConfig,
+    views: ViewConfig | TeacherCacheConfig,
     student: LoadedModel,
     seed: int,
     labels: SampleLabels | None = None,

@@ -33,7 +33,7 @@ class Ranks:
     size: int = 1
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes the run folder."""
         return self.rank == 0
 
@@ -45,7 +45,7 @@ class Ranks:
         dist.all_gather_into_tensor(everyone, torch.tensor([own]))
         return everyone.tolist()
 
-    def maximum(self, *values: int) -> list[int]:
+    def all_max(self, *values: int) -> list[int]:
         """The largest over the ranks of each value: a flag that one raises is up for all."""
         if self.size == 1:
             return list(values)
@@ -53,7 +53,7 @@ class Ranks:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return flags.tolist()
 
-    def from_first(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Rank 0's value."""
         if self.size == 1:
             return value
@@ -61,16 +61,16 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def to_first(self, value: T) -> list[T]:
+    def gather_to_main(self, value: T) -> list[T]:
         """The values of all ranks on rank 0, an empty list elsewhere."""
         if self.size == 1:
             return [value]
-        box: list[Any] | None = [None] * self.size if self.first else None
+        box: list[Any] | None = [None] * self.size if self.is_main else None
         dist.gather_object(value, box)
         return box or []
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_on_all(self) -> Iterator[None]:
         """An error within on any rank ends all after the block: there it is raised, the others leave without a word."""
         if self.size == 1:
             yield
@@ -80,7 +80,7 @@ class Ranks:
             yield
         except Exception as error:
             failed = error
-        if self.maximum(failed is not None)[0]:
+        if self.all_max(failed is not None)[0]:
             raise failed or SystemExit(1)
 
 
@@ -102,11 +102,11 @@ def processes(device: str) -> Iterator[tuple[Ranks, str]]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo", timeout=TIMEOUT)
     log = logging.getLogger("training")
-    before, own = log.level, log.level if ranks.first else logging.WARNING
+    before, own = log.level, log.level if ranks.is_main else logging.WARNING
     log.setLevel(own)
     try:
         yield ranks, device
-    except (UserError, DataError, SystemExit):  # raised by all, see `together`
+    except (UserError, DataError, SystemExit):  # raised by all, see `raise_on_all`
         dist.destroy_process_group()
         raise
     else:  # after any other error this process ends, and its closed sockets tell the others

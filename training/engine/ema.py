@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
-class Average:
+class ModelEma:
     """``average = decay * average + (1 - decay) * weights`` after each step, running statistics of norms included.
 
     It starts as a copy of the first weights. Tied weights come under each of their names.
@@ -24,7 +24,7 @@ class Average:
         self.update_all(list(self.weights.values()), list(_floating(student).values()), 0)
 
     @contextmanager
-    def within(self, student: nn.Module) -> Iterator[None]:
+    def swap_in(self, student: nn.Module) -> Iterator[None]:
         """The student has the averaged weights."""
         live = _floating(student)
         own = {name: value.clone() for name, value in live.items()}

@@ -26,7 +26,7 @@ Features = dict[str, Tensor]
 RngState = tuple[Tensor, Tensor | None]
 
 
-class Pending(NamedTuple):
+class LossAndBackward(NamedTuple):
     """Losses of the global batch, the same on every rank, and what adds their gradients to ``.grad``."""
 
     losses: dict[str, Tensor]
@@ -71,25 +71,25 @@ class Gradients:
         if ranks.size > 1:
             self.whole = _distributed(self.whole)
 
-    def losses(self, batch: Batch, step: int, sizes: list[int]) -> Pending:
+    def losses(self, batch: Batch, step: int, sizes: list[int]) -> LossAndBackward:
         """Losses of a step. ``sizes`` are the samples of each rank's share; all ranks call this together."""
         chunks = 1
         if self.chunk_size is not None:  # as many on every rank, whatever each of them had to leave out
             chunks = min(math.ceil(max(sizes) / self.chunk_size), *sizes)
         return self._cached(batch, step, sizes, chunks) if chunks > 1 else self._at_once(batch, step, sizes)
 
-    def _at_once(self, batch: Batch, step: int, sizes: list[int]) -> Pending:
+    def _at_once(self, batch: Batch, step: int, sizes: list[int]) -> LossAndBackward:
         ready = self._ready(batch)
         with self._autocast():
-            losses = self.whole(ready, lambda own: self.task.losses(self._everyones(own, batch, sizes), step))
+            losses = self.whole(ready, lambda own: self.task.losses(self._gather_features(own, batch, sizes), step))
 
         def backward() -> None:
             with kept_statistics(self.task):  # recomputed activations are a second pass, too
                 self.scaler.scale(total(losses)).backward()
 
-        return Pending(losses, backward)
+        return LossAndBackward(losses, backward)
 
-    def _everyones(self, own: Features, batch: Batch, sizes: list[int]) -> Features:
+    def _gather_features(self, own: Features, batch: Batch, sizes: list[int]) -> Features:
         """Features of the global batch in the order of its positions, as one process would have them."""
         if self.ranks.size == 1:
             return own
@@ -97,7 +97,7 @@ class Gradients:
         order = gathered.pop("positions").argsort()
         return {name: value[order] for name, value in gathered.items()}
 
-    def _cached(self, batch: Batch, step: int, sizes: list[int], chunks: int) -> Pending:
+    def _cached(self, batch: Batch, step: int, sizes: list[int], chunks: int) -> LossAndBackward:
         if hasattr(self.task, "draw"):
             batch = self.task.draw(batch)
         pieces = split(batch, chunks)
@@ -109,7 +109,7 @@ class Gradients:
         own = {name: torch.cat([features[name] for features in kept]) for name in kept[0]}
         leaves = {name: value.requires_grad_() for name, value in own.items() if value.is_floating_point()}
         with self._autocast():
-            losses = self.task.losses(self._everyones(own, batch, sizes), step)
+            losses = self.task.losses(self._gather_features(own, batch, sizes), step)
 
         def backward() -> None:
             parameters = [parameter for parameter in self.task.parameters() if parameter.requires_grad]
@@ -125,11 +125,13 @@ class Gradients:
                 for number, piece in enumerate(pieces):
                     set_rng_state(states[number], self.device)
                     gradients = {name: parts[number] for name, parts in cached.items()}
-                    self._again(piece, gradients, direct if number == chunks - 1 else None)
+                    self._backward_chunk(piece, gradients, direct if number == chunks - 1 else None)
 
-        return Pending(losses, backward)
+        return LossAndBackward(losses, backward)
 
-    def _again(self, piece: Batch, gradients: Features, direct: list[tuple[nn.Parameter, Tensor]] | None) -> None:
+    def _backward_chunk(
+        self, piece: Batch, gradients: Features, direct: list[tuple[nn.Parameter, Tensor]] | None
+    ) -> None:
         """A chunk's second pass; the last one adds what the losses gave to parameters themselves, and DDP's mean."""
         used = {f"parameter {index}": pair for index, pair in enumerate(direct or [])}
         wanted = gradients | {name: gradient for name, (_, gradient) in used.items()}

@@ -2,8 +2,9 @@
 
 import logging
 
+from training.config import OptimConfig
 from training.data.samples import TrainingRows
-from training.engine.optim import OptimConfig, learning_rate
+from training.engine.optim import learning_rate
 
 log = logging.getLogger(__name__)
 

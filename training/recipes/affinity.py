@@ -21,18 +21,17 @@ from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
 from shards_spec.models import LoadedModel
-from training.config import CacheConfig, DataConfig, ModelConfig, RunConfig, require
+from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TeacherCacheConfig, require
 from training.data.teacher_cache import TeacherCache
-from training.engine.optim import OptimConfig
 from training.losses.distillation import affinity_loss, clip_loss, feature_loss
 
 
 @dataclass(frozen=True)
-class Config:
+class AffinityConfig:
     """Distil a student from a teacher cache: affinity mimicking and features."""
 
     data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
-    views: OmitArgPrefixes[CacheConfig] = field(default_factory=CacheConfig)
+    views: OmitArgPrefixes[TeacherCacheConfig] = field(default_factory=TeacherCacheConfig)
     student: OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
     optim: OmitArgPrefixes[OptimConfig] = field(default_factory=OptimConfig)
     run: OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
@@ -54,9 +53,9 @@ class Config:
         require(scale is None or scale > 0, "fixed_logit_scale", scale, "above 0 or None")
 
 
-def config() -> Config:
+def config() -> AffinityConfig:
     """The paper's numbers (released scripts)."""
-    return Config(
+    return AffinityConfig(
         data=DataConfig(batch_size=32768, workers=8),
         student=ModelConfig(model="ViT-M-32"),
         optim=OptimConfig(lr=1e-4, weight_decay=0.2, warmup=2000, clip_norm=5.0),
@@ -64,7 +63,7 @@ def config() -> Config:
     )
 
 
-class Task(nn.Module):
+class AffinityTask(nn.Module):
     """The student; the teacher is in the batch. ``scale`` is both sides', or None; then the teacher has its own."""
 
     def __init__(self, student: Any, weights: dict[str, float], scale: float | None, teacher_scale: float) -> None:
@@ -104,7 +103,7 @@ class Task(nn.Module):
                 self.student.logit_scale.clamp_(0, math.log(100))
 
 
-def build(config: Config, student: LoadedModel, cache: TeacherCache | None) -> Task:
+def build(config: AffinityConfig, student: LoadedModel, cache: TeacherCache | None) -> AffinityTask:
     """The task of a config. Raises UserError when features of different width are to be compared."""
     assert cache is not None
     width = student.config["embed_dim"]
@@ -118,4 +117,4 @@ def build(config: Config, student: LoadedModel, cache: TeacherCache | None) -> T
         "feature": config.feature_weight,
         "contrastive": config.contrastive_weight,
     }
-    return Task(student.model, weights, config.fixed_logit_scale, cache.logit_scale)
+    return AffinityTask(student.model, weights, config.fixed_logit_scale, cache.logit_scale)

@@ -38,9 +38,17 @@ from tyro.conf import OmitArgPrefixes
 from shards_spec.files import UserError
 from shards_spec.models import LoadedModel
 from shards_spec.vocab import Vocabulary
-from training.config import DataConfig, LabelConfig, ModelConfig, RunConfig, SideConfig, ViewConfig, total_steps
+from training.config import (
+    DataConfig,
+    LabelConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SideConfig,
+    ViewConfig,
+    total_steps,
+)
 from training.data.samples import SampleLabels, Samples, find_vocabulary, open_samples
-from training.engine.optim import OptimConfig
 from training.losses.multilabel import PAD, frequency_bias, mean_loss, sigmoid_loss, softmax_loss
 from training.models.classifier import Classifier, new_classifier
 from training.models.range_augment import RangeAugment, curriculum_loss
@@ -50,7 +58,7 @@ SIDES = tuple(range(128, 321, 16))
 
 
 @dataclass(frozen=True)
-class Config:
+class CatlipConfig:
     """Train CatLIP: classify the synsets of captions."""
 
     data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
@@ -68,9 +76,9 @@ class Config:
     """brightness, contrast and noise of learned ranges, on the device"""
 
 
-def config() -> Config:
+def config() -> CatlipConfig:
     """The paper's numbers for CC3M."""
-    return Config(
+    return CatlipConfig(
         data=DataConfig(batch_size=2048, workers=8, captions="original"),
         views=ViewConfig(scale=(0.08, 1.0), flip=0.5),
         sides=SideConfig(sides=SIDES, batch_parts=4),
@@ -83,10 +91,10 @@ def config() -> Config:
     )  # fmt: skip
 
 
-class Task(nn.Module):
+class CatlipTask(nn.Module):
     """The classifier and RangeAugment's six scalars, over ``total`` steps."""
 
-    def __init__(self, config: Config, student: LoadedModel, total: int) -> None:
+    def __init__(self, config: CatlipConfig, student: LoadedModel, total: int) -> None:
         super().__init__()
         self.student: Classifier = student.model
         self.config, self.total = config, total
@@ -117,7 +125,7 @@ class Task(nn.Module):
         """Nothing."""
 
 
-def prepare(config: Config) -> tuple[LoadedModel, Samples, Task]:
+def prepare(config: CatlipConfig) -> tuple[LoadedModel, Samples, CatlipTask]:
     """Student, reader and task. Raises UserError and DataError when data, vocabulary or model do not serve."""
     if config.run.eval_data:
         raise UserError("--eval-data: CatLIP has no text tower to measure by; `clipmill train probe` measures its run")
@@ -134,7 +142,7 @@ def prepare(config: Config) -> tuple[LoadedModel, Samples, Task]:
     labels = SampleLabels(vocabulary, config.labels.label_captions == "original")
     samples = open_samples(config.data, config.views, student, seed, labels, config.sides)
     total = total_steps(config.run, samples.plan.mean, samples.order.total)
-    return student, samples, Task(config, student, total)
+    return student, samples, CatlipTask(config, student, total)
 
 
 def start_bias(vocabulary: Vocabulary) -> Tensor:

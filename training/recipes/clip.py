@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from tyro.conf import OmitArgPrefixes
 
 from shards_spec.models import LoadedModel
-from training.config import DataConfig, ModelConfig, RunConfig, ViewConfig
+from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
 from training.data.teacher_cache import TeacherCache
-from training.engine.optim import OptimConfig
 from training.losses.distillation import clip_loss
 
 
 @dataclass(frozen=True)
-class Config:
+class ClipConfig:
     """Train a CLIP model with the contrastive loss."""
 
     data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
@@ -33,15 +32,15 @@ class Config:
     run: OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
 
 
-def config() -> Config:
+def config() -> ClipConfig:
     """The recipe's own numbers."""
-    return Config(
+    return ClipConfig(
         optim=OptimConfig(lr=1e-3, weight_decay=0.1, warmup=2000),
         run=RunConfig(out="runs/clip", epochs=32),
     )
 
 
-class Task(nn.Module):
+class ClipTask(nn.Module):
     """Student and its learned logit scale."""
 
     def __init__(self, student: Any) -> None:
@@ -65,6 +64,6 @@ class Task(nn.Module):
             self.student.logit_scale.clamp_(0, math.log(100))
 
 
-def build(config: Config, student: LoadedModel, cache: TeacherCache | None) -> Task:
+def build(config: ClipConfig, student: LoadedModel, cache: TeacherCache | None) -> ClipTask:
     """The task of a config."""
-    return Task(student.model)
+    return ClipTask(student.model)

@@ -18,14 +18,13 @@ from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
 from shards_spec.models import LoadedModel
-from training.config import DataConfig, ModelConfig, RunConfig, ViewConfig, require
+from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig, require
 from training.data.teacher_cache import TeacherCache
-from training.engine.optim import OptimConfig
 from training.losses.distillation import clip_loss
 
 
 @dataclass(frozen=True)
-class Config:
+class CocaConfig:
     """Train a CoCa model: contrastive and captioning loss."""
 
     data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
@@ -44,9 +43,9 @@ class Config:
         require(self.clip_weight + self.caption_weight > 0, "clip_weight", 0.0, "above 0 when --caption-weight is 0")
 
 
-def config() -> Config:
+def config() -> CocaConfig:
     """The recipe's own numbers."""
-    return Config(
+    return CocaConfig(
         data=DataConfig(folder="raw", captions="original"),
         student=ModelConfig(model="coca_ViT-B-32"),
         optim=OptimConfig(lr=1e-3, weight_decay=0.1, warmup=2000),
@@ -54,7 +53,7 @@ def config() -> Config:
     )
 
 
-class Task(nn.Module):
+class CocaTask(nn.Module):
     """An open_clip CoCa model and the weights of its two losses."""
 
     def __init__(self, student: Any, clip_weight: float, caption_weight: float) -> None:
@@ -94,8 +93,8 @@ class Task(nn.Module):
             self.student.logit_scale.clamp_(0, math.log(100))
 
 
-def build(config: Config, student: LoadedModel, cache: TeacherCache | None) -> Task:
+def build(config: CocaConfig, student: LoadedModel, cache: TeacherCache | None) -> CocaTask:
     """The task of a config. Raises UserError when the model is no CoCa."""
     if "multimodal_cfg" not in student.config:
         raise UserError(f"--model {config.student.model!r} has no text decoder: the coca recipe needs a CoCa model")
-    return Task(student.model, config.clip_weight, config.caption_weight)
+    return CocaTask(student.model, config.clip_weight, config.caption_weight)

@@ -8,14 +8,9 @@ sides of 128 to 320 by 32, measured at 224 cut from 232, RangeAugment. AdamW is 
     clipmill train finetune --model RUN --data IMAGES [--class-map classes.tsv]
 """
 
-from training.config import ModelConfig, RunConfig, SideConfig, ViewConfig
-from training.data.labelled_images import LabelledImageConfig
-from training.engine.optim import OptimConfig
-from training.recipes.transfer import Task as Task
+from training.config import LabelledImageConfig, ModelConfig, OptimConfig, RunConfig, SideConfig, ViewConfig
 from training.recipes.transfer import TransferConfig
 from training.recipes.transfer import prepare as prepare
-
-Config = TransferConfig
 
 
 def config() -> TransferConfig:

@@ -10,14 +10,9 @@ The rate is low: with few labels the head is far from its optimum after 30 epoch
       --no-augment --lr 1e-3 --fraction 0.01                               features computed once; 1 % of the labels
 """
 
-from training.config import ModelConfig, RunConfig, SideConfig, ViewConfig
-from training.data.labelled_images import LabelledImageConfig
-from training.engine.optim import OptimConfig
-from training.recipes.transfer import Task as Task
+from training.config import LabelledImageConfig, ModelConfig, OptimConfig, RunConfig, SideConfig, ViewConfig
 from training.recipes.transfer import TransferConfig
 from training.recipes.transfer import prepare as prepare
-
-Config = TransferConfig
 
 
 def config() -> TransferConfig:

@@ -51,9 +51,8 @@ from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
 from shards_spec.models import NO_TRUST, LoadedModel, Trust, load_model
-from training.config import CacheConfig, DataConfig, ModelConfig, RunConfig, ViewConfig, require
+from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TeacherCacheConfig, ViewConfig, require
 from training.data.teacher_cache import TeacherCache
-from training.engine.optim import OptimConfig
 from training.losses.distillation import clip_loss, element_feature_loss, full, interactive_loss, relation_loss
 from training.losses.pair_matching import PairHead, key_ids, pair_loss, sample_negatives, text_ids
 from training.models.inheritance import freeze, inherit_siclip
@@ -69,12 +68,12 @@ WEIGHTS = ("clip_weight", "fd_weight", "crd_weight", "icl_weight", "pm_weight")
 
 
 @dataclass(frozen=True)
-class Config:
+class SiclipConfig:
     """Train SiCLIP: inherited, distilled from MobileCLIP-S0, with pair matching."""
 
     data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
     drawn_views: OmitArgPrefixes[ViewConfig] = field(default_factory=ViewConfig)
-    cached_views: OmitArgPrefixes[CacheConfig] = field(default_factory=CacheConfig)
+    cached_views: OmitArgPrefixes[TeacherCacheConfig] = field(default_factory=TeacherCacheConfig)
     student: OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
     optim: OmitArgPrefixes[OptimConfig] = field(default_factory=OptimConfig)
     run: OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
@@ -114,7 +113,7 @@ class Config:
     """whose similarities its negatives are drawn by"""
 
     @property
-    def views(self) -> ViewConfig | CacheConfig:
+    def views(self) -> ViewConfig | TeacherCacheConfig:
         """Where views, and with a cache the teacher's features, come from."""
         return self.drawn_views if self.teacher_from == "live" else self.cached_views
 
@@ -131,9 +130,9 @@ class Config:
         require(self.inherit or not self.train_tail, "train_tail", True, "off with --no-inherit: all is trained")
 
 
-def config() -> Config:
+def config() -> SiclipConfig:
     """The paper's numbers."""
-    return Config(
+    return SiclipConfig(
         data=DataConfig(batch_size=1536, workers=8),
         drawn_views=ViewConfig(scale=(0.08, 1.0), ops=2, magnitude=9),
         student=ModelConfig(model="SiCLIP-S0"),
@@ -142,13 +141,13 @@ def config() -> Config:
     )
 
 
-class Task(nn.Module):
+class SiclipTask(nn.Module):
     """Student, ICL's scale and the pair-matching head. The base model stands aside: not trained, not saved.
 
     The base's layers before the attention blocks are the student's, so they run once, without a graph, for both.
     """
 
-    def __init__(self, config: Config, student: Any, width: int, base: Any, teacher_scale: float) -> None:
+    def __init__(self, config: SiclipConfig, student: Any, width: int, base: Any, teacher_scale: float) -> None:
         super().__init__()
         self.config, self.student, self.teacher_scale = config, student, teacher_scale
         self.aside = (base,)  # a tuple: neither its parameters nor its buffers are the task's
@@ -157,7 +156,7 @@ class Task(nn.Module):
         if config.pm_weight:
             self.head = PairHead(width, config.pm_logits, config.pm_raw)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Task":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SiclipTask":
         """Moves between devices and dtypes take the base along."""
         if self.aside[0] is not None:
             self.aside[0]._apply(fn)
@@ -229,7 +228,7 @@ class Task(nn.Module):
                 self.icl_logit_scale.clamp_(max=MAX_SCALE)
 
 
-def check(config: Config) -> None:
+def check(config: SiclipConfig) -> None:
     """Raise UserError where the base has no weights to take, before anything is built."""
     model, weights = config.base, config.base_weights
     if not config.inherit and not (config.taught and config.teacher_from == "live"):
@@ -254,7 +253,7 @@ def _need_weights(model: str, weights: str) -> None:
         )
 
 
-def build(config: Config, student: LoadedModel, cache: TeacherCache | None) -> Task:
+def build(config: SiclipConfig, student: LoadedModel, cache: TeacherCache | None) -> SiclipTask:
     """The task of a config. Raises UserError when base, teacher and student do not fit together."""
     base, aside, width, teacher_scale = None, None, student.config["embed_dim"], 0.0
     if config.inherit or (config.taught and cache is None):
@@ -269,7 +268,7 @@ def build(config: Config, student: LoadedModel, cache: TeacherCache | None) -> T
     if cache is not None:
         teacher_scale = cache.logit_scale
         _check_width(config, width, cache.dim)
-    return Task(config, student.model, width, aside, teacher_scale)
+    return SiclipTask(config, student.model, width, aside, teacher_scale)
 
 
 def load_base(model: str, weights: str, seed: int, trust: Trust = NO_TRUST) -> LoadedModel:
@@ -298,7 +297,7 @@ def _check_inputs(name: str, base: LoadedModel, student: LoadedModel) -> None:
         raise UserError(f"--base {name!r} has {theirs} for context_length and vocab_size, the student {ours}")
 
 
-def _check_width(config: Config, width: int, teacher_width: int) -> None:
+def _check_width(config: SiclipConfig, width: int, teacher_width: int) -> None:
     if (config.fd_weight or config.icl_weight) and width != teacher_width:
         raise UserError(
             f"--fd-weight {config.fd_weight}, --icl-weight {config.icl_weight}: the student's features have {width} "
@@ -306,7 +305,7 @@ def _check_width(config: Config, width: int, teacher_width: int) -> None:
         )
 
 
-def _inherit(config: Config, student: LoadedModel, base: LoadedModel) -> None:
+def _inherit(config: SiclipConfig, student: LoadedModel, base: LoadedModel) -> None:
     """Give the student the base's weights and freeze them. Raises UserError when they do not fit."""
     try:
         state, frozen = inherit_siclip(

@@ -17,16 +17,23 @@ from shards_spec.class_map import ClassMap, read_class_map
 from shards_spec.files import UserError
 from shards_spec.models import TIMM, LoadedModel, pick_device
 from shards_spec.vocab import Vocabulary
-from training.config import ModelConfig, RunConfig, SideConfig, ViewConfig, require, total_steps
+from training.config import (
+    LabelledImageConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SideConfig,
+    ViewConfig,
+    require,
+    total_steps,
+)
 from training.data.labelled_images import (
     FeatureRows,
-    LabelledImageConfig,
     LabelledImageRows,
     open_images,
     subset,
 )
 from training.data.samples import batch_plan, load_batches
-from training.engine.optim import OptimConfig
 from training.evaluation.classification import batch_ranges, classification_metrics, describe_difference, plain_rows
 from training.models.classifier import Classifier, new_classifier, new_rows
 from training.models.range_augment import RangeAugment, curriculum_loss
@@ -64,7 +71,7 @@ class TransferConfig:
         require(self.augment or not self.range_augment, "range_augment", True, "off with --no-augment")
 
 
-class Task(nn.Module):
+class TransferTask(nn.Module):
     """A classifier, of which all or only the head is trained; ``test`` are the images it is measured on."""
 
     def __init__(self, config: TransferConfig, student: LoadedModel, test: LabelledImageRows, total: int) -> None:
@@ -76,7 +83,7 @@ class Task(nn.Module):
             self.student.requires_grad_(False)
             self.student.head.requires_grad_(True)
 
-    def train(self, mode: bool = True) -> "Task":
+    def train(self, mode: bool = True) -> "TransferTask":
         """A frozen trunk stays in eval mode."""
         super().train(mode)
         if self.config.freeze:
@@ -118,7 +125,7 @@ class Task(nn.Module):
         return classification_metrics(self.student, self.test, device=device, workers=workers, bf16=bf16)
 
 
-def prepare(config: TransferConfig) -> tuple[LoadedModel, LabelledImageRows | FeatureRows, Task]:
+def prepare(config: TransferConfig) -> tuple[LoadedModel, LabelledImageRows | FeatureRows, TransferTask]:
     """Student, reader and task. Raises UserError and DataError when data, model or class map do not serve."""
     if config.run.eval_data:
         raise UserError("--eval-data: a classifier is measured on the test images of --data")
@@ -140,7 +147,7 @@ def prepare(config: TransferConfig) -> tuple[LoadedModel, LabelledImageRows | Fe
             LabelledImageRows(train, student, plan, None, chosen), config.run.device, config.data.workers
         )
     total = total_steps(config.run, plan.mean, len(chosen))
-    return student, rows, Task(config, student, plain_rows(test, student), total)
+    return student, rows, TransferTask(config, student, plain_rows(test, student), total)
 
 
 def load_base(config: ModelConfig, seed: int) -> LoadedModel:

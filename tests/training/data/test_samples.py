@@ -17,7 +17,7 @@ from shards_spec.images import decode_rgb
 from shards_spec.models import LoadedModel, load_model
 from shards_spec.tar import read_shard, write_shard
 from shards_spec.views import apply_view, draw_view
-from training.config import CacheConfig, DataConfig, ViewConfig
+from training.config import DataConfig, TeacherCacheConfig, ViewConfig
 from training.data.order import batch_positions
 from training.data.samples import ShardReader, draw_caption, load_batches, open_samples
 from training.data.teacher_cache import TeacherCache
@@ -71,7 +71,7 @@ def test_pixels_are_normalised():
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
 def test_workers_change_nothing(tmp_path, student, shards):
     write_teacher(str(tmp_path), write_packed(str(tmp_path), shards))
-    samples = open_samples(config(str(tmp_path)), CacheConfig(), student, seed=0)
+    samples = open_samples(config(str(tmp_path)), TeacherCacheConfig(), student, seed=0)
     alone, shared = (list(load_batches(samples, batch_positions(4, 6, 4), workers)) for workers in (0, 3))
     for one, other in zip(alone, shared, strict=True):
         assert one["keys"] == other["keys"]
@@ -120,7 +120,7 @@ def test_an_empty_caption_is_never_drawn(root, student):
 
 
 def test_original_captions_only(root, student):
-    samples = open_samples(config(root, captions="original"), CacheConfig("planted"), student, seed=0)
+    samples = open_samples(config(root, captions="original"), TeacherCacheConfig("planted"), student, seed=0)
     source = by_key(root)
     for position in range(15):
         item = samples[position]
@@ -129,7 +129,7 @@ def test_original_captions_only(root, student):
 
 
 def test_the_cache_gives_its_view_and_its_caption(root, student):
-    samples = open_samples(config(root), CacheConfig(), student, seed=5)
+    samples = open_samples(config(root), TeacherCacheConfig(), student, seed=5)
     source = by_key(root)
     for position in (0, 16, 31, 46):
         item, epoch = samples[position], position // 15
@@ -148,7 +148,8 @@ def test_a_dataset_behind_a_url_gives_the_same(root, student, tmp_path):
     url = f"memory://{root}"
     fsspec.filesystem("memory").put(root, root, recursive=True)
     here, there = (
-        open_samples(config(place, scratch=f"{tmp_path}/near"), CacheConfig(), student, seed=0) for place in (root, url)
+        open_samples(config(place, scratch=f"{tmp_path}/near"), TeacherCacheConfig(), student, seed=0)
+        for place in (root, url)
     )
     for position in range(0, 45, 4):
         one, other = here[position], there[position]
@@ -165,7 +166,7 @@ def test_raw_shards_serve_too(tmp_path, student):
     keys = [key for batch in load_batches(samples, batch_positions(0, 5, 2)) for key in batch["keys"]]
     assert len(set(keys)) == 10
     with pytest.raises(UserError, match="belongs to packed shards"):
-        open_samples(config(str(tmp_path), folder="raw"), CacheConfig(), student, seed=0)
+        open_samples(config(str(tmp_path), folder="raw"), TeacherCacheConfig(), student, seed=0)
 
 
 def test_a_image_that_does_not_decode_is_skipped_and_named(tmp_path, student, caplog):
@@ -200,7 +201,7 @@ def rewrite(root, change, shard=0):
 
 
 def read_all(root, student, workers=0, batches=8):
-    samples = open_samples(config(root), CacheConfig(), student, seed=0)
+    samples = open_samples(config(root), TeacherCacheConfig(), student, seed=0)
     return list(load_batches(samples, batch_positions(0, batches, 4), workers))
 
 
@@ -305,7 +306,7 @@ def test_an_edited_view_spec_is_refused(root, student):
 
 def test_caches_that_are_not_there(root, student, tmp_path):
     with pytest.raises(UserError, match=r"--teacher 'other' is not there: teacher caches in .* are: planted"):
-        open_samples(config(root), CacheConfig("other"), student, seed=0)
+        open_samples(config(root), TeacherCacheConfig("other"), student, seed=0)
     os.remove(f"{root}/teacher/planted/00002.parquet")
     with pytest.raises(UserError, match=r"00002\.parquet is not there \(1 of 3 shards are missing\)"):
         TeacherCache(root, "", 3)

@@ -343,7 +343,7 @@ def test_an_error_on_one_rank_ends_all(spoil, failing, kind, text, root, tmp_pat
 
 
 def nan_on_1(rank):
-    forward = affinity.Task.forward
+    forward = affinity.AffinityTask.forward
 
     def poisoned(self, batch):
         features = forward(self, batch)
@@ -351,7 +351,7 @@ def nan_on_1(rank):
             features["text"] = features["text"] * math.nan
         return features
 
-    affinity.Task.forward = poisoned
+    affinity.AffinityTask.forward = poisoned
 
 
 def test_a_loss_that_is_not_finite_is_skipped_by_all(root, tmp_path):

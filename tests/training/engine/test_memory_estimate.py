@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from training.config import ModelConfig
 from training.engine.memory_estimate import predict_memory, saved_bytes
-from training.recipes.clip import Task
+from training.recipes.clip import ClipTask
 from training.runs.student import new_student
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,7 +73,7 @@ def test_processes_chunks_and_an_average():
 @pytest.mark.parametrize(("vision", "tolerance"), [(TINY_VIT, 0.01), (TINY_RESNET, 0.01)], ids=["vit", "resnet"])
 def test_activations_are_what_the_allocator_holds(vision, tolerance, precision, tmp_path):
     model = tiny_clip(tmp_path / "model", vision=vision)
-    task = Task(new_student(ModelConfig(model), 0).model).train()
+    task = ClipTask(new_student(ModelConfig(model), 0).model).train()
     before = {name: value.clone() for name, value in task.state_dict().items()}
     stream = torch.get_rng_state()
     few = batch(4)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from shards_spec.files import UserError
-from training.engine.optim import OptimConfig, build_optimizer, learning_rate, param_groups
+from training.config import OptimConfig
+from training.engine.optim import build_optimizer, learning_rate, param_groups
 from training.losses.distillation import affinity_loss, clip_loss, feature_loss
 
 EYE = torch.eye(2)

@@ -8,7 +8,8 @@ import torch
 from open_clip.model import CustomTextCLIP
 from timm.utils import reparameterize_model
 
-from training.engine.optim import OptimConfig, build_optimizer
+from training.config import OptimConfig
+from training.engine.optim import build_optimizer
 from training.losses.distillation import clip_loss
 from training.models.inheritance import freeze, in_teacher, inherit, inherit_siclip
 from training.models.mobileclip import forward_shared, forward_tail, with_text_tower

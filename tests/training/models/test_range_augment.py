@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from training.engine.optim import OptimConfig, build_optimizer
+from training.config import OptimConfig
+from training.engine.optim import build_optimizer
 from training.models.range_augment import RangeAugment, curriculum_loss
 
 

@@ -18,7 +18,8 @@ from torch import nn
 
 from shards_spec.files import UserError
 from shards_spec.models import load_model
-from training.engine.optim import OptimConfig, build_optimizer, param_groups
+from training.config import OptimConfig
+from training.engine.optim import build_optimizer, param_groups
 from training.export import ExportConfig, export
 from training.models.mobileclip import forward_shared, forward_tail, from_apple, our_name
 from training.models.siclip import SasBlock, SasStack, shaped_matrices

@@ -18,8 +18,8 @@ from pipeline.labels.classes_stage import ClassesConfig, classes
 from pipeline.labels.vocab_stage import VocabConfig, vocab
 from shards_spec.files import UserError
 from shards_spec.vocab import read_vocabulary
-from training.config import ModelConfig, smoke
-from training.engine.optim import OptimConfig, learning_rate
+from training.config import ModelConfig, OptimConfig, smoke
+from training.engine.optim import learning_rate
 from training.evaluation.classification import measure_classifier
 from training.export import ExportConfig, export
 from training.losses.multilabel import PAD

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from small_training import teacher_rows, tiny_siclip, write_packed, write_teacher
 
 from shards_spec.files import UserError
-from training.config import CacheConfig, DataConfig, ModelConfig, ViewConfig
+from training.config import DataConfig, ModelConfig, TeacherCacheConfig, ViewConfig
 from training.data.samples import draw_caption, load_batches, open_samples
 from training.engine.optim import build_optimizer, param_groups
 from training.losses import distillation as formulas
@@ -305,7 +305,7 @@ def test_captions_are_drawn_evenly_and_again():  # fact 15
 def test_teacher_and_student_see_one_text(root):  # fact 15
     """The planted teacher's features say which caption they are of; the tokens, which one the student reads."""
     config = config_of("random", teacher_from="cache", data=DataConfig(data=root))
-    assert config.views == CacheConfig()
+    assert config.views == TeacherCacheConfig()
     student = new_student(config.student, 0)
     samples = open_samples(config.data, config.views, student, seed=0)
     shown = set()
