@@ -6,75 +6,86 @@ import importlib
 import io
 import logging
 import os
+import pkgutil
 import sys
+from collections.abc import Callable
 from importlib.abc import MetaPathFinder
-from importlib.machinery import PathFinder
-from typing import Any
+from importlib.machinery import ModuleSpec, PathFinder
+from typing import Any, NamedTuple, TextIO
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PACKAGES = ("pipeline", "shards_spec", "slurm", "training")
-MENDS = {  # to what the system says
+ADVICE = {  # what to do about an error of the operating system
     errno.EMFILE: "allow this process more open files (ulimit -n 1024)",
-    errno.ENOSPC: "free some space and run the same command again, it goes on",
+    errno.ENOSPC: "free some space and rerun the same command to resume",
     errno.EACCES: "change the permissions, or give a folder of your own",
     errno.EROFS: "give a folder that can be written",
     errno.ENOTDIR: "a file is where a folder should be: give another path",
     errno.EEXIST: "a file is where a folder should be: give another path",
 }
-
-# command: (module, config class, function, one line)
-COMMANDS = {
-    "ingest": ("pipeline.ingest.stage", "IngestConfig", "ingest", "list, folder or img2dataset shards -> ROOT/raw"),
-    "dedup": (
-        "pipeline.dedup.stage",
-        "DedupConfig",
-        "dedup",
-        "duplicates over all shards -> ROOT/dedup, which pack obeys",
-    ),
-    "caption": (
-        "pipeline.caption.stage",
-        "CaptionConfig",
-        "caption",
-        "N CoCa captions per image -> ROOT/captions/NAME",
-    ),
-    "pack": ("pipeline.pack.stage", "PackConfig", "pack", "images, captions, WordNet synsets -> ROOT/shards"),
-    "vocab": ("pipeline.labels.vocab_stage", "VocabConfig", "vocab", "synsets by frequency -> ROOT/vocab/NAME.tsv"),
-    "classes": (
-        "pipeline.labels.classes_stage",
-        "ClassesConfig",
-        "classes",
-        "class names -> synsets of a vocabulary, a TSV",
-    ),
-    "cache": ("pipeline.cache.stage", "CacheConfig", "cache", "teacher embeddings of K views -> ROOT/teacher/NAME"),
-    "train": ("", "", "", "train RECIPE: a student from shards and cache -> RUN"),
-    "eval": ("training.evaluation.stage", "EvalConfig", "evaluate", "zero-shot classification and retrieval"),
-    "export": ("training.export", "ExportConfig", "export", "RUN -> an open_clip folder"),
-    "report": ("pipeline.report", "ReportConfig", "report", "one HTML page of a dataset or a run"),
-    "check": ("pipeline.check.stage", "CheckConfig", "check", "prove a dataset's promises"),
-    "submit": ("", "", "", "submit STAGE ROOT | train RECIPE | pipeline ROOT: the same commands on Slurm"),
-    "jobs": ("slurm.status", "JobsConfig", "jobs", "what was submitted for a dataset or a run, and how it goes"),
-}
+INTERRUPTED = "interrupted; rerun the same command to resume"
 
 
-class _OursFirst(MetaPathFinder):
-    """Finds our packages beside this file: their plain names may be those of folders where a command is started."""
+class _OwnPackages(MetaPathFinder):
+    """Finds our packages beside this file: the folder where a command is started may have folders of the same names."""
 
     @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
-        """The spec of one of our packages, None for all else."""
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """The spec of one of our packages, None for every other module."""
         return PathFinder.find_spec(name, [HERE]) if name in PACKAGES else None
 
 
-sys.meta_path.insert(0, _OursFirst())
+sys.meta_path.insert(0, _OwnPackages())
+
+
+from shards_spec.layout import STAGE_COMMANDS, STAGES  # noqa: E402 - found beside this file only now
+
+
+class Command(NamedTuple):
+    """A line of the help page, and options and function as ``package.module:name``; without: see `_command`."""
+
+    help: str
+    config: str = ""
+    function: str = ""
+
+
+COMMANDS = {name: Command(STAGES[name].help, STAGES[name].config, STAGES[name].function) for name in STAGE_COMMANDS}
+COMMANDS |= {
+    "classes": Command(
+        "class names -> synsets of a vocabulary, a TSV",
+        "pipeline.labels.classes_stage:ClassesConfig",
+        "pipeline.labels.classes_stage:classes",
+    ),
+    "train": Command("train RECIPE: a student from shards and cache -> RUN"),
+    "eval": Command(
+        "zero-shot classification and retrieval",
+        "training.evaluation.stage:EvalConfig",
+        "training.evaluation.stage:evaluate",
+    ),
+    "export": Command("RUN -> an open_clip folder", "training.export:ExportConfig", "training.export:export"),
+    "report": Command("one HTML page of a dataset or a run", "pipeline.report:ReportConfig", "pipeline.report:report"),
+    "check": Command(
+        "validate a dataset: files, hashes, keys, totals",
+        "pipeline.check.stage:CheckConfig",
+        "pipeline.check.stage:check",
+    ),
+    "submit": Command("submit STAGE ROOT | train RECIPE | pipeline ROOT: the same commands on Slurm"),
+    "jobs": Command(
+        "what was submitted for a dataset or a run, and how it goes",
+        "slurm.status:JobsConfig",
+        "slurm.status:jobs",
+    ),
+}
 
 
 def usage() -> str:
-    """The help page, printed without importing anything."""
-    lines = [f"  {name:8} {line}" for name, (*_, line) in COMMANDS.items()]
+    """The help page; nothing that takes time is imported for it."""
+    lines = [f"  {name:8} {command.help}" for name, command in COMMANDS.items()]
     return (
-        "usage: clipmill COMMAND ...\n\n" + "\n".join(lines)
+        "usage: clipmill COMMAND ...\n\n"
+        + "\n".join(lines)
         + "\n\nclipmill COMMAND --help shows every option; clipmill --version the version."
-    )  # fmt: skip
+    )
 
 
 def main() -> None:
@@ -84,7 +95,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # an ASCII terminal shows what it has no letters for
     code = 1
     try:
-        code = _told(sys.argv[1:])
+        code = _run(sys.argv[1:])
         if sys.stdout:
             sys.stdout.flush()
     except OSError as error:  # the reader left, as `head` does, or the disk is full
@@ -93,12 +104,12 @@ def main() -> None:
         if not isinstance(error, BrokenPipeError):
             _fail(code, f"the output cannot be written: {error.strerror}")
     except KeyboardInterrupt:  # before a command has begun: while modules are imported
-        code = _fail(130, "interrupted; the same command goes on where it stopped")
+        code = _fail(130, INTERRUPTED)
     sys.exit(code)
 
 
-def _told(words: list[str]) -> int:
-    """Run a command; what users, data and the system can be blamed for is one line."""
+def _run(words: list[str]) -> int:
+    """Run a command; an error of the user, the data or the system becomes one line on stderr and an exit code."""
     if words[:1] in ([], ["-h"], ["--help"]):
         print(usage())
         return 0
@@ -107,12 +118,8 @@ def _told(words: list[str]) -> int:
 
     try:
         log_to_stderr()
-        for word in words:
-            if not word.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in word):
-                encoding = sys.getfilesystemencoding()
-                way = "" if encoding == "utf-8" else ", or set PYTHONUTF8=1"
-                raise UserError(f"{word!r} is no text in {encoding}: rename the file or folder{way}")
-        return _command(words)
+        _check_encoding(words)
+        return _command(words[0], words[1:])
     except UserError as error:
         return _fail(2, str(error))
     except DataError as error:
@@ -121,25 +128,37 @@ def _told(words: list[str]) -> int:
         return 1
     except OSError as error:
         logging.getLogger("clipmill").debug("", exc_info=True)
-        return _fail(2, _system_said(error))
+        return _fail(2, _describe_os_error(error))
     except KeyboardInterrupt:
-        return _fail(130, "interrupted; the same command goes on where it stopped")
+        return _fail(130, INTERRUPTED)
     except SystemExit as leave:  # of --help
         return int(leave.code or 0)
 
 
-def _system_said(error: OSError) -> str:
+def _check_encoding(words: list[str]) -> None:
+    """Raise UserError for a word whose bytes are no text in the file system's encoding."""
+    from shards_spec.files import UserError
+
+    for word in words:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):  # how Python holds such bytes
+            encoding = sys.getfilesystemencoding()
+            hint = "" if encoding == "utf-8" else ", or set PYTHONUTF8=1"
+            raise UserError(f"{word!r} is no text in {encoding}: rename the file or folder{hint}")
+
+
+def _describe_os_error(error: OSError) -> str:
     where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-    mend = MENDS.get(error.errno or 0, "")
-    return f"{where}{': ' if where else ''}{error.strerror or error}{'; ' if mend else ''}{mend}"
+    said = str(error.strerror or error)
+    advice = ADVICE.get(error.errno or 0)
+    return (f"{where}: {said}" if where else said) + (f"; {advice}" if advice else "")
 
 
-def _command(words: list[str]) -> int:
+def _command(command: str, words: list[str]) -> int:
+    """Run a command by its name; three of them read their words themselves."""
     from importlib.metadata import version
 
     from shards_spec.files import UserError
 
-    command, rest = words[0], words[1:]
     if command == "--version":
         print(f"clipmill {version('clipmill')}")
         return 0
@@ -147,100 +166,101 @@ def _command(words: list[str]) -> int:
         from shards_spec.suggest import did_you_mean
 
         raise UserError(f"no command {command!r}; {did_you_mean(command, COMMANDS)}")
-    own = {"train": _train, "submit": _submit}.get(command)
-    return own(rest) if own else _run(command, rest)
+    if command == "train":
+        return _train(words)
+    if command == "submit":
+        return _submit(words)
+    from pipeline.core.command_line import parse
+
+    config = parse(command, pkgutil.resolve_name(COMMANDS[command].config), words)
+    return _call(command, pkgutil.resolve_name(COMMANDS[command].function), config)
 
 
 def _fail(code: int, message: str) -> int:
     with contextlib.suppress(OSError):
-        _say(f"clipmill: {message}", file=sys.stderr)
+        _print(f"clipmill: {message}", file=sys.stderr)
     return code
 
 
-def _say(text: object, file: Any = None) -> None:
-    """Print what may hold words of others."""
+def _print(text: object, file: TextIO | None = None) -> None:
+    """Print text that may hold words of others: captions, names of files, addresses."""
     from shards_spec.display import shown
 
     print(shown(str(text)), file=file or sys.stdout)
 
 
-def _run(command: str, rest: list[str]) -> int:
-    from pipeline.core.command_line import parse
+def _submit(words: list[str]) -> int:
+    from slurm.submit import Step, submit
 
-    module_name, class_name, function_name, _ = COMMANDS[command]
-    module = importlib.import_module(module_name)
-    config = parse(command, getattr(module, class_name), rest)
-    return _finish(command, getattr(module, function_name), config)
+    def run_here(step: Step) -> int:
+        if step.command == "train":
+            return _train(list(step.words))
+        return _call(step.command, step.function, step.config)
 
-
-def _submit(rest: list[str]) -> int:
-    from slurm.submit import submit
-
-    return submit(
-        rest, COMMANDS,
-        lambda step: _train(list(step.words)) if step.command == "train"
-        else _finish(step.command, step.function, step.config),
-    )  # fmt: skip
+    return submit(words, run_here)
 
 
-def _finish(command: str, function: Any, config: Any) -> int:
-    """Run a command and print what it is asked for."""
-    if command in ("ingest", "dedup", "caption", "pack", "cache"):
-        return _run_stage(command, function, config)
+def _call(command: str, function: Any, config: Any) -> int:
+    """Call a command's function, print its outcome and return the exit code."""
+    if command in STAGES and STAGES[command].has_shards:
+        return _call_stage(command, function, config)
     outcome = function(config)
     if command == "check":
         for problem in outcome:
-            _say(problem)
-        _say(f"{config.root}: {len(outcome)} problems" if outcome else f"{config.root}: all promises hold")
+            _print(problem)
+        _print(f"{config.root}: {len(outcome)} problems" if outcome else f"{config.root}: all promises hold")
         return 1 if outcome else 0
     if command == "vocab":
-        _say(
+        _print(
             f"vocab: {len(outcome)} synsets of {outcome.header['occurrences']} occurrences, "
             f"sha256 {outcome.sha256[:12]}"
         )
     if command == "classes":
-        _say(f"classes: {outcome.summary}")
+        _print(f"classes: {outcome.summary}")
     if command in ("report", "jobs"):
-        _say(outcome)
+        _print(outcome)
     return 0
 
 
-def _run_stage(command: str, function: Any, config: Any) -> int:
+def _call_stage(command: str, function: Callable[[Any], Any], config: Any) -> int:
+    from pipeline.core.no_success import explain_no_success
     from pipeline.core.runner import ShardsFailed
 
     try:
         summary = function(config)
     except ShardsFailed as error:
         return _fail(1, str(error))
-    if command == "dedup":
-        exact, near = (summary.counts.get(f"{kind}duplicate image", 0) for kind in ("", "near-"))
-        images = sum(summary.counts.values())
-        _say(f"dedup: {exact + near} of {images} images are duplicates ({exact} exact, {near} near)")
-        return _checked(command, summary)
-    others = ", ".join(f"{number} {reason}" for reason, number in summary.counts.items() if reason != "success")
-    facts = ", ".join(f"{number} {what}" for what, number in summary.facts.items())
-    samples = summary.counts.get("success", 0)
-    rate = f", {samples * summary.made / summary.shards / summary.seconds:.0f} samples/s" if summary.made else ""
-    done = (
-        f"{command}: {samples} samples in {summary.shards} shards "
-        f"({summary.made} made now, {summary.seconds:.1f} s{rate})"
-    )
-    _say("; ".join([done, *([f"left out: {others}"] if others else []), *([facts] if facts else [])]))
-    return _checked(command, summary)
-
-
-def _checked(command: str, summary: Any) -> int:
-    """The exit code of a stage: 1 with a word about it when nothing came out."""
-    from pipeline.core.no_success import explain_no_success
-
+    _print(_dedup_line(summary) if command == "dedup" else _stage_line(command, summary))
     nothing = explain_no_success(command, summary.counts)
     return _fail(1, nothing) if nothing else 0
 
 
-def _train(rest: list[str]) -> int:
+def _dedup_line(summary: Any) -> str:
+    exact = summary.counts.get("duplicate image", 0)
+    near = summary.counts.get("near-duplicate image", 0)
+    images = sum(summary.counts.values())
+    return f"dedup: {exact + near} of {images} images are duplicates ({exact} exact, {near} near)"
+
+
+def _stage_line(command: str, summary: Any) -> str:
+    samples = summary.counts.get("success", 0)
+    rate = f", {samples * summary.made / summary.shards / summary.seconds:.0f} samples/s" if summary.made else ""
+    parts = [
+        f"{command}: {samples} samples in {summary.shards} shards "
+        f"({summary.made} made now, {summary.seconds:.1f} s{rate})"
+    ]
+    reasons = [f"{number} {reason}" for reason, number in summary.counts.items() if reason != "success"]
+    if reasons:
+        parts.append(f"left out: {', '.join(reasons)}")
+    if summary.facts:
+        parts.append(", ".join(f"{number} {what}" for what, number in summary.facts.items()))
+    return "; ".join(parts)
+
+
+def _train(words: list[str]) -> int:
     from training.recipes import RECIPES
 
-    recipe = rest[0] if rest else "--help"
+    recipe = words[0] if words else "--help"
     if recipe in ("-h", "--help"):
         print(
             "usage: clipmill train RECIPE ...\n\n"
@@ -258,18 +278,18 @@ def _train(rest: list[str]) -> int:
     module = importlib.import_module(f"training.recipes.{recipe}")
     from training.config import smoke
 
-    default = smoke(module.config()) if "--smoke" in rest else module.config()
+    default = smoke(module.config()) if "--smoke" in words else module.config()
     config, tries = parse_several(
-        f"train {recipe}", {recipe: (type(default), default), "tries": (Tries, None)}, rest[1:]
+        f"train {recipe}", {recipe: (type(default), default), "tries": (Tries, None)}, words[1:]
     )
     from training.trainer import predict, train
 
     if tries.predict_memory:
-        _say(predict(recipe, config))
+        _print(predict(recipe, config))
         return 0
     out = train(recipe, config)
     if os.environ.get("RANK", "0") == "0":
-        _say(out)
+        _print(out)
     return 0
 
 

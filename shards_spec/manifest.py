@@ -6,7 +6,6 @@ is complete. Records, and the blocks of ``dataset.json``, have a hash of themsel
 damage to what nothing derives again went unseen; older ones have none and are valid.
 """
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +23,8 @@ from shards_spec.files import (
     sha256_json,
     write_json,
 )
+from shards_spec.layout import FILE_PATTERN, STATS_PATTERN, dataset_json, sizes_json, stats_path
 
-STATS_PATTERN = re.compile(r"(\d+)_stats\.json")
-FILE_PATTERN = re.compile(r"(\d+)(\.tar|(-\d+)?\.parquet|_stats\.json)")
 SEAL = "self_sha256"  # of a JSON object: the hash of all its other fields
 TIMES = ("start_time", "end_time", "duration")  # img2dataset's: the third is the difference of the others
 
@@ -41,11 +39,6 @@ def stats_seal(stats: dict[str, Any]) -> str:
     run repeats."""
     record = {name: own for name, own in stats["clipmill"].items() if name != SEAL}
     return sha256_json({name: own for name, own in {**stats, "clipmill": record}.items() if name not in TIMES})
-
-
-def shard_name(shard: int) -> str:
-    """Five digits, as img2dataset writes them; more when there are more than 100,000 shards."""
-    return f"{shard:05d}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +90,7 @@ class Done:
             },
         }
         stats["clipmill"] |= {SEAL: stats_seal(stats)}
-        write_json(join(folder, f"{shard_name(self.shard)}_stats.json"), stats)
+        write_json(stats_path(folder, self.shard), stats)
 
 
 def read_done(folder: str, shard: int) -> Done | None:
@@ -105,7 +98,7 @@ def read_done(folder: str, shard: int) -> Done | None:
 
     Raises DataError when the record is of another spec version or does not parse.
     """
-    path = join(folder, f"{shard_name(shard)}_stats.json")
+    path = stats_path(folder, shard)
     try:
         stats = read_json(path)
     except FileNotFoundError:
@@ -133,7 +126,7 @@ def read_done(folder: str, shard: int) -> Done | None:
 
 def forget(folder: str, shard: int) -> None:
     """Take a shard's done-record away, before its files are written anew: it would vouch for others."""
-    remove(join(folder, f"{shard_name(shard)}_stats.json"))
+    remove(stats_path(folder, shard))
 
 
 def remove_shards(folder: str, first: int) -> None:
@@ -176,7 +169,7 @@ def file_hashes(root: str, folder: str, shard: int, paths: list[str]) -> list[st
 
 def read_dataset(root: str) -> dict[str, Any]:
     """``dataset.json``; an empty one when absent. Raises UserError for another spec version, DataError for no such."""
-    path = join(root, "dataset.json")
+    path = dataset_json(root)
     try:
         dataset = read_json(path)
     except FileNotFoundError:
@@ -201,7 +194,7 @@ def write_stage(root: str, stage: str, block: dict[str, Any], source: str | None
     dataset["stages"] = dict(sorted({**dataset["stages"], stage: {**block, SEAL: seal(block)}}.items()))
     if sound:  # else the damage stays visible
         dataset[SEAL] = head_seal(dataset)
-    write_json(join(root, "dataset.json"), dataset)
+    write_json(dataset_json(root), dataset)
 
 
 def head_seal(dataset: dict[str, Any]) -> str:
@@ -213,7 +206,7 @@ def remove_stage(root: str, stage: str) -> None:
     """Take a stage's block out of ``dataset.json``; nothing is written when there is none."""
     dataset = read_dataset(root)
     if dataset["stages"].pop(stage, None) is not None:
-        write_json(join(root, "dataset.json"), dataset)
+        write_json(dataset_json(root), dataset)
 
 
 def shard_sizes(root: str) -> list[int]:
@@ -221,7 +214,7 @@ def shard_sizes(root: str) -> list[int]:
 
     Raises UserError when `pack` has not finished.
     """
-    path = join(root, "shards", "sizes.json")
+    path = sizes_json(root)
     try:
         sizes: dict[str, int] = read_json(path)
     except FileNotFoundError as error:

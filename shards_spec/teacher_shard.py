@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from shards_spec.embeddings import EmbeddingFile
 from shards_spec.files import DataError, exists, join
-from shards_spec.manifest import read_done, shard_name
+from shards_spec.layout import shard_name, teacher_folder, teacher_parquet
+from shards_spec.manifest import read_done
 
 
 class CachedShard:
@@ -15,8 +16,8 @@ class CachedShard:
     """
 
     def __init__(self, root: str, name: str, shard: int, near: Callable[[str], str] = str) -> None:
-        self.path = join(root, "teacher", name, f"{shard_name(shard)}.parquet")
-        record = read_done(join(root, "teacher", name), shard)
+        self.path = teacher_parquet(root, name, shard)
+        record = read_done(join(root, teacher_folder(name)), shard)
         if record is None:
             raise DataError(f"{self.path}: not finished; run `clipmill cache {root}` again, it goes on")
         self.config, self.inputs = record.config, record.inputs

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from pipeline.core.runner import ShardAssignment
 from shards_spec.files import UserError, write_bytes
-from shards_spec.manifest import finished_shards, shard_name
+from shards_spec.layout import shard_name
+from shards_spec.manifest import finished_shards
 
 BEATS = 6  # in the time after which a claim is stale
 LISTED_S = 5.0  # how old a list of finished shards may be

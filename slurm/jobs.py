@@ -19,7 +19,8 @@ from typing import Any
 
 from shards_spec.display import log_to_stderr
 from shards_spec.files import DataError, UserError
-from shards_spec.manifest import finished_shards, shard_name
+from shards_spec.layout import STAGES, shard_name
+from shards_spec.manifest import finished_shards
 from slurm.claims import Assigned, Claims, Failures, Finished, WorkStealing
 
 log = logging.getLogger(__name__)
@@ -70,9 +71,9 @@ class StageJob(Job):
 
     def need_samples(self, outcome: Any) -> None:
         """Raise JobFailedError after a stage of which nothing came out, so that what follows does not begin."""
-        from pipeline.core.no_success import STAGE_INPUTS, explain_no_success
+        from pipeline.core.no_success import explain_no_success
 
-        if self.command in STAGE_INPUTS and (nothing := explain_no_success(self.command, outcome.counts)):
+        if STAGES[self.command].has_shards and (nothing := explain_no_success(self.command, outcome.counts)):
             raise JobFailedError(nothing)
 
     def run(self, *assignment: Any) -> Any:

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -108,7 +109,7 @@ class Site:
         return [*self.setup, *(scratch if self.scratch else []), path]
 
 
-def read_site(path: str | None, command: str, commands: list[str]) -> Site:
+def read_site(path: str | None, command: str, commands: Collection[str]) -> Site:
     """The site file's settings for a command. Raises UserError naming what is wrong with it."""
     file = Path(path or os.environ.get("CLIPMILL_SITE") or Path(__file__).with_name("site.toml"))
     try:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from pipeline.core.runner import Root
 from shards_spec.files import UserError, join
-from shards_spec.manifest import finished_shards, shard_name
+from shards_spec.layout import shard_name
+from shards_spec.manifest import finished_shards
 from slurm.options import read_site
 from slurm.scheduler import states
-from slurm.submit import STAGES, Submission, jobs_folder, submissions
+from slurm.submit import COMMANDS, Submission, jobs_folder, submissions
 
 LOG_END = 200_000  # bytes
 GONE = "GONE WITHOUT A RESULT"  # cancelled, killed, or lost with its node, and Slurm has forgotten it
@@ -41,7 +42,7 @@ class JobsConfig:
 
 def jobs(config: JobsConfig) -> str:
     """The page. Raises UserError when nothing was submitted."""
-    place = jobs_folder(config.root, read_site(config.site, "jobs", [*STAGES, "train"]))
+    place = jobs_folder(config.root, read_site(config.site, "jobs", COMMANDS))
     made = submissions(place)[-config.last :]
     if not made:
         raise UserError(f"nothing was submitted for {config.root} (no submission.json in {place})")

@@ -5,7 +5,7 @@ leaves is in ROOT/logs/jobs (a run's: RUN/logs/jobs): a folder per submission wi
 """
 
 import dataclasses
-import importlib
+import pkgutil
 import re
 import secrets
 import shlex
@@ -20,6 +20,7 @@ from typing import Any
 from pipeline.core.command_line import parse, parse_known, parse_several
 from shards_spec.display import hide_secrets
 from shards_spec.files import UserError, is_url, join, read_json, write_json
+from shards_spec.layout import LOGS, STAGE_COMMANDS, STAGES
 from shards_spec.manifest import finished_shards
 from shards_spec.suggest import did_you_mean
 from slurm.jobs import ArrayJob, ChainJob, FinishJob, Job, StageJob, TrainJob
@@ -27,8 +28,7 @@ from slurm.options import MEND, Options, Site, read_site
 from slurm.scheduler import Slurm, max_array_size, need_slurm, parameters, wait_for
 from slurm.snapshot import environment, snapshot
 
-STAGES = ("ingest", "dedup", "caption", "pack", "vocab", "cache")
-UPSTREAM = {"caption": ("raw", "ingest"), "pack": ("raw", "ingest"), "cache": ("shards", "pack")}
+COMMANDS = (*STAGE_COMMANDS, "train")  # that can be submitted
 USAGE = """usage: clipmill submit STAGE ROOT ...          a stage as an array over its shards
        clipmill submit train RECIPE --out RUN ...   nodes x GPUs, one process each
        clipmill submit pipeline ROOT [options] -- ingest --source LIST -- caption ... -- pack -- vocab -- cache ...
@@ -37,7 +37,6 @@ USAGE = """usage: clipmill submit STAGE ROOT ...          a stage as an array ov
 The flags are those of the command itself; clipmill submit STAGE --help shows them with submit's own."""
 # in the path of job files: a line of a script; patterns in the path of a log (%j is the job's number); PYTHONPATH's own
 UNFIT = re.compile(r"[\x00-\x1f\x7f%\\:]")
-Commands = dict[str, tuple[str, str, str, str]]
 
 
 @dataclass(frozen=True)
@@ -56,20 +55,20 @@ class Step:
         return self.config.root if self.config is not None else _option(self.words, "--out") or ""
 
 
-def submit(words: list[str], commands: Commands, plain: Callable[[Step], int]) -> int:
+def submit(words: list[str], plain: Callable[[Step], int]) -> int:
     """Parse and submit; ``plain`` runs a step here and now. Raises UserError."""
     target = words[0] if words else "--help"
     if target in ("-h", "--help"):
         print(USAGE)
         return 0
     if target == "pipeline":
-        steps = _pipeline(words[1:], commands)
+        steps = _pipeline(words[1:])
     elif target == "train":
         steps = [_train_step(words[1:], Options())]
-    elif target in STAGES:
-        steps = [_stage_step(target, words[1:], commands, Options())]
+    elif target in STAGE_COMMANDS:
+        steps = [_stage_step(target, words[1:], Options())]
     else:
-        raise UserError(f"cannot submit {target!r}; {did_you_mean(target, [*STAGES, 'train', 'pipeline'])}")
+        raise UserError(f"cannot submit {target!r}; {did_you_mean(target, [*COMMANDS, 'pipeline'])}")
     cluster = steps[0].options.cluster
     if cluster == "debug":
         return next((code for step in steps if (code := plain(step))), 0)
@@ -81,19 +80,19 @@ def submit(words: list[str], commands: Commands, plain: Callable[[Step], int]) -
     for step in steps:
         own = dataclasses.replace(step, options=dataclasses.replace(step.options, after=after))
         submissions.append(submit_step(own, chained=len(submissions) > 0, shards=shards))
-        shards = shards if step.command in ("dedup", "vocab") else submissions[-1].shards
+        if step.command not in STAGES or STAGES[step.command].array:  # the others leave the number of shards as it is
+            shards = submissions[-1].shards
         after = (submissions[-1].last,)
         if not step.options.dry_run:
             print(submissions[-1].line())
     return _wait(steps, submissions) if steps[-1].options.wait and not steps[-1].options.dry_run else 0
 
 
-def _stage_step(command: str, words: list[str], commands: Commands, default: Options) -> Step:
-    module_name, class_name, function_name, _ = commands[command]
-    module = importlib.import_module(module_name)
-    parts = {"": (getattr(module, class_name), None), "submit": (Options, default)}
+def _stage_step(command: str, words: list[str], default: Options) -> Step:
+    stage = STAGES[command]
+    parts = {"": (pkgutil.resolve_name(stage.config), None), "submit": (Options, default)}
     config, options = parse_several(f"submit {command}", parts, words)
-    return Step(command, options, getattr(module, function_name), config)
+    return Step(command, options, pkgutil.resolve_name(stage.function), config)
 
 
 def _train_step(words: list[str], default: Options) -> Step:
@@ -123,7 +122,7 @@ def _option(words: Iterable[str], name: str) -> str | None:
     return found
 
 
-def _pipeline(words: list[str], commands: Commands) -> list[Step]:
+def _pipeline(words: list[str]) -> list[Step]:
     """ROOT and common options, then each command after a ``--`` of its own."""
     parts: list[list[str]] = [[]]
     for word in words:
@@ -140,10 +139,10 @@ def _pipeline(words: list[str], commands: Commands) -> list[Step]:
         if command == "train":
             rest = rest if _option(rest, "--data") else [*rest, "--data", common[0]]
             steps.append(_train_step(rest, options))
-        elif command in STAGES:
-            steps.append(_stage_step(command, [common[0], *rest], commands, options))
+        elif command in STAGE_COMMANDS:
+            steps.append(_stage_step(command, [common[0], *rest], options))
         else:
-            raise UserError(f"cannot submit {command!r}; {did_you_mean(command, [*STAGES, 'train'])}")
+            raise UserError(f"cannot submit {command!r}; {did_you_mean(command, COMMANDS)}")
     return steps
 
 
@@ -172,7 +171,7 @@ class Submission:
 
 def submit_step(step: Step, chained: bool = False, shards: int | None = None) -> Submission:
     """Submit one command; ``chained`` after one of ``shards`` shards, where that is known. Raises UserError."""
-    options, site = step.options, read_site(step.options.site, step.command, [*STAGES, "train"])
+    options, site = step.options, read_site(step.options.site, step.command, COMMANDS)
     place = jobs_folder(step.root, site)
     code = snapshot(place / "code") if not options.dry_run else place / "code"
     name = _submission_name(step.command)
@@ -199,7 +198,8 @@ def submit_step(step: Step, chained: bool = False, shards: int | None = None) ->
         }
         common |= {"config": step.config, "folder": join(step.root, folder), "submission": name}
         common |= {"claims": str(place / "claims" / folder.replace("/", "-"))}
-        upstream = join(step.root, UPSTREAM[step.command][0]) if step.command in UPSTREAM else None
+        stage = STAGES[step.command]
+        upstream = join(step.root, stage.reads_folder) if stage.reads else None
         jobs = [ArrayJob(**common, upstream=upstream, ranges=own, claim_s=options.claim_s) for own in ranges]
         arrays = [slurm.submit(jobs[start : start + size], condition) for start in range(0, len(jobs), size)]
         condition = f"afterany:{':'.join(arrays)}" if arrays else condition
@@ -220,7 +220,7 @@ def jobs_folder(root: str, site: Site) -> Path:
 
     Raises UserError for a URL, or a path that a script, Slurm or Python misreads, when the site file names no other.
     """
-    place = None if is_url(root) else Path(root).absolute() / "logs" / "jobs"
+    place = None if is_url(root) else Path(root).absolute() / LOGS / "jobs"
     if place is not None and not UNFIT.search(str(place)):
         return place
     if not site.jobs:
@@ -284,13 +284,14 @@ def _divided(step: Step, chained: bool, shards: int | None, place: Path) -> tupl
 def output_folder(step: Step) -> str | None:
     """The folder below ROOT whose shards an array makes; None for what one job does."""
     command, config = step.command, step.config
-    if command == "caption":
-        return f"captions/{config.label}"
-    if command == "cache" and not config.export_lists:
-        return f"teacher/{config.label}"
-    if command == "pack" and config.shard_size is None:
-        return "shards"
-    return "raw" if command == "ingest" and not config.retry_failed else None
+    whole = (  # what all shards together decide
+        (command == "cache" and config.export_lists)
+        or (command == "pack" and config.shard_size is not None)
+        or (command == "ingest" and config.retry_failed)
+    )
+    if command not in STAGES or not STAGES[command].array or whole:
+        return None
+    return STAGES[command].folder(config.label if STAGES[command].is_named else "")
 
 
 def _ranges(shards: list[int]) -> Ranges:
@@ -312,7 +313,7 @@ def _source_shards(config: Any) -> int | None:
 def _upstream_shards(step: Step, chained: bool, shards: int | None, place: Path) -> int | None:
     from pipeline.core.runner import upstream_shards
 
-    folder, stage = UPSTREAM[step.command]
+    folder, stage = STAGES[step.command].reads_folder, STAGES[step.command].reads or ""
     if chained:
         return shards
     if step.options.after:
@@ -325,7 +326,7 @@ def _locally(steps: list[Step]) -> int:
     """All steps in one process in the background, which survives this one."""
     import submitit
 
-    options, site = steps[-1].options, read_site(steps[-1].options.site, steps[-1].command, [*STAGES, "train"])
+    options, site = steps[-1].options, read_site(steps[-1].options.site, steps[-1].command, COMMANDS)
     place = jobs_folder(steps[0].root, site)
     if options.dry_run or (len(steps) > 1 and options.processes > 1):
         raise UserError("--cluster local: --dry-run has nothing to print, and a chain has one process per step")
@@ -356,7 +357,7 @@ def _locally(steps: list[Step]) -> int:
 
 def _wait(steps: list[Step], made: list[Submission]) -> int:
     for step, one in zip(steps, made, strict=True):
-        site = read_site(step.options.site, step.command, [*STAGES, "train"])
+        site = read_site(step.options.site, step.command, COMMANDS)
         fine = wait_for(jobs_folder(one.root, site) / one.id, one.last)
         print(f"{one.command}: job {one.last} {'succeeded' if fine else f'failed; clipmill jobs {one.root}'}")
         if not fine:

@@ -210,4 +210,4 @@ clipmill.main()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 130
-    assert done.stderr.splitlines() == ["clipmill: interrupted; the same command goes on where it stopped"]
+    assert done.stderr.splitlines() == ["clipmill: interrupted; rerun the same command to resume"]

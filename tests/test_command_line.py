@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import pkgutil
 import resource
 import shutil
 import subprocess
@@ -133,8 +134,7 @@ def flat(page: str) -> str:
 def test_help_begins_with_an_example_that_is_right(here, command):
     text = flat(here(command, "--help")[1])
     assert f"For example: clipmill {command} {EXAMPLES[command]} " in text
-    module, kind, *_ = clipmill.COMMANDS[command]
-    config = getattr(__import__(module, fromlist=[kind]), kind)
+    config = pkgutil.resolve_name(clipmill.COMMANDS[command].config)
     parse(command, config, EXAMPLES[command].split())  # raises where it is wrong
     if command in GROUPS:
         assert text.index("basic options") < text.index("more options")
@@ -162,8 +162,7 @@ def test_no_group_names_an_option_twice_or_one_that_is_nowhere():
         named = [name for names in groups.values() for name in names]
         assert len(named) == len(set(named))
         if command != "train":
-            module, kind, *_ = clipmill.COMMANDS[command]
-            known = getattr(__import__(module, fromlist=[kind]), kind).__dataclass_fields__
+            known = pkgutil.resolve_name(clipmill.COMMANDS[command].config).__dataclass_fields__
             assert set(named) <= set(known), command
     pieces = (DataConfig, ModelConfig, OptimConfig, RunConfig)
     common = {field.name for piece in pieces for field in dataclasses.fields(piece)}

@@ -2,12 +2,17 @@
 
 import ast
 import importlib.metadata
+import inspect
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from shards_spec import layout
+from shards_spec.layout import STAGE_COMMANDS, STAGES
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
@@ -59,12 +64,48 @@ def test_files_and_functions_stay_small(path):
             assert node.end_lineno - node.lineno + 1 <= MAX_FUNCTION, f"{node.name} has too many lines"
 
 
+def test_the_table_of_stages_names_what_is_there():
+    for name, stage in STAGES.items():
+        assert stage.name == name
+        assert stage.reads is None or STAGES[stage.reads].has_shards
+        assert stage.writes.split("/")[0] in layout.FOLDERS
+        assert not stage.array or stage.has_shards
+        if name in STAGE_COMMANDS:
+            assert stage.help
+            config = pkgutil.resolve_name(stage.config)
+            function = pkgutil.resolve_name(stage.function)
+            assert [*inspect.signature(function).parameters][:1] == ["config"]
+            assert inspect.signature(function).parameters["config"].annotation is config
+            assert ("assignment" in inspect.signature(function).parameters) == stage.array
+
+
+@pytest.mark.parametrize(("key", "path"), [
+    ("ingest", "raw"), ("dedup", "dedup"), ("plan", "plan"), ("pack", "shards"), ("vocab/a", "vocab/a.tsv"),
+    ("caption/a", "captions/a"), ("cache/a", "teacher/a"), ("cache-lists/a", "teacher/a/lists"),
+    ("pack/a", None), ("cache", None), ("other", None),
+])  # fmt: skip
+def test_where_a_stage_of_a_dataset_writes(key, path):
+    assert layout.stage_output(key) == path
+
+
+def test_paths_of_a_dataset():
+    for root in ("/data/cc3m", "s3://bucket/cc3m", "s3://bucket/cc3m/", "cc3m"):
+        start = root.rstrip("/")
+        assert layout.raw_tar(root, 3) == f"{start}/raw/00003.tar"
+        assert layout.captions_parquet(root, "coca", 123456) == f"{start}/captions/coca/123456.parquet"
+        assert layout.sizes_json(root) == f"{start}/shards/sizes.json"
+        assert layout.stage_log(root, "cache/vit") == f"{start}/logs/cache-vit.jsonl"
+    assert layout.tar_path(layout.RAW, 3) == "raw/00003.tar"
+    assert layout.parquet_path("teacher/vit", 3, 2) == "teacher/vit/00003-2.parquet"
+    assert layout.stats_path("/data/raw", 0) == "/data/raw/00000_stats.json"
+
+
 def test_help_imports_nothing_heavy():
     code = "import sys, clipmill; sys.argv = ['clipmill', '--help']; clipmill.main(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0
     assert "ingest" in done.stdout
-    assert not {"torch", "numpy", "pyarrow", "tyro", "rich"} & set(done.stdout.split())
+    assert not {"torch", "numpy", "pyarrow", "tyro", "rich", "fsspec"} & set(done.stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -73,12 +114,10 @@ def test_help_imports_nothing_heavy():
 )
 def test_each_help_shows_every_field_with_default_and_a_line(command):
     import dataclasses
-    import importlib
 
     import clipmill
 
-    module_name, class_name, *_ = clipmill.COMMANDS[command]
-    config = getattr(importlib.import_module(module_name), class_name)
+    config = pkgutil.resolve_name(clipmill.COMMANDS[command].config)
     done = subprocess.run(
         [sys.executable, "-m", "clipmill", command, "--help"], capture_output=True, text=True, cwd=ROOT,
         env={"COLUMNS": "160", "PATH": "/usr/bin"},

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 
 from pipeline.core.runner import Result, Stage, Summary, Task, run_stage, upstream_shards
 from shards_spec.files import UserError, atomic_writer, join, names, sha256_file
-from shards_spec.manifest import forget, read_done, shard_name
+from shards_spec.layout import STAGES, TEACHER, parquet_path, teacher_folder
+from shards_spec.manifest import forget, read_done
 from shards_spec.teacher_shard import CachedShard
 from shards_spec.views import draw_view, stored_spec
 
@@ -19,11 +20,11 @@ def export_lists(root: str, name: str, overwrite: bool) -> Summary:
 
     Raises UserError when there is no such cache, ShardsFailed.
     """
-    if name not in (there := names(join(root, "teacher"))):
-        raise UserError(f"no teacher/{name} in {root}, there are: {', '.join(there) or 'none'}; say --name")
-    folder = f"teacher/{name}"
+    if name not in (there := names(join(root, TEACHER))):
+        raise UserError(f"no {TEACHER}/{name} in {root}, there are: {', '.join(there) or 'none'}; say --name")
+    folder = teacher_folder(name)
     shards = upstream_shards(root, folder, f"cache/{name}")
-    stage = Stage(f"cache-lists/{name}", f"{folder}/lists", {"teacher": name})
+    stage = Stage(f"cache-lists/{name}", STAGES["cache-lists"].folder(name), {"teacher": name})
 
     def inputs(shard: int) -> dict[str, str]:
         done = read_done(join(root, folder), shard)
@@ -48,7 +49,7 @@ def _export_shard(root: str, task: Task, *, stage: Stage, name: str) -> Result:
     for column in columns:
         vectors = cached.file(column).vectors(column)
         table[column] = _lists(vectors.as_floats().astype(np.float32), vectors.present)
-    path = f"{stage.folder}/{shard_name(task.shard)}.parquet"
+    path = parquet_path(stage.folder, task.shard)
     forget(join(root, stage.folder), task.shard)
     with atomic_writer(join(root, path)) as file:
         pq.write_table(pa.table(table), file)

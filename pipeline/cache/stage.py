@@ -37,7 +37,8 @@ from pipeline.core.runner import (
 )
 from shards_spec.embeddings import Dtype, Vectors, id_column, write_vectors
 from shards_spec.files import DataError, UserError, exists, join, remove, sha256_file, sha256_json
-from shards_spec.manifest import forget, read_done, shard_name
+from shards_spec.layout import SHARDS, final_tar, parquet_path, teacher_folder
+from shards_spec.manifest import forget, read_done
 from shards_spec.models import LoadedModel, Trust, load_teacher, pick_devices, weights_sha256
 from shards_spec.names import check_name
 from shards_spec.teacher_shard import CachedShard
@@ -126,11 +127,11 @@ def cache(config: CacheConfig, assignment: ShardAssignment = ALL) -> Summary:
     """Run the stage. Raises UserError, ShardsFailed, DataError for views of another Pillow."""
     if config.export_lists:
         return export_lists(config.root, config.label, config.overwrite)
-    shards = upstream_shards(config.root, "shards", "pack")
+    shards = upstream_shards(config.root, SHARDS, "pack")
     devices = pick_devices(config.device)
     embedder: Embedder | None = _load(config, devices[0], len(devices))
     assert embedder is not None
-    folder = f"teacher/{config.label}"
+    folder = teacher_folder(config.label)
     first = read_done(join(config.root, folder), 0) if not config.overwrite else None
     if first is not None:
         stored_spec(join(config.root, folder), first.config.get("views", {}))
@@ -142,7 +143,7 @@ def cache(config: CacheConfig, assignment: ShardAssignment = ALL) -> Summary:
     work = partial(cache_shard, stage=stage, config=config, embedder=embedder)
     try:
         summary = run_stage(
-            config.root, stage, tar_tasks(config.root, "shards", shards, assignment), work, total=len(shards),
+            config.root, stage, tar_tasks(config.root, SHARDS, shards, assignment), work, total=len(shards),
             workers=len(devices), begin=begin, overwrite=config.overwrite, assignment=assignment,
         )  # fmt: skip
     finally:
@@ -203,7 +204,7 @@ def cache_shard(
     """
     embedder = embedder or _WORKER[0]
     folder, loaded = join(root, stage.folder), embedder.teacher.loaded
-    shard = OpenShard(join(root, "shards", f"{shard_name(task.shard)}.tar"))
+    shard = OpenShard(final_tar(root, task.shard))
     done = None if config.overwrite else read_done(folder, task.shard)
     old = CachedShard(root, config.label, task.shard) if done else None
     names = shard.columns(config.views, texts=loaded.tokenizer is not None)
@@ -280,14 +281,14 @@ def _software() -> dict[str, str]:
 
 def _free_path(root: str, folder: str, shard: int, taken: dict[str, str]) -> str:
     """NNNNN.parquet, or NNNNN-1.parquet … when that stays."""
-    names = (f"{folder}/{shard_name(shard)}{f'-{n}' if n else ''}.parquet" for n in range(len(taken) + 1))
+    names = (parquet_path(folder, shard, part) for part in range(len(taken) + 1))
     return next(name for name in names if name not in taken)
 
 
 def _remove_others(root: str, folder: str, shard: int, outputs: dict[str, str], before: dict[str, str]) -> None:
     """Delete the shard's files that no longer count, and those that a killed run left."""
     number = 1
-    while exists(join(root, path := f"{folder}/{shard_name(shard)}-{number}.parquet")) or path in outputs:
+    while exists(join(root, path := parquet_path(folder, shard, number))) or path in outputs:
         before, number = {**before, path: ""}, number + 1
     for path in set(before) - set(outputs):
         remove(join(root, path))

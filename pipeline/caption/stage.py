@@ -32,7 +32,8 @@ from pipeline.core.runner import (
 )
 from shards_spec.files import DataError, UserError, atomic_writer, join, sha256_file
 from shards_spec.images import decode_rgb
-from shards_spec.manifest import forget, shard_name
+from shards_spec.layout import RAW, captions_folder, parquet_path, raw_tar
+from shards_spec.manifest import forget
 from shards_spec.models import Trust
 from shards_spec.names import check_name
 from shards_spec.sample import Sample
@@ -115,7 +116,7 @@ def caption(config: CaptionConfig, assignment: ShardAssignment = ALL) -> Summary
     """Run the stage. Raises UserError for a model that is no CoCa, ShardsFailed for broken shards."""
     from shards_spec.models import pick_devices, weights_sha256
 
-    shards = upstream_shards(config.root, "raw", "ingest")
+    shards = upstream_shards(config.root, RAW, "ingest")
     devices = pick_devices(config.device)
     several = len(devices) > 1  # then every worker process loads its own, and this one only says who they are
     config = replace(config, precision=resolve_precision(config.precision, devices[0]))
@@ -132,10 +133,10 @@ def caption(config: CaptionConfig, assignment: ShardAssignment = ALL) -> Summary
         "similarity": config.similarity,
         "batch_size": config.batch_size,
     }
-    stage = Stage(f"caption/{config.label}", f"captions/{config.label}", identity)
+    stage = Stage(f"caption/{config.label}", captions_folder(config.label), identity)
     work = partial(caption_shard, stage=stage, config=config, captioner=None if several else captioner)
     begin = worker_initializer(devices, partial(_load_worker, config)) if several else None
-    tasks = tar_tasks(config.root, "raw", shards, assignment)
+    tasks = tar_tasks(config.root, RAW, shards, assignment)
     return run_stage(
         config.root, stage, tasks, work, total=len(shards), workers=len(devices), begin=begin,
         overwrite=config.overwrite, assignment=assignment,
@@ -167,7 +168,7 @@ def caption_shard(
     ``facts`` of the result count captions: all, those drawn again, and what is still wrong with how many.
     """
     captioner = captioner or _WORKER[0]
-    source = join(root, "raw", f"{shard_name(task.shard)}.tar")
+    source = raw_tar(root, task.shard)
     counts, drafts = Counter[str](), Drafts(captioner, config.redraws)
     for batch in batches(_decoded(source, captioner, config), captioner.batch_size):
         for key, found in batch:
@@ -179,7 +180,7 @@ def caption_shard(
     drafts.redraw(least=1)
     if complaint := drafts.contrast.complaint():
         log.warning("%s: %s", source, complaint)
-    path = f"{stage.folder}/{shard_name(task.shard)}.parquet"
+    path = parquet_path(stage.folder, task.shard)
     forget(join(root, stage.folder), task.shard)
     schema = pa.schema(
         [*FIELDS, *(SIMILARITY_FIELDS if config.similarity else [])], {"clipmill": json.dumps(stage.config)}

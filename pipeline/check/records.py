@@ -11,23 +11,30 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shards_spec.files import DataError, UserError, exists, join, json_bytes, names, read_bytes, read_json, sha256_json
+from shards_spec.layout import (
+    FILE_PATTERN,
+    RAW,
+    SIZES,
+    STATS_PATTERN,
+    VOCAB,
+    dataset_json,
+    shard_name,
+    stage_output,
+    stats_path,
+)
 from shards_spec.library_errors import short
 from shards_spec.manifest import (
-    FILE_PATTERN,
     SEAL,
-    STATS_PATTERN,
     TIMES,
     Done,
     head_seal,
     read_dataset,
     read_done,
     seal,
-    shard_name,
     stats_seal,
 )
 from shards_spec.vocab import read_vocabulary
 
-FOLDERS = {"ingest": "raw", "dedup": "dedup", "plan": "plan", "pack": "shards"}  # stage to folder; others: see `place`
 # fields of records and blocks without a hash of themselves: another one is a damaged name, perhaps the hash's
 RECORD = {"spec_version", "stage", "shard", "config", "config_sha256", "inputs", "outputs", "retried", "facts", SEAL}
 BLOCK = {"config", "config_sha256", "shards", "counts", "facts", "versions", "synsets", "sha256", "coverage", SEAL}
@@ -66,16 +73,9 @@ class Findings:
             self.add(said if what in said else f"{what}: damaged, it cannot be read ({type(error).__name__}: {said})")
 
 
-def place(stage: str) -> str | None:
-    """The file or folder below ROOT that a stage of ``dataset.json`` fills; None for a stage that is not known."""
-    kind, _, name = stage.partition("/")
-    named = {"caption": f"captions/{name}", "cache": f"teacher/{name}", "vocab": f"vocab/{name}.tsv"}
-    return named.get(kind) if name else FOLDERS.get(stage)
-
-
 def check_dataset(root: str, found: Findings) -> dict[str, Any] | None:
     """The blocks of ``dataset.json``, each checked in itself; none where it is not there, None when it is broken."""
-    path, dataset = join(root, "dataset.json"), dict[str, Any]()
+    path, dataset = dataset_json(root), dict[str, Any]()
     if not exists(path):
         return dataset
     with found.of(path):
@@ -99,7 +99,7 @@ def _mend_head() -> str:
 
 
 def _check_block(root: str, path: str, stage: str, block: dict[str, Any], found: Findings) -> None:
-    folder = place(stage)
+    folder = stage_output(stage)
     mend = f"take the block out and run `clipmill {stage.split('/')[0]}` again, it writes it from what is there"
     if folder is None:
         found.add(f"{path}: unknown stage {stage!r}; take its block out")
@@ -147,10 +147,10 @@ def check_totals(
 
     Without ``blocks`` (they cannot be read), or where a record is broken, only the records are looked at.
     """
-    path, block = f"{root}/dataset.json", (blocks or {}).get(stage)
-    if totals.foreign and (block is not None or folder != "raw" or len(totals.foreign) < shards):
+    path, block = dataset_json(root), (blocks or {}).get(stage)
+    if totals.foreign and (block is not None or folder != RAW or len(totals.foreign) < shards):
         found.add(
-            f"{join(root, folder, shard_name(totals.foreign[0]))}_stats.json: no done-record in it "
+            f"{stats_path(join(root, folder), totals.foreign[0])}: no done-record in it "
             f"({len(totals.foreign)} such of {totals.shards}); delete it and run `clipmill {stage.split('/')[0]}` again"
         )
     if blocks is None or totals.shards != shards:
@@ -173,7 +173,7 @@ def check_totals(
 
 def check_record(root: str, folder: str, stage: str, shard: int) -> Done | None:
     """The done-record of a shard, proven; None for another tool's. Raises DataError."""
-    path = join(root, folder, f"{shard_name(shard)}_stats.json")
+    path = stats_path(join(root, folder), shard)
     stats, done = read_json(path), read_done(join(root, folder), shard)
     if done is None:
         return None
@@ -217,7 +217,7 @@ def check_names(root: str, folder: str, found: Findings) -> list[int]:
         match = FILE_PATTERN.fullmatch(name)
         if match and int(match[1]) not in shards and int(match[1]) not in missing:
             found.add(f"{join(root, folder, name)}: no done-record vouches for it; delete it or run its stage again")
-        if name.endswith(".json") and not match and (folder, name) != ("shards", "sizes.json"):
+        if name.endswith(".json") and not match and f"{folder}/{name}" != SIZES:
             found.add(f"{join(root, folder, name)}: no file of this format; delete it, readers take it for stats")
     return shards
 
@@ -225,8 +225,8 @@ def check_names(root: str, folder: str, found: Findings) -> list[int]:
 def check_vocabularies(root: str, blocks: dict[str, Any], found: Findings) -> None:
     """Each vocabulary as a file, against the rule of the shards, and against its block of ``dataset.json``."""
     packed = blocks.get("pack", {}).get("config", {})
-    for name in names(join(root, "vocab")):
-        path = join(root, "vocab", name)
+    for name in names(join(root, VOCAB)):
+        path = join(root, VOCAB, name)
         with found.of(path):
             vocabulary = read_vocabulary(path)
             if vocabulary.data != read_bytes(path):
@@ -237,4 +237,4 @@ def check_vocabularies(root: str, blocks: dict[str, Any], found: Findings) -> No
             said = [block.get(key) for key in ("sha256", "synsets", "config")]
             own = [vocabulary.sha256, len(vocabulary), vocabulary.header]
             if block and said != own:
-                raise DataError(f"{path}: not the vocabulary of {root}/dataset.json; run `clipmill vocab` again")
+                raise DataError(f"{path}: not the vocabulary of {dataset_json(root)}; run `clipmill vocab` again")

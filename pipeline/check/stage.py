@@ -21,9 +21,7 @@ from pipeline.check.records import (
 )
 from pipeline.core.near_duplicates import EXACT_DUPLICATE, NEAR_DUPLICATE
 from pipeline.core.runner import Root
-from pipeline.dedup.stage import FOLDER as DEDUP
 from pipeline.dedup.stage import check_fresh
-from pipeline.pack.reshard import FOLDER as PLAN
 from shards_spec.files import (
     DataError,
     exists,
@@ -34,8 +32,26 @@ from shards_spec.files import (
     sha256_bytes,
     sha256_file,
 )
+from shards_spec.layout import (
+    CAPTIONS,
+    DEDUP,
+    PLAN,
+    RAW,
+    SHARDS,
+    TEACHER,
+    captions_folder,
+    dataset_json,
+    dedup_parquet,
+    parquet_path,
+    raw_tar,
+    shard_name,
+    sizes_json,
+    stats_path,
+    tar_path,
+    teacher_folder,
+)
 from shards_spec.library_errors import open_table, parquet_errors, short
-from shards_spec.manifest import Done, finished_shards, read_done, shard_ids, shard_name
+from shards_spec.manifest import Done, finished_shards, read_done, shard_ids
 from shards_spec.sample import Sample, check_key
 from shards_spec.tar import read_shard, shard_keys
 from shards_spec.teacher_shard import CachedShard
@@ -54,7 +70,7 @@ class CheckConfig:
 def check(config: CheckConfig) -> list[str]:
     """Problems found, each naming file and key; empty when all promises hold. Memory: one shard, 8 bytes a key."""
     root, found = config.root, Findings()
-    if not exists(join(root, "raw")) and not exists(join(root, "shards")):
+    if not exists(join(root, RAW)) and not exists(join(root, SHARDS)):
         return [f"{root}: no raw/ and no shards/ in it; it is not a clipmill dataset"]
     keys_of = dict[str, list[np.ndarray]]()  # of raw/ and dedup/
     blocks = check_dataset(root, found)
@@ -62,7 +78,7 @@ def check(config: CheckConfig) -> list[str]:
         keys, totals, shards = list[np.ndarray](), Totals(), check_names(root, folder, found)
         for shard in shards:
             name, done = join(root, folder, shard_name(shard)), None
-            with found.of(f"{name}_stats.json"):
+            with found.of(stats_path(join(root, folder), shard)):
                 done = check_record(root, folder, stage, shard)
                 totals.add(shard, done)
             with found.of(name):
@@ -70,12 +86,12 @@ def check(config: CheckConfig) -> list[str]:
                 keys.append(_key_numbers(prove(root, folder, shard)))
         check_totals(root, folder, stage, blocks, totals, len(shards), found)
         _check_unique(folder, keys, found)
-        if folder in ("raw", DEDUP) and len(keys) == len(shards):
+        if folder in (RAW, DEDUP) and len(keys) == len(shards):
             keys_of[folder] = keys
     if len(keys_of) == 2:
         with found.of(join(root, DEDUP)):
-            _check_kept(root, keys_of["raw"], keys_of[DEDUP], found)
-    with found.of(join(root, "shards", "sizes.json")):
+            _check_kept(root, keys_of[RAW], keys_of[DEDUP], found)
+    with found.of(sizes_json(root)):
         _check_sizes(root, blocks or {}, found)
     check_vocabularies(root, blocks or {}, found)
     return found.problems
@@ -91,17 +107,17 @@ Prove = Callable[[str, str, int], Iterator[str]]
 
 def _folders(root: str) -> Iterator[tuple[str, str, Prove]]:
     for folder, stage, prove in (
-        ("raw", "ingest", _prove_raw),
+        (RAW, "ingest", _prove_raw),
         (DEDUP, "dedup", _prove_dedup),
         (PLAN, "plan", _prove_plan),
-        ("shards", "pack", _prove_final),
+        (SHARDS, "pack", _prove_final),
     ):
         if exists(join(root, folder)):
             yield folder, stage, prove
-    for name in names(join(root, "captions")):
-        yield f"captions/{name}", f"caption/{name}", _prove_captions
-    for name in names(join(root, "teacher")):
-        yield f"teacher/{name}", f"cache/{name}", _prove_cache
+    for name in names(join(root, CAPTIONS)):
+        yield captions_folder(name), f"caption/{name}", _prove_captions
+    for name in names(join(root, TEACHER)):
+        yield teacher_folder(name), f"cache/{name}", _prove_cache
 
 
 def _check_hashes(root: str, folder: str, shard: int, done: Done | None) -> None:
@@ -123,7 +139,7 @@ def _changed(root: str, folder: str, shard: int, path: str) -> str:
         where = str(error).removeprefix(f"{join(root, path)}: ")
     except Exception as error:  # over damaged bytes readers raise anything
         where = f"it cannot be read any more ({short(error)})"
-    mend = f"delete {folder}/{shard_name(shard)}_stats.json and run the stage again"
+    mend = f"delete {stats_path(folder, shard)} and run the stage again"
     return f"{join(root, path)}: not the file that was written: {where}; {mend}"
 
 
@@ -167,7 +183,7 @@ def _prove_raw(root: str, folder: str, shard: int) -> Iterator[str]:
 
 
 def _prove_captions(root: str, folder: str, shard: int) -> Iterator[str]:
-    path, tar = join(root, folder, f"{shard_name(shard)}.parquet"), f"raw/{shard_name(shard)}.tar"
+    path, tar = parquet_path(join(root, folder), shard), tar_path(RAW, shard)
     rows = _rows(path, ["key", "captions", "logprobs", "num_tokens"], optional="similarities")
     _expect_keys(path, shard_keys(join(root, tar)), [row["key"] for row in rows], tar)
     for row in rows:
@@ -183,7 +199,7 @@ def _prove_final(root: str, folder: str, shard: int) -> Iterator[str]:
     _expect_keys(f"{name}.parquet", shard_keys(f"{name}.tar"), [row["key"] for row in rows], "the tar")
     sources = _raw_shards(root, shard)
     tars = [join(root, "raw", f"{source}.tar") for source in sources]
-    raw = chain.from_iterable(map(read_shard, tars)) if exists(join(root, "raw")) else None
+    raw = chain.from_iterable(map(read_shard, tars)) if exists(join(root, RAW)) else None
     dropped = set[str]().union(*(_dropped(root, source) for source in sources))
     for sample, row in zip(read_shard(f"{name}.tar"), rows, strict=True):
         captions, synsets = sample.captions, sample.meta.get("synsets")
@@ -206,15 +222,15 @@ def _until(raw: Iterator[Sample], key: str, name: str) -> Iterator[Sample]:
 
 def _raw_shards(root: str, shard: int) -> list[str]:
     """Names of the raw shards that a final shard was made of: its own number's, but where shards have equal sizes."""
-    done = read_done(join(root, "shards"), shard)
+    done = read_done(join(root, SHARDS), shard)
     found = [path[4:-4] for path in (done.inputs if done else {}) if path.startswith("raw/") and path.endswith(".tar")]
     return found if done else [shard_name(shard)]
 
 
 def _prove_plan(root: str, folder: str, shard: int) -> Iterator[str]:
-    path, tar = join(root, folder, f"{shard_name(shard)}.parquet"), join(root, "raw", f"{shard_name(shard)}.tar")
+    path, tar = parquet_path(join(root, folder), shard), raw_tar(root, shard)
     rows, done = _rows(path, ["key", "reason"]), read_done(join(root, folder), shard)
-    if exists(join(root, "raw")):
+    if exists(join(root, RAW)):
         _expect_keys(path, shard_keys(tar), [row["key"] for row in rows], tar)
     counts = Counter(row["reason"] or "success" for row in rows)
     if done is not None and done.counts != counts:
@@ -223,8 +239,8 @@ def _prove_plan(root: str, folder: str, shard: int) -> Iterator[str]:
 
 
 def _prove_cache(root: str, folder: str, shard: int) -> Iterator[str]:
-    path, tar = join(root, folder, f"{shard_name(shard)}.parquet"), f"shards/{shard_name(shard)}.tar"
-    cached, there = CachedShard(root, folder.removeprefix("teacher/"), shard), OpenShard(join(root, tar))
+    path, tar = parquet_path(join(root, folder), shard), tar_path(SHARDS, shard)
+    cached, there = CachedShard(root, folder.removeprefix(f"{TEACHER}/"), shard), OpenShard(join(root, tar))
     for file in cached.files:
         _expect_keys(file.path, there.keys, file.keys, tar)
     names = there.columns(cached.config["num_views"], texts=cached.find("text_0") is not None)
@@ -249,8 +265,8 @@ def _prove_cache(root: str, folder: str, shard: int) -> Iterator[str]:
 
 
 def _prove_dedup(root: str, folder: str, shard: int) -> Iterator[str]:
-    path, tar = join(root, folder, f"{shard_name(shard)}.parquet"), join(root, "raw", f"{shard_name(shard)}.tar")
-    keys = set(shard_keys(tar)) if exists(join(root, "raw")) else None
+    path, tar = parquet_path(join(root, folder), shard), raw_tar(root, shard)
+    keys = set(shard_keys(tar)) if exists(join(root, RAW)) else None
     for row in _rows(path, ["key", "reason", "kept"]):
         if keys is not None and row["key"] not in keys:
             raise DataError(f"{path}: key {row['key']} is not in {tar}; run `clipmill dedup` again")
@@ -266,10 +282,10 @@ def _dropped(root: str, name: str) -> set[str]:
 
 def _check_kept(root: str, raw: list[np.ndarray], dropped: list[np.ndarray], found: Findings) -> None:
     """The lists belong to raw/ as it is, and every sample that stays for another is there and does not go itself."""
-    check_fresh(root, shard_ids(join(root, "raw")))
+    check_fresh(root, shard_ids(join(root, RAW)))
     there, gone = (np.sort(np.concatenate([NO_KEYS, *keys])) for keys in (raw, dropped))
     for shard in range(len(dropped)):
-        path = join(root, DEDUP, f"{shard_name(shard)}.parquet")
+        path = dedup_parquet(root, shard)
         rows = _rows(path, ["key", "kept"])
         kept = _key_numbers(row["kept"] for row in rows)
         if (wrong := ~_among(kept, there) | _among(kept, gone)).any():
@@ -292,18 +308,18 @@ def _check_unique(folder: str, keys: list[np.ndarray], found: Findings) -> None:
 
 
 def _check_sizes(root: str, blocks: dict[str, Any], found: Findings) -> None:
-    path = join(root, "shards", "sizes.json")
-    if not exists(join(root, "shards")):
+    path = sizes_json(root)
+    if not exists(join(root, SHARDS)):
         return
     if not exists(path):
         raise DataError(f"{path}: is not there; `clipmill pack` has not finished")
-    sizes, shards = read_json(path), finished_shards(join(root, "shards"))
+    sizes, shards = read_json(path), finished_shards(join(root, SHARDS))
     if not isinstance(sizes, dict):
         raise DataError(f"{path}: no object of sizes; delete it and run `clipmill pack` again")
     for shard in shards:
         name, done = f"{shard_name(shard)}.tar", None
         with contextlib.suppress(DataError):  # named already
-            done = read_done(join(root, "shards"), shard)
+            done = read_done(join(root, SHARDS), shard)
         if done and sizes.get(name) != done.successes:
             found.add(f"{path}: {name} has {done.successes} samples, the file says {sizes.get(name)}")
         size = done.config.get("shard_size") if done else None
@@ -313,4 +329,4 @@ def _check_sizes(root: str, blocks: dict[str, Any], found: Findings) -> None:
         found.add(f"{path}: {other[0]} is not there; delete the file and run `clipmill pack` again")
     planned, packed = (blocks.get(name, {}).get("counts") for name in ("plan", "pack"))
     if planned is not None and planned != packed:
-        found.add(f"{root}/dataset.json: plan says {planned}, pack {packed}; run `clipmill pack` again")
+        found.add(f"{dataset_json(root)}: plan says {planned}, pack {packed}; run `clipmill pack` again")

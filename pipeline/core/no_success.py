@@ -3,7 +3,8 @@
 import re
 from collections.abc import Mapping
 
-STAGE_INPUTS = {"ingest": "the list", "dedup": "raw/", "caption": "raw/", "pack": "raw/", "cache": "shards/"}
+from shards_spec.layout import STAGES
+
 # (pattern of a reason, what to try); the first pattern that matches the whole reason counts
 ADVICE = (
     (
@@ -86,7 +87,8 @@ def explain_no_success(command: str, counts: Mapping[str, int]) -> str | None:
         return None
     total = sum(counts.values())
     if not total:
-        return f"{command}: no samples, because {STAGE_INPUTS[command]} has none; check the previous stage"
+        source = f"{STAGES[command].reads_folder}/" if STAGES[command].reads else "the list"
+        return f"{command}: no samples, because {source} has none; check the previous stage"
     reason = max(counts, key=lambda name: counts[name])
     advice = next((advice for pattern, advice in ADVICE if re.fullmatch(pattern, reason)), None)
     return (

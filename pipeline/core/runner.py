@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipeline.core.prefetch import prefetch_map
 from pipeline.core.workers import die_with_parent
 from shards_spec.files import DataError, UserError, is_url, join, read_bytes, remove_stale, sha256_json, write_bytes
+from shards_spec.layout import shard_name, stage_log, tar_path
 from shards_spec.manifest import (
     Done,
     file_hash,
@@ -33,7 +34,6 @@ from shards_spec.manifest import (
     read_done,
     remove_shards,
     shard_ids,
-    shard_name,
     write_stage,
 )
 
@@ -324,7 +324,7 @@ def _write_totals(root: str, stage: Stage, summary: Summary, source: str | None)
 
 def _log_run(root: str, stage: Stage, summary: Summary) -> None:
     """Append to logs/STAGE.jsonl: times live there, so that the dataset's own files do not depend on them."""
-    path = join(root, "logs", f"{stage.name.replace('/', '-')}.jsonl")
+    path = stage_log(root, stage.name)
     entry = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "shards": summary.shards,
@@ -362,7 +362,7 @@ def upstream_shards(root: str, folder: str, stage: str) -> list[int]:
 def tar_tasks(root: str, folder: str, shards: list[int], assignment: ShardAssignment = ALL) -> Iterator[Task]:
     """A task per shard of the assignment, whose input is the shard's tar in ``root/folder``."""
     for shard in filter(assignment.claim, shards):
-        path = f"{folder}/{shard_name(shard)}.tar"
+        path = tar_path(folder, shard)
         yield Task(shard, {path: file_hash(root, folder, shard, path)})
 
 

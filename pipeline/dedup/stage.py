@@ -49,12 +49,12 @@ from shards_spec.files import (
     sha256_json,
 )
 from shards_spec.images import decode_rgb
+from shards_spec.layout import DEDUP, RAW, parquet_path, raw_parquet, raw_tar, shard_name, tar_path
 from shards_spec.library_errors import column_names, read_table
-from shards_spec.manifest import file_hashes, finished_shards, forget, read_done, shard_name
+from shards_spec.manifest import file_hashes, finished_shards, forget, read_done
 from shards_spec.tar import read_shard
 
 log = logging.getLogger(__name__)
-FOLDER = "dedup"
 SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("key", "reason", "kept")])
 SECOND_CHECK = 1  # of the rules by which images confirm what signatures say (`alike`)
 SAMPLE_BYTES = 150  # of memory, for each sample that is compared at once
@@ -92,10 +92,10 @@ def dedup(config: DedupConfig, in_memory: int | None = None) -> Summary:
 
     Raises UserError, ShardsFailed.
     """
-    shards = upstream_shards(config.root, "raw", "ingest")
+    shards = upstream_shards(config.root, RAW, "ingest")
     inputs = {"raw": raw_hash(config.root, shards)}
     rule = {"second_check": SECOND_CHECK} if config.near_bits >= 0 else {}
-    stage = Stage("dedup", FOLDER, {"near_bits": config.near_bits, **rule})
+    stage = Stage("dedup", DEDUP, {"near_bits": config.near_bits, **rule})
     tasks = (Task(shard, inputs) for shard in shards)
     with Search(config, shards, in_memory or int(config.memory_gb * 1e9 / SAMPLE_BYTES)) as search:
         return run_stage(config.root, stage, tasks, search.shard, total=len(shards), overwrite=config.overwrite)
@@ -105,22 +105,21 @@ def raw_hash(root: str, shards: list[int]) -> str:
     """One hash of all raw shards: what a shard's list repeats may stand in any of them."""
     hashes = list[str]()
     for shard in shards:
-        paths = [f"raw/{shard_name(shard)}{ending}" for ending in (".parquet", ".tar")]
-        hashes += file_hashes(root, "raw", shard, paths)
+        hashes += file_hashes(root, RAW, shard, [parquet_path(RAW, shard), tar_path(RAW, shard)])
     return sha256_json(hashes)
 
 
 def check_fresh(root: str, shards: list[int]) -> None:
     """Raise UserError unless ROOT/dedup was made, to its end, from the raw shards that are there."""
-    found = finished_shards(join(root, FOLDER))
+    found = finished_shards(join(root, DEDUP))
     if found != shards:
         raise UserError(
-            f"{join(root, FOLDER)} has {len(found)} shards, raw/ has {len(shards)}: run `clipmill dedup {root}` again, "
+            f"{join(root, DEDUP)} has {len(found)} shards, raw/ has {len(shards)}: run `clipmill dedup {root}` again, "
             "or delete dedup/ to keep every image"
         )
     expected = {"raw": raw_hash(root, shards)}
     for shard in shards:
-        done, name = read_done(join(root, FOLDER), shard), join(root, FOLDER, shard_name(shard))
+        done, name = read_done(join(root, DEDUP), shard), join(root, DEDUP, shard_name(shard))
         if done is None or done.inputs != expected:
             raise UserError(f"{name} was made from other raw shards: run `clipmill dedup {root}` again")
 
@@ -155,7 +154,7 @@ def read_entries(root: str, near: bool, shard: int) -> Entries:
     rows = [row for row in read_table(path, there, mend="run ingest again").to_pylist() if row["status"] == "success"]
     keys = [row["key"] for row in rows]
     if "sha256" not in there or (near and "phash" not in there):
-        found = _from_tar(join(root, "raw", f"{shard_name(shard)}.tar"), near and "phash" not in there)
+        found = _from_tar(raw_tar(root, shard), near and "phash" not in there)
         if missing := [key for key in keys if key not in found]:
             raise DataError(f"{path}: key {missing[0]} is not in {shard_name(shard)}.tar; run ingest again")
         rows = [{"sha256": found[key][0], "phash": found[key][1], **row} for key, row in zip(keys, rows, strict=True)]
@@ -168,7 +167,7 @@ def read_entries(root: str, near: bool, shard: int) -> Entries:
 
 
 def _raw_parquet(root: str, shard: int) -> str:
-    return join(root, "raw", f"{shard_name(shard)}.parquet")
+    return raw_parquet(root, shard)
 
 
 def _columns(path: str) -> list[str]:
@@ -246,8 +245,8 @@ class Search:
         ]
         exacts = int((exact != NO_ROW).sum())
         counts = {"success": stop - start - len(rows), EXACT_DUPLICATE: exacts, NEAR_DUPLICATE: len(rows) - exacts}
-        path = f"{FOLDER}/{shard_name(task.shard)}.parquet"
-        forget(join(root, FOLDER), task.shard)
+        path = parquet_path(DEDUP, task.shard)
+        forget(join(root, DEDUP), task.shard)
         with atomic_writer(join(root, path)) as file:
             pq.write_table(pa.Table.from_pylist(rows, SCHEMA), file)
         counts = {reason: count for reason, count in counts.items() if count}

@@ -12,9 +12,9 @@ from pipeline.core.near_duplicates import INDEX_BITS, NO_ROW, confirm_duplicates
 from pipeline.core.workers import die_with_parent
 from pipeline.dedup.disk_columns import Column, Keys
 from pipeline.dedup.image_match import SIDE, alike, fingerprint
-from shards_spec.files import DataError, join, read_buffer
+from shards_spec.files import DataError, read_buffer
 from shards_spec.images import decode_rgb
-from shards_spec.manifest import shard_name
+from shards_spec.layout import raw_tar
 from shards_spec.tar import index_shard, read_sample
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def _fingerprints(
     """(entry, fingerprint) of those that decode, from one raw shard after the other."""
     bounds = np.searchsorted(entries, keys.starts)
     jobs = [
-        (join(root, f"raw/{shard_name(shard)}.tar"), {keys[entry]: entry for entry in entries[low:high].tolist()})
+        (raw_tar(root, shard), {keys[entry]: entry for entry in entries[low:high].tolist()})
         for shard, low, high in zip(shards, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
         if high > low
     ]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.core.runner import Result, Task
-from pipeline.ingest.raw_shard import FOLDER
 from shards_spec.files import (
     DataError,
     UserError,
@@ -25,8 +24,9 @@ from shards_spec.files import (
     read_json,
     sha256_file,
 )
+from shards_spec.layout import RAW, STATS_PATTERN, shard_name
 from shards_spec.library_errors import read_table
-from shards_spec.manifest import STATS_PATTERN, forget, shard_name
+from shards_spec.manifest import forget
 from shards_spec.sample import check_key
 from shards_spec.tar import shard_keys
 
@@ -52,7 +52,7 @@ def adopt_tasks(root: str, folder: str) -> list[Task]:
     Unfinished ones are left out with a warning. Raises UserError when there is none, when a key stands in two
     shards, or when shards that stay where they are have gaps in their numbers.
     """
-    inside = _same_folder(folder, join(root, FOLDER))
+    inside = _same_folder(folder, join(root, RAW))
     bases = _finished(folder)
     if inside and bases != [shard_name(number) for number in range(len(bases))]:
         raise UserError(
@@ -141,9 +141,9 @@ def _read_stats(path: str) -> dict[str, Any]:
 
 def _copies(root: str, shard: int, found: Found) -> Iterator[tuple[str, str]]:
     """(path below ROOT, sha256) of the shard's files, copied unless they lie there already."""
-    name = join(FOLDER, shard_name(shard))
+    name = join(RAW, shard_name(shard))
     if not found.inside:
-        forget(join(root, FOLDER), shard)
+        forget(join(root, RAW), shard)
     for ending in (".tar", ".parquet"):
         if not found.inside:
             with open_read(found.source + ending) as source, atomic_writer(join(root, name + ending)) as target:

@@ -15,11 +15,11 @@ from pipeline.ingest.additional_columns import ALL_COLUMNS, kept_columns, plain
 from pipeline.ingest.images import RESIZE, EncodedImage, Outcome
 from pipeline.ingest.url_lists import Row
 from shards_spec.files import UserError, atomic_writer, free_bytes, join, sha256_file
-from shards_spec.manifest import forget, shard_name
+from shards_spec.layout import RAW, shard_name
+from shards_spec.manifest import forget
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
 
-FOLDER = "raw"
 ROW_GROUP = 100  # img2dataset's
 SPARE_BYTES = 64 << 20  # left free on a disk, for what else writes there
 MEMBERS_BYTES = 8192  # of a sample beside its image: text, json, tar headers, its Parquet row
@@ -59,9 +59,9 @@ def write_raw_shard(root: str, shard: int, inputs: Inputs, outcomes: list[Outcom
     """
     fields = [_fields(*row) for row in zip(inputs.keys, inputs.rows, outcomes, strict=True)]
     others = kept_columns(inputs.rows, inputs.types, inputs.wanted)
-    name = join(FOLDER, shard_name(shard))
+    name = join(RAW, shard_name(shard))
     _check_room(root, outcomes)
-    forget(join(root, FOLDER), shard)
+    forget(join(root, RAW), shard)
     _, tar_hash = write_shard(join(root, f"{name}.tar"), _samples(_with(others, fields), outcomes))
     parquet = join(root, f"{name}.parquet")
     with atomic_writer(parquet) as file:

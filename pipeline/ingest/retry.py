@@ -11,11 +11,12 @@ from typing import Any
 
 from pipeline.core.runner import Task
 from pipeline.ingest.http_client import MAY_PASS
-from pipeline.ingest.raw_shard import FOLDER, SCHEMA, Inputs
+from pipeline.ingest.raw_shard import SCHEMA, Inputs
 from pipeline.ingest.url_lists import Row
 from shards_spec.files import UserError, join, remove, sha256_json
+from shards_spec.layout import RAW, raw_parquet, shard_name
 from shards_spec.library_errors import read_table
-from shards_spec.manifest import Done, finished_shards, read_dataset, read_done, shard_name
+from shards_spec.manifest import Done, finished_shards, read_dataset, read_done
 
 PASS = "retry pass"  # name of the input that tells an additional shard; its value is the number of the pass
 COLUMNS = ["key", "url", "caption", "error_message"]
@@ -24,7 +25,7 @@ ENDINGS = ("_stats.json", ".tar", ".parquet")
 
 def additional_shards(root: str) -> dict[int, Done]:
     """Shards that earlier retries wrote, by number; empty on the first run. They stand after those of the list."""
-    folder, found = join(root, FOLDER), dict[int, Done]()
+    folder, found = join(root, RAW), dict[int, Done]()
     for number in reversed(finished_shards(folder)):
         done = read_done(folder, number)
         if done is None or PASS not in done.inputs:
@@ -50,7 +51,7 @@ def kept_tasks(root: str, base: int) -> Iterator[Task]:
 def remove_shard(root: str, shard: int) -> None:
     """Delete a raw shard, its done-record first."""
     for ending in ENDINGS:
-        remove(join(root, FOLDER, shard_name(shard) + ending))
+        remove(join(root, RAW, shard_name(shard) + ending))
 
 
 def retry_tasks(root: str, shard_size: int) -> Iterator[Task]:
@@ -79,7 +80,7 @@ def retry_tasks(root: str, shard_size: int) -> Iterator[Task]:
 def _base_tasks(root: str) -> Iterator[Task]:
     """Shards of the list, as they are."""
     number = 0
-    while (done := read_done(join(root, FOLDER), number)) and PASS not in done.inputs:
+    while (done := read_done(join(root, RAW), number)) and PASS not in done.inputs:
         yield Task(number, done.inputs)
         number += 1
 
@@ -109,7 +110,7 @@ def _latest(root: str, base: int, passes: list[int]) -> Iterator[dict[str, Any]]
 
 def _rows(root: str, numbers: list[int], retry_pass: int) -> Iterator[dict[str, Any]]:
     for number in numbers:
-        table = read_table(join(root, FOLDER, f"{shard_name(number)}.parquet"), mend="run ingest again")
+        table = read_table(raw_parquet(root, number), mend="run ingest again")
         others = table.drop_columns([name for name in table.column_names if name in SCHEMA.names])
         types = {field.name: field.type for field in others.schema}
         extras = others.to_pylist() if types else [{}] * len(table)

@@ -21,12 +21,13 @@ from pipeline.ingest.http_client import FetchRules
 from pipeline.ingest.images import JPEG_QUALITY, ImageRules
 from pipeline.ingest.img2dataset import adopt_shard, adopt_tasks
 from pipeline.ingest.parquet_lists import other_types
-from pipeline.ingest.raw_shard import FOLDER, Inputs, sample_key, write_raw_shard
+from pipeline.ingest.raw_shard import Inputs, sample_key, write_raw_shard
 from pipeline.ingest.retry import additional_shards, kept_tasks, remove_shard, retry_tasks
 from pipeline.ingest.rows import Columns
 from pipeline.ingest.url_lists import Format, Row, detect, estimate_rows, list_rows, source_files
 from shards_spec.files import UserError, free_bytes, is_url, join, sha256_bytes, sha256_json
-from shards_spec.manifest import finished_shards, shard_name
+from shards_spec.layout import FOLDERS, RAW, shard_name
+from shards_spec.manifest import finished_shards
 
 log = logging.getLogger(__name__)
 OTHER_FILES = 200  # that this process has open beside its downloads
@@ -34,7 +35,7 @@ MEAN_CHARS = 8192  # of a row's texts over its shard; more is no captions but so
 LISTS: tuple[Format, ...] = ("cc3m", "cc12m", "csv", "jsonl", "parquet", "txt")
 FILES: tuple[Format, ...] = ("webdataset", "hf-parquet")  # with images, as a shell's *.tar names them
 NO_COLUMNS: tuple[Format, ...] = ("cc3m", "cc12m", "txt", "img2dataset")  # without names
-OTHER_FOLDERS = ("dedup", "captions", "plan", "shards", "vocab", "teacher", "logs")
+OTHER_FOLDERS = tuple(folder for folder in FOLDERS if folder != RAW)
 ENOUGH_ROWS = 2000  # to guess from how large the rest will be
 
 
@@ -161,7 +162,7 @@ def ingest(config: IngestConfig, assignment: ShardAssignment = ALL) -> Summary:
     form = _form(config)
     log.info("%s: %s", config.named, form)
     if form == "img2dataset":
-        stage = Stage("ingest", FOLDER, {"kind": "img2dataset"})
+        stage = Stage("ingest", RAW, {"kind": "img2dataset"})
         adopted = adopt_tasks(config.root, config.sources[0])
         _refuse_surplus(config, len(adopted))
         return run_stage(
@@ -207,7 +208,7 @@ def _check_outside(root: str, source: str) -> None:
     if place == own or any(f"{place}/".startswith(f"{own}/{folder}/") for folder in OTHER_FOLDERS):
         raise UserError(
             f"--source {source} is ROOT itself, or what its stages write: give another folder as ROOT; shards of "
-            f"img2dataset that lie in {join(root, FOLDER)} are taken as they are by --source {join(root, FOLDER)}"
+            f"img2dataset that lie in {join(root, RAW)} are taken as they are by --source {join(root, RAW)}"
         )
 
 
@@ -223,7 +224,7 @@ def _ingest_rows(config: IngestConfig, form: Format, assignment: ShardAssignment
         config.timeout_s, config.max_bytes, config.retries, _affordable(config.concurrency), config.per_host,
         config.allow_private, config.ignore_opt_out, config.nameservers,
     )  # fmt: skip
-    stage = Stage("ingest", FOLDER, _shape(config, form, selection, images))
+    stage = Stage("ingest", RAW, _shape(config, form, selection, images))
     source = Listing(config, form)
     tasks = retry_tasks(config.root, config.shard_size) if config.retry_failed else source.tasks(assignment)
     with Downloader(fetch, images, config.processes, config.decode_timeout_s) as downloader:
@@ -387,7 +388,7 @@ def _with_last(chunks: Iterator[list[Row]]) -> Iterator[tuple[list[Row], bool]]:
 
 def _surplus(config: IngestConfig, shards: int) -> list[int]:
     """Shards beyond the source's end, left by a longer source."""
-    return [number for number in finished_shards(join(config.root, FOLDER)) if number >= shards]
+    return [number for number in finished_shards(join(config.root, RAW)) if number >= shards]
 
 
 def _refuse_surplus(config: IngestConfig, shards: int, additional: Container[int] = ()) -> None:
@@ -395,7 +396,7 @@ def _refuse_surplus(config: IngestConfig, shards: int, additional: Container[int
     surplus = [number for number in _surplus(config, shards) if number not in additional]
     if surplus and not config.overwrite:
         raise UserError(
-            f"{join(config.root, FOLDER)} has {len(surplus)} shards more ({shard_name(surplus[0])} and on) than "
+            f"{join(config.root, RAW)} has {len(surplus)} shards more ({shard_name(surplus[0])} and on) than "
             f"--source {config.named} makes; use another ROOT, or --overwrite, which deletes them"
         )
 

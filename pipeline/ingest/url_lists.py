@@ -32,8 +32,8 @@ from pipeline.ingest.text_lists import CC3M, CC12M, address_rows, delimited_rows
 from pipeline.ingest.webdataset_source import mean_sample_bytes, webdataset_rows
 from shards_spec.files import DataError, UserError, filesystem, is_url, join, open_read, store_errors
 from shards_spec.folders import walk
+from shards_spec.layout import STATS_PATTERN
 from shards_spec.library_errors import no_regular_file
-from shards_spec.manifest import STATS_PATTERN
 from shards_spec.names import PACKED_ENDINGS, clean_name, endings_line, file_ending, is_ignored, is_image, packed_kind
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,9 @@ from pipeline.labels.catlip_pickle import catlip_bytes, read_catlip
 from pipeline.labels.labeler import LabelRule
 from pipeline.labels.wordnet import load_wordnet
 from shards_spec.files import DataError, UserError, join, open_read, read_bytes, remove_stale, write_bytes
+from shards_spec.layout import SHARDS, VOCAB, final_parquet, vocabulary_tsv
 from shards_spec.library_errors import open_table, parquet_errors
-from shards_spec.manifest import read_dataset, shard_name, write_stage
+from shards_spec.manifest import read_dataset, write_stage
 from shards_spec.names import check_name
 from shards_spec.vocab import Vocabulary, build_vocabulary, rule_of
 
@@ -67,16 +68,16 @@ class Labels:
 
 def vocab(config: VocabConfig) -> Vocabulary:
     """Write ``vocab/NAME.tsv`` and return it. Memory: a batch of rows and the counters. Raises UserError, DataError."""
-    shards = upstream_shards(config.root, "shards", "pack")
+    shards = upstream_shards(config.root, SHARDS, "pack")
     packed = read_dataset(config.root)["stages"].get("pack", {}).get("config", {})
     if config.import_catlip:
         vocabulary = _imported(config, config.import_catlip)
         vocabulary.check_rule(packed, config.import_catlip)
     else:
         vocabulary = _counted(config, shards, rule_of(packed))
-    path = f"vocab/{config.name}.tsv"
-    remove_stale(join(config.root, "vocab"))
-    vocabulary.write(join(config.root, path))
+    path = vocabulary_tsv(config.root, config.name)
+    remove_stale(join(config.root, VOCAB))
+    vocabulary.write(path)
     if config.export_catlip:
         write_bytes(config.export_catlip, catlip_bytes(vocabulary))
     found = coverage(config.root, shards, config.source, vocabulary)
@@ -155,7 +156,7 @@ def coverage(root: str, shards: list[int], source: str, vocabulary: Vocabulary) 
 
 
 def _labels(root: str, shard: int, source: str) -> Iterator[Labels]:
-    path = join(root, "shards", f"{shard_name(shard)}.parquet")
+    path = final_parquet(root, shard)
     with parquet_errors(path, mend="run pack again"), open_read(path) as file:
         for batch in open_table(path, file).iter_batches(columns=["synsets"]):
             column = batch.column(0)

@@ -16,18 +16,28 @@ import pyarrow.parquet as pq
 
 from pipeline.core.filters import caption_problem
 from pipeline.core.runner import Result, Task
-from pipeline.dedup.stage import FOLDER as DEDUP
 from pipeline.dedup.stage import read_dropped
 from pipeline.labels.labeler import LabelRule, load_labeller
 from pipeline.pack import caption_cleaning as hygiene
 from shards_spec.files import DataError, atomic_writer, join, json_bytes, open_read, remove, sha256_file
+from shards_spec.layout import (
+    DEDUP,
+    RAW,
+    SHARDS,
+    captions_folder,
+    captions_parquet,
+    dedup_parquet,
+    parquet_path,
+    raw_tar,
+    sizes_json,
+    tar_path,
+)
 from shards_spec.library_errors import open_table, parquet_errors
-from shards_spec.manifest import forget, shard_name
+from shards_spec.manifest import forget
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, write_shard
 
 log = logging.getLogger(__name__)
-FOLDER, SIZES = "shards", "shards/sizes.json"
 DISSIMILAR = "every caption below min_similarity"  # why a sample is dropped
 NEED_SIMILARITY = "--min-similarity needs the cosines that `clipmill caption ... --similarity` stores"
 NOT_FINITE = "json members with NaN or Infinity of the source, null instead"
@@ -55,10 +65,9 @@ class Choice:
 
     def inputs(self, shard: int) -> Iterator[tuple[str, str]]:
         """(folder, path) of the files that belong to a raw shard."""
-        name = shard_name(shard)
-        yield "raw", f"raw/{name}.tar"
-        for folder in [*(f"captions/{captioner}" for captioner in self.captioners), *([DEDUP] * self.deduplicated)]:
-            yield folder, f"{folder}/{name}.parquet"
+        yield RAW, tar_path(RAW, shard)
+        for folder in [*map(captions_folder, self.captioners), *([DEDUP] * self.deduplicated)]:
+            yield folder, parquet_path(folder, shard)
 
 
 @dataclass(frozen=True)
@@ -108,14 +117,14 @@ class Chooser:
 
     def __init__(self, root: str, part: Part, choice: Choice) -> None:
         """``root/raw`` is not read here."""
-        self._name, self._choice = shard_name(part.shard), choice
-        self._source = join(root, f"raw/{self._name}.tar")
+        self._shard, self._choice = part.shard, choice
+        self._source = raw_tar(root, part.shard)
         self._dropped = dict[str, str]()
         if choice.deduplicated:
-            dropped = read_dropped(join(root, DEDUP, f"{self._name}.parquet"))
+            dropped = read_dropped(dedup_parquet(root, part.shard))
             keys = dropped if part.keys is None else [key for key in part.keys if key in dropped]
             self._dropped = {key: dropped[key] for key in keys}
-        paths = [join(root, f"captions/{name}/{self._name}.parquet") for name in choice.captioners]
+        paths = [captions_parquet(root, name, part.shard) for name in choice.captioners]
         self._captions = [read_captions(path, part.keys, choice.min_similarity) for path in paths]
 
     def decide(self, sample: Sample) -> Kept | str:
@@ -149,11 +158,12 @@ class Chooser:
         """After the last sample: whatever is still here belongs to no image. Raises DataError."""
         for captioner, captions in zip(self._choice.captioners, self._captions, strict=True):
             if captions:
-                path = f"captions/{captioner}/{self._name}.parquet"
-                raise DataError(f"{path}: key {next(iter(captions))} is not in raw/{self._name}.tar")
+                path = parquet_path(captions_folder(captioner), self._shard)
+                raise DataError(f"{path}: key {next(iter(captions))} is not in {tar_path(RAW, self._shard)}")
         if self._dropped:
             key = next(iter(self._dropped))
-            raise DataError(f"{DEDUP}/{self._name}.parquet: key {key} is not in raw/{self._name}.tar; run dedup again")
+            path, tar = parquet_path(DEDUP, self._shard), tar_path(RAW, self._shard)
+            raise DataError(f"{path}: key {key} is not in {tar}; run dedup again")
 
     def _synthetic(self, key: str) -> Synthetic:
         found = list[Synthetic]()
@@ -231,7 +241,7 @@ def write_final_shard(root: str, task: Task, *, choice: Choice, wordnet: str, ru
     def packed() -> Iterator[Sample]:
         for part in task.payload:
             chooser = Chooser(root, part, choice)
-            samples = read_shard(join(root, f"raw/{shard_name(part.shard)}.tar"), part.offset)
+            samples = read_shard(raw_tar(root, part.shard), part.offset)
             for sample in islice(samples, part.stop and part.stop - part.start):
                 kept = chooser.decide(sample)
                 if isinstance(kept, str):
@@ -248,9 +258,9 @@ def write_final_shard(root: str, task: Task, *, choice: Choice, wordnet: str, ru
                 yield Sample(sample.key, members)
             chooser.end()
 
-    forget(join(root, FOLDER), task.shard)
-    remove(join(root, SIZES))  # it says that all shards fit together
-    tar, table = (f"{FOLDER}/{shard_name(task.shard)}.{ending}" for ending in ("tar", "parquet"))
+    forget(join(root, SHARDS), task.shard)
+    remove(sizes_json(root))  # it says that all shards fit together
+    tar, table = tar_path(SHARDS, task.shard), parquet_path(SHARDS, task.shard)
     with _uncollected():
         _, tar_hash = write_shard(join(root, tar), packed())
     with atomic_writer(join(root, table)) as file:

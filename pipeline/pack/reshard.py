@@ -19,13 +19,13 @@ from pipeline.core.prefetch import prefetch_map
 from pipeline.core.runner import LOOK_AHEAD, Result, Stage, Summary, Task, run_stage
 from pipeline.pack.final_shard import Choice, Chooser, Part
 from shards_spec.files import DataError, atomic_writer, exists, is_url, join, read_buffer, sha256_file
+from shards_spec.layout import PLAN, parquet_path, raw_tar, shard_name
 from shards_spec.library_errors import read_table
-from shards_spec.manifest import file_hash, forget, remove_shards, remove_stage, shard_name
+from shards_spec.manifest import file_hash, forget, remove_shards, remove_stage
 from shards_spec.sample import Sample
 from shards_spec.tar import index_shard
 from shards_spec.tar_members import BLOCK
 
-FOLDER = "plan"
 SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -42,15 +42,15 @@ def plan(root: str, shards: list[int], choice: Choice, config: dict[str, object]
     """
     tasks = (Task(shard, inputs_of(root, shard, choice)) for shard in shards)
     work = partial(plan_shard, choice=choice)
-    stage = Stage("plan", FOLDER, config)
+    stage = Stage("plan", PLAN, config)
     return run_stage(root, stage, tasks, work, total=len(shards), workers=min(workers, len(shards)), overwrite=over)
 
 
 def forget_plan(root: str) -> None:
     """Delete what an earlier `plan` left, before final shards are made without one."""
-    if exists(join(root, FOLDER)):
+    if exists(join(root, PLAN)):
         remove_stage(root, "plan")
-        remove_shards(join(root, FOLDER), 0)
+        remove_shards(join(root, PLAN), 0)
 
 
 def inputs_of(root: str, shard: int, choice: Choice) -> dict[str, str]:
@@ -60,7 +60,7 @@ def inputs_of(root: str, shard: int, choice: Choice) -> dict[str, str]:
 
 def plan_shard(root: str, task: Task, *, choice: Choice) -> Result:
     """One raw shard's rows; its images are not read. Raises DataError as `Chooser` does."""
-    source, chooser = join(root, f"raw/{shard_name(task.shard)}.tar"), Chooser(root, Part(task.shard), choice)
+    source, chooser = raw_tar(root, task.shard), Chooser(root, Part(task.shard), choice)
     keys, reasons, offsets, end = list[str](), list[str | None](), list[int](), 0
     try:
         with read_buffer(source) as buffer:
@@ -74,8 +74,8 @@ def plan_shard(root: str, task: Task, *, choice: Choice) -> Result:
     except FileNotFoundError as error:
         raise DataError(f"{source}: is not there; make the shard again") from error
     chooser.end()
-    path = f"{FOLDER}/{shard_name(task.shard)}.parquet"
-    forget(join(root, FOLDER), task.shard)
+    path = parquet_path(PLAN, task.shard)
+    forget(join(root, PLAN), task.shard)
     with atomic_writer(join(root, path)) as file:
         pq.write_table(pa.table([keys, reasons, offsets], SCHEMA), file)
     counts = Counter(reason or "success" for reason in reasons)
@@ -89,9 +89,9 @@ def ranges(root: str, shards: list[int], choice: Choice, size: int) -> Iterator[
     """
 
     def read(shard: int) -> tuple[int, pa.Table, dict[str, str]]:
-        path = f"{FOLDER}/{shard_name(shard)}.parquet"
-        table = read_table(join(root, path), mend=f"delete {FOLDER}/ and run pack again")
-        return shard, table, {**inputs_of(root, shard, choice), path: file_hash(root, FOLDER, shard, path)}
+        path = parquet_path(PLAN, shard)
+        table = read_table(join(root, path), mend=f"delete {PLAN}/ and run pack again")
+        return shard, table, {**inputs_of(root, shard, choice), path: file_hash(root, PLAN, shard, path)}
 
     parts, inputs, taken, number = list[Part](), dict[str, str](), 0, 0
     plans = prefetch_map(read, shards, LOOK_AHEAD, 2 * LOOK_AHEAD) if is_url(root) else map(read, shards)

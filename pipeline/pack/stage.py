@@ -22,17 +22,28 @@ from pipeline.core.runner import (
     same_config,
     upstream_shards,
 )
-from pipeline.dedup.stage import FOLDER as DEDUP
 from pipeline.dedup.stage import check_fresh
 from pipeline.labels.labeler import FUNCTION_WORDS, LabelRule, load_labeller
 from pipeline.labels.wordnet import find_wordnet
 from pipeline.pack import caption_cleaning as hygiene
-from pipeline.pack.final_shard import FOLDER, NEED_SIMILARITY, SIZES, Choice, Part, write_final_shard
+from pipeline.pack.final_shard import NEED_SIMILARITY, Choice, Part, write_final_shard
 from pipeline.pack.reshard import forget_plan, inputs_of, plan, ranges
 from shards_spec.files import DataError, UserError, exists, join, names, read_bytes, write_json
+from shards_spec.layout import (
+    CAPTIONS,
+    DEDUP,
+    RAW,
+    SHARDS,
+    captions_folder,
+    captions_parquet,
+    shard_name,
+    sizes_json,
+    stats_path,
+    tar_path,
+)
 from shards_spec.library_errors import column_names
 from shards_spec.lock import locked
-from shards_spec.manifest import finished_shards, read_done, shard_name
+from shards_spec.manifest import finished_shards, read_done
 
 log = logging.getLogger(__name__)
 LOCK = ".pack.lock"  # below ROOT
@@ -103,10 +114,10 @@ def pack(config: PackConfig, assignment: ShardAssignment = ALL) -> Summary:
 
     With a shard size there is one ``assignment``: where a final shard begins depends on all raw ones.
     """
-    shards = upstream_shards(config.root, "raw", "ingest")
+    shards = upstream_shards(config.root, RAW, "ingest")
     if assignment is not ALL:  # its claims keep it apart from others
         return _pack(config, assignment, shards)
-    with locked(join(config.root, LOCK), join(config.root, FOLDER)):
+    with locked(join(config.root, LOCK), join(config.root, SHARDS)):
         return _pack(config, assignment, shards)
 
 
@@ -116,9 +127,9 @@ def _pack(config: PackConfig, assignment: ShardAssignment, shards: list[int]) ->
     load_labeller(wordnet, rule)  # an unusable WordNet or tagger is an error now, not in a worker
     captioner, deciding = _deciding(choice)
     size = {} if config.shard_size is None else {"shard_size": config.shard_size}
-    stage = Stage("pack", FOLDER, {**captioner, **rule.describe(), **deciding, **size})
+    stage = Stage("pack", SHARDS, {**captioner, **rule.describe(), **deciding, **size})
     if not config.overwrite:
-        same_config(join(root, FOLDER), stage, 0)  # before a plan is made for nothing
+        same_config(join(root, SHARDS), stage, 0)  # before a plan is made for nothing
     if config.shard_size is None:
         forget_plan(root)
         last = _last(root, shards, choice)
@@ -142,14 +153,14 @@ def _pack(config: PackConfig, assignment: ShardAssignment, shards: list[int]) ->
     sizes = _sizes(root, summary.shards)
     if config.shard_size is None:
         last = max((shard for shard, size in enumerate(sizes.values()) if size), default=0)
-        if last + 1 < len(sizes) and not exists(join(root, SIZES)):  # one that was finished with empty shards stays so
+        if last + 1 < len(sizes) and not exists(sizes_json(root)):  # one that was finished with empty shards stays so
             again = run(_one_to_one(root, shards, choice, ALL, last), last + 1, False, ALL)
             summary, sizes = (
                 replace(again, made=min(summary.made, again.shards), seconds=summary.seconds),
                 _sizes(root, last + 1),
             )
         _warn_of_empty(sizes)
-    write_json(join(root, SIZES), sizes)
+    write_json(sizes_json(root), sizes)
     return summary
 
 
@@ -165,9 +176,9 @@ def _warn_of_empty(sizes: dict[str, int]) -> None:
 def _last(root: str, shards: list[int], choice: Choice) -> int:
     """The number of the last final shard: that of the last raw one, or what an earlier run found to be the last one of
     which a sample stays, when the raw shards behind it are still the same."""
-    there = finished_shards(join(root, FOLDER))
-    done = read_done(join(root, FOLDER), there[-1]) if there else None
-    if done is None or there[-1] >= shards[-1] or f"raw/{shard_name(shards[-1])}.tar" not in done.inputs:
+    there = finished_shards(join(root, SHARDS))
+    done = read_done(join(root, SHARDS), there[-1]) if there else None
+    if done is None or there[-1] >= shards[-1] or tar_path(RAW, shards[-1]) not in done.inputs:
         return shards[-1]
     return there[-1] if done.inputs == _merged(root, shards[there[-1] :], choice).inputs else shards[-1]
 
@@ -188,7 +199,7 @@ def _choice(config: PackConfig, shards: list[int]) -> Choice:
     """What stays, once captions and dedup's lists are there for every raw shard. Raises UserError when they are not."""
     captioners = _pick_captioners(config)
     for name in captioners:
-        captioned = upstream_shards(config.root, f"captions/{name}", f"caption/{name}")
+        captioned = upstream_shards(config.root, captions_folder(name), f"caption/{name}")
         if captioned != shards:
             raise UserError(f"captions/{name} has {len(captioned)} shards, raw/ has {len(shards)}: run caption again")
     if config.min_similarity is not None:
@@ -209,7 +220,7 @@ def _deciding(choice: Choice) -> tuple[dict[str, object], dict[str, object]]:
 def _pick_captioners(config: PackConfig) -> tuple[str, ...]:
     if config.captioner == ("none",):
         return ()
-    there = names(join(config.root, "captions"))
+    there = names(join(config.root, CAPTIONS))
     if unknown := [name for name in config.captioner if name not in there]:
         also = " ('none' stands alone)" if "none" in unknown else ""
         raise UserError(f"no captions/{unknown[0]} in {config.root}; there: {there or 'none'}{also}")
@@ -224,7 +235,7 @@ def _need_similarities(config: PackConfig, captioners: tuple[str, ...], shards: 
     if not captioners:
         raise UserError(f"{NEED_SIMILARITY}, and no captions are packed; leave it out")
     for name in captioners:
-        path = join(config.root, f"captions/{name}/{shard_name(shards[0])}.parquet")
+        path = captions_parquet(config.root, name, shards[0])
         with contextlib.suppress(DataError):  # the shard's own work tells a broken one
             if "similarities" not in column_names(path):
                 raise UserError(f"captions/{name} has no column similarities: {NEED_SIMILARITY}")
@@ -233,10 +244,10 @@ def _need_similarities(config: PackConfig, captioners: tuple[str, ...], shards: 
 def _sizes(root: str, total: int) -> dict[str, int]:
     sizes = {}
     for shard in range(total):
-        done = read_done(join(root, FOLDER), shard)
+        done = read_done(join(root, SHARDS), shard)
         if done is None:
             raise UserError(
-                f"{join(root, FOLDER, shard_name(shard))}_stats.json is not there any more: does another pack run "
+                f"{stats_path(join(root, SHARDS), shard)} is not there any more: does another pack run "
                 "on this ROOT? Run this one again when it has ended"
             )
         sizes[f"{shard_name(shard)}.tar"] = done.successes

@@ -13,6 +13,7 @@ from pipeline.report.dataset import dataset_page
 from pipeline.report.run import run_page
 from shards_spec.display import shown
 from shards_spec.files import UserError, exists, is_url, join, write_bytes
+from shards_spec.layout import dataset_json
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def report(config: ReportConfig) -> str:
         raise UserError(
             f"--output {output} is a folder: give the name of a file, such as {join(output, 'report.html')}"
         )
-    if exists(join(root, "dataset.json")):
+    if exists(dataset_json(root)):
         page = _render("dataset.html.j2", dataset_page(root, config.samples))
     elif exists(join(root, "metrics.jsonl")):
         page = _render("run.html.j2", run_page(root))

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from shards_spec.files import DataError, UserError, join, names, open_read
+from shards_spec.layout import CAPTIONS, RAW, SHARDS, captions_folder
 from shards_spec.library_errors import open_table, parquet_errors
 
 PARQUET_PATTERN = re.compile(r"\d+\.parquet")
@@ -81,16 +82,16 @@ def _tables(folder: str, columns: list[str], problems: list[str]) -> Iterator[di
 def count_dataset(root: str) -> Tally:
     """Read the statistics columns of ``raw/``, ``captions/`` and ``shards/`` as far as they are there."""
     tally = Tally()
-    packed = bool(parquet_files(join(root, "shards")))
+    packed = bool(parquet_files(join(root, SHARDS)))
     raw = ["status", "caption", "width", "height", "original_width", "original_height"]
-    for table in _tables(join(root, "raw"), raw, tally.problems):
+    for table in _tables(join(root, RAW), raw, tally.problems):
         _count_raw(tally, table, packed)
-    for table in _tables(join(root, "shards"), ["caption", "synthetic", "synsets", "width", "height"], tally.problems):
+    for table in _tables(join(root, SHARDS), ["caption", "synthetic", "synsets", "width", "height"], tally.problems):
         _count_shard(tally, table)
-    for captioner in names(join(root, "captions")):
+    for captioner in names(join(root, CAPTIONS)):
         counted = Captions()
         columns = ["captions", "logprobs", "num_tokens", "similarities", "original_similarity"]
-        for table in _tables(join(root, "captions", captioner), columns, tally.problems):
+        for table in _tables(join(root, captions_folder(captioner)), columns, tally.problems):
             _count_captions(counted, table)
             if not packed and "captions" in table:
                 _add_words(tally.synthetic_words, pc.list_flatten(table["captions"]))

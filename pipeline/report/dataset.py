@@ -13,6 +13,7 @@ from pipeline.report.stages import foreign_counts, funnel, losses, mismatches, o
 from pipeline.report.text import flatten
 from shards_spec.embeddings import read_meta
 from shards_spec.files import DataError, UserError, join, names, open_read
+from shards_spec.layout import PLAN, RAW, SHARDS, TEACHER, VOCAB, teacher_folder
 from shards_spec.library_errors import open_table, parquet_errors
 from shards_spec.manifest import read_dataset
 from shards_spec.vocab import Vocabulary, read_vocabulary
@@ -24,7 +25,7 @@ def dataset_page(root: str, samples: int) -> dict[str, Any]:
     """Everything the template shows."""
     dataset = read_dataset(root)
     stages = ordered(dataset["stages"])
-    counts = {name: block["counts"] for name, block in stages.items() if block.get("counts") and name != "plan"}
+    counts = {name: block["counts"] for name, block in stages.items() if block.get("counts") and name != PLAN}
     if "ingest" not in counts and (foreign := foreign_counts(root)):
         counts = {"ingest": foreign, **counts}
     tally = count_dataset(root)
@@ -45,7 +46,7 @@ def dataset_page(root: str, samples: int) -> dict[str, Any]:
         "frequency": _frequency_chart(tally.synsets, vocabularies),
         "top": _top_synsets(tally.synsets, lemmas),
         "lemmas": lemmas,
-        "teachers": [_teacher(root, name, problems) for name in names(join(root, "teacher"))],
+        "teachers": [_teacher(root, name, problems) for name in names(join(root, TEACHER))],
         "sheet": draw_samples(root, samples, problems),
         "near": draw_pairs(root, samples // 2, problems),
         "problems": problems,
@@ -53,7 +54,7 @@ def dataset_page(root: str, samples: int) -> dict[str, Any]:
 
 
 def _headline(root: str, tally: Tally) -> list[tuple[str, str]]:
-    folder = "shards" if parquet_files(join(root, "shards")) else "raw"
+    folder = SHARDS if parquet_files(join(root, SHARDS)) else RAW
     tiles = [(tally.samples, "samples"), (len(parquet_files(join(root, folder))), "shards")]
     tiles.append((tally.synthetic_words.total(), "synthetic captions"))
     if tally.synsets:
@@ -63,10 +64,10 @@ def _headline(root: str, tally: Tally) -> list[tuple[str, str]]:
 
 def _vocabularies(root: str, problems: list[str]) -> dict[str, Vocabulary]:
     found = {}
-    for name in names(join(root, "vocab")):
+    for name in names(join(root, VOCAB)):
         if name.endswith(".tsv"):
             try:
-                found[name.removesuffix(".tsv")] = read_vocabulary(join(root, "vocab", name))
+                found[name.removesuffix(".tsv")] = read_vocabulary(join(root, VOCAB, name))
             except DataError as error:
                 problems.append(str(error))
     return found
@@ -146,7 +147,7 @@ def _top_synsets(synsets: Counter[str], lemmas: dict[str, str]) -> list[tuple[in
 
 def _teacher(root: str, name: str, problems: list[str]) -> dict[str, Any]:
     """A teacher cache: the first shard's metadata and columns, and bytes per sample over all shards."""
-    folder = join(root, "teacher", name)
+    folder = join(root, teacher_folder(name))
     files = [join(folder, file) for file in parquet_files(folder)]
     meta: dict[str, Any] = {}
     columns, rows, size = list[str](), 0, 0

@@ -9,14 +9,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.core.near_duplicates import NEAR_DUPLICATE
-from pipeline.dedup.stage import FOLDER as DEDUP
 from pipeline.report.columns import parquet_files, read_columns
 from shards_spec.files import DataError, exists, join, names, read_buffer
 from shards_spec.images import decode_rgb
+from shards_spec.layout import CAPTIONS, DEDUP, RAW, SHARDS, captions_folder
 from shards_spec.sample import Sample
 from shards_spec.tar import index_shard, read_sample
 
-SHARDS = 6  # shards opened for the sheet at most
+OPENED = 6  # shards opened for the sheet at most
 LISTS = 40  # of dedup's lists that pairs are taken from at most
 THUMBNAIL = 320  # pixels of the longer side
 
@@ -34,9 +34,9 @@ class Shown:
 
 def draw_samples(root: str, number: int, problems: list[str]) -> list[Shown]:
     """``number`` samples evenly over shards and rows: from ``shards/``, or from ``raw/`` before `pack` has run."""
-    folder = "shards" if parquet_files(join(root, "shards")) else "raw"
+    folder = SHARDS if parquet_files(join(root, SHARDS)) else RAW
     files = parquet_files(join(root, folder))
-    chosen = [files[i] for i in evenly(len(files), min(SHARDS, number))]
+    chosen = [files[i] for i in evenly(len(files), min(OPENED, number))]
     shown = list[Shown]()
     for done, name in enumerate(chosen):
         share = -(-(number - len(shown)) // (len(chosen) - done))
@@ -60,7 +60,7 @@ def draw_pairs(root: str, number: int, problems: list[str]) -> list[tuple[Shown,
         wanted.setdefault(row["kept"][: len(row["shard"])], {})[row["kept"]] = []
     shown = dict[str, Shown]()
     for shard, keys in wanted.items():
-        path = join(root, "raw", f"{shard}.tar")
+        path = join(root, RAW, f"{shard}.tar")
         if exists(path):
             shown |= {one.key: one for one in _with_images(path, keys, problems)}
     return [
@@ -87,7 +87,7 @@ def _shard_rows(root: str, folder: str, name: str, number: int, problems: list[s
     if "status" in table.column_names:
         table = table.filter(pc.fill_null(pc.equal(table.column("status"), "success"), False))
     rows = table.take(pa.array(evenly(len(table), number), pa.int64())).to_pylist()
-    made = _made_captions(root, name, problems) if folder == "raw" else {}
+    made = _made_captions(root, name, problems) if folder == RAW else {}
     return {row["key"]: _captions(row, row.get("synthetic") or made.get(row["key"], [])) for row in rows}
 
 
@@ -99,8 +99,8 @@ def _captions(row: dict[str, Any], synthetic: list[str]) -> list[tuple[str, list
 
 def _made_captions(root: str, name: str, problems: list[str]) -> dict[str, list[str]]:
     """Captions of a shard that is not packed yet, from the first captioner that has it."""
-    for captioner in names(join(root, "captions")):
-        path = join(root, "captions", captioner, name)
+    for captioner in names(join(root, CAPTIONS)):
+        path = join(root, captions_folder(captioner), name)
         if exists(path) and (table := read_columns(path, ["key", "captions"], problems)) is not None:
             return dict(zip(table.column("key").to_pylist(), table.column("captions").to_pylist(), strict=True))
     return {}

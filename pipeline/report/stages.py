@@ -7,9 +7,8 @@ from typing import Any
 
 from pipeline.report.text import flatten, json_lines, number
 from shards_spec.files import exists, join, names, read_json
-from shards_spec.manifest import STATS_PATTERN
+from shards_spec.layout import RAW, STAGE_COMMANDS, STAGES, STATS_PATTERN, stage_log
 
-STAGE_ORDER = ("ingest", "dedup", "caption", "pack", "vocab", "cache")
 LEAVES = {"ingest": "downloaded and decoded", "caption": "captioned", "pack": "in final shards", "cache": "cached"}
 REASONS = 15  # rows per stage in the table of losses; the rest goes to one row
 SUMMARY = 80  # characters of a stage's settings in its row
@@ -58,7 +57,7 @@ class Losses:
 def ordered(stages: dict[str, Any]) -> dict[str, Any]:
     def place(name: str) -> tuple[int, str]:
         kind = name.split("/")[0]
-        return (STAGE_ORDER.index(kind) if kind in STAGE_ORDER else len(STAGE_ORDER)), name
+        return (STAGE_COMMANDS.index(kind) if kind in STAGE_COMMANDS else len(STAGE_COMMANDS)), name
 
     return {name: stages[name] for name in sorted(stages, key=place)}
 
@@ -66,15 +65,15 @@ def ordered(stages: dict[str, Any]) -> dict[str, Any]:
 def foreign_counts(root: str) -> dict[str, int]:
     """Status counts of raw shards that img2dataset made."""
     counts = Counter[str]()
-    for name in names(join(root, "raw")):
+    for name in names(join(root, RAW)):
         if STATS_PATTERN.fullmatch(name):
-            counts.update(read_json(join(root, "raw", name)).get("status_dict") or {})
+            counts.update(read_json(join(root, RAW, name)).get("status_dict") or {})
     return dict(counts)
 
 
 def stage_row(root: str, name: str, block: dict[str, Any]) -> StageRow:
     counts = block.get("counts") or {}
-    seconds, made = _time_spent(join(root, "logs", f"{name.replace('/', '-')}.jsonl"))
+    seconds, made = _time_spent(stage_log(root, name))
     return StageRow(
         name,
         block.get("shards", 0),
@@ -119,10 +118,10 @@ def losses(stage: str, counts: dict[str, int]) -> Losses:
 
 def mismatches(counts: dict[str, dict[str, int]]) -> list[str]:
     """Stages that did not see exactly the samples that the stage before them left."""
-    before = {"dedup": "ingest", "caption": "ingest", "pack": "ingest", "cache": "pack"}
     found = []
     for name, count in counts.items():
-        source = before.get(name.split("/")[0])
+        stage = STAGES.get(name.split("/")[0])
+        source = stage.reads if stage is not None else None
         if source in counts and sum(count.values()) != counts[source].get("success", 0):
             left = counts[source].get("success", 0)
             found.append(f"{name} counted {sum(count.values()):,} inputs, {source} left {left:,} samples")

@@ -50,7 +50,8 @@ from pipeline.pack.stage import PackConfig, pack
 from shards_spec.embeddings import Dtype, encode_vectors, write_vectors
 from shards_spec.files import atomic_writer, join, sha256_file
 from shards_spec.images import decode_rgb
-from shards_spec.manifest import Done, shard_name, shard_sizes, write_stage
+from shards_spec.layout import shard_name
+from shards_spec.manifest import Done, shard_sizes, write_stage
 from shards_spec.models import LoadedModel
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, shard_keys

@@ -17,7 +17,8 @@ from pipeline.caption.decoding import Decoding
 from pipeline.caption.redraws import Wanted
 from shards_spec.files import join
 from shards_spec.images import decode_rgb
-from shards_spec.manifest import shard_ids, shard_name
+from shards_spec.layout import shard_name
+from shards_spec.manifest import shard_ids
 from shards_spec.models import load_model
 from shards_spec.tar import read_shard
 

@@ -40,7 +40,7 @@ from pipeline.ingest.url_lists import Row
 from pipeline.labels.wordnet import find_wordnet, load_wordnet
 from pipeline.pack.stage import PackConfig, pack
 from shards_spec.files import atomic_writer, join, sha256_file
-from shards_spec.manifest import shard_name
+from shards_spec.layout import shard_name
 
 DISTINCT = 200  # images, again and again: pack does not look into them
 PLAIN = re.compile(r"[a-z0-9 ,.'\-]+")

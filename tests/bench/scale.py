@@ -34,7 +34,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from shards_spec.files import sha256_bytes, sha256_json, write_json
-from shards_spec.manifest import Done, finished_shards, read_dataset, read_done, shard_name
+from shards_spec.layout import shard_name
+from shards_spec.manifest import Done, finished_shards, read_dataset, read_done
 
 KEY = "x98765432"  # the first shard's; nothing else in its files looks like that
 FOLDERS = ("raw", "dedup", "captions/cap", "shards", "teacher/tea")
@@ -150,19 +151,18 @@ def renamed(tar: bytes, key: bytes) -> bytes:
 
 
 def _submit(root: str) -> object:
-    from clipmill import COMMANDS
     from slurm.submit import submit
 
     words = ["cache", root, "--model", "RN50", "--name", "new", "--array", "1000", "--cluster", "slurm", "--dry-run"]
-    return submit(words, COMMANDS, lambda _: 0)
+    return submit(words, lambda _: 0)
 
 
 def _jobs(root: str) -> object:
     from slurm.options import read_site
     from slurm.status import JobsConfig, jobs
-    from slurm.submit import STAGES, Submission, jobs_folder
+    from slurm.submit import COMMANDS, Submission, jobs_folder
 
-    place = jobs_folder(root, read_site(None, "jobs", [*STAGES, "train"]))
+    place = jobs_folder(root, read_site(None, "jobs", COMMANDS))
     shards = read_dataset(root)["stages"]["pack"]["shards"]
     for number in range(5):
         one = Submission(

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import pkgutil
 import re
 import subprocess
 import sys
@@ -13,14 +14,14 @@ import cloudpickle
 import pytest
 from small_data import tree, write_raw
 
-import clipmill
 from pipeline.pack.stage import PackConfig, pack
 from shards_spec.files import UserError
+from shards_spec.layout import STAGE_COMMANDS, STAGES
 from slurm import scheduler
 from slurm.jobs import ArrayJob
 from slurm.options import Options, read_site
 from slurm.snapshot import CODE, snapshot
-from slurm.submit import STAGES, Step, _divided, _ranges, _stage_step
+from slurm.submit import Step, _divided, _ranges, _stage_step
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = {"PATH": "/usr/bin/none", "HOME": "/", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -41,15 +42,13 @@ def raw(tmp_path) -> str:
     return str(tmp_path / "ds")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STAGE_COMMANDS)
 def test_submit_has_the_flags_of_the_command_and_no_name_twice(stage):
     import dataclasses
-    import importlib
 
-    module, name, *_ = clipmill.COMMANDS[stage]
-    own = {field.name for field in dataclasses.fields(getattr(importlib.import_module(module), name))}
+    own = {field.name for field in dataclasses.fields(pkgutil.resolve_name(STAGES[stage].config))}
     assert not own & {field.name for field in dataclasses.fields(Options)}
-    step = _stage_step(stage, ["R", *(["--source", "S"] if stage == "ingest" else [])], clipmill.COMMANDS, Options())
+    step = _stage_step(stage, ["R", *(["--source", "S"] if stage == "ingest" else [])], Options())
     assert step.root == "R"
 
 
@@ -117,7 +116,7 @@ def test_a_users_mistake_is_one_line_with_the_mend(words, said):
 def test_a_site_file_is_checked(tmp_path, text, said):
     (tmp_path / "site.toml").write_text(text)
     with pytest.raises(UserError, match=said):
-        read_site(str(tmp_path / "site.toml"), "pack", [*STAGES])
+        read_site(str(tmp_path / "site.toml"), "pack", STAGE_COMMANDS)
 
 
 def test_debug_behaves_as_the_plain_command(raw, tmp_path):
@@ -256,7 +255,7 @@ def test_folders_that_a_script_slurm_or_python_would_misread_are_refused(raw, tm
 def test_no_value_of_a_site_file_makes_a_line_of_the_script(tmp_path, line):
     (tmp_path / "site.toml").write_text(line)
     with pytest.raises(UserError, match="one line each, without control characters"):
-        read_site(str(tmp_path / "site.toml"), "pack", [*STAGES])
+        read_site(str(tmp_path / "site.toml"), "pack", STAGE_COMMANDS)
 
 
 def test_job_files_are_this_users_alone(raw):

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
 from shards_spec.files import join, json_bytes, read_json, sha256_file, write_json
-from shards_spec.manifest import SEAL, Done, shard_name, stats_seal, write_stage
+from shards_spec.layout import shard_name
+from shards_spec.manifest import SEAL, Done, stats_seal, write_stage
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
 

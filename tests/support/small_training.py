@@ -12,7 +12,8 @@ from small_data import BPE, draw, tiny_coca, write_raw
 
 from shards_spec.embeddings import write_embeddings
 from shards_spec.files import join, json_bytes, sha256_file, write_json
-from shards_spec.manifest import Done, shard_name
+from shards_spec.layout import shard_name
+from shards_spec.manifest import Done
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
 from shards_spec.views import ViewSpec

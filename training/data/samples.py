@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from shards_spec.files import DataError, UserError, exists, join, read_buffer, read_json
 from shards_spec.images import decode_rgb
-from shards_spec.manifest import read_dataset, shard_ids, shard_name, shard_sizes
+from shards_spec.layout import RAW, SHARDS, stats_path, tar_path, vocabulary_tsv
+from shards_spec.manifest import read_dataset, shard_ids, shard_sizes
 from shards_spec.models import LoadedModel
 from shards_spec.sample import Sample
 from shards_spec.tar import index_shard, read_sample
@@ -59,7 +60,7 @@ class ShardReader:
 
     def path(self, shard: int) -> str:
         """The tar of a shard."""
-        return join(self.root, self.folder, f"{shard_name(shard)}.tar")
+        return tar_path(join(self.root, self.folder), shard)
 
     def keys(self, shard: int) -> list[str]:
         """The shard's keys in file order."""
@@ -87,12 +88,12 @@ class ShardReader:
 
 def dataset_sizes(root: str, folder: Literal["shards", "raw"]) -> list[int]:
     """Samples per shard. Raises UserError when the folder is empty or its stage has not finished."""
-    if folder == "shards":
+    if folder == SHARDS:
         return shard_sizes(root)
-    shards = shard_ids(join(root, "raw"))
+    shards = shard_ids(join(root, RAW))
     if not shards:
-        raise UserError(f"{join(root, 'raw')} has no finished shards: run `clipmill ingest {root}` first")
-    return [read_json(join(root, "raw", f"{shard_name(shard)}_stats.json"))["successes"] for shard in shards]
+        raise UserError(f"{join(root, RAW)} has no finished shards: run `clipmill ingest {root}` first")
+    return [read_json(stats_path(join(root, RAW), shard))["successes"] for shard in shards]
 
 
 def draw_caption(seed: int, key: str, epoch: int, count: int) -> int:
@@ -121,9 +122,9 @@ def find_vocabulary(data: DataConfig, labels: LabelConfig) -> Vocabulary:
 
     Raises UserError when there is none, the shards are labelled by another rule, or it was counted on other captions.
     """
-    if not data.data or data.folder != "shards":
+    if not data.data or data.folder != SHARDS:
         raise UserError("--data is needed with --folder shards: labels are in packed shards only (`clipmill pack`)")
-    path = join(data.data, "vocab", f"{labels.vocabulary}.tsv")
+    path = vocabulary_tsv(data.data, labels.vocabulary)
     if not exists(path):
         raise UserError(f"{path} is not there: `clipmill vocab {data.data} --name {labels.vocabulary}` makes it")
     vocabulary = read_vocabulary(path)
@@ -253,10 +254,10 @@ def open_samples(
     reader = ShardReader(data.data, data.folder, sizes, capacity, file_cache)
     order = Order(sizes, seed, data.streams, data.window)
     plan = batch_plan(data.batch_size, sides, seed)
-    original_only = data.captions == "original" or data.folder == "raw"
+    original_only = data.captions == "original" or data.folder == RAW
     if isinstance(views, ViewConfig):
         return Samples(reader, order, student, views.spec(seed), seed, original_only, None, labels, plan)
-    if data.folder != "shards":
+    if data.folder != SHARDS:
         raise UserError(f"--folder {data.folder!r}: a teacher cache belongs to packed shards; use --folder shards")
     cache = TeacherCache(data.data, views.teacher, len(sizes), capacity, original_only, file_cache)
     return Samples(reader, order, student, cache.views, seed, original_only, cache, labels, plan)

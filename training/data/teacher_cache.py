@@ -7,7 +7,8 @@ import numpy as np
 
 from shards_spec.embeddings import EmbeddingFile
 from shards_spec.files import DataError, UserError, exists, join, names
-from shards_spec.manifest import file_hash, shard_name
+from shards_spec.layout import SHARDS, TEACHER, shard_name, tar_path, teacher_folder, teacher_parquet
+from shards_spec.manifest import file_hash
 from shards_spec.teacher_shard import CachedShard
 from shards_spec.views import ViewSpec, stored_spec
 from training.data.local_copies import LocalFileCache
@@ -47,7 +48,7 @@ class TeacherCache:
     ) -> None:  # fmt: skip
         self.root, self.name, self.original_only = root, _pick(root, name), original_only
         self.near = (file_cache or LocalFileCache()).get
-        present = set(names(join(root, "teacher", self.name)))
+        present = set(names(join(root, teacher_folder(self.name))))
         if missing := [shard for shard in range(shards) if f"{shard_name(shard)}.parquet" not in present]:
             raise UserError(
                 f"{self.path(missing[0])} is not there ({len(missing)} of {shards} shards are missing): "
@@ -67,7 +68,7 @@ class TeacherCache:
 
     def path(self, shard: int) -> str:
         """The Parquet file of a shard."""
-        return join(self.root, "teacher", self.name, f"{shard_name(shard)}.parquet")
+        return teacher_parquet(self.root, self.name, shard)
 
     def rows(self, shard: int, view: int, keys: list[str]) -> ShardFeatures:
         """ShardFeatures of one view and of the captions, in the order of ``keys`` (the shard's).
@@ -77,7 +78,7 @@ class TeacherCache:
         return self._rows.get((shard, view), lambda: self._read(shard, view, keys))
 
     def _read(self, shard: int, view: int, keys: list[str]) -> ShardFeatures:
-        path, tar = self.path(shard), f"shards/{shard_name(shard)}.tar"
+        path, tar = self.path(shard), tar_path(SHARDS, shard)
         if not exists(path):
             raise DataError(f"{path} is not there any more; run `clipmill cache {self.root}` again")
         cached = CachedShard(self.root, self.name, shard, self.near)
@@ -86,7 +87,7 @@ class TeacherCache:
                 f"{path}: {cached.config['num_views']} views, {self.path(0)} has {self.num_views}; run `clipmill cache "
                 f"{self.root}` to its end"
             )
-        if cached.inputs.get(tar) != file_hash(self.root, "shards", shard, tar):
+        if cached.inputs.get(tar) != file_hash(self.root, SHARDS, shard, tar):
             raise DataError(f"{path}: made from another {join(self.root, tar)} than the one there; {AGAIN}")
         texts = [f"text_{i}" for i in range(1 if self.original_only else cached.captions)]
         files = {column: cached.file(column) for column in (f"image_{view}", *texts)}
@@ -104,7 +105,7 @@ class TeacherCache:
 
 
 def _pick(root: str, name: str) -> str:
-    found = [entry for entry in names(join(root, "teacher")) if "." not in entry or name == entry]
+    found = [entry for entry in names(join(root, TEACHER)) if "." not in entry or name == entry]
     if name in found or (not name and len(found) == 1):
         return name or found[0]
     there = ", ".join(found) or "none"

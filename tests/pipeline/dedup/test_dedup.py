@@ -33,7 +33,8 @@ from pipeline.dedup.stage import DedupConfig, dedup
 from pipeline.pack.stage import PackConfig, pack
 from pipeline.report.stages import mismatches, ordered
 from shards_spec.files import UserError, join, json_bytes, read_bytes, read_json, sha256_bytes, sha256_file, write_bytes
-from shards_spec.manifest import Done, shard_name, write_stage
+from shards_spec.layout import shard_name
+from shards_spec.manifest import Done, write_stage
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, shard_keys, write_shard
 

@@ -22,7 +22,8 @@ from pipeline.labels.wordnet import load_wordnet
 from pipeline.pack.final_shard import SCHEMA
 from pipeline.pack.stage import PackConfig, pack
 from shards_spec.files import DataError, UserError, join, read_json
-from shards_spec.manifest import Done, shard_name, write_stage
+from shards_spec.layout import shard_name
+from shards_spec.manifest import Done, write_stage
 from shards_spec.vocab import Vocabulary, build_vocabulary, read_vocabulary, rule_of
 
 DOG, CAT, WALL, TENCH = "n02084071", "n02121620", "n04546855", "n01440764"  # the last is a class of ImageNet-1k

@@ -24,7 +24,8 @@ from pipeline.dedup.stage import DedupConfig, dedup
 from pipeline.pack.final_shard import DISSIMILAR
 from pipeline.pack.stage import PackConfig, pack
 from shards_spec.files import UserError, join, names, read_bytes, read_json, sha256_file, write_bytes, write_json
-from shards_spec.manifest import Done, shard_ids, shard_name, shard_sizes, write_stage
+from shards_spec.layout import shard_name
+from shards_spec.manifest import Done, shard_ids, shard_sizes, write_stage
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, shard_keys, write_shard
 
