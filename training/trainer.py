@@ -39,7 +39,8 @@ from training.engine.optim import build_optimizer, learning_rate, set_lr
 from training.engine.run_length import extension, warn_of_lengths
 from training.engine.stop_signal import stop_flag
 from training.engine.sync_batch_norm import statistics, synchronise
-from training.evaluation.stage import Encoder, check_root, measure, score
+from training.evaluation.clip_benchmark import check_root
+from training.evaluation.zero_shot import Encoder, measure, score
 from training.recipes import RECIPES
 from training.runs.run_folder import RunDir, load_checkpoint
 from training.runs.student import new_student

@@ -32,10 +32,11 @@ from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, write_shard
 from shards_spec.views import ViewSpec
 from training.config import DataConfig, ViewConfig
-from training.data.labelled_images import FolderImages, LabelledImageRows
+from training.data.labelled_images import FolderImages
+from training.data.labelled_rows import LabelledImageRows
 from training.data.order import BatchPlan
 from training.data.samples import Skipped, open_samples
-from training.evaluation.stage import Encoder
+from training.evaluation.zero_shot import Encoder
 
 ROOT = Path(__file__).parents[2]
 BLACK_TO_WHITE = (0, 130, 255)  # of a ramp, at its ends and in its middle
@@ -349,7 +350,8 @@ def test_stages_name_hostile_bytes_and_keep_the_rest(hostile, student, tmp_path,
     assert counts == {"picture does not decode": len(HOSTILE), "success": good}
     assert [line for line in named if line.replace(":", "", 1) not in caplog.text] == []
     caplog.clear()
-    kept = [sample.key for batch, _ in Encoder(load_model(model), 4, "cpu").images(samples, path) for sample in batch]
+    batches = Encoder(load_model(model), 4, "cpu").images((path, sample) for sample in samples)
+    kept = [sample.key for batch, _ in batches for _, sample in batch]
     assert kept == [sample.key for sample in samples[len(HOSTILE) :]]
     assert [line for line in named if line not in caplog.text] == []
     problems = list[str]()

@@ -25,7 +25,8 @@ from small_training import (
 import clipmill
 from shards_spec.files import UserError
 from training.config import flat
-from training.evaluation.stage import EvalConfig, evaluate
+from training.evaluation.config import EvalConfig
+from training.evaluation.stage import evaluate
 from training.recipes import RECIPES
 from training.recipes.clip import ClipTask
 from training.runs.run_folder import RunDir, load_checkpoint

@@ -1,4 +1,4 @@
-"""Images of classes: folders of class folders, or a CLIP_benchmark WebDataset, read by position like packed shards.
+"""Reader of labelled images for training and evaluation: folders of class folders, or a CLIP_benchmark WebDataset.
 
 ROOT/train/CLASS/*.jpg, ROOT/test/CLASS/*.jpg (or val/)                            any depth below CLASS
 ROOT/classnames.txt, train/nshards.txt, train/0.tar …, test/…                      members jpg|png|webp and cls
@@ -6,98 +6,144 @@ ROOT/classnames.txt, train/nshards.txt, train/0.tar …, test/…               
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 
 from shards_spec.class_names import parse_label, read_class_names, read_shard_count
-from shards_spec.counter_rng import raw_draws
-from shards_spec.files import DataError, UserError, exists, is_url, join, read_buffer
+from shards_spec.files import UserError, exists, is_url, join, read_buffer
 from shards_spec.folders import walk
-from shards_spec.images import decode_rgb
-from shards_spec.models import LoadedModel
-from shards_spec.names import endings_line, file_ending, is_ignored, is_image
-from shards_spec.tar import index_shard
-from shards_spec.views import ViewSpec, apply_view, draw_view
-from training.data.order import BatchPlan, Order
-from training.data.samples import Item, ShardReader, Skipped, to_pixels
+from shards_spec.names import IMAGE_EXTENSIONS, endings_line, file_ending, is_ignored, is_image
+from shards_spec.sample import Sample
+from shards_spec.tar import index_shard, read_shard
+from training.data.samples import ShardReader
 
 log = logging.getLogger(__name__)
 TEST_SPLITS = ("test", "val")
-CROP = 224 / 232  # share of the shorter side that the test crop covers: 232 pixels are cut to 224
 
 
 class LabelledImages(Protocol):
-    """``labels`` (N,) are indices into ``classes``."""
+    """Images of one split, each with one of ``classes``."""
 
     classes: list[str]
-    labels: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64 indices into ``classes``."""
+        ...
 
     def image(self, index: int) -> tuple[str, bytes]:
-        """A name and the encoded image."""
+        """Return a name and the encoded image of the ``index``-th of ``labels``."""
+        ...
+
+    def samples(self) -> Iterator[tuple[str, Sample]]:
+        """Yield all images once, in order: where each lies, for messages, and a sample that `label_of` reads."""
         ...
 
 
 class FolderImages:
-    """Files below ``folder``/CLASS, both ascending."""
+    """Image files below ``folder``/CLASS; classes and paths ascend."""
 
     def __init__(self, folder: Path) -> None:
         folders = [entry.name for entry in folder.iterdir() if entry.is_dir()]
-        left_out = Counter[str]()
-        self.folder, self.classes = folder, sorted(name for name in folders if not is_ignored(name))
-        found = [(path, label) for label, name in enumerate(self.classes) for path in _images(folder / name, left_out)]
-        if left_out:
-            log.warning("%s: files that are not taken: %s", folder, endings_line(left_out))
-        self.paths = [path for path, _ in found]
-        self.labels = np.array([label for _, label in found], np.int64)
+        self.folder = folder
+        self.classes = sorted(name for name in folders if not is_ignored(name))
+        self.paths: list[Path] = []
+        other_endings = Counter[str]()
+        labels: list[int] = []
+        for label, name in enumerate(self.classes):
+            images = _image_files(folder / name, other_endings)
+            self.paths += images
+            labels += [label] * len(images)
+        self.labels = np.array(labels, np.int64)
+        if other_endings:
+            log.warning("%s: files that are not taken: %s", folder, endings_line(other_endings))
 
     def image(self, index: int) -> tuple[str, bytes]:
-        """Path below the folder, bytes."""
+        """Return the path below the folder and the file's bytes."""
         path = self.paths[index]
         return path.relative_to(self.folder).as_posix(), path.read_bytes()
 
+    def samples(self) -> Iterator[tuple[str, Sample]]:
+        """Yield the folder and a sample for each file."""
+        for index, label in enumerate(self.labels):
+            name, data = self.image(index)
+            # any image extension will do: decoders look at the bytes
+            yield str(self.folder), Sample(name, {IMAGE_EXTENSIONS[0]: data, "cls": str(label).encode()})
 
-class _Numbered(ShardReader):
-    """Shards named as CLIP_benchmark does."""
+
+class _NumberedShardReader(ShardReader):
+    """Shards named as CLIP_benchmark names them."""
 
     def path(self, shard: int) -> str:
         return join(self.root, self.folder, f"{shard}.tar")
 
 
-class TarImages:
-    """Samples of ``root/split/N.tar`` in the order of the files. Raises UserError and DataError."""
+class ShardImages:
+    """Samples of ``root/split/N.tar`` in file order.
+
+    Raises:
+        UserError: A text file or a shard of the dataset is missing or wrong.
+        DataError: A shard is damaged, or a sample has no valid label.
+    """
 
     def __init__(self, root: str, split: str) -> None:
+        self.root = root
+        self.split = split
         self.classes = read_class_names(join(root, "classnames.txt"))
-        self.reader = _Numbered(root, split, [])
-        labels = [self._labels(path) for path in numbered_shards(root, split)]
-        self.reader.sizes = [len(own) for own in labels]
-        self.ends = np.cumsum(self.reader.sizes)
-        self.labels = np.array([label for own in labels for label in own], np.int64)
+        self.paths = shard_paths(root, split)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """(N,) int64; the first use reads the labels of all shards."""
+        return np.array(list(chain.from_iterable(self._labels_per_shard)), np.int64)
 
     def image(self, index: int) -> tuple[str, bytes]:
-        """Key, bytes."""
-        shard = int(np.searchsorted(self.ends, index, side="right"))
-        sample = self.reader.sample(shard, index - int(self.ends[shard] - self.reader.sizes[shard]))
+        """Return the sample's key and the encoded image."""
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        first = int(self._ends[shard]) - self._reader.sizes[shard]
+        sample = self._reader.sample(shard, index - first)
         return sample.key, sample.image
 
-    def _labels(self, path: str) -> list[int]:
+    def samples(self) -> Iterator[tuple[str, Sample]]:
+        """Yield the shard's path and the sample for each sample; reads shard by shard, nothing is kept."""
+        for path in self.paths:
+            for sample in read_shard(path):
+                yield path, sample
+
+    @cached_property
+    def _labels_per_shard(self) -> list[list[int]]:
+        return [self._read_labels(path) for path in self.paths]
+
+    @cached_property
+    def _reader(self) -> _NumberedShardReader:
+        return _NumberedShardReader(self.root, self.split, [len(labels) for labels in self._labels_per_shard])
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """(shards,) the index after each shard's last image."""
+        return np.cumsum(self._reader.sizes)
+
+    def _read_labels(self, path: str) -> list[int]:
+        labels = []
         with read_buffer(path) as buffer:
-            return [
-                parse_label(
-                    members["cls"].read(buffer) if "cls" in members else b"", len(self.classes), f"{path}: key {key}"
-                )
-                for key, members in index_shard(buffer, path)
-            ]
+            for key, members in index_shard(buffer, path):
+                data = members["cls"].read(buffer) if "cls" in members else b""
+                labels.append(parse_label(data, len(self.classes), f"{path}: key {key}"))
+        return labels
 
 
-def numbered_shards(root: str, split: str) -> list[str]:
-    """Paths of a split's shards as CLIP_benchmark names them. Raises UserError when nshards.txt does not tell them."""
+def label_of(path: str, sample: Sample, classes: int) -> int:
+    """Return the label of a sample of `LabelledImages.samples`. Raises DataError when it is no class."""
+    return parse_label(sample.members.get("cls", b""), classes, f"{path}: key {sample.key}")
+
+
+def shard_paths(root: str, split: str) -> list[str]:
+    """Return the paths of a split's shards. Raises UserError when nshards.txt or one of the shards is missing."""
     count = read_shard_count(join(root, split, "nshards.txt"))
     paths = [join(root, split, f"{shard}.tar") for shard in range(count)]
     if missing := [path for path in paths if not exists(path)]:
@@ -105,114 +151,66 @@ def numbered_shards(root: str, split: str) -> list[str]:
     return paths
 
 
-def _images(folder: Path, left_out: Counter[str]) -> list[Path]:
-    """Image files at any depth, ascending; ``left_out`` counts the others by ending."""
-    files = [folder / prefix / name for prefix, names in walk(str(folder)) for name in names]
-    images = [path for path in files if is_image(path.name) and path.is_file()]
-    left_out.update(file_ending(path.name) for path in files if not is_image(path.name))
+def _image_files(folder: Path, other_endings: Counter[str]) -> list[Path]:
+    """Image files at any depth, ascending; ``other_endings`` counts the other files by ending."""
+    images = []
+    for prefix, names in walk(str(folder)):
+        for name in names:
+            path = folder / prefix / name
+            if not is_image(name):
+                other_endings[file_ending(name)] += 1
+            elif path.is_file():
+                images.append(path)
     return sorted(images)
 
 
 def open_images(root: str, train: bool) -> LabelledImages:
-    """The training or test split of a data set. Raises UserError when there is none, or it has no image."""
+    """Open the training or the test split of a dataset.
+
+    Raises:
+        UserError: There is no such split, or it has no images.
+        DataError: A shard is damaged, or a sample has no valid label.
+    """
     if not root:
         raise UserError("--data is needed: a folder with train/ and test/, of class folders or WebDataset shards")
-    splits = ("train",) if train else TEST_SPLITS
-    split = find_split(root, splits)
-    found: LabelledImages = FolderImages(Path(root, split)) if is_folders(root, split) else TarImages(root, split)
-    if not len(found.labels):
+    split = find_split(root, ("train",) if train else TEST_SPLITS)
+    images = open_split(root, split)
+    if not len(images.labels):
         raise UserError(f"{join(root, split)} has no images; put class folders with images there, or shards")
-    return found
+    return images
+
+
+def open_split(root: str, split: str) -> LabelledImages:
+    """Open a split that `find_split` found; it may have no images. Raises UserError."""
+    return FolderImages(Path(root, split)) if has_class_folders(root, split) else ShardImages(root, split)
 
 
 def find_split(root: str, splits: Sequence[str] = TEST_SPLITS) -> str:
-    """The first of the folders ``splits`` of a data set that holds shards or class folders. Raises UserError."""
+    """Return the first of ``splits``, folders of a dataset, that holds shards or class folders. Raises UserError."""
     for split in splits:
-        if exists(join(root, split, "nshards.txt")) or is_folders(root, split):
+        if exists(join(root, split, "nshards.txt")) or has_class_folders(root, split):
             return split
     if not is_url(root) and not Path(root).is_dir():
         raise UserError(f"{root} is {'a file, not a folder' if Path(root).exists() else 'not there'}; check --data")
     raise UserError(
         f"{join(root, splits[0], 'nshards.txt')} is not there, nor is a folder of images per class in "
-        f"{' or '.join(join(root, split) for split in splits)}: is {root} a data set in CLIP_benchmark's WebDataset "
-        f"layout or of class folders? {_way_out(root, splits)}".rstrip()
+        f"{' or '.join(join(root, split) for split in splits)}: is {root} a dataset in CLIP_benchmark's WebDataset "
+        f"layout or of class folders? {_advice_on_class_folders(root, splits)}".rstrip()
     )
 
 
-def _way_out(root: str, splits: Sequence[str]) -> str:
-    """What to do where ``root`` itself has the class folders."""
-    if not is_folders(root, ""):
+def _advice_on_class_folders(root: str, splits: Sequence[str]) -> str:
+    """What to do where ``root`` itself has the class folders, else nothing."""
+    if not has_class_folders(root, ""):
         return ""
     if Path(root).resolve().name in splits:
         return f"Its classes lie in {root} itself: give the folder above"
     return f"If the folders in {root} are its classes, move them below {join(root, splits[0])}"
 
 
-def is_folders(root: str, split: str) -> bool:
-    """Whether a split is class folders and not shards."""
+def has_class_folders(root: str, split: str) -> bool:
+    """Whether a split consists of class folders and not of shards."""
     folder = Path(root, split)
     if is_url(root) or not folder.is_dir() or (folder / "nshards.txt").exists():
         return False
     return any(entry.is_dir() and not is_ignored(entry.name) for entry in folder.iterdir())
-
-
-def subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Indices of ``fraction`` of each class's images, ascending; a smaller share is within a larger one."""
-    kept = []
-    for label in np.unique(labels):
-        own = np.flatnonzero(labels == label)
-        drawn = np.argsort(raw_draws(f"subset/{seed}/{label}", len(own)), kind="stable")
-        kept.append(own[drawn[: max(1, round(fraction * len(own)))]])
-    return np.sort(np.concatenate(kept))
-
-
-class LabelledImageRows:
-    """Images by position: the ``chosen`` ones in the order of epochs with views drawn, or, without, all as they lie.
-
-    Items are those of `Samples`, with ``targets`` (an int64 scalar) in place of texts.
-    """
-
-    def __init__(
-        self, images: LabelledImages, student: LoadedModel, plan: BatchPlan, views: ViewSpec | None, chosen: np.ndarray
-    ) -> None:
-        self.images, self.student, self.plan, self.views, self.chosen = images, student, plan, views, chosen
-        self.order = Order([len(chosen)], plan.seed, streams=1, window=1)
-
-    def __getitem__(self, index: int | tuple[int, int | None]) -> Item:
-        position, side = index if isinstance(index, tuple) else (index, None)
-        place = self.order.locate(position)
-        number = int(self.chosen[place.index if self.views else position])
-        side = side or self.student.image_size
-        name, data = self.images.image(number)
-        try:
-            image = decode_rgb(data)
-        except DataError as error:
-            return Skipped(f"{name}: {error}")
-        spec = self.views
-        shown = apply_view(image, spec, draw_view(spec, name, place.epoch), side) if spec else plain_crop(image, side)
-        targets = torch.tensor(int(self.images.labels[number]))
-        return {
-            "key": name, "position": position, "epoch": place.epoch, "images": to_pixels(shown), "targets": targets,
-        }  # fmt: skip
-
-
-class FeatureRows:
-    """Features (N, D) and labels (N,) by position, for a head alone."""
-
-    def __init__(self, features: Tensor, labels: Tensor, student: LoadedModel, plan: BatchPlan) -> None:
-        self.features, self.labels, self.student, self.plan = features, labels, student, plan
-        self.order = Order([len(labels)], plan.seed, streams=1, window=1)
-
-    def __getitem__(self, index: int | tuple[int, int | None]) -> Item:
-        position = index[0] if isinstance(index, tuple) else index
-        place = self.order.locate(position)
-        row: dict[str, Any] = {"features": self.features[place.index], "targets": self.labels[place.index]}
-        return {"key": str(place.index), "position": position, "epoch": place.epoch, **row}
-
-
-def plain_crop(image: Image.Image, side: int) -> Image.Image:
-    """The central square of `CROP` of the shorter side, at ``side`` x ``side`` pixels, bilinear, antialiased."""
-    width, height = image.size
-    cut = CROP * min(image.size)
-    box = ((width - cut) / 2, (height - cut) / 2, (width + cut) / 2, (height + cut) / 2)
-    return image.resize((side, side), Image.Resampling.BILINEAR, box=box)

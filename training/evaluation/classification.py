@@ -5,7 +5,8 @@ import torch
 
 from shards_spec.files import UserError
 from shards_spec.models import LoadedModel
-from training.data.labelled_images import LabelledImageRows, LabelledImages, open_images
+from training.data.labelled_images import LabelledImages, open_images
+from training.data.labelled_rows import LabelledImageRows
 from training.data.order import BatchPlan
 from training.data.samples import load_batches
 from training.evaluation.accuracy import AccuracyMeter

@@ -17,7 +17,7 @@ from shards_spec.files import UserError, exists, join, read_json, write_bytes, w
 from shards_spec.library_errors import short
 from shards_spec.models import NO_TRUST, TIMM, LoadedModel, Trust, load_backbone, timm_model
 from shards_spec.vocab import Vocabulary, read_vocabulary
-from training.data.labelled_images import CROP
+from training.data.labelled_rows import CROP
 from training.runs.model_folder import write_model
 
 DESCRIPTION, VOCABULARY = "classifier.json", "vocabulary.tsv"

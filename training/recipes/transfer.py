@@ -27,12 +27,8 @@ from training.config import (
     require,
     total_steps,
 )
-from training.data.labelled_images import (
-    FeatureRows,
-    LabelledImageRows,
-    open_images,
-    subset,
-)
+from training.data.labelled_images import open_images
+from training.data.labelled_rows import FeatureRows, LabelledImageRows, subset
 from training.data.samples import batch_plan, load_batches
 from training.evaluation.classification import batch_ranges, classification_metrics, describe_difference, plain_rows
 from training.models.classifier import Classifier, new_classifier, new_rows

@@ -21,18 +21,10 @@ from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
 from training.config import ModelConfig
 from training.data.labelled_images import find_split
-from training.evaluation.stage import (
-    Encoder,
-    EvalConfig,
-    _print,
-    check_root,
-    dataset_names,
-    evaluate,
-    measure,
-    recalls,
-    retrieval,
-    zeroshot,
-)
+from training.evaluation.clip_benchmark import check_root
+from training.evaluation.config import EvalConfig
+from training.evaluation.stage import dataset_names, evaluate, print_result
+from training.evaluation.zero_shot import Encoder, measure, recalls, retrieval, zeroshot
 from training.export import ExportConfig, compare, export
 from training.runs.model_folder import write_model
 from training.runs.student import load_run, new_student
@@ -123,7 +115,7 @@ def test_acc5_counts_the_five_best(seer, tmp_path, monkeypatch):
     features = torch.zeros(8, 2)
     features[order] = torch.stack([angles.cos(), angles.sin()], dim=1)
     monkeypatch.setattr(seer, "texts", lambda texts: features[[int(texts[0].split()[-1].rstrip("."))] * len(texts)])
-    monkeypatch.setattr(seer, "_run", lambda encode, pixels: torch.tensor([[1.0, 0.0]] * len(pixels)))
+    monkeypatch.setattr(seer, "_encode", lambda encode, pixels: torch.tensor([[1.0, 0.0]] * len(pixels)))
     assert zeroshot(seer, root)[0]["acc5"] == 1.0
     Path(root, "test", "0.tar").unlink()
     write_eval(tmp_path / "more", [[(plain("red"), "png", 2)]])
@@ -181,7 +173,7 @@ def test_recalls_equal_clip_benchmarks(monkeypatch):
     for k in (1, 5, 10):
         expected[f"image_retrieval_recall@{k}"] = (recall_at_k(scores, positive, k) > 0).float().mean().item()
         expected[f"text_retrieval_recall@{k}"] = (recall_at_k(scores.T, positive.T, k) > 0).float().mean().item()
-    monkeypatch.setattr("training.evaluation.stage.CHUNK", 32)
+    monkeypatch.setattr("training.evaluation.zero_shot.CHUNK", 32)
     assert recalls(images, texts, owner) == pytest.approx(expected)
     assert 0 < expected["text_retrieval_recall@1"] < 1
 
@@ -266,7 +258,7 @@ def test_paths_of_results_are_printed_whole(run, tmp_path, capsys, monkeypatch):
 
 def test_the_name_of_a_data_set_is_neither_markup_nor_a_terminals_command(tmp_path, capsys):
     result = {"dataset": "[/red]\x1b[2J", "task": "zeroshot", "samples": 1, "skipped": 0, "metrics": {"acc1": 1.0}}
-    _print(result, f"{tmp_path}/\x1b[2J.json")
+    print_result(result, f"{tmp_path}/\x1b[2J.json")
     out = capsys.readouterr().out
     assert "[/red]\\x1b[2J" in out
     assert "\x1b" not in out

@@ -1,0 +1,106 @@
+"""Rows of labelled images by position, as the trainer reads them: drawn views, plain crops, or features."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from shards_spec.counter_rng import raw_draws
+from shards_spec.files import DataError
+from shards_spec.images import decode_rgb
+from shards_spec.models import LoadedModel
+from shards_spec.views import ViewSpec, apply_view, draw_view
+from training.data.labelled_images import LabelledImages
+from training.data.order import BatchPlan, Order
+from training.data.samples import Item, Skipped, to_pixels
+
+CROP = 224 / 232  # share of the shorter side that the test crop covers: 232 pixels are cut to 224
+
+
+class LabelledImageRows:
+    """Labelled images by position.
+
+    Items are those of `Samples`, with ``targets`` (an int64 scalar) instead of texts.
+
+    Args:
+        images: The images.
+        student: The model; items have its image size unless an index names another.
+        plan: Sizes of the batches.
+        views: What views are drawn from; images then come in the order of epochs. None: plain crops in stored order.
+        chosen: (n,) indices of the images that are used.
+    """
+
+    def __init__(
+        self, images: LabelledImages, student: LoadedModel, plan: BatchPlan, views: ViewSpec | None, chosen: np.ndarray
+    ) -> None:
+        self.images = images
+        self.student = student
+        self.plan = plan
+        self.views = views
+        self.chosen = chosen
+        self.order = Order([len(chosen)], plan.seed, streams=1, window=1)
+
+    def __getitem__(self, index: int | tuple[int, int | None]) -> Item:
+        position, side = index if isinstance(index, tuple) else (index, None)
+        side = side or self.student.image_size
+        location = self.order.locate(position)
+        number = int(self.chosen[position if self.views is None else location.index])
+        name, data = self.images.image(number)
+        try:
+            image = decode_rgb(data)
+        except DataError as error:
+            return Skipped(f"{name}: {error}")
+        if self.views is None:
+            shown = plain_crop(image, side)
+        else:
+            shown = apply_view(image, self.views, draw_view(self.views, name, location.epoch), side)
+        return {
+            "key": name,
+            "position": position,
+            "epoch": location.epoch,
+            "images": to_pixels(shown),
+            "targets": torch.tensor(int(self.images.labels[number])),
+        }
+
+
+class FeatureRows:
+    """Features (N, D) and labels (N,) by position, to train a head alone."""
+
+    def __init__(self, features: Tensor, labels: Tensor, student: LoadedModel, plan: BatchPlan) -> None:
+        self.features = features
+        self.labels = labels
+        self.student = student
+        self.plan = plan
+        self.order = Order([len(labels)], plan.seed, streams=1, window=1)
+
+    def __getitem__(self, index: int | tuple[int, int | None]) -> Item:
+        position = index[0] if isinstance(index, tuple) else index
+        location = self.order.locate(position)
+        return {
+            "key": str(location.index),
+            "position": position,
+            "epoch": location.epoch,
+            "features": self.features[location.index],
+            "targets": self.labels[location.index],
+        }
+
+
+def subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Return the indices of ``fraction`` of each class's images (at least one), ascending.
+
+    The images of a smaller fraction are among those of a larger one.
+    """
+    chosen = []
+    for label in np.unique(labels):
+        of_class = np.flatnonzero(labels == label)
+        shuffled = of_class[np.argsort(raw_draws(f"subset/{seed}/{label}", len(of_class)), kind="stable")]
+        chosen.append(shuffled[: max(1, round(fraction * len(of_class)))])
+    return np.sort(np.concatenate(chosen))
+
+
+def plain_crop(image: Image.Image, side: int) -> Image.Image:
+    """Return the central square of `CROP` of the shorter side, at ``side`` x ``side`` pixels, bilinear, antialiased."""
+    width, height = image.size
+    cut = CROP * min(image.size)
+    box = ((width - cut) / 2, (height - cut) / 2, (width + cut) / 2, (height + cut) / 2)
+    return image.resize((side, side), Image.Resampling.BILINEAR, box=box)

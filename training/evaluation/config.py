@@ -1,0 +1,42 @@
+"""The options of `clipmill eval`."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes
+
+from shards_spec.models import Trust
+from training.config import require
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Measure a run's student or any open_clip model on a CLIP_benchmark WebDataset."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_MODEL")]
+    """RUN folder, folder with an open_clip_config.json, or open_clip name"""
+    data: tuple[str, ...]
+    """one or more EVAL roots: folders or URLs in CLIP_benchmark's WebDataset layout, or with test/CLASS/*.jpg"""
+    pretrained: str | None = None
+    """open_clip tag or checkpoint file, when model is a name"""
+    task: Literal["auto", "zeroshot", "retrieval"] = "auto"
+    """auto: what dataset_type.txt says"""
+    raw: bool = False
+    """use a run's weights themselves where it kept an average of them"""
+    best: bool = False
+    """use a run's best checkpoint by its eval_data, not the newest"""
+    output: str | None = None
+    """folder for the results, DATASET_TASK.json each (DATASET: the EVAL root's name, with its parents' where several
+    have that); by default RUN/eval, and none for a model that is no RUN"""
+    batch_size: int = 64
+    """images or texts per forward pass"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 is autocast"""
+    trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N"""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        require(len(self.data) >= 1, "data", self.data, "one EVAL root or more")
