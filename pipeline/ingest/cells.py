@@ -1,4 +1,4 @@
-"""From the cells of a list to rows: which columns count, what is no caption, how much of a cell is kept.
+"""From the cells of a list to rows: which columns count, what is not a caption, how much of a cell is kept.
 
 Every reader of lists (`text_lists`, `parquet_lists`) ends here, so that one list in two forms gives the same rows.
 """
@@ -9,51 +9,62 @@ from typing import Any
 
 from pipeline.ingest.rows import (
     CAPTION_NAMES,
+    NOT_FOUND,
     NOT_UTF8,
     URL_NAMES,
     Columns,
-    FilePlace,
+    FileRef,
     Row,
+    decode_text,
     find_column,
-    local_stamp,
-    text_of,
 )
+from pipeline.ingest.source_io import local_stamp
 from shards_spec.files import UserError, is_url, join
 from shards_spec.names import is_image
 
-WEB_NAMES = (*URL_NAMES, "image")  # a list's column image may hold addresses
-PATH_NAMES = ("filepath", "file_path", "image_path", "img_path", "file_name", "filename", "path")  # first: open_clip's
+URL_COLUMNS = (*URL_NAMES, "image")  # a list's column image may hold URLs
+PATH_COLUMNS = (  # filepath first: open_clip's
+    "filepath",
+    "file_path",
+    "image_path",
+    "img_path",
+    "file_name",
+    "filename",
+    "path",
+)
 PATH_CAPTIONS = (*CAPTION_NAMES, "title")  # open_clip's lists of files have filepath and title
 URL_PATTERN = re.compile(r"[a-z][a-z0-9+.\-]*://", re.IGNORECASE)
 NO_CAPTION = frozenset({"\\N", "NaN", "nan"})  # how databases and pandas write that there is none
-MAX_CELL_BYTES = 1 << 15  # of a caption, of an address, and of a row's other columns together
+MAX_CELL_BYTES = 1 << 15  # of a caption, of a URL, and of a row's other columns together
 KEPT_CHARS = 1000  # of what was longer: enough to recognise it
-CAPTION_TOO_LONG, ADDRESS_TOO_LONG = "caption too long", "address too long"
-NOT_TEXT = "caption is not text"
-NOT_FOUND = "file not found"
-NAMES_SHOWN, NAME_CHARS = 20, 40  # of a list's columns, in a message
+NO_URL = "no URL"
+CAPTION_TOO_LONG = "caption too long"
+ADDRESS_TOO_LONG = "address too long"
+NAMES_SHOWN = 20  # of a list's columns, in a message
+NAME_CHARS = 40  # of a column's name, in a message
 
 
 def shown(names: list[str]) -> str:
-    """Column names for a message, however many and long they are."""
+    """Column names for a message, shortened when they are many or long."""
     cut = [name if len(name) <= NAME_CHARS else f"{name[:NAME_CHARS]}..." for name in names[:NAMES_SHOWN]]
     return str(cut) + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
 
 
 def found_columns(names: list[str], columns: Columns) -> tuple[int | None, int | None]:
-    """Indexes of the caption and of the address, by the given names or by the usual ones.
+    """Indexes of the caption and the URL column, by the given names or by the usual ones; None for one not there.
 
-    A list without a column of addresses may have one of files.
+    A column of file names stands in for a column of URLs.
     """
-    url = find_column(columns[1], WEB_NAMES, names)
     captions: tuple[str, ...] = CAPTION_NAMES
+    url = find_column(columns[1], URL_COLUMNS, names)
     if url is None and columns[1] is None:
-        url, captions = find_column(None, PATH_NAMES, names), PATH_CAPTIONS
+        url = find_column(None, PATH_COLUMNS, names)
+        captions = PATH_CAPTIONS
     return find_column(columns[0], captions, names), url
 
 
 def pick_columns(source: str, names: list[str], columns: Columns) -> tuple[int, int]:
-    """Indexes of the caption and the address. Raises UserError that names the columns that are there."""
+    """Indexes of the caption and the URL column. Raises UserError naming the list's columns when one is missing."""
     caption, url = found_columns(names, columns)
     for index, given, option in ((caption, columns[0], "--caption-col"), (url, columns[1], "--url-col")):
         if index is None and given is not None:
@@ -69,8 +80,9 @@ def pick_columns(source: str, names: list[str], columns: Columns) -> tuple[int, 
 
 def check_once(source: str, names: list[str], chosen: list[str]) -> None:
     """Raises UserError when a chosen column's name is there more than once: readers disagree which of them counts."""
-    if twice := next((name for name in chosen if names.count(name) > 1), None):
-        raise UserError(f"--source {source} has the column {twice!r} more than once; rename or drop one of them")
+    for name in chosen:
+        if names.count(name) > 1:
+            raise UserError(f"--source {source} has the column {name!r} more than once; rename or drop one of them")
 
 
 def is_address(cell: str) -> bool:
@@ -80,12 +92,12 @@ def is_address(cell: str) -> bool:
 
 
 def files_folder(source: str, column: str, first: str | None) -> str | None:
-    """The folder below which a list's column names files; None when it names addresses on the web.
+    """The folder below which a list's column names files; None when the column holds URLs.
 
-    It names files by its name, or when the first cell is no URL and is a file beside the list.
+    A column names files when it is called so, or when its ``first`` cell is not a URL but a file beside the list.
     """
-    folder = os.path.dirname(source) if is_url(source) else os.path.dirname(os.path.abspath(source))
-    if column.strip().lower() in PATH_NAMES:
+    folder = os.path.dirname(source if is_url(source) else os.path.abspath(source))
+    if column.strip().lower() in PATH_COLUMNS:
         return folder
     cell = (first or "").strip()
     if not cell or URL_PATTERN.match(cell) or is_url(source) or "\0" in cell:
@@ -100,13 +112,24 @@ def make_row(
     extra: dict[str, Any] | None = None,
     note: str | None = None,
 ) -> Row:
-    """The row of a caption and an address, both UTF-8 when all is well; ``folder`` as `files_folder` tells it."""
+    """The row of a caption and an address, both in UTF-8 unless they are damaged.
+
+    Args:
+        caption: None when there is none.
+        address: A URL, or a file's path below ``folder``.
+        folder: As `files_folder` gives it.
+        extra: The list's other columns.
+        note: See `Row`.
+    """
     text, problem = _text(caption, CAPTION_TOO_LONG)
     if text in NO_CAPTION:
         text = None
-    url, wrong = _text(address, ADDRESS_TOO_LONG)
+    url, url_problem = _text(address, ADDRESS_TOO_LONG)
     url = (url or "").strip()
-    problem = problem or (wrong if wrong == ADDRESS_TOO_LONG else None) or (None if url else "no URL")
+    if problem is None and url_problem == ADDRESS_TOO_LONG:  # one that is not UTF-8 is tried as it is
+        problem = ADDRESS_TOO_LONG
+    if problem is None and not url:
+        problem = NO_URL
     kept = extra or {}
     if folder is None or problem is not None or URL_PATTERN.match(url):
         return Row(text, url or None, problem, note=note, extra=kept)
@@ -115,19 +138,20 @@ def make_row(
         stamp = "" if is_url(path) else local_stamp(path)
     except (OSError, ValueError):
         return Row(text, url, NOT_FOUND, note=note, extra=kept)
-    return Row(text, url, None, stamp, FilePlace(path), note, kept)
+    return Row(text, url, None, stamp, FileRef(path), note, kept)
 
 
 def _text(cell: bytes | None, too_long: str) -> tuple[str | None, str | None]:
-    """(text, problem); of too long a cell the beginning is kept."""
+    """(text, problem); of a cell that is too long the beginning is kept."""
     if cell is not None and len(cell) > MAX_CELL_BYTES:
         return cell[:KEPT_CHARS].decode(errors="ignore"), too_long
-    text, broken = text_of(cell)
+    text, broken = decode_text(cell)
     return text, NOT_UTF8 if broken else None
 
 
 def broken_row(line: bytes, problem: str) -> Row:
-    """The row of a line that has not the columns it should have; all of it may be an address."""
-    text = text_of(line[:MAX_CELL_BYTES])[0] or ""
-    text = text if len(line) <= MAX_CELL_BYTES else text[:KEPT_CHARS]
+    """The row of a line without the columns it should have: its text is kept as its URL or its caption."""
+    text = decode_text(line[:MAX_CELL_BYTES])[0] or ""
+    if len(line) > MAX_CELL_BYTES:
+        text = text[:KEPT_CHARS]
     return Row(None, text, problem) if URL_PATTERN.match(text) else Row(text or None, None, problem)

@@ -20,9 +20,9 @@ from types import TracebackType
 from pipeline.ingest.backpressure import Gate
 from pipeline.ingest.decode_pool import DecoderFailed, Decoders
 from pipeline.ingest.http_client import MAY_PASS, NOT_PUBLIC, Fetcher, FetchError, FetchRules, Link
+from pipeline.ingest.image_bytes import ImageReadError, clear_read_cache, read_image_bytes
 from pipeline.ingest.images import RESIZE, EncodedImage, ImageRules, Outcome, to_outcome
-from pipeline.ingest.rows import Place, PlaceError, forget_places, read_place
-from pipeline.ingest.url_lists import Row
+from pipeline.ingest.rows import ImageRef, Row
 
 LATE = 2.0  # medians of the finished shards' times: what is on the network then, ends as a time-out
 KNOWN = 3  # finished shards before there is a median
@@ -31,7 +31,7 @@ TICK_S = 0.3
 READERS = 8  # threads that read local images
 BODIES = 32  # per decoder: bodies that may wait for it
 
-Origin = str | Place  # of an image: its link, or where it lies. One that is there twice is fetched once
+Origin = str | ImageRef  # of an image: its link, or where it lies. One that is there twice is fetched once
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Downloader:
         self._thread.join()
         self._loop.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
-        forget_places()
+        clear_read_cache()
 
     async def _open(self) -> None:
         self._gate = Gate(BODIES * self._workers)
@@ -135,7 +135,7 @@ class Downloader:
 
     async def _outcomes(self, rows: list[Row]) -> list[Outcome]:
         self.tally.given += len(rows)
-        origins = [None if row.problem else row.place or row.url for row in rows]
+        origins = [None if row.problem else row.image_ref or row.url for row in rows]
         links, works = dict[Origin, Link](), dict[Origin, asyncio.Task[Outcome]]()
         try:
             for origin in dict.fromkeys(origin for origin in origins if origin):
@@ -196,7 +196,7 @@ class Downloader:
         try:
             fetch = self._fetcher.get(origin, link) if isinstance(origin, str) else self._read(origin, link)
             data = await fetch
-        except (FetchError, PlaceError) as error:
+        except (FetchError, ImageReadError) as error:
             return str(error)
         async with self._gate.body():
             try:
@@ -205,11 +205,11 @@ class Downloader:
                 return f"{RESIZE}{error}"
         return image
 
-    async def _read(self, place: Place, link: Link) -> bytes:
+    async def _read(self, image_ref: ImageRef, link: Link) -> bytes:
         link.phase = "slot"
         async with self._local:
             await self._gate.enter()
-            read: Callable[[], bytes] = partial(read_place, place, self._fetch_rules.max_bytes)
+            read: Callable[[], bytes] = partial(read_image_bytes, image_ref, self._fetch_rules.max_bytes)
             try:
                 data = await self._loop.run_in_executor(self._readers, read)
             except BaseException:

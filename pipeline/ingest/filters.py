@@ -13,7 +13,8 @@ from pipeline.core.near_duplicates import EXACT_DUPLICATE, NEAR_DUPLICATE, find_
 from pipeline.dedup.image_match import alike, fingerprint
 from pipeline.ingest.additional_columns import Condition
 from pipeline.ingest.images import EncodedImage, Outcome
-from pipeline.ingest.rows import Row, lines
+from pipeline.ingest.rows import Row
+from pipeline.ingest.source_io import lines
 from shards_spec.files import UserError, exists, sha256_bytes
 from shards_spec.images import decode_rgb
 

@@ -18,12 +18,12 @@ from pipeline.ingest.rows import (
     NOT_UTF8,
     Caption,
     Columns,
-    FilePlace,
+    FileRef,
     Row,
+    decode_text,
     find_column,
-    stamp_of,
-    text_of,
 )
+from pipeline.ingest.source_io import remote_stamp
 from pipeline.ingest.text_lists import captions_of
 from shards_spec.files import UserError, filesystem, is_url, join, read_bytes, store_errors
 from shards_spec.folders import Files, walk
@@ -139,12 +139,12 @@ class _Sidecars:
 
 
 def _image_rows(folder: str, path: str, info: dict[str, Any], captions: list[Caption]) -> Iterator[Row]:
-    place, stamp, wrong = FilePlace(join(folder, path)), "", None
+    place, stamp, wrong = FileRef(join(folder, path)), "", None
     clean = clean_name(path)
     if clean != path:
         wrong = NAME_NOT_UTF8
     elif is_url(folder):
-        stamp = stamp_of(info)
+        stamp = remote_stamp(info)
     else:
         try:
             status = os.stat(place.path)
@@ -196,7 +196,7 @@ def _captions(name: str, data: bytes | Exception | str, given: str | None) -> li
         return [Caption(note=OUTSIDE)]
     if not isinstance(data, bytes):
         return [Caption(None, data if isinstance(data, str) else NOT_READABLE)]
-    text, broken = text_of(data)
+    text, broken = decode_text(data)
     if broken or not name.lower().endswith(".json"):
         return [Caption((text or "").removeprefix("\ufeff").strip(), NOT_UTF8 if broken else None)]
     try:

@@ -39,14 +39,14 @@ MEND = "delete the shard's three files and let img2dataset make it again"
 
 
 @dataclass(frozen=True)
-class Found:
+class Img2datasetShard:
     """A finished shard of img2dataset: paths without their endings, ``inside`` when it already lies in ROOT/raw."""
 
     source: str
     inside: bool
 
 
-def adopt_tasks(root: str, folder: str) -> list[Task]:
+def import_tasks(root: str, folder: str) -> list[Task]:
     """A task per finished shard of ``folder``, numbered without gaps.
 
     Unfinished ones are left out with a warning. Raises UserError when there is none, when a key stands in two
@@ -61,7 +61,7 @@ def adopt_tasks(root: str, folder: str) -> list[Task]:
         )
     sources = [join(folder, base) for base in bases]
     _check_unique(sources)
-    return [Task(number, _fingerprint(path), Found(path, inside)) for number, path in enumerate(sources)]
+    return [Task(number, _fingerprint(path), Img2datasetShard(path, inside)) for number, path in enumerate(sources)]
 
 
 def _same_folder(one: str, other: str) -> bool:
@@ -104,7 +104,7 @@ def _check_unique(sources: list[str]) -> None:
 
 
 def _readable_keys(path: str) -> list[str]:
-    """Keys of a shard; none when its Parquet file is broken, which ``adopt_shard`` reports by name."""
+    """Keys of a shard; none when its Parquet file is broken, which ``import_shard`` reports by name."""
     try:
         return _keys(path)
     except DataError:
@@ -117,9 +117,9 @@ def _keys(path: str) -> list[str]:
     return [row["key"] for row in rows if row["status"] == "success"]
 
 
-def adopt_shard(root: str, task: Task) -> Result:
+def import_shard(root: str, task: Task) -> Result:
     """Check one shard and copy it. Raises DataError when it is broken or does not fit its stats."""
-    found: Found = task.payload
+    found: Img2datasetShard = task.payload
     stats, listed = _read_stats(found.source), sorted(_keys(found.source))
     in_tar = sorted(map(check_key, shard_keys(f"{found.source}.tar")))
     if in_tar != listed or len(in_tar) != stats["successes"]:
@@ -139,7 +139,7 @@ def _read_stats(path: str) -> dict[str, Any]:
     return stats
 
 
-def _copies(root: str, shard: int, found: Found) -> Iterator[tuple[str, str]]:
+def _copies(root: str, shard: int, found: Img2datasetShard) -> Iterator[tuple[str, str]]:
     """(path below ROOT, sha256) of the shard's files, copied unless they lie there already."""
     name = join(RAW, shard_name(shard))
     if not found.inside:

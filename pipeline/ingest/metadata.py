@@ -14,19 +14,19 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
 
-from pipeline.ingest.cells import NOT_FOUND, shown
+from pipeline.ingest.cells import NO_URL, shown
 from pipeline.ingest.parquet_lists import parquet_rows
 from pipeline.ingest.rows import (
     CAPTION_NAMES,
+    NOT_FOUND,
     NOT_UTF8,
     Caption,
     Row,
+    decode_text,
     find_column,
     json_text,
-    lines,
-    open_parquet,
-    text_of,
 )
+from pipeline.ingest.source_io import lines, open_parquet
 from pipeline.ingest.text_lists import (
     HEAD_LINES,
     NO_COLUMN,
@@ -51,7 +51,7 @@ TEXT_NAMES = ("text", "caption", *CAPTION_NAMES, "captions", "texts", "comment",
 FILE_NAMES = ("file_name", "filename", "image", "image_name", "file", "img", "filepath", "image_path")
 TOKEN = re.compile(r"(?P<file>[^\t]+?\.\w+)(#\d+)?\t(?P<text>.*)")  # Flickr8k.token.txt
 MAX_JSON_BYTES = 1 << 27  # COCO's captions of 2017 have 92 MB
-NO_URL, NO_FILE = "no URL", "metadata row without file_name"
+NO_FILE = "metadata row without file_name"
 TRIED_FILES, TRIED_FOLDERS = 5, 100  # to find where the images of a list lie
 
 Entry = tuple[str | None, list[Caption]]  # file name, its captions
@@ -209,7 +209,7 @@ def _list_entries(path: str, given: str | None) -> Iterator[Entry] | None:
 
 
 def _captions(text: str) -> list[Caption]:
-    plain, broken = text_of(text.encode(errors="surrogateescape"))
+    plain, broken = decode_text(text.encode(errors="surrogateescape"))
     return [Caption(plain or None, NOT_UTF8 if broken else None)]
 
 

@@ -14,25 +14,27 @@ USUAL_PAGE_BYTES = 1 << 20
 USUAL_RATIO = 20  # of unpacked to packed bytes: more makes the pages of a remote file worth a request each
 HEADER_BYTES = 1 << 16
 DICTIONARY = 2  # kind of a page
-HEADER: dict[int, Any] = {1: {}, 2: {}, 3: {}}  # kind, bytes unpacked, bytes in the file
+HEADER: dict[int, Any] = {1: {}, 2: {}, 3: {}}  # fields: kind, bytes unpacked, bytes in the file
 
 
 def largest_pages(file: IO[bytes], column: Chunk, remote: bool) -> tuple[int, int]:
-    """Bytes of a column chunk's dictionary and of its largest other page, unpacked.
+    """(bytes of the dictionary, bytes of the largest other page) of a column chunk, unpacked.
 
-    Of the whole chunk where its headers make no sense. Of a ``remote`` file whose size is usual they are taken to be
-    the usual ones: each header would cost a request.
+    The bytes of the whole chunk for both where its headers make no sense. For a ``remote`` file whose compression ratio
+    is usual, the size that writers aim at: reading each header would cost a request.
     """
     unpacked = column.unpacked
     if remote and unpacked <= USUAL_RATIO * column.packed:
         usual = min(unpacked, USUAL_PAGE_BYTES)
         return usual, usual
-    at = column.data_page
-    if 0 < (first := column.dictionary_page or 0) < at:
-        at = first
-    largest, end = {True: 0, False: 0}, at + column.packed
-    while at < end:
-        file.seek(at)
+    offset = column.data_page
+    if column.dictionary_page and 0 < column.dictionary_page < offset:
+        offset = column.dictionary_page
+    end = offset + column.packed
+    largest_dictionary = 0
+    largest_page = 0
+    while offset < end:
+        file.seek(offset)
         try:
             header, length = read_struct(file.read(HEADER_BYTES), 0, HEADER)
             kind, size, packed = (header[field] for field in HEADER)
@@ -40,7 +42,10 @@ def largest_pages(file: IO[bytes], column: Chunk, remote: bool) -> tuple[int, in
             return unpacked, unpacked
         if not all(isinstance(number, int) and number >= 0 for number in (size, packed)):
             return unpacked, unpacked
-        # PyArrow makes room for the packed bytes too, before it sees that they are not there
-        largest[kind == DICTIONARY] = max(largest[kind == DICTIONARY], size, packed)
-        at += length + packed
-    return largest[True], largest[False]
+        needed = max(size, packed)  # PyArrow allocates the packed bytes too, before it sees that they are not there
+        if kind == DICTIONARY:
+            largest_dictionary = max(largest_dictionary, needed)
+        else:
+            largest_page = max(largest_page, needed)
+        offset += length + packed
+    return largest_dictionary, largest_page

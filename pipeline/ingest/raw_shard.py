@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pipeline.core.runner import Result
 from pipeline.ingest.additional_columns import ALL_COLUMNS, kept_columns, plain
 from pipeline.ingest.images import RESIZE, EncodedImage, Outcome
-from pipeline.ingest.url_lists import Row
+from pipeline.ingest.rows import Row
 from shards_spec.files import UserError, atomic_writer, free_bytes, join, sha256_file
 from shards_spec.layout import RAW, shard_name
 from shards_spec.manifest import forget

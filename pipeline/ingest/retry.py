@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.core.runner import Task
 from pipeline.ingest.http_client import MAY_PASS
 from pipeline.ingest.raw_shard import SCHEMA, Inputs
-from pipeline.ingest.url_lists import Row
+from pipeline.ingest.rows import Row
 from shards_spec.files import UserError, join, remove, sha256_json
 from shards_spec.layout import RAW, raw_parquet, shard_name
 from shards_spec.library_errors import read_table

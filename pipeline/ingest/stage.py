@@ -15,16 +15,19 @@ import pyarrow as pa
 from pipeline.core.runner import ALL, Result, Root, ShardAssignment, Stage, Summary, Task, run_stage
 from pipeline.ingest.additional_columns import ALL_COLUMNS, check_named, plain, read_conditions
 from pipeline.ingest.cells import ADDRESS_TOO_LONG, CAPTION_TOO_LONG, KEPT_CHARS
+from pipeline.ingest.detect import detect
 from pipeline.ingest.downloader import Downloader
+from pipeline.ingest.estimate import estimate_rows
 from pipeline.ingest.filters import Selection, read_exclusions
 from pipeline.ingest.http_client import FetchRules
 from pipeline.ingest.images import JPEG_QUALITY, ImageRules
-from pipeline.ingest.img2dataset import adopt_shard, adopt_tasks
-from pipeline.ingest.parquet_lists import other_types
+from pipeline.ingest.img2dataset import import_shard, import_tasks
+from pipeline.ingest.parquet_cells import other_types
 from pipeline.ingest.raw_shard import Inputs, sample_key, write_raw_shard
 from pipeline.ingest.retry import additional_shards, kept_tasks, remove_shard, retry_tasks
-from pipeline.ingest.rows import Columns
-from pipeline.ingest.url_lists import Format, Row, detect, estimate_rows, list_rows, source_files
+from pipeline.ingest.rows import Columns, Row
+from pipeline.ingest.source_files import Format, source_files
+from pipeline.ingest.url_lists import list_rows
 from shards_spec.files import UserError, free_bytes, is_url, join, sha256_bytes, sha256_json
 from shards_spec.layout import FOLDERS, RAW, shard_name
 from shards_spec.manifest import finished_shards
@@ -163,10 +166,10 @@ def ingest(config: IngestConfig, assignment: ShardAssignment = ALL) -> Summary:
     log.info("%s: %s", config.named, form)
     if form == "img2dataset":
         stage = Stage("ingest", RAW, {"kind": "img2dataset"})
-        adopted = adopt_tasks(config.root, config.sources[0])
+        adopted = import_tasks(config.root, config.sources[0])
         _refuse_surplus(config, len(adopted))
         return run_stage(
-            config.root, stage, adopted, adopt_shard, total=len(adopted), workers=config.processes,
+            config.root, stage, adopted, import_shard, total=len(adopted), workers=config.processes,
             overwrite=config.overwrite, source=config.named, surplus=partial(_remove_surplus, config),
             assignment=assignment,
         )  # fmt: skip
@@ -346,7 +349,7 @@ def bounded(rows: Iterator[Row], most: int) -> Iterator[Row]:
 
 def _identity(row: Row) -> list[Any]:
     """What a row is, wherever its source lies: a folder that was moved is the same folder."""
-    return [row.caption, row.url, row.problem, row.stamp, *(astuple(row.place)[1:] if row.place else ())]
+    return [row.caption, row.url, row.problem, row.stamp, *(astuple(row.image_ref)[1:] if row.image_ref else ())]
 
 
 def _live(source: Listing, downloader: Downloader, root: str) -> str:

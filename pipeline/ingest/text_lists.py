@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 from pipeline.ingest.cells import (
     MAX_CELL_BYTES,
-    NOT_TEXT,
     URL_PATTERN,
     broken_row,
     files_folder,
@@ -28,18 +27,8 @@ from pipeline.ingest.cells import (
     make_row,
     pick_columns,
 )
-from pipeline.ingest.rows import (
-    MAX_LINE_BYTES,
-    NOT_UTF8,
-    URL_NAMES,
-    Caption,
-    Columns,
-    Row,
-    find_column,
-    lines,
-    raw_lines,
-    text_of,
-)
+from pipeline.ingest.rows import NOT_TEXT, NOT_UTF8, URL_NAMES, Caption, Columns, Row, decode_text, find_column
+from pipeline.ingest.source_io import MAX_LINE_BYTES, lines, raw_lines
 from shards_spec.files import UserError
 from shards_spec.library_errors import what_it_is
 from shards_spec.sample import parse_object
@@ -61,7 +50,7 @@ csv.field_size_limit(2 * MAX_LINE_BYTES)  # the module's own limit is 131,072
 def detect_text(source: str, columns: Columns) -> TextForm:
     """The form of a text list, from its first lines. Raises UserError."""
     head = list(islice(lines(source), HEAD_LINES))
-    found = [text for line in head if (text := text_of(line)[0] or "").strip()]
+    found = [text for line in head if (text := decode_text(line)[0] or "").strip()]
     if not found:
         raise UserError(f"--source {source} is empty; give a list with a URL and a caption per line")
     _warn_of_encoding(source, head)
@@ -128,7 +117,7 @@ def _is_cut_by(delimiter: str, found: list[str]) -> bool:
 
 def _warn_of_encoding(source: str, head: list[bytes]) -> None:
     foreign = [line for line in head if not line.isascii()]
-    if foreign and all(text_of(line)[1] for line in foreign):
+    if foreign and all(decode_text(line)[1] for line in foreign):
         log.warning(
             "%s: none of the first %d lines with other than ASCII letters is UTF-8; if it is latin-1, make it UTF-8 "
             "first (iconv -f LATIN1 -t UTF-8), or these rows are left out as 'caption is not UTF-8'",
@@ -157,7 +146,7 @@ def header_of(line: bytes, columns: Columns) -> tuple[list[str], str]:
     cuts = []
     for delimiter in DELIMITERS:
         fields = _rfc(line.rstrip(b"\r"), delimiter)[0] or _cut(line.rstrip(b"\r"), delimiter)
-        names = [text_of(field)[0] or "" for field in fields]
+        names = [decode_text(field)[0] or "" for field in fields]
         if None not in found_columns(names, columns):
             return names, delimiter
         cuts.append((names, delimiter))
@@ -185,14 +174,14 @@ def _placed(fields: list[bytes], shape: Shape) -> list[bytes]:
     if more <= 0:
         return fields
     shift = 0 if shape.url < shape.caption else 1
-    fits = (n for n in range(more, -1, -1) if is_address(text_of(fields[shape.url + n * shift])[0] or ""))
+    fits = (n for n in range(more, -1, -1) if is_address(decode_text(fields[shape.url + n * shift])[0] or ""))
     end = shape.caption + next(fits, more) + 1
     return [*fields[: shape.caption], shape.delimiter.encode().join(fields[shape.caption : end]), *fields[end:]]
 
 
 def _has_address(fields: list[bytes], shape: Shape) -> bool:
     whole = len(fields) > max(shape.caption, shape.url)
-    return whole and is_address(text_of(fields[shape.url])[0] or "")
+    return whole and is_address(decode_text(fields[shape.url])[0] or "")
 
 
 def _unquoted(field: bytes) -> bytes:
@@ -269,7 +258,7 @@ def delimited_rows(source: str, columns: Columns) -> Iterator[Row]:
     caption, url = pick_columns(source, names, columns)
     rows = split_rows(texts, Shape(delimiter, len(names), caption, url))
     head = list(islice(rows, 1))
-    cell = text_of(head[0][1][url])[0] if head and len(head[0][1]) > url else None
+    cell = decode_text(head[0][1][url])[0] if head and len(head[0][1]) > url else None
     folder = files_folder(source, names[url], cell)
     others = [index for index in range(len(names)) if index not in (caption, url)]
     for text, fields in chain(head, rows):
@@ -277,7 +266,7 @@ def delimited_rows(source: str, columns: Columns) -> Iterator[Row]:
             yield broken_row(text, LINE_TOO_LONG if len(text) >= MAX_LINE_BYTES else NO_COLUMN)
             continue
         kept = sum(len(field) for field in fields) <= 3 * MAX_CELL_BYTES
-        cells = {names[index]: text_of(fields[index])[0] for index in others if index < len(fields)} if kept else {}
+        cells = {names[index]: decode_text(fields[index])[0] for index in others if index < len(fields)} if kept else {}
         yield make_row(fields[caption], fields[url], folder, cells)
 
 
@@ -290,7 +279,7 @@ def headless_rows(source: str, shape: Shape) -> Iterator[Row]:
             yield make_row(fields[shape.caption], fields[shape.url])
 
 
-def address_rows(source: str, columns: Columns) -> Iterator[Row]:
+def url_rows(source: str, columns: Columns) -> Iterator[Row]:
     """Rows of a list of addresses alone, one a line, below a header or without one: images without captions.
 
     Raises UserError when the header is not the one that was named.
@@ -307,7 +296,7 @@ def address_rows(source: str, columns: Columns) -> Iterator[Row]:
 
 def _bare(line: bytes) -> str:
     """The one field of a line."""
-    return (text_of(_unquoted(line.strip()))[0] or "").strip()
+    return (decode_text(_unquoted(line.strip()))[0] or "").strip()
 
 
 # JSON Lines
@@ -366,7 +355,7 @@ def json_captions(value: object) -> tuple[list[bytes | None], str | None]:
 def captions_of(value: object) -> list[Caption]:
     """`json_captions` as text."""
     texts, note = json_captions(value)
-    found = [text_of(text) for text in texts]
+    found = [decode_text(text) for text in texts]
     return [Caption(text, NOT_UTF8 if broken else None, note) for text, broken in found]
 
 

@@ -17,14 +17,14 @@ from pipeline.ingest.rows import (
     Caption,
     Columns,
     Row,
-    SourceFile,
-    SparsePlace,
-    TarPlace,
+    SparseTarRef,
+    TarRef,
+    decode_text,
     find_column,
     json_text,
-    open_parts,
-    text_of,
 )
+from pipeline.ingest.source_files import SourceFile
+from pipeline.ingest.source_io import open_random_access
 from pipeline.ingest.text_lists import captions_of
 from shards_spec.files import DataError, UserError, is_url, store_errors
 from shards_spec.library_errors import what_it_is
@@ -49,7 +49,7 @@ class _Parts:
     """
 
     def __init__(self, path: str) -> None:
-        self._file = open_parts(path)
+        self._file = open_random_access(path)
         self._errors = partial(store_errors, path) if is_url(path) else contextlib.nullcontext
         try:
             self._size = self._file.seek(0, os.SEEK_END)
@@ -223,9 +223,9 @@ def _sample_rows(
             continue
         member = members[image]
         place = (
-            SparsePlace(file.path, member.size, member.pieces)
+            SparseTarRef(file.path, member.size, member.pieces)
             if member.pieces
-            else TarPlace(file.path, member.offset, member.size)
+            else TarRef(file.path, member.offset, member.size)
         )
         yield Row(caption, url, wrong or (problem if caption is None else None), file.stamp, place, note)
 
@@ -234,7 +234,7 @@ def _member_text(buffer: memoryview, member: Member) -> tuple[str | None, str | 
     """(text, problem)."""
     if member.size > MAX_TEXT_BYTES:
         return None, "caption too long"
-    text, broken = text_of(member.read(buffer))
+    text, broken = decode_text(member.read(buffer))
     text = text.removeprefix("\ufeff") if text is not None else None
     return text, NOT_UTF8 if broken else None
 

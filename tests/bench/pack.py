@@ -36,7 +36,7 @@ from PIL import Image
 from pipeline.core.runner import Result, Stage, Task, run_stage
 from pipeline.ingest.images import EncodedImage
 from pipeline.ingest.raw_shard import Inputs, sample_key, write_raw_shard
-from pipeline.ingest.url_lists import Row
+from pipeline.ingest.rows import Row
 from pipeline.labels.wordnet import find_wordnet, load_wordnet
 from pipeline.pack.stage import PackConfig, pack
 from shards_spec.files import atomic_writer, join, sha256_file

@@ -64,7 +64,7 @@ def first_shard(root: str) -> None:
     from pipeline.dedup.stage import DedupConfig, dedup
     from pipeline.ingest.images import EncodedImage
     from pipeline.ingest.raw_shard import Inputs, write_raw_shard
-    from pipeline.ingest.url_lists import Row
+    from pipeline.ingest.rows import Row
     from pipeline.pack.stage import PackConfig, pack
 
     file = io.BytesIO()

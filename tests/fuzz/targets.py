@@ -59,20 +59,22 @@ def placed(folder: Path, path: str, data: bytes) -> str:
 
 def read_source(source: str) -> None:
     """All rows of a list, a tar or a folder and the bytes of the images that it brings: what ``ingest`` does first."""
-    from pipeline.ingest.rows import PlaceError, forget_places, read_place
-    from pipeline.ingest.url_lists import detect, estimate_rows, list_rows
+    from pipeline.ingest.detect import detect
+    from pipeline.ingest.estimate import estimate_rows
+    from pipeline.ingest.image_bytes import ImageReadError, clear_read_cache, read_image_bytes
+    from pipeline.ingest.url_lists import list_rows
 
     form = detect(source)
     estimate_rows(source, form)
     try:
         for row in list_rows(source, form):
-            if row.place is not None:
+            if row.image_ref is not None:
                 try:
-                    read_place(row.place, MAX_BYTES)
-                except PlaceError:
+                    read_image_bytes(row.image_ref, MAX_BYTES)
+                except ImageReadError:
                     continue
     finally:
-        forget_places()
+        clear_read_cache()
 
 
 # tars

@@ -13,9 +13,10 @@ from PIL import Image
 from small_ingest import config
 from small_ingest import rows_of as raw_rows
 
-from pipeline.ingest.rows import read_place
+from pipeline.ingest.detect import detect
+from pipeline.ingest.image_bytes import read_image_bytes
 from pipeline.ingest.stage import ingest
-from pipeline.ingest.url_lists import detect, list_rows
+from pipeline.ingest.url_lists import list_rows
 from shards_spec.files import UserError
 
 LIMIT = 1 << 30
@@ -159,7 +160,7 @@ def test_a_row_of_metadata_is_a_row(tmp_path, form):
         ("img/1.jpg", "c0", None), ("img/1.jpg", "c2", None), ("img/1.jpg", "c3", None), ("img/2.jpg", "c1", None),
         ("img/3.jpg", None, None),
     ]  # fmt: skip
-    assert [read_place(row.place, LIMIT) for row in rows] == [image(n) for n in (0, 0, 0, 1, 2)]
+    assert [read_image_bytes(row.image_ref, LIMIT) for row in rows] == [image(n) for n in (0, 0, 0, 1, 2)]
 
 
 def test_file_names_of_metadata_in_other_spellings(tmp_path):
@@ -172,7 +173,9 @@ def test_file_names_of_metadata_in_other_spellings(tmp_path):
     ]
     write_metadata(tmp_path, "jsonl", [{"file_name": name, "text": f"c{n}"} for n, name in enumerate(names)])
     rows = rows_of(tmp_path)
-    assert {row.caption: read_place(row.place, LIMIT) for row in rows} == {f"c{n}": image(n) for n in range(4)}
+    assert {row.caption: read_image_bytes(row.image_ref, LIMIT) for row in rows} == {
+        f"c{n}": image(n) for n in range(4)
+    }
     assert [row.problem for row in rows] == [None] * 4
 
 

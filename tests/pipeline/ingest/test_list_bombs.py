@@ -16,13 +16,15 @@ MOST_MIB = 1024  # of any process; VmHWM, because ru_maxrss knows of the process
 HUGE = 300 << 20  # bytes of a cell
 RUN = r"""
 import collections, json, re, sys
-from pipeline.ingest.rows import PlaceError, read_place
-from pipeline.ingest.url_lists import detect, estimate_rows, list_rows
+from pipeline.ingest.image_bytes import ImageReadError, read_image_bytes
+from pipeline.ingest.detect import detect
+from pipeline.ingest.estimate import estimate_rows
+from pipeline.ingest.url_lists import list_rows
 
 def outcome(row):
     try:
-        return row.problem or (read_place(row.place, 20_000_000) and "read" if row.place else "link")
-    except PlaceError as error:
+        return row.problem or (read_image_bytes(row.image_ref, 20_000_000) and "read" if row.image_ref else "link")
+    except ImageReadError as error:
         return str(error)
 
 found = {}

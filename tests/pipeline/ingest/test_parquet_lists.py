@@ -7,9 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 from web_server import make_image
 
+from pipeline.ingest.detect import detect
+from pipeline.ingest.image_bytes import read_image_bytes
 from pipeline.ingest.parquet_pages import largest_pages
-from pipeline.ingest.rows import Row, read_place
-from pipeline.ingest.url_lists import detect, list_rows
+from pipeline.ingest.rows import Row
+from pipeline.ingest.url_lists import list_rows
 from shards_spec.files import UserError
 from shards_spec.parquet_footer import row_groups
 
@@ -36,7 +38,7 @@ def test_every_type_of_text(tmp_path, kind):
     write(path, caption=pa.array(["a", None, "ü"], kind), image=[{"bytes": make_image(n)} for n in range(3)])
     found = rows(path)
     assert [row.caption for row in found] == ["a", None, "ü"]
-    assert [read_place(row.place, 1 << 20) for row in found] == [make_image(n) for n in range(3)]
+    assert [read_image_bytes(row.image_ref, 1 << 20) for row in found] == [make_image(n) for n in range(3)]
 
 
 @pytest.mark.parametrize("kind", [
@@ -52,7 +54,7 @@ def test_a_list_of_texts_is_a_caption_each(tmp_path, kind):
     write(path, caption=pa.array(texts, kind), image=[{"bytes": make_image(n)} for n in range(3)])
     found = rows(path)
     assert [(row.caption, row.url) for row in found] == [(text, f"l.parquet#{url[-1]}") for text, url in pairs]
-    assert [read_place(row.place, 1 << 20) for row in found] == [make_image(n) for n in (0, 0, 1, 2)]
+    assert [read_image_bytes(row.image_ref, 1 << 20) for row in found] == [make_image(n) for n in (0, 0, 1, 2)]
     write(path, caption=pa.array([["a", "b"]] * 3, pa.list_(pa.string(), 2)), url=URLS)
     assert [row.caption for row in rows(path)] == ["a", "b"] * 3
 
@@ -80,10 +82,10 @@ def test_every_type_of_bytes_holds_images(tmp_path, kind):
     path = tmp_path / "l.parquet"
     for column in ("image", "jpg"):
         write(path, **{column: pa.array([make_image(n) for n in range(3)], kind), "caption": list("abc")})
-        assert [read_place(row.place, 1 << 20) for row in rows(path)] == [make_image(n) for n in range(3)]
+        assert [read_image_bytes(row.image_ref, 1 << 20) for row in rows(path)] == [make_image(n) for n in range(3)]
     write(path, photo_data=pa.array([make_image(n) for n in range(3)], kind), caption=list("abc"))
     found = rows(path, (None, "photo_data"))
-    assert [read_place(row.place, 1 << 20) for row in found] == [make_image(n) for n in range(3)]
+    assert [read_image_bytes(row.image_ref, 1 << 20) for row in found] == [make_image(n) for n in range(3)]
 
 
 @pytest.mark.parametrize(("values", "named"), [

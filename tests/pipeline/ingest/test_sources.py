@@ -18,10 +18,14 @@ from hypothesis import strategies as st
 from small_data import tar_bytes
 from web_server import make_image
 
-from pipeline.ingest import rows as places
-from pipeline.ingest import webdataset_source as foreign_tar
-from pipeline.ingest.rows import FilePlace, ParquetPlace, PlaceError, Row, TarPlace, forget_places, read_place
-from pipeline.ingest.url_lists import detect, estimate_rows, folder_rows, list_rows, source_files
+from pipeline.ingest import image_bytes, webdataset_source
+from pipeline.ingest.detect import detect
+from pipeline.ingest.estimate import estimate_rows
+from pipeline.ingest.image_bytes import ImageReadError, clear_read_cache, read_image_bytes
+from pipeline.ingest.image_folder import folder_rows
+from pipeline.ingest.rows import FileRef, ParquetRef, Row, TarRef
+from pipeline.ingest.source_files import source_files
+from pipeline.ingest.url_lists import list_rows
 from shards_spec.files import UserError, sha256_json, write_bytes
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "img2dataset-1.47"
@@ -335,7 +339,7 @@ def test_estimates(tmp_path, store):
 
 
 def test_an_estimate_over_many_parquet_files_reads_some(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.ingest.url_lists.FOOTERS_READ", 3)
+    monkeypatch.setattr("pipeline.ingest.estimate.MAX_FOOTERS", 3)
     for n in range(10):
         put(tmp_path, f"{n}.parquet", parquet_bytes([{"url": "http://h/1", "caption": "c"}] * 5))
     assert estimate_rows(str(tmp_path), "parquet") == (50, False)
@@ -366,11 +370,11 @@ def test_a_folder_with_captions_beside(tmp_path, store, remote):
     expected += [] if remote else [(None, "zz.jpg", "caption not readable")]
     expected += [(None, "b/none.jpg", None), ("in b", "b/x.PNG", None)]
     assert plain(rows) == expected
-    assert all(row.stamp and row.place == FilePlace(f"{folder}/{row.url}") for row in rows if row.url != "gone.jpg")
-    by_url = {row.url: row.place for row in rows}
-    assert read_place(by_url["z.jpg"], LIMIT) == make_image(0)
-    with pytest.raises(PlaceError, match=r"^empty file$"):
-        read_place(by_url["empty.jpg"], LIMIT)
+    assert all(row.stamp and row.image_ref == FileRef(f"{folder}/{row.url}") for row in rows if row.url != "gone.jpg")
+    by_url = {row.url: row.image_ref for row in rows}
+    assert read_image_bytes(by_url["z.jpg"], LIMIT) == make_image(0)
+    with pytest.raises(ImageReadError, match=r"^empty file$"):
+        read_image_bytes(by_url["empty.jpg"], LIMIT)
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
@@ -459,11 +463,11 @@ def test_a_tar_made_by_others(tmp_path, store, form, remote):
     assert plain(rows) == FOUND
     seeds = {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 8: 6, 9: 7, 10: 7, 12: 8}
     for index, seed in seeds.items():
-        assert read_place(rows[index].place, LIMIT) == make_image(seed)
-    with pytest.raises(PlaceError, match=r"^empty file$"):
-        read_place(rows[11].place, LIMIT)
-    with pytest.raises(PlaceError, match=r"^too large$"):
-        read_place(rows[0].place, 100)
+        assert read_image_bytes(rows[index].image_ref, LIMIT) == make_image(seed)
+    with pytest.raises(ImageReadError, match=r"^empty file$"):
+        read_image_bytes(rows[11].image_ref, LIMIT)
+    with pytest.raises(ImageReadError, match=r"^too large$"):
+        read_image_bytes(rows[0].image_ref, 100)
     assert len({row.stamp for row in rows}) == 1
 
 
@@ -543,7 +547,7 @@ def test_img2datasets_tars_are_webdataset_too(tmp_path):
 
 
 def test_a_member_that_is_too_long_for_a_caption(tmp_path, monkeypatch):
-    monkeypatch.setattr(foreign_tar, "MAX_TEXT_BYTES", 100)
+    monkeypatch.setattr(webdataset_source, "MAX_TEXT_BYTES", 100)
     put(tmp_path, "x.tar", tar_bytes([("0.jpg", make_image(1)), ("0.txt", "x" * 101)]))
     assert plain(rows_of(tmp_path / "x.tar")) == [(None, "x.tar/0", "caption too long")]
 
@@ -590,7 +594,7 @@ def test_images_of_a_remote_tar_are_not_fetched_by_the_lister(tmp_path):
         rows = list(list_rows(url, "webdataset"))
         assert [row.caption for row in rows] == [f"c{n}" for n in range(5)]
         assert sent[0] < len(data) / 4
-        assert read_place(rows[2].place, LIMIT) == b"j" * 900_000
+        assert read_image_bytes(rows[2].image_ref, LIMIT) == b"j" * 900_000
         assert rows_of(url) == rows
         Handler.ranges = False
         with pytest.raises(UserError, match="its server gives whole files only"):
@@ -619,9 +623,9 @@ def test_parquet_files_with_images(tmp_path, store, remote):
     found = rows_of(folder)
     assert [row.caption for row in found] == [f"c{n}" for n in range(25)]
     assert [row.url for row in found][19:21] == ["data/train-0.parquet#19", "data/train-1.parquet#0"]
-    assert found[8].place == ParquetPlace(f"{folder}/data/train-0.parquet", "image.bytes", 1, 1)
-    assert [read_place(row.place, LIMIT) for row in found] == [make_image(n) for n in range(25)]
-    assert [read_place(row.place, LIMIT) for row in found[::-1]] == [make_image(n) for n in range(25)][::-1]
+    assert found[8].image_ref == ParquetRef(f"{folder}/data/train-0.parquet", "image.bytes", 1, 1)
+    assert [read_image_bytes(row.image_ref, LIMIT) for row in found] == [make_image(n) for n in range(25)]
+    assert [read_image_bytes(row.image_ref, LIMIT) for row in found[::-1]] == [make_image(n) for n in range(25)][::-1]
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
@@ -633,12 +637,12 @@ def test_a_binary_column_of_images_and_a_url(tmp_path, kind):
     found = rows_of(tmp_path / "x.parquet")
     assert plain(found) == [("c0", "http://h/0", None), (None, "http://h/1", None), ("c2", "http://h/2", None),
                             ("null", "x.parquet#3", None), ("empty", "x.parquet#4", None)]  # fmt: skip
-    assert read_place(found[2].place, LIMIT) == make_image(2)
+    assert read_image_bytes(found[2].image_ref, LIMIT) == make_image(2)
     for row in found[3:]:
-        with pytest.raises(PlaceError, match=r"^empty file$"):
-            read_place(row.place, LIMIT)
-    with pytest.raises(PlaceError, match=r"^too large$"):
-        read_place(found[2].place, 100)
+        with pytest.raises(ImageReadError, match=r"^empty file$"):
+            read_image_bytes(row.image_ref, LIMIT)
+    with pytest.raises(ImageReadError, match=r"^too large$"):
+        read_image_bytes(found[2].image_ref, 100)
     with pytest.raises(UserError, match=r"no column 'x' beside its images jpg; it has \['caption', 'url'\]"):
         rows_of(tmp_path / "x.parquet", ("x", None))
     with pytest.raises(UserError, match=r"no column 'x' beside.*--url-col"):
@@ -649,9 +653,9 @@ def test_null_structs_other_structs_and_no_caption(tmp_path):
     rows = [{"mask": {"bytes": b"m", "path": ""}, **row} for row in image_rows(2)] + [{"text": "null"}]
     put(tmp_path, "x.parquet", parquet_bytes(rows))
     found = rows_of(tmp_path / "x.parquet")
-    assert [row.place.column for row in found] == ["image.bytes"] * 3
-    with pytest.raises(PlaceError, match=r"^empty file$"):
-        read_place(found[2].place, LIMIT)
+    assert [row.image_ref.column for row in found] == ["image.bytes"] * 3
+    with pytest.raises(ImageReadError, match=r"^empty file$"):
+        read_image_bytes(found[2].image_ref, LIMIT)
     for row in rows:
         row["label"] = row.pop("text")
     put(tmp_path, "x.parquet", parquet_bytes(rows))
@@ -663,7 +667,9 @@ def test_a_rewritten_parquet_file_is_read_anew(tmp_path):
     path = f"{tmp_path}/x.parquet"
     for seed in (0, 50):
         put(tmp_path, "x.parquet", parquet_bytes([{"image": make_image(seed + n), "text": "c"} for n in range(3)]))
-        assert [read_place(row.place, LIMIT) for row in rows_of(path)] == [make_image(seed + n) for n in range(3)]
+        assert [read_image_bytes(row.image_ref, LIMIT) for row in rows_of(path)] == [
+            make_image(seed + n) for n in range(3)
+        ]
 
 
 def test_a_broken_parquet_file_of_images(tmp_path):
@@ -674,8 +680,8 @@ def test_a_broken_parquet_file_of_images(tmp_path):
     outcomes = []
     for row in rows_of(tmp_path / "x.parquet"):
         try:
-            outcomes.append(read_place(row.place, LIMIT) == noise[len(outcomes)]["image"])
-        except PlaceError as error:
+            outcomes.append(read_image_bytes(row.image_ref, LIMIT) == noise[len(outcomes)]["image"])
+        except ImageReadError as error:
             outcomes.append(str(error))
     assert set(outcomes) == {True, "file not readable"}
     assert outcomes[:100] + outcomes[200:] == [True] * 200
@@ -692,53 +698,54 @@ def test_places_that_are_not_there(tmp_path, store):
     put(tmp_path, "x.parquet", parquet_bytes([{"image": b"a", "text": "c"}]))
     (tmp_path / "dir").mkdir()
     reasons = {
-        FilePlace(f"{tmp_path}/no"): "file not found",
-        FilePlace(f"{store}/no"): "file not found",
-        FilePlace(f"{tmp_path}/dir"): "file not readable",
-        FilePlace(f"{tmp_path}/x.bin/x"): "file not readable",
-        FilePlace(f"{tmp_path}/a\0b"): "file not readable",
-        TarPlace(f"{tmp_path}/no", 0, 5): "file not found",
-        TarPlace(f"{tmp_path}/x.bin", 8, 5): "file not readable",
-        TarPlace(f"{tmp_path}/x.bin", 8, 0): "empty file",
-        ParquetPlace(f"{tmp_path}/no", "image", 0, 0): "file not found",
-        ParquetPlace(f"{store}/no", "image", 0, 0): "file not found",
-        ParquetPlace(f"{tmp_path}/x.bin", "image", 0, 0): "file not readable",
-        ParquetPlace(f"{tmp_path}/x.parquet", "image", 1, 0): "file not readable",
-        ParquetPlace(f"{tmp_path}/x.parquet", "image", 0, 1): "file not readable",
-        ParquetPlace(f"{tmp_path}/x.parquet", "img", 0, 0): "file not readable",
+        FileRef(f"{tmp_path}/no"): "file not found",
+        FileRef(f"{store}/no"): "file not found",
+        FileRef(f"{tmp_path}/dir"): "file not readable",
+        FileRef(f"{tmp_path}/x.bin/x"): "file not readable",
+        FileRef(f"{tmp_path}/a\0b"): "file not readable",
+        TarRef(f"{tmp_path}/no", 0, 5): "file not found",
+        TarRef(f"{tmp_path}/x.bin", 8, 5): "file not readable",
+        TarRef(f"{tmp_path}/x.bin", 8, 0): "empty file",
+        ParquetRef(f"{tmp_path}/no", "image", 0, 0): "file not found",
+        ParquetRef(f"{store}/no", "image", 0, 0): "file not found",
+        ParquetRef(f"{tmp_path}/x.bin", "image", 0, 0): "file not readable",
+        ParquetRef(f"{tmp_path}/x.parquet", "image", 1, 0): "file not readable",
+        ParquetRef(f"{tmp_path}/x.parquet", "image", 0, 1): "file not readable",
+        ParquetRef(f"{tmp_path}/x.parquet", "img", 0, 0): "file not readable",
     }
     for place, reason in reasons.items():
-        with pytest.raises(PlaceError, match=f"^{reason}$"):
-            read_place(place, LIMIT)
-    assert read_place(ParquetPlace(f"{tmp_path}/x.parquet", "image", 0, 0), LIMIT) == b"a"
-    assert read_place(FilePlace(f"{tmp_path}/x.bin"), 10) == b"0123456789"
+        with pytest.raises(ImageReadError, match=f"^{reason}$"):
+            read_image_bytes(place, LIMIT)
+    assert read_image_bytes(ParquetRef(f"{tmp_path}/x.parquet", "image", 0, 0), LIMIT) == b"a"
+    assert read_image_bytes(FileRef(f"{tmp_path}/x.bin"), 10) == b"0123456789"
     with pytest.raises(UserError, match="Protocol not known"):  # no image is to blame
-        read_place(FilePlace("nope://x/y"), LIMIT)
-    with pytest.raises(PlaceError, match="too large"):
-        read_place(FilePlace(f"{tmp_path}/x.bin"), 9)
+        read_image_bytes(FileRef("nope://x/y"), LIMIT)
+    with pytest.raises(ImageReadError, match="too large"):
+        read_image_bytes(FileRef(f"{tmp_path}/x.bin"), 9)
 
 
 def test_many_threads_read_a_row_group_once_and_hold_little(tmp_path, monkeypatch):
-    monkeypatch.setattr(places, "KEEP_BYTES", 4 << 20)
-    monkeypatch.setattr(places, "BATCH_BYTES", 1 << 18)
+    monkeypatch.setattr(image_bytes, "KEEP_BYTES", 4 << 20)
+    monkeypatch.setattr(image_bytes, "BATCH_BYTES", 1 << 18)
     images = [bytes([n % 256]) * 10_000 + n.to_bytes(4) for n in range(4000)]
     rows = [{"image": data, "text": "c"} for data in images]
     schema = pa.schema([("image", pa.binary()), ("text", pa.string())])
     put(tmp_path, "x.parquet", parquet_bytes(rows, schema, row_group_size=2500, use_dictionary=False))
     opened = []
-    whole = places._arrays
-    monkeypatch.setattr(places, "_arrays", lambda place: opened.append(place) or whole(place))
-    forget_places()
-    found = [row.place for row in list_rows(f"{tmp_path}/x.parquet", "hf-parquet")]
+    decode = image_bytes._decode_row_group
+    monkeypatch.setattr(image_bytes, "_decode_row_group", lambda ref: opened.append(ref) or decode(ref))
+    clear_read_cache()
+    found = [row.image_ref for row in list_rows(f"{tmp_path}/x.parquet", "hf-parquet")]
     with ThreadPoolExecutor(32) as pool:
         for start in range(0, 4000, 64):
-            read = pool.map(lambda place: read_place(place, LIMIT), found[start : start + 64])
+            read = pool.map(lambda place: read_image_bytes(place, LIMIT), found[start : start + 64])
             assert list(read) == images[start : start + 64]
-            held = sum(cells.nbytes for group in places._pool._groups.values() for _, cells in group.batches)
+            groups = image_bytes._row_groups.groups.values()
+            held = sum(batch.images.nbytes for group in groups for batch in group.batches)
             assert held <= 4 << 20
     assert len(opened) == 2
-    forget_places()
-    assert not places._pool._groups
+    clear_read_cache()
+    assert not image_bytes._row_groups.groups
 
 
 def test_source_files_have_sizes_and_stamps(tmp_path, store):

@@ -14,9 +14,11 @@ from small_ingest import rows_of as raw_rows
 from web_server import make_image, serve
 
 from pipeline.check.stage import CheckConfig, check
+from pipeline.ingest.detect import detect
+from pipeline.ingest.estimate import estimate_rows
 from pipeline.ingest.rows import Row
 from pipeline.ingest.stage import ingest
-from pipeline.ingest.url_lists import detect, estimate_rows, list_rows
+from pipeline.ingest.url_lists import list_rows
 from shards_spec.files import UserError
 from shards_spec.tar import read_shard
 
@@ -318,7 +320,12 @@ def test_lists_of_files_as_open_clip_reads_them(tmp_path, form):
     table["image"] = table.pop("filepath")
     table["caption"] = table.pop("title")
     table.to_csv(source / "other.csv", index=False)
-    assert [row.place is not None for row in list_rows(str(source / "other.csv"), "csv")] == [True, True, False, True]
+    assert [row.image_ref is not None for row in list_rows(str(source / "other.csv"), "csv")] == [
+        True,
+        True,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(("opening", "closing"), ["[]", ('{"a":', "}")])

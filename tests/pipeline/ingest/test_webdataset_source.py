@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from small_data import tar_bytes
 
-from pipeline.ingest.rows import read_place
-from pipeline.ingest.url_lists import detect, list_rows
+from pipeline.ingest.detect import detect
+from pipeline.ingest.image_bytes import read_image_bytes
+from pipeline.ingest.url_lists import list_rows
 from shards_spec.files import DataError, UserError
 from shards_spec.sample import Sample, subsamples
 from shards_spec.tar import read_shard
@@ -57,7 +58,7 @@ def test_dots_in_names_make_no_sample_vanish(tmp_path):
     rows = rows_of(tmp_path / "x.tar")
     assert [row.caption for row in rows] == list(DOTTED)
     assert all(row.problem is None for row in rows)
-    assert [read_place(row.place, LIMIT) for row in rows] == [image(n) for n in range(5)]
+    assert [read_image_bytes(row.image_ref, LIMIT) for row in rows] == [image(n) for n in range(5)]
     assert [row.url for row in rows][:3] == [f"x.tar/{stem}" for stem in DOTTED[:3]]
 
 
@@ -212,7 +213,7 @@ def test_sparse_members_are_read(tmp_path, form, pieces):
     rows = rows_of(tmp_path / "x.tar")
     assert [(row.caption, row.problem) for row in rows] == [(f"c{n}", None) for n in range(3)]
     data = [(tmp_path / f"{number}.jpg").read_bytes() for number in range(3)]
-    assert [read_place(row.place, LIMIT) for row in rows] == data
+    assert [read_image_bytes(row.image_ref, LIMIT) for row in rows] == data
     assert [sample.image for sample in read_shard(str(tmp_path / "x.tar"))] == data
 
 
@@ -243,7 +244,7 @@ def test_links_in_a_tar_are_the_members_they_lead_to(tmp_path):
         ("x.tar/d/0", "c0", None), ("x.tar/e/1", "c0", None), ("x.tar/e/2", None, None), ("x.tar/e/3", None, None),
         ("x.tar/e/4", None, nowhere), ("x.tar/e/5", None, nowhere), ("x.tar/e/later", None, None),
     ]  # fmt: skip
-    found = [read_place(rows[index].place, LIMIT) for index in (0, 1, 2, 3, 6)]
+    found = [read_image_bytes(rows[index].image_ref, LIMIT) for index in (0, 1, 2, 3, 6)]
     assert found == [image(0), image(0), image(0), image(9), image(9)]
 
 
@@ -273,7 +274,7 @@ def test_all_images_first_then_all_captions(tmp_path, first):
     (tmp_path / "x.tar").write_bytes(data)
     rows = rows_of(tmp_path / "x.tar")
     assert [(row.url, row.caption, row.problem) for row in rows] == [(f"x.tar/{n}", f"c{n}", None) for n in range(50)]
-    assert [read_place(row.place, LIMIT) for row in rows] == [image(n) for n in range(50)]
+    assert [read_image_bytes(row.image_ref, LIMIT) for row in rows] == [image(n) for n in range(50)]
     with pytest.raises(DataError, match="not beside each other"):
         list(read_shard(str(tmp_path / "x.tar")))
     (tmp_path / "x.tar").write_bytes(data[: data.rindex(b"49") - 2000])  # some of the later members are cut off
