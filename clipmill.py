@@ -252,8 +252,8 @@ def _stage_line(command: str, summary: Any) -> str:
     reasons = [f"{number} {reason}" for reason, number in summary.counts.items() if reason != "success"]
     if reasons:
         parts.append(f"left out: {', '.join(reasons)}")
-    if summary.facts:
-        parts.append(", ".join(f"{number} {what}" for what, number in summary.facts.items()))
+    if summary.counters:
+        parts.append(", ".join(f"{number} {what}" for what, number in summary.counters.items()))
     return "; ".join(parts)
 
 

@@ -47,8 +47,8 @@ class Done:
 
     ``counts`` maps a status (``success`` or a reason) to a number of inputs; ``inputs`` and ``outputs`` map paths
     below ROOT to sha256. ``extra`` carries img2dataset's time fields where a stage has them. ``retried`` counts, by
-    the reason they had before, the inputs that earlier shards count too: totals subtract it. ``facts`` counts what is
-    not an input (captions, say).
+    the reason they had before, the inputs that earlier shards count too: totals subtract it. ``counters`` count what is
+    not an input (captions, say); on disk they are ``facts``.
     """
 
     stage: str
@@ -59,7 +59,7 @@ class Done:
     outputs: dict[str, str]
     extra: dict[str, Any] = field(default_factory=dict)
     retried: dict[str, int] = field(default_factory=dict)
-    facts: dict[str, int] = field(default_factory=dict)
+    counters: dict[str, int] = field(default_factory=dict)
 
     @property
     def successes(self) -> int:
@@ -86,7 +86,7 @@ class Done:
                 "inputs": self.inputs,
                 "outputs": self.outputs,
                 **({"retried": self.retried} if self.retried else {}),
-                **({"facts": self.facts} if self.facts else {}),
+                **({"facts": self.counters} if self.counters else {}),
             },
         }
         stats["clipmill"] |= {SEAL: stats_seal(stats)}
@@ -112,11 +112,11 @@ def read_done(folder: str, shard: int) -> Done | None:
     try:
         done = Done(
             record["stage"], record["shard"], record["config"], stats["status_dict"], record["inputs"],
-            record["outputs"], retried=record.get("retried", {}), facts=record.get("facts", {}),
+            record["outputs"], retried=record.get("retried", {}), counters=record.get("facts", {}),
         )  # fmt: skip
     except KeyError as error:
         raise DataError(f"{path}: its done-record has no {error}; delete it and run its stage again") from error
-    tables: list[Any] = [done.config, done.inputs, done.outputs, done.counts, done.retried, done.facts]
+    tables: list[Any] = [done.config, done.inputs, done.outputs, done.counts, done.retried, done.counters]
     if not all(isinstance(table, dict) for table in tables) or any(
         type(number) is not int for table in tables[3:] for number in table.values()
     ):

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.runner import Result, Stage, Summary, Task, run_stage, upstream_shards
+from pipeline.core.runner import Result, RunOptions, Stage, Summary, Task, run_stage, upstream_shards
 from shards_spec.files import UserError, atomic_writer, join, names, sha256_file
 from shards_spec.layout import STAGES, TEACHER, parquet_path, teacher_folder
 from shards_spec.manifest import forget, read_done
@@ -31,9 +31,8 @@ def export_lists(root: str, name: str, overwrite: bool) -> Summary:
         return done.outputs if done else {}
 
     tasks = (Task(shard, inputs(shard)) for shard in shards)
-    return run_stage(
-        root, stage, tasks, partial(_export_shard, stage=stage, name=name), total=len(shards), overwrite=overwrite
-    )
+    work = partial(_export_shard, stage=stage, name=name)
+    return run_stage(root, stage, tasks, work, RunOptions(total=len(shards), overwrite=overwrite))
 
 
 def _export_shard(root: str, task: Task, *, stage: Stage, name: str) -> Result:

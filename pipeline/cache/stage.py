@@ -27,6 +27,7 @@ from pipeline.core.runner import (
     ALL,
     Result,
     Root,
+    RunOptions,
     ShardAssignment,
     Stage,
     Summary,
@@ -135,21 +136,30 @@ def cache(config: CacheConfig, assignment: ShardAssignment = ALL) -> Summary:
     first = read_done(join(config.root, folder), 0) if not config.overwrite else None
     if first is not None:
         stored_spec(join(config.root, folder), first.config.get("views", {}))
-    stage = Stage(f"cache/{config.label}", folder, _identity(config, embedder.teacher.loaded), grows=("num_views",))
-    begin, pool = None, embedder.pool
+    stage = Stage(
+        f"cache/{config.label}", folder, _identity(config, embedder.teacher.loaded), extendable=("num_views",)
+    )
+    worker_init, pool = None, embedder.pool
     if len(devices) > 1:
         embedder = None  # every worker loads its own
-        begin = worker_initializer(devices, partial(_load_worker, config, len(devices)))
+        worker_init = worker_initializer(devices, partial(_load_worker, config, len(devices)))
     work = partial(cache_shard, stage=stage, config=config, embedder=embedder)
     try:
-        summary = run_stage(
-            config.root, stage, tar_tasks(config.root, SHARDS, shards, assignment), work, total=len(shards),
-            workers=len(devices), begin=begin, overwrite=config.overwrite, assignment=assignment,
-        )  # fmt: skip
+        tasks = tar_tasks(config.root, SHARDS, shards, assignment)
+        options = RunOptions(
+            workers=len(devices),
+            worker_init=worker_init,
+            assignment=assignment,
+            overwrite=config.overwrite,
+            total=len(shards),
+        )
+        summary = run_stage(config.root, stage, tasks, work, options)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    if busy := summary.measured.get("embedding_s"):
-        log.info("cache: the device waited for views %.1f %% of the time", 100 * summary.measured["waited_s"] / busy)
+    if busy := summary.measurements.get("embedding_s"):
+        log.info(
+            "cache: the device waited for views %.1f %% of the time", 100 * summary.measurements["waited_s"] / busy
+        )
     return summary
 
 
@@ -229,8 +239,8 @@ def cache_shard(
         outputs[path] = sha256_file(join(root, path))
     _remove_others(root, stage.folder, task.shard, outputs, done.outputs if done else {})
     texts = sum(map(len, shard.captions)) if loaded.tokenizer else 0
-    facts = {"image vectors": len(shard.keys) * config.views, "text vectors": texts}
-    return Result({"success": len(shard.keys)}, outputs, facts=facts, measured=measured)
+    counters = {"image vectors": len(shard.keys) * config.views, "text vectors": texts}
+    return Result({"success": len(shard.keys)}, outputs, counters=counters, measurements=measured)
 
 
 def _embed(

@@ -22,6 +22,7 @@ from pipeline.core.runner import (
     ALL,
     Result,
     Root,
+    RunOptions,
     ShardAssignment,
     Stage,
     Summary,
@@ -135,12 +136,16 @@ def caption(config: CaptionConfig, assignment: ShardAssignment = ALL) -> Summary
     }
     stage = Stage(f"caption/{config.label}", captions_folder(config.label), identity)
     work = partial(caption_shard, stage=stage, config=config, captioner=None if several else captioner)
-    begin = worker_initializer(devices, partial(_load_worker, config)) if several else None
+    worker_init = worker_initializer(devices, partial(_load_worker, config)) if several else None
     tasks = tar_tasks(config.root, RAW, shards, assignment)
-    return run_stage(
-        config.root, stage, tasks, work, total=len(shards), workers=len(devices), begin=begin,
-        overwrite=config.overwrite, assignment=assignment,
-    )  # fmt: skip
+    options = RunOptions(
+        workers=len(devices),
+        worker_init=worker_init,
+        assignment=assignment,
+        overwrite=config.overwrite,
+        total=len(shards),
+    )
+    return run_stage(config.root, stage, tasks, work, options)
 
 
 def _load(config: CaptionConfig, device: str) -> "Captioner":
@@ -165,7 +170,7 @@ def caption_shard(
 ) -> Result:
     """One raw shard to one Parquet file; an image that does not decode keeps its row with no captions.
 
-    ``facts`` of the result count captions: all, those drawn again, and what is still wrong with how many.
+    ``counters`` of the result count captions: all, those drawn again, and what is still wrong with how many.
     """
     captioner = captioner or _WORKER[0]
     source = raw_tar(root, task.shard)
@@ -187,7 +192,7 @@ def caption_shard(
     )
     with atomic_writer(join(root, path)) as file:
         pq.write_table(pa.Table.from_pylist(drafts.as_columns(), schema=schema), file)
-    return Result(dict(counts), {path: sha256_file(join(root, path))}, facts=drafts.facts())
+    return Result(dict(counts), {path: sha256_file(join(root, path))}, counters=drafts.facts())
 
 
 def _decoded(source: str, captioner: "Captioner", config: CaptionConfig) -> Iterator[tuple[str, Wanted | DataError]]:

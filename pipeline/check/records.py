@@ -136,7 +136,7 @@ class Totals:
         else:
             self.counts.update(done.counts)
             self.counts.subtract(done.retried)
-            self.facts.update(done.facts)
+            self.facts.update(done.counters)
             self.configs.setdefault(json.dumps(done.config, sort_keys=True), done.shard)
 
 

@@ -1,10 +1,10 @@
-"""The one loop over shards: what is missing, worker processes, done-records, failures, totals, progress.
+"""The loop over the shards of a stage: which are missing, worker processes, done-records, failures, totals.
 
-A stage is a function ``work(root, task) -> Result`` from one shard to one shard that writes its files atomically.
-The runner publishes the done-record last, so a killed stage is run again and does only what is missing.
+A stage is a function ``work(root, task) -> Result`` from one input shard to one output shard that writes its files
+atomically. The runner writes the done-record last, so a stage that was killed does only what is missing when it runs
+again.
 """
 
-import contextlib
 import json
 import logging
 import multiprocessing
@@ -20,10 +20,9 @@ from importlib.metadata import version
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.core.prefetch import prefetch_map
+from pipeline.core.progress import show_progress
 from pipeline.core.workers import die_with_parent
 from shards_spec.files import DataError, UserError, is_url, join, read_bytes, remove_stale, sha256_json, write_bytes
 from shards_spec.layout import shard_name, stage_log, tar_path
@@ -38,32 +37,34 @@ from shards_spec.manifest import (
 )
 
 log = logging.getLogger(__name__)
-LOOK_AHEAD = 16  # done-records asked for at a time from an object store
-VERSIONED = ("clipmill", "numpy", "pillow", "pyarrow")
+LOOK_AHEAD = 16  # done-records that are asked for at a time from an object store
+VERSIONED_PACKAGES = ("clipmill", "numpy", "pillow", "pyarrow")  # whose versions dataset.json records
 
 
 @dataclass(frozen=True)
 class Stage:
-    """``name`` is the key in dataset.json, ``folder`` lies below ROOT, ``config`` is all that shapes the bytes.
+    """A stage as its records name it.
 
-    Numbers of it that ``grows`` names may be larger than those of finished shards: those are made again, by ``work``
-    that adds to what is there.
+    ``name`` is the key in dataset.json, ``folder`` the path below ROOT, ``config`` every setting that affects the
+    output. Finished shards must have been made with the same config, except that the numbers named by ``extendable``
+    may have been smaller: such shards are made again, by ``work`` that adds to what is there.
     """
 
     name: str
     folder: str
     config: dict[str, Any]
-    grows: tuple[str, ...] = ()
+    extendable: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "config", json.loads(json.dumps(self.config)))  # as a done-record gives it back
+        object.__setattr__(self, "config", json.loads(json.dumps(self.config)))  # equal to what a done-record gives
 
 
 @dataclass(frozen=True)
 class Task:
-    """One shard's work: ``inputs`` maps paths (or names) to hashes, ``payload`` is what ``work`` needs besides.
+    """One shard's work.
 
-    A finished shard stands too when its inputs are ``former``: those that an earlier version wrote down for the same.
+    ``inputs`` maps paths (or names) to hashes, ``payload`` is what ``work`` needs besides. A finished shard is valid
+    when it was made from the same inputs, or from ``former``, the names of an earlier version for them.
     """
 
     shard: int
@@ -74,28 +75,34 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """``counts``: status to number of inputs; ``outputs``: paths below ROOT to sha256; the rest is for `Done`, but
-    ``measured``, which is summed into the run's line of the log and kept nowhere else."""
+    """What ``work`` made of one shard; all but ``measurements`` goes into its done-record (see `Done`).
+
+    ``counts`` maps a status (``success`` or a reason) to the number of inputs, ``outputs`` paths below ROOT to sha256.
+    ``measurements`` (seconds, say) are summed over a run for its line in the stage's log.
+    """
 
     counts: dict[str, int]
     outputs: dict[str, str]
     extra: dict[str, Any] = field(default_factory=dict)
     retried: dict[str, int] = field(default_factory=dict)
-    facts: dict[str, int] = field(default_factory=dict)
-    measured: dict[str, float] = field(default_factory=dict)
+    counters: dict[str, int] = field(default_factory=dict)
+    measurements: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What one run of a stage did; ``counts`` and ``facts`` are the totals over all its shards, also those made
-    earlier, ``measured`` only over those it made."""
+    """What one run of a stage did.
+
+    ``shards``, ``counts`` and ``counters`` are totals over all finished shards, ``made`` and ``measurements`` only
+    over those that this run made.
+    """
 
     shards: int
     made: int
     counts: dict[str, int]
-    facts: dict[str, int]
+    counters: dict[str, int]
     seconds: float
-    measured: dict[str, float] = field(default_factory=dict)
+    measurements: dict[str, float] = field(default_factory=dict)
 
 
 class ShardsFailed(Exception):
@@ -126,119 +133,157 @@ Work = Callable[[str, Task], Result]
 Root = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ROOT")]  # a config's first field
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a stage is run; the files of its shards do not depend on it."""
+
+    workers: int = 1
+    """spawned processes that make shards, if more than one"""
+    threads: int = 0
+    """threads that make shards instead, if any"""
+    worker_init: Callable[[], None] | None = None
+    """what each worker process calls first"""
+    assignment: ShardAssignment = ALL
+    """the shards that this process makes"""
+    overwrite: bool = False
+    """make finished shards again"""
+    total: int | None = None
+    """number of shards, if known, for the progress line"""
+    status_text: Callable[[], str] | None = None
+    """more text for the progress line"""
+    remove_surplus: Callable[[str, int], None] = remove_shards
+    """called with a folder and its number of shards before totals are written; deletes shards beyond it, or raises"""
+    source: str | None = None
+    """where the dataset comes from, for dataset.json"""
+
+
 def run_stage(
-    root: str,
-    stage: Stage,
-    tasks: Iterable[Task],
-    work: Work,
-    *,
-    total: int | None = None,
-    workers: int = 1,
-    threads: int = 0,
-    overwrite: bool = False,
-    source: str | None = None,
-    live: Callable[[], str] | None = None,
-    begin: Callable[[], None] | None = None,
-    surplus: Callable[[str, int], None] = remove_shards,
-    assignment: ShardAssignment = ALL,
+    root: str, stage: Stage, tasks: Iterable[Task], work: Work, options: RunOptions = RunOptions()
 ) -> Summary:
     """Run ``work`` over the assignment's tasks whose done-record is missing or stale, then write the stage's totals.
 
-    With ``workers`` > 1 shards go to spawned processes, each of which calls ``begin`` first, a few in flight; with
-    ``threads`` > 0 that many run at once in threads. ``live`` gives the progress line more to say. Before a whole
-    ``assignment``'s totals are written ``surplus`` deletes the folder's shards from their number on, or raises. Raises
-    UserError for finished shards of another config (unless ``overwrite``), ShardsFailed for broken data.
+    Raises UserError for finished shards of another config (unless ``overwrite``), ShardsFailed for broken data after
+    all other shards are done.
     """
-    start, folder = time.monotonic(), join(root, stage.folder)
-    remove_stale(folder)
-    failures, made, there, counts, facts = dict[int, str](), 0, 0, Counter[str](), Counter[str]()
-    measured = dict[str, float]()
-
-    def missing() -> Iterator[Task]:
-        nonlocal there
-        for task, done in _with_done(tasks, folder, stage, overwrite, assignment):
-            if done:
-                there += 1
-                assignment.complete(task.shard, True)
-                _count(counts, facts, done)
-            else:
-                yield task
-
-    with _progress(stage.name, total, live) as advance:
-        waiting = workers + 1 if assignment is ALL else 0  # what waits for a worker here could be made elsewhere
-        for ended in _outcomes(missing(), partial(work, root), workers, threads, waiting, begin):
+    run = _StageRun(root, stage, options)
+    remove_stale(run.folder)
+    with show_progress(stage.name, options.total, options.status_text) as show:
+        for ended in _outcomes(run.missing(tasks), partial(work, root), options):
             if ended is not None:
-                task, outcome = ended
-                if isinstance(outcome, DataError):
-                    failures[task.shard] = str(outcome)
-                    log.error("shard %s failed: %s", shard_name(task.shard), outcome)
-                else:
-                    _count(counts, facts, _publish(folder, stage, task, outcome))
-                    measured.update({what: measured.get(what, 0) + own for what, own in outcome.measured.items()})
-                    made += 1
-                assignment.complete(task.shard, not isinstance(outcome, DataError))
-            advance(there + made + len(failures))
-    remove_stale(folder)  # of workers that outlived a killed run for a moment
-    _raise_failures(stage, failures, there + made + len(failures))
-    totals = {reason: number for reason, number in sorted(counts.items()) if number}
-    summary = Summary(there + made, made, totals, dict(sorted(facts.items())), time.monotonic() - start, measured)
-    if assignment.is_complete:
-        surplus(folder, summary.shards)
-        _write_totals(root, stage, summary, source)
+                run.record(*ended)
+            show(run.shards)
+    remove_stale(run.folder)  # files of workers that outlived a killed run for a moment
+    run.raise_failures()
+    summary = run.summary()
+    if options.assignment.is_complete:
+        options.remove_surplus(run.folder, summary.shards)
+        _write_totals(root, stage, summary, options.source)
     return summary
 
 
-def _raise_failures(stage: Stage, failures: dict[int, str], shards: int) -> None:
-    lines = [f"  {shard_name(shard)}: {reason}" for shard, reason in sorted(failures.items())]
-    if lines:
-        raise ShardsFailed("\n".join([f"{stage.name}: {len(failures)} of {shards} shards failed", *lines]))
+class _StageRun:
+    """The shards of one run of a stage: finished before, made now, failed."""
+
+    def __init__(self, root: str, stage: Stage, options: RunOptions) -> None:
+        self.folder = join(root, stage.folder)
+        self._stage = stage
+        self._options = options
+        self._started = time.monotonic()
+        self._finished_before = 0
+        self._made = 0
+        self._failures = dict[int, str]()
+        self._counts = Counter[str]()
+        self._counters = Counter[str]()
+        self._measurements = dict[str, float]()
+
+    @property
+    def shards(self) -> int:
+        """Number of shards that are finished or failed."""
+        return self._finished_before + self._made + len(self._failures)
+
+    def missing(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        """Yield the assignment's tasks that have to be done; finished shards are counted meanwhile."""
+        for task, done in self._with_valid_record(tasks):
+            if done is None:
+                yield task
+            else:
+                self._finished_before += 1
+                self._options.assignment.complete(task.shard, True)
+                self._add(done)
+
+    def _with_valid_record(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Done | None]]:
+        """Each task of the assignment with the done-record that makes it unnecessary."""
+        assignment = self._options.assignment
+
+        def look_up(task: Task) -> tuple[Task, Done | None]:
+            return task, None if self._options.overwrite else _valid_record(self.folder, self._stage, task)
+
+        claimed = (task for task in tasks if assignment.claim(task.shard))
+        if is_url(self.folder) and assignment is ALL:  # nobody else waits for what is claimed early
+            return prefetch_map(look_up, claimed, LOOK_AHEAD, 2 * LOOK_AHEAD)
+        return map(look_up, claimed)
+
+    def record(self, task: Task, outcome: "Result | DataError") -> None:
+        """Write the done-record of a shard that was made, or note its failure."""
+        if isinstance(outcome, DataError):
+            self._failures[task.shard] = str(outcome)
+            log.error("shard %s failed: %s", shard_name(task.shard), outcome)
+        else:
+            self._add(_publish(self.folder, self._stage, task, outcome))
+            for name, value in outcome.measurements.items():
+                self._measurements[name] = self._measurements.get(name, 0) + value
+            self._made += 1
+        self._options.assignment.complete(task.shard, not isinstance(outcome, DataError))
+
+    def _add(self, done: Done) -> None:
+        self._counters.update(done.counters)
+        self._counts.update(done.counts)
+        self._counts.subtract(done.retried)
+
+    def raise_failures(self) -> None:
+        """Raise ShardsFailed if there are any."""
+        if self._failures:
+            lines = [f"  {shard_name(shard)}: {reason}" for shard, reason in sorted(self._failures.items())]
+            failed = f"{self._stage.name}: {len(lines)} of {self.shards} shards failed"
+            raise ShardsFailed("\n".join([failed, *lines]))
+
+    def summary(self) -> Summary:
+        """Totals so far."""
+        return Summary(
+            shards=self.shards,
+            made=self._made,
+            counts={reason: number for reason, number in sorted(self._counts.items()) if number},
+            counters=dict(sorted(self._counters.items())),
+            seconds=time.monotonic() - self._started,
+            measurements=self._measurements,
+        )
 
 
-def _with_done(
-    tasks: Iterable[Task], folder: str, stage: Stage, overwrite: bool, assignment: ShardAssignment
-) -> Iterator[tuple[Task, Done | None]]:
-    """Each task of the assignment with the done-record that makes it unnecessary.
+def _valid_record(folder: str, stage: Stage, task: Task) -> Done | None:
+    done = read_compatible_record(folder, stage, task.shard)
+    if done is None or done.config != stage.config:  # to be extended
+        return None
+    return done if done.inputs in (task.inputs, task.former) else None
 
-    A process that does all of them asks an object store for many at a time.
+
+def read_compatible_record(folder: str, stage: Stage, shard: int) -> Done | None:
+    """The shard's done-record, if any.
+
+    Raises UserError when it was made under another config, except for smaller numbers that are extendable.
     """
-
-    def look(task: Task) -> tuple[Task, Done | None]:
-        return task, None if overwrite else _done_before(folder, stage, task)
-
-    taken = (task for task in tasks if assignment.claim(task.shard))
-    return (
-        prefetch_map(look, taken, LOOK_AHEAD, 2 * LOOK_AHEAD)
-        if is_url(folder) and assignment is ALL
-        else map(look, taken)
-    )
-
-
-def _count(counts: Counter[str], facts: Counter[str], done: Done) -> None:
-    facts.update(done.facts)
-    counts.update(done.counts)
-    counts.subtract(done.retried)
-
-
-def _done_before(folder: str, stage: Stage, task: Task) -> Done | None:
-    done = same_config(folder, stage, task.shard)
-    grown = done is not None and done.config != stage.config
-    return done if done is not None and not grown and done.inputs in (task.inputs, task.former) else None
-
-
-def same_config(folder: str, stage: Stage, shard: int) -> Done | None:
-    """The shard's done-record, if any. Raises UserError when it was made under another config, but for numbers that
-    may grow."""
     done = read_done(folder, shard)
     if done is None:
         return None
-    changed = {key for key in {*done.config, *stage.config} if done.config.get(key) != stage.config.get(key)}
-    grown = {key for key in changed if key in stage.grows and done.config.get(key, 0) < stage.config[key]}
-    if changed - grown:
-        named = [
-            f"{key}: {done.config.get(key)!r} there, {stage.config.get(key)!r} asked" for key in sorted(changed - grown)
+    names = {*done.config, *stage.config}
+    changed = {name for name in names if done.config.get(name) != stage.config.get(name)}
+    extended = {name for name in changed if name in stage.extendable and done.config.get(name, 0) < stage.config[name]}
+    if changed - extended:
+        differences = [
+            f"{name}: {done.config.get(name)!r} there, {stage.config.get(name)!r} asked"
+            for name in sorted(changed - extended)
         ]
         raise UserError(
-            f"{folder}/{shard_name(shard)} was made with another config ({'; '.join(named)}); "
+            f"{folder}/{shard_name(shard)} was made with another config ({'; '.join(differences)}); "
             "ask for the same, use another ROOT, or make it again with --overwrite"
         )
     return done
@@ -246,40 +291,52 @@ def same_config(folder: str, stage: Stage, shard: int) -> Done | None:
 
 def _publish(folder: str, stage: Stage, task: Task, result: Result) -> Done:
     done = Done(
-        stage.name, task.shard, stage.config, result.counts, task.inputs, result.outputs, result.extra,
-        result.retried, result.facts,
-    )  # fmt: skip
+        stage=stage.name,
+        shard=task.shard,
+        config=stage.config,
+        counts=result.counts,
+        inputs=task.inputs,
+        outputs=result.outputs,
+        extra=result.extra,
+        retried=result.retried,
+        counters=result.counters,
+    )
     done.write(folder)
     return done
 
 
-Ended = tuple[Task, Result | DataError] | None  # None: nothing new, once a second
+Ended = tuple[Task, Result | DataError] | None  # None: no news for a second, so that the progress line moves on
 
 
-def _outcomes(
-    tasks: Iterator[Task],
-    work: Callable[[Task], Result],
-    workers: int,
-    threads: int,
-    waiting: int,
-    begin: Callable[[], None] | None,
-) -> Iterator[Ended]:
-    """Results as they come. Only DataError is caught: a bug stops at once."""
-    if workers <= 1 and not threads:
+def _outcomes(tasks: Iterator[Task], work: Callable[[Task], Result], options: RunOptions) -> Iterator[Ended]:
+    """Run the tasks and yield results as they come. Only DataError is caught: a bug stops the run at once."""
+    if options.threads:
+        yield from _outcomes_of_pool(ThreadPoolExecutor(options.threads), options.threads, tasks, work)
+    elif options.workers > 1:
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(options.workers, context, initializer=_init_worker, initargs=(options.worker_init,))
+        # a shard that is claimed and waits here for a worker could meanwhile be made by another process
+        waiting = options.workers + 1 if options.assignment is ALL else 0
+        yield from _outcomes_of_pool(pool, options.workers + waiting, tasks, work)
+    else:
         for task in tasks:
             yield task, _guarded(work, task)
-        return
-    context = multiprocessing.get_context("spawn")
-    pool: Executor = (
-        ThreadPoolExecutor(threads)
-        if threads
-        else ProcessPoolExecutor(workers, context, initializer=_begin_process, initargs=(begin,))
-    )
-    limit, running = threads or workers + waiting, dict[Future[Result | DataError], Task]()
+
+
+def _init_worker(worker_init: Callable[[], None] | None) -> None:
+    die_with_parent()
+    if worker_init:
+        worker_init()
+
+
+def _outcomes_of_pool(
+    pool: Executor, max_submitted: int, tasks: Iterator[Task], work: Callable[[Task], Result]
+) -> Iterator[Ended]:
+    running = dict[Future[Result | DataError], Task]()
     try:
         for task in tasks:
             running[pool.submit(_guarded, work, task)] = task
-            while len(running) >= limit:
+            while len(running) >= max_submitted:
                 yield from _finished(running)
         while running:
             yield from _finished(running)
@@ -287,12 +344,6 @@ def _outcomes(
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()
-
-
-def _begin_process(begin: Callable[[], None] | None) -> None:
-    die_with_parent()
-    if begin:
-        begin()
 
 
 def _finished(running: dict["Future[Result | DataError]", Task]) -> Iterator[Ended]:
@@ -315,15 +366,15 @@ def _write_totals(root: str, stage: Stage, summary: Summary, source: str | None)
         "config_sha256": sha256_json(stage.config),
         "shards": summary.shards,
         "counts": summary.counts,
-        **({"facts": summary.facts} if summary.facts else {}),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
+        **({"facts": summary.counters} if summary.counters else {}),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED_PACKAGES}},
     }
     write_stage(root, stage.name, block, source)
     _log_run(root, stage, summary)
 
 
 def _log_run(root: str, stage: Stage, summary: Summary) -> None:
-    """Append to logs/STAGE.jsonl: times live there, so that the dataset's own files do not depend on them."""
+    """Append to logs/STAGE.jsonl: times are kept there, so that the dataset's own files do not depend on them."""
     path = stage_log(root, stage.name)
     entry = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -332,7 +383,7 @@ def _log_run(root: str, stage: Stage, summary: Summary) -> None:
         "samples": summary.counts.get("success", 0),
         "seconds": round(summary.seconds, 3),
         "cpus": os.cpu_count(),
-        **{what: round(own, 3) for what, own in summary.measured.items()},
+        **{name: round(value, 3) for name, value in summary.measurements.items()},
     }
     try:
         earlier = read_bytes(path)
@@ -344,18 +395,17 @@ def _log_run(root: str, stage: Stage, summary: Summary) -> None:
 def upstream_shards(root: str, folder: str, stage: str) -> list[int]:
     """Shard ids that an earlier stage left in ``root/folder``.
 
-    Raises UserError when there are none or that stage has not finished. Shards of a foreign img2dataset folder
-    (no done-record of ours) are taken as they are.
+    Raises UserError when there are none or that stage has not finished. Shards of a foreign img2dataset folder, which
+    have no done-record of ours, are used as they are.
     """
     shards = shard_ids(join(root, folder))
+    command = stage.split("/")[0]
     if not shards:
-        raise UserError(
-            f"{join(root, folder)} has no finished shards: run `clipmill {stage.split('/')[0]} {root}` first"
-        )
+        raise UserError(f"{join(root, folder)} has no finished shards: run `clipmill {command} {root}` first")
     ours = read_done(join(root, folder), shards[-1]) is not None
     block = read_dataset(root)["stages"].get(stage)
     if ours and (block is None or block["shards"] != len(shards)):
-        raise UserError(f"{stage} has not finished in {root}: run `clipmill {stage.split('/')[0]}` again, it goes on")
+        raise UserError(f"{stage} has not finished in {root}: run the same `clipmill {command}` again to resume")
     return shards
 
 
@@ -364,24 +414,3 @@ def tar_tasks(root: str, folder: str, shards: list[int], assignment: ShardAssign
     for shard in filter(assignment.claim, shards):
         path = tar_path(folder, shard)
         yield Task(shard, {path: file_hash(root, folder, shard, path)})
-
-
-@contextlib.contextmanager
-def _progress(name: str, total: int | None, live: Callable[[], str] | None) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, a plain line every ten seconds in a log."""
-    console, say = Console(stderr=True), live or (lambda: "")
-    if console.is_terminal:
-        columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("shards {task.fields[more]}"))
-        with Progress(*columns, *([] if live else [TimeRemainingColumn()]), console=console, transient=True) as bar:
-            task = bar.add_task(name, total=total, more="")
-            yield lambda done: bar.update(task, completed=done, more=say())
-        return
-    last = time.monotonic()
-
-    def line(done: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > 10:
-            last = time.monotonic()
-            log.info("%s: %d of %s shards %s", name, done, total or "?", say())
-
-    yield line

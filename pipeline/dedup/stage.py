@@ -35,7 +35,17 @@ from pipeline.core.near_duplicates import (
     parse_hashes,
 )
 from pipeline.core.perceptual_hash import perceptual_hash
-from pipeline.core.runner import Result, Root, ShardsFailed, Stage, Summary, Task, run_stage, upstream_shards
+from pipeline.core.runner import (
+    Result,
+    Root,
+    RunOptions,
+    ShardsFailed,
+    Stage,
+    Summary,
+    Task,
+    run_stage,
+    upstream_shards,
+)
 from pipeline.core.workers import die_with_parent
 from pipeline.dedup.disk_columns import Column, Keys
 from pipeline.dedup.verification import look_again
@@ -98,7 +108,8 @@ def dedup(config: DedupConfig, in_memory: int | None = None) -> Summary:
     stage = Stage("dedup", DEDUP, {"near_bits": config.near_bits, **rule})
     tasks = (Task(shard, inputs) for shard in shards)
     with Search(config, shards, in_memory or int(config.memory_gb * 1e9 / SAMPLE_BYTES)) as search:
-        return run_stage(config.root, stage, tasks, search.shard, total=len(shards), overwrite=config.overwrite)
+        options = RunOptions(total=len(shards), overwrite=config.overwrite)
+        return run_stage(config.root, stage, tasks, search.shard, options)
 
 
 def raw_hash(root: str, shards: list[int]) -> str:

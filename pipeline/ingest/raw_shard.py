@@ -70,7 +70,7 @@ def write_raw_shard(root: str, shard: int, inputs: Inputs, outcomes: list[Outcom
     outputs = {f"{name}.tar": tar_hash, f"{name}.parquet": sha256_file(parquet)}
     noted = zip(inputs.rows, outcomes, strict=True)
     notes = Counter(row.note for row, outcome in noted if row.note is not None and isinstance(outcome, EncodedImage))
-    return Result(dict(counts), outputs, retried=inputs.retried, facts=dict(notes))
+    return Result(dict(counts), outputs, retried=inputs.retried, counters=dict(notes))
 
 
 def _check_room(root: str, outcomes: list[Outcome]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from pipeline.core.runner import ALL, Result, Root, ShardAssignment, Stage, Summary, Task, run_stage
+from pipeline.core.runner import ALL, Result, Root, RunOptions, ShardAssignment, Stage, Summary, Task, run_stage
 from pipeline.ingest.additional_columns import ALL_COLUMNS, check_named, plain, read_conditions
 from pipeline.ingest.cells import ADDRESS_TOO_LONG, CAPTION_TOO_LONG, KEPT_CHARS
 from pipeline.ingest.detect import detect
@@ -168,11 +168,15 @@ def ingest(config: IngestConfig, assignment: ShardAssignment = ALL) -> Summary:
         stage = Stage("ingest", RAW, {"kind": "img2dataset"})
         adopted = import_tasks(config.root, config.sources[0])
         _refuse_surplus(config, len(adopted))
-        return run_stage(
-            config.root, stage, adopted, import_shard, total=len(adopted), workers=config.processes,
-            overwrite=config.overwrite, source=config.named, surplus=partial(_remove_surplus, config),
+        options = RunOptions(
+            workers=config.processes,
             assignment=assignment,
-        )  # fmt: skip
+            overwrite=config.overwrite,
+            total=len(adopted),
+            remove_surplus=partial(_remove_surplus, config),
+            source=config.named,
+        )
+        return run_stage(config.root, stage, adopted, import_shard, options)
     return _ingest_rows(config, form, assignment)
 
 
@@ -232,12 +236,16 @@ def _ingest_rows(config: IngestConfig, form: Format, assignment: ShardAssignment
     tasks = retry_tasks(config.root, config.shard_size) if config.retry_failed else source.tasks(assignment)
     with Downloader(fetch, images, config.processes, config.decode_timeout_s) as downloader:
         work = partial(rows_to_shard, downloader=downloader, selection=selection)
-        live = partial(_live, source, downloader, config.root)
-        summary = run_stage(
-            config.root, stage, tasks, work, total=None if config.retry_failed else source.shards, live=live,
-            threads=config.shards_at_once, overwrite=config.overwrite, source=config.named,
-            surplus=partial(_remove_surplus, config), assignment=assignment,
-        )  # fmt: skip
+        options = RunOptions(
+            threads=config.shards_at_once,
+            assignment=assignment,
+            overwrite=config.overwrite,
+            total=None if config.retry_failed else source.shards,
+            status_text=partial(_live, source, downloader, config.root),
+            remove_surplus=partial(_remove_surplus, config),
+            source=config.named,
+        )
+        summary = run_stage(config.root, stage, tasks, work, options)
     if nothing := downloader.tally.nothing():
         log.warning(nothing)
     return summary

@@ -266,7 +266,7 @@ def write_final_shard(root: str, task: Task, *, choice: Choice, wordnet: str, ru
     with atomic_writer(join(root, table)) as file:
         pq.write_table(pa.table(columns, SCHEMA), file)
     outputs = {tar: tar_hash, table: sha256_file(join(root, table))}
-    return Result(dict(counts), outputs, facts=dict(sorted(facts.items())))
+    return Result(dict(counts), outputs, counters=dict(sorted(facts.items())))
 
 
 def _pixels(value: Any) -> int | None:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.core.prefetch import prefetch_map
-from pipeline.core.runner import LOOK_AHEAD, Result, Stage, Summary, Task, run_stage
+from pipeline.core.runner import LOOK_AHEAD, Result, RunOptions, Stage, Summary, Task, run_stage
 from pipeline.pack.final_shard import Choice, Chooser, Part
 from shards_spec.files import DataError, atomic_writer, exists, is_url, join, read_buffer, sha256_file
 from shards_spec.layout import PLAN, parquet_path, raw_tar, shard_name
@@ -43,7 +43,8 @@ def plan(root: str, shards: list[int], choice: Choice, config: dict[str, object]
     tasks = (Task(shard, inputs_of(root, shard, choice)) for shard in shards)
     work = partial(plan_shard, choice=choice)
     stage = Stage("plan", PLAN, config)
-    return run_stage(root, stage, tasks, work, total=len(shards), workers=min(workers, len(shards)), overwrite=over)
+    options = RunOptions(workers=min(workers, len(shards)), overwrite=over, total=len(shards))
+    return run_stage(root, stage, tasks, work, options)
 
 
 def forget_plan(root: str) -> None:

@@ -14,12 +14,13 @@ from functools import partial
 from pipeline.core.runner import (
     ALL,
     Root,
+    RunOptions,
     ShardAssignment,
     Stage,
     Summary,
     Task,
+    read_compatible_record,
     run_stage,
-    same_config,
     upstream_shards,
 )
 from pipeline.dedup.stage import check_fresh
@@ -129,7 +130,7 @@ def _pack(config: PackConfig, assignment: ShardAssignment, shards: list[int]) ->
     size = {} if config.shard_size is None else {"shard_size": config.shard_size}
     stage = Stage("pack", SHARDS, {**captioner, **rule.describe(), **deciding, **size})
     if not config.overwrite:
-        same_config(join(root, SHARDS), stage, 0)  # before a plan is made for nothing
+        read_compatible_record(join(root, SHARDS), stage, 0)  # before a plan is made for nothing
     if config.shard_size is None:
         forget_plan(root)
         last = _last(root, shards, choice)
@@ -143,9 +144,8 @@ def _pack(config: PackConfig, assignment: ShardAssignment, shards: list[int]) ->
 
     def run(tasks: Iterable[Task], total: int, overwrite: bool, assignment: ShardAssignment) -> Summary:
         workers = min(config.workers, total)
-        return run_stage(
-            root, stage, tasks, work, total=total, workers=workers, overwrite=overwrite, assignment=assignment
-        )
+        options = RunOptions(workers=workers, assignment=assignment, overwrite=overwrite, total=total)
+        return run_stage(root, stage, tasks, work, options)
 
     summary = run(tasks, total, config.overwrite, assignment)
     if not assignment.is_complete:

@@ -149,7 +149,7 @@ def main() -> None:
             device=options.device, precision=options.precision, processes=options.processes,
         )  # fmt: skip
         summary = cache(config)
-        waited = 100 * summary.measured["waited_s"] / summary.measured["embedding_s"]
+        waited = 100 * summary.measurements["waited_s"] / summary.measurements["embedding_s"]
         print(
             f"{options.model} on {options.device}, {options.samples} samples x {options.views} views x "
             f"{options.captions + 1} texts: plain {plain:.1f} s, cache {summary.seconds:.1f} s, ratio "

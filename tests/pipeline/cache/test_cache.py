@@ -61,7 +61,7 @@ def run(root: str, model: str, **changes) -> stage.Summary:
 
 def made_now(summary: stage.Summary) -> tuple[int, int]:
     """Vectors of images and of texts that a run embedded."""
-    measured = summary.measured
+    measured = summary.measurements
     return int(measured.get("new_image_vectors", 0)), int(measured.get("new_text_vectors", 0))
 
 

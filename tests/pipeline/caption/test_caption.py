@@ -99,7 +99,7 @@ def test_wrong_captions_are_drawn_again_a_bounded_number_of_times(root, model):
     cold = replace(SHORT, temperature=0.35)  # the same caption often
     counts = {}
     for redraws in (0, 1, 4):
-        counts[redraws] = caption(config(root, model, redraws=redraws, decoding=cold, name=f"r{redraws}")).facts
+        counts[redraws] = caption(config(root, model, redraws=redraws, decoding=cold, name=f"r{redraws}")).counters
     images = len(captions(root, "r0"))
     assert all(facts["captions"] == 3 * images for facts in counts.values())
     wrong = {redraws: facts.get("repeated", 0) + facts.get("degenerate", 0) for redraws, facts in counts.items()}
@@ -120,13 +120,13 @@ def test_wrong_captions_are_drawn_again_a_bounded_number_of_times(root, model):
 def test_facts_are_totals_of_the_shards(root, model):
     summary = caption(config(root, model))
     done = [read_done(join(root, "captions/cap"), shard) for shard in range(3)]
-    for name, number in summary.facts.items():
-        assert sum(record.facts.get(name, 0) for record in done) == number
-    assert read_dataset(root)["stages"]["caption/cap"]["facts"] == summary.facts
+    for name, number in summary.counters.items():
+        assert sum(record.counters.get(name, 0) for record in done) == number
+    assert read_dataset(root)["stages"]["caption/cap"]["facts"] == summary.counters
     rows = captions(root).values()
     cut = sum(tokens == SHORT.max_tokens for row in rows for tokens in row["num_tokens"])
-    assert summary.facts["cut at max_tokens"] == cut
-    assert caption(config(root, model)).facts == summary.facts
+    assert summary.counters["cut at max_tokens"] == cut
+    assert caption(config(root, model)).counters == summary.counters
 
 
 @pytest.mark.parametrize("kind", ["tiny", "coca_roberta-ViT-B-32"])

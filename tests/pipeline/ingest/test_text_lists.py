@@ -203,7 +203,7 @@ def test_json_captions_that_are_no_text_lose_no_row(tmp_path):
     found = [(row["caption"], row["status"], row["error_message"]) for row in raw_rows(tmp_path / "D")]
     expected = [(None, None), *[(None, note)] * 6, (None, None), ("text", None), ("one", None), ("two", None)]
     assert found == [(caption, "success", noted) for caption, noted in expected]
-    assert (summary.counts, summary.facts) == ({"success": 11}, {note: 6})
+    assert (summary.counts, summary.counters) == ({"success": 11}, {note: 6})
     assert [sample.caption for sample in read_shard(str(tmp_path / "D/raw/00000.tar"))][-3:] == ["text", "one", "two"]
     assert check(CheckConfig(str(tmp_path / "D"))) == []
 

@@ -113,7 +113,7 @@ def test_pack_mends_drops_and_counts(tmp_path):
         EMPTY: 1, "caption or json does not parse": 1, "caption too long": 1, "no caption": 2, "success": 5,
     }  # fmt: skip
     mends = {"control characters": 1, "html entities": 1, "invisible marks": 1, "surrogates": 1}
-    assert summary.facts == {f"{name} mended": number for name, number in mends.items()}
+    assert summary.counters == {f"{name} mended": number for name, number in mends.items()}
     final = {sample.key: sample for sample in read_shard(join(root, "shards/00000.tar"))}
     assert {key: sample.caption for key, sample in final.items() if key != "4"} == {
         "0": "a dog & a cat", "6": "dog 😀", "7": "a dog", "9": "a plain dog, kept as it is ",

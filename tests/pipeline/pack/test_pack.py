@@ -146,7 +146,7 @@ def test_captions_below_the_similarity_are_left_out(root):
     write_captions(root, "one", described)
     summary = pack(PackConfig(root, min_similarity=0.25, workers=1))
     assert summary.counts == {DISSIMILAR: 1, "success": SHARDS * PER_SHARD - 1}
-    assert summary.facts == {
+    assert summary.counters == {
         "original captions below min_similarity": 1, "synthetic captions below min_similarity": 3,
     }  # fmt: skip
     samples = {sample.key: sample for sample in final(root)}
@@ -220,7 +220,7 @@ def test_a_source_with_fields_of_ours_is_packed_as_check_wants_it(root, captione
     write_shard(join(root, "raw/00000.tar"), [*odd, *samples[len(odd) :]])
     vouch(root, "raw", 0, "raw/00000.tar")
     summary = pack(PackConfig(root, captioner, workers=1, shard_size=size))
-    assert summary.facts["json members with syn_N or synsets of the source, left out"] == 4
+    assert summary.counters["json members with syn_N or synsets of the source, left out"] == 4
     assert check(CheckConfig(root)) == []
     packed = shard_of(root, 0)
     assert [len(sample.captions) for sample in packed] == [captions] * len(packed)
@@ -239,7 +239,7 @@ def test_numbers_that_json_has_no_word_for_are_null(root):
     write_shard(join(root, "raw/00000.tar"), samples)
     vouch(root, "raw", 0, "raw/00000.tar")
     summary = pack(PackConfig(root, workers=1))
-    assert summary.facts["json members with NaN or Infinity of the source, null instead"] == 1
+    assert summary.counters["json members with NaN or Infinity of the source, null instead"] == 1
     packed = shard_of(root, 0)
     for sample in packed:
         json.loads(sample.members["json"], parse_constant=no_json)
