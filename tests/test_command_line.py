@@ -16,7 +16,7 @@ from small_training import tiny_clip
 
 import clipmill
 from pipeline.core.command_line import EXAMPLES, GROUPS, parse
-from pipeline.ingest.stage import IngestConfig
+from pipeline.ingest.config import IngestConfig
 from shards_spec.files import UserError, read_json
 from shards_spec.suggest import did_you_mean
 from training.recipes import RECIPES

@@ -24,7 +24,8 @@ from web_server import serve
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from pipeline.check.stage import CheckConfig, check
-from pipeline.ingest.stage import IngestConfig, ingest
+from pipeline.ingest.config import IngestConfig
+from pipeline.ingest.stage import ingest
 from pipeline.pack.stage import PackConfig, pack
 from shards_spec import files
 from shards_spec.files import UserError

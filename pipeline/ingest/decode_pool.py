@@ -1,6 +1,7 @@
-"""Processes that turn bytes into images, kept busy by the event loop; an image that kills or hangs one costs itself.
+"""Processes that turn bytes into images, kept busy by the event loop.
 
-Each process has two images in its socket, so that it never waits for the next one.
+A crash or timeout of a decoder fails only the image it worked on. Each process has two images in its socket, so that it
+never waits for the next one.
 """
 
 import asyncio
@@ -18,13 +19,14 @@ from typing import Any
 from pipeline.core.workers import die_with_parent
 from shards_spec.files import UserError
 
-AHEAD = 2  # images in a process: the one it works on, and the next
-BUFFER = 1 << 22  # bytes of the socket's buffer: most images fit
-START_S = 60  # a busy machine starts a process slowly; its first image is not to blame
-STILLBORN = 5  # processes that die one after the other without an answer: a bug, not an image
-CRASHED, TOO_LONG = "decoder crashed", "decoding took too long"
+IMAGES_PER_PROCESS = 2  # the one it works on, and the next
+SOCKET_BUFFER_BYTES = 1 << 22  # most images fit
+START_TIMEOUT_S = 60  # more for the first image: a busy machine starts a process slowly
+MAX_STARTUP_FAILURES = 5  # processes that die one after the other without an answer: a bug, not an image
+CRASHED = "decoder crashed"
+TOO_LONG = "decoding took too long"
 LENGTH = struct.Struct("<Q")
-STARTED = b"\x01"
+STARTED = b"\x01"  # what a process answers when it begins with an image
 
 Work = Callable[[bytes], Any]
 
@@ -39,20 +41,22 @@ class _Job:
     answer: "asyncio.Future[Any]"
 
 
-class Decoders:
-    """``number`` processes that answer ``work(data)``; use as ``async with Decoders(...) as decoders``.
+class DecodePool:
+    """``processes`` of them answer ``work(data)``; use as ``async with DecodePool(...) as pool``.
 
     ``work`` must be picklable and must not raise; ``timeout_s`` is the longest it may take for one image.
     """
 
-    def __init__(self, work: Work, number: int, timeout_s: float) -> None:
-        self._work, self._number, self._timeout_s = work, number, timeout_s
-        self._stillborn = 0
+    def __init__(self, work: Work, processes: int, timeout_s: float) -> None:
+        self._work = work
+        self._processes = processes
+        self._timeout_s = timeout_s
+        self._startup_failures = 0
         self._exit_code: int | None = None
 
-    async def __aenter__(self) -> "Decoders":
+    async def __aenter__(self) -> "DecodePool":
         self._jobs = asyncio.Queue[_Job]()
-        self._tasks = [asyncio.create_task(self._keep_alive()) for _ in range(self._number)]
+        self._tasks = [asyncio.create_task(self._keep_alive()) for _ in range(self._processes)]
         return self
 
     async def __aexit__(
@@ -64,78 +68,84 @@ class Decoders:
 
     async def convert(self, data: bytes) -> Any:
         """What ``work(data)`` returns. Raises DecoderFailed, UserError when no process stays alive."""
-        if self._stillborn >= STILLBORN:
-            raise self._dead()
+        if self._startup_failures >= MAX_STARTUP_FAILURES:
+            raise self._startup_error()
         job = _Job(data, asyncio.get_running_loop().create_future())
         self._jobs.put_nowait(job)
         return await job.answer
 
     async def _keep_alive(self) -> None:
-        """One process, started again when it dies; when it does so before any answer, again and again, jobs fail."""
-        while self._stillborn < STILLBORN:
+        """Run one process, started again when it dies; when several die before any answer, all jobs fail."""
+        while self._startup_failures < MAX_STARTUP_FAILURES:
             process, channel = _start(self._work)
             reader, writer = await asyncio.open_connection(sock=channel)
-            given, room = asyncio.Queue[_Job](), asyncio.Semaphore(AHEAD)
-            sender = asyncio.create_task(self._send(writer, given, room))
+            sent = asyncio.Queue[_Job]()
+            room = asyncio.Semaphore(IMAGES_PER_PROCESS)
+            sender = asyncio.create_task(self._send(writer, sent, room))
             try:
-                await self._receive(reader, given, room)
+                await self._receive(reader, sent, room)
             finally:
                 sender.cancel()
                 writer.transport.abort()
                 process.kill()
                 process.join()
                 self._exit_code = process.exitcode
-                while not given.empty():  # not to blame: for another process
-                    self._jobs.put_nowait(given.get_nowait())
+                while not sent.empty():  # images it had not begun are for another process
+                    self._jobs.put_nowait(sent.get_nowait())
         while not self._jobs.empty():
             job = self._jobs.get_nowait()
             if not job.answer.done():
-                job.answer.set_exception(self._dead())
+                job.answer.set_exception(self._startup_error())
 
-    def _dead(self) -> UserError:
+    def _startup_error(self) -> UserError:
         return UserError(
-            f"{STILLBORN} decoder processes died before they answered once, the last with exit code {self._exit_code}; "
-            "where memory is short, fewer --workers need less; else the lines above say why"
+            f"{MAX_STARTUP_FAILURES} decoder processes died before they answered once, the last with exit code "
+            f"{self._exit_code}; where memory is short, fewer --workers need less; else the lines above say why"
         )
 
-    async def _send(self, writer: asyncio.StreamWriter, given: "asyncio.Queue[_Job]", room: asyncio.Semaphore) -> None:
+    async def _send(self, writer: asyncio.StreamWriter, sent: "asyncio.Queue[_Job]", room: asyncio.Semaphore) -> None:
+        """Send jobs to one process as it has room for them."""
         while True:
             await room.acquire()
             job = await self._jobs.get()
-            given.put_nowait(job)
+            sent.put_nowait(job)
             writer.write(LENGTH.pack(len(job.data)))
             writer.write(job.data)
 
     async def _receive(
-        self, reader: asyncio.StreamReader, given: "asyncio.Queue[_Job]", room: asyncio.Semaphore
+        self, reader: asyncio.StreamReader, sent: "asyncio.Queue[_Job]", room: asyncio.Semaphore
     ) -> None:
-        """Answers in the order of the jobs, until the process dies or takes too long."""
-        answered = False
+        """Answer the jobs sent, in their order, until the process dies or takes too long."""
+        has_answered = False
         while True:
-            job, started, answer = await given.get(), False, None
+            job = await sent.get()
+            started = False
             try:
-                async with asyncio.timeout(self._timeout_s + (0 if answered else START_S)):
+                async with asyncio.timeout(self._timeout_s + (0 if has_answered else START_TIMEOUT_S)):
                     started = await reader.readexactly(1) == STARTED
                 async with asyncio.timeout(self._timeout_s):
-                    answer = pickle.loads(await reader.readexactly(LENGTH.unpack(await reader.readexactly(8))[0]))
+                    (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
+                    answer = pickle.loads(await reader.readexactly(length))
             except (asyncio.IncompleteReadError, ConnectionError, TimeoutError) as error:
-                if not started:
-                    self._stillborn += not answered
+                if not started:  # the image is not to blame
+                    self._startup_failures += not has_answered
                     self._jobs.put_nowait(job)
                 elif not job.answer.done():
                     reason = TOO_LONG if isinstance(error, TimeoutError) else CRASHED
                     job.answer.set_exception(DecoderFailed(reason))
                 return
-            answered, self._stillborn = True, 0
-            if not job.answer.done():  # cancelled: nobody waits for it any more
+            has_answered = True
+            self._startup_failures = 0
+            if not job.answer.done():  # it is when the download was cancelled meanwhile
                 job.answer.set_result(answer)
             room.release()
 
 
 def _start(work: Work) -> tuple[BaseProcess, socket.socket]:
+    """A decoder process, and our end of its socket."""
     ours, theirs = socket.socketpair()
     for end in (ours, theirs):
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
     process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, work), daemon=True)
     process.start()
     theirs.close()
@@ -144,11 +154,11 @@ def _start(work: Work) -> tuple[BaseProcess, socket.socket]:
 
 
 def _serve(channel: socket.socket, work: Work) -> None:
-    """The process: a length and bytes come in, a mark that work began and a pickled answer go out."""
+    """What a process does: a length and bytes come in, `STARTED`, a length and the pickled answer go out."""
     die_with_parent()
     gc.freeze()  # what is imported stays: the collector need not look at it again
     channel.setblocking(True)
-    stream = channel.makefile("rb", buffering=BUFFER)
+    stream = channel.makefile("rb", buffering=SOCKET_BUFFER_BYTES)
     while header := stream.read(LENGTH.size):
         data = stream.read(LENGTH.unpack(header)[0])
         channel.sendall(STARTED)

@@ -1,7 +1,7 @@
 """Rows to images, many shards at a time: one event loop that fetches, processes that decode, a bound on everything.
 
-Rows of several shards are under way at once, the earliest first, so that neither the network nor a core waits for
-the last slow host of a shard. A shard that takes twice as long as the others gives its late links up.
+Rows of several shards are in progress at once, the earliest first, so that neither the network nor a core waits for
+the last slow host of a shard. A shard that takes twice as long as the others gives up its late requests.
 """
 
 import asyncio
@@ -17,25 +17,37 @@ from functools import partial
 from statistics import median
 from types import TracebackType
 
-from pipeline.ingest.backpressure import Gate
-from pipeline.ingest.decode_pool import DecoderFailed, Decoders
-from pipeline.ingest.http_client import MAY_PASS, NOT_PUBLIC, Fetcher, FetchError, FetchRules, Link
+from pipeline.ingest.backpressure import AdmissionGate
+from pipeline.ingest.decode_pool import DecodePool, DecoderFailed
+from pipeline.ingest.dns import NOT_FOUND
+from pipeline.ingest.http_client import (
+    NOT_PUBLIC,
+    TEMPORARY_REASONS,
+    TIMEOUT,
+    Fetcher,
+    FetchError,
+    FetchRules,
+    Request,
+    RequestState,
+)
 from pipeline.ingest.image_bytes import ImageReadError, clear_read_cache, read_image_bytes
 from pipeline.ingest.images import RESIZE, EncodedImage, ImageRules, Outcome, to_outcome
 from pipeline.ingest.rows import ImageRef, Row
 
-LATE = 2.0  # medians of the finished shards' times: what is on the network then, ends as a time-out
-KNOWN = 3  # finished shards before there is a median
-GRACE_S = 3.0  # however short that is
-TICK_S = 0.3
-READERS = 8  # threads that read local images
-BODIES = 32  # per decoder: bodies that may wait for it
+LATE_FACTOR = 2.0  # a shard is late after so many times the median of the last finished ones
+MIN_FINISHED = 3  # shards before that median is used
+MIN_GRACE_S = 3.0  # no request is given up earlier, however short the median
+LAST_SHARDS = 100  # that the median is taken of
+POLL_S = 0.3
+LOCAL_READERS = 8  # threads that read images which need no download
+BODIES_PER_DECODER = 32  # that may wait for it
+REASONS_SHOWN = 4
 
-Origin = str | ImageRef  # of an image: its link, or where it lies. One that is there twice is fetched once
+Origin = str | ImageRef  # of an image: its link, or where it lies. One that occurs twice is fetched once
 
 
 @dataclass
-class Tally:
+class DownloadTally:
     """What this run has done so far; read by the progress line from another thread."""
 
     started: float = field(default_factory=time.monotonic)
@@ -52,34 +64,30 @@ class Tally:
         else:
             self.outcomes[outcome] += 1
 
-    def nothing(self) -> str | None:
-        """A word to the user when downloads were tried and not one image came."""
+    def no_success_hint(self) -> str | None:
+        """Advice when downloads were tried and no image came; None when one did, or there is no advice."""
         if self.outcomes["success"] or not self.outcomes:
             return None
         reason = self.outcomes.most_common(1)[0][0]
         if reason == NOT_PUBLIC:
             return f"not one image came, mostly {reason!r}: --allow-private fetches from such addresses"
-        if reason in MAY_PASS or reason == "name not found":
+        if reason in TEMPORARY_REASONS or reason == NOT_FOUND:
             return f"not one image came, mostly {reason!r}: is this machine on the web? No proxy is used"
         return None
 
-    def line(self, rows_left: int | None) -> str:
-        """Rate, success rate, the commonest reasons, and the time left when it is known how many rows are."""
-        rows, seconds = sum(self.outcomes.values()), max(time.monotonic() - self.started, 1e-9)
+    def format(self, rows_left: int | None) -> str:
+        """Rate, success rate, the most common reasons, and the time left when ``rows_left`` is known."""
+        rows = sum(self.outcomes.values())
         if not rows:
             return ""
+        seconds = max(time.monotonic() - self.started, 1e-9)
         good = self.outcomes["success"]
-        reasons = [(n, reason) for reason, n in self.outcomes.most_common(5) if reason != "success"][:4]
         parts = [f"{rows:,} rows, {good / seconds:.0f} images/s, {100 * good / rows:.1f} % good"]
-        parts += [f"{reason} {100 * n / rows:.1f} %" for n, reason in reasons]
+        most_common = [(reason, n) for reason, n in self.outcomes.most_common(REASONS_SHOWN + 1) if reason != "success"]
+        parts += [f"{reason} {100 * n / rows:.1f} %" for reason, n in most_common[:REASONS_SHOWN]]
         if rows_left is not None:
             parts.append(f"about {_duration(rows_left * seconds / rows)} left")
         return ", ".join(parts)
-
-
-def _result(work: "asyncio.Task[Outcome]") -> Outcome:
-    """What a finished row came to; we cancel those that are late."""
-    return "timeout" if work.cancelled() else work.result()
 
 
 def _duration(seconds: float) -> str:
@@ -87,19 +95,37 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"
 
 
-class Downloader:
-    """Turns rows into outcomes; use as ``with Downloader(...) as downloader``; any thread may call its methods."""
+@dataclass
+class _Download:
+    """One origin on its way to an image."""
 
-    def __init__(self, fetch: FetchRules, images: ImageRules, workers: int, decode_timeout_s: float) -> None:
-        self.tally = Tally()
-        self._fetch_rules = fetch
-        self._decoders = Decoders(partial(to_outcome, rules=images), workers, decode_timeout_s)
-        self._workers = workers
-        self._seconds = deque[float](maxlen=100)  # of the last finished shards
+    request: Request
+    task: "asyncio.Task[Outcome]"
+
+    @property
+    def outcome(self) -> Outcome:
+        """Of a finished one; those that are late have been cancelled."""
+        return TIMEOUT if self.task.cancelled() else self.task.result()
+
+
+class Downloader:
+    """Turns rows into outcomes; use as ``with Downloader(...) as downloader``; any thread may call its methods.
+
+    ``decoders`` is the number of decoder processes, ``decode_timeout_s`` the seconds for one image.
+    """
+
+    def __init__(
+        self, fetch_rules: FetchRules, image_rules: ImageRules, decoders: int, decode_timeout_s: float
+    ) -> None:
+        self.tally = DownloadTally()
+        self._fetch_rules = fetch_rules
+        self._decoders = decoders
+        self._decode_pool = DecodePool(partial(to_outcome, rules=image_rules), decoders, decode_timeout_s)
+        self._shard_seconds = deque[float](maxlen=LAST_SHARDS)  # of the last finished ones
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="downloads", daemon=True)
-        self._readers = ThreadPoolExecutor(READERS, "read")
-        self._close = AsyncExitStack()
+        self._readers = ThreadPoolExecutor(LOCAL_READERS, "read")
+        self._exit_stack = AsyncExitStack()
 
     def __enter__(self) -> "Downloader":
         self._thread.start()
@@ -109,7 +135,7 @@ class Downloader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -117,97 +143,106 @@ class Downloader:
         clear_read_cache()
 
     async def _open(self) -> None:
-        self._gate = Gate(BODIES * self._workers)
-        self._local = asyncio.Semaphore(READERS)
-        self._fetcher = await self._close.enter_async_context(Fetcher(self._fetch_rules, self._gate))
-        await self._close.enter_async_context(self._decoders)
+        self._gate = AdmissionGate(BODIES_PER_DECODER * self._decoders)
+        self._reader_slots = asyncio.Semaphore(LOCAL_READERS)
+        self._fetcher = await self._exit_stack.enter_async_context(Fetcher(self._fetch_rules, self._gate))
+        await self._exit_stack.enter_async_context(self._decode_pool)
 
-    async def _shut(self) -> None:
+    async def _close(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        await self._close.aclose()
+        await self._exit_stack.aclose()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def outcomes(self, rows: list[Row]) -> list[Outcome]:
-        """What became of each row of a shard, in their order; waits for it."""
+        """What became of each row of a shard, in their order; waits for all of them."""
         return asyncio.run_coroutine_threadsafe(self._outcomes(rows), self._loop).result()
 
     async def _outcomes(self, rows: list[Row]) -> list[Outcome]:
         self.tally.given += len(rows)
         origins = [None if row.problem else row.image_ref or row.url for row in rows]
-        links, works = dict[Origin, Link](), dict[Origin, asyncio.Task[Outcome]]()
+        downloads = dict[Origin, _Download]()
         try:
             for origin in dict.fromkeys(origin for origin in origins if origin):
-                while self._fetcher.queue > 2 * self._fetch_rules.concurrency:  # the shards before have enough to do
-                    await asyncio.sleep(TICK_S)
-                links[origin] = Link()
-                works[origin] = asyncio.create_task(self._outcome(origin, links[origin]))
-            await self._ended(links, works)
+                while self._fetcher.waiting > 2 * self._fetch_rules.concurrency:  # earlier shards fill the network
+                    await asyncio.sleep(POLL_S)
+                request = Request()
+                downloads[origin] = _Download(request, asyncio.create_task(self._outcome(origin, request)))
+            await self._wait_for(list(downloads.values()))
         finally:
-            for work in works.values():
-                work.cancel()
-        if begun := [link.started for link in links.values() if link.started]:
-            self._seconds.append(time.monotonic() - min(begun))
-        self.tally.given -= len(rows) - len(works)  # a link that is there twice counts once
+            for download in downloads.values():
+                download.task.cancel()
+        if started := [download.request.started_at for download in downloads.values() if download.request.started_at]:
+            self._shard_seconds.append(time.monotonic() - min(started))
+        self.tally.given -= len(rows) - len(downloads)  # a link that occurs twice counts once
         return [
-            _result(works[origin]) if origin else row.problem or "no URL"
+            downloads[origin].outcome if origin else row.problem or "no URL"
             for row, origin in zip(rows, origins, strict=True)
         ]
 
-    async def _ended(self, links: dict[Origin, Link], works: dict[Origin, "asyncio.Task[Outcome]"]) -> None:
-        """Wait for all; cancel what is on the network when the shard is late."""
-        running, over = set(works.values()), asyncio.Event()
+    async def _wait_for(self, downloads: list[_Download]) -> None:
+        """Wait until all are finished; cancel those on the network when the shard is late."""
+        if not downloads:
+            return
+        running = {download.task for download in downloads}
+        all_finished = asyncio.Event()
 
-        def ended(work: "asyncio.Task[Outcome]") -> None:
-            running.discard(work)
-            if work.cancelled() or not work.exception():
-                self.tally.add(_result(work))
+        def count(download: _Download, task: "asyncio.Task[Outcome]") -> None:
+            running.discard(task)
+            if task.cancelled() or not task.exception():
+                self.tally.add(download.outcome)
             if not running:
-                over.set()
+                all_finished.set()
 
-        for work in works.values():
-            work.add_done_callback(ended)
-        while works and not over.is_set():
+        for download in downloads:
+            download.task.add_done_callback(partial(count, download))
+        while not all_finished.is_set():
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(TICK_S):
-                    await over.wait()
-            if running and self._is_late(links, works):
-                for origin, work in works.items():
-                    if links[origin].phase in ("host", "try", "pause"):
-                        work.cancel()
+                async with asyncio.timeout(POLL_S):
+                    await all_finished.wait()
+            if running and self._is_late(downloads):
+                for download in downloads:
+                    if download.request.is_on_network:
+                        download.task.cancel()
 
-    def _is_late(self, links: dict[Origin, Link], works: dict[Origin, "asyncio.Task[Outcome]"]) -> bool:
-        """Whether a shard's time is up: twice the median, and a median since its last link was first tried.
+    def _is_late(self, downloads: list[_Download]) -> bool:
+        """Whether a shard's time is up: twice the median, and a median since its last request was first tried.
 
-        No link is given up before ``GRACE_S``. Links that wait for a slot of ours are not the network's fault: no
-        shard is cut while it has one.
+        No request is given up before ``MIN_GRACE_S``. Those that wait for a slot of ours are not the network's fault:
+        no shard is cut short while it has one.
         """
-        pending = [links[origin] for origin, work in works.items() if not work.done()]
-        if len(self._seconds) < KNOWN or any(link.phase == "slot" for link in pending):
+        pending = [download.request.state for download in downloads if not download.task.done()]
+        if len(self._shard_seconds) < MIN_FINISHED or RequestState.WAITING_FOR_SLOT in pending:
             return False
-        begun = [link.started for link in links.values() if link.started]
-        if not begun or all(link.phase == "done" for link in pending):
+        started = [download.request.started_at for download in downloads if download.request.started_at]
+        if not started or all(state == RequestState.DONE for state in pending):
             return False
-        usual, now = median(self._seconds), time.monotonic()
-        return now > max(min(begun) + LATE * usual, max(begun) + max(usual, GRACE_S))
+        usual = median(self._shard_seconds)
+        shard_limit = min(started) + LATE_FACTOR * usual
+        request_limit = max(started) + max(usual, MIN_GRACE_S)
+        return time.monotonic() > max(shard_limit, request_limit)
 
-    async def _outcome(self, origin: Origin, link: Link) -> Outcome:
+    async def _outcome(self, origin: Origin, request: Request) -> Outcome:
+        """Fetch or read one image and decode it."""
         try:
-            fetch = self._fetcher.get(origin, link) if isinstance(origin, str) else self._read(origin, link)
-            data = await fetch
+            if isinstance(origin, str):
+                data = await self._fetcher.get(origin, request)
+            else:
+                data = await self._read(origin, request)
         except (FetchError, ImageReadError) as error:
             return str(error)
-        async with self._gate.body():
+        async with self._gate.decoding():
             try:
-                image: Outcome = await self._decoders.convert(data)
+                image: Outcome = await self._decode_pool.convert(data)
             except DecoderFailed as error:
                 return f"{RESIZE}{error}"
         return image
 
-    async def _read(self, image_ref: ImageRef, link: Link) -> bytes:
-        link.phase = "slot"
-        async with self._local:
+    async def _read(self, image_ref: ImageRef, request: Request) -> bytes:
+        """The bytes of an image that needs no download. Raises ImageReadError."""
+        request.state = RequestState.WAITING_FOR_SLOT
+        async with self._reader_slots:
             await self._gate.enter()
             read: Callable[[], bytes] = partial(read_image_bytes, image_ref, self._fetch_rules.max_bytes)
             try:
@@ -215,5 +250,5 @@ class Downloader:
             except BaseException:
                 self._gate.leave()
                 raise
-        link.phase = "done"
+        request.state = RequestState.DONE
         return data

@@ -1,6 +1,6 @@
-"""Which rows a list's user wants: captions, conditions on columns, excluded links and images, duplicates.
+"""Which rows a user wants: rules on captions and columns, excluded links and images, duplicates within a shard.
 
-Each `no` is a named reason.
+What is left out gets a short, stable reason.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,9 @@ from pipeline.ingest.source_io import lines
 from shards_spec.files import UserError, exists, sha256_bytes
 from shards_spec.images import decode_rgb
 
-EXCLUDED_URL, EXCLUDED_IMAGE = "excluded address", "excluded picture"
+EXCLUDED_URL = "excluded address"
+EXCLUDED_IMAGE = "excluded picture"
+SHA256_DIGITS = 64
 Hashes = np.ndarray[tuple[int], np.dtype[np.uint64]]
 
 
@@ -29,23 +31,29 @@ def _hash(text: str) -> int:
 def read_exclusions(paths: Iterable[str]) -> Hashes:
     """Sorted 64-bit hashes of the lines of text files, gzipped or not: addresses, or sha256 of images in hex.
 
-    8 bytes a line: lists of many millions fit. Raises UserError for a file that is not there.
+    8 bytes a line: lists of many millions fit. Raises UserError for a file that does not exist.
     """
-    return np.unique(np.fromiter((_hash(line) for path in paths for line in _lines(path)), np.uint64))
+    return np.unique(np.fromiter(map(_hash, _exclusions(paths)), np.uint64))
 
 
-def _lines(path: str) -> Iterator[str]:
-    if not exists(path):
-        raise UserError(f"--exclude {path}: no such file; give a text file with an address or a sha256 per line")
-    for line in lines(path):
-        text = line.decode(errors="surrogateescape").strip()
-        if text:
-            yield text.lower() if len(text) == 64 else text
+def _exclusions(paths: Iterable[str]) -> Iterator[str]:
+    """The lines that are not empty; what may be a sha256 in small letters."""
+    for path in paths:
+        if not exists(path):
+            raise UserError(f"--exclude {path}: no such file; give a text file with an address or a sha256 per line")
+        for line in lines(path):
+            text = line.decode(errors="surrogateescape").strip()
+            if text:
+                yield text.lower() if len(text) == SHA256_DIGITS else text
 
 
 @dataclass(frozen=True)
 class Selection:
-    """``min_caption_chars`` and ``max_caption_chars`` 0: no limit; ``near_bits`` None: no near-duplicates."""
+    """Rules on rows and images.
+
+    ``min_caption_chars`` and ``max_caption_chars`` 0: no limit; ``duplicates``: leave out images that occur earlier in
+    their shard, with ``near_bits`` also those whose perceptual hashes differ in at most so many of 64 bits.
+    """
 
     sane_captions: bool = False
     min_caption_chars: int = 0
@@ -55,19 +63,20 @@ class Selection:
     where: tuple[Condition, ...] = ()
     exclusions: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
 
-    def before(self, rows: list[Row]) -> list[Row]:
-        """Rows, with a problem where they need not even be downloaded."""
+    def filter_rows(self, rows: list[Row]) -> list[Row]:
+        """All rows; those that are left out have the reason as their problem, and are not downloaded."""
         return [replace(row, problem=row.problem or self._problem(row)) for row in rows]
 
     def _problem(self, row: Row) -> str | None:
         if row.url is not None and self._is_excluded(row.url):
             return EXCLUDED_URL
-        if (failed := next((condition for condition in self.where if not condition.holds(row)), None)) is not None:
-            return failed.reason
+        for condition in self.where:
+            if not condition.holds(row):
+                return condition.reason
         return caption_problem(row.caption, self.min_caption_chars, self.max_caption_chars, self.sane_captions)
 
-    def after(self, rows: list[Row], outcomes: list[Outcome]) -> list[Outcome]:
-        """Outcomes, with a reason in place of the images that are excluded or stand earlier in the shard."""
+    def filter_images(self, rows: list[Row], outcomes: list[Outcome]) -> list[Outcome]:
+        """Outcomes, with a reason in place of images that are excluded or occur earlier in the shard."""
         kept: list[Outcome] = [
             EXCLUDED_IMAGE if isinstance(outcome, EncodedImage) and self._is_excluded(outcome.sha256) else outcome
             for outcome in outcomes
@@ -77,17 +86,17 @@ class Selection:
         images = [outcome if isinstance(outcome, EncodedImage) else None for outcome in kept]
         sha256s = [image.sha256 if image else None for image in images]
         hashes = [image.phash if image else None for image in images]
-        copies = dict[int, np.ndarray]()
+        fingerprints = dict[int, np.ndarray]()
 
         def same(one: int, other: int) -> bool:
-            for index in {one, other} - set(copies):
+            for index in {one, other} - set(fingerprints):
                 image = images[index]
-                assert image is not None  # what failed is no candidate
-                copies[index] = fingerprint(decode_rgb(image.data))
-            return alike(copies[one], copies[other])
+                assert image is not None  # rows without an image are no candidates
+                fingerprints[index] = fingerprint(decode_rgb(image.data))
+            return alike(fingerprints[one], fingerprints[other])
 
-        found = find_duplicates([row.url for row in rows], sha256s, hashes, self.near_bits, same)
-        for index, first in found.items():
+        repeated = find_duplicates([row.url for row in rows], sha256s, hashes, self.near_bits, same)
+        for index, first in repeated.items():
             kept[index] = EXACT_DUPLICATE if sha256s[index] == sha256s[first] else NEAR_DUPLICATE
         return kept
 
@@ -95,5 +104,5 @@ class Selection:
         if not len(self.exclusions):
             return False
         wanted = np.uint64(_hash(text))
-        place = int(np.searchsorted(self.exclusions, wanted))
-        return place < len(self.exclusions) and bool(self.exclusions[place] == wanted)
+        index = int(np.searchsorted(self.exclusions, wanted))
+        return index < len(self.exclusions) and bool(self.exclusions[index] == wanted)

@@ -1,7 +1,7 @@
-"""One image from the web: bytes, or a short named reason why not.
+"""One image from the web: its bytes, or a short named reason why there are none.
 
 Every connection, also after a redirect or for an address in digits, goes through one socket factory that refuses
-what is not of the public internet: a list from the web must not reach services of the own network.
+addresses outside the public internet: a list from the web must not reach services of the user's own network.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from enum import Enum
 from importlib.metadata import version
 from itertools import count
 from types import TracebackType
@@ -24,37 +25,55 @@ import yarl
 from aiohttp import http_exceptions
 
 from pipeline.ingest.addresses import is_public
-from pipeline.ingest.backpressure import Gate, Slots
-from pipeline.ingest.dns import NameFailed, Names
+from pipeline.ingest.backpressure import AdmissionGate, PrioritySemaphore
+from pipeline.ingest.dns import LOOKUP_FAILED, CachingResolver, DnsError
 
-AGENT = "clipmill"
+USER_AGENT = "clipmill"
 OPT_OUT = frozenset({"noai", "noimageai", "noindex", "noimageindex"})  # img2dataset's defaults
+FIRST_PAUSE_S = 0.5  # before the second try; doubled for each one after
+MAX_REDIRECTS = 5
+KEEPALIVE_S = 5  # of a connection without a request
+DNS_CACHE_S = 600
+DNS_CACHE_NAMES = 20_000
+CHUNK_BYTES = 1 << 16
+# an ampersand of a link as a web page's source has it
+ESCAPED_AMPERSAND = re.compile(r"&(?:amp;|#38;|#x26;)+", re.IGNORECASE)
+
+TIMEOUT = "timeout"
 NOT_PUBLIC = "not a public address"
-FIRST_PAUSE_S = 0.5  # before the first further try; doubled for each one after
-PIECE = 1 << 16
-ESCAPED = re.compile(r"&(?:amp;|#38;|#x26;)+", re.IGNORECASE)  # an ampersand of a link as a web page's source has it
-BUSY = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})  # statuses that may pass with time
-MAY_PASS = frozenset({
-    "timeout", "connection refused", "connection lost", "connection failed", "name look-up failed",
-    *(f"HTTP {status}" for status in BUSY),
-})  # fmt: skip
+REFUSED = "connection refused"
+LOST = "connection lost"
+FAILED = "connection failed"
+TEMPORARY_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
+# reasons that may pass with time: these are tried again, at once and by `ingest --retry-failed`
+TEMPORARY_REASONS = frozenset(
+    {
+        TIMEOUT,
+        REFUSED,
+        LOST,
+        FAILED,
+        LOOKUP_FAILED,
+        *(f"HTTP {status}" for status in TEMPORARY_STATUSES),
+    }
+)
 
 
 class FetchError(Exception):
     """No bytes; the message is a short, stable reason fit for counting.
 
-    ``after``: seconds the server asked us to wait before another try.
+    ``retry_after_s``: seconds that the server asked us to wait before another try.
     """
 
-    def __init__(self, reason: str, after: float = 0.0) -> None:
+    def __init__(self, reason: str, retry_after_s: float = 0.0) -> None:
         super().__init__(reason)
-        self.after = after
+        self.retry_after_s = retry_after_s
 
 
 @dataclass(frozen=True)
 class FetchRules:
-    """``timeout_s`` is the time of one try from name look-up to last byte, ``retries`` the tries after the first.
+    """Limits of the downloads.
 
+    ``timeout_s`` is the time of one try from name look-up to last byte, ``retries`` the tries after the first.
     ``concurrency`` requests are in flight at most, ``per_host`` of them to one host. ``nameservers`` replace the
     system's.
     """
@@ -69,74 +88,96 @@ class FetchRules:
     nameservers: tuple[str, ...] = ()
 
 
+class RequestState(Enum):
+    """What a request does."""
+
+    WAITING_FOR_HOST = 1  # the host has as many requests as are allowed, or asked for a pause
+    WAITING_FOR_SLOT = 2  # as many requests are in flight as are allowed, or decoders are behind
+    IN_FLIGHT = 3
+    BACKING_OFF = 4  # the pause between two tries
+    DONE = 5
+
+
 @dataclass
-class Link:
+class Request:
     """Where a request stands, for those who must decide whether to wait for it.
 
-    ``phase``: it waits for its ``host`` (busy with others), for a ``slot`` of ours, for the answer to a ``try`` or in
-    a ``pause`` between two; ``done`` after. ``started``: when the first try began (monotonic seconds), 0 before.
-    ``number``: who came first is served first, also at a second try.
+    ``started_at``: when the first try began (monotonic seconds), 0 before. ``priority``: requests are served in the
+    order they were made, at a second try too.
     """
 
-    phase: str = "host"
-    started: float = 0.0
-    number: int = field(default_factory=count().__next__)
+    state: RequestState = RequestState.WAITING_FOR_HOST
+    started_at: float = 0.0
+    priority: int = field(default_factory=count().__next__)
+
+    @property
+    def is_on_network(self) -> bool:
+        """Whether the host, and not a limit of ours, is what keeps it waiting."""
+        return self.state in (RequestState.WAITING_FOR_HOST, RequestState.IN_FLIGHT, RequestState.BACKING_OFF)
 
 
 @dataclass
 class _Host:
-    """What is under way to one host.
+    """The requests to one host.
 
-    ``resume`` is when it wants to be asked again (monotonic seconds). ``silent`` counts time-outs: a host that has
-    never done anything else (``answered``) is given up after ``patience`` of them, but for a ``probe`` now and then.
+    ``paused_until``: when it may be asked again (monotonic seconds). ``timeouts`` counts: a host that has never done
+    anything else (``answered``) is given up after ``max_timeouts`` of them, except for a try now and then
+    (``next_probe_at``).
     """
 
-    slots: Slots
-    patience: int
+    slots: PrioritySemaphore
+    max_timeouts: int
     users: int = 0
-    resume: float = 0.0
-    silent: int = 0
+    paused_until: float = 0.0
+    timeouts: int = 0
     answered: bool = False
-    probe: float = 0.0
+    next_probe_at: float = 0.0
 
     @property
-    def is_dead(self) -> bool:
+    def is_unresponsive(self) -> bool:
         """Whether it is not worth waiting for."""
-        return not self.answered and self.silent >= self.patience
+        return not self.answered and self.timeouts >= self.max_timeouts
 
-    def is_skipped(self, every_s: float) -> bool:
-        """Whether not to try it now: it is dead, but for a probe from time to time."""
+    def skip_request(self, probe_every_s: float) -> bool:
+        """Whether to fail a request without a try: the host is unresponsive, and it is not yet time to probe it."""
         now = time.monotonic()
-        if not self.is_dead or now >= self.probe:
-            self.probe = now + every_s
-            return False
-        return True
+        if self.is_unresponsive and now < self.next_probe_at:
+            return True
+        self.next_probe_at = now + probe_every_s
+        return False
+
+    def count_failure(self, reason: str) -> None:
+        """Note how a try failed."""
+        if reason == TIMEOUT:
+            self.timeouts += 1
+        else:
+            self.answered = True
 
 
 class Fetcher:
     """A session for many images; use as ``async with Fetcher(rules, gate) as fetcher``."""
 
-    def __init__(self, rules: FetchRules, gate: Gate | None = None) -> None:
+    def __init__(self, rules: FetchRules, gate: AdmissionGate | None = None) -> None:
         self._rules = rules
-        self._gate = gate or Gate(rules.concurrency)
+        self._gate = gate or AdmissionGate(rules.concurrency)
         self._hosts = dict[str, _Host]()
 
     async def __aenter__(self) -> "Fetcher":
-        self._slots = Slots(self._rules.concurrency)
-        self._names = Names(self._rules.nameservers)
+        self._slots = PrioritySemaphore(self._rules.concurrency)
+        self._resolver = CachingResolver(self._rules.nameservers)
         connector = aiohttp.TCPConnector(
-            limit=0,  # ours: a request that waits for its host must not hold a slot
-            resolver=self._names,
-            ttl_dns_cache=600,
-            dns_cache_max_size=20_000,
-            keepalive_timeout=5,
+            limit=0,  # the limit is self._slots: a request that waits for its host must not hold a slot
+            resolver=self._resolver,
+            ttl_dns_cache=DNS_CACHE_S,
+            dns_cache_max_size=DNS_CACHE_NAMES,
+            keepalive_timeout=KEEPALIVE_S,
             socket_factory=None if self._rules.allow_private else public_socket,
         )
         self._session = aiohttp.ClientSession(
             connector=connector,
             timeout=aiohttp.ClientTimeout(total=self._rules.timeout_s),
             headers={
-                "User-Agent": f"Mozilla/5.0 (compatible; {AGENT}/{version(AGENT)})",
+                "User-Agent": f"Mozilla/5.0 (compatible; {USER_AGENT}/{version('clipmill')})",
                 "Accept": "image/*,*/*;q=0.5",
                 "Accept-Encoding": "identity",
             },
@@ -149,58 +190,61 @@ class Fetcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._session.close()
-        await self._names.close()  # aiohttp closes its own resolver only
+        await self._resolver.close()  # aiohttp closes its own resolver only
 
     @property
-    def queue(self) -> int:
-        """Requests that wait for a slot of ours."""
-        return self._slots.queue
+    def waiting(self) -> int:
+        """Requests that wait for one of our slots."""
+        return self._slots.waiting
 
-    async def get(self, url: str, link: Link | None = None) -> bytes:
-        """The body of ``url``; ``link`` is kept up to date meanwhile. Raises FetchError."""
-        address, link = _address(url), link or Link()
+    async def get(self, url: str, request: Request | None = None) -> bytes:
+        """The body of ``url``; ``request`` is kept up to date meanwhile. Raises FetchError."""
+        address = _parse_url(url)
+        request = request or Request()
         async with self._host(address.host or "") as host:
             for tries in range(self._rules.retries + 1):
-                if (wait := host.resume - time.monotonic()) > 0:
+                if (wait := host.paused_until - time.monotonic()) > 0:
                     await asyncio.sleep(wait)
                 try:
-                    return await self._next_try(address, host, link)
+                    return await self._wait_and_try(address, host, request)
                 except FetchError as error:
-                    pause = max(error.after, FIRST_PAUSE_S * 2**tries)
-                    last = tries == self._rules.retries or str(error) not in MAY_PASS or host.is_dead
-                    if last or pause > self._rules.timeout_s:
+                    pause = max(error.retry_after_s, FIRST_PAUSE_S * 2**tries)
+                    is_final = str(error) not in TEMPORARY_REASONS or host.is_unresponsive
+                    if tries == self._rules.retries or is_final or pause > self._rules.timeout_s:
                         raise
-                    if error.after:  # the host itself named a time: all who ask it wait as long
-                        host.resume = max(host.resume, time.monotonic() + pause)
-                    link.phase = "pause"
+                    if error.retry_after_s:  # the host itself named a time: all who ask it wait as long
+                        host.paused_until = max(host.paused_until, time.monotonic() + pause)
+                    request.state = RequestState.BACKING_OFF
                     await asyncio.sleep(pause)
         raise AssertionError("the last try returns or raises")
 
-    async def _next_try(self, address: yarl.URL, host: _Host, link: Link) -> bytes:
-        link.phase = "host"
-        async with host.slots.hold(link.number):
-            if host.is_skipped(self._rules.timeout_s):
-                raise FetchError("timeout")
-            link.phase = "slot"
-            async with self._slots.hold(link.number):
+    async def _wait_and_try(self, address: yarl.URL, host: _Host, request: Request) -> bytes:
+        """One try, once the host and we have a slot for it."""
+        request.state = RequestState.WAITING_FOR_HOST
+        async with host.slots.hold(request.priority):
+            if host.skip_request(self._rules.timeout_s):
+                raise FetchError(TIMEOUT)
+            request.state = RequestState.WAITING_FOR_SLOT
+            async with self._slots.hold(request.priority):
                 await self._gate.enter()
-                link.phase, link.started = "try", link.started or time.monotonic()
+                request.state = RequestState.IN_FLIGHT
+                request.started_at = request.started_at or time.monotonic()
                 try:
                     body = await self._try(address)
                 except BaseException as error:
                     self._gate.leave()
                     if isinstance(error, FetchError):
-                        silent = str(error) == "timeout"
-                        host.silent, host.answered = host.silent + silent, host.answered or not silent
+                        host.count_failure(str(error))
                     raise
                 host.answered = True
-                link.phase = "done"
+                request.state = RequestState.DONE
                 return body
 
     @asynccontextmanager
     async def _host(self, name: str) -> AsyncIterator[_Host]:
-        """The host's record; forgotten when nobody uses it, so that memory does not grow with a list."""
-        host = self._hosts.setdefault(name, _Host(Slots(self._rules.per_host), self._rules.per_host))
+        """The host's record; dropped with its last request, so that memory does not grow with the list."""
+        per_host = self._rules.per_host
+        host = self._hosts.setdefault(name, _Host(PrioritySemaphore(per_host), max_timeouts=per_host))
         host.users += 1
         try:
             yield host
@@ -211,7 +255,7 @@ class Fetcher:
 
     async def _try(self, address: yarl.URL) -> bytes:
         try:
-            async with self._session.get(address, max_redirects=5) as response:
+            async with self._session.get(address, max_redirects=MAX_REDIRECTS) as response:
                 return await self._read(response)
         except (aiohttp.ClientError, http_exceptions.HttpProcessingError, TimeoutError, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
@@ -220,16 +264,18 @@ class Fetcher:
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         if not 200 <= response.status < 300:
-            after = _retry_after(response.headers.get("Retry-After", "")) if response.status in (429, 503) else 0.0
-            raise FetchError(f"HTTP {response.status}", after)
+            retry_after_s = 0.0
+            if response.status in (429, 503):
+                retry_after_s = _retry_after_s(response.headers.get("Retry-After", ""))
+            raise FetchError(f"HTTP {response.status}", retry_after_s)
         if not self._rules.ignore_opt_out and opted_out(response.headers.getall("X-Robots-Tag", [])):
             raise FetchError("opted out")
         limit = self._rules.max_bytes
         if (response.content_length or 0) > limit:
             raise FetchError("too large")
         body = bytearray()
-        async for piece in response.content.iter_chunked(PIECE):
-            body += piece
+        async for chunk in response.content.iter_chunked(CHUNK_BYTES):
+            body += chunk
             if len(body) > limit:
                 raise FetchError("too large")
         unpacked = _unpack(body, response.headers.get("Content-Encoding", ""), limit)
@@ -238,16 +284,18 @@ class Fetcher:
         return bytes(unpacked)
 
 
-def _address(url: str) -> yarl.URL:
+def _parse_url(url: str) -> yarl.URL:
+    """The address to ask for; its query as it is written. Raises FetchError."""
     if not url.lower().startswith(("http://", "https://")):
         raise FetchError("not an http address")
     try:
-        url = ESCAPED.sub("&", url)
+        url = ESCAPED_AMPERSAND.sub("&", url)
         address = yarl.URL(url)
         if not address.host:
             raise FetchError("bad address")
         query = url.partition("#")[0].partition("?")[2].strip()
-        if query.isascii() and query.isprintable() and " " not in query:  # yarl unquotes; signatures are of the text
+        if query.isascii() and query.isprintable() and " " not in query:
+            # yarl would rewrite the query, and signatures are made of its exact text
             exact = f"?{query}" if query else ""
             address = yarl.URL(f"{address.scheme}://{address.raw_authority}{address.raw_path}{exact}", encoded=True)
     except ValueError as error:
@@ -255,7 +303,7 @@ def _address(url: str) -> yarl.URL:
     return address
 
 
-def _retry_after(value: str) -> float:
+def _retry_after_s(value: str) -> float:
     """Seconds asked for by a Retry-After header, which holds seconds or a date; 0 when it makes no sense."""
     try:
         if value.strip().isdecimal():
@@ -266,7 +314,7 @@ def _retry_after(value: str) -> float:
 
 
 def _unpack(body: bytearray, encoding: str, limit: int) -> bytes | bytearray:
-    """The body without its Content-Encoding; we ask for none, some servers pack images all the same."""
+    """The body without its Content-Encoding, at most ``limit`` bytes. We ask for none; some servers use one anyway."""
     encoding = encoding.strip().lower()
     if encoding in ("", "identity") or not body:
         return body
@@ -286,35 +334,36 @@ def _unpack(body: bytearray, encoding: str, limit: int) -> bytes | bytearray:
 def explain(error: Exception) -> FetchError:
     """A named reason for what aiohttp and the operating system raise."""
     if isinstance(error, TimeoutError):
-        return FetchError("timeout")
+        return FetchError(TIMEOUT)
     if isinstance(error, aiohttp.ClientConnectorError):
         if NOT_PUBLIC in str(error.os_error):
             return FetchError(NOT_PUBLIC)
-        if isinstance(error.os_error, NameFailed):
-            return FetchError(str(error.os_error))
+        if isinstance(error.os_error, DnsError):
+            return FetchError(error.os_error.reason)
     for kind, reason in REASONS:
         if isinstance(error, kind):
             return FetchError(reason)
     cause = getattr(error, "os_error", error)
-    if isinstance(cause, ConnectionRefusedError) or getattr(cause, "errno", None) == errno.ECONNREFUSED:
-        return FetchError("connection refused")
-    lost = isinstance(cause, ConnectionError) or getattr(cause, "errno", None) in LOST
-    return FetchError("connection lost" if lost else "connection failed")
+    code = getattr(cause, "errno", None)
+    if isinstance(cause, ConnectionRefusedError) or code == errno.ECONNREFUSED:
+        return FetchError(REFUSED)
+    is_lost = isinstance(cause, ConnectionError) or code in LOST_CODES
+    return FetchError(LOST if is_lost else FAILED)
 
 
 REASONS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
-    (aiohttp.ClientConnectorDNSError, "name look-up failed"),
+    (aiohttp.ClientConnectorDNSError, LOOKUP_FAILED),
     (aiohttp.ClientSSLError, "TLS error"),
     (aiohttp.TooManyRedirects, "too many redirects"),
     (aiohttp.NonHttpUrlClientError, "not an http address"),
     (aiohttp.InvalidURL, "bad address"),
-    (aiohttp.ClientPayloadError, "connection lost"),
-    (aiohttp.ServerDisconnectedError, "connection lost"),
+    (aiohttp.ClientPayloadError, LOST),
+    (aiohttp.ServerDisconnectedError, LOST),
     (aiohttp.ClientResponseError, "not HTTP"),
     (http_exceptions.HttpProcessingError, "not HTTP"),
     (ValueError, "bad address"),  # what yarl and idna raise
 )
-LOST = (errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED)
+LOST_CODES = (errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED)
 
 
 def opted_out(headers: list[str]) -> bool:
@@ -322,7 +371,7 @@ def opted_out(headers: list[str]) -> bool:
     for header in headers:
         agent, colon, rest = header.partition(":")
         if colon and "," not in agent:
-            if agent.strip().lower() != AGENT:
+            if agent.strip().lower() != USER_AGENT:
                 continue
             header = rest
         if OPT_OUT & {directive.strip().lower() for directive in header.split(",")}:
@@ -331,8 +380,11 @@ def opted_out(headers: list[str]) -> bool:
 
 
 def public_socket(address: tuple[Any, ...]) -> socket.socket:
-    """A socket for one of the addresses of a name. Raises OSError when the address is not public."""
-    family, kind, protocol, _, where = address
-    if not is_public(where[0]):
+    """A socket for one address of a name, given as `socket.getaddrinfo` gives it.
+
+    Raises OSError when the address is not public.
+    """
+    family, kind, protocol, _, host_and_port = address
+    if not is_public(host_and_port[0]):
         raise OSError(errno.EACCES, NOT_PUBLIC)
     return socket.socket(family, kind, protocol)

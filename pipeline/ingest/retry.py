@@ -10,7 +10,7 @@ from itertools import groupby, islice
 from typing import Any
 
 from pipeline.core.runner import Task
-from pipeline.ingest.http_client import MAY_PASS
+from pipeline.ingest.http_client import TEMPORARY_REASONS
 from pipeline.ingest.raw_shard import SCHEMA, Inputs
 from pipeline.ingest.rows import Row
 from shards_spec.files import UserError, join, remove, sha256_json
@@ -69,7 +69,7 @@ def retry_tasks(root: str, shard_size: int) -> Iterator[Task]:
     yield from additional
     passes = [int(task.inputs[PASS]) for task in additional]
     finished = max(passes[: block["shards"] - len(base)], default=0)
-    failed = (row for row in _latest(root, len(base), passes) if row["error_message"] in MAY_PASS)
+    failed = (row for row in _latest(root, len(base), passes) if row["error_message"] in TEMPORARY_REASONS)
     rows = (row for row in failed if row["pass"] <= finished)
     number = len(base) + len(additional)
     while chunk := list(islice(rows, shard_size)):

@@ -42,8 +42,9 @@ from pipeline.cache.incremental import OpenShard
 from pipeline.check.stage import CheckConfig, check
 from pipeline.core.runner import ALL, Result, Stage, Task, run_stage
 from pipeline.dedup.stage import DedupConfig, dedup
+from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.images import ImageRules, convert
-from pipeline.ingest.stage import IngestConfig, Listing
+from pipeline.ingest.listing import Listing
 from pipeline.labels.vocab_stage import VocabConfig, vocab
 from pipeline.labels.wordnet import find_wordnet, load_wordnet
 from pipeline.pack.stage import PackConfig, pack

@@ -453,7 +453,8 @@ class Adopted(Tree):
             placed(valid, f"{shard:05d}_stats.json", json.dumps(stats).encode())
 
     def run(self, folder: Path, path: str, data: bytes) -> None:
-        from pipeline.ingest.stage import IngestConfig, ingest
+        from pipeline.ingest.config import IngestConfig
+        from pipeline.ingest.stage import ingest
 
         ingest(IngestConfig(str(folder / "root"), self.with_change(folder / "source", path, data), workers=1))
 

@@ -810,7 +810,8 @@ def serve_faults(folder: Path, good_only: bool = False):
 RUN = """
 import json, re, resource, sys, time
 from pathlib import Path
-from pipeline.ingest.stage import IngestConfig, ingest
+from pipeline.ingest.config import IngestConfig
+from pipeline.ingest.stage import ingest
 if __name__ == "__main__":
     start = time.monotonic()
     ingest(IngestConfig(**json.loads(sys.argv[1])))

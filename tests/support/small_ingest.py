@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from pipeline.ingest.stage import IngestConfig
+from pipeline.ingest.config import IngestConfig
 
 
 def write_list(path: Path, rows: list[tuple[str, str]]) -> str:

@@ -10,7 +10,8 @@ from small_data import build_all, draw, tiny_coca
 
 from pipeline.check.stage import CheckConfig, check
 from pipeline.dedup.stage import DedupConfig, dedup
-from pipeline.ingest.stage import IngestConfig, ingest
+from pipeline.ingest.config import IngestConfig
+from pipeline.ingest.stage import ingest
 from shards_spec.files import read_json, write_json
 from shards_spec.manifest import SEAL
 

@@ -15,7 +15,8 @@ from pipeline.core.near_duplicates import MAX_COMPARED, NEAR_DUPLICATE, confirm_
 from pipeline.core.perceptual_hash import perceptual_hash
 from pipeline.dedup.image_match import alike, fingerprint
 from pipeline.dedup.stage import DedupConfig, dedup
-from pipeline.ingest.stage import IngestConfig, ingest
+from pipeline.ingest.config import IngestConfig
+from pipeline.ingest.stage import ingest
 from pipeline.report import ReportConfig, report
 from shards_spec.files import read_json
 

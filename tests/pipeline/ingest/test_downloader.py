@@ -24,9 +24,9 @@ from web_server import make_image, serve
 from pipeline.check.stage import CheckConfig, check
 from pipeline.ingest import decode_pool as decoders_module
 from pipeline.ingest import http_client as fetch
-from pipeline.ingest.backpressure import Gate, Slots
-from pipeline.ingest.decode_pool import DecoderFailed, Decoders
-from pipeline.ingest.downloader import Tally
+from pipeline.ingest.backpressure import AdmissionGate, PrioritySemaphore
+from pipeline.ingest.decode_pool import DecodePool, DecoderFailed
+from pipeline.ingest.downloader import DownloadTally
 from pipeline.ingest.http_client import Fetcher, FetchError, FetchRules
 from pipeline.ingest.raw_shard import SCHEMA
 from pipeline.ingest.stage import ingest
@@ -41,7 +41,7 @@ def server():
         yield running
 
 
-def gather(urls: list[str], gate: Gate | None = None, **rules) -> list[bytes | str]:
+def gather(urls: list[str], gate: AdmissionGate | None = None, **rules) -> list[bytes | str]:
     """Bodies or reasons of many links at once, with one Fetcher."""
 
     async def one(fetcher: Fetcher, url: str) -> bytes | str:
@@ -143,12 +143,12 @@ def test_no_request_starts_while_too_many_bodies_wait(server):
         return sum(server.requests[f"good/{n}?gate"] for n in range(3, 30))
 
     async def run() -> None:
-        gate, decoded = Gate(3), asyncio.Event()
+        gate, decoded = AdmissionGate(3), asyncio.Event()
         async with Fetcher(FetchRules(allow_private=True, concurrency=50, per_host=50), gate) as fetcher:
 
             async def one(n: int) -> None:
                 await fetcher.get(f"{server.url}/good/{n}?gate")
-                async with gate.body():
+                async with gate.decoding():
                     await decoded.wait()
 
             first = [asyncio.create_task(one(n)) for n in range(3)]
@@ -167,7 +167,7 @@ def test_no_request_starts_while_too_many_bodies_wait(server):
 
 def test_slots_go_to_who_came_first_also_at_a_second_try():
     async def run() -> list[int]:
-        slots, served = Slots(1), list[int]()
+        slots, served = PrioritySemaphore(1), list[int]()
 
         async def one(number: int) -> None:
             async with slots.hold(number):
@@ -225,14 +225,14 @@ def answer(data: bytes) -> bytes:
 
 
 def converted(jobs: list[bytes], number: int = 2, timeout_s: float = 20.0) -> list[bytes | str]:
-    async def one(decoders: Decoders, data: bytes) -> bytes | str:
+    async def one(decoders: DecodePool, data: bytes) -> bytes | str:
         try:
             return await decoders.convert(data)
         except DecoderFailed as error:
             return str(error)
 
     async def run() -> list[bytes | str]:
-        async with Decoders(answer, number, timeout_s) as decoders:
+        async with DecodePool(answer, number, timeout_s) as decoders:
             return list(await asyncio.gather(*(one(decoders, data) for data in jobs)))
 
     return asyncio.run(run())
@@ -261,7 +261,7 @@ def test_processes_that_cannot_start_are_a_bug_not_a_loop(monkeypatch):
     monkeypatch.setattr(decoders_module, "_serve", os.abort)  # not picklable as a target with arguments: dies at once
 
     async def run() -> None:
-        async with Decoders(stillborn, 1, 5.0) as decoders:
+        async with DecodePool(stillborn, 1, 5.0) as decoders:
             await decoders.convert(b"x")
 
     with pytest.raises(UserError, match="5 decoder processes died before they answered once, the last with exit code"):
@@ -293,8 +293,8 @@ def test_a_slow_shard_gives_its_late_links_up(server, tmp_path):
 
 
 def test_the_progress_line():
-    tally = Tally(started=time.monotonic() - 10)
-    assert tally.line(None) == ""
+    tally = DownloadTally(started=time.monotonic() - 10)
+    assert tally.format(None) == ""
     for outcome in ["HTTP 404"] * 2 + ["timeout"]:
         tally.add(outcome)
     from pipeline.ingest.images import EncodedImage
@@ -302,7 +302,7 @@ def test_the_progress_line():
     for _ in range(7):
         tally.add(EncodedImage(b"x" * 100, 1, 1, 1, 1, "{}", "", None))
     assert (
-        tally.line(3600) == "10 rows, 1 images/s, 70.0 % good, HTTP 404 20.0 %, timeout 10.0 %, about 1 h 00 min left"
+        tally.format(3600) == "10 rows, 1 images/s, 70.0 % good, HTTP 404 20.0 %, timeout 10.0 %, about 1 h 00 min left"
     )
     assert tally.image_bytes == 700
 
@@ -461,7 +461,8 @@ def test_a_killed_retry_goes_on(server, tmp_path):
 FULL = """
 import resource, sys
 from pipeline.ingest import raw_shard
-from pipeline.ingest.stage import IngestConfig, ingest
+from pipeline.ingest.config import IngestConfig
+from pipeline.ingest.stage import ingest
 from shards_spec.files import UserError
 raw_shard.SPARE_BYTES = int(sys.argv[3])
 if sys.argv[4] == "limited":
@@ -510,7 +511,8 @@ def test_a_full_disk_is_told_and_leaves_whole_shards(server, tmp_path, spare):
 MEMORY = """
 import re, resource, sys
 from pathlib import Path
-from pipeline.ingest.stage import IngestConfig, ingest
+from pipeline.ingest.config import IngestConfig
+from pipeline.ingest.stage import ingest
 if __name__ == "__main__":
     ingest(IngestConfig(sys.argv[1], sys.argv[2], shard_size=25, allow_private=True, workers=1, open_shards=3))
     own = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]

@@ -35,7 +35,8 @@ from fault_server import serve_faults as serve
 from marked_decoder import MARKING, MARKS
 
 from pipeline.check.stage import CheckConfig, check
-from pipeline.ingest.stage import IngestConfig, ingest
+from pipeline.ingest.config import IngestConfig
+from pipeline.ingest.stage import ingest
 
 RULES = {"timeout_s": TIMEOUT_S, "retries": 1, "max_bytes": MAX_BYTES}
 HANG_S = 90  # a run of seconds that takes this long hangs

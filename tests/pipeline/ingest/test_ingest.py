@@ -24,9 +24,11 @@ from web_server import make_image, serve
 from pipeline.check.stage import CheckConfig, check
 from pipeline.core.runner import ShardAssignment, ShardsFailed
 from pipeline.ingest import http_client as fetch
+from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.http_client import Fetcher, FetchError, FetchRules, opted_out
+from pipeline.ingest.listing import Listing
 from pipeline.ingest.raw_shard import sample_key
-from pipeline.ingest.stage import IngestConfig, Listing, ingest
+from pipeline.ingest.stage import ingest
 from shards_spec.files import UserError
 from shards_spec.tar import read_shard
 
@@ -235,7 +237,8 @@ def test_a_rerun_does_only_what_is_missing_or_changed(server, tmp_path):
 
 RUN = """
 import sys
-from pipeline.ingest.stage import IngestConfig, ingest
+from pipeline.ingest.config import IngestConfig
+from pipeline.ingest.stage import ingest
 if __name__ == "__main__":
     ingest(IngestConfig(sys.argv[1], sys.argv[2], shard_size=8, image_size=48, allow_private=True, workers=1))
 """

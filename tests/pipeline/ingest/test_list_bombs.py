@@ -36,7 +36,8 @@ print(json.dumps([found, int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/statu
 """
 INGEST = r"""
 import json, re, sys
-from pipeline.ingest.stage import IngestConfig, ingest
+from pipeline.ingest.config import IngestConfig
+from pipeline.ingest.stage import ingest
 if __name__ == "__main__":
     config = IngestConfig(sys.argv[1], sys.argv[2], allow_private=True, workers=1, retries=0)
     counts = ingest(config).counts
