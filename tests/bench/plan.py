@@ -2,6 +2,7 @@
 """The tables of docs/scale.md: what CC3M, CC12M and DataComp-1B cost, from what a sample and a shard cost.
 
     python tests/bench/plan.py [--sustained 0.2] [--gbit 10] [--cores 16] [--views 10] [--captions 5] [--flops]
+    python tests/bench/plan.py --one-gpu        the table of README.md: one 24 GB GPU, 1 TB of disk
 
 `Costs` holds what `costs.py` measured, `FLOP` what `--flops` counts (two minutes: the real architectures, empty
 weights, and CoCa's decoding on the CPU), `CORPORA` what is known of the lists. Two assumptions: --sustained,
@@ -10,7 +11,7 @@ arithmetic.
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,13 @@ FLOP = {  # 1e9 operations of a sample; multiply and add are two
     "step of ViT-B-16": 3 * (35.13 + 5.96),
 }
 WIDTH = 768  # of the teacher, float16
+ONE_GPU = {  # README's table; every figure but the peak is assumed
+    "peak": 165.2e12,  # operations per second of an RTX 4090: dense bf16 products, float32 sums (NVIDIA's data sheet)
+    "share": 0.2,  # of the peak, over a whole stage
+    "gbit": 1.0,
+    "views": 8,
+    "epochs": 6,  # the affinity recipe's default
+}
 STUDENTS = ("ViT-M-32", "MobileCLIP-S0", "ViT-B-16")
 
 
@@ -186,6 +194,37 @@ def cores_per_gpu(options: argparse.Namespace) -> None:
         print(f"| {name} | {number(rate / giga / 1e9)} | {number(milliseconds / 1e3 * rate / giga / 1e9)} |")
 
 
+def one_gpu_stages(corpus: Corpus, options: argparse.Namespace) -> dict[str, tuple[float, str, float]]:
+    """Per stage of one machine: hours, what sets them, bytes that stay on disk (the cache as int8)."""
+    rate, epochs, n = ONE_GPU["peak"] * ONE_GPU["share"], ONE_GPU["epochs"], corpus.samples
+    machine = {"sustained": rate / 1e15, "gbit": ONE_GPU["gbit"], "views": int(ONE_GPU["views"])}
+    options = argparse.Namespace(**{**vars(options), **machine})
+    alone = replace(corpus, ingest_tasks=1, pack_tasks=1, gpu_tasks=1)
+    table = dict[str, tuple[float, str, float]]()
+    for stage in stages(alone, options):
+        hours, limit = stage.hours(options)
+        if stage.name == "cache":
+            vector = WIDTH + 4  # one float32 scale
+            table["cache"] = (hours, limit, n * ((options.views + options.captions + 1) * vector + Costs().row_more))
+        elif stage.name.startswith("train"):
+            table[stage.name] = (epochs * hours, limit, 0.0)
+        else:
+            table[stage.name] = (hours, limit, stage.written)
+    return table
+
+
+def one_gpu(options: argparse.Namespace) -> None:
+    """Print README's table: CC3M and CC12M on one machine."""
+    corpora = {corpus.name: one_gpu_stages(corpus, options) for corpus in CORPORA[:2]}
+    print("| | " + " | ".join(f"{name}: hours | GB" for name in corpora) + " |\n" + "|---" * 5 + "|")
+    for stage in next(iter(corpora.values())):
+        rows = [table[stage] for table in corpora.values()]
+        cells = [f"{number(hours)} ({limit}) | {number(stays / 1e9)}" for hours, limit, stays in rows]
+        print(f"| {stage} | " + " | ".join(cells) + " |")
+    for name, table in corpora.items():
+        print(f"{name} in all: {number(sum(stays for *_, stays in table.values()) / 1e9)} GB")
+
+
 def count_flops() -> None:
     """Count what `FLOP` holds. A step is three times its forward pass: torch's formula for the backward of grouped
     convolutions counts too much; of ViTs it comes to just that."""
@@ -230,9 +269,12 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=10)
     parser.add_argument("--captions", type=int, default=5)
     parser.add_argument("--flops", action="store_true", help="count operations instead")
+    parser.add_argument("--one-gpu", action="store_true", help="the table of README.md instead")
     options = parser.parse_args()
     if options.flops:
         return count_flops()
+    if options.one_gpu:
+        return one_gpu(options)
     for corpus in CORPORA:
         table(corpus, options)
     cores_per_gpu(options)
