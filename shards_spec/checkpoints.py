@@ -23,14 +23,14 @@ SHOWN = 3  # names in a message
 TRUST = "take a safetensors file, or give --trust-checkpoint if you trust whoever made it: it runs their code"
 
 
-def read_checkpoint(path: str, trust: bool = False, given: bool = True, mend: str = "") -> Any:
+def read_checkpoint(path: str, trust: bool = False, given: bool = True, fix: str = "") -> Any:
     """What a checkpoint file holds, on the CPU. ``trust`` unpickles anything, hence runs what the file says.
 
     ``given``: it is the user's file and not one that this package wrote. Raises UserError and DataError.
     """
     import torch
 
-    with checkpoint_errors(path, given, mend):
+    with checkpoint_errors(path, given, fix):
         with open_read(path) as file:
             head = file.read(9)
         if head[8:] == b"{":  # a length, then JSON, whatever the name says

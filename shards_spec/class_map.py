@@ -3,15 +3,13 @@
 import json
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
-from shards_spec.class_names import LINE_END
-from shards_spec.files import UserError, read_bytes, sha256_bytes, write_bytes
-from shards_spec.library_errors import decode_text, no_regular_file
+from shards_spec.files import UserError, sha256_bytes, write_bytes
+from shards_spec.tsv import TsvFormat, read_tsv
 
 Case = Literal["exact", "mean", "nearest", "none"]
-HEADER = "# clipmill class map "
-COLUMNS = "class\tcase\tsimilarity\twnids\tlemmas"
+FORMAT = TsvFormat("class map", "class\tcase\tsimilarity\twnids\tlemmas", command="classes", error=UserError)
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class ClassMap:
 
     def write(self, path: str) -> None:
         """Write the TSV: a ``#`` header line, column names, rows."""
-        head = f"{HEADER}{json.dumps(self.header, sort_keys=True)}\n{COLUMNS}\n"
+        head = FORMAT.head(json.dumps(self.header, sort_keys=True))
         write_bytes(path, (head + "".join(_line(row) for row in self.rows)).encode())
 
     @property
@@ -69,33 +67,25 @@ def _line(row: ClassRow) -> str:
 
 
 def read_class_map(path: str) -> ClassMap:
-    """Read the TSV; rows may have been mended by hand. Raises UserError naming the line that is broken."""
-    if reason := no_regular_file(path):
-        raise UserError(f"{path} {reason}; a class map is a file that `clipmill classes` makes")
+    """Read the TSV; rows may have been edited by hand. Raises UserError naming the line that is broken."""
     try:
-        lines = LINE_END.split(decode_text(path, read_bytes(path)).rstrip("\r\n"))
+        table = read_tsv(path, FORMAT)
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there; make it with `clipmill classes`") from error
-    try:
-        if len(lines) < 2 or not lines[0].startswith(HEADER) or lines[1] != COLUMNS:
-            raise ValueError
-        header = json.loads(lines[0].removeprefix(HEADER))
-        if not isinstance(header, dict):
-            raise ValueError
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a clipmill class map; make it with `clipmill classes`") from error
     rows = []
-    for number, line in enumerate(lines[2:], start=3):
-        fields = line.split("\t")
+    for number, fields in table.rows:
         try:
-            if len(fields) != 5 or fields[1] not in get_args(Case) or (fields[1] == "none") != (not fields[3]):
-                raise ValueError
-            similarity = float(fields[2]) if fields[2] else None
+            rows.append(_parse_row(fields))
         except ValueError as error:
-            raise UserError(
-                f"{path}: line {number} is broken: {line[:80]!r}; mend it, or make it again with `clipmill classes`"
-            ) from error
-        wnids, lemmas = (tuple(part.strip() for part in text.split(",") if part.strip()) for text in fields[3:])
-        case: Case = fields[1]  # type: ignore[assignment]  # one of them, as was just seen
-        rows.append(ClassRow(fields[0], case, wnids, lemmas, similarity))
-    return ClassMap(tuple(rows), header)
+            fix = "fix it, or make it again with `clipmill classes`"
+            raise FORMAT.broken(path, number, fields, fix) from error
+    return ClassMap(tuple(rows), table.header)
+
+
+def _parse_row(fields: list[str]) -> ClassRow:
+    """Raises ValueError."""
+    name, case, similarity, *lists = fields
+    wnids, lemmas = (tuple(part.strip() for part in text.split(",") if part.strip()) for text in lists)
+    if case not in get_args(Case) or (case == "none") != (not lists[0]):
+        raise ValueError(case)
+    return ClassRow(name, cast(Case, case), wnids, lemmas, float(similarity) if similarity else None)

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from shards_spec.files import DataError, atomic_writer, is_url, open_read, sha256_bytes
-from shards_spec.library_errors import open_table, parquet_errors
+from shards_spec.files import DataError, is_url, open_read
+from shards_spec.library_errors import parquet_errors
+from shards_spec.parquet import open_table, write_table
 from shards_spec.parquet_footer import row_groups
 from shards_spec.sample import parse_object
 
@@ -67,11 +67,6 @@ def encode_vectors(values: np.ndarray, dtype: Dtype) -> Vectors:
     return Vectors(np.rint(values / scale[:, None]).astype(np.int8), scale.astype(np.float32), present)
 
 
-def content_id(content: bytes) -> int:
-    """What a vector was made from: the first 64 bits of the sha256 of an image's or caption's bytes; never 0."""
-    return int(sha256_bytes(content)[:16], 16) or 1
-
-
 def id_column(name: str) -> str:
     """The column that says what ``image_3`` or ``text_0`` was made from; views of an image share one."""
     return "id_image" if name.startswith("image_") else f"id_{name}"
@@ -79,8 +74,8 @@ def id_column(name: str) -> str:
 
 def write_vectors(
     path: str, keys: list[str], columns: dict[str, Vectors], ids: dict[str, np.ndarray], meta: dict[str, Any]
-) -> None:
-    """Write rows in shard order.
+) -> str:
+    """Write rows in shard order and return the file's sha256.
 
     ``ids`` maps ``id_image``, ``id_text_0`` … to uint64 (n,), 0 where there is nothing. ``meta`` is JSON and goes to
     the schema's metadata with ``dtype``, ``dim`` and ``layout``.
@@ -99,11 +94,16 @@ def write_vectors(
         metadata={"clipmill": json.dumps(info)},
     )
     rows = max(1, len(keys))
-    with atomic_writer(path) as file:
-        pq.write_table(
-            pa.Table.from_arrays(list(arrays.values()), schema=schema), file, compression="none", use_dictionary=False,
-            write_statistics=False, row_group_size=rows, max_rows_per_page=rows, data_page_size=2**31 - 1,
-        )  # fmt: skip
+    return write_table(
+        path,
+        pa.Table.from_arrays(list(arrays.values()), schema=schema),
+        compression="none",
+        use_dictionary=False,
+        write_statistics=False,
+        row_group_size=rows,
+        max_rows_per_page=rows,
+        data_page_size=2**31 - 1,
+    )
 
 
 def write_embeddings(
@@ -131,7 +131,7 @@ def _opened(path: str, file: Any) -> tuple[Any, dict[str, Any]]:
 
 def read_meta(path: str) -> dict[str, Any]:
     """The cache file's own metadata. Raises DataError when the file is no teacher cache."""
-    with parquet_errors(path, mend=MEND), open_read(path) as file:
+    with parquet_errors(path, fix=MEND), open_read(path) as file:
         return _opened(path, file)[1]
 
 
@@ -145,7 +145,7 @@ class EmbeddingFile:
 
     def __init__(self, path: str, at: str | None = None) -> None:
         self.path, self._at = path, at or path
-        with parquet_errors(path, mend=MEND), open_read(self._at) as file:
+        with parquet_errors(path, fix=MEND), open_read(self._at) as file:
             parquet, self.meta = _opened(path, file)
             if self.meta.get("layout") != LAYOUT:
                 raise DataError(
@@ -212,7 +212,7 @@ class EmbeddingFile:
         if name not in self._valid:
             known = self.ids(name)
             if known is None:  # a file without identities: the column itself says where it is null
-                with parquet_errors(self.path, mend=MEND), open_read(self._at) as file:
+                with parquet_errors(self.path, fix=MEND), open_read(self._at) as file:
                     known = open_table(self.path, file).read(columns=[name]).column(name).is_valid().to_numpy()
             self._valid[name] = known != 0
         return self._valid[name]

@@ -1,6 +1,6 @@
 """What libraries raise over a file, as the product's own two errors: one context manager per kind of file.
 
-``given`` says whose the file is: the user's (UserError: another file is the mend), or the dataset's (DataError: its
+``given`` says whose the file is: the user's (UserError: another file is the fix), or the dataset's (DataError: its
 stage makes it again). Messages name the file, say what was found in at most a line of the library's own words, and
 what to do. FileNotFoundError passes for files of a dataset, since absence means something there.
 """
@@ -12,7 +12,7 @@ import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import Any
 
 from shards_spec.files import DataError, UserError, is_url, open_read
 from shards_spec.sample import check_depth
@@ -44,7 +44,7 @@ def no_regular_file(path: str) -> str | None:
 
 
 def what_it_is(path: str) -> tuple[str, str] | None:
-    """What a file is that was taken for another, and the mend; None where its first bytes do not tell."""
+    """What a file is that was taken for another, and the fix; None where its first bytes do not tell."""
     if reason := no_regular_file(path):
         return reason, "name a file"
     try:
@@ -61,22 +61,22 @@ def what_it_is(path: str) -> tuple[str, str] | None:
     return ("is packed with gzip", "unpack it (gunzip)") if head.startswith(b"\x1f\x8b") else None
 
 
-def as_own(path: str, error: BaseException, kind: str, given: bool, mend: str = "") -> UserError | DataError:
+def as_own(path: str, error: BaseException, kind: str, given: bool, fix: str = "") -> UserError | DataError:
     """The product's error for what a library raised over a file of a kind ("a Parquet file")."""
     own = UserError if given else DataError
     if isinstance(error, FileNotFoundError):
-        return own(f"{path} is not there; {mend or ('check the path' if given else REMAKE)}")
+        return own(f"{path} is not there; {fix or ('check the path' if given else REMAKE)}")
     found = what_it_is(path)
     if found is not None and not (found[0].startswith("is packed") and "gzip" in kind):
-        return own(f"{path} {found[0]}; {found[1] if given or found[1] != FETCH else mend or REMAKE}")
+        return own(f"{path} {found[0]}; {found[1] if given or found[1] != FETCH else fix or REMAKE}")
     if isinstance(error, OSError) and error.errno is not None:
-        mends = {errno.EACCES: "check its permissions", errno.EMFILE: "raise `ulimit -n`"}
-        return own(f"{path} cannot be read ({short(error)}); {mends.get(error.errno, 'check the disk that holds it')}")
-    return own(f"{path}: not a readable {kind} ({short(error)}); {mend or (FETCH if given else REMAKE)}")
+        fixes = {errno.EACCES: "check its permissions", errno.EMFILE: "raise `ulimit -n`"}
+        return own(f"{path} cannot be read ({short(error)}); {fixes.get(error.errno, 'check the disk that holds it')}")
+    return own(f"{path}: not a readable {kind} ({short(error)}); {fix or (FETCH if given else REMAKE)}")
 
 
 @contextmanager
-def _errors(path: str, kind: str, caught: tuple[type[Exception], ...], given: bool, mend: str) -> Iterator[None]:
+def _errors(path: str, kind: str, caught: tuple[type[Exception], ...], given: bool, fix: str) -> Iterator[None]:
     kinds: tuple[type[Exception], ...] = (OSError, *caught)
     if (reason := no_regular_file(path)) is not None:  # reading a pipe would wait for ever
         raise (UserError if given else DataError)(f"{path} {reason}; name {'a' if given else 'the'} {kind}")
@@ -86,76 +86,32 @@ def _errors(path: str, kind: str, caught: tuple[type[Exception], ...], given: bo
         raise
     except FileNotFoundError as error:
         if given and error.filename in (path, None):
-            raise as_own(path, error, kind, given, mend) from error
+            raise as_own(path, error, kind, given, fix) from error
         raise
     except kinds as error:
-        raise as_own(path, error, kind, given, mend) from error
+        raise as_own(path, error, kind, given, fix) from error
 
 
 @contextmanager
-def parquet_errors(path: str, given: bool = False, mend: str = "") -> Iterator[None]:
+def parquet_errors(path: str, given: bool = False, fix: str = "") -> Iterator[None]:
     """Around reading a Parquet file by pyarrow, whose exceptions are of six built-in kinds."""
     import pyarrow as pa
 
     kinds = (pa.ArrowException, ValueError, KeyError, NotImplementedError, OverflowError, MemoryError)
-    with _errors(path, "Parquet file", kinds, given, mend):
+    with _errors(path, "Parquet file", kinds, given, fix):
         yield
-
-
-def check_columns(path: str, names: list[str], given: bool = False) -> None:
-    """Raise UserError or DataError when a table has a column name twice: readers disagree which of them counts."""
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        mend = "rename or drop one of them" if given else REMAKE
-        raise (UserError if given else DataError)(f"{path} has the column {twice[0]!r} more than once; {mend}")
-
-
-def open_table(path: str, file: IO[bytes], given: bool = False) -> Any:
-    """A `pyarrow.parquet.ParquetFile` of an opened file whose column names differ. Raises UserError and DataError."""
-    import pyarrow.parquet as pq
-
-    with parquet_errors(path, given):
-        table = pq.ParquetFile(file)
-        check_columns(path, table.schema_arrow.names, given)
-        return table
-
-
-def read_table(path: str, columns: list[str] | None = None, given: bool = False, mend: str = "") -> Any:
-    """These columns of a Parquet file, or all, as a `pyarrow.Table`.
-
-    Raises UserError or DataError also when the file is not there, or has no such column.
-    """
-    try:
-        with parquet_errors(path, given, mend), open_read(path) as file:
-            table = open_table(path, file, given)
-            missing = [name for name in columns or () if name not in table.schema_arrow.names]
-            if missing:
-                own = UserError if given else DataError
-                raise own(f"{path}: no column {missing[0]}; {mend or (FETCH if given else REMAKE)}")
-            return table.read(columns=columns)
-    except FileNotFoundError as error:
-        raise as_own(path, error, "Parquet file", given, mend) from error
-
-
-def column_names(path: str, given: bool = False, mend: str = "") -> list[str]:
-    """The columns of a Parquet file. Raises UserError or DataError also when the file is not there."""
-    try:
-        with parquet_errors(path, given, mend), open_read(path) as file:
-            names: list[str] = open_table(path, file, given).schema_arrow.names
-            return names
-    except FileNotFoundError as error:
-        raise as_own(path, error, "Parquet file", given, mend) from error
 
 
 @contextmanager
-def json_errors(path: str, given: bool = False, mend: str = "") -> Iterator[None]:
+def json_errors(path: str, given: bool = False, fix: str = "") -> Iterator[None]:
     """Around parsing JSON: no JSON, no UTF-8, nested too deep, a number of more digits than Python converts."""
-    with _errors(path, "JSON file", (ValueError, RecursionError), given, mend):
+    with _errors(path, "JSON file", (ValueError, RecursionError), given, fix):
         yield
 
 
-def parse_json(path: str, data: bytes, given: bool = False, mend: str = "") -> Any:
+def parse_json(path: str, data: bytes, given: bool = False, fix: str = "") -> Any:
     """A JSON document in any Unicode encoding, with or without a BOM. Raises UserError and DataError."""
-    with json_errors(path, given, mend):
+    with json_errors(path, given, fix):
         value = json.loads(data)
         check_depth(data, value)
         return value
@@ -180,14 +136,14 @@ def decode_text(path: str, data: bytes, given: bool = True) -> str:
 
 
 @contextmanager
-def gzip_errors(path: str, given: bool = True, mend: str = "") -> Iterator[None]:
+def gzip_errors(path: str, given: bool = True, fix: str = "") -> Iterator[None]:
     """Around unpacking gzip or zlib."""
-    with _errors(path, "gzip file", (EOFError, zlib.error), given, mend):
+    with _errors(path, "gzip file", (EOFError, zlib.error), given, fix):
         yield
 
 
 @contextmanager
-def checkpoint_errors(path: str, given: bool = True, mend: str = "") -> Iterator[None]:
+def checkpoint_errors(path: str, given: bool = True, fix: str = "") -> Iterator[None]:
     """Around reading weights (torch's zip or pickle, safetensors): damage makes their readers raise nearly anything."""
-    with _errors(path, "checkpoint", (Exception,), given, mend):
+    with _errors(path, "checkpoint", (Exception,), given, fix):
         yield

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from shards_spec.files import DataError, UserError, read_bytes, sha256_bytes, sha256_json, write_bytes
-from shards_spec.library_errors import no_regular_file
+from shards_spec.files import DataError, UserError, sha256_bytes, sha256_json, write_bytes
+from shards_spec.tsv import TsvFormat, read_tsv
 
-COLUMNS = "rank\twnid\tlemma\tcount\tdocuments"
+FORMAT = TsvFormat("vocabulary", "rank\twnid\tlemma\tcount\tdocuments", command="vocab", error=DataError)
 NUMBER = re.compile(r"[0-9]{1,18}")
 RULE_KEYS = ("wordnet", "rule", "stop_words")  # in the header and in pack's config: how captions become synsets
 
@@ -79,7 +79,7 @@ class Vocabulary:
     def data(self) -> bytes:
         """The file's bytes."""
         header = json.dumps(self.header, sort_keys=True, ensure_ascii=False)
-        return f"# clipmill vocabulary {header}\n# sha256 {self.sha256}\n{COLUMNS}\n{self.body}".encode()
+        return (FORMAT.head(header, f"sha256 {self.sha256}") + self.body).encode()
 
 
 def rule_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,24 +114,14 @@ def build_vocabulary(
 
 def read_vocabulary(path: str) -> Vocabulary:
     """Read the TSV. Raises DataError naming the line when it is not ours or was edited, FileNotFoundError."""
-    if reason := no_regular_file(path):
-        raise DataError(f"{path} {reason}; a vocabulary is a file that `clipmill vocab` makes")
-    try:
-        lines = read_bytes(path).decode().splitlines()
-        if len(lines) < 3 or not lines[0].startswith("# clipmill vocabulary ") or lines[2] != COLUMNS:
-            raise ValueError
-        header = json.loads(lines[0].removeprefix("# clipmill vocabulary "))
-        if not isinstance(header, dict):
-            raise ValueError
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not a clipmill vocabulary; make it with `clipmill vocab`") from error
+    table = read_tsv(path, FORMAT)
     rows = []
-    for number, line in enumerate(lines[3:], start=4):
-        fields = line.split("\t")
-        if len(fields) != 5 or fields[0] != str(number - 4) or not all(map(NUMBER.fullmatch, fields[3:])):
-            raise DataError(f"{path}: line {number} is broken: {line[:80]!r}; make it again with `clipmill vocab`")
-        rows.append((fields[1], fields[2], int(fields[3]), int(fields[4])))
-    vocabulary = Vocabulary(tuple(rows), header)
-    if lines[1] != f"# sha256 {vocabulary.sha256}":
+    for rank, (number, fields) in enumerate(table.rows):
+        if len(fields) != 5 or fields[0] != str(rank) or not all(map(NUMBER.fullmatch, fields[3:])):
+            raise FORMAT.broken(path, number, fields, "make it again with `clipmill vocab`")
+        _, wnid, lemma, count, documents = fields
+        rows.append((wnid, lemma, int(count), int(documents)))
+    vocabulary = Vocabulary(tuple(rows), table.header)
+    if table.notes != [f"sha256 {vocabulary.sha256}"]:
         raise DataError(f"{path}: its rows do not match its hash, it was edited; make it again with `clipmill vocab`")
     return vocabulary

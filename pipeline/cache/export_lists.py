@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.core.runner import Result, RunOptions, Stage, Summary, Task, run_stage, upstream_shards
-from shards_spec.files import UserError, atomic_writer, join, names, sha256_file
-from shards_spec.layout import STAGES, TEACHER, parquet_path, teacher_folder
-from shards_spec.manifest import forget, read_done
+from shards_spec.files import UserError, join, names
+from shards_spec.layout import STAGES, TEACHER, teacher_folder
+from shards_spec.manifest import read_done
+from shards_spec.shard_writer import ShardWriter
 from shards_spec.teacher_shard import CachedShard
 from shards_spec.views import draw_view, stored_spec
 
@@ -48,11 +48,9 @@ def _export_shard(root: str, task: Task, *, stage: Stage, name: str) -> Result:
     for column in columns:
         vectors = cached.file(column).vectors(column)
         table[column] = _lists(vectors.as_floats().astype(np.float32), vectors.present)
-    path = parquet_path(stage.folder, task.shard)
-    forget(join(root, stage.folder), task.shard)
-    with atomic_writer(join(root, path)) as file:
-        pq.write_table(pa.table(table), file)
-    return Result({"success": len(keys)}, {path: sha256_file(join(root, path))})
+    files = ShardWriter(root, stage.folder, task.shard)
+    files.write_parquet(pa.table(table))
+    return Result({"success": len(keys)}, files.outputs)
 
 
 def _lists(values: np.ndarray, present: np.ndarray) -> Any:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shards_spec.embeddings import Dtype, EmbeddingFile, Vectors, content_id, empty_vectors, encode_vectors, id_column
+from shards_spec.content_id import content_id
+from shards_spec.embeddings import Dtype, EmbeddingFile, Vectors, empty_vectors, encode_vectors, id_column
 from shards_spec.files import DataError, read_buffer
 from shards_spec.sample import Sample
 from shards_spec.tar import index_shard, read_sample

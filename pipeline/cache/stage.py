@@ -37,7 +37,7 @@ from pipeline.core.runner import (
     upstream_shards,
 )
 from shards_spec.embeddings import Dtype, Vectors, id_column, write_vectors
-from shards_spec.files import DataError, UserError, exists, join, remove, sha256_file, sha256_json
+from shards_spec.files import DataError, UserError, exists, join, remove, sha256_json
 from shards_spec.layout import SHARDS, final_tar, parquet_path, teacher_folder
 from shards_spec.manifest import forget, read_done
 from shards_spec.models import LoadedModel, Trust, load_teacher, pick_devices, weights_sha256
@@ -235,8 +235,7 @@ def cache_shard(
         if old is None or len(kept) < len(old.files):
             forget(folder, task.shard)  # it vouches for files that go
         ids = {id_column(name): shard.ids[id_column(name)] for name in new}
-        write_vectors(join(root, path), shard.keys, new, ids, meta)
-        outputs[path] = sha256_file(join(root, path))
+        outputs[path] = write_vectors(join(root, path), shard.keys, new, ids, meta)
     _remove_others(root, stage.folder, task.shard, outputs, done.outputs if done else {})
     texts = sum(map(len, shard.captions)) if loaded.tokenizer else 0
     counters = {"image vectors": len(shard.keys) * config.views, "text vectors": texts}

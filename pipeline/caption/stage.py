@@ -11,7 +11,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tyro.conf import OmitArgPrefixes
 
 from pipeline.caption.decoding import Decoding
@@ -31,13 +30,13 @@ from pipeline.core.runner import (
     tar_tasks,
     upstream_shards,
 )
-from shards_spec.files import DataError, UserError, atomic_writer, join, sha256_file
+from shards_spec.files import DataError, UserError
 from shards_spec.images import decode_rgb
-from shards_spec.layout import RAW, captions_folder, parquet_path, raw_tar
-from shards_spec.manifest import forget
+from shards_spec.layout import RAW, captions_folder, raw_tar
 from shards_spec.models import Trust
 from shards_spec.names import check_name
 from shards_spec.sample import Sample
+from shards_spec.shard_writer import ShardWriter
 from shards_spec.tar import read_shard
 
 if TYPE_CHECKING:
@@ -185,14 +184,12 @@ def caption_shard(
     drafts.redraw(least=1)
     if complaint := drafts.contrast.complaint():
         log.warning("%s: %s", source, complaint)
-    path = parquet_path(stage.folder, task.shard)
-    forget(join(root, stage.folder), task.shard)
     schema = pa.schema(
         [*FIELDS, *(SIMILARITY_FIELDS if config.similarity else [])], {"clipmill": json.dumps(stage.config)}
     )
-    with atomic_writer(join(root, path)) as file:
-        pq.write_table(pa.Table.from_pylist(drafts.as_columns(), schema=schema), file)
-    return Result(dict(counts), {path: sha256_file(join(root, path))}, counters=drafts.facts())
+    files = ShardWriter(root, stage.folder, task.shard)
+    files.write_parquet(pa.Table.from_pylist(drafts.as_columns(), schema=schema))
+    return Result(dict(counts), files.outputs, counters=drafts.facts())
 
 
 def _decoded(source: str, captioner: "Captioner", config: CaptionConfig) -> Iterator[tuple[str, Wanted | DataError]]:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
@@ -22,16 +22,8 @@ from pipeline.check.records import (
 from pipeline.core.near_duplicates import EXACT_DUPLICATE, NEAR_DUPLICATE
 from pipeline.core.runner import Root
 from pipeline.dedup.stage import check_fresh
-from shards_spec.files import (
-    DataError,
-    exists,
-    join,
-    names,
-    open_read,
-    read_json,
-    sha256_bytes,
-    sha256_file,
-)
+from shards_spec.content_id import content_ids
+from shards_spec.files import DataError, exists, join, names, read_json, sha256_file
 from shards_spec.layout import (
     CAPTIONS,
     DEDUP,
@@ -50,8 +42,9 @@ from shards_spec.layout import (
     tar_path,
     teacher_folder,
 )
-from shards_spec.library_errors import open_table, parquet_errors, short
+from shards_spec.library_errors import short
 from shards_spec.manifest import Done, finished_shards, read_done, shard_ids
+from shards_spec.parquet import open_parquet
 from shards_spec.sample import Sample, check_key
 from shards_spec.tar import read_shard, shard_keys
 from shards_spec.teacher_shard import CachedShard
@@ -83,7 +76,7 @@ def check(config: CheckConfig) -> list[str]:
                 totals.add(shard, done)
             with found.of(name):
                 _check_hashes(root, folder, shard, done)
-                keys.append(_key_numbers(prove(root, folder, shard)))
+                keys.append(content_ids(prove(root, folder, shard)))
         check_totals(root, folder, stage, blocks, totals, len(shards), found)
         _check_unique(folder, keys, found)
         if folder in (RAW, DEDUP) and len(keys) == len(shards):
@@ -95,11 +88,6 @@ def check(config: CheckConfig) -> list[str]:
         _check_sizes(root, blocks or {}, found)
     check_vocabularies(root, blocks or {}, found)
     return found.problems
-
-
-def _key_numbers(keys: Iterable[str]) -> np.ndarray:
-    """64 bits of each key's hash: uint64 [keys]."""
-    return np.array([int(sha256_bytes(key.encode())[:16], 16) for key in keys], np.uint64)
 
 
 Prove = Callable[[str, str, int], Iterator[str]]
@@ -150,15 +138,10 @@ def _expect_keys(path: str, expected: list[str], found: list[str], other: str) -
 
 
 def _rows(path: str, columns: list[str], optional: str = "") -> list[dict[str, Any]]:
-    try:
-        with parquet_errors(path), open_read(path) as file:
-            parquet = open_table(path, file)
-            there = parquet.schema_arrow.names
-            wanted = [name for name in (*columns, optional) if name in there]
-            rows: list[dict[str, Any]] = parquet.read(wanted).to_pylist()
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: is not there; delete its _stats.json and run the stage again") from error
-    if rows and (missing := [name for name in columns if name not in there]):
+    with open_parquet(path, fix="delete its _stats.json and run the stage again") as file:
+        there = file.schema_arrow.names
+        rows: list[dict[str, Any]] = file.read([name for name in (*columns, optional) if name in there]).to_pylist()
+    if rows and (missing := [name for name in columns if name not in there]):  # a shard without rows may lack them
         raise DataError(f"{path}: no column {missing[0]}; make it again")
     return rows
 
@@ -287,7 +270,7 @@ def _check_kept(root: str, raw: list[np.ndarray], dropped: list[np.ndarray], fou
     for shard in range(len(dropped)):
         path = dedup_parquet(root, shard)
         rows = _rows(path, ["key", "kept"])
-        kept = _key_numbers(row["kept"] for row in rows)
+        kept = content_ids(row["kept"] for row in rows)
         if (wrong := ~_among(kept, there) | _among(kept, gone)).any():
             row = rows[int(wrong.argmax())]
             found.add(

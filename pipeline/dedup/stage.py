@@ -4,7 +4,6 @@ The columns it compares lie in temporary files of 8 bytes a sample each. They ar
 space, so memory does not grow with the dataset; images are read only where a raw shard has no hashes of them.
 """
 
-import hashlib
 import logging
 import os
 import tempfile
@@ -19,7 +18,6 @@ from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.core.near_duplicates import (
     EXACT_DUPLICATE,
@@ -49,19 +47,13 @@ from pipeline.core.runner import (
 from pipeline.core.workers import die_with_parent
 from pipeline.dedup.disk_columns import Column, Keys
 from pipeline.dedup.verification import look_again
-from shards_spec.files import (
-    DataError,
-    UserError,
-    atomic_writer,
-    join,
-    sha256_bytes,
-    sha256_file,
-    sha256_json,
-)
+from shards_spec.content_id import content_ids
+from shards_spec.files import DataError, UserError, join, sha256_bytes, sha256_json
 from shards_spec.images import decode_rgb
 from shards_spec.layout import DEDUP, RAW, parquet_path, raw_parquet, raw_tar, shard_name, tar_path
-from shards_spec.library_errors import column_names, read_table
-from shards_spec.manifest import file_hashes, finished_shards, forget, read_done
+from shards_spec.manifest import file_hashes, finished_shards, read_done
+from shards_spec.parquet import column_names, read_table
+from shards_spec.shard_writer import ShardWriter
 from shards_spec.tar import read_shard
 
 log = logging.getLogger(__name__)
@@ -137,7 +129,7 @@ def check_fresh(root: str, shards: list[int]) -> None:
 
 def read_dropped(path: str) -> dict[str, str]:
     """Key to reason of one shard's list. Raises DataError for a file that is no such list."""
-    table = read_table(path, ["key", "reason"], mend="delete it and run dedup again")
+    table = read_table(path, ["key", "reason"], fix="delete it and run dedup again")
     return dict(zip(table.column("key").to_pylist(), table.column("reason").to_pylist(), strict=True))
 
 
@@ -162,7 +154,7 @@ def read_entries(root: str, near: bool, shard: int) -> Entries:
     there = [name for name in wanted if name in columns]
     if not {"key", "status"} <= set(there):
         raise DataError(f"{path}: no columns key and status; run ingest again")
-    rows = [row for row in read_table(path, there, mend="run ingest again").to_pylist() if row["status"] == "success"]
+    rows = [row for row in read_table(path, there, fix="run ingest again").to_pylist() if row["status"] == "success"]
     keys = [row["key"] for row in rows]
     if "sha256" not in there or (near and "phash" not in there):
         found = _from_tar(raw_tar(root, shard), near and "phash" not in there)
@@ -173,7 +165,7 @@ def read_entries(root: str, near: bool, shard: int) -> Entries:
         signatures = parse_hashes([row["phash"] if near else None for row in rows])
     except (ValueError, TypeError) as error:
         raise DataError(f"{path}: its column phash has no 64-bit hashes ({error}); run ingest again") from error
-    urls, files = (_numbers([row.get(name) for row in rows]) for name in ("url", "sha256"))
+    urls, files = (content_ids([row.get(name) for row in rows]) for name in ("url", "sha256"))
     return Entries(keys, urls, files, signatures)
 
 
@@ -182,7 +174,7 @@ def _raw_parquet(root: str, shard: int) -> str:
 
 
 def _columns(path: str) -> list[str]:
-    return column_names(path, mend="run ingest again")
+    return column_names(path, fix="run ingest again")
 
 
 def _from_tar(path: str, near: bool) -> dict[str, tuple[str, str | None]]:
@@ -202,12 +194,6 @@ def _signature(data: bytes) -> str | None:
         return perceptual_hash(decode_rgb(data))
     except DataError:
         return None  # pack drops it
-
-
-def _numbers(texts: list[str | None]) -> np.ndarray:
-    """64 bits of each text's hash; 0 for None or empty."""
-    digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() if text else bytes(8) for text in texts]
-    return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
 
 
 Table = Callable[[int], tuple[np.ndarray, np.ndarray]]  # of a bucket: its keys, each once, ascending; their minima
@@ -256,12 +242,10 @@ class Search:
         ]
         exacts = int((exact != NO_ROW).sum())
         counts = {"success": stop - start - len(rows), EXACT_DUPLICATE: exacts, NEAR_DUPLICATE: len(rows) - exacts}
-        path = parquet_path(DEDUP, task.shard)
-        forget(join(root, DEDUP), task.shard)
-        with atomic_writer(join(root, path)) as file:
-            pq.write_table(pa.Table.from_pylist(rows, SCHEMA), file)
+        files = ShardWriter(root, DEDUP, task.shard)
+        files.write_parquet(pa.Table.from_pylist(rows, SCHEMA))
         counts = {reason: count for reason, count in counts.items() if count}
-        return Result(counts, {path: sha256_file(join(root, path))})
+        return Result(counts, files.outputs)
 
     def _search(self) -> None:
         log.info("dedup: reading %d raw shards", len(self._shards))

@@ -15,7 +15,8 @@ from pipeline.ingest.additional_columns import Condition
 from pipeline.ingest.images import EncodedImage, Outcome
 from pipeline.ingest.rows import Row
 from pipeline.ingest.source_io import lines
-from shards_spec.files import UserError, exists, sha256_bytes
+from shards_spec.content_id import content_id
+from shards_spec.files import UserError, exists
 from shards_spec.images import decode_rgb
 
 EXCLUDED_URL = "excluded address"
@@ -25,7 +26,7 @@ Hashes = np.ndarray[tuple[int], np.dtype[np.uint64]]
 
 
 def _hash(text: str) -> int:
-    return int(sha256_bytes(text.encode(errors="surrogatepass"))[:16], 16)
+    return content_id(text.encode(errors="surrogatepass"))
 
 
 def read_exclusions(paths: Iterable[str]) -> Hashes:

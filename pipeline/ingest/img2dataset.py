@@ -25,8 +25,8 @@ from shards_spec.files import (
     sha256_file,
 )
 from shards_spec.layout import RAW, STATS_PATTERN, shard_name
-from shards_spec.library_errors import read_table
 from shards_spec.manifest import forget
+from shards_spec.parquet import read_table
 from shards_spec.sample import check_key
 from shards_spec.tar import shard_keys
 
@@ -113,7 +113,7 @@ def _readable_keys(path: str) -> list[str]:
 
 def _keys(path: str) -> list[str]:
     """Keys of the samples by the Parquet file. Raises DataError when it is missing or broken."""
-    rows = read_table(f"{path}.parquet", ["key", "status"], mend=MEND).to_pylist()
+    rows = read_table(f"{path}.parquet", ["key", "status"], fix=MEND).to_pylist()
     return [row["key"] for row in rows if row["status"] == "success"]
 
 

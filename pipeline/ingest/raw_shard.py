@@ -8,17 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.core.runner import Result
 from pipeline.ingest.additional_columns import ALL_COLUMNS, kept_columns, plain
 from pipeline.ingest.images import RESIZE, EncodedImage, Outcome
 from pipeline.ingest.rows import Row
-from shards_spec.files import UserError, atomic_writer, free_bytes, join, sha256_file
+from shards_spec.files import UserError, free_bytes
 from shards_spec.layout import RAW, shard_name
-from shards_spec.manifest import forget
 from shards_spec.sample import Sample
-from shards_spec.tar import write_shard
+from shards_spec.shard_writer import ShardWriter
 
 ROW_GROUP = 100  # img2dataset's
 SPARE_BYTES = 64 << 20  # left free on a disk, for what else writes there
@@ -59,18 +57,14 @@ def write_raw_shard(root: str, shard: int, inputs: Inputs, outcomes: list[Outcom
     """
     fields = [_fields(*row) for row in zip(inputs.keys, inputs.rows, outcomes, strict=True)]
     others = kept_columns(inputs.rows, inputs.types, inputs.wanted)
-    name = join(RAW, shard_name(shard))
     _check_room(root, outcomes)
-    forget(join(root, RAW), shard)
-    _, tar_hash = write_shard(join(root, f"{name}.tar"), _samples(_with(others, fields), outcomes))
-    parquet = join(root, f"{name}.parquet")
-    with atomic_writer(parquet) as file:
-        pq.write_table(_table(others, fields), file, row_group_size=ROW_GROUP)
+    files = ShardWriter(root, RAW, shard)
+    files.write_tar(_samples(_with(others, fields), outcomes))
+    files.write_parquet(_table(others, fields), row_group_size=ROW_GROUP)
     counts = Counter("success" if isinstance(outcome, EncodedImage) else outcome for outcome in outcomes)
-    outputs = {f"{name}.tar": tar_hash, f"{name}.parquet": sha256_file(parquet)}
     noted = zip(inputs.rows, outcomes, strict=True)
     notes = Counter(row.note for row, outcome in noted if row.note is not None and isinstance(outcome, EncodedImage))
-    return Result(dict(counts), outputs, retried=inputs.retried, counters=dict(notes))
+    return Result(dict(counts), files.outputs, retried=inputs.retried, counters=dict(notes))
 
 
 def _check_room(root: str, outcomes: list[Outcome]) -> None:

@@ -15,8 +15,8 @@ from pipeline.ingest.raw_shard import SCHEMA, Inputs
 from pipeline.ingest.rows import Row
 from shards_spec.files import UserError, join, remove, sha256_json
 from shards_spec.layout import RAW, raw_parquet, shard_name
-from shards_spec.library_errors import read_table
 from shards_spec.manifest import Done, finished_shards, read_dataset, read_done
+from shards_spec.parquet import read_table
 
 PASS = "retry pass"  # name of the input that tells an additional shard; its value is the number of the pass
 COLUMNS = ["key", "url", "caption", "error_message"]
@@ -110,7 +110,7 @@ def _latest(root: str, base: int, passes: list[int]) -> Iterator[dict[str, Any]]
 
 def _rows(root: str, numbers: list[int], retry_pass: int) -> Iterator[dict[str, Any]]:
     for number in numbers:
-        table = read_table(raw_parquet(root, number), mend="run ingest again")
+        table = read_table(raw_parquet(root, number), fix="run ingest again")
         others = table.drop_columns([name for name in table.column_names if name in SCHEMA.names])
         types = {field.name: field.type for field in others.schema}
         extras = others.to_pylist() if types else [{}] * len(table)

@@ -15,11 +15,11 @@ from pipeline.core.runner import Root, upstream_shards
 from pipeline.labels.catlip_pickle import catlip_bytes, read_catlip
 from pipeline.labels.labeler import LabelRule
 from pipeline.labels.wordnet import load_wordnet
-from shards_spec.files import DataError, UserError, join, open_read, read_bytes, remove_stale, write_bytes
+from shards_spec.files import DataError, UserError, join, read_bytes, remove_stale, write_bytes
 from shards_spec.layout import SHARDS, VOCAB, final_parquet, vocabulary_tsv
-from shards_spec.library_errors import open_table, parquet_errors
 from shards_spec.manifest import read_dataset, write_stage
 from shards_spec.names import check_name
+from shards_spec.parquet import open_parquet
 from shards_spec.vocab import Vocabulary, build_vocabulary, rule_of
 
 log = logging.getLogger(__name__)
@@ -157,8 +157,8 @@ def coverage(root: str, shards: list[int], source: str, vocabulary: Vocabulary) 
 
 def _labels(root: str, shard: int, source: str) -> Iterator[Labels]:
     path = final_parquet(root, shard)
-    with parquet_errors(path, mend="run pack again"), open_read(path) as file:
-        for batch in open_table(path, file).iter_batches(columns=["synsets"]):
+    with open_parquet(path, fix="run pack again") as file:
+        for batch in file.iter_batches(columns=["synsets"]):
             column = batch.column(0)
             captions, sample = pc.list_flatten(column), pc.list_parent_indices(column).to_numpy()
             first = np.append(True, sample[1:] != sample[:-1])[: len(sample)]  # the original, SPEC.md §3

@@ -12,14 +12,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.core.filters import caption_problem
 from pipeline.core.runner import Result, Task
 from pipeline.dedup.stage import read_dropped
 from pipeline.labels.labeler import LabelRule, load_labeller
 from pipeline.pack import caption_cleaning as hygiene
-from shards_spec.files import DataError, atomic_writer, join, json_bytes, open_read, remove, sha256_file
+from shards_spec.files import DataError, json_bytes, remove
 from shards_spec.layout import (
     DEDUP,
     RAW,
@@ -32,10 +31,10 @@ from shards_spec.layout import (
     sizes_json,
     tar_path,
 )
-from shards_spec.library_errors import open_table, parquet_errors
-from shards_spec.manifest import forget
+from shards_spec.parquet import read_table
 from shards_spec.sample import Sample
-from shards_spec.tar import read_shard, write_shard
+from shards_spec.shard_writer import ShardWriter
+from shards_spec.tar import read_shard
 
 log = logging.getLogger(__name__)
 DISSIMILAR = "every caption below min_similarity"  # why a sample is dropped
@@ -187,16 +186,14 @@ def read_captions(path: str, keys: tuple[str, ...] | None, least: float | None) 
     ``least``: captions with a lower cosine are left out, too. Raises DataError for a file that is no Parquet, has not
     these columns or repeats a key.
     """
-    wanted = ["key", "captions", *(["similarities", "original_similarity"] if least is not None else [])]
-    with parquet_errors(path, mend="delete it and run caption again"), open_read(path) as file:
-        table = open_table(path, file).read(columns=wanted)
-    if missing := set(wanted) - set(table.column_names):
-        mend = NEED_SIMILARITY if least is not None else "delete it and run caption again"
-        raise DataError(f"{path}: no column {max(missing)}; {mend}")
+    similar = ["similarities", "original_similarity"] if least is not None else []
+    table = read_table(path, ["key", "captions"], optional=similar, fix="delete it and run caption again")
+    if missing := set(similar) - set(table.column_names):
+        raise DataError(f"{path}: no column {max(missing)}; {NEED_SIMILARITY}")
     if keys is not None:
         table = table.filter(pc.is_in(table.column("key"), pa.array(keys, pa.string())))
     found = table.column("key").to_pylist()
-    columns = [table.column(name).to_pylist() for name in wanted[1:]]
+    columns = [table.column(name).to_pylist() for name in ("captions", *similar)]
     if least is None:
         chosen = [Synthetic([text for text in texts if text], bool(texts)) for texts in columns[0]]
     else:
@@ -258,15 +255,12 @@ def write_final_shard(root: str, task: Task, *, choice: Choice, wordnet: str, ru
                 yield Sample(sample.key, members)
             chooser.end()
 
-    forget(join(root, SHARDS), task.shard)
+    files = ShardWriter(root, SHARDS, task.shard)
     remove(sizes_json(root))  # it says that all shards fit together
-    tar, table = tar_path(SHARDS, task.shard), parquet_path(SHARDS, task.shard)
     with _uncollected():
-        _, tar_hash = write_shard(join(root, tar), packed())
-    with atomic_writer(join(root, table)) as file:
-        pq.write_table(pa.table(columns, SCHEMA), file)
-    outputs = {tar: tar_hash, table: sha256_file(join(root, table))}
-    return Result(dict(counts), outputs, counters=dict(sorted(facts.items())))
+        files.write_tar(packed())
+    files.write_parquet(pa.table(columns, SCHEMA))
+    return Result(dict(counts), files.outputs, counters=dict(sorted(facts.items())))
 
 
 def _pixels(value: Any) -> int | None:

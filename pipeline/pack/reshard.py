@@ -13,16 +13,16 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.core.prefetch import prefetch_map
 from pipeline.core.runner import LOOK_AHEAD, Result, RunOptions, Stage, Summary, Task, run_stage
 from pipeline.pack.final_shard import Choice, Chooser, Part
-from shards_spec.files import DataError, atomic_writer, exists, is_url, join, read_buffer, sha256_file
+from shards_spec.files import DataError, exists, is_url, join, read_buffer
 from shards_spec.layout import PLAN, parquet_path, raw_tar, shard_name
-from shards_spec.library_errors import read_table
-from shards_spec.manifest import file_hash, forget, remove_shards, remove_stage
+from shards_spec.manifest import file_hash, remove_shards, remove_stage
+from shards_spec.parquet import read_table
 from shards_spec.sample import Sample
+from shards_spec.shard_writer import ShardWriter
 from shards_spec.tar import index_shard
 from shards_spec.tar_members import BLOCK
 
@@ -75,12 +75,10 @@ def plan_shard(root: str, task: Task, *, choice: Choice) -> Result:
     except FileNotFoundError as error:
         raise DataError(f"{source}: is not there; make the shard again") from error
     chooser.end()
-    path = parquet_path(PLAN, task.shard)
-    forget(join(root, PLAN), task.shard)
-    with atomic_writer(join(root, path)) as file:
-        pq.write_table(pa.table([keys, reasons, offsets], SCHEMA), file)
+    files = ShardWriter(root, PLAN, task.shard)
+    files.write_parquet(pa.table([keys, reasons, offsets], SCHEMA))
     counts = Counter(reason or "success" for reason in reasons)
-    return Result(dict(counts), {path: sha256_file(join(root, path))})
+    return Result(dict(counts), files.outputs)
 
 
 def ranges(root: str, shards: list[int], choice: Choice, size: int) -> Iterator[Task]:
@@ -91,7 +89,7 @@ def ranges(root: str, shards: list[int], choice: Choice, size: int) -> Iterator[
 
     def read(shard: int) -> tuple[int, pa.Table, dict[str, str]]:
         path = parquet_path(PLAN, shard)
-        table = read_table(join(root, path), mend=f"delete {PLAN}/ and run pack again")
+        table = read_table(join(root, path), fix=f"delete {PLAN}/ and run pack again")
         return shard, table, {**inputs_of(root, shard, choice), path: file_hash(root, PLAN, shard, path)}
 
     parts, inputs, taken, number = list[Part](), dict[str, str](), 0, 0

@@ -42,9 +42,9 @@ from shards_spec.layout import (
     stats_path,
     tar_path,
 )
-from shards_spec.library_errors import column_names
 from shards_spec.lock import locked
 from shards_spec.manifest import finished_shards, read_done
+from shards_spec.parquet import column_names
 
 log = logging.getLogger(__name__)
 LOCK = ".pack.lock"  # below ROOT

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from shards_spec.files import DataError, UserError, join, names, open_read
+from shards_spec.files import DataError, UserError, join, names
 from shards_spec.layout import CAPTIONS, RAW, SHARDS, captions_folder
-from shards_spec.library_errors import open_table, parquet_errors
+from shards_spec.parquet import open_parquet
 
 PARQUET_PATTERN = re.compile(r"\d+\.parquet")
 LOGPROB_UNIT = 0.05
@@ -62,11 +62,10 @@ def parquet_files(folder: str) -> list[str]:
 def read_columns(path: str, columns: list[str], problems: list[str]) -> Any | None:
     """Those of the columns that a Parquet file has; None, and a problem, when it cannot be read."""
     try:
-        with parquet_errors(path), open_read(path) as file:
-            parquet = open_table(path, file)
-            there = [field.name for field in parquet.schema_arrow if not pa.types.is_null(field.type)]
-            return parquet.read(columns=[name for name in columns if name in there])
-    except (DataError, UserError, FileNotFoundError) as error:
+        with open_parquet(path) as file:
+            there = [field.name for field in file.schema_arrow if not pa.types.is_null(field.type)]
+            return file.read(columns=[name for name in columns if name in there])
+    except (DataError, UserError) as error:
         problems.append(str(error))
         return None
 

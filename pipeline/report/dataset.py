@@ -14,8 +14,8 @@ from pipeline.report.text import flatten
 from shards_spec.embeddings import read_meta
 from shards_spec.files import DataError, UserError, join, names, open_read
 from shards_spec.layout import PLAN, RAW, SHARDS, TEACHER, VOCAB, teacher_folder
-from shards_spec.library_errors import open_table, parquet_errors
 from shards_spec.manifest import read_dataset
+from shards_spec.parquet import open_parquet
 from shards_spec.vocab import Vocabulary, read_vocabulary
 
 TOP = 30  # synsets in the table
@@ -154,10 +154,10 @@ def _teacher(root: str, name: str, problems: list[str]) -> dict[str, Any]:
     for path in files:
         try:
             meta = meta or read_meta(path)
-            with parquet_errors(path), open_read(path) as file:
-                footer = open_table(path, file)
+            with open_parquet(path) as footer:
                 columns = columns or footer.schema_arrow.names
                 rows += footer.metadata.num_rows
+            with open_read(path) as file:
                 size += file.seek(0, 2)
         except (DataError, UserError, FileNotFoundError) as error:
             problems.append(str(error))

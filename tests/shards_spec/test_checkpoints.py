@@ -190,8 +190,8 @@ def test_folders_pipes_and_absent_files_are_named(tmp_path):
 
 def test_a_broken_checkpoint_of_a_run_is_the_datasets_fault(tmp_path):
     (tmp_path / "step_000001.pt").write_bytes(b"PK\x03\x04")
-    with pytest.raises(DataError, match="the mend"):
-        read_checkpoint(str(tmp_path / "step_000001.pt"), given=False, mend="the mend")
+    with pytest.raises(DataError, match="the fix"):
+        read_checkpoint(str(tmp_path / "step_000001.pt"), given=False, fix="the fix")
 
 
 @pytest.mark.parametrize(

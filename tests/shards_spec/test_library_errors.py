@@ -1,4 +1,4 @@
-"""What libraries raise becomes one short message that names the file and the mend."""
+"""What libraries raise becomes one short message that names the file and the fix."""
 
 import gzip
 import json
@@ -14,11 +14,11 @@ from shards_spec.library_errors import (
     decode_text,
     gzip_errors,
     json_errors,
-    open_table,
     parquet_errors,
     parse_json,
     short,
 )
+from shards_spec.parquet import open_table
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123\n"
 PAGE = b"\n<!DOCTYPE html>\n<html><body>404</body></html>" + b" " * 3000
@@ -30,7 +30,7 @@ def read_parquet(path, given=False):
 
 
 @pytest.mark.parametrize(
-    ("data", "said", "mend"),
+    ("data", "said", "fix"),
     [
         (POINTER, "Git LFS pointer", "git lfs pull"),
         (PAGE, "web page", "download it again"),
@@ -39,7 +39,7 @@ def read_parquet(path, given=False):
         (gzip.compress(b"PAR1"), "gzip", "gunzip"),
     ],
 )
-def test_a_file_that_is_something_else_is_named(tmp_path, data, said, mend):
+def test_a_file_that_is_something_else_is_named(tmp_path, data, said, fix):
     path = tmp_path / "x.parquet"
     path.write_bytes(data)
     for given, kind in ((True, UserError), (False, DataError)):
@@ -48,7 +48,7 @@ def test_a_file_that_is_something_else_is_named(tmp_path, data, said, mend):
         text = str(found.value)
         assert str(path) in text
         assert said in text
-        assert mend in text or (not given and "run its stage again" in text)
+        assert fix in text or (not given and "run its stage again" in text)
         assert len(text) < len(str(path)) + 2 * LONGEST
         assert "\n" not in text
 

@@ -147,7 +147,7 @@ class RunDir:
             if self.newest() is not None:
                 raise DataError(f"{path} is not there, though there are checkpoints; {mend}")
             raise UserError(f"{path} is not there: {self.path} is no RUN folder of `clipmill train`")
-        config: Any = parse_json(str(path), read_bytes(str(path)), mend=mend)
+        config: Any = parse_json(str(path), read_bytes(str(path)), fix=mend)
         if not isinstance(config, dict):
             raise DataError(f"{path}: not the config of a run; {mend}")
         return config
@@ -329,7 +329,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     earlier version, is checked by its zip's own checksums.
     """
     mend, hashed = "delete it to go on from the one before", hash_file(path)
-    with checkpoint_errors(str(path), given=False, mend=mend):
+    with checkpoint_errors(str(path), given=False, fix=mend):
         if not hashed.exists():
             with zipfile.ZipFile(path) as parts:
                 whole = parts.testzip() is None
@@ -337,7 +337,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             whole = hashed.read_text().split()[:1] == [sha256_file(str(path))]
         if not whole:
             raise DataError(f"{path} is damaged: its bytes are not those that were written; {mend}")
-    state: Any = read_checkpoint(str(path), given=False, mend=mend)
+    state: Any = read_checkpoint(str(path), given=False, fix=mend)
     if not isinstance(state, dict) or not {"task", "progress"} <= set(state):
         raise DataError(f"{path} is no checkpoint of `clipmill train`; {mend}")
     return state

@@ -20,7 +20,8 @@ from pipeline.check.stage import CheckConfig, check
 from pipeline.core import runner as stage
 from pipeline.core.runner import ShardsFailed
 from pipeline.pack.stage import PackConfig, pack
-from shards_spec.embeddings import EmbeddingFile, content_id, encode_vectors, id_column, write_vectors
+from shards_spec.content_id import content_id
+from shards_spec.embeddings import EmbeddingFile, encode_vectors, id_column, write_vectors
 from shards_spec.files import DataError, UserError, join, json_bytes, names, read_json
 from shards_spec.images import decode_rgb
 from shards_spec.manifest import read_done

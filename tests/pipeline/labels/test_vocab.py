@@ -147,7 +147,7 @@ def test_broken_vocabulary_files(tmp_path):
     for text, problem in [
         (good.replace("\t3\t", "\tthree\t"), "line 4 is broken"), (good.replace("0\tn", "7\tn"), "line 4 is broken"),
         (good.replace("dog", "god"), "it was edited"), (good.replace("{", "<"), "not a clipmill vocabulary"),
-        ("", "not a clipmill vocabulary"), ("\ud800", "not a clipmill vocabulary"),
+        ("", "not a clipmill vocabulary"), ("\ud800", "line 1 is not UTF-8"),
     ]:  # fmt: skip
         path.write_bytes(text.encode(errors="surrogatepass"))
         with pytest.raises(DataError, match=problem):
