@@ -14,7 +14,8 @@ from conftest import skip_or_fail
 from PIL import Image
 from small_data import build_all, tiny_coca, write_raw
 
-from pipeline.pack.stage import PackConfig, pack
+from pipeline.pack.config import PackConfig
+from pipeline.pack.stage import pack
 from shards_spec.files import join, read_json
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, write_shard

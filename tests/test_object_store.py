@@ -26,7 +26,8 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 from pipeline.check.stage import CheckConfig, check
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.stage import ingest
-from pipeline.pack.stage import PackConfig, pack
+from pipeline.pack.config import PackConfig
+from pipeline.pack.stage import pack
 from shards_spec import files
 from shards_spec.files import UserError
 from shards_spec.models import load_model

@@ -21,10 +21,12 @@ MAX_COMPARED = 64  # images with one signature that another one is compared with
 def hamming_distances(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Number of bits that differ, pair by pair: two arrays uint64 [n] to integers [n]."""
     differing = one ^ other
+    counts: np.ndarray
     if hasattr(np, "bitwise_count"):  # numpy 2
-        counted: np.ndarray = np.bitwise_count(differing)
-        return counted
-    return BIT_COUNTS[differing.view(np.uint8).reshape(-1, 8)].sum(axis=1)
+        counts = np.bitwise_count(differing)
+    else:
+        counts = BIT_COUNTS[differing.view(np.uint8).reshape(-1, 8)].sum(axis=1)
+    return counts
 
 
 def parse_hashes(hashes: Sequence[str | None]) -> np.ndarray:

@@ -1,10 +1,10 @@
-"""What `pack` does to an original caption before it stores it: mends that keep the sample, reasons that drop it.
+"""What `pack` does to an original caption before it stores it: fixes that keep the sample, reasons that drop it.
 
 A caption is stored as its author would see it. Nothing a reader sees is taken away: letters of all scripts, combining
 marks, emoji with their joiners (U+200C, U+200D), variation selectors and flag tags stay. Synsets are taken from the
 caption as it came: the released rule of CatLIP has a cleaning of its own.
 
-Mends, in this order, each counted among the stage's facts (`<name> mended`):
+Fixes, in this order, each counted in the stage's counters (`<name> mended`):
 
 | name | what | becomes |
 |---|---|---|
@@ -13,7 +13,7 @@ Mends, in this order, each counted among the stage's facts (`<name> mended`):
 | control characters | C1 codes; separators such as form feed; other controls but tab, line feed, carriage return | the Windows-1252 character that was meant; a space; nothing |
 | invisible marks | zero-width space and no-break space, word joiner, soft hyphen, marks, embeddings, overrides and isolates of direction | nothing: text has the direction of its letters without them |
 
-Spaces at both ends go after a mend. A caption that needs none is kept byte for byte.
+Spaces at both ends are removed after a fix. A caption that needs none is kept byte for byte.
 
 Drops, counted among the shard's reasons:
 
@@ -21,13 +21,14 @@ Drops, counted among the shard's reasons:
 |---|---|
 | caption or json does not parse | bytes that are no UTF-8, surrogates apart |
 | caption empty after cleaning | nothing was left, and the image has no synthetic caption |
-| caption too long | more characters than ``--max-caption-chars`` after mending: a page of text says little of an image |
+| caption too long | more characters than ``--max-caption-chars`` after cleaning: a page of text says little about an image |
 """  # noqa: E501 (tables)
 
 import contextlib
 import html
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 from ftfy.fixes import fix_c1_controls
@@ -35,8 +36,8 @@ from ftfy.fixes import fix_c1_controls
 from shards_spec.files import DataError
 from shards_spec.sample import Sample
 
-VERSION = 1  # in pack's config: shards of other rules are made again
-EMPTY = "caption empty after cleaning"
+RULES_VERSION = 1  # part of pack's config: shards of another version are made again
+EMPTY_AFTER_CLEANING = "caption empty after cleaning"
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ENTITY = re.compile(r"&(#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
@@ -46,7 +47,7 @@ _INVISIBLE = re.compile("[\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u20
 
 
 def read_caption(sample: Sample) -> str:
-    """The caption as it came, in which halves of UTF-16 pairs are let through for `tidy`. Raises DataError."""
+    """The caption as it came, in which halves of UTF-16 pairs are left for `clean_caption`. Raises DataError."""
     try:
         return sample.caption
     except DataError:
@@ -55,28 +56,29 @@ def read_caption(sample: Sample) -> str:
         raise
 
 
-def tidy(caption: str) -> tuple[str, list[str]]:
-    """The caption as it is stored, and the names of the mends it needed, in order."""
+def clean_caption(caption: str) -> tuple[str, list[str]]:
+    """The caption as it is stored, and the names of the fixes it needed, in order."""
     if caption.isascii() and "&" not in caption and caption.isprintable():
         return caption, []
-    text, mends = caption, list[str]()
-    for name, mend in MENDS.items():
-        mended = mend(text)
-        if mended != text:
-            mends.append(name)
-            text = mended
-    return (text.strip(), mends) if mends else (caption, [])
+    text = caption
+    fixes = list[str]()
+    for name, fix in FIXES.items():
+        fixed = fix(text)
+        if fixed != text:
+            fixes.append(name)
+            text = fixed
+    return (text.strip(), fixes) if fixes else (caption, [])
 
 
 def without_surrogates(text: str) -> str:
-    """Pairs become their character, halves alone go."""
+    """Replace surrogate pairs by their character and delete unpaired surrogates."""
     if not _SURROGATE.search(text):
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "ignore")
 
 
 def strict_json(value: Any) -> Any:
-    """A value of a json member as every reader takes it: surrogates mended, null for NaN and infinities."""
+    """A value of a json member as every reader accepts it: surrogates fixed, null for NaN and infinities."""
     if isinstance(value, str):
         return without_surrogates(value)
     if isinstance(value, list):
@@ -106,7 +108,7 @@ def _without_controls(text: str) -> str:
     return _CONTROL.sub("", _SEPARATOR.sub(" ", fix_c1_controls(text)))
 
 
-MENDS = {
+FIXES: dict[str, Callable[[str], str]] = {
     "surrogates": without_surrogates,
     "html entities": _unescape,
     "control characters": _without_controls,

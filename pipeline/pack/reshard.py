@@ -1,9 +1,9 @@
 """Final shards of equal size: which samples stay is decided per raw shard first, then each final shard is a range.
 
 Stage `plan` writes ``plan/NNNNN.parquet``, a row per sample of the raw shard: ``key``, ``reason`` (null: it stays),
-``offset`` (the byte of the tar where it begins). Samples stay in the order of the raw shards; with N to a shard, final
-shard j begins with survivor j * N (shard 0: with the first sample) and ends where the next one begins, so that every
-sample that is dropped is counted by exactly one final shard.
+``offset`` (the byte of the tar where it begins). Samples stay in the order of the raw shards. With N samples to a
+shard, final shard j begins at the sample that is number j * N of those that stay (shard 0: at the very first sample)
+and ends where the next one begins, so that every sample that is dropped is counted by exactly one final shard.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from pipeline.core.prefetch import prefetch_map
 from pipeline.core.runner import LOOK_AHEAD, Result, RunOptions, Stage, Summary, Task, run_stage
-from pipeline.pack.final_shard import Choice, Chooser, Part
+from pipeline.pack.selection import SampleSelector, SelectionConfig, ShardRange
 from shards_spec.files import DataError, exists, is_url, join, read_buffer
 from shards_spec.layout import PLAN, parquet_path, raw_tar, shard_name
 from shards_spec.manifest import file_hash, remove_shards, remove_stage
@@ -35,15 +35,23 @@ SCHEMA = pa.schema(
 )
 
 
-def plan(root: str, shards: list[int], choice: Choice, config: dict[str, object], workers: int, over: bool) -> Summary:
-    """Run the stage: ``config`` is what shapes the decisions, ``over`` makes finished shards again.
+def plan(
+    root: str,
+    shards: list[int],
+    selection: SelectionConfig,
+    *,
+    config: dict[str, object],
+    workers: int,
+    overwrite: bool,
+) -> Summary:
+    """Run the stage; ``config`` is every setting that affects the decisions.
 
-    Raises UserError, ShardsFailed: a raw shard that is broken leaves the ranges of all later ones open.
+    Raises UserError and ShardsFailed: a broken raw shard leaves the ranges of all later ones unknown.
     """
-    tasks = (Task(shard, inputs_of(root, shard, choice)) for shard in shards)
-    work = partial(plan_shard, choice=choice)
+    tasks = (Task(shard, file_hashes_of(root, shard, selection)) for shard in shards)
+    work = partial(plan_shard, selection=selection)
     stage = Stage("plan", PLAN, config)
-    options = RunOptions(workers=min(workers, len(shards)), overwrite=over, total=len(shards))
+    options = RunOptions(workers=min(workers, len(shards)), overwrite=overwrite, total=len(shards))
     return run_stage(root, stage, tasks, work, options)
 
 
@@ -54,68 +62,84 @@ def forget_plan(root: str) -> None:
         remove_shards(join(root, PLAN), 0)
 
 
-def inputs_of(root: str, shard: int, choice: Choice) -> dict[str, str]:
+def file_hashes_of(root: str, shard: int, selection: SelectionConfig) -> dict[str, str]:
     """Path to hash of the files that belong to a raw shard."""
-    return {path: file_hash(root, folder, shard, path) for folder, path in choice.inputs(shard)}
+    return {path: file_hash(root, folder, shard, path) for folder, path in selection.inputs(shard)}
 
 
-def plan_shard(root: str, task: Task, *, choice: Choice) -> Result:
-    """One raw shard's rows; its images are not read. Raises DataError as `Chooser` does."""
-    source, chooser = raw_tar(root, task.shard), Chooser(root, Part(task.shard), choice)
-    keys, reasons, offsets, end = list[str](), list[str | None](), list[int](), 0
+def plan_shard(root: str, task: Task, *, selection: SelectionConfig) -> Result:
+    """Write the decisions on one raw shard; its images are not read. Raises DataError as `SampleSelector` does."""
+    source = raw_tar(root, task.shard)
+    selector = SampleSelector(root, ShardRange(task.shard), selection)
+    keys = list[str]()
+    reasons = list[str | None]()
+    offsets = list[int]()
+    end = 0
     try:
         with read_buffer(source) as buffer:
             for key, members in index_shard(buffer, source):
-                texts = {ext: m.read(buffer) if ext in ("txt", "json") else b"" for ext, m in members.items()}
-                decided = chooser.decide(Sample(key, texts))
+                texts = {
+                    extension: member.read(buffer) if extension in ("txt", "json") else b""
+                    for extension, member in members.items()
+                }
+                selected = selector.select(Sample(key, texts))
                 keys.append(key)
-                reasons.append(decided if isinstance(decided, str) else None)
+                reasons.append(selected if isinstance(selected, str) else None)
                 offsets.append(end)
-                end = max(m.offset + m.size + -m.size % BLOCK for m in members.values())
+                end = max(member.offset + member.size + -member.size % BLOCK for member in members.values())
     except FileNotFoundError as error:
         raise DataError(f"{source}: is not there; make the shard again") from error
-    chooser.end()
+    selector.finish()
     files = ShardWriter(root, PLAN, task.shard)
     files.write_parquet(pa.table([keys, reasons, offsets], SCHEMA))
     counts = Counter(reason or "success" for reason in reasons)
     return Result(dict(counts), files.outputs)
 
 
-def ranges(root: str, shards: list[int], choice: Choice, size: int) -> Iterator[Task]:
-    """A task per final shard of ``size`` samples (the last one has what is left), with its parts as payload.
+def final_shard_tasks(root: str, shards: list[int], selection: SelectionConfig, size: int) -> Iterator[Task]:
+    """A task per final shard of ``size`` samples (the last one has what is left), with its `ShardRange`s as payload.
 
     Memory: the plans of a few raw shards.
     """
 
-    def read(shard: int) -> tuple[int, pa.Table, dict[str, str]]:
+    def read_plan(shard: int) -> tuple[int, pa.Table, dict[str, str]]:
         path = parquet_path(PLAN, shard)
         table = read_table(join(root, path), fix=f"delete {PLAN}/ and run pack again")
-        return shard, table, {**inputs_of(root, shard, choice), path: file_hash(root, PLAN, shard, path)}
+        return shard, table, {**file_hashes_of(root, shard, selection), path: file_hash(root, PLAN, shard, path)}
 
-    parts, inputs, taken, number = list[Part](), dict[str, str](), 0, 0
-    plans = prefetch_map(read, shards, LOOK_AHEAD, 2 * LOOK_AHEAD) if is_url(root) else map(read, shards)
+    number = 0  # of the final shard that is filled
+    filled = 0  # its samples so far
+    ranges = list[ShardRange]()
+    inputs = dict[str, str]()
+    plans = prefetch_map(read_plan, shards, LOOK_AHEAD, 2 * LOOK_AHEAD) if is_url(root) else map(read_plan, shards)
     for shard, table, files in plans:
-        survivors, start, used = np.flatnonzero(pc.is_null(table.column("reason")).to_numpy()), 0, 0
-        while len(survivors) - used > size - taken:
-            used += size - taken
-            stop = int(survivors[used])
+        staying = np.flatnonzero(pc.is_null(table.column("reason")).to_numpy())
+        start = 0  # the first row of this raw shard that is in no range yet
+        used = 0  # the samples of ``staying`` before ``start``
+        while len(staying) - used > size - filled:
+            used += size - filled
+            stop = int(staying[used])
             if stop > start:
-                parts.append(_part(shard, table, start, stop))
+                ranges.append(_shard_range(shard, table, start, stop))
                 inputs |= files
-            yield _task(number, parts, inputs)
-            parts, inputs, taken, number, start = [], {}, 0, number + 1, stop
-        taken += len(survivors) - used
+            yield _task(number, ranges, inputs)
+            number += 1
+            filled = 0
+            ranges = []
+            inputs = {}
+            start = stop
+        filled += len(staying) - used
         if len(table) > start:
-            parts.append(_part(shard, table, start, len(table)))
+            ranges.append(_shard_range(shard, table, start, len(table)))
             inputs |= files
-    yield _task(number, parts, inputs)
+    yield _task(number, ranges, inputs)
 
 
-def _part(shard: int, table: pa.Table, start: int, stop: int) -> Part:
+def _shard_range(shard: int, table: pa.Table, start: int, stop: int) -> ShardRange:
     keys = tuple(table.column("key")[start:stop].to_pylist())
-    return Part(shard, start, stop, table.column("offset")[start].as_py(), keys)
+    return ShardRange(shard, start, stop, table.column("offset")[start].as_py(), keys)
 
 
-def _task(number: int, parts: list[Part], inputs: dict[str, str]) -> Task:
-    samples = ", ".join(f"{shard_name(part.shard)}[{part.start}:{part.stop}]" for part in parts)
-    return Task(number, {**inputs, "samples": samples}, tuple(parts))
+def _task(number: int, ranges: list[ShardRange], inputs: dict[str, str]) -> Task:
+    samples = ", ".join(f"{shard_name(part.shard)}[{part.start}:{part.stop}]" for part in ranges)
+    return Task(number, {**inputs, "samples": samples}, tuple(ranges))

@@ -47,7 +47,8 @@ from pipeline.ingest.images import ImageRules, convert
 from pipeline.ingest.listing import Listing
 from pipeline.labels.vocab_stage import VocabConfig, vocab
 from pipeline.labels.wordnet import find_wordnet, load_wordnet
-from pipeline.pack.stage import PackConfig, pack
+from pipeline.pack.config import PackConfig
+from pipeline.pack.stage import pack
 from shards_spec.embeddings import Dtype, encode_vectors, write_vectors
 from shards_spec.files import atomic_writer, join, sha256_file
 from shards_spec.images import decode_rgb

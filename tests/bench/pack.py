@@ -38,7 +38,8 @@ from pipeline.ingest.images import EncodedImage
 from pipeline.ingest.raw_shard import Inputs, sample_key, write_raw_shard
 from pipeline.ingest.rows import Row
 from pipeline.labels.wordnet import find_wordnet, load_wordnet
-from pipeline.pack.stage import PackConfig, pack
+from pipeline.pack.config import PackConfig
+from pipeline.pack.stage import pack
 from shards_spec.files import atomic_writer, join, sha256_file
 from shards_spec.layout import shard_name
 

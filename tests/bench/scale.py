@@ -65,7 +65,8 @@ def first_shard(root: str) -> None:
     from pipeline.ingest.images import EncodedImage
     from pipeline.ingest.raw_shard import Inputs, write_raw_shard
     from pipeline.ingest.rows import Row
-    from pipeline.pack.stage import PackConfig, pack
+    from pipeline.pack.config import PackConfig
+    from pipeline.pack.stage import pack
 
     file = io.BytesIO()
     Image.new("L", (8, 8)).save(file, "JPEG", quality=30)
@@ -175,7 +176,8 @@ def _jobs(root: str) -> object:
 
 def _pack(root: str, array: bool = False) -> object:
     from pipeline.core.runner import ALL
-    from pipeline.pack.stage import PackConfig, pack
+    from pipeline.pack.config import PackConfig
+    from pipeline.pack.stage import pack
     from slurm.claims import Claims, Failures, WorkStealing
 
     if not array:

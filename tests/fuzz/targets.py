@@ -374,7 +374,8 @@ class Dataset(Tree):
 
         from pipeline.dedup.stage import DedupConfig, dedup
         from pipeline.labels.vocab_stage import VocabConfig, vocab
-        from pipeline.pack.stage import PackConfig, pack
+        from pipeline.pack.config import PackConfig
+        from pipeline.pack.stage import pack
 
         root = str(valid)
         write_raw(root, 2, 5)
@@ -388,7 +389,8 @@ class Dataset(Tree):
     def run(self, folder: Path, path: str, data: bytes) -> None:
         from pipeline.check.stage import CheckConfig, check
         from pipeline.core.runner import ShardsFailed
-        from pipeline.pack.stage import PackConfig, pack
+        from pipeline.pack.config import PackConfig
+        from pipeline.pack.stage import pack
         from pipeline.report import ReportConfig, report
         from shards_spec.files import DataError, UserError
 

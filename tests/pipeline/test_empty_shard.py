@@ -13,7 +13,8 @@ from pipeline.caption.stage import CaptionConfig, caption
 from pipeline.check.stage import CheckConfig, check
 from pipeline.dedup.stage import DedupConfig, dedup
 from pipeline.labels.vocab_stage import VocabConfig, vocab
-from pipeline.pack.stage import PackConfig, pack
+from pipeline.pack.config import PackConfig
+from pipeline.pack.stage import pack
 from pipeline.report import ReportConfig, report
 from shards_spec.files import read_json
 

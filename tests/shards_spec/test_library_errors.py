@@ -157,7 +157,7 @@ def readers(tmp_path):
     from pipeline.ingest.img2dataset import _keys
     from pipeline.ingest.retry import _rows
     from pipeline.labels.vocab_stage import _labels
-    from pipeline.pack.final_shard import read_captions
+    from pipeline.pack.selection import read_captions
     from pipeline.report.columns import read_columns
     from shards_spec.embeddings import EmbeddingFile, read_meta
 

@@ -8,7 +8,8 @@ import pytest
 from small_data import tree, write_raw
 from small_slurm import TAGGED, log_of, submit
 
-from pipeline.pack.stage import PackConfig, pack
+from pipeline.pack.config import PackConfig
+from pipeline.pack.stage import pack
 
 
 def local_tree(root: str) -> dict[str, str]:

@@ -24,7 +24,8 @@ from small_slurm import (
     undisturbed,
 )  # fmt: skip
 
-from pipeline.pack.stage import PackConfig, pack
+from pipeline.pack.config import PackConfig
+from pipeline.pack.stage import pack
 from shards_spec.manifest import finished_shards
 
 

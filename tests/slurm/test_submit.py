@@ -14,7 +14,8 @@ import cloudpickle
 import pytest
 from small_data import tree, write_raw
 
-from pipeline.pack.stage import PackConfig, pack
+from pipeline.pack.config import PackConfig
+from pipeline.pack.stage import pack
 from shards_spec.files import UserError
 from shards_spec.layout import STAGE_COMMANDS, STAGES
 from slurm import scheduler

@@ -8,7 +8,8 @@ from small_data import draw, write_raw
 
 from pipeline.labels.vocab_stage import VocabConfig, vocab
 from pipeline.labels.wordnet import load_wordnet
-from pipeline.pack.stage import PackConfig, pack
+from pipeline.pack.config import PackConfig
+from pipeline.pack.stage import pack
 from shards_spec.files import UserError
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard

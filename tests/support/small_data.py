@@ -189,7 +189,8 @@ def build_all(root: str, model: str, views: int, shard_size: int | None = None) 
     from pipeline.caption.decoding import Decoding
     from pipeline.caption.stage import CaptionConfig, caption
     from pipeline.labels.vocab_stage import VocabConfig, vocab
-    from pipeline.pack.stage import PackConfig, pack
+    from pipeline.pack.config import PackConfig
+    from pipeline.pack.stage import pack
 
     caption(CaptionConfig(root, model, name="cap", num_captions=2, decoding=Decoding(max_tokens=8)))
     pack(PackConfig(root, workers=1, shard_size=shard_size))

@@ -55,7 +55,8 @@ def job_environments(here: Cluster, job: str | None = None) -> dict[int, dict[st
 
 def training_words(folder: Path) -> list[str]:
     """A small packed dataset in a folder, and the words of a training on it that takes some seconds."""
-    from pipeline.pack.stage import PackConfig, pack
+    from pipeline.pack.config import PackConfig
+    from pipeline.pack.stage import pack
 
     root = str(folder / "ds")
     write_raw(root, shards=2, per_shard=20)

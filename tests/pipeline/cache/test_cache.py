@@ -19,7 +19,8 @@ from pipeline.cache.teacher import CPU_ROWS, Teacher
 from pipeline.check.stage import CheckConfig, check
 from pipeline.core import runner as stage
 from pipeline.core.runner import ShardsFailed
-from pipeline.pack.stage import PackConfig, pack
+from pipeline.pack.config import PackConfig
+from pipeline.pack.stage import pack
 from shards_spec.content_id import content_id
 from shards_spec.embeddings import EmbeddingFile, encode_vectors, id_column, write_vectors
 from shards_spec.files import DataError, UserError, join, json_bytes, names, read_json

@@ -17,7 +17,8 @@ from pipeline.caption.decoding import Decoding
 from pipeline.caption.stage import CaptionConfig, caption
 from pipeline.check.stage import CheckConfig, check
 from pipeline.labels.vocab_stage import VocabConfig, vocab
-from pipeline.pack.stage import PackConfig, pack
+from pipeline.pack.config import PackConfig
+from pipeline.pack.stage import pack
 
 KILLS = 20
 FOLDERS = {"caption": ["captions"], "pack": ["shards"], "vocab": ["vocab"], "cache": ["teacher"]}

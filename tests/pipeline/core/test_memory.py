@@ -17,7 +17,8 @@ from pipeline.caption.stage import CaptionConfig, caption
 from pipeline.check.stage import CheckConfig, check
 from pipeline.dedup.stage import DedupConfig, dedup
 from pipeline.labels.vocab_stage import VocabConfig, vocab
-from pipeline.pack.stage import PackConfig, pack
+from pipeline.pack.config import PackConfig
+from pipeline.pack.stage import pack
 
 MIB = 1024  # ru_maxrss is in KiB
 SIZE = 384  # pixels: a shard of 12 drawn images is about 1 MB with noise on top

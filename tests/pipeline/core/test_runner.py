@@ -19,7 +19,8 @@ from pipeline.caption.stage import CaptionConfig, caption, model_label
 from pipeline.check.stage import CheckConfig, check
 from pipeline.core.runner import ShardsFailed
 from pipeline.labels.vocab_stage import VocabConfig, vocab
-from pipeline.pack.stage import PackConfig, pack
+from pipeline.pack.config import PackConfig
+from pipeline.pack.stage import pack
 from shards_spec.embeddings import read_embeddings
 from shards_spec.files import UserError, join, names, read_bytes, read_json, write_bytes
 from shards_spec.images import decode_rgb

@@ -30,7 +30,8 @@ from pipeline.core.near_duplicates import (
 from pipeline.core.perceptual_hash import perceptual_hash
 from pipeline.core.runner import ShardsFailed
 from pipeline.dedup.stage import DedupConfig, dedup
-from pipeline.pack.stage import PackConfig, pack
+from pipeline.pack.config import PackConfig
+from pipeline.pack.stage import pack
 from pipeline.report.stages import mismatches, ordered
 from shards_spec.files import UserError, join, json_bytes, read_bytes, read_json, sha256_bytes, sha256_file, write_bytes
 from shards_spec.layout import shard_name

@@ -17,7 +17,8 @@ from web_server import make_image, serve
 from pipeline.check.stage import CheckConfig, check
 from pipeline.ingest import stage as module
 from pipeline.ingest.stage import ingest
-from pipeline.pack.stage import PackConfig, pack
+from pipeline.pack.config import PackConfig
+from pipeline.pack.stage import pack
 from shards_spec.files import UserError
 from shards_spec.manifest import read_done
 from shards_spec.tar import read_shard

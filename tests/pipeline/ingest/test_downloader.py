@@ -30,7 +30,8 @@ from pipeline.ingest.downloader import DownloadTally
 from pipeline.ingest.http_client import Fetcher, FetchError, FetchRules
 from pipeline.ingest.raw_shard import SCHEMA
 from pipeline.ingest.stage import ingest
-from pipeline.pack.stage import PackConfig, pack
+from pipeline.pack.config import PackConfig
+from pipeline.pack.stage import pack
 from shards_spec.files import UserError
 from shards_spec.tar import read_shard
 

@@ -19,8 +19,9 @@ import clipmill
 from pipeline.labels.catlip_pickle import catlip_bytes, read_catlip
 from pipeline.labels.vocab_stage import VocabConfig, coverage, vocab
 from pipeline.labels.wordnet import load_wordnet
+from pipeline.pack.config import PackConfig
 from pipeline.pack.final_shard import SCHEMA
-from pipeline.pack.stage import PackConfig, pack
+from pipeline.pack.stage import pack
 from shards_spec.files import DataError, UserError, join, read_json
 from shards_spec.layout import shard_name
 from shards_spec.manifest import Done, write_stage

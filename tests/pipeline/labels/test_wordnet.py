@@ -32,7 +32,7 @@ from pipeline.labels.punkt_english import ABBREVIATIONS
 from pipeline.labels.tokenizer import Memo, Reader, _pieces, clean, tokenise
 from pipeline.labels.vocab_stage import imagenet_classes
 from pipeline.labels.wordnet import find_wordnet, load_wordnet
-from pipeline.pack.stage import PackConfig
+from pipeline.pack.config import PackConfig
 from shards_spec.files import UserError
 from shards_spec.vocab import Vocabulary
 

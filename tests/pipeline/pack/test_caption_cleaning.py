@@ -12,8 +12,9 @@ from small_data import draw
 
 from pipeline.check.stage import CheckConfig, check
 from pipeline.labels.wordnet import load_wordnet
-from pipeline.pack.caption_cleaning import EMPTY, MENDS, strict_json, tidy
-from pipeline.pack.stage import PackConfig, pack
+from pipeline.pack.caption_cleaning import EMPTY_AFTER_CLEANING, FIXES, clean_caption, strict_json
+from pipeline.pack.config import PackConfig
+from pipeline.pack.stage import pack
 from shards_spec.files import UserError, join, json_bytes, sha256_file
 from shards_spec.manifest import Done, write_stage
 from shards_spec.sample import Sample
@@ -40,8 +41,8 @@ from shards_spec.tar import read_shard, write_shard
     ids=ascii,
 )
 def test_mends(caption, stored, mend):
-    assert tidy(caption) == (stored, [mend])
-    assert tidy(stored) == (stored, [])
+    assert clean_caption(caption) == (stored, [mend])
+    assert clean_caption(stored) == (stored, [])
 
 
 @pytest.mark.parametrize(
@@ -55,17 +56,17 @@ def test_mends(caption, stored, mend):
     ids=ascii,
 )  # fmt: skip
 def test_what_nobody_may_touch(caption):
-    assert tidy(caption) == (caption, [])
+    assert clean_caption(caption) == (caption, [])
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.characters(), max_size=30) | st.text("a &#;x39amp\x00\x92\u200b\ud83d\ude00\u202e", max_size=30))
 def test_what_is_stored_is_utf8_and_names_its_mends(caption):
-    stored, mends = tidy(caption)
+    stored, mends = clean_caption(caption)
     stored.encode()
     assert (stored != caption) == bool(mends)
-    assert set(mends) <= set(MENDS)
-    assert not set(tidy(stored)[1]) & {"surrogates", "control characters", "invisible marks"}
+    assert set(mends) <= set(FIXES)
+    assert not set(clean_caption(stored)[1]) & {"surrogates", "control characters", "invisible marks"}
 
 
 def test_json_with_half_surrogates_can_be_written():
@@ -110,8 +111,12 @@ def test_pack_mends_drops_and_counts(tmp_path):
     write_captions(root)
     summary = pack(PackConfig(root, workers=1))
     assert summary.counts == {
-        EMPTY: 1, "caption or json does not parse": 1, "caption too long": 1, "no caption": 2, "success": 5,
-    }  # fmt: skip
+        EMPTY_AFTER_CLEANING: 1,
+        "caption or json does not parse": 1,
+        "caption too long": 1,
+        "no caption": 2,
+        "success": 5,
+    }
     mends = {"control characters": 1, "html entities": 1, "invisible marks": 1, "surrogates": 1}
     assert summary.counters == {f"{name} mended": number for name, number in mends.items()}
     final = {sample.key: sample for sample in read_shard(join(root, "shards/00000.tar"))}

@@ -21,8 +21,9 @@ from small_data import tree, vouch, write_raw
 from pipeline.check.stage import CheckConfig, check
 from pipeline.core.runner import ShardsFailed
 from pipeline.dedup.stage import DedupConfig, dedup
-from pipeline.pack.final_shard import DISSIMILAR
-from pipeline.pack.stage import PackConfig, pack
+from pipeline.pack.config import PackConfig
+from pipeline.pack.selection import DISSIMILAR
+from pipeline.pack.stage import pack
 from shards_spec.files import UserError, join, names, read_bytes, read_json, sha256_file, write_bytes, write_json
 from shards_spec.layout import shard_name
 from shards_spec.manifest import Done, shard_ids, shard_sizes, write_stage
@@ -124,7 +125,7 @@ def test_a_image_counts_as_described_when_one_captioner_could(root):
 def test_the_only_captioner_is_the_default_and_none_stands_alone(root):
     pack(PackConfig(root, workers=1))
     assert read_json(join(root, "dataset.json"))["stages"]["pack"]["config"]["captioner"] == "one"
-    with pytest.raises(UserError, match=r"no captions/none in .*'none' stands alone"):
+    with pytest.raises(UserError, match=r"no captions/none in .*'none' cannot be combined with others"):
         pack(PackConfig(root, captioner=("one", "none")))
     with pytest.raises(UserError, match="--captioner one one: name each once"):
         pack(PackConfig(root, captioner=("one", "one")))

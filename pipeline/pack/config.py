@@ -1,0 +1,74 @@
+"""Options of the stage `pack`."""
+
+import os
+from dataclasses import dataclass
+
+from pipeline.core.runner import Root
+from pipeline.labels.labeler import FUNCTION_WORDS, LabelRule
+from shards_spec.files import UserError, read_bytes
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """Join images, captions and WordNet synsets into the final shards."""
+
+    root: Root
+    """the dataset; reads raw/, captions/NAME/ and, where it is there, dedup/; writes shards/"""
+    captioner: tuple[str, ...] = ()
+    """folders below captions/, joined in this order; by default the only one there; 'none': original captions alone"""
+    min_similarity: float | None = None
+    """leave out captions, original ones too, of a lower cosine with the image; needs caption --similarity"""
+    wordnet: str | None = None
+    """folder (or NLTK's zip) with WordNet 3.0's index.noun, data.noun, noun.exc; by default NLTK's or Debian's"""
+    download_wordnet: bool = False
+    """fetch WordNet with NLTK's downloader when it is nowhere"""
+    nouns_only: bool = False
+    """synsets of nouns only, by part-of-speech tag, as CatLIP's paper says; its released code takes every word"""
+    tagger: str = "nltk"
+    """tagger for --nouns-only: nltk, or MODULE:FUNCTION from a list of words to a list of Penn tags"""
+    collocations: bool = False
+    """synsets of nouns of several words, the longest first"""
+    synonyms: bool = False
+    """keep synsets whose first name is another word: bike is a motorcycle then"""
+    stop_words: str | None = None
+    """words that get no synset: a text file, or 'function' for a short list of function words"""
+    max_caption_chars: int = 10_000
+    """samples with a longer original caption are left out; 0: none is"""
+    shard_size: int | None = None
+    """samples in every final shard but the last; by default final shard i is what stays of raw shard i"""
+    workers: int = os.cpu_count() or 1
+    """processes"""
+    overwrite: bool = False
+    """make finished shards again"""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UserError(f"workers {self.workers} must be at least 1")
+        if self.shard_size is not None and self.shard_size < 1:
+            raise UserError(f"shard_size {self.shard_size} must be at least 1")
+        if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
+            raise UserError(f"min_similarity {self.min_similarity} must be a cosine, -1 to 1")
+        if self.max_caption_chars < 0:
+            raise UserError(f"max_caption_chars {self.max_caption_chars} must be 0 (no limit) or more")
+
+    @property
+    def rule(self) -> LabelRule:
+        """How captions become synsets. Raises UserError when the file of stop words cannot be read."""
+        return LabelRule(
+            nouns_only=self.nouns_only,
+            tagger=self.tagger,
+            collocations=self.collocations,
+            synonyms=self.synonyms,
+            stop_words=_read_stop_words(self.stop_words) if self.stop_words else (),
+        )
+
+
+def _read_stop_words(source: str) -> tuple[str, ...]:
+    """The lower-cased words of a text file, ascending."""
+    if source == "function":
+        return FUNCTION_WORDS
+    try:
+        words = read_bytes(source).decode().lower().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--stop-words {source} is no text file that can be read ({error})") from error
+    return tuple(sorted(set(words)))
