@@ -13,15 +13,15 @@ import hashlib
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from shards_spec.checkpoints import load_checkpoint, misfit
 from shards_spec.files import UserError
 from shards_spec.library_errors import as_own, checkpoint_errors, parse_json, short
 from shards_spec.open_clip_plugins import reading_weights, unavailable, without_remote_code_prompt
+from shards_spec.precision import Precision, dtype_of
 from shards_spec.suggest import did_you_mean
 
-Precision = Literal["fp32", "bf16", "fp16"]
 TIMM = "timm:"
 FOLDER, HUB = "local-dir:", "hf-hub:"
 SCHEMAS = (FOLDER, HUB)
@@ -240,17 +240,15 @@ def load_teacher(
     if not model.startswith(TIMM):
         return load_model(model, pretrained, device, precision=precision, trust=trust)
     import timm
-    import torch
 
     import_extensions()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     built = timm_model(model, pretrained is None, num_classes=0)
     if pretrained is not None:
         load_backbone(built, pretrained, trust.trust_checkpoint)
     data = timm.data.resolve_model_data_config(built)  # type: ignore[no-untyped-call]
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
     return LoadedModel(
-        built.eval().to(device, dtype[precision]), None, config, data["input_size"][-1], data["mean"], data["std"]
+        built.eval().to(device, dtype_of(precision)), None, config, data["input_size"][-1], data["mean"], data["std"]
     )
 
 

@@ -8,6 +8,7 @@ from tyro.conf import OmitArgPrefixes
 from shards_spec.augment import OpSet
 from shards_spec.files import UserError
 from shards_spec.models import Trust
+from shards_spec.precision import PrecisionOption
 from shards_spec.views import ViewSpec
 
 # What may change when a run goes on, beside the number of processes: a machine gone, the rest may have to fit another.
@@ -216,7 +217,7 @@ class RunConfig:
     """passes over the dataset; used when steps is None"""
     seed: int = 0
     """of weights, order, captions and (without a cache) views"""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: PrecisionOption = "auto"
     """auto: bf16 on a CUDA device that has it, else fp32; bf16 and fp16 are autocast, weights stay fp32"""
     chunk_size: int | None = None
     """samples per forward pass and process: less memory, a pass more, the same loss of the full batch; None: by fit"""

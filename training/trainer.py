@@ -19,6 +19,7 @@ from shards_spec.checkpoints import misfit
 from shards_spec.files import DataError, UserError, sha256_json
 from shards_spec.library_errors import short
 from shards_spec.models import LoadedModel, pick_device
+from shards_spec.precision import resolve_precision
 from training.config import (
     DataConfig,
     ModelConfig,
@@ -33,7 +34,7 @@ from training.data.samples import Samples, check_data, load_batches, open_sample
 from training.engine.batch_fit import fitted, halved, is_out_of_memory, out_of_memory, profiles, warn_of_norms
 from training.engine.distributed import Ranks, processes
 from training.engine.ema import ModelEma
-from training.engine.gradients import Batch, Gradients, pick_precision, rng_state, set_rng_state, total
+from training.engine.gradients import Batch, Gradients, rng_state, set_rng_state, total
 from training.engine.memory_estimate import Memory
 from training.engine.optim import build_optimizer, learning_rate, set_lr
 from training.engine.run_length import extension, warn_of_lengths
@@ -117,7 +118,7 @@ def train(recipe: str, config: RecipeConfig) -> str:
         with ranks.raise_on_all():
             if ranks.is_main:
                 held.enter_context(run.lock())
-                precision = pick_precision(precision, device, run.recorded("precision"))
+                precision = resolve_precision(precision, device, before=run.recorded("precision"), emulated=False)
         config = _with(config, precision=ranks.broadcast(precision))
         with ranks.raise_on_all():
             student, samples, task = prepare(recipe, config)
@@ -186,7 +187,7 @@ def predict(recipe: str, config: RecipeConfig) -> Memory:
     Chunks are those that training would take here, or within --fit. Raises UserError when nothing fits --fit.
     """
     device = pick_device(config.run.device)
-    config = _with(config, precision=pick_precision(config.run.precision, device))
+    config = _with(config, precision=resolve_precision(config.run.precision, device, emulated=False))
     with processes("cpu") as (ranks, _):
         _, samples, task = prepare(recipe, config)
         sized = profiles(config, samples, task)

@@ -13,7 +13,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import groupby
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tyro.conf import OmitArgPrefixes
@@ -22,7 +22,7 @@ from pipeline.cache.export_lists import export_lists
 from pipeline.cache.incremental import Column, OpenShard, stale_column
 from pipeline.cache.render_pool import Job, Rendering, rendering_pool
 from pipeline.caption.stage import model_label
-from pipeline.core.devices import resolve_precision, worker_initializer
+from pipeline.core.devices import worker_initializer
 from pipeline.core.runner import (
     ALL,
     Result,
@@ -42,6 +42,7 @@ from shards_spec.layout import SHARDS, final_tar, parquet_path, teacher_folder
 from shards_spec.manifest import forget, read_done
 from shards_spec.models import LoadedModel, Trust, load_teacher, pick_devices, weights_sha256
 from shards_spec.names import check_name
+from shards_spec.precision import PrecisionOption, resolve_precision
 from shards_spec.teacher_shard import CachedShard
 from shards_spec.views import ViewSpec, stored_spec
 
@@ -73,7 +74,7 @@ class CacheConfig:
     spec: OmitArgPrefixes[ViewSpec] = field(default_factory=ViewSpec)
     augment: bool = True
     """views: --no-augment caches the plain centre crop only (one view)"""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: PrecisionOption = "auto"
     """of the teacher; auto: bf16 on a CUDA device that has it, else fp32"""
     batch_size: int | None = None
     """images or texts per forward pass on a CUDA device, 256 by default, halved when memory runs out; 16 on a CPU"""

@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 from tyro.conf import OmitArgPrefixes
 
 from pipeline.caption.decoding import Decoding
 from pipeline.caption.redraws import Drafts, Row, Wanted
-from pipeline.core.devices import resolve_precision, worker_initializer
+from pipeline.core.devices import worker_initializer
 from pipeline.core.prefetch import batches, prefetch_map
 from pipeline.core.runner import (
     ALL,
@@ -35,6 +35,7 @@ from shards_spec.images import decode_rgb
 from shards_spec.layout import RAW, captions_folder, raw_tar
 from shards_spec.models import Trust
 from shards_spec.names import check_name
+from shards_spec.precision import PrecisionOption, resolve_precision
 from shards_spec.sample import Sample
 from shards_spec.shard_writer import ShardWriter
 from shards_spec.tar import read_shard
@@ -76,7 +77,7 @@ class CaptionConfig:
     similarity: bool = False
     """also store each caption's cosine with its image by the model's contrastive heads, and the original's; a shard
     whose original captions score no better than shuffled ones is warned of"""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: PrecisionOption = "auto"
     """auto: bf16 on a CUDA device that has it, else fp32"""
     batch_size: int | None = None
     """images at a time; by default what the device's memory holds, at most 512, on a CPU 32"""

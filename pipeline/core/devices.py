@@ -1,21 +1,10 @@
-"""What stages with a model share: a worker process per device, its precision, and the errors of full memory."""
+"""What stages with a model share: a worker process per device, and the errors of full memory."""
 
 import multiprocessing
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
-
-from shards_spec.models import Precision
-
-
-def resolve_precision(asked: Literal["auto"] | Precision, device: str) -> Precision:
-    """``auto`` becomes bf16 on a CUDA device that supports it, else fp32."""
-    import torch
-
-    if asked != "auto":
-        return asked
-    return "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+from typing import Any
 
 
 def worker_initializer(devices: list[str], load: Callable[[str], None]) -> Callable[[], None]:

@@ -10,17 +10,16 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from shards_spec.precision import Precision, dtype_of
 from training.engine.distributed import Ranks, gather
 from training.engine.sync_batch_norm import kept_statistics
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Batch = dict[str, Any]
 Features = dict[str, Tensor]
 RngState = tuple[Tensor, Tensor | None]
@@ -155,15 +154,7 @@ class Gradients:
 
     def _autocast(self) -> torch.autocast:
         """A fresh one per pass: casts made without a graph must not be found again by a pass with one."""
-        return torch.autocast(self.type, dtype=DTYPES[self.precision], enabled=self.precision != "fp32")
-
-
-def pick_precision(asked: Precision, device: str, before: Precision | None = None) -> Precision:
-    """``auto`` is what the run had ``before``; a new one's is bf16 on a CUDA device that has it, else fp32."""
-    if asked != "auto":
-        return asked
-    has_bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    return before if before in DTYPES else "bf16" if has_bf16 else "fp32"
+        return torch.autocast(self.type, dtype=dtype_of(self.precision), enabled=self.precision != "fp32")
 
 
 def total(losses: dict[str, Tensor]) -> Tensor:

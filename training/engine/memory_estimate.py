@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.engine.gradients import Batch, Precision, split
+from shards_spec.precision import Precision
+from training.engine.gradients import Batch, split
 from training.engine.sync_batch_norm import kept_statistics
 from training.losses.distillation import ROWS, WHOLE
 

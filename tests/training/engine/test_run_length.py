@@ -14,9 +14,9 @@ from small_data import draw
 from small_training import tiny_clip, tiny_config, write_clip_root, write_packed
 
 from shards_spec.files import UserError, json_bytes
+from shards_spec.precision import resolve_precision
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
-from training.engine.gradients import pick_precision
 from training.recipes import RECIPES, siclip
 from training.runs.run_folder import RunDir, load_checkpoint
 from training.trainer import train
@@ -165,10 +165,10 @@ def test_precision_auto_is_recorded_as_what_it_was(root, tmp_path):
 def test_auto_is_bf16_where_cuda_has_it(monkeypatch):
     for has, found in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, has=has: has)
-        assert pick_precision("auto", "cuda:0") == found
-    assert pick_precision("auto", "cpu") == "fp32"
-    assert pick_precision("auto", "cuda", "fp16") == "fp16"
-    assert pick_precision("fp16", "cpu", "bf16") == "fp16"
+        assert resolve_precision("auto", "cuda:0", emulated=False) == found
+    assert resolve_precision("auto", "cpu", emulated=False) == "fp32"
+    assert resolve_precision("auto", "cuda", before="fp16") == "fp16"
+    assert resolve_precision("fp16", "cpu", before="bf16") == "fp16"
 
 
 @pytest.mark.parametrize(
