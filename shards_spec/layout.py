@@ -76,7 +76,7 @@ STAGES = {
             name="dedup",
             reads="ingest",
             writes=DEDUP,
-            config="pipeline.dedup.stage:DedupConfig",
+            config="pipeline.dedup.config:DedupConfig",
             function="pipeline.dedup.stage:dedup",
             help="duplicates over all shards -> ROOT/dedup, which pack obeys",
         ),

@@ -21,7 +21,7 @@ from pipeline.check.records import (
 )
 from pipeline.core.near_duplicates import EXACT_DUPLICATE, NEAR_DUPLICATE
 from pipeline.core.runner import Root
-from pipeline.dedup.stage import check_fresh
+from pipeline.dedup.drop_list import check_fresh
 from shards_spec.content_id import content_ids
 from shards_spec.files import DataError, exists, join, names, read_json, sha256_file
 from shards_spec.layout import (

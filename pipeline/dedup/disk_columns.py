@@ -5,34 +5,40 @@ from collections.abc import Iterator
 
 import numpy as np
 
+NUMBER_BYTES = 8
 
-class Column:
-    """Numbers (uint64) in a file, read and written in pieces of at most ``piece`` of them."""
 
-    def __init__(self, path: str, piece: int) -> None:
-        self._path, self._piece = path, piece
-        self.length = 0
+class DiskColumn:
+    """Numbers (uint64) in a file; `blocks` gives ``block_size`` of them at a time."""
+
+    def __init__(self, path: str, block_size: int) -> None:
+        self._path = path
+        self._block_size = block_size
+        self._length = 0
         open(path, "wb").close()
 
+    def __len__(self) -> int:
+        return self._length
+
     def append(self, values: np.ndarray) -> None:
-        """Add at the end."""
-        self.write(self.length, values)
-        self.length += len(values)
+        """Add values at the end."""
+        self.write(self._length, values)
+        self._length += len(values)
 
     def write(self, start: int, values: np.ndarray) -> None:
-        """Put values from ``start`` on."""
+        """Overwrite values from index ``start`` on."""
         with open(self._path, "r+b") as file:
-            file.seek(start * 8)
+            file.seek(start * NUMBER_BYTES)
             file.write(np.ascontiguousarray(values, np.uint64).data)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Values from ``start`` to before ``stop``."""
-        return np.fromfile(self._path, np.uint64, stop - start, offset=start * 8)
+        """Values from index ``start`` to before ``stop``."""
+        return np.fromfile(self._path, np.uint64, stop - start, offset=start * NUMBER_BYTES)
 
-    def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
-        """All values, as (start, values)."""
-        for start in range(0, self.length, self._piece):
-            yield start, self.read(start, min(self.length, start + self._piece))
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """All values in blocks, each with the index of its first one."""
+        for start in range(0, self._length, self._block_size):
+            yield start, self.read(start, min(self._length, start + self._block_size))
 
     def take(self, index: np.ndarray) -> np.ndarray:
         """The values at ``index`` (integers [n])."""
@@ -49,27 +55,35 @@ class Column:
             mapped.flush()
 
 
-class Keys:
-    """The keys of all entries in a file, those of one shard padded to one width."""
+class DiskKeys:
+    """The keys of all images in a file, by the images' indices; those of one shard are padded to one width.
+
+    ``starts`` has the index of each shard's first image, and the number of all images at the end.
+    """
 
     def __init__(self, path: str) -> None:
-        self._file = open(path, "w+b")  # noqa: SIM115 - closed by Search
-        self.starts, self._bases, self._widths = [0], [0], list[int]()
+        self._file = open(path, "w+b")  # noqa: SIM115 - closed by close()
+        self.starts = [0]
+        self._offsets = [0]  # of each shard's first key in the file
+        self._widths = list[int]()
 
     def append(self, keys: list[str]) -> None:
-        """The next shard's."""
+        """Add the keys of the next shard."""
         data = np.array([key.encode() for key in keys], np.bytes_)
         self._file.write(data.tobytes())
         self._widths.append(data.itemsize)
-        self._bases.append(self._bases[-1] + len(keys) * data.itemsize)
+        self._offsets.append(self._offsets[-1] + len(keys) * data.itemsize)
         self.starts.append(self.starts[-1] + len(keys))
 
-    def __getitem__(self, entry: int) -> str:
-        shard = bisect_right(self.starts, entry) - 1
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: int) -> str:
+        shard = bisect_right(self.starts, index) - 1
         width = self._widths[shard]
-        self._file.seek(self._bases[shard] + (entry - self.starts[shard]) * width)
+        self._file.seek(self._offsets[shard] + (index - self.starts[shard]) * width)
         return self._file.read(width).rstrip(b"\0").decode()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()

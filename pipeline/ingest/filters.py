@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from pipeline.core.filters import caption_problem
+from pipeline.core.image_match import fingerprint, fingerprints_match
 from pipeline.core.near_duplicates import EXACT_DUPLICATE, NEAR_DUPLICATE, find_duplicates
-from pipeline.dedup.image_match import alike, fingerprint
 from pipeline.ingest.additional_columns import Condition
 from pipeline.ingest.images import EncodedImage, Outcome
 from pipeline.ingest.rows import Row
@@ -94,7 +94,7 @@ class Selection:
                 image = images[index]
                 assert image is not None  # rows without an image are no candidates
                 fingerprints[index] = fingerprint(decode_rgb(image.data))
-            return alike(fingerprints[one], fingerprints[other])
+            return fingerprints_match(fingerprints[one], fingerprints[other])
 
         repeated = find_duplicates([row.url for row in rows], sha256s, hashes, self.near_bits, same)
         for index, first in repeated.items():

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.core.filters import caption_problem
-from pipeline.dedup.stage import read_dropped
+from pipeline.dedup.drop_list import read_drop_list
 from pipeline.pack.caption_cleaning import EMPTY_AFTER_CLEANING, clean_caption, read_caption
 from shards_spec.files import DataError
 from shards_spec.layout import (
@@ -110,7 +110,7 @@ class SampleSelector:
         self._source = raw_tar(root, shard)
         self._dropped = dict[str, str]()
         if selection.deduplicated:
-            dropped = read_dropped(dedup_parquet(root, shard))
+            dropped = read_drop_list(dedup_parquet(root, shard))
             keys = dropped if shard_range.keys is None else [key for key in shard_range.keys if key in dropped]
             self._dropped = {key: dropped[key] for key in keys}
         paths = [captions_parquet(root, name, shard) for name in selection.captioners]

@@ -21,7 +21,7 @@ from pipeline.core.runner import (
     run_stage,
     upstream_shards,
 )
-from pipeline.dedup.stage import check_fresh
+from pipeline.dedup.drop_list import check_fresh
 from pipeline.labels.labeler import load_labeller
 from pipeline.labels.wordnet import find_wordnet
 from pipeline.pack import caption_cleaning

@@ -41,7 +41,8 @@ from small_data import tiny_coca, write_raw
 from pipeline.cache.incremental import OpenShard
 from pipeline.check.stage import CheckConfig, check
 from pipeline.core.runner import ALL, Result, Stage, Task, run_stage
-from pipeline.dedup.stage import DedupConfig, dedup
+from pipeline.dedup.config import DedupConfig
+from pipeline.dedup.stage import dedup
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.images import ImageRules, convert
 from pipeline.ingest.listing import Listing

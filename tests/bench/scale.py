@@ -61,7 +61,8 @@ def first_shard(root: str) -> None:
     from pipeline.caption.decoding import Decoding
     from pipeline.caption.stage import CaptionConfig, caption
     from pipeline.core.runner import Stage, Task, run_stage
-    from pipeline.dedup.stage import DedupConfig, dedup
+    from pipeline.dedup.config import DedupConfig
+    from pipeline.dedup.stage import dedup
     from pipeline.ingest.images import EncodedImage
     from pipeline.ingest.raw_shard import Inputs, write_raw_shard
     from pipeline.ingest.rows import Row

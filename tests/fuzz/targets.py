@@ -372,7 +372,8 @@ class Dataset(Tree):
     def build(self, valid: Path) -> None:
         from small_training import write_teacher
 
-        from pipeline.dedup.stage import DedupConfig, dedup
+        from pipeline.dedup.config import DedupConfig
+        from pipeline.dedup.stage import dedup
         from pipeline.labels.vocab_stage import VocabConfig, vocab
         from pipeline.pack.config import PackConfig
         from pipeline.pack.stage import pack

@@ -21,7 +21,8 @@ from pipeline.cache.render_pool import Job, render
 from pipeline.caption.captioner import Captioner
 from pipeline.caption.decoding import Decoding
 from pipeline.caption.stage import CaptionConfig, caption
-from pipeline.dedup.stage import DedupConfig, dedup
+from pipeline.dedup.config import DedupConfig
+from pipeline.dedup.stage import dedup
 from pipeline.ingest.images import BadImage, ImageRules, convert
 from pipeline.report.samples import draw_samples
 from shards_spec.decode_cost import jpeg2000_blocks

@@ -153,7 +153,8 @@ def readers(tmp_path):
     """(name, call) for every reader of a Parquet file of the dataset; the file is ``x`` in all of them."""
     from functools import partial
 
-    from pipeline.dedup.stage import read_dropped, read_entries
+    from pipeline.dedup.drop_list import read_drop_list
+    from pipeline.dedup.raw_images import read_raw_images
     from pipeline.ingest.img2dataset import _keys
     from pipeline.ingest.retry import _rows
     from pipeline.labels.vocab_stage import _labels
@@ -165,8 +166,8 @@ def readers(tmp_path):
         (tmp_path / folder).mkdir()
     root, raw = str(tmp_path), tmp_path / "raw/00000.parquet"
     yield raw, lambda: _keys(str(raw.with_suffix("")))
-    yield raw, partial(read_dropped, str(raw))
-    yield raw, partial(read_entries, root, False, 0)
+    yield raw, partial(read_drop_list, str(raw))
+    yield raw, partial(read_raw_images, root, False, 0)
     yield raw, partial(read_captions, str(raw), None, None)
     yield raw, lambda: list(_rows(root, [0], 0))
     yield tmp_path / "shards/00000.parquet", lambda: list(_labels(root, 0, "all"))

@@ -9,7 +9,8 @@ import pytest
 from small_data import build_all, draw, tiny_coca
 
 from pipeline.check.stage import CheckConfig, check
-from pipeline.dedup.stage import DedupConfig, dedup
+from pipeline.dedup.config import DedupConfig
+from pipeline.dedup.stage import dedup
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.stage import ingest
 from shards_spec.files import read_json, write_json

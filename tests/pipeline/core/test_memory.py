@@ -15,7 +15,8 @@ from pipeline.cache.stage import CacheConfig, cache
 from pipeline.caption.decoding import Decoding
 from pipeline.caption.stage import CaptionConfig, caption
 from pipeline.check.stage import CheckConfig, check
-from pipeline.dedup.stage import DedupConfig, dedup
+from pipeline.dedup.config import DedupConfig
+from pipeline.dedup.stage import dedup
 from pipeline.labels.vocab_stage import VocabConfig, vocab
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack

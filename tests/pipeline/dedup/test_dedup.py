@@ -29,7 +29,8 @@ from pipeline.core.near_duplicates import (
 )
 from pipeline.core.perceptual_hash import perceptual_hash
 from pipeline.core.runner import ShardsFailed
-from pipeline.dedup.stage import DedupConfig, dedup
+from pipeline.dedup.config import DedupConfig
+from pipeline.dedup.stage import dedup
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
 from pipeline.report.stages import mismatches, ordered
@@ -395,7 +396,7 @@ def test_lists_of_random_rows_follow_the_rule(tmp_path_factory, seed, count, sha
         patch.setattr(
             "pipeline.dedup.verification._fingerprints", lambda *given: ((entry, entry) for entry in given[3].tolist())
         )
-        patch.setattr("pipeline.dedup.verification.alike", lambda *_: True)
+        patch.setattr("pipeline.dedup.verification.fingerprints_match", lambda *_: True)
         dedup(DedupConfig(root, near_bits, workers=1), in_memory)
     limit = near_bits if near_bits >= 0 else None
     found, expected = listed(root), expected_drops(*rows, limit)

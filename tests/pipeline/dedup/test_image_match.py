@@ -11,10 +11,11 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
 from pipeline.check.stage import CheckConfig, check
+from pipeline.core.image_match import fingerprint, fingerprints_match
 from pipeline.core.near_duplicates import MAX_COMPARED, NEAR_DUPLICATE, confirm_duplicates
 from pipeline.core.perceptual_hash import perceptual_hash
-from pipeline.dedup.image_match import alike, fingerprint
-from pipeline.dedup.stage import DedupConfig, dedup
+from pipeline.dedup.config import DedupConfig
+from pipeline.dedup.stage import dedup
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.stage import ingest
 from pipeline.report import ReportConfig, report
@@ -126,8 +127,9 @@ def test_copies_that_the_signature_finds_are_confirmed():
         for what, copy in copies(image):
             if near(stored(image), copy):
                 wanted += 1
-                assert alike(original, original)
-                if not (alike(original, fingerprint(copy)) and alike(fingerprint(copy), original)):
+                assert fingerprints_match(original, original)
+                changed = fingerprint(copy)
+                if not (fingerprints_match(original, changed) and fingerprints_match(changed, original)):
                     found.append(f"{name}: {what}")
     assert wanted > 300
     assert len(found) <= 0.015 * wanted, found
@@ -149,7 +151,8 @@ NEGATIVES = {
 def test_what_only_shares_a_signature_is_not_confirmed(kind):
     images = [stored(image) for image in NEGATIVES[kind]]
     prints = [fingerprint(image) for image in images]
-    wrong = [pair for pair in itertools.combinations(range(len(images)), 2) if alike(*(prints[i] for i in pair))]
+    pairs = itertools.combinations(range(len(images)), 2)
+    wrong = [(one, other) for one, other in pairs if fingerprints_match(prints[one], prints[other])]
     assert wrong == []
 
 

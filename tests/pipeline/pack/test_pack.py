@@ -20,7 +20,8 @@ from small_data import tree, vouch, write_raw
 
 from pipeline.check.stage import CheckConfig, check
 from pipeline.core.runner import ShardsFailed
-from pipeline.dedup.stage import DedupConfig, dedup
+from pipeline.dedup.config import DedupConfig
+from pipeline.dedup.stage import dedup
 from pipeline.pack.config import PackConfig
 from pipeline.pack.selection import DISSIMILAR
 from pipeline.pack.stage import pack

@@ -1,0 +1,127 @@
+"""Whether two images are one, for images whose 64-bit signatures say that they may be.
+
+A signature has the coarsest shades of grey alone: objects on a plain ground, icons and pages share it, whatever their
+colours and details. Here small copies in colour are laid over each other (a light crop is a shift and a stretch),
+brightness, contrast and saturation are fitted, and the difference that is left must be small: in the details, in the
+colours as a whole, and in every single block. The limits were set on photographs, icons, product shots and pages,
+changed by encoding, scaling, crops of up to 5 % a side and tone (`tests/pipeline/dedup/test_image_match.py`).
+"""
+
+import functools
+import math
+
+import numpy as np
+from PIL import Image
+
+SIDE = 32  # pixels of the small copy
+BLOCK = 4  # pixels of the blocks that are compared one by one
+ROUNDS = 3  # of the alignment
+MAX_MOVE = 0.12  # by which the alignment may move an edge, as a share of the side
+DETAIL = slice(6, 20)  # frequencies that the signature does not have; the finest are the encoder's
+MAX_DETAIL_SHARE = 0.28  # of the details, that may be left
+NOISE = 1.2  # grey levels of details that may be left in any case
+GAIN = (0.5, 2.0)  # of contrast, that may be fitted
+SATURATION = (0.6, 1.7)  # of colours, that may be fitted (less is another image, a grey one say)
+# what may be left of colours on average, of colours and of grey in one block: levels, or a share of the contrast
+COLOUR_LIMIT = (8.0, 0.2)
+COLOUR_BLOCK_LIMIT = (10.0, 0.3)
+GREY_BLOCK_LIMIT = (16.0, 0.3)
+
+
+def fingerprint(image: Image.Image) -> np.ndarray:
+    """A small copy of an RGB image: uint8 [SIDE, SIDE, 3], luma and two colours (YCbCr)."""
+    small = image.reduce(max(1, min(image.size) // (2 * SIDE)))
+    return np.asarray(small.convert("YCbCr").resize((SIDE, SIDE), Image.Resampling.HAMMING))
+
+
+def fingerprints_match(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two fingerprints are of one image."""
+    first = one.astype(np.float32)
+    second = other.astype(np.float32)
+    aligned, gain, grey_left = _align(first, second)
+    if not GAIN[0] <= gain <= GAIN[1]:
+        return False
+    if _detail(grey_left) > max(MAX_DETAIL_SHARE * _detail(second[..., 0]), NOISE):
+        return False
+    if np.abs(_block_means(grey_left)).max() > _limit(GREY_BLOCK_LIMIT, second[..., :1]):
+        return False
+    return _colours_match(aligned[..., 1:] - 128, second[..., 1:] - 128)
+
+
+def _colours_match(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether colours, [SIDE, SIDE, 2] around 0, are the same but for saturation."""
+    energy = float((one**2).sum())
+    fitted = float((other * one).sum()) / energy if energy > 1 else 1.0
+    saturation = min(max(fitted, SATURATION[0]), SATURATION[1])
+    left = other - saturation * one
+    average = math.sqrt((left**2).sum(axis=2).mean())
+    blocks = np.hypot(_block_means(left[..., 0]), _block_means(left[..., 1]))
+    return average <= _limit(COLOUR_LIMIT, other) and bool(blocks.max() <= _limit(COLOUR_BLOCK_LIMIT, other))
+
+
+def _limit(limit: tuple[float, float], channels: np.ndarray) -> float:
+    """Levels that may be left, of channels [SIDE, SIDE, C]: the first, or the second times their standard deviation."""
+    levels, share = limit
+    return max(levels, share * math.sqrt(channels.var(axis=(0, 1)).sum()))
+
+
+def _align(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
+    """``one`` stretched and shifted so that a gain and an offset make its luma ``other``'s.
+
+    Returns it, the gain, and the difference that is left, [SIDE, SIDE]. Least squares on the image and its slopes
+    (Lucas and Kanade 1981), repeated.
+    """
+    luma = other[..., 0].ravel()
+    across = (np.arange(SIDE) + 0.5) / SIDE - 0.5
+    warp = np.zeros(4)
+    for round_ in range(ROUNDS + 1):
+        aligned = _warp(one, warp)
+        columns = [aligned[..., 0], np.ones((SIDE, SIDE))]
+        is_last = round_ == ROUNDS  # it fits gain and offset alone
+        if not is_last:
+            down, right = (slope * SIDE for slope in np.gradient(aligned[..., 0]))
+            columns += [right * across, right, down * across[:, None], down]
+        matrix = np.stack([column.ravel() for column in columns], axis=1)
+        fit = np.linalg.lstsq(matrix, luma, rcond=None)[0]
+        if not is_last:
+            gain = fit[0] if abs(fit[0]) > 0.2 else 1  # a flat image has none to divide by
+            warp = np.clip(warp + fit[2:] / gain, -MAX_MOVE, MAX_MOVE)
+    return aligned, float(fit[0]), (luma - matrix @ fit).reshape(SIDE, SIDE)
+
+
+def _warp(image: np.ndarray, warp: np.ndarray) -> np.ndarray:
+    """The image stretched and shifted by shares of its side; edges are repeated.
+
+    ``warp``: stretch and shift to the right, then down.
+    """
+    for axis, (stretch, shift) in enumerate(((warp[2], warp[3]), (warp[0], warp[1]))):
+        middles = np.arange(SIDE) + 0.5
+        at = np.clip(middles + stretch * (middles - SIDE / 2) + shift * SIDE - 0.5, 0, SIDE - 1)
+        low = np.minimum(at.astype(int), SIDE - 2)
+        weight = (at - low).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+        image = np.take(image, low, axis) * (1 - weight) + np.take(image, low + 1, axis) * weight
+    return image
+
+
+@functools.cache
+def _dct_matrix() -> np.ndarray:
+    """The orthonormal DCT-II matrix: float64 [SIDE, SIDE]."""
+    waves = np.arange(SIDE)
+    scale = np.sqrt(np.where(waves == 0, 1, 2) / SIDE)
+    dct: np.ndarray = scale[:, None] * np.cos(math.pi / SIDE * np.outer(waves, waves + 0.5))
+    return dct
+
+
+def _detail(grey: np.ndarray) -> float:
+    """Grey levels (root mean square of coefficients) in the frequencies of `DETAIL`, of the higher of both axes."""
+    waves = _dct_matrix() @ grey @ _dct_matrix().T
+    fine = waves[: DETAIL.stop, : DETAIL.stop].copy()
+    fine[: DETAIL.start, : DETAIL.start] = 0
+    return math.sqrt(float((fine**2).sum()) / (DETAIL.stop**2 - DETAIL.start**2))
+
+
+def _block_means(grey: np.ndarray) -> np.ndarray:
+    """Means of BLOCK x BLOCK pixels."""
+    blocks = SIDE // BLOCK
+    means: np.ndarray = grey.reshape(blocks, BLOCK, blocks, BLOCK).mean(axis=(1, 3))
+    return means
