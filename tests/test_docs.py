@@ -3,7 +3,11 @@
 import ast
 import io
 import re
+import runpy
 import shlex
+import shutil
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -207,6 +211,26 @@ def test_python_examples_run(small, tmp_path, monkeypatch):
             code = code.replace(given, ours)
         exec(compile(code, "docs/python.md", "exec"), {"__name__": "__main__"})
     assert (tmp_path / "exported" / "open_clip_config.json").exists()
+
+
+# what scripts make
+
+
+def test_the_diagram_is_the_scripts(tmp_path):
+    for name in ("diagram.py", "data-path.svg"):
+        shutil.copy(ROOT / "docs" / name, tmp_path)
+    runpy.run_path(str(tmp_path / "diagram.py"), run_name="__main__")
+    assert (tmp_path / "data-path.svg").read_text() == (ROOT / "docs" / "data-path.svg").read_text()
+
+
+@pytest.mark.parametrize("options", [[], ["--one-gpu"]], ids=["corpora", "one-gpu"])
+def test_the_tables_of_scale_are_the_scripts(options):
+    command = [sys.executable, str(ROOT / "tests" / "bench" / "plan.py"), *options]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    page = {" ".join(line.split()) for line in (ROOT / "docs" / "scale.md").read_text().splitlines()}
+    rows = [" ".join(line.split()) for line in printed.splitlines() if line.startswith("| ")]
+    assert len(rows) > 10
+    assert [row for row in rows if row not in page] == []
 
 
 # versions
