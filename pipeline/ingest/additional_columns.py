@@ -1,8 +1,7 @@
-"""A list's other columns (similarity, uid, NSFW, ...): kept in raw shards as img2dataset's ``save_additional_columns``
-keeps them, and conditions on them.
+"""A list's other columns (similarity, uid, NSFW, ...): kept in raw shards, and conditions on them.
 
-Their types are the list's own in Parquet, text in CSV and TSV, what Python makes of JSON. A column that does not fit
-one type in a shard is text there.
+They are kept as img2dataset's ``save_additional_columns`` keeps them. Their types are the list's own in Parquet, text
+in CSV and TSV, what Python makes of JSON. A column that does not fit one type in a shard is text there.
 """
 
 import json
@@ -21,24 +20,36 @@ from pipeline.ingest.rows import Row
 from shards_spec.files import UserError
 
 ALL_COLUMNS = "*"
-# names that raw and final shards have themselves: a list's column of such a name gets a prefix
-OWN_NAMES = frozenset(
+# Names that raw and final shards have themselves: a list's column of such a name gets a prefix.
+RESERVED_NAMES = frozenset(
     {
-        "caption", "url", "key", "status", "error_message", "width", "height", "original_width", "original_height",
-        "exif", "sha256", "phash", "synthetic", "synsets",
+        "caption",
+        "url",
+        "key",
+        "status",
+        "error_message",
+        "width",
+        "height",
+        "original_width",
+        "original_height",
+        "exif",
+        "sha256",
+        "phash",
+        "synthetic",
+        "synsets",
     }
-)  # fmt: skip
-OWN_PATTERN = re.compile(r"syn_\d+")
+)
+RESERVED_PATTERN = re.compile(r"syn_\d+")
 PREFIX = "source_"
 Compare = Callable[[Any, Any], bool]
-ORDER: dict[str, Compare] = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
-EQUAL: dict[str, Compare] = {"==": operator.eq, "!=": operator.ne}
+ORDERS: dict[str, Compare] = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+EQUALITIES: dict[str, Compare] = {"==": operator.eq, "!=": operator.ne}
 CONDITION = re.compile(r"\s*(.+?)\s*(>=|<=|==|!=|>|<)\s*(.*?)\s*")
 
 
 def kept_name(name: str) -> str:
-    """The name under which a list's column stands in raw shards."""
-    return f"{PREFIX}{name}" if name in OWN_NAMES or OWN_PATTERN.fullmatch(name) else name
+    """The name of a list's column in raw shards."""
+    return f"{PREFIX}{name}" if name in RESERVED_NAMES or RESERVED_PATTERN.fullmatch(name) else name
 
 
 def plain(value: Any) -> Any:
@@ -55,21 +66,41 @@ def plain(value: Any) -> Any:
 
 
 def kept_columns(rows: list[Row], types: dict[str, pa.DataType], wanted: tuple[str, ...]) -> dict[str, pa.Array]:
-    """Name in the raw shard to cells, of the wanted columns that the rows of a shard have."""
-    names = dict.fromkeys(name for row in rows for name in row.extra if name in wanted or ALL_COLUMNS in wanted)
+    """The columns that are kept of the rows of a shard: name in the raw shard to cells.
+
+    Args:
+        rows: The rows.
+        types: Types of the list's columns, where it has types.
+        wanted: Names of the columns to keep; `ALL_COLUMNS` among them: all.
+    """
+    names: dict[str, None] = {}
+    for row in rows:
+        names |= dict.fromkeys(name for name in row.extra if name in wanted or ALL_COLUMNS in wanted)
     return {kept_name(name): _array([row.extra.get(name) for row in rows], types.get(name)) for name in names}
 
 
 def _array(cells: list[Any], kind: pa.DataType | None) -> pa.Array:
-    for wanted in (kind, None):
-        try:
-            array = pa.array(cells, wanted)
-        except (pa.ArrowException, ValueError, TypeError, OverflowError):
-            continue
-        if wanted is not None or not (pa.types.is_null(array.type) or "struct" in str(array.type)):
+    """The cells in the given type, else in the type that fits them all, else as text."""
+    if kind is not None:
+        array = _convert(cells, kind)
+        if array is not None:
             return array
-    texts = [cell if cell is None or isinstance(cell, str) else json.dumps(plain(cell)) for cell in cells]
-    return pa.array([text and text.encode(errors="replace").decode() for text in texts], pa.string())
+    array = _convert(cells, None)
+    # structs would differ from shard to shard with the keys that their rows happen to have
+    if array is not None and not pa.types.is_null(array.type) and "struct" not in str(array.type):
+        return array
+    texts = []
+    for cell in cells:
+        text = cell if cell is None or isinstance(cell, str) else json.dumps(plain(cell))
+        texts.append(text and text.encode(errors="replace").decode())  # lone surrogates
+    return pa.array(texts, pa.string())
+
+
+def _convert(cells: list[Any], kind: pa.DataType | None) -> pa.Array | None:
+    try:
+        return pa.array(cells, kind)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError):
+        return None
 
 
 # conditions
@@ -77,7 +108,7 @@ def _array(cells: list[Any], kind: pa.DataType | None) -> pa.Array:
 
 @dataclass(frozen=True)
 class Condition:
-    """``similarity >= 0.3``: a column, an operator, a value. A row without the column's cell does not meet it."""
+    """``similarity >= 0.3``: a column, an operator, a value. A row without a cell in the column does not meet it."""
 
     column: str
     sign: str
@@ -89,16 +120,19 @@ class Condition:
         return f"not {self.column} {self.sign} {self.value}"
 
     def holds(self, row: Row) -> bool:
-        """Whether the row's cell meets it: as numbers where both are, else, for equality, as texts."""
+        """Whether the row's cell meets it: as numbers where both are, else, for equality, as texts in any case."""
         cell = row.extra.get(self.column)
         if cell is None or cell == "":
             return False
-        numbers = _number(cell), _number(self.value)
-        if self.sign in ORDER:
-            return None not in numbers and ORDER[self.sign](*numbers)
-        if None not in numbers:
-            return EQUAL[self.sign](*numbers)
-        return EQUAL[self.sign](str(cell).casefold(), self.value.casefold())
+        number = _number(cell)
+        limit = _number(self.value)
+        are_numbers = number is not None and limit is not None
+        if self.sign in ORDERS:
+            return are_numbers and ORDERS[self.sign](number, limit)
+        compare = EQUALITIES[self.sign]
+        if are_numbers:
+            return compare(number, limit)
+        return compare(str(cell).casefold(), self.value.casefold())
 
 
 def _number(cell: Any) -> float | None:
@@ -109,24 +143,26 @@ def _number(cell: Any) -> float | None:
 
 
 def read_conditions(texts: tuple[str, ...]) -> tuple[Condition, ...]:
-    """Raises UserError for what is no condition."""
-    found = []
+    """Parse the values of --where. Raises UserError for what is not a condition."""
+    conditions = []
     for text in texts:
         match = CONDITION.fullmatch(text)
-        if match is None or (match[2] in ORDER and _number(match[3]) is None):
+        if match is None or (match[2] in ORDERS and _number(match[3]) is None):
             raise UserError(
                 f"--where {text!r} is no condition: give a column, one of >= <= > < == != and a value, such as "
                 "'similarity >= 0.3'"
             )
-        found.append(Condition(match[1], match[2], match[3].strip("'\"")))
-    return tuple(found)
+        conditions.append(Condition(match[1], match[2], match[3].strip("'\"")))
+    return tuple(conditions)
 
 
 def check_named(rows: list[Row], conditions: tuple[Condition, ...], wanted: tuple[str, ...]) -> None:
-    """Raises UserError for a column that none of the first rows has."""
-    names = list(dict.fromkeys(name for row in rows for name in row.extra))
+    """Raises UserError when a column that is named in an option is in none of the first ``rows``."""
+    names: dict[str, None] = {}
+    for row in rows:
+        names |= dict.fromkeys(row.extra)
     asked = [("--where", condition.column) for condition in conditions]
     asked += [("--save-additional-columns", name) for name in wanted if name != ALL_COLUMNS]
     for option, name in asked:
         if name not in names:
-            raise UserError(f"{option}: the list has no other column {name!r}; it has {shown(names)}")
+            raise UserError(f"{option}: the list has no other column {name!r}; it has {shown(list(names))}")

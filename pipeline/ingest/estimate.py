@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from pipeline.ingest.source_files import Format, SourceFile, source_files
 from pipeline.ingest.source_io import BROKEN_GZIP, GZIP_MAGIC, expected_errors, open_parquet
-from pipeline.ingest.webdataset_source import mean_sample_bytes
+from pipeline.ingest.tar_samples import mean_sample_bytes
 from shards_spec.files import DataError, UserError, open_read
 
 HEAD_BYTES = 1 << 20  # of a list whose lines are counted

@@ -1,6 +1,6 @@
-"""Rows of folders of images, and what sources of images that need no download share.
+"""Rows of folders of images, and what all sources of images that need no download share.
 
-No image is read here; a row carries the place of its bytes. Everything works on local paths and fsspec URLs.
+No image is read here; a row says where its bytes lie. Everything works on local paths and fsspec URLs.
 """
 
 import logging
@@ -12,19 +12,21 @@ from functools import partial
 from typing import Any
 
 from pipeline.core.prefetch import batches
+from pipeline.ingest.cells import CAPTION_TOO_LONG
 from pipeline.ingest.metadata import is_list, read_lists
 from pipeline.ingest.rows import (
     CAPTION_NAMES,
+    NOT_FOUND,
     NOT_UTF8,
     Caption,
     Columns,
     FileRef,
     Row,
+    captions_of,
     decode_text,
     find_column,
 )
 from pipeline.ingest.source_io import remote_stamp
-from pipeline.ingest.text_lists import captions_of
 from shards_spec.files import UserError, filesystem, is_url, join, read_bytes, store_errors
 from shards_spec.folders import Files, walk
 from shards_spec.names import MOST_ENDINGS, clean_name, endings_line, file_ending, is_image, undecoded_ending
@@ -34,24 +36,30 @@ log = logging.getLogger(__name__)
 MAX_TEXT_BYTES = 1 << 24  # of a file beside an image
 REMOTE_TEXTS = 256  # read at once
 NAME_NOT_UTF8 = "file name is not UTF-8"
-NOT_READABLE, TOO_LONG, OUTSIDE = "caption not readable", "caption too long", "caption links outside of the folder"
+NOT_REGULAR = "no regular file"
+CAPTION_NOT_READABLE = "caption not readable"
+CAPTION_OUTSIDE = "caption links outside of the folder"
 BAD_JSON = "json beside the image does not parse"
 
 
 def not_decoded(ending: str) -> str:
-    """The reason of an image whose format is known and not read."""
+    """The problem of an image whose format is known and cannot be decoded."""
     return f"format not decoded: {ending.removeprefix('.')}"
 
 
-def warn_of_no_caption(rows: Iterable[Row], source: str, why: Callable[[], str]) -> Iterator[Row]:
-    """The rows; one warning after the last when none that can be used, or fails for its caption, had one."""
-    number = captions = 0
+def warn_of_no_caption(rows: Iterable[Row], source: str, hint: Callable[[], str]) -> Iterator[Row]:
+    """The rows; one warning after the last when none of them has a caption.
+
+    Rows that cannot be used for other reasons than their caption do not count; ``hint`` says what may be wrong.
+    """
+    has_rows = has_caption = False
     for row in rows:
-        number += 1
-        captions += bool(row.caption and row.caption.strip()) and row.problem in (None, NOT_UTF8, TOO_LONG)
+        has_rows = True
+        usable = row.problem in (None, NOT_UTF8, CAPTION_TOO_LONG)
+        has_caption = has_caption or (usable and bool(row.caption and row.caption.strip()))
         yield row
-    if number and not captions:
-        log.warning("--source %s: no row has a caption: %s", source, why())
+    if has_rows and not has_caption:
+        log.warning("--source %s: no row has a caption: %s", source, hint())
 
 
 def seen_line(what: str, seen: Counter[str]) -> str:
@@ -59,29 +67,31 @@ def seen_line(what: str, seen: Counter[str]) -> str:
     return f"{what} seen were {', '.join(ending for ending, _ in seen.most_common(MOST_ENDINGS)) or 'none'}"
 
 
-# folders of images
-
-
 def folder_rows(folder: str, columns: Columns = (None, None)) -> Iterator[Row]:
-    """Images of a folder and the folders in it, sorted, a row per caption; memory grows with its metadata files only.
+    """Images of a folder and the folders in it, sorted, a row per caption; memory grows with its lists only.
 
     The caption of ``x.jpg`` stands beside it in ``x.txt``, ``x.caption``, ``x.text`` or ``x.json``, or in a list of
     images (`metadata.read_lists`); an image without one has none. What a list names and is not there comes last, as a
-    row with its problem. One line counts files that were not taken, by ending. Raises UserError.
+    row with its problem. One warning counts the files that were not taken, by ending.
+
+    Raises UserError for a folder that cannot be listed, a list that cannot be read, and a caption column that is
+    nowhere.
     """
     if not is_url(folder) and not os.path.isdir(folder):
         raise UserError(f"--source {folder}: not a folder")
-    if columns[1] is not None:
+    given, url_column = columns
+    if url_column is not None:
         raise UserError(
-            f"--source {folder}: --url-col {columns[1]!r} means nothing for a folder of images; leave it out"
+            f"--source {folder}: --url-col {url_column!r} means nothing for a folder of images; leave it out"
         )
-    seen, lists, prefixes = Counter[str](), list[str](), list[str]()
+    seen = Counter[str]()
+    lists: list[str] = []
+    prefixes: list[str] = []
     for prefix, files in walk(folder):
         seen.update(map(file_ending, files))
         lists += [prefix + name for name in files if is_list(name, files)]
         prefixes.append(prefix)
-    given = columns[0]
-    if given is not None and not lists and not {f".{given.lower()}", ".json"} & set(seen):
+    if given is not None and not lists and f".{given.lower()}" not in seen and ".json" not in seen:
         raise UserError(
             f"--source {folder}: no caption column {given!r}: no list of images (metadata.csv, ...), no .json and no "
             f".{given.lower()} beside images; its files are {endings_line(seen)}; change --caption-col"
@@ -92,117 +102,146 @@ def folder_rows(folder: str, columns: Columns = (None, None)) -> Iterator[Row]:
 
 
 def _folder_rows(folder: str, listed: dict[str, list[Caption]], lists: set[str], given: str | None) -> Iterator[Row]:
+    """Rows of `folder_rows`; ``listed`` are the captions of the ``lists``, which are used up."""
     left_out = Counter[str]()
     for prefix, files in walk(folder):
-        sidecars, taken = _Sidecars(files, given), _taken(files)
+        sidecars = _Sidecars(files, given)
+        taken = _taken(files)
         for chunk in batches(taken, REMOTE_TEXTS):
-            beside = {name: sidecars.of(name) for name in chunk if prefix + name not in listed}
+            beside = {name: sidecars.find(name) for name in chunk if prefix + name not in listed}
             captions = _read_captions(folder, prefix, [text for text in beside.values() if text], given)
             for name in chunk:
-                found = listed.pop(prefix + name, None) or captions.get(beside.get(name) or "", [Caption()])
-                yield from _image_rows(folder, prefix + name, files[name], found)
+                own = listed.pop(prefix + name, None) or captions.get(beside.get(name) or "", [Caption()])
+                yield from _image_rows(folder, prefix + name, files[name], own)
         used = sidecars.used.union(filter(is_image, taken))
         left_out.update(file_ending(name) for name in files if name not in used and prefix + name not in lists)
     for path in sorted(listed):
-        yield from (Row(caption.text, path, caption.problem or "file not found") for caption in listed[path])
+        yield from (Row(caption.text, path, caption.problem or NOT_FOUND) for caption in listed[path])
     if left_out:
         log.warning("--source %s: files that are not taken: %s", folder, endings_line(left_out))
 
 
 def _taken(files: Files) -> list[str]:
-    """Names of images; of a format that is not decoded (``x.cr2``) unless it is there as another (``x.jpg``), too."""
+    """Names of images, and of those that cannot be decoded (``x.cr2``) where no other has their stem (``x.jpg``)."""
     stems = {os.path.splitext(name)[0] for name in files if is_image(name)}
-    return [
-        name for name in files if is_image(name) or (undecoded_ending(name) and os.path.splitext(name)[0] not in stems)
-    ]
+    taken = []
+    for name in files:
+        if is_image(name) or (undecoded_ending(name) and os.path.splitext(name)[0] not in stems):
+            taken.append(name)
+    return taken
 
 
 class _Sidecars:
-    """Files of a folder that may stand beside images."""
+    """Files of a folder with the caption of the image they are named after: ``x.txt`` of ``x.jpg``."""
 
     def __init__(self, files: Files, given: str | None) -> None:
         texts = (given.lower(),) if given is not None else TEXT_EXTENSIONS
-        self.used = set[str]()
-        self._endings = tuple(f".{extension}" for extension in (*texts, "json"))
-        self._names = dict[str, str]()
-        for name in files:  # in capitals first, so that small letters win
+        self.used = set[str]()  # names of those that were found for an image
+        self._endings = [f".{extension}" for extension in (*texts, "json")]
+        self._names = dict[str, str]()  # name with a lower-case ending -> name
+        for name in files:  # sorted: capitals come first, so that of x.TXT and x.txt the latter is used
             stem, ending = os.path.splitext(name)
             if ending.lower() in self._endings:
                 self._names[stem + ending.lower()] = name
 
-    def of(self, image: str) -> str | None:
-        """``x.txt`` or ``x.jpg.txt`` of ``x.jpg``."""
-        stems = (os.path.splitext(image)[0], image)
-        found = next((self._names[s + e] for e in self._endings for s in stems if s + e in self._names), None)
-        self.used |= {found} if found else set()
-        return found
+    def find(self, image: str) -> str | None:
+        """``x.txt`` or ``x.jpg.txt`` of ``x.jpg``; None when there is neither."""
+        stem = os.path.splitext(image)[0]
+        for ending in self._endings:
+            name = self._names.get(stem + ending) or self._names.get(image + ending)
+            if name is not None:
+                self.used.add(name)
+                return name
+        return None
 
 
 def _image_rows(folder: str, path: str, info: dict[str, Any], captions: list[Caption]) -> Iterator[Row]:
-    place, stamp, wrong = FileRef(join(folder, path)), "", None
-    clean = clean_name(path)
-    if clean != path:
-        wrong = NAME_NOT_UTF8
-    elif is_url(folder):
+    """A row per caption of the image at ``path`` below the folder."""
+    stamp, problem = _stamp_and_problem(folder, path, info)
+    ref = FileRef(join(folder, path))
+    for caption in captions:
+        if problem is not None:
+            yield Row(caption.text, clean_name(path), problem, stamp)
+        else:
+            yield Row(caption.text, path, caption.problem, stamp, ref, caption.note)
+
+
+def _stamp_and_problem(folder: str, path: str, info: dict[str, Any]) -> tuple[str, str | None]:
+    """(stamp of an image's file, why the image cannot be used or None)."""
+    if clean_name(path) != path:
+        return "", NAME_NOT_UTF8
+    if is_url(folder):
         stamp = remote_stamp(info)
     else:
         try:
-            status = os.stat(place.path)
-            stamp = f"{status.st_size} {status.st_mtime_ns}"
-            wrong = None if stat.S_ISREG(status.st_mode) else "no regular file"  # reading a pipe would wait for ever
+            status = os.stat(join(folder, path))
         except OSError:
-            wrong = "file not found"  # a link to nowhere
-    if wrong is None and (ending := undecoded_ending(path)):
-        wrong = not_decoded(ending)
-    for caption in captions:
-        if wrong is not None:
-            yield Row(caption.text, clean, wrong, stamp)
-        else:
-            yield Row(caption.text, path, caption.problem, stamp, place, caption.note)
+            return "", NOT_FOUND  # a link to nowhere
+        stamp = f"{status.st_size} {status.st_mtime_ns}"
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would block for ever
+            return stamp, NOT_REGULAR
+    ending = undecoded_ending(path)
+    return stamp, not_decoded(ending) if ending else None
 
 
 def _read_captions(folder: str, prefix: str, names: list[str], given: str | None) -> dict[str, list[Caption]]:
     """Captions by name of the file beside the image; remote ones are read together."""
-    contents: list[bytes | Exception | str]
     if is_url(folder):
-        fs, inner = filesystem(folder)
-        nothing = [None] * len(names)
-        whole = [join(inner, prefix + name) for name in names]  # no wildcards here, as in fs.cat
-        with store_errors(folder):
-            contents = fs.cat_ranges(whole, nothing, nothing, on_error="return") if names else []
+        contents = _read_remote(folder, prefix, names)
     else:
-        contents = list(map(partial(_read_local, os.path.realpath(folder)), (join(folder, prefix + n) for n in names)))
+        root = os.path.realpath(folder)
+        contents = [_read_local(root, join(folder, prefix + name)) for name in names]
     return {name: _captions(name, data, given) for name, data in zip(names, contents, strict=True)}
 
 
+def _read_remote(folder: str, prefix: str, names: list[str]) -> list[bytes | Exception | str]:
+    """The bytes of each file, or what its store's client raised."""
+    if not names:
+        return []
+    fs, inner = filesystem(folder)
+    whole = [None] * len(names)  # ranges without start and end
+    paths = [join(inner, prefix + name) for name in names]  # taken literally; fs.cat would expand wildcards
+    with store_errors(folder):
+        contents: list[bytes | Exception | str] = fs.cat_ranges(paths, whole, whole, on_error="return")
+    return contents
+
+
 def _read_local(root: str, path: str) -> bytes | str:
-    """The bytes of a regular file, or why they are no caption."""
+    """The bytes of a regular file below ``root``, or why they are not a caption."""
     try:
-        if os.path.islink(path):
-            inside = (root, os.path.realpath(os.path.dirname(path)))
-            real = os.path.realpath(path)
-            if os.path.exists(real) and not any(os.path.commonpath((place, real)) == place for place in inside):
-                return OUTSIDE
+        if os.path.islink(path) and not _links_inside(root, path):
+            return CAPTION_OUTSIDE
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            return NOT_READABLE
-        return read_bytes(path) if status.st_size <= MAX_TEXT_BYTES else TOO_LONG
+            return CAPTION_NOT_READABLE
+        return read_bytes(path) if status.st_size <= MAX_TEXT_BYTES else CAPTION_TOO_LONG
     except OSError:
-        return NOT_READABLE
+        return CAPTION_NOT_READABLE
+
+
+def _links_inside(root: str, path: str) -> bool:
+    """Whether a link leads below ``root``, below its own folder, or nowhere."""
+    target = os.path.realpath(path)
+    if not os.path.exists(target):
+        return True
+    own_folder = os.path.realpath(os.path.dirname(path))
+    return any(os.path.commonpath((folder, target)) == folder for folder in (root, own_folder))
 
 
 def _captions(name: str, data: bytes | Exception | str, given: str | None) -> list[Caption]:
-    if data == OUTSIDE:  # somebody else's file, perhaps: no caption, and no fault of the image
-        return [Caption(note=OUTSIDE)]
+    """The captions in a file beside an image, from its bytes or what stood in the way of them."""
+    if data == CAPTION_OUTSIDE:  # may be another person's file: not used, and the image is used without a caption
+        return [Caption(note=CAPTION_OUTSIDE)]
     if not isinstance(data, bytes):
-        return [Caption(None, data if isinstance(data, str) else NOT_READABLE)]
+        return [Caption(None, data if isinstance(data, str) else CAPTION_NOT_READABLE)]
     text, broken = decode_text(data)
     if broken or not name.lower().endswith(".json"):
         return [Caption((text or "").removeprefix("\ufeff").strip(), NOT_UTF8 if broken else None)]
     try:
         fields = parse_object(data)
     except ValueError as error:
-        return [Caption(None, None if "no object" in str(error) else BAD_JSON)]  # a list of boxes is no caption
+        is_json = "object" in str(error)  # "is not an object": a list of boxes, say, and no captions
+        return [Caption(None, None if is_json else BAD_JSON)]
     names = list(fields)
     index = find_column(given, CAPTION_NAMES, names)
     return captions_of(fields[names[index]]) if index is not None else [Caption()]

@@ -1,4 +1,4 @@
-"""Shards that img2dataset made: copied byte for byte into ROOT/raw, or adopted where they are.
+"""Shards that img2dataset made: copied byte for byte into ROOT/raw, or used where they lie when they are there.
 
 Only a done-record is added to their stats; the fields img2dataset wrote keep their values.
 """
@@ -31,37 +31,48 @@ from shards_spec.sample import check_key
 from shards_spec.tar import shard_keys
 
 log = logging.getLogger(__name__)
-OWN_FIELDS = (
-    "count", "successes", "failed_to_download", "failed_to_resize", "duration", "start_time", "end_time",
-)  # fmt: skip
+STATS_FIELDS = (  # of img2dataset's that are kept
+    "count",
+    "successes",
+    "failed_to_download",
+    "failed_to_resize",
+    "duration",
+    "start_time",
+    "end_time",
+)
 COPY_BYTES = 1 << 20
-MEND = "delete the shard's three files and let img2dataset make it again"
+ADVICE = "delete the shard's three files and let img2dataset make it again"
 
 
 @dataclass(frozen=True)
 class Img2datasetShard:
-    """A finished shard of img2dataset: paths without their endings, ``inside`` when it already lies in ROOT/raw."""
+    """A finished shard of img2dataset.
 
-    source: str
-    inside: bool
+    Attributes:
+        path: Of its files, without their endings.
+        in_place: Whether it lies in ROOT/raw already.
+    """
+
+    path: str
+    in_place: bool
 
 
 def import_tasks(root: str, folder: str) -> list[Task]:
     """A task per finished shard of ``folder``, numbered without gaps.
 
-    Unfinished ones are left out with a warning. Raises UserError when there is none, when a key stands in two
-    shards, or when shards that stay where they are have gaps in their numbers.
+    Unfinished ones are left out with a warning. Raises UserError when there is none, when a key is in two shards, or
+    when shards that stay where they are have gaps in their numbers.
     """
-    inside = _same_folder(folder, join(root, RAW))
-    bases = _finished(folder)
-    if inside and bases != [shard_name(number) for number in range(len(bases))]:
+    in_place = _same_folder(folder, join(root, RAW))
+    base_names = _finished(folder)
+    if in_place and base_names != [shard_name(number) for number in range(len(base_names))]:
         raise UserError(
-            f"{folder}: its finished shards are not numbered {shard_name(0)} to {shard_name(len(bases) - 1)}; let "
+            f"{folder}: its finished shards are not numbered {shard_name(0)} to {shard_name(len(base_names) - 1)}; let "
             "img2dataset finish, or ingest them into another ROOT, where they get new numbers"
         )
-    sources = [join(folder, base) for base in bases]
-    _check_unique(sources)
-    return [Task(number, _fingerprint(path), Img2datasetShard(path, inside)) for number, path in enumerate(sources)]
+    paths = [join(folder, name) for name in base_names]
+    _check_unique(paths)
+    return [Task(number, _fingerprint(path), Img2datasetShard(path, in_place)) for number, path in enumerate(paths)]
 
 
 def _same_folder(one: str, other: str) -> bool:
@@ -72,14 +83,18 @@ def _same_folder(one: str, other: str) -> bool:
 
 def _finished(folder: str) -> list[str]:
     """Base names of the shards with stats, in order of their numbers."""
-    found = names(folder)
-    done = {match[1] for name in found if (match := STATS_PATTERN.fullmatch(name))}
-    started = {match[1] for name in found if (match := re.fullmatch(r"(\d+)\.tar", name))}
-    if unfinished := sorted(started - done):
+    finished = set[str]()
+    started = set[str]()
+    for name in names(folder):
+        if stats := STATS_PATTERN.fullmatch(name):
+            finished.add(stats[1])
+        elif tar := re.fullmatch(r"(\d+)\.tar", name):
+            started.add(tar[1])
+    if unfinished := sorted(started - finished):
         log.warning("%s: left out %d unfinished shards (no stats): %s", folder, len(unfinished), unfinished[:10])
-    if not done:
+    if not finished:
         raise UserError(f"--source {folder} has no finished img2dataset shard (NNNNN.tar with NNNNN_stats.json)")
-    return sorted(done, key=int)
+    return sorted(finished, key=int)
 
 
 def _fingerprint(path: str) -> dict[str, str]:
@@ -88,23 +103,26 @@ def _fingerprint(path: str) -> dict[str, str]:
     return {"parquet": sha256_file(parquet) if exists(parquet) else "not there"}
 
 
-def _check_unique(sources: list[str]) -> None:
+def _check_unique(paths: list[str]) -> None:
     """Compare the keys of shards whose key ranges overlap; img2dataset's own never do. Raises UserError."""
-    ranges = sorted((min(keys), max(keys), path) for path in sources if (keys := _readable_keys(path)))
-    before: list[tuple[str, str]] = []
-    for first, last, path in ranges:
-        before = [(end, other) for end, other in before if end >= first]
-        for _, other in before:
+    ranges = []
+    for path in paths:
+        if keys := _readable_keys(path):
+            ranges.append((min(keys), max(keys), path))
+    overlapping: list[tuple[str, str]] = []  # (last key, path) of shards before that may reach into the next one
+    for first, last, path in sorted(ranges):
+        overlapping = [(end, other) for end, other in overlapping if end >= first]
+        for _, other in overlapping:
             if twice := set(_keys(path)) & set(_keys(other)):
                 raise UserError(
                     f"key {min(twice)} is in {other}.tar and in {path}.tar ({len(twice)} keys are in both); keys must "
                     "be unique in a dataset: ingest the two folders into two ROOTs, or make one of them again"
                 )
-        before.append((last, path))
+        overlapping.append((last, path))
 
 
 def _readable_keys(path: str) -> list[str]:
-    """Keys of a shard; none when its Parquet file is broken, which ``import_shard`` reports by name."""
+    """Keys of a shard; none when its Parquet file is broken, which `import_shard` reports by name."""
     try:
         return _keys(path)
     except DataError:
@@ -113,39 +131,40 @@ def _readable_keys(path: str) -> list[str]:
 
 def _keys(path: str) -> list[str]:
     """Keys of the samples by the Parquet file. Raises DataError when it is missing or broken."""
-    rows = read_table(f"{path}.parquet", ["key", "status"], fix=MEND).to_pylist()
+    rows = read_table(f"{path}.parquet", ["key", "status"], fix=ADVICE).to_pylist()
     return [row["key"] for row in rows if row["status"] == "success"]
 
 
 def import_shard(root: str, task: Task) -> Result:
     """Check one shard and copy it. Raises DataError when it is broken or does not fit its stats."""
-    found: Img2datasetShard = task.payload
-    stats, listed = _read_stats(found.source), sorted(_keys(found.source))
-    in_tar = sorted(map(check_key, shard_keys(f"{found.source}.tar")))
+    shard: Img2datasetShard = task.payload
+    stats = _read_stats(shard.path)
+    listed = sorted(_keys(shard.path))
+    in_tar = sorted(map(check_key, shard_keys(f"{shard.path}.tar")))
     if in_tar != listed or len(in_tar) != stats["successes"]:
         raise DataError(
-            f"{found.source}.tar has {len(in_tar)} samples, its Parquet file {len(listed)}, its stats "
-            f"{stats['successes']}, or their keys differ; {MEND}"
+            f"{shard.path}.tar has {len(in_tar)} samples, its Parquet file {len(listed)}, its stats "
+            f"{stats['successes']}, or their keys differ; {ADVICE}"
         )
-    outputs = dict(_copies(root, task.shard, found))
-    own = {name: stats[name] for name in OWN_FIELDS if name in stats}
-    return Result(stats["status_dict"], outputs, own)
+    outputs = dict(_copy_files(root, task.shard, shard))
+    kept_stats = {name: stats[name] for name in STATS_FIELDS if name in stats}
+    return Result(stats["status_dict"], outputs, kept_stats)
 
 
 def _read_stats(path: str) -> dict[str, Any]:
     stats = read_json(f"{path}_stats.json")
     if not isinstance(stats, dict) or not {"status_dict", "successes", "count"} <= set(stats):
-        raise DataError(f"{path}_stats.json lacks img2dataset's fields; {MEND}")
+        raise DataError(f"{path}_stats.json lacks img2dataset's fields; {ADVICE}")
     return stats
 
 
-def _copies(root: str, shard: int, found: Img2datasetShard) -> Iterator[tuple[str, str]]:
+def _copy_files(root: str, number: int, shard: Img2datasetShard) -> Iterator[tuple[str, str]]:
     """(path below ROOT, sha256) of the shard's files, copied unless they lie there already."""
-    name = join(RAW, shard_name(shard))
-    if not found.inside:
-        forget(join(root, RAW), shard)
+    name = join(RAW, shard_name(number))
+    if not shard.in_place:
+        forget(join(root, RAW), number)
     for ending in (".tar", ".parquet"):
-        if not found.inside:
-            with open_read(found.source + ending) as source, atomic_writer(join(root, name + ending)) as target:
+        if not shard.in_place:
+            with open_read(shard.path + ending) as source, atomic_writer(join(root, name + ending)) as target:
                 shutil.copyfileobj(source, target, COPY_BYTES)
         yield name + ending, sha256_file(join(root, name + ending))

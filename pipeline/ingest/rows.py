@@ -118,3 +118,30 @@ def json_text(value: object) -> tuple[str | None, str | None]:
         return None, NOT_TEXT
     text, broken = decode_text(value.encode(errors="surrogatepass"))
     return text, NOT_UTF8 if broken else None
+
+
+def json_captions(value: object) -> tuple[list[bytes | None], str | None]:
+    """(captions, note) of a value from JSON: each text of a list is one; other values give None and a note."""
+    if value is None or isinstance(value, str):
+        return [json_bytes(value)], None
+    if not isinstance(value, list):
+        return [None], NOT_TEXT
+    texts = [json_bytes(text) for text in value if isinstance(text, str)]
+    if texts:
+        return texts, None
+    return [None], NOT_TEXT if value else None
+
+
+def captions_of(value: object) -> list[Caption]:
+    """`json_captions` as text."""
+    texts, note = json_captions(value)
+    captions = []
+    for data in texts:
+        text, broken = decode_text(data)
+        captions.append(Caption(text, NOT_UTF8 if broken else None, note))
+    return captions
+
+
+def json_bytes(value: object) -> bytes | None:
+    """A text from JSON, in which lone surrogates are possible, as bytes; None for what is not text."""
+    return value.encode(errors="surrogatepass") if isinstance(value, str) else None

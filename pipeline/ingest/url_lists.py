@@ -7,13 +7,14 @@ folder or a glob are read as one list, by name.
 from collections.abc import Iterator
 from itertools import chain
 
+from pipeline.ingest.delimited import CC3M, CC12M
 from pipeline.ingest.image_folder import folder_rows, warn_of_no_caption
 from pipeline.ingest.parquet_images import image_parquet_rows
 from pipeline.ingest.parquet_lists import parquet_rows
 from pipeline.ingest.rows import Columns, Row
 from pipeline.ingest.source_files import Format, SourceFile, source_files
 from pipeline.ingest.source_io import BROKEN_GZIP, expected_errors
-from pipeline.ingest.text_lists import CC3M, CC12M, delimited_rows, headless_rows, json_rows, url_rows
+from pipeline.ingest.text_lists import delimited_rows, headless_rows, json_rows, url_rows
 from pipeline.ingest.webdataset_source import webdataset_rows
 from shards_spec.files import UserError
 

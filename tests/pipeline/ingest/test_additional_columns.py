@@ -15,7 +15,8 @@ from small_ingest import config, rows_of
 from web_server import make_image, serve
 
 from pipeline.check.stage import CheckConfig, check
-from pipeline.ingest import stage as module
+from pipeline.ingest import listing
+from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.stage import ingest
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
@@ -167,9 +168,9 @@ def test_finished_shards_of_the_version_before_stand(server, tmp_path, monkeypat
     """It kept no other columns and hashed rows without them."""
     source, root = write_list(tmp_path, records(server), "csv"), tmp_path / "D"
     with monkeypatch.context() as patch:
-        patch.setattr(module, "plain", lambda cell: None)
+        patch.setattr(listing, "plain", lambda cell: None)
         patch.setattr("pipeline.ingest.raw_shard.kept_columns", lambda *_: {})
-        patch.setattr(module, "any", lambda _: False, raising=False)
+        patch.setattr(listing, "any", lambda _: False, raising=False)
         ingest(config(root, source))
     assert set(read_done(str(root / "raw"), 0).inputs) == {"rows"}
     assert ingest(config(root, source)).made == 0
@@ -204,12 +205,12 @@ def test_several_lists_are_one(server, tmp_path):
     assert json.loads((tmp_path / "D/dataset.json").read_text())["source"] == " ".join(paths)
     (tmp_path / "d.jsonl").write_text('{"url": "http://h/1", "caption": "c"}\n')
     with pytest.raises(UserError, match=r"lists of several forms \(.*b.csv is csv, .*d.jsonl is jsonl\)"):
-        ingest(module.IngestConfig(str(tmp_path / "E"), (paths[0], str(tmp_path / "d.jsonl"))))
+        ingest(IngestConfig(str(tmp_path / "E"), (paths[0], str(tmp_path / "d.jsonl"))))
     for name in ("S", "T"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.jpg").write_bytes(make_image(1))
     with pytest.raises(UserError, match="several sources of form folder; only lists are read together"):
-        ingest(module.IngestConfig(str(tmp_path / "E"), (str(tmp_path / "S"), str(tmp_path / "T"))))
+        ingest(IngestConfig(str(tmp_path / "E"), (str(tmp_path / "S"), str(tmp_path / "T"))))
 
 
 def test_tars_that_the_shell_named_are_read_in_their_order(tmp_path):
@@ -219,11 +220,11 @@ def test_tars_that_the_shell_named_are_read_in_their_order(tmp_path):
                 member = tarfile.TarInfo(f"0.{ending}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    ingest(module.IngestConfig(str(tmp_path / "D"), (f"{tmp_path}/b.tar", f"{tmp_path}/a.tar"), workers=1))
+    ingest(IngestConfig(str(tmp_path / "D"), (f"{tmp_path}/b.tar", f"{tmp_path}/a.tar"), workers=1))
     found = [(row["caption"], row["url"], row["status"]) for row in rows_of(tmp_path / "D")]
     assert found == [("b", "b.tar/0", "success"), ("a", "a.tar/0", "success")]
     with pytest.raises(UserError, match=r"no such file or folder; give a glob \('\*.tar'\), or leave the quotes away"):
-        ingest(module.IngestConfig(str(tmp_path / "E"), (f"{tmp_path}/{{a..b}}.tar",)))
+        ingest(IngestConfig(str(tmp_path / "E"), (f"{tmp_path}/{{a..b}}.tar",)))
 
 
 # options and sources that mean nothing

@@ -308,7 +308,7 @@ def test_lists_that_are_none_of_ours_are_named_and_left_out(tmp_path, caplog):
         ("annotations/instances_val2017.json", '{"images": [], "annotations": []}'),
     )  # fmt: skip
     assert told(tmp_path) == [("1.jpg", "one", None), ("captions.jpg", "of captions.jpg", None)]
-    assert "my captions.txt: left out, it is no list of captions" in caplog.text
+    assert "my captions.txt: left out, it is not a list of captions" in caplog.text
     assert "captions_train2017.json: left out, none of its images is here" in caplog.text
     assert "files that are not taken: 1 .json" in caplog.text
     fill(tmp_path, ("captions_broken.json", '{"images": ['))

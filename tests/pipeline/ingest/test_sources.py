@@ -748,6 +748,36 @@ def test_many_threads_read_a_row_group_once_and_hold_little(tmp_path, monkeypatc
     assert not image_bytes._row_groups.groups
 
 
+def test_a_remote_row_group_that_failed_is_read_from_its_start(tmp_path, store, monkeypatch):
+    monkeypatch.setattr(image_bytes, "BATCH_BYTES", 1 << 15)
+    images = [n.to_bytes(2) * 500 for n in range(200)]
+    rows = [{"image": data, "text": "c"} for data in images]
+    schema = pa.schema([("image", pa.binary()), ("text", pa.string())])
+    put(store, "x.parquet", parquet_bytes(rows, schema, use_dictionary=False))
+    decode = image_bytes._decode_row_group
+    opened = []
+
+    def fail_once(ref):
+        opened.append(ref)
+        batches = decode(ref)
+        yield next(batches)
+        if len(opened) == 1:
+            raise OSError("connection lost")
+        yield from batches
+
+    monkeypatch.setattr(image_bytes, "_decode_row_group", fail_once)
+    clear_read_cache()
+    found = [row.image_ref for row in list_rows(f"{store}/x.parquet", "hf-parquet")]
+    failed = []
+    for row, ref in enumerate(found):
+        try:
+            assert read_image_bytes(ref, LIMIT) == images[row]
+        except ImageReadError as error:
+            failed.append((row > 0, str(error)))
+    assert failed == [(True, "file not readable")]
+    assert len(opened) == 2
+
+
 def test_source_files_have_sizes_and_stamps(tmp_path, store):
     for folder in (str(tmp_path), store):
         put(folder, "b.tsv", "x")
