@@ -1,12 +1,13 @@
 """Stage `classes`: class names to synsets of a vocabulary, for CatLIP's Transfer Init (arXiv 2404.15653, section 4.2).
 
-The paper names path similarity and copied, averaged or random rows; threshold, ties and order are readings, see
-`map_class`. It needs WordNet, so it is here, and the recipes `probe` and `finetune` read the file that it writes.
+The paper names path similarity, and rows that are copied, averaged or random; the threshold, ties and the order of the
+attempts are our reading of it, see `map_class`. The recipes `probe` and `finetune` read the file that is written here.
 """
 
 import logging
 import re
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ from shards_spec.vocab import Vocabulary, read_vocabulary
 
 log = logging.getLogger(__name__)
 WNID = re.compile(r"n[0-9]{1,8}")
-PLACES = re.compile(r"/?[a-z]/(?=[a-z])")  # "/a/airfield": Places365 puts a letter's folder in front
+PLACES365_PREFIX = re.compile(r"/?[a-z]/(?=[a-z])")  # "/a/airfield": a folder per letter comes first
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ def classes(config: ClassesConfig) -> ClassMap:
     vocabulary = read_vocabulary(config.vocabulary)
     if vocabulary.header.get("wordnet") != WORDNET_VERSION:
         raise UserError(f"{config.vocabulary} is of WordNet {vocabulary.header.get('wordnet')}, not {WORDNET_VERSION}")
-    found = map_classes(read_names(config.classes), vocabulary, config.alpha, config.wordnet)
-    found.write(config.out)
-    log.info("%s: %s", config.out, found.summary)
-    if found.unmapped:
-        log.warning("no synset for %s%s", ", ".join(found.unmapped[:20]), " ..." if len(found.unmapped) > 20 else "")
-    return found
+    class_map = map_classes(read_names(config.classes), vocabulary, config.alpha, config.wordnet)
+    class_map.write(config.out)
+    log.info("%s: %s", config.out, class_map.summary)
+    if unmapped := class_map.unmapped:
+        log.warning("no synset for %s%s", ", ".join(unmapped[:20]), " ..." if len(unmapped) > 20 else "")
+    return class_map
 
 
 def read_names(path: str) -> list[str]:
@@ -69,27 +70,30 @@ def read_names(path: str) -> list[str]:
 
 def map_classes(names: list[str], vocabulary: Vocabulary, alpha: float, wordnet: str | None = None) -> ClassMap:
     """The class map of a list of names or WNIDs."""
-    net, nearest = load_wordnet(wordnet), Nearest(vocabulary.index, load_hypernyms(wordnet))
+    net = load_wordnet(wordnet)
+    nearest = NearestSynset(vocabulary.index, load_hypernyms(wordnet))
     rows = tuple(map_class(name, net, nearest, vocabulary.index, alpha) for name in names)
     header = {"vocabulary_sha256": vocabulary.sha256, "wordnet": WORDNET_VERSION, "alpha": alpha}
     return ClassMap(rows, header)
 
 
-def map_class(name: str, net: WordNet, nearest: "Nearest", index: dict[str, int], alpha: float) -> ClassRow:
-    """One class: its own synset, the mean of its words', the nearest one of at least ``alpha``, or none.
+def map_class(name: str, net: WordNet, nearest: "NearestSynset", index: dict[str, int], alpha: float) -> ClassRow:
+    """Map one class: to its own synset, to its words' synsets, to the nearest one of at least ``alpha``, or to none.
 
-    A WNID is its synset. A name of several words is looked up as one noun of WordNet, then word by word by the rule of
-    captions, where all of them must be in the vocabulary. Only a class whose synset is known has a nearest one.
+    A WNID is its own synset. A name of several words is looked up as one noun of WordNet, then word by word by the
+    rule of captions; then all of them must be in the vocabulary. Only a class with its own synset has a nearest one.
     """
-    own, words = _look_up(name, net)
-    if own in index:
-        return ClassRow(name, "exact", (own,), (net.heads[own],), 1.0)
-    parts = [net.synset(word) for word in words]
-    known = tuple(dict.fromkeys(part for part in parts if part in index))
-    if len(words) > 1 and all(part in index for part in parts):
-        return ClassRow(name, "mean", known, tuple(net.heads[wnid] for wnid in known))
-    if own is not None and (best := nearest.of(own)) and best[1] >= alpha:
-        return ClassRow(name, "nearest", (best[0],), (net.heads[best[0]],), best[1])
+    wnid, words = _look_up(name, net)
+    if wnid in index:
+        return ClassRow(name, "exact", (wnid,), (net.heads[wnid],), 1.0)
+    word_wnids = [net.synset(word) for word in words]
+    if len(words) > 1 and all(word_wnid in index for word_wnid in word_wnids):
+        distinct = tuple(dict.fromkeys(word_wnid for word_wnid in word_wnids if word_wnid is not None))
+        return ClassRow(name, "mean", distinct, tuple(net.heads[word_wnid] for word_wnid in distinct))
+    best = nearest.find(wnid) if wnid is not None else None
+    if best is not None and best[1] >= alpha:
+        nearest_wnid, similarity = best
+        return ClassRow(name, "nearest", (nearest_wnid,), (net.heads[nearest_wnid],), similarity)
     return ClassRow(name, "none")
 
 
@@ -98,41 +102,49 @@ def _look_up(name: str, net: WordNet) -> tuple[str | None, list[str]]:
     if WNID.fullmatch(name):
         wnid = f"n{int(name[1:]):08d}"
         return (wnid if wnid in net.heads else None), []
-    words = re.split(r"[_/\s]+", PLACES.sub("", name.strip().lower(), count=1).strip("/_ "))
+    words = re.split(r"[_/\s]+", PLACES365_PREFIX.sub("", name.strip().lower(), count=1).strip("/_ "))
     if len(words) == 1:
         return net.synset(words[0]), words
     return net.synset("_".join(words), synonyms=True), words
 
 
-class Nearest:
-    """The synset of a vocabulary of highest path similarity, which is 1 / (1 + steps up and down the hypernyms)."""
+class NearestSynset:
+    """Finds the synset of a vocabulary with the highest path similarity.
+
+    Path similarity is 1 / (1 + steps), of the fewest steps up and down the hypernyms from one synset to the other.
+    """
 
     def __init__(self, index: dict[str, int], hypernyms: dict[str, tuple[str, ...]]) -> None:
-        self.index, self.hypernyms = index, hypernyms
-        self.below: dict[str, tuple[int, int, str]] = {}  # synset: steps, rank and WNID of the first in V below it
+        """``index`` maps the vocabulary's WNIDs to their ranks; ``hypernyms`` is of `load_hypernyms`."""
+        self._hypernyms = hypernyms
+        self.closest_below: dict[str, tuple[int, int, str]] = {}  # synset to steps, rank and WNID in the vocabulary
         for wnid, rank in index.items():
-            for above, steps in self.above(wnid).items():
-                found = (steps, rank, wnid)
-                self.below[above] = min(found, self.below.get(above, found))
+            for ancestor, steps in self.ancestors(wnid).items():
+                candidate = (steps, rank, wnid)
+                self.closest_below[ancestor] = min(candidate, self.closest_below.get(ancestor, candidate))
 
-    def above(self, wnid: str) -> dict[str, int]:
+    def ancestors(self, wnid: str) -> dict[str, int]:
         """The synset itself and all above it, with the fewest steps to each."""
-        steps, ring = {wnid: 0}, [wnid]
-        while ring:
-            ring = [up for low in ring for up in self.hypernyms.get(low, ()) if up not in steps]
-            depth = max(steps.values()) + 1
-            steps |= dict.fromkeys(ring, depth)
+        steps = {wnid: 0}
+        level = [wnid]
+        while level:
+            parents = chain.from_iterable(self._hypernyms.get(child, ()) for child in level)
+            level = [parent for parent in parents if parent not in steps]
+            steps |= dict.fromkeys(level, max(steps.values()) + 1)
         return steps
 
-    def of(self, wnid: str) -> tuple[str, float] | None:
-        """WNID and similarity; of several the one that is above ``wnid``, then the first of the vocabulary."""
-        above = self.above(wnid)
-        found = []
-        for node, up in above.items():
-            if node in self.below:
-                down, rank, other = self.below[node]
-                found.append((up + down, other not in above, rank, other))
-        if not found:
+    def find(self, wnid: str) -> tuple[str, float] | None:
+        """WNID and similarity of the nearest synset, None when there is none.
+
+        Of several equally near ones it is one above ``wnid``, then the first of the vocabulary.
+        """
+        ancestors = self.ancestors(wnid)
+        candidates = list[tuple[int, bool, int, str]]()
+        for ancestor, up in ancestors.items():
+            if ancestor in self.closest_below:
+                down, rank, other = self.closest_below[ancestor]
+                candidates.append((up + down, other not in ancestors, rank, other))
+        if not candidates:
             return None
-        steps, _, _, best = min(found)
+        steps, _, _, best = min(candidates)
         return best, 1 / (1 + steps)

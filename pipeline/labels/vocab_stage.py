@@ -54,12 +54,16 @@ class VocabConfig:
             raise UserError(f"source {self.source!r} must be all, original or synthetic")
 
 
-@dataclass(frozen=True)
-class Labels:
-    """The labels of some rows: number of rows and captions; row, caption and index into ``wnids`` of each label [L]."""
+@dataclass(frozen=True, kw_only=True)
+class LabelBatch:
+    """The labels of some rows of a final shard's table.
 
-    samples: int
-    captions: int
+    ``num_samples`` and ``num_captions`` count rows and chosen captions; ``sample``, ``caption`` and ``code`` are the
+    row, the caption and the index into ``wnids`` of each label: integers [labels].
+    """
+
+    num_samples: int
+    num_captions: int
     sample: np.ndarray
     caption: np.ndarray
     code: np.ndarray
@@ -67,59 +71,62 @@ class Labels:
 
 
 def vocab(config: VocabConfig) -> Vocabulary:
-    """Write ``vocab/NAME.tsv`` and return it. Memory: a batch of rows and the counters. Raises UserError, DataError."""
+    """Write ``vocab/NAME.tsv`` and return it. Memory: a batch of rows and the counts. Raises UserError, DataError."""
     shards = upstream_shards(config.root, SHARDS, "pack")
     packed = read_dataset(config.root)["stages"].get("pack", {}).get("config", {})
     if config.import_catlip:
-        vocabulary = _imported(config, config.import_catlip)
+        vocabulary = _import_catlip(config, config.import_catlip)
         vocabulary.check_rule(packed, config.import_catlip)
     else:
-        vocabulary = _counted(config, shards, rule_of(packed))
+        vocabulary = _count_labels(config, shards, rule_of(packed))
     path = vocabulary_tsv(config.root, config.name)
     remove_stale(join(config.root, VOCAB))
     vocabulary.write(path)
     if config.export_catlip:
         write_bytes(config.export_catlip, catlip_bytes(vocabulary))
-    found = coverage(config.root, shards, config.source, vocabulary)
+    covered = coverage(config.root, shards, config.source, vocabulary)
     block = {
         "config": vocabulary.header,
         "synsets": len(vocabulary),
         "sha256": vocabulary.sha256,
         "shards": len(shards),
-        "coverage": found,
+        "coverage": covered,
     }
     write_stage(config.root, f"vocab/{config.name}", block)
-    log.info("%s: %s", path, _said(found))
+    log.info("%s: %s", path, _format_coverage(covered))
     return vocabulary
 
 
-def _said(found: dict[str, int]) -> str:
-    samples = max(found["samples"], 1)
-    classes = f", {found['imagenet_classes']} of the 1000 classes of ImageNet-1k" if "imagenet_classes" in found else ""
-    return (
-        f"{100 * found['samples_with_label'] / samples:.1f} % of {found['samples']} samples have a label, "
-        f"{found['labels'] / samples:.2f} labels per sample{classes}"
+def _format_coverage(covered: dict[str, int]) -> str:
+    samples = max(covered["samples"], 1)
+    text = (
+        f"{100 * covered['samples_with_label'] / samples:.1f} % of {covered['samples']} samples have a label, "
+        f"{covered['labels'] / samples:.2f} labels per sample"
     )
+    if "imagenet_classes" in covered:
+        text += f", {covered['imagenet_classes']} of the 1000 classes of ImageNet-1k"
+    return text
 
 
-def _counted(config: VocabConfig, shards: list[int], rule: dict[str, Any]) -> Vocabulary:
-    """Sums over shards, in whatever order: the vocabulary depends on the numbers only."""
-    counts, documents, captions = Counter[str](), Counter[str](), 0
+def _count_labels(config: VocabConfig, shards: list[int], rule: dict[str, Any]) -> Vocabulary:
+    counts = Counter[str]()
+    documents = Counter[str]()
+    captions = 0
     for shard in shards:
-        for labels in _labels(config.root, shard, config.source):
-            captions += labels.captions
-            counts.update(_tally(labels.code, labels.wnids))
-            documents.update(_tally(_distinct(labels.caption, labels), labels.wnids))
+        for batch in _label_batches(config.root, shard, config.source):
+            captions += batch.num_captions
+            counts.update(_count_by_wnid(batch.code, batch.wnids))
+            documents.update(_count_by_wnid(_distinct(batch.caption, batch), batch.wnids))
     if not counts:
         kind = "" if config.source == "all" else f"{config.source} "
-        raise UserError(f"{config.root}: no {kind}caption has a synset; count others by --source, or pack others")
+        raise UserError(f"{config.root}: no {kind}caption has a synset; count others with --source, or pack others")
     header = {**rule, "source": config.source, "captions": captions, "occurrences": counts.total()}
     heads = load_wordnet(config.wordnet).heads
     return build_vocabulary(counts, documents, heads, header, config.min_count, config.top_k)
 
 
-def _imported(config: VocabConfig, path: str) -> Vocabulary:
-    """CatLIP's file: its order is that of the classes, the first ``top_k`` count; in how many captions is unknown."""
+def _import_catlip(config: VocabConfig, path: str) -> Vocabulary:
+    """The first ``top_k`` synsets of CatLIP's own file, in its order; the numbers of captions are unknown, so 0."""
     try:
         counts = read_catlip(read_bytes(path), path)
     except OSError as error:
@@ -129,62 +136,77 @@ def _imported(config: VocabConfig, path: str) -> Vocabulary:
         raise DataError(f"{path}: {unknown[0]} is no noun of WordNet 3.0; it was made with another version")
     rows = tuple((wnid, heads[wnid], count, 0) for wnid, count in counts.items())[: config.top_k]
     header = {
-        **LabelRule().describe(), "source": "catlip", "captions": None, "occurrences": sum(counts.values()),
-        "min_count": None, "top_k": config.top_k,
-    }  # fmt: skip
+        **LabelRule().describe(),
+        "source": "catlip",
+        "captions": None,
+        "occurrences": sum(counts.values()),
+        "min_count": None,
+        "top_k": config.top_k,
+    }
     return Vocabulary(rows, header)
 
 
 def coverage(root: str, shards: list[int], source: str, vocabulary: Vocabulary) -> dict[str, int]:
-    """What the vocabulary gives on these shards, captions of ``source``.
+    """How much of these shards the vocabulary covers, by the captions of ``source``.
 
-    ``samples``, ``samples_with_label``, ``labels`` (distinct ones per sample, added up) and ``imagenet_classes``: how
-    many of ImageNet-1k's classes are in it, where timm's list of them is found.
+    Keys: ``samples``, ``samples_with_label``, ``labels`` (the sum of the distinct ones of each sample) and, where
+    timm's list of them is found, ``imagenet_classes``, the number of ImageNet-1k's classes in the vocabulary.
     """
-    samples = hit = total = 0
+    samples = 0
+    samples_with_label = 0
+    total_labels = 0
     for shard in shards:
-        for labels in _labels(root, shard, source):
-            known = np.array([wnid in vocabulary.index for wnid in labels.wnids], bool)
-            distinct = np.unique(labels.sample * len(known) + labels.code)
-            distinct = distinct[known[distinct % len(known)]] if len(known) else distinct
-            samples += labels.samples
-            total += len(distinct)
-            hit += len(np.unique(distinct // max(len(known), 1)))
-    classes = imagenet_classes()
-    imagenet = {"imagenet_classes": len(classes & vocabulary.index.keys())} if classes else {}
-    return {"samples": samples, "samples_with_label": hit, "labels": total, **imagenet}
+        for batch in _label_batches(root, shard, source):
+            known = np.array([wnid in vocabulary.index for wnid in batch.wnids], bool)
+            distinct = np.unique(batch.sample * len(known) + batch.code)
+            if len(known):
+                distinct = distinct[known[distinct % len(known)]]
+            samples += batch.num_samples
+            total_labels += len(distinct)
+            samples_with_label += len(np.unique(distinct // max(len(known), 1)))
+    covered = {"samples": samples, "samples_with_label": samples_with_label, "labels": total_labels}
+    if classes := imagenet_classes():
+        covered["imagenet_classes"] = len(classes & vocabulary.index.keys())
+    return covered
 
 
-def _labels(root: str, shard: int, source: str) -> Iterator[Labels]:
+def _label_batches(root: str, shard: int, source: str) -> Iterator[LabelBatch]:
     path = final_parquet(root, shard)
     with open_parquet(path, fix="run pack again") as file:
         for batch in file.iter_batches(columns=["synsets"]):
             column = batch.column(0)
-            captions, sample = pc.list_flatten(column), pc.list_parent_indices(column).to_numpy()
-            first = np.append(True, sample[1:] != sample[:-1])[: len(sample)]  # the original, SPEC.md §3
-            chosen = {"all": np.ones_like(first), "original": first, "synthetic": ~first}[source]
+            captions = pc.list_flatten(column)
+            sample_of_caption = pc.list_parent_indices(column).to_numpy()
+            # the first caption of a sample is the original one, SPEC.md §3
+            is_original = np.append(True, sample_of_caption[1:] != sample_of_caption[:-1])[: len(sample_of_caption)]
+            chosen = {"all": np.ones_like(is_original), "original": is_original, "synthetic": ~is_original}[source]
             wnids = pc.list_flatten(captions).dictionary_encode()
             caption = pc.list_parent_indices(captions).to_numpy().astype(np.int64)
             kept = chosen[caption]
-            yield Labels(
-                len(column), int(chosen.sum()), sample[caption][kept].astype(np.int64), caption[kept],
-                wnids.indices.to_numpy()[kept], wnids.dictionary.to_pylist(),
-            )  # fmt: skip
+            yield LabelBatch(
+                num_samples=len(column),
+                num_captions=int(chosen.sum()),
+                sample=sample_of_caption[caption][kept].astype(np.int64),
+                caption=caption[kept],
+                code=wnids.indices.to_numpy()[kept],
+                wnids=wnids.dictionary.to_pylist(),
+            )
 
 
-def _distinct(group: np.ndarray, labels: Labels) -> np.ndarray:
-    """Codes of the labels, each once per group."""
-    pairs = np.unique(group * len(labels.wnids) + labels.code)
-    return pairs % max(len(labels.wnids), 1)
+def _distinct(group: np.ndarray, batch: LabelBatch) -> np.ndarray:
+    """Codes of the labels, each once per value of ``group`` [labels]."""
+    pairs = np.unique(group * len(batch.wnids) + batch.code)
+    codes: np.ndarray = pairs % max(len(batch.wnids), 1)
+    return codes
 
 
-def _tally(codes: np.ndarray, wnids: list[str]) -> dict[str, int]:
+def _count_by_wnid(codes: np.ndarray, wnids: list[str]) -> dict[str, int]:
     numbers = np.bincount(codes, minlength=len(wnids)).tolist()
     return {wnid: number for wnid, number in zip(wnids, numbers, strict=True) if number}
 
 
 def imagenet_classes() -> frozenset[str]:
-    """WNIDs of ImageNet-1k from timm's files, without importing timm; empty where it has moved them."""
+    """WNIDs of ImageNet-1k from timm's files, without importing timm; empty when they are not where we know them."""
     spec = importlib.util.find_spec("timm")
     for folder in (spec and spec.submodule_search_locations) or []:
         path = Path(folder, "data", "_info", "imagenet_synsets.txt")

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.core.runner import Result, Task
-from pipeline.labels.labeler import LabelRule, load_labeller
+from pipeline.labels.labeler import LabelRule, load_labeler
 from pipeline.pack.caption_cleaning import strict_json
 from pipeline.pack.selection import RESERVED_FIELD, SampleSelector, SelectedSample, SelectionConfig
 from shards_spec.files import json_bytes, remove
@@ -50,7 +50,7 @@ def write_final_shard(root: str, task: Task, *, selection: SelectionConfig, word
     Image bytes are copied untouched; every sample that is dropped is counted. Raises DataError when captions or
     dedup's list do not belong to the raw shards.
     """
-    label = load_labeller(wordnet, rule).synsets
+    label = load_labeler(wordnet, rule).synsets
     counts = Counter[str]()
     counters = Counter[str]()
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}

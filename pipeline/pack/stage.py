@@ -22,7 +22,7 @@ from pipeline.core.runner import (
     upstream_shards,
 )
 from pipeline.dedup.drop_list import check_fresh
-from pipeline.labels.labeler import load_labeller
+from pipeline.labels.labeler import load_labeler
 from pipeline.labels.wordnet import find_wordnet
 from pipeline.pack import caption_cleaning
 from pipeline.pack.config import PackConfig
@@ -68,7 +68,7 @@ def _pack(config: PackConfig, assignment: ShardAssignment, shards: list[int]) ->
     selection = _selection(config, shards)
     wordnet = str(find_wordnet(config.wordnet, config.download_wordnet))
     rule = config.rule
-    load_labeller(wordnet, rule)  # an unusable WordNet or tagger is an error now, not in a worker
+    load_labeler(wordnet, rule)  # an unusable WordNet or tagger is an error now, not in a worker
     captioner, limits = _selection_record(selection)
     size = {} if config.shard_size is None else {"shard_size": config.shard_size}
     stage = Stage("pack", SHARDS, {**captioner, **rule.describe(), **limits, **size})

@@ -33,7 +33,7 @@ from urllib.parse import unquote
 import ftfy
 import nltk
 
-from pipeline.labels.labeler import Labeller
+from pipeline.labels.labeler import Labeler
 from pipeline.labels.punkt_english import ABBREVIATIONS
 from pipeline.labels.tokenizer import tokenise
 from pipeline.labels.wordnet import WordNet, find_wordnet, load_wordnet
@@ -186,11 +186,11 @@ def seconds(label: Callable[[str], object], captions: list[str]) -> float:
 
 def measure(name: str, captions: list[str], options: argparse.Namespace, net: WordNet) -> None:
     """Print rates, ratio and agreement on one set of captions."""
-    labeller, few = Labeller(net), captions[: options.reference]
+    labeller, few = Labeler(net), captions[: options.reference]
     frequent = [wnid for wnid, _ in Counter(chain.from_iterable(map(labeller.synsets, captions))).most_common()]
     vocabulary = Vocabulary(tuple((wnid, "", 0, 0) for wnid in [*dict.fromkeys([*frequent, *net.heads])][:KEYS]), {})
     theirs, of_tokens, split = released([f"n{int(row[0][1:])}" for row in vocabulary.rows])
-    labeller = Labeller(net)  # a cold one
+    labeller = Labeler(net)  # a cold one
 
     def ours(caption: str) -> list[int]:
         return vocabulary.labels(labeller.synsets(caption))

@@ -27,9 +27,9 @@ from nltk.tokenize import NLTKWordTokenizer
 from nltk.tokenize.punkt import PunktLanguageVars, PunktSentenceTokenizer
 
 from pipeline.labels import wordnet
-from pipeline.labels.labeler import FUNCTION_WORDS, Labeller, LabelRule, load_labeller, load_tagger
+from pipeline.labels.labeler import FUNCTION_WORDS, Labeler, LabelRule, load_labeler, load_tagger
 from pipeline.labels.punkt_english import ABBREVIATIONS
-from pipeline.labels.tokenizer import Memo, Reader, _pieces, clean, tokenise
+from pipeline.labels.tokenizer import Memo, TokenMapper, _pieces, normalise_caption, tokenise
 from pipeline.labels.vocab_stage import imagenet_classes
 from pipeline.labels.wordnet import find_wordnet, load_wordnet
 from pipeline.pack.config import PackConfig
@@ -50,7 +50,7 @@ def net():
 
 @pytest.fixture(scope="module")
 def label(net):
-    return Labeller(net)
+    return Labeler(net)
 
 
 def short(wnids):
@@ -86,7 +86,7 @@ def test_a_caption_and_its_target(label):  # fact 2
 def test_every_token_is_tried_as_a_noun_and_the_paper_tags_first(net, label):  # fact 3
     caption = "dog catching frisbee"
     assert short(label.synsets(caption)) == ["n2084071", "n126886", "n3397947"]
-    assert short(Labeller(net, LabelRule(nouns_only=True), penn).synsets(caption)) == ["n2084071", "n3397947"]
+    assert short(Labeler(net, LabelRule(nouns_only=True), penn).synsets(caption)) == ["n2084071", "n3397947"]
 
 
 def test_plurals(label):  # fact 4
@@ -119,7 +119,7 @@ def test_suffixes_are_stripped_repeatedly_as_in_the_pinned_nltk(label):  # fact 
     ],
 )  # fmt: skip
 def test_cleaning(raw, cleaned):  # fact 8
-    assert clean(raw) == cleaned
+    assert normalise_caption(raw) == cleaned
 
 
 def test_repeats_and_joined_words(label):  # fact 8
@@ -192,9 +192,9 @@ TEXTS = st.one_of(
 def test_reader_and_clean_equal_the_plain_way(text):  # fact 15
     plain = unquote(text).replace("+", " ")
     plain = re.sub(r" +", " ", re.sub(r"<.*?>", "", plain).strip("\n"))
-    assert clean(text) == ftfy.fix_text(plain).strip().lower()
-    reader = Reader(str)
-    for form in (text, clean(text)):
+    assert normalise_caption(text) == ftfy.fix_text(plain).strip().lower()
+    reader = TokenMapper(str)
+    for form in (text, normalise_caption(text)):
         assert reader(form) == tokenise(form) == reader(form)
 
 
@@ -220,15 +220,15 @@ RULES = [
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_memoised_and_plain_labels_agree(net, rule):  # fact 15
-    warm, fresh = Labeller(net, rule, penn), Labeller(net, rule, penn)
+    warm, fresh = Labeler(net, rule, penn), Labeler(net, rule, penn)
 
     @settings(max_examples=150, deadline=None)
     @given(TEXTS)
     def agree(text):
-        tokens = tokenise(clean(text))
-        fresh._memo.clear()
+        tokens = tokenise(normalise_caption(text))
+        fresh._synset_memo.clear()
         in_context = rule.nouns_only or rule.collocations
-        plain = fresh._of_tokens(tokens) if in_context else [w for t in tokens if (w := fresh.synset(t))]
+        plain = fresh._synsets_in_context(tokens) if in_context else [w for t in tokens if (w := fresh.synset(t))]
         assert warm.synsets(text) == plain == warm.synsets(text)
 
     agree()
@@ -267,7 +267,7 @@ def test_tokens_are_those_of_nltk_but_for_what_it_changed_since_the_pinned_versi
 def test_tokens_of_the_pinned_nltk_with_its_real_model():
     """On texts full of abbreviations, initials, numbers and ellipses; `tests/bench/punkt_golden.py` wrote them."""
     golden = json.loads((GOLDEN / "punkt.json").read_text(encoding="utf-8"))
-    reader = Reader(str)
+    reader = TokenMapper(str)
     for text, tokens in golden:
         assert tokenise(text) == tokens == reader(text), text
     assert len(golden) == 468
@@ -307,7 +307,7 @@ def test_tokens_of_the_pinned_nltk():
 
 
 def test_collocations(net):
-    label = Labeller(net, LabelRule(collocations=True))
+    label = Labeler(net, LabelRule(collocations=True))
 
     def heads(text):
         return [net.heads[wnid] for wnid in label.synsets(text)]
@@ -316,14 +316,14 @@ def test_collocations(net):
     assert heads("a great white shark in a bird's nest") == ["great_white_shark", "bird's_nest"]
     assert heads("ice, cream. Hot dog") == ["ice", "cream", "dog"]  # hotdog.n.01 is a person by another name
     assert short(label.synsets("ice cream")) == ["n7614500"]
-    both = Labeller(net, LabelRule(collocations=True, nouns_only=True), penn)
+    both = Labeler(net, LabelRule(collocations=True, nouns_only=True), penn)
     assert [net.heads[wnid] for wnid in both.synsets("black dog sells ice cream")] == ["dog", "ice_cream"]
 
 
 def test_synonyms_and_stop_words(net):
-    assert short(Labeller(net, LabelRule(synonyms=True)).synsets("bike tv")) == ["n3790512", "n6277280"]
-    assert Labeller(net, LabelRule(stop_words=FUNCTION_WORDS)).synsets("a dog can. One CAN") == ["n02084071"]
-    assert all(Labeller(net).synsets(word) for word in FUNCTION_WORDS)
+    assert short(Labeler(net, LabelRule(synonyms=True)).synsets("bike tv")) == ["n3790512", "n6277280"]
+    assert Labeler(net, LabelRule(stop_words=FUNCTION_WORDS)).synsets("a dog can. One CAN") == ["n02084071"]
+    assert all(Labeler(net).synsets(word) for word in FUNCTION_WORDS)
     assert tuple(sorted(FUNCTION_WORDS)) == FUNCTION_WORDS
 
 
@@ -345,13 +345,13 @@ def test_a_rule_names_what_departs_from_the_released_one(tmp_path):
 def test_taggers(net, tmp_path, monkeypatch):
     monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
     with pytest.raises(UserError, match=r"python -m nltk.downloader averaged_perceptron_tagger_eng"):
-        Labeller(net, LabelRule(nouns_only=True))
+        Labeler(net, LabelRule(nouns_only=True))
     for name in ("nowhere:penn", "nltk.tag", "json:nothing", ":x"):
         with pytest.raises(UserError, match="must be 'nltk' or MODULE:FUNCTION"):
             load_tagger(name)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "toy_tagger.py").write_text("def tag(tokens):\n    return ['NN'] * len(tokens[1:])\n")
-    label = load_labeller(None, LabelRule(nouns_only=True, tagger="toy_tagger:tag"))
+    label = load_labeler(None, LabelRule(nouns_only=True, tagger="toy_tagger:tag"))
     with pytest.raises(UserError, match="tagger toy_tagger:tag gives 1 tags for 2 tokens"):
         label.synsets("a dog")
     assert label.synsets("") == []
@@ -375,7 +375,7 @@ def test_nltks_tagger_where_its_data_is(net, tmp_path, monkeypatch):
     for name, part in parts.items():
         (folder / f"averaged_perceptron_tagger_eng.{name}.json").write_text(json.dumps(part))
     monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
-    label = Labeller(net, LabelRule(nouns_only=True))
+    label = Labeler(net, LabelRule(nouns_only=True))
     assert [net.heads[w] for w in label.synsets("Dog catching frisbee. The black cat")] == ["dog", "Frisbee", "cat"]
 
 
@@ -385,11 +385,11 @@ def test_nltks_tagger_where_its_data_is(net, tmp_path, monkeypatch):
 @pytest.fixture
 def nltk_data(net, tmp_path, monkeypatch):
     """An empty NLTK data folder, and no WordNet anywhere else."""
-    monkeypatch.setattr(wordnet, "DEBIAN", ())
+    monkeypatch.setattr(wordnet, "DEBIAN_FOLDERS", ())
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NLTK_DATA", str(tmp_path / "nltk_data"))
     (tmp_path / "nltk_data" / "corpora").mkdir(parents=True)
-    if any(root.is_dir() for root in map(wordnet.Path, wordnet._nltk_places())):
+    if any(root.is_dir() for root in map(wordnet.Path, wordnet._nltk_folders())):
         skip_or_fail("NLTK's WordNet is in this Python's own folder")
     return tmp_path / "nltk_data"
 
@@ -447,7 +447,7 @@ import sys, nltk.downloader
 from pipeline.labels import wordnet
 from shards_spec.files import UserError
 nltk.downloader.Downloader.DEFAULT_URL = "http://192.0.43.8/index.xml"
-wordnet.DEBIAN = ()
+wordnet.DEBIAN_FOLDERS = ()
 try:
     print(wordnet.find_wordnet(download=True))
 except UserError as error:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_catlip import TINY, need_wordnet, write_labelled
 
-from pipeline.labels.labeler import load_labeller
+from pipeline.labels.labeler import load_labeler
 from pipeline.labels.vocab_stage import VocabConfig, vocab
 from shards_spec.files import UserError
 from shards_spec.tar import read_shard
@@ -129,7 +129,7 @@ def test_the_figure_of_the_paper_becomes_its_target():  # fact 2
     others = [f"n{number:08d}" for number in range(90_000_001, 90_000_007)]
     rows = [*first, *((wnid, "other") for wnid in others), ("n07947958", "free")]
     vocabulary = Vocabulary(tuple((wnid, lemma, 1, 1) for wnid, lemma in rows), {})
-    wnids = load_labeller().synsets("An image of black dog.")
+    wnids = load_labeler().synsets("An image of black dog.")
     assert wnids == ["n05928118", "n04960277", "n02084071"]
     assert SampleLabels(vocabulary).class_indices(_sample([wnids])) == [0, 2]
 

@@ -10,7 +10,7 @@ from small_catlip import TINY, need_wordnet, write_bench, write_folders
 from torch import nn
 
 import clipmill
-from pipeline.labels.classes_stage import ClassesConfig, Nearest, classes, map_class, map_classes
+from pipeline.labels.classes_stage import ClassesConfig, NearestSynset, classes, map_class, map_classes
 from pipeline.labels.vocab_stage import imagenet_classes
 from pipeline.labels.wordnet import load_hypernyms
 from shards_spec.class_map import ClassMap, ClassRow, read_class_map
@@ -43,7 +43,7 @@ def ceiling(net):
 
 
 def similarity(one, other, hypernyms):
-    """Path similarity by walking up from both, without `Nearest`."""
+    """Path similarity by walking up from both, without `NearestSynset`."""
 
     def above(wnid):
         steps, queue = {wnid: 0}, deque([wnid])
@@ -64,7 +64,7 @@ def test_path_similarity(net):  # fact 14
     pairs = {("dog", "cat"): 0.2, ("golden_retriever", "retriever"): 0.5, ("great_white_shark", "shark"): 1 / 3}
     for (one, other), expected in pairs.items():
         assert similarity(first[one], first[other], hypernyms) == pytest.approx(expected)
-        found = Nearest({first[other]: 0}, hypernyms).of(first[one])
+        found = NearestSynset({first[other]: 0}, hypernyms).find(first[one])
         assert found == (first[other], pytest.approx(expected))
 
 
@@ -85,14 +85,16 @@ def test_imagenet_is_covered_as_published(ceiling, net):  # fact 14 and section 
 
 
 def test_ties_of_imagenet(ceiling, net):  # section 6.2
-    nearest, near = Nearest(ceiling.index, load_hypernyms()), {}
+    nearest, near = NearestSynset(ceiling.index, load_hypernyms()), {}
     for wnid in ceiling.index:  # all of the vocabulary that are as near to a synset above them as any
-        for node, steps in nearest.above(wnid).items():
-            if steps == nearest.below[node][0]:
+        for node, steps in nearest.ancestors(wnid).items():
+            if steps == nearest.closest_below[node][0]:
                 near.setdefault(node, set()).add(wnid)
     tied = 0
     for wnid in imagenet_classes():
-        steps = {node: up + nearest.below[node][0] for node, up in nearest.above(wnid).items() if node in near}
+        steps = {
+            node: up + nearest.closest_below[node][0] for node, up in nearest.ancestors(wnid).items() if node in near
+        }
         best = set().union(*(near[node] for node, total in steps.items() if total == min(steps.values())))
         tied += len(best) > 1
     assert tied == 201
@@ -100,16 +102,16 @@ def test_ties_of_imagenet(ceiling, net):  # section 6.2
 
 def test_nearest_is_the_best_of_all(ceiling, net):
     hypernyms, some = load_hypernyms(), [wnid for wnid, _, _, _ in ceiling.rows[::37]]
-    nearest = Nearest({wnid: rank for rank, wnid in enumerate(some)}, hypernyms)
+    nearest = NearestSynset({wnid: rank for rank, wnid in enumerate(some)}, hypernyms)
     for wnid in sorted(imagenet_classes())[::250]:
         scores = [similarity(wnid, other, hypernyms) for other in some]
         ties = [other for other, score in zip(some, scores, strict=True) if score == max(scores)]
-        above = [other for other in ties if other in nearest.above(wnid)]
-        assert nearest.of(wnid) == ((above or ties)[0], pytest.approx(max(scores)))
+        above = [other for other in ties if other in nearest.ancestors(wnid)]
+        assert nearest.find(wnid) == ((above or ties)[0], pytest.approx(max(scores)))
 
 
 def test_each_case_by_name(ceiling, net):
-    nearest = Nearest(ceiling.index, load_hypernyms())
+    nearest = NearestSynset(ceiling.index, load_hypernyms())
 
     def of(name):
         row = map_class(name, net, nearest, ceiling.index, 0.2)
@@ -123,7 +125,7 @@ def test_each_case_by_name(ceiling, net):
     assert of("n02099601") == ("nearest", ("retriever",))
     assert of("bike") == of("n99999999") == of("qwertz") == ("none", ())
     few = words((DOG, "dog"))
-    alone = Nearest(few.index, load_hypernyms())
+    alone = NearestSynset(few.index, load_hypernyms())
     assert map_class("golden retriever", net, alone, few.index, 0.2).case == "nearest"
     assert map_class("golden retriever", net, alone, few.index, 0.5).case == "none"
 
