@@ -57,9 +57,11 @@ def first_shard(root: str) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
     from small_data import tiny_coca
 
-    from pipeline.cache.stage import CacheConfig, cache
+    from pipeline.cache.config import CacheConfig
+    from pipeline.cache.stage import cache
+    from pipeline.caption.config import CaptionConfig
     from pipeline.caption.decoding import Decoding
-    from pipeline.caption.stage import CaptionConfig, caption
+    from pipeline.caption.stage import caption
     from pipeline.core.runner import Stage, Task, run_stage
     from pipeline.dedup.config import DedupConfig
     from pipeline.dedup.stage import dedup
