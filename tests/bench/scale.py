@@ -164,7 +164,8 @@ def _submit(root: str) -> object:
 def _jobs(root: str) -> object:
     from slurm.options import read_site
     from slurm.status import JobsConfig, jobs
-    from slurm.submit import COMMANDS, Submission, jobs_folder
+    from slurm.step import COMMANDS
+    from slurm.submission import Submission, jobs_folder
 
     place = jobs_folder(root, read_site(None, "jobs", COMMANDS))
     shards = read_dataset(root)["stages"]["pack"]["shards"]
