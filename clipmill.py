@@ -190,8 +190,7 @@ def _print(text: object, file: TextIO | None = None) -> None:
 
 
 def _submit(words: list[str]) -> int:
-    from slurm.step import Step
-    from slurm.submit import submit
+    from slurm.submit import Step, submit
 
     def run_here(step: Step) -> int:
         if step.command == "train":

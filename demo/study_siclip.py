@@ -13,8 +13,9 @@ from table import metrics
 
 from pipeline.report.axes import linear
 from training.config import DataConfig, ViewConfig
+from training.data.batches import load_batches
 from training.data.order import batch_positions
-from training.data.samples import load_batches, open_samples
+from training.data.samples import open_samples
 from training.evaluation.attention_divergence import adjacent_divergences, write_divergences
 from training.runs.student import load_run
 

@@ -1,25 +1,24 @@
-"""What is asked of Slurm, one call for many jobs, and how jobs are submitted and waited for."""
+"""The few questions asked of Slurm's commands, one call for many jobs, and submitit's executors."""
 
 import contextlib
 import io
+import pickle
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from shards_spec.files import UserError
 from slurm.jobs import Job
 from slurm.options import Options, Site
-from slurm.submitit_parts import dry_executor, result_path, result_succeeded, script_text, submission_errors
 
-DEFAULT_ARRAY = 1001  # tasks of an array where Slurm does not say, its own default
-ASK_S = 60.0  # while waiting, the scheduler is asked at most that often
-ANSWER_S = 30.0  # its commands must answer within
+ASK_S = 60.0  # the scheduler is asked at most that often while waiting
+QUIET_S = 30.0  # and told to answer within
 LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "STOPPED", "PREEMPTED")
 
 
@@ -35,7 +34,7 @@ def need_slurm() -> None:
 def ask(*words: str) -> str:
     """Output of one of Slurm's commands. Raises UserError when it fails."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=ANSWER_S)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=QUIET_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"{words[0]} does not answer ({error}): is Slurm up?") from error
     if done.returncode:
@@ -51,8 +50,8 @@ def _last_line(text: str) -> str:
 
 def max_array_size() -> int:
     """How many tasks an array may have."""
-    limits = re.findall(r"(?:^MaxArraySize *= *|\bmax_array_tasks=)(\d+)", ask("scontrol", "show", "config"), re.M)
-    return max(1, min(map(int, limits), default=DEFAULT_ARRAY))
+    said = re.findall(r"(?:^MaxArraySize *= *|\bmax_array_tasks=)(\d+)", ask("scontrol", "show", "config"), re.M)
+    return max(1, min(map(int, said), default=1001))  # Slurm's default
 
 
 def states(jobs: Iterable[str]) -> dict[str, str] | None:
@@ -60,14 +59,13 @@ def states(jobs: Iterable[str]) -> dict[str, str] | None:
 
     None where Slurm does not answer; a job is not among them when Slurm has forgotten it.
     """
-    wanted = ",".join(sorted(jobs))
-    found = dict[str, str]()
+    wanted, found = ",".join(sorted(jobs)), dict[str, str]()
     if not wanted:
         return found
     with contextlib.suppress(UserError):  # no accounting: the queue, then the jobs' own results must do
         for line in ask("sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", wanted).splitlines():
             job, state = line.split("|")[:2]
-            found |= dict.fromkeys(_array_tasks(job), state.split()[0])
+            found |= dict.fromkeys(_each(job), state.split()[0])
     try:
         for line in ask("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r", "-j", wanted).splitlines():
             job, state, reason = line.split("|")
@@ -78,24 +76,20 @@ def states(jobs: Iterable[str]) -> dict[str, str] | None:
     return found
 
 
-def _array_tasks(job: str) -> list[str]:
+def _each(job: str) -> list[str]:
     """The tasks of ``7_[0-2,5%4]``, as the accounts have those that did not begin."""
-    group = re.fullmatch(r"(\d+)_\[([\d,-]+).*\]", job)
-    if group is None:
+    if not (group := re.fullmatch(r"(\d+)_\[([\d,-]+).*\]", job)):
         return [job]
-    tasks = list[str]()
-    for first, last in re.findall(r"(\d+)(?:-(\d+))?", group[2]):
-        tasks += [f"{group[1]}_{task}" for task in range(int(first), int(last or first) + 1)]
-    return tasks
+    spans = re.findall(r"(\d+)(?:-(\d+))?", group[2])
+    return [f"{group[1]}_{task}" for first, last in spans for task in range(int(first), int(last or first) + 1)]
 
 
-def executor_parameters(command: str, options: Options, site: Site, snapshot: str) -> dict[str, Any]:
-    """A command's parameters for submitit's SlurmExecutor. ``snapshot`` is the folder of the code that jobs run."""
-    train = command == "train"
+def parameters(name: str, options: Options, site: Site, snapshot: str, train: bool) -> dict[str, Any]:
+    """What submitit's SlurmExecutor takes."""
     gpus = options.gpus_per_node if options.gpus_per_node is not None else site.gpus_per_node
     cpus = [f"--cpus-per-task={site.cpus_per_task}"] if site.cpus_per_task else []  # srun has its own since Slurm 22.05
-    parameters = {
-        "job_name": f"clipmill-{command}",
+    found = {
+        "job_name": f"clipmill-{name}",
         "time": options.minutes,
         "nodes": options.nodes if train else 1,
         "ntasks_per_node": (options.tasks_per_node or gpus or 1) if train else 1,
@@ -111,52 +105,57 @@ def executor_parameters(command: str, options: Options, site: Site, snapshot: st
         "srun_args": ["--kill-on-bad-exit=1", *cpus],
         "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **site.sbatch},
     }
-    return {name: value for name, value in parameters.items() if value is not None}
+    return {key: value for key, value in found.items() if value is not None}
 
 
-class SlurmQueue:
-    """Submits the jobs of one submission, or prints their scripts."""
+class Slurm:
+    """Submits jobs of one submission, or prints their scripts."""
 
-    def __init__(self, folder: Path, options: Options, site: Site, parameters: dict[str, Any]) -> None:
-        from submitit import SlurmExecutor
+    def __init__(self, folder: Path, options: Options, site: Site, given: dict[str, Any]) -> None:
+        from submitit.slurm.slurm import SlurmExecutor
+
+        class Executor(SlurmExecutor):
+            """Makes scripts where Slurm is not installed, too."""
+
+            @classmethod
+            def affinity(cls) -> int:
+                return 2
 
         python = f"{site.container} {shlex.quote(sys.executable)}" if site.container else None
-        make = dry_executor if options.dry_run else SlurmExecutor
-        self._executor: Any = make(folder, options.max_requeue, python=python)
-        self._parameters, self._dry_run = parameters, options.dry_run
+        self._executor = (Executor if options.dry_run else SlurmExecutor)(folder, options.max_requeue, python=python)
+        self._given, self._dry = given, options.dry_run
 
-    def submit(self, jobs: Sequence[Job], dependency: str | None) -> str:
+    def submit(self, jobs: list[Job], dependency: str | None) -> str:
         """Submit one job, or several as an array; the number. Raises UserError with Slurm's reason."""
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
         executor = self._executor
-        parameters = {**self._parameters, **({"dependency": dependency} if dependency else {})}
         executor.parameters = {}
-        executor.update_parameters(**parameters)
-        if self._dry_run:
-            text = script_text(executor, parameters)
+        executor.update_parameters(**self._given, **({"dependency": dependency} if dependency else {}))
+        if self._dry:
+            text = executor._make_submission_file_text(executor._submitit_command_str, "")
             print(text if len(jobs) == 1 else text.replace("\n# Parameters\n", f"\n# an array of {len(jobs)}\n", 1))
             return "0"
         try:
             with contextlib.redirect_stderr(io.StringIO()), executor.batch():  # sbatch's words come in the error
                 submitted: list[Any] = [executor.submit(job) for job in jobs]
             return str(submitted[0].job_id).split("_")[0]
-        except submission_errors() as error:
+        except (FailedJobError, FailedSubmissionError) as error:
             raise UserError(
-                f"Slurm refuses the job: {_last_line(str(error))}; correct the site file or the flags"
+                f"Slurm refuses the job: {_last_line(str(error))}; mend the site file or the flags"
             ) from error
 
 
 def wait_for(folder: Path, job: str) -> bool:
     """Wait for a job's end; whether it succeeded. Its result is seen at once, the scheduler seldom asked."""
-    result = result_path(folder, job)
-    asked = time.monotonic()
+    result, asked = folder / f"{job}_0_result.pkl", time.monotonic()
     while not result.exists():
         time.sleep(1)
         if time.monotonic() - asked > ASK_S:
-            asked = time.monotonic()
-            found = states([job])
-            if found is None:  # Slurm may answer again in a minute
+            asked, found = time.monotonic(), states([job])
+            if found is None:  # it may be back in a minute
                 continue
             state = found.get(job, "forgotten").split()[0]
             if state not in LIVE and not result.exists():
                 return state == "COMPLETED"
-    return result_succeeded(result)
+    return bool(pickle.loads(result.read_bytes())[0] == "success")

@@ -22,7 +22,7 @@ FLOORS = {
     "slurm": {"slurm", "training", "pipeline", "shards_spec"},
 }
 SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
-MAX_LINES, MAX_FUNCTION = 500, 60
+MAX_LINES, MAX_FUNCTION = 500, 80  # complexity is what ruff limits
 
 
 def imported(path: Path) -> set[str]:

@@ -32,8 +32,9 @@ from shards_spec import files
 from shards_spec.files import UserError
 from shards_spec.models import load_model
 from training.config import DataConfig, TeacherCacheConfig
+from training.data.batches import load_batches
 from training.data.order import batch_positions
-from training.data.samples import load_batches, open_samples
+from training.data.samples import open_samples
 
 GOLDEN = Path(__file__).parent / "golden" / "img2dataset-1.47"
 numbers = itertools.count()

@@ -30,7 +30,8 @@ from training.config import (
     flat,
     total_steps,
 )
-from training.data.samples import Samples, check_data, load_batches, open_samples
+from training.data.batches import load_batches
+from training.data.samples import Samples, check_data, open_samples
 from training.engine.batch_fit import fitted, halved, is_out_of_memory, out_of_memory, profiles, warn_of_norms
 from training.engine.distributed import Ranks, processes
 from training.engine.ema import ModelEma
@@ -237,7 +238,9 @@ class Trainer:
         positions = plan.positions(progress.step, progress.samples_seen, left, ranks.rank, ranks.size)
         sides = plan.sides_from(progress.step)
         as_bytes = config.run.chunk_size is not None  # floats are those of a chunk alone
-        batches = load_batches(self.samples, positions, config.data.workers, self.device, sides, as_bytes)
+        batches = load_batches(
+            self.samples, positions, workers=config.data.workers, device=self.device, sides=sides, as_bytes=as_bytes
+        )
         saved, logged = (time.monotonic(), progress.step), (time.monotonic(), progress.samples_seen)
         start = time.monotonic() - progress.seconds
         with self._writer() as writer, stop_flag() as stop:

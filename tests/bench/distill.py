@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from shards_spec.models import LoadedModel, load_model
 from training.config import DataConfig, ModelConfig, OptimConfig, TeacherCacheConfig, ViewConfig
+from training.data.batches import load_batches
 from training.data.order import batch_positions
-from training.data.samples import load_batches, open_samples
+from training.data.samples import open_samples
 from training.engine.optim import build_optimizer
 from training.recipes import affinity, clip
 from training.runs.student import new_student
@@ -111,7 +112,7 @@ def main() -> None:
         def batches(views: ViewConfig | TeacherCacheConfig) -> Iterator[dict[str, Any]]:
             samples = open_samples(DataConfig(data=root), views, student, 0)
             positions = batch_positions(0, 10**6, options.batch_size)
-            return load_batches(samples, positions, options.workers, options.device)
+            return load_batches(samples, positions, workers=options.workers, device=options.device)
 
         drawn, cached = ViewConfig(scale=SCALE), TeacherCacheConfig("wide")
         weights = {"affinity": 1.0, "feature": 0.0, "contrastive": 1.0}

@@ -38,8 +38,9 @@ from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
 from shards_spec.views import ViewSpec
 from training.config import DataConfig, TeacherCacheConfig, ViewConfig
+from training.data.batches import load_batches
 from training.data.order import batch_positions
-from training.data.samples import load_batches, open_samples
+from training.data.samples import open_samples
 
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 VIEWS, CAPTIONS, DIM = 10, 6, 768
@@ -118,7 +119,7 @@ def ours(
     """The reader as `clipmill train` opens it."""
     student = LoadedModel(None, open_clip.get_tokenizer("ViT-B-32"), {}, options.size, MEAN, STD)
     samples = open_samples(DataConfig(data=root, captions=captions), views, student, 0)
-    return load_batches(samples, batch_positions(start, 10**6, options.batch_size), options.workers)
+    return load_batches(samples, batch_positions(start, 10**6, options.batch_size), workers=options.workers)
 
 
 def rate(batches: Iterator[Any], number: int, batch_size: int) -> float:

@@ -17,8 +17,9 @@ from small_training import tiny_clip, write_packed, write_teacher
 from shards_spec.files import write_json
 from shards_spec.models import load_model
 from training.config import DataConfig, TeacherCacheConfig
+from training.data.batches import load_batches
 from training.data.order import batch_positions
-from training.data.samples import load_batches, open_samples
+from training.data.samples import open_samples
 
 FORK = multiprocessing.get_context("fork")
 SIZES, BATCH = [11, 7, 9, 4, 13, 6], 10
@@ -35,7 +36,7 @@ def data(tmp_path_factory):
 def batches(data, start, number, workers=0, rank=0, world_size=1):
     root, student = data
     samples = open_samples(DataConfig(data=root, streams=2), TeacherCacheConfig(), student, seed=4)
-    yield from load_batches(samples, batch_positions(start, number, BATCH, rank, world_size), workers)
+    yield from load_batches(samples, batch_positions(start, number, BATCH, rank, world_size), workers=workers)
 
 
 def rows(batch):

@@ -20,7 +20,7 @@ from shards_spec.folders import walk
 from shards_spec.names import IMAGE_EXTENSIONS, endings_line, file_ending, is_ignored, is_image
 from shards_spec.sample import Sample
 from shards_spec.tar import index_shard, read_shard
-from training.data.samples import ShardReader
+from training.data.shard_reader import ShardReader
 
 log = logging.getLogger(__name__)
 TEST_SPLITS = ("test", "val")

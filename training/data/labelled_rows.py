@@ -10,9 +10,9 @@ from shards_spec.files import DataError
 from shards_spec.images import decode_rgb
 from shards_spec.models import LoadedModel
 from shards_spec.views import ViewSpec, apply_view, draw_view
+from training.data.batches import Item, Skipped, to_pixels
 from training.data.labelled_images import LabelledImages
 from training.data.order import BatchPlan, Order
-from training.data.samples import Item, Skipped, to_pixels
 
 CROP = 224 / 232  # share of the shorter side that the test crop covers: 232 pixels are cut to 224
 

@@ -1,4 +1,4 @@
-"""The teacher cache read beside the shards: what is in it is checked before a row is believed."""
+"""The teacher cache, read beside the shards: every file is checked before its rows are used."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from shards_spec.views import ViewSpec, stored_spec
 from training.data.local_copies import LocalFileCache
 from training.data.lru import LRUCache
 
+# metadata that all files of a cache have in common
 SAME = ("model", "pretrained", "weights_sha256", "logit_scale", "views_sha256", "dim")
 AGAIN = "delete it and run `clipmill cache` again"
 
@@ -27,7 +28,7 @@ class ShardFeatures:
     files: dict[str, EmbeddingFile]
 
     def row(self, column: str, index: int) -> np.ndarray:
-        """(D,) float32. Raises DataError when the cache has no such row."""
+        """Return a row, (D,) float32. Raises DataError when the cache has no such row."""
         file = self.files.get(column)
         row = file.row(column, index) if file else None
         if row is None or np.isnan(row).any():
@@ -36,25 +37,45 @@ class ShardFeatures:
 
 
 class TeacherCache:
-    """The cache ``ROOT/teacher/NAME``. Holds the rows of at most ``capacity`` shards.
+    """The cache ``ROOT/teacher/NAME``.
 
-    ``views``, ``num_views``, ``logit_scale`` (the scale itself) and ``dim`` come from the first shard's metadata;
-    every other shard must agree. Raises UserError when there is no such cache, DataError when it is broken.
+    ``views``, ``num_views``, ``logit_scale`` (the scale itself, not its logarithm) and ``dim`` come from the first
+    shard's metadata; every other shard must agree.
+
+    Args:
+        root: The dataset.
+        name: Name of the cache; empty takes the only one there is.
+        shards: Number of shards that the cache must have.
+        capacity: Number of shards whose files stay open, counted per view.
+        original_only: Do without the features of synthetic captions.
+        file_cache: Where copies of remote files are kept.
+
+    Raises:
+        UserError: There is no such cache, or it does not serve.
+        DataError: A file is damaged.
     """
 
     def __init__(
-        self, root: str, name: str, shards: int, capacity: int = 24, original_only: bool = False,
+        self,
+        root: str,
+        name: str,
+        shards: int,
+        *,
+        capacity: int = 24,
+        original_only: bool = False,
         file_cache: LocalFileCache | None = None,
-    ) -> None:  # fmt: skip
-        self.root, self.name, self.original_only = root, _pick(root, name), original_only
-        self.near = (file_cache or LocalFileCache()).get
+    ) -> None:
+        self.root = root
+        self.name = _pick(root, name)
+        self.original_only = original_only
+        self.file_cache = file_cache or LocalFileCache()
         present = set(names(join(root, teacher_folder(self.name))))
         if missing := [shard for shard in range(shards) if f"{shard_name(shard)}.parquet" not in present]:
             raise UserError(
                 f"{self.path(missing[0])} is not there ({len(missing)} of {shards} shards are missing): "
                 f"run `clipmill cache {root}` to its end"
             )
-        first = CachedShard(root, self.name, 0, self.near)
+        first = CachedShard(root, self.name, 0, self.file_cache.get)
         self.meta = first.files[0].meta
         if lacking := [field for field in (*SAME, "views") if field not in self.meta]:
             raise DataError(f"{self.path(0)}: its metadata has no {lacking[0]}; {AGAIN}")
@@ -64,24 +85,31 @@ class TeacherCache:
         self.num_views: int = first.config["num_views"]
         self.logit_scale: float = self.meta["logit_scale"]
         self.dim: int = self.meta["dim"]
-        self._rows: LRUCache[tuple[int, int], ShardFeatures] = LRUCache(capacity)
+        self._features: LRUCache[tuple[int, int], ShardFeatures] = LRUCache(capacity)
 
     def path(self, shard: int) -> str:
-        """The Parquet file of a shard."""
+        """Return the path or URL of the first Parquet file of a shard."""
         return teacher_parquet(self.root, self.name, shard)
 
-    def rows(self, shard: int, view: int, keys: list[str]) -> ShardFeatures:
-        """ShardFeatures of one view and of the captions, in the order of ``keys`` (the shard's).
+    def features(self, shard: int, view: int, keys: list[str]) -> ShardFeatures:
+        """Return the features of one view and of the captions of a shard.
 
-        Raises DataError naming file, key and mend when they are not that shard's.
+        Args:
+            shard: The shard.
+            view: The view.
+            keys: The keys of the shard's samples, in the order of its tar.
+
+        Raises:
+            DataError: The cache's files are damaged, or of another shard, teacher or view spec.
         """
-        return self._rows.get((shard, view), lambda: self._read(shard, view, keys))
+        return self._features.get((shard, view), lambda: self._read(shard, view, keys))
 
     def _read(self, shard: int, view: int, keys: list[str]) -> ShardFeatures:
-        path, tar = self.path(shard), tar_path(SHARDS, shard)
+        path = self.path(shard)
+        tar = tar_path(SHARDS, shard)
         if not exists(path):
             raise DataError(f"{path} is not there any more; run `clipmill cache {self.root}` again")
-        cached = CachedShard(self.root, self.name, shard, self.near)
+        cached = CachedShard(self.root, self.name, shard, self.file_cache.get)
         if cached.config["num_views"] != self.num_views:
             raise DataError(
                 f"{path}: {cached.config['num_views']} views, {self.path(0)} has {self.num_views}; run `clipmill cache "
@@ -105,6 +133,7 @@ class TeacherCache:
 
 
 def _pick(root: str, name: str) -> str:
+    """The name of a cache that is there. Raises UserError."""
     found = [entry for entry in names(join(root, TEACHER)) if "." not in entry or name == entry]
     if name in found or (not name and len(found) == 1):
         return name or found[0]
@@ -123,7 +152,7 @@ def _check_keys(path: str, stored: list[str], keys: list[str]) -> None:
 
 
 def view_spec(path: str, meta: dict[str, Any]) -> ViewSpec:
-    """The ViewSpec of a cache. Raises DataError when this Pillow would render other pixels from it."""
+    """Return the ViewSpec of a cache. Raises DataError when this Pillow would render other pixels from it."""
     spec = stored_spec(path, meta["views"])
     if spec.sha256 != meta["views_sha256"]:
         raise DataError(f"{path}: its view spec does not match its hash; {AGAIN}")

@@ -12,7 +12,8 @@ import torch
 from shards_spec.files import UserError
 from shards_spec.library_errors import short
 from training.config import RunConfig
-from training.data.samples import Samples, first_batch
+from training.data.batches import first_batch
+from training.data.samples import Samples
 from training.engine.gradients import split
 from training.engine.memory_estimate import Memory, Profile, profile
 from training.engine.sync_batch_norm import moving

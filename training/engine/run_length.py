@@ -3,7 +3,7 @@
 import logging
 
 from training.config import OptimConfig
-from training.data.samples import TrainingRows
+from training.data.batches import TrainingRows
 from training.engine.optim import learning_rate
 
 log = logging.getLogger(__name__)

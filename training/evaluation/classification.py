@@ -5,10 +5,10 @@ import torch
 
 from shards_spec.files import UserError
 from shards_spec.models import LoadedModel
+from training.data.batches import load_batches
 from training.data.labelled_images import LabelledImages, open_images
 from training.data.labelled_rows import LabelledImageRows
 from training.data.order import BatchPlan
-from training.data.samples import load_batches
 from training.evaluation.accuracy import AccuracyMeter
 from training.models.classifier import Classifier
 
@@ -21,7 +21,7 @@ def classification_metrics(
 ) -> dict[str, float]:
     """Return acc1, acc5 and mean_per_class_recall (of the classes that occur) of a classifier in eval mode."""
     meter = AccuracyMeter(classifier.head.out_features)
-    for batch in load_batches(rows, batch_ranges(len(rows.chosen)), workers, device):
+    for batch in load_batches(rows, batch_ranges(len(rows.chosen)), workers=workers, device=device):
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             logits = classifier(batch["images"])
         meter.add(logits.float(), batch["targets"].cpu())

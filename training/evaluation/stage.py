@@ -21,7 +21,7 @@ from training.runs.run_folder import RunDir
 from training.runs.student import load_run
 
 # task, as the result's file is named by it -> task, as CLIP_benchmark names it in the file
-TASKS = {
+TASKS: dict[str, str] = {
     "classification": "classification",
     "zeroshot": "zeroshot_classification",
     "retrieval": "zeroshot_retrieval",
@@ -51,7 +51,7 @@ def evaluate(config: EvalConfig) -> list[dict[str, Any]]:
     results = []
     for root, dataset in zip(config.data, dataset_names(config.data), strict=True):
         measurement = _measure(config, loaded, root, device)
-        result = {
+        result: dict[str, Any] = {
             "dataset": dataset,
             "model": description["model"],
             "pretrained": description["pretrained"],
@@ -60,9 +60,10 @@ def evaluate(config: EvalConfig) -> list[dict[str, Any]]:
             "language": "en",
             "samples": measurement.samples,
             "skipped": measurement.skipped,
-            **{name: description[name] for name in ("recipe", "step") if name in description},
         }
         is_run = "step" in description
+        if is_run:
+            result |= {"recipe": description["recipe"], "step": description["step"]}
         folder = config.output or (join(config.model, "eval") if is_run else None)
         path = join(folder, f"{dataset}_{measurement.task}.json") if folder else None
         if path:

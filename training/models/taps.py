@@ -28,7 +28,7 @@ def attention_maps(tower: nn.Module, inputs: Tensor) -> list[Tensor]:
 
     def keep_attention(heads: int) -> Callable[..., None]:
         def hook(module: nn.Linear, _: object, projected: Tensor) -> None:
-            query, key = projected.float().split(module.in_features, -1)[:2]
+            query, key, *_ = projected.float().unflatten(-1, (-1, module.in_features)).unbind(-2)
             query = query.unflatten(-1, (heads, -1)).transpose(1, 2)
             key = key.unflatten(-1, (heads, -1)).transpose(1, 2)
             maps.append((query @ key.mT / query.shape[-1] ** 0.5).softmax(-1))

@@ -140,7 +140,7 @@ def prepare(config: CatlipConfig) -> tuple[LoadedModel, Samples, CatlipTask]:
         with torch.no_grad():
             student.model.head.bias.copy_(start_bias(vocabulary))
     labels = SampleLabels(vocabulary, config.labels.label_captions == "original")
-    samples = open_samples(config.data, config.views, student, seed, labels, config.sides)
+    samples = open_samples(config.data, config.views, student, seed, labels=labels, sides=config.sides)
     total = total_steps(config.run, samples.plan.mean, samples.order.total)
     return student, samples, CatlipTask(config, student, total)
 

@@ -27,9 +27,10 @@ from training.config import (
     require,
     total_steps,
 )
+from training.data.batches import load_batches
 from training.data.labelled_images import open_images
 from training.data.labelled_rows import FeatureRows, LabelledImageRows, subset
-from training.data.samples import batch_plan, load_batches
+from training.data.samples import batch_plan
 from training.evaluation.classification import batch_ranges, classification_metrics, describe_difference, plain_rows
 from training.models.classifier import Classifier, new_classifier, new_rows
 from training.models.range_augment import RangeAugment, curriculum_loss
@@ -239,7 +240,7 @@ def feature_rows(rows: LabelledImageRows, device: str, workers: int) -> FeatureR
     """Features of the plain crops of all ``rows``, in fp32. Images that do not decode are left out."""
     device, features, labels = pick_device(device), list[Tensor](), list[Tensor]()
     model = rows.student.model.to(device)
-    for batch in load_batches(rows, batch_ranges(len(rows.chosen)), workers, device):
+    for batch in load_batches(rows, batch_ranges(len(rows.chosen)), workers=workers, device=device):
         features.append(model.encode_image(batch["images"]).float().cpu())
         labels.append(batch["targets"].cpu())
     model.to("cpu")

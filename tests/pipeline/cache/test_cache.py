@@ -14,8 +14,7 @@ import pytest
 import torch
 from small_data import tiny_coca, tree, vouch, write_raw
 
-from pipeline.cache.config import CacheConfig
-from pipeline.cache.stage import cache
+from pipeline.cache.stage import CacheConfig, cache
 from pipeline.cache.teacher import CPU_ROWS, Teacher
 from pipeline.check.stage import CheckConfig, check
 from pipeline.core import runner as stage
@@ -174,12 +173,12 @@ def test_other_labels_embed_nothing(root, model):
     cached = TeacherCache(root, "tea", SHARDS)
     keys = CachedShard(root, "tea", 0).files[0].keys
     with pytest.raises(DataError, match=r"00000\.parquet: made from another .*shards/00000\.tar than the one there"):
-        cached.rows(0, 0, keys)
+        cached.features(0, 0, keys)
     summary = run(root, model)
     assert (summary.made, made_now(summary)) == (1, (0, 0))
     after = tree(root)
     assert {p for p in after if after[p] != before.get(p)} == {"teacher/tea/00000_stats.json"}
-    assert len(TeacherCache(root, "tea", SHARDS).rows(0, 0, keys).keys) == 5
+    assert len(TeacherCache(root, "tea", SHARDS).features(0, 0, keys).keys) == 5
 
 
 def test_a_kill_while_views_are_added_costs_one_shard(root, model, monkeypatch, tmp_path):
@@ -258,7 +257,7 @@ def test_out_of_memory_halves_the_batch(caplog):
     with caplog.at_level(logging.WARNING):
         found = teacher.embed_images(images)
     assert model.seen == [16, 8, 4, 4, 4, 4, 4]
-    assert "out of memory with 16 rows; continuing with 8 at a time" in caplog.text
+    assert "out of memory with 16 rows; going on with 8 at a time" in caplog.text
     pixels = (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
     expected = torch.nn.functional.normalize(model.linear(pixels.flatten(1)), dim=-1).detach().numpy()
     assert np.abs(found - expected).max() < 1e-6
@@ -342,13 +341,13 @@ def test_shuffled_rows_and_swapped_shards_are_refused(root, model):
     shutil.copy(path, f"{path}.kept")
     write_vectors(path, [file.keys[row] for row in order], moved, ids, file.meta)
     with pytest.raises(DataError, match=rf"00000\.parquet: row 1 is key {keys[0][2]}, the shard has {keys[0][1]}"):
-        TeacherCache(root, "tea", SHARDS).rows(0, 0, keys[0])
+        TeacherCache(root, "tea", SHARDS).features(0, 0, keys[0])
     shutil.move(f"{path}.kept", path)
     for one, other in (("00000", "x"), ("00001", "00000"), ("x", "00001")):
         for end in (".parquet", "_stats.json"):
             shutil.move(join(root, "teacher/tea", one + end), join(root, "teacher/tea", other + end))
     with pytest.raises(DataError, match=r"00000\.parquet: made from another .*shards/00000\.tar"):
-        TeacherCache(root, "tea", SHARDS).rows(0, 0, keys[0])
+        TeacherCache(root, "tea", SHARDS).features(0, 0, keys[0])
     assert {p[len(root) + 1 :].split(":")[0] for p in check(CheckConfig(root)) if "teacher/" in p} == {
         f"teacher/tea/0000{shard}{end}" for shard in (0, 1) for end in (".parquet", "_stats.json")
     }
@@ -427,7 +426,7 @@ def test_the_loss_from_the_cache_is_the_live_teachers(root, model, dtype, tolera
     run(root, model, dtype=dtype)
     teacher, loaded = TeacherCache(root, "tea", SHARDS), load_model(model)
     rows = [
-        teacher.rows(shard, 1, [s.key for s in read_shard(join(root, f"shards/{shard:05d}.tar"))])
+        teacher.features(shard, 1, [s.key for s in read_shard(join(root, f"shards/{shard:05d}.tar"))])
         for shard in range(SHARDS)
     ]
     image, text = (
@@ -486,7 +485,7 @@ def test_bytes_per_sample_and_per_training_sample(tmp_path):
     stage.Done("cache/tea", 0, meta, {"success": count}, tar, {path: ""}).write(join(root, "teacher/tea"))
     cache = TeacherCache(root, "tea", 1)
     before = io_read()
-    rows = cache.rows(0, 3, keys)
+    rows = cache.features(0, 3, keys)
     for row in range(count):
         for name in (f"text_{row % 6}", "image_3"):
             assert np.array_equal(rows.row(name, row), vectors[name].values[row])

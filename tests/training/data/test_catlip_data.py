@@ -15,8 +15,9 @@ from shards_spec.files import UserError
 from shards_spec.tar import read_shard
 from shards_spec.vocab import Vocabulary
 from training.config import DataConfig, LabelConfig, SideConfig, ViewConfig
+from training.data.batches import load_batches
 from training.data.order import BatchPlan, batch_positions
-from training.data.samples import SampleLabels, find_vocabulary, load_batches, open_samples
+from training.data.samples import SampleLabels, find_vocabulary, open_samples
 from training.losses.multilabel import PAD
 from training.models.classifier import new_classifier
 
@@ -43,7 +44,7 @@ def student():
 def samples_of(root, student, sides=None, original_only=True, **changes):
     data = DataConfig(data=root, **{"batch_size": 4, "workers": 0, "streams": 1, **changes})
     labels = SampleLabels(find_vocabulary(data, LabelConfig()), original_only)
-    return open_samples(data, ViewConfig(), student, 0, labels, sides)
+    return open_samples(data, ViewConfig(), student, 0, labels=labels, sides=sides)
 
 
 def test_sizes_of_batches():  # fact 11
@@ -140,7 +141,7 @@ def test_batches_of_several_sizes_and_workers_change_nothing(root, student):
     plan = samples.plan
 
     def batches(workers):
-        return load_batches(samples, plan.positions(0, 0, 6), workers, sides=plan.sides_from(0))
+        return load_batches(samples, plan.positions(0, 0, 6), workers=workers, sides=plan.sides_from(0))
 
     seen = set()
     for step, (one, other) in enumerate(zip(batches(0), batches(2), strict=True)):
@@ -155,7 +156,7 @@ def test_batches_of_several_sizes_and_workers_change_nothing(root, student):
 def test_pieces_of_different_widths_are_joined(root, student, monkeypatch):
     samples = samples_of(root, student, batch_size=12)
     whole = next(load_batches(samples, batch_positions(0, 1, 12)))["labels"]
-    monkeypatch.setattr("training.data.samples.PIECE", 1)
+    monkeypatch.setattr("training.data.batches.PIECE_SIZE", 1)
     assert torch.equal(next(load_batches(samples, batch_positions(0, 1, 12)))["labels"], whole)
 
 
@@ -185,7 +186,7 @@ def test_a_vocabulary_is_counted_on_the_captions_that_labels_come_from(root):
     for source, name in (("all", "every"), ("synthetic", "synthetic")):
         with pytest.raises(UserError, match=rf"counted on {source} captions, .* `clipmill vocab --source original`"):
             find_vocabulary(DataConfig(data=root), LabelConfig(vocabulary=name))
-    with pytest.raises(UserError, match="no synthetic caption has a synset; count others by --source"):
+    with pytest.raises(UserError, match="no synthetic caption has a synset; count others with --source"):
         vocab(VocabConfig(root, min_count=0, source="synthetic", name="none"))
     taken = find_vocabulary(DataConfig(data=root), LabelConfig(vocabulary="every", label_captions="all"))
     assert taken.header["source"] == "all"

@@ -11,7 +11,7 @@ import pytest
 from shards_spec.files import DataError, UserError
 from training.data import local_copies
 from training.data.local_copies import LocalFileCache
-from training.data.samples import ShardReader
+from training.data.shard_reader import ShardReader
 
 FORK = multiprocessing.get_context("fork")
 numbers = itertools.count()

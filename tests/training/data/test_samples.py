@@ -18,8 +18,10 @@ from shards_spec.models import LoadedModel, load_model
 from shards_spec.tar import read_shard, write_shard
 from shards_spec.views import apply_view, draw_view
 from training.config import DataConfig, TeacherCacheConfig, ViewConfig
+from training.data.batches import load_batches
 from training.data.order import batch_positions
-from training.data.samples import ShardReader, draw_caption, load_batches, open_samples
+from training.data.samples import draw_caption, open_samples
+from training.data.shard_reader import ShardReader
 from training.data.teacher_cache import TeacherCache
 
 
@@ -72,7 +74,7 @@ def test_pixels_are_normalised():
 def test_workers_change_nothing(tmp_path, student, shards):
     write_teacher(str(tmp_path), write_packed(str(tmp_path), shards))
     samples = open_samples(config(str(tmp_path)), TeacherCacheConfig(), student, seed=0)
-    alone, shared = (list(load_batches(samples, batch_positions(4, 6, 4), workers)) for workers in (0, 3))
+    alone, shared = (list(load_batches(samples, batch_positions(4, 6, 4), workers=workers)) for workers in (0, 3))
     for one, other in zip(alone, shared, strict=True):
         assert one["keys"] == other["keys"]
         for name in ("images", "tokens", "teacher_image", "teacher_text"):
@@ -94,7 +96,7 @@ def test_reader_keeps_few_shards_open(tmp_path, student):
     before, most = len(os.listdir("/proc/self/fd")), 0
     for batch in load_batches(samples, batch_positions(0, 25, 4)):
         assert len(batch["keys"]) == 4
-        most = max(most, len(samples.reader.open.values))
+        most = max(most, len(samples.reader.open_shards.values))
         assert len(os.listdir("/proc/self/fd")) <= before + 5
     assert most == 4, "in each stream the open window and the one before"
 
@@ -202,7 +204,7 @@ def rewrite(root, change, shard=0):
 
 def read_all(root, student, workers=0, batches=8):
     samples = open_samples(config(root), TeacherCacheConfig(), student, seed=0)
-    return list(load_batches(samples, batch_positions(0, batches, 4), workers))
+    return list(load_batches(samples, batch_positions(0, batches, 4), workers=workers))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -158,7 +158,7 @@ def test_another_vocabulary_is_refused_when_going_on(run, root, tmp_path):
 
 def test_the_loss_is_that_of_the_definition(root):
     _, samples, task = catlip.prepare(small("catlip", data=root, batch_size=6, range_augment=False, sides=()))
-    from training.data.samples import load_batches
+    from training.data.batches import load_batches
 
     batch = next(load_batches(samples, [range(6)]))
     with torch.no_grad():

@@ -13,7 +13,8 @@ from small_training import teacher_rows, tiny_siclip, write_packed, write_teache
 
 from shards_spec.files import UserError
 from training.config import DataConfig, ModelConfig, TeacherCacheConfig, ViewConfig
-from training.data.samples import draw_caption, load_batches, open_samples
+from training.data.batches import load_batches
+from training.data.samples import draw_caption, open_samples
 from training.engine.optim import build_optimizer, param_groups
 from training.losses import distillation as formulas
 from training.losses.pair_matching import pair_loss, sample_negatives
