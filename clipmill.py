@@ -190,7 +190,8 @@ def _print(text: object, file: TextIO | None = None) -> None:
 
 
 def _submit(words: list[str]) -> int:
-    from slurm.submit import Step, submit
+    from slurm.step import Step
+    from slurm.submit import submit
 
     def run_here(step: Step) -> int:
         if step.command == "train":

@@ -10,6 +10,7 @@ that are imported before a model is built and make their names known to open_cli
 
 import contextlib
 import hashlib
+import re
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -69,6 +70,12 @@ class LoadedModel:
 
         mean, std = (torch.tensor(own, device=pixels.device).view(3, 1, 1) for own in (self.mean, self.std))
         return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+def model_label(model: str, pretrained: str | None) -> str:
+    """A folder name for a model: the last part of its name and its tag, safe characters only."""
+    parts = [re.split(r"[/:]", model.rstrip("/"))[-1], re.split(r"/", pretrained or "")[-1]]
+    return re.sub(r"[^A-Za-z0-9_\-]+", "_", "-".join(part for part in parts if part))
 
 
 def load_model(

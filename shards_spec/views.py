@@ -38,7 +38,7 @@ class ViewSpec:
     """
 
     seed: int = 0
-    """of the views"""
+    """seed of the views"""
     scale: tuple[float, float] | None = (0.08, 1.0)
     """share of the image that a crop covers, low and high; None is the plain centre crop without anything else"""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)

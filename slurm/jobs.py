@@ -1,7 +1,7 @@
-"""What runs on a node: small picklable objects that import what is heavy when they are called.
+"""What runs on a node: small picklable objects that import heavy modules when they are called.
 
 submitit requeues a job that has ``checkpoint`` after a time-out or a preemption: with the same object, since shards
-and checkpoints on disk say how far it is. Nothing collective happens in it: one task alone calls it.
+and checkpoints on disk say how far it is. One task alone calls ``checkpoint``, so nothing collective happens in it.
 """
 
 import logging
@@ -13,10 +13,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from pipeline.core.no_success import explain_no_success
+from pipeline.core.runner import ShardAssignment, ShardsFailed
 from shards_spec.display import log_to_stderr
 from shards_spec.files import DataError, UserError
 from shards_spec.layout import STAGES, shard_name
@@ -26,7 +29,8 @@ from slurm.claims import Assigned, Claims, Failures, Finished, WorkStealing
 log = logging.getLogger(__name__)
 # a training that stopped on SIGUSR1 has saved and says so; killed by it, it had nothing to save yet
 SAVED = (128 + signal.SIGUSR1, -signal.SIGUSR1)
-DOOMED_S = 900  # how long a task that got SIGTERM waits for its end
+TERMINATED_S = 900  # how long a task that got SIGTERM waits to be killed or requeued
+Ranges = tuple[tuple[int, int], ...]  # of shards: (first, behind the last)
 
 
 class JobFailedError(Exception):
@@ -43,13 +47,13 @@ class Job:
         raise NotImplementedError
 
     def checkpoint(self, *_: Any) -> Any:
-        """submitit's: what is to run after the requeue."""
+        """What is to run after the requeue; submitit calls it."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
-    def begin(self) -> None:
-        """Set up the log; raise when the job was restarted too often."""
+    def start(self) -> None:
+        """Set up the log. Raises JobFailedError when the job was restarted too often."""
         log_to_stderr()
         signal.signal(signal.SIGCONT, signal.SIG_IGN)
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
@@ -66,20 +70,17 @@ class StageJob(Job):
     config: Any
 
     def __call__(self) -> None:
-        self.begin()
+        self.start()
         self.need_samples(self.run())
 
     def need_samples(self, outcome: Any) -> None:
-        """Raise JobFailedError after a stage of which nothing came out, so that what follows does not begin."""
-        from pipeline.core.no_success import explain_no_success
+        """Raise JobFailedError after a stage that made no sample, so that what follows does not start."""
+        reason = explain_no_success(self.command, outcome.counts) if STAGES[self.command].has_shards else None
+        if reason:
+            raise JobFailedError(reason)
 
-        if STAGES[self.command].has_shards and (nothing := explain_no_success(self.command, outcome.counts)):
-            raise JobFailedError(nothing)
-
-    def run(self, *assignment: Any) -> Any:
-        """Call the stage. What users and data can be blamed for becomes a message without a traceback."""
-        from pipeline.core.runner import ShardsFailed
-
+    def run(self, *assignment: ShardAssignment) -> Any:
+        """Call the stage. Errors of users and data become a JobFailedError, which has no traceback in the log."""
         try:
             return self.function(self.config, *assignment)
         except (UserError, DataError, ShardsFailed) as error:
@@ -91,27 +92,30 @@ class ArrayJob(StageJob):
     """One task of an array over shards: those of its ``ranges`` first, then what others have not begun.
 
     ``claims`` is a folder that all tasks of the stage see, ``folder`` the one the stage fills, ``upstream`` the one
-    whose shards it takes; None where only the stage itself knows how many there are.
+    whose shards it takes; None where only the stage itself knows how many there are. Another task may take over a
+    shard whose owner gave no sign of life for ``claim_s`` seconds.
     """
 
     upstream: str | None
-    ranges: tuple[tuple[int, int], ...]
+    ranges: Ranges
     folder: str
     claims: str
     submission: str
     claim_s: float
 
     def __call__(self) -> None:
-        self.begin()
-        shards = {shard for start, stop in self.ranges for shard in range(start, stop)}
-        failures, messages = Failures(self.claims, self.submission), []
-        with Claims(self.claims, owner(), self.claim_s) as claims:
+        """Raises JobFailedError with the messages of all shards that failed, when the others are done."""
+        self.start()
+        shards = set(chain.from_iterable(range(start, stop) for start, stop in self.ranges))
+        failures = Failures(self.claims, self.submission)
+        messages = list[str]()
+        with Claims(self.claims, task_owner(), self.claim_s) as claims:
             stealing = WorkStealing(claims, failures, self.folder)
             assignment: Assigned = Assigned(claims, failures, shards) if shards else stealing
             while True:
                 upstream = self.upstream if assignment is stealing else None
                 if upstream is not None and not stealing.wait(len(finished_shards(upstream))):
-                    break  # before a model is loaded for nothing
+                    break  # without loading a model
                 assignment.failed = False
                 try:
                     made = self.run(assignment).made
@@ -130,9 +134,9 @@ class ArrayJob(StageJob):
 
 @dataclass(frozen=True)
 class FinishJob(StageJob):
-    """After an array: the stage's totals, when all shards are there; else the failure that holds the next stage.
+    """After an array: writes the stage's totals when all shards are there; else fails, which holds the next stage.
 
-    The tasks of ``arrays`` have ended, also those that were killed, so their claims go.
+    The tasks of ``arrays`` have ended, also those that were killed, so their claims are deleted.
     """
 
     folder: str
@@ -141,19 +145,19 @@ class FinishJob(StageJob):
     arrays: tuple[str, ...]
 
     def __call__(self) -> None:
-        self.begin()
-        self._clean()
+        self.start()
+        self._delete_claims()
         assignment = Finished(self.folder)
         outcome = self.run(assignment)
         if assignment.missing:
             some = ", ".join(map(shard_name, assignment.missing[:8])) + (" …" if len(assignment.missing) > 8 else "")
             raise JobFailedError(
                 f"{self.command}: {len(assignment.missing)} shards are missing ({some}); "
-                "submit it again, it does only what is missing"
+                "submit it again to make only those"
             )
         self.need_samples(outcome)
 
-    def _clean(self) -> None:
+    def _delete_claims(self) -> None:
         for path in Path(self.claims).glob("*"):
             if path.name.endswith(f".failed.{self.submission}") or self._ended(path):
                 path.unlink(missing_ok=True)
@@ -177,8 +181,8 @@ class ChainJob(Job):
             job()
 
 
-def owner() -> str:
-    """A name of this task that its restarts share."""
+def task_owner() -> str:
+    """The name under which this task claims shards; a requeued task has the same."""
     from submitit import JobEnvironment
 
     environment = JobEnvironment()
@@ -189,56 +193,59 @@ def owner() -> str:
 class TrainJob(Job):
     """One process of a training job: ``clipmill train`` with these words, as a child that this one can stop.
 
-    USR2 (submitit's signal ahead of a time-out or preemption) lets the child save, then the job is requeued. After
+    SIGUSR2 (submitit's signal before a time-out or preemption) makes the child save, then the job is requeued. After
     SIGTERM alone it saves, too, and Slurm decides what follows.
     """
 
     words: tuple[str, ...]
 
     def __call__(self) -> None:
-        self.begin()
-        stop, requeue = list[int](), signal.getsignal(signal.SIGUSR2)
+        self.start()
+        received = list[int]()
+        requeue = signal.getsignal(signal.SIGUSR2)
+        child: list[subprocess.Popen[bytes]] = []
 
         def save(number: int, frame: FrameType | None) -> None:
-            if not stop and child:
+            if not received and child:
                 child[0].send_signal(signal.SIGUSR1)
-            stop.append(number)
+            received.append(number)
 
-        child: list[subprocess.Popen[bytes]] = []
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, save)
-        # Slurm signals all processes of a step: the child hears of it through this one alone, and once
+        # Slurm signals all processes of a step: the child gets one signal, from this process alone
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR2, signal.SIGTERM))
         command = [sys.executable, "-u", "-m", "clipmill", "train", *self.words]
-        child.append(subprocess.Popen(command, env={**os.environ, **distributed()}))
+        child.append(subprocess.Popen(command, env={**os.environ, **torchrun_variables()}))
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         code = child[0].wait()
-        if code and not (stop and code in SAVED):
-            raise JobFailedError(f"clipmill train {' '.join(self.words)} ended with {_said(code)}")
-        if code and stop:
-            doomed = time.monotonic() + DOOMED_S
-            while signal.SIGUSR2 not in stop and time.monotonic() < doomed:
+        if code and not (received and code in SAVED):
+            raise JobFailedError(f"clipmill train {' '.join(self.words)} ended with {describe_exit(code)}")
+        if code and received:
+            deadline = time.monotonic() + TERMINATED_S
+            while signal.SIGUSR2 not in received and time.monotonic() < deadline:
                 time.sleep(1)
-            if signal.SIGUSR2 not in stop or not callable(requeue):
-                raise JobFailedError("stopped by SIGTERM after saving; submit it again to go on")
+            if signal.SIGUSR2 not in received or not callable(requeue):
+                raise JobFailedError("stopped by SIGTERM after saving; submit it again to resume")
             requeue(signal.SIGUSR2, None)  # rank 0 requeues and exits
 
 
-def distributed() -> dict[str, str]:
-    """torchrun's variables, from submitit's of this task. A task that sees one GPU alone has that."""
+def torchrun_variables() -> dict[str, str]:
+    """The environment variables that torchrun would set, for this task; one that sees a single GPU uses that."""
     from submitit import JobEnvironment
 
-    here = JobEnvironment()
-    first = here.hostnames[0] if here.num_nodes > 1 else "127.0.0.1"
-    number = int(os.environ.get("SLURM_JOB_ID", here.job_id)) + 7 * int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    task = JobEnvironment()
+    job = int(os.environ.get("SLURM_JOB_ID", task.job_id))
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    sees_one_gpu = re.fullmatch(r"[^,]+", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     return {
-        "RANK": str(here.global_rank),
-        "LOCAL_RANK": str(0 if re.fullmatch(r"[^,]+", os.environ.get("CUDA_VISIBLE_DEVICES", "")) else here.local_rank),
-        "WORLD_SIZE": str(here.num_tasks),
-        "MASTER_ADDR": first,
-        "MASTER_PORT": str(20000 + number % 10000),
+        "RANK": str(task.global_rank),
+        "LOCAL_RANK": "0" if sees_one_gpu else str(task.local_rank),
+        "WORLD_SIZE": str(task.num_tasks),
+        "MASTER_ADDR": task.hostnames[0] if task.num_nodes > 1 else "127.0.0.1",
+        "MASTER_PORT": str(20000 + (job + 7 * restarts) % 10000),  # another one after a restart: the old may be in use
     }
 
 
-def _said(code: int) -> str:
+def describe_exit(code: int) -> str:
+    """A process's exit code in words; negative ones are signals."""
     return f"exit code {code}" if code > 0 else signal.Signals(-code).name

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from shards_spec.files import UserError
 
-MEND = 'name another folder for job files as jobs = "FOLDER" in the site file'
+JOBS_ADVICE = 'name another folder for job files as jobs = "FOLDER" in the site file'
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # a line break in a value would be a line of the job's script
 
 

@@ -1,24 +1,25 @@
-"""The few questions asked of Slurm's commands, one call for many jobs, and submitit's executors."""
+"""What is asked of Slurm, one call for many jobs, and how jobs are submitted and waited for."""
 
 import contextlib
 import io
-import pickle
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from shards_spec.files import UserError
 from slurm.jobs import Job
 from slurm.options import Options, Site
+from slurm.submitit_parts import dry_executor, result_path, result_succeeded, script_text, submission_errors
 
-ASK_S = 60.0  # the scheduler is asked at most that often while waiting
-QUIET_S = 30.0  # and told to answer within
+DEFAULT_ARRAY = 1001  # tasks of an array where Slurm does not say, its own default
+ASK_S = 60.0  # while waiting, the scheduler is asked at most that often
+ANSWER_S = 30.0  # its commands must answer within
 LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "STOPPED", "PREEMPTED")
 
 
@@ -34,7 +35,7 @@ def need_slurm() -> None:
 def ask(*words: str) -> str:
     """Output of one of Slurm's commands. Raises UserError when it fails."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=QUIET_S)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=ANSWER_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"{words[0]} does not answer ({error}): is Slurm up?") from error
     if done.returncode:
@@ -50,8 +51,8 @@ def _last_line(text: str) -> str:
 
 def max_array_size() -> int:
     """How many tasks an array may have."""
-    said = re.findall(r"(?:^MaxArraySize *= *|\bmax_array_tasks=)(\d+)", ask("scontrol", "show", "config"), re.M)
-    return max(1, min(map(int, said), default=1001))  # Slurm's default
+    limits = re.findall(r"(?:^MaxArraySize *= *|\bmax_array_tasks=)(\d+)", ask("scontrol", "show", "config"), re.M)
+    return max(1, min(map(int, limits), default=DEFAULT_ARRAY))
 
 
 def states(jobs: Iterable[str]) -> dict[str, str] | None:
@@ -59,13 +60,14 @@ def states(jobs: Iterable[str]) -> dict[str, str] | None:
 
     None where Slurm does not answer; a job is not among them when Slurm has forgotten it.
     """
-    wanted, found = ",".join(sorted(jobs)), dict[str, str]()
+    wanted = ",".join(sorted(jobs))
+    found = dict[str, str]()
     if not wanted:
         return found
     with contextlib.suppress(UserError):  # no accounting: the queue, then the jobs' own results must do
         for line in ask("sacct", "-n", "-X", "-P", "-o", "JobID,State", "-j", wanted).splitlines():
             job, state = line.split("|")[:2]
-            found |= dict.fromkeys(_each(job), state.split()[0])
+            found |= dict.fromkeys(_array_tasks(job), state.split()[0])
     try:
         for line in ask("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r", "-j", wanted).splitlines():
             job, state, reason = line.split("|")
@@ -76,20 +78,24 @@ def states(jobs: Iterable[str]) -> dict[str, str] | None:
     return found
 
 
-def _each(job: str) -> list[str]:
+def _array_tasks(job: str) -> list[str]:
     """The tasks of ``7_[0-2,5%4]``, as the accounts have those that did not begin."""
-    if not (group := re.fullmatch(r"(\d+)_\[([\d,-]+).*\]", job)):
+    group = re.fullmatch(r"(\d+)_\[([\d,-]+).*\]", job)
+    if group is None:
         return [job]
-    spans = re.findall(r"(\d+)(?:-(\d+))?", group[2])
-    return [f"{group[1]}_{task}" for first, last in spans for task in range(int(first), int(last or first) + 1)]
+    tasks = list[str]()
+    for first, last in re.findall(r"(\d+)(?:-(\d+))?", group[2]):
+        tasks += [f"{group[1]}_{task}" for task in range(int(first), int(last or first) + 1)]
+    return tasks
 
 
-def parameters(name: str, options: Options, site: Site, snapshot: str, train: bool) -> dict[str, Any]:
-    """What submitit's SlurmExecutor takes."""
+def executor_parameters(command: str, options: Options, site: Site, snapshot: str) -> dict[str, Any]:
+    """A command's parameters for submitit's SlurmExecutor. ``snapshot`` is the folder of the code that jobs run."""
+    train = command == "train"
     gpus = options.gpus_per_node if options.gpus_per_node is not None else site.gpus_per_node
     cpus = [f"--cpus-per-task={site.cpus_per_task}"] if site.cpus_per_task else []  # srun has its own since Slurm 22.05
-    found = {
-        "job_name": f"clipmill-{name}",
+    parameters = {
+        "job_name": f"clipmill-{command}",
         "time": options.minutes,
         "nodes": options.nodes if train else 1,
         "ntasks_per_node": (options.tasks_per_node or gpus or 1) if train else 1,
@@ -105,57 +111,52 @@ def parameters(name: str, options: Options, site: Site, snapshot: str, train: bo
         "srun_args": ["--kill-on-bad-exit=1", *cpus],
         "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **site.sbatch},
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return {name: value for name, value in parameters.items() if value is not None}
 
 
-class Slurm:
-    """Submits jobs of one submission, or prints their scripts."""
+class SlurmQueue:
+    """Submits the jobs of one submission, or prints their scripts."""
 
-    def __init__(self, folder: Path, options: Options, site: Site, given: dict[str, Any]) -> None:
-        from submitit.slurm.slurm import SlurmExecutor
-
-        class Executor(SlurmExecutor):
-            """Makes scripts where Slurm is not installed, too."""
-
-            @classmethod
-            def affinity(cls) -> int:
-                return 2
+    def __init__(self, folder: Path, options: Options, site: Site, parameters: dict[str, Any]) -> None:
+        from submitit import SlurmExecutor
 
         python = f"{site.container} {shlex.quote(sys.executable)}" if site.container else None
-        self._executor = (Executor if options.dry_run else SlurmExecutor)(folder, options.max_requeue, python=python)
-        self._given, self._dry = given, options.dry_run
+        make = dry_executor if options.dry_run else SlurmExecutor
+        self._executor: Any = make(folder, options.max_requeue, python=python)
+        self._parameters, self._dry_run = parameters, options.dry_run
 
-    def submit(self, jobs: list[Job], dependency: str | None) -> str:
+    def submit(self, jobs: Sequence[Job], dependency: str | None) -> str:
         """Submit one job, or several as an array; the number. Raises UserError with Slurm's reason."""
-        from submitit.core.utils import FailedJobError, FailedSubmissionError
-
         executor = self._executor
+        parameters = {**self._parameters, **({"dependency": dependency} if dependency else {})}
         executor.parameters = {}
-        executor.update_parameters(**self._given, **({"dependency": dependency} if dependency else {}))
-        if self._dry:
-            text = executor._make_submission_file_text(executor._submitit_command_str, "")
+        executor.update_parameters(**parameters)
+        if self._dry_run:
+            text = script_text(executor, parameters)
             print(text if len(jobs) == 1 else text.replace("\n# Parameters\n", f"\n# an array of {len(jobs)}\n", 1))
             return "0"
         try:
             with contextlib.redirect_stderr(io.StringIO()), executor.batch():  # sbatch's words come in the error
                 submitted: list[Any] = [executor.submit(job) for job in jobs]
             return str(submitted[0].job_id).split("_")[0]
-        except (FailedJobError, FailedSubmissionError) as error:
+        except submission_errors() as error:
             raise UserError(
-                f"Slurm refuses the job: {_last_line(str(error))}; mend the site file or the flags"
+                f"Slurm refuses the job: {_last_line(str(error))}; correct the site file or the flags"
             ) from error
 
 
 def wait_for(folder: Path, job: str) -> bool:
     """Wait for a job's end; whether it succeeded. Its result is seen at once, the scheduler seldom asked."""
-    result, asked = folder / f"{job}_0_result.pkl", time.monotonic()
+    result = result_path(folder, job)
+    asked = time.monotonic()
     while not result.exists():
         time.sleep(1)
         if time.monotonic() - asked > ASK_S:
-            asked, found = time.monotonic(), states([job])
-            if found is None:  # it may be back in a minute
+            asked = time.monotonic()
+            found = states([job])
+            if found is None:  # Slurm may answer again in a minute
                 continue
             state = found.get(job, "forgotten").split()[0]
             if state not in LIVE and not result.exists():
                 return state == "COMPLETED"
-    return bool(pickle.loads(result.read_bytes())[0] == "success")
+    return result_succeeded(result)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shards_spec.files import UserError
-from slurm.options import MEND
+from slurm.options import JOBS_ADVICE
 
 log = logging.getLogger(__name__)
 CODE = ("clipmill.py", "pipeline", "shards_spec", "slurm", "training")
@@ -30,7 +30,9 @@ def snapshot(folder: Path) -> Path:
     copy of one's own is made beside it. Raises UserError for a path that PYTHONPATH cannot hold.
     """
     if ":" in str(folder):
-        raise UserError(f"{folder}: PYTHONPATH cannot hold a path with ':', so jobs would not run this code; {MEND}")
+        raise UserError(
+            f"{folder}: PYTHONPATH cannot hold a path with ':', so jobs would not run this code; {JOBS_ADVICE}"
+        )
     source = Path(__file__).resolve().parents[1]
     files = {path.relative_to(source): path.read_bytes() for name in CODE for path in _files(source / name)}
     name = _hash(files)[:16]

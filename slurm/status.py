@@ -12,12 +12,14 @@ from shards_spec.layout import shard_name
 from shards_spec.manifest import finished_shards
 from slurm.options import read_site
 from slurm.scheduler import states
-from slurm.submit import COMMANDS, Submission, jobs_folder, submissions
+from slurm.step import COMMANDS
+from slurm.submission import Submission, jobs_folder, submissions
+from slurm.submitit_parts import error_logs, result_succeeded, results, submitted_jobs
 
 LOG_END = 200_000  # bytes
-GONE = "GONE WITHOUT A RESULT"  # cancelled, killed, or lost with its node, and Slurm has forgotten it
+GONE = "GONE WITHOUT A RESULT"  # cancelled, killed, or lost with its node, and Slurm no longer knows it
 FAILED = (GONE, "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
-REASONS = (  # what Python says, else what Slurm says
+REASONS = (  # what Python reports, else what Slurm reports
     re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)\b.*(?:\n  \d+: .*)*", re.M),
     re.compile(r"^slurmstepd(?:-\S+)?: error: .*", re.M),
     re.compile(r"^srun: error: .*", re.M),
@@ -42,71 +44,106 @@ class JobsConfig:
 
 def jobs(config: JobsConfig) -> str:
     """The page. Raises UserError when nothing was submitted."""
-    place = jobs_folder(config.root, read_site(config.site, "jobs", COMMANDS))
-    made = submissions(place)[-config.last :]
-    if not made:
-        raise UserError(f"nothing was submitted for {config.root} (no submission.json in {place})")
-    found = states(job for one in made if one.cluster == "slurm" for job in (*one.arrays, one.last))
-    silent = [] if found is not None else ["Slurm does not answer here: this is what the jobs' own files say"]
-    folders = {join(one.root, one.folder) for one in made if one.folder is not None and one.shards is not None}
-    done = {folder: frozenset(finished_shards(folder)) for folder in folders}  # once, though several fill one folder
-    return "\n\n".join([*silent, *(_told(one, place / one.id, found, done, config) for one in made)])
+    jobs_dir = jobs_folder(config.root, read_site(config.site, "jobs", COMMANDS))
+    shown = submissions(jobs_dir)[-config.last :]
+    if not shown:
+        raise UserError(f"nothing was submitted for {config.root} (no submission.json in {jobs_dir})")
+    numbers = list[str]()
+    for submission in shown:
+        if submission.cluster == "slurm":
+            numbers += [*submission.arrays, submission.last]
+    known = states(numbers)
+    finished = {folder: frozenset(finished_shards(folder)) for folder in {*map(_array_folder, shown)} if folder}
+    parts = [] if known is not None else ["Slurm does not answer here: this is what the jobs' own files say"]
+    parts += [format_submission(one, jobs_dir / one.id, known, finished, config) for one in shown]
+    return "\n\n".join(parts)
 
 
-def _told(
-    one: Submission,
+def _array_folder(submission: Submission) -> str | None:
+    """The folder whose shards are counted for a submission."""
+    if submission.folder is None or submission.shards is None:
+        return None
+    return join(submission.root, submission.folder)
+
+
+def format_submission(
+    submission: Submission,
     folder: Path,
-    found: dict[str, str] | None,
-    done_of: dict[str, frozenset[int]],
+    known: dict[str, str] | None,
+    finished: dict[str, frozenset[int]],
     config: JobsConfig,
 ) -> str:
-    lines = [f"{one.id}  {one.words}"]
-    numbers = {*one.arrays, one.last}
-    own = {job: state for job, state in (found or {}).items() if job.split("_")[0] in numbers}
-    own = {**_by_results(folder, one), **own}
-    if one.cluster == "slurm":
-        for path in folder.glob("*_submitted.pkl"):
-            own.setdefault(path.name.removesuffix("_submitted.pkl"), "NOT ENDED" if found is None else GONE)
-    for name, jobs_of in (("array", one.arrays), ("then" if one.arrays else "job", [one.last])):
-        counted = Counter(state.lower() for job, state in own.items() if job.split("_")[0] in jobs_of)
-        if jobs_of:
-            said = ", ".join(f"{number} {state}" for state, number in sorted(counted.items()))
-            lines.append(f"  {name} {', '.join(jobs_of)}: {said or 'unknown'}")
-    if one.folder is not None and one.shards is not None:
-        done = done_of[join(one.root, one.folder)]
-        missing = [shard for shard in range(one.shards) if shard not in done]
+    """A submission's part of the page.
+
+    ``folder`` holds its jobs' files, ``known`` are the states that Slurm tells (None: it does not answer), ``finished``
+    the shards of each folder that an array fills.
+    """
+    lines = [f"{submission.id}  {submission.words}"]
+    state_of = _states(submission, folder, known)
+    lines += _format_states("array", submission.arrays, state_of)
+    lines += _format_states("then" if submission.arrays else "job", [submission.last], state_of)
+    array_folder = _array_folder(submission)
+    if array_folder is not None and submission.shards is not None:
+        done = finished[array_folder]
+        missing = [shard for shard in range(submission.shards) if shard not in done]
         some = ", ".join(map(shard_name, missing[:10])) + (" …" if len(missing) > 10 else "")
-        lines.append(f"  {one.folder}: {len(done)} of {one.shards} shards" + (f", missing {some}" if missing else ""))
-    failed = [job for job, state in sorted(own.items()) if state.startswith(FAILED)]
+        line = f"  {submission.folder}: {len(done)} of {submission.shards} shards"
+        lines.append(f"{line}, missing {some}" if missing else line)
+    failed = [job for job, state in sorted(state_of.items()) if state.startswith(FAILED)]
     for job in failed[: config.logs]:
-        lines += [f"  {line}" for line in why(folder, job, own[job], config.tail)]
+        lines += [f"  {line}" for line in failure_reason(folder, job, state_of[job], config.tail)]
     if len(failed) > config.logs:
         lines.append(f"  and {len(failed) - config.logs} more: {' '.join(failed[config.logs : config.logs + 20])}")
     return "\n".join(lines)
 
 
-def _by_results(folder: Path, one: Submission) -> dict[str, str]:
-    """States by what jobs left, for where Slurm keeps no accounts: a result without an error in the log."""
-    found = dict[str, str]()
-    for path in sorted(folder.glob("*_result.pkl")):
-        job = path.name.removesuffix("_result.pkl").rsplit("_", 1)[0]
-        error = b"\x05error" in path.read_bytes()[:64]
-        found[job] = "FAILED" if error or found.get(job) == "FAILED" else "COMPLETED"
-    if one.cluster == "local" and one.last not in found:
-        found[one.last] = "RUNNING" if os.path.exists(f"/proc/{one.last}") else "FAILED"
-    return found
+def _states(submission: Submission, folder: Path, known: dict[str, str] | None) -> dict[str, str]:
+    """The state of each of a submission's jobs and array tasks: what Slurm says, else what their files say."""
+    numbers = {*submission.arrays, submission.last}
+    state_of = _states_by_results(submission, folder)
+    for job, state in (known or {}).items():
+        if job.split("_")[0] in numbers:
+            state_of[job] = state
+    if submission.cluster == "slurm":
+        for job in submitted_jobs(folder):
+            state_of.setdefault(job, "NOT ENDED" if known is None else GONE)
+    return state_of
 
 
-def why(folder: Path, job: str, state: str, tail: int) -> list[str]:
-    """The reason that a job failed, then the end of its log."""
-    logs = sorted(folder.glob(f"{job}_*_log.err"), key=lambda path: path.stat().st_mtime)
+def _format_states(title: str, jobs: list[str], state_of: dict[str, str]) -> list[str]:
+    """A line with the number of tasks in each state; none without jobs."""
+    if not jobs:
+        return []
+    counted = Counter(state.lower() for job, state in state_of.items() if job.split("_")[0] in jobs)
+    counts = ", ".join(f"{number} {state}" for state, number in sorted(counted.items()))
+    return [f"  {title} {', '.join(jobs)}: {counts or 'unknown'}"]
+
+
+def _states_by_results(submission: Submission, folder: Path) -> dict[str, str]:
+    """States by the results that jobs stored, for where Slurm keeps no accounts; one failed task fails a job."""
+    state_of = dict[str, str]()
+    for job, path in results(folder):
+        if not result_succeeded(path):
+            state_of[job] = "FAILED"
+        else:
+            state_of.setdefault(job, "COMPLETED")
+    if submission.cluster == "local" and submission.last not in state_of:
+        state_of[submission.last] = "RUNNING" if os.path.exists(f"/proc/{submission.last}") else "FAILED"
+    return state_of
+
+
+def failure_reason(folder: Path, job: str, state: str, tail: int) -> list[str]:
+    """The reason that a job failed, the path of its log and the last ``tail`` lines of it."""
+    logs = error_logs(folder, job)
     if not logs:
         return [f"{job} {state.lower()}: it left no log; scontrol show job {job}"]
-    for reason, path in ((reason, path) for reason in REASONS for path in logs):
-        text = path.read_bytes()[-LOG_END:].decode(errors="replace")
-        found = [match.group() for match in reason.finditer(text)]
-        if found:
-            break
-    lines = text.rstrip().splitlines()
-    said = found[-1] if found else (lines or ["an empty log"])[-1]
-    return [*f"{job} {state.lower()}: {said}".splitlines(), f"{path}:", *lines[-tail:]]
+    texts = {path: path.read_bytes()[-LOG_END:].decode(errors="replace") for path in logs}
+    reason, path = None, logs[-1]
+    for pattern in REASONS:
+        for log in logs:
+            if reason is None and (found := [match.group() for match in pattern.finditer(texts[log])]):
+                reason, path = found[-1], log
+    lines = texts[path].rstrip().splitlines()
+    if reason is None:
+        reason = (lines or ["an empty log"])[-1]
+    return [*f"{job} {state.lower()}: {reason}".splitlines(), f"{path}:", *lines[-tail:]]

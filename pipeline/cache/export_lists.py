@@ -20,8 +20,9 @@ def export_lists(root: str, name: str, overwrite: bool) -> Summary:
 
     Raises UserError when there is no such cache, ShardsFailed.
     """
-    if name not in (there := names(join(root, TEACHER))):
-        raise UserError(f"no {TEACHER}/{name} in {root}, there are: {', '.join(there) or 'none'}; say --name")
+    caches = names(join(root, TEACHER))
+    if name not in caches:
+        raise UserError(f"no {TEACHER}/{name} in {root}, there are: {', '.join(caches) or 'none'}; say --name")
     folder = teacher_folder(name)
     shards = upstream_shards(root, folder, f"cache/{name}")
     stage = Stage(f"cache-lists/{name}", STAGES["cache-lists"].folder(name), {"teacher": name})
@@ -37,20 +38,28 @@ def export_lists(root: str, name: str, overwrite: bool) -> Summary:
 
 def _export_shard(root: str, task: Task, *, stage: Stage, name: str) -> Result:
     cached = CachedShard(root, name, task.shard)
-    columns = sorted(
-        {column for file in cached.files for column in file.names},
-        key=lambda column: (column[0], int(column.rpartition("_")[2])),
-    )
-    spec, keys = stored_spec(cached.path, cached.config["views"]), cached.files[-1].keys
+    spec = stored_spec(cached.path, cached.config["views"])
+    keys = cached.files[-1].keys
     table: dict[str, Any] = {"key": pa.array(keys, pa.string())}
     for view in range(cached.config["num_views"]):
         table[f"view_{view}"] = pa.array([draw_view(spec, key, view).pack() for key in keys], pa.binary())
-    for column in columns:
+    for column in _columns(cached):
         vectors = cached.file(column).vectors(column)
         table[column] = _lists(vectors.as_floats().astype(np.float32), vectors.present)
     files = ShardWriter(root, stage.folder, task.shard)
     files.write_parquet(pa.table(table))
     return Result({"success": len(keys)}, files.outputs)
+
+
+def _columns(cached: CachedShard) -> list[str]:
+    """Names of the vectors' columns in all files: images by view, then texts by caption."""
+    found = set[str]().union(*(file.names for file in cached.files))
+
+    def order(name: str) -> tuple[str, int]:
+        kind, _, number = name.partition("_")
+        return kind, int(number)
+
+    return sorted(found, key=order)
 
 
 def _lists(values: np.ndarray, present: np.ndarray) -> Any:

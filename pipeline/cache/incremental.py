@@ -1,4 +1,4 @@
-"""What a shard's teacher cache lacks: rows are told by key and by what they were made from."""
+"""What a shard's teacher cache lacks: rows are compared by key and by the content that they were made from."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ from shards_spec.sample import Sample
 from shards_spec.tar import index_shard, read_sample
 
 
-class OpenShard:
-    """A final shard in place: keys, captions and identities of all samples in memory, images where they lie.
+class ShardIndex:
+    """A final shard: keys, captions and content ids of all samples in memory; the images stay in the file.
 
-    ``ids``: ``id_image``, ``id_text_0`` … to uint64 (n,), 0 where a sample has no such caption. Raises DataError naming
-    the file when it is broken or gone.
+    ``ids`` maps ``id_image``, ``id_text_0`` … to uint64 (n,), 0 where a sample has no such caption. Raises DataError
+    naming the file when it is broken or missing.
     """
 
     def __init__(self, path: str) -> None:
@@ -24,40 +24,55 @@ class OpenShard:
                 self._index = list(index_shard(self._buffer, path))
         except FileNotFoundError as error:
             raise DataError(f"{path}: is not there; make the shard again") from error
-        self.path, self.keys = path, [key for key, _ in self._index]
-        self.captions, images = list[list[str]](), list[int]()
+        self.path = path
+        self.keys = [key for key, _ in self._index]
+        self.captions = list[list[str]]()
+        image_ids = list[int]()
         try:
             for row in range(len(self.keys)):
                 sample = self.sample(row)
                 self.captions.append(sample.captions)
-                images.append(content_id(sample.image))
+                image_ids.append(content_id(sample.image))
         except DataError as error:
             raise DataError(f"{path}: {error}; pack again") from error
-        self.ids = {"id_image": np.array(images, np.uint64)}
-        for caption in range(max(map(len, self.captions), default=1)):
-            self.ids[f"id_text_{caption}"] = np.array(
-                [content_id(own[caption].encode()) if caption < len(own) else 0 for own in self.captions], np.uint64
-            )
+        self.ids = {"id_image": np.array(image_ids, np.uint64)}
+        most_captions = max(map(len, self.captions), default=1)
+        for number in range(most_captions):
+            self.ids[f"id_text_{number}"] = self._caption_ids(number)
+
+    def _caption_ids(self, number: int) -> np.ndarray:
+        """Content ids (n,) of every sample's caption of that number, 0 where it has fewer."""
+        ids = np.zeros(len(self.captions), np.uint64)
+        for row, captions in enumerate(self.captions):
+            if number < len(captions):
+                ids[row] = content_id(captions[number].encode())
+        return ids
 
     def sample(self, row: int) -> Sample:
         """The sample with copies of its members' bytes."""
         return read_sample(self._buffer, *self._index[row])
 
-    def columns(self, views: int, texts: bool) -> list[str]:
-        """Names of all that a cache of ``views`` views should hold."""
-        captions = len(self.ids) - 1 if texts else 0
-        return [*(f"image_{view}" for view in range(views)), *(f"text_{caption}" for caption in range(captions))]
+    def column_names(self, views: int, texts: bool) -> list[str]:
+        """Names of all columns that a cache of ``views`` views should have, those of captions only with ``texts``."""
+        names = [f"image_{view}" for view in range(views)]
+        if texts:
+            names += [f"text_{number}" for number in range(len(self.ids) - 1)]
+        return names
 
 
 @dataclass(frozen=True)
-class Column:
-    """One column to be written: ``rows`` have to be embedded, ``kept`` come from rows ``there`` of ``old``."""
+class ColumnUpdate:
+    """One column to be written: which rows have to be embedded, and which vectors are copied.
+
+    ``new_rows`` have to be embedded. ``reused_rows`` get the vectors of the rows ``source_rows`` of the file
+    ``source``, which is None when there is nothing to copy from.
+    """
 
     name: str
-    rows: np.ndarray
-    kept: np.ndarray
-    there: np.ndarray
-    old: EmbeddingFile | None
+    new_rows: np.ndarray
+    reused_rows: np.ndarray
+    source_rows: np.ndarray
+    source: EmbeddingFile | None
 
     @property
     def kind(self) -> str:
@@ -69,26 +84,31 @@ class Column:
         """Of the view or caption."""
         return int(self.name.partition("_")[2])
 
-    def filled(self, count: int, features: np.ndarray, dtype: Dtype) -> Vectors:
-        """The column of ``count`` rows: old vectors bit by bit, ``features`` (float32) in ``rows``."""
-        dim = features.shape[1] if len(features) or self.old is None else self.old.dim
+    def merge(self, count: int, features: np.ndarray, dtype: Dtype) -> Vectors:
+        """The column of ``count`` rows: copied vectors bit by bit, ``features`` (float32) in ``new_rows``."""
+        dim = features.shape[1] if len(features) or self.source is None else self.source.dim
         vectors = empty_vectors(count, dim, dtype)
-        if self.old is not None and len(self.kept):
-            vectors.put(self.kept, self.old.vectors(self.name).take(self.there))
-        if len(self.rows):
-            vectors.put(self.rows, encode_vectors(features, dtype))
+        if self.source is not None and len(self.reused_rows):
+            vectors.put(self.reused_rows, self.source.vectors(self.name).take(self.source_rows))
+        if len(self.new_rows):
+            vectors.put(self.new_rows, encode_vectors(features, dtype))
         return vectors
 
 
-def stale_column(name: str, shard: OpenShard, file: EmbeddingFile | None) -> Column | None:
-    """What it takes to bring a column up to date; None when ``file`` has it as it should be."""
-    wanted, nothing = shard.ids[id_column(name)], np.empty(0, np.int64)
-    known = file.ids(name) if file else None
-    if file is None or known is None:
-        return Column(name, np.flatnonzero(wanted), nothing, nothing, None)
-    if file.keys == shard.keys and np.array_equal(known, wanted):
+def plan_column_update(name: str, shard: ShardIndex, file: EmbeddingFile | None) -> ColumnUpdate | None:
+    """What it takes to bring a column up to date; None when ``file`` has it as it should be.
+
+    A vector is reused when the file has a row of the same key, made from the same content.
+    """
+    ids = shard.ids[id_column(name)]
+    stored_ids = file.ids(name) if file else None
+    if file is None or stored_ids is None:
+        nothing = np.empty(0, np.int64)
+        return ColumnUpdate(name, np.flatnonzero(ids), nothing, nothing, None)
+    if file.keys == shard.keys and np.array_equal(stored_ids, ids):
         return None
-    place = {key: row for row, key in enumerate(file.keys)}
-    there = np.array([place.get(key, -1) for key in shard.keys])
-    same = (there >= 0) & (known[there] == wanted) & (wanted != 0)
-    return Column(name, np.flatnonzero(~same & (wanted != 0)), np.flatnonzero(same), there[same], file)
+    row_of_key = {key: row for row, key in enumerate(file.keys)}
+    source_rows = np.array([row_of_key.get(key, -1) for key in shard.keys])
+    is_reused = (source_rows >= 0) & (stored_ids[source_rows] == ids) & (ids != 0)
+    is_new = ~is_reused & (ids != 0)
+    return ColumnUpdate(name, np.flatnonzero(is_new), np.flatnonzero(is_reused), source_rows[is_reused], file)

@@ -17,7 +17,7 @@ from shards_spec.views import ViewSpec, render_views
 
 
 @dataclass(frozen=True)
-class Job:
+class RenderJob:
     """Views of one sample to render, from its encoded image."""
 
     key: str
@@ -25,41 +25,41 @@ class Job:
     views: tuple[int, ...]
 
 
-def render(spec: ViewSpec, size: int, job: Job) -> np.ndarray | DataError:
-    """(V, size, size, 3) uint8, or why the picture does not decode."""
+def render(spec: ViewSpec, size: int, job: RenderJob) -> np.ndarray | DataError:
+    """(V, size, size, 3) uint8, or why the image does not decode."""
     try:
         return render_views(decode_rgb(job.image), spec, job.key, job.views, size)
     except DataError as error:
         return error
 
 
-def rendering_pool(processes: int, threads: int) -> Executor:
-    """``processes`` processes of their own, or for 0 of them ``threads`` threads of this one."""
+def create_render_pool(processes: int, threads: int) -> Executor:
+    """A pool of ``processes`` processes, or, where that is 0, of ``threads`` threads of this process."""
     if not processes:
         return ThreadPoolExecutor(threads)
     return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=die_with_parent)
 
 
-class Rendering:
-    """What `render` gives for each job, in order, at most ``depth`` jobs ahead; work begins at once.
+class RenderQueue:
+    """Iterates over the results of `render` for each job, in order, with at most ``depth`` jobs submitted ahead.
 
-    ``waited_s`` is how long whoever iterates had to wait.
+    Work begins when it is made. ``waited_s`` is how long the consumer had to wait.
     """
 
-    def __init__(self, pool: Executor, jobs: Iterable[Job], depth: int, spec: ViewSpec, size: int) -> None:
+    def __init__(self, pool: Executor, jobs: Iterable[RenderJob], *, depth: int, spec: ViewSpec, size: int) -> None:
         self.waited_s = 0.0
-        self._running = deque[Future[np.ndarray | DataError]]()
-        self._left = (pool.submit(render, spec, size, job) for job in jobs)
-        self._running.extend(islice(self._left, depth))
+        self._submitted = deque[Future[np.ndarray | DataError]]()
+        self._submissions = (pool.submit(render, spec, size, job) for job in jobs)  # lazily, job by job
+        self._submitted.extend(islice(self._submissions, depth))
 
     def __iter__(self) -> Iterator[np.ndarray | DataError]:
         try:
-            while self._running:
+            while self._submitted:
                 start = time.monotonic()
-                rendered = self._running.popleft().result()
+                rendered = self._submitted.popleft().result()
                 self.waited_s += time.monotonic() - start
-                self._running.extend(islice(self._left, 1))
+                self._submitted.extend(islice(self._submissions, 1))
                 yield rendered
         finally:
-            for future in self._running:
+            for future in self._submitted:
                 future.cancel()

@@ -1,6 +1,7 @@
 """A captioner on its device: batches of images to captions, within the device's memory."""
 
 import logging
+from itertools import chain
 from typing import Any
 
 import open_clip
@@ -11,17 +12,20 @@ from torch import Tensor
 from pipeline.caption.beam_search import beam_search
 from pipeline.caption.coca import NO_COCA, Coca
 from pipeline.caption.decoding import Decoding
-from pipeline.caption.redraws import Contrast, Described, Wanted, Written
-from pipeline.caption.sampling import generate
+from pipeline.caption.head_check import ContrastiveHeadCheck
+from pipeline.caption.requests import CaptionedImage, CaptionRequest, GeneratedCaption
+from pipeline.caption.sampling import DecodedTokens, generate
 from pipeline.core.devices import is_out_of_memory
 from shards_spec.files import UserError
 from shards_spec.images import without_ends
 from shards_spec.models import LoadedModel
 
 log = logging.getLogger(__name__)
-MOST_IMAGES = {"cpu": 32, "cuda": 512}  # more makes no batch faster
-SHARE = 0.8  # of the device's free memory that a batch may take
-CHOICE_BYTES = 64  # per row and vocabulary entry, for choosing a token: logits, their copies, a full sort
+MAX_BATCH = {"cpu": 32, "cuda": 512}  # images; more makes no batch faster
+MEMORY_SHARE = 0.8  # of the device's free memory that a batch may take
+CACHE_OVERHEAD = 5 / 4  # copies while rows are selected
+SAMPLING_BYTES = 64  # per row and vocabulary entry, to choose a token: logits, their copies, a full sort
+ENCODER_VALUES = 16  # activations per patch and channel that the image encoder holds at once
 
 
 def check_coca(model: str) -> None:
@@ -34,8 +38,8 @@ def check_coca(model: str) -> None:
 class Captioner:
     """Writes captions in batches of at most ``batch_size`` images; by default as many as the device's memory holds.
 
-    ``decoding``, ``num_captions`` and ``seed`` shape the captions; ``similarity`` adds the cosines. Raises UserError
-    when the model is no CoCa.
+    ``decoding``, ``num_captions`` and ``seed`` determine the captions; ``similarity`` adds the cosines. Raises
+    UserError when the model is no CoCa.
     """
 
     def __init__(
@@ -43,112 +47,137 @@ class Captioner:
         loaded: LoadedModel,
         decoding: Decoding,
         num_captions: int,
+        *,
         seed: int = 0,
         similarity: bool = False,
         batch_size: int | None = None,
     ) -> None:
         self.coca = Coca(loaded.model, loaded.tokenizer)
-        self.decoding, self.num_captions, self.seed, self.similarity = decoding, num_captions, seed, similarity
-        self.size = loaded.image_size
-        cfg = open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(loaded.model))
-        self._transform: Any = open_clip.transform.image_transform_v2(cfg, is_train=False)
-        self.batch_size = batch_size or self._fitting()
+        self.decoding = decoding
+        self.num_captions = num_captions
+        self.seed = seed
+        self.similarity = similarity
+        self.image_size = loaded.image_size
+        preprocess = open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(loaded.model))
+        self._transform: Any = open_clip.transform.image_transform_v2(preprocess, is_train=False)
+        self.batch_size = batch_size or self._default_batch_size()
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """(3, S, S) as the model was trained to see it; open_clip's evaluation transform."""
-        return self._transform(without_ends(image))
+        """(3, S, S) as the model was trained to see it, by open_clip's evaluation transform."""
+        pixels: Tensor = self._transform(without_ends(image))
+        return pixels
 
-    def image_bytes(self) -> int:
+    def bytes_per_image(self) -> int:
         """An upper bound of the device memory that one more image in the batch takes at its worst moment.
 
         Counted: the encoder's activations, the image's cross-attention keys and values, its rows' caches, and the
         room to choose a token.
         """
-        coca, decoding = self.coca, self.decoding
+        coca = self.coca
+        decoding = self.decoding
         item = torch.finfo(coca.dtype).bits // 8
-        one = coca.encode(torch.zeros(1, 3, self.size, self.size))
-        cross = sum(tensor.numel() for tensor in (*one.keys, *one.values)) * item
+        blank = coca.encode_images(torch.zeros(1, 3, self.image_size, self.image_size))
+        cross_attention = sum(tensor.numel() for tensor in (*blank.keys, *blank.values)) * item
         patches, width = coca.model.visual.positional_embedding.shape
-        encoder = 16 * patches * width * item + 3 * self.size**2 * (4 + item)
+        encoder = ENCODER_VALUES * patches * width * item + 3 * self.image_size**2 * (4 + item)
         rows = decoding.num_beams if decoding.method == "beam" else self.num_captions
         length = coca.context_length if decoding.prefix else 1 + decoding.max_tokens
         layers = [*(coca.text_blocks or ()), *coca.blocks]
-        caches = sum(2 * block.heads * block.dim * length * item for block in layers)
+        caches = sum(2 * block.heads * block.head_width * length * item for block in layers)
         vocabulary = coca.decoder.text_projection.shape[1]
-        return cross * 5 // 4 + encoder + rows * (caches * 5 // 4 + CHOICE_BYTES * vocabulary)
+        per_row = int(caches * CACHE_OVERHEAD) + SAMPLING_BYTES * vocabulary
+        return int(int(cross_attention * CACHE_OVERHEAD) + encoder + rows * per_row)
 
-    def _fitting(self) -> int:
+    def _default_batch_size(self) -> int:
         """Images per batch for this device, a power of two."""
         kind = self.coca.device.type
-        most = MOST_IMAGES.get(kind, 32)
+        most = MAX_BATCH.get(kind, MAX_BATCH["cpu"])
         if kind == "cuda":
             free, _ = torch.cuda.mem_get_info(self.coca.device)
-            most = min(most, max(1, int(SHARE * free) // self.image_bytes()))
+            most = min(most, max(1, int(MEMORY_SHARE * free) // self.bytes_per_image()))
         return 1 << (most.bit_length() - 1)
 
-    def describe(self, batch: list[Wanted], contrast: Contrast | None = None) -> list[Described]:
-        """Captions for a batch of any length; its rated original pairs are added to ``contrast``.
+    def caption(
+        self, requests: list[CaptionRequest], head_check: ContrastiveHeadCheck | None = None
+    ) -> list[CaptionedImage]:
+        """Captions for any number of requests; their rated original pairs are added to ``head_check``.
 
         A batch that the device has no memory for is halved, and so are all later ones. Raises UserError when not even
         one image fits.
         """
-        described: list[Described] = []
-        while len(described) < len(batch):
-            part = batch[len(described) : len(described) + self.batch_size]
+        answers: list[CaptionedImage] = []
+        while len(answers) < len(requests):
+            batch = requests[len(answers) : len(answers) + self.batch_size]
             try:
-                described += self._describe(part, contrast)
+                answers += self._caption_batch(batch, head_check)
                 continue
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0]
-            if len(part) == 1:  # and out of the except block, where the failed batch's tensors are free again
+            # out of the except block, where the failed batch's tensors are free again
+            if len(batch) == 1:
                 raise UserError(f"out of memory with one image at a time ({reason}); ask for fewer or shorter captions")
-            self.batch_size = len(part) // 2
-            log.warning("out of memory with %d images; going on with %d at a time", len(part), self.batch_size)
+            self.batch_size = len(batch) // 2
+            log.warning("out of memory with %d images; continuing with %d at a time", len(batch), self.batch_size)
             if self.coca.device.type == "cuda":
                 torch.cuda.empty_cache()
-        return described
+        return answers
 
-    def _describe(self, batch: list[Wanted], contrast: Contrast | None) -> list[Described]:
-        coca, decoding = self.coca, self.decoding
-        images = coca.encode(torch.stack([wanted.image for wanted in batch]))
-        owners = [place for place, wanted in enumerate(batch) for _ in wanted.indices]
-        if decoding.method == "beam":
-            found = [c for row in beam_search(coca, images, self.num_captions, decoding) for c in row]
+    def _caption_batch(
+        self, requests: list[CaptionRequest], head_check: ContrastiveHeadCheck | None
+    ) -> list[CaptionedImage]:
+        coca = self.coca
+        images = coca.encode_images(torch.stack([request.image for request in requests]))
+        owners = list[int]()  # of each caption: the position of its request
+        names = list[str]()
+        for position, request in enumerate(requests):
+            for index in request.indices:
+                owners.append(position)
+                names.append(self._random_name(request, index))
+        decoded: list[DecodedTokens]
+        if self.decoding.method == "beam":
+            decoded = list(chain.from_iterable(beam_search(coca, images, self.num_captions, self.decoding)))
         else:
-            names = [self._name(wanted, index) for wanted in batch for index in wanted.indices]
-            found = generate(coca, images, owners, names, decoding)
-        prompt = coca.prompt(decoding.prefix) if decoding.prefix else []
-        texts = [coca.decode([*prompt, *caption.tokens]) for caption in found]
-        cosines, originals = self._similarities(batch, images.features, owners, texts, contrast)
-        written = iter(
-            Written(text, caption.logprob, len(caption.tokens), caption.ended, cosine)
-            for text, caption, cosine in zip(texts, found, cosines, strict=True)
-        )
-        return [
-            Described([next(written) for _ in wanted.indices], original)
-            for wanted, original in zip(batch, originals, strict=True)
-        ]
+            decoded = generate(coca, images, owners, names, self.decoding)
+        prompt = coca.prompt_tokens(self.decoding.prefix)
+        texts = [coca.decode([*prompt, *caption.tokens]) for caption in decoded]
+        cosines, originals = self._similarities(requests, images.features, owners, texts, head_check)
+        answers = [CaptionedImage([], original) for original in originals]
+        for owner, text, caption, cosine in zip(owners, texts, decoded, cosines, strict=True):
+            generated = GeneratedCaption(text, caption.logprob, len(caption.tokens), caption.ended, cosine)
+            answers[owner].captions.append(generated)
+        return answers
 
-    def _name(self, wanted: Wanted, index: int) -> str:
-        """What a caption's random numbers depend on."""
-        return f"caption/{self.seed}/{wanted.key}/{index}" + (f"/{wanted.attempt}" if wanted.attempt else "")
+    def _random_name(self, request: CaptionRequest, index: int) -> str:
+        """The name that a caption's random numbers belong to."""
+        name = f"caption/{self.seed}/{request.key}/{index}"
+        return f"{name}/{request.attempt}" if request.attempt else name
 
     @torch.inference_mode()
     def _similarities(
-        self, batch: list[Wanted], features: Tensor, owners: list[int], texts: list[str], contrast: Contrast | None
+        self,
+        requests: list[CaptionRequest],
+        features: Tensor,
+        owners: list[int],
+        texts: list[str],
+        head_check: ContrastiveHeadCheck | None,
     ) -> tuple[list[float | None], list[float | None]]:
-        """Cosines of the texts, and of the batch's original captions, with their images; None where not asked."""
-        originals: list[float | None] = [None] * len(batch)
+        """Cosines of the texts, and of the requests' original captions, with their images; None where not asked."""
+        originals: list[float | None] = [None] * len(requests)
         if not self.similarity:
             return [None] * len(texts), originals
-        rated = [place for place, wanted in enumerate(batch) if wanted.original is not None]
-        text_features = self.coca.text_features([*texts, *(str(batch[place].original) for place in rated)])
+        rated = list[int]()
+        original_texts = list[str]()
+        for position, request in enumerate(requests):
+            if request.original is not None:
+                rated.append(position)
+                original_texts.append(request.original)
+        text_features = self.coca.text_features([*texts, *original_texts])
         features = features.float()
         cosines = (features[[*owners, *rated]] * text_features).sum(-1).tolist()
-        if contrast is not None and rated:
-            contrast.add(features[rated], text_features[len(texts) :], [str(batch[place].original) for place in rated])
-        for place, cosine in zip(rated, cosines[len(texts) :], strict=True):
-            originals[place] = cosine
+        if head_check is not None and rated:
+            head_check.add(features[rated], text_features[len(texts) :], original_texts)
+        for position, cosine in zip(rated, cosines[len(texts) :], strict=True):
+            originals[position] = cosine
         return cosines[: len(texts)], originals

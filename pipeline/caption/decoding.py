@@ -8,12 +8,12 @@ from shards_spec.files import UserError
 
 @dataclass(frozen=True)
 class Decoding:
-    """Settings of one way to write captions. The end token counts as a token, start token and prefix do not."""
+    """Settings of one decoding method. The end token counts as a token, start token and prefix do not."""
 
     method: Literal["greedy", "top_k", "nucleus", "beam"] = "nucleus"
-    """greedy: the likeliest token; top_k, nucleus: drawn from the likeliest ones; beam: the likeliest captions"""
+    """greedy: the likeliest token; top_k, nucleus: sampled from the likeliest ones; beam: the likeliest captions"""
     top_p: float = 0.9
-    """nucleus: the smallest set of likeliest tokens that reaches this probability; 1 draws from all"""
+    """nucleus: the smallest set of likeliest tokens that reaches this probability; 1 samples from all"""
     top_k: int = 50
     """top_k: that many likeliest tokens"""
     temperature: float = 1.0
@@ -45,25 +45,25 @@ class Decoding:
         require(0 <= self.min_tokens < self.max_tokens, "min_tokens", f"at least 0, below max_tokens {self.max_tokens}")
 
     @property
-    def draws(self) -> bool:
-        """Whether chance has a part."""
+    def is_sampling(self) -> bool:
+        """Whether tokens are chosen at random."""
         return self.method in ("top_k", "nucleus")
 
-    def check_number(self, num_captions: int) -> None:
-        """Raises UserError when the method cannot give this many different captions of an image."""
+    def check_num_captions(self, num_captions: int) -> None:
+        """Raise UserError when the method cannot give this many different captions of an image."""
         most = {"greedy": 1, "beam": self.num_beams}.get(self.method, num_captions)
         if not 1 <= num_captions <= most:
             raise UserError(f"num_captions {num_captions}: {self.method} gives 1 to {most} captions of an image")
 
-    def room(self, context_length: int, prompt_length: int) -> int:
-        """The most tokens that a caption can have in a model's context, start token and prefix taken off.
+    def longest_caption(self, context_length: int, prompt_length: int) -> int:
+        """The most tokens that a caption can have in a model's context, start token and prompt not counted.
 
         Raises UserError when that is not above ``min_tokens``.
         """
-        room = min(self.max_tokens, context_length - 1 - prompt_length)
-        if room <= self.min_tokens:
+        longest = min(self.max_tokens, context_length - 1 - prompt_length)
+        if longest <= self.min_tokens:
             raise UserError(
                 f"the model has {context_length} places: with a prefix of {prompt_length} tokens there is no room for "
                 f"captions above min_tokens {self.min_tokens}"
             )
-        return room
+        return longest

@@ -1,57 +1,24 @@
-"""The captions of one shard while they are written: what is wanted, what came, what is drawn again."""
+"""The captions of one shard: collected by image, and sampled again where they are unusable."""
 
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from pipeline.caption.head_check import ContrastiveHeadCheck
+from pipeline.caption.requests import CaptionRequest, GeneratedCaption
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from pipeline.caption.captioner import Captioner
 
-ENOUGH_PAIRS = 4096  # of a shard, to judge heads by: 25 MB
 LOOP = re.compile(r"(?<!\S)(\S+(?: \S+){0,3})(?: \1){2,}(?!\S)")  # up to four words, three times in a row
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Captions to write for an image: their ``indices``, and which ``attempt`` at them this is.
+def caption_defect(text: str, others: list[str]) -> str | None:
+    """Why a caption should be sampled again, None when it is fine.
 
-    ``image`` (3, S, S) is normalised; ``original`` is the caption that came with it, None when it is not to be rated.
+    ``empty``; ``degenerate``: no letter, or words in a loop; ``repeated``: one of the image's ``others`` is the same.
     """
-
-    key: str
-    image: "Tensor"
-    indices: tuple[int, ...]
-    original: str | None = None
-    attempt: int = 0
-
-
-@dataclass(frozen=True)
-class Written:
-    """A caption; ``similarity``: cosine with its image under the captioner's contrastive heads, when asked for."""
-
-    text: str
-    logprob: float
-    num_tokens: int
-    ended: bool
-    similarity: float | None = None
-
-
-@dataclass(frozen=True)
-class Described:
-    """What `Captioner.describe` gives for one `Wanted`: its captions in the order of ``indices``."""
-
-    captions: list[Written]
-    original_similarity: float | None = None
-
-
-def problem(text: str, others: list[str]) -> str | None:
-    """Why a caption should be drawn again: ``empty``, ``degenerate`` (no letter, or words in a loop) or ``repeated``
-    (one of the image's ``others`` says the same)."""
     if not text:
         return "empty"
     if not any(letter.isalpha() for letter in text) or LOOP.search(text):
@@ -60,97 +27,72 @@ def problem(text: str, others: list[str]) -> str | None:
 
 
 @dataclass
-class Contrast:
-    """Whether a model's contrastive heads tell its images apart by their captions: a shard's first original pairs."""
+class ImageCaptions:
+    """One image's captions by index, in the order in which the indices were first asked for."""
 
-    images: "list[Tensor]" = field(default_factory=list)
-    texts: "list[Tensor]" = field(default_factory=list)
-    captions: list[str] = field(default_factory=list)
-
-    def add(self, images: "Tensor", texts: "Tensor", captions: list[str]) -> None:
-        """A batch's unit features (n, D) and the captions (n)."""
-        if len(self.captions) < ENOUGH_PAIRS:
-            self.images.append(images.cpu())
-            self.texts.append(texts.cpu())
-            self.captions += captions
-
-    def complaint(self) -> str | None:
-        """What to say when own captions score no better than shuffled ones by two standard errors; None otherwise, and
-        where there are too few to tell (three pairs, two different captions).
-
-        By how much a pair beats what its image and its caption score on average needs no matrix of all pairs: it is the
-        product of the two features less their means.
-        """
-        n = len(self.captions)
-        if n < 3 or len(set(self.captions)) < 2:
-            return None
-        images, texts = (np.concatenate([part.float().numpy() for part in own]) for own in (self.images, self.texts))
-        margins = ((images - images.mean(0)) * (texts - texts.mean(0))).sum(-1) * (n / (n - 1))
-        if margins.mean() > 2 * margins.std() / n**0.5:
-            return None
-        own = (images * texts).sum(-1).mean()
-        return (
-            f"original captions are no closer to their images than to others by this model's contrastive heads (mean "
-            f"cosine {own:.4f}, shuffled {own - margins.mean():.4f}, {n} images): its similarities say nothing, do not "
-            "filter by them. Fine-tuning on captions can spoil these heads (open_clip's mscoco_finetuned tags): take "
-            "another tag"
-        )
-
-
-@dataclass
-class Row:
-    """One image's captions by index, in the order of the indices."""
-
-    captions: dict[int, Written] = field(default_factory=dict)
+    captions: dict[int, GeneratedCaption] = field(default_factory=dict)
     original_similarity: float | None = None
 
-    def problem(self, index: int) -> str | None:
-        """What is wrong with a caption."""
+    def defect(self, index: int) -> str | None:
+        """What is wrong with a caption, compared with all others of the image."""
         others = [caption.text for other, caption in self.captions.items() if other != index]
-        return problem(self.captions[index].text, others)
+        return caption_defect(self.captions[index].text, others)
 
 
-class Drafts:
-    """The rows of one shard while they are written, and the captions that wait to be drawn again in full batches."""
+class CaptionRedrawer:
+    """Captions a shard's images and samples unusable captions again, up to ``redraws`` times each.
+
+    Images to be done again are collected until they fill a batch. ``rows`` has an entry per key: the caller adds one
+    for each sample, in the order of the shard, before it is captioned.
+    """
 
     def __init__(self, captioner: "Captioner", redraws: int) -> None:
-        self.captioner, self.redraws = captioner, redraws if captioner.decoding.draws else 0
-        self.rows, self.waiting, self.redrawn = dict[str, Row](), list[Wanted](), 0
-        self.contrast = Contrast()
+        self.captioner = captioner
+        self.redraws = redraws if captioner.decoding.is_sampling else 0  # other methods would give the same again
+        self.rows = dict[str, ImageCaptions]()
+        self.pending = list[CaptionRequest]()
+        self.redrawn = 0
+        self.head_check = ContrastiveHeadCheck()
 
-    def add(self, batch: list[Wanted]) -> None:
-        """Write a batch's captions; those that went wrong are put to wait, or drawn again when enough wait."""
-        for wanted, described in zip(batch, self.captioner.describe(batch, self.contrast), strict=True):
-            row, wrong = self.rows[wanted.key], list[int]()
-            if wanted.attempt == 0:
-                row.original_similarity = described.original_similarity
-            for index, caption in zip(wanted.indices, described.captions, strict=True):
+    def add(self, requests: list[CaptionRequest]) -> None:
+        """Caption a batch; unusable captions are requested again, once a batch of such requests is full."""
+        answers = self.captioner.caption(requests, self.head_check)
+        for request, answer in zip(requests, answers, strict=True):
+            row = self.rows[request.key]
+            if request.attempt == 0:
+                row.original_similarity = answer.original_similarity
+            unusable = list[int]()
+            for index, caption in zip(request.indices, answer.captions, strict=True):
                 row.captions[index] = caption
-                if wanted.attempt < self.redraws and row.problem(index):
-                    wrong.append(index)
-            if wrong:
-                self.waiting.append(replace(wanted, indices=tuple(wrong), original=None, attempt=wanted.attempt + 1))
-        self.redraw(least=self.captioner.batch_size)
+                if request.attempt < self.redraws and row.defect(index):
+                    unusable.append(index)
+            if unusable:
+                again = replace(request, indices=tuple(unusable), original=None, attempt=request.attempt + 1)
+                self.pending.append(again)
+        self.redraw(at_least=self.captioner.batch_size)
 
-    def redraw(self, least: int) -> None:
-        """Draw again while ``least`` images wait."""
-        while len(self.waiting) >= least:
-            batch = self.waiting[: self.captioner.batch_size]
-            del self.waiting[: self.captioner.batch_size]
-            self.redrawn += sum(len(wanted.indices) for wanted in batch)
+    def redraw(self, at_least: int) -> None:
+        """Caption pending requests again while there are ``at_least`` of them."""
+        while len(self.pending) >= at_least:
+            batch = self.pending[: self.captioner.batch_size]
+            del self.pending[: self.captioner.batch_size]
+            self.redrawn += sum(len(request.indices) for request in batch)
             self.add(batch)
 
-    def facts(self) -> dict[str, int]:
-        """Counts of captions."""
-        facts = Counter({"redrawn": self.redrawn})
+    def counters(self) -> dict[str, int]:
+        """Numbers of captions: all, sampled again, cut at the longest length, and the defects that are left."""
+        counters = Counter({"redrawn": self.redrawn})
         for row in self.rows.values():
-            facts["captions"] += len(row.captions)
-            facts["cut at max_tokens"] += sum(not caption.ended for caption in row.captions.values())
+            counters["captions"] += len(row.captions)
+            counters["cut at max_tokens"] += sum(not caption.ended for caption in row.captions.values())
             texts = [caption.text for caption in row.captions.values()]
-            facts.update(wrong for place, text in enumerate(texts) if (wrong := problem(text, texts[:place])))
-        return {name: number for name, number in sorted(facts.items()) if number}
+            for position, text in enumerate(texts):
+                defect = caption_defect(text, texts[:position])
+                if defect:
+                    counters[defect] += 1
+        return {name: number for name, number in sorted(counters.items()) if number}
 
-    def as_columns(self) -> list[dict[str, Any]]:
+    def as_rows(self) -> list[dict[str, Any]]:
         """Rows of the Parquet file."""
         return [
             {

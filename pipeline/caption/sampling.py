@@ -2,9 +2,9 @@
 
 Beam search is in `pipeline/caption/beam_search.py`.
 
-The order is Hugging Face's: repetition penalty, bars, temperature, then top-k or nucleus. Every row (a caption being
-written) draws from a generator keyed by its own name, so a caption does not depend on its neighbours, on the shard or
-on what was drawn before.
+The order is Hugging Face's: repetition penalty, suppressed tokens, temperature, then top-k or nucleus. Every row (a
+caption being written) has random numbers that belong to its own name, so a caption does not depend on its neighbours,
+on the shard or on what was sampled before.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.caption.coca import Coca, EncodedImages, Rows
+from pipeline.caption.coca import Coca, DecoderState, EncodedImages
 from pipeline.caption.decoding import Decoding
 from shards_spec.counter_rng import raw_draws
 from shards_spec.files import UserError
 
+COMPACT_BELOW = 0.75  # of the rows still running: copying the caches pays once a quarter is done
+FIRST_CANDIDATES = 128  # likeliest tokens looked at first
+MORE_CANDIDATES = 16  # times as many in the next round
+
 
 @dataclass(frozen=True)
-class Caption:
-    """``tokens`` as written, without start, prefix and end; ``logprob``: sum over them and the end token under the
-    model as it is, whatever temperature or penalty chose them; ``ended``: the model closed it itself."""
+class DecodedTokens:
+    """A caption as token ids.
+
+    ``tokens`` are without start, prefix and end; ``logprob`` is the sum over them and the end token under the model as
+    it is, whatever temperature or penalty chose them; ``ended``: the model closed the caption itself.
+    """
 
     tokens: list[int]
     logprob: float
@@ -33,104 +40,115 @@ class Caption:
 @torch.inference_mode()
 def generate(
     coca: Coca, images: EncodedImages, owners: Sequence[int], names: Sequence[str], decoding: Decoding
-) -> list[Caption]:
-    """A caption per row: row r describes image ``owners[r]`` (ascending, every image at least once) and draws from
-    ``names[r]``. Raises UserError when the model's logits are not finite.
+) -> list[DecodedTokens]:
+    """A caption per row: row r describes image ``owners[r]``, with random numbers that belong to ``names[r]``.
+
+    ``owners`` ascend and have every image at least once. Raises UserError when the model's logits are not finite.
     """
-    rows, logits, longest = begin(coca, images, decoding)
-    owned = torch.tensor(owners, device=coca.device)
-    rows.select(owned)  # several captions of an image share what was computed so far
-    logits = logits[owned]
-    seeds = _seeds(names, decoding, longest).to(coca.device)
+    state, logits, longest = prefill(coca, images, decoding)
+    image_of_row = torch.tensor(owners, device=coca.device)
+    state.select(image_of_row)  # several captions of an image share what was computed so far
+    logits = logits[image_of_row]
+    seeds = _noise_seeds(names, decoding, longest).to(coca.device)
     tokens = torch.full((len(names), longest), coca.end, device=coca.device)
     logprobs = torch.zeros(len(names), dtype=torch.float64, device=coca.device)
-    active = torch.arange(len(names), device=coca.device)  # result of every row that is left
+    active = torch.arange(len(names), device=coca.device)  # the result that each row of the state belongs to
     running = torch.ones(len(names), dtype=torch.bool, device=coca.device)
     for position in range(longest):
-        allowed = adjusted(logits, rows.tokens[:, 1 : rows.position], coca, decoding, position)
-        newest = choose(allowed, decoding, seeds[active, position])
+        scores = process_logits(logits, state.tokens[:, 1 : state.position], coca, decoding, position)
+        newest = sample_token(scores, decoding, seeds[active, position])
         gained = logits.gather(1, newest[:, None])[:, 0].double() - logits.logsumexp(-1).double()
         logprobs[active] += torch.where(running, gained, 0.0)
         tokens[active, position] = torch.where(running, newest, coca.end)
         running = running & (newest != coca.end)
-        left = int(running.sum())
-        if not left or position == longest - 1:
+        still_running = int(running.sum())
+        if not still_running or position == longest - 1:
             break
-        if left <= 0.75 * len(running):  # copying the caches pays once a quarter is done
+        if still_running <= COMPACT_BELOW * len(running):
             kept = running.nonzero()[:, 0]
-            rows.select(kept)
-            active, newest, running = active[kept], newest[kept], running[kept]
-        logits = rows.feed(newest[:, None])
-    return [written(row, logprob, coca.end) for row, logprob in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
+            state.select(kept)
+            active = active[kept]
+            newest = newest[kept]
+            running = running[kept]
+        logits = state.step(newest[:, None])
+    rows = zip(tokens.tolist(), logprobs.tolist(), strict=True)
+    return [truncate_at_eos(row, logprob, coca.end) for row, logprob in rows]
 
 
-def begin(coca: Coca, images: EncodedImages, decoding: Decoding) -> tuple[Rows, Tensor, int]:
-    """A row per image with start token and prefix fed, the logits (P, V) after them, and how many tokens may follow.
+def prefill(coca: Coca, images: EncodedImages, decoding: Decoding) -> tuple[DecoderState, Tensor, int]:
+    """Begin a caption per image with start token and prefix.
 
-    Raises UserError when the logits are not finite or the prefix leaves no room.
+    Returns the state, the logits (P, V) of the next token, and how many tokens may follow. Raises UserError when the
+    logits are not finite or the prefix leaves no room.
     """
-    prompt = coca.prompt(decoding.prefix) if decoding.prefix else []
-    longest = decoding.room(coca.context_length, len(prompt))
-    rows = Rows(coca, images, 1 + len(prompt) + longest)
-    logits = rows.feed(torch.tensor([[coca.start, *prompt]], device=coca.device).expand(len(rows.tokens), -1))
+    prompt = coca.prompt_tokens(decoding.prefix)
+    longest = decoding.longest_caption(coca.context_length, len(prompt))
+    state = DecoderState(coca, images, 1 + len(prompt) + longest)
+    logits = state.step(torch.tensor([[coca.start, *prompt]], device=coca.device).expand(len(state.tokens), -1))
     if not torch.isfinite(logits).all():
         raise UserError("the captioner gives logits that are not finite: its weights are broken or were not loaded")
-    return rows, logits, longest
+    return state, logits, longest
 
 
-def written(tokens: list[int], logprob: float, end: int) -> Caption:
-    """A caption from its row of tokens, which may hold the end token."""
+def truncate_at_eos(tokens: list[int], logprob: float, end: int) -> DecodedTokens:
+    """A caption from its row of tokens, which may hold the end token ``end``."""
     ended = end in tokens
-    return Caption(tokens[: tokens.index(end)] if ended else tokens, logprob, ended)
+    return DecodedTokens(tokens[: tokens.index(end)] if ended else tokens, logprob, ended)
 
 
-def adjusted(scores: Tensor, before: Tensor, coca: Coca, decoding: Decoding, position: int) -> Tensor:
-    """Scores (R, V) with the repetition penalty (Keskar et al. 2019: a token of ``before`` (R, T), prefix and written,
-    is divided by it, multiplied when negative) and without what may not be written at this ``position``."""
-    scores = scores.clone()
+def process_logits(logits: Tensor, before: Tensor, coca: Coca, decoding: Decoding, position: int) -> Tensor:
+    """Scores (R, V) to choose from at this ``position``; forbidden tokens have -inf.
+
+    Repetition penalty (Keskar et al. 2019): the logit of a token in ``before`` (R, T), prefix and caption so far, is
+    divided by it, multiplied when negative. Forbidden are the suppressed tokens, and the end before ``min_tokens``.
+    """
+    scores = logits.clone()
     if decoding.repetition_penalty != 1 and before.shape[1]:
         seen = scores.gather(1, before)
         penalty = decoding.repetition_penalty
         scores.scatter_(1, before, torch.where(seen < 0, seen * penalty, seen / penalty))
-    scores[:, coca.barred] = -torch.inf
+    scores[:, coca.suppressed_tokens] = -torch.inf
     if position < decoding.min_tokens:
         scores[:, coca.end] = -torch.inf
     return scores
 
 
-def _seeds(names: Sequence[str], decoding: Decoding, length: int) -> Tensor:
-    """(R, length) int64, a row from its name alone."""
-    if not decoding.draws:
+def _noise_seeds(names: Sequence[str], decoding: Decoding, length: int) -> Tensor:
+    """(R, length) int64: a seed per row and position, from the row's name alone."""
+    if not decoding.is_sampling:
         return torch.zeros(len(names), length, dtype=torch.long)
     return torch.from_numpy(np.stack([raw_draws(name, length).view(np.int64) for name in names]))
 
 
-def choose(scores: Tensor, decoding: Decoding, seeds: Tensor) -> Tensor:
-    """Next token (R,) from scores (R, V): the greatest, or drawn with ``seeds`` (R,).
+def sample_token(scores: Tensor, decoding: Decoding, seeds: Tensor) -> Tensor:
+    """Next token (R,) from scores (R, V): the greatest, or sampled with ``seeds`` (R,).
 
     Top-k (Fan et al. 2018) keeps the k likeliest, nucleus (Holtzman et al. 2020) the smallest set of likeliest tokens
     that reaches top_p; tokens as likely as the last one kept are kept too, so that half precision, in which many are
-    equal, has no hidden order. The likeliest ``size`` tokens are looked at; rows that need more are done again with
-    more.
+    equal, has no hidden order. A few likeliest tokens are looked at first; rows that need more are done again.
     """
-    if not decoding.draws:
+    if not decoding.is_sampling:
         return scores.argmax(-1)
     scores = scores / decoding.temperature
+    vocabulary = scores.shape[-1]
     chosen = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
-    rows, size = torch.arange(len(scores), device=scores.device), 128
+    rows = torch.arange(len(scores), device=scores.device)
+    size = min(FIRST_CANDIDATES, vocabulary)
     while True:
-        size = min(size, scores.shape[-1])
-        found, done = _draw(scores, decoding, seeds, size)
-        chosen[rows] = found
-        if size == scores.shape[-1] or done.all():
+        tokens, complete = _sample_among(scores, decoding, seeds, size)
+        chosen[rows] = tokens
+        if size == vocabulary or complete.all():
             return chosen
-        scores, seeds, rows, size = scores[~done], seeds[~done], rows[~done], 16 * size
+        scores = scores[~complete]
+        seeds = seeds[~complete]
+        rows = rows[~complete]
+        size = min(MORE_CANDIDATES * size, vocabulary)
 
 
-def _draw(scores: Tensor, decoding: Decoding, seeds: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Tokens (R,) drawn from the likeliest ``size``, and whether those hold all that can be drawn (R,).
+def _sample_among(scores: Tensor, decoding: Decoding, seeds: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Tokens (R,) sampled from the likeliest ``size``, and whether those hold all that can be sampled (R,).
 
-    The greatest of score + Gumbel noise is a draw by probability. The noise belongs to (seed, token): a last bit of
+    The greatest of score + Gumbel noise is a sample by probability. The noise belongs to (seed, token): a last bit of
     difference in the scores changes the token only where two sums are that close, however many tokens there are.
     """
     values, ids = scores.topk(size)
@@ -140,11 +158,11 @@ def _draw(scores: Tensor, decoding: Decoding, seeds: Tensor, size: int) -> tuple
         probabilities = (values - scores.logsumexp(-1, keepdim=True)).double().exp()
         reached = (probabilities.cumsum(-1) < decoding.top_p).sum(-1, keepdim=True).clamp(max=size - 1)
         least = values.gather(1, reached)
-    noisy = torch.where(values >= least, values.double() + _gumbel(seeds[:, None], ids), -torch.inf)
+    noisy = torch.where(values >= least, values.double() + _gumbel_noise(seeds[:, None], ids), -torch.inf)
     return ids.gather(1, noisy.argmax(-1, keepdim=True))[:, 0], values[:, -1] < least[:, 0]
 
 
-def _gumbel(seeds: Tensor, ids: Tensor) -> Tensor:
+def _gumbel_noise(seeds: Tensor, ids: Tensor) -> Tensor:
     """Standard Gumbel noise in float64 for int64 seeds and token ids, by the finaliser of SplitMix64."""
     x = seeds + ids * -0x61C8864680B583EB  # the golden ratio of 2^64, as a signed number
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):

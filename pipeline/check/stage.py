@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.incremental import OpenShard, stale_column
+from pipeline.cache.incremental import ShardIndex, plan_column_update
 from pipeline.check.records import (
     Findings,
     Totals,
@@ -223,16 +223,16 @@ def _prove_plan(root: str, folder: str, shard: int) -> Iterator[str]:
 
 def _prove_cache(root: str, folder: str, shard: int) -> Iterator[str]:
     path, tar = parquet_path(join(root, folder), shard), tar_path(SHARDS, shard)
-    cached, there = CachedShard(root, folder.removeprefix(f"{TEACHER}/"), shard), OpenShard(join(root, tar))
+    cached, there = CachedShard(root, folder.removeprefix(f"{TEACHER}/"), shard), ShardIndex(join(root, tar))
     for file in cached.files:
         _expect_keys(file.path, there.keys, file.keys, tar)
-    names = there.columns(cached.config["num_views"], texts=cached.find("text_0") is not None)
+    names = there.column_names(cached.config["num_views"], texts=cached.find("text_0") is not None)
     for name in names:
         file = cached.file(name)
-        column, vectors = stale_column(name, there, file), file.vectors(name)
-        if column is not None and len(column.rows):
+        column, vectors = plan_column_update(name, there, file), file.vectors(name)
+        if column is not None and len(column.new_rows):
             raise DataError(
-                f"{path}: made from another {tar}: key {there.keys[int(column.rows[0])]} has another "
+                f"{path}: made from another {tar}: key {there.keys[int(column.new_rows[0])]} has another "
                 f"{'image' if name.startswith('image_') else 'caption'} than {name} was made from; run `clipmill "
                 "cache` again, it embeds what is new"
             )

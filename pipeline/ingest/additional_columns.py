@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.ingest.cells import shown
+from pipeline.ingest.cells import format_names
 from pipeline.ingest.rows import Row
 from shards_spec.files import UserError
 
@@ -52,16 +52,16 @@ def kept_name(name: str) -> str:
     return f"{PREFIX}{name}" if name in RESERVED_NAMES or RESERVED_PATTERN.fullmatch(name) else name
 
 
-def plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """A cell as JSON can have it: dates as ISO 8601, no NaN, all else as its text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
+        return [json_value(part) for part in value]
     if isinstance(value, dict):
-        return {str(name): plain(part) for name, part in value.items()}
+        return {str(name): json_value(part) for name, part in value.items()}
     return value.isoformat() if isinstance(value, date | datetime | time) else str(value)
 
 
@@ -91,7 +91,7 @@ def _array(cells: list[Any], kind: pa.DataType | None) -> pa.Array:
         return array
     texts = []
     for cell in cells:
-        text = cell if cell is None or isinstance(cell, str) else json.dumps(plain(cell))
+        text = cell if cell is None or isinstance(cell, str) else json.dumps(json_value(cell))
         texts.append(text and text.encode(errors="replace").decode())  # lone surrogates
     return pa.array(texts, pa.string())
 
@@ -149,7 +149,7 @@ def read_conditions(texts: tuple[str, ...]) -> tuple[Condition, ...]:
         match = CONDITION.fullmatch(text)
         if match is None or (match[2] in ORDERS and _number(match[3]) is None):
             raise UserError(
-                f"--where {text!r} is no condition: give a column, one of >= <= > < == != and a value, such as "
+                f"--where {text!r} is not a condition: give a column, one of >= <= > < == != and a value, such as "
                 "'similarity >= 0.3'"
             )
         conditions.append(Condition(match[1], match[2], match[3].strip("'\"")))
@@ -165,4 +165,4 @@ def check_named(rows: list[Row], conditions: tuple[Condition, ...], wanted: tupl
     asked += [("--save-additional-columns", name) for name in wanted if name != ALL_COLUMNS]
     for option, name in asked:
         if name not in names:
-            raise UserError(f"{option}: the list has no other column {name!r}; it has {shown(list(names))}")
+            raise UserError(f"{option}: the list has no other column {name!r}; it has {format_names(list(names))}")

@@ -44,13 +44,13 @@ NAMES_SHOWN = 20  # of a list's columns, in a message
 NAME_CHARS = 40  # of a column's name, in a message
 
 
-def shown(names: list[str]) -> str:
+def format_names(names: list[str]) -> str:
     """Column names for a message, shortened when they are many or long."""
     cut = [name if len(name) <= NAME_CHARS else f"{name[:NAME_CHARS]}..." for name in names[:NAMES_SHOWN]]
     return str(cut) + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
 
 
-def found_columns(names: list[str], columns: Columns) -> tuple[int | None, int | None]:
+def locate_columns(names: list[str], columns: Columns) -> tuple[int | None, int | None]:
     """Indexes of the caption and the URL column, by the given names or by the usual ones; None for one not there.
 
     A column of file names stands in for a column of URLs.
@@ -65,14 +65,16 @@ def found_columns(names: list[str], columns: Columns) -> tuple[int | None, int |
 
 def pick_columns(source: str, names: list[str], columns: Columns) -> tuple[int, int]:
     """Indexes of the caption and the URL column. Raises UserError naming the list's columns when one is missing."""
-    caption, url = found_columns(names, columns)
+    caption, url = locate_columns(names, columns)
     for index, given, option in ((caption, columns[0], "--caption-col"), (url, columns[1], "--url-col")):
         if index is None and given is not None:
-            raise UserError(f"--source {source}: no column {given!r}; its columns are {shown(names)}; change {option}")
+            raise UserError(
+                f"--source {source}: no column {given!r}; its columns are {format_names(names)}; change {option}"
+            )
     if caption is None or url is None:
         raise UserError(
-            f"--source {source}: its columns are {shown(names)}; it needs url (or URL) and caption (or TEXT), or name "
-            "them with --url-col and --caption-col"
+            f"--source {source}: its columns are {format_names(names)}; it needs url (or URL) and caption (or TEXT), "
+            "or name them with --url-col and --caption-col"
         )
     check_once(source, names, [names[caption], names[url]])
     return caption, url

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline.ingest.cells import found_columns, is_address
+from pipeline.ingest.cells import is_address, locate_columns
 from pipeline.ingest.rows import Columns, decode_text
 from pipeline.ingest.source_io import MAX_LINE_BYTES
 
@@ -45,7 +45,7 @@ def header_of(line: bytes, columns: Columns) -> tuple[list[str], str]:
         text = line.rstrip(b"\r")
         fields = _parse_quoted(text, delimiter)[0] or text.split(delimiter.encode())
         names = [decode_text(field)[0] or "" for field in fields]
-        if None not in found_columns(names, columns):
+        if None not in locate_columns(names, columns):
             return names, delimiter
         headers.append((names, delimiter))
     return max(headers, key=lambda header: len(header[0]))

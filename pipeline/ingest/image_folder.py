@@ -18,10 +18,10 @@ from pipeline.ingest.rows import (
     CAPTION_NAMES,
     NOT_FOUND,
     NOT_UTF8,
-    Caption,
     Columns,
     FileRef,
     Row,
+    SourceCaption,
     captions_of,
     decode_text,
     find_column,
@@ -101,7 +101,9 @@ def folder_rows(folder: str, columns: Columns = (None, None)) -> Iterator[Row]:
     yield from warn_of_no_caption(rows, folder, partial(seen_line, "files", seen))
 
 
-def _folder_rows(folder: str, listed: dict[str, list[Caption]], lists: set[str], given: str | None) -> Iterator[Row]:
+def _folder_rows(
+    folder: str, listed: dict[str, list[SourceCaption]], lists: set[str], given: str | None
+) -> Iterator[Row]:
     """Rows of `folder_rows`; ``listed`` are the captions of the ``lists``, which are used up."""
     left_out = Counter[str]()
     for prefix, files in walk(folder):
@@ -111,7 +113,7 @@ def _folder_rows(folder: str, listed: dict[str, list[Caption]], lists: set[str],
             beside = {name: sidecars.find(name) for name in chunk if prefix + name not in listed}
             captions = _read_captions(folder, prefix, [text for text in beside.values() if text], given)
             for name in chunk:
-                own = listed.pop(prefix + name, None) or captions.get(beside.get(name) or "", [Caption()])
+                own = listed.pop(prefix + name, None) or captions.get(beside.get(name) or "", [SourceCaption()])
                 yield from _image_rows(folder, prefix + name, files[name], own)
         used = sidecars.used.union(filter(is_image, taken))
         left_out.update(file_ending(name) for name in files if name not in used and prefix + name not in lists)
@@ -155,7 +157,7 @@ class _Sidecars:
         return None
 
 
-def _image_rows(folder: str, path: str, info: dict[str, Any], captions: list[Caption]) -> Iterator[Row]:
+def _image_rows(folder: str, path: str, info: dict[str, Any], captions: list[SourceCaption]) -> Iterator[Row]:
     """A row per caption of the image at ``path`` below the folder."""
     stamp, problem = _stamp_and_problem(folder, path, info)
     ref = FileRef(join(folder, path))
@@ -184,7 +186,7 @@ def _stamp_and_problem(folder: str, path: str, info: dict[str, Any]) -> tuple[st
     return stamp, not_decoded(ending) if ending else None
 
 
-def _read_captions(folder: str, prefix: str, names: list[str], given: str | None) -> dict[str, list[Caption]]:
+def _read_captions(folder: str, prefix: str, names: list[str], given: str | None) -> dict[str, list[SourceCaption]]:
     """Captions by name of the file beside the image; remote ones are read together."""
     if is_url(folder):
         contents = _read_remote(folder, prefix, names)
@@ -228,20 +230,20 @@ def _links_inside(root: str, path: str) -> bool:
     return any(os.path.commonpath((folder, target)) == folder for folder in (root, own_folder))
 
 
-def _captions(name: str, data: bytes | Exception | str, given: str | None) -> list[Caption]:
+def _captions(name: str, data: bytes | Exception | str, given: str | None) -> list[SourceCaption]:
     """The captions in a file beside an image, from its bytes or what stood in the way of them."""
     if data == CAPTION_OUTSIDE:  # may be another person's file: not used, and the image is used without a caption
-        return [Caption(note=CAPTION_OUTSIDE)]
+        return [SourceCaption(note=CAPTION_OUTSIDE)]
     if not isinstance(data, bytes):
-        return [Caption(None, data if isinstance(data, str) else CAPTION_NOT_READABLE)]
+        return [SourceCaption(None, data if isinstance(data, str) else CAPTION_NOT_READABLE)]
     text, broken = decode_text(data)
     if broken or not name.lower().endswith(".json"):
-        return [Caption((text or "").removeprefix("\ufeff").strip(), NOT_UTF8 if broken else None)]
+        return [SourceCaption((text or "").removeprefix("\ufeff").strip(), NOT_UTF8 if broken else None)]
     try:
         fields = parse_object(data)
     except ValueError as error:
         is_json = "object" in str(error)  # "is not an object": a list of boxes, say, and no captions
-        return [Caption(None, None if is_json else BAD_JSON)]
+        return [SourceCaption(None, None if is_json else BAD_JSON)]
     names = list(fields)
     index = find_column(given, CAPTION_NAMES, names)
-    return captions_of(fields[names[index]]) if index is not None else [Caption()]
+    return captions_of(fields[names[index]]) if index is not None else [SourceCaption()]

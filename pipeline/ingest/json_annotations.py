@@ -4,13 +4,13 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.ingest.rows import CAPTION_NAMES, Caption, captions_of, find_column, json_text
+from pipeline.ingest.rows import CAPTION_NAMES, SourceCaption, captions_of, find_column, json_text
 from shards_spec.names import is_image
 
 TEXT_NAMES = ("text", "caption", *CAPTION_NAMES, "captions", "texts", "comment", "sentence")
 FILE_NAMES = ("file_name", "filename", "image", "image_name", "file", "img", "filepath", "image_path")
 
-Entry = tuple[str | None, list[Caption]]  # file name (None: the list does not tell it), its captions
+Entry = tuple[str | None, list[SourceCaption]]  # file name (None: the list does not tell it), its captions
 
 
 def json_entries(value: Any, given: str | None) -> Iterator[Entry] | None:
@@ -47,19 +47,19 @@ def _coco_entries(images: list[Any], annotations: list[Any], column: str) -> Ite
     """https://cocodataset.org/#format-data: captions name their image by its id, which may be any JSON value."""
     if not any(column in annotation for annotation in annotations):
         return None
-    captions = dict[str, list[Caption]]()
+    captions = dict[str, list[SourceCaption]]()
     for annotation in annotations:
         image_id = json.dumps(annotation.get("image_id"))
         captions.setdefault(image_id, []).extend(captions_of(annotation.get(column)))
     return _join_by_id(images, captions)
 
 
-def _join_by_id(images: list[Any], captions: dict[str, list[Caption]]) -> Iterator[Entry]:
+def _join_by_id(images: list[Any], captions: dict[str, list[SourceCaption]]) -> Iterator[Entry]:
     known = set()
     for image in images:
         image_id = json.dumps(image.get("id"))
         known.add(image_id)
-        yield _file_name(image.get("file_name")), captions.get(image_id, [Caption()])
+        yield _file_name(image.get("file_name")), captions.get(image_id, [SourceCaption()])
     for image_id, texts in captions.items():
         if image_id not in known:
             yield from ((None, [caption]) for caption in texts)
@@ -72,8 +72,8 @@ def _karpathy_entries(images: list[Any]) -> Iterator[Entry]:
         folder = image.get("filepath")
         name = _file_name(f"{folder}/{file}") if isinstance(folder, str) and file else file
         sentences = image.get("sentences")
-        captions = list[Caption]()
+        captions = list[SourceCaption]()
         for sentence in sentences if isinstance(sentences, list) else []:
             if isinstance(sentence, dict):
                 captions += captions_of(sentence.get("raw"))
-        yield name, captions or [Caption()]
+        yield name, captions or [SourceCaption()]

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.core.runner import ALL, ShardAssignment, Task
-from pipeline.ingest.additional_columns import check_named, plain, read_conditions
+from pipeline.ingest.additional_columns import check_named, json_value, read_conditions
 from pipeline.ingest.cells import ADDRESS_TOO_LONG, CAPTION_TOO_LONG, KEPT_CHARS
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.estimate import estimate_rows
@@ -91,7 +91,7 @@ class Listing:
         config = self._config
         keys = [sample_key(shard, index, config.shard_size) for index in range(len(rows))]
         hashes = {"rows": sha256_json([_identity(row) for row in rows])}
-        others = [{name: plain(cell) for name, cell in row.extra.items()} for row in rows]
+        others = [{name: json_value(cell) for name, cell in row.extra.items()} for row in rows]
         other_hashes = {"columns": sha256_json(others)} if any(others) else {}
         inputs = Inputs(keys, rows, {}, types, config.save_additional_columns)
         # shards made before there were other columns have no hash of them: they stay valid

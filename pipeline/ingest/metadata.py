@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from pipeline.ingest.cells import NO_URL, shown
+from pipeline.ingest.cells import NO_URL, format_names
 from pipeline.ingest.delimited import header_of
 from pipeline.ingest.json_annotations import FILE_NAMES, TEXT_NAMES, Entry, json_entries
 from pipeline.ingest.parquet_lists import parquet_rows
-from pipeline.ingest.rows import NOT_FOUND, NOT_UTF8, Caption, Row, decode_text, find_column
+from pipeline.ingest.rows import NOT_FOUND, NOT_UTF8, Row, SourceCaption, decode_text, find_column
 from pipeline.ingest.source_io import lines, open_parquet
 from pipeline.ingest.text_lists import HEAD_LINES, NO_COLUMN, delimited_rows, json_rows
 from shards_spec.files import UserError, exists, is_url, join, open_read
@@ -49,7 +49,7 @@ def is_list(name: str, files: dict[str, Any]) -> bool:
     return not any(stem + ending in files or stem + ending.upper() in files for ending in IMAGE_ENDINGS)
 
 
-def read_lists(folder: str, lists: list[str], prefixes: list[str], given: str | None) -> dict[str, list[Caption]]:
+def read_lists(folder: str, lists: list[str], prefixes: list[str], given: str | None) -> dict[str, list[SourceCaption]]:
     """Path of each image below ``folder`` to its captions; for a line without a file name, ``list:line``.
 
     A metadata file replaces what lists before it say of its images; other lists add captions that are new.
@@ -63,7 +63,7 @@ def read_lists(folder: str, lists: list[str], prefixes: list[str], given: str | 
     Raises:
         UserError: A list cannot be read, or lacks a column.
     """
-    captions = dict[str, list[Caption]]()
+    captions = dict[str, list[SourceCaption]]()
     for below in lists:
         is_metadata = below.rpartition("/")[2].lower() in METADATA
         for path, texts in _read_list(folder, below, prefixes, given).items():
@@ -73,7 +73,7 @@ def read_lists(folder: str, lists: list[str], prefixes: list[str], given: str | 
     return captions
 
 
-def _read_list(folder: str, below: str, prefixes: list[str], given: str | None) -> dict[str, list[Caption]]:
+def _read_list(folder: str, below: str, prefixes: list[str], given: str | None) -> dict[str, list[SourceCaption]]:
     """Captions of one list as of `read_lists`; none, with a warning, for a file that is left out."""
     prefix, _, name = below.rpartition("/")
     prefix += "/" if prefix else ""
@@ -92,11 +92,11 @@ def _read_list(folder: str, below: str, prefixes: list[str], given: str | None) 
             log.warning("%s: left out, %s", path, why)
             return {}
         prefix = images_prefix
-    captions = dict[str, list[Caption]]()
+    captions = dict[str, list[SourceCaption]]()
     for number, (file, texts) in enumerate(entries, start=1):
         if file is None:
             lacks_column = any(text.problem == NO_COLUMN for text in texts)
-            captions[f"{below}:{number}"] = [Caption(None, NO_COLUMN if lacks_column else NO_FILE)]
+            captions[f"{below}:{number}"] = [SourceCaption(None, NO_COLUMN if lacks_column else NO_FILE)]
         else:
             image = prefix + _path_below(join(folder, prefix), file)
             captions.setdefault(image, []).extend(texts)
@@ -162,9 +162,9 @@ def _table_entries(path: str, given: str | None) -> Iterator[Entry] | None:
     if not names and path.lower().endswith(".jsonl") and any(line.strip() for line in lines(path)):
         raise UserError(f"{path}: none of its first lines is a JSON object; it needs file_name and text")
     if is_metadata and names and file is None:
-        raise UserError(f"{path}: its columns are {shown(names)}; it needs file_name and text")
+        raise UserError(f"{path}: its columns are {format_names(names)}; it needs file_name and text")
     if is_metadata and names and text is None and given is not None:
-        raise UserError(f"{path}: no column {given!r}; its columns are {shown(names)}; change --caption-col")
+        raise UserError(f"{path}: no column {given!r}; its columns are {format_names(names)}; change --caption-col")
     if file is None or (text is None and not is_metadata):
         return None
     columns = (names[file if text is None else text], names[file])
@@ -214,7 +214,7 @@ def _row_entries(rows: Iterator[Row], *, has_text: bool) -> Iterator[Entry]:
             continue  # an empty line
         caption = row.caption.strip() if row.caption is not None and has_text else None
         problem = None if row.problem == NOT_FOUND else row.problem  # the image may lie in another folder
-        yield row.url, [Caption(caption, problem, row.note)]
+        yield row.url, [SourceCaption(caption, problem, row.note)]
 
 
 # lists of Flickr, COCO, Karpathy
@@ -238,6 +238,6 @@ def _token_entries(path: str) -> Iterator[Entry]:
         match = TOKEN.fullmatch(line.decode(errors="surrogateescape"))
         if match is not None:
             text, broken = decode_text(match["text"].strip().encode(errors="surrogateescape"))
-            yield match["file"], [Caption(text or None, NOT_UTF8 if broken else None)]
+            yield match["file"], [SourceCaption(text or None, NOT_UTF8 if broken else None)]
         elif line.strip():
             yield None, []

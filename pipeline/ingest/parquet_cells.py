@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.ingest.cells import MAX_CELL_BYTES, shown
+from pipeline.ingest.cells import MAX_CELL_BYTES, format_names
 from pipeline.ingest.parquet_pages import MAX_PAGE_BYTES, largest_pages
 from pipeline.ingest.rows import decode_text
 from pipeline.ingest.source_io import open_parquet, open_random_access
@@ -188,7 +188,7 @@ def read_cells(
             for batch in _batches(source, group, {name: sizes[name] for name in (*wanted, *kept)}):
                 yield from _batch_cells(batch, caption, url)
     if left_out:
-        log.warning("%s: cells too large to be kept in the columns %s", source, shown(sorted(left_out)))
+        log.warning("%s: cells too large to be kept in the columns %s", source, format_names(sorted(left_out)))
 
 
 def _batches(source: str, group: int, sizes: dict[str, ColumnSize]) -> Iterator[pa.RecordBatch]:

@@ -7,7 +7,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.ingest.cells import NO_URL, URL_PATTERN, check_once, make_row, shown
+from pipeline.ingest.cells import NO_URL, URL_PATTERN, check_once, format_names, make_row
 from pipeline.ingest.parquet_cells import (
     CELL_TOO_LARGE,
     check_types,
@@ -94,7 +94,7 @@ def _file_rows(file: SourceFile, table: pq.ParquetFile, columns: Columns) -> Ite
     schema = table.schema_arrow
     leaf = image_column(schema, columns[1])
     if leaf is None:
-        raise UserError(f"--source {file.path}: no column holds images; its columns are {shown(schema.names)}")
+        raise UserError(f"--source {file.path}: no column holds images; its columns are {format_names(schema.names)}")
     _check_leaf_once(file.path, table, leaf)
     caption, url = _text_columns(file.path, schema, leaf, columns)
     image_names = (leaf, leaf.removesuffix(".bytes"))
@@ -131,7 +131,9 @@ def _text_columns(path: str, schema: pa.Schema, leaf: str, columns: Columns) -> 
 
 
 def _missing_column(path: str, missing: str, leaf: str, names: list[str], option: str) -> UserError:
-    return UserError(f"--source {path}: {missing} beside its images {leaf}; it has {shown(names)}; give {option}")
+    return UserError(
+        f"--source {path}: {missing} beside its images {leaf}; it has {format_names(names)}; give {option}"
+    )
 
 
 def _row_refs(path: str, table: pq.ParquetFile, leaf: str) -> Iterator[ParquetRef]:

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.core.runner import Result
-from pipeline.ingest.additional_columns import ALL_COLUMNS, kept_columns, plain
+from pipeline.ingest.additional_columns import ALL_COLUMNS, json_value, kept_columns
 from pipeline.ingest.images import RESIZE, EncodedImage, Outcome
 from pipeline.ingest.rows import Row
 from shards_spec.files import UserError, free_bytes
@@ -101,7 +101,7 @@ def _table(others: dict[str, pa.Array], fields: list[dict[str, Any]]) -> pa.Tabl
 def _with(others: dict[str, pa.Array], fields: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The fields of the json members, the list's other columns first."""
     cells = zip(*(array.to_pylist() for array in others.values()), strict=True) if others else [()] * len(fields)
-    more = (dict(zip(others, map(plain, row), strict=True)) for row in cells)
+    more = (dict(zip(others, map(json_value, row), strict=True)) for row in cells)
     return [{**extra, **own} for extra, own in zip(more, fields, strict=True)]
 
 

@@ -80,7 +80,7 @@ class Row:
     extra: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
-class Caption(NamedTuple):
+class SourceCaption(NamedTuple):
     """A caption, why its row cannot be used, and what is to be noted of a row that can."""
 
     text: str | None = None
@@ -132,13 +132,13 @@ def json_captions(value: object) -> tuple[list[bytes | None], str | None]:
     return [None], NOT_TEXT if value else None
 
 
-def captions_of(value: object) -> list[Caption]:
+def captions_of(value: object) -> list[SourceCaption]:
     """`json_captions` as text."""
     texts, note = json_captions(value)
     captions = []
     for data in texts:
         text, broken = decode_text(data)
-        captions.append(Caption(text, NOT_UTF8 if broken else None, note))
+        captions.append(SourceCaption(text, NOT_UTF8 if broken else None, note))
     return captions
 
 

@@ -11,7 +11,7 @@ from pipeline.ingest.cells import (
     URL_PATTERN,
     broken_row,
     files_folder,
-    found_columns,
+    locate_columns,
     make_row,
     pick_columns,
 )
@@ -52,7 +52,7 @@ def detect_text(source: str, columns: Columns) -> TextForm:
     names, _ = header_of(texts[0].encode(), columns)
     if columns[0] is None and _is_url_list(source, texts, columns):
         return "txt"
-    if find_column(columns[1], URL_NAMES, names) is not None or None not in found_columns(names, columns):
+    if find_column(columns[1], URL_NAMES, names) is not None or None not in locate_columns(names, columns):
         return "csv"
     if columns != (None, None):
         pick_columns(source, names, columns)  # raises: names the column that is not there
@@ -228,7 +228,7 @@ def _json_names(source: str, columns: Columns) -> list[str]:
     """The keys of a list's first objects, up to the one that has the last of both columns: a key may be left out."""
     names = dict[str, None]()
     for number, line in enumerate(islice(lines(source), MAX_HEAD_LINES)):
-        if number >= HEAD_LINES and None not in found_columns(list(names), columns):
+        if number >= HEAD_LINES and None not in locate_columns(list(names), columns):
             break
         names.update(dict.fromkeys(_object(line) or {}))
         if len(names) > MAX_NAMES:

@@ -13,10 +13,10 @@ from pipeline.ingest.rows import (
     CAPTION_NAMES,
     NOT_UTF8,
     URL_NAMES,
-    Caption,
     Columns,
     ImageRef,
     Row,
+    SourceCaption,
     SparseTarRef,
     TarRef,
     captions_of,
@@ -128,7 +128,7 @@ class _Texts:
             except ValueError:
                 self.fields_problem = NOT_AN_OBJECT
 
-    def captions(self, given: str | None, stem: str) -> list[Caption]:
+    def captions(self, given: str | None, stem: str) -> list[SourceCaption]:
         """The sample's captions.
 
         Args:
@@ -143,10 +143,10 @@ class _Texts:
             member = self._find(TEXT_EXTENSIONS, stem)
         if member is not None:
             text, problem = self._read(member)
-            return [Caption(text.strip() if text is not None else None, problem)]
+            return [SourceCaption(text.strip() if text is not None else None, problem)]
         names = list(self.fields)
         index = find_column(None, CAPTION_NAMES, names) if given is None else None
-        return captions_of(self.fields[names[index]]) if index is not None else [Caption()]
+        return captions_of(self.fields[names[index]]) if index is not None else [SourceCaption()]
 
     def url(self, given: str | None) -> str | None:
         """The image's URL, from the json field or the member ``given`` or called so; None when there is none."""

@@ -23,7 +23,8 @@ import torchvision.transforms as T
 from photos import photo
 from PIL import Image
 
-from pipeline.cache.stage import CacheConfig, cache
+from pipeline.cache.config import CacheConfig
+from pipeline.cache.stage import cache
 from pipeline.cache.teacher import CPU_ROWS, Teacher
 from shards_spec.files import json_bytes, write_json
 from shards_spec.images import decode_rgb

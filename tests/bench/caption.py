@@ -135,20 +135,22 @@ def ours(options: argparse.Namespace) -> dict:
         generate(coca, encoded, owners, names, decoding)
 
     measured = {}
-    write(coca.encode(random_images(model, 1)), 1, 1)  # warm up
+    write(coca.encode_images(random_images(model, 1)), 1, 1)  # warm up
     for batch in options.batches:
         images = random_images(model, batch)
-        encoded = coca.encode(images)
+        encoded = coca.encode_images(images)
         for captions in options.captions:
             one = images[:1]
-            seen = coca.encode(one)
+            seen = coca.encode_images(one)
             measured[f"{batch} {captions}"] = {
-                "encode": min(clock(lambda i=images: coca.encode(i), options.device) for _ in range(options.repeat)),
+                "encode": min(
+                    clock(lambda i=images: coca.encode_images(i), options.device) for _ in range(options.repeat)
+                ),
                 "write": min(
                     clock(lambda e=encoded, b=batch, c=captions: write(e, b, c), options.device)
                     for _ in range(options.repeat)
                 ),
-                "encode operations": batch * count(lambda o=one: coca.encode(o)),
+                "encode operations": batch * count(lambda o=one: coca.encode_images(o)),
                 "write operations": batch * count(lambda e=seen, c=captions: write(e, 1, c)),
             }
     decoded = (coca.text.transformer, coca.decoder.resblocks, coca.decoder.cross_attn)

@@ -38,7 +38,7 @@ from scale import KINDS, operations, tracer
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from small_data import tiny_coca, write_raw
 
-from pipeline.cache.incremental import OpenShard
+from pipeline.cache.incremental import ShardIndex
 from pipeline.check.stage import CheckConfig, check
 from pipeline.core.runner import ALL, Result, Stage, Task, run_stage
 from pipeline.dedup.config import DedupConfig
@@ -134,7 +134,7 @@ def add_teacher(root: str, dtype: Dtype = "float16") -> None:
     sizes = shard_sizes(root)
     for shard in range(len(sizes)):
         tar, path = f"shards/{shard_name(shard)}.tar", f"teacher/wide/{shard_name(shard)}.parquet"
-        there = OpenShard(join(root, tar))
+        there = ShardIndex(join(root, tar))
         keys, ids = there.keys, there.ids
         rows = {name: draw.normal(size=(len(keys), DIM)).astype(np.float32) for name in columns}
         encoded = {name: encode_vectors(own, dtype) for name, own in rows.items()}

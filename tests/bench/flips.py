@@ -14,7 +14,7 @@ import torch
 
 from pipeline.caption.captioner import Captioner
 from pipeline.caption.decoding import Decoding
-from pipeline.caption.redraws import Wanted
+from pipeline.caption.requests import CaptionRequest
 from shards_spec.files import join
 from shards_spec.images import decode_rgb
 from shards_spec.layout import shard_name
@@ -38,17 +38,20 @@ def main() -> None:
     tars = (join(options.root, "raw", f"{shard_name(shard)}.tar") for shard in shard_ids(join(options.root, "raw")))
     samples = islice((sample for tar in tars for sample in read_shard(tar)), options.images)
     captioner = Captioner(loaded, Decoding(), 5, batch_size=64)
-    wanted = [Wanted(s.key, captioner.preprocess(decode_rgb(s.image)), tuple(range(5))) for s in samples]
+    requests = [CaptionRequest(s.key, captioner.preprocess(decode_rgb(s.image)), tuple(range(5))) for s in samples]
 
-    def texts(work: list[Wanted], batch_size: int) -> dict[str, list[tuple[str, int]]]:
+    def texts(work: list[CaptionRequest], batch_size: int) -> dict[str, list[tuple[str, int]]]:
         captioner.batch_size = batch_size
-        described = captioner.describe(work)
-        return {w.key: [(c.text, c.num_tokens) for c in d.captions] for w, d in zip(work, described, strict=True)}
+        answers = captioner.caption(work)
+        return {
+            request.key: [(c.text, c.num_tokens) for c in answer.captions]
+            for request, answer in zip(work, answers, strict=True)
+        }
 
-    expected = texts(wanted, 64)
+    expected = texts(requests, 64)
     tokens = sum(length for row in expected.values() for _, length in row)
     for batch_size in options.batches:
-        found = texts(list(reversed(wanted)), batch_size)
+        found = texts(list(reversed(requests)), batch_size)
         differ = sum(a != b for key, row in expected.items() for a, b in zip(row, found[key], strict=True))
         print(
             f"batches of {batch_size}, reversed, against 64: {differ} of {5 * len(expected)} captions differ "

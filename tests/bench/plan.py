@@ -254,8 +254,8 @@ def count_flops() -> None:
     model = build("coca_ViT-L-14", "cpu", "fp32")
     coca, image = Coca(model, open_clip.tokenizer.SimpleTokenizer()), random_images(model, 1)
     decoding = Decoding("top_k", top_k=50, min_tokens=28, max_tokens=29)
-    print(f"image, CoCa ViT-L/14: {count(lambda: coca.encode(image)):.2f}")
-    seen, names = coca.encode(image), [f"0/{caption}" for caption in range(5)]
+    print(f"image, CoCa ViT-L/14: {count(lambda: coca.encode_images(image)):.2f}")
+    seen, names = coca.encode_images(image), [f"0/{caption}" for caption in range(5)]
     written = count(lambda: generate(coca, seen, [0] * 5, names, decoding))
     print(f"five captions of 30 tokens, CoCa ViT-L/14: {written:.2f}")
 

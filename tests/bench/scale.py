@@ -57,9 +57,11 @@ def first_shard(root: str) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
     from small_data import tiny_coca
 
-    from pipeline.cache.stage import CacheConfig, cache
+    from pipeline.cache.config import CacheConfig
+    from pipeline.cache.stage import cache
+    from pipeline.caption.config import CaptionConfig
     from pipeline.caption.decoding import Decoding
-    from pipeline.caption.stage import CaptionConfig, caption
+    from pipeline.caption.stage import caption
     from pipeline.core.runner import Stage, Task, run_stage
     from pipeline.dedup.config import DedupConfig
     from pipeline.dedup.stage import dedup
@@ -162,7 +164,8 @@ def _submit(root: str) -> object:
 def _jobs(root: str) -> object:
     from slurm.options import read_site
     from slurm.status import JobsConfig, jobs
-    from slurm.submit import COMMANDS, Submission, jobs_folder
+    from slurm.step import COMMANDS
+    from slurm.submission import Submission, jobs_folder
 
     place = jobs_folder(root, read_site(None, "jobs", COMMANDS))
     shards = read_dataset(root)["stages"]["pack"]["shards"]

@@ -7,9 +7,11 @@ from small_data import tiny_coca, write_raw
 from small_training import tiny_clip
 
 from clipmill import _train
-from pipeline.cache.stage import CacheConfig, cache
+from pipeline.cache.config import CacheConfig
+from pipeline.cache.stage import cache
+from pipeline.caption.config import CaptionConfig
 from pipeline.caption.decoding import Decoding
-from pipeline.caption.stage import CaptionConfig, caption
+from pipeline.caption.stage import caption
 from pipeline.check.stage import CheckConfig, check
 from pipeline.dedup.config import DedupConfig
 from pipeline.dedup.stage import dedup

@@ -17,10 +17,11 @@ from small_data import draw, tiny_coca, write_raw
 from small_images import EPS, encoded, jpeg2000, png, png_chunk, ramp, slow_jpeg, tiff
 from small_training import tiny_clip
 
-from pipeline.cache.render_pool import Job, render
+from pipeline.cache.render_pool import RenderJob, render
 from pipeline.caption.captioner import Captioner
+from pipeline.caption.config import CaptionConfig
 from pipeline.caption.decoding import Decoding
-from pipeline.caption.stage import CaptionConfig, caption
+from pipeline.caption.stage import caption
 from pipeline.dedup.config import DedupConfig
 from pipeline.dedup.stage import dedup
 from pipeline.ingest.images import BadImage, ImageRules, convert
@@ -271,7 +272,7 @@ def test_every_stage_sees_the_same_pixels(name, tmp_path, student):
     crop = (min(expected.size),) * 2
     left, top = ((whole - part) / 2 for whole, part in zip(expected.size, crop, strict=True))
     square = expected.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + crop[0], top + crop[1]))
-    assert (render(spec, side, Job("k", data, (0,)))[0] == np.asarray(square)).all()
+    assert (render(spec, side, RenderJob("k", data, (0,)))[0] == np.asarray(square)).all()
     rows.labels, chosen = rows.labels[:1], np.arange(1)
     item = LabelledImageRows(rows, student, BatchPlan(1), spec, chosen)[0]
     assert (item["images"].permute(1, 2, 0).numpy() == np.asarray(square)).all()

@@ -19,10 +19,11 @@ from pipeline.pack.stage import pack
 from shards_spec.files import UserError
 from shards_spec.layout import STAGE_COMMANDS, STAGES
 from slurm import scheduler
+from slurm.division import as_ranges, divide
 from slurm.jobs import ArrayJob
 from slurm.options import Options, read_site
 from slurm.snapshot import CODE, snapshot
-from slurm.submit import Step, _divided, _ranges, _stage_step
+from slurm.step import Step, stage_step
 
 ROOT = Path(__file__).parents[2]
 NOWHERE = {"PATH": "/usr/bin/none", "HOME": "/", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -49,7 +50,7 @@ def test_submit_has_the_flags_of_the_command_and_no_name_twice(stage):
 
     own = {field.name for field in dataclasses.fields(pkgutil.resolve_name(STAGES[stage].config))}
     assert not own & {field.name for field in dataclasses.fields(Options)}
-    step = _stage_step(stage, ["R", *(["--source", "S"] if stage == "ingest" else [])], Options())
+    step = stage_step(stage, ["R", *(["--source", "S"] if stage == "ingest" else [])], Options())
     assert step.root == "R"
 
 
@@ -158,7 +159,7 @@ def test_submitting_imports_no_torch_and_pickles_are_small(raw):
         )
         assert "heavy: set()" in done.stdout, done.stdout + done.stderr
         print(words[0], time.monotonic() - start)
-    scattered = _ranges(list(range(0, 100_000, 7)))
+    scattered = as_ranges(list(range(0, 100_000, 7)))
     job = ArrayJob(
         max_requeue=3, command="pack", function=pack, config=PackConfig(raw), ranges=scattered[:2000], folder="shards",
         upstream="raw", claims="c", submission="s", claim_s=1.0,
@@ -173,16 +174,14 @@ def test_lists_cover_what_is_missing_once(raw, tmp_path):
     for shard in (1, 3):
         os.unlink(f"{raw}/shards/{shard:05d}_stats.json")
     step = Step("pack", Options(array=8), pack, PackConfig(raw))
-    assert _divided(step, False, None, tmp_path) == ("shards", [((1, 2),), ((3, 4),)], 4)
+    assert divide(step, False, None, tmp_path) == ("shards", [((1, 2),), ((3, 4),)], 4)
     everything = Step("pack", Options(array=3, recheck=True), pack, PackConfig(raw))
-    assert _divided(everything, False, None, tmp_path)[1] == [((0, 1),), ((1, 2),), ((2, 4),)]
-    assert _divided(step, True, None, tmp_path) == ("shards", [()] * 8, None)  # unknown: tasks take what they find
-    folder, ranges, total = _divided(
-        Step("pack", Options(), pack, PackConfig(raw, shard_size=9)), False, None, tmp_path
-    )
+    assert divide(everything, False, None, tmp_path)[1] == [((0, 1),), ((1, 2),), ((2, 4),)]
+    assert divide(step, True, None, tmp_path) == ("shards", [()] * 8, None)  # unknown: tasks take what they find
+    folder, ranges, total = divide(Step("pack", Options(), pack, PackConfig(raw, shard_size=9)), False, None, tmp_path)
     assert (folder, ranges, total) == (None, [()], None)
     with pytest.raises(UserError, match="--overwrite is for one process"):
-        _divided(Step("pack", Options(), pack, PackConfig(raw, overwrite=True)), False, None, tmp_path)
+        divide(Step("pack", Options(), pack, PackConfig(raw, overwrite=True)), False, None, tmp_path)
 
 
 def test_the_snapshot_is_the_code_and_made_once(tmp_path):

@@ -185,9 +185,11 @@ def write_coca(folder: Path, config: dict, seed: int = 0, spread: float = 1.0) -
 
 def build_all(root: str, model: str, views: int, shard_size: int | None = None) -> None:
     """caption, pack, vocab and cache a ROOT that has its raw/."""
-    from pipeline.cache.stage import CacheConfig, cache
+    from pipeline.cache.config import CacheConfig
+    from pipeline.cache.stage import cache
+    from pipeline.caption.config import CaptionConfig
     from pipeline.caption.decoding import Decoding
-    from pipeline.caption.stage import CaptionConfig, caption
+    from pipeline.caption.stage import caption
     from pipeline.labels.vocab_stage import VocabConfig, vocab
     from pipeline.pack.config import PackConfig
     from pipeline.pack.stage import pack

@@ -14,7 +14,8 @@ import pytest
 import torch
 from small_data import tiny_coca, tree, vouch, write_raw
 
-from pipeline.cache.stage import CacheConfig, cache
+from pipeline.cache.config import CacheConfig
+from pipeline.cache.stage import cache
 from pipeline.cache.teacher import CPU_ROWS, Teacher
 from pipeline.check.stage import CheckConfig, check
 from pipeline.core import runner as stage
@@ -257,7 +258,7 @@ def test_out_of_memory_halves_the_batch(caplog):
     with caplog.at_level(logging.WARNING):
         found = teacher.embed_images(images)
     assert model.seen == [16, 8, 4, 4, 4, 4, 4]
-    assert "out of memory with 16 rows; going on with 8 at a time" in caplog.text
+    assert "out of memory with 16 rows; continuing with 8 at a time" in caplog.text
     pixels = (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
     expected = torch.nn.functional.normalize(model.linear(pixels.flatten(1)), dim=-1).detach().numpy()
     assert np.abs(found - expected).max() < 1e-6

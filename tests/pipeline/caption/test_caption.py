@@ -12,9 +12,12 @@ from small_data import narrow_coca, tiny_coca, tree, write_coca, write_raw
 
 from pipeline.caption.captioner import Captioner
 from pipeline.caption.coca import Coca
+from pipeline.caption.config import CaptionConfig
 from pipeline.caption.decoding import Decoding
-from pipeline.caption.redraws import Contrast, Wanted, problem
-from pipeline.caption.stage import CaptionConfig, caption
+from pipeline.caption.head_check import ContrastiveHeadCheck
+from pipeline.caption.redraws import caption_defect
+from pipeline.caption.requests import CaptionRequest
+from pipeline.caption.stage import caption
 from shards_spec.files import UserError, join
 from shards_spec.images import decode_rgb
 from shards_spec.manifest import Done, read_dataset, read_done, shard_ids, write_stage
@@ -86,13 +89,13 @@ def test_a_process_per_device_leaves_the_same_captions(root, model):
 
 
 def test_what_is_wrong_with_a_caption():
-    assert problem("", []) == "empty"
-    assert problem("... !", []) == problem("12 34", []) == "degenerate"
+    assert caption_defect("", []) == "empty"
+    assert caption_defect("... !", []) == caption_defect("12 34", []) == "degenerate"
     for loop in ("a a a", "the dog the dog the dog", "so very very very red", "on a wall on a wall on a wall"):
-        assert problem(loop, []) == "degenerate", loop
+        assert caption_defect(loop, []) == "degenerate", loop
     for fine in ("a dog and a dog and a cat", "bora bora", "a a b", "ha ha had had it", "näive 犬"):
-        assert problem(fine, []) is None, fine
-    assert problem("a dog", ["a cat", "a dog"]) == "repeated"
+        assert caption_defect(fine, []) is None, fine
+    assert caption_defect("a dog", ["a cat", "a dog"]) == "repeated"
 
 
 def test_wrong_captions_are_drawn_again_a_bounded_number_of_times(root, model):
@@ -110,7 +113,7 @@ def test_wrong_captions_are_drawn_again_a_bounded_number_of_times(root, model):
     first, later = texts(root, "r0"), texts(root, "r4")
     for key, drawn in first.items():
         for index, text in enumerate(drawn):
-            if not problem(text, drawn[:index]):
+            if not caption_defect(text, drawn[:index]):
                 assert later[key][index] == text, "a caption that was right stays"
     again = config(root, model, redraws=4, decoding=cold, name="again", batch_size=2)
     caption(again)
@@ -161,10 +164,12 @@ def test_a_prefix_is_part_of_the_caption_and_beams_come_best_first(root, model):
         assert scores[0] >= scores[1] - 1e-5
 
 
-def wanted(captioner: Captioner, count: int) -> list[Wanted]:
-    images = torch.randn(count, 3, captioner.size, captioner.size, generator=torch.Generator().manual_seed(0))
+def requests_for(captioner: Captioner, count: int) -> list[CaptionRequest]:
+    images = torch.randn(
+        count, 3, captioner.image_size, captioner.image_size, generator=torch.Generator().manual_seed(0)
+    )
     indices = tuple(range(captioner.num_captions))
-    return [Wanted(f"{number:09d}", image, indices) for number, image in enumerate(images)]
+    return [CaptionRequest(f"{number:09d}", image, indices) for number, image in enumerate(images)]
 
 
 def shallow(folder: Path) -> str:
@@ -178,18 +183,18 @@ def shallow(folder: Path) -> str:
     return write_coca(folder, config)
 
 
-def _describe_in_little_memory(pipe, model: str) -> None:
+def _caption_in_little_memory(pipe, model: str) -> None:
     torch.set_num_threads(1)
     loaded = load_model(model)
     captioner, too_many = Captioner(loaded, SHORT, 4, batch_size=64), Captioner(loaded, SHORT, 20_000, batch_size=1)
-    batch, large = wanted(captioner, 64), wanted(too_many, 1)
-    captioner.describe(batch[:1])
+    batch, large = requests_for(captioner, 64), requests_for(too_many, 1)
+    captioner.caption(batch[:1])
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20,) * 2)
-    described = captioner.describe(batch)
-    pipe.send((captioner.batch_size, [[c.text for c in d.captions] for d in described]))
+    answers = captioner.caption(batch)
+    pipe.send((captioner.batch_size, [[c.text for c in answer.captions] for answer in answers]))
     try:
-        too_many.describe(large)
+        too_many.caption(large)
         pipe.send("no error")
     except UserError as error:
         pipe.send(str(error))
@@ -201,13 +206,13 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(tmp_path):
     model = shallow(tmp_path)
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
-    child = context.Process(target=_describe_in_little_memory, args=(send, model))
+    child = context.Process(target=_caption_in_little_memory, args=(send, model))
     child.start()
     send.close()
-    batch_size, described = receive.recv()
+    batch_size, answers = receive.recv()
     assert 1 <= batch_size < 64
     enough = Captioner(load_model(model), SHORT, 4, batch_size=64)
-    assert described == [[c.text for c in d.captions] for d in enough.describe(wanted(enough, 64))]
+    assert answers == [[c.text for c in answer.captions] for answer in enough.caption(requests_for(enough, 64))]
     assert "out of memory with one image at a time" in receive.recv()
     child.join()
 
@@ -216,12 +221,12 @@ def _grown(pipe, model: str, batch: int) -> None:
     """Bytes that a batch adds to this process at its worst moment, and what was predicted."""
     torch.set_num_threads(1)
     captioner = Captioner(load_model(model), SHORT, 4, batch_size=batch)
-    work = wanted(captioner, batch)
-    captioner.describe(work[:1])
+    work = requests_for(captioner, batch)
+    captioner.caption(work[:1])
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is used now
     start = _high_water()
-    captioner.describe(work)
-    pipe.send((1024 * (_high_water() - start), captioner.image_bytes()))
+    captioner.caption(work)
+    pipe.send((1024 * (_high_water() - start), captioner.bytes_per_image()))
 
 
 def _high_water() -> int:
@@ -247,8 +252,8 @@ def test_the_batch_is_chosen_for_the_device(model):
     loaded = load_model(model)
     assert Captioner(loaded, SHORT, 3).batch_size == 32
     assert Captioner(loaded, SHORT, 3, batch_size=7).batch_size == 7
-    few = Captioner(loaded, SHORT, 1).image_bytes()
-    assert Captioner(loaded, SHORT, 9).image_bytes() > 3 * few
+    few = Captioner(loaded, SHORT, 1).bytes_per_image()
+    assert Captioner(loaded, SHORT, 9).bytes_per_image() > 3 * few
 
 
 def test_devices_and_numbers_are_checked(root, model):
@@ -279,8 +284,8 @@ def test_on_a_gpu_a_batch_stays_within_its_prediction():
     captioner = Captioner(loaded, Decoding(), 5, batch_size=64)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    captioner.describe(wanted(captioner, 64))
-    assert torch.cuda.max_memory_allocated() - before < 64 * captioner.image_bytes()
+    captioner.caption(requests_for(captioner, 64))
+    assert torch.cuda.max_memory_allocated() - before < 64 * captioner.bytes_per_image()
     assert isinstance(captioner.coca, Coca)
 
 
@@ -323,17 +328,17 @@ def test_too_few_or_equal_captions_are_no_reason_to_complain():
         (features[:2], ["a", "b"], False),
         (features, list("abcdef"), True),
     ):
-        contrast = Contrast()
+        check = ContrastiveHeadCheck()
         for row, text in enumerate(texts):
-            contrast.add(images[row : row + 1], features[(row + 1) % len(images)][None], [text])
-        assert bool(contrast.complaint()) == complains
-    contrast = Contrast()
-    contrast.add(features, features, list("abcdef"))
-    assert contrast.complaint() is None
+            check.add(images[row : row + 1], features[(row + 1) % len(images)][None], [text])
+        assert bool(check.warning()) == complains
+    check = ContrastiveHeadCheck()
+    check.add(features, features, list("abcdef"))
+    assert check.warning() is None
     shuffled = (features @ features.T).fill_diagonal_(0).sum().item() / 30
-    others = Contrast()
+    others = ContrastiveHeadCheck()
     others.add(features, features.roll(1, 0), list("abcdef"))
     rest = features @ features.roll(1, 0).T
     expected = (rest.sum() - rest.diagonal().sum()).item() / 30
-    assert f"shuffled {expected:.4f}" in others.complaint()
+    assert f"shuffled {expected:.4f}" in others.warning()
     assert abs(expected - shuffled) > 1e-3  # the own pairs are left out of each

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 from collections import Counter
@@ -15,9 +16,10 @@ from conftest import skip_or_fail
 from small_data import narrow_coca, tiny_coca
 
 from pipeline.caption.beam_search import beam_search
-from pipeline.caption.coca import Coca, Rows
+from pipeline.caption.coca import Coca, DecoderState
 from pipeline.caption.decoding import Decoding
-from pipeline.caption.sampling import adjusted, choose, generate
+from pipeline.caption.prepacked_linear import OPERATIONS, can_prepack, prepack_linear
+from pipeline.caption.sampling import generate, process_logits, sample_token
 from shards_spec.files import UserError
 from shards_spec.models import load_model
 
@@ -41,13 +43,13 @@ def noise(coca: Coca, count: int = IMAGES) -> torch.Tensor:
 
 
 def greedy(coca: Coca, images: torch.Tensor, decoding: Decoding = GREEDY):
-    return generate(coca, coca.encode(images), range(len(images)), [""] * len(images), decoding)
+    return generate(coca, coca.encode_images(images), range(len(images)), [""] * len(images), decoding)
 
 
 def frequent(coca: Coca) -> int:
     """An end token that random weights really write, at different places."""
     seen = Counter(token for caption in greedy(coca, noise(coca)) for token in caption.tokens[3:])
-    return next(token for token, _ in seen.most_common() if token not in coca.barred)
+    return next(token for token, _ in seen.most_common() if token not in coca.suppressed_tokens)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -71,12 +73,12 @@ def open_clip_logits(coca: Coca, image: torch.Tensor, tokens: list[int]) -> torc
 
 def recomputed(coca: Coca, image: torch.Tensor, decoding: Decoding = GREEDY) -> list[int]:
     """Greedy decoding that feeds the whole prefix through open_clip's forward at every token."""
-    prompt = coca.prompt(decoding.prefix) if decoding.prefix else []
+    prompt = coca.prompt_tokens(decoding.prefix) if decoding.prefix else []
     tokens = [coca.start, *prompt]
     for position in range(decoding.max_tokens):
         logits = open_clip_logits(coca, image, tokens)[-1:]
         before = torch.tensor([tokens[1:]], dtype=torch.long)
-        tokens.append(int(adjusted(logits, before, coca, decoding, position).argmax()))
+        tokens.append(int(process_logits(logits, before, coca, decoding, position).argmax()))
         if tokens[-1] == coca.end:
             break
     written = tokens[1 + len(prompt) :]
@@ -130,7 +132,7 @@ def test_sampled_captions_of_one_image_have_the_log_probability_of_teacher_forci
         coca.end = end
     images, decoding = noise(coca, 6), Decoding(top_p=0.95, temperature=1.5, min_tokens=1, max_tokens=12)
     owners = [image for image in range(6) for _ in range(4)]
-    found = generate(coca, coca.encode(images), owners, [f"{row}" for row in range(24)], decoding)
+    found = generate(coca, coca.encode_images(images), owners, [f"{row}" for row in range(24)], decoding)
     for owner, caption in zip(owners, found, strict=True):
         score = scored(coca, images[owner], caption.tokens, caption.ended, [])
         assert alike(caption.logprob, score) if dtype == torch.float32 else abs(caption.logprob - score) < 2e-5
@@ -145,7 +147,7 @@ def slow_beams(coca: Coca, image: torch.Tensor, decoding: Decoding, count: int) 
         grown = []
         for tokens, total in open_ones:
             gained = open_clip_logits(coca, image, [coca.start, *tokens])[-1].log_softmax(-1)
-            gained[coca.barred] = -torch.inf
+            gained[coca.suppressed_tokens] = -torch.inf
             if position < decoding.min_tokens:
                 gained[coca.end] = -torch.inf
             best = gained.topk(2 * decoding.num_beams)
@@ -167,7 +169,7 @@ def slow_beams(coca: Coca, image: torch.Tensor, decoding: Decoding, count: int) 
 def test_beam_equals_a_slow_beam_search(coca, beams, penalty):
     decoding = Decoding("beam", num_beams=beams, length_penalty=penalty, min_tokens=2, max_tokens=8)
     images = noise(coca, 6)
-    found = beam_search(coca, coca.encode(images), beams, decoding)
+    found = beam_search(coca, coca.encode_images(images), beams, decoding)
     for image, captions in zip(images, found, strict=True):
         slow = slow_beams(coca, image, decoding, beams)
         assert [caption.tokens for caption in captions] == [tokens for tokens, _ in slow]
@@ -179,7 +181,10 @@ def test_beam_equals_a_slow_beam_search(coca, beams, penalty):
 def test_a_beam_is_at_least_as_likely_as_greedy(tiny):
     images = noise(tiny, 24)
     beams = beam_search(
-        tiny, tiny.encode(images), 1, Decoding("beam", num_beams=8, length_penalty=0, min_tokens=2, max_tokens=14)
+        tiny,
+        tiny.encode_images(images),
+        1,
+        Decoding("beam", num_beams=8, length_penalty=0, min_tokens=2, max_tokens=14),
     )
     likelier = [
         b.logprob >= g.logprob or alike(b.logprob, g.logprob)
@@ -191,30 +196,66 @@ def test_a_beam_is_at_least_as_likely_as_greedy(tiny):
 @pytest.mark.parametrize("method", ["greedy", "beam"])
 def test_a_prefix_is_fed_once_and_not_scored(coca, method):
     decoding = Decoding(method, num_beams=2, min_tokens=2, max_tokens=8, prefix="a red ball")
-    images, prompt = noise(coca, 5), coca.prompt("a red ball")
+    images, prompt = noise(coca, 5), coca.prompt_tokens("a red ball")
     assert coca.decode(prompt) == "a red ball"
     if method == "greedy":
         found = greedy(coca, images, decoding)
         assert [caption.tokens for caption in found] == [recomputed(coca, image, decoding) for image in images]
     else:
-        found = [captions[0] for captions in beam_search(coca, coca.encode(images), 1, decoding)]
+        found = [captions[0] for captions in beam_search(coca, coca.encode_images(images), 1, decoding)]
     for image, caption in zip(images, found, strict=True):
         assert alike(caption.logprob, scored(coca, image, caption.tokens, caption.ended, prompt))
+
+
+class WithoutOperations:
+    """torch.ops.mkldnn of a build that lacks the operations."""
+
+
+@pytest.mark.parametrize("absent", OPERATIONS)
+def test_without_onednns_private_operations_the_captions_are_the_same(tiny, monkeypatch, absent):
+    images = noise(tiny, 8)
+    decoding = Decoding("beam", num_beams=3, min_tokens=2, max_tokens=8)
+    expected = greedy(tiny, images), beam_search(tiny, tiny.encode_images(images), 2, decoding)
+    there = WithoutOperations()
+    for name in OPERATIONS:
+        if name != absent:
+            setattr(there, name, getattr(torch.ops.mkldnn, name))
+    monkeypatch.setattr(torch.ops, "mkldnn", there)
+    assert not can_prepack(torch.ones(4, 4))
+    linear = prepack_linear(torch.full((2, 3), 2.0), torch.ones(2))
+    assert linear(torch.ones(5, 3)).tolist() == [[7.0, 7.0]] * 5
+    plain = Coca(tiny.model, tiny.tokenizer)
+    plain.end = tiny.end
+    found = greedy(plain, images), beam_search(plain, plain.encode_images(images), 2, decoding)
+    assert [caption.tokens for caption in found[0]] == [caption.tokens for caption in expected[0]]
+    assert [[c.tokens for c in captions] for captions in found[1]] == [
+        [c.tokens for c in captions] for captions in expected[1]
+    ]
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="prepacking is for x86 CPUs")
+def test_this_torch_has_the_operations_and_they_equal_a_plain_product():
+    assert all(hasattr(torch.ops.mkldnn, name) for name in OPERATIONS)
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(*shape, generator=generator) for shape in ((48, 32), (48,), (5, 32)))
+    assert can_prepack(weight)
+    assert not can_prepack(weight.double())
+    torch.testing.assert_close(prepack_linear(weight, bias)(x), torch.nn.functional.linear(x, weight, bias))
 
 
 def test_a_prefix_that_leaves_no_room_is_told(tiny):
     with pytest.raises(UserError, match=r"16 places.*prefix of 12 tokens.*min_tokens 5"):
         greedy(tiny, noise(tiny, 1), Decoding("greedy", prefix=" ".join(["a"] * 12)))
     with pytest.raises(UserError, match="prefix 'a a"):
-        tiny.prompt(" ".join(["a"] * 15))
+        tiny.prompt_tokens(" ".join(["a"] * 15))
 
 
 def test_repetition_penalty(tiny):
     scores = torch.tensor([[2.0, -1.0, 0.5, 3.0]]).repeat(1, 600)[:, : tiny.decoder.text_projection.shape[1]]
-    changed = adjusted(scores, torch.tensor([[100, 101, 101]]), tiny, Decoding(repetition_penalty=2.0), 9)
+    changed = process_logits(scores, torch.tensor([[100, 101, 101]]), tiny, Decoding(repetition_penalty=2.0), 9)
     assert changed[0, 100] == 1.0
     assert changed[0, 101] == -2.0
-    rest = [place for place in range(4, scores.shape[1]) if place not in (100, 101, *tiny.barred)]
+    rest = [place for place in range(4, scores.shape[1]) if place not in (100, 101, *tiny.suppressed_tokens)]
     assert torch.equal(changed[0, rest], scores[0, rest])
     decoding = Decoding("greedy", repetition_penalty=1.3, min_tokens=2, max_tokens=14)
     images = noise(tiny, 8)
@@ -236,7 +277,7 @@ def test_sampling_does_not_depend_on_the_batch(coca):
     def captions(order: list[int]) -> dict[tuple[int, int], list[int]]:
         owners = [place for place in range(len(order)) for _ in range(3)]
         names = [f"{image}/{n}" for image in order for n in range(3)]
-        found = generate(coca, coca.encode(images[order]), owners, names, decoding)
+        found = generate(coca, coca.encode_images(images[order]), owners, names, decoding)
         return {
             (order[owner], row % 3): caption.tokens
             for row, (owner, caption) in enumerate(zip(owners, found, strict=True))
@@ -246,7 +287,7 @@ def test_sampling_does_not_depend_on_the_batch(coca):
     assert captions(list(reversed(range(12)))) == together
     alone = {place: tokens for image in range(12) for place, tokens in captions([image]).items()}
     assert alone == together
-    one = generate(coca, coca.encode(images[3:4]), [0], ["3/2"], decoding)[0]
+    one = generate(coca, coca.encode_images(images[3:4]), [0], ["3/2"], decoding)[0]
     assert one.tokens == together[3, 2]
 
 
@@ -255,7 +296,7 @@ def test_sampling_keeps_the_smallest_set_and_follows_the_probabilities():
     logits, seeds = probabilities.log().repeat(count, 1), torch.arange(count) * 7919
 
     def share(decoding: Decoding) -> torch.Tensor:
-        return torch.bincount(choose(logits, decoding, seeds), minlength=5) / count
+        return torch.bincount(sample_token(logits, decoding, seeds), minlength=5) / count
 
     def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
         expected = expected.float() / expected.sum()
@@ -268,7 +309,7 @@ def test_sampling_keeps_the_smallest_set_and_follows_the_probabilities():
     assert near(share(Decoding("top_k", top_k=2)), torch.tensor([0, 5, 0, 3, 0]))
     assert near(share(Decoding("top_k", top_k=4)), probabilities)  # the fifth is as likely as the fourth
     assert near(share(Decoding(top_p=1.0, temperature=0.5)), probabilities**2)
-    assert choose(logits[:1], Decoding("greedy"), seeds[:1]).tolist() == [1]
+    assert sample_token(logits[:1], Decoding("greedy"), seeds[:1]).tolist() == [1]
 
 
 def slow_gumbel(seed: int, token: int) -> float:
@@ -304,7 +345,7 @@ def test_choosing_equals_a_full_sort_whatever_the_size_of_the_set(spread, precis
     logits = (spread * torch.randn(24, 5000, generator=torch.Generator().manual_seed(1))).to(precision).float()
     seeds = torch.randint(-(2**62), 2**62, (24,), generator=torch.Generator().manual_seed(2))
     for decoding in (Decoding(top_p=0.9), Decoding(top_p=0.3), Decoding("top_k", top_k=150, temperature=0.7)):
-        found = choose(logits, decoding, seeds).tolist()
+        found = sample_token(logits, decoding, seeds).tolist()
         assert found == [slowly_chosen(row, decoding, seed) for row, seed in zip(logits, seeds.tolist(), strict=True)]
 
 
@@ -323,7 +364,7 @@ def test_half_precision_writes_much_the_same(tiny, tmp_path):
     images = noise(tiny, 16)
     found, full = greedy(half, images), greedy(tiny, images)
     assert sum(a.tokens[:3] == b.tokens[:3] for a, b in zip(found, full, strict=True)) >= 12
-    beam_search(half, half.encode(images), 2, Decoding("beam", num_beams=2, max_tokens=8))
+    beam_search(half, half.encode_images(images), 2, Decoding("beam", num_beams=2, max_tokens=8))
 
 
 LENGTHS = [(15, 4), (8, 2), (8, 6), (5, 3)]  # open_clip's seq_len and min_seq_len, as Decoding's help translates them
@@ -357,7 +398,7 @@ print(json.dumps([generate(*lengths) for lengths in {LENGTHS}]))
         found = greedy(coca, images, Decoding("greedy", min_tokens=least - 1, max_tokens=most - 2))
         compared = 0
         for caption, row in zip(found, rows, strict=True):
-            if set(row[1 : 1 + len(caption.tokens)]) & set(coca.barred):
+            if set(row[1 : 1 + len(caption.tokens)]) & set(coca.suppressed_tokens):
                 continue  # open_clip may write padding, and takes it for the end
             compared, cut = compared + 1, cut + (not caption.ended)
             assert row[: len(caption.tokens) + 2] == [coca.start, *caption.tokens, coca.end]
@@ -389,7 +430,7 @@ def test_bad_settings_and_models_are_refused(tiny):
             Decoding(**settings)
     for decoding, number in ((Decoding("greedy"), 2), (Decoding("beam", num_beams=3), 4), (Decoding(), 0)):
         with pytest.raises(UserError, match=f"num_captions {number}: {decoding.method} gives 1 to"):
-            decoding.check_number(number)
+            decoding.check_num_captions(number)
     vision = {"image_size": 32, "layers": 1, "width": 8, "head_width": 8, "patch_size": 16}
     plain = open_clip.model.CustomTextCLIP(8, vision, {"width": 8, "heads": 1, "layers": 1})
     with pytest.raises(UserError, match="no text decoder"):
@@ -424,17 +465,17 @@ def test_full_size_models_greedy_and_beam(name, tmp_path):
     found = greedy(coca, images, decoding)
     assert [caption.tokens for caption in found] == [recomputed(coca, image, decoding) for image in images]
     beam = Decoding("beam", num_beams=3, min_tokens=2, max_tokens=6)
-    beams = beam_search(coca, coca.encode(images[:2]), 3, beam)
+    beams = beam_search(coca, coca.encode_images(images[:2]), 3, beam)
     for image, captions in zip(images, beams, strict=False):
         assert [caption.tokens for caption in captions] == [tokens for tokens, _ in slow_beams(coca, image, beam, 3)]
 
 
 def test_rows_feed_a_prompt_as_one_or_token_by_token(coca):
     images = noise(coca, 3)
-    prompt = torch.tensor([[coca.start, *coca.prompt("a blue box")]]).expand(3, -1)
+    prompt = torch.tensor([[coca.start, *coca.prompt_tokens("a blue box")]]).expand(3, -1)
     with torch.inference_mode():
-        encoded = coca.encode(images)
-        at_once = Rows(coca, encoded, 12).feed(prompt)
-        rows = Rows(coca, encoded, 12)
-        one_by_one = [rows.feed(prompt[:, place : place + 1]) for place in range(prompt.shape[1])][-1]
+        encoded = coca.encode_images(images)
+        at_once = DecoderState(coca, encoded, 12).step(prompt)
+        state = DecoderState(coca, encoded, 12)
+        one_by_one = [state.step(prompt[:, place : place + 1]) for place in range(prompt.shape[1])][-1]
     assert torch.allclose(at_once, one_by_one, rtol=0, atol=1e-4 * at_once.abs().max().item())  # float32 sums

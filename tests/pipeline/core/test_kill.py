@@ -12,9 +12,11 @@ import pytest
 import torch
 from small_data import tiny_coca, tree, write_raw
 
-from pipeline.cache.stage import CacheConfig, cache
+from pipeline.cache.config import CacheConfig
+from pipeline.cache.stage import cache
+from pipeline.caption.config import CaptionConfig
 from pipeline.caption.decoding import Decoding
-from pipeline.caption.stage import CaptionConfig, caption
+from pipeline.caption.stage import caption
 from pipeline.check.stage import CheckConfig, check
 from pipeline.labels.vocab_stage import VocabConfig, vocab
 from pipeline.pack.config import PackConfig

@@ -13,9 +13,11 @@ import pytest
 import torch
 from small_data import build_all, tiny_coca, tree, write_raw
 
-from pipeline.cache.stage import CacheConfig, cache
+from pipeline.cache.config import CacheConfig
+from pipeline.cache.stage import cache
+from pipeline.caption.config import CaptionConfig
 from pipeline.caption.decoding import Decoding
-from pipeline.caption.stage import CaptionConfig, caption, model_label
+from pipeline.caption.stage import caption
 from pipeline.check.stage import CheckConfig, check
 from pipeline.core.runner import ShardsFailed
 from pipeline.labels.vocab_stage import VocabConfig, vocab
@@ -24,7 +26,7 @@ from pipeline.pack.stage import pack
 from shards_spec.embeddings import read_embeddings
 from shards_spec.files import UserError, join, names, read_bytes, read_json, write_bytes
 from shards_spec.images import decode_rgb
-from shards_spec.models import load_model
+from shards_spec.models import load_model, model_label
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, write_shard
 from shards_spec.views import apply_view, draw_view

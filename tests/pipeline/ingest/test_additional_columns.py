@@ -154,7 +154,7 @@ def test_conditions(server, tmp_path, form, where, kept):
 def test_conditions_that_cannot_be_used(server, tmp_path):
     source = write_list(tmp_path, records(server), "csv")
     for text in ("similarity", "similarity >= high", ">= 3", ""):
-        with pytest.raises(UserError, match=r"--where '.*' is no condition.*such as 'similarity >= 0.3'"):
+        with pytest.raises(UserError, match=r"--where '.*' is not a condition.*such as 'similarity >= 0.3'"):
             ingest(config(tmp_path / "D", source, where=(text,)))
     with pytest.raises(UserError, match=r"--where: the list has no other column 'score'; it has \['uid', 'similarity'"):
         ingest(config(tmp_path / "D", source, where=("score > 1",)))
@@ -168,7 +168,7 @@ def test_finished_shards_of_the_version_before_stand(server, tmp_path, monkeypat
     """It kept no other columns and hashed rows without them."""
     source, root = write_list(tmp_path, records(server), "csv"), tmp_path / "D"
     with monkeypatch.context() as patch:
-        patch.setattr(listing, "plain", lambda cell: None)
+        patch.setattr(listing, "json_value", lambda cell: None)
         patch.setattr("pipeline.ingest.raw_shard.kept_columns", lambda *_: {})
         patch.setattr(listing, "any", lambda _: False, raising=False)
         ingest(config(root, source))

@@ -1,0 +1,80 @@
+"""Settings of the stage `cache`: what its command line shows."""
+
+import os
+from dataclasses import dataclass, field, replace
+
+from tyro.conf import OmitArgPrefixes
+
+from pipeline.core.runner import Root
+from shards_spec.embeddings import Dtype
+from shards_spec.files import UserError
+from shards_spec.models import Trust, model_label
+from shards_spec.names import check_name
+from shards_spec.precision import PrecisionOption
+from shards_spec.views import ViewSpec
+
+DEFAULT_MODEL = "ViT-L-14"
+DEFAULT_TAG = "datacomp_xl_s13b_b90k"
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Store a teacher's image embeddings of K views and its text embeddings of all captions."""
+
+    root: Root
+    """the dataset; reads shards/, writes teacher/NAME/"""
+    model: str = DEFAULT_MODEL
+    """open_clip name of the teacher, local-dir:PATH, hf-hub:ORG/NAME, or timm:NAME for an image-only one"""
+    pretrained: str | None = None
+    """open_clip tag or checkpoint file; of the default model by default datacomp_xl_s13b_b90k; for timm a checkpoint
+    file, or None for timm's own weights"""
+    name: str | None = None
+    """folder below teacher/; by default made from model and pretrained; several can stand side by side"""
+    views: int = 8
+    """replayable views per image; a larger number than before adds views to those that are there"""
+    dtype: Dtype = "float16"
+    """how vectors are stored; int8 has one scale per row"""
+    spec: OmitArgPrefixes[ViewSpec] = field(default_factory=ViewSpec)
+    augment: bool = True
+    """views: --no-augment caches the plain centre crop only (one view)"""
+    precision: PrecisionOption = "auto"
+    """of the teacher; auto: bf16 on a CUDA device that has it, else fp32"""
+    batch_size: int | None = None
+    """images or texts per forward pass on a CUDA device, 256 by default, halved when memory runs out; 16 on a CPU"""
+    processes: int | None = None
+    """processes per device that decode and augment ahead of it; by default one per core with CUDA devices, 0 (threads
+    instead) with a CPU"""
+    threads: int = os.cpu_count() or 1
+    """threads that decode and augment where there are no such processes"""
+    device: str = "auto"
+    """auto (every CUDA device, else the CPU), cpu, cuda, cuda:N, or several with commas, a process each"""
+    export_lists: bool = False
+    """embed nothing; write teacher/NAME/lists/, one file per shard with lists of float32, for pandas and DuckDB"""
+    trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)
+    overwrite: bool = False
+    """make finished shards again"""
+
+    def __post_init__(self) -> None:
+        if self.pretrained is None and self.model == DEFAULT_MODEL:
+            object.__setattr__(self, "pretrained", DEFAULT_TAG)
+        check_name(self.label)
+        if min(self.views, self.threads, self.batch_size or 1) < 1 or self.batch_size == 0:
+            raise UserError(
+                f"views {self.views}, batch_size {self.batch_size}, threads {self.threads}: at least 1 each"
+            )
+        if (self.processes or 0) < 0:
+            raise UserError(f"processes {self.processes} must be 0 or more")
+        if not self.augment and self.views != 1:
+            raise UserError(
+                f"views {self.views} of the same centre crop would be equal: say --views 1 with --no-augment"
+            )
+
+    @property
+    def view_spec(self) -> ViewSpec:
+        """What the views are drawn from."""
+        return self.spec if self.augment else replace(self.spec, scale=None)
+
+    @property
+    def label(self) -> str:
+        """The cache's folder below teacher/."""
+        return model_label(self.model, self.pretrained) if self.name is None else self.name

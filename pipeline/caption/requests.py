@@ -1,0 +1,46 @@
+"""What a captioner is asked for, and what it returns."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CaptionRequest:
+    """Captions to write for one image.
+
+    ``image`` (3, S, S) is preprocessed; ``indices`` are the numbers of the captions to write, ``attempt`` is 0 for the
+    first try at them. ``original`` is the caption that came with the image, None when it is not to be rated.
+    """
+
+    key: str
+    image: "Tensor"
+    indices: tuple[int, ...]
+    original: str | None = None
+    attempt: int = 0
+
+
+@dataclass(frozen=True)
+class GeneratedCaption:
+    """One caption.
+
+    ``logprob`` is the sum over its ``num_tokens`` tokens and the end token; ``ended``: the model closed it itself,
+    within the longest length. ``similarity`` is the cosine with its image by the captioner's contrastive heads, None
+    when not asked for.
+    """
+
+    text: str
+    logprob: float
+    num_tokens: int
+    ended: bool
+    similarity: float | None = None
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """The answer to one `CaptionRequest`: its captions in the order of ``indices``."""
+
+    captions: list[GeneratedCaption]
+    original_similarity: float | None = None
