@@ -1,7 +1,7 @@
 """Bytes in, bytes out: decode any image, turn it upright, make it RGB, shrink its shorter side, write a JPEG.
 
-No files and no network here, so it runs in any process. An image that is a small upright RGB JPEG already keeps
-its bytes. What is decoded, and how, is `shards_spec.images`.
+No files and no network here, so it runs in any process. An upright RGB JPEG that is small enough keeps its bytes. Which
+formats are decoded, and how, is decided in `shards_spec.images`.
 """
 
 import io
@@ -20,12 +20,15 @@ from shards_spec.pixels import BadImage
 
 JPEG_QUALITY = 95
 RESIZE = "resize: "  # reasons that begin so are counted as img2dataset's failed_to_resize
-MAX_EXIF_CHARS = 1000  # of one value; makers hide whole previews in there
+MAX_EXIF_CHARS = 1000  # of one value; cameras store whole previews in some tags
 
 
 @dataclass(frozen=True)
 class ImageRules:
-    """``image_size`` (of the shorter side) and ``min_size`` are pixels; ``max_aspect_ratio`` 0 allows any."""
+    """Limits and size of the images.
+
+    ``image_size`` and ``min_size`` are pixels of the shorter side; ``max_aspect_ratio`` 0 allows any.
+    """
 
     image_size: int = 256
     max_pixels: int = MAX_PIXELS
@@ -35,10 +38,10 @@ class ImageRules:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """``data`` is a JPEG of ``width`` x ``height`` pixels.
+    """An image as a raw shard holds it: ``data`` is a JPEG of ``width`` x ``height`` pixels.
 
-    ``original_*`` are the upright sizes before shrinking, ``exif`` is JSON (tag name to text), ``sha256`` is of the
-    bytes that came in, ``phash`` is `perceptual_hash` of the pixels.
+    ``original_width`` and ``original_height`` are the upright sizes before shrinking, ``exif`` is JSON (tag name to
+    text), ``sha256`` is of the bytes that came in, ``phash`` is `perceptual_hash` of the pixels.
     """
 
     data: bytes
@@ -67,23 +70,32 @@ def convert(data: bytes, rules: ImageRules) -> EncodedImage:
     image = open_image(data, rules.max_pixels)
     if problem := image_problem(*image.size, rules.min_size, rules.max_aspect_ratio or math.inf):
         raise BadImage(problem)
-    width, height = image.size
-    pixels, scaled = _decode(image, _shrunk(image.size, rules.image_size))
-    if not scaled:  # a TIFF has turned itself by now, of an icon the largest image was taken
-        width, height = pixels.size
-    size, jpeg = _shrunk((width, height), rules.image_size), image.format == "JPEG" and image.mode == "RGB"
-    exif = read_exif(image)  # after the pixels: for some formats Pillow decodes here too, and hides what breaks
+    original_size = image.size
+    pixels, is_scaled = _decode(image, shrunk_size(original_size, rules.image_size))
+    if not is_scaled:  # decoding may change it: Pillow turns a TIFF upright, and takes the largest image of an icon
+        original_size = pixels.size
+    size = shrunk_size(original_size, rules.image_size)
+    is_rgb_jpeg = image.format == "JPEG" and image.mode == "RGB"
+    exif = read_exif(image)  # after the pixels: for some formats Pillow decodes here too, and hides damage
     turn = turn_of(exif)
+    keeps_bytes = is_rgb_jpeg and turn is None and size == original_size
     if pixels.size != size:
         pixels = pixels.resize(size, Image.Resampling.HAMMING)
+    width, height = original_size
     if turn is not None:
         pixels = pixels.transpose(turn)
-        width, height = (height, width) if turn in SIDEWAYS else (width, height)
-    keep = jpeg and turn is None and size == (width, height)
-    encoded = data if keep else _encode(pixels)
-    exif_json = json.dumps(_exif_texts(exif)) if exif else "{}"
-    phash = perceptual_hash(pixels)
-    return EncodedImage(encoded, *pixels.size, width, height, exif_json, sha256_bytes(data), phash)
+        if turn in SIDEWAYS:
+            width, height = height, width
+    return EncodedImage(
+        data=data if keeps_bytes else _encode(pixels),
+        width=pixels.width,
+        height=pixels.height,
+        original_width=width,
+        original_height=height,
+        exif=json.dumps(_exif_texts(exif)) if exif else "{}",
+        sha256=sha256_bytes(data),
+        phash=perceptual_hash(pixels),
+    )
 
 
 def _decode(image: ImageFile.ImageFile, size: tuple[int, int]) -> tuple[Image.Image, bool]:
@@ -92,11 +104,11 @@ def _decode(image: ImageFile.ImageFile, size: tuple[int, int]) -> tuple[Image.Im
     With Pillow's HAMMING filter after it the pixels are 40 dB and more from a full decode and Lanczos
     (`tests/pipeline/ingest/test_images.py` measures), for half the time of a full decode and a bicubic filter.
     """
-    scaled = image.draft(None, size) is not None
-    return load_rgb(image), scaled
+    is_scaled = image.draft(None, size) is not None
+    return load_rgb(image), is_scaled
 
 
-def _shrunk(size: tuple[int, int], image_size: int) -> tuple[int, int]:
+def shrunk_size(size: tuple[int, int], image_size: int) -> tuple[int, int]:
     """``size`` with its shorter side at ``image_size``, when it is larger."""
     shorter = min(size)
     if shorter <= image_size:

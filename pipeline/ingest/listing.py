@@ -13,7 +13,7 @@ from pipeline.ingest.cells import ADDRESS_TOO_LONG, CAPTION_TOO_LONG, KEPT_CHARS
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.estimate import estimate_rows
 from pipeline.ingest.parquet_cells import other_types
-from pipeline.ingest.raw_shard import Inputs, sample_key
+from pipeline.ingest.raw_shard import RawShardInput, sample_key
 from pipeline.ingest.retry import additional_shards, kept_tasks, remove_shard
 from pipeline.ingest.rows import Row
 from pipeline.ingest.source_files import Format, source_files
@@ -93,9 +93,9 @@ class Listing:
         hashes = {"rows": sha256_json([_identity(row) for row in rows])}
         others = [{name: json_value(cell) for name, cell in row.extra.items()} for row in rows]
         other_hashes = {"columns": sha256_json(others)} if any(others) else {}
-        inputs = Inputs(keys, rows, {}, types, config.save_additional_columns)
+        shard_input = RawShardInput(keys, rows, column_types=types, kept_columns=config.save_additional_columns)
         # shards made before there were other columns have no hash of them: they stay valid
-        return Task(shard, hashes | other_hashes, payload=inputs, former=hashes)
+        return Task(shard, hashes | other_hashes, payload=shard_input, former=hashes)
 
     def _column_types(self) -> dict[str, pa.DataType]:
         """Types of the list's other columns, from its first file; empty for lists without types."""

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,30 +18,34 @@ from shards_spec.layout import RAW, shard_name
 from shards_spec.sample import Sample
 from shards_spec.shard_writer import ShardWriter
 
-ROW_GROUP = 100  # img2dataset's
+ROW_GROUP = 100  # rows, as img2dataset writes them
 SPARE_BYTES = 64 << 20  # left free on a disk, for what else writes there
-MEMBERS_BYTES = 8192  # of a sample beside its image: text, json, tar headers, its Parquet row
+BYTES_BESIDE_IMAGE = 8192  # of a sample: text, json, tar headers, its Parquet row
+TEXT_COLUMNS = ("caption", "url", "key", "status", "error_message")
+SIZE_COLUMNS = ("width", "height", "original_width", "original_height")
+IMAGE_TEXT_COLUMNS = ("exif", "sha256", "phash")
 SCHEMA = pa.schema(
     [
-        *((name, pa.string()) for name in ("caption", "url", "key", "status", "error_message")),
-        *((name, pa.int32()) for name in ("width", "height", "original_width", "original_height")),
-        *((name, pa.string()) for name in ("exif", "sha256", "phash")),
+        *((name, pa.string()) for name in TEXT_COLUMNS),
+        *((name, pa.int32()) for name in SIZE_COLUMNS),
+        *((name, pa.string()) for name in IMAGE_TEXT_COLUMNS),
     ]
 )
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """The rows of a shard and their keys; ``retried`` counts their earlier reasons when they were tried before.
+class RawShardInput:
+    """The rows of a shard and their keys; for rows that are tried again ``retried`` counts their former reasons.
 
-    ``types`` are those of the list's other columns where it has types, ``wanted`` names those that are kept.
+    ``column_types`` are those of the list's other columns, where it has types; ``kept_columns`` names the columns that
+    the shard keeps.
     """
 
     keys: list[str]
     rows: list[Row]
-    retried: dict[str, int]
-    types: dict[str, pa.DataType] = field(default_factory=dict)
-    wanted: tuple[str, ...] = (ALL_COLUMNS,)
+    retried: dict[str, int] = field(default_factory=dict)
+    column_types: dict[str, pa.DataType] = field(default_factory=dict)
+    kept_columns: tuple[str, ...] = (ALL_COLUMNS,)
 
 
 def sample_key(shard: int, index: int, shard_size: int) -> str:
@@ -50,63 +54,82 @@ def sample_key(shard: int, index: int, shard_size: int) -> str:
     return f"{shard_name(shard)}{index:0{digits}d}"
 
 
-def write_raw_shard(root: str, shard: int, inputs: Inputs, outcomes: list[Outcome]) -> Result:
-    """Write the tar and the Parquet file of a shard: every row stands in the Parquet, the images in the tar.
+def write_raw_shard(root: str, shard: int, shard_input: RawShardInput, outcomes: list[Outcome]) -> Result:
+    """Write the tar and the Parquet file of a shard: the images are in the tar, all rows in the Parquet file.
 
     Raises UserError when the disk has no room for it, before anything is written.
     """
-    fields = [_fields(*row) for row in zip(inputs.keys, inputs.rows, outcomes, strict=True)]
-    others = kept_columns(inputs.rows, inputs.types, inputs.wanted)
+    rows = shard_input.rows
+    records = [_record(*row) for row in zip(shard_input.keys, rows, outcomes, strict=True)]
+    other_columns = kept_columns(rows, shard_input.column_types, shard_input.kept_columns)
     _check_room(root, outcomes)
     files = ShardWriter(root, RAW, shard)
-    files.write_tar(_samples(_with(others, fields), outcomes))
-    files.write_parquet(_table(others, fields), row_group_size=ROW_GROUP)
-    counts = Counter("success" if isinstance(outcome, EncodedImage) else outcome for outcome in outcomes)
-    noted = zip(inputs.rows, outcomes, strict=True)
-    notes = Counter(row.note for row, outcome in noted if row.note is not None and isinstance(outcome, EncodedImage))
-    return Result(dict(counts), files.outputs, retried=inputs.retried, counters=dict(notes))
+    files.write_tar(_samples(_json_records(other_columns, records), outcomes))
+    files.write_parquet(_table(other_columns, records), row_group_size=ROW_GROUP)
+    counts = Counter[str]()
+    notes = Counter[str]()
+    for row, outcome in zip(rows, outcomes, strict=True):
+        if isinstance(outcome, EncodedImage):
+            counts["success"] += 1
+            if row.note is not None:
+                notes[row.note] += 1
+        else:
+            counts[outcome] += 1
+    return Result(dict(counts), files.outputs, retried=shard_input.retried, counters=dict(notes))
 
 
 def _check_room(root: str, outcomes: list[Outcome]) -> None:
-    size = sum(len(outcome.data) + MEMBERS_BYTES for outcome in outcomes if isinstance(outcome, EncodedImage))
+    """Raise UserError when the images do not fit on the disk of ``root``."""
+    sizes = [len(outcome.data) + BYTES_BESIDE_IMAGE for outcome in outcomes if isinstance(outcome, EncodedImage)]
+    needed = sum(sizes) + SPARE_BYTES
     free = free_bytes(root)
-    if free is not None and free < size + SPARE_BYTES:
+    if free is not None and free < needed:
         raise UserError(
-            f"the disk of {root} has {free >> 20} MiB left, the next shard needs {(size + SPARE_BYTES) >> 20}: free "
-            "some and run the same command again, it goes on"
+            f"the disk of {root} has {free >> 20} MiB left, the next shard needs {needed >> 20}: free some space and "
+            "rerun the same command to resume"
         )
 
 
-def _fields(key: str, row: Row, outcome: Outcome) -> dict[str, Any]:
+def _record(key: str, row: Row, outcome: Outcome) -> dict[str, Any]:
     """A row of the Parquet file, which is also the sample's json member."""
     image = outcome if isinstance(outcome, EncodedImage) else None
     reason = outcome if isinstance(outcome, str) else None
-    failed = "failed_to_resize" if reason and reason.startswith(RESIZE) else "failed_to_download"
     return {
         "caption": row.caption,
         "url": row.url,
         "key": key,
-        "status": failed if reason else "success",
+        "status": _status(reason),
         "error_message": reason or row.note,
-        **{name: getattr(image, name, None) for name in SCHEMA.names[5:]},
+        **{name: getattr(image, name, None) for name in (*SIZE_COLUMNS, *IMAGE_TEXT_COLUMNS)},
     }
 
 
-def _table(others: dict[str, pa.Array], fields: list[dict[str, Any]]) -> pa.Table:
+def _status(reason: str | None) -> str:
+    """Img2dataset's word for how a row ended."""
+    if not reason:
+        return "success"
+    return "failed_to_resize" if reason.startswith(RESIZE) else "failed_to_download"
+
+
+def _table(other_columns: dict[str, pa.Array], records: list[dict[str, Any]]) -> pa.Table:
     """The Parquet file's content: a list's other columns come first, as in img2dataset's."""
-    own = pa.Table.from_pylist(fields, SCHEMA)
-    return pa.table({**others, **dict(zip(own.column_names, own.columns, strict=True))}) if others else own
+    table = pa.Table.from_pylist(records, SCHEMA)
+    if not other_columns:
+        return table
+    return pa.table({**other_columns, **dict(zip(table.column_names, table.columns, strict=True))})
 
 
-def _with(others: dict[str, pa.Array], fields: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The fields of the json members, the list's other columns first."""
-    cells = zip(*(array.to_pylist() for array in others.values()), strict=True) if others else [()] * len(fields)
-    more = (dict(zip(others, map(json_value, row), strict=True)) for row in cells)
-    return [{**extra, **own} for extra, own in zip(more, fields, strict=True)]
+def _json_records(other_columns: dict[str, pa.Array], records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What the json members hold, the list's other columns first."""
+    cells = {name: array.to_pylist() for name, array in other_columns.items()}
+    for index, record in enumerate(records):
+        yield {**{name: json_value(column[index]) for name, column in cells.items()}, **record}
 
 
-def _samples(fields: list[dict[str, Any]], outcomes: list[Outcome]) -> Iterator[Sample]:
-    for meta, outcome in zip(fields, outcomes, strict=True):
+def _samples(records: Iterable[dict[str, Any]], outcomes: list[Outcome]) -> Iterator[Sample]:
+    """The rows that have an image."""
+    for record, outcome in zip(records, outcomes, strict=True):
         if isinstance(outcome, EncodedImage):
-            text = (meta["caption"] or "").encode()
-            yield Sample(meta["key"], {"jpg": outcome.data, "txt": text, "json": json.dumps(meta, indent=4).encode()})
+            text = (record["caption"] or "").encode()
+            members = {"jpg": outcome.data, "txt": text, "json": json.dumps(record, indent=4).encode()}
+            yield Sample(record["key"], members)

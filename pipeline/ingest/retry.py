@@ -1,45 +1,63 @@
-"""`ingest --retry-failed`: rows whose reason may pass with time, tried again, into additional shards.
+"""`ingest --retry-failed`: rows that failed for a temporary reason, tried again, into additional shards.
 
-A retried row keeps its key; what it comes to stands in the additional shard, and the totals count it there alone.
+A retried row keeps its key. Its new outcome is in the additional shard, and the totals count it there alone. Every run
+with `--retry-failed` is a pass, numbered from 1; the list's own shards are pass 0.
 """
 
 import heapq
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any
 
+import pyarrow as pa
+
 from pipeline.core.runner import Task
 from pipeline.ingest.http_client import TEMPORARY_REASONS
-from pipeline.ingest.raw_shard import SCHEMA, Inputs
+from pipeline.ingest.raw_shard import SCHEMA, RawShardInput
 from pipeline.ingest.rows import Row
 from shards_spec.files import UserError, join, remove, sha256_json
 from shards_spec.layout import RAW, raw_parquet, shard_name
 from shards_spec.manifest import Done, finished_shards, read_dataset, read_done
 from shards_spec.parquet import read_table
 
-PASS = "retry pass"  # name of the input that tells an additional shard; its value is the number of the pass
+RETRY_PASS = "retry pass"  # name of the input that marks an additional shard; its value is the number of the pass
 COLUMNS = ["key", "url", "caption", "error_message"]
 ENDINGS = ("_stats.json", ".tar", ".parquet")
 
 
+@dataclass(frozen=True)
+class _Attempt:
+    """How one pass left a row: ``reason`` is why it failed, None when it did not."""
+
+    key: str
+    url: str | None
+    caption: str | None
+    reason: str | None
+    retry_pass: int
+    other_columns: dict[str, Any]
+    column_types: dict[str, pa.DataType]
+
+
 def additional_shards(root: str) -> dict[int, Done]:
-    """Shards that earlier retries wrote, by number; empty on the first run. They stand after those of the list."""
-    folder, found = join(root, RAW), dict[int, Done]()
+    """Shards that earlier retries wrote, by number, which follow those of the list; empty before the first retry."""
+    folder = join(root, RAW)
+    additional = dict[int, Done]()
     for number in reversed(finished_shards(folder)):
         done = read_done(folder, number)
-        if done is None or PASS not in done.inputs:
+        if done is None or RETRY_PASS not in done.inputs:
             break
-        found[number] = done
-    return dict(sorted(found.items()))
+        additional[number] = done
+    return dict(sorted(additional.items()))
 
 
-def kept_tasks(root: str, base: int) -> Iterator[Task]:
-    """Additional shards as they are, from number ``base`` on.
+def kept_tasks(root: str, first: int) -> Iterator[Task]:
+    """Additional shards as they are, from number ``first`` on.
 
-    Those that stand after a gap, which a killed retry left, are deleted: their rows will be tried again.
+    Those after a gap, which a killed retry left, are deleted: their rows will be tried again.
     """
-    expected = base
+    expected = first
     for number, done in additional_shards(root).items():
         if number == expected:
             yield Task(number, done.inputs)
@@ -55,64 +73,84 @@ def remove_shard(root: str, shard: int) -> None:
 
 
 def retry_tasks(root: str, shard_size: int) -> Iterator[Task]:
-    """Finished shards as they are, then new ones with the rows that may come this time.
+    """Finished shards as they are, then new ones with the rows to try again.
 
-    A pass that was interrupted goes on with the rows that it had not reached. Memory: a shard per pass. Raises
+    A pass that was interrupted resumes with the rows that it had not reached. Memory: a shard per pass. Raises
     UserError when the list itself has not been ingested to its end.
     """
-    block = read_dataset(root)["stages"].get("ingest")
-    base = list(_base_tasks(root))
-    if block is None or block["shards"] < len(base):
+    totals = read_dataset(root)["stages"].get("ingest")
+    list_tasks = list(_list_tasks(root))
+    if totals is None or totals["shards"] < len(list_tasks):
         raise UserError(f"ingest has not finished in {root}: run the same command without --retry-failed first")
-    additional = list(kept_tasks(root, len(base)))
-    yield from base
-    yield from additional
-    passes = [int(task.inputs[PASS]) for task in additional]
-    finished = max(passes[: block["shards"] - len(base)], default=0)
-    failed = (row for row in _latest(root, len(base), passes) if row["error_message"] in TEMPORARY_REASONS)
-    rows = (row for row in failed if row["pass"] <= finished)
-    number = len(base) + len(additional)
-    while chunk := list(islice(rows, shard_size)):
-        yield _task(number, finished + 1, chunk)
+    kept = list(kept_tasks(root, len(list_tasks)))
+    yield from list_tasks
+    yield from kept
+    passes = [int(task.inputs[RETRY_PASS]) for task in kept]
+    finished_pass = max(passes[: totals["shards"] - len(list_tasks)], default=0)  # totals are of finished passes alone
+    failed = (
+        attempt
+        for attempt in _last_attempts(root, len(list_tasks), passes)
+        if attempt.reason in TEMPORARY_REASONS and attempt.retry_pass <= finished_pass
+    )
+    number = len(list_tasks) + len(kept)
+    while chunk := list(islice(failed, shard_size)):
+        yield _task(number, finished_pass + 1, chunk)
         number += 1
 
 
-def _base_tasks(root: str) -> Iterator[Task]:
-    """Shards of the list, as they are."""
+def _list_tasks(root: str) -> Iterator[Task]:
+    """The list's own shards as they are."""
     number = 0
-    while (done := read_done(join(root, RAW), number)) and PASS not in done.inputs:
+    while (done := read_done(join(root, RAW), number)) and RETRY_PASS not in done.inputs:
         yield Task(number, done.inputs)
         number += 1
 
 
-def _task(number: int, retry_pass: int, chunk: list[dict[str, Any]]) -> Task:
-    inputs = Inputs(
-        [row["key"] for row in chunk],
-        [Row(row["caption"], row["url"], extra=row["extra"]) for row in chunk],
-        dict(Counter(row["error_message"] for row in chunk)),
-        {name: kind for row in chunk for name, kind in row["types"].items()},
+def _task(number: int, retry_pass: int, attempts: list[_Attempt]) -> Task:
+    """An additional shard of rows that failed."""
+    column_types = dict[str, pa.DataType]()
+    for attempt in attempts:
+        column_types |= attempt.column_types
+    shard_input = RawShardInput(
+        keys=[attempt.key for attempt in attempts],
+        rows=[Row(attempt.caption, attempt.url, extra=attempt.other_columns) for attempt in attempts],
+        retried=dict(Counter(attempt.reason for attempt in attempts if attempt.reason is not None)),
+        column_types=column_types,
     )
-    digest = sha256_json([[row["key"], row["url"], row["caption"]] for row in chunk])
-    return Task(number, {PASS: str(retry_pass), "rows": digest}, inputs)
+    digest = sha256_json([[attempt.key, attempt.url, attempt.caption] for attempt in attempts])
+    return Task(number, {RETRY_PASS: str(retry_pass), "rows": digest}, shard_input)
 
 
-def _latest(root: str, base: int, passes: list[int]) -> Iterator[dict[str, Any]]:
-    """Each input once, in the order of the keys, as the last pass that tried it left it."""
-    shards: dict[int, list[int]] = {0: list(range(base))}
-    for number, retry_pass in enumerate(passes, start=base):
-        shards.setdefault(retry_pass, []).append(number)
-    streams = [_rows(root, numbers, retry_pass) for retry_pass, numbers in shards.items()]
-    merged = heapq.merge(*streams, key=lambda row: (len(row["key"]), row["key"], row["pass"]))
-    for _, versions in groupby(merged, key=lambda row: row["key"]):
-        *_, last = versions
+def _last_attempts(root: str, list_shards: int, passes: list[int]) -> Iterator[_Attempt]:
+    """Each row once, in the order of the keys, as the last pass that tried it left it.
+
+    ``list_shards`` is the number of the list's own shards, ``passes`` the pass of each additional shard.
+    """
+    shards_of_pass: dict[int, list[int]] = {0: list(range(list_shards))}
+    for number, retry_pass in enumerate(passes, start=list_shards):
+        shards_of_pass.setdefault(retry_pass, []).append(number)
+    streams = [_attempts(root, numbers, retry_pass) for retry_pass, numbers in shards_of_pass.items()]
+    # keys of one pass ascend, longer ones (of larger shard numbers) last
+    merged = heapq.merge(*streams, key=lambda attempt: (len(attempt.key), attempt.key, attempt.retry_pass))
+    for _, attempts in groupby(merged, key=lambda attempt: attempt.key):
+        *_, last = attempts
         yield last
 
 
-def _rows(root: str, numbers: list[int], retry_pass: int) -> Iterator[dict[str, Any]]:
-    for number in numbers:
-        table = read_table(raw_parquet(root, number), fix="run ingest again")
+def _attempts(root: str, shards: list[int], retry_pass: int) -> Iterator[_Attempt]:
+    """The rows of one pass."""
+    for shard in shards:
+        table = read_table(raw_parquet(root, shard), fix="run ingest again")
         others = table.drop_columns([name for name in table.column_names if name in SCHEMA.names])
-        types = {field.name: field.type for field in others.schema}
-        extras = others.to_pylist() if types else [{}] * len(table)
-        for row, extra in zip(table.select(COLUMNS).to_pylist(), extras, strict=True):
-            yield {**row, "pass": retry_pass, "extra": extra, "types": types}
+        column_types = {field.name: field.type for field in others.schema}
+        other_rows = others.to_pylist() if column_types else [{}] * len(table)
+        for row, other_columns in zip(table.select(COLUMNS).to_pylist(), other_rows, strict=True):
+            yield _Attempt(
+                key=row["key"],
+                url=row["url"],
+                caption=row["caption"],
+                reason=row["error_message"],
+                retry_pass=retry_pass,
+                other_columns=other_columns,
+                column_types=column_types,
+            )

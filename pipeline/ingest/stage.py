@@ -18,7 +18,7 @@ from pipeline.ingest.http_client import FetchRules
 from pipeline.ingest.images import JPEG_QUALITY, ImageRules
 from pipeline.ingest.img2dataset import import_shard, import_tasks
 from pipeline.ingest.listing import Listing, refuse_surplus, remove_surplus
-from pipeline.ingest.raw_shard import write_raw_shard
+from pipeline.ingest.raw_shard import RawShardInput, write_raw_shard
 from pipeline.ingest.retry import retry_tasks
 from pipeline.ingest.source_files import Format
 from shards_spec.files import UserError, free_bytes, is_url, join, sha256_bytes
@@ -214,9 +214,9 @@ def _status_text(listing: Listing, downloader: Downloader, root: str) -> str:
 def rows_to_shard(root: str, task: Task, *, downloader: Downloader, selection: Selection) -> Result:
     """Download or read, decode and write one shard. Raises UserError when the disk is full."""
     start = time.time()  # img2dataset's time fields are seconds since 1970
-    inputs = task.payload
-    rows = selection.filter_rows(inputs.rows)
+    shard_input: RawShardInput = task.payload
+    rows = selection.filter_rows(shard_input.rows)
     outcomes = selection.filter_images(rows, downloader.outcomes(rows))
-    result = write_raw_shard(root, task.shard, inputs, outcomes)
+    result = write_raw_shard(root, task.shard, shard_input, outcomes)
     end = time.time()
     return replace(result, extra={"duration": end - start, "start_time": start, "end_time": end})

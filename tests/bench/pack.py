@@ -35,7 +35,7 @@ from PIL import Image
 
 from pipeline.core.runner import Result, Stage, Task, run_stage
 from pipeline.ingest.images import EncodedImage
-from pipeline.ingest.raw_shard import Inputs, sample_key, write_raw_shard
+from pipeline.ingest.raw_shard import RawShardInput, sample_key, write_raw_shard
 from pipeline.ingest.rows import Row
 from pipeline.labels.wordnet import find_wordnet, load_wordnet
 from pipeline.pack.config import PackConfig
@@ -75,7 +75,7 @@ def write_dataset(root: str, shards: int, per_shard: int, captions: int) -> None
         rows = [
             Row(said[start + i], f"https://images.example.com/2016/08/{keys[i]}-large.jpg") for i in range(per_shard)
         ]
-        return write_raw_shard(root, task.shard, Inputs(keys, rows, {}), [image(i) for i in range(per_shard)])
+        return write_raw_shard(root, task.shard, RawShardInput(keys, rows), [image(i) for i in range(per_shard)])
 
     def synthetic(_: str, task: Task) -> Result:
         rows = []

@@ -66,7 +66,7 @@ def first_shard(root: str) -> None:
     from pipeline.dedup.config import DedupConfig
     from pipeline.dedup.stage import dedup
     from pipeline.ingest.images import EncodedImage
-    from pipeline.ingest.raw_shard import Inputs, write_raw_shard
+    from pipeline.ingest.raw_shard import RawShardInput, write_raw_shard
     from pipeline.ingest.rows import Row
     from pipeline.pack.config import PackConfig
     from pipeline.pack.stage import pack
@@ -78,7 +78,7 @@ def first_shard(root: str) -> None:
     rows = [Row("a dog on a beach", "http://images.example.com/1.jpg")]
     stage = Stage("ingest", "raw", {"shard_size": 1})
     run_stage(root, stage, [Task(0, {"rows": "0"})], lambda *_: write_raw_shard(
-        root, 0, Inputs([KEY], rows, {}), [image]
+        root, 0, RawShardInput([KEY], rows), [image]
     ))  # fmt: skip
     model = tiny_coca(Path(root).parent / "coca")
     dedup(DedupConfig(root, workers=1))

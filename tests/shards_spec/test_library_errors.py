@@ -156,7 +156,7 @@ def readers(tmp_path):
     from pipeline.dedup.drop_list import read_drop_list
     from pipeline.dedup.raw_images import read_raw_images
     from pipeline.ingest.img2dataset import _keys
-    from pipeline.ingest.retry import _rows
+    from pipeline.ingest.retry import _attempts
     from pipeline.labels.vocab_stage import _label_batches
     from pipeline.pack.selection import read_captions
     from pipeline.report.columns import read_columns
@@ -169,7 +169,7 @@ def readers(tmp_path):
     yield raw, partial(read_drop_list, str(raw))
     yield raw, partial(read_raw_images, root, False, 0)
     yield raw, partial(read_captions, str(raw), None, None)
-    yield raw, lambda: list(_rows(root, [0], 0))
+    yield raw, lambda: list(_attempts(root, [0], 0))
     yield tmp_path / "shards/00000.parquet", lambda: list(_label_batches(root, 0, "all"))
     yield raw, partial(EmbeddingFile, str(raw))
     yield raw, partial(read_meta, str(raw))

@@ -11,7 +11,7 @@ from bench.photos import photo
 from PIL import Image
 from web_server import make_image
 
-from pipeline.ingest.images import BadImage, ImageRules, _decode, _shrunk, convert
+from pipeline.ingest.images import BadImage, ImageRules, _decode, convert, shrunk_size
 
 
 def test_small_upright_rgb_jpegs_keep_their_bytes():
@@ -146,7 +146,7 @@ def test_scaled_decoding_is_near_to_lanczos():
     for seed in range(24):
         data = photo(seed)
         full = Image.open(io.BytesIO(data))
-        size = _shrunk(full.size, 256)
+        size = shrunk_size(full.size, 256)
         reference = np.asarray(full.resize(size, Image.Resampling.LANCZOS), float)
         scaled = _decode(Image.open(io.BytesIO(data)), size)[0].resize(size, Image.Resampling.HAMMING)
         ours.append(fidelity(np.asarray(scaled), reference))
