@@ -35,11 +35,17 @@ def records(server, count: int = 4) -> list[dict]:
     """As LAION's and DataComp's lists are; ``sha256`` and ``syn_0`` are names that shards have themselves."""
     return [
         {
-            "uid": f"00{n}", "url": f"{server.url}/good/{n}", "caption": f"c{n}", "similarity": 0.25 + n / 100,
-            "NSFW": "UNLIKELY" if n % 2 else "NSFW", "WIDTH": 100 + n, "sha256": f"theirs{n}", "syn_0": f"other{n}",
+            "uid": f"00{n}",
+            "url": f"{server.url}/good/{n}",
+            "caption": f"c{n}",
+            "similarity": 0.25 + n / 100,
+            "NSFW": "UNLIKELY" if n % 2 else "NSFW",
+            "WIDTH": 100 + n,
+            "sha256": f"theirs{n}",
+            "syn_0": f"other{n}",
         }
         for n in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def write_list(folder: Path, rows: list[dict], form: str) -> Path:
@@ -90,12 +96,16 @@ def test_other_columns_stand_in_raw_shards_and_their_json(server, tmp_path, form
 
 def test_parquet_types_stay_also_in_a_shard_of_nulls(server, tmp_path):
     columns = {
-        "url": [f"{server.url}/good/{n}" for n in range(3)], "caption": list("abc"),
-        "score": pa.array([None, None, 0.5], pa.float32()), "when": pa.array([None, None, 0], pa.timestamp("s")),
+        "url": [f"{server.url}/good/{n}" for n in range(3)],
+        "caption": list("abc"),
+        "score": pa.array([None, None, 0.5], pa.float32()),
+        "when": pa.array([None, None, 0], pa.timestamp("s")),
         "boxes": pa.array([None, None, [[0.5]]], pa.list_(pa.list_(pa.float64()))),
-        "word": pa.array([None, None, "w"], pa.dictionary(pa.int8(), pa.string())), "nan": [1.0, float("nan"), 2.0],
-        "image": pa.array([b"\xff\xd8"] * 3), "vector": [[0.1] * 768] * 3,
-    }  # fmt: skip
+        "word": pa.array([None, None, "w"], pa.dictionary(pa.int8(), pa.string())),
+        "nan": [1.0, float("nan"), 2.0],
+        "image": pa.array([b"\xff\xd8"] * 3),
+        "vector": [[0.1] * 768] * 3,
+    }
     pq.write_table(pa.table(columns), tmp_path / "l.parquet")
     ingest(config(tmp_path / "D", tmp_path / "l.parquet", shard_size=2, format="parquet", url_col="url"))
     schemas = [pq.read_schema(tmp_path / f"D/raw/0000{n}.parquet") for n in range(2)]
@@ -133,11 +143,19 @@ def test_which_columns_are_kept(server, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["csv", "parquet", "jsonl"])
-@pytest.mark.parametrize(("where", "kept"), [
-    (("similarity >= 0.27",), [2, 3]), (("similarity>0.27",), [3]), (("similarity < 0.26",), [0]),
-    (("NSFW == UNLIKELY",), [1, 3]), (("NSFW != NSFW", "similarity <= 0.26"), [1]), (("NSFW == 'unlikely'",), [1, 3]),
-    (("WIDTH == 102.0",), [2]), (("uid != 002",), [0, 1, 3]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("where", "kept"),
+    [
+        (("similarity >= 0.27",), [2, 3]),
+        (("similarity>0.27",), [3]),
+        (("similarity < 0.26",), [0]),
+        (("NSFW == UNLIKELY",), [1, 3]),
+        (("NSFW != NSFW", "similarity <= 0.26"), [1]),
+        (("NSFW == 'unlikely'",), [1, 3]),
+        (("WIDTH == 102.0",), [2]),
+        (("uid != 002",), [0, 1, 3]),
+    ],
+)
 def test_conditions(server, tmp_path, form, where, kept):
     source = write_list(tmp_path, records(server), form)
     summary = ingest(config(tmp_path / "D", source, where=where))
@@ -198,8 +216,9 @@ def test_several_lists_are_one(server, tmp_path):
     paths = [str(tmp_path / name) for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "clipmill", "ingest", str(tmp_path / "D"), "--source", *paths, "--allow-private"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert [row["caption"] for row in rows_of(tmp_path / "D")] == ["c0", "c1", "c2"], "in the order given"
     assert json.loads((tmp_path / "D/dataset.json").read_text())["source"] == " ".join(paths)
@@ -239,13 +258,16 @@ def tar_of(path: Path, members: dict[str, bytes]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(("members", "message"), [
-    ({"0.jpg": make_image(1)}, r"no column 'img'; its samples have \[\]; change --url-col"),
-    ({"0.jpg": make_image(1), "0.txt": b"a"}, r"no column 'img'; its samples have \['txt'\]; change --url-col"),
-    ({"0.jpg": make_image(1), "0.img": make_image(2)}, "--url-col 'img' holds no text in the first 1 samples"),
-    ({"0.jpg": make_image(1), "0.json": b'{"img": 3}'}, "--url-col 'img' holds no text in the first 1 samples"),
-    ({"0.jpg": make_image(1), "0.json": b'{"img": null}'}, "--url-col 'img' holds no text in the first 1 samples"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"0.jpg": make_image(1)}, r"no column 'img'; its samples have \[\]; change --url-col"),
+        ({"0.jpg": make_image(1), "0.txt": b"a"}, r"no column 'img'; its samples have \['txt'\]; change --url-col"),
+        ({"0.jpg": make_image(1), "0.img": make_image(2)}, "--url-col 'img' holds no text in the first 1 samples"),
+        ({"0.jpg": make_image(1), "0.json": b'{"img": 3}'}, "--url-col 'img' holds no text in the first 1 samples"),
+        ({"0.jpg": make_image(1), "0.json": b'{"img": null}'}, "--url-col 'img' holds no text in the first 1 samples"),
+    ],
+)
 def test_a_column_of_addresses_that_a_tar_has_not_is_refused(tmp_path, members, message):
     source = tar_of(tmp_path / "x.tar", members)
     with pytest.raises(UserError, match=message):

@@ -54,27 +54,49 @@ def told(folder, columns=(None, None)):
 def test_captions_stand_in_files_of_many_endings(tmp_path, scheme):
     images(tmp_path, *(f"{n}.jpg" for n in range(9)), "track 2.0.jpg", "track 2.1.jpg")
     fill(
-        tmp_path, ("0.txt", "zero\n"), ("1.TXT", "one"), ("2.caption", "two"), ("3.Caption", "three"),
-        ("4.json", '{"caption": "four", "url": "http://h/4"}'), ("5.text", "five"), ("6.jpg.txt", "six"),
-        ("7.json", '{"text": "no"}'), ("7.txt", "seven"), ("8.json", '{"TEXT": ["eight", "acht"]}'),
-        ("track 2.0.txt", "2.0"), ("track 2.1.txt", "2.1"),
-    )  # fmt: skip
+        tmp_path,
+        ("0.txt", "zero\n"),
+        ("1.TXT", "one"),
+        ("2.caption", "two"),
+        ("3.Caption", "three"),
+        ("4.json", '{"caption": "four", "url": "http://h/4"}'),
+        ("5.text", "five"),
+        ("6.jpg.txt", "six"),
+        ("7.json", '{"text": "no"}'),
+        ("7.txt", "seven"),
+        ("8.json", '{"TEXT": ["eight", "acht"]}'),
+        ("track 2.0.txt", "2.0"),
+        ("track 2.1.txt", "2.1"),
+    )
     assert told(scheme + str(tmp_path)) == [
-        ("0.jpg", "zero", None), ("1.jpg", "one", None), ("2.jpg", "two", None), ("3.jpg", "three", None),
-        ("4.jpg", "four", None), ("5.jpg", "five", None), ("6.jpg", "six", None), ("7.jpg", "seven", None),
-        ("8.jpg", "eight", None), ("8.jpg", "acht", None), ("track 2.0.jpg", "2.0", None),
+        ("0.jpg", "zero", None),
+        ("1.jpg", "one", None),
+        ("2.jpg", "two", None),
+        ("3.jpg", "three", None),
+        ("4.jpg", "four", None),
+        ("5.jpg", "five", None),
+        ("6.jpg", "six", None),
+        ("7.jpg", "seven", None),
+        ("8.jpg", "eight", None),
+        ("8.jpg", "acht", None),
+        ("track 2.0.jpg", "2.0", None),
         ("track 2.1.jpg", "2.1", None),
-    ]  # fmt: skip
+    ]
 
 
 def test_a_json_beside_an_image_that_cannot_be_used_costs_its_own_sample(tmp_path):
     images(tmp_path, *(f"{n}.jpg" for n in range(7)))
     deep = "[" * 5000 + "]" * 5000
     fill(
-        tmp_path, ("0.json", '{"n": ' + "9" * 5000 + "}"), ("1.json", f'{{"a": {deep}}}'), ("2.json", "{"),
-        ("3.json", "[1, 2]"), ("4.json", '{"boxes": []}'), ("5.json", '{"caption": {"a": 1}}'),
+        tmp_path,
+        ("0.json", '{"n": ' + "9" * 5000 + "}"),
+        ("1.json", f'{{"a": {deep}}}'),
+        ("2.json", "{"),
+        ("3.json", "[1, 2]"),
+        ("4.json", '{"boxes": []}'),
+        ("5.json", '{"caption": {"a": 1}}'),
         ("6.json", '{"caption": NaN}'),
-    )  # fmt: skip
+    )
     bad = "json beside the image does not parse"
     found = [(caption, why) for _, caption, why in told(tmp_path)]
     assert found == [(None, bad)] * 3 + [(None, None)] * 2 + [(None, "caption is not text")] * 2
@@ -113,9 +135,14 @@ def test_endings_links_and_files_that_are_not_taken(tmp_path, caplog):
     images(tmp_path / "elsewhere", "a/7.jpg")
     fill(tmp_path / "elsewhere", ("a/7.txt", "linked"))
     fill(
-        tmp_path / "in", ("8.heic", b"x"), ("9.jxl", b"x"), ("9.txt", "nine"), ("notes.pdf", ""), ("b.pdf", ""),
+        tmp_path / "in",
+        ("8.heic", b"x"),
+        ("9.jxl", b"x"),
+        ("9.txt", "nine"),
+        ("notes.pdf", ""),
+        ("b.pdf", ""),
         ("README", ""),
-    )  # fmt: skip
+    )
     (tmp_path / "in/sub").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "in/loop").symlink_to(tmp_path)
     expected = [(f"{n}.{ending}", None, None) for n, ending in enumerate(endings)]
@@ -157,9 +184,12 @@ def test_a_row_of_metadata_is_a_row(tmp_path, form):
     write_metadata(tmp_path, form, [{"file_name": name, "text": f"c{n}"} for n, name in enumerate(names)])
     rows = rows_of(tmp_path)
     assert [(row.url, row.caption, row.problem) for row in rows] == [
-        ("img/1.jpg", "c0", None), ("img/1.jpg", "c2", None), ("img/1.jpg", "c3", None), ("img/2.jpg", "c1", None),
+        ("img/1.jpg", "c0", None),
+        ("img/1.jpg", "c2", None),
+        ("img/1.jpg", "c3", None),
+        ("img/2.jpg", "c1", None),
         ("img/3.jpg", None, None),
-    ]  # fmt: skip
+    ]
     assert [read_image_bytes(row.image_ref, LIMIT) for row in rows] == [image(n) for n in (0, 0, 0, 1, 2)]
 
 
@@ -186,9 +216,15 @@ def test_metadata_whose_captions_are_no_texts(tmp_path):
     fill(tmp_path, ("metadata.jsonl", "\n".join(lines)))
     wrong = "caption is not text"
     assert told(tmp_path) == [
-        ("0.jpg", "a", None), ("0.jpg", "b", None), ("1.jpg", None, wrong), ("2.jpg", None, wrong),
-        ("3.jpg", None, wrong), ("4.jpg", None, wrong), ("5.jpg", None, None), ("6.jpg", "", None),
-    ]  # fmt: skip
+        ("0.jpg", "a", None),
+        ("0.jpg", "b", None),
+        ("1.jpg", None, wrong),
+        ("2.jpg", None, wrong),
+        ("3.jpg", None, wrong),
+        ("4.jpg", None, wrong),
+        ("5.jpg", None, None),
+        ("6.jpg", "", None),
+    ]
     (tmp_path / "metadata.jsonl").unlink()
     table = {"file_name": ["0.jpg", "1.jpg", "2.jpg"], "text": pa.array([["a", "b"], [], None], pa.list_(pa.string()))}
     pq.write_table(pa.table(table), tmp_path / "metadata.parquet")
@@ -248,9 +284,13 @@ def test_an_open_quote_in_metadata_takes_no_other_row(tmp_path):
         ("metadata.csv", 'file_name,text\n0.jpg,"the cat\n1.jpg,a dog, too\n2.jpg,"the ""end"""\n3.jpg,\n4.jpg\n'),
     )
     assert told(tmp_path) == [
-        ("0.jpg", '"the cat', None), ("1.jpg", "a dog, too", None), ("2.jpg", 'the "end"', None), ("3.jpg", "", None),
-        ("4.jpg", None, None), ("metadata.csv:5", None, "missing column"),
-    ]  # fmt: skip
+        ("0.jpg", '"the cat', None),
+        ("1.jpg", "a dog, too", None),
+        ("2.jpg", 'the "end"', None),
+        ("3.jpg", "", None),
+        ("4.jpg", None, None),
+        ("metadata.csv:5", None, "missing column"),
+    ]
     fill(tmp_path, ("metadata.csv", "file_name;text\r0.jpg;eins\r1.jpg;zwei\r"))
     assert told(tmp_path)[:2] == [("0.jpg", "eins", None), ("1.jpg", "zwei", None)]
     fill(tmp_path, ("metadata.csv", "file_name,text\n0.jpg,eins\n".encode("utf-16")))
@@ -265,18 +305,29 @@ FLICKR = {
     "Flickr8k.token.txt": '1.jpg#0\tA child , in a dress\n1.jpg#1\tA girl .\n2.jpg#0\tsay "hi"\n',
     "results_20130124.token": '1.jpg#0\tA child , in a dress\n1.jpg#1\tA girl .\n2.jpg#0\tsay "hi"\n',
     "my_captions.tsv": 'filepath\tcaption\n1.jpg\tA child , in a dress\n1.jpg\tA girl .\n2.jpg\tsay "hi"\n',
-    "captions_val2017.json": json.dumps({
-        "images": [{"id": 7, "file_name": "1.jpg"}, {"id": 9, "file_name": "2.jpg"}],
-        "annotations": [{"image_id": 7, "caption": "A child , in a dress"}, {"image_id": 9, "caption": 'say "hi"'},
-                        {"image_id": 7, "caption": "A girl ."}]}),
-    "dataset_flickr30k.json": json.dumps({"images": [
-        {"filename": "1.jpg", "sentences": [{"raw": "A child , in a dress"}, {"raw": "A girl ."}]},
-        {"filename": "2.jpg", "sentences": [{"raw": 'say "hi"'}]}]}),
+    "captions_val2017.json": json.dumps(
+        {
+            "images": [{"id": 7, "file_name": "1.jpg"}, {"id": 9, "file_name": "2.jpg"}],
+            "annotations": [
+                {"image_id": 7, "caption": "A child , in a dress"},
+                {"image_id": 9, "caption": 'say "hi"'},
+                {"image_id": 7, "caption": "A girl ."},
+            ],
+        }
+    ),
+    "dataset_flickr30k.json": json.dumps(
+        {
+            "images": [
+                {"filename": "1.jpg", "sentences": [{"raw": "A child , in a dress"}, {"raw": "A girl ."}]},
+                {"filename": "2.jpg", "sentences": [{"raw": 'say "hi"'}]},
+            ]
+        }
+    ),
     "captions.json": json.dumps({"1.jpg": ["A child , in a dress", "A girl ."], "2.jpg": 'say "hi"'}),
-    "train_captions.json": json.dumps([
-        {"image": "1.jpg", "caption": ["A child , in a dress", "A girl ."]},
-        {"image": "2.jpg", "caption": 'say "hi"'}]),
-}  # fmt: skip
+    "train_captions.json": json.dumps(
+        [{"image": "1.jpg", "caption": ["A child , in a dress", "A girl ."]}, {"image": "2.jpg", "caption": 'say "hi"'}]
+    ),
+}
 
 
 @pytest.mark.parametrize("where", ["", "images/", "../images/"])
@@ -287,9 +338,11 @@ def test_published_lists_of_captions(tmp_path, name, where):
     fill(tmp_path / "lists", (name, FLICKR[name]))
     rows = rows_of(tmp_path if where.startswith("..") else tmp_path / "lists")
     assert [(row.url.rpartition("/")[2], row.caption, row.problem) for row in rows] == [
-        ("1.jpg", "A child , in a dress", None), ("1.jpg", "A girl .", None), ("2.jpg", 'say "hi"', None),
+        ("1.jpg", "A child , in a dress", None),
+        ("1.jpg", "A girl .", None),
+        ("2.jpg", 'say "hi"', None),
         ("3.jpg", None, None),
-    ]  # fmt: skip
+    ]
 
 
 def test_a_broken_row_of_flickr30k_costs_itself(tmp_path):
@@ -303,10 +356,13 @@ def test_lists_that_are_none_of_ours_are_named_and_left_out(tmp_path, caplog):
     images(tmp_path, "1.jpg", "captions.jpg")
     elsewhere = FLICKR["captions_val2017.json"].replace("1.jpg", "8.jpg").replace("2.jpg", "9.jpg")
     fill(
-        tmp_path, ("captions.txt", "of captions.jpg"), ("1.txt", "one"), ("my captions.txt", "just a note"),
+        tmp_path,
+        ("captions.txt", "of captions.jpg"),
+        ("1.txt", "one"),
+        ("my captions.txt", "just a note"),
         ("annotations/captions_train2017.json", elsewhere),
         ("annotations/instances_val2017.json", '{"images": [], "annotations": []}'),
-    )  # fmt: skip
+    )
     assert told(tmp_path) == [("1.jpg", "one", None), ("captions.jpg", "of captions.jpg", None)]
     assert "my captions.txt: left out, it is not a list of captions" in caplog.text
     assert "captions_train2017.json: left out, none of its images is here" in caplog.text
@@ -386,8 +442,9 @@ def test_captions_of_coco_that_belong_to_no_image_are_rows(tmp_path):
         ("captions.json", json.dumps({"images": [{"id": 1, "file_name": "0.jpg"}], "annotations": annotations})),
     )
     assert told(tmp_path) == [
-        ("0.jpg", "a", None), *((f"captions.json:{n}", None, "metadata row without file_name") for n in (2, 3, 4))
-    ]  # fmt: skip
+        ("0.jpg", "a", None),
+        *((f"captions.json:{n}", None, "metadata row without file_name") for n in (2, 3, 4)),
+    ]
 
 
 def test_metadata_without_a_json_object_is_told(tmp_path):

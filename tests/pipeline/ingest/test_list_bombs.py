@@ -108,10 +108,14 @@ def test_parquet_files_with_huge_cells_and_dictionaries(tmp_path):
         assert (tmp_path / f"{name}.parquet").stat().st_size < 100_000
     found, mib = run(RUN, *(tmp_path / f"{name}.parquet" for name in tables))
     assert {Path(path).stem: counts for path, counts in found.items()} == {
-        "cell": {"cell too large": 2}, "url": {"cell too large": 2}, "other": {"link": 2},
-        "dictionary": {"caption too long": 4000}, "stored": {"caption too long": 4000}, "others": {"link": 4000},
+        "cell": {"cell too large": 2},
+        "url": {"cell too large": 2},
+        "other": {"link": 2},
+        "dictionary": {"caption too long": 4000},
+        "stored": {"caption too long": 4000},
+        "others": {"link": 4000},
         "lists": {"caption too long": 8000},
-    }  # fmt: skip
+    }
     assert mib < MOST_MIB / 2
 
 

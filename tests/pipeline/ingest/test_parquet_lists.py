@@ -17,9 +17,16 @@ from shards_spec.parquet_footer import row_groups
 
 URLS = ["http://h/0", "http://h/1", "http://h/2"]
 TEXTS = [
-    pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view(),
-    pa.dictionary(pa.int8(), pa.string()), pa.dictionary(pa.int32(), pa.large_string()), pa.json_(),
-]  # fmt: skip
+    pa.string(),
+    pa.large_string(),
+    pa.string_view(),
+    pa.binary(),
+    pa.large_binary(),
+    pa.binary_view(),
+    pa.dictionary(pa.int8(), pa.string()),
+    pa.dictionary(pa.int32(), pa.large_string()),
+    pa.json_(),
+]
 
 
 def rows(path, columns=(None, None)) -> list[Row]:
@@ -41,10 +48,18 @@ def test_every_type_of_text(tmp_path, kind):
     assert [read_image_bytes(row.image_ref, 1 << 20) for row in found] == [make_image(n) for n in range(3)]
 
 
-@pytest.mark.parametrize("kind", [
-    pa.list_(pa.string()), pa.large_list(pa.large_string()), pa.list_view(pa.string()), pa.list_(pa.string_view()),
-    pa.list_(pa.binary()), pa.list_(pa.dictionary(pa.int8(), pa.string())),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.string()),
+        pa.large_list(pa.large_string()),
+        pa.list_view(pa.string()),
+        pa.list_(pa.string_view()),
+        pa.list_(pa.binary()),
+        pa.list_(pa.dictionary(pa.int8(), pa.string())),
+    ],
+    ids=str,
+)
 def test_a_list_of_texts_is_a_caption_each(tmp_path, kind):
     path = tmp_path / "l.parquet"
     texts = [["a", None, "b"], None, []]
@@ -88,11 +103,18 @@ def test_every_type_of_bytes_holds_images(tmp_path, kind):
     assert [read_image_bytes(row.image_ref, 1 << 20) for row in found] == [make_image(n) for n in range(3)]
 
 
-@pytest.mark.parametrize(("values", "named"), [
-    ([1, 2, 3], "int64"), ([1.5, float("nan"), 2.0], "double"), ([True, False, None], "bool"),
-    ([{"en": "a"}] * 3, "struct<en: string>"), ([[{"raw": "a"}]] * 3, "list<element: struct<raw: string>>"),
-    ([[1]] * 3, "list<element: int64>"), ([[["a"]]] * 3, "list<element: list<element: string>>"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ([1, 2, 3], "int64"),
+        ([1.5, float("nan"), 2.0], "double"),
+        ([True, False, None], "bool"),
+        ([{"en": "a"}] * 3, "struct<en: string>"),
+        ([[{"raw": "a"}]] * 3, "list<element: struct<raw: string>>"),
+        ([[1]] * 3, "list<element: int64>"),
+        ([[["a"]]] * 3, "list<element: list<element: string>>"),
+    ],
+)
 def test_what_is_no_text_is_refused_by_column_and_type(tmp_path, values, named):
     path = tmp_path / "l.parquet"
     write(path, caption=values, url=URLS)
@@ -127,10 +149,18 @@ def test_sizes_of_pages_are_those_that_were_written(version, compression, dictio
     file = io.BytesIO()
     cells = [f"{n:07d}" * 100 for n in range(5000)]
     pq.write_table(
-        pa.table({"x": cells}), file, data_page_version=version, compression=compression, use_dictionary=dictionary,
-        data_page_size=100_000, dictionary_pagesize_limit=1_000_000, write_batch_size=10, row_group_size=2500,
-        write_statistics=True, write_page_checksum=True,
-    )  # fmt: skip
+        pa.table({"x": cells}),
+        file,
+        data_page_version=version,
+        compression=compression,
+        use_dictionary=dictionary,
+        data_page_size=100_000,
+        dictionary_pagesize_limit=1_000_000,
+        write_batch_size=10,
+        row_group_size=2500,
+        write_statistics=True,
+        write_page_checksum=True,
+    )
     metadata = pq.read_metadata(file)
     for group in range(2):
         column = row_groups(file, metadata.num_row_groups)[group][0]
@@ -153,18 +183,27 @@ def test_sizes_of_pages_are_those_that_were_written(version, compression, dictio
 @pytest.mark.parametrize("dictionary", [True, False])
 def test_chunks_are_those_that_pyarrow_tells(codec, dictionary):
     file = io.BytesIO()
-    table = pa.table({
-        "n": range(300), "t": ["a", None, "b"] * 100, "b": [b"x"] * 300, "l": [["a", "b"]] * 300,
-        "s": [{"bytes": b"x", "ü": True}] * 300, "f": pa.array([b"xy"] * 300, pa.binary(2)), "none": pa.nulls(300),
-    })  # fmt: skip
+    table = pa.table(
+        {
+            "n": range(300),
+            "t": ["a", None, "b"] * 100,
+            "b": [b"x"] * 300,
+            "l": [["a", "b"]] * 300,
+            "s": [{"bytes": b"x", "ü": True}] * 300,
+            "f": pa.array([b"xy"] * 300, pa.binary(2)),
+            "none": pa.nulls(300),
+        }
+    )
     pq.write_table(table, file, compression=codec, use_dictionary=dictionary, row_group_size=100)
     metadata = pq.read_metadata(file)
     for group, chunks in enumerate(row_groups(file, metadata.num_row_groups)):
         expected = map(metadata.row_group(group).column, range(metadata.num_columns))
         for own, column in zip(chunks, expected, strict=True):
             assert (own.path, own.values, own.packed) == (
-                column.path_in_schema, column.num_values, column.total_compressed_size,
-            )  # fmt: skip
+                column.path_in_schema,
+                column.num_values,
+                column.total_compressed_size,
+            )
             assert own.unpacked == column.total_uncompressed_size
             assert (own.data_page, own.dictionary_page) == (column.data_page_offset, column.dictionary_page_offset)
             assert own.is_text == column.physical_type.endswith("BYTE_ARRAY")

@@ -86,10 +86,26 @@ def test_an_open_quote_takes_no_other_row(tmp_path, at, closed):
 
 
 WRITTEN = [
-    "plain", "with, comma", 'with "quotes"', '"wholly"', '"', '""', "two\nlines", "two\r\nlines", "a\tb; c| d",
-    'x "y",\n"z"', "\n\nlead", "trail \n", " spaces ", "comma,", '12"\nsize, "b"', "x" * 30_000, "ü\n日本",
-    *(["line"] * 3), "\n".join("abc" * 20),
-]  # fmt: skip
+    "plain",
+    "with, comma",
+    'with "quotes"',
+    '"wholly"',
+    '"',
+    '""',
+    "two\nlines",
+    "two\r\nlines",
+    "a\tb; c| d",
+    'x "y",\n"z"',
+    "\n\nlead",
+    "trail \n",
+    " spaces ",
+    "comma,",
+    '12"\nsize, "b"',
+    "x" * 30_000,
+    "ü\n日本",
+    *(["line"] * 3),
+    "\n".join("abc" * 20),
+]
 
 
 @pytest.mark.parametrize("delimiter", list(",\t;|"))
@@ -122,16 +138,22 @@ def test_delimiters_too_many_belong_to_the_caption(tmp_path):
     assert captions(tmp_path, "a\turl\tcaption\n1\thttp://h/3\ttwo\tdogs\n") == [("two\tdogs", "http://h/3")]
     assert captions(tmp_path, "url\tcaption\tb\nhttp://h/3\ttwo\tdogs\t7\n") == [("two\tdogs", "http://h/3")]
     assert captions(tmp_path, "caption,url\na cat, asleep,http://h/1\nb,http://h/2,\n") == [
-        ("a cat, asleep", "http://h/1"), ("b", "http://h/2")]  # fmt: skip
+        ("a cat, asleep", "http://h/1"),
+        ("b", "http://h/2"),
+    ]
 
 
 # line ends, delimiters, encodings
 
 
-@pytest.mark.parametrize("data", [
-    "caption\turl\na\thttp://h/1\nb\thttp://h/2\n", "a\thttp://h/1\nb\thttp://h/2",
-    '{"url": "http://h/1", "caption": "a"}\n{"url": "http://h/2", "caption": "b"}\n',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data",
+    [
+        "caption\turl\na\thttp://h/1\nb\thttp://h/2\n",
+        "a\thttp://h/1\nb\thttp://h/2",
+        '{"url": "http://h/1", "caption": "a"}\n{"url": "http://h/2", "caption": "b"}\n',
+    ],
+)
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_line_ends_and_a_mark(tmp_path, data, end, mark):
@@ -171,13 +193,17 @@ def test_latin_1_is_named_and_its_rows_are_counted(tmp_path, caplog):
     assert summary.counts == {"caption is not UTF-8": 1}
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    (b"PK\x03\x04" + b"x" * 100, "a zip file"), (b"BZh91AY", "packed with bzip2"),
-    (b"\x28\xb5\x2f\xfd..", "packed with zstd"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "is a Git LFS pointer.*git lfs pull"),
-    (b"<!DOCTYPE html>\n<html><body>gone</body></html>\n", "is a web page"),
-    (b",".join(b"c%d" % n for n in range(9000)) + b",url\n1\n", "its columns are .* and 8981 more; it needs url"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"PK\x03\x04" + b"x" * 100, "a zip file"),
+        (b"BZh91AY", "packed with bzip2"),
+        (b"\x28\xb5\x2f\xfd..", "packed with zstd"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "is a Git LFS pointer.*git lfs pull"),
+        (b"<!DOCTYPE html>\n<html><body>gone</body></html>\n", "is a web page"),
+        (b",".join(b"c%d" % n for n in range(9000)) + b",url\n1\n", "its columns are .* and 8981 more; it needs url"),
+    ],
+)
 def test_what_is_no_list_is_named_shortly(tmp_path, data, message):
     with pytest.raises(UserError, match=message) as error:
         rows(tmp_path, data)
