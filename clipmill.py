@@ -274,18 +274,18 @@ def _train(words: list[str]) -> int:
         from shards_spec.suggest import did_you_mean
 
         return _fail(2, f"no recipe {recipe!r}; {did_you_mean(recipe, RECIPES)}")
-    from pipeline.core.command_line import Tries, parse_several
+    from pipeline.core.command_line import TrialOptions, parse_several
 
     module = importlib.import_module(f"training.recipes.{recipe}")
     from training.config import smoke
 
     default = smoke(module.config()) if "--smoke" in words else module.config()
-    config, tries = parse_several(
-        f"train {recipe}", {recipe: (type(default), default), "tries": (Tries, None)}, words[1:]
+    config, trial = parse_several(
+        f"train {recipe}", {recipe: (type(default), default), "trial": (TrialOptions, None)}, words[1:]
     )
     from training.trainer import predict, train
 
-    if tries.predict_memory:
+    if trial.predict_memory:
         _print(predict(recipe, config))
         return 0
     out = train(recipe, config)

@@ -1,7 +1,7 @@
-"""Options of a command on the command line: in groups, with an example on top, and mistakes told in one line.
+"""The command line of a stage or recipe: options in groups, an example in the help, one-line messages for mistakes.
 
-tyro reads dataclasses and writes help. It is given the fields of a command's config in groups of our own, and the
-config is built of what it read: so configs stay as flat or as composed as their stages like them.
+tyro reads dataclasses and writes the help. It is given the fields of a command's config in groups of our own, and the
+config is built from what it read. So a config may be flat or composed of others, as its stage likes it.
 """
 
 import ast
@@ -22,7 +22,7 @@ import tyro
 from shards_spec.files import UserError
 from shards_spec.suggest import did_you_mean
 
-# command (of a recipe: "train RECIPE"): an example, then the options in groups; what is in none stands in the last one
+# command (of a recipe: "train RECIPE") to the arguments that its help shows
 EXAMPLES = {
     "ingest": "/data/cc3m --source Train_GCC-training.tsv",
     "dedup": "/data/cc3m",
@@ -44,33 +44,96 @@ EXAMPLES = {
     "train probe": "--data /data/cifar10 --model runs/catlip --out runs/probe",
     "train finetune": "--data /data/cifar10 --model runs/catlip --out runs/finetune",
 }
+# command to its groups of options, in the order of the help; an option that is in no group comes after them
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "ingest": {
-        "basic": ("root", "source", "format", "url_col", "caption_col", "shard_size", "image_size", "retry_failed",
-                  "overwrite"),
-        "selection": ("min_size", "max_aspect_ratio", "min_caption_chars", "max_caption_chars", "sane_captions",
-                      "dedup", "near_bits", "exclude", "max_bytes", "max_pixels"),
+        "basic": (
+            "root",
+            "source",
+            "format",
+            "url_col",
+            "caption_col",
+            "shard_size",
+            "image_size",
+            "retry_failed",
+            "overwrite",
+        ),
+        "selection": (
+            "min_size",
+            "max_aspect_ratio",
+            "min_caption_chars",
+            "max_caption_chars",
+            "sane_captions",
+            "dedup",
+            "near_bits",
+            "exclude",
+            "max_bytes",
+            "max_pixels",
+        ),
     },
     "caption": {
-        "basic": ("root", "model", "pretrained", "name", "num_captions", "similarity", "device", "batch_size",
-                  "overwrite"),
+        "basic": (
+            "root",
+            "model",
+            "pretrained",
+            "name",
+            "num_captions",
+            "similarity",
+            "device",
+            "batch_size",
+            "overwrite",
+        ),
     },
     "pack": {
-        "basic": ("root", "captioner", "min_similarity", "shard_size", "workers", "overwrite"),
+        "basic": (
+            "root",
+            "captioner",
+            "min_similarity",
+            "shard_size",
+            "workers",
+            "overwrite",
+        ),
     },
     "cache": {
-        "basic": ("root", "model", "pretrained", "name", "views", "dtype", "device", "batch_size", "overwrite"),
+        "basic": (
+            "root",
+            "model",
+            "pretrained",
+            "name",
+            "views",
+            "dtype",
+            "device",
+            "batch_size",
+            "overwrite",
+        ),
     },
     "train": {
-        "basic": ("data", "out", "model", "pretrained", "base", "base_weights", "vocabulary", "teacher", "batch_size",
-                  "steps", "epochs", "lr", "precision", "device", "fit", "smoke", "predict_memory"),
+        "basic": (
+            "data",
+            "out",
+            "model",
+            "pretrained",
+            "base",
+            "base_weights",
+            "vocabulary",
+            "teacher",
+            "batch_size",
+            "steps",
+            "epochs",
+            "lr",
+            "precision",
+            "device",
+            "fit",
+            "smoke",
+            "predict_memory",
+        ),
     },
-}  # fmt: skip
-REQUIRED = ("data",)  # by every recipe; its default is empty so that a config can be made without it
+}
+REQUIRED = ("data",)  # options that every recipe needs; their default is empty, so that a config can be made without
 
 
 @dataclasses.dataclass(frozen=True)
-class Tries:
+class TrialOptions:
     """What a recipe can do besides training."""
 
     smoke: bool = False
@@ -80,8 +143,8 @@ class Tries:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Leaf:
-    """An option: where its value belongs in the config, and all that tyro wants to know."""
+class _Option:
+    """An option: a field of the config, the group of the help that it is in, and what tyro needs to know."""
 
     name: str
     group: str
@@ -95,70 +158,91 @@ class _Leaf:
         return (f"--{flag}", f"--no-{flag}") if isinstance(self.default, bool) else (f"--{flag}",)
 
     @property
+    def is_required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    @property
     def field(self) -> tuple[str, Any, Any]:
-        default = (
-            dataclasses.field() if self.default is dataclasses.MISSING else dataclasses.field(default=self.default)
-        )
+        """As `dataclasses.make_dataclass` takes it."""
+        default = dataclasses.field() if self.is_required else dataclasses.field(default=self.default)
         return self.name, Annotated[self.hint, tyro.conf.arg(help=self.help)], default
 
+    @property
+    def shown_name(self) -> str:
+        """What the help calls it: its flag, or the name in capitals of a positional argument."""
+        for note in getattr(self.hint, "__metadata__", ()):
+            if metavar := getattr(note, "metavar", None):
+                return str(metavar)
+        return self.flags[0]
 
-def parse(command: str, config_class: Any, words: list[str], default: Any = None) -> Any:
-    """The config that the words of a command line make. Raises UserError, one line, for words that make none."""
-    return parse_several(command, {"": (config_class, default)}, words)[0]
+
+def parse(command: str, config_class: Any, args: list[str], default: Any = None) -> Any:
+    """The config that command-line arguments make. Raises UserError, one line, for arguments that make none."""
+    return parse_several(command, {"": (config_class, default)}, args)[0]
 
 
-def parse_several(command: str, parts: dict[str, tuple[Any, Any]], words: list[str]) -> list[Any]:
-    """Several configs from one command line: ``parts`` is name -> (dataclass, default or None).
+def parse_several(command: str, parts: dict[str, tuple[Any, Any]], args: list[str]) -> list[Any]:
+    """Several configs from one command line: ``parts`` maps a name to (dataclass, default or None).
 
-    Fields of a part that has a name stand in a group of that name, unless the command's groups name them.
+    The fields of a named part are in a group of that name, unless one of the command's groups has them. Raises
+    UserError, one line, for arguments that make no config, and PermissionError for a folder that cannot be read.
     """
-    leaves = [leaf for name, (kind, default) in parts.items() for leaf in _leaves(kind, default, name)]
-    recipe = command.startswith("train ")
-    if recipe:
-        leaves = [_required(leaf) if leaf.name in REQUIRED and leaf.default == "" else leaf for leaf in leaves]
+    options = list[_Option]()
+    for name, (kind, default) in parts.items():
+        options += _options(kind, default, name)
+    is_recipe = command.startswith("train ")
+    if is_recipe:
+        options = [_with_required(option) for option in options]
     groups = GROUPS.get(command.removeprefix("submit ").split(" ")[0], {})
-    about = (next(iter(parts.values()))[0].__doc__ or "").strip()
+    description = (next(iter(parts.values()))[0].__doc__ or "").strip()
     if example := EXAMPLES.get(command.removeprefix("submit ")):
-        about += f"\n\nFor example: clipmill {command} {example}"
-    with _in_one_line(command, leaves, words):
-        read = tyro.cli(_grouped(leaves, groups), args=words, prog=f"clipmill {command}", description=about)
-    values = {name: value for group in vars(read).values() for name, value in vars(group).items()}
-    for name in ("root", "data", "out") if recipe else ("root",):
-        if os.path.isfile(value := values.get(name, "")):
-            raise UserError(f"{value} is a file: {'ROOT' if name == 'root' else f'--{name}'} is a folder or its URL")
-        if os.path.isdir(value) and not os.access(value, os.R_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), value)
+        description += f"\n\nFor example: clipmill {command} {example}"
+    with _mistakes_in_one_line(command, options, args):
+        parsed = tyro.cli(_grouped(options, groups), args=args, prog=f"clipmill {command}", description=description)
+    values = dict[str, Any]()
+    for group in vars(parsed).values():
+        values |= vars(group)
+    for name in ("root", "data", "out") if is_recipe else ("root",):
+        _check_folder(name, values.get(name, ""))
     return [_build(kind, default, values) for kind, default in parts.values()]
 
 
-def parse_known(command: str, kind: Any, default: Any, words: list[str]) -> tuple[Any, list[str]]:
-    """The config that some of the words make, and the other words. Raises UserError."""
-    with _in_one_line(command, [], words):
-        return tyro.cli(kind, args=words, prog=f"clipmill {command}", default=default, return_unknown_args=True)
+def _check_folder(name: str, path: Any) -> None:
+    if os.path.isfile(path):
+        raise UserError(f"{path} is a file: {'ROOT' if name == 'root' else f'--{name}'} is a folder or its URL")
+    if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+
+def parse_known(command: str, kind: Any, default: Any, args: list[str]) -> tuple[Any, list[str]]:
+    """The config that some of the arguments make, and the other arguments. Raises UserError."""
+    with _mistakes_in_one_line(command, [], args):
+        return tyro.cli(kind, args=args, prog=f"clipmill {command}", default=default, return_unknown_args=True)
 
 
 @contextlib.contextmanager
-def _in_one_line(command: str, leaves: list["_Leaf"], words: list[str]) -> Iterator[None]:
-    """What tyro says of a mistake, which is a page, becomes a UserError of a line."""
-    said = io.StringIO()
+def _mistakes_in_one_line(command: str, options: list[_Option], args: list[str]) -> Iterator[None]:
+    """Turn what tyro prints about a mistake, a page, into a UserError of one line."""
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(printed):
             yield
     except SystemExit as leave:
         if not leave.code:
             raise
-        raise UserError(_mistake(command, leaves, words, said.getvalue())) from None
+        raise UserError(_mistake(command, options, args, printed.getvalue())) from None
 
 
-def _leaves(kind: Any, default: Any, group: str) -> Iterator[_Leaf]:
-    """The fields of a config and of the configs that it is composed of."""
-    hints, helps = get_type_hints(kind, include_extras=True), _helps(kind)
+def _options(kind: Any, default: Any, group: str) -> Iterator[_Option]:
+    """The fields of a config, and of the configs that it is composed of."""
+    hints = get_type_hints(kind, include_extras=True)
+    helps = _field_docstrings(kind)
     for field in dataclasses.fields(kind):
         value = _default(field, default)
         if dataclasses.is_dataclass(value):
-            yield from _leaves(type(value), value, field.name)
+            yield from _options(type(value), value, field.name)
         else:
-            yield _Leaf(field.name, group, hints[field.name], helps.get(field.name, ""), value)
+            yield _Option(field.name, group, hints[field.name], helps.get(field.name, ""), value)
 
 
 def _default(field: Any, default: Any) -> Any:
@@ -167,71 +251,75 @@ def _default(field: Any, default: Any) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
-def _helps(kind: type) -> dict[str, str]:
-    """The strings that stand below the fields of a dataclass."""
-    found = dict[str, str]()
-    for one in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):
-        (body,) = ast.parse(textwrap.dedent(inspect.getsource(one))).body
-        lines = body.body if isinstance(body, ast.ClassDef) else []
+def _field_docstrings(kind: type) -> dict[str, str]:
+    """The strings below the fields of a dataclass and of its bases, by field."""
+    docstrings = dict[str, str]()
+    for base in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        lines = definition.body if isinstance(definition, ast.ClassDef) else []
         for line, after in pairwise(lines):
             if isinstance(line, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(line.target, ast.Name):
-                found[line.target.id] = inspect.cleandoc(ast.literal_eval(after.value)).replace("\n", " ")
-    return found
+                docstrings[line.target.id] = inspect.cleandoc(ast.literal_eval(after.value)).replace("\n", " ")
+    return docstrings
 
 
-def _required(leaf: _Leaf) -> _Leaf:
-    return dataclasses.replace(leaf, default=dataclasses.MISSING)
+def _with_required(option: _Option) -> _Option:
+    """The option, without its default when every recipe needs it and the default is empty."""
+    if option.name in REQUIRED and option.default == "":
+        return dataclasses.replace(option, default=dataclasses.MISSING)
+    return option
 
 
-def _grouped(leaves: list[_Leaf], groups: dict[str, tuple[str, ...]]) -> Any:
-    """A dataclass of a dataclass per group; the command's own groups come first."""
-    named = {name: group for group, names in groups.items() for name in names}
-    order = {name: place for place, name in enumerate(named)}
-    of = dict[str, list[_Leaf]]({group: [] for group in groups})
-    for leaf in sorted(leaves, key=lambda leaf: order.get(leaf.name, len(order))):
-        of.setdefault(named.get(leaf.name, leaf.group or ("more" if groups else "options")), []).append(leaf)
-    pieces, without_prefix = list[tuple[str, Any]](), cast(Any, tyro.conf.OmitArgPrefixes)
-    for group, own in of.items():
+def _grouped(options: list[_Option], groups: dict[str, tuple[str, ...]]) -> Any:
+    """A dataclass with a dataclass for each group; the command's own groups come first."""
+    group_of = dict[str, str]()
+    for group, names in groups.items():
+        group_of |= dict.fromkeys(names, group)
+    order = {name: position for position, name in enumerate(group_of)}
+    rest = "more" if groups else "options"
+    members = dict[str, list[_Option]]({group: [] for group in groups})
+    for option in sorted(options, key=lambda option: order.get(option.name, len(order))):
+        members.setdefault(group_of.get(option.name, option.group or rest), []).append(option)
+    fields = list[tuple[str, Any]]()
+    without_prefix = cast(Any, tyro.conf.OmitArgPrefixes)
+    for group, own in members.items():
         if own:
-            own = sorted(own, key=lambda leaf: leaf.default is not dataclasses.MISSING)  # as dataclasses want it
-            piece = dataclasses.make_dataclass(group, [leaf.field for leaf in own])
-            piece.__doc__ = ""
-            pieces.append((group, without_prefix[piece]))
-    return dataclasses.make_dataclass("Options", pieces)
+            required_first = sorted(own, key=lambda option: not option.is_required)  # as dataclasses demand
+            group_class = dataclasses.make_dataclass(group, [option.field for option in required_first])
+            group_class.__doc__ = ""
+            fields.append((group, without_prefix[group_class]))
+    return dataclasses.make_dataclass("Options", fields)
 
 
 def _build(kind: Any, default: Any, values: dict[str, Any]) -> Any:
-    found = dict[str, Any]()
+    arguments = dict[str, Any]()
     for field in dataclasses.fields(kind):
         value = _default(field, default)
-        composed = dataclasses.is_dataclass(value)
-        found[field.name] = _build(type(value), value, values) if composed else values[field.name]
-    return kind(**found)
+        is_composed = dataclasses.is_dataclass(value)
+        arguments[field.name] = _build(type(value), value, values) if is_composed else values[field.name]
+    return kind(**arguments)
 
 
-def _mistake(command: str, leaves: list[_Leaf], words: list[str], said: str) -> str:
-    """What is wrong with the words, as tyro ``said`` at length."""
-    help_ = f"clipmill {command} --help"
-    known = [flag for leaf in leaves for flag in leaf.flags]
-    given = [word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")]
+def _mistake(command: str, options: list[_Option], args: list[str], printed: str) -> str:
+    """What is wrong with the arguments, in one line; tyro ``printed`` it at length."""
+    help_command = f"clipmill {command} --help"
+    known = list[str]()
+    for option in options:
+        known += option.flags
+    given = [arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")]
     for flag in given:
         if known and flag not in known:
             near = did_you_mean(flag, known)
-            return f"{command}: no option {flag}; {near if near.startswith('did') else f'{help_} shows all'}"
-    needed = [_wanted(leaf) for leaf in leaves if leaf.default is dataclasses.MISSING]
-    missing = [name for name in needed if name not in given and re.search(rf"(?m)^\W*{re.escape(name)}\b", said)]
+            advice = near if near.startswith("did") else f"{help_command} shows all"
+            return f"{command}: no option {flag}; {advice}"
+    required = [option.shown_name for option in options if option.is_required]
+    missing = [name for name in required if name not in given and re.search(rf"(?m)^\W*{re.escape(name)}\b", printed)]
     if missing:
         example = EXAMPLES.get(command)
-        way = f"for example: clipmill {command} {example}" if example else help_
-        return f"{command}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed; {way}"
-    # below its title, above the option's help; lines of one box, in ASCII where the terminal is
-    told = next((part for part in re.split(r"[─-]{10,}.*", said)[1:] if re.search(r"\w", part)), "cannot be read")
-    return f"{command}: {' '.join(re.sub('[│╮]', ' ', told).split()).rstrip('.')}; {help_} shows all options"
-
-
-def _wanted(leaf: _Leaf) -> str:
-    """What stands for an option in tyro's words: its flag, or of a positional one its name in capitals."""
-    for note in getattr(leaf.hint, "__metadata__", ()):
-        if metavar := getattr(note, "metavar", None):
-            return str(metavar)
-    return leaf.flags[0]
+        advice = f"for example: clipmill {command} {example}" if example else help_command
+        return f"{command}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed; {advice}"
+    # tyro's message is between the title of its box and the option's help; boxes are ASCII where the terminal is
+    sections = re.split(r"[─-]{10,}.*", printed)[1:]
+    message = next((section for section in sections if re.search(r"\w", section)), "cannot be read")
+    line = " ".join(re.sub("[│╮]", " ", message).split()).rstrip(".")
+    return f"{command}: {line}; {help_command} shows all options"
