@@ -11,6 +11,7 @@ that are imported before a model is built and make their names known to open_cli
 import contextlib
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -24,23 +25,30 @@ from shards_spec.precision import Precision, dtype_of
 from shards_spec.suggest import did_you_mean
 
 TIMM = "timm:"
-FOLDER, HUB = "local-dir:", "hf-hub:"
-SCHEMAS = (FOLDER, HUB)
-DESCRIPTION = "open_clip_config.json"
-EXTENSIONS = "clipmill.models"
+LOCAL_DIR = "local-dir:"
+HUB = "hf-hub:"
+CONFIG_FILE = "open_clip_config.json"
+ENTRY_POINTS = "clipmill.models"
 BUILD_ERRORS = (
-    RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError, ImportError,
-)  # fmt: skip
-WEIGHTS = ("*.safetensors", "*.bin", "*.pth")  # what open_clip looks for in a folder
-SHOWN = 4  # tags in a message
+    RuntimeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OSError,
+    ImportError,
+)
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pth")  # what open_clip looks for in a folder
+MAX_TAGS = 4  # in a message
 
 
 @dataclass(frozen=True)
 class Trust:
-    """What a model of others may do besides giving numbers."""
+    """What a model made by others may do besides computing."""
 
     trust_checkpoint: bool = False
-    """load pickled checkpoints that hold more than weights; they run code of whoever made the file"""
+    """load pickled checkpoints that hold more than weights; they can run code of whoever made the file"""
     trust_remote_code: bool = False
     """let a model's tokenizer run the Python that its folder or repository brings (trust_remote_code, auto_map)"""
 
@@ -65,31 +73,35 @@ class LoadedModel:
     std: tuple[float, ...]
 
     def normalise(self, pixels: Any) -> Any:
-        """Images (N, 3, S, S) of 0 to 255 -> what the image tower takes, float32; float32 ones are overwritten."""
+        """Images (N, 3, S, S) of 0 to 255 -> input of the image tower, float32; float32 images are overwritten."""
         import torch
 
-        mean, std = (torch.tensor(own, device=pixels.device).view(3, 1, 1) for own in (self.mean, self.std))
+        mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
         return pixels.float().div_(255).sub_(mean).div_(std)
 
 
 def model_label(model: str, pretrained: str | None) -> str:
-    """A folder name for a model: the last part of its name and its tag, safe characters only."""
-    parts = [re.split(r"[/:]", model.rstrip("/"))[-1], re.split(r"/", pretrained or "")[-1]]
-    return re.sub(r"[^A-Za-z0-9_\-]+", "_", "-".join(part for part in parts if part))
+    """A folder name for a model: the last part of its name and of its tag, safe characters only."""
+    name = re.split(r"[/:]", model.rstrip("/"))[-1]
+    tag = (pretrained or "").split("/")[-1]
+    return re.sub(r"[^A-Za-z0-9_\-]+", "_", "-".join(part for part in (name, tag) if part))
 
 
 def load_model(
     model: str,
     pretrained: str | None = None,
+    *,
     device: str = "cpu",
     random_weights: bool = False,
     precision: Precision = "fp32",
     trust: Trust = NO_TRUST,
 ) -> LoadedModel:
-    """Build an open_clip model and load its weights as open_clip does; without any only if ``random_weights``.
+    """Build an open_clip model and load its weights as open_clip does.
 
-    All of it is cast to ``precision`` (open_clip's pure_bf16 and pure_fp16). Raises UserError when the name, the tag or
-    the file is unknown, no weights were named, or the model wants more than ``trust`` allows.
+    ``random_weights`` allows a model for which no weights are named. All of it is cast to ``precision`` (open_clip's
+    pure_bf16 and pure_fp16). Raises UserError when the name, the tag or the file is unknown, no weights are named, or
+    the model wants more than ``trust`` allows.
     """
     import open_clip
 
@@ -100,7 +112,7 @@ def load_model(
         code = remote_code(model, config)
         if code and not trust.trust_remote_code:
             raise UserError(
-                f"model {model!r} wants to run Python of its own ({code}); if you trust whoever made it, give "
+                f"model {model!r} wants to run Python of its own ({code}); if you trust its author, give "
                 "--trust-remote-code"
             )
         with reading_weights(model, trust.trust_checkpoint), without_remote_code_prompt():
@@ -115,37 +127,44 @@ def load_model(
     except UserError:
         raise
     except BUILD_ERRORS as error:
-        reason = short(error)
-        if reason.startswith("Required pretrained weights"):
-            reason = "it has no weights; say --pretrained TAG_OR_FILE, or name a folder that has them"
-        elif reason.startswith("Failed to download"):
-            reason = (
-                f"its weights are not here and cannot be fetched; --pretrained FILE takes a file of them ({reason})"
-            )
+        reason = _build_failure(error)
         raise UserError(f"model {model!r} with pretrained {pretrained!r} cannot be loaded: {reason}") from error
     preprocess = open_clip.get_model_preprocess_cfg(built)
     size = preprocess["size"]
     return LoadedModel(
-        built.eval(),
-        tokenizer,
-        config,
-        size if isinstance(size, int) else size[0],
-        tuple(preprocess["mean"]),
-        tuple(preprocess["std"]),
+        model=built.eval(),
+        tokenizer=tokenizer,
+        config=config,
+        image_size=size if isinstance(size, int) else size[0],
+        mean=tuple(preprocess["mean"]),
+        std=tuple(preprocess["std"]),
     )
 
 
+def _build_failure(error: Exception) -> str:
+    """What open_clip's error means to the user, and what to do."""
+    reason = short(error)
+    if reason.startswith("Required pretrained weights"):
+        return "it has no weights; say --pretrained TAG_OR_FILE, or name a folder that has them"
+    if reason.startswith("Failed to download"):
+        return f"its weights are not here and cannot be fetched; --pretrained FILE takes a file of them ({reason})"
+    return reason
+
+
 def _check_names(model: str, pretrained: str | None, random_weights: bool) -> None:
-    """Raise UserError for a name that open_clip does not know, naming near ones, or a tag that it would not use, and
-    unless ``random_weights`` for a model that brings no weights when none are named: building it can take minutes."""
+    """Raise UserError for names that cannot be loaded, before a model is built, which can take minutes.
+
+    That is a name that open_clip does not know, a tag or file that it would not use, and, unless ``random_weights``, a
+    model without weights when none are named.
+    """
     import open_clip
 
-    if model.startswith(SCHEMAS) and pretrained is not None:
+    if model.startswith((LOCAL_DIR, HUB)) and pretrained is not None:
         raise UserError(
             f"--pretrained {pretrained!r} would not be used: {model!r} brings its own weights; drop one of them"
         )
-    if model.startswith(FOLDER):
-        _check_folder(Path(model.removeprefix(FOLDER)), random_weights)
+    if model.startswith(LOCAL_DIR):
+        _check_folder(Path(model.removeprefix(LOCAL_DIR)), random_weights)
         return
     if model.startswith(HUB):
         return
@@ -155,13 +174,14 @@ def _check_names(model: str, pretrained: str | None, random_weights: bool) -> No
         raise UserError(f"model {model!r} cannot be built: {unavailable[name]}")
     if name not in known:
         raise UserError(
-            f"no model {model!r}: {did_you_mean(name, known)}; folders are named {FOLDER}PATH, the Hub's {HUB}ORG/NAME"
+            f"no model {model!r}: {did_you_mean(name, known)}; folders are named {LOCAL_DIR}PATH, the Hub's "
+            f"{HUB}ORG/NAME"
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None and not random_weights:
         raise UserError(
             f"model {model!r} with pretrained {pretrained!r} cannot be loaded: it has no weights; say --pretrained "
-            f"TAG_OR_FILE ({_said(tags)}), or name a folder that has them"
+            f"TAG_OR_FILE ({_tags_in_words(tags)}), or name a folder that has them"
         )
     if pretrained is None or Path(pretrained).is_file():
         return
@@ -169,33 +189,37 @@ def _check_names(model: str, pretrained: str | None, random_weights: bool) -> No
         return
     if Path(pretrained).exists():
         raise UserError(
-            f"--pretrained {pretrained!r} is no file; name a checkpoint file, or the folder as --model {FOLDER}PATH"
+            f"--pretrained {pretrained!r} is no file; name a checkpoint file, or the folder as --model {LOCAL_DIR}PATH"
         )
     tagged = did_you_mean(pretrained, tags) if tags else "it has no tags"
     raise UserError(f"--pretrained {pretrained!r} is no tag of {model} and no file: {tagged}")
 
 
-def _said(tags: list[str]) -> str:
-    return f"its tags are {', '.join(tags[:SHOWN])}{', ...' if len(tags) > SHOWN else ''}" if tags else "it has no tags"
+def _tags_in_words(tags: list[str]) -> str:
+    if not tags:
+        return "it has no tags"
+    more = ", ..." if len(tags) > MAX_TAGS else ""
+    return f"its tags are {', '.join(tags[:MAX_TAGS])}{more}"
 
 
 def _check_folder(folder: Path, random_weights: bool) -> None:
     """Raise UserError when a folder holds no readable description of an open_clip model, or no weights."""
-    path = folder / DESCRIPTION
+    path = folder / CONFIG_FILE
     if not path.is_file():
-        what = "is not there" if not folder.exists() else f"has no {DESCRIPTION}"
-        raise UserError(f"{FOLDER}{folder}: the folder {what}; name one that holds an open_clip model")
+        what = "is not there" if not folder.exists() else f"has no {CONFIG_FILE}"
+        raise UserError(f"{LOCAL_DIR}{folder}: the folder {what}; name one that holds an open_clip model")
     try:
-        said = parse_json(str(path), path.read_bytes(), given=True)
+        description = parse_json(str(path), path.read_bytes(), given=True)
     except OSError as error:
         raise as_own(str(path), error, "JSON file", given=True) from error
-    config = said.get("model_cfg") if isinstance(said, dict) else None
-    parts = ("embed_dim", "vision_cfg", "text_cfg")
-    lacking = [part for part in parts if part not in config] if isinstance(config, dict) else ["model_cfg"]
-    if lacking:
-        raise UserError(f"{path}: no description of an open_clip model; it lacks {', '.join(lacking)}")
-    if not random_weights and not any(found for ending in WEIGHTS for found in folder.glob(ending)):
-        raise UserError(f"{FOLDER}{folder}: it has no weights; put them there as one of {', '.join(WEIGHTS)}")
+    config = description.get("model_cfg") if isinstance(description, dict) else None
+    missing = ["model_cfg"]
+    if isinstance(config, dict):
+        missing = [part for part in ("embed_dim", "vision_cfg", "text_cfg") if part not in config]
+    if missing:
+        raise UserError(f"{path}: no description of an open_clip model; it lacks {', '.join(missing)}")
+    if not random_weights and not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+        raise UserError(f"{LOCAL_DIR}{folder}: it has no weights; put them there as one of {', '.join(WEIGHT_FILES)}")
 
 
 def remote_code(model: str, config: Any) -> str | None:
@@ -204,37 +228,44 @@ def remote_code(model: str, config: Any) -> str | None:
     That is ``trust_remote_code`` anywhere in its description, and, where its text side is transformers', ``auto_map``
     in one of the folder's JSON files.
     """
-    asked = _places(config, "trust_remote_code")
-    if asked:
-        return f"trust_remote_code in {DESCRIPTION}, {asked[0]}"
+    paths = _paths_of_key(config, "trust_remote_code")
+    if paths:
+        return f"trust_remote_code in {CONFIG_FILE}, {paths[0]}"
     text = (config or {}).get("text_cfg") or {}
-    if not model.startswith(FOLDER) or not (text.get("hf_tokenizer_name") or text.get("hf_model_name")):
+    if not model.startswith(LOCAL_DIR) or not (text.get("hf_tokenizer_name") or text.get("hf_model_name")):
         return None
-    for path in sorted(Path(model.removeprefix(FOLDER)).rglob("*.json")):
+    for path in sorted(Path(model.removeprefix(LOCAL_DIR)).rglob("*.json")):
         with contextlib.suppress(UserError, OSError):  # a file that is no JSON maps nothing
-            if _places(parse_json(str(path), path.read_bytes(), given=True), "auto_map"):
+            if _paths_of_key(parse_json(str(path), path.read_bytes(), given=True), "auto_map"):
                 return f"auto_map in {path}"
     return None
 
 
-def _places(value: Any, key: str, path: str = "") -> list[str]:
-    """Paths of a key, with anything but false or nothing under it, in nested mappings and lists."""
+def _paths_of_key(value: Any, key: str, path: str = "") -> list[str]:
+    """Where in nested mappings and lists a key has a value that counts as true: dotted paths."""
+    paths = list[str]()
+    parts: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, dict):
-        own = [f"{path}.{key}".lstrip(".")] if value.get(key) else []
-        return own + [place for name, part in value.items() for place in _places(part, key, f"{path}.{name}")]
-    parts = enumerate(value) if isinstance(value, list) else ()
-    return [place for number, part in parts for place in _places(part, key, f"{path}.{number}")]
+        if value.get(key):
+            paths.append(f"{path}.{key}".lstrip("."))
+        parts = value.items()
+    elif isinstance(value, list):
+        parts = enumerate(value)
+    for name, part in parts:
+        paths += _paths_of_key(part, key, f"{path}.{name}")
+    return paths
 
 
 def import_extensions() -> None:
-    """Make the names of the architectures known that installed packages bring."""
-    for module in entry_points(group=EXTENSIONS):
+    """Make the names of architectures known that come with installed packages."""
+    for module in entry_points(group=ENTRY_POINTS):
         module.load()
 
 
 def load_teacher(
     model: str,
     pretrained: str | None = None,
+    *,
     device: str = "cpu",
     precision: Precision = "fp32",
     trust: Trust = NO_TRUST,
@@ -245,21 +276,25 @@ def load_teacher(
     the file is not there or does not fit.
     """
     if not model.startswith(TIMM):
-        return load_model(model, pretrained, device, precision=precision, trust=trust)
-    import timm
+        return load_model(model, pretrained, device=device, precision=precision, trust=trust)
+    from timm.data.config import resolve_model_data_config
 
     import_extensions()
-    built = timm_model(model, pretrained is None, num_classes=0)
+    built = create_timm_model(model, pretrained is None, num_classes=0)
     if pretrained is not None:
         load_backbone(built, pretrained, trust.trust_checkpoint)
-    data = timm.data.resolve_model_data_config(built)  # type: ignore[no-untyped-call]
-    config = {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
+    data = resolve_model_data_config(built)  # type: ignore[no-untyped-call]
     return LoadedModel(
-        built.eval().to(device, dtype_of(precision)), None, config, data["input_size"][-1], data["mean"], data["std"]
+        model=built.eval().to(device, dtype_of(precision)),
+        tokenizer=None,
+        config={key: list(value) if isinstance(value, tuple) else value for key, value in data.items()},
+        image_size=data["input_size"][-1],
+        mean=data["mean"],
+        std=data["std"],
     )
 
 
-def timm_model(model: str, pretrained: bool, **options: Any) -> Any:
+def create_timm_model(model: str, pretrained: bool, **options: Any) -> Any:
     """``timm:NAME`` by timm, with timm's own weights if ``pretrained``; timm unpickles nothing but weights by itself.
 
     Raises UserError when the name is unknown, naming near ones, or the weights are not there; TypeError for an option
@@ -290,16 +325,19 @@ def load_backbone(built: Any, file: str, trusted: bool = False) -> None:
             built.load_pretrained(file)
         return
     try:
-        found = built.load_state_dict(load_checkpoint(file, trusted, built.state_dict().keys()), strict=False)
+        weights = load_checkpoint(file, trusted, built.state_dict().keys())
+        result = built.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise UserError(f"{file} does not fit: {misfit(error)}") from error
     classifiers = built.default_cfg.get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    over = [name for name in found.unexpected_keys if not name.startswith(tuple(f"{head}." for head in classifiers))]
-    if found.missing_keys or over:
+    ignored = tuple(f"{classifier}." for classifier in classifiers)
+    missing = result.missing_keys
+    left_over = [name for name in result.unexpected_keys if not name.startswith(ignored)]
+    if missing or left_over:
         raise UserError(
-            f"{file} does not fit: {len(found.missing_keys)} weights missing {found.missing_keys[:3]}, "
-            f"{len(over)} left over {over[:3]}"
+            f"{file} does not fit: {len(missing)} weights missing {missing[:3]}, "
+            f"{len(left_over)} left over {left_over[:3]}"
         )
 
 
@@ -314,10 +352,11 @@ def load_tokenizer(model: str, trusted: bool = False) -> Any:
     text = config.get("text_cfg") or {}
     if text.get("hf_tokenizer_name"):
         return open_clip.get_tokenizer(model, trust_remote_code=trusted)
-    bpe = (text.get("tokenizer_kwargs") or {}).get("bpe_path")
-    folder = model.removeprefix(FOLDER)
-    if bpe and folder != model and (Path(folder) / Path(bpe).name).exists():
-        return open_clip.get_tokenizer(model, bpe_path=str(Path(folder) / Path(bpe).name))
+    bpe_path = (text.get("tokenizer_kwargs") or {}).get("bpe_path")
+    if bpe_path and model.startswith(LOCAL_DIR):
+        in_folder = Path(model.removeprefix(LOCAL_DIR), Path(bpe_path).name)
+        if in_folder.exists():
+            return open_clip.get_tokenizer(model, bpe_path=str(in_folder))
     return open_clip.get_tokenizer(model)
 
 

@@ -30,7 +30,7 @@ class Embedder:
             processes = cores if device.startswith("cuda") else 0
         self.pool: Executor = create_render_pool(processes, config.threads)
         precision = resolve_precision(config.precision, device)
-        loaded = load_teacher(config.model, config.pretrained, device, precision=precision, trust=config.trust)
+        loaded = load_teacher(config.model, config.pretrained, device=device, precision=precision, trust=config.trust)
         self.teacher = Teacher(loaded, config.batch_size)
 
     def embed_columns(

@@ -94,7 +94,7 @@ def _load(config: CaptionConfig, device: str) -> "Captioner":
 
     check_coca(config.model)
     precision = resolve_precision(config.precision, device)
-    loaded = load_model(config.model, config.pretrained, device, precision=precision, trust=config.trust)
+    loaded = load_model(config.model, config.pretrained, device=device, precision=precision, trust=config.trust)
     return Captioner(
         loaded,
         config.decoding,

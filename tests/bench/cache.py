@@ -138,7 +138,7 @@ def main() -> None:
         torch.manual_seed(0)
         torch.save(open_clip.create_model(options.model).state_dict(), f"{root}/teacher.pt")
         write_dataset(root, options.samples, options.captions)
-        loaded = load_model(options.model, f"{root}/teacher.pt", options.device)
+        loaded = load_model(options.model, f"{root}/teacher.pt", device=options.device)
         ours, theirs = rendering_times(root, loaded.image_size, options)
         print(f"rendering on one core: {ours:.2f} ms a view, torchvision {theirs:.2f}")
         plain_loop(root, loaded, argparse.Namespace(**{**vars(options), "views": 1}))  # warm up

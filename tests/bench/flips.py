@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    loaded = load_model(options.model, options.pretrained, options.device, precision=options.precision)
+    loaded = load_model(options.model, options.pretrained, device=options.device, precision=options.precision)
     tars = (join(options.root, "raw", f"{shard_name(shard)}.tar") for shard in shard_ids(join(options.root, "raw")))
     samples = islice((sample for tar in tars for sample in read_shard(tar)), options.images)
     captioner = Captioner(loaded, Decoding(), 5, batch_size=64)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from shards_spec.display import shown
 from shards_spec.files import UserError, is_url, join, write_json
-from shards_spec.models import DESCRIPTION, FOLDER, LoadedModel, load_model, pick_device
+from shards_spec.models import CONFIG_FILE, LOCAL_DIR, LoadedModel, load_model, pick_device
 from training.evaluation.classification import measure_classifier
 from training.evaluation.config import EvalConfig
 from training.evaluation.zero_shot import Encoder, measure
@@ -124,9 +124,9 @@ def load_measured(config: EvalConfig) -> tuple[LoadedModel, dict[str, Any]]:
         return loaded, {"model": run["model"], "pretrained": config.model, "recipe": run["recipe"], "step": step}
     if config.raw or config.best:
         raise UserError(f"--{'raw' if config.raw else 'best'} would not be used: {config.model} is no RUN folder")
-    if folder.is_dir() and not (folder / DESCRIPTION).exists():
-        raise UserError(f"{config.model} is neither a RUN folder (checkpoints/) nor a model ({DESCRIPTION})")
-    name = f"{FOLDER}{config.model}" if folder.is_dir() else config.model
+    if folder.is_dir() and not (folder / CONFIG_FILE).exists():
+        raise UserError(f"{config.model} is neither a RUN folder (checkpoints/) nor a model ({CONFIG_FILE})")
+    name = f"{LOCAL_DIR}{config.model}" if folder.is_dir() else config.model
     return load_model(name, config.pretrained, trust=config.trust), {"model": name, "pretrained": config.pretrained}
 
 

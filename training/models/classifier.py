@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shards_spec.files import UserError, exists, join, read_json, write_bytes, write_json
 from shards_spec.library_errors import short
-from shards_spec.models import NO_TRUST, TIMM, LoadedModel, Trust, load_backbone, timm_model
+from shards_spec.models import NO_TRUST, TIMM, LoadedModel, Trust, create_timm_model, load_backbone
 from shards_spec.vocab import Vocabulary, read_vocabulary
 from training.data.labelled_rows import CROP
 from training.runs.model_folder import write_model
@@ -105,11 +105,11 @@ def new_classifier(
     timm, own = _timm(), pretrained == "timm"
     try:
         torch.manual_seed(seed)
-        trunk = timm_model(model, own, num_classes=0, dynamic_img_size=True)
+        trunk = create_timm_model(model, own, num_classes=0, dynamic_img_size=True)
         any_side = True
     except TypeError:  # no ViT
         torch.manual_seed(seed)
-        trunk = timm_model(model, own, num_classes=0)
+        trunk = create_timm_model(model, own, num_classes=0)
         any_side = False
     if pretrained is not None and not own:
         load_backbone(trunk, pretrained, trust.trust_checkpoint)
