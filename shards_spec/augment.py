@@ -1,4 +1,4 @@
-"""What a view does to pixels after the crop: RandAugment's operations and colour jitter, on RGB images by Pillow.
+"""What a view does to pixels after the crop: RandAugment's operations and colour jitter, on RGB images with Pillow.
 
 An operation takes an image and a level: a signed integer on its set's scale, drawn with the view. Sets:
 
@@ -8,8 +8,8 @@ neighbour, black outside; its own pixels to the bit.
 ``timm``, ``timm-inc``, ``timm-3a``: timm.data.auto_augment's ``rand-mM-nN``, the same with ``-inc1`` (every operation
 gets stronger with the magnitude) and with ``-t3a`` (3-Augment, DeiT III). Level = signed hundredths of timm's
 magnitude (-1000 to 1000 for 0 to 10). Its own pixels for the same parameters, with the interpolation bicubic (there
-bilinear or bicubic by chance unless set), grey (128) outside, and: a blur's radius is relative to the image's side,
-timm's at 224 pixels; Posterize to 0 bits is black, which Pillow refuses by now.
+bilinear or bicubic at random unless set), grey (128) outside, and: a blur's radius is relative to the image's side,
+timm's at 224 pixels; Posterize to 0 bits is black, which newer Pillows refuse.
 """
 
 import math
@@ -28,7 +28,8 @@ Operation = Callable[[Image.Image, int], Image.Image]
 BINS = 31  # torchvision.transforms.RandAugment(num_magnitude_bins=31)
 _LAST = BINS - 1
 _TRANSLATE = 150 / 331  # of the width, torchvision's RandAugment
-_BLACK, _GREY = (0, 0, 0), (128, 128, 128)
+_BLACK = (0, 0, 0)
+_GREY = (128, 128, 128)
 _TIMM_SIDE = 224  # pixels at which timm's blur has timm's radius
 
 
@@ -52,9 +53,10 @@ def _enhance(image: Image.Image, kind: Any, factor: float) -> Image.Image:
 
 def _magnitude(most: float, level: int) -> float:
     """Bin ``level`` of ``torch.linspace(0, most, 31)``, signed: float32, counted from the nearer end, rounded once."""
-    end, place = np.float32(most), abs(level)
+    end = np.float32(most)
+    index = abs(level)
     step = float(end / np.float32(_LAST))
-    size = np.float32(step * place if place < BINS // 2 else float(end) - step * (_LAST - place))
+    size = np.float32(step * index if index < BINS // 2 else float(end) - step * (_LAST - index))
     return math.copysign(float(size), level)
 
 
@@ -96,19 +98,19 @@ _TORCHVISION: tuple[tuple[str, Operation], ...] = (  # ranges of RandAugment._au
 
 
 def _share(level: int) -> float:
-    """timm's level / _LEVEL_DENOM, without its sign."""
+    """The magnitude as a share of 10, without its sign: level / _LEVEL_DENOM in timm."""
     return abs(level) / 100 / 10
 
 
 def _signed(level: int) -> float:
+    """The magnitude as a signed share of 10."""
     return level / 100 / 10
 
 
 def _timm_affine(image: Image.Image, level: int, matrix: Any) -> Image.Image:
     coefficients = matrix(_signed(level), image.width, image.height)
-    return image.transform(
-        image.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC, fillcolor=_GREY
-    )  # fmt: skip
+    bicubic = Image.Resampling.BICUBIC
+    return image.transform(image.size, Image.Transform.AFFINE, coefficients, bicubic, fillcolor=_GREY)
 
 
 def _timm_rotate(image: Image.Image, level: int) -> Image.Image:
@@ -144,10 +146,7 @@ def _blur(image: Image.Image, level: int) -> Image.Image:
 _GEOMETRY: tuple[tuple[str, Operation], ...] = (
     ("ShearX", partial(_timm_affine, matrix=lambda s, w, h: (1, s * 0.3, 0, 0, 1, 0))),  # +-0.3
     ("ShearY", partial(_timm_affine, matrix=lambda s, w, h: (1, 0, 0, s * 0.3, 1, 0))),
-    (
-        "TranslateXRel",
-        partial(_timm_affine, matrix=lambda s, w, h: (1, 0, s * 0.45 * w, 0, 1, 0)),
-    ),  # +-0.45
+    ("TranslateXRel", partial(_timm_affine, matrix=lambda s, w, h: (1, 0, s * 0.45 * w, 0, 1, 0))),  # +-0.45
     ("TranslateYRel", partial(_timm_affine, matrix=lambda s, w, h: (1, 0, 0, 0, 1, s * 0.45 * h))),
 )
 _TIMM_FIRST: tuple[tuple[str, Operation], ...] = (
@@ -156,9 +155,10 @@ _TIMM_FIRST: tuple[tuple[str, Operation], ...] = (
     ("Invert", lambda image, level: ImageOps.invert(image)),
     ("Rotate", _timm_rotate),
 )
-_SOLARIZE_INCREASING: tuple[str, Operation] = (  # inverted above 256 down to 0
-    "SolarizeIncreasing", lambda image, level: ImageOps.solarize(image, 256 - min(256, int(_share(level) * 256))),
-)  # fmt: skip
+_SOLARIZE_INCREASING: tuple[str, Operation] = (
+    "SolarizeIncreasing",
+    lambda image, level: ImageOps.solarize(image, 256 - min(256, int(_share(level) * 256))),  # above 256 down to 0
+)
 _TIMM: tuple[tuple[str, Operation], ...] = (  # auto_augment._RAND_TRANSFORMS
     *_TIMM_FIRST,
     ("Posterize", lambda image, level: _keep_bits(image, int(_share(level) * 4))),  # 0 to 4 bits stay
@@ -181,17 +181,20 @@ _TIMM_INCREASING: tuple[tuple[str, Operation], ...] = (  # auto_augment._RAND_IN
     ("SharpnessIncreasing", _timm_increasing(ImageEnhance.Sharpness)),
     *_GEOMETRY,
 )
-_THREE: tuple[tuple[str, Operation], ...] = (  # auto_augment._RAND_3A
-    _SOLARIZE_INCREASING, ("Desaturate", _desaturate), ("GaussianBlur", _blur),
-)  # fmt: skip
+_TIMM_3A: tuple[tuple[str, Operation], ...] = (  # auto_augment._RAND_3A
+    _SOLARIZE_INCREASING,
+    ("Desaturate", _desaturate),
+    ("GaussianBlur", _blur),
+)
 
 OP_SETS: dict[OpSet, OperationSet] = {
     "torchvision": OperationSet(_TORCHVISION, 1, _LAST),
     "timm": OperationSet(_TIMM, 100, 10),
     "timm-inc": OperationSet(_TIMM_INCREASING, 100, 10),
-    "timm-3a": OperationSet(_THREE, 100, 10),
+    "timm-3a": OperationSet(_TIMM_3A, 100, 10),
 }
 
+HUE = 3
 ORDERS = tuple(permutations(range(4)))  # of brightness, contrast, saturation, hue
 Strengths = tuple[float, float, float, float]
 
@@ -199,7 +202,7 @@ Strengths = tuple[float, float, float, float]
 def jitter_factors(strengths: Strengths, drawn: tuple[int, ...]) -> list[float]:
     """Brightness, contrast, saturation in [max(0, 1 - s), 1 + s] and hue in [-s, s] of the circle.
 
-    torchvision.transforms.ColorJitter's ranges; ``drawn`` are shares of them in 1/65535.
+    These are the ranges of torchvision.transforms.ColorJitter; ``drawn`` are shares of them in units of 1/65535.
     """
     lows = [*(max(0.0, 1 - strength) for strength in strengths[:3]), -strengths[3]]
     highs = [*(1 + strength for strength in strengths[:3]), strengths[3]]
@@ -207,16 +210,24 @@ def jitter_factors(strengths: Strengths, drawn: tuple[int, ...]) -> list[float]:
 
 
 def jitter(image: Image.Image, strengths: Strengths, order: int, drawn: tuple[int, ...]) -> Image.Image:
-    """torchvision's ColorJitter in order number ``order`` of `ORDERS`; a strength of 0 does nothing."""
+    """Colour jitter as torchvision's ColorJitter, in order number ``order`` of `ORDERS`; a strength of 0 does nothing.
+
+    ``drawn`` are the four strengths as shares of their ranges, in units of 1/65535.
+    """
     factors = jitter_factors(strengths, drawn)
     kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    for kind in ORDERS[order]:
-        if strengths[kind]:
-            image = _turn_hue(image, factors[3]) if kind == 3 else _enhance(image, kinds[kind], factors[kind])
+    for index in ORDERS[order]:
+        if not strengths[index]:
+            continue
+        if index == HUE:
+            image = _shift_hue(image, factors[HUE])
+        else:
+            image = _enhance(image, kinds[index], factors[index])
     return image
 
 
-def _turn_hue(image: Image.Image, turn: float) -> Image.Image:
+def _shift_hue(image: Image.Image, shift: float) -> Image.Image:
+    """``shift`` is a share of the circle."""
     hue, saturation, value = image.convert("HSV").split()
-    turned = np.asarray(hue) + np.array(int(turn * 255) % 256, np.uint8)  # wraps
-    return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
+    shifted = np.asarray(hue) + np.array(int(shift * 255) % 256, np.uint8)  # wraps around, as uint8
+    return Image.merge("HSV", (Image.fromarray(shifted), saturation, value)).convert("RGB")

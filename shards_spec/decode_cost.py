@@ -1,6 +1,6 @@
-"""What decoding an image would cost beyond its pixels, told from its bytes before it begins: no clock decides.
+"""What decoding an image costs beyond its pixels, told from its bytes before it begins: no time-out decides.
 
-A progressive JPEG is gone through once per scan, a JPEG 2000 keeps four kilobytes per code-block; a few bytes of a file
+A progressive JPEG is decoded once per scan, a JPEG 2000 keeps four kilobytes per code-block; a few bytes of a file can
 ask for thousands of either.
 """
 
@@ -9,77 +9,104 @@ import struct
 from collections.abc import Iterator
 
 JPEG_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)  # not a stuffed byte, a restart or a fill byte
-START, SIZE, STYLE, OWN_STYLE = (
-    b"\xff\x4f\xff\x51",
-    b"\xff\x51",
-    b"\xff\x52",
-    b"\xff\x53",
-)  # of JPEG 2000; a component's
-TILE, TILE_DATA = b"\xff\x90", b"\xff\x93"
+JPEG_END = b"\xd9"
+JPEG_SCAN = b"\xda"
+JPEG_WITHOUT_LENGTH = (b"\xd8", b"\x01")
+# markers of JPEG 2000
+STREAM_START = b"\xff\x4f\xff\x51"
+SIZE = b"\xff\x51"
+CODING_STYLE = b"\xff\x52"
+COMPONENT_STYLE = b"\xff\x53"
+TILE = b"\xff\x90"
+TILE_DATA = b"\xff\x93"
 
 
 def jpeg_scans(data: bytes) -> int:
     """How often a JPEG's decoder goes through the image."""
-    place = scans = 0
-    while (marker := JPEG_MARKER.search(data, place)) and marker[1] != b"\xd9":  # the end of the image
-        place = marker.end()
-        if marker[1] not in (b"\xd8", b"\x01"):  # which have no length
-            place += int.from_bytes(data[place : place + 2], "big")
-        scans += marker[1] == b"\xda"
+    position = 0
+    scans = 0
+    while (marker := JPEG_MARKER.search(data, position)) and marker[1] != JPEG_END:
+        position = marker.end()
+        if marker[1] not in JPEG_WITHOUT_LENGTH:
+            position += int.from_bytes(data[position : position + 2], "big")
+        scans += marker[1] == JPEG_SCAN
     return scans
 
 
 def jpeg2000_blocks(data: bytes) -> int:
     """The most code-blocks that a JPEG 2000's decoder keeps at a time: a tile's, in the finest style of any."""
-    most, start = 0, data.find(START)
+    most = 0
+    start = data.find(STREAM_START)
     while start >= 0:
-        most, start = max(most, _stream_blocks(data, start + 2)), data.find(START, start + 1)
+        most = max(most, _stream_blocks(data, start + 2))
+        start = data.find(STREAM_START, start + 1)
     return most
 
 
-def _stream_blocks(data: bytes, place: int) -> int:
-    """Of the code stream whose first segment is at ``place``; ISO/IEC 15444-1, annex A."""
-    most, width, height, components = 0, 0, 0, 0
-    for kind, body in _segments(data, place):
+def _stream_blocks(data: bytes, start: int) -> int:
+    """Code-blocks of the code stream whose first segment is at ``start``; ISO/IEC 15444-1, annex A."""
+    most = 0
+    width = 0
+    height = 0
+    components = 0
+    for kind, body in _segments(data, start):
         if kind == SIZE and len(body) >= 36:
             _, right, bottom, _, _, tile_width, tile_height, _, _, components = struct.unpack(">H8IH", body[:36])
-            width, height = min(right, tile_width), min(bottom, tile_height)
-        elif kind in (STYLE, OWN_STYLE):
-            flags = 0 if kind == STYLE else 1 + (components > 256)  # where they stand
-            style = body[5:] if kind == STYLE else body[flags + 1 :]
+            width = min(right, tile_width)
+            height = min(bottom, tile_height)
+        elif kind in (CODING_STYLE, COMPONENT_STYLE):
+            is_general = kind == CODING_STYLE
+            flags_at = 0 if is_general else 1 + (components > 256)
+            style = body[5:] if is_general else body[flags_at + 1 :]
             if len(style) >= 5:
-                sized = body[flags] & 1
-                most = max(most, components * _tile_blocks(width, height, style, style[5:] if sized else b""))
+                has_precincts = body[flags_at] & 1
+                blocks = _tile_blocks(width, height, style, style[5:] if has_precincts else b"")
+                most = max(most, components * blocks)
     return most
 
 
 def _tile_blocks(width: int, height: int, style: bytes, precincts: bytes) -> int:
-    """Of one component: its resolutions, from the smallest; ``precincts`` has a byte for each, or is empty."""
-    levels, total = style[0], 0
+    """Code-blocks of one component of a tile, over its resolutions from the smallest.
+
+    ``style`` begins with the number of decomposition levels and the exponents of a code-block's width and height;
+    ``precincts`` has a byte for each resolution, or is empty.
+    """
+    levels = style[0]
+    total = 0
     for resolution in range(min(levels, 32) + 1):
-        wide, high = (-(-side >> (levels - resolution)) for side in (width, height))
-        size = precincts[resolution] if resolution < len(precincts) else 0xFF
-        bands, halved = (3, 1) if resolution else (1, 0)  # of half the sides each
-        across, down = (
-            -(-side >> halved) >> min((exponent & 15) + 2, max(0, part - halved))
-            for side, exponent, part in ((wide, style[1], size & 15), (high, style[2], size >> 4))
-        )
+        scale = levels - resolution
+        precinct = precincts[resolution] if resolution < len(precincts) else 0xFF
+        bands, halvings = (3, 1) if resolution else (1, 0)  # but for the smallest, three bands of half the sides
+        across = _blocks_along(_shift_up(width, scale), style[1], precinct & 15, halvings)
+        down = _blocks_along(_shift_up(height, scale), style[2], precinct >> 4, halvings)
         total += bands * (across + 1) * (down + 1)
     return total
 
 
-def _segments(data: bytes, place: int) -> Iterator[tuple[bytes, bytes]]:
+def _blocks_along(side: int, exponent: int, precinct_exponent: int, halvings: int) -> int:
+    """Whole code-blocks along one side of a band, of a resolution's side."""
+    block_exponent = min((exponent & 15) + 2, max(0, precinct_exponent - halvings))
+    return _shift_up(side, halvings) >> block_exponent
+
+
+def _shift_up(value: int, bits: int) -> int:
+    """``value`` divided by a power of two, rounded up."""
+    return -(-value >> bits)
+
+
+def _segments(data: bytes, position: int) -> Iterator[tuple[bytes, bytes]]:
     """Marker and content of the segments of a code stream, those in the headers of its tiles too."""
-    after = 0  # where the tile ends whose header is read
-    while place + 4 <= len(data):
-        kind, length = data[place : place + 2], int.from_bytes(data[place + 2 : place + 4], "big")
+    tile_end = 0  # of the tile whose header is read
+    while position + 4 <= len(data):
+        kind = data[position : position + 2]
+        length = int.from_bytes(data[position + 2 : position + 4], "big")
         if kind == TILE_DATA:
-            if after <= place:
+            if tile_end <= position:
                 return
-            place = after
+            position = tile_end
             continue
-        body = data[place + 4 : place + 2 + length]
+        body = data[position + 4 : position + 2 + length]
         if kind == TILE:
-            after = place + int.from_bytes(body[2:6], "big")
+            tile_end = position + int.from_bytes(body[2:6], "big")
         yield kind, body
-        place += 2 + max(length, 2)
+        position += 2 + max(length, 2)

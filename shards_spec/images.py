@@ -1,7 +1,7 @@
-"""The one decoding of foreign bytes: which formats, how large, how long, which reasons, and what becomes of the pixels.
+"""The one decoder of foreign bytes: which formats, how large, at what cost, with which reasons, to which pixels.
 
 Every stage decodes here: `ingest`, `dedup`, `caption`, `cache`, training, class folders, evaluation, `report`. Pixel
-formats only: Pillow's readers of EPS, WMF and the like, which start other programs, are never asked.
+formats only: Pillow's readers of EPS, WMF and the like, which start other programs, are never used.
 """
 
 import io
@@ -18,11 +18,13 @@ from shards_spec.pixels import BadImage, to_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "MPO", "BMP", "TIFF", "JPEG2000", "PPM", "ICO")
 MAX_PIXELS = 100_000_000  # 400 MB as Pillow keeps RGB; decompression bombs are larger
-PYTHON_DECODERS, MAX_PYTHON_PIXELS = ("ppm", "ppm_plain", "bmp_rle"), 10_000_000  # Pillow's, a microsecond a sample
+PYTHON_DECODERS = ("ppm", "ppm_plain", "bmp_rle")  # Pillow's decoders in Python: a microsecond a sample
+MAX_PYTHON_PIXELS = 10_000_000
 MAX_SIDE = 65_500  # libjpeg's limit
 MAX_ASPECT = 100  # of what `without_ends` leaves
-# a progressive JPEG is worked through once per scan, whatever few bytes a scan has: two seconds at the most
-MAX_SCANS, MAX_SCAN_PIXELS = 20, 2_000_000_000
+# a progressive JPEG is decoded once per scan, however few bytes a scan has: two seconds at the most
+MAX_SCANS = 20
+MAX_SCAN_PIXELS = 2_000_000_000
 MAX_BLOCKS = 400_000  # of a JPEG 2000, 1.6 GB; in blocks of 64 x 64, 100 million RGB pixels have a quarter of it
 TURNS = {  # EXIF orientation to what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -34,12 +36,12 @@ TURNS = {  # EXIF orientation to what makes the image upright
     8: Image.Transpose.ROTATE_90,
 }
 SIDEWAYS = frozenset(TURNS[orientation] for orientation in (5, 6, 7, 8))  # the sides change places
-PNG_START = b"\x89PNG\r\n\x1a\n"
-PNG_KEPT = (b"tRNS", b"eXIf")  # of the chunks that are not critical
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_KEPT = (b"tRNS", b"eXIf")  # of the ancillary chunks
 ORIENTATION_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # texts that Pillow finds the orientation in
 
-# Pillow warns of bombs (pixels are counted here) and of damaged EXIF. Said once for the process: catch_warnings() is
-# not for threads.
+# Pillow warns of bombs (pixels are counted here) and of damaged EXIF. The filter is set once for the process, because
+# catch_warnings() is not safe in threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -63,32 +65,41 @@ def decode_rgb(data: bytes, as_benchmark: bool = False) -> Image.Image:
 
 
 def without_ends(image: Image.Image) -> Image.Image:
-    """The middle of an image longer than `MAX_ASPECT` shorter sides, for whoever enlarges the shorter side and cuts.
+    """The middle of an image longer than `MAX_ASPECT` shorter sides, for code that scales the shorter side and crops.
 
     65,500 x 1 pixels, some hundred bytes as PNG, would be three billion at a shorter side of 224.
     """
     most = MAX_ASPECT * min(image.size)
-    left, top = (max(0, side - most) // 2 for side in image.size)
+    left = max(0, image.width - most) // 2
+    top = max(0, image.height - most) // 2
     if not left and not top:
         return image
     return image.crop((left, top, left + min(image.width, most), top + min(image.height, most)))
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile:
-    """The image by its header, nothing decoded. Raises BadImage when it is none, or too large to decode."""
+    """The image by its header, nothing decoded. Raises BadImage when it is none, or too costly to decode."""
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]
+    readable = _strip_png(data) if data.startswith(PNG_SIGNATURE) else data
     try:
-        image = Image.open(io.BytesIO(_bare_png(data) if data.startswith(PNG_START) else data), formats=formats)
+        image = Image.open(io.BytesIO(readable), formats=formats)
     except UnidentifiedImageError as error:
         raise BadImage("unsupported TIFF" if _is_odd_tiff(data) else "not an image") from error
     except Image.DecompressionBombError as error:
         raise BadImage("too many pixels") from error
     except Exception as error:  # hostile bytes make Pillow's readers raise anything
         raise BadImage("broken image") from error
+    _check_cost(image, data, max_pixels)
+    return image
+
+
+def _check_cost(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> None:
+    """Raise BadImage when decoding would take too much memory or time."""
     pixels = image.width * image.height
-    slow = bool(image.tile) and image.tile[0][0] in PYTHON_DECODERS
-    if pixels > (min(max_pixels, MAX_PYTHON_PIXELS) if slow else max_pixels) or max(image.size) > MAX_SIDE:
+    if image.tile and image.tile[0][0] in PYTHON_DECODERS:
+        max_pixels = min(max_pixels, MAX_PYTHON_PIXELS)
+    if pixels > max_pixels or max(image.size) > MAX_SIDE:
         raise BadImage("too many pixels")
     if min(image.size) < 1:
         raise BadImage("broken image")
@@ -96,7 +107,6 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile
         raise BadImage("too many scans")
     if image.format == "JPEG2000" and jpeg2000_blocks(data) > MAX_BLOCKS:
         raise BadImage("too many code-blocks")
-    return image
 
 
 def _is_odd_tiff(data: bytes) -> bool:
@@ -109,12 +119,13 @@ def _is_odd_tiff(data: bytes) -> bool:
 
 
 def load_rgb(image: ImageFile.ImageFile) -> Image.Image:
-    """All pixels as RGB, not turned (a TIFF turns itself); an image that `draft` was called on at that size."""
+    """All pixels as RGB, not turned (Pillow turns a TIFF); where `draft` was called on the image, at that size."""
     return _loaded(image, to_rgb)
 
 
 def _loaded(image: ImageFile.ImageFile, convert: Callable[[Image.Image, str], Image.Image]) -> Image.Image:
-    raw_mode = _raw_mode(image)  # which loading forgets
+    """``convert(image, raw_mode)`` of the decoded image. Raises BadImage when it cannot be decoded."""
+    raw_mode = _raw_mode(image)  # before loading, which discards it
     try:
         image.load()
         return convert(image, raw_mode)
@@ -131,7 +142,9 @@ def _raw_mode(image: ImageFile.ImageFile) -> str:
     codec, _, _, args = image.tile[0]
     if not isinstance(args, tuple):
         return str(args)
-    return f"{args[0]};16" if codec == "ppm" and args[1] > 255 else str(args[0])  # its largest sample
+    if codec == "ppm" and args[1] > 255:  # the largest sample value
+        return f"{args[0]};16"
+    return str(args[0])
 
 
 def _as_pillow(image: Image.Image, raw_mode: str) -> Image.Image:
@@ -139,7 +152,7 @@ def _as_pillow(image: Image.Image, raw_mode: str) -> Image.Image:
 
 
 def read_exif(image: Image.Image) -> Image.Exif | None:
-    """The EXIF of a loaded image; None when it is damaged, which does not spoil the pixels."""
+    """The EXIF of a loaded image; None when it is damaged, since the pixels may still be good."""
     try:
         return image.getexif()
     except Exception:
@@ -150,31 +163,39 @@ def turn_of(exif: Image.Exif | None) -> Image.Transpose | None:
     """What makes the image upright, None when it is."""
     try:
         return TURNS.get(exif.get(ExifTags.Base.Orientation, 1)) if exif else None
-    except Exception:  # values are read only now, and may be damaged
+    except Exception:  # Pillow parses the values only here, and they may be damaged
         return None
 
 
-def _bare_png(data: bytes) -> bytes:
+def _strip_png(data: bytes) -> bytes:
     """A PNG without texts, colour profile and the like, for which Pillow may refuse the whole image."""
-    kept, place = [PNG_START], len(PNG_START)
-    while place < len(data):
-        length, kind = struct.unpack(">I4s", data[place : place + 8].ljust(8, b"\0"))
-        chunk = data[place : place + 12 + length]
-        if kind[:1].isupper() or kind in PNG_KEPT or _orients(kind, chunk[8:-4]):
+    kept = [PNG_SIGNATURE]
+    position = len(PNG_SIGNATURE)
+    while position < len(data):
+        length, kind = struct.unpack(">I4s", data[position : position + 8].ljust(8, b"\0"))
+        chunk = data[position : position + 12 + length]
+        is_critical = kind[:1].isupper()
+        if is_critical or kind in PNG_KEPT or _has_orientation(kind, chunk[8:-4]):
             kept.append(chunk)
-        place += 12 + length
+        position += 12 + length
     return b"".join(kept)
 
 
-def _orients(kind: bytes, text: bytes) -> bool:
-    """Whether Pillow finds the orientation in this text, and takes it."""
+def _has_orientation(kind: bytes, text: bytes) -> bool:
+    """Whether a text chunk may hold the orientation, and is small enough for Pillow to read it."""
     name, _, rest = text.partition(b"\0")
     if name not in ORIENTATION_TEXTS or len(text) > PngImagePlugin.MAX_TEXT_CHUNK:
         return False
-    packed = {b"tEXt": b"", b"zTXt": rest[1:], b"iTXt": rest[2:].split(b"\0", 2)[-1] if rest[:1] == b"\1" else b""}
-    try:
-        unpacking = zlib.decompressobj()
-        unpacking.decompress(packed[kind], PngImagePlugin.MAX_TEXT_CHUNK)
-    except (KeyError, zlib.error):
+    compressed = b""
+    if kind == b"zTXt":
+        compressed = rest[1:]
+    elif kind == b"iTXt" and rest[:1] == b"\1":
+        compressed = rest[2:].split(b"\0", 2)[-1]
+    elif kind not in (b"tEXt", b"iTXt"):
         return False
-    return not unpacking.unconsumed_tail
+    try:
+        decompressor = zlib.decompressobj()
+        decompressor.decompress(compressed, PngImagePlugin.MAX_TEXT_CHUNK)
+    except zlib.error:
+        return False
+    return not decompressor.unconsumed_tail

@@ -7,7 +7,7 @@ operations. Rendering is Pillow's, hence bit-identical between machines that hav
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from statistics import NormalDist
@@ -22,7 +22,8 @@ from shards_spec.counter_rng import uniform_draws
 from shards_spec.files import DataError, UserError, sha256_json
 
 RENDERING = 2  # raised whenever `apply_view` gives other pixels for the same view
-_LATER = ("op_set", "op_prob", "magnitude_std", "jitter", "jitter_prob")  # not in the JSON while at their defaults
+# options added later: absent from the JSON while at their defaults, so that older specs keep their hashes
+_LATER = ("op_set", "op_prob", "magnitude_std", "jitter", "jitter_prob")
 TRIES = 10  # boxes that torchvision's RandomResizedCrop draws until one fits
 _HEAD = struct.Struct(f"<{2 * TRIES + 2}HBB")  # area, aspect, ... left, top, flip + 2 * jittered, number of operations
 _OPERATION = struct.Struct("<Bh")  # index in the set, level
@@ -79,13 +80,19 @@ class ViewSpec:
             raise UserError(f"views: jitter {self.jitter} must be 0 or more each, hue at most 0.5")
 
     def as_json(self) -> dict[str, Any]:
-        """The spec with what renders it: goes into every cache. Later options are there when they say something."""
-        said = {name: value for name, value in asdict(self).items() if name not in _LATER or value != _DEFAULTS[name]}
-        return {**said, "rendering": RENDERING, "pillow": PIL.__version__}
+        """The spec and the versions that render it, as every cache stores them.
+
+        Options that were added later are left out while they have their default values.
+        """
+        options = asdict(self)
+        for name in _LATER:
+            if options[name] == _DEFAULTS[name]:
+                del options[name]
+        return {**options, "rendering": RENDERING, "pillow": PIL.__version__}
 
     @property
     def sha256(self) -> str:
-        """Hash of the spec and of the rendering version: equal hashes give equal pixels."""
+        """Hash of the spec and of the versions that render it: equal hashes give equal pixels."""
         return sha256_json(self.as_json())
 
 
@@ -97,18 +104,21 @@ def stored_spec(path: str, stored: dict[str, Any]) -> ViewSpec:
 
     Raises DataError naming both versions when this Pillow or rendering would give other pixels from it.
     """
-    said = dict(stored)
-    made_with = (said.pop("pillow", None), said.pop("rendering", None))
-    if made_with != (PIL.__version__, RENDERING):
-        install = f"install pillow=={made_with[0]}, or " if made_with[1] == RENDERING else ""
+    options = dict(stored)
+    pillow = options.pop("pillow", None)
+    rendering = options.pop("rendering", None)
+    if (pillow, rendering) != (PIL.__version__, RENDERING):
+        install = f"install pillow=={pillow}, or " if rendering == RENDERING else ""
         raise DataError(
-            f"{path}: its views were rendered by Pillow {made_with[0]} (rendering {made_with[1]}), here is Pillow "
+            f"{path}: its views were rendered by Pillow {pillow} (rendering {rendering}), here is Pillow "
             f"{PIL.__version__} (rendering {RENDERING}), which may give other pixels: {install}"
             "delete the cache and run `clipmill cache` again"
         )
-    tuples: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+    for name, value in options.items():
+        if isinstance(value, list):
+            options[name] = tuple(value)
     try:
-        return ViewSpec(**tuples)
+        return ViewSpec(**options)
     except TypeError as error:
         raise DataError(
             f"{path}: its view spec is of another version ({error}); delete it and run `clipmill cache` again"
@@ -117,10 +127,11 @@ def stored_spec(path: str, stored: dict[str, Any]) -> ViewSpec:
 
 @dataclass(frozen=True)
 class View:
-    """One drawn view. ``boxes`` are the tries of the crop in order, (area, aspect) each.
+    """One drawn view.
 
-    They are shares in 1/65535, ``left`` and ``top`` in 1/65536; an operation is (index in its set, signed level).
-    ``jitter`` is empty, or the order of the four (an index of `augment.ORDERS`) and their shares in 1/65535.
+    ``boxes`` are the tries of the crop in order, (area, aspect) each, in units of 1/65535 of their ranges; ``left`` and
+    ``top`` are in units of 1/65536. An operation of ``ops`` is (index in its set, signed level). ``jitter`` is empty,
+    or the order of the four (an index of `augment.ORDERS`) and their strengths in units of 1/65535.
     """
 
     boxes: tuple[tuple[int, int], ...]
@@ -131,21 +142,24 @@ class View:
     jitter: tuple[int, ...] = ()
 
     def pack(self) -> bytes:
-        """All of it in 46 bytes, 3 more per operation and 9 for the jitter (SPEC.md section 4)."""
+        """The view as 46 bytes, 3 more per operation and 9 for the jitter (SPEC.md section 4)."""
         numbers = [*chain.from_iterable(self.boxes), self.left, self.top]
-        head = _HEAD.pack(*numbers, self.flip + 2 * bool(self.jitter), len(self.ops))
-        tail = _JITTER.pack(*self.jitter) if self.jitter else b""
-        return b"".join([head, *(_OPERATION.pack(*operation) for operation in self.ops), tail])
+        flags = self.flip + 2 * bool(self.jitter)
+        packed = _HEAD.pack(*numbers, flags, len(self.ops))
+        for operation in self.ops:
+            packed += _OPERATION.pack(*operation)
+        if self.jitter:
+            packed += _JITTER.pack(*self.jitter)
+        return packed
 
 
 def unpack_view(data: bytes) -> View:
-    """What `View.pack` wrote."""
-    *crop, flags, count = _HEAD.unpack_from(data)
-    places = range(_HEAD.size, _HEAD.size + count * _OPERATION.size, _OPERATION.size)
-    operations = tuple(_OPERATION.unpack_from(data, place) for place in places)
-    jittered = _JITTER.unpack_from(data, len(data) - _JITTER.size) if flags & 2 else ()
-    *boxes, left, top = crop
-    return View(tuple(zip(boxes[::2], boxes[1::2], strict=True)), left, top, bool(flags & 1), operations, jittered)
+    """The view that `View.pack` packed."""
+    *boxes, left, top, flags, count = _HEAD.unpack_from(data)
+    starts = range(_HEAD.size, _HEAD.size + count * _OPERATION.size, _OPERATION.size)
+    ops = tuple(_OPERATION.unpack_from(data, start) for start in starts)
+    jitter_values = _JITTER.unpack_from(data, len(data) - _JITTER.size) if flags & 2 else ()
+    return View(tuple(zip(boxes[::2], boxes[1::2], strict=True)), left, top, bool(flags & 1), ops, jitter_values)
 
 
 def draw_view(spec: ViewSpec, key: str, view: int) -> View:
@@ -154,29 +168,40 @@ def draw_view(spec: ViewSpec, key: str, view: int) -> View:
     The numbers in order: area and aspect of ten boxes, left, top, flip; a pick and a sign per operation; whether it is
     applied and its deviation per operation; whether to jitter, the order, and four strengths.
     """
-    crop = 2 * TRIES + 2
-    numbers = uniform_draws(f"{spec.seed}/{key}/{view}", crop + 1 + 4 * spec.ops + 6).tolist()
-    *boxes, left, top = (int(u * 65536) for u in numbers[:crop])
-    picks, signs, more = crop + 1, crop + 1 + 2 * spec.ops, crop + 1 + 4 * spec.ops
-    last = numbers[more:]
-    operations = OP_SETS[spec.op_set]
-    ops = []
-    for place, (applied, deviation) in enumerate(
-        zip(numbers[signs:more:2], numbers[signs + 1 : more : 2], strict=True)
-    ):
-        pick, sign = numbers[picks + 2 * place : picks + 2 * place + 2]
+    count = 2 * TRIES + 3 + 4 * spec.ops + 6
+    draws = iter(uniform_draws(f"{spec.seed}/{key}/{view}", count).tolist())
+
+    def pairs(number: int) -> list[tuple[float, float]]:
+        return [(next(draws), next(draws)) for _ in range(number)]
+
+    boxes = tuple((int(area * 65536), int(aspect * 65536)) for area, aspect in pairs(TRIES))
+    left = int(next(draws) * 65536)
+    top = int(next(draws) * 65536)
+    flip = next(draws) < spec.flip
+    ops = tuple(_draw_operations(spec, choices=pairs(spec.ops), strengths=pairs(spec.ops)))
+    jitter_draw, order_draw, *strengths = draws
+    jitter_values: tuple[int, ...] = ()
+    if any(spec.jitter) and jitter_draw < spec.jitter_prob:
+        jitter_values = (int(order_draw * len(ORDERS)), *(round(strength * 65535) for strength in strengths))
+    return View(boxes, left, top, flip, ops, jitter_values)
+
+
+def _draw_operations(
+    spec: ViewSpec, *, choices: list[tuple[float, float]], strengths: list[tuple[float, float]]
+) -> Iterator[tuple[int, int]]:
+    """(index in the set, signed level) of each operation that is applied.
+
+    ``choices`` are the draws of operation and sign, ``strengths`` those of whether it is applied and of its deviation.
+    """
+    operation_set = OP_SETS[spec.op_set]
+    for (pick, sign), (applied, deviation) in zip(choices, strengths, strict=True):
         magnitude: float = spec.magnitude
         if spec.magnitude_std:
-            wide = NormalDist(spec.magnitude, spec.magnitude_std).inv_cdf(max(deviation, 2.0**-53))
-            magnitude = min(max(wide, 0.0), operations.most)
+            drawn = NormalDist(spec.magnitude, spec.magnitude_std).inv_cdf(max(deviation, 2.0**-53))
+            magnitude = min(max(drawn, 0.0), operation_set.most)
         if applied < spec.op_prob:
-            level = round(magnitude * operations.unit)
-            ops.append((int(pick * len(operations.operations)), level if sign < 0.5 else -level))
-    jittered: tuple[int, ...] = ()
-    if any(spec.jitter) and last[0] < spec.jitter_prob:
-        jittered = (int(last[1] * len(ORDERS)), *(round(u * 65535) for u in last[2:]))
-    pairs = tuple(zip(boxes[::2], boxes[1::2], strict=True))
-    return View(pairs, left, top, numbers[crop] < spec.flip, tuple(ops), jittered)
+            level = round(magnitude * operation_set.unit)
+            yield int(pick * len(operation_set.operations)), level if sign < 0.5 else -level
 
 
 def crop_box(spec: ViewSpec, view: View, width: int, height: int) -> tuple[float, float, float, float]:
@@ -188,21 +213,27 @@ def crop_box(spec: ViewSpec, view: View, width: int, height: int) -> tuple[float
     if spec.scale is None:
         side = min(width, height)
         return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
-    (least, most), (low, high) = spec.scale, spec.ratio
+    min_area, max_area = spec.scale
+    min_aspect, max_aspect = spec.ratio
     for drawn_area, drawn_aspect in view.boxes:
-        area = (least + (most - least) * drawn_area / 65535) * width * height
-        aspect = math.exp(math.log(low) + (math.log(high) - math.log(low)) * drawn_aspect / 65535)
-        wide, tall = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < wide <= width and 0 < tall <= height:
-            left, top = view.left * (width - wide + 1) >> 16, view.top * (height - tall + 1) >> 16
-            return left, top, left + wide, top + tall
-    wide, tall = width, height
-    if width < low * height:
-        tall = max(1, round(width / low))
-    elif width > high * height:
-        wide = max(1, round(height * high))
-    left, top = (width - wide) // 2, (height - tall) // 2
-    return left, top, left + wide, top + tall
+        area = (min_area + (max_area - min_area) * drawn_area / 65535) * width * height
+        log_range = math.log(max_aspect) - math.log(min_aspect)
+        aspect = math.exp(math.log(min_aspect) + log_range * drawn_aspect / 65535)
+        crop_width = round(math.sqrt(area * aspect))
+        crop_height = round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left = view.left * (width - crop_width + 1) >> 16
+            top = view.top * (height - crop_height + 1) >> 16
+            return left, top, left + crop_width, top + crop_height
+    crop_width = width
+    crop_height = height
+    if width < min_aspect * height:
+        crop_height = max(1, round(width / min_aspect))
+    elif width > max_aspect * height:
+        crop_width = max(1, round(height * max_aspect))
+    left = (width - crop_width) // 2
+    top = (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
 
 
 def apply_view(image: Image.Image, spec: ViewSpec, view: View, size: int) -> Image.Image:
@@ -216,12 +247,14 @@ def apply_view(image: Image.Image, spec: ViewSpec, view: View, size: int) -> Ima
         rendered = ImageOps.mirror(rendered)
     for operation, level in view.ops:
         rendered = OP_SETS[spec.op_set].apply(rendered, operation, level)
-    return jitter(rendered, spec.jitter, view.jitter[0], view.jitter[1:]) if view.jitter else rendered
+    if view.jitter:
+        rendered = jitter(rendered, spec.jitter, view.jitter[0], view.jitter[1:])
+    return rendered
 
 
 def render_views(image: Image.Image, spec: ViewSpec, key: str, views: Sequence[int], size: int) -> np.ndarray:
     """(V, size, size, 3) uint8: the views of one sample, each as `apply_view` renders it."""
     rendered = np.empty((len(views), size, size, 3), np.uint8)
-    for place, view in enumerate(views):
-        rendered[place] = np.asarray(apply_view(image, spec, draw_view(spec, key, view), size))
+    for index, view in enumerate(views):
+        rendered[index] = np.asarray(apply_view(image, spec, draw_view(spec, key, view), size))
     return rendered
