@@ -66,7 +66,7 @@ COMMANDS |= {
     "report": Command("one HTML page of a dataset or a run", "pipeline.report:ReportConfig", "pipeline.report:report"),
     "check": Command(
         "validate a dataset: files, hashes, keys, totals",
-        "pipeline.check.stage:CheckConfig",
+        "pipeline.check.config:CheckConfig",
         "pipeline.check.stage:check",
     ),
     "submit": Command("submit STAGE ROOT | train RECIPE | pipeline ROOT: the same commands on Slurm"),

@@ -1,45 +1,51 @@
-"""A shard's teacher cache: the files that its done-record names, a column being the last file's that has it."""
+"""What a teacher cache holds of one shard: a column counts as the newest file has it."""
 
 from collections.abc import Callable
 
 from shards_spec.embeddings import EmbeddingFile
 from shards_spec.files import DataError, exists, join
-from shards_spec.layout import shard_name, teacher_folder, teacher_parquet
+from shards_spec.layout import stats_path, teacher_folder, teacher_parquet
 from shards_spec.manifest import read_done
 
 
-class CachedShard:
-    """What ``ROOT/teacher/NAME`` holds of one shard. ``config`` and ``inputs`` are the done-record's.
+class TeacherShard:
+    """The files of ``ROOT/teacher/NAME`` that a shard's done-record names. ``config`` and ``inputs`` are the record's.
 
-    ``near`` maps a file's path to where its bytes are read (a local copy of a remote one). Raises DataError when the
-    shard is unfinished, or a file broken or gone.
+    ``resolve_path`` maps a file's path to where its bytes are read (a local copy of a remote file). Raises DataError
+    when the shard is unfinished, or a file broken or gone.
     """
 
-    def __init__(self, root: str, name: str, shard: int, near: Callable[[str], str] = str) -> None:
+    def __init__(self, root: str, name: str, shard: int, resolve_path: Callable[[str], str] = str) -> None:
+        folder = join(root, teacher_folder(name))
         self.path = teacher_parquet(root, name, shard)
-        record = read_done(join(root, teacher_folder(name)), shard)
+        record = read_done(folder, shard)
         if record is None:
-            raise DataError(f"{self.path}: not finished; run `clipmill cache {root}` again, it goes on")
+            raise DataError(f"{self.path}: not finished; rerun `clipmill cache {root}` to resume")
         self.config, self.inputs = record.config, record.inputs
-        if gone := [path for path in record.outputs if not exists(join(root, path))]:
-            raise DataError(
-                f"{join(root, gone[0])}: is not there any more; delete {shard_name(shard)}_stats.json beside it and "
-                f"run `clipmill cache {root}` again"
-            )
-        self.files = [EmbeddingFile(join(root, path), near(join(root, path))) for path in record.outputs]
+        paths = [join(root, path) for path in record.outputs]
+        for path in paths:
+            if not exists(path):
+                raise DataError(
+                    f"{path}: is not there any more; delete {stats_path(folder, shard)} and run `clipmill cache {root}`"
+                )
+        self.files = [EmbeddingFile(path, resolve_path(path)) for path in paths]
 
     @property
     def captions(self) -> int:
-        """Caption columns, the original's counted."""
-        return len({name for file in self.files for name in file.names if name.startswith("text_")})
+        """Number of caption columns, the original's included."""
+        return sum(name.startswith("text_") for name in self._columns())
 
     def find(self, column: str) -> EmbeddingFile | None:
-        """The file whose ``column`` counts; None when there is no such column."""
+        """The newest file that has a column; None when no file has it."""
         return next((file for file in reversed(self.files) if column in file.names), None)
 
     def file(self, column: str) -> EmbeddingFile:
-        """As `find`. Raises DataError when there is no such column."""
-        if (found := self.find(column)) is None:
-            there = sorted({name for file in self.files for name in file.names})
-            raise DataError(f"{self.path}: no column {column}, it has {there}; run `clipmill cache` with more views")
-        return found
+        """As `find`. Raises DataError when no file has the column."""
+        file = self.find(column)
+        if file is None:
+            columns = sorted(self._columns())
+            raise DataError(f"{self.path}: no column {column}, it has {columns}; run `clipmill cache` with more views")
+        return file
+
+    def _columns(self) -> set[str]:
+        return set[str]().union(*(file.names for file in self.files))

@@ -23,7 +23,8 @@ from small_training import tiny_clip, write_packed, write_teacher
 from web_server import serve
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-from pipeline.check.stage import CheckConfig, check
+from pipeline.check.config import CheckConfig
+from pipeline.check.stage import check
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.stage import ingest
 from pipeline.pack.config import PackConfig

@@ -11,7 +11,7 @@ from shards_spec.files import UserError, join, names
 from shards_spec.layout import STAGES, TEACHER, teacher_folder
 from shards_spec.manifest import read_done
 from shards_spec.shard_writer import ShardWriter
-from shards_spec.teacher_shard import CachedShard
+from shards_spec.teacher_shard import TeacherShard
 from shards_spec.views import draw_view, stored_spec
 
 
@@ -37,7 +37,7 @@ def export_lists(root: str, name: str, overwrite: bool) -> Summary:
 
 
 def _export_shard(root: str, task: Task, *, stage: Stage, name: str) -> Result:
-    cached = CachedShard(root, name, task.shard)
+    cached = TeacherShard(root, name, task.shard)
     spec = stored_spec(cached.path, cached.config["views"])
     keys = cached.files[-1].keys
     table: dict[str, Any] = {"key": pa.array(keys, pa.string())}
@@ -51,7 +51,7 @@ def _export_shard(root: str, task: Task, *, stage: Stage, name: str) -> Result:
     return Result({"success": len(keys)}, files.outputs)
 
 
-def _columns(cached: CachedShard) -> list[str]:
+def _columns(cached: TeacherShard) -> list[str]:
     """Names of the vectors' columns in all files: images by view, then texts by caption."""
     found = set[str]().union(*(file.names for file in cached.files))
 

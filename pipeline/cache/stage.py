@@ -29,7 +29,7 @@ from shards_spec.files import exists, join, remove, sha256_json
 from shards_spec.layout import SHARDS, final_tar, parquet_path, teacher_folder
 from shards_spec.manifest import forget, read_done
 from shards_spec.models import LoadedModel, model_label, pick_devices, weights_sha256
-from shards_spec.teacher_shard import CachedShard
+from shards_spec.teacher_shard import TeacherShard
 from shards_spec.views import stored_spec
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def cache_shard(
     shard = ShardIndex(final_tar(root, task.shard))
     done = None if config.overwrite else read_done(folder, task.shard)
     previous = done.outputs if done else {}
-    cached = CachedShard(root, config.label, task.shard) if done else None
+    cached = TeacherShard(root, config.label, task.shard) if done else None
     names = shard.column_names(config.views, texts=has_texts)
     files = {name: cached.find(name) if cached else None for name in names}
     updates = list[ColumnUpdate]()

@@ -1,1 +1,1 @@
-"""A dataset's promises, validated."""
+"""Validation of a dataset: files, hashes, keys and totals."""

@@ -1,6 +1,6 @@
-"""What `check` asks of the text files of a dataset: done-records, ``dataset.json``, ``sizes.json``, vocabularies.
+"""What `check` validates in the text files of a dataset: done-records, ``dataset.json``, names, vocabularies.
 
-A record of today has a hash of itself; one of an older clipmill is held to what can be derived again.
+A record has a hash of itself (`SEAL`); one of an older clipmill has none, and what can be derived again is compared.
 """
 
 import json
@@ -35,11 +35,12 @@ from shards_spec.manifest import (
 )
 from shards_spec.vocab import read_vocabulary
 
-# fields of records and blocks without a hash of themselves: another one is a damaged name, perhaps the hash's
+# Fields of records and blocks without a hash of themselves. Any other is a damaged name, perhaps that of the hash.
 RECORD = {"spec_version", "stage", "shard", "config", "config_sha256", "inputs", "outputs", "retried", "facts", SEAL}
 BLOCK = {"config", "config_sha256", "shards", "counts", "facts", "versions", "synsets", "sha256", "coverage", SEAL}
 HEAD = {"spec_version", "name", "source", "stages", SEAL}
-AGAIN = "delete it and run its stage again"
+REMAKE = "delete it and run its stage again"
+REWRITE = "delete the file and run the stages again, each writes its part from what is there"
 
 
 class Findings:
@@ -49,73 +50,69 @@ class Findings:
         self._found = dict[str, None]()
 
     def add(self, problem: str) -> None:
-        """One more."""
+        """Add a problem."""
         self._found[problem] = None
 
     @property
     def problems(self) -> list[str]:
-        """All of them."""
+        """All problems."""
         return list(self._found)
 
     @contextmanager
     def of(self, what: str) -> Iterator[None]:
-        """Around a part of the check: what is raised becomes a problem, and the check goes on behind it.
+        """Around a part of the check: an exception becomes a problem, and the check continues after the block.
 
-        Anything may be raised over damaged bytes, so everything is caught; ``what`` names the file for those errors
-        that do not.
+        Damaged bytes may raise any exception, so all are caught; ``what`` names the file for those that do not.
         """
         try:
             yield
         except (DataError, UserError) as error:
             self.add(str(error))
         except Exception as error:
-            said = short(error)
-            self.add(said if what in said else f"{what}: damaged, it cannot be read ({type(error).__name__}: {said})")
+            text = short(error)
+            self.add(text if what in text else f"{what}: damaged, it cannot be read ({type(error).__name__}: {text})")
 
 
-def check_dataset(root: str, found: Findings) -> dict[str, Any] | None:
-    """The blocks of ``dataset.json``, each checked in itself; none where it is not there, None when it is broken."""
-    path, dataset = dataset_json(root), dict[str, Any]()
+def check_dataset(root: str, findings: Findings) -> dict[str, Any] | None:
+    """Validate ``dataset.json`` and return its blocks; {} when it is not there, None when it is broken."""
+    path = dataset_json(root)
+    dataset = dict[str, Any]()
     if not exists(path):
         return dataset
-    with found.of(path):
+    with findings.of(path):
         dataset = read_dataset(root)
     if not dataset:
         return None
     if SEAL in dataset and dataset[SEAL] != head_seal(dataset):
-        found.add(f"{path}: name, source or version are not as they were written; {_mend_head()}")
+        findings.add(f"{path}: name, source or version are not as they were written; {REWRITE}")
     elif SEAL in dataset and json_bytes(read_json(path)) != read_bytes(path):
-        found.add(f"{path}: not as it was written; {_mend_head()}")
+        findings.add(f"{path}: not as it was written; {REWRITE}")
     if SEAL not in dataset and (unknown := sorted(set(dataset) - HEAD)):
-        found.add(f"{path}: unknown field {unknown[0]!r}; {_mend_head()}")
+        findings.add(f"{path}: unknown field {unknown[0]!r}; {REWRITE}")
     for stage, block in dataset["stages"].items():
-        _check_block(root, path, stage, block, found)
+        _check_block(root, path, stage, block, findings)
     blocks: dict[str, Any] = dataset["stages"]
     return blocks
 
 
-def _mend_head() -> str:
-    return "delete the file and run the stages again, each writes its part from what is there"
-
-
-def _check_block(root: str, path: str, stage: str, block: dict[str, Any], found: Findings) -> None:
+def _check_block(root: str, path: str, stage: str, block: dict[str, Any], findings: Findings) -> None:
     folder = stage_output(stage)
-    mend = f"take the block out and run `clipmill {stage.split('/')[0]}` again, it writes it from what is there"
+    fix = f"take the block out and run `clipmill {stage.split('/')[0]}` again, it writes it from what is there"
     if folder is None:
-        found.add(f"{path}: unknown stage {stage!r}; take its block out")
+        findings.add(f"{path}: unknown stage {stage!r}; take its block out")
         return
     if not exists(join(root, folder)):
-        found.add(
-            f"{join(root, folder)} is gone, {path} has a block of {stage}; put it back, make it again, or take the "
-            "block out"
+        findings.add(
+            f"{join(root, folder)} is not there, but {path} has a block of {stage}; put it back, make it again, or "
+            "take the block out"
         )
     config = block.get("config")
     if SEAL in block and block[SEAL] != seal(block):
-        found.add(f"{path}: the block of {stage} is not as it was written; {mend}")
+        findings.add(f"{path}: the block of {stage} is not as it was written; {fix}")
     elif SEAL not in block and (unknown := sorted(set(block) - BLOCK)):
-        found.add(f"{path}: the block of {stage} has an unknown field {unknown[0]!r}; {mend}")
+        findings.add(f"{path}: the block of {stage} has an unknown field {unknown[0]!r}; {fix}")
     elif "config_sha256" in block and block["config_sha256"] != sha256_json(config):
-        found.add(f"{path}: the config of {stage} does not fit its hash; {mend}")
+        findings.add(f"{path}: the config of {stage} does not fit its hash; {fix}")
 
 
 @dataclass
@@ -141,15 +138,22 @@ class Totals:
 
 
 def check_totals(
-    root: str, folder: str, stage: str, blocks: dict[str, Any] | None, totals: Totals, shards: int, found: Findings
+    root: str,
+    folder: str,
+    stage: str,
+    *,
+    blocks: dict[str, Any] | None,
+    totals: Totals,
+    shards: int,
+    findings: Findings,
 ) -> None:
-    """The block of a stage against the sums of its records; those of img2dataset in ``raw`` have neither.
+    """Compare the block of a stage with the sums of its records; those of img2dataset in ``raw`` have neither.
 
     Without ``blocks`` (they cannot be read), or where a record is broken, only the records are looked at.
     """
     path, block = dataset_json(root), (blocks or {}).get(stage)
     if totals.foreign and (block is not None or folder != RAW or len(totals.foreign) < shards):
-        found.add(
+        findings.add(
             f"{stats_path(join(root, folder), totals.foreign[0])}: no done-record in it "
             f"({len(totals.foreign)} such of {totals.shards}); delete it and run `clipmill {stage.split('/')[0]}` again"
         )
@@ -157,84 +161,95 @@ def check_totals(
         return
     if block is None:
         if totals.shards > len(totals.foreign):
-            found.add(f"{path}: no block for {stage}; it has not finished, run it again")
+            findings.add(f"{path}: no block for {stage}; it has not finished, run it again")
         return
     counts = {reason: number for reason, number in totals.counts.items() if number}
     facts = {what: number for what, number in totals.facts.items() if number}
-    said = {what: number for what, number in (block.get("facts") or {}).items() if number}
+    recorded = {what: number for what, number in (block.get("facts") or {}).items() if number}
     if block.get("shards") != totals.shards or block.get("counts") != counts:
-        found.add(f"{path}: {stage} says {block.get('counts')}, its {totals.shards} shards add up to {counts}")
-    elif said != facts:
-        found.add(f"{path}: {stage} says {said}, the facts of its shards add up to {facts}")
+        findings.add(f"{path}: {stage} says {block.get('counts')}, its {totals.shards} shards add up to {counts}")
+    elif recorded != facts:
+        findings.add(f"{path}: {stage} says {recorded}, the facts of its shards add up to {facts}")
     if "config" in block and (other := set(totals.configs) - {json.dumps(block["config"], sort_keys=True)}):
         shard = totals.configs[min(other)]
-        found.add(f"{path}: the config of {stage} is not that of {folder}/{shard_name(shard)}; run it again")
+        findings.add(f"{path}: the config of {stage} is not that of {folder}/{shard_name(shard)}; run it again")
 
 
 def check_record(root: str, folder: str, stage: str, shard: int) -> Done | None:
-    """The done-record of a shard, proven; None for another tool's. Raises DataError."""
+    """The validated done-record of a shard; None for another tool's. Raises DataError."""
     path = stats_path(join(root, folder), shard)
     stats, done = read_json(path), read_done(join(root, folder), shard)
     if done is None:
         return None
-    record, own = stats["clipmill"], (done.stage, done.shard, record_hash(stats))
-    times = [stats[name] for name in TIMES if name in stats]
-    if SEAL in record and (
-        record[SEAL] != stats_seal(stats)
-        or json_bytes(stats) != read_bytes(path)
-        or (times and times[2] != times[1] - times[0])
-    ):
-        raise DataError(f"{path}: not as it was written; {AGAIN}")
+    record = stats["clipmill"]
+    if SEAL in record and not _is_as_written(path, stats):
+        raise DataError(f"{path}: not as it was written; {REMAKE}")
     if SEAL not in record and (unknown := sorted(set(record) - RECORD)):
-        raise DataError(f"{path}: its done-record has an unknown field {unknown[0]!r}; {AGAIN}")
-    if own != (stage, shard, sha256_json(done.config)):
-        raise DataError(f"{path}: says {own[0]} shard {own[1]}, or its config does not fit its hash; {AGAIN}")
-    failed = [stats.get(name) for name in ("failed_to_download", "failed_to_resize")]
-    total = sum(done.counts.values())
-    if (stats.get("count"), stats.get("successes")) != (total, done.successes) or sum(failed) != total - done.successes:
-        raise DataError(
-            f"{path}: {stats.get('count')} inputs, {stats.get('successes')} successes, {failed[0]} + {failed[1]} "
-            f"failed; its reasons add up to {done.counts}; {AGAIN}"
-        )
+        raise DataError(f"{path}: its done-record has an unknown field {unknown[0]!r}; {REMAKE}")
+    if (done.stage, done.shard, record_hash(stats)) != (stage, shard, sha256_json(done.config)):
+        raise DataError(f"{path}: says {done.stage} shard {done.shard}, or its config does not fit its hash; {REMAKE}")
+    _check_counts(path, stats, done)
     return done
+
+
+def _is_as_written(path: str, stats: dict[str, Any]) -> bool:
+    """Whether a record with a hash of itself is unchanged to the byte; no hash covers the times, but their sum fits."""
+    times = [stats[name] for name in TIMES if name in stats]
+    return (
+        stats["clipmill"][SEAL] == stats_seal(stats)
+        and json_bytes(stats) == read_bytes(path)
+        and (not times or times[2] == times[1] - times[0])
+    )
 
 
 def record_hash(stats: dict[str, Any]) -> str:
     """The hash of the config as a record has it; that of the config itself where it has none."""
-    found: str = stats["clipmill"].get("config_sha256", sha256_json(stats["clipmill"]["config"]))
-    return found
+    record = stats["clipmill"]
+    recorded: str = record.get("config_sha256", sha256_json(record["config"]))
+    return recorded
 
 
-def check_names(root: str, folder: str, found: Findings) -> list[int]:
-    """The numbers of a folder's finished shards; gaps and files that nothing vouches for are problems."""
-    there = names(join(root, folder))
-    shards = sorted(int(match[1]) for name in there if (match := STATS_PATTERN.fullmatch(name)))
+def _check_counts(path: str, stats: dict[str, Any], done: Done) -> None:
+    """Raise DataError unless img2dataset's counts are the sums of the reasons."""
+    count, successes = stats.get("count"), stats.get("successes")
+    failed: list[Any] = [stats.get("failed_to_download"), stats.get("failed_to_resize")]
+    total = sum(done.counts.values())
+    if (count, successes) != (total, done.successes) or sum(failed) != total - done.successes:
+        raise DataError(
+            f"{path}: {count} inputs, {successes} successes, {failed[0]} + {failed[1]} "
+            f"failed; its reasons add up to {done.counts}; {REMAKE}"
+        )
+
+
+def check_names(root: str, folder: str, findings: Findings) -> list[int]:
+    """The numbers of a folder's finished shards; gaps and files that no done-record names are problems."""
+    present = names(join(root, folder))
+    shards = sorted(int(match[1]) for name in present if (match := STATS_PATTERN.fullmatch(name)))
     if missing := sorted(set(range(shards[-1] + 1 if shards else 0)) - set(shards)):
-        found.add(
+        findings.add(
             f"{join(root, folder)}: shards {missing[:5]} are missing or unfinished; run the stage that makes them again"
         )
-    for name in there:
+    for name in present:
         match = FILE_PATTERN.fullmatch(name)
         if match and int(match[1]) not in shards and int(match[1]) not in missing:
-            found.add(f"{join(root, folder, name)}: no done-record vouches for it; delete it or run its stage again")
+            findings.add(f"{join(root, folder, name)}: no done-record names it; delete it or run its stage again")
         if name.endswith(".json") and not match and f"{folder}/{name}" != SIZES:
-            found.add(f"{join(root, folder, name)}: no file of this format; delete it, readers take it for stats")
+            findings.add(f"{join(root, folder, name)}: no file of this format; delete it, readers take it for stats")
     return shards
 
 
-def check_vocabularies(root: str, blocks: dict[str, Any], found: Findings) -> None:
+def check_vocabularies(root: str, blocks: dict[str, Any], findings: Findings) -> None:
     """Each vocabulary as a file, against the rule of the shards, and against its block of ``dataset.json``."""
     packed = blocks.get("pack", {}).get("config", {})
     for name in names(join(root, VOCAB)):
         path = join(root, VOCAB, name)
-        with found.of(path):
+        with findings.of(path):
             vocabulary = read_vocabulary(path)
             if vocabulary.data != read_bytes(path):
                 raise DataError(f"{path}: not the bytes that `clipmill vocab` writes; make it again")
             if packed:
                 vocabulary.check_rule(packed, path)
             block = blocks.get(f"vocab/{name.removesuffix('.tsv')}", {})
-            said = [block.get(key) for key in ("sha256", "synsets", "config")]
-            own = [vocabulary.sha256, len(vocabulary), vocabulary.header]
-            if block and said != own:
+            recorded = [block.get(key) for key in ("sha256", "synsets", "config")]
+            if block and recorded != [vocabulary.sha256, len(vocabulary), vocabulary.header]:
                 raise DataError(f"{path}: not the vocabulary of {dataset_json(root)}; run `clipmill vocab` again")

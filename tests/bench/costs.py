@@ -39,7 +39,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from small_data import tiny_coca, write_raw
 
 from pipeline.cache.incremental import ShardIndex
-from pipeline.check.stage import CheckConfig, check
+from pipeline.check.config import CheckConfig
+from pipeline.check.stage import check
 from pipeline.core.runner import ALL, Result, Stage, Task, run_stage
 from pipeline.dedup.config import DedupConfig
 from pipeline.dedup.stage import dedup

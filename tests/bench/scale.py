@@ -212,7 +212,8 @@ def _order(root: str) -> object:
 
 
 def _check(root: str) -> object:
-    from pipeline.check.stage import CheckConfig, check
+    from pipeline.check.config import CheckConfig
+    from pipeline.check.stage import check
 
     problems = check(CheckConfig(root))
     assert not problems, problems[:3]

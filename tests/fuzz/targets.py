@@ -388,7 +388,8 @@ class Dataset(Tree):
         write_teacher(root, keys, views=1, captions=2)
 
     def run(self, folder: Path, path: str, data: bytes) -> None:
-        from pipeline.check.stage import CheckConfig, check
+        from pipeline.check.config import CheckConfig
+        from pipeline.check.stage import check
         from pipeline.core.runner import ShardsFailed
         from pipeline.pack.config import PackConfig
         from pipeline.pack.stage import pack

@@ -9,7 +9,7 @@ from shards_spec.embeddings import EmbeddingFile
 from shards_spec.files import DataError, UserError, exists, join, names
 from shards_spec.layout import SHARDS, TEACHER, shard_name, tar_path, teacher_folder, teacher_parquet
 from shards_spec.manifest import file_hash
-from shards_spec.teacher_shard import CachedShard
+from shards_spec.teacher_shard import TeacherShard
 from shards_spec.views import ViewSpec, stored_spec
 from training.data.local_copies import LocalFileCache
 from training.data.lru import LRUCache
@@ -75,7 +75,7 @@ class TeacherCache:
                 f"{self.path(missing[0])} is not there ({len(missing)} of {shards} shards are missing): "
                 f"run `clipmill cache {root}` to its end"
             )
-        first = CachedShard(root, self.name, 0, self.file_cache.get)
+        first = TeacherShard(root, self.name, 0, self.file_cache.get)
         self.meta = first.files[0].meta
         if lacking := [field for field in (*SAME, "views") if field not in self.meta]:
             raise DataError(f"{self.path(0)}: its metadata has no {lacking[0]}; {AGAIN}")
@@ -109,7 +109,7 @@ class TeacherCache:
         tar = tar_path(SHARDS, shard)
         if not exists(path):
             raise DataError(f"{path} is not there any more; run `clipmill cache {self.root}` again")
-        cached = CachedShard(self.root, self.name, shard, self.file_cache.get)
+        cached = TeacherShard(self.root, self.name, shard, self.file_cache.get)
         if cached.config["num_views"] != self.num_views:
             raise DataError(
                 f"{path}: {cached.config['num_views']} views, {self.path(0)} has {self.num_views}; run `clipmill cache "

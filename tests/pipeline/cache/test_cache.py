@@ -17,7 +17,8 @@ from small_data import tiny_coca, tree, vouch, write_raw
 from pipeline.cache.config import CacheConfig
 from pipeline.cache.stage import cache
 from pipeline.cache.teacher import CPU_ROWS, Teacher
-from pipeline.check.stage import CheckConfig, check
+from pipeline.check.config import CheckConfig
+from pipeline.check.stage import check
 from pipeline.core import runner as stage
 from pipeline.core.runner import ShardsFailed
 from pipeline.pack.config import PackConfig
@@ -30,7 +31,7 @@ from shards_spec.manifest import read_done
 from shards_spec.models import LoadedModel, load_model, load_teacher
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, write_shard
-from shards_spec.teacher_shard import CachedShard
+from shards_spec.teacher_shard import TeacherShard
 from shards_spec.views import ViewSpec, apply_view, draw_view, unpack_view
 from training.data.teacher_cache import TeacherCache
 from training.losses.distillation import affinity_loss
@@ -82,7 +83,7 @@ def captioned(sample: Sample, *texts: str) -> Sample:
 
 
 def columns(root: str, shard: int = 0, name: str = "tea") -> dict[str, np.ndarray]:
-    cached = CachedShard(root, name, shard)
+    cached = TeacherShard(root, name, shard)
     found = {column for file in cached.files for column in file.names}
     return {column: cached.file(column).vectors(column).as_floats() for column in sorted(found)}
 
@@ -172,7 +173,7 @@ def test_other_labels_embed_nothing(root, model):
     change(root, lambda s: Sample(s.key, {**s.members, "json": json_bytes({**s.meta, "synsets": [["n00000001"]]})}))
     before = tree(root)
     cached = TeacherCache(root, "tea", SHARDS)
-    keys = CachedShard(root, "tea", 0).files[0].keys
+    keys = TeacherShard(root, "tea", 0).files[0].keys
     with pytest.raises(DataError, match=r"00000\.parquet: made from another .*shards/00000\.tar than the one there"):
         cached.features(0, 0, keys)
     summary = run(root, model)
@@ -333,7 +334,7 @@ def test_another_teacher_spec_or_dtype_is_refused_by_name(root, model, tmp_path,
 
 def test_shuffled_rows_and_swapped_shards_are_refused(root, model):
     run(root, model)
-    keys = [CachedShard(root, "tea", shard).files[0].keys for shard in range(SHARDS)]
+    keys = [TeacherShard(root, "tea", shard).files[0].keys for shard in range(SHARDS)]
     path = join(root, "teacher/tea/00000.parquet")
     file = EmbeddingFile(path)
     order = np.array([0, 2, 1, 3, 4])
@@ -376,7 +377,9 @@ def test_export_lists_is_read_by_pandas(root, model):
     assert np.array_equal(np.stack(frame["image_1"]), columns(root)["image_1"])
     assert frame["text_1"].isna().tolist() == [False, True, True, True, True]
     assert unpack_view(frame["view_1"][2]) == draw_view(JITTERED, frame["key"][2], 1)
-    assert [p for p in check(CheckConfig(root)) if "teacher/" in p] == []
+    problems = check(CheckConfig(root))
+    assert [p for p in problems if "teacher/" in p] == []
+    assert [p for p in problems if "unknown stage" in p] == []
     with pytest.raises(UserError, match=r"no teacher/nope in .*, there are: tea; say --name"):
         run(root, model, name="nope", export_lists=True)
 
@@ -508,9 +511,9 @@ def test_a_column_that_is_asked_for_twice_counts_from_its_last_file(tmp_path):
         write_vectors(path, ["a", "b"], {"text_0": column}, {"id_text_0": np.array([1, 2], np.uint64)}, {})
     outputs = {f"teacher/t/00000{end}.parquet": "" for end in ("", "-1")}
     stage.Done("cache/t", 0, {}, {"success": 2}, {}, outputs).write(str(tmp_path / "teacher/t"))
-    assert CachedShard(str(tmp_path), "t", 0).file("text_0").vectors("text_0").values[0, 0] == 2
+    assert TeacherShard(str(tmp_path), "t", 0).file("text_0").vectors("text_0").values[0, 0] == 2
     with pytest.raises(DataError, match=r"00000\.parquet: no column image_0, it has \['text_0'\]"):
-        CachedShard(str(tmp_path), "t", 0).file("image_0")
+        TeacherShard(str(tmp_path), "t", 0).file("image_0")
 
 
 def test_the_configs_of_both_floors_draw_alike():

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from small_data import build_all, draw, tiny_coca
 
-from pipeline.check.stage import CheckConfig, check
+from pipeline.check.config import CheckConfig
+from pipeline.check.stage import check
 from pipeline.dedup.config import DedupConfig
 from pipeline.dedup.stage import dedup
 from pipeline.ingest.config import IngestConfig
@@ -39,7 +40,7 @@ def whole(tmp_path_factory, request) -> Path:
 
 
 def files(root: Path) -> list[Path]:
-    """All that a stage wrote and `check` vouches for: not the logs of times."""
+    """All that a stage wrote and `check` validates: not the logs of times."""
     return sorted(path for path in root.rglob("*") if path.is_file() and "logs" not in path.parts)
 
 
@@ -169,8 +170,13 @@ def test_what_is_gone_or_does_not_belong_is_named(whole, tmp_path):
     (root / "raw/notes.json").write_text("{}")
     (root / "captions/cap/00007.parquet").write_bytes(b"")
     problems = "\n".join(check(CheckConfig(str(root))))
-    for said in ("teacher/tea is gone", "vocab/all.tsv is gone", "odd.tsv is a folder", "raw/notes.json: no file of",
-                 "cap/00007.parquet: no done-record vouches"):  # fmt: skip
+    for said in (
+        "teacher/tea is not there",
+        "vocab/all.tsv is not there",
+        "odd.tsv is a folder",
+        "raw/notes.json: no file of",
+        "cap/00007.parquet: no done-record names",
+    ):
         assert said in problems
     assert problems.count("\n") == 4
 

@@ -16,7 +16,8 @@ from pipeline.cache.stage import cache
 from pipeline.caption.config import CaptionConfig
 from pipeline.caption.decoding import Decoding
 from pipeline.caption.stage import caption
-from pipeline.check.stage import CheckConfig, check
+from pipeline.check.config import CheckConfig
+from pipeline.check.stage import check
 from pipeline.dedup.config import DedupConfig
 from pipeline.dedup.stage import dedup
 from pipeline.labels.vocab_stage import VocabConfig, vocab

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from small_data import tree, vouch, write_raw
 
-from pipeline.check.stage import CheckConfig, check
+from pipeline.check.config import CheckConfig
+from pipeline.check.stage import check
 from pipeline.core.filters import caption_problem, image_problem
 from pipeline.core.near_duplicates import (
     BIT_COUNTS,

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
-from pipeline.check.stage import CheckConfig, check
+from pipeline.check.config import CheckConfig
+from pipeline.check.stage import check
 from pipeline.core.image_match import fingerprint, fingerprints_match
 from pipeline.core.near_duplicates import MAX_COMPARED, NEAR_DUPLICATE, confirm_duplicates
 from pipeline.core.perceptual_hash import perceptual_hash

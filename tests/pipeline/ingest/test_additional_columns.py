@@ -14,7 +14,8 @@ import pytest
 from small_ingest import config, rows_of
 from web_server import make_image, serve
 
-from pipeline.check.stage import CheckConfig, check
+from pipeline.check.config import CheckConfig
+from pipeline.check.stage import check
 from pipeline.ingest import listing
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.stage import ingest

@@ -22,7 +22,8 @@ from PIL import Image
 from small_ingest import config, rows_of, write_list
 from web_server import make_image, serve
 
-from pipeline.check.stage import CheckConfig, check
+from pipeline.check.config import CheckConfig
+from pipeline.check.stage import check
 from pipeline.ingest import decode_pool as decoders_module
 from pipeline.ingest import http_client as fetch
 from pipeline.ingest.backpressure import AdmissionGate, PrioritySemaphore

@@ -34,7 +34,8 @@ from fault_server import (
 from fault_server import serve_faults as serve
 from marked_decoder import MARKING, MARKS
 
-from pipeline.check.stage import CheckConfig, check
+from pipeline.check.config import CheckConfig
+from pipeline.check.stage import check
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.stage import ingest
 

@@ -13,7 +13,8 @@ from small_ingest import config
 from small_ingest import rows_of as raw_rows
 from web_server import make_image, serve
 
-from pipeline.check.stage import CheckConfig, check
+from pipeline.check.config import CheckConfig
+from pipeline.check.stage import check
 from pipeline.ingest.detect import detect
 from pipeline.ingest.estimate import estimate_rows
 from pipeline.ingest.rows import Row

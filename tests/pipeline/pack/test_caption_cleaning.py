@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_data import draw
 
-from pipeline.check.stage import CheckConfig, check
+from pipeline.check.config import CheckConfig
+from pipeline.check.stage import check
 from pipeline.labels.wordnet import load_wordnet
 from pipeline.pack.caption_cleaning import EMPTY_AFTER_CLEANING, FIXES, clean_caption, strict_json
 from pipeline.pack.config import PackConfig

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from small_data import tree, vouch, write_raw
 
-from pipeline.check.stage import CheckConfig, check
+from pipeline.check.config import CheckConfig
+from pipeline.check.stage import check
 from pipeline.core.runner import ShardsFailed
 from pipeline.dedup.config import DedupConfig
 from pipeline.dedup.stage import dedup

@@ -1,0 +1,201 @@
+"""Validators of one shard, one per stage: each yields the shard's keys and raises DataError at the first broken one."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import chain, zip_longest
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline.cache.incremental import ShardIndex, plan_column_update
+from pipeline.core.near_duplicates import EXACT_DUPLICATE, NEAR_DUPLICATE
+from shards_spec.embeddings import EmbeddingFile
+from shards_spec.files import DataError, exists, join, names, read_json, sha256_file
+from shards_spec.layout import (
+    CAPTIONS,
+    DEDUP,
+    PLAN,
+    RAW,
+    SHARDS,
+    TEACHER,
+    captions_folder,
+    dedup_parquet,
+    parquet_path,
+    raw_tar,
+    shard_name,
+    stats_path,
+    tar_path,
+    teacher_folder,
+)
+from shards_spec.manifest import read_done
+from shards_spec.parquet import open_parquet
+from shards_spec.sample import Sample, check_key
+from shards_spec.tar import read_shard, shard_keys
+from shards_spec.teacher_shard import TeacherShard
+
+Validator = Callable[[str, str, int], Iterator[str]]  # (root, folder below it, shard) -> the shard's keys
+
+
+class ShardFolder(NamedTuple):
+    """A folder below ROOT with shards, the key of its stage in ``dataset.json``, and what validates a shard of it."""
+
+    folder: str
+    stage: str
+    validate: Validator
+
+
+def shard_folders(root: str) -> Iterator[ShardFolder]:
+    """The folders of a dataset that are there, in the order of the stages."""
+    for single in (
+        ShardFolder(RAW, "ingest", _validate_raw),
+        ShardFolder(DEDUP, "dedup", _validate_dedup),
+        ShardFolder(PLAN, "plan", _validate_plan),
+        ShardFolder(SHARDS, "pack", _validate_final),
+    ):
+        if exists(join(root, single.folder)):
+            yield single
+    for name in names(join(root, CAPTIONS)):
+        yield ShardFolder(captions_folder(name), f"caption/{name}", _validate_captions)
+    for name in names(join(root, TEACHER)):
+        yield ShardFolder(teacher_folder(name), f"cache/{name}", _validate_cache)
+
+
+def read_rows(path: str, columns: list[str], optional: str = "") -> list[dict[str, Any]]:
+    """These columns of a Parquet file, and an ``optional`` one when it is there, row by row. Raises DataError."""
+    with open_parquet(path, fix="delete its _stats.json and run the stage again") as file:
+        present = file.schema_arrow.names
+        rows: list[dict[str, Any]] = file.read([name for name in (*columns, optional) if name in present]).to_pylist()
+    missing = [name for name in columns if name not in present]
+    if rows and missing:  # a file without rows may lack columns
+        raise DataError(f"{path}: no column {missing[0]}; make it again")
+    return rows
+
+
+def _expect_keys(path: str, expected: list[str], found: list[str], other: str) -> None:
+    """Raise DataError naming the first row whose key is not the ``expected`` one, that of ``other``."""
+    for row, (want, have) in enumerate(zip_longest(expected, found)):
+        if want != have:
+            raise DataError(f"{path}: row {row} is key {have}, {other} has key {want} there")
+
+
+def _validate_raw(root: str, folder: str, shard: int) -> Iterator[str]:
+    base = join(root, folder)
+    path, stats_file = parquet_path(base, shard), stats_path(base, shard)
+    keys = shard_keys(tar_path(base, shard))
+    rows = read_rows(path, ["key", "status"])
+    successes = [row["key"] for row in rows if row["status"] == "success"]
+    _expect_keys(path, sorted(keys), sorted(successes), "the tar")
+    stats = read_json(stats_file)
+    recorded = (stats["count"], stats["successes"], sum(stats["status_dict"].values()))
+    if recorded != (len(rows), len(keys), len(rows)):
+        raise DataError(
+            f"{stats_file}: {stats['count']} inputs, {stats['successes']} successes; "
+            f"the Parquet has {len(rows)} rows and the tar {len(keys)} samples"
+        )
+    for key in keys:
+        yield check_key(key)
+
+
+def _validate_captions(root: str, folder: str, shard: int) -> Iterator[str]:
+    path, tar = parquet_path(join(root, folder), shard), tar_path(RAW, shard)
+    rows = read_rows(path, ["key", "captions", "logprobs", "num_tokens"], optional="similarities")
+    _expect_keys(path, shard_keys(join(root, tar)), [row["key"] for row in rows], tar)
+    for row in rows:
+        lists = [row[name] for name in ("captions", "logprobs", "num_tokens", "similarities") if name in row]
+        if len({len(values) for values in lists}) > 1:
+            raise DataError(f"{path}: key {row['key']} has {len(row['captions'])} captions, other counts of the rest")
+        yield row["key"]
+
+
+def _validate_final(root: str, folder: str, shard: int) -> Iterator[str]:
+    path, tar = parquet_path(join(root, folder), shard), tar_path(join(root, folder), shard)
+    rows = read_rows(path, ["key", "synsets"])
+    _expect_keys(path, shard_keys(tar), [row["key"] for row in rows], "the tar")
+    sources = _raw_shards(root, shard)
+    raw_tars = [join(root, RAW, f"{source}.tar") for source in sources]
+    raw = chain.from_iterable(map(read_shard, raw_tars)) if exists(join(root, RAW)) else None
+    dropped = set[str]().union(*(_dropped_keys(root, int(source)) for source in sources))
+    for sample, row in zip(read_shard(tar), rows, strict=True):
+        synsets = sample.meta.get("synsets")
+        if synsets != row["synsets"] or len(synsets) != len(sample.captions):
+            raise DataError(f"{tar}: key {sample.key} has synsets that do not fit its captions or its Parquet row")
+        if raw is not None and _find_sample(raw, sample.key, tar).image != sample.image:
+            raise DataError(f"{tar}: key {sample.key} has another image than raw/{' or '.join(sources)}.tar")
+        if sample.key in dropped:
+            raise DataError(f"{tar}: key {sample.key} is a duplicate by {DEDUP}/; run `clipmill pack` again")
+        yield check_key(sample.key)
+
+
+def _find_sample(raw: Iterator[Sample], key: str, tar: str) -> Sample:
+    """The next sample of a key; those before it were not packed. Raises DataError."""
+    for sample in raw:
+        if sample.key == key:
+            return sample
+    raise DataError(f"{tar}: key {key} is not in its raw shard, or not in that order")
+
+
+def _raw_shards(root: str, shard: int) -> list[str]:
+    """Names of the raw shards that a final shard was made of, by its done-record; without one it has their number."""
+    done = read_done(join(root, SHARDS), shard)
+    if done is None:
+        return [shard_name(shard)]
+    tars = [path for path in done.inputs if path.startswith(f"{RAW}/") and path.endswith(".tar")]
+    return [path.removeprefix(f"{RAW}/").removesuffix(".tar") for path in tars]
+
+
+def _dropped_keys(root: str, shard: int) -> set[str]:
+    path = dedup_parquet(root, shard)
+    return {row["key"] for row in read_rows(path, ["key"])} if exists(path) else set()
+
+
+def _validate_plan(root: str, folder: str, shard: int) -> Iterator[str]:
+    path, tar = parquet_path(join(root, folder), shard), raw_tar(root, shard)
+    rows, done = read_rows(path, ["key", "reason"]), read_done(join(root, folder), shard)
+    if exists(join(root, RAW)):
+        _expect_keys(path, shard_keys(tar), [row["key"] for row in rows], tar)
+    counts = Counter(row["reason"] or "success" for row in rows)
+    if done is not None and done.counts != counts:
+        raise DataError(f"{path}: {dict(counts)}, its done-record says {done.counts}; run `clipmill pack` again")
+    for row in rows:
+        yield row["key"]
+
+
+def _validate_cache(root: str, folder: str, shard: int) -> Iterator[str]:
+    path, tar = parquet_path(join(root, folder), shard), tar_path(SHARDS, shard)
+    cached = TeacherShard(root, folder.removeprefix(f"{TEACHER}/"), shard)
+    index = ShardIndex(join(root, tar))
+    for file in cached.files:
+        _expect_keys(file.path, index.keys, file.keys, tar)
+    for name in index.column_names(cached.config["num_views"], texts=cached.find("text_0") is not None):
+        _validate_column(path, tar, name, index, cached.file(name))
+    if cached.inputs.get(tar) != sha256_file(join(root, tar)):
+        raise DataError(
+            f"{path}: made from another {tar}, its images and captions are the same; run `clipmill cache` again, it "
+            "embeds nothing"
+        )
+    yield from index.keys
+
+
+def _validate_column(path: str, tar: str, name: str, index: ShardIndex, file: EmbeddingFile) -> None:
+    """Raise DataError unless every row of a column was made from the shard's own content and is finite."""
+    update, vectors = plan_column_update(name, index, file), file.vectors(name)
+    if update is not None and len(update.new_rows):
+        raise DataError(
+            f"{path}: made from another {tar}: key {index.keys[int(update.new_rows[0])]} has another "
+            f"{'image' if name.startswith('image_') else 'caption'} than {name} was made from; run `clipmill "
+            "cache` again, it embeds what is new"
+        )
+    finite = np.isfinite(vectors.as_floats()).all(axis=1) | ~vectors.present
+    if not finite.all():
+        raise DataError(f"{path}: key {index.keys[int(finite.argmin())]} has no {name}; run `clipmill cache` again")
+
+
+def _validate_dedup(root: str, folder: str, shard: int) -> Iterator[str]:
+    path, tar = parquet_path(join(root, folder), shard), raw_tar(root, shard)
+    keys = set(shard_keys(tar)) if exists(join(root, RAW)) else None
+    for row in read_rows(path, ["key", "reason", "kept"]):
+        if keys is not None and row["key"] not in keys:
+            raise DataError(f"{path}: key {row['key']} is not in {tar}; run `clipmill dedup` again")
+        if row["reason"] not in (EXACT_DUPLICATE, NEAR_DUPLICATE):
+            raise DataError(f"{path}: key {row['key']} has reason {row['reason']!r}; run `clipmill dedup` again")
+        yield row["key"]
