@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.core.runner import Root
+from pipeline.core.command_line import Root
 from shards_spec.files import UserError, join
 from shards_spec.layout import shard_name
 from shards_spec.manifest import finished_shards

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from tyro.conf import OmitArgPrefixes
 
-from pipeline.core.runner import Root
+from pipeline.core.command_line import Root
 from shards_spec.embeddings import Dtype
 from shards_spec.files import UserError
 from shards_spec.models import Trust, model_label

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from tyro.conf import OmitArgPrefixes
 
 from pipeline.caption.decoding import Decoding
-from pipeline.core.runner import Root
+from pipeline.core.command_line import Root
 from shards_spec.files import UserError
 from shards_spec.models import Trust, model_label
 from shards_spec.names import check_name

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.core.runner import Root
+from pipeline.core.command_line import Root
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import tyro
 from shards_spec.files import UserError
 from shards_spec.suggest import did_you_mean
 
+Root = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ROOT")]  # the first field of a stage's config
 # command (of a recipe: "train RECIPE") to the arguments that its help shows
 EXAMPLES = {
     "ingest": "/data/cc3m --source Train_GCC-training.tsv",

@@ -7,9 +7,9 @@ import itertools
 import re
 import unicodedata
 
-RUN = re.compile(r"(\S)\1{9}")
+REPEATED_CHARACTER = re.compile(r"(\S)\1{9}")
 WORD_BREAK = re.compile(r"[\s,;:.!?|/·、，。_\-–—]+")
-SAME_WORDS = 5
+REPEATED_WORDS = 5  # in a row
 ADDRESS = re.compile(
     r"(?:[a-z][a-z0-9+.\-]*://|www\.)\S+"
     r"|\S+@[a-z0-9.\-]+\.[a-z]+"
@@ -22,9 +22,9 @@ ADDRESS = re.compile(
 
 
 def caption_problem(caption: str | None, min_chars: int, max_chars: int, sane: bool = True) -> str | None:
-    """A short stable reason to leave a caption out, or None. Lengths in characters, without space around; 0: no limit.
+    """Why a caption is left out (a reason on disk), or None. Lengths in characters without space around; 0: no limit.
 
-    ``sane`` asks for words, in any language: letters are Unicode's, and combining marks count as letters. A missing
+    ``sane`` demands words of any language: letters are Unicode's, and combining marks count as letters. A missing
     caption has length 0; with ``min_chars`` 0 it is no problem.
     """
     text = (caption or "").strip()
@@ -39,7 +39,7 @@ def caption_problem(caption: str | None, min_chars: int, max_chars: int, sane: b
     letters = sum(map(str.isalpha, text))
     if not letters:
         return "caption has no letters"
-    if RUN.search(text) or _repeats_a_word(text):
+    if REPEATED_CHARACTER.search(text) or _repeats_a_word(text):
         return "caption repeats itself"
     rest = sum(unicodedata.category(char)[0] == "M" or char.isspace() for char in text if not char.isalpha())
     return "caption is mostly symbols" if 2 * (letters + rest) < len(text) else None
@@ -47,11 +47,11 @@ def caption_problem(caption: str | None, min_chars: int, max_chars: int, sane: b
 
 def _repeats_a_word(text: str) -> bool:
     words = (word for word in WORD_BREAK.split(text.casefold()) if word)
-    return any(sum(1 for _ in same) >= SAME_WORDS for _, same in itertools.groupby(words))
+    return any(sum(1 for _ in same) >= REPEATED_WORDS for _, same in itertools.groupby(words))
 
 
 def image_problem(width: int, height: int, min_size: int, max_aspect: float) -> str | None:
-    """A short stable reason to leave an image out, or None. Pixels; ``max_aspect`` is longer side / shorter side."""
+    """Why an image is left out (a reason on disk), or None. Pixels; ``max_aspect`` is longer side / shorter side."""
     if min(width, height) < min_size:
         return "picture too small"
     return "aspect ratio too large" if max(width, height) > max_aspect * min(width, height) else None

@@ -17,9 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from pipeline.core.prefetch import prefetch_map
 from pipeline.core.progress import show_progress
@@ -110,27 +108,26 @@ class ShardsFailed(Exception):
 
 
 class ShardAssignment:
-    """Which shards this process makes of a stage: all of them. `slurm` has shares of several processes.
+    """The shards of a stage that this process makes: all of them. `slurm` divides them between processes.
 
-    `claim` is asked as late as possible, just before a shard is begun, and may be asked again for the same one.
+    `claim` is called as late as possible, just before a shard is begun, and maybe again for the same shard.
     """
 
     @property
     def is_complete(self) -> bool:
-        """Whether all shards are there at the end, so that the stage's totals can be written."""
+        """Whether all shards exist at the end of the run, so that the stage's totals can be written."""
         return True
 
     def claim(self, shard: int) -> bool:
-        """Whether to make the shard, unless it is done."""
+        """Whether this process may make the shard, unless it is finished."""
         return True
 
     def complete(self, shard: int, made: bool) -> None:
-        """The shard is there, or it failed."""
+        """Called when a claimed shard exists (``made``) or has failed."""
 
 
 ALL = ShardAssignment()
 Work = Callable[[str, Task], Result]
-Root = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ROOT")]  # a config's first field
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,8 @@
 import os
 from dataclasses import dataclass
 
+from pipeline.core.command_line import Root
 from pipeline.core.near_duplicates import MAX_NEAR_BITS
-from pipeline.core.runner import Root
 from shards_spec.files import UserError
 
 BYTES_PER_IMAGE = 150  # of memory, for each image that is compared at once

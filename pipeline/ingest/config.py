@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.core.runner import Root
+from pipeline.core.command_line import Root
 from pipeline.ingest.additional_columns import ALL_COLUMNS
 from pipeline.ingest.rows import Columns
 from pipeline.ingest.source_files import Format

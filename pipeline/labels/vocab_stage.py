@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from pipeline.core.runner import Root, upstream_shards
+from pipeline.core.command_line import Root
+from pipeline.core.runner import upstream_shards
 from pipeline.labels.catlip_pickle import catlip_bytes, read_catlip
 from pipeline.labels.labeler import LabelRule
 from pipeline.labels.wordnet import load_wordnet

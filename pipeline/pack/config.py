@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from pipeline.core.runner import Root
+from pipeline.core.command_line import Root
 from pipeline.labels.labeler import FUNCTION_WORDS, LabelRule
 from shards_spec.files import UserError, read_bytes
 
