@@ -276,12 +276,12 @@ def read_compatible_record(folder: str, stage: Stage, shard: int) -> Done | None
     extended = {name for name in changed if name in stage.extendable and done.config.get(name, 0) < stage.config[name]}
     if changed - extended:
         differences = [
-            f"{name}: {done.config.get(name)!r} there, {stage.config.get(name)!r} asked"
+            f"{name}: {done.config.get(name)!r} before, {stage.config.get(name)!r} now"
             for name in sorted(changed - extended)
         ]
         raise UserError(
             f"{folder}/{shard_name(shard)} was made with another config ({'; '.join(differences)}); "
-            "ask for the same, use another ROOT, or make it again with --overwrite"
+            "use the same config or another ROOT, or make it again with --overwrite"
         )
     return done
 

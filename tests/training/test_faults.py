@@ -142,7 +142,7 @@ def test_a_broken_config_is_written_anew_by_the_same_command(root, whole, tmp_pa
         (out / "config.json").write_bytes(broken)
     with pytest.raises(DataError, match="run the same `clipmill train` command again, it writes the file anew"):
         load_run(str(out))
-    with pytest.raises(UserError, match=r"lr: 0\.001 there, 0\.5 asked"):
+    with pytest.raises(UserError, match=r"lr: 0\.001 before, 0\.5 now"):
         train("clip", tiny_config("clip", root, str(out), **EVERY, lr=0.5))
     train("clip", tiny_config("clip", root, str(out), **EVERY))
     assert json.loads((out / "config.json").read_text())["lr"] == 0.001

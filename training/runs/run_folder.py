@@ -126,7 +126,7 @@ class RunDir:
         different = {field for field in {*there, *asked} - FREE_ON_RESUME if there.get(field) != asked.get(field)}
         if different <= {"steps", "epochs"} and steps(asked) >= steps(there):
             return
-        changed = [f"{field}: {there.get(field)!r} there, {asked.get(field)!r} asked" for field in sorted(different)]
+        changed = [f"{field}: {there.get(field)!r} before, {asked.get(field)!r} now" for field in sorted(different)]
         shorter = " (a run can be extended, not shortened)" if different <= {"steps", "epochs"} else ""
         raise UserError(
             f"{self.path} holds a run with another config ({'; '.join(changed)}){shorter}: ask for the same to go on, "

@@ -109,9 +109,9 @@ def test_a_stage_runs_on_a_url(built, model):
 
 
 def test_another_config_is_an_error_that_names_both(root, model):
-    with pytest.raises(UserError, match=r"num_captions: 2 there, 3 asked.*--overwrite"):
+    with pytest.raises(UserError, match=r"num_captions: 2 before, 3 now.*--overwrite"):
         caption(CaptionConfig(root, model, name="cap", num_captions=3, decoding=EIGHT))
-    with pytest.raises(UserError, match=r"num_views: 2 there, 1 asked"):
+    with pytest.raises(UserError, match=r"num_views: 2 before, 1 now"):
         cache(CacheConfig(root, model, name="tea", views=1))
     assert (
         caption(CaptionConfig(root, model, name="cap", num_captions=3, decoding=EIGHT, overwrite=True)).made == SHARDS

@@ -426,7 +426,7 @@ def test_a_rerun_makes_nothing_and_a_changed_raw_makes_it_again(root):
     raw(root, shards[:4])
     assert run(root).shards == 4
     assert len(list(Path(root, "dedup").iterdir())) == 8
-    with pytest.raises(UserError, match="near_bits: 3 there, 2 asked"):
+    with pytest.raises(UserError, match="near_bits: 3 before, 2 now"):
         run(root, near_bits=2)
 
 

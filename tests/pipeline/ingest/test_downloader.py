@@ -343,7 +343,7 @@ def test_selection_names_each_reason(server, tmp_path):
     assert (stats["successes"], stats["failed_to_resize"], stats["failed_to_download"]) == (3, 2, 8)
     assert ingest(config(tmp_path / "D", source, **options)).made == 0
     links.write_text("http://elsewhere/x\n")
-    with pytest.raises(UserError, match=r"another config .*exclusions: '[0-9a-f]{64}' there"):
+    with pytest.raises(UserError, match=r"another config .*exclusions: '[0-9a-f]{64}' before"):
         ingest(config(tmp_path / "D", source, **options))
     with pytest.raises(UserError, match=r"--exclude \S+nowhere: no such file"):
         ingest(config(tmp_path / "E", source, exclude=(str(tmp_path / "nowhere"),)))

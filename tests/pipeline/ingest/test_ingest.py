@@ -215,7 +215,7 @@ def test_a_rerun_does_only_what_is_missing_or_changed(server, tmp_path):
     assert ingest(config(root, write_list(source, rows))).made == 1
     assert rows_of(root, 2)[1]["caption"] == "another caption"
     with pytest.raises(
-        UserError, match=r"00000 was made with another config \(image_size: 48 there, 32 asked\).*--overwrite"
+        UserError, match=r"00000 was made with another config \(image_size: 48 before, 32 now\).*--overwrite"
     ):
         ingest(config(root, source, image_size=32))
     assert ingest(config(root, source, image_size=32, overwrite=True)).made == 3

@@ -122,7 +122,7 @@ def test_the_header_names_the_rule_of_the_shards(tmp_path):
     assert made.header["rule"] == config["rule"] == "catlip-released+collocations+stop"
     assert made.header["stop_words"] == config["stop_words"]
     made.check_rule(config, "it")
-    with pytest.raises(UserError, match=r"rule: 'catlip-released\+collocations\+stop' there, 'catlip-released' asked"):
+    with pytest.raises(UserError, match=r"rule: 'catlip-released\+collocations\+stop' before, 'catlip-released' now"):
         pack(PackConfig(root, workers=1))
 
 

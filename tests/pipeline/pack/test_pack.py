@@ -104,7 +104,7 @@ def test_captions_of_several_captioners_stand_in_the_order_named(root):
     assert pq.read_table(join(root, "shards/00000.parquet")).column("synthetic")[1].as_py() == sample.captions[1:]
     assert read_json(join(root, "dataset.json"))["stages"]["pack"]["config"]["captioner"] == ["two", "one"]
     assert check(CheckConfig(root)) == []
-    with pytest.raises(UserError, match=r"captioner: \['two', 'one'\] there, \['one', 'two'\] asked"):
+    with pytest.raises(UserError, match=r"captioner: \['two', 'one'\] before, \['one', 'two'\] now"):
         pack(PackConfig(root, captioner=("one", "two"), workers=1))
 
 
@@ -160,7 +160,7 @@ def test_captions_below_the_similarity_are_left_out(root):
     assert samples["000000002"].captions == [originals["000000002"]]
     assert "000000003" not in samples
     assert check(CheckConfig(root)) == []
-    with pytest.raises(UserError, match=r"min_similarity: 0\.25 there, None asked"):
+    with pytest.raises(UserError, match=r"min_similarity: 0\.25 before, None now"):
         pack(PackConfig(root, workers=1))
 
 
@@ -476,7 +476,7 @@ def test_a_changed_raw_shard_makes_again_what_reads_it_or_moved(equal):
 
 def test_another_shard_size_is_another_config(equal):
     before = tree(equal)
-    for size, words in ((4, "5 there, 4 asked"), (None, "5 there, None asked")):
+    for size, words in ((4, "5 before, 4 now"), (None, "5 before, None now")):
         with pytest.raises(UserError, match=f"shard_size: {words}"):
             pack(PackConfig(equal, shard_size=size, workers=1))
     assert tree(equal) == before

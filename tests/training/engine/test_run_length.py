@@ -133,9 +133,9 @@ def test_a_constant_rate_stays(root, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"steps": 3}, r"steps: 6 there, 3 asked\) \(a run can be extended, not shortened\)"),
-        ({"steps": None, "epochs": 0.5}, r"epochs: .* asked; steps: 6 there, None asked\) \(a run can be extended"),
-        ({"steps": 9, "lr": 0.5}, r"lr: 0\.001 there, 0\.5 asked; steps: 6 there, 9 asked\): ask for the same"),
+        ({"steps": 3}, r"steps: 6 before, 3 now\) \(a run can be extended, not shortened\)"),
+        ({"steps": None, "epochs": 0.5}, r"epochs: .* now; steps: 6 before, None now\) \(a run can be extended"),
+        ({"steps": 9, "lr": 0.5}, r"lr: 0\.001 before, 0\.5 now; steps: 6 before, 9 now\): ask for the same"),
     ],
     ids=str,
 )
@@ -158,7 +158,7 @@ def test_precision_auto_is_recorded_as_what_it_was(root, tmp_path):
     train("clip", tiny_config("clip", root, other, steps=2, precision="bf16", device="cpu"))
     train("clip", tiny_config("clip", root, other, steps=3, device="cpu"))
     assert json.loads(Path(other, "config.json").read_text())["precision"] == "bf16"
-    with pytest.raises(UserError, match="precision: 'bf16' there, 'fp32' asked"):
+    with pytest.raises(UserError, match="precision: 'bf16' before, 'fp32' now"):
         train("clip", tiny_config("clip", root, other, steps=3, precision="fp32", device="cpu"))
 
 
