@@ -59,7 +59,7 @@ COMMANDS |= {
     "train": Command("train RECIPE: a student from shards and cache -> RUN"),
     "eval": Command(
         "zero-shot classification and retrieval",
-        "training.evaluation.stage:EvalConfig",
+        "training.evaluation.config:EvalConfig",
         "training.evaluation.stage:evaluate",
     ),
     "export": Command("RUN -> an open_clip folder", "training.export:ExportConfig", "training.export:export"),

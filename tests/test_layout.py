@@ -1,4 +1,4 @@
-"""Rules about the code itself: floors, owners of the import names, sizes, speed of --help."""
+"""Rules about the code itself: floors and rooms, owners of the import names, sizes, plain code, speed of --help."""
 
 import ast
 import importlib.metadata
@@ -22,7 +22,25 @@ FLOORS = {
     "slurm": {"slurm", "training", "pipeline", "shards_spec"},
 }
 SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
-MAX_LINES, MAX_FUNCTION = 500, 80  # complexity is what ruff limits
+MAX_LINES = 500
+# Inside pipeline: a stage's package imports core, and of other stages only what stands here.
+STAGE_IMPORTS = {
+    "check": {"cache", "dedup"},  # it validates what they wrote, by their own rules
+    "pack": {"dedup", "labels"},  # it drops dedup's duplicates and labels captions with synsets
+}
+# Inside training: what a package or module must not import; the rest is free.
+ABOVE = {
+    "config": {"data", "engine", "evaluation", "losses", "models", "recipes", "runs", "trainer"},
+    "losses": {"config", "data", "engine", "evaluation", "models", "recipes", "runs", "trainer"},
+    "data": {"engine", "evaluation", "models", "recipes", "runs", "trainer"},
+    "models": {"engine", "evaluation", "recipes", "trainer"},
+    "engine": {"evaluation", "models", "recipes", "runs", "trainer"},
+    "runs": {"engine", "evaluation", "recipes", "trainer"},
+    "evaluation": {"engine", "recipes", "trainer"},
+    "recipes": {"trainer"},
+}
+# Where the code reads aloud (`test_code_reads_aloud`).
+PLAIN = ("pipeline/check",)
 
 
 def imported(path: Path) -> set[str]:
@@ -56,12 +74,57 @@ def test_no_file_hides_a_standard_module():
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_and_functions_stay_small(path):
+def test_files_stay_small(path):
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+def rooms_imported(path: Path, floor: str) -> set[str]:
+    """The packages and modules directly below a floor that a file imports, its own package excepted."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == floor:
+            modules = [f"{floor}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules = [node.module]
+        rooms |= {module.split(".")[1] for module in modules if module.startswith(f"{floor}.")}
+    return rooms - {room_of(path)}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").parts[1]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pipeline").glob("*/**/*.py")), ids=lambda path: path.stem)
+def test_stages_import_core_and_each_other_only_where_it_is_listed(path):
+    others = rooms_imported(path, "pipeline") - {"core"}
+    allowed = STAGE_IMPORTS.get(room_of(path), set())
+    assert others <= allowed, f"pipeline/{room_of(path)} imports {others - allowed}; move what is shared to core"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "training").rglob("*.py")), ids=lambda path: path.stem)
+def test_rooms_of_training_import_downward(path):
+    wrong = rooms_imported(path, "training") & ABOVE.get(room_of(path), set())
+    assert not wrong, f"training/{room_of(path)} imports {wrong}, which stand above it"
+
+
+@pytest.mark.parametrize("path", [path for room in PLAIN for path in sorted((ROOT / room).rglob("*.py"))],
+                         ids=lambda path: str(path.relative_to(ROOT)))  # fmt: skip
+def test_code_reads_aloud(path):
+    """No line that the formatter must not touch, no packed assignment, loops and conditions one at a time."""
     text = path.read_text()
-    assert len(text.splitlines()) <= MAX_LINES
+    assert "fmt: skip" not in text
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno - node.lineno + 1 <= MAX_FUNCTION, f"{node.name} has too many lines"
+        where = f"line {getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+            assert all(len(target.elts) < 3 for target in node.targets if isinstance(target, ast.Tuple)), where
+        if isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+            assert len(node.generators) == 1, f"{where}: a comprehension of two loops"
+        if isinstance(node, ast.IfExp):
+            parts = [part for child in (node.test, node.body, node.orelse) for part in ast.walk(child)]
+            assert not any(isinstance(part, ast.IfExp) for part in parts), f"{where}: nested conditional expressions"
 
 
 def test_the_table_of_stages_names_what_is_there():
