@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from training.config import OptimConfig
 from training.engine.optim import build_optimizer
-from training.losses.distillation import clip_loss
+from training.losses.contrastive import clip_loss
 from training.models.inheritance import freeze, inherit_siclip
 from training.models.mobileclip import forward_shared, forward_tail
 

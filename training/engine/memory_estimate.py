@@ -18,7 +18,7 @@ from torch import Tensor
 from shards_spec.precision import Precision
 from training.engine.gradients import Batch, split
 from training.engine.sync_batch_norm import kept_statistics
-from training.losses.distillation import ROWS, WHOLE
+from training.losses.similarity import BLOCK_ROWS, MAX_WHOLE
 
 MIB = 2**20
 
@@ -83,10 +83,10 @@ class Profile:
         )  # fmt: skip
 
     def _losses_at(self, size: int) -> float:
-        """Matrices of all pairs above `WHOLE` rows are there a block of `ROWS` at a time."""
+        """Matrices of all pairs above `MAX_WHOLE` rows are there a block of `BLOCK_ROWS` at a time."""
         sizes, found = np.array(self.losses, float).T
         squared, linear, constant = np.polyfit(sizes, found, 2)
-        return float(squared * size * (size if size <= WHOLE else ROWS) + linear * size + constant)
+        return float(squared * size * (size if size <= MAX_WHOLE else BLOCK_ROWS) + linear * size + constant)
 
 
 def predict_memory(

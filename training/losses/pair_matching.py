@@ -1,10 +1,10 @@
 """Pair matching (SiCLIP, arXiv 2411.14789): does this image belong to this text? Hard negatives, a linear head.
 
-N pairs of the whole batch, D feature dimensions. Each image takes one wrong text and each text one wrong image,
-drawn by the softmax of their similarities; a hyperplane over the product of the two features then tells the N right
-pairs from the 2N wrong ones. The paper's formulas could not be seen: the combination by product, the normalisation and
-the draw by the student's own similarity are readings. (A hyperplane over [image; text] would be additive, g(i) + h(t):
-whatever it gives both right pairs of two together, it gives to both swapped ones.)
+N pairs of the whole batch, D feature dimensions. Each image is paired with one wrong text and each text with one wrong
+image, drawn by the softmax of their similarities. A hyperplane over the product of the two features then separates the
+N matching pairs from the 2N others. The paper's formulas were not available: the combination by product, the
+normalisation and the draw by the student's own similarity are interpretations. (A hyperplane over [image; text] would
+be additive, g(i) + h(t): it would give two swapped pairs together the same sum as the two matching ones.)
 """
 
 import hashlib
@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shards_spec.counter_rng import raw_draws, uniform_draws
-from training.losses.distillation import full
+from training.losses.similarity import upcast
 
 
 class Negatives(NamedTuple):
     """Per pair the index of a wrong text for its image and of a wrong image for its text, (N,) int64 each.
 
-    -1 where there is none: every other pair of the batch is a duplicate.
+    -1 means that there is none: every other pair of the batch is a duplicate.
     """
 
     texts: Tensor
@@ -31,9 +31,14 @@ class Negatives(NamedTuple):
 
 
 class PairHead(nn.Module):
-    """W (D v^ * s^) + b: logits of an image and a text, v^ and s^ of unit length; ``raw`` takes v * s as they are.
+    """Logits of an image's and a text's features: W (D v^ * s^) + b, with v^ and s^ of unit length.
 
-    The factor D makes the inputs O(1), without it they are about 1/D. Two logits (no match, match), or one.
+    The factor D makes the inputs O(1); without it they are about 1/D.
+
+    Args:
+        dim: D.
+        logits: 2 (no match, match), or 1.
+        raw: Use v * s as they are instead.
     """
 
     def __init__(self, dim: int, logits: int = 2, raw: bool = False) -> None:
@@ -42,22 +47,27 @@ class PairHead(nn.Module):
         self.linear = nn.Linear(dim, logits)
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
-        """(M, D), (M, D) -> (M, logits)."""
+        """Return the logits (M, logits) of M images (M, D) and texts (M, D)."""
         with torch.autocast(image.device.type, enabled=False):
-            image, text = full(image), full(text)
+            image, text = upcast(image), upcast(text)
             if self.raw:
                 return self.linear(image * text)
             return self.linear(image.shape[-1] * F.normalize(image, dim=-1) * F.normalize(text, dim=-1))
 
 
 def pair_loss(head: PairHead, image: Tensor, text: Tensor, negatives: Negatives) -> Tensor:
-    """Mean cross-entropy over 3N pairs: N right ones, N with a wrong text, N with a wrong image.
+    """Return the mean cross-entropy over 3N pairs: N matching ones, N with a wrong text, N with a wrong image.
 
-    (N, D) features, of any length -> scalar. Missing negatives leave the mean.
+    Args:
+        head: The classifier of pairs.
+        image: (N, D) features of any length.
+        text: (N, D) features of any length.
+        negatives: The wrong texts and images; missing ones do not count.
     """
     count = len(image)
-    there = torch.cat([torch.ones_like(negatives.texts), *negatives]) >= 0
-    wrong_texts, wrong_images = (index.clamp(min=0) for index in negatives)
+    exists = torch.cat([torch.ones_like(negatives.texts), *negatives]) >= 0
+    wrong_texts = negatives.texts.clamp(min=0)
+    wrong_images = negatives.images.clamp(min=0)
     logits = head(
         torch.cat([image, image, image[wrong_images]]),
         torch.cat([text, text[wrong_texts], text]),
@@ -67,16 +77,21 @@ def pair_loss(head: PairHead, image: Tensor, text: Tensor, negatives: Negatives)
         losses = F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype), reduction="none")
     else:
         losses = F.cross_entropy(logits, labels, reduction="none")
-    return (losses * there).sum() / there.sum()
+    return (losses * exists).sum() / exists.sum()
 
 
 @torch.no_grad()
 def sample_negatives(similarity: Tensor, ids: Sequence[Tensor], seed: int, step: int) -> Negatives:
-    """Draw the wrong partners of a whole batch: probabilities are the softmax over rows and over columns.
+    """Draw the wrong texts and images of a whole batch, by the softmax over rows and over columns.
 
-    ``similarity`` (N, N) are logits, rows are images; ``ids`` are (N,) int64 each, and no pair is the negative of one
-    that has the same id in any of them. Pure in its arguments: pair n takes draws 2n and 2n + 1 of (seed, step), so
-    processes that hold the whole batch agree.
+    A pure function of its arguments: pair n uses the draws 2n and 2n + 1 of (seed, step), so all processes that hold
+    the whole batch agree.
+
+    Args:
+        similarity: (N, N) logits; rows are images.
+        ids: (N,) int64 each; two pairs with the same id in any of them are no negatives of each other.
+        seed: Seed of the run.
+        step: The step.
     """
     count = len(similarity)
     blocked = torch.eye(count, dtype=torch.bool, device=similarity.device)
@@ -87,13 +102,20 @@ def sample_negatives(similarity: Tensor, ids: Sequence[Tensor], seed: int, step:
 
 
 def _draw(logits: Tensor, blocked: Tensor, uniforms: Tensor) -> Tensor:
-    """One allowed column per row by the inverse of its distribution: (N, M), (N, M) bool, (N,) -> (N,) int64, or -1.
+    """Draw one allowed column per row by inverse transform sampling.
 
-    Blocked ones are masked before the softmax: taken out after it, nothing may be left of the rest in float32.
+    Args:
+        logits: (N, M); a row's distribution is their softmax over the allowed columns.
+        blocked: (N, M) bool, columns that are not allowed. They are masked before the softmax: if they were removed
+            after it, nothing might be left of the others in float32.
+        uniforms: (N,) in [0, 1).
+
+    Returns:
+        (N,) int64, -1 where no column is allowed.
     """
-    weights = full(logits).masked_fill(blocked, -torch.inf).softmax(dim=1).double()
-    weights = weights.nan_to_num(0)  # all blocked: 0 / 0
-    # steps of width 0 stay so whatever a parallel sum rounds: the running maximum takes over the place before
+    weights = upcast(logits).masked_fill(blocked, -torch.inf).softmax(dim=1).double()
+    weights = weights.nan_to_num(0)  # a row without an allowed column is 0 / 0
+    # a blocked column has width 0: it takes the bound before it, however a parallel cumulative sum rounds
     bounds = weights.cumsum(dim=1).masked_fill(weights == 0, 0).cummax(dim=1).values
     total = bounds[:, -1]
     below = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
@@ -103,13 +125,13 @@ def _draw(logits: Tensor, blocked: Tensor, uniforms: Tensor) -> Tensor:
 
 @torch.compiler.disable
 def text_ids(tokens: Tensor) -> Tensor:
-    """Equal rows have equal numbers: (B, T) -> (B,) int64, a random linear hash modulo 2**64."""
+    """Return a number per text, equal for equal rows: (B, T) -> (B,) int64, a random linear hash modulo 2**64."""
     factors = raw_draws("text ids", tokens.shape[1]).view(np.int64)
     return (tokens.long() * torch.from_numpy(factors).to(tokens.device)).sum(dim=1)
 
 
-@torch.compiler.disable  # hashes are NumPy's and Python's work
+@torch.compiler.disable  # hashes are computed by Python and NumPy
 def key_ids(keys: Sequence[str], device: torch.device) -> Tensor:
-    """A number per sample key: (B,) int64."""
+    """Return a number per sample key, (B,) int64."""
     digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
     return torch.from_numpy(np.frombuffer(digests, "<i8").astype(np.int64)).to(device)

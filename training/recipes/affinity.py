@@ -23,7 +23,8 @@ from shards_spec.files import UserError
 from shards_spec.models import LoadedModel
 from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TeacherCacheConfig, require
 from training.data.teacher_cache import TeacherCache
-from training.losses.distillation import affinity_loss, clip_loss, feature_loss
+from training.losses.contrastive import clip_loss
+from training.losses.distillation import affinity_loss, feature_loss
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,9 @@ class AffinityTask(nn.Module):
         teacher_image, teacher_text = features["teacher_image"], features["teacher_text"]
         scale = self.student.logit_scale.exp() if self.scale is None else self.scale
         losses = {
-            "affinity": lambda: affinity_loss(image, text, teacher_image, teacher_text, scale, self.teacher_scale),
+            "affinity": lambda: affinity_loss(
+                image, text, teacher_image, teacher_text, student_scale=scale, teacher_scale=self.teacher_scale
+            ),
             "feature": lambda: feature_loss(image, text, teacher_image, teacher_text),
             "contrastive": lambda: clip_loss(image, text, scale),
         }

@@ -18,7 +18,7 @@ from tyro.conf import OmitArgPrefixes
 from shards_spec.models import LoadedModel
 from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
 from training.data.teacher_cache import TeacherCache
-from training.losses.distillation import clip_loss
+from training.losses.contrastive import clip_loss
 
 
 @dataclass(frozen=True)

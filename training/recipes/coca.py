@@ -20,7 +20,7 @@ from shards_spec.files import UserError
 from shards_spec.models import LoadedModel
 from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig, require
 from training.data.teacher_cache import TeacherCache
-from training.losses.distillation import clip_loss
+from training.losses.contrastive import clip_loss
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,10 @@ from shards_spec.files import UserError
 from shards_spec.models import NO_TRUST, LoadedModel, Trust, load_model
 from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TeacherCacheConfig, ViewConfig, require
 from training.data.teacher_cache import TeacherCache
-from training.losses.distillation import clip_loss, element_feature_loss, full, interactive_loss, relation_loss
+from training.losses.contrastive import clip_loss
+from training.losses.distillation import element_feature_loss, interactive_loss, relation_loss
 from training.losses.pair_matching import PairHead, key_ids, pair_loss, sample_negatives, text_ids
+from training.losses.similarity import upcast
 from training.models.inheritance import freeze, inherit_siclip
 from training.models.mobileclip import forward_shared, forward_tail, with_text_tower
 from training.runs.student import load_run, new_student
@@ -182,9 +184,9 @@ class SiclipTask(nn.Module):
             student = forward_tail(self.student, hidden[0]), self.student.text.forward_tail(hidden[1], tokens)
         else:
             student = self.student.encode_image(images), self.student.encode_text(tokens)
-        features = {"image": full(student[0]), "text": full(student[1])}
+        features = {"image": upcast(student[0]), "text": upcast(student[1])}
         if config.taught:
-            features |= {"teacher_image": full(teacher[0]), "teacher_text": full(teacher[1])}
+            features |= {"teacher_image": upcast(teacher[0]), "teacher_text": upcast(teacher[1])}
         if config.pm_weight:
             features |= {"text_ids": text_ids(tokens), "key_ids": key_ids(batch["keys"], tokens.device)}
         return features
@@ -200,7 +202,10 @@ class SiclipTask(nn.Module):
         terms: dict[str, tuple[float, Callable[[], Tensor]]] = {
             "contrastive": (config.clip_weight, lambda: clip_loss(unit["image"], unit["text"], scale)),
             "feature": (config.fd_weight, lambda: element_feature_loss(*four())),
-            "relation": (config.crd_weight, lambda: relation_loss(*four(), scale, self.teacher_scale)),
+            "relation": (
+                config.crd_weight,
+                lambda: relation_loss(*four(), student_scale=scale, teacher_scale=self.teacher_scale),
+            ),
             "interactive": (config.icl_weight, lambda: interactive_loss(*four(), self._icl_scale())),
             "pairs": (config.pm_weight, lambda: self._pair_loss(features, unit, step)),
         }

@@ -445,7 +445,7 @@ def test_the_loss_from_the_cache_is_the_live_teachers(root, model, dtype, tolera
             student = [torch.nn.functional.normalize(torch.randn(10, 16, generator=rng), dim=-1) for _ in range(2)]
             rng.manual_seed(0)
             student[0].requires_grad_()
-            loss = affinity_loss(*student, image_features, text_features, 50.0, scale)
+            loss = affinity_loss(*student, image_features, text_features, student_scale=50.0, teacher_scale=scale)
             loss.backward()
             results.append((loss.detach(), student[0].grad))
         assert abs(results[0][0] - results[1][0]) <= tolerance * max(1, abs(results[0][0]))

@@ -26,7 +26,7 @@ from training.engine import batch_fit as fit
 from training.engine.batch_fit import available_bytes, choose, halved, profiles
 from training.engine.gradients import Gradients
 from training.engine.memory_estimate import Profile
-from training.losses import distillation as losses
+from training.losses import contrastive, distillation, similarity
 from training.recipes import RECIPES
 from training.trainer import predict, prepare, train
 
@@ -233,8 +233,17 @@ def test_a_real_allocator_without_memory_halves_the_chunk(root, tmp_path):
 
 
 @pytest.mark.parametrize("rows", [3, 4, 16])
-@pytest.mark.parametrize("name", ["clip_loss", "affinity_loss", "relation_loss", "interactive_loss"])
-def test_losses_in_blocks_of_rows_are_the_whole(name, rows, monkeypatch):
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda *features, scale: contrastive.clip_loss(*features[:2], scale),
+        lambda *features, scale: distillation.affinity_loss(*features, student_scale=scale, teacher_scale=3.0),
+        lambda *features, scale: distillation.relation_loss(*features, student_scale=scale, teacher_scale=3.0),
+        lambda *features, scale: distillation.interactive_loss(*features, scale),
+    ],
+    ids=["clip_loss", "affinity_loss", "relation_loss", "interactive_loss"],
+)
+def test_losses_in_blocks_of_rows_are_the_whole(loss, rows, monkeypatch):
     """In float64, with their gradients at features and scale; also through `torch.autograd.grad`, as chunks do."""
     generator = torch.Generator().manual_seed(0)
     features = [
@@ -242,25 +251,24 @@ def test_losses_in_blocks_of_rows_are_the_whole(name, rows, monkeypatch):
     ]
     found = []
     for whole in (10, 9):
-        monkeypatch.setattr(losses, "WHOLE", whole)
-        monkeypatch.setattr(losses, "ROWS", rows)
+        monkeypatch.setattr(similarity, "MAX_WHOLE", whole)
+        monkeypatch.setattr(similarity, "BLOCK_ROWS", rows)
         leaves = [value.clone().requires_grad_() for value in features]
         scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
-        own = leaves[:2] if name == "clip_loss" else leaves
-        scales = [scale, 3.0] if name in ("affinity_loss", "relation_loss") else [scale]
-        loss = getattr(losses, name)(*own, *scales)
-        found.append((loss.detach(), *torch.autograd.grad(loss, [*leaves[:2], scale])))
+        value = loss(*leaves, scale=scale)
+        found.append((value.detach(), *torch.autograd.grad(value, [*leaves[:2], scale])))
     for value, expected in zip(*found, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_memory_of_losses_in_blocks_is_linear_in_the_batch(root):
-    """Above `WHOLE` pairs the four matrices of all pairs are never there, and are not predicted."""
-    config = tiny_config("affinity", root, "unused", batch_size=losses.WHOLE)
+    """Above `MAX_WHOLE` pairs the four matrices of all pairs are never there, and are not predicted."""
+    config = tiny_config("affinity", root, "unused", batch_size=similarity.MAX_WHOLE)
     _, samples, task = prepare("affinity", config)
     [(one, _)] = profiles(config, samples, task)
-    whole, blocks = (one.at(size, chunk_size=1).activations for size in (losses.WHOLE, losses.WHOLE + 1))
-    assert whole > 3 * losses.WHOLE**2 * 4
+    whole = one.at(similarity.MAX_WHOLE, chunk_size=1).activations
+    blocks = one.at(similarity.MAX_WHOLE + 1, chunk_size=1).activations
+    assert whole > 3 * similarity.MAX_WHOLE**2 * 4
     assert blocks < whole / 7
 
 

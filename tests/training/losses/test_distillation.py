@@ -10,7 +10,8 @@ from torch import nn
 from shards_spec.files import UserError
 from training.config import OptimConfig
 from training.engine.optim import build_optimizer, learning_rate, param_groups
-from training.losses.distillation import affinity_loss, clip_loss, feature_loss
+from training.losses.contrastive import clip_loss
+from training.losses.distillation import affinity_loss, feature_loss
 
 EYE = torch.eye(2)
 
@@ -26,13 +27,17 @@ EYE = torch.eye(2)
     ],
 )
 def test_affinity_of_identity_features(student, teacher, loss):
-    assert affinity_loss(EYE, EYE, EYE, EYE, student, teacher).item() == pytest.approx(loss, abs=1e-6)
+    assert affinity_loss(EYE, EYE, EYE, EYE, student_scale=student, teacher_scale=teacher).item() == pytest.approx(
+        loss, abs=1e-6
+    )
 
 
 def test_affinity_has_two_directions():
     texts = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     scale = math.log(3)
-    assert affinity_loss(EYE, texts, EYE, EYE, scale, scale).item() == pytest.approx(0.765068, abs=1e-6)
+    assert affinity_loss(EYE, texts, EYE, EYE, student_scale=scale, teacher_scale=scale).item() == pytest.approx(
+        0.765068, abs=1e-6
+    )
     # rows alone and columns alone: 0.693147 and 0.836988
     assert (math.log(2) + 0.836988) / 2 == pytest.approx(0.765068, abs=1e-6)
 
@@ -45,7 +50,7 @@ def features(*seeds, n=6, d=5):
 def test_affinity_gradient_is_the_difference_of_softmaxes():
     student_image, student_text, image, text = features(0, 1, 2, 3)
     scale = torch.tensor(7.0, requires_grad=True, dtype=torch.float64)
-    affinity_loss(student_image, student_text, image, text, scale, 5.0).backward()
+    affinity_loss(student_image, student_text, image, text, student_scale=scale, teacher_scale=5.0).backward()
     similarity, target = student_image @ student_text.T, 5 * image @ text.T
     rows = (7 * similarity).softmax(1) - target.softmax(1)
     columns = (7 * similarity).softmax(0) - target.softmax(0)
@@ -56,7 +61,7 @@ def test_affinity_gradient_is_the_difference_of_softmaxes():
 def test_affinity_at_the_teacher_is_its_entropy_with_no_gradient():
     image, text = features(0, 1)
     student = image.clone().requires_grad_()
-    loss = affinity_loss(student, text, image, text, 20.0, 20.0)
+    loss = affinity_loss(student, text, image, text, student_scale=20.0, teacher_scale=20.0)
     logits = 20 * image @ text.T
     entropy = sum(-(p * p.log()).sum(1).mean() for p in (logits.softmax(1), logits.T.softmax(1))) / 2
     assert loss.item() == pytest.approx(entropy.item(), abs=1e-12)

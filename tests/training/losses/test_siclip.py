@@ -11,9 +11,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
+from training.losses.contrastive import clip_loss
 from training.losses.distillation import (
     affinity_loss,
-    clip_loss,
     element_feature_loss,
     feature_loss,
     interactive_loss,
@@ -65,7 +65,7 @@ def test_losses_equal_numpy():
     expected = [
         (clip_loss(*student[:2], 6.0), contrastive),
         (element_feature_loss(*student), feature),
-        (relation_loss(*student, 6.0, 9.0), numpy_relation(*arrays, 6.0, 9.0)),
+        (relation_loss(*student, student_scale=6.0, teacher_scale=9.0), numpy_relation(*arrays, 6.0, 9.0)),
         (interactive_loss(*student, 6.0), numpy_diagonal(6.0, (image, teacher_text), (text, teacher_image))),
     ]
     for found, number in expected:
@@ -77,7 +77,7 @@ def test_losses_equal_numpy():
     "loss",
     [
         element_feature_loss,
-        lambda *features: relation_loss(*features, 6.0, 9.0),
+        lambda *features: relation_loss(*features, student_scale=6.0, teacher_scale=9.0),
         lambda *features: interactive_loss(*features, 6.0),
     ],
 )
@@ -96,9 +96,11 @@ def test_losses_are_float32_under_autocast():
 
     def losses():
         return (
-            element_feature_loss(*features), relation_loss(*features, 6.0, 9.0), interactive_loss(*features, 6.0),
+            element_feature_loss(*features),
+            relation_loss(*features, student_scale=6.0, teacher_scale=9.0),
+            interactive_loss(*features, 6.0),
             pair_loss(head, *features[:2], negatives),
-        )  # fmt: skip
+        )
 
     plain = losses()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -118,16 +120,19 @@ def test_feature_distillation_by_elements():  # fact 8
 
 def test_relation_golden():  # fact 9
     image, text = tensors(unit(0), unit(1))
-    assert relation_loss(image, text, image, text, 20.0, 20.0).item() < 1e-8
-    assert relation_loss(EYE, EYE, EYE, EYE, 0.0, math.log(3)).item() == pytest.approx(0.130812, abs=1e-6)
-    assert relation_loss(EYE, EYE, EYE, EYE, math.log(3), 0.0).item() == pytest.approx(0.143841, abs=1e-6)
+    assert relation_loss(image, text, image, text, student_scale=20.0, teacher_scale=20.0).item() < 1e-8
+    for student_scale, teacher_scale, value in ((0.0, math.log(3), 0.130812), (math.log(3), 0.0, 0.143841)):
+        loss = relation_loss(EYE, EYE, EYE, EYE, student_scale=student_scale, teacher_scale=teacher_scale)
+        assert loss.item() == pytest.approx(value, abs=1e-6)
 
 
 def test_relation_is_affinity_less_the_entropy_of_the_teacher():
     features = tensors(*(unit(seed) for seed in range(4)))
-    entropy = affinity_loss(*features[2:], *features[2:], 9.0, 9.0)
-    expected = affinity_loss(*features, 6.0, 9.0) - entropy
-    assert relation_loss(*features, 6.0, 9.0).item() == pytest.approx(expected.item(), abs=1e-12)
+    entropy = affinity_loss(*features[2:], *features[2:], student_scale=9.0, teacher_scale=9.0)
+    expected = affinity_loss(*features, student_scale=6.0, teacher_scale=9.0) - entropy
+    assert relation_loss(*features, student_scale=6.0, teacher_scale=9.0).item() == pytest.approx(
+        expected.item(), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize(("scale", "loss"), [(2.6593, 4.6863), (14.2857, 0.00095872), (0.0, 7.3369)])

@@ -10,7 +10,7 @@ from timm.utils import reparameterize_model
 
 from training.config import OptimConfig
 from training.engine.optim import build_optimizer
-from training.losses.distillation import clip_loss
+from training.losses.contrastive import clip_loss
 from training.models.inheritance import freeze, in_teacher, inherit, inherit_siclip
 from training.models.mobileclip import forward_shared, forward_tail, with_text_tower
 

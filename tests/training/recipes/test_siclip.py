@@ -16,7 +16,7 @@ from training.config import DataConfig, ModelConfig, TeacherCacheConfig, ViewCon
 from training.data.batches import load_batches
 from training.data.samples import draw_caption, open_samples
 from training.engine.optim import build_optimizer, param_groups
-from training.losses import distillation as formulas
+from training.losses import contrastive, distillation
 from training.losses.pair_matching import pair_loss, sample_negatives
 from training.recipes import siclip
 from training.runs.student import new_student
@@ -117,10 +117,10 @@ def test_losses_are_the_weighted_terms(base_file):  # fact 14
     ids = features["text_ids"], features["key_ids"]
     negatives = sample_negatives(scale * image @ text.T, ids, seed=0, step=4)
     terms = {
-        "contrastive": formulas.clip_loss(image, text, scale),
+        "contrastive": contrastive.clip_loss(image, text, scale),
         "feature": ((image - teacher_image) ** 2).mean() + ((text - teacher_text) ** 2).mean(),
-        "relation": formulas.relation_loss(*four, scale, 40.0),
-        "interactive": formulas.interactive_loss(*four, 1 / 0.07),
+        "relation": distillation.relation_loss(*four, student_scale=scale, teacher_scale=40.0),
+        "interactive": distillation.interactive_loss(*four, 1 / 0.07),
         "pairs": pair_loss(task.head, features["image"], features["text"], negatives),
     }
     losses = task.losses(features, step=4)
