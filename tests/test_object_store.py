@@ -322,13 +322,13 @@ def test_a_killed_ingest_and_its_rerun_leave_the_objects_of_an_undisturbed_run(b
 
 def test_a_finished_dataset_is_passed_over_with_few_requests(bucket, store):
     """The runner's own requests; its tasks do nothing."""
-    from pipeline.core.runner import Result, Stage, Task, run_stage
+    from pipeline.core.runner import ShardResult, ShardTask, Stage, run_stage
 
     root, stage = f"s3://{bucket}/ds", Stage("nothing", "raw", {})
-    tasks = [Task(number, {"rows": str(number)}) for number in range(200)]
+    tasks = [ShardTask(number, {"rows": str(number)}) for number in range(200)]
 
-    def work(root: str, task: Task) -> Result:
-        return Result({"success": 1}, {})
+    def work(root: str, task: ShardTask) -> ShardResult:
+        return ShardResult({"success": 1}, {})
 
     assert run_stage(root, stage, tasks, work).made == 200
     store.requests.clear()

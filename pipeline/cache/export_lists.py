@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core.runner import Result, RunOptions, Stage, Summary, Task, run_stage, upstream_shards
+from pipeline.core.runner import RunOptions, ShardResult, ShardTask, Stage, Summary, run_stage, upstream_shards
 from shards_spec.files import UserError, join, names
 from shards_spec.layout import STAGES, TEACHER, teacher_folder
 from shards_spec.manifest import read_done
@@ -31,12 +31,12 @@ def export_lists(root: str, name: str, overwrite: bool) -> Summary:
         done = read_done(join(root, folder), shard)
         return done.outputs if done else {}
 
-    tasks = (Task(shard, inputs(shard)) for shard in shards)
+    tasks = (ShardTask(shard, inputs(shard)) for shard in shards)
     work = partial(_export_shard, stage=stage, name=name)
     return run_stage(root, stage, tasks, work, RunOptions(total=len(shards), overwrite=overwrite))
 
 
-def _export_shard(root: str, task: Task, *, stage: Stage, name: str) -> Result:
+def _export_shard(root: str, task: ShardTask, *, stage: Stage, name: str) -> ShardResult:
     cached = TeacherShard(root, name, task.shard)
     spec = stored_spec(cached.path, cached.config["views"])
     keys = cached.files[-1].keys
@@ -48,7 +48,7 @@ def _export_shard(root: str, task: Task, *, stage: Stage, name: str) -> Result:
         table[column] = _lists(vectors.as_floats().astype(np.float32), vectors.present)
     files = ShardWriter(root, stage.folder, task.shard)
     files.write_parquet(pa.table(table))
-    return Result({"success": len(keys)}, files.outputs)
+    return ShardResult({"success": len(keys)}, files.outputs)
 
 
 def _columns(cached: TeacherShard) -> list[str]:

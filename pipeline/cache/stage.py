@@ -14,12 +14,12 @@ from pipeline.cache.incremental import ColumnUpdate, ShardIndex, plan_column_upd
 from pipeline.core.devices import worker_initializer
 from pipeline.core.runner import (
     ALL,
-    Result,
     RunOptions,
     ShardAssignment,
+    ShardResult,
+    ShardTask,
     Stage,
     Summary,
-    Task,
     run_stage,
     tar_tasks,
     upstream_shards,
@@ -117,8 +117,8 @@ def _identity(config: CacheConfig, loaded: LoadedModel) -> dict[str, Any]:
 
 
 def cache_shard(
-    root: str, task: Task, *, stage: Stage, config: CacheConfig, embedder: "Embedder | None" = None
-) -> Result:
+    root: str, task: ShardTask, *, stage: Stage, config: CacheConfig, embedder: "Embedder | None" = None
+) -> ShardResult:
     """Bring the cache of one final shard up to date: what it lacks goes to one new Parquet file, in the shard's order.
 
     Raises DataError naming file and key when an image does not decode: a missing row would be an error later.
@@ -154,7 +154,7 @@ def cache_shard(
     _remove_stale_files(root, stage.folder, task.shard, outputs, previous)
     captions = sum(map(len, shard.captions)) if has_texts else 0
     counters = {"image vectors": len(shard.keys) * config.views, "text vectors": captions}
-    return Result({"success": len(shard.keys)}, outputs, counters=counters, measurements=measurements)
+    return ShardResult({"success": len(shard.keys)}, outputs, counters=counters, measurements=measurements)
 
 
 def _software() -> dict[str, str]:

@@ -17,12 +17,12 @@ from pipeline.core.devices import worker_initializer
 from pipeline.core.prefetch import batches, prefetch_map
 from pipeline.core.runner import (
     ALL,
-    Result,
     RunOptions,
     ShardAssignment,
+    ShardResult,
+    ShardTask,
     Stage,
     Summary,
-    Task,
     run_stage,
     tar_tasks,
     upstream_shards,
@@ -110,8 +110,8 @@ def _load_in_worker(config: CaptionConfig, device: str) -> None:
 
 
 def caption_shard(
-    root: str, task: Task, *, stage: Stage, config: CaptionConfig, captioner: "Captioner | None" = None
-) -> Result:
+    root: str, task: ShardTask, *, stage: Stage, config: CaptionConfig, captioner: "Captioner | None" = None
+) -> ShardResult:
     """Caption one raw shard into one Parquet file; an image that does not decode keeps its row, with no captions.
 
     ``counters`` of the result count captions: all, those sampled again, and by defect those that are still unusable.
@@ -139,7 +139,7 @@ def caption_shard(
     schema = pa.schema(fields, {"clipmill": json.dumps(stage.config)})
     files = ShardWriter(root, stage.folder, task.shard)
     files.write_parquet(pa.Table.from_pylist(redrawer.as_rows(), schema=schema))
-    return Result(dict(counts), files.outputs, counters=redrawer.counters())
+    return ShardResult(dict(counts), files.outputs, counters=redrawer.counters())
 
 
 def _decoded_requests(

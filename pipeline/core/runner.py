@@ -1,6 +1,6 @@
 """The loop over the shards of a stage: which are missing, worker processes, done-records, failures, totals.
 
-A stage is a function ``work(root, task) -> Result`` from one input shard to one output shard that writes its files
+A stage is a function ``work(root, task) -> ShardResult`` from one input shard to one output shard that writes its files
 atomically. The runner writes the done-record last, so a stage that was killed does only what is missing when it runs
 again.
 """
@@ -58,7 +58,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Task:
+class ShardTask:
     """One shard's work.
 
     ``inputs`` maps paths (or names) to hashes, ``payload`` is what ``work`` needs besides. A finished shard is valid
@@ -72,7 +72,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Result:
+class ShardResult:
     """What ``work`` made of one shard; all but ``measurements`` goes into its done-record (see `Done`).
 
     ``counts`` maps a status (``success`` or a reason) to the number of inputs, ``outputs`` paths below ROOT to sha256.
@@ -127,7 +127,7 @@ class ShardAssignment:
 
 
 ALL = ShardAssignment()
-Work = Callable[[str, Task], Result]
+Work = Callable[[str, ShardTask], ShardResult]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +155,7 @@ class RunOptions:
 
 
 def run_stage(
-    root: str, stage: Stage, tasks: Iterable[Task], work: Work, options: RunOptions = RunOptions()
+    root: str, stage: Stage, tasks: Iterable[ShardTask], work: Work, options: RunOptions = RunOptions()
 ) -> Summary:
     """Run ``work`` over the assignment's tasks whose done-record is missing or stale, then write the stage's totals.
 
@@ -198,7 +198,7 @@ class _StageRun:
         """Number of shards that are finished or failed."""
         return self._finished_before + self._made + len(self._failures)
 
-    def missing(self, tasks: Iterable[Task]) -> Iterator[Task]:
+    def missing(self, tasks: Iterable[ShardTask]) -> Iterator[ShardTask]:
         """Yield the assignment's tasks that have to be done; finished shards are counted meanwhile."""
         for task, done in self._with_valid_record(tasks):
             if done is None:
@@ -208,11 +208,11 @@ class _StageRun:
                 self._options.assignment.complete(task.shard, True)
                 self._add(done)
 
-    def _with_valid_record(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Done | None]]:
+    def _with_valid_record(self, tasks: Iterable[ShardTask]) -> Iterator[tuple[ShardTask, Done | None]]:
         """Each task of the assignment with the done-record that makes it unnecessary."""
         assignment = self._options.assignment
 
-        def look_up(task: Task) -> tuple[Task, Done | None]:
+        def look_up(task: ShardTask) -> tuple[ShardTask, Done | None]:
             return task, None if self._options.overwrite else _valid_record(self.folder, self._stage, task)
 
         claimed = (task for task in tasks if assignment.claim(task.shard))
@@ -220,7 +220,7 @@ class _StageRun:
             return prefetch_map(look_up, claimed, LOOK_AHEAD, 2 * LOOK_AHEAD)
         return map(look_up, claimed)
 
-    def record(self, task: Task, outcome: "Result | DataError") -> None:
+    def record(self, task: ShardTask, outcome: ShardResult | DataError) -> None:
         """Write the done-record of a shard that was made, or note its failure."""
         if isinstance(outcome, DataError):
             self._failures[task.shard] = str(outcome)
@@ -256,7 +256,7 @@ class _StageRun:
         )
 
 
-def _valid_record(folder: str, stage: Stage, task: Task) -> Done | None:
+def _valid_record(folder: str, stage: Stage, task: ShardTask) -> Done | None:
     done = read_compatible_record(folder, stage, task.shard)
     if done is None or done.config != stage.config:  # to be extended
         return None
@@ -286,7 +286,7 @@ def read_compatible_record(folder: str, stage: Stage, shard: int) -> Done | None
     return done
 
 
-def _publish(folder: str, stage: Stage, task: Task, result: Result) -> Done:
+def _publish(folder: str, stage: Stage, task: ShardTask, result: ShardResult) -> Done:
     done = Done(
         stage=stage.name,
         shard=task.shard,
@@ -302,10 +302,13 @@ def _publish(folder: str, stage: Stage, task: Task, result: Result) -> Done:
     return done
 
 
-Ended = tuple[Task, Result | DataError] | None  # None: no news for a second, so that the progress line moves on
+# a shard and what came of it; None: no news for a second, so that the progress line moves on
+Ended = tuple[ShardTask, ShardResult | DataError] | None
 
 
-def _outcomes(tasks: Iterator[Task], work: Callable[[Task], Result], options: RunOptions) -> Iterator[Ended]:
+def _outcomes(
+    tasks: Iterator[ShardTask], work: Callable[[ShardTask], ShardResult], options: RunOptions
+) -> Iterator[Ended]:
     """Run the tasks and yield results as they come. Only DataError is caught: a bug stops the run at once."""
     if options.threads:
         yield from _outcomes_of_pool(ThreadPoolExecutor(options.threads), options.threads, tasks, work)
@@ -327,9 +330,9 @@ def _init_worker(worker_init: Callable[[], None] | None) -> None:
 
 
 def _outcomes_of_pool(
-    pool: Executor, max_submitted: int, tasks: Iterator[Task], work: Callable[[Task], Result]
+    pool: Executor, max_submitted: int, tasks: Iterator[ShardTask], work: Callable[[ShardTask], ShardResult]
 ) -> Iterator[Ended]:
-    running = dict[Future[Result | DataError], Task]()
+    running = dict[Future[ShardResult | DataError], ShardTask]()
     try:
         for task in tasks:
             running[pool.submit(_guarded, work, task)] = task
@@ -343,14 +346,14 @@ def _outcomes_of_pool(
     pool.shutdown()
 
 
-def _finished(running: dict["Future[Result | DataError]", Task]) -> Iterator[Ended]:
+def _finished(running: dict[Future[ShardResult | DataError], ShardTask]) -> Iterator[Ended]:
     done = wait(running, timeout=1, return_when=FIRST_COMPLETED).done
     yield from ((running.pop(future), future.result()) for future in done)
     if not done:
         yield None
 
 
-def _guarded(work: Callable[[Task], Result], task: Task) -> Result | DataError:
+def _guarded(work: Callable[[ShardTask], ShardResult], task: ShardTask) -> ShardResult | DataError:
     try:
         return work(task)
     except DataError as error:
@@ -406,8 +409,8 @@ def upstream_shards(root: str, folder: str, stage: str) -> list[int]:
     return shards
 
 
-def tar_tasks(root: str, folder: str, shards: list[int], assignment: ShardAssignment = ALL) -> Iterator[Task]:
+def tar_tasks(root: str, folder: str, shards: list[int], assignment: ShardAssignment = ALL) -> Iterator[ShardTask]:
     """A task per shard of the assignment, whose input is the shard's tar in ``root/folder``."""
     for shard in filter(assignment.claim, shards):
         path = tar_path(folder, shard)
-        yield Task(shard, {path: file_hash(root, folder, shard, path)})
+        yield ShardTask(shard, {path: file_hash(root, folder, shard, path)})

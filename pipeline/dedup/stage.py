@@ -7,7 +7,16 @@ near-duplicates.
 
 from collections import Counter
 
-from pipeline.core.runner import Result, RunOptions, ShardsFailed, Stage, Summary, Task, run_stage, upstream_shards
+from pipeline.core.runner import (
+    RunOptions,
+    ShardResult,
+    ShardsFailed,
+    ShardTask,
+    Stage,
+    Summary,
+    run_stage,
+    upstream_shards,
+)
 from pipeline.dedup.config import DedupConfig
 from pipeline.dedup.drop_list import hash_raw_shards, write_drop_list
 from pipeline.dedup.search import DuplicateSearch
@@ -26,7 +35,7 @@ def dedup(config: DedupConfig, images_in_memory: int | None = None) -> Summary:
     inputs = {"raw": hash_raw_shards(config.root, shards)}
     rule = {"second_check": VERIFICATION} if config.near_bits >= 0 else {}
     stage = Stage("dedup", DEDUP, {"near_bits": config.near_bits, **rule})
-    tasks = (Task(shard, inputs) for shard in shards)
+    tasks = (ShardTask(shard, inputs) for shard in shards)
     options = RunOptions(total=len(shards), overwrite=config.overwrite)
     with DuplicateSearch(config, shards, images_in_memory or config.images_in_memory) as search:
         return run_stage(config.root, stage, tasks, _ListWriter(search), options)
@@ -39,7 +48,7 @@ class _ListWriter:
         self._search = search
         self._searched = False
 
-    def __call__(self, root: str, task: Task) -> Result:
+    def __call__(self, root: str, task: ShardTask) -> ShardResult:
         """Write one shard's list. Raises ShardsFailed when any raw shard is broken: no list can be made then."""
         if not self._searched:
             try:
@@ -50,4 +59,4 @@ class _ListWriter:
         dropped = self._search.dropped(task.shard)
         counts = Counter(sample.reason for sample in dropped)
         counts["success"] = self._search.number_of_images(task.shard) - len(dropped)
-        return Result(dict(+counts), write_drop_list(root, task.shard, dropped))
+        return ShardResult(dict(+counts), write_drop_list(root, task.shard, dropped))

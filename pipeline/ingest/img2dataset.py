@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.core.runner import Result, Task
+from pipeline.core.runner import ShardResult, ShardTask
 from shards_spec.files import (
     DataError,
     UserError,
@@ -57,7 +57,7 @@ class Img2datasetShard:
     in_place: bool
 
 
-def import_tasks(root: str, folder: str) -> list[Task]:
+def import_tasks(root: str, folder: str) -> list[ShardTask]:
     """A task per finished shard of ``folder``, numbered without gaps.
 
     Unfinished ones are left out with a warning. Raises UserError when there is none, when a key is in two shards, or
@@ -72,7 +72,9 @@ def import_tasks(root: str, folder: str) -> list[Task]:
         )
     paths = [join(folder, name) for name in base_names]
     _check_unique(paths)
-    return [Task(number, _fingerprint(path), Img2datasetShard(path, in_place)) for number, path in enumerate(paths)]
+    return [
+        ShardTask(number, _fingerprint(path), Img2datasetShard(path, in_place)) for number, path in enumerate(paths)
+    ]
 
 
 def _same_folder(one: str, other: str) -> bool:
@@ -135,7 +137,7 @@ def _keys(path: str) -> list[str]:
     return [row["key"] for row in rows if row["status"] == "success"]
 
 
-def import_shard(root: str, task: Task) -> Result:
+def import_shard(root: str, task: ShardTask) -> ShardResult:
     """Check one shard and copy it. Raises DataError when it is broken or does not fit its stats."""
     shard: Img2datasetShard = task.payload
     stats = _read_stats(shard.path)
@@ -148,7 +150,7 @@ def import_shard(root: str, task: Task) -> Result:
         )
     outputs = dict(_copy_files(root, task.shard, shard))
     kept_stats = {name: stats[name] for name in STATS_FIELDS if name in stats}
-    return Result(stats["status_dict"], outputs, kept_stats)
+    return ShardResult(stats["status_dict"], outputs, kept_stats)
 
 
 def _read_stats(path: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.core.runner import ALL, ShardAssignment, Task
+from pipeline.core.runner import ALL, ShardAssignment, ShardTask
 from pipeline.ingest.additional_columns import check_named, json_value, read_conditions
 from pipeline.ingest.cells import ADDRESS_TOO_LONG, CAPTION_TOO_LONG, KEPT_CHARS
 from pipeline.ingest.config import IngestConfig
@@ -40,7 +40,7 @@ class Listing:
         """About how many shards the rows make."""
         return -(-self.rows // self._config.shard_size) if self.rows else None
 
-    def tasks(self, assignment: ShardAssignment = ALL) -> Iterator[Task]:
+    def tasks(self, assignment: ShardAssignment = ALL) -> Iterator[ShardTask]:
         """A task per ``shard_size`` rows, for the assignment's shards, then the shards of earlier retries as they are.
 
         Raises UserError when the source has no row, more rows than when its failed ones were tried again, or too few
@@ -86,7 +86,7 @@ class Listing:
         while chunk := list(limit_texts(islice(rows, size), size * MEAN_CHARS)):
             yield chunk
 
-    def _task(self, shard: int, rows: list[Row], types: dict[str, pa.DataType]) -> Task:
+    def _task(self, shard: int, rows: list[Row], types: dict[str, pa.DataType]) -> ShardTask:
         """One shard's task; its inputs are hashes of the rows, and of the list's other columns where it has them."""
         config = self._config
         keys = [sample_key(shard, index, config.shard_size) for index in range(len(rows))]
@@ -95,7 +95,7 @@ class Listing:
         other_hashes = {"columns": sha256_json(others)} if any(others) else {}
         shard_input = RawShardInput(keys, rows, column_types=types, kept_columns=config.save_additional_columns)
         # shards made before there were other columns have no hash of them: they stay valid
-        return Task(shard, hashes | other_hashes, payload=shard_input, former=hashes)
+        return ShardTask(shard, hashes | other_hashes, payload=shard_input, former=hashes)
 
     def _column_types(self) -> dict[str, pa.DataType]:
         """Types of the list's other columns, from its first file; empty for lists without types."""

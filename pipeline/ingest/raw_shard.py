@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.core.runner import Result
+from pipeline.core.runner import ShardResult
 from pipeline.ingest.additional_columns import ALL_COLUMNS, json_value, kept_columns
 from pipeline.ingest.images import RESIZE, EncodedImage, Outcome
 from pipeline.ingest.rows import Row
@@ -54,7 +54,7 @@ def sample_key(shard: int, index: int, shard_size: int) -> str:
     return f"{shard_name(shard)}{index:0{digits}d}"
 
 
-def write_raw_shard(root: str, shard: int, shard_input: RawShardInput, outcomes: list[Outcome]) -> Result:
+def write_raw_shard(root: str, shard: int, shard_input: RawShardInput, outcomes: list[Outcome]) -> ShardResult:
     """Write the tar and the Parquet file of a shard: the images are in the tar, all rows in the Parquet file.
 
     Raises UserError when the disk has no room for it, before anything is written.
@@ -75,7 +75,7 @@ def write_raw_shard(root: str, shard: int, shard_input: RawShardInput, outcomes:
                 notes[row.note] += 1
         else:
             counts[outcome] += 1
-    return Result(dict(counts), files.outputs, retried=shard_input.retried, counters=dict(notes))
+    return ShardResult(dict(counts), files.outputs, retried=shard_input.retried, counters=dict(notes))
 
 
 def _check_room(root: str, outcomes: list[Outcome]) -> None:

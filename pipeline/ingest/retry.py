@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.core.runner import Task
+from pipeline.core.runner import ShardTask
 from pipeline.ingest.http_client import TEMPORARY_REASONS
 from pipeline.ingest.raw_shard import SCHEMA, RawShardInput
 from pipeline.ingest.rows import Row
@@ -52,7 +52,7 @@ def additional_shards(root: str) -> dict[int, Done]:
     return dict(sorted(additional.items()))
 
 
-def kept_tasks(root: str, first: int) -> Iterator[Task]:
+def kept_tasks(root: str, first: int) -> Iterator[ShardTask]:
     """Additional shards as they are, from number ``first`` on.
 
     Those after a gap, which a killed retry left, are deleted: their rows will be tried again.
@@ -60,7 +60,7 @@ def kept_tasks(root: str, first: int) -> Iterator[Task]:
     expected = first
     for number, done in additional_shards(root).items():
         if number == expected:
-            yield Task(number, done.inputs)
+            yield ShardTask(number, done.inputs)
             expected += 1
         else:
             remove_shard(root, number)
@@ -72,7 +72,7 @@ def remove_shard(root: str, shard: int) -> None:
         remove(join(root, RAW, shard_name(shard) + ending))
 
 
-def retry_tasks(root: str, shard_size: int) -> Iterator[Task]:
+def retry_tasks(root: str, shard_size: int) -> Iterator[ShardTask]:
     """Finished shards as they are, then new ones with the rows to try again.
 
     A pass that was interrupted resumes with the rows that it had not reached. Memory: a shard per pass. Raises
@@ -98,15 +98,15 @@ def retry_tasks(root: str, shard_size: int) -> Iterator[Task]:
         number += 1
 
 
-def _list_tasks(root: str) -> Iterator[Task]:
+def _list_tasks(root: str) -> Iterator[ShardTask]:
     """The list's own shards as they are."""
     number = 0
     while (done := read_done(join(root, RAW), number)) and RETRY_PASS not in done.inputs:
-        yield Task(number, done.inputs)
+        yield ShardTask(number, done.inputs)
         number += 1
 
 
-def _task(number: int, retry_pass: int, attempts: list[_Attempt]) -> Task:
+def _task(number: int, retry_pass: int, attempts: list[_Attempt]) -> ShardTask:
     """An additional shard of rows that failed."""
     column_types = dict[str, pa.DataType]()
     for attempt in attempts:
@@ -118,7 +118,7 @@ def _task(number: int, retry_pass: int, attempts: list[_Attempt]) -> Task:
         column_types=column_types,
     )
     digest = sha256_json([[attempt.key, attempt.url, attempt.caption] for attempt in attempts])
-    return Task(number, {RETRY_PASS: str(retry_pass), "rows": digest}, shard_input)
+    return ShardTask(number, {RETRY_PASS: str(retry_pass), "rows": digest}, shard_input)
 
 
 def _last_attempts(root: str, list_shards: int, passes: list[int]) -> Iterator[_Attempt]:

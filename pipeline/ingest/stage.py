@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from pipeline.core.runner import ALL, Result, RunOptions, ShardAssignment, Stage, Summary, Task, run_stage
+from pipeline.core.runner import ALL, RunOptions, ShardAssignment, ShardResult, ShardTask, Stage, Summary, run_stage
 from pipeline.ingest.additional_columns import ALL_COLUMNS, read_conditions
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.detect import detect
@@ -211,7 +211,7 @@ def _status_text(listing: Listing, downloader: Downloader, root: str) -> str:
     return tally.format(rows_left)
 
 
-def rows_to_shard(root: str, task: Task, *, downloader: Downloader, selection: Selection) -> Result:
+def rows_to_shard(root: str, task: ShardTask, *, downloader: Downloader, selection: Selection) -> ShardResult:
     """Download or read, decode and write one shard. Raises UserError when the disk is full."""
     start = time.time()  # img2dataset's time fields are seconds since 1970
     shard_input: RawShardInput = task.payload

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.core.runner import Result, Task
+from pipeline.core.runner import ShardResult, ShardTask
 from pipeline.labels.labeler import LabelRule, load_labeler
 from pipeline.pack.caption_cleaning import strict_json
 from pipeline.pack.selection import RESERVED_FIELD, SampleSelector, SelectedSample, SelectionConfig
@@ -44,7 +44,9 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def write_final_shard(root: str, task: Task, *, selection: SelectionConfig, wordnet: str, rule: LabelRule) -> Result:
+def write_final_shard(
+    root: str, task: ShardTask, *, selection: SelectionConfig, wordnet: str, rule: LabelRule
+) -> ShardResult:
     """Write the tar and the Parquet file of a final shard from the task's payload, a tuple of `ShardRange`s in order.
 
     Image bytes are copied untouched; every sample that is dropped is counted. Raises DataError when captions or
@@ -79,7 +81,7 @@ def write_final_shard(root: str, task: Task, *, selection: SelectionConfig, word
     with _without_garbage_collection():
         files.write_tar(final_samples())
     files.write_parquet(pa.table(columns, SCHEMA))
-    return Result(dict(counts), files.outputs, counters=dict(sorted(counters.items())))
+    return ShardResult(dict(counts), files.outputs, counters=dict(sorted(counters.items())))
 
 
 def _row(key: str, selected: SelectedSample, synsets: list[list[str]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.core.prefetch import prefetch_map
-from pipeline.core.runner import LOOK_AHEAD, Result, RunOptions, Stage, Summary, Task, run_stage
+from pipeline.core.runner import LOOK_AHEAD, RunOptions, ShardResult, ShardTask, Stage, Summary, run_stage
 from pipeline.pack.selection import SampleSelector, SelectionConfig, ShardRange
 from shards_spec.files import DataError, exists, is_url, join, read_buffer
 from shards_spec.layout import PLAN, parquet_path, raw_tar, shard_name
@@ -48,7 +48,7 @@ def plan(
 
     Raises UserError and ShardsFailed: a broken raw shard leaves the ranges of all later ones unknown.
     """
-    tasks = (Task(shard, file_hashes_of(root, shard, selection)) for shard in shards)
+    tasks = (ShardTask(shard, file_hashes_of(root, shard, selection)) for shard in shards)
     work = partial(plan_shard, selection=selection)
     stage = Stage("plan", PLAN, config)
     options = RunOptions(workers=min(workers, len(shards)), overwrite=overwrite, total=len(shards))
@@ -67,7 +67,7 @@ def file_hashes_of(root: str, shard: int, selection: SelectionConfig) -> dict[st
     return {path: file_hash(root, folder, shard, path) for folder, path in selection.inputs(shard)}
 
 
-def plan_shard(root: str, task: Task, *, selection: SelectionConfig) -> Result:
+def plan_shard(root: str, task: ShardTask, *, selection: SelectionConfig) -> ShardResult:
     """Write the decisions on one raw shard; its images are not read. Raises DataError as `SampleSelector` does."""
     source = raw_tar(root, task.shard)
     selector = SampleSelector(root, ShardRange(task.shard), selection)
@@ -93,10 +93,10 @@ def plan_shard(root: str, task: Task, *, selection: SelectionConfig) -> Result:
     files = ShardWriter(root, PLAN, task.shard)
     files.write_parquet(pa.table([keys, reasons, offsets], SCHEMA))
     counts = Counter(reason or "success" for reason in reasons)
-    return Result(dict(counts), files.outputs)
+    return ShardResult(dict(counts), files.outputs)
 
 
-def final_shard_tasks(root: str, shards: list[int], selection: SelectionConfig, size: int) -> Iterator[Task]:
+def final_shard_tasks(root: str, shards: list[int], selection: SelectionConfig, size: int) -> Iterator[ShardTask]:
     """A task per final shard of ``size`` samples (the last one has what is left), with its `ShardRange`s as payload.
 
     Memory: the plans of a few raw shards.
@@ -140,6 +140,6 @@ def _shard_range(shard: int, table: pa.Table, start: int, stop: int) -> ShardRan
     return ShardRange(shard, start, stop, table.column("offset")[start].as_py(), keys)
 
 
-def _task(number: int, ranges: list[ShardRange], inputs: dict[str, str]) -> Task:
+def _task(number: int, ranges: list[ShardRange], inputs: dict[str, str]) -> ShardTask:
     samples = ", ".join(f"{shard_name(part.shard)}[{part.start}:{part.stop}]" for part in ranges)
-    return Task(number, {**inputs, "samples": samples}, tuple(ranges))
+    return ShardTask(number, {**inputs, "samples": samples}, tuple(ranges))

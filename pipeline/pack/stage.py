@@ -14,9 +14,9 @@ from pipeline.core.runner import (
     ALL,
     RunOptions,
     ShardAssignment,
+    ShardTask,
     Stage,
     Summary,
-    Task,
     read_compatible_record,
     run_stage,
     upstream_shards,
@@ -77,7 +77,7 @@ def _pack(config: PackConfig, assignment: ShardAssignment, shards: list[int]) ->
     if config.shard_size is None:
         forget_plan(root)
         last = _last_final_shard(root, shards, selection)
-        tasks: Iterable[Task] = _one_to_one(root, shards, selection, assignment, last)
+        tasks: Iterable[ShardTask] = _one_to_one(root, shards, selection, assignment, last)
         total = last + 1
     else:
         planned = plan(
@@ -139,18 +139,18 @@ def _last_final_shard(root: str, shards: list[int], selection: SelectionConfig) 
 
 def _one_to_one(
     root: str, shards: list[int], selection: SelectionConfig, assignment: ShardAssignment, last: int
-) -> Iterator[Task]:
+) -> Iterator[ShardTask]:
     """A task per raw shard of the assignment up to ``last``; the last one takes in those behind, which are empty."""
     for shard in filter(assignment.claim, shards[: last + 1]):
         yield _merged(root, shards[last:] if shard == last else [shard], selection)
 
 
-def _merged(root: str, shards: list[int], selection: SelectionConfig) -> Task:
+def _merged(root: str, shards: list[int], selection: SelectionConfig) -> ShardTask:
     """One final shard of several raw ones."""
     inputs = dict[str, str]()
     for shard in shards:
         inputs |= file_hashes_of(root, shard, selection)
-    return Task(shards[0], inputs, tuple(map(ShardRange, shards)))
+    return ShardTask(shards[0], inputs, tuple(map(ShardRange, shards)))
 
 
 def _selection(config: PackConfig, shards: list[int]) -> SelectionConfig:

@@ -41,7 +41,7 @@ from small_data import tiny_coca, write_raw
 from pipeline.cache.incremental import ShardIndex
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
-from pipeline.core.runner import ALL, Result, Stage, Task, run_stage
+from pipeline.core.runner import ALL, ShardResult, ShardTask, Stage, run_stage
 from pipeline.dedup.config import DedupConfig
 from pipeline.dedup.stage import dedup
 from pipeline.ingest.config import IngestConfig
@@ -110,7 +110,7 @@ def add_captions(root: str) -> None:
     count = len(list(Path(root, "raw").glob("*.tar")))
     said = iter(made_up(find_wordnet(), 10**7, 1))
 
-    def synthetic(_: str, task: Task) -> Result:
+    def synthetic(_: str, task: ShardTask) -> ShardResult:
         keys = shard_keys(join(root, f"raw/{shard_name(task.shard)}.tar"))
         rows = [
             {"key": key, "captions": list(islice(said, CAPTIONS)), "logprobs": [-9.5] * CAPTIONS,
@@ -119,9 +119,11 @@ def add_captions(root: str) -> None:
         path = f"captions/made-up/{shard_name(task.shard)}.parquet"
         with atomic_writer(join(root, path)) as file:
             pq.write_table(pa.Table.from_pylist(rows), file)
-        return Result({"success": len(keys)}, {path: sha256_file(join(root, path))})
+        return ShardResult({"success": len(keys)}, {path: sha256_file(join(root, path))})
 
-    run_stage(root, Stage("caption/made-up", "captions/made-up", {}), [Task(n, {}) for n in range(count)], synthetic)
+    run_stage(
+        root, Stage("caption/made-up", "captions/made-up", {}), [ShardTask(n, {}) for n in range(count)], synthetic
+    )
 
 
 def add_teacher(root: str, dtype: Dtype = "float16") -> None:

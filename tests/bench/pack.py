@@ -33,7 +33,7 @@ from labels import made_up
 from photos import photo
 from PIL import Image
 
-from pipeline.core.runner import Result, Stage, Task, run_stage
+from pipeline.core.runner import ShardResult, ShardTask, Stage, run_stage
 from pipeline.ingest.images import EncodedImage
 from pipeline.ingest.raw_shard import RawShardInput, sample_key, write_raw_shard
 from pipeline.ingest.rows import Row
@@ -69,7 +69,7 @@ def write_dataset(root: str, shards: int, per_shard: int, captions: int) -> None
         data = images[index % DISTINCT]
         return EncodedImage(data, **fields, sha256=hashlib.sha256(data).hexdigest(), phash="0123456789abcdef")
 
-    def raw(_: str, task: Task) -> Result:
+    def raw(_: str, task: ShardTask) -> ShardResult:
         start = task.shard * per_shard
         keys = [sample_key(task.shard, index, per_shard) for index in range(per_shard)]
         rows = [
@@ -77,7 +77,7 @@ def write_dataset(root: str, shards: int, per_shard: int, captions: int) -> None
         ]
         return write_raw_shard(root, task.shard, RawShardInput(keys, rows), [image(i) for i in range(per_shard)])
 
-    def synthetic(_: str, task: Task) -> Result:
+    def synthetic(_: str, task: ShardTask) -> ShardResult:
         rows = []
         for i in range(per_shard):
             first = (task.shard * per_shard + i) * captions
@@ -85,9 +85,9 @@ def write_dataset(root: str, shards: int, per_shard: int, captions: int) -> None
         path = f"captions/made-up/{shard_name(task.shard)}.parquet"
         with atomic_writer(join(root, path)) as file:
             pq.write_table(pa.Table.from_pylist(rows), file)
-        return Result({"success": per_shard}, {path: sha256_file(join(root, path))})
+        return ShardResult({"success": per_shard}, {path: sha256_file(join(root, path))})
 
-    tasks = [Task(shard, {}) for shard in range(shards)]
+    tasks = [ShardTask(shard, {}) for shard in range(shards)]
     run_stage(root, Stage("ingest", "raw", {}), tasks, raw)
     run_stage(root, Stage("caption/made-up", "captions/made-up", {}), tasks, synthetic)
 

@@ -62,7 +62,7 @@ def first_shard(root: str) -> None:
     from pipeline.caption.config import CaptionConfig
     from pipeline.caption.decoding import Decoding
     from pipeline.caption.stage import caption
-    from pipeline.core.runner import Stage, Task, run_stage
+    from pipeline.core.runner import ShardTask, Stage, run_stage
     from pipeline.dedup.config import DedupConfig
     from pipeline.dedup.stage import dedup
     from pipeline.ingest.images import EncodedImage
@@ -77,7 +77,7 @@ def first_shard(root: str) -> None:
     image = EncodedImage(data, 8, 8, 8, 8, "{}", hashlib.sha256(data).hexdigest(), "0" * 15 + "1")
     rows = [Row("a dog on a beach", "http://images.example.com/1.jpg")]
     stage = Stage("ingest", "raw", {"shard_size": 1})
-    run_stage(root, stage, [Task(0, {"rows": "0"})], lambda *_: write_raw_shard(
+    run_stage(root, stage, [ShardTask(0, {"rows": "0"})], lambda *_: write_raw_shard(
         root, 0, RawShardInput([KEY], rows), [image]
     ))  # fmt: skip
     model = tiny_coca(Path(root).parent / "coca")
