@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from typing import IO, Any, NamedTuple, cast
 
 import pyarrow as pa
@@ -214,9 +214,9 @@ def _batch_cells(batch: pa.RecordBatch, caption: str, url: str | None) -> Iterat
     urls: list[bytes | None] = [None] * len(batch) if url is None else _bytes(batch.column(url))
     names = [name for name in batch.schema.names if name not in (caption, url)]
     columns = [_values(batch.column(name)) for name in names]
-    for row in range(len(batch)):
-        others = {name: column[row] for name, column in zip(names, columns, strict=True)}
-        yield Cells(captions[row], urls[row], others)
+    values = zip(*columns, strict=True) if columns else repeat((), len(batch))
+    others = (dict(zip(names, cells, strict=True)) for cells in values)
+    return map(Cells, captions, urls, others)
 
 
 def _texts(cells: pa.Array) -> list[list[bytes | None]]:
