@@ -115,7 +115,7 @@ class Downloader:
     """
 
     def __init__(
-        self, fetch_rules: FetchRules, image_rules: ImageRules, decoders: int, decode_timeout_s: float
+        self, fetch_rules: FetchRules, image_rules: ImageRules, *, decoders: int, decode_timeout_s: float
     ) -> None:
         self.tally = DownloadTally()
         self._fetch_rules = fetch_rules

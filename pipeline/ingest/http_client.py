@@ -56,6 +56,20 @@ TEMPORARY_REASONS = frozenset(
         *(f"HTTP {status}" for status in TEMPORARY_STATUSES),
     }
 )
+# what aiohttp raises to reasons, the first that fits
+REASONS: tuple[tuple[type[Exception], str], ...] = (
+    (aiohttp.ClientConnectorDNSError, LOOKUP_FAILED),
+    (aiohttp.ClientSSLError, "TLS error"),
+    (aiohttp.TooManyRedirects, "too many redirects"),
+    (aiohttp.NonHttpUrlClientError, "not an http address"),
+    (aiohttp.InvalidURL, "bad address"),
+    (aiohttp.ClientPayloadError, LOST),
+    (aiohttp.ServerDisconnectedError, LOST),
+    (aiohttp.ClientResponseError, "not HTTP"),
+    (http_exceptions.HttpProcessingError, "not HTTP"),
+    (ValueError, "bad address"),  # what yarl and idna raise
+)
+LOST_CODES = (errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED)
 
 
 class FetchError(Exception):
@@ -349,21 +363,6 @@ def explain(error: Exception) -> FetchError:
         return FetchError(REFUSED)
     is_lost = isinstance(cause, ConnectionError) or code in LOST_CODES
     return FetchError(LOST if is_lost else FAILED)
-
-
-REASONS: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
-    (aiohttp.ClientConnectorDNSError, LOOKUP_FAILED),
-    (aiohttp.ClientSSLError, "TLS error"),
-    (aiohttp.TooManyRedirects, "too many redirects"),
-    (aiohttp.NonHttpUrlClientError, "not an http address"),
-    (aiohttp.InvalidURL, "bad address"),
-    (aiohttp.ClientPayloadError, LOST),
-    (aiohttp.ServerDisconnectedError, LOST),
-    (aiohttp.ClientResponseError, "not HTTP"),
-    (http_exceptions.HttpProcessingError, "not HTTP"),
-    (ValueError, "bad address"),  # what yarl and idna raise
-)
-LOST_CODES = (errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED)
 
 
 def opted_out(headers: list[str]) -> bool:

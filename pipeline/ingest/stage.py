@@ -137,7 +137,12 @@ def _ingest_rows(config: IngestConfig, form: Format, assignment: ShardAssignment
     stage = Stage("ingest", RAW, _output_settings(config, form, selection, image_rules))
     listing = Listing(config, form)
     tasks = retry_tasks(config.root, config.shard_size) if config.retry_failed else listing.tasks(assignment)
-    with Downloader(fetch_rules, image_rules, config.decoder_processes, config.decode_timeout_s) as downloader:
+    with Downloader(
+        fetch_rules,
+        image_rules,
+        decoders=config.decoder_processes,
+        decode_timeout_s=config.decode_timeout_s,
+    ) as downloader:
         work = partial(rows_to_shard, downloader=downloader, selection=selection)
         options = RunOptions(
             threads=config.shards_in_progress,
