@@ -14,7 +14,11 @@ from socketserver import BaseRequestHandler, ThreadingUDPServer
 
 from web_server import in_background
 
-SERVFAIL, NXDOMAIN, REFUSED, SILENT = 2, 3, 5, -1  # codes of answers; silent: there is none
+# codes of answers
+SERVFAIL = 2
+NXDOMAIN = 3
+REFUSED = 5
+SILENT = -1  # not a code: no answer is sent
 A, AAAA = 1, 28
 TYPES = {A: "A", AAAA: "AAAA"}
 

@@ -382,10 +382,15 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {}
-DONE, LOST, BAD, NOT_HTTP, LATE, LARGE = (
-    "success", "connection lost", "bad address", "not HTTP", "timeout", "too large")  # fmt: skip
+DONE = "success"
+LOST = "connection lost"
+BAD = "bad address"
+NOT_HTTP = "not HTTP"
+LATE = "timeout"
+LARGE = "too large"
 NO_NAME = ("name not found", "name look-up failed")  # which of them depends on the machine's DNS
-NO_IMAGE, BROKEN = "resize: not an image", ("resize: broken image", "resize: truncated image")
+NO_IMAGE = "resize: not an image"
+BROKEN = ("resize: broken image", "resize: truncated image")
 
 
 def kind(name: str, expected: str | tuple[str, ...], answer: Answer | None = None, body: bytes | None = None, **more):
@@ -657,9 +662,8 @@ def _certified() -> None:
 # fmt: on
 
 
-for group in (
-    _connections, _lengths, _redirects, _statuses, _protocols, _encodings, _images, _links, _robots, _certified
-):  # fmt: skip
+GROUPS = [_connections, _lengths, _redirects, _statuses, _protocols, _encodings, _images, _links, _robots, _certified]
+for group in GROUPS:
     group()
 
 
@@ -848,18 +852,20 @@ def finish_ingest(process: subprocess.Popen, limit_s: float) -> dict[str, float]
 
 
 def ingest_apart(root: Path, links: list[str], limit_s: float, **options) -> dict[str, float]:
-    """Both."""
+    """Start an ingest in a process of its own and wait for it; see `start_ingest` and `finish_ingest`."""
     return finish_ingest(start_ingest(root, links, **options), limit_s)
 
 
 def rows_of(root: Path) -> list[dict]:
     """The rows of all shards of ROOT/raw, in their order."""
-    paths = sorted((root / "raw").glob("*.parquet"))
-    return [row for path in paths for row in pq.read_table(path).to_pylist()]
+    rows = list[dict]()
+    for path in sorted((root / "raw").glob("*.parquet")):
+        rows += pq.read_table(path).to_pylist()
+    return rows
 
 
 def outcome(row: dict) -> str:
-    """``success`` or the reason."""
+    """How a row ended: ``success`` or the reason."""
     return row["error_message"] or DONE
 
 

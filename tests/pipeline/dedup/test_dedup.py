@@ -191,7 +191,9 @@ def random_rows(seed: int, count: int) -> tuple[list, list, list]:
     """Rows with repeated URLs, repeated files, clusters of near signatures, failed rows and plain images."""
     rng = random.Random(seed)
     centres = [rng.getrandbits(64) | 1 for _ in range(max(1, count // 4))]
-    urls, sha256s, hashes = [], [], []
+    urls: list = []
+    sha256s: list = []
+    hashes: list = []
     for _ in range(count):
         urls.append(rng.choice([None, *(f"http://h/{rng.randrange(count)}" for _ in range(9))]))
         centre = rng.choice(centres)
@@ -281,7 +283,10 @@ PER_SHARD, SHARDS = 20, 6
 
 def planted(seed: int = 0) -> tuple[list[list[Item]], dict[str, str]]:
     """Shards of different images with copies of some, exact and encoded anew, anywhere later; and key to reason."""
-    rng, originals, items, truth = random.Random(seed), [], [], {}
+    rng = random.Random(seed)
+    originals: list[tuple[str, bytes]] = []
+    items: list[Item] = []
+    truth: dict[str, str] = {}
     for position in range(PER_SHARD * SHARDS):
         key = f"{position // PER_SHARD:05d}{position % PER_SHARD:04d}"
         kind = rng.choice(["new", "new", "new", "exact", "near", "caption", "failed"]) if originals else "new"
@@ -303,8 +308,8 @@ def planted(seed: int = 0) -> tuple[list[list[Item]], dict[str, str]]:
 
 def listed(root: str) -> dict[str, tuple[str, str]]:
     """Key to (reason, kept) of all lists."""
-    rows = [row for path in sorted(Path(root, "dedup").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
-    return {row["key"]: (row["reason"], row["kept"]) for row in rows}
+    table = pa.concat_tables([pq.read_table(path) for path in sorted(Path(root, "dedup").glob("*.parquet"))])
+    return {row["key"]: (row["reason"], row["kept"]) for row in table.to_pylist()}
 
 
 def run(root: str, **options) -> object:
@@ -332,19 +337,24 @@ def test_planted_copies_are_found_and_nothing_else(root, world):
     assert {key: reason for key, (reason, _) in found.items()} == truth
     assert all(kept < key and kept not in found for key, (_, kept) in found.items())
     assert summary.counts[EXACT_DUPLICATE] + summary.counts[NEAR_DUPLICATE] == len(truth)
-    assert summary.counts["success"] + len(truth) == read_json(join(root, "dataset.json"))["stages"]["ingest"][
-        "counts"]["success"]  # fmt: skip
+    ingested = read_json(join(root, "dataset.json"))["stages"]["ingest"]
+    assert summary.counts["success"] + len(truth) == ingested["counts"]["success"]
     assert len(list(Path(root, "dedup").iterdir())) == 2 * SHARDS
 
 
 def test_recall_over_many_images(tmp_path):
-    root, found, wanted, false = str(tmp_path / "ds"), 0, 0, 0
+    root = str(tmp_path / "ds")
+    found = 0
+    wanted = 0
+    false = 0
     for seed in range(1, 5):
         shards, truth = planted(seed)
         raw(root, shards)
         run(root, overwrite=True)
         keys = set(listed(root))
-        found, wanted, false = found + len(keys & set(truth)), wanted + len(truth), false + len(keys - set(truth))
+        found += len(keys & set(truth))
+        wanted += len(truth)
+        false += len(keys - set(truth))
     assert found / wanted >= 0.99
     assert false == 0
 
@@ -370,17 +380,17 @@ def test_shards_of_img2dataset_are_read_from_their_images(root, world, tmp_path,
     assert listed(other) == listed(root)
 
 
-@pytest.mark.parametrize("in_memory", [3, 7, 40, 1000])
-def test_passes_over_buckets_find_the_same(root, world, in_memory):
+@pytest.mark.parametrize("images_in_memory", [3, 7, 40, 1000])
+def test_passes_over_buckets_find_the_same(root, world, images_in_memory):
     run(root)
     expected = tree(join(root, "dedup"))
-    dedup(DedupConfig(root, workers=1, overwrite=True), in_memory)
+    dedup(DedupConfig(root, workers=1, overwrite=True), images_in_memory)
     assert tree(join(root, "dedup")) == expected
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 60), st.integers(1, 4), st.sampled_from([-1, 0, 3, 6]), st.integers(1, 80))
-def test_lists_of_random_rows_follow_the_rule(tmp_path_factory, seed, count, shards, near_bits, in_memory):
+def test_lists_of_random_rows_follow_the_rule(tmp_path_factory, seed, count, shards, near_bits, images_in_memory):
     root, rows = str(tmp_path_factory.mktemp("random") / "ds"), random_rows(seed, count * shards)
     keys = [f"{i // count:05d}{i % count:04d}" for i in range(count * shards)]
     for shard in range(shards):
@@ -398,7 +408,7 @@ def test_lists_of_random_rows_follow_the_rule(tmp_path_factory, seed, count, sha
             "pipeline.dedup.verification._fingerprints", lambda *given: ((entry, entry) for entry in given[3].tolist())
         )
         patch.setattr("pipeline.dedup.verification.fingerprints_match", lambda *_: True)
-        dedup(DedupConfig(root, near_bits, workers=1), in_memory)
+        dedup(DedupConfig(root, near_bits, workers=1), images_in_memory)
     limit = near_bits if near_bits >= 0 else None
     found, expected = listed(root), expected_drops(*rows, limit)
     assert {key: reason for key, (reason, _) in found.items()} == {
@@ -457,8 +467,10 @@ def test_pack_leaves_them_out_and_check_proves_it(root, world):
     assert check(CheckConfig(root)) == []
     keys = [set(shard_keys(join(root, f"shards/{shard_name(shard)}.tar"))) for shard in range(SHARDS)]
     assert not set().union(*keys) & set(truth)
-    raws = {sample.key for shard in range(SHARDS) for sample in read_shard(join(root, f"raw/{shard_name(shard)}.tar"))}
-    assert set().union(*keys) == raws - set(truth)
+    raw_keys = set[str]()
+    for shard in range(SHARDS):
+        raw_keys |= {sample.key for sample in read_shard(join(root, f"raw/{shard_name(shard)}.tar"))}
+    assert set().union(*keys) == raw_keys - set(truth)
     assert pack(PackConfig(root, workers=1)).made == 0
     stages = read_json(join(root, "dataset.json"))["stages"]
     assert list(ordered(stages)) == ["ingest", "dedup", "pack"]

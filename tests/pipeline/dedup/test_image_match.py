@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
@@ -40,10 +41,13 @@ def scene(seed: object) -> Image.Image:
     """Many objects before a sky: as busy as a photograph."""
     rng, image = random.Random(f"scene {seed}"), Image.linear_gradient("L").resize((400, 300)).convert("RGB")
     tint = Image.new("RGB", image.size, tuple(rng.randrange(256) for _ in range(3)))
-    image, pen = Image.blend(image, tint, 0.5), None
+    image = Image.blend(image, tint, 0.5)
     pen = ImageDraw.Draw(image)
     for _ in range(40):
-        x, y, w, h = rng.randrange(400), rng.randrange(300), rng.randrange(10, 120), rng.randrange(10, 120)
+        x = rng.randrange(400)
+        y = rng.randrange(300)
+        w = rng.randrange(10, 120)
+        h = rng.randrange(10, 120)
         shape = rng.choice([pen.ellipse, pen.rectangle])
         shape((x - w // 2, y - h // 2, x + w // 2, y + h // 2), tuple(rng.randrange(256) for _ in range(3)))
     return image
@@ -111,8 +115,10 @@ def copies(image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
 ORIGINALS = {
     **{f"scene {seed}": scene(seed) for seed in range(25)},
     **{name: icon(name) for name in ("apple.png", "bus.png", "butterfly.png", "cactus.png")},
-    "product": product("darkgreen", "khaki", "TEA"), "page": page(0), "disc": disc("tan", "navy"),
-}  # fmt: skip
+    "product": product("darkgreen", "khaki", "TEA"),
+    "page": page(0),
+    "disc": disc("tan", "navy"),
+}
 
 
 def near(one: Image.Image, other: Image.Image, bits: int = 3) -> bool:
@@ -194,11 +200,16 @@ def folder(tmp_path) -> tuple[Path, dict[str, str]]:
         (images / f"a{number:02}.jpg").write_bytes(encoded(image))
         (images / f"b{number:02}.jpg").write_bytes(encoded(image.resize((image.width // 2, image.height // 2)), 70))
         truth[f"b{number:02}"] = f"a{number:02}"
-    for number, image in enumerate(image for kind in NEGATIVES.values() for image in kind):
+    for number, image in enumerate(itertools.chain.from_iterable(NEGATIVES.values())):
         (images / f"c{number:02}.jpg").write_bytes(encoded(image))
     for path in images.glob("*.jpg"):
         path.with_suffix(".txt").write_text(path.stem)
     return images, truth
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """The rows of all Parquet files of a folder."""
+    return pa.concat_tables([pq.read_table(path) for path in folder.glob("*.parquet")]).to_pylist()
 
 
 @pytest.mark.parametrize("memory", [0.6, 1e-6])
@@ -207,9 +218,8 @@ def test_dedup_over_all_shards(folder, tmp_path, memory):
     root = str(tmp_path / "ds")
     ingest(IngestConfig(root, str(images), shard_size=9, workers=1))
     dedup(DedupConfig(root, workers=1, memory_gb=memory))
-    rows = [row for path in Path(root, "raw").glob("*.parquet") for row in pq.read_table(path).to_pylist()]
-    names = {row["key"]: row["caption"] for row in rows}
-    lists = [row for path in Path(root, "dedup").glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    names = {row["key"]: row["caption"] for row in rows_of(Path(root, "raw"))}
+    lists = rows_of(Path(root, "dedup"))
     assert {names[row["key"]]: names[row["kept"]] for row in lists} == truth
     assert {row["reason"] for row in lists} == {NEAR_DUPLICATE}
     assert check(CheckConfig(root)) == []

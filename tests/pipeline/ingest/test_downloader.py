@@ -1,8 +1,9 @@
-"""Below `ingest`: fetching with limits, names, decoder processes, what is late, retries, selection, a full disk."""
+"""Parts of `ingest`: limits of downloads, DNS, decoder processes, late requests, retries, filters, a full disk."""
 
 import asyncio
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -24,8 +25,7 @@ from web_server import make_image, serve
 
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
-from pipeline.ingest import decode_pool as decoders_module
-from pipeline.ingest import http_client as fetch
+from pipeline.ingest import decode_pool, http_client
 from pipeline.ingest.backpressure import AdmissionGate, PrioritySemaphore
 from pipeline.ingest.decode_pool import DecodePool, DecoderFailed
 from pipeline.ingest.downloader import DownloadTally
@@ -35,6 +35,7 @@ from pipeline.ingest.stage import ingest
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
 from shards_spec.files import UserError
+from shards_spec.sample import Sample
 from shards_spec.tar import read_shard
 
 
@@ -67,7 +68,10 @@ def test_a_name_is_asked_for_once(server):
     with serve_names({"good.test": ["127.0.0.1"], "gone.test": NXDOMAIN, "broken.test": SERVFAIL}) as dns:
         nameservers = (f"127.0.0.1:{dns.port}",)
         port = server.server_port
-        urls = [f"http://{host}.test:{port}/good/{n}" for n in range(30) for host in ("good", "gone", "broken")]
+        urls = [
+            f"http://{host}.test:{port}/good/{n}"
+            for n, host in itertools.product(range(30), ("good", "gone", "broken"))
+        ]
         found = gather(urls, nameservers=nameservers, retries=0, per_host=3)
         assert found[::3] == [make_image(n) for n in range(30)]
         assert set(found[1::3]) == {"name not found"}
@@ -78,7 +82,7 @@ def test_a_name_is_asked_for_once(server):
         assert 1 <= dns.queries["broken.test"] <= 4 * 3
 
 
-def test_a_server_of_names_that_never_answers_ends_in_time():
+def test_a_dns_server_that_never_answers_ends_in_time():
     with serve_names({"silent.test": SILENT}) as dns:
         start = time.monotonic()
         assert (
@@ -98,7 +102,7 @@ def test_names_that_change_their_address_reach_nothing_private(server):
 
 
 def test_a_redirect_to_a_name_that_is_private(server, monkeypatch):
-    monkeypatch.setattr(fetch, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(http_client, "is_public", lambda address: address == "127.0.0.1")
     with serve("127.0.0.2") as inner, serve_names({"inner.test": ["127.0.0.2"]}) as dns:
         url = f"{server.url}/redirect/http://inner.test:{inner.server_port}/good/5"
         found = gather([url], nameservers=(f"127.0.0.1:{dns.port}",), allow_private=False)
@@ -168,9 +172,10 @@ def test_no_request_starts_while_too_many_bodies_wait(server):
     asyncio.run(run())
 
 
-def test_slots_go_to_who_came_first_also_at_a_second_try():
+def test_slots_go_to_the_earliest_request_also_at_a_second_try():
     async def run() -> list[int]:
-        slots, served = PrioritySemaphore(1), list[int]()
+        slots = PrioritySemaphore(1)
+        served = list[int]()
 
         async def one(number: int) -> None:
             async with slots.hold(number):
@@ -207,8 +212,10 @@ def test_retry_after_is_obeyed_when_it_is_short(server):
     assert server.requests["busy/2"] == 1
 
 
-@pytest.mark.parametrize(("path", "tries"), [("status/500", 3), ("status/404", 1), ("status/403", 1), ("lost", 3),
-                                             ("html", 1), ("status/410", 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "tries"),
+    [("status/500", 3), ("status/404", 1), ("status/403", 1), ("lost", 3), ("html", 1), ("status/410", 1)],
+)
 def test_only_what_may_pass_is_tried_again(server, path, tries):
     before = server.requests[f"{path}?again"]
     gather([f"{server.url}/{path}?again"], retries=2)
@@ -228,44 +235,44 @@ def answer(data: bytes) -> bytes:
 
 
 def converted(jobs: list[bytes], number: int = 2, timeout_s: float = 20.0) -> list[bytes | str]:
-    async def one(decoders: DecodePool, data: bytes) -> bytes | str:
+    async def one(pool: DecodePool, data: bytes) -> bytes | str:
         try:
-            return await decoders.convert(data)
+            return await pool.convert(data)
         except DecoderFailed as error:
             return str(error)
 
     async def run() -> list[bytes | str]:
-        async with DecodePool(answer, number, timeout_s) as decoders:
-            return list(await asyncio.gather(*(one(decoders, data) for data in jobs)))
+        async with DecodePool(answer, number, timeout_s) as pool:
+            return list(await asyncio.gather(*(one(pool, data) for data in jobs)))
 
     return asyncio.run(run())
 
 
-def test_decoders_answer_in_their_order():
+def test_answers_are_those_of_their_images():
     jobs = [bytes([n]) * (n * 7919 % 300_000) + b"x" for n in range(100)]
     assert converted(jobs) == [job[::-1] for job in jobs]
 
 
-def test_a_crash_costs_the_image_that_caused_it():
+def test_a_crash_fails_only_the_image_that_caused_it():
     jobs = [b"crash" if n % 10 == 5 else b"good %d" % n for n in range(40)]
     assert converted(jobs) == ["decoder crashed" if job == b"crash" else job[::-1] for job in jobs]
 
 
-def test_a_image_that_takes_too_long_costs_itself():
+def test_an_image_that_takes_too_long_fails_alone():
     jobs = [b"hang" if n == 3 else b"good %d" % n for n in range(12)]
     assert converted(jobs, timeout_s=2.0) == ["decoding took too long" if job == b"hang" else job[::-1] for job in jobs]
 
 
-def stillborn(data: bytes) -> bytes:
-    raise AssertionError("never called")
+def never_called(data: bytes) -> bytes:
+    raise AssertionError
 
 
 def test_processes_that_cannot_start_are_a_bug_not_a_loop(monkeypatch):
-    monkeypatch.setattr(decoders_module, "_serve", os.abort)  # not picklable as a target with arguments: dies at once
+    monkeypatch.setattr(decode_pool, "_serve", os.abort)  # not picklable as a target with arguments: dies at once
 
     async def run() -> None:
-        async with DecodePool(stillborn, 1, 5.0) as decoders:
-            await decoders.convert(b"x")
+        async with DecodePool(never_called, 1, 5.0) as pool:
+            await pool.convert(b"x")
 
     with pytest.raises(UserError, match="5 decoder processes died before they answered once, the last with exit code"):
         asyncio.run(run())
@@ -316,28 +323,50 @@ def test_the_progress_line():
 def test_selection_names_each_reason(server, tmp_path):
     wide = f"{server.url}/sized/200x50"
     rows = [
-        (f"{server.url}/good/1", "a good caption"), (f"{server.url}/good/2?out", "no"),
-        (f"{server.url}/good/3", "long " * 30), (f"{server.url}/good/4", "12345 !!! 678"),
-        (f"{server.url}/good/5", "IMG_2041.jpg"), (f"{server.url}/sized/20x20", "a small image"),
-        (wide, "a wide image"), (f"{server.url}/good/6?out", "an excluded link"),
-        (f"{server.url}/good/9", "an excluded picture"), (f"{server.url}/good/1?copy", "a copy of the first"),
-        (f"{server.url}/scene/1", "a scene"), (f"{server.url}/again/1", "the scene at another quality"),
+        (f"{server.url}/good/1", "a good caption"),
+        (f"{server.url}/good/2?out", "no"),
+        (f"{server.url}/good/3", "long " * 30),
+        (f"{server.url}/good/4", "12345 !!! 678"),
+        (f"{server.url}/good/5", "IMG_2041.jpg"),
+        (f"{server.url}/sized/20x20", "a small image"),
+        (wide, "a wide image"),
+        (f"{server.url}/good/6?out", "an excluded link"),
+        (f"{server.url}/good/9", "an excluded picture"),
+        (f"{server.url}/good/1?copy", "a copy of the first"),
+        (f"{server.url}/scene/1", "a scene"),
+        (f"{server.url}/again/1", "the scene at another quality"),
         (f"{server.url}/scene/8", "another scene"),
-    ]  # fmt: skip
+    ]
     links, hashes = tmp_path / "links.txt", tmp_path / "hashes.txt"
     links.write_text(f"{server.url}/good/6?out\n\nhttp://elsewhere/x\n")
     hashes.write_text(hashlib.sha256(make_image(9)).hexdigest().upper() + "\n")
     source = write_list(tmp_path / "l.tsv", rows)
     options = {
-        "min_caption_chars": 4, "max_caption_chars": 100, "sane_captions": True, "min_size": 30, "dedup": "near",
-        "max_aspect_ratio": 3.0, "exclude": (str(links), str(hashes)), "shard_size": 50,
-    }  # fmt: skip
+        "min_caption_chars": 4,
+        "max_caption_chars": 100,
+        "sane_captions": True,
+        "min_size": 30,
+        "dedup": "near",
+        "max_aspect_ratio": 3.0,
+        "exclude": (str(links), str(hashes)),
+        "shard_size": 50,
+    }
     ingest(config(tmp_path / "D", source, **options))
     assert [row["error_message"] for row in rows_of(tmp_path / "D")] == [
-        None, "caption too short", "caption too long", "caption has no letters", "caption is an address",
-        "resize: picture too small", "resize: aspect ratio too large", "excluded address", "excluded picture",
-        "duplicate image", None, "near-duplicate image", None,
-    ]  # fmt: skip
+        None,
+        "caption too short",
+        "caption too long",
+        "caption has no letters",
+        "caption is an address",
+        "resize: picture too small",
+        "resize: aspect ratio too large",
+        "excluded address",
+        "excluded picture",
+        "duplicate image",
+        None,
+        "near-duplicate image",
+        None,
+    ]
     assert server.requests["good/6?out"] == server.requests["good/2?out"] == 0, "refused before a request"
     stats = json.loads((tmp_path / "D/raw/00000_stats.json").read_text())
     assert (stats["successes"], stats["failed_to_resize"], stats["failed_to_download"]) == (3, 2, 8)
@@ -349,7 +378,7 @@ def test_selection_names_each_reason(server, tmp_path):
         ingest(config(tmp_path / "E", source, exclude=(str(tmp_path / "nowhere"),)))
 
 
-def test_what_is_kept_of_a_image(server, tmp_path):
+def test_what_is_kept_of_an_image(server, tmp_path):
     ingest(config(tmp_path / "D", write_list(tmp_path / "l.tsv", [(f"{server.url}/noise/3", "x")])))
     (row,) = rows_of(tmp_path / "D")
     assert SCHEMA.names[-2:] == ["sha256", "phash"]
@@ -391,8 +420,11 @@ def test_images_that_need_no_download(tmp_path, make):
     make(source)
     summary = ingest(config(root, source, shard_size=8))
     assert (summary.shards, summary.made, summary.counts) == (4, 4, {"success": 30})
-    samples = [sample for shard in range(4) for sample in read_shard(str(root / f"raw/{shard:05d}.tar"))]
-    assert [sample.caption for sample in samples] == [f"{number} {n}" for number in range(2) for n in range(15)]
+    samples = list[Sample]()
+    for shard in range(4):
+        samples += read_shard(str(root / f"raw/{shard:05d}.tar"))
+    captions = [f"{number} {n}" for number, n in itertools.product(range(2), range(15))]
+    assert [sample.caption for sample in samples] == captions
     assert len({sample.image for sample in samples}) == 30
     assert samples[8].key == "000010000"
     source.rename(tmp_path / "moved")
@@ -437,7 +469,7 @@ def test_retry_failed_adds_shards_and_keeps_keys(server, tmp_path):
         ingest(run)
 
 
-def test_a_killed_retry_goes_on(server, tmp_path):
+def test_a_killed_retry_resumes(server, tmp_path):
     root = tmp_path / "D"
     rows = [(f"{server.url}/flaky/{n}?k", f"flaky {n}") for n in range(60)]
     run = config(root, write_list(tmp_path / "l.tsv", rows), retries=0)
@@ -454,8 +486,12 @@ def test_a_killed_retry_goes_on(server, tmp_path):
     summary = ingest(again)
     assert (summary.shards, summary.made, summary.counts) == (12, 4, {"success": 60})
     assert check(CheckConfig(str(root))) == []
-    keys = [row["key"] for shard in range(6, 12) for row in rows_of(root, shard)]
-    assert keys == [row["key"] for shard in range(6) for row in rows_of(root, shard)]
+    keys_before = list[str]()
+    keys_after = list[str]()
+    for shard in range(6):
+        keys_before += [row["key"] for row in rows_of(root, shard)]
+        keys_after += [row["key"] for row in rows_of(root, 6 + shard)]
+    assert keys_after == keys_before
 
 
 # a full disk

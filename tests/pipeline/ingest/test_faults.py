@@ -87,9 +87,7 @@ def test_no_link_is_asked_for_too_often(troubles, server):
     counts = server.counts()
     own = {name: counts[f"/{name}?n=0"] for name in TROUBLES if "{kind}" in KINDS[name].url}
     assert {name: n for name, n in own.items() if n > 4} == {}, "one retry; aiohttp itself repeats lost connections"
-    never = {
-        name: n for name, n in own.items() if n > 1 and {"HTTP 404", "HTTP 403", "too large"} & {*TROUBLES[name]}
-    }  # fmt: skip
+    never = {name: n for name, n in own.items() if n > 1 and {"HTTP 404", "HTTP 403", "too large"} & {*TROUBLES[name]}}
     assert never == {}, "no retry where it cannot help"
     assert (own["status_500"], own["stalled_body"], own["status_429_after_hour"]) == (2, 2, 1)
 

@@ -20,8 +20,16 @@ def test_small_upright_rgb_jpegs_keep_their_bytes():
     assert (result.data, result.width, result.height, result.exif) == (data, 90, 48, "{}")
 
 
-@pytest.mark.parametrize(("size", "expected"), [((96, 64), (72, 48)), ((64, 96), (48, 72)), ((1600, 800), (96, 48)),
-                                                ((4000, 60), (3200, 48)), ((40, 200), (40, 200))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((96, 64), (72, 48)),
+        ((64, 96), (48, 72)),
+        ((1600, 800), (96, 48)),
+        ((4000, 60), (3200, 48)),
+        ((40, 200), (40, 200)),
+    ],
+)
 def test_the_shorter_side_is_shrunk(size, expected):
     result = convert(make_image(1, size), ImageRules(48))
     assert (result.width, result.height, result.original_width, result.original_height) == (*expected, *size)
@@ -58,20 +66,23 @@ def encoded(image: Image.Image, form: str, **options) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize(("data", "expected"), [
-    (encoded(Image.new("RGBA", (32, 32), (255, 0, 0, 0)), "PNG"), (255, 255, 255)),
-    (encoded(Image.new("RGBA", (32, 32), (0, 0, 0, 127)), "WEBP", lossless=True), (128, 128, 128)),
-    (encoded(Image.new("LA", (32, 32), (0, 0)), "PNG"), (255, 255, 255)),
-    (encoded(Image.new("L", (32, 32), 100), "JPEG"), (100, 100, 100)),
-    (encoded(Image.new("1", (32, 32), 1), "PNG"), (255, 255, 255)),
-    (encoded(Image.new("RGB", (32, 32), (0, 200, 0)).quantize(4), "PNG"), (0, 200, 0)),
-    (encoded(Image.new("RGB", (32, 32), (0, 200, 0)).quantize(4), "GIF", transparency=0), (255, 255, 255)),
-    (encoded(Image.new("CMYK", (32, 32), (0, 255, 255, 0)), "JPEG", quality=95), (254, 0, 0)),
-    (encoded(Image.new("CMYK", (32, 32), (0, 255, 255, 0)), "TIFF"), (254, 0, 0)),
-    (encoded(Image.fromarray(np.full((32, 32), 30_000, np.uint16)), "PNG"), (117, 117, 117)),
-    (encoded(Image.fromarray(np.full((32, 32), 30_000, np.uint16)), "TIFF"), (117, 117, 117)),
-    (encoded(Image.new("RGB", (32, 32), (10, 20, 200)), "BMP"), (10, 20, 200)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (encoded(Image.new("RGBA", (32, 32), (255, 0, 0, 0)), "PNG"), (255, 255, 255)),
+        (encoded(Image.new("RGBA", (32, 32), (0, 0, 0, 127)), "WEBP", lossless=True), (128, 128, 128)),
+        (encoded(Image.new("LA", (32, 32), (0, 0)), "PNG"), (255, 255, 255)),
+        (encoded(Image.new("L", (32, 32), 100), "JPEG"), (100, 100, 100)),
+        (encoded(Image.new("1", (32, 32), 1), "PNG"), (255, 255, 255)),
+        (encoded(Image.new("RGB", (32, 32), (0, 200, 0)).quantize(4), "PNG"), (0, 200, 0)),
+        (encoded(Image.new("RGB", (32, 32), (0, 200, 0)).quantize(4), "GIF", transparency=0), (255, 255, 255)),
+        (encoded(Image.new("CMYK", (32, 32), (0, 255, 255, 0)), "JPEG", quality=95), (254, 0, 0)),
+        (encoded(Image.new("CMYK", (32, 32), (0, 255, 255, 0)), "TIFF"), (254, 0, 0)),
+        (encoded(Image.fromarray(np.full((32, 32), 30_000, np.uint16)), "PNG"), (117, 117, 117)),
+        (encoded(Image.fromarray(np.full((32, 32), 30_000, np.uint16)), "TIFF"), (117, 117, 117)),
+        (encoded(Image.new("RGB", (32, 32), (10, 20, 200)), "BMP"), (10, 20, 200)),
+    ],
+)
 def test_every_mode_becomes_rgb_on_white(data, expected):
     assert np.abs(np.subtract(pixel(data), expected)).max() <= 4
 
@@ -84,15 +95,18 @@ def bomb() -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize(("data", "reason"), [
-    (b"<html>", "not an image"),
-    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
-    (b"\xff\xd8\xff", "not an image"),
-    (make_image(1, (300, 300))[:1500], "truncated image"),
-    (make_image(1, (300, 300), progressive=True)[:1500], "truncated image"),
-    (make_image(1, (300, 300), "PNG")[:600], "truncated image"),
-    (bomb(), "too many pixels"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"<html>", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+        (b"\xff\xd8\xff", "not an image"),
+        (make_image(1, (300, 300))[:1500], "truncated image"),
+        (make_image(1, (300, 300), progressive=True)[:1500], "truncated image"),
+        (make_image(1, (300, 300), "PNG")[:600], "truncated image"),
+        (bomb(), "too many pixels"),
+    ],
+)
 def test_bytes_that_are_no_image(data, reason):
     with pytest.raises(BadImage, match=f"^{reason}$"):
         convert(data, ImageRules(48))
@@ -115,7 +129,9 @@ def test_damaged_bytes_give_a_image_or_a_named_reason(form):
 
 def test_exif_is_text_that_json_can_hold():
     exif = Image.Exif()
-    exif[0x010F], exif[0x9286], exif[0x927C] = "Ac\x00me", b"ASCII\0\0\0\xff\xfe", b"x" * 5000
+    exif[0x010F] = "Ac\x00me"
+    exif[0x9286] = b"ASCII\0\0\0\xff\xfe"
+    exif[0x927C] = b"x" * 5000
     exif.get_ifd(0x8769)[0x829A] = 1 / 60
     result = convert(make_image(1, exif=exif), ImageRules(48))
     assert all(isinstance(value, str) and len(value) <= 1000 for value in json.loads(result.exif).values())

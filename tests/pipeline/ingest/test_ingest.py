@@ -24,7 +24,7 @@ from web_server import make_image, serve
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
 from pipeline.core.runner import ShardAssignment, ShardsFailed
-from pipeline.ingest import http_client as fetch
+from pipeline.ingest import http_client
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.http_client import Fetcher, FetchError, FetchRules, opted_out
 from pipeline.ingest.listing import Listing
@@ -89,8 +89,8 @@ def test_every_kind_of_answer_is_a_sample_or_a_named_reason(server, tmp_path):
     assert reasons == list(expected.values())
     assert sum(summary.counts.values()) == len(rows)
     assert {row["status"] for row in found} == {"success", "failed_to_download", "failed_to_resize"}
-    assert all((row["status"] == "failed_to_resize") == (row["error_message"] or "").startswith("resize: ")
-               for row in found)  # fmt: skip
+    for row in found:
+        assert (row["status"] == "failed_to_resize") == (row["error_message"] or "").startswith("resize: ")
     stats = json.loads((tmp_path / "D/raw/00000_stats.json").read_text())
     assert (stats["count"], stats["successes"], stats["failed_to_resize"]) == (len(rows), 3, 2)
     assert server.requests["status/500"] == 2, "one retry"
@@ -128,7 +128,7 @@ def get(url: str, **rules) -> bytes:
 
 
 def test_each_hop_of_a_redirect_is_checked(server, monkeypatch):
-    monkeypatch.setattr(fetch, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(http_client, "is_public", lambda address: address == "127.0.0.1")
     assert get(f"{server.url}/redirect/{server.url}/good/5") == make_image(5)
     with serve("127.0.0.2") as inner:
         for target in (inner.url, f"http://[::1]:{inner.server_port}", "http://169.254.169.254"):
@@ -137,17 +137,20 @@ def test_each_hop_of_a_redirect_is_checked(server, monkeypatch):
         assert not inner.requests
 
 
-@pytest.mark.parametrize(("headers", "expected"), [
-    ([], False),
-    (["all"], False),
-    (["NoAI"], True),
-    (["nofollow, noimageai"], True),
-    (["nofollow", "noindex"], True),
-    (["googlebot: noindex"], False),
-    (["clipmill: noindex"], True),
-    (["unavailable_after: 25 Jun 2010 15:00:00 PST"], False),
-    (["noai, unavailable_after: 25 Jun 2010 15:00:00 PST"], True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ([], False),
+        (["all"], False),
+        (["NoAI"], True),
+        (["nofollow, noimageai"], True),
+        (["nofollow", "noindex"], True),
+        (["googlebot: noindex"], False),
+        (["clipmill: noindex"], True),
+        (["unavailable_after: 25 Jun 2010 15:00:00 PST"], False),
+        (["noai, unavailable_after: 25 Jun 2010 15:00:00 PST"], True),
+    ],
+)
 def test_opt_out_headers(headers, expected):
     assert opted_out(headers) == expected
 
@@ -162,16 +165,19 @@ def test_ignoring_opt_out_and_other_schemes(server):
 # the config
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"shard_size": 0}, "shard_size is 0: allowed are whole numbers from 1"),
-    ({"image_size": -1}, "image_size is -1: allowed are whole numbers from 1"),
-    ({"concurrency": 0}, "concurrency is 0"),
-    ({"workers": -1}, "workers is -1: allowed are whole numbers from 0"),
-    ({"timeout_s": 0}, "timeout_s is 0: allowed are seconds above 0"),
-    ({"timeout_s": float("nan")}, "timeout_s is nan"),
-    ({"max_bytes": 0}, "max_bytes is 0"),
-    ({"retries": -1}, "retries is -1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shard_size": 0}, "shard_size is 0: allowed are whole numbers from 1"),
+        ({"image_size": -1}, "image_size is -1: allowed are whole numbers from 1"),
+        ({"concurrency": 0}, "concurrency is 0"),
+        ({"workers": -1}, "workers is -1: allowed are whole numbers from 0"),
+        ({"timeout_s": 0}, "timeout_s is 0: allowed are seconds above 0"),
+        ({"timeout_s": float("nan")}, "timeout_s is nan"),
+        ({"max_bytes": 0}, "max_bytes is 0"),
+        ({"retries": -1}, "retries is -1"),
+    ],
+)
 def test_config_errors(options, message):
     with pytest.raises(UserError, match=message):
         IngestConfig("root", "list.tsv", **options)
@@ -307,8 +313,8 @@ def test_layout_is_img2datasets_but_for_what_the_spec_names(server, tmp_path):
     assert sorted(row["key"] for row in their_rows) == [row["key"] for row in our_rows], "ours in the list's order"
     for rows, own in ((their_rows, set()), (our_rows, OWN_COLUMNS)):  # what is null where
         failed = next(row for row in rows if row["status"] == "failed_to_resize")
-        assert {name for name, value in failed.items() if value is None} == {
-            "width", "height", "original_width", "original_height", "exif", "sha256"} | own  # fmt: skip
+        nulls = {"width", "height", "original_width", "original_height", "exif", "sha256"} | own
+        assert {name for name, value in failed.items() if value is None} == nulls
     same = ("key", "caption", "status", "width", "height", "original_width", "original_height", "sha256")
     assert [[row[name] for name in same] for row in sorted(their_rows, key=lambda row: row["key"])] == [
         [row[name] for name in same] for row in our_rows
@@ -319,9 +325,7 @@ def test_layout_is_img2datasets_but_for_what_the_spec_names(server, tmp_path):
 
 def test_stats_are_img2datasets_but_for_the_done_record(server, tmp_path):
     make_golden_twin(server, tmp_path / "D")
-    theirs, ours = (
-        json.loads((path / "00000_stats.json").read_text()) for path in (GOLDEN, tmp_path / "D/raw")
-    )  # fmt: skip
+    theirs, ours = (json.loads((path / "00000_stats.json").read_text()) for path in (GOLDEN, tmp_path / "D/raw"))
     assert [*theirs, *OWN_STATS] == list(ours)
     assert [type(value) for value in theirs.values()] == [type(ours[name]) for name in theirs]
     for name in ("count", "successes", "failed_to_download", "failed_to_resize"):
@@ -354,10 +358,16 @@ def test_tar_members_are_img2datasets_but_for_what_the_spec_names(server, tmp_pa
     assert sample.meta["sha256"] == hashlib.sha256(make_image(0)).hexdigest()
 
 
-@pytest.mark.parametrize(("shard", "index", "size", "key"), [
-    (12, 42, 10_000, "000120042"), (12, 42, 1000, "000120042"), (0, 0, 10, "000000000"),
-    (3, 99_999, 100_000, "0000399999"), (100_000, 1, 1000, "1000000001"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shard", "index", "size", "key"),
+    [
+        (12, 42, 10_000, "000120042"),
+        (12, 42, 1000, "000120042"),
+        (0, 0, 10, "000000000"),
+        (3, 99_999, 100_000, "0000399999"),
+        (100_000, 1, 1000, "1000000001"),
+    ],
+)
 def test_keys(shard, index, size, key):
     assert sample_key(shard, index, size) == key
 
@@ -496,7 +506,10 @@ def test_a_folder_with_captions_beside(tmp_path):
     ]
     samples = list(read_shard(str(tmp_path / "D/raw/00000.tar")))
     assert [(sample.key, sample.caption) for sample in samples] == [
-        ("000000003", "last ü"), ("000000004", ""), ("000000005", "in b")]  # fmt: skip
+        ("000000003", "last ü"),
+        ("000000004", ""),
+        ("000000005", "in b"),
+    ]
     assert sum(summary.counts.values()) == 6
     assert check(CheckConfig(str(tmp_path / "D"))) == []
 
