@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zlib
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -56,22 +57,43 @@ def levels(data: bytes) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("highest", [255, 1023, 4095, 16383, 65535])
-@pytest.mark.parametrize("write", [
-    lambda samples: encoded(Image.fromarray(samples), "PNG"),
-    lambda samples: encoded(Image.fromarray(samples), "TIFF", compression="tiff_lzw"),
-    tiff,
-    lambda samples: tiff(samples, order=">"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda samples: encoded(Image.fromarray(samples), "PNG"),
+        lambda samples: encoded(Image.fromarray(samples), "TIFF", compression="tiff_lzw"),
+        tiff,
+        lambda samples: tiff(samples, order=">"),
+    ],
+)
 def test_integers_of_any_depth_in_16_bits_reach_from_black_to_white(highest, write):
     assert np.abs(np.subtract(levels(write(ramp(0, highest, "u2"))), BLACK_TO_WHITE)).max() <= 1
 
 
-@pytest.mark.parametrize(("low", "high", "dtype"), [
-    (-128, 127, "i1"), (0, 127, "i1"), (-(2**15), 2**15 - 1, "i2"), (0, 2**15 - 1, "i2"), (-1024, 3071, "i2"),
-    (-(2**31), 2**31 - 1, "i4"), (0, 2**31 - 1, "i4"), (0, 255, "i4"), (0, 65535, "i4"), (0, 10**6, "i4"),
-    (-500, 500, "i4"), (0, 1, "f4"), (0, 255, "f4"), (0, 65535, "f4"), (-1, 1, "f4"), (0, 3.7, "f4"),
-    (0, 0.01, "f4"), (1000, 1200, "f4"), (-1e30, 1e30, "f4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("low", "high", "dtype"),
+    [
+        (-128, 127, "i1"),
+        (0, 127, "i1"),
+        (-(2**15), 2**15 - 1, "i2"),
+        (0, 2**15 - 1, "i2"),
+        (-1024, 3071, "i2"),
+        (-(2**31), 2**31 - 1, "i4"),
+        (0, 2**31 - 1, "i4"),
+        (0, 255, "i4"),
+        (0, 65535, "i4"),
+        (0, 10**6, "i4"),
+        (-500, 500, "i4"),
+        (0, 1, "f4"),
+        (0, 255, "f4"),
+        (0, 65535, "f4"),
+        (-1, 1, "f4"),
+        (0, 3.7, "f4"),
+        (0, 0.01, "f4"),
+        (1000, 1200, "f4"),
+        (-1e30, 1e30, "f4"),
+    ],
+)
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_signed_wide_and_float_samples_reach_from_black_to_white(low, high, dtype, order):
     assert np.abs(np.subtract(levels(tiff(ramp(low, high, dtype), order=order)), BLACK_TO_WHITE)).max() <= 2
@@ -82,12 +104,16 @@ def test_unsigned_32_bits_reach_from_black_to_white(highest):
     assert np.abs(np.subtract(levels(tiff(ramp(0, highest, "u4"))), BLACK_TO_WHITE)).max() <= 2
 
 
-@pytest.mark.parametrize(("data", "middle"), [
-    (b"P5 64 8 4095\n" + ramp(0, 4095, ">u2").tobytes(), 130), (b"P5 64 8 100\n" + ramp(0, 100, "u1").tobytes(), 128),
-    (b"P6 64 8 1023\n" + np.stack([ramp(0, 1023, "u2")] * 3, -1).astype(">u2").tobytes(), 129),
-    (b"Pf\n64 8\n-1.0\n" + ramp(0, 1, "<f4").tobytes(), 130),
-    (encoded(Image.fromarray(ramp(0, 4095, "u2")), "JPEG2000"), 130),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("data", "middle"),
+    [
+        (b"P5 64 8 4095\n" + ramp(0, 4095, ">u2").tobytes(), 130),
+        (b"P5 64 8 100\n" + ramp(0, 100, "u1").tobytes(), 128),
+        (b"P6 64 8 1023\n" + np.stack([ramp(0, 1023, "u2")] * 3, -1).astype(">u2").tobytes(), 129),
+        (b"Pf\n64 8\n-1.0\n" + ramp(0, 1, "<f4").tobytes(), 130),
+        (encoded(Image.fromarray(ramp(0, 4095, "u2")), "JPEG2000"), 130),
+    ],
+)
 def test_other_formats_with_many_bits_reach_from_black_to_white(data, middle):
     assert levels(data) == (0, middle, 255)
 
@@ -130,11 +156,16 @@ def test_samples_that_are_no_numbers_are_black_and_an_image_of_nothing_else_is_r
         decode_rgb(tiff(np.full((8, 8), np.nan, np.float32)))
 
 
-@pytest.mark.parametrize("data", [
-    png(np.stack([ramp(0, 4095, "u2")] * 3, -1), 16, 2), png(np.stack([ramp(0, 4095, "u2")] * 2, -1), 16, 4),
-    b"P6 64 8 65535\n" + np.stack([ramp(0, 4095, "u2")] * 3, -1).astype(">u2").tobytes(),
-    tiff(np.stack([ramp(0, 4095, "u2")] * 3, -1), 2), tiff(np.stack([ramp(0, 4095, "u2")] * 4, -1), 5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data",
+    [
+        png(np.stack([ramp(0, 4095, "u2")] * 3, -1), 16, 2),
+        png(np.stack([ramp(0, 4095, "u2")] * 2, -1), 16, 4),
+        b"P6 64 8 65535\n" + np.stack([ramp(0, 4095, "u2")] * 3, -1).astype(">u2").tobytes(),
+        tiff(np.stack([ramp(0, 4095, "u2")] * 3, -1), 2),
+        tiff(np.stack([ramp(0, 4095, "u2")] * 4, -1), 5),
+    ],
+)
 def test_16_bit_colours_of_an_unknown_depth_are_refused(data):
     with pytest.raises(DataError, match=r"^does not decode: 16 bits hardly used$"):
         decode_rgb(data)
@@ -149,10 +180,16 @@ def test_16_bits_that_nobody_sees_are_white(kind):
 PALETTE = png_chunk(b"PLTE", b"\0\0\0\x09\x09\x09")
 
 
-@pytest.mark.parametrize("data", [
-    tiff(ramp(0, 1, "f8")), tiff(ramp(0, 1, "f2")), tiff(np.full((8, 8, 3), 0.5, np.float32), 2),
-    tiff(np.full((8, 8, 2), 9, np.uint16), t338=[2]), tiff(ramp(0, 255, "u8")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data",
+    [
+        tiff(ramp(0, 1, "f8")),
+        tiff(ramp(0, 1, "f2")),
+        tiff(np.full((8, 8, 3), 0.5, np.float32), 2),
+        tiff(np.full((8, 8, 2), 9, np.uint16), t338=[2]),
+        tiff(ramp(0, 255, "u8")),
+    ],
+)
 def test_tiffs_of_samples_that_pillow_has_no_mode_for_are_named(data):
     with pytest.raises(DataError, match=r"^does not decode: unsupported TIFF$"):
         decode_rgb(data)
@@ -162,29 +199,32 @@ def grey_key(value: int) -> bytes:
     return png_chunk(b"tRNS", value.to_bytes(2, "big"))
 
 
-@pytest.mark.parametrize(("data", "expected"), [
-    (png(ramp(0, 65535, "u2"), 16, 0, grey_key(0)), (255, 130, 255)),
-    (png(ramp(0, 4095, "u2"), 16, 0, grey_key(0)), (255, 130, 255)),
-    (png(np.stack([ramp(0, 65535, "u2")] * 3, -1), 16, 2, png_chunk(b"tRNS", bytes(6))), (255, 130, 255)),
-    (png(ramp(0, 255, "u1"), 8, 0, grey_key(255)), (0, 129, 255)),
-    (png(ramp(0, 255, "u1"), 8, 0, grey_key(0)), (255, 129, 255)),
-    (png(ramp(0, 15, "u1"), 4, 0, grey_key(7)), (0, 255, 255)),
-    (png(ramp(0, 3, "u1"), 2, 0, grey_key(1)), (0, 255, 255)),
-    (png(ramp(0, 1, "u1"), 1, 0, grey_key(0)), (255, 255, 255)),
-    (png(ramp(0, 1, "u1"), 1, 0), (0, 0, 255)),
-    (png(ramp(0, 1, "u1"), 1, 3, PALETTE + png_chunk(b"tRNS", b"\x80")), (127, 127, 9)),
-    (png(ramp(0, 1, "u1"), 8, 3, PALETTE + png_chunk(b"tRNS", b"\xff\0")), (0, 0, 255)),
-    (tiff(np.full((8, 64, 2), (64, 128), np.uint8), t338=[1]), (191,) * 3),
-    (tiff(np.full((8, 64, 2), (64, 128), np.uint8), t338=[2]), (159,) * 3),
-    (tiff(np.full((8, 64, 4), (64, 64, 64, 128), np.uint8), 2, t338=[1]), (191,) * 3),
-    (tiff(np.full((8, 64, 4), (64, 64, 64, 128), np.uint8), 2, t338=[0]), (64,) * 3),
-    (tiff(np.full((8, 64, 4), (0, 0, 0, 155), np.uint8), 5), (100,) * 3),
-    (tiff(np.full((8, 64, 4), (0, 0, 0, 155 << 8), np.uint16), 5), (100,) * 3),
-    (tiff(np.full((8, 64, 3), (100, 128, 128), np.uint8), 6), (100,) * 3),
-    (tiff(np.full((8, 64, 3), (255, 0, 0), np.uint8), 8), (255,) * 3),
-    (encoded(Image.new("LA", (64, 8), (0, 0)), "PNG"), (255,) * 3),
-    (encoded(Image.new("RGBA", (64, 8), (0, 0, 0, 0)), "WEBP", lossless=True), (255,) * 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (png(ramp(0, 65535, "u2"), 16, 0, grey_key(0)), (255, 130, 255)),
+        (png(ramp(0, 4095, "u2"), 16, 0, grey_key(0)), (255, 130, 255)),
+        (png(np.stack([ramp(0, 65535, "u2")] * 3, -1), 16, 2, png_chunk(b"tRNS", bytes(6))), (255, 130, 255)),
+        (png(ramp(0, 255, "u1"), 8, 0, grey_key(255)), (0, 129, 255)),
+        (png(ramp(0, 255, "u1"), 8, 0, grey_key(0)), (255, 129, 255)),
+        (png(ramp(0, 15, "u1"), 4, 0, grey_key(7)), (0, 255, 255)),
+        (png(ramp(0, 3, "u1"), 2, 0, grey_key(1)), (0, 255, 255)),
+        (png(ramp(0, 1, "u1"), 1, 0, grey_key(0)), (255, 255, 255)),
+        (png(ramp(0, 1, "u1"), 1, 0), (0, 0, 255)),
+        (png(ramp(0, 1, "u1"), 1, 3, PALETTE + png_chunk(b"tRNS", b"\x80")), (127, 127, 9)),
+        (png(ramp(0, 1, "u1"), 8, 3, PALETTE + png_chunk(b"tRNS", b"\xff\0")), (0, 0, 255)),
+        (tiff(np.full((8, 64, 2), (64, 128), np.uint8), t338=[1]), (191,) * 3),
+        (tiff(np.full((8, 64, 2), (64, 128), np.uint8), t338=[2]), (159,) * 3),
+        (tiff(np.full((8, 64, 4), (64, 64, 64, 128), np.uint8), 2, t338=[1]), (191,) * 3),
+        (tiff(np.full((8, 64, 4), (64, 64, 64, 128), np.uint8), 2, t338=[0]), (64,) * 3),
+        (tiff(np.full((8, 64, 4), (0, 0, 0, 155), np.uint8), 5), (100,) * 3),
+        (tiff(np.full((8, 64, 4), (0, 0, 0, 155 << 8), np.uint16), 5), (100,) * 3),
+        (tiff(np.full((8, 64, 3), (100, 128, 128), np.uint8), 6), (100,) * 3),
+        (tiff(np.full((8, 64, 3), (255, 0, 0), np.uint8), 8), (255,) * 3),
+        (encoded(Image.new("LA", (64, 8), (0, 0)), "PNG"), (255,) * 3),
+        (encoded(Image.new("RGBA", (64, 8), (0, 0, 0, 0)), "WEBP", lossless=True), (255,) * 3),
+    ],
+)
 def test_transparency_is_white_and_colour_spaces_become_rgb(data, expected):
     assert np.abs(np.subtract(levels(data), expected)).max() <= 1
 
@@ -192,12 +232,19 @@ def test_transparency_is_white_and_colour_spaces_become_rgb(data, expected):
 PACKED = zlib.compress(bytes(10**7))
 
 
-@pytest.mark.parametrize("chunks", [
-    png_chunk(b"iCCP", b"profile\0\0" + PACKED), png_chunk(b"zTXt", b"comment\0\0" + PACKED),
-    png_chunk(b"iTXt", b"comment\0\1\0\0\0" + PACKED), png_chunk(b"tEXt", b"comment\0" + b"x" * 10**7) * 8,
-    png_chunk(b"tEXt", b"transparency\0yes"), png_chunk(b"tEXt", b"comment\0x")[:-4] + bytes(4),
-    png_chunk(b"zTXt", b"Raw profile type exif\0\0" + PACKED), png_chunk(b"iCCP", b"profile\0\7none"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        png_chunk(b"iCCP", b"profile\0\0" + PACKED),
+        png_chunk(b"zTXt", b"comment\0\0" + PACKED),
+        png_chunk(b"iTXt", b"comment\0\1\0\0\0" + PACKED),
+        png_chunk(b"tEXt", b"comment\0" + b"x" * 10**7) * 8,
+        png_chunk(b"tEXt", b"transparency\0yes"),
+        png_chunk(b"tEXt", b"comment\0x")[:-4] + bytes(4),
+        png_chunk(b"zTXt", b"Raw profile type exif\0\0" + PACKED),
+        png_chunk(b"iCCP", b"profile\0\7none"),
+    ],
+)
 def test_texts_and_profiles_of_a_png_do_not_spoil_it(chunks):
     assert levels(png(ramp(0, 255, "u1"), 8, 0, before=chunks)) == (0, 129, 255)
     assert levels(png(ramp(0, 255, "u1"), 8, 0, after=chunks)) == (0, 129, 255)
@@ -354,7 +401,8 @@ def test_stages_name_hostile_bytes_and_keep_the_rest(hostile, student, tmp_path,
     assert [line for line in named if line.replace(":", "", 1) not in caplog.text] == []
     caplog.clear()
     batches = Encoder(load_model(model), 4, "cpu").images((path, sample) for sample in samples)
-    kept = [sample.key for batch, _ in batches for _, sample in batch]
+    read = chain.from_iterable(batch for batch, _ in batches)
+    kept = [sample.key for _, sample in read]
     assert kept == [sample.key for sample in samples[len(HOSTILE) :]]
     assert [line for line in named if line not in caplog.text] == []
     problems = list[str]()
@@ -389,10 +437,9 @@ def test_no_foreign_image_starts_a_program(tmp_path):
         ("from PIL import Image\nImage.open('x.jpg').load()", True),
         ("from shards_spec.images import decode_rgb\ndecode_rgb(open('x.jpg', 'rb').read())", False),
     ):
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-            env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
         assert done.returncode != 0  # there is no image in it
         assert mark.exists() == runs
         mark.unlink(missing_ok=True)
@@ -418,12 +465,17 @@ def test_scans_times_pixels_are_limited(side, scans, allowed):
             decode_rgb(data)
 
 
-@pytest.mark.parametrize(("data", "blocks"), [
-    (jpeg2000(1000), 250), (jpeg2000(1000, tile_size=(256, 256)), 20),
-    (jpeg2000(1000, codeblock_size=(4, 4)), 62_500), (jpeg2000(1000, 0x22), 4 * 62_500),
-    (jpeg2000(1000, 0x22, in_tile=True), 4 * 62_500),
-    (encoded(Image.new("RGB", (1000, 1000)), "JPEG2000", codeblock_size=(4, 4)), 3 * 62_500),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("data", "blocks"),
+    [
+        (jpeg2000(1000), 250),
+        (jpeg2000(1000, tile_size=(256, 256)), 20),
+        (jpeg2000(1000, codeblock_size=(4, 4)), 62_500),
+        (jpeg2000(1000, 0x22), 4 * 62_500),
+        (jpeg2000(1000, 0x22, in_tile=True), 4 * 62_500),
+        (encoded(Image.new("RGB", (1000, 1000)), "JPEG2000", codeblock_size=(4, 4)), 3 * 62_500),
+    ],
+)
 def test_code_blocks_of_a_jpeg_2000_are_counted_before_it_is_decoded(data, blocks):
     assert blocks <= jpeg2000_blocks(data) <= 1.35 * blocks + 100
     assert Image.open(io.BytesIO(data)).size == (1000, 1000)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -84,8 +85,8 @@ def captioned(sample: Sample, *texts: str) -> Sample:
 
 def columns(root: str, shard: int = 0, name: str = "tea") -> dict[str, np.ndarray]:
     cached = TeacherShard(root, name, shard)
-    found = {column for file in cached.files for column in file.names}
-    return {column: cached.file(column).vectors(column).as_floats() for column in sorted(found)}
+    found = sorted(set().union(*(file.names for file in cached.files)))
+    return {column: cached.file(column).vectors(column).as_floats() for column in found}
 
 
 def assert_as_if_made_at_once(root: str, model: str, tmp_path: Path, **changes) -> None:
@@ -113,8 +114,9 @@ def test_more_views_are_added_and_nothing_else_is_made(root, model, tmp_path):
     with pytest.raises(UserError, match=r"num_views: 5 before, 2 now"):
         run(root, model)
     assert read_json(join(root, "dataset.json"))["stages"]["cache/tea"]["facts"] == {
-        "image vectors": 50, "text vectors": 10,
-    }  # fmt: skip
+        "image vectors": 50,
+        "text vectors": 10,
+    }
 
 
 def test_captions_are_added_and_images_are_not_embedded_again(root, model, tmp_path):
@@ -152,16 +154,23 @@ def test_another_image_re_embeds_its_views_and_removed_samples_nothing(root, mod
     change(root, edit)
     assert made_now(run(root, model)) == (2, 0)
     assert [name for name in names(join(root, "teacher/tea")) if name.startswith("00000")] == [
-        "00000.parquet", "00000_stats.json",
-    ]  # fmt: skip
+        "00000.parquet",
+        "00000_stats.json",
+    ]
     assert_as_if_made_at_once(root, model, tmp_path)
 
 
 def test_captions_that_went_leave_nulls(root, model, tmp_path):
     change(root, lambda sample: captioned(sample, "one", "two"))
     run(root, model)
-    change(root, lambda s: captioned(s, "one", "two") if s.key.endswith("0") else Sample(s.key, {
-        **s.members, "json": json_bytes({k: v for k, v in s.meta.items() if k != "syn_1"})}))  # fmt: skip
+
+    def without_second(sample: Sample) -> Sample:
+        if sample.key.endswith("0"):
+            return captioned(sample, "one", "two")
+        meta = {name: value for name, value in sample.meta.items() if name != "syn_1"}
+        return Sample(sample.key, {**sample.members, "json": json_bytes(meta)})
+
+    change(root, without_second)
     assert made_now(run(root, model)) == (0, 0)
     table = pq.read_table(join(root, "teacher/tea/00000-1.parquet"))
     assert table.column("text_2").is_null().to_pylist() == [False, True, True, True, True]
@@ -243,7 +252,9 @@ class Narrow(torch.nn.Module):
 
     def __init__(self, most: int) -> None:
         super().__init__()
-        self.most, self.seen, self.linear = most, [], torch.nn.Linear(3 * 64, 8)
+        self.most = most
+        self.seen = []
+        self.linear = torch.nn.Linear(3 * 64, 8)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         self.seen.append(len(pixels))
@@ -351,7 +362,10 @@ def test_shuffled_rows_and_swapped_shards_are_refused(root, model):
     with pytest.raises(DataError, match=r"00000\.parquet: made from another .*shards/00000\.tar"):
         TeacherCache(root, "tea", SHARDS).features(0, 0, keys[0])
     assert {p[len(root) + 1 :].split(":")[0] for p in check(CheckConfig(root)) if "teacher/" in p} == {
-        f"teacher/tea/0000{shard}{end}" for shard in (0, 1) for end in (".parquet", "_stats.json")
+        "teacher/tea/00000.parquet",
+        "teacher/tea/00000_stats.json",
+        "teacher/tea/00001.parquet",
+        "teacher/tea/00001_stats.json",
     }
 
 
@@ -410,7 +424,7 @@ def test_what_an_identity_is():
 
 def features_of(root: str, loaded: LoadedModel, view: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The live teacher's features of one view and of the original captions, all samples in one batch."""
-    samples = [sample for shard in range(SHARDS) for sample in read_shard(join(root, f"shards/{shard:05d}.tar"))]
+    samples = list(chain.from_iterable(read_shard(join(root, f"shards/{shard:05d}.tar")) for shard in range(SHARDS)))
     mean, std = (torch.tensor(own).view(3, 1, 1) for own in (loaded.mean, loaded.std))
     pixels = [
         np.array(apply_view(decode_rgb(s.image), JITTERED, draw_view(JITTERED, s.key, view), loaded.image_size))
@@ -433,10 +447,14 @@ def test_the_loss_from_the_cache_is_the_live_teachers(root, model, dtype, tolera
         teacher.features(shard, 1, [s.key for s in read_shard(join(root, f"shards/{shard:05d}.tar"))])
         for shard in range(SHARDS)
     ]
-    image, text = (
-        torch.from_numpy(np.stack([own.row(name, row) for own in rows for row in range(len(own.keys))]))
-        for name in ("image_1", "text_0")
-    )
+
+    def cached(name: str) -> torch.Tensor:
+        vectors = list[np.ndarray]()
+        for own in rows:
+            vectors += [own.row(name, row) for row in range(len(own.keys))]
+        return torch.from_numpy(np.stack(vectors))
+
+    image, text = cached("image_1"), cached("text_0")
     live = features_of(root, loaded, 1)
     rng = torch.Generator().manual_seed(0)
     for scale in (teacher.logit_scale, 100.0):
@@ -474,7 +492,9 @@ def test_what_storage_does_to_affinities(dtype, most, mean):
 
 def test_bytes_per_sample_and_per_training_sample(tmp_path):
     """ViT-L/14's 768 numbers, 10 views and 6 captions; a step needs one view and one caption."""
-    rng, count, root = np.random.default_rng(0), 1000, str(tmp_path)
+    rng = np.random.default_rng(0)
+    count = 1000
+    root = str(tmp_path)
     keys = [f"{row:09d}" for row in range(count)]
     _, digest = write_shard(join(root, "shards/00000.tar"), [Sample(key, {"txt": b"a"}) for key in keys])
     names = [*(f"image_{i}" for i in range(10)), *(f"text_{i}" for i in range(6))]

@@ -1,8 +1,9 @@
-"""The caption stage: the same caption whatever the batch, wrong ones drawn again, ratings, memory, devices."""
+"""The caption stage: the same caption whatever the batch, unusable ones sampled again, ratings, memory, devices."""
 
 import multiprocessing
 import resource
 from dataclasses import replace
+from itertools import chain, product
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -58,7 +59,7 @@ def config(root: str, model: str, **more) -> CaptionConfig:
 def test_captions_are_the_same_in_shuffled_and_split_shards_and_in_every_batch_size(root, model, tmp_path):
     caption(config(root, model))
     expected = texts(root)
-    samples = [sample for shard in range(3) for sample in read_shard(join(root, f"raw/{shard:05d}.tar"))]
+    samples = list(chain.from_iterable(read_shard(join(root, f"raw/{shard:05d}.tar")) for shard in range(3)))
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(5)).tolist()
     for batch_size, sizes in ((1, [24]), (5, [1, 6, 17]), (24, [13, 11])):
         other, left = str(tmp_path / f"other{batch_size}"), [samples[place] for place in order]
@@ -98,7 +99,7 @@ def test_what_is_wrong_with_a_caption():
     assert caption_defect("a dog", ["a cat", "a dog"]) == "repeated"
 
 
-def test_wrong_captions_are_drawn_again_a_bounded_number_of_times(root, model):
+def test_unusable_captions_are_sampled_again_a_bounded_number_of_times(root, model):
     cold = replace(SHORT, temperature=0.35)  # the same caption often
     counts = {}
     for redraws in (0, 1, 4):
@@ -117,7 +118,7 @@ def test_wrong_captions_are_drawn_again_a_bounded_number_of_times(root, model):
                 assert later[key][index] == text, "a caption that was right stays"
     again = config(root, model, redraws=4, decoding=cold, name="again", batch_size=2)
     caption(again)
-    assert texts(root, "again") == later, "what is drawn again does not depend on the batch either"
+    assert texts(root, "again") == later, "what is sampled again does not depend on the batch either"
 
 
 def test_facts_are_totals_of_the_shards(root, model):
@@ -127,7 +128,8 @@ def test_facts_are_totals_of_the_shards(root, model):
         assert sum(record.counters.get(name, 0) for record in done) == number
     assert read_dataset(root)["stages"]["caption/cap"]["facts"] == summary.counters
     rows = captions(root).values()
-    cut = sum(tokens == SHORT.max_tokens for row in rows for tokens in row["num_tokens"])
+    lengths = list(chain.from_iterable(row["num_tokens"] for row in rows))
+    cut = lengths.count(SHORT.max_tokens)
     assert summary.counters["cut at max_tokens"] == cut
     assert caption(config(root, model)).counters == summary.counters
 
@@ -273,7 +275,9 @@ def test_on_a_gpu_captions_are_those_of_the_cpu(root, model):
     caption(config(root, model, device="cpu"))
     caption(config(root, model, device="cuda", precision="fp32", name="gpu"))
     cpu, gpu = texts(root), texts(root, "gpu")
-    same = [a == b for key in cpu for a, b in zip(cpu[key], gpu[key], strict=True)]
+    assert cpu.keys() == gpu.keys()
+    pairs = zip(chain.from_iterable(cpu.values()), chain.from_iterable(gpu[key] for key in cpu), strict=True)
+    same = [one == other for one, other in pairs]
     assert sum(same) >= 0.99 * len(same)
 
 
@@ -289,7 +293,7 @@ def test_on_a_gpu_a_batch_stays_within_its_prediction():
     assert isinstance(captioner.coca, Coca)
 
 
-def heads_complain(root, model, caplog, **options) -> list[str]:
+def head_warnings(root, model, caplog, **options) -> list[str]:
     caplog.clear()
     caption(config(root, model, similarity=True, overwrite=True, num_captions=1, **options))
     return [record.message for record in caplog.records if "original captions are no closer" in record.message]
@@ -298,14 +302,14 @@ def heads_complain(root, model, caplog, **options) -> list[str]:
 @pytest.mark.parametrize("batch_size", [1, 5, 32])
 def test_heads_that_cannot_tell_images_apart_are_named_per_shard(root, model, caplog, batch_size):
     """Random weights say nothing. The same weights with the captions that they rate highest for each image do."""
-    found = heads_complain(root, model, caplog, batch_size=batch_size)
+    found = head_warnings(root, model, caplog, batch_size=batch_size)
     assert [message.partition(":")[0][-9:] for message in found] == ["00000.tar", "00001.tar", "00002.tar"]
     assert all("shuffled" in message and "8 images" in message and "another tag" in message for message in found)
     loaded = load_model(model)
     captioner = Captioner(loaded, SHORT, 1)
-    words = [
-        f"{a} {b}" for a in ("red", "dog", "of", "sky", "night") for b in ("one", "cat", "in", "snow", "the", "sea")
-    ]
+    first = ("red", "dog", "of", "sky", "night")
+    second = ("one", "cat", "in", "snow", "the", "sea")
+    words = [" ".join(pair) for pair in product(first, second)]
     for shard in range(3):
         path = join(root, f"raw/{shard:05d}.tar")
         samples = list(read_shard(path))
@@ -318,12 +322,12 @@ def test_heads_that_cannot_tell_images_apart_are_named_per_shard(root, model, ca
         _, digest = write_shard(path, samples)
         done = read_done(join(root, "raw"), shard)
         replace(done, outputs={**done.outputs, f"raw/{shard:05d}.tar": digest}).write(join(root, "raw"))
-    assert heads_complain(root, model, caplog, batch_size=batch_size) == []
+    assert head_warnings(root, model, caplog, batch_size=batch_size) == []
 
 
-def test_too_few_or_equal_captions_are_no_reason_to_complain():
+def test_too_few_or_equal_captions_give_no_warning():
     features = torch.nn.functional.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), dim=1)
-    for images, texts, complains in (
+    for images, texts, warns in (
         (features, ["a"] * 6, False),  # equal captions score as shuffled ones do, whatever the heads
         (features[:2], ["a", "b"], False),
         (features, list("abcdef"), True),
@@ -331,7 +335,7 @@ def test_too_few_or_equal_captions_are_no_reason_to_complain():
         check = ContrastiveHeadCheck()
         for row, text in enumerate(texts):
             check.add(images[row : row + 1], features[(row + 1) % len(images)][None], [text])
-        assert bool(check.warning()) == complains
+        assert bool(check.warning()) == warns
     check = ContrastiveHeadCheck()
     check.add(features, features, list("abcdef"))
     assert check.warning() is None

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections import Counter
+from itertools import chain, product
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def greedy(coca: Coca, images: torch.Tensor, decoding: Decoding = GREEDY):
 
 def frequent(coca: Coca) -> int:
     """An end token that random weights really write, at different places."""
-    seen = Counter(token for caption in greedy(coca, noise(coca)) for token in caption.tokens[3:])
+    seen = Counter(chain.from_iterable(caption.tokens[3:] for caption in greedy(coca, noise(coca))))
     return next(token for token, _ in seen.most_common() if token not in coca.suppressed_tokens)
 
 
@@ -116,7 +117,7 @@ def expected(coca):
 @pytest.mark.parametrize("batch", [1, 3, 8, 64])
 def test_greedy_equals_full_recomputation(coca, expected, batch):
     images = noise(coca)
-    found = [caption for first in range(0, IMAGES, batch) for caption in greedy(coca, images[first : first + batch])]
+    found = list(chain.from_iterable(greedy(coca, images[first : first + batch]) for first in range(0, IMAGES, batch)))
     assert [caption.tokens for caption in found] == expected
     assert len({len(tokens) for tokens in expected}) > 2, "mixed lengths, or rows that leave the batch are not tested"
     if batch == 8:
@@ -131,7 +132,7 @@ def test_sampled_captions_of_one_image_have_the_log_probability_of_teacher_forci
         end, coca = coca.end, Coca(copy.deepcopy(coca.model).double(), coca.tokenizer)
         coca.end = end
     images, decoding = noise(coca, 6), Decoding(top_p=0.95, temperature=1.5, min_tokens=1, max_tokens=12)
-    owners = [image for image in range(6) for _ in range(4)]
+    owners = sorted([*range(6)] * 4)
     found = generate(coca, coca.encode_images(images), owners, [f"{row}" for row in range(24)], decoding)
     for owner, caption in zip(owners, found, strict=True):
         score = scored(coca, images[owner], caption.tokens, caption.ended, [])
@@ -243,7 +244,7 @@ def test_this_torch_has_the_operations_and_they_equal_a_plain_product():
     torch.testing.assert_close(prepack_linear(weight, bias)(x), torch.nn.functional.linear(x, weight, bias))
 
 
-def test_a_prefix_that_leaves_no_room_is_told(tiny):
+def test_a_prefix_that_leaves_no_room_is_named(tiny):
     with pytest.raises(UserError, match=r"16 places.*prefix of 12 tokens.*min_tokens 5"):
         greedy(tiny, noise(tiny, 1), Decoding("greedy", prefix=" ".join(["a"] * 12)))
     with pytest.raises(UserError, match="prefix 'a a"):
@@ -275,8 +276,8 @@ def test_sampling_does_not_depend_on_the_batch(coca):
     images, decoding = noise(coca, 12), Decoding(min_tokens=2, max_tokens=14)
 
     def captions(order: list[int]) -> dict[tuple[int, int], list[int]]:
-        owners = [place for place in range(len(order)) for _ in range(3)]
-        names = [f"{image}/{n}" for image in order for n in range(3)]
+        owners = sorted([*range(len(order))] * 3)
+        names = [f"{image}/{n}" for image, n in product(order, range(3))]
         found = generate(coca, coca.encode_images(images[order]), owners, names, decoding)
         return {
             (order[owner], row % 3): caption.tokens
@@ -285,7 +286,9 @@ def test_sampling_does_not_depend_on_the_batch(coca):
 
     together = captions(list(range(12)))
     assert captions(list(reversed(range(12)))) == together
-    alone = {place: tokens for image in range(12) for place, tokens in captions([image]).items()}
+    alone = {}
+    for image in range(12):
+        alone |= captions([image])
     assert alone == together
     one = generate(coca, coca.encode_images(images[3:4]), [0], ["3/2"], decoding)[0]
     assert one.tokens == together[3, 2]
@@ -329,7 +332,9 @@ def slowly_chosen(logits: torch.Tensor, decoding: Decoding, seed: int) -> int:
     if decoding.method == "top_k":
         kept = [token for token in order if scores[token] >= scores[order[decoding.top_k - 1]]]
     else:
-        probabilities, mass, kept = torch.tensor(scores).softmax(-1).tolist(), 0.0, []
+        probabilities = torch.tensor(scores).softmax(-1).tolist()
+        mass = 0.0
+        kept = []
         for token in order:
             if mass >= decoding.top_p and scores[token] < scores[kept[-1]]:
                 break
@@ -461,7 +466,8 @@ def test_full_size_models_greedy_and_beam(name, tmp_path):
         tokenizer = open_clip.tokenizer.HFTokenizer(str(tmp_path), context_length=76)
     coca = Coca(model, tokenizer)
     images, decoding = noise(coca, 4), Decoding("greedy", min_tokens=2, max_tokens=10)
-    coca.end = Counter(t for c in greedy(coca, images, decoding) for t in c.tokens[2:]).most_common(1)[0][0]
+    written = chain.from_iterable(caption.tokens[2:] for caption in greedy(coca, images, decoding))
+    coca.end = Counter(written).most_common(1)[0][0]
     found = greedy(coca, images, decoding)
     assert [caption.tokens for caption in found] == [recomputed(coca, image, decoding) for image in images]
     beam = Decoding("beam", num_beams=3, min_tokens=2, max_tokens=6)
@@ -470,7 +476,7 @@ def test_full_size_models_greedy_and_beam(name, tmp_path):
         assert [caption.tokens for caption in captions] == [tokens for tokens, _ in slow_beams(coca, image, beam, 3)]
 
 
-def test_rows_feed_a_prompt_as_one_or_token_by_token(coca):
+def test_a_prompt_may_be_fed_at_once_or_token_by_token(coca):
     images = noise(coca, 3)
     prompt = torch.tensor([[coca.start, *coca.prompt_tokens("a blue box")]]).expand(3, -1)
     with torch.inference_mode():
