@@ -11,21 +11,37 @@ from shards_spec.models import Trust
 from shards_spec.precision import PrecisionOption
 from shards_spec.views import ViewSpec
 
-# What may change when a run goes on, beside the number of processes: a machine gone, the rest may have to fit another.
-# The last four change roundings only, unless a trained BatchNorm normalises over each chunk (then chunk_size is maths).
+# What may change when a run is resumed, beside the number of processes: another machine may have less memory. The last
+# four change roundings only, unless a trained BatchNorm normalises over each chunk: then the chunk's size is maths.
 FREE_ON_RESUME = frozenset(
     {
-        "out", "workers", "scratch", "scratch_gb", "log_every", "checkpoint_minutes", "checkpoint_steps",
-        "keep_checkpoints", "resume", "device", "max_nonfinite", "eval_every_steps", "eval_every_epochs",
-        "fit", "trust_checkpoint", "trust_remote_code",
-        "chunk_size", "checkpoint_activations", "compile", "channels_last",
+        "out",
+        "workers",
+        "scratch",
+        "scratch_gb",
+        "log_every",
+        "checkpoint_minutes",
+        "checkpoint_steps",
+        "keep_checkpoints",
+        "resume",
+        "device",
+        "max_nonfinite",
+        "eval_every_steps",
+        "eval_every_epochs",
+        "fit",
+        "trust_checkpoint",
+        "trust_remote_code",
+        "chunk_size",
+        "checkpoint_activations",
+        "compile",
+        "channels_last",
     }
-)  # fmt: skip
+)
 
 
-def require(fine: bool, field: str, value: object, allowed: str) -> None:
-    """Raise UserError naming the flag, its value and what is allowed, unless ``fine``."""
-    if not fine:
+def require(is_fine: bool, field: str, value: object, allowed: str) -> None:
+    """Raise UserError that names a flag, its value and what is allowed, unless ``is_fine``."""
+    if not is_fine:
         raise UserError(f"--{field.replace('_', '-')} {value!r}: must be {allowed}")
 
 
@@ -121,7 +137,7 @@ class ViewConfig:
         self.spec(0)
 
     def spec(self, seed: int) -> ViewSpec:
-        """What the views are drawn from. Raises UserError naming the field that is out of range."""
+        """Return what the views are drawn from. Raises UserError naming the field that is out of range."""
         return ViewSpec(seed=seed, **{field.name: getattr(self, field.name) for field in fields(self)})
 
 
@@ -250,28 +266,26 @@ class RunConfig:
     eval_every_steps: int | None = None
     """steps between measurements; when given, eval_every_epochs is not used"""
     resume: bool = True
-    """go on from RUN's newest checkpoint"""
+    """resume from RUN's newest checkpoint"""
 
     def __post_init__(self) -> None:
-        require(self.steps is None or self.steps >= 1, "steps", self.steps, "1 or more, or None")
-        require(self.epochs > 0, "epochs", self.epochs, "above 0")
-        require(self.log_every >= 1, "log_every", self.log_every, "1 or more")
-        require(self.checkpoint_minutes > 0, "checkpoint_minutes", self.checkpoint_minutes, "above 0")
-        require(
-            self.checkpoint_steps is None or self.checkpoint_steps >= 1,
-            "checkpoint_steps", self.checkpoint_steps, "1 or more, or None",
-        )  # fmt: skip
-        require(self.chunk_size is None or self.chunk_size >= 1, "chunk_size", self.chunk_size, "1 or more, or None")
+        for name in ("steps", "checkpoint_steps", "chunk_size", "eval_every_steps"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "1 or more, or None")
+        for name in ("log_every", "max_nonfinite", "keep_checkpoints"):
+            value = getattr(self, name)
+            require(value >= 1, name, value, "1 or more")
+        for name in ("epochs", "checkpoint_minutes", "eval_every_epochs"):
+            value = getattr(self, name)
+            require(value > 0, name, value, "above 0")
         require(self.fit is None or self.fit > 0, "fit", self.fit, "above 0, or None")
-        require(self.max_nonfinite >= 1, "max_nonfinite", self.max_nonfinite, "1 or more")
-        every = self.eval_every_steps
-        require(every is None or every >= 1, "eval_every_steps", every, "1 or more, or None")
-        require(self.eval_every_epochs > 0, "eval_every_epochs", self.eval_every_epochs, "above 0")
-        require(self.keep_checkpoints >= 1, "keep_checkpoints", self.keep_checkpoints, "1 or more")
 
 
 def smoke(config: Any) -> Any:
-    """A recipe's config cut to four steps of eight pairs; the model stays, give a small one for seconds on a CPU."""
+    """Return a recipe's config cut to four steps of eight pairs.
+
+    The model stays; with a small one it runs in seconds on a CPU.
+    """
     return replace(
         config,
         data=replace(config.data, batch_size=8, workers=0),
@@ -281,16 +295,21 @@ def smoke(config: Any) -> Any:
 
 
 def flat(config: Any) -> dict[str, Any]:
-    """All fields of a composed config by name, as JSON has them (tuples become lists)."""
-    found: dict[str, Any] = {}
-    for own in fields(config):
-        value = getattr(config, own.name)
-        piece = flat(value) if is_dataclass(value) else {own.name: list(value) if isinstance(value, tuple) else value}
-        assert not set(piece) & set(found), (set(piece), set(found))
-        found |= piece
-    return found
+    """Return all fields of a composed config by name, as JSON has them (tuples become lists)."""
+    values: dict[str, Any] = {}
+    for part in fields(config):
+        value = getattr(config, part.name)
+        if is_dataclass(value):
+            piece = flat(value)
+        elif isinstance(value, tuple):
+            piece = {part.name: list(value)}
+        else:
+            piece = {part.name: value}
+        assert not set(piece) & set(values), (set(piece), set(values))
+        values |= piece
+    return values
 
 
 def total_steps(config: RunConfig, batch_size: float, samples: int) -> int:
-    """Steps of a run over a dataset of ``samples`` samples: ``steps``, or whole batches in ``epochs`` (at least 1)."""
+    """Return the steps of a run over ``samples`` samples: ``steps``, or whole batches in ``epochs`` (at least 1)."""
     return config.steps if config.steps is not None else max(1, int(config.epochs * samples / batch_size))

@@ -29,6 +29,7 @@ from training.data.batches import load_batches
 from training.data.order import batch_positions
 from training.data.samples import open_samples
 from training.engine.optim import build_optimizer
+from training.models.teacher import FrozenTeacher
 from training.recipes import affinity, clip
 from training.runs.student import new_student
 
@@ -116,7 +117,8 @@ def main() -> None:
 
         drawn, cached = ViewConfig(scale=SCALE), TeacherCacheConfig("wide")
         weights = {"affinity": 1.0, "feature": 0.0, "contrastive": 1.0}
-        taught = affinity.AffinityTask(student.model, weights, None, 100.0)
+        wide = FrozenTeacher("wide", width=student.config["embed_dim"], logit_scale=100.0)
+        taught = affinity.AffinityTask(student.model, weights, None, wide)
         cases: dict[str, tuple[Any, ViewConfig | TeacherCacheConfig]] = {
             "(a) no teacher": (clip.ClipTask(student.model), drawn),
             "(b) cached teacher": (taught, cached),

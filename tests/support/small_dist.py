@@ -14,6 +14,7 @@ from torch import nn
 from training.engine.distributed import processes
 from training.engine.gradients import Gradients
 from training.engine.sync_batch_norm import statistics, synchronise
+from training.task import Task
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
@@ -84,12 +85,11 @@ class Net(nn.Module):
         return F.normalize(self.text(self.drop(self.words(tokens).mean(1))), dim=-1)
 
 
-class Tiny(nn.Module):
+class Tiny(Task):
     """Contrastive loss, a head used in the losses only, a per-sample loss, a teacher, ids, a parameter of no use."""
 
     def __init__(self, norm: bool = True, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.student = Net(norm, dropout)
+        super().__init__(Net(norm, dropout))
         self.head, self.useless = nn.Linear(6, 2), nn.Parameter(torch.ones(3))
 
     def train(self, mode=True):

@@ -249,7 +249,7 @@ def test_the_lock_of_a_killed_training_is_taken_over(root, tmp_path, workers):
     second.send_signal(signal.SIGINT)
     _, errors = second.communicate(timeout=60)
     assert second.returncode == 130, errors
-    assert "going on from" in errors
+    assert "resumed from" in errors
 
 
 def test_a_training_within_a_training_is_refused_too(root, tmp_path, monkeypatch):

@@ -24,13 +24,13 @@ from small_training import (
 
 import clipmill
 from shards_spec.files import UserError
-from training.config import flat
+from training.config import ModelConfig, flat
 from training.evaluation.config import EvalConfig
 from training.evaluation.stage import evaluate
 from training.recipes import RECIPES
 from training.recipes.clip import ClipTask
 from training.runs.run_folder import RunDir, load_checkpoint
-from training.runs.student import load_run, new_student
+from training.runs.student import load_run, load_student, new_student
 from training.trainer import Trainer, train
 
 PAIRS = [
@@ -460,7 +460,6 @@ def test_measuring_once_per_epoch(root, eval_root, tmp_path):
 def test_captioning_loss_is_open_clips(root):
     from open_clip.loss import CoCaLoss
 
-    from training.config import ModelConfig
     from training.recipes.coca import CocaTask
 
     student = new_student(ModelConfig(f"local-dir:{root}/models/coca"), 0)
@@ -522,8 +521,6 @@ def test_peak_memory_is_printed(root, capsys, monkeypatch):
 
 
 def test_random_weights_depend_on_the_seed_alone(root):
-    from training.config import ModelConfig
-
     def weights(seed):
         return new_student(ModelConfig(f"local-dir:{root}/models/coca"), seed).model.state_dict()
 
@@ -532,3 +529,19 @@ def test_random_weights_depend_on_the_seed_alone(root):
     projection = "text_decoder.text_projection"
     assert one[projection].std().item() == pytest.approx(32**-0.5, rel=0.05)
     assert not torch.equal(one[projection], other[projection])
+
+
+def test_a_run_may_start_from_another_runs_student(root, tmp_path):
+    """By the one loader, which takes names, folders and runs; the new run can be loaded without the former."""
+    first = train("clip", tiny_config("clip", root, str(tmp_path / "first"), steps=2))
+    loaded, weights = load_student(ModelConfig(first), 0).model.state_dict(), final_weights(first)
+    assert all(torch.equal(value, weights[f"student.{name}"]) for name, value in loaded.items())
+    second = train("clip", tiny_config("clip", root, str(tmp_path / "second"), steps=1, warmup=1, lr=1e-9, model=first))
+    for name, value in final_weights(second).items():
+        torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-6)
+    Path(first).rename(tmp_path / "moved")
+    assert load_run(second)[1] == 1
+    with pytest.raises(UserError, match=r"--pretrained 'x' would not be used: RUN .*moved brings its own weights"):
+        load_student(ModelConfig(str(tmp_path / "moved"), "x"), 0)
+    with pytest.raises(UserError, match="--model 'timm:test_vit' has no text tower"):
+        train("clip", tiny_config("clip", root, str(tmp_path / "run"), model="timm:test_vit"))

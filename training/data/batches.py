@@ -205,12 +205,19 @@ def _join(pieces: list[dict[str, Any]], student: LoadedModel, as_bytes: bool) ->
     if "labels" in used[0]:
         _pad_to_longest(used)
     for name in used[0]:
-        if name not in (*LISTS, "images"):
-            batch[name] = torch.cat([piece[name] for piece in used])
-    if "images" in used[0]:
-        images = [piece["images"] for piece in used]
-        batch["images"] = torch.cat(images) if as_bytes else student.normalise(_as_floats(images))
+        if name in LISTS:
+            continue
+        parts = [piece[name] for piece in used]
+        if is_pixels(parts[0]) and not as_bytes:
+            batch[name] = student.normalise(_as_floats(parts))
+        else:
+            batch[name] = torch.cat(parts)
     return batch
+
+
+def is_pixels(value: Any) -> bool:
+    """Return whether a field of a batch is images (B, 3, S, S) of 0 to 255 that are not yet normalised."""
+    return isinstance(value, Tensor) and value.dtype == torch.uint8 and value.ndim == 4
 
 
 def _pad_to_longest(pieces: list[dict[str, Any]]) -> None:

@@ -12,31 +12,52 @@ class ModelEma:
     """``average = decay * average + (1 - decay) * weights`` after each step, running statistics of norms included.
 
     It starts as a copy of the first weights. Tied weights come under each of their names.
+
+    Attributes:
+        weights: The averages by the names of the student's state dict.
     """
 
     def __init__(self, student: nn.Module, decay: float) -> None:
-        self.update_all = get_ema_multi_avg_fn(decay)
-        self.weights = {name: value.clone() for name, value in _floating(student).items()}
+        self._update_all = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        self._live = floating_state(student)
+        self.weights = {name: value.clone() for name, value in self._live.items()}
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
         """Take in the weights after a step."""
-        self.update_all(list(self.weights.values()), list(_floating(student).values()), 0)
+        self._update_all(list(self.weights.values()), list(floating_state(student).values()), 0)
+
+    def keep_from(self, before: "ModelEma") -> None:
+        """Take the averages of a former student's tensors, where the new student has the same ones.
+
+        The same tensor is one in the same storage of the same shape, whatever its name is now: a student that lost a
+        layer counts the ones behind it differently.
+        """
+        averages = {_identity(value): before.weights[name] for name, value in before._live.items()}
+        for name, value in self._live.items():
+            average = averages.get(_identity(value))
+            if average is not None:
+                self.weights[name] = average.clone()
 
     @contextmanager
     def swap_in(self, student: nn.Module) -> Iterator[None]:
-        """The student has the averaged weights."""
-        live = _floating(student)
-        own = {name: value.clone() for name, value in live.items()}
+        """Within, the student has the averaged weights."""
+        live = floating_state(student)
+        original = {name: value.clone() for name, value in live.items()}
         _copy(self.weights, live)
         try:
             yield
         finally:
-            _copy(own, live)
+            _copy(original, live)
 
 
-def _floating(student: nn.Module) -> dict[str, Tensor]:
+def floating_state(student: nn.Module) -> dict[str, Tensor]:
+    """Return the floating-point tensors of a state dict."""
     return {name: value for name, value in student.state_dict().items() if value.is_floating_point()}
+
+
+def _identity(value: Tensor) -> tuple[int, torch.Size]:
+    return value.data_ptr(), value.shape
 
 
 @torch.no_grad()

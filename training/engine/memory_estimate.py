@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shards_spec.precision import Precision
-from training.engine.gradients import Batch, split
+from shards_spec.precision import PrecisionOption
+from training.engine.gradients import split
 from training.engine.sync_batch_norm import kept_statistics
 from training.losses.similarity import BLOCK_ROWS, MAX_WHOLE
+from training.task import Batch, Features, Losses, Task
 
 MIB = 2**20
 
@@ -69,71 +70,99 @@ class Profile:
     losses: tuple[tuple[int, int], ...]
 
     def at(self, batch_size: int, ranks: int = 1, chunk_size: int | None = None, as_bytes: bool = False) -> Memory:
-        """Of one of ``ranks`` processes. ``as_bytes``: images lie as uint8 until their chunk's turn."""
+        """Extrapolate to a global batch.
+
+        Args:
+            batch_size: Samples of the global batch.
+            ranks: Processes that share it.
+            chunk_size: Samples per forward pass of a process; None: its whole share.
+            as_bytes: Images are kept as uint8 until their chunk's turn.
+        """
         share = batch_size // ranks
-        own = min(chunk_size or share, share)
-        activations = max(0, round(_line(self.activations)(own)))
+        at_once = min(chunk_size or share, share)
+        activations = max(0, round(_line(self.activations)(at_once)))
         losses = max(0, round(self._losses_at(batch_size)))
-        if own < share:  # the losses' graph is gone before the chunks' second pass
+        if at_once < share:  # the losses' graph is gone before the chunks' second pass
             activations, losses = max(activations, losses), 0
-        images = self.pixels / 4 * share + self.pixels * own if as_bytes else self.pixels * share
+        images = self.pixels / 4 * share + self.pixels * at_once if as_bytes else self.pixels * share
         return Memory(
-            self.weights, self.trained, 2 * self.trained, self.average, int(images + self.others * share), activations,
-            losses, chunk_size,
-        )  # fmt: skip
+            weights=self.weights,
+            gradients=self.trained,
+            optimizer=2 * self.trained,
+            average=self.average,
+            batch=int(images + self.others * share),
+            activations=activations,
+            losses=losses,
+            chunk_size=chunk_size,
+        )
 
     def _losses_at(self, size: int) -> float:
         """Matrices of all pairs above `MAX_WHOLE` rows are there a block of `BLOCK_ROWS` at a time."""
-        sizes, found = np.array(self.losses, float).T
-        squared, linear, constant = np.polyfit(sizes, found, 2)
+        sizes, measured = np.array(self.losses, float).T
+        squared, linear, constant = np.polyfit(sizes, measured, 2)
         return float(squared * size * (size if size <= MAX_WHOLE else BLOCK_ROWS) + linear * size + constant)
 
 
 def predict_memory(
-    task: Any,
+    task: Task,
     batch: Batch,
     batch_size: int,
+    *,
     ranks: int = 1,
     chunk_size: int | None = None,
-    precision: Precision = "fp32",
+    precision: PrecisionOption = "fp32",
     average: bool = False,
 ) -> Memory:
-    """Of a task on the CPU in training mode, from a batch of at least two samples ready for its forward pass.
+    """Predict the peak memory of a task on the CPU in training mode.
 
     The random stream and the norms' running statistics are left as they are.
+
+    Args:
+        task: The task.
+        batch: At least two samples, ready for the forward pass.
+        batch_size: Samples of the global batch.
+        ranks: Processes that share it.
+        chunk_size: Samples per forward pass of a process; None: its whole share.
+        precision: That of the forward pass.
+        average: Whether an average of the weights is kept.
     """
     return profile(task, batch, precision, average).at(batch_size, ranks, chunk_size)
 
 
-def profile(task: Any, batch: Batch, precision: Precision = "fp32", average: bool = False) -> Profile:
+def profile(task: Task, batch: Batch, precision: PrecisionOption = "fp32", average: bool = False) -> Profile:
     """Measure a task as `predict_memory` does."""
-    count, few = len(batch["keys"]), split(batch, 2)[0]
+    count = len(batch["keys"])
+    few = split(batch, 2)[0]
     trained = _bytes(parameter for parameter in task.parameters() if parameter.requires_grad)
-    inputs = {id(v.untyped_storage()): v for v in batch.values() if isinstance(v, Tensor)}
+    inputs = {id(value.untyped_storage()): value for value in batch.values() if isinstance(value, Tensor)}
     kept = {tensor.untyped_storage().data_ptr() for tensor in [*task.parameters(), *task.buffers(), *inputs.values()]}
-    half = precision != "fp32"  # bf16 for both: a CPU takes long over fp16, and the bytes are the same
+    is_half = precision != "fp32"  # bf16 for both: a CPU takes long over fp16, and the bytes are the same
     with (
         torch.random.fork_rng(devices=[]),
         kept_statistics(task),
-        torch.autocast("cpu", dtype=torch.bfloat16, enabled=half),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_half),
     ):
-        few_saved, _ = saved_bytes(partial(task, few), kept)
-        saved, features = saved_bytes(partial(task, batch), kept)
-        pairs = [saved_bytes(partial(_losses, task, features, times), kept)[0] for times in (1, 2, 3)]
-    per_sample = {id(v): v.nbytes / count for v in inputs.values() if len(v) == count}
+        few_saved, _ = saved_bytes(partial(task, task.draw(few)), kept)
+        saved, features = saved_bytes(partial(task, task.draw(batch)), kept)
+        of_losses = [saved_bytes(partial(_losses, task, features, times), kept)[0] for times in (1, 2, 3)]
+    per_sample = {id(value): value.nbytes / count for value in inputs.values() if len(value) == count}
     pixels = per_sample.pop(id(batch.get("images")), 0.0)
-    averaged = _bytes(v for v in task.student.state_dict().values() if v.is_floating_point()) if average else 0
+    averaged = _bytes(value for value in task.student.state_dict().values() if value.is_floating_point())
     return Profile(
-        _bytes([*task.parameters(), *task.buffers()]), trained, averaged, pixels, sum(per_sample.values()),
-        ((len(few["keys"]), few_saved), (count, saved)),
-        tuple((times * count, found) for times, found in zip((1, 2, 3), pairs, strict=True)),
-    )  # fmt: skip
+        weights=_bytes([*task.parameters(), *task.buffers()]),
+        trained=trained,
+        average=averaged if average else 0,
+        pixels=pixels,
+        others=sum(per_sample.values()),
+        activations=((len(few["keys"]), few_saved), (count, saved)),
+        losses=tuple((times * count, found) for times, found in zip((1, 2, 3), of_losses, strict=True)),
+    )
 
 
 def saved_bytes(function: Callable[[], dict[str, Tensor]], but: set[int]) -> tuple[int, dict[str, Tensor]]:
-    """Bytes that autograd saves in a call, each storage once, without the storages at the addresses ``but``.
+    """Return the bytes that autograd saves in a call, each storage once, and what the call returned without its graph.
 
-    Also what the call returned, without its graph.
+    Storages at the addresses ``but`` do not count.
     """
     found: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
 
@@ -149,11 +178,11 @@ def saved_bytes(function: Callable[[], dict[str, Tensor]], but: set[int]) -> tup
     return sum(storage.nbytes() for storage in found.values()), bare
 
 
-def _losses(task: Any, features: dict[str, Tensor], times: int) -> dict[str, Tensor]:
-    more = {name: value.repeat(times, *[1] * (value.ndim - 1)) for name, value in features.items()}
-    leaves = {name: value.requires_grad_(value.is_floating_point()) for name, value in more.items()}
-    losses: dict[str, Tensor] = task.losses(leaves, 0)
-    return losses
+def _losses(task: Task, features: Features, times: int) -> Losses:
+    """Return the losses of a batch's features repeated ``times`` times."""
+    repeated = {name: value.repeat(times, *[1] * (value.ndim - 1)) for name, value in features.items()}
+    leaves = {name: value.requires_grad_(value.is_floating_point()) for name, value in repeated.items()}
+    return task.losses(leaves, 0)
 
 
 def _line(points: tuple[tuple[int, int], ...]) -> np.poly1d:

@@ -1,6 +1,9 @@
 """AdamW, its parameter groups, and the learning rate as a function of the step."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,8 +14,49 @@ UNDECAYED = ("bn", "ln", "bias", "logit_scale", "layer_scale")  # by name: open_
 RANGES = ".ranges."  # of `RangeAugment`
 
 
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that the optimizer updates in the same way.
+
+    Attributes:
+        params: The parameters.
+        weight_decay: Their weight decay.
+        lr_factor: Multiplies the schedule's learning rate, as layer-wise decay does.
+        fixed_lr: A learning rate in place of the schedule's, constant from the first step to the last.
+        maximize: Gradient ascent instead of descent, for multipliers of constraints.
+        betas: AdamW's betas; None takes the config's.
+        eps: AdamW's eps; None takes the config's.
+    """
+
+    params: list[nn.Parameter]
+    weight_decay: float = 0.0
+    lr_factor: float = 1.0
+    fixed_lr: float | None = None
+    maximize: bool = False
+    betas: tuple[float, float] | None = None
+    eps: float | None = None
+
+    def lr(self, scheduled: float) -> float:
+        """Return the group's learning rate where the schedule's is ``scheduled``."""
+        return scheduled * self.lr_factor if self.fixed_lr is None else self.fixed_lr
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the group as torch's optimizers take it.
+
+        Rates are left out: they change with the step, and a checkpoint of the optimizer holds what is given here.
+        """
+        options: dict[str, Any] = {"params": self.params, "weight_decay": self.weight_decay}
+        if self.maximize:
+            options["maximize"] = True
+        if self.betas is not None:
+            options["betas"] = self.betas
+        if self.eps is not None:
+            options["eps"] = self.eps
+        return options
+
+
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: at least two dimensions and no exempt name, or one of RangeAugment's ranges.
+    """Return whether weight decay applies: at least two dimensions and no exempt name, or one of RangeAugment's ranges.
 
     corenet exempts tensors of exactly one dimension. RangeAugment's six scalars have none there, so they decay.
     """
@@ -21,17 +65,21 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not any(part in name for part in UNDECAYED)
 
 
-def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """The trainable parameters in two groups: decayed, and not."""
-    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for name, p in named if decays(name, p)], "weight_decay": weight_decay},
-        {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
-    ]
+def param_groups(module: nn.Module, weight_decay: float) -> list[ParamGroup]:
+    """Return the trainable parameters of a module in two groups: those that decay, and those that do not."""
+    decayed = list[nn.Parameter]()
+    exempt = list[nn.Parameter]()
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (decayed if decays(name, parameter) else exempt).append(parameter)
+    return [ParamGroup(decayed, weight_decay), ParamGroup(exempt, 0.0)]
 
 
 def learning_rate(step: int, config: OptimConfig, total: int) -> float:
-    """Of step 0 … total-1: ``lr * (step+1) / warmup``, then by ``schedule`` towards ``final_lr``."""
+    """Return the schedule's learning rate of a step, 0 to ``total`` - 1.
+
+    ``lr * (step + 1) / warmup`` in the warm-up, then by ``schedule`` towards ``final_lr``.
+    """
     if step < config.warmup:
         if config.warmup_lr is not None:
             return config.warmup_lr + (config.lr - config.warmup_lr) * step / config.warmup
@@ -41,13 +89,30 @@ def learning_rate(step: int, config: OptimConfig, total: int) -> float:
     return config.final_lr + (config.lr - config.final_lr) * left
 
 
-def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over a module's trainable parameters."""
-    groups = param_groups(module, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+def build_optimizer(
+    module: nn.Module, config: OptimConfig, groups: Sequence[ParamGroup] | None = None
+) -> torch.optim.AdamW:
+    """Return AdamW over ``groups``, by default the two groups of `param_groups`."""
+    if groups is None:
+        groups = param_groups(module, config.weight_decay)
+    options = [group.as_dict() for group in groups]
+    return torch.optim.AdamW(options, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """One learning rate for all groups."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def set_lr(optimizer: torch.optim.Optimizer, groups: Sequence[ParamGroup], scheduled: float) -> None:
+    """Give each group its learning rate of a step, where the schedule's is ``scheduled``."""
+    for options, group in zip(optimizer.param_groups, groups, strict=True):
+        options["lr"] = group.lr(scheduled)
+
+
+def keep_state(before: torch.optim.Optimizer, after: torch.optim.Optimizer) -> None:
+    """Hand an optimizer's state on to its successor, for parameters that are the same objects of the same shape.
+
+    Others begin without state. A task that wants none kept replaces its parameters by new ones.
+    """
+    for group in after.param_groups:
+        for parameter in group["params"]:
+            state = before.state.get(parameter, {})
+            tensors = [value for value in state.values() if isinstance(value, torch.Tensor) and value.ndim]
+            if state and all(value.shape == parameter.shape for value in tensors):
+                after.state[parameter] = state

@@ -5,6 +5,7 @@ A BatchNorm counts as frozen when it is in eval mode or none of its parameters i
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
@@ -65,7 +66,7 @@ def synchronise(module: nn.Module, device: str) -> int:
     plain, act = (CpuSyncBatchNorm, CpuSyncBatchNormAct) if device == "cpu" else (nn.SyncBatchNorm, SyncBatchNormAct)
     changed = 0
     for norm in module.modules():
-        if isinstance(norm, _BatchNorm) and not frozen(norm):
+        if isinstance(norm, _BatchNorm) and not isinstance(norm, plain) and not frozen(norm):
             norm.__class__ = act if isinstance(norm, BatchNormAct2d) else plain
             norm.process_group = None  # type: ignore[assignment]  # all ranks
             changed += 1
@@ -85,8 +86,8 @@ def moving(module: nn.Module) -> list[_BatchNorm]:
 
 
 def statistics(module: nn.Module) -> list[Tensor]:
-    """The running statistics that a forward pass moves, the buffers themselves."""
-    return [buffer for norm in moving(module) for buffer in norm.buffers()]
+    """Return the running statistics that a forward pass moves, the buffers themselves."""
+    return list(chain.from_iterable(norm.buffers() for norm in moving(module)))
 
 
 @contextmanager

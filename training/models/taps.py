@@ -1,6 +1,7 @@
 """Reading intermediate values of a model while it runs, by forward hooks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.fastvit import Attention
@@ -50,3 +51,54 @@ def attention_maps(tower: nn.Module, inputs: Tensor) -> list[Tensor]:
         for handle in handles:
             handle.remove()
     return maps
+
+
+class Tapped(NamedTuple):
+    """What a forward pass with taps gave."""
+
+    output: Any
+    """the pass's own result; None where it was stopped early"""
+    taps: dict[str, list[Any]]
+    """outputs of each tapped module in the order of its calls: a module that several blocks share has several"""
+
+
+class _EarlyExit(Exception):  # no error: it ends a forward pass
+    pass
+
+
+def run_with_taps(
+    module: nn.Module, run: Callable[[Any], Any], taps: Sequence[str], until: str | None = None
+) -> Tapped:
+    """Run a module and keep what some of its submodules return. Gradients flow through what is kept.
+
+    Args:
+        module: The model.
+        run: Called with the model; may call any of its methods.
+        taps: Names of submodules, as ``named_modules`` has them.
+        until: Name of a submodule whose first call ends the pass, so that nothing behind it is computed.
+
+    Raises:
+        ValueError: The module has no submodule of such a name.
+    """
+    modules = dict(module.named_modules(remove_duplicate=False))
+    unknown = [name for name in (*taps, *filter(None, [until])) if name not in modules]
+    if unknown:
+        raise ValueError(f"no submodule {unknown[0]!r} to tap")
+    kept: dict[str, list[Any]] = {name: [] for name in taps}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _module, _inputs, output: kept[name].append(output)
+
+    def stop(*_: Any) -> None:
+        raise _EarlyExit
+
+    handles = [modules[name].register_forward_hook(keep(name)) for name in taps]
+    if until is not None:  # after the others, so that a module can be tapped and be the last one
+        handles.append(modules[until].register_forward_hook(stop))
+    try:
+        return Tapped(run(module), kept)
+    except _EarlyExit:
+        return Tapped(None, kept)
+    finally:
+        for handle in handles:
+            handle.remove()

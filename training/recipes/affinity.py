@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
-from shards_spec.models import LoadedModel
 from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TeacherCacheConfig, require
-from training.data.teacher_cache import TeacherCache
 from training.losses.contrastive import clip_loss
 from training.losses.distillation import affinity_loss, feature_loss
+from training.models.teacher import FrozenTeacher
+from training.recipes.pairs import clamp_logit_scale, open_pairs
+from training.task import Batch, Features, Losses, Prepared, Task
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class AffinityConfig:
 
 
 def config() -> AffinityConfig:
-    """The paper's numbers (released scripts)."""
+    """Return the paper's numbers (released scripts)."""
     return AffinityConfig(
         data=DataConfig(batch_size=32768, workers=8),
         student=ModelConfig(model="ViT-M-32"),
@@ -64,29 +64,37 @@ def config() -> AffinityConfig:
     )
 
 
-class AffinityTask(nn.Module):
-    """The student; the teacher is in the batch. ``scale`` is both sides', or None; then the teacher has its own."""
+class AffinityTask(Task):
+    """A student that follows a teacher's similarities.
 
-    def __init__(self, student: Any, weights: dict[str, float], scale: float | None, teacher_scale: float) -> None:
-        super().__init__()
-        self.student = student
-        self.weights, self.scale = weights, scale
-        self.teacher_scale = scale or teacher_scale
+    Args:
+        student: The student.
+        weights: Weights of ``affinity``, ``feature`` and ``contrastive``; a term of weight 0 is not computed.
+        scale: The logit scale of both sides; None: the student learns its own and the teacher keeps its own.
+        teacher: The teacher.
+    """
+
+    def __init__(self, student: Any, weights: dict[str, float], scale: float | None, teacher: FrozenTeacher) -> None:
+        super().__init__(student, ("images", "tokens", *teacher.item_fields))
+        self.weights = weights
+        self.scale = scale
+        self.teacher = teacher
+        self.teacher_scale = scale or teacher.logit_scale
         if scale is not None:
             with torch.no_grad():
                 self.student.logit_scale.fill_(math.log(scale)).requires_grad_(False)
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """``image``, ``text`` (n, D), ``teacher_image``, ``teacher_text`` (n, D'), all normalised."""
+    def forward(self, batch: Batch) -> Features:
+        """Return ``image``, ``text`` (n, D), ``teacher_image``, ``teacher_text`` (n, D'), all normalised."""
+        taught = self.teacher.features(batch)
         return {
             "image": self.student.encode_image(batch["images"], normalize=True),
             "text": self.student.encode_text(batch["tokens"], normalize=True),
-            "teacher_image": F.normalize(batch["teacher_image"].float(), dim=-1),
-            "teacher_text": F.normalize(batch["teacher_text"].float(), dim=-1),
+            **{name: F.normalize(value.float(), dim=-1) for name, value in taught.items()},
         }
 
-    def losses(self, features: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """``affinity``, ``feature``, ``contrastive``: those whose weight is not 0."""
+    def losses(self, features: Features, step: int) -> Losses:
+        """Return ``affinity``, ``feature``, ``contrastive``: those whose weight is not 0."""
         image, text = features["image"], features["text"]
         teacher_image, teacher_text = features["teacher_image"], features["teacher_text"]
         scale = self.student.logit_scale.exp() if self.scale is None else self.scale
@@ -99,25 +107,29 @@ class AffinityTask(nn.Module):
         }
         return {name: weight * losses[name]() for name, weight in self.weights.items() if weight}
 
-    def after_step(self) -> None:
-        """A learned logit scale is at most 100."""
+    def after_step(self, step: int) -> None:
+        """Keep a learned logit scale at 100 at most."""
         if self.scale is None:
-            with torch.no_grad():
-                self.student.logit_scale.clamp_(0, math.log(100))
+            clamp_logit_scale(self.student)
 
 
-def build(config: AffinityConfig, student: LoadedModel, cache: TeacherCache | None) -> AffinityTask:
-    """The task of a config. Raises UserError when features of different width are to be compared."""
-    assert cache is not None
+def prepare(config: AffinityConfig) -> Prepared:
+    """Return student, samples and task.
+
+    Raises UserError and DataError, among others when features of different width are to be compared.
+    """
+    student, samples = open_pairs(config.data, config.views, config.student, config.run.seed)
+    assert samples.cache is not None  # its views are a cache's
+    teacher = FrozenTeacher.cached(samples.cache)
     width = student.config["embed_dim"]
-    if config.feature_weight and width != cache.dim:
+    if config.feature_weight and width != teacher.width:
         raise UserError(
             f"--feature-weight {config.feature_weight}: the student's features have {width} numbers, those of teacher "
-            f"{cache.name} have {cache.dim}; use a --model with embed_dim {cache.dim}, or --feature-weight 0"
+            f"{teacher.name} have {teacher.width}; use a --model with embed_dim {teacher.width}, or --feature-weight 0"
         )
     weights = {
         "affinity": config.affinity_weight,
         "feature": config.feature_weight,
         "contrastive": config.contrastive_weight,
     }
-    return AffinityTask(student.model, weights, config.fixed_logit_scale, cache.logit_scale)
+    return Prepared(student, samples, AffinityTask(student.model, weights, config.fixed_logit_scale, teacher))

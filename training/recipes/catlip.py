@@ -29,10 +29,10 @@ Any ViT of timm's can be the backbone: --model timm:vit_base_patch16_224.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
@@ -48,10 +48,11 @@ from training.config import (
     ViewConfig,
     total_steps,
 )
-from training.data.samples import SampleLabels, Samples, find_vocabulary, open_samples
+from training.data.samples import SampleLabels, find_vocabulary, open_samples
 from training.losses.multilabel import PAD, frequency_bias, mean_loss, sigmoid_loss, softmax_loss
-from training.models.classifier import Classifier, new_classifier
+from training.models.classifier import new_classifier
 from training.models.range_augment import RangeAugment, curriculum_loss
+from training.task import Batch, Features, Losses, Prepared, Task
 
 LOSSES = {"sigmoid": sigmoid_loss, "softmax": softmax_loss}
 SIDES = tuple(range(128, 321, 16))
@@ -77,36 +78,43 @@ class CatlipConfig:
 
 
 def config() -> CatlipConfig:
-    """The paper's numbers for CC3M."""
+    """Return the paper's numbers for CC3M."""
     return CatlipConfig(
         data=DataConfig(batch_size=2048, workers=8, captions="original"),
         views=ViewConfig(scale=(0.08, 1.0), flip=0.5),
         sides=SideConfig(sides=SIDES, batch_parts=4),
         student=ModelConfig(model="timm:catlip_vit_base_patch16_224"),
         optim=OptimConfig(
-            lr=2e-3, final_lr=2e-5, weight_decay=0.2, beta1=0.9, beta2=0.999, eps=1e-8, warmup=10_000, warmup_lr=1e-6,
-            clip_norm=1.0, ema_decay=1 - 5e-4,
+            lr=2e-3,
+            final_lr=2e-5,
+            weight_decay=0.2,
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+            warmup=10_000,
+            warmup_lr=1e-6,
+            clip_norm=1.0,
+            ema_decay=1 - 5e-4,
         ),
         run=RunConfig(out="runs/catlip", epochs=25, sync_bn=False),
-    )  # fmt: skip
+    )
 
 
-class CatlipTask(nn.Module):
+class CatlipTask(Task):
     """The classifier and RangeAugment's six scalars, over ``total`` steps."""
 
     def __init__(self, config: CatlipConfig, student: LoadedModel, total: int) -> None:
-        super().__init__()
-        self.student: Classifier = student.model
+        super().__init__(student.model, ("images", "labels"))
         self.config, self.total = config, total
         self.augment = RangeAugment(student.mean, student.std) if config.range_augment else None
 
-    def draw(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with RangeAugment's draws, before it is cut into chunks."""
+    def draw(self, batch: Batch) -> Batch:
+        """Return the batch with RangeAugment's draws."""
         return batch if self.augment is None else {**batch, "drawn": self.augment.draw(len(batch["keys"]))}
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """(n,) ``loss`` and number of ``labels``; (n,) ``error`` of RangeAugment's images."""
-        images, features = batch["images"], dict[str, Tensor]()
+    def forward(self, batch: Batch) -> Features:
+        """Return (n,) ``loss``, number of ``labels`` and, with RangeAugment, ``error`` of its images."""
+        images, features = batch["images"], Features()
         if self.augment is not None and self.training:
             images, features["error"] = self.augment(images, batch.get("drawn"))
         logits = self.student(images)
@@ -114,24 +122,21 @@ class CatlipTask(nn.Module):
         features["labels"] = (batch["labels"] != PAD).sum(dim=1)
         return features
 
-    def losses(self, features: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """``labels``, and ``augment`` when there is RangeAugment."""
+    def losses(self, features: Features, step: int) -> Losses:
+        """Return ``labels``, and ``augment`` when there is RangeAugment."""
         losses = {"labels": mean_loss(features["loss"], features["labels"], self.config.labels.drop_empty)}
         if "error" in features:
             losses["augment"] = curriculum_loss(features["error"], step, self.total)
         return losses
 
-    def after_step(self) -> None:
-        """Nothing."""
 
-
-def prepare(config: CatlipConfig) -> tuple[LoadedModel, Samples, CatlipTask]:
-    """Student, reader and task. Raises UserError and DataError when data, vocabulary or model do not serve."""
+def prepare(config: CatlipConfig) -> Prepared:
+    """Return student, samples and task. Raises UserError and DataError when data, vocabulary or model do not serve."""
     if config.run.eval_data:
         raise UserError("--eval-data: CatLIP has no text tower to measure by; `clipmill train probe` measures its run")
     vocabulary, seed = find_vocabulary(config.data, config.labels), config.run.seed
-    asked = config.student
-    student = new_classifier(asked.model, len(vocabulary), vocabulary, asked.pretrained, seed, asked.trust)
+    model = config.student
+    student = new_classifier(model.model, len(vocabulary), vocabulary, model.pretrained, seed, model.trust)
     embedding = getattr(student.model.trunk, "patch_embed", None)  # convolutional networks have none
     patch = getattr(embedding, "patch_size", (1,))[0]
     if wrong := [side for side in config.sides.sides if side % patch]:
@@ -142,11 +147,14 @@ def prepare(config: CatlipConfig) -> tuple[LoadedModel, Samples, CatlipTask]:
     labels = SampleLabels(vocabulary, config.labels.label_captions == "original")
     samples = open_samples(config.data, config.views, student, seed, labels=labels, sides=config.sides)
     total = total_steps(config.run, samples.plan.mean, samples.order.total)
-    return student, samples, CatlipTask(config, student, total)
+    return Prepared(student, samples, CatlipTask(config, student, total))
 
 
 def start_bias(vocabulary: Vocabulary) -> Tensor:
-    """(K,) log-odds. Raises UserError for a vocabulary that does not know in how many captions a synset occurs."""
+    """Return log-odds (K,) of the classes.
+
+    Raises UserError for a vocabulary that does not know in how many captions a synset occurs.
+    """
     captions = vocabulary.header.get("captions")
     if not captions or not all(documents for *_, documents in vocabulary.rows):
         raise UserError("--frequency-bias: this vocabulary was imported and has no counts of captions")

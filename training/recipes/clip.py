@@ -7,18 +7,14 @@ and warm-up 2000 are ours, for sets of CC12M's size. Cost: 32 epochs of 10 milli
     clipmill train clip --data ROOT --out RUN
 """
 
-import math
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
-from torch import Tensor, nn
 from tyro.conf import OmitArgPrefixes
 
-from shards_spec.models import LoadedModel
 from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
-from training.data.teacher_cache import TeacherCache
 from training.losses.contrastive import clip_loss
+from training.recipes.pairs import clamp_logit_scale, open_pairs
+from training.task import Batch, Features, Losses, Prepared, Task
 
 
 @dataclass(frozen=True)
@@ -33,37 +29,33 @@ class ClipConfig:
 
 
 def config() -> ClipConfig:
-    """The recipe's own numbers."""
+    """Return the recipe's own numbers."""
     return ClipConfig(
         optim=OptimConfig(lr=1e-3, weight_decay=0.1, warmup=2000),
         run=RunConfig(out="runs/clip", epochs=32),
     )
 
 
-class ClipTask(nn.Module):
-    """Student and its learned logit scale."""
+class ClipTask(Task):
+    """A student and its learned logit scale."""
 
-    def __init__(self, student: Any) -> None:
-        super().__init__()
-        self.student = student
-
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """``image`` and ``text`` features (n, D), normalised."""
+    def forward(self, batch: Batch) -> Features:
+        """Return ``image`` and ``text`` features (n, D), normalised."""
         return {
             "image": self.student.encode_image(batch["images"], normalize=True),
             "text": self.student.encode_text(batch["tokens"], normalize=True),
         }
 
-    def losses(self, features: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """``contrastive``."""
+    def losses(self, features: Features, step: int) -> Losses:
+        """Return ``contrastive``."""
         return {"contrastive": clip_loss(features["image"], features["text"], self.student.logit_scale.exp())}
 
-    def after_step(self) -> None:
-        """Logit scale at most 100 (CLIP, section 2.5)."""
-        with torch.no_grad():
-            self.student.logit_scale.clamp_(0, math.log(100))
+    def after_step(self, step: int) -> None:
+        """Keep the logit scale at 100 at most."""
+        clamp_logit_scale(self.student)
 
 
-def build(config: ClipConfig, student: LoadedModel, cache: TeacherCache | None) -> ClipTask:
-    """The task of a config."""
-    return ClipTask(student.model)
+def prepare(config: ClipConfig) -> Prepared:
+    """Return student, samples and task. Raises UserError and DataError."""
+    student, samples = open_pairs(config.data, config.views, config.student, config.run.seed)
+    return Prepared(student, samples, ClipTask(student.model))

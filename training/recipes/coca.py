@@ -7,20 +7,18 @@ text tower comes on top, over the same tokens.
     clipmill train coca --data ROOT --out RUN
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
-from shards_spec.models import LoadedModel
 from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig, require
-from training.data.teacher_cache import TeacherCache
 from training.losses.contrastive import clip_loss
+from training.recipes.pairs import clamp_logit_scale, open_pairs
+from training.task import Batch, Features, Losses, Prepared, Task
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class CocaConfig:
 
 
 def config() -> CocaConfig:
-    """The recipe's own numbers."""
+    """Return the recipe's own numbers."""
     return CocaConfig(
         data=DataConfig(folder="raw", captions="original"),
         student=ModelConfig(model="coca_ViT-B-32"),
@@ -53,17 +51,18 @@ def config() -> CocaConfig:
     )
 
 
-class CocaTask(nn.Module):
+class CocaTask(Task):
     """An open_clip CoCa model and the weights of its two losses."""
 
     def __init__(self, student: Any, clip_weight: float, caption_weight: float) -> None:
-        super().__init__()
-        self.student = student
+        super().__init__(student)
         self.clip_weight, self.caption_weight = clip_weight, caption_weight
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """``image`` and ``text`` features (n, D), normalised; ``caption`` (n,), each caption's summed cross-entropy,
-        and ``words`` (n,), how many tokens it is summed over: padding is left out.
+    def forward(self, batch: Batch) -> Features:
+        """Return normalised features and each caption's cross-entropy.
+
+        ``image`` and ``text`` are (n, D); ``caption`` (n,) is summed over a caption's tokens without the padding, and
+        ``words`` (n,) says how many they are.
         """
         output, labels = self.student(batch["images"], batch["tokens"]), batch["tokens"][:, 1:]
         with torch.autocast(labels.device.type, enabled=False):
@@ -77,8 +76,8 @@ class CocaTask(nn.Module):
             "words": (labels != self.student.pad_id).sum(dim=1),
         }
 
-    def losses(self, features: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """``contrastive`` and ``caption`` (mean over the tokens of all captions): those whose weight is not 0."""
+    def losses(self, features: Features, step: int) -> Losses:
+        """Return ``contrastive`` and ``caption``, a mean over the tokens of all captions, if their weight is not 0."""
         losses = {}
         if self.clip_weight:
             scale = self.student.logit_scale.exp()
@@ -87,14 +86,14 @@ class CocaTask(nn.Module):
             losses["caption"] = self.caption_weight * features["caption"].sum() / features["words"].sum()
         return losses
 
-    def after_step(self) -> None:
-        """Logit scale at most 100, as in CLIP."""
-        with torch.no_grad():
-            self.student.logit_scale.clamp_(0, math.log(100))
+    def after_step(self, step: int) -> None:
+        """Keep the logit scale at 100 at most."""
+        clamp_logit_scale(self.student)
 
 
-def build(config: CocaConfig, student: LoadedModel, cache: TeacherCache | None) -> CocaTask:
-    """The task of a config. Raises UserError when the model is no CoCa."""
+def prepare(config: CocaConfig) -> Prepared:
+    """Return student, samples and task. Raises UserError, among others when the model is no CoCa, and DataError."""
+    student, samples = open_pairs(config.data, config.views, config.student, config.run.seed)
     if "multimodal_cfg" not in student.config:
         raise UserError(f"--model {config.student.model!r} has no text decoder: the coca recipe needs a CoCa model")
-    return CocaTask(student.model, config.clip_weight, config.caption_weight)
+    return Prepared(student, samples, CocaTask(student.model, config.clip_weight, config.caption_weight))

@@ -16,7 +16,7 @@ from training.recipes.transfer import prepare as prepare
 
 
 def config() -> TransferConfig:
-    """The paper's numbers."""
+    """Return the paper's numbers."""
     return TransferConfig(
         data=LabelledImageConfig(batch_size=256),
         views=ViewConfig(scale=(0.08, 1.0), flip=0.5),

@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
-from shards_spec.models import NO_TRUST, LoadedModel, Trust, load_model
+from shards_spec.models import NO_TRUST, LoadedModel, Trust
 from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TeacherCacheConfig, ViewConfig, require
 from training.data.teacher_cache import TeacherCache
 from training.losses.contrastive import clip_loss
@@ -59,12 +59,18 @@ from training.losses.pair_matching import PairHead, key_ids, pair_loss, sample_n
 from training.losses.similarity import upcast
 from training.models.inheritance import freeze, inherit_siclip
 from training.models.mobileclip import forward_shared, forward_tail, with_text_tower
-from training.runs.student import load_run, new_student
+from training.models.teacher import FrozenTeacher
+from training.recipes.pairs import MAX_LOGIT_SCALE, clamp_logit_scale, open_pairs
+from training.runs.student import is_run, load_student
+from training.task import Batch, Features, Losses, Prepared, Task
 
-MAX_SCALE = math.log(100)
 TAIL = (
-    "visual.trunk.final_conv.", "visual.trunk.head.", "text.last.", "text.ln_final.", "text.text_projection",
-)  # fmt: skip
+    "visual.trunk.final_conv.",
+    "visual.trunk.head.",
+    "text.last.",
+    "text.ln_final.",
+    "text.text_projection",
+)
 OPEN_CLIPS = "--base MobileCLIP2-S0 --base-weights dfndr2b --model SiCLIP2-S0"
 WEIGHTS = ("clip_weight", "fd_weight", "crd_weight", "icl_weight", "pm_weight")
 
@@ -133,7 +139,7 @@ class SiclipConfig:
 
 
 def config() -> SiclipConfig:
-    """The paper's numbers."""
+    """Return the paper's numbers."""
     return SiclipConfig(
         data=DataConfig(batch_size=1536, workers=8),
         drawn_views=ViewConfig(scale=(0.08, 1.0), ops=2, magnitude=9),
@@ -143,56 +149,70 @@ def config() -> SiclipConfig:
     )
 
 
-class SiclipTask(nn.Module):
-    """Student, ICL's scale and the pair-matching head. The base model stands aside: not trained, not saved.
+class SiclipTask(Task):
+    """Student, ICL's scale and the pair-matching head.
 
-    The base's layers before the attention blocks are the student's, so they run once, without a graph, for both.
+    Args:
+        config: The recipe's config.
+        student: The student.
+        width: Numbers of a student's feature.
+        base: The model whose layers before the attention blocks the student has inherited: they run once, without a
+            graph, for the student and a live teacher. None where nothing is inherited and no live teacher is needed.
+        teacher: The base again, or a cache; None where no term needs one.
     """
 
-    def __init__(self, config: SiclipConfig, student: Any, width: int, base: Any, teacher_scale: float) -> None:
-        super().__init__()
-        self.config, self.student, self.teacher_scale = config, student, teacher_scale
-        self.aside = (base,)  # a tuple: neither its parameters nor its buffers are the task's
+    def __init__(
+        self,
+        config: SiclipConfig,
+        student: Any,
+        width: int,
+        base: FrozenTeacher | None,
+        teacher: FrozenTeacher | None,
+    ) -> None:
+        fields = teacher.item_fields if teacher is not None else ()
+        super().__init__(student, ("images", "tokens", *fields))
+        self.config = config
+        self.base = base
+        self.teacher = teacher
         if config.icl_weight:
             self.icl_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         if config.pm_weight:
             self.head = PairHead(width, config.pm_logits, config.pm_raw)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SiclipTask":
-        """Moves between devices and dtypes take the base along."""
-        if self.aside[0] is not None:
-            self.aside[0]._apply(fn)
-        return super()._apply(fn, recurse)
+    def forward(self, batch: Batch) -> Features:
+        """Return features (B, D) of any length and the ids that tell which pairs are no negatives of each other.
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Features (B, D) of any length: ``image``, ``text``, ``teacher_image``, ``teacher_text``.
-
-        And (B,) int64 ``text_ids`` and ``key_ids``: where they are equal, pairs are no negatives.
+        ``image``, ``text``, ``teacher_image``, ``teacher_text``; (B,) int64 ``text_ids`` and ``key_ids``: where they
+        are equal, pairs are no negatives.
         """
-        images, tokens, (base,), config = batch["images"], batch["tokens"], self.aside, self.config
-        live = config.taught and config.teacher_from == "live"
-        with torch.no_grad():
-            if config.inherit:
-                hidden = forward_shared(base, images), base.text.forward_shared(tokens)
-            if live and config.inherit:
-                teacher = forward_tail(base, hidden[0]), base.text.forward_tail(hidden[1], tokens)
-            elif live:
-                teacher = base.encode_image(images), base.encode_text(tokens)
-            elif config.taught:
-                teacher = batch["teacher_image"], batch["teacher_text"]
-        if config.inherit:
-            student = forward_tail(self.student, hidden[0]), self.student.text.forward_tail(hidden[1], tokens)
+        images, tokens = batch["images"], batch["tokens"]
+        if self.config.inherit:
+            image, text, taught = self._from_shared_layers(batch)
         else:
-            student = self.student.encode_image(images), self.student.encode_text(tokens)
-        features = {"image": upcast(student[0]), "text": upcast(student[1])}
-        if config.taught:
-            features |= {"teacher_image": upcast(teacher[0]), "teacher_text": upcast(teacher[1])}
-        if config.pm_weight:
+            taught = self.teacher.features(batch) if self.teacher is not None else {}
+            image, text = self.student.encode_image(images), self.student.encode_text(tokens)
+        features = {"image": upcast(image), "text": upcast(text)}
+        features |= {name: upcast(value) for name, value in taught.items()}
+        if self.config.pm_weight:
             features |= {"text_ids": text_ids(tokens), "key_ids": key_ids(batch["keys"], tokens.device)}
         return features
 
-    def losses(self, features: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """``contrastive``, ``feature``, ``relation``, ``interactive``, ``pairs``: those whose weight is not 0."""
+    def _from_shared_layers(self, batch: Batch) -> tuple[Tensor, Tensor, Features]:
+        """Return image and text features and the teacher's; what student and base share is computed once."""
+        assert self.base is not None
+        tokens = batch["tokens"]
+        with torch.no_grad():
+            image = forward_shared(self.base.model, batch["images"])
+            text = self.base.model.text.forward_shared(tokens)
+
+        def encode_tail(model: Any) -> tuple[Tensor, Tensor]:
+            return forward_tail(model, image), model.text.forward_tail(text, tokens)
+
+        taught = self.teacher.features(batch, encode_tail) if self.teacher is not None else {}
+        return *encode_tail(self.student), taught
+
+    def losses(self, features: Features, step: int) -> Losses:
+        """Return ``contrastive``, ``feature``, ``relation``, ``interactive``, ``pairs``: those of weight above 0."""
         config, scale = self.config, self.student.logit_scale.exp()
         unit = {name: F.normalize(value, dim=-1) for name, value in features.items() if value.is_floating_point()}
 
@@ -204,37 +224,51 @@ class SiclipTask(nn.Module):
             "feature": (config.fd_weight, lambda: element_feature_loss(*four())),
             "relation": (
                 config.crd_weight,
-                lambda: relation_loss(*four(), student_scale=scale, teacher_scale=self.teacher_scale),
+                lambda: relation_loss(*four(), student_scale=scale, teacher_scale=self._teacher_scale()),
             ),
             "interactive": (config.icl_weight, lambda: interactive_loss(*four(), self._icl_scale())),
             "pairs": (config.pm_weight, lambda: self._pair_loss(features, unit, step)),
         }
         return {name: weight * loss() for name, (weight, loss) in terms.items() if weight}
 
+    def _teacher_scale(self) -> float:
+        assert self.teacher is not None
+        return self.teacher.logit_scale
+
     def _icl_scale(self) -> Tensor:
         return self.icl_logit_scale if self.config.icl_raw_scale else self.icl_logit_scale.exp()
 
-    def _pair_loss(self, features: dict[str, Tensor], unit: dict[str, Tensor], step: int) -> Tensor:
-        """Pair matching; what the negatives are drawn by has no gradient."""
+    def _pair_loss(self, features: Features, unit: Features, step: int) -> Tensor:
+        """Return the loss of pair matching; what the negatives are drawn by has no gradient."""
         with torch.no_grad(), torch.autocast(unit["image"].device.type, enabled=False):
             if self.config.pm_similarity == "teacher":
-                similarity = self.teacher_scale * unit["teacher_image"] @ unit["teacher_text"].T
+                similarity = self._teacher_scale() * unit["teacher_image"] @ unit["teacher_text"].T
             else:
                 similarity = self.student.logit_scale.exp() * unit["image"] @ unit["text"].T
         ids = (features["text_ids"], features["key_ids"])
         negatives = sample_negatives(similarity, ids, self.config.run.seed, step)
         return pair_loss(self.head, features["image"], features["text"], negatives)
 
-    def after_step(self) -> None:
-        """Scales at most 100."""
-        with torch.no_grad():
-            self.student.logit_scale.clamp_(0, MAX_SCALE)
-            if self.config.icl_weight and not self.config.icl_raw_scale:
-                self.icl_logit_scale.clamp_(max=MAX_SCALE)
+    def after_step(self, step: int) -> None:
+        """Keep both scales at 100 at most."""
+        clamp_logit_scale(self.student)
+        if self.config.icl_weight and not self.config.icl_raw_scale:
+            with torch.no_grad():
+                self.icl_logit_scale.clamp_(max=MAX_LOGIT_SCALE)
 
 
-def check(config: SiclipConfig) -> None:
-    """Raise UserError where the base has no weights to take, before anything is built."""
+def prepare(config: SiclipConfig) -> Prepared:
+    """Return student, samples and task.
+
+    Raises UserError and DataError, among others when base, teacher and student do not fit together.
+    """
+    check_base_weights(config)  # before anything is built
+    student, samples = open_pairs(config.data, config.views, config.student, config.run.seed)
+    return Prepared(student, samples, build_task(config, student, samples.cache))
+
+
+def check_base_weights(config: SiclipConfig) -> None:
+    """Raise UserError where the base has no weights to take."""
     model, weights = config.base, config.base_weights
     if not config.inherit and not (config.taught and config.teacher_from == "live"):
         return
@@ -258,35 +292,36 @@ def _need_weights(model: str, weights: str) -> None:
         )
 
 
-def build(config: SiclipConfig, student: LoadedModel, cache: TeacherCache | None) -> SiclipTask:
-    """The task of a config. Raises UserError when base, teacher and student do not fit together."""
-    base, aside, width, teacher_scale = None, None, student.config["embed_dim"], 0.0
+def build_task(config: SiclipConfig, student: LoadedModel, cache: TeacherCache | None) -> SiclipTask:
+    """Return the task of a config; the student takes the base's weights.
+
+    Raises UserError when base, teacher and student do not fit together.
+    """
+    width = student.config["embed_dim"]
+    base, teacher = None, None
     if config.inherit or (config.taught and cache is None):
-        base = load_base(config.base, config.base_weights, config.run.seed, config.student.trust)
-        _check_inputs(config.base, base, student)
+        loaded = load_base(config.base, config.base_weights, config.run.seed, config.student.trust)
+        _check_inputs(config.base, loaded, student)
         if config.inherit:
-            _inherit(config, student, base)
+            _inherit(config, student, loaded)
         if cache is None:
-            teacher_scale = base.model.logit_scale.exp().item()
-            _check_width(config, width, base.config["embed_dim"])
-        aside = reparameterize_model(base.model, inplace=True).requires_grad_(False).eval()
+            _check_width(config, width, loaded.config["embed_dim"])
+        base = FrozenTeacher.live(config.base, replace(loaded, model=reparameterize_model(loaded.model, inplace=True)))
     if cache is not None:
-        teacher_scale = cache.logit_scale
         _check_width(config, width, cache.dim)
-    return SiclipTask(config, student.model, width, aside, teacher_scale)
+    if config.taught:
+        teacher = base if cache is None else FrozenTeacher.cached(cache)
+    return SiclipTask(config, student.model, width, base, teacher)
 
 
 def load_base(model: str, weights: str, seed: int, trust: Trust = NO_TRUST) -> LoadedModel:
-    """The model to inherit from and to learn from. Raises UserError when there is none or it cannot be loaded."""
-    if weights == "random":
-        return _own(model, new_student(ModelConfig(model, trust=trust), seed))
-    if weights and Path(weights, "config.json").is_file():
-        return load_run(weights, trust=trust)[0]
+    """Return the model to inherit and to learn from. Raises UserError when there is none or it cannot be loaded."""
+    if is_run(weights):
+        return load_student(ModelConfig(weights, trust=trust), seed)
     _need_weights(model, weights)
-    return _own(model, load_model(model, weights or None, trust=trust))
-
-
-def _own(model: str, base: LoadedModel) -> LoadedModel:
+    is_random = weights == "random"
+    named = ModelConfig(model, None if is_random else weights or None, trust)
+    base = load_student(named, seed, random_weights=is_random)
     return replace(base, model=with_text_tower(base.model)) if model == "MobileCLIP2-S0" else base
 
 
@@ -314,9 +349,12 @@ def _inherit(config: SiclipConfig, student: LoadedModel, base: LoadedModel) -> N
     """Give the student the base's weights and freeze them. Raises UserError when they do not fit."""
     try:
         state, frozen = inherit_siclip(
-            student.model.state_dict(), base.model.state_dict(),
-            random_ffn=not config.inherit_ffn, keys=config.inherit_keys, exact_norm=config.exact_norm,
-        )  # fmt: skip
+            student.model.state_dict(),
+            base.model.state_dict(),
+            random_ffn=not config.inherit_ffn,
+            keys=config.inherit_keys,
+            exact_norm=config.exact_norm,
+        )
     except ValueError as error:
         raise UserError(
             f"--model {config.student.model!r} cannot inherit from --base {config.base!r} ({error}); --no-inherit "

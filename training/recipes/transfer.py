@@ -5,8 +5,7 @@ The recipes `probe` and `finetune` are two sets of numbers for what is here.
 
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +33,8 @@ from training.data.samples import batch_plan
 from training.evaluation.classification import batch_ranges, classification_metrics, describe_difference, plain_rows
 from training.models.classifier import Classifier, new_classifier, new_rows
 from training.models.range_augment import RangeAugment, curriculum_loss
-from training.runs.student import load_run
+from training.runs.student import is_run, load_student
+from training.task import Batch, Features, Losses, Prepared, Task
 
 log = logging.getLogger(__name__)
 
@@ -68,62 +68,76 @@ class TransferConfig:
         require(self.augment or not self.range_augment, "range_augment", True, "off with --no-augment")
 
 
-class TransferTask(nn.Module):
-    """A classifier, of which all or only the head is trained; ``test`` are the images it is measured on."""
+class TransferTask(Task):
+    """A classifier, of which all or only the head is trained.
 
-    def __init__(self, config: TransferConfig, student: LoadedModel, test: LabelledImageRows, total: int) -> None:
-        super().__init__()
-        self.student: Classifier = student.model
-        self.config, self.loaded, self.test, self.total = config, student, test, total
+    Args:
+        config: The recipe's config.
+        student: The classifier.
+        test: The images it is evaluated on.
+        total: Steps of the run.
+        item_fields: ``images`` or, where they were computed before, ``features``; and ``targets``.
+    """
+
+    evaluates = True
+
+    def __init__(
+        self,
+        config: TransferConfig,
+        student: LoadedModel,
+        test: LabelledImageRows,
+        total: int,
+        item_fields: tuple[str, ...] = ("images", "targets"),
+    ) -> None:
+        super().__init__(student.model, item_fields)
+        self.config = config
+        self.test = test
+        self.total = total
         self.augment = RangeAugment(student.mean, student.std) if config.range_augment else None
         if config.freeze:
             self.student.requires_grad_(False)
             self.student.head.requires_grad_(True)
 
     def train(self, mode: bool = True) -> "TransferTask":
-        """A frozen trunk stays in eval mode."""
+        """Set the training mode; a frozen trunk stays in eval mode."""
         super().train(mode)
         if self.config.freeze:
             self.student.eval()
         return self
 
-    def draw(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with RangeAugment's draws, before it is cut into chunks."""
+    def draw(self, batch: Batch) -> Batch:
+        """Return the batch with RangeAugment's draws."""
         return batch if self.augment is None else {**batch, "drawn": self.augment.draw(len(batch["keys"]))}
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """(n,) ``loss`` and ``right``; (n,) ``error`` of RangeAugment's images."""
-        found = dict[str, Tensor]()
+    def forward(self, batch: Batch) -> Features:
+        """Return (n,) ``loss`` and, with RangeAugment, ``error`` of its images."""
+        outputs = Features()
         features = batch.get("features")
         if features is None:
             images = batch["images"]
             if self.augment is not None and self.training:
-                images, found["error"] = self.augment(images, batch.get("drawn"))
+                images, outputs["error"] = self.augment(images, batch.get("drawn"))
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze):
                 features = self.student.encode_image(images)
         logits, targets = self.student.head(features).float(), batch["targets"]
-        found["loss"] = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.config.smoothing)
-        return found
+        outputs["loss"] = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.config.smoothing)
+        return outputs
 
-    def losses(self, features: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """``classes``, and ``augment`` when there is RangeAugment."""
+    def losses(self, features: Features, step: int) -> Losses:
+        """Return ``classes``, and ``augment`` when there is RangeAugment."""
         losses = {"classes": features["loss"].mean()}
         if "error" in features:
             losses["augment"] = curriculum_loss(features["error"], step, self.total)
         return losses
 
-    def after_step(self) -> None:
-        """Nothing."""
-
-    def measure(self, device: str) -> dict[str, float]:
-        """acc1, acc5, mean_per_class_recall on the test images."""
-        config = self.config
-        workers, bf16 = config.data.workers, config.run.precision == "bf16"
+    def evaluate(self, device: str) -> dict[str, float]:
+        """Return acc1, acc5 and mean_per_class_recall on the test images."""
+        workers, bf16 = self.config.data.workers, self.config.run.precision == "bf16"
         return classification_metrics(self.student, self.test, device=device, workers=workers, bf16=bf16)
 
 
-def prepare(config: TransferConfig) -> tuple[LoadedModel, LabelledImageRows | FeatureRows, TransferTask]:
-    """Student, reader and task. Raises UserError and DataError when data, model or class map do not serve."""
+def prepare(config: TransferConfig) -> Prepared:
+    """Return student, rows and task. Raises UserError and DataError when data, model or class map do not serve."""
     if config.run.eval_data:
         raise UserError("--eval-data: a classifier is measured on the test images of --data")
     train, test = open_images(config.data.data, True), open_images(config.data.data, False)
@@ -131,36 +145,29 @@ def prepare(config: TransferConfig) -> tuple[LoadedModel, LabelledImageRows | Fe
         raise UserError(
             f"{config.data.data}: train and test have other classes: {describe_difference(train.classes, test.classes)}"
         )
-    base = load_base(config.student, config.run.seed)
-    student = successor(base, config, train.classes)
+    base = load_classifier_base(config.student, config.run.seed)
+    student = with_new_head(base, config, train.classes)
     plan = batch_plan(config.data.batch_size, config.sides if config.augment else None, config.run.seed)
     chosen = subset(train.labels, config.data.fraction, config.run.seed)
     log.info("%d of %d images of %d classes", len(chosen), len(train.labels), len(train.classes))
-    rows: LabelledImageRows | FeatureRows
+    total = total_steps(config.run, plan.mean, len(chosen))
     if config.augment:
         rows = LabelledImageRows(train, student, plan, config.views.spec(config.run.seed), chosen)
-    else:
-        rows = feature_rows(
-            LabelledImageRows(train, student, plan, None, chosen), config.run.device, config.data.workers
-        )
-    total = total_steps(config.run, plan.mean, len(chosen))
-    return student, rows, TransferTask(config, student, plain_rows(test, student), total)
+        return Prepared(student, rows, TransferTask(config, student, plain_rows(test, student), total))
+    plain = LabelledImageRows(train, student, plan, None, chosen)
+    features = feature_rows(plain, config.run.device, config.data.workers)
+    task = TransferTask(config, student, plain_rows(test, student), total, ("features", "targets"))
+    return Prepared(student, features, task)
 
 
-def load_base(config: ModelConfig, seed: int) -> LoadedModel:
-    """A classifier from a RUN folder of `clipmill train`, or ``timm:NAME``.
+def load_classifier_base(config: ModelConfig, seed: int) -> LoadedModel:
+    """Return the classifier that one starts from, of a RUN folder of `clipmill train` or ``timm:NAME``.
 
     Of a CLIP run it is the image tower, which must be one of timm's; it has no classes then. Raises UserError.
     """
-    if config.model.startswith(TIMM):
-        return new_classifier(config.model, 1, None, config.pretrained, seed, config.trust)
-    if not Path(config.model, "config.json").is_file():
+    if not config.model.startswith(TIMM) and not is_run(config.model):
         raise UserError(f"--model {config.model!r}: give a RUN folder of `clipmill train`, or {TIMM}NAME")
-    if config.pretrained is not None:
-        raise UserError(
-            f"--pretrained {config.pretrained!r} would not be used: RUN {config.model} brings its own weights"
-        )
-    loaded, _ = load_run(config.model, trust=config.trust)
+    loaded = load_student(config, seed)
     if isinstance(loaded.model, Classifier):
         return loaded
     trunk = getattr(loaded.model.visual, "trunk", None)
@@ -168,17 +175,17 @@ def load_base(config: ModelConfig, seed: int) -> LoadedModel:
         raise UserError(f"--model {config.model!r}: its image tower is none of timm's, which a classifier needs")
     name = f"{TIMM}{loaded.config['vision_cfg']['timm_model_name']}"
     base = new_classifier(name, 1)
-    own = {name for name, part in base.model.trunk.named_modules() if part is base.model.head}
-    weights = {key: value for key, value in trunk.state_dict().items() if key.rpartition(".")[0] not in own}
-    wanted = {key for key in base.model.trunk.state_dict() if key.rpartition(".")[0] not in own}
+    head = {name for name, part in base.model.trunk.named_modules() if part is base.model.head}
+    weights = {key: value for key, value in trunk.state_dict().items() if key.rpartition(".")[0] not in head}
+    wanted = {key for key in base.model.trunk.state_dict() if key.rpartition(".")[0] not in head}
     if differing := sorted(set(weights) ^ wanted):  # the head is not there, or projects to the embedding
         raise UserError(f"--model {config.model!r}: its image tower is not {name} ({differing[:3]})")
     base.model.trunk.load_state_dict(weights, strict=False)
     return LoadedModel(base.model, None, base.config, loaded.image_size, loaded.mean, loaded.std)
 
 
-def successor(base: LoadedModel, config: TransferConfig, classes: list[str]) -> LoadedModel:
-    """A classifier of ``classes`` with the base's trunk; its head is random, or what the class map says."""
+def with_new_head(base: LoadedModel, config: TransferConfig, classes: list[str]) -> LoadedModel:
+    """Return a classifier of ``classes`` with the base's trunk; its head is random, or what the class map says."""
     old = base.model.head
     torch.manual_seed(config.run.seed)
     head = nn.Linear(old.in_features, len(classes))
@@ -186,8 +193,8 @@ def successor(base: LoadedModel, config: TransferConfig, classes: list[str]) -> 
     if config.class_map:
         if base.model.vocabulary is None:
             raise UserError(f"--class-map {config.class_map}: --model {config.student.model!r} has no vocabulary")
-        found = class_map_of(config.class_map, classes, base.model.vocabulary)
-        transfer_rows(head, old, base.model.vocabulary, found, config.copy_bias)
+        class_map = load_class_map(config.class_map, classes, base.model.vocabulary)
+        transfer_head(head, old, base.model.vocabulary, class_map, copy_bias=config.copy_bias)
     trunk = base.model.trunk
     trunk.reset_classifier(len(classes))
     trunk.get_classifier().load_state_dict(head.state_dict())
@@ -195,8 +202,11 @@ def successor(base: LoadedModel, config: TransferConfig, classes: list[str]) -> 
     return LoadedModel(student.eval(), None, base.config, base.image_size, base.mean, base.std)
 
 
-def class_map_of(path: str, classes: list[str], vocabulary: Vocabulary) -> ClassMap:
-    """The class map in a file, in the order of ``classes``. Raises UserError when it is of others."""
+def load_class_map(path: str, classes: list[str], vocabulary: Vocabulary) -> ClassMap:
+    """Return the class map in a file, in the order of ``classes``.
+
+    Raises UserError when it has other classes or was made for another vocabulary.
+    """
     found = read_class_map(path)
     theirs = found.header.get("vocabulary_sha256")
     if theirs != vocabulary.sha256:
@@ -207,21 +217,23 @@ def class_map_of(path: str, classes: list[str], vocabulary: Vocabulary) -> Class
     rows = {row.name: row for row in found.rows}
     if missing := [name for name in classes if name not in rows]:
         raise UserError(f"{path} has no row for {len(missing)} classes, first {missing[0]!r}: make it of these classes")
-    if unknown := [wnid for row in found.rows for wnid in row.wnids if wnid not in vocabulary.index]:
-        raise UserError(f"{path} names {unknown[0]}, which is not in the vocabulary; mend that row")
+    named = chain.from_iterable(row.wnids for row in found.rows)
+    if unknown := [wnid for wnid in named if wnid not in vocabulary.index]:
+        raise UserError(f"{path} names {unknown[0]}, which is not in the vocabulary; correct that row")
     ordered = ClassMap(tuple(rows[name] for name in classes), found.header)
     log.info("Transfer Init of %s", ordered.summary)
     return ordered
 
 
 @torch.no_grad()
-def transfer_rows(
-    head: nn.Linear, pretrained: nn.Linear, vocabulary: Vocabulary, classes: ClassMap, copy_bias: bool = False
+def transfer_head(
+    head: nn.Linear, pretrained: nn.Linear, vocabulary: Vocabulary, classes: ClassMap, *, copy_bias: bool = False
 ) -> None:
-    """CatLIP's Transfer Init (arXiv 2404.15653, section 4.2): rows of the pre-trained head, several are averaged.
+    """Initialise a head by CatLIP's Transfer Init (arXiv 2404.15653, section 4.2).
 
-    Classes without any keep their random rows, brought to the mean length of the others, so that none starts ahead.
-    Biases stay 0 unless ``copy_bias``.
+    A class takes the row of its synset in the pre-trained head, several rows are averaged. Classes without any keep
+    their random rows, scaled to the mean length of the others, so that none starts ahead. Biases stay 0 unless
+    ``copy_bias``.
     """
     mapped = {place: row.wnids for place, row in enumerate(classes.rows) if row.wnids}
     for place, wnids in mapped.items():
@@ -237,8 +249,10 @@ def transfer_rows(
 
 @torch.no_grad()
 def feature_rows(rows: LabelledImageRows, device: str, workers: int) -> FeatureRows:
-    """Features of the plain crops of all ``rows``, in fp32. Images that do not decode are left out."""
-    device, features, labels = pick_device(device), list[Tensor](), list[Tensor]()
+    """Return the features of the plain crops of all ``rows``, in fp32. Images that do not decode are left out."""
+    device = pick_device(device)
+    features = list[Tensor]()
+    labels = list[Tensor]()
     model = rows.student.model.to(device)
     for batch in load_batches(rows, batch_ranges(len(rows.chosen)), workers=workers, device=device):
         features.append(model.encode_image(batch["images"]).float().cpu())

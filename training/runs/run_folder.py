@@ -372,8 +372,9 @@ def bpe_file(model: str, config: dict[str, Any]) -> Path | None:
     named = ((config.get("text_cfg") or {}).get("tokenizer_kwargs") or {}).get("bpe_path")
     if not named:
         return None
-    folder = model.removeprefix("local-dir:")
-    for candidate in ([Path(folder) / Path(named).name] if folder != model else []) + [Path(named)]:
+    folder = Path(model.removeprefix("local-dir:"))
+    candidates = [folder / Path(named).name] if folder.is_dir() else []
+    for candidate in [*candidates, Path(named)]:
         if candidate.exists():
             return candidate
     raise UserError(f"model {model!r} names the BPE file {named}, which is not there")

@@ -1,21 +1,58 @@
-"""The student: made anew from a seed, or rebuilt from a RUN folder."""
+"""The student, or the model that one starts from: made anew from a seed, loaded, or rebuilt from a RUN folder."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from shards_spec.files import UserError
-from shards_spec.models import NO_TRUST, LoadedModel, Trust, load_model
+from shards_spec.models import NO_TRUST, TIMM, LoadedModel, Trust, load_model
 from training.config import ModelConfig
-from training.models.classifier import is_classifier, load_classifier
+from training.models.classifier import is_classifier, load_classifier, new_classifier
 from training.runs.run_folder import RunDir, load_checkpoint
+
+STUDENT = "student."  # prefix of the student's weights in a checkpoint's task
+
+
+def load_student(config: ModelConfig, seed: int, *, random_weights: bool = True) -> LoadedModel:
+    """Load a model by whatever names it.
+
+    - open_clip's name: ``pretrained`` is a tag or a checkpoint file;
+    - ``local-dir:PATH``, ``hf-hub:ORG/NAME``: the weights that lie there;
+    - ``timm:NAME``: a `Classifier` with a head over one class, ``pretrained`` as `new_classifier` takes it;
+    - a RUN folder of `clipmill train`: the weights of its newest checkpoint.
+
+    Args:
+        config: The model's name and its weights.
+        seed: Of random weights.
+        random_weights: Without any weights they are random; otherwise that is a UserError.
+
+    Raises:
+        UserError: There is no such model, its weights do not fit, or they were named and would not be used.
+    """
+    if config.model.startswith(TIMM):
+        return new_classifier(config.model, 1, None, config.pretrained, seed, config.trust)
+    if is_run(config.model):
+        if config.pretrained is not None:
+            raise UserError(
+                f"--pretrained {config.pretrained!r} would not be used: RUN {config.model} brings its own weights"
+            )
+        return load_run(config.model, trust=config.trust)[0]
+    if random_weights:
+        return new_student(config, seed)
+    return load_model(config.model, config.pretrained, trust=config.trust)
+
+
+def is_run(path: str) -> bool:
+    """Return whether a path is a RUN folder of `clipmill train`."""
+    return bool(path) and Path(path, "config.json").is_file()
 
 
 def new_student(config: ModelConfig, seed: int) -> LoadedModel:
-    """The model with its weights, or with random ones that depend on ``seed`` alone. Raises UserError."""
+    """Return the model with its weights, or with random ones that depend on ``seed`` alone. Raises UserError."""
     torch.manual_seed(seed)
     with _nan_for_uninitialised():
         student = load_model(config.model, config.pretrained, random_weights=True, trust=config.trust)
@@ -39,17 +76,18 @@ def initialise_leftovers(model: nn.Module) -> None:
 
 @contextmanager
 def _nan_for_uninitialised() -> Iterator[None]:
-    """torch.empty gives NaN within."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    """Within, torch.empty gives NaN."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialised memory, too
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
-def _described(path: str, trust: Trust) -> LoadedModel:
-    """A RUN's student with random weights."""
+def _rebuild(path: str, trust: Trust) -> LoadedModel:
+    """Return a RUN's student with random weights."""
     if is_classifier(path):
         return load_classifier(path)
     logging.disable(logging.WARNING)  # open_clip would say that the weights are random
@@ -60,20 +98,31 @@ def _described(path: str, trust: Trust) -> LoadedModel:
 
 
 def load_run(path: str, raw: bool = False, best: bool = False, trust: Trust = NO_TRUST) -> tuple[LoadedModel, int]:
-    """The student of a RUN folder with its newest (or best) checkpoint's weights, in eval mode, and that one's step.
+    """Return the student of a RUN folder, in eval mode, and the step of its checkpoint.
 
-    Where the run kept an average of the weights, that is what they are, unless ``raw``. A damaged newest checkpoint is
-    named in a warning, and the one before it is taken. Raises UserError when there is none, DataError when none is
-    whole.
+    A damaged newest checkpoint is named in a warning, and the one before it is taken.
+
+    Args:
+        path: The RUN folder.
+        raw: Take the weights themselves where the run kept an average of them.
+        best: Take the best checkpoint by the run's eval_data, not the newest.
+        trust: What the student's tokenizer may do.
+
+    Raises:
+        UserError: There is no checkpoint.
+        DataError: No checkpoint is intact.
     """
     run = RunDir(path)
-    config, best_one = run.config(), run.best() if best else None
-    state = run.load_newest() if not best else load_checkpoint(best_one) if best_one else None
+    config = run.config()
+    state = None
+    if not best:
+        state = run.load_newest()
+    elif (checkpoint := run.best()) is not None:
+        state = load_checkpoint(checkpoint)
     if state is None:
         hint = "train with --eval-data EVAL" if best else f"run `clipmill train {config['recipe']}` longer"
         raise UserError(f"{run.checkpoints} has no {'best ' if best else ''}checkpoint yet: {hint}")
-    student = _described(path, trust)
-    prefix = "student."
-    weights = {name.removeprefix(prefix): value for name, value in state["task"].items() if name.startswith(prefix)}
+    student = _rebuild(path, trust)
+    weights = {name.removeprefix(STUDENT): value for name, value in state["task"].items() if name.startswith(STUDENT)}
     student.model.load_state_dict(weights if raw else weights | (state.get("ema") or {}))
     return student, state["progress"]["step"]

@@ -30,6 +30,7 @@ from training.data.order import Order
 from training.engine.distributed import processes
 from training.engine.gradients import Gradients, split
 from training.engine.sync_batch_norm import CpuSyncBatchNormAct, statistics, synchronise
+from training.engine.updater import Updater
 from training.recipes import affinity
 from training.runs.run_folder import RunDir, load_checkpoint
 from training.trainer import Trainer, train
@@ -313,7 +314,7 @@ def data_error_on_1(rank):
 
 def bug_on_1(rank):
     if rank == 1:
-        Trainer._clip = lambda self: 1 / 0
+        Updater._unscale_and_clip = lambda self: 1 / 0
 
 
 def refused_on_0(rank):

@@ -11,6 +11,7 @@ from training.config import ModelConfig
 from training.engine.memory_estimate import predict_memory, saved_bytes
 from training.recipes.clip import ClipTask
 from training.runs.student import new_student
+from training.task import Task
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,12 +34,11 @@ def held_after(function):
     return total
 
 
-class Perceptron(nn.Module):
-    """Shapes that can be counted by hand; ``student`` as a task has one."""
+class Perceptron(Task):
+    """Shapes that can be counted by hand."""
 
     def __init__(self):
-        super().__init__()
-        self.student = nn.Sequential(nn.Linear(10, 20, bias=False), nn.ReLU(), nn.Linear(20, 5, bias=False))
+        super().__init__(nn.Sequential(nn.Linear(10, 20, bias=False), nn.ReLU(), nn.Linear(20, 5, bias=False)))
 
     def forward(self, batch):
         return {"image": self.student(batch["images"])}

@@ -84,7 +84,7 @@ def test_a_longer_run_goes_on_and_says_what_the_learning_rate_does(root, tmp_pat
     train("clip", tiny_config("clip", root, out, steps=10, **fields))
     [warning] = told(caplog)
     assert warning == (
-        "extended from 6 to 10 steps, going on after step 6: the linear schedule now ends at step 10 with 0.0001, so "
+        "extended from 6 to 10 steps, resuming after step 6: the linear schedule now ends at step 10 with 0.0001, so "
         "the learning rate goes from 0.000325 to 0.00055 at the next step"
     )
     assert rates(out)[:6] == first
@@ -104,7 +104,7 @@ def test_a_run_extended_before_its_end_goes_by_the_new_schedule(root, tmp_path, 
     train("clip", tiny_config("clip", root, out, steps=12, **fields))
     whole = train("clip", tiny_config("clip", root, str(tmp_path / "whole"), steps=12, **fields))
     assert rates(out)[3:] == rates(whole)[3:]
-    assert "extended from 6 to 12 steps, going on after step 3: the cosine schedule now ends at step 12" in caplog.text
+    assert "extended from 6 to 12 steps, resuming after step 3: the cosine schedule now ends at step 12" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_epochs_and_steps_extend_each_other(root, tmp_path, caplog, before, now)
     out = str(tmp_path / "run")
     train("clip", tiny_config("clip", root, out, **before))
     train("clip", tiny_config("clip", root, out, **now))
-    assert "extended from 5 to 11 steps, going on after step 5" in caplog.text
+    assert "extended from 5 to 11 steps, resuming after step 5" in caplog.text
 
 
 def test_a_constant_rate_stays(root, tmp_path, caplog):

@@ -151,7 +151,7 @@ class Toy(nn.Module):
 def test_decay_is_for_matrices_with_no_exempt_name():
     toy = Toy()
     names = {id(parameter): name for name, parameter in toy.named_parameters()}
-    decayed, plain = ({names[id(p)] for p in group["params"]} for group in param_groups(toy, 0.2))
+    decayed, plain = ({names[id(p)] for p in group.params} for group in param_groups(toy, 0.2))
     assert decayed == {"fc.weight", "positional_embedding"}
     assert plain == {"fc.bias", "ln_1.weight", "ln_1.bias", "bn_weird", "logit_scale", "class_embedding", "layer_scale"}
 

@@ -291,7 +291,7 @@ def test_shared_matrices_are_one_tensor_and_get_both_gradients():
 
 
 def test_gains_do_not_decay_and_matrices_do():
-    decayed, exempt = (group["params"] for group in param_groups(text_block(), 0.1))
+    decayed, exempt = (group.params for group in param_groups(text_block(), 0.1))
     assert sorted(p.ndim for p in decayed) == [2, 2, 2]
     assert sum(p.numel() for p in exempt if p.ndim == 0) == 2
     assert all(p.ndim <= 1 for p in exempt)

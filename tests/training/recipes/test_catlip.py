@@ -25,7 +25,7 @@ from training.export import ExportConfig, export
 from training.losses.multilabel import PAD
 from training.models.classifier import Classifier
 from training.recipes import catlip
-from training.recipes.transfer import load_base
+from training.recipes.transfer import load_classifier_base
 from training.runs.student import load_run
 from training.trainer import train
 
@@ -303,4 +303,4 @@ assert torch.allclose(model(images), wanted, atol=1e-5)
 
 def test_weights_beside_a_run_are_refused(run, tmp_path):
     with pytest.raises(UserError, match=r"--pretrained 'x' would not be used: RUN .* brings its own weights"):
-        load_base(ModelConfig(run, "x"), 0)
+        load_classifier_base(ModelConfig(run, "x"), 0)

@@ -55,7 +55,7 @@ def config_of(base_file, model="SiCLIP-tiny", **fields):
 
 def task_of(base_file, **fields):
     config = config_of(base_file, **fields)
-    return siclip.build(config, new_student(config.student, seed=0), None).train()
+    return siclip.build_task(config, new_student(config.student, seed=0), None).train()
 
 
 def train(task, steps=3, lr=1e-3):
@@ -67,7 +67,7 @@ def train(task, steps=3, lr=1e-3):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        task.after_step()
+        task.after_step(step)
         sums.append(loss.item())
     return sums
 
@@ -93,10 +93,10 @@ def test_frozen_tensors_stay_and_trained_ones_move(base_file):  # fact 6
 def test_the_teacher_from_the_shared_prefix_is_the_whole_teacher(base_file):  # fact 7
     task, batch = task_of(base_file), batch_of()
     features, teacher = task(batch), siclip.load_base("MobileCLIP-tiny", base_file, 0).model
-    (aside,) = task.aside
+    base = task.base.model
     with torch.no_grad():
-        assert torch.equal(features["teacher_image"], aside.encode_image(batch["images"]))
-        assert torch.equal(features["teacher_text"], aside.encode_text(batch["tokens"]))
+        assert torch.equal(features["teacher_image"], base.encode_image(batch["images"]))
+        assert torch.equal(features["teacher_text"], base.encode_text(batch["tokens"]))
         whole, texts = teacher.encode_image(batch["images"]), teacher.encode_text(batch["tokens"])
         mine, words = task.eval().student.encode_image(batch["images"]), task.student.encode_text(batch["tokens"])
         again = task(batch)
@@ -104,7 +104,7 @@ def test_the_teacher_from_the_shared_prefix_is_the_whole_teacher(base_file):  # 
     assert torch.allclose(features["teacher_text"], texts, atol=1e-5)
     assert torch.allclose(again["image"], mine, atol=1e-4)  # as it is evaluated, without the fused prefix
     assert torch.allclose(again["text"], words, atol=1e-4)
-    assert task.teacher_scale == pytest.approx(40)
+    assert task.teacher.logit_scale == pytest.approx(40)
 
 
 def test_losses_are_the_weighted_terms(base_file):  # fact 14
@@ -173,7 +173,7 @@ def test_rows_of_table_5(fields, terms, trains_stem, base_file, monkeypatch):
         assert count.models == ([] if trains_stem else [task.student])
     stem = next(task.student.visual.trunk.stem.parameters())
     assert stem.requires_grad == trains_stem
-    assert (task.aside[0] is None) == (trains_stem and terms == {"contrastive"})
+    assert (task.base is None) == (trains_stem and terms == {"contrastive"})
 
 
 class Counting:
@@ -209,9 +209,9 @@ def test_options_of_inheritance(base_file):
 def test_the_base_is_not_saved_and_comes_along(base_file):
     task = task_of(base_file)
     assert all(name.startswith(("student.", "head.", "icl_logit_scale")) for name in task.state_dict())
-    assert set(task.parameters()).isdisjoint(task.aside[0].parameters())
+    assert set(task.parameters()).isdisjoint(task.base.model.parameters())
     task.double()
-    assert next(task.aside[0].parameters()).dtype == torch.float64
+    assert next(task.base.model.parameters()).dtype == torch.float64
     batch = batch_of() | {"images": batch_of()["images"].double()}
     assert task(batch)["teacher_image"].dtype == torch.float64
 
@@ -221,7 +221,7 @@ def test_cached_and_live_teacher_give_the_same_losses(base_file, tmp_path):
     live = task.losses(task(batch), 1)
     config = config_of(base_file, teacher_from="cache")
     cache = type("Cache", (), {"logit_scale": 40.0, "dim": 64, "name": "made here"})()
-    cached = siclip.build(config, new_student(config.student, seed=0), cache).train()
+    cached = siclip.build_task(config, new_student(config.student, seed=0), cache).train()
     cached.head.load_state_dict(task.head.state_dict())
     with torch.no_grad():
         features = {"teacher_image": task(batch)["teacher_image"], "teacher_text": task(batch)["teacher_text"]}
@@ -237,7 +237,7 @@ def test_scales_stay_in_range_and_raw_ones_as_they_are(base_file):
         with torch.no_grad():
             one.student.logit_scale.fill_(9.0)
             one.icl_logit_scale.fill_(9.0)
-        one.after_step()
+        one.after_step(0)
         assert one.student.logit_scale.item() == pytest.approx(math.log(100))
     assert [one.icl_logit_scale.item() for one in (task, raw)] == [pytest.approx(math.log(100)), 9.0]
     assert raw._icl_scale().item() == 9.0
@@ -247,7 +247,7 @@ def test_scales_stay_in_range_and_raw_ones_as_they_are(base_file):
 def test_decay_is_for_the_matrices(base_file):
     task = task_of(base_file)
     names = {id(parameter): name for name, parameter in task.named_parameters()}
-    decayed, plain = ({names[id(p)] for p in group["params"]} for group in param_groups(task, 0.1))
+    decayed, plain = ({names[id(p)] for p in group.params} for group in param_groups(task, 0.1))
     assert "head.linear.weight" in decayed
     assert any(".qk." in name for name in decayed)
     assert plain >= {"head.linear.bias", "icl_logit_scale", "student.logit_scale"}
@@ -329,7 +329,7 @@ def test_a_live_teacher_has_views_drawn_now(captions, root):
     samples = open_samples(config.data, config.views, student, seed=0)
     assert (samples.views.scale, samples.views.ops, samples.views.magnitude) == ((0.08, 1.0), 2, 9)
     assert (samples.views.op_set, samples.views.flip, samples.cache) == ("torchvision", 0.0, None)
-    task = siclip.build(config, student, samples.cache).train()
+    task = siclip.build_task(config, student, samples.cache).train()
     (batch,) = load_batches(samples, [range(8)])
     losses = task.losses(task(batch), 0)
     assert set(losses) == set(WEIGHTS)
@@ -384,6 +384,6 @@ def test_a_teacher_of_another_width_is_refused_where_it_matters(base_file, tmp_p
     cache = type("Cache", (), {"logit_scale": 40.0, "dim": 16, "name": "narrow"})()
     config = config_of(base_file, teacher_from="cache")
     with pytest.raises(UserError, match="the student's features have 64 numbers, the teacher's 16"):
-        siclip.build(config, new_student(config.student, 0), cache)
+        siclip.build_task(config, new_student(config.student, 0), cache)
     fine = dataclasses.replace(config, fd_weight=0.0, icl_weight=0.0)
-    assert siclip.build(fine, new_student(config.student, 0), cache).teacher_scale == 40.0
+    assert siclip.build_task(fine, new_student(config.student, 0), cache).teacher.logit_scale == 40.0

@@ -20,7 +20,7 @@ from training.data.labelled_images import open_images
 from training.data.labelled_rows import LabelledImageRows, plain_crop, subset
 from training.data.order import BatchPlan
 from training.models.classifier import new_classifier
-from training.recipes.transfer import class_map_of, transfer_rows
+from training.recipes.transfer import load_class_map, transfer_head
 
 WALL, BALL, DOG, TERRIER = "n04546855", "n02778669", "n02084071", "n02092468"
 
@@ -139,11 +139,11 @@ def test_class_map_file(tmp_path, net):
     found = classes(ClassesConfig(str(tmp_path / "images"), str(tmp_path / "all.tsv"), out))
     assert read_class_map(out) == found
     assert (found.unmapped, found.cases["mean"]) == (["qwertz"], 1)
-    assert class_map_of(out, ["qwertz", "dog"], vocabulary).rows[1].wnids == (DOG,)
+    assert load_class_map(out, ["qwertz", "dog"], vocabulary).rows[1].wnids == (DOG,)
     with pytest.raises(UserError, match=f"maps to vocabulary {vocabulary.sha256[:12]}"):
-        class_map_of(out, ["dog"], words((DOG, "dog")))
+        load_class_map(out, ["dog"], words((DOG, "dog")))
     with pytest.raises(UserError, match="no row for 1 classes, first 'cat'"):
-        class_map_of(out, ["cat", "dog"], vocabulary)
+        load_class_map(out, ["cat", "dog"], vocabulary)
     with open(out, "a") as file:
         file.write("cat\texact\t\t\t\n")
     with pytest.raises(UserError, match="line 6 is broken"):
@@ -182,14 +182,14 @@ def test_rows_of_the_pretrained_head():
         ClassRow("ball", "exact", (BALL,)), ClassRow("x", "none"), ClassRow("dog wall", "mean", (DOG, WALL)),
         ClassRow("terrier", "nearest", (DOG,)),
     )  # fmt: skip
-    transfer_rows(head, pretrained, vocabulary, ClassMap(rows, {}))
+    transfer_head(head, pretrained, vocabulary, ClassMap(rows, {}))
     old, new = pretrained.weight.detach().double().numpy(), head.weight.detach().double().numpy()
     expected = np.stack([old[2], (old[0] + old[1]) / 2, old[0]])
     assert np.allclose(new[[0, 2, 3]], expected, atol=1e-7)
     assert np.allclose(np.linalg.norm(new[1]), np.linalg.norm(expected, axis=1).mean(), rtol=1e-6)
     assert np.allclose(new[1] / np.linalg.norm(new[1]), before[1] / before[1].norm(), atol=1e-6)
     assert not head.bias.any()
-    transfer_rows(head, pretrained, vocabulary, ClassMap(rows, {}), copy_bias=True)
+    transfer_head(head, pretrained, vocabulary, ClassMap(rows, {}), copy_bias=True)
     bias = pretrained.bias.detach()
     assert torch.allclose(head.bias, torch.stack([bias[2], torch.tensor(0.0), (bias[0] + bias[1]) / 2, bias[0]]))
 

@@ -1,0 +1,187 @@
+"""What changes a task's weights: gradients, optimizer, average; made anew when the task changes its shape."""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from shards_spec.library_errors import short
+from shards_spec.precision import resolve_precision
+from training.engine.batch_fit import halved, is_out_of_memory, warn_of_norms
+from training.engine.distributed import Ranks
+from training.engine.ema import ModelEma
+from training.engine.gradients import Gradients, rng_state, set_rng_state, total
+from training.engine.optim import build_optimizer, keep_state, learning_rate, set_lr
+from training.engine.sync_batch_norm import statistics, synchronise
+from training.task import Batch, Losses, RecipeConfig, Task
+
+log = logging.getLogger(__name__)
+
+
+class Update(NamedTuple):
+    """What one step did."""
+
+    losses: Losses
+    """of the global batch, without their graph"""
+    lr: float
+    """the schedule's learning rate"""
+    grad_norm: float
+    """the gradient's norm before clipping; NaN where the loss was not finite"""
+    skipped: bool
+    """loss or gradient was not finite: weights and running statistics are those before the step"""
+    rebuilt: bool = False
+    """the task changed the shape of its parameters"""
+
+
+class Updater:
+    """A task's optimizer, its average and its gradients.
+
+    Args:
+        task: The task on its device, in training mode.
+        config: The recipe's config.
+        total: Steps of the run.
+        ranks: The processes that share a batch.
+        device: The device.
+        normalise: Turns images that come as bytes into what the task takes.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        config: RecipeConfig,
+        total: int,
+        *,
+        ranks: Ranks,
+        device: str,
+        normalise: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.task = task
+        self.config = config
+        self.total = total
+        self.ranks = ranks
+        self.device = device
+        run = config.run
+        self._prepare_modules()
+        if run.compile:
+            task.compile()  # its forward, in place: names of weights stay
+        self._build_optimizer()
+        precision = resolve_precision(run.precision, device, emulated=False)
+        self.gradients = Gradients(task, ranks, device, precision, run.chunk_size, normalise)
+        decay = config.optim.ema_decay
+        self.average = ModelEma(task.student, decay) if decay is not None else None
+        self.statistics = statistics(task)
+        warn_of_norms(task, run.chunk_size)
+
+    def _prepare_modules(self) -> None:
+        """Give the modules their memory format, and BatchNorms the statistics of all processes."""
+        run = self.config.run
+        if run.channels_last:
+            self.task.to(memory_format=torch.channels_last)
+        if run.sync_bn and self.ranks.size > 1:
+            log.info("%d trained BatchNorms are synchronised", synchronise(self.task, self.device))
+
+    def _build_optimizer(self) -> None:
+        self.groups = self.task.param_groups(self.config.optim.weight_decay)
+        self.optimizer = build_optimizer(self.task, self.config.optim, self.groups)
+
+    def rebuild(self) -> None:
+        """Make optimizer, DDP and average anew after the task changed its shape; what still fits is kept.
+
+        Loss scale, chunk size and random streams go on.
+        """
+        log.info("the task has changed its shape: optimizer, average and gradients are made anew")
+        optimizer, average = self.optimizer, self.average
+        optimizer.zero_grad(set_to_none=True)  # gradients are parts of the former DDP's buckets
+        self._prepare_modules()
+        self._build_optimizer()
+        keep_state(optimizer, self.optimizer)
+        self.gradients.wrap()
+        if average is not None and self.config.optim.ema_decay is not None:
+            self.average = ModelEma(self.task.student, self.config.optim.ema_decay)
+            self.average.keep_from(average)
+        self.statistics = statistics(self.task)
+        self.task.rebuilt = False
+
+    def update(self, batch: Batch, step: int, sizes: list[int]) -> Update:
+        """Take one step.
+
+        Args:
+            batch: This process's share of the global batch.
+            step: The step's number.
+            sizes: Samples of each process's share.
+        """
+        before = [buffer.clone() for buffer in self.statistics]
+        losses, is_bad = self._compute_gradients(batch, step, sizes, before)
+        lr = learning_rate(step, self.config.optim, self.total)
+        norm = math.nan
+        if not is_bad:
+            norm = self._unscale_and_clip()
+            scaler = self.gradients.scaler
+            is_final = not scaler.is_enabled() or scaler.get_scale() < 1  # else the scaler skips and lowers its scale
+            is_bad = bool(self.ranks.all_max(is_final and not math.isfinite(norm))[0])
+        rebuilt = False
+        if is_bad:
+            self._restore_statistics(before)
+        else:
+            rebuilt = self._apply(step, lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = {name: value.detach() for name, value in losses.items()}  # not the graph of a skipped step
+        return Update(losses, lr, norm, is_bad, rebuilt)
+
+    def _compute_gradients(
+        self, batch: Batch, step: int, sizes: list[int], before: list[Tensor]
+    ) -> tuple[Losses, bool]:
+        """Return the losses, and whether one is not finite: then there are no gradients.
+
+        Chunks that do not fit the memory are halved, and the step begins again.
+        """
+        streams = rng_state(self.device)
+        while True:
+            try:
+                return self._try_gradients(batch, step, sizes)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = short(error)
+            # out here the error, and with it the graph, is gone
+            self.gradients.chunk_size = halved(self.gradients.chunk_size, max(sizes), self.ranks.size, reason)
+            warn_of_norms(self.task, self.gradients.chunk_size)
+            self.optimizer.zero_grad(set_to_none=True)
+            set_rng_state(streams, self.device)
+            self._restore_statistics(before)
+            if self.device != "cpu":
+                torch.cuda.empty_cache()
+
+    def _try_gradients(self, batch: Batch, step: int, sizes: list[int]) -> tuple[Losses, bool]:
+        """A function of its own, so that an attempt that did not fit keeps nothing while the next one runs."""
+        losses, backward = self.gradients.losses(batch, step, sizes)
+        is_bad = bool(self.ranks.all_max(not math.isfinite(total(losses).item()))[0])
+        if not is_bad:
+            backward()
+        return losses, is_bad
+
+    def _unscale_and_clip(self) -> float:
+        """Return the gradient's norm before clipping."""
+        self.gradients.scaler.unscale_(self.optimizer)
+        parameters = [parameter for parameter in self.task.parameters() if parameter.grad is not None]
+        return float(nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm or math.inf))
+
+    def _apply(self, step: int, lr: float) -> bool:
+        """Move the weights; return whether the task changed its shape."""
+        set_lr(self.optimizer, self.groups, lr)
+        self.gradients.scaler.step(self.optimizer)
+        self.gradients.scaler.update()
+        self.task.after_step(step)
+        rebuilt = self.task.rebuilt
+        if rebuilt:
+            self.rebuild()
+        if self.average is not None:
+            self.average.update(self.task.student)
+        return rebuilt
+
+    def _restore_statistics(self, before: list[Tensor]) -> None:
+        for buffer, value in zip(self.statistics, before, strict=True):
+            buffer.copy_(value)

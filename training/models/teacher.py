@@ -1,0 +1,90 @@
+"""A teacher that is not trained: a model that runs beside the student, or a teacher cache's features."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shards_spec.files import UserError
+from shards_spec.models import LoadedModel
+from training.data.teacher_cache import TeacherCache
+from training.models.taps import Tapped, run_with_taps
+
+CACHED_FIELDS = ("teacher_image", "teacher_text")
+
+
+class FrozenTeacher:
+    """One interface to a live teacher and to a cached one.
+
+    It is no module: a task that holds one neither trains nor saves the teacher's weights, but moves them between
+    devices (`training.task.Task`).
+
+    Attributes:
+        name: For messages.
+        width: Numbers of a feature, D.
+        logit_scale: The scale of its logits, not the logarithm.
+        model: The live model in eval mode, without gradients; None for a cached teacher.
+    """
+
+    def __init__(self, name: str, *, width: int, logit_scale: float, model: Any = None) -> None:
+        self.name = name
+        self.width = width
+        self.logit_scale = logit_scale
+        self.model: Any = model if model is None else model.requires_grad_(False).eval()
+
+    @classmethod
+    def live(cls, name: str, loaded: LoadedModel) -> "FrozenTeacher":
+        """Return a teacher that runs on each batch. Its parameters are frozen in place."""
+        scale = loaded.model.logit_scale.exp().item()
+        return cls(name, width=loaded.config["embed_dim"], logit_scale=scale, model=loaded.model)
+
+    @classmethod
+    def cached(cls, cache: TeacherCache) -> "FrozenTeacher":
+        """Return a teacher whose features come with the samples."""
+        return cls(cache.name, width=cache.dim, logit_scale=cache.logit_scale)
+
+    @property
+    def item_fields(self) -> tuple[str, ...]:
+        """Fields that samples must carry for it."""
+        return CACHED_FIELDS if self.model is None else ()
+
+    @torch.no_grad()
+    def features(
+        self, batch: dict[str, Any], encode: Callable[[Any], tuple[Tensor, Tensor]] | None = None
+    ) -> dict[str, Tensor]:
+        """Return ``teacher_image`` and ``teacher_text``, (n, D) of any length.
+
+        Args:
+            batch: Images and tokens for a live teacher, its features for a cached one.
+            encode: Called with the live model in place of its two towers, where student and teacher share a part of
+                the forward pass.
+        """
+        if self.model is None:
+            return {name: batch[name] for name in CACHED_FIELDS}
+        if encode is None:
+            image, text = self.model.encode_image(batch["images"]), self.model.encode_text(batch["tokens"])
+        else:
+            image, text = encode(self.model)
+        return {"teacher_image": image, "teacher_text": text}
+
+    @torch.no_grad()
+    def intermediate(self, run: Callable[[Any], Any], taps: Sequence[str], until: str | None = None) -> Tapped:
+        """Run the live model and return its output and what the modules ``taps`` returned.
+
+        Args:
+            run: Called with the model, say ``lambda model: model.encode_image(images)``.
+            taps: Names of submodules.
+            until: Name of a submodule after which the forward pass stops: nothing behind it is computed.
+
+        Raises:
+            UserError: The teacher is cached, and a cache holds final features only.
+        """
+        if self.model is None:
+            raise UserError(f"teacher cache {self.name} has final features only; this recipe needs a live teacher")
+        return run_with_taps(self.model, run, taps, until)
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Apply what `torch.nn.Module.to` does to each tensor."""
+        if self.model is not None:
+            self.model._apply(fn)
