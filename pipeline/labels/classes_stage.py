@@ -36,7 +36,7 @@ class ClassesConfig:
     out: str
     """class map to write, a TSV"""
     alpha: float = 0.2
-    """path similarity that the nearest synset must have at least; 1 takes exact ones alone"""
+    """least path similarity of the nearest synset; 1: only exact matches"""
     wordnet: str | None = None
     """folder with WordNet 3.0; by default NLTK's or Debian's"""
 

@@ -37,15 +37,15 @@ class VocabConfig:
     min_count: int = 500
     """keep synsets that occur more often than this (CatLIP section 3.1: 500 for CC3M and DataComp)"""
     top_k: int | None = None
-    """keep at most this many"""
+    """keep at most this many synsets"""
     source: str = "original"
     """captions that count: original (as CatLIP does), all or synthetic; training's --label-captions must be the same"""
     wordnet: str | None = None
     """folder with WordNet 3.0, for the lemmas; by default NLTK's or Debian's"""
     import_catlip: str | None = None
-    """take CatLIP's own vocabulary, a pickled dictionary from key to count, in its order, instead of counting"""
+    """use CatLIP's own vocabulary, a pickled dictionary from key to count, in its order, instead of counting"""
     export_catlip: str | None = None
-    """write the vocabulary in that form, too"""
+    """also write the vocabulary in that form"""
 
     def __post_init__(self) -> None:
         check_name(self.name)

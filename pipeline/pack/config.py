@@ -13,15 +13,15 @@ class PackConfig:
     """Join images, captions and WordNet synsets into the final shards."""
 
     root: Root
-    """the dataset; reads raw/, captions/NAME/ and, where it is there, dedup/; writes shards/"""
+    """the dataset; reads raw/, captions/NAME/ and, if there is one, dedup/; writes shards/"""
     captioner: tuple[str, ...] = ()
-    """folders below captions/, joined in this order; by default the only one there; 'none': original captions alone"""
+    """folders below captions/, joined in this order; by default the only one; 'none': original captions only"""
     min_similarity: float | None = None
-    """leave out captions, original ones too, of a lower cosine with the image; needs caption --similarity"""
+    """leave out captions, also original ones, whose cosine with the image is lower; needs caption --similarity"""
     wordnet: str | None = None
     """folder (or NLTK's zip) with WordNet 3.0's index.noun, data.noun, noun.exc; by default NLTK's or Debian's"""
     download_wordnet: bool = False
-    """fetch WordNet with NLTK's downloader when it is nowhere"""
+    """fetch WordNet with NLTK's downloader when it is not found"""
     nouns_only: bool = False
     """synsets of nouns only, by part-of-speech tag, as CatLIP's paper says; its released code takes every word"""
     tagger: str = "nltk"
@@ -29,15 +29,15 @@ class PackConfig:
     collocations: bool = False
     """synsets of nouns of several words, the longest first"""
     synonyms: bool = False
-    """keep synsets whose first name is another word: bike is a motorcycle then"""
+    """also keep synsets whose first name is another word: a bike is then a motorcycle"""
     stop_words: str | None = None
     """words that get no synset: a text file, or 'function' for a short list of function words"""
     max_caption_chars: int = 10_000
-    """samples with a longer original caption are left out; 0: none is"""
+    """samples with a longer original caption are left out; 0: no limit"""
     shard_size: int | None = None
-    """samples in every final shard but the last; by default final shard i is what stays of raw shard i"""
+    """samples in each final shard but the last; by default final shard i is what stays of raw shard i"""
     workers: int = os.cpu_count() or 1
-    """processes"""
+    """worker processes"""
     overwrite: bool = False
     """make finished shards again"""
 
