@@ -276,7 +276,7 @@ def test_s3_and_a_local_folder_get_the_same_bytes(bucket, other, web, tmp_path):
                 assert files.read_bytes(f"{root}/raw/{key}") == data, key
 
 
-def test_img2datasets_shards_on_s3_are_a_source_and_adopted_in_place(bucket, other, tmp_path):
+def test_img2datasets_shards_on_s3_are_a_source_and_imported_in_place(bucket, other, tmp_path):
     for path in GOLDEN.iterdir():
         other.put_object(Bucket=bucket, Key=f"ds/raw/{path.name}", Body=path.read_bytes())
     source, copy = f"s3://{bucket}/ds/raw", f"s3://{bucket}/copy"

@@ -411,7 +411,7 @@ def test_img2dataset_shards_are_copied_byte_for_byte(tmp_path, caplog, workers):
     assert check(CheckConfig(str(root))) == []
 
 
-def test_img2dataset_shards_are_adopted_in_place(tmp_path):
+def test_img2dataset_shards_are_imported_in_place(tmp_path):
     root = tmp_path / "D"
     for number in (0, 1):
         foreign(root / "raw", number)
