@@ -21,12 +21,12 @@ MAX_PIXELS = 100_000_000  # 400 MB as Pillow keeps RGB; decompression bombs are 
 PYTHON_DECODERS = ("ppm", "ppm_plain", "bmp_rle")  # Pillow's decoders in Python: a microsecond a sample
 MAX_PYTHON_PIXELS = 10_000_000
 MAX_SIDE = 65_500  # libjpeg's limit
-MAX_ASPECT = 100  # of what `without_ends` leaves
+MAX_ASPECT = 100  # of what `crop_extreme_aspect` leaves
 # a progressive JPEG is decoded once per scan, however few bytes a scan has: two seconds at the most
 MAX_SCANS = 20
 MAX_SCAN_PIXELS = 2_000_000_000
 MAX_BLOCKS = 400_000  # of a JPEG 2000, 1.6 GB; in blocks of 64 x 64, 100 million RGB pixels have a quarter of it
-TURNS = {  # EXIF orientation to what makes the image upright
+UPRIGHT = {  # EXIF orientation to what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -35,7 +35,7 @@ TURNS = {  # EXIF orientation to what makes the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SIDEWAYS = frozenset(TURNS[orientation] for orientation in (5, 6, 7, 8))  # the sides change places
+TRANSPOSED = frozenset(UPRIGHT[orientation] for orientation in (5, 6, 7, 8))  # width and height are exchanged
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_KEPT = (b"tRNS", b"eXIf")  # of the ancillary chunks
 ORIENTATION_TEXTS = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # texts that Pillow finds the orientation in
@@ -46,7 +46,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def decode_rgb(data: bytes, as_benchmark: bool = False) -> Image.Image:
+def decode_rgb(data: bytes, *, as_benchmark: bool = False) -> Image.Image:
     """The upright image as RGB: transparency on white, every depth scaled to eight bits (`pixels`).
 
     ``as_benchmark`` gives what CLIP_benchmark evaluates, Pillow's plain ``convert("RGB")``: not turned, the colours
@@ -58,13 +58,13 @@ def decode_rgb(data: bytes, as_benchmark: bool = False) -> Image.Image:
         if as_benchmark:
             return _loaded(image, _as_pillow)
         pixels = load_rgb(image)
-        turn = turn_of(read_exif(image))  # after the pixels: for some formats Pillow decodes here too
+        transpose = upright_transpose(read_exif(image))  # after the pixels: for some formats Pillow decodes here too
     except BadImage as error:
         raise DataError(f"does not decode: {error}") from error
-    return pixels if turn is None else pixels.transpose(turn)
+    return pixels if transpose is None else pixels.transpose(transpose)
 
 
-def without_ends(image: Image.Image) -> Image.Image:
+def crop_extreme_aspect(image: Image.Image) -> Image.Image:
     """The middle of an image longer than `MAX_ASPECT` shorter sides, for code that scales the shorter side and crops.
 
     65,500 x 1 pixels, some hundred bytes as PNG, would be three billion at a shorter side of 224.
@@ -85,7 +85,7 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile
     try:
         image = Image.open(io.BytesIO(readable), formats=formats)
     except UnidentifiedImageError as error:
-        raise BadImage("unsupported TIFF" if _is_odd_tiff(data) else "not an image") from error
+        raise BadImage("unsupported TIFF" if _is_unsupported_tiff(data) else "not an image") from error
     except Image.DecompressionBombError as error:
         raise BadImage("too many pixels") from error
     except Exception as error:  # hostile bytes make Pillow's readers raise anything
@@ -109,8 +109,8 @@ def _check_cost(image: ImageFile.ImageFile, data: bytes, max_pixels: int) -> Non
         raise BadImage("too many code-blocks")
 
 
-def _is_odd_tiff(data: bytes) -> bool:
-    """Whether the bytes are a TIFF of samples that Pillow has no mode for: floats of 16 or 64 bits, three floats."""
+def _is_unsupported_tiff(data: bytes) -> bool:
+    """Whether the bytes are a TIFF of samples that Pillow cannot represent: floats of 16 or 64 bits, three floats."""
     try:
         TiffImagePlugin.TiffImageFile(io.BytesIO(data))
     except Exception as error:
@@ -159,10 +159,10 @@ def read_exif(image: Image.Image) -> Image.Exif | None:
         return None
 
 
-def turn_of(exif: Image.Exif | None) -> Image.Transpose | None:
-    """What makes the image upright, None when it is."""
+def upright_transpose(exif: Image.Exif | None) -> Image.Transpose | None:
+    """The operation that makes an image with this EXIF upright, None when it is."""
     try:
-        return TURNS.get(exif.get(ExifTags.Base.Orientation, 1)) if exif else None
+        return UPRIGHT.get(exif.get(ExifTags.Base.Orientation, 1)) if exif else None
     except Exception:  # Pillow parses the values only here, and they may be damaged
         return None
 

@@ -1,7 +1,7 @@
 """All that Pillow decodes as eight-bit RGB: other depths scaled by their range, transparency on white.
 
-A file seldom says what its black and white are when its samples have more than eight bits. They are, in this order:
-what a TIFF declares (BitsPerSample, MinSampleValue, MaxSampleValue), the smallest usual depth that holds the largest
+A file seldom declares its black and white when its samples have more than eight bits. They are, in this order: what a
+TIFF declares (BitsPerSample, MinSampleValue, MaxSampleValue), the smallest usual depth that holds the largest
 sample (8, 10, 12, 14, 16 bits; 1.0, 255 or 65535 of floats), the file's smallest and largest sample.
 """
 

@@ -99,7 +99,7 @@ class ViewSpec:
 _DEFAULTS = {field.name: field.default for field in fields(ViewSpec)}
 
 
-def stored_spec(path: str, stored: dict[str, Any]) -> ViewSpec:
+def parse_view_spec(path: str, stored: dict[str, Any]) -> ViewSpec:
     """The ViewSpec that `ViewSpec.as_json` wrote into the file ``path``.
 
     Raises DataError naming both versions when this Pillow or rendering would give other pixels from it.

@@ -31,7 +31,7 @@ class CacheConfig:
     name: str | None = None
     """folder below teacher/; by default made from model and pretrained; several can stand side by side"""
     views: int = 8
-    """replayable views per image; a larger number than before adds views to those that are there"""
+    """replayable views per image; a larger number than before adds views to the existing ones"""
     dtype: Dtype = "float16"
     """how vectors are stored; int8 has one scale per row"""
     spec: OmitArgPrefixes[ViewSpec] = field(default_factory=ViewSpec)

@@ -73,7 +73,7 @@ class Embedder:
         views = defaultdict[int, list[int]](list)
         for row, view in images:
             views[row].append(view)
-        jobs = (RenderJob(shard.keys[row], shard.sample(row).image, tuple(own)) for row, own in views.items())
+        jobs = (RenderJob(shard.keys[row], shard.sample(row).image, tuple(numbers)) for row, numbers in views.items())
         depth = 2 * self.config.threads + 2 * self.teacher.rows // self.config.views
         image_size = self.teacher.loaded.image_size
         return RenderQueue(self.pool, jobs, depth=depth, spec=self.config.view_spec, size=image_size)

@@ -12,7 +12,7 @@ from shards_spec.layout import STAGES, TEACHER, teacher_folder
 from shards_spec.manifest import read_done
 from shards_spec.shard_writer import ShardWriter
 from shards_spec.teacher_shard import TeacherShard
-from shards_spec.views import draw_view, stored_spec
+from shards_spec.views import draw_view, parse_view_spec
 
 
 def export_lists(root: str, name: str, overwrite: bool) -> Summary:
@@ -38,7 +38,7 @@ def export_lists(root: str, name: str, overwrite: bool) -> Summary:
 
 def _export_shard(root: str, task: ShardTask, *, stage: Stage, name: str) -> ShardResult:
     cached = TeacherShard(root, name, task.shard)
-    spec = stored_spec(cached.path, cached.config["views"])
+    spec = parse_view_spec(cached.path, cached.config["views"])
     keys = cached.files[-1].keys
     table: dict[str, Any] = {"key": pa.array(keys, pa.string())}
     for view in range(cached.config["num_views"]):
@@ -53,13 +53,13 @@ def _export_shard(root: str, task: ShardTask, *, stage: Stage, name: str) -> Sha
 
 def _columns(cached: TeacherShard) -> list[str]:
     """Names of the vectors' columns in all files: images by view, then texts by caption."""
-    found = set[str]().union(*(file.names for file in cached.files))
+    columns = set[str]().union(*(file.names for file in cached.files))
 
     def order(name: str) -> tuple[str, int]:
         kind, _, number = name.partition("_")
         return kind, int(number)
 
-    return sorted(found, key=order)
+    return sorted(columns, key=order)
 
 
 def _lists(values: np.ndarray, present: np.ndarray) -> Any:

@@ -30,7 +30,7 @@ from shards_spec.layout import SHARDS, final_tar, parquet_path, teacher_folder
 from shards_spec.manifest import forget, read_done
 from shards_spec.models import LoadedModel, model_label, pick_devices, weights_sha256
 from shards_spec.teacher_shard import TeacherShard
-from shards_spec.views import stored_spec
+from shards_spec.views import parse_view_spec
 
 if TYPE_CHECKING:
     from pipeline.cache.embedder import Embedder  # it imports torch
@@ -88,7 +88,7 @@ def _check_rendering(folder: str) -> None:
     """Raise DataError when the cache's views are of another Pillow: before any work, not at the first old shard."""
     first = read_done(folder, 0)
     if first is not None:
-        stored_spec(folder, first.config.get("views", {}))
+        parse_view_spec(folder, first.config.get("views", {}))
 
 
 def _identity(config: CacheConfig, loaded: LoadedModel) -> dict[str, Any]:

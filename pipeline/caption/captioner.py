@@ -17,7 +17,7 @@ from pipeline.caption.requests import CaptionedImage, CaptionRequest, GeneratedC
 from pipeline.caption.sampling import DecodedTokens, generate
 from pipeline.core.devices import is_out_of_memory
 from shards_spec.files import UserError
-from shards_spec.images import without_ends
+from shards_spec.images import crop_extreme_aspect
 from shards_spec.models import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Captioner:
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """(3, S, S) as the model was trained to see it, by open_clip's evaluation transform."""
-        pixels: Tensor = self._transform(without_ends(image))
+        pixels: Tensor = self._transform(crop_extreme_aspect(image))
         return pixels
 
     def bytes_per_image(self) -> int:

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageFile
 from pipeline.core.filters import image_problem
 from pipeline.core.perceptual_hash import perceptual_hash
 from shards_spec.files import sha256_bytes
-from shards_spec.images import MAX_PIXELS, SIDEWAYS, load_rgb, open_image, read_exif, turn_of
+from shards_spec.images import MAX_PIXELS, TRANSPOSED, load_rgb, open_image, read_exif, upright_transpose
 from shards_spec.pixels import BadImage
 
 JPEG_QUALITY = 95
@@ -77,14 +77,14 @@ def convert(data: bytes, rules: ImageRules) -> EncodedImage:
     size = shrunk_size(original_size, rules.image_size)
     is_rgb_jpeg = image.format == "JPEG" and image.mode == "RGB"
     exif = read_exif(image)  # after the pixels: for some formats Pillow decodes here too, and hides damage
-    turn = turn_of(exif)
+    turn = upright_transpose(exif)
     keeps_bytes = is_rgb_jpeg and turn is None and size == original_size
     if pixels.size != size:
         pixels = pixels.resize(size, Image.Resampling.HAMMING)
     width, height = original_size
     if turn is not None:
         pixels = pixels.transpose(turn)
-        if turn in SIDEWAYS:
+        if turn in TRANSPOSED:
             width, height = height, width
     return EncodedImage(
         data=data if keeps_bytes else _encode(pixels),

@@ -29,7 +29,7 @@ from pipeline.ingest.images import BadImage, ImageRules, convert
 from pipeline.report.samples import draw_samples
 from shards_spec.decode_cost import jpeg2000_blocks
 from shards_spec.files import DataError, join
-from shards_spec.images import decode_rgb, without_ends
+from shards_spec.images import crop_extreme_aspect, decode_rgb
 from shards_spec.models import load_model
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, write_shard
@@ -364,7 +364,7 @@ def test_hostile_bytes_have_their_reason_everywhere(name):
     data, reason = HOSTILE[name]
     for as_benchmark in (False, True):
         with pytest.raises(DataError, match=f"^does not decode: {reason}$"):
-            decode_rgb(data, as_benchmark)
+            decode_rgb(data, as_benchmark=as_benchmark)
     with pytest.raises(BadImage, match=f"^{reason}$"):
         convert(data, ImageRules(48))
 
@@ -424,7 +424,7 @@ def test_a_very_long_image_is_cut_before_its_shorter_side_is_enlarged(tmp_path):
         assert shown.shape == (3, 32, 32)
         assert float(shown.std(dim=(1, 2)).max()) < 1e-6  # within the bright pixels
         assert float(shown.mean()) > 0
-    assert without_ends(corner((300, 3))).size == (300, 3)
+    assert crop_extreme_aspect(corner((300, 3))).size == (300, 3)
 
 
 def test_no_foreign_image_starts_a_program(tmp_path):

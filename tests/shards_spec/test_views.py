@@ -274,16 +274,16 @@ def test_decoded_pixels_are_the_golden_ones():
 
 def test_another_rendering_is_refused_with_both_named():
     stored = ViewSpec(ops=1).as_json()
-    assert views.stored_spec("f", stored) == ViewSpec(ops=1)
-    assert views.stored_spec("f", FULL.as_json() | {"jitter": list(JITTER)}) == FULL
+    assert views.parse_view_spec("f", stored) == ViewSpec(ops=1)
+    assert views.parse_view_spec("f", FULL.as_json() | {"jitter": list(JITTER)}) == FULL
     with pytest.raises(DataError, match=rf"by Pillow {PIL.__version__} \(rendering 77\), here is .* \(rendering 2\)"):
-        views.stored_spec("f", stored | {"rendering": 77})
+        views.parse_view_spec("f", stored | {"rendering": 77})
     with pytest.raises(DataError, match=r"\(rendering 1\), here is [^:]*: delete the cache and run `clipmill cache`"):
-        views.stored_spec("f", stored | {"rendering": 1})
+        views.parse_view_spec("f", stored | {"rendering": 1})
     with pytest.raises(DataError, match=r"here is Pillow .*install pillow==9\.9"):
-        views.stored_spec("f", stored | {"pillow": "9.9"})
+        views.parse_view_spec("f", stored | {"pillow": "9.9"})
     with pytest.raises(DataError, match=r"of another version.*delete it"):
-        views.stored_spec("f", stored | {"swirl": 1})
+        views.parse_view_spec("f", stored | {"swirl": 1})
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from shards_spec.files import DataError, UserError, exists, join, names
 from shards_spec.layout import SHARDS, TEACHER, shard_name, tar_path, teacher_folder, teacher_parquet
 from shards_spec.manifest import file_hash
 from shards_spec.teacher_shard import TeacherShard
-from shards_spec.views import ViewSpec, stored_spec
+from shards_spec.views import ViewSpec, parse_view_spec
 from training.data.local_copies import LocalFileCache
 from training.data.lru import LRUCache
 
@@ -153,7 +153,7 @@ def _check_keys(path: str, stored: list[str], keys: list[str]) -> None:
 
 def view_spec(path: str, meta: dict[str, Any]) -> ViewSpec:
     """Return the ViewSpec of a cache. Raises DataError when this Pillow would render other pixels from it."""
-    spec = stored_spec(path, meta["views"])
+    spec = parse_view_spec(path, meta["views"])
     if spec.sha256 != meta["views_sha256"]:
         raise DataError(f"{path}: its view spec does not match its hash; {AGAIN}")
     return spec

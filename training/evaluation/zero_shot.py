@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shards_spec.files import DataError, join
-from shards_spec.images import decode_rgb, without_ends
+from shards_spec.images import crop_extreme_aspect, decode_rgb
 from shards_spec.models import LoadedModel
 from shards_spec.sample import Sample
 from training.data.labelled_images import find_split, label_of, open_split
@@ -53,7 +53,7 @@ class Encoder:
         pixels: list[Tensor] = []
         for path, sample in samples:
             try:
-                pixels.append(transform(without_ends(decode_rgb(sample.image, as_benchmark=True))))
+                pixels.append(transform(crop_extreme_aspect(decode_rgb(sample.image, as_benchmark=True))))
                 batch.append((path, sample))
             except DataError as error:
                 self.skipped += 1
