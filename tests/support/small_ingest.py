@@ -1,10 +1,13 @@
-"""Lists, configs and rows for tests of `ingest`."""
+"""Lists, configs, rows and downloads for tests of `ingest`."""
 
+import asyncio
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from pipeline.ingest.backpressure import AdmissionGate
 from pipeline.ingest.config import IngestConfig
+from pipeline.ingest.http_client import Fetcher, FetchError, FetchRules
 
 
 def write_list(path: Path, rows: list[tuple[str, str]]) -> str:
@@ -22,3 +25,19 @@ def config(root: object, source: object, **options) -> IngestConfig:
 def rows_of(root: Path, shard: int = 0) -> list[dict]:
     """All rows of a raw shard."""
     return pq.read_table(root / "raw" / f"{shard:05d}.parquet").to_pylist()
+
+
+def gather(urls: list[str], gate: AdmissionGate | None = None, **rules) -> list[bytes | str]:
+    """Bodies or reasons of many links at once, with one Fetcher."""
+
+    async def one(fetcher: Fetcher, url: str) -> bytes | str:
+        try:
+            return await fetcher.get(url)
+        except FetchError as error:
+            return str(error)
+
+    async def run() -> list[bytes | str]:
+        async with Fetcher(FetchRules(**{"timeout_s": 2, "allow_private": True, **rules}), gate) as fetcher:
+            return list(await asyncio.gather(*(one(fetcher, url) for url in urls)))
+
+    return asyncio.run(run())

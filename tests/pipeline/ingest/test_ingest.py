@@ -1,6 +1,5 @@
 """Stage `ingest`: sources, the web, images, img2dataset's layout and shards, kills at any moment."""
 
-import asyncio
 import hashlib
 import io
 import json
@@ -24,9 +23,7 @@ from web_server import make_image, serve
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
 from pipeline.core.runner import ShardAssignment, ShardsFailed
-from pipeline.ingest import http_client
 from pipeline.ingest.config import IngestConfig
-from pipeline.ingest.http_client import Fetcher, FetchError, FetchRules, opted_out
 from pipeline.ingest.listing import Listing
 from pipeline.ingest.raw_shard import sample_key
 from pipeline.ingest.stage import ingest
@@ -117,49 +114,6 @@ def test_private_addresses_are_refused_by_default(server, tmp_path, caplog):
     assert reasons == ["not a public address"] * 2 + odd + ["not a public address"] * 4
     assert server.requests["good/900"] == 0
     assert "not one image came, mostly 'not a public address': --allow-private fetches" in caplog.text
-
-
-def get(url: str, **rules) -> bytes:
-    async def run() -> bytes:
-        async with Fetcher(FetchRules(timeout_s=2, **rules)) as fetcher:
-            return await fetcher.get(url)
-
-    return asyncio.run(run())
-
-
-def test_each_hop_of_a_redirect_is_checked(server, monkeypatch):
-    monkeypatch.setattr(http_client, "is_public", lambda address: address == "127.0.0.1")
-    assert get(f"{server.url}/redirect/{server.url}/good/5") == make_image(5)
-    with serve("127.0.0.2") as inner:
-        for target in (inner.url, f"http://[::1]:{inner.server_port}", "http://169.254.169.254"):
-            with pytest.raises(FetchError, match=r"^not a public address$"):
-                get(f"{server.url}/redirect/{target}/good/5")
-        assert not inner.requests
-
-
-@pytest.mark.parametrize(
-    ("headers", "expected"),
-    [
-        ([], False),
-        (["all"], False),
-        (["NoAI"], True),
-        (["nofollow, noimageai"], True),
-        (["nofollow", "noindex"], True),
-        (["googlebot: noindex"], False),
-        (["clipmill: noindex"], True),
-        (["unavailable_after: 25 Jun 2010 15:00:00 PST"], False),
-        (["noai, unavailable_after: 25 Jun 2010 15:00:00 PST"], True),
-    ],
-)
-def test_opt_out_headers(headers, expected):
-    assert opted_out(headers) == expected
-
-
-def test_ignoring_opt_out_and_other_schemes(server):
-    assert get(f"{server.url}/optout/noai", allow_private=True, ignore_opt_out=True) == make_image(4)
-    for url in ("file:///etc/passwd", "ftp://h/x", "data:image/png;base64,AAAA", "//h/x", "x"):
-        with pytest.raises(FetchError, match=r"^not an http address$"):
-            get(url)
 
 
 # the config
