@@ -4,7 +4,7 @@ A signature has the coarsest shades of grey alone: objects on a plain ground, ic
 colours and details. Here small copies in colour are laid over each other (a light crop is a shift and a stretch),
 brightness, contrast and saturation are fitted, and the difference that is left must be small: in the details, in the
 colours as a whole, and in every single block. The limits were set on photographs, icons, product shots and pages,
-changed by encoding, scaling, crops of up to 5 % a side and tone (`tests/pipeline/dedup/test_image_match.py`).
+changed by encoding, scaling, crops of up to 5 % a side and tone (`tests/pipeline/core/test_image_match.py`).
 """
 
 import functools

@@ -1,32 +1,24 @@
-"""Leaving samples out: signatures of images, caption and image rules, duplicates in a shard and over all shards."""
+"""Stage `dedup`: planted copies, random rows against the rule, reruns, and what pack and check make of its lists."""
 
-import io
 import random
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
 from small_data import tree, vouch, write_raw
+from small_duplicates import expected_drops, jpeg, make_image, opened, random_rows
 
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
-from pipeline.core.filters import caption_problem, image_problem
 from pipeline.core.near_duplicates import (
-    BIT_COUNTS,
     EXACT_DUPLICATE,
     NEAR_DUPLICATE,
-    band_masks,
     find_duplicates,
-    hamming_distances,
-    parse_hashes,
 )
 from pipeline.core.perceptual_hash import perceptual_hash
 from pipeline.core.runner import ShardsFailed
@@ -40,209 +32,6 @@ from shards_spec.layout import shard_name
 from shards_spec.manifest import Done, write_stage
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, shard_keys, write_shard
-
-
-def make_image(seed: object, size: tuple[int, int] = (340, 256)) -> Image.Image:
-    """A drawn image of several shapes."""
-    rng, (width, height) = random.Random(str(seed)), size
-    image = Image.new("RGB", size, tuple(rng.randrange(256) for _ in range(3)))
-    pen = ImageDraw.Draw(image)
-    for _ in range(rng.randrange(5, 12)):
-        x, y, w, h = (rng.randrange(5, side) for side in (width, height, width // 2, height // 2))
-        shape = pen.ellipse if rng.random() < 0.5 else pen.rectangle
-        shape((x - w // 2, y - h // 2, x + w // 2 + 9, y + h // 2 + 9), tuple(rng.randrange(256) for _ in range(3)))
-    return image
-
-
-def jpeg(image: Image.Image, quality: int = 90, scale: float = 1) -> bytes:
-    file = io.BytesIO()
-    size = (round(image.width * scale), round(image.height * scale))
-    image.resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=quality)
-    return file.getvalue()
-
-
-def opened(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data)).convert("RGB")
-
-
-def bits(one: str | None, other: str | None) -> int:
-    return 64 if one is None or other is None else (int(one, 16) ^ int(other, 16)).bit_count()
-
-
-def test_a_signature_survives_encoding_and_scaling():
-    moved = []
-    for seed in range(40):
-        image = make_image(seed)
-        own = perceptual_hash(image)
-        assert own is not None
-        assert len(own) == 16
-        for scale in (0.35, 0.6, 1, 1.5):
-            moved += [bits(own, perceptual_hash(opened(jpeg(image, quality, scale)))) for quality in (40, 75, 95)]
-    assert np.mean(np.array(moved) <= 3) >= 0.99
-    assert max(moved) <= 6
-
-
-def test_different_images_have_different_signatures():
-    numbers = parse_hashes([perceptual_hash(make_image(seed)) for seed in range(150)])
-    apart = np.concatenate([hamming_distances(numbers[:-k], numbers[k:]) for k in range(1, 150)])
-    assert np.mean(apart > 10) > 0.999
-    assert apart.min() > 3
-
-
-def test_plain_images_have_no_signature():
-    gradient = Image.linear_gradient("L").convert("RGB")
-    stripes = Image.fromarray(np.repeat(np.arange(200) // 25 % 2 * 255, 300).reshape(200, 300).astype(np.uint8))
-    for image in (Image.new("RGB", (300, 200), "red"), gradient, stripes.convert("RGB"), Image.new("RGB", (1, 1))):
-        assert perceptual_hash(image) is None
-        assert perceptual_hash(opened(jpeg(image, 30, 1))) is None
-
-
-def test_a_signature_is_cheap():
-    image = make_image(0, (256, 340))
-    start = time.perf_counter()
-    for _ in range(200):
-        perceptual_hash(image)
-    assert (time.perf_counter() - start) / 200 < 2e-3  # measured: 0.2 ms; the rest is for busy machines
-
-
-def test_distances_without_numpy_2(monkeypatch):
-    rng = np.random.default_rng(0)
-    one, other = (rng.integers(0, 2**64, 1000, np.uint64) for _ in range(2))
-    expected = [(int(a) ^ int(b)).bit_count() for a, b in zip(one, other, strict=True)]
-    assert hamming_distances(one, other).tolist() == expected
-    monkeypatch.delattr(np, "bitwise_count", raising=False)
-    assert hamming_distances(one, other).tolist() == expected
-    assert BIT_COUNTS[255] == 8
-
-
-@pytest.mark.parametrize(
-    ("caption", "problem"),
-    [
-        ("a dog on a beach", None),
-        ("a", "caption too short"),
-        ("", "caption too short"),
-        (None, "caption too short"),
-        ("   a   ", "caption too short"),
-        ("word and " * 30, "caption too long"),
-        ("12345 678", "caption has no letters"),
-        ("!!! ???", "caption has no letters"),
-        ("https://example.com/a/b.html?x=1", "caption is an address"),
-        ("www.example.org/x", "caption is an address"),
-        ("shop.example.com", "caption is an address"),
-        ("someone@example.com", "caption is an address"),
-        ("IMG_1234.jpg", "caption is an address"),
-        ("IMG_1234", "caption is an address"),
-        ("DSC00012", "caption is an address"),
-        ("dsc 00012.JPG", "caption is an address"),
-        ("my-holiday-2019.jpeg", "caption is an address"),
-        ("IMG_20190512_101112", "caption is an address"),
-        ("picture 0042.jpg", "caption is an address"),
-        ("a photo of www.example.com on a screen", None),
-        ("St.Petersburg", None),
-        ("Photo of a dog", None),
-        ("aaaaaaaaaaaaaaaaaaaa", "caption repeats itself"),
-        ("so goooooooooood", "caption repeats itself"),
-        ("buy buy Buy buy, buy now", "caption repeats itself"),
-        ("very very very very good", None),
-        ("a $$$ 100 % *** 12/12/2012 ###", "caption is mostly symbols"),
-        ("iPhone 12 128 GB", None),
-        ("一只狗在海滩上", None),
-        ("كلب على الشاطئ", None),
-        ("مُحَمَّدٌ رَسُولٌ", None),
-        ("สุนัขบนชายหาด", None),
-        ("समुद्र तट पर कुत्ता", None),
-        ("собака на пляже", None),
-        ("他说:好。", None),
-    ],
-)
-def test_captions_that_say_nothing(caption, problem):
-    assert caption_problem(caption, 2, 200) == problem
-
-
-def test_limits_of_captions_and_images():
-    assert caption_problem(None, 0, 100) is None
-    assert caption_problem("x" * 9, 0, 0) is None
-    assert caption_problem("DSC00012", 5, 100, sane=False) is None
-    assert image_problem(100, 300, 100, 3.0) is None
-    assert image_problem(99, 300, 100, 3.0) == "picture too small"
-    assert image_problem(301, 100, 100, 3.0) == "aspect ratio too large"
-    assert image_problem(100, 301, 100, 3.0) == "aspect ratio too large"
-
-
-def expected_drops(urls, sha256s, hashes, near_bits) -> dict[int, bool]:
-    """By the rule itself, pair by pair: row to whether an equal file stands earlier."""
-    rows = [i for i in range(len(urls)) if sha256s[i] is not None or hashes[i] is not None]
-    first = {}
-    for i in rows:
-        first.setdefault(urls[i] if urls[i] is not None else i, i)
-    canonical = {i: first[urls[i] if urls[i] is not None else i] for i in rows}
-    drops = {}
-    for i in rows:
-        for j in rows:
-            if canonical[j] < canonical[i]:
-                exact = sha256s[i] is not None and sha256s[i] == sha256s[j]
-                near = near_bits is not None and None not in (hashes[i], hashes[j])
-                if exact or (near and bits(hashes[i], hashes[j]) <= near_bits):
-                    drops[i] = drops.get(i, False) or exact
-    return drops
-
-
-def random_rows(seed: int, count: int) -> tuple[list, list, list]:
-    """Rows with repeated URLs, repeated files, clusters of near signatures, failed rows and plain images."""
-    rng = random.Random(seed)
-    centres = [rng.getrandbits(64) | 1 for _ in range(max(1, count // 4))]
-    urls: list = []
-    sha256s: list = []
-    hashes: list = []
-    for _ in range(count):
-        urls.append(rng.choice([None, *(f"http://h/{rng.randrange(count)}" for _ in range(9))]))
-        centre = rng.choice(centres)
-        for _ in range(rng.choice([0, 0, 1, 2, 3, 4, 7, 20])):
-            centre ^= 1 << rng.randrange(64)
-        failed = rng.random() < 0.1
-        sha256s.append(None if failed else sha256_bytes(str(rng.randrange(count)).encode()))
-        hashes.append(None if failed or rng.random() < 0.1 else f"{centre:016x}")
-    return urls, sha256s, hashes
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**32), st.integers(0, 80), st.sampled_from([None, 0, 1, 3, 6, 10]))
-def test_duplicates_of_a_shard_follow_the_rule(seed, count, near_bits):
-    rows = random_rows(seed, count)
-    found, expected = find_duplicates(*rows, near_bits), expected_drops(*rows, near_bits)
-    assert set(found) == set(expected)
-    assert not set(found.values()) & set(found)  # the one that stays does stay
-
-
-def test_captions_of_one_image_are_no_duplicates():
-    assert find_duplicates(["u", "u", "v", "u", "v"], ["a"] * 5, [None] * 5, None) == {2: 0, 4: 0}
-    assert find_duplicates(["u", "v", "u"], [None] * 3, [None] * 3, 3) == {}
-    assert find_duplicates([None, None], ["a", "a"], [None] * 2, None) == {1: 0}
-    chain = [f"{n:016x}" for n in (0b1, 0b111, 0b11111, 0b1111111)]
-    assert find_duplicates(list("abcd"), list("abcd"), chain, 2) == {1: 0, 2: 0, 3: 0}
-    assert find_duplicates(list("abcd"), list("abcd"), chain, None) == {}
-
-
-def test_a_shard_takes_milliseconds():
-    rng = np.random.default_rng(0)
-    hashes = [f"{number:016x}" for number in rng.integers(1, 2**64, 1000, np.uint64).tolist()]
-    for near_bits in (None, 3, 10):
-        start = time.perf_counter()
-        assert find_duplicates([str(i) for i in range(1000)], [str(i % 900) for i in range(1000)], hashes, near_bits)
-        assert time.perf_counter() - start < 0.25  # measured: 1 to 4 ms
-
-
-def test_band_masks_miss_no_pair():
-    rng = random.Random(0)
-    for near_bits in (0, 1, 3, 5, 10):
-        for count in (100, 100_000, 10_000_000):
-            masks = [int(mask) for mask in band_masks(near_bits, count)]
-            for _ in range(200):
-                flips = sum(1 << bit for bit in rng.sample(range(64), near_bits))
-                assert any(not mask & flips for mask in masks)
-
-
-# --- over all shards ---
 
 
 @dataclass(frozen=True)
