@@ -55,7 +55,7 @@ def read_checkpoint(path: str, trust: bool = False, given: bool = True, fix: str
 
 
 def _unpickling(path: str, error: Exception, given: bool) -> Exception:
-    """torch's paragraph about ``weights_only`` as what it is about: code in the file, or a file of another kind."""
+    """What is behind torch's paragraph about ``weights_only``: code in the file, or a file of another kind."""
     text = str(error)
     if "TorchScript" in text:
         return UserError(f"{path} is a TorchScript archive, a program; {TRUST}")
@@ -113,7 +113,7 @@ def misfit(error: BaseException) -> str:
         ("missing", r"Missing key\(s\) in state_dict: (.*)"),
         ("left over", r"Unexpected key\(s\).*?: (.*)"),
     ):
-        names = [name for line in re.findall(pattern, text) for name in re.findall(r'"([^"]+)"', line)]
+        names = re.findall(r'"([^"]+)"', " ".join(re.findall(pattern, text)))
         if names:
             found.append(f"{len(names)} weights {said} ({_some(names)})")
     shapes = re.findall(r"size mismatch for (\S+): .*?torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)", text)
@@ -143,7 +143,7 @@ def _tensors(found: Any) -> dict[str, Any]:
 
 
 def _allowed() -> list[Any]:
-    """numpy's scalars, under the names of numpy 1 and 2, its dtypes, and argparse's Namespace."""
+    """Types that are safe: numpy's scalars, under the names of numpy 1 and 2, its dtypes, and argparse's Namespace."""
     import argparse
 
     import numpy as np

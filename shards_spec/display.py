@@ -23,7 +23,7 @@ SECRET = re.compile(
 
 
 def shown(text: str) -> str:
-    """``text`` with control characters as ``\\x1b`` is written, and without `hide_secrets`' secrets."""
+    r"""``text`` with control characters as ``\x1b`` is written, and without `hide_secrets`' secrets."""
     return hide_secrets(CONTROL.sub(lambda found: ascii(found[0])[1:-1], text))
 
 

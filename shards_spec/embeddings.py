@@ -208,7 +208,7 @@ class EmbeddingFile:
         return values
 
     def _present(self, name: str) -> np.ndarray:
-        """bool (n,): false where the column is null."""
+        """Where the column has a value, bool (n,): false where the column is null."""
         if name not in self._valid:
             known = self.ids(name)
             if known is None:  # a file without identities: the column itself says where it is null

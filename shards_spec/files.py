@@ -3,8 +3,8 @@
 A local file is written beside its final name, flushed to disk and renamed. A remote object is written to a
 local temporary file and put once. So a file under its final name is complete, whenever the writer died.
 
-Nothing that a store says is kept: what another process wrote or deleted is seen at once. A store's errors come
-out as UserError naming the URL, but for FileNotFoundError on reading.
+Listings of a store are not cached: what another process wrote or deleted is seen at once. A store's errors become
+UserError naming the URL, except FileNotFoundError on reading.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class UserError(Exception):
 
 
 class DataError(Exception):
-    """A file of the dataset is broken; the message names the file, the key and the mend."""
+    """A file of the dataset is broken; the message names the file, the key and what to do."""
 
 
 def is_url(path: str) -> bool:
@@ -48,7 +48,7 @@ def join(root: str, *parts: str) -> str:
 
 @contextlib.contextmanager
 def store_errors(url: str) -> Iterator[None]:
-    """Turn what a store's client raises into UserError naming URL and mend; FileNotFoundError stays, with the URL."""
+    """Turn a store client's exceptions into UserError naming the URL and what to do; FileNotFoundError gets the URL."""
     try:
         yield
     except FileNotFoundError as error:
@@ -59,8 +59,8 @@ def store_errors(url: str) -> Iterator[None]:
         if type(error).__module__ == "builtins" and not isinstance(error, OSError | ValueError):
             raise  # a bug; what clients raise is OSError, ValueError or a class of their own
         raise UserError(
-            f"{url}: {_one_line(error)}; check the address, the store's credentials and the connection, then run the "
-            "same command again, it goes on"
+            f"{url}: {_one_line(error)}; check the address, the store's credentials and the connection, then rerun "
+            "the same command to resume"
         ) from error
 
 
@@ -163,7 +163,7 @@ def read_buffer(path: str) -> Iterator[memoryview]:
 
 
 def _temporary_name(path: str) -> str:
-    """A hidden name beside ``path`` that tells whose it is (`remove_stale`) and that nobody else can foresee."""
+    """A hidden name beside ``path`` that no other process can foresee; it tells who made it (`remove_stale`)."""
     folder, name = os.path.split(path)
     return os.path.join(folder, f".{name}.{secrets.token_hex(4)}.{socket.gethostname()}.{os.getpid()}.tmp")
 
@@ -182,7 +182,7 @@ def atomic_writer(path: str) -> Iterator[IO[bytes]]:
         if error.errno not in DISK_FULL:
             raise
         raise UserError(
-            f"no space left on the disk of {disk}: free some and run the same command again, it goes on"
+            f"no space left on the disk of {disk}: free some and rerun the same command to resume"
         ) from error
 
 
@@ -297,7 +297,7 @@ def is_alive(pid: int) -> bool:
         return False
     except (PermissionError, FileNotFoundError):  # somebody else's, or a system without /proc
         return True
-    return state not in "ZX"  # killed, and its parent too: nobody has collected it yet
+    return state not in "ZX"  # a zombie: killed, and its parent has not collected it
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:

@@ -1,4 +1,4 @@
-"""Folders of files, local or on an fsspec URL, walked in one fixed order without what is nobody's."""
+"""Folders of files, local or on an fsspec URL, walked in one fixed order without ignored files."""
 
 import os
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ Files = dict[str, dict[str, Any]]  # file name -> what a remote store tells of i
 def walk(folder: str) -> Iterator[tuple[str, Files]]:
     """(prefix below the folder, its files by name), a folder's files before its folders', both by name.
 
-    Files that are nobody's (`names.is_ignored`) are left out. Linked folders are entered, unless they lie in the
+    Ignored files (`names.is_ignored`) are left out. Linked folders are entered, unless they lie in the
     folder anyhow, hold it, or were entered before: links make neither loops nor a file come twice. Raises UserError for
     a folder that cannot be listed.
     """

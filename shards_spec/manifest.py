@@ -7,6 +7,7 @@ damage to what nothing derives again went unseen; older ones have none and are v
 """
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from shards_spec import SPEC_VERSION
@@ -35,8 +36,10 @@ def seal(value: dict[str, Any]) -> str:
 
 
 def stats_seal(stats: dict[str, Any]) -> str:
-    """What the `SEAL` of a done-record has to be: the hash of all of the stats but itself and the times, which no other
-    run repeats."""
+    """What the `SEAL` of a done-record has to be: the hash of all of the stats but itself and the times.
+
+    No other run repeats the times.
+    """
     record = {name: own for name, own in stats["clipmill"].items() if name != SEAL}
     return sha256_json({name: own for name, own in {**stats, "clipmill": record}.items() if name not in TIMES})
 
@@ -111,26 +114,38 @@ def read_done(folder: str, shard: int) -> Done | None:
         raise DataError(f"{path}: spec version {version}, this clipmill reads {SPEC_VERSION}; make it again")
     try:
         done = Done(
-            record["stage"], record["shard"], record["config"], stats["status_dict"], record["inputs"],
-            record["outputs"], retried=record.get("retried", {}), counters=record.get("facts", {}),
-        )  # fmt: skip
+            record["stage"],
+            record["shard"],
+            record["config"],
+            stats["status_dict"],
+            record["inputs"],
+            record["outputs"],
+            retried=record.get("retried", {}),
+            counters=record.get("facts", {}),
+        )
     except KeyError as error:
         raise DataError(f"{path}: its done-record has no {error}; delete it and run its stage again") from error
-    tables: list[Any] = [done.config, done.inputs, done.outputs, done.counts, done.retried, done.counters]
-    if not all(isinstance(table, dict) for table in tables) or any(
-        type(number) is not int for table in tables[3:] for number in table.values()
-    ):
+    if not _is_sound(done):
         raise DataError(f"{path}: its done-record is damaged; delete it and run its stage again")
     return done
 
 
+def _is_sound(done: Done) -> bool:
+    """Whether the tables of a record are tables, and its numbers numbers."""
+    counted: list[Any] = [done.counts, done.retried, done.counters]
+    tables: list[Any] = [done.config, done.inputs, done.outputs, *counted]
+    if not all(isinstance(table, dict) for table in tables):
+        return False
+    return all(type(number) is int for number in chain.from_iterable(table.values() for table in counted))
+
+
 def forget(folder: str, shard: int) -> None:
-    """Take a shard's done-record away, before its files are written anew: it would vouch for others."""
+    """Delete a shard's done-record before its files are written again: a stale one would validate the wrong files."""
     remove(stats_path(folder, shard))
 
 
 def remove_shards(folder: str, first: int) -> None:
-    """Delete the shards from number ``first`` on, their done-records before what these vouch for."""
+    """Delete the shards from number ``first`` on, their done-records before the files that these name."""
     for name in sorted(names(folder), key=lambda name: not STATS_PATTERN.fullmatch(name)):
         if (match := FILE_PATTERN.fullmatch(name)) and int(match[1]) >= first:
             remove(join(folder, name))

@@ -1,6 +1,6 @@
-"""Which files count: endings of image files, and files that are nobody's. All readers of folders and tars ask here.
+"""Names of files: endings of images, names that are ignored, and what a user may call a folder of the dataset.
 
-And what a user may call a folder or file of the dataset.
+All readers of folders and tars ask here.
 """
 
 import os
@@ -9,41 +9,107 @@ from collections import Counter
 
 from shards_spec.files import UserError
 
-# what the decoder takes (formats in `images.py`), the preferred ones of several first
+# What the decoder takes (formats in `images.py`); of several images of a sample the first ending here wins.
 IMAGE_EXTENSIONS = (
-    "jpg", "jpeg", "png", "webp", "jpe", "jfif", "jif", "pjpeg", "pjp", "gif", "bmp", "tif", "tiff", "avif",
-    "jp2", "j2k", "j2c", "jpc", "jpf", "jpx", "mpo", "apng", "ppm", "pgm", "pbm", "pnm", "ico",
-)  # fmt: skip
-# images that are not decoded here: counted, never taken for something else
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "jpe",
+    "jfif",
+    "jif",
+    "pjpeg",
+    "pjp",
+    "gif",
+    "bmp",
+    "tif",
+    "tiff",
+    "avif",
+    "jp2",
+    "j2k",
+    "j2c",
+    "jpc",
+    "jpf",
+    "jpx",
+    "mpo",
+    "apng",
+    "ppm",
+    "pgm",
+    "pbm",
+    "pnm",
+    "ico",
+)
+# Images that are not decoded here: they are counted, and never taken for something else.
 UNDECODED_EXTENSIONS = (
-    "heic", "heif", "hif", "jxl", "dib", "svg", "svgz", "eps", "psd", "psb", "xcf", "tga", "exr", "hdr", "dds", "qoi",
-    "jxr", "wdp", "bpg", "pcx", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf",
-)  # fmt: skip
+    "heic",
+    "heif",
+    "hif",
+    "jxl",
+    "dib",
+    "svg",
+    "svgz",
+    "eps",
+    "psd",
+    "psb",
+    "xcf",
+    "tga",
+    "exr",
+    "hdr",
+    "dds",
+    "qoi",
+    "jxr",
+    "wdp",
+    "bpg",
+    "pcx",
+    "dng",
+    "cr2",
+    "cr3",
+    "nef",
+    "arw",
+    "orf",
+    "rw2",
+    "raf",
+)
 IMAGE_ENDINGS = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 UNDECODED_ENDINGS = tuple(f".{extension}" for extension in UNDECODED_EXTENSIONS)
-# of macOS, Windows, Synology, Python, ext4; names that begin with a dot need no list
+# Of macOS, Windows, Synology, Python, ext4. Names that begin with a dot need no list.
 SYSTEM_NAMES = frozenset(
     {
-        "__macosx", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin",
-        "system volume information", "@eadir", "#recycle", "#snapshot", "lost+found", "icon\r",
+        "__macosx",
+        "__pycache__",
+        "thumbs.db",
+        "ehthumbs.db",
+        "desktop.ini",
+        "$recycle.bin",
+        "system volume information",
+        "@eadir",
+        "#recycle",
+        "#snapshot",
+        "lost+found",
+        "icon\r",
     }
-)  # fmt: skip
-MOST_ENDINGS = 10  # named in one line
+)
+MOST_ENDINGS = 10  # in one line of a message
 PACKED = {  # first bytes of what cannot be read in place
-    b"\x1f\x8b": "packed with gzip", b"PK\x03\x04": "a zip file (or a spreadsheet)", b"PK\x05\x06": "an empty zip file",
-    b"BZh": "packed with bzip2", b"\xfd7zXZ\0": "packed with xz", b"\x28\xb5\x2f\xfd": "packed with zstd",
-    b"7z\xbc\xaf": "a 7z file", b"Rar!": "a rar file",
-}  # fmt: skip
-PACKED_BYTES = 6  # that tell
+    b"\x1f\x8b": "packed with gzip",
+    b"PK\x03\x04": "a zip file (or a spreadsheet)",
+    b"PK\x05\x06": "an empty zip file",
+    b"BZh": "packed with bzip2",
+    b"\xfd7zXZ\0": "packed with xz",
+    b"\x28\xb5\x2f\xfd": "packed with zstd",
+    b"7z\xbc\xaf": "a 7z file",
+    b"Rar!": "a rar file",
+}
+PACKED_BYTES = 6  # the longest of them
 PACKED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".zip", ".7z", ".rar")
-# of captions, caches, vocabularies: one part of a path, no hidden one, no flag, nothing that a shell, a glob, a URL or
-# a brace list reads as more than a name
+# Of captions, caches, vocabularies: one part of a path that is not hidden and no flag, without characters that a shell,
+# a glob, a URL or a brace list treats specially.
 NAME_PATTERN = re.compile(r"\w([\w .,+=@%~()-]*[\w.+=@%~()-])?")
 MAX_NAME_BYTES = 200  # of the 255 of a file system: ".tsv" and what a temporary name adds must fit too
 
 
 def is_ignored(path: str) -> bool:
-    """Whether a file is nobody's: a part of its path (below what the user named) is hidden or a system's own.
+    """Whether a file is ignored: a part of its path (below the folder that the user named) is hidden or a system's.
 
     Such as ``._x.jpg``, ``__MACOSX/``, ``.ipynb_checkpoints/``, ``.Trash-1000/``, ``.cache/``, ``Thumbs.db``, and this
     package's temporary files. webdataset and datasets' imagefolder leave hidden files out too.

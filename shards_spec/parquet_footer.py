@@ -9,10 +9,28 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import IO, Any
 
-STOP, TRUE, FALSE, BYTE, INTEGERS, DOUBLE, BINARY, LISTS, STRUCT = 0, 1, 2, 3, (4, 5, 6), 7, 8, (9, 10), 12  # types
+# types of the compact protocol
+STOP = 0
+TRUE, FALSE = 1, 2
+BYTE = 3
+INTEGERS = (4, 5, 6)
+DOUBLE = 7
+BINARY = 8
+LISTS = (9, 10)
+STRUCT = 12
 MOST_BITS = 70  # of a variable-length number, whose values have 64
-GROUPS, COLUMNS, DESCRIBED = 4, 1, 3  # fields on the way to a chunk's description
-TYPE, PATH, VALUES, UNPACKED, PACKED, DATA_PAGE, DICTIONARY_PAGE = 1, 3, 5, 6, 7, 9, 11  # fields of that
+# fields on the way to a chunk's description: FileMetaData.row_groups, RowGroup.columns, ColumnChunk.meta_data
+GROUPS = 4
+COLUMNS = 1
+DESCRIBED = 3
+# fields of ColumnMetaData
+TYPE = 1
+PATH = 3
+VALUES = 5
+UNPACKED = 6
+PACKED = 7
+DATA_PAGE = 9
+DICTIONARY_PAGE = 11
 TEXTS = (6, 7)  # physical types of texts and bytes: BYTE_ARRAY, FIXED_LEN_BYTE_ARRAY
 FIELDS = (TYPE, PATH, VALUES, UNPACKED, PACKED, DATA_PAGE, DICTIONARY_PAGE)
 WANTED: dict[int, Any] = {GROUPS: {COLUMNS: {DESCRIBED: {field: {} for field in FIELDS}}}}
@@ -105,7 +123,8 @@ def _value(data: bytes, at: int, kind: int, wanted: dict[int, Any]) -> tuple[Any
 
 def _list(data: bytes, at: int) -> tuple[int, int, int]:
     """(values, their type, place of the first)."""
-    many, inner, at = data[at] >> 4, data[at] & 15, at + 1
+    many, inner = data[at] >> 4, data[at] & 15
+    at += 1
     if many == 15:
         many, at = _number(data, at)
     if many > len(data):  # a value takes a byte at least
@@ -117,7 +136,9 @@ def _number(data: bytes, at: int) -> tuple[int, int]:
     """(value, place after it) of a variable-length number."""
     value = shift = 0
     while data[at] & 128:
-        value, shift, at = value | (data[at] & 127) << shift, shift + 7, at + 1
+        value |= (data[at] & 127) << shift
+        shift += 7
+        at += 1
         if shift > MOST_BITS:
             raise IndexError(shift)
     return value | data[at] << shift, at + 1

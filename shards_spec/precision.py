@@ -10,7 +10,7 @@ PrecisionOption = Literal["auto", "fp32", "bf16", "fp16"]  # as the command line
 
 
 def dtype_of(precision: Precision) -> "torch.dtype":
-    """torch's type of a precision."""
+    """The torch type of a precision."""
     import torch
 
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

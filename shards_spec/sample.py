@@ -10,7 +10,7 @@ from shards_spec.names import IMAGE_EXTENSIONS, is_image
 
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_\-]+(/[A-Za-z0-9_\-]+)*")
 MAX_NAME_BYTES = 100  # the name field of a USTAR header
-MAX_DEPTH = 100  # of JSON: what is nested deeper breaks those who write it again
+MAX_DEPTH = 100  # levels of JSON: writers fail over what is nested deeper
 TEXT_EXTENSIONS = ("txt", "caption", "text")
 NAMED_IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes", "img_bytes")
 LABEL_IMAGES = ("mask", "seg", "segmentation", "label", "semantic", "instance", "depth", "normal", "alpha", "matte")
@@ -49,10 +49,10 @@ class Sample:
     @property
     def captions(self) -> list[str]:
         """The original caption, then ``syn_0``, ``syn_1`` … of the json member (SPEC.md §3). Raises DataError."""
-        found, meta = [self.caption], self.meta
-        while isinstance(synthetic := meta.get(f"syn_{len(found) - 1}"), str):
-            found.append(synthetic)
-        return found
+        captions, meta = [self.caption], self.meta
+        while isinstance(synthetic := meta.get(f"syn_{len(captions) - 1}"), str):
+            captions.append(synthetic)
+        return captions
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -76,14 +76,19 @@ def parse_object(data: str | bytes) -> dict[str, Any]:
 
 
 def check_depth(data: str | bytes, value: Any) -> None:
-    """Raises ValueError for a JSON value, parsed from ``data``, that is nested too deep for those who go through it."""
+    """Raise ValueError for a JSON value, parsed from ``data``, that is nested deeper than `MAX_DEPTH`."""
     brackets = (b"[", b"{") if isinstance(data, bytes) else ("[", "{")
     if sum(map(data.count, brackets)) > MAX_DEPTH and not _is_shallow(value, MAX_DEPTH):  # type: ignore[arg-type]
         raise ValueError(f"is nested deeper than {MAX_DEPTH} levels")
 
 
 def _is_shallow(value: Any, levels: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if isinstance(value, dict):
+        inner = list(value.values())
+    elif isinstance(value, list):
+        inner = value
+    else:
+        return True
     return not inner or (levels > 0 and all(_is_shallow(item, levels - 1) for item in inner))
 
 
@@ -97,7 +102,7 @@ def check_key(key: str) -> str:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """webdataset's rule: the key runs up to the first dot of the base name, the rest is the extension."""
+    """Key and extension by webdataset's rule: the key ends at the first dot of the base name."""
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
@@ -107,8 +112,8 @@ def subsamples(key: str, members: dict[str, T]) -> list[tuple[str, dict[str, T]]
     """The samples that webdataset's rule puts under one key: ``track 2.0.jpg``, ``track 2.0.txt``, ``track 2.1.jpg`` ….
 
     Dots in file names make one key of many. An image is a sample of its own, under the longer key (``track 2.0``), when
-    a text or a json has the same longer stem, or the stem goes on with a digit; members without such a stem belong to
-    all of them when no image is left among those. When there are only images with longer stems and nothing to share,
+    a text or a json has the same longer stem, or that stem begins with a digit; members without such a stem belong
+    to all of them when no image is left among those. When there are only images with longer stems and nothing to share,
     each is a sample, too. What remains is one sample with several members, as ``x.jpg``, ``x.seg.png`` and ``x.txt``.
     """
     if not any("." in extension for extension in members):
@@ -125,11 +130,13 @@ def subsamples(key: str, members: dict[str, T]) -> list[tuple[str, dict[str, T]]
     left = images - own
     rest = {extension: member for extension, member in members.items() if split_extension(extension)[0] not in own}
     if len(left) > 1 and left.isdisjoint(("", *NAMED_IMAGES)) and all(map(is_image, rest)):
-        own, left, rest = own | left, set(), {}
+        own |= left
+        left, rest = set(), {}
     shared = rest if not left and len(rest) <= MOST_SHARED else {}
-    found = [(f"{key}.{stem}", {**shared, **stems[stem]}) for stem in stems if stem in own]
-    found += [(key, rest)] if rest and not shared else []
-    return found if len(found) > 1 else [(key, members)]
+    samples = [(f"{key}.{stem}", {**shared, **stems[stem]}) for stem in stems if stem in own]
+    if rest and not shared:
+        samples.append((key, rest))
+    return samples if len(samples) > 1 else [(key, members)]
 
 
 def split_extension(extension: str) -> tuple[str, str]:

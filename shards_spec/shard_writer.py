@@ -22,7 +22,8 @@ class ShardWriter:
 
     def __init__(self, root: str, folder: str, shard: int) -> None:
         self.outputs = dict[str, str]()
-        self._root, self._folder, self._shard = root, folder, shard
+        self._root, self._folder = root, folder
+        self._shard = shard
         forget(join(root, folder), shard)
 
     def write_tar(self, samples: Iterable[Sample]) -> None:

@@ -22,7 +22,9 @@ def write_shard(path: str, samples: Iterable[Sample]) -> tuple[int, str]:
 
     Raises DataError for a bad or repeated key; nothing appears under ``path`` then.
     """
-    digest, written, seen = hashlib.sha256(), 0, set[str]()
+    digest = hashlib.sha256()
+    written = 0
+    seen = set[str]()
     with atomic_writer(path) as file:
         for batch in _pieces(path, samples, seen):
             digest.update(batch)
@@ -35,8 +37,9 @@ def write_shard(path: str, samples: Iterable[Sample]) -> tuple[int, str]:
 
 
 def _pieces(path: str, samples: Iterable[Sample], seen: set[str]) -> Iterator[bytes]:
-    """The members as they lie in the file, some `AT_ONCE` bytes at a time."""
-    pieces, size = list[bytes](), 0
+    """The members' bytes in the file, about `AT_ONCE` at a time."""
+    pieces = list[bytes]()
+    size = 0
     for sample in samples:
         if check_key(sample.key) in seen:
             raise DataError(f"{path}: key {sample.key} twice; keys must be unique in a dataset")
@@ -53,7 +56,7 @@ def _pieces(path: str, samples: Iterable[Sample], seen: set[str]) -> Iterator[by
 
 @cache
 def _blank_header() -> tuple[bytes, int]:
-    """A member's header without name, size and checksum, and the sum of its bytes with blanks for the latter."""
+    """A member's header without name, size and checksum, and the sum of its bytes with spaces for the checksum."""
     info = tarfile.TarInfo("")
     info.mode, info.mtime = 0o444, 0
     block = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
@@ -62,11 +65,12 @@ def _blank_header() -> tuple[bytes, int]:
 
 
 def _header(name: str, size: int) -> bytes:
-    """What tarfile writes in USTAR format, in a tenth of its time."""
+    """The header that tarfile writes in USTAR format, made in a tenth of its time."""
     encoded = name.encode()
     if len(encoded) > MAX_NAME_BYTES:
         info = tarfile.TarInfo(name)
-        info.size, info.mode, info.mtime = size, 0o444, 0
+        info.size = size
+        info.mode, info.mtime = 0o444, 0
         return info.tobuf(tarfile.USTAR_FORMAT)
     blank, total = _blank_header()
     digits = b"%011o\0" % size
@@ -84,7 +88,7 @@ def _opened(path: str) -> Iterator[memoryview]:
 
 
 def read_shard(path: str, start: int = 0) -> Iterator[Sample]:
-    """Samples in file order, the first one with its headers at byte ``start``.
+    """Samples in file order, the first one's header lies at byte ``start``.
 
     Raises DataError naming the file and the last whole member when the tar is broken or gone.
     """
@@ -111,7 +115,9 @@ def index_shard(buffer: memoryview, path: str, start: int = 0) -> Iterator[tuple
     of their own (`sample.subsamples`). Links to what is not in the tar are no members. Raises DataError on a broken
     tar, a member that cannot be read, a repeated extension or a key that comes back later.
     """
-    key, members, seen = None, dict[str, Member](), set[str]()
+    key: str | None = None
+    members = dict[str, Member]()
+    seen = set[str]()
     for member in scan(buffer, path, start):
         if member.problem == NO_TARGET:
             continue

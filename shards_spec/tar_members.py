@@ -1,7 +1,7 @@
 """Headers of tar files: where each member's bytes lie. Foreign forms are read as GNU tar reads them.
 
 Concatenated tars, GNU long names, pax records, sparse members (old GNU; pax 0.0, 0.1, 1.0) and links within the tar
-count; files that are nobody's (`names.is_ignored`) do not. Formats: POSIX.1-2017 pax, GNU tar manual §D (sparse).
+count; ignored files (`names.is_ignored`) do not. Formats: POSIX.1-2017 pax, GNU tar manual §D (sparse).
 """
 
 import contextlib
@@ -17,13 +17,14 @@ from shards_spec.names import is_ignored
 
 BLOCK = 512
 MOST_PADDING = 1 << 20  # zero bytes between concatenated tars; more is a hole in a damaged file
-MOST_SEEN = (
-    1 << 26
-)  # of the zeros at the end; of what is more, its last MiB: a file of zeros may be said to have terabytes
+# Bytes of the zeros at the end that are read; of more, the last MiB: a sparse file of zeros may claim terabytes.
+MOST_SEEN = 1 << 26
 MAX_HEADER_BYTES = 1 << 20  # of pax records, of a long name, of a sparse map
 MAX_SPARSE_BYTES = 1 << 26  # that a sparse member may claim to have
 MOST_LINKS = 40  # followed one after the other, as in a file system
-REGULAR, HARD_LINK, SYMBOLIC_LINK, SPARSE = (b"0", b"\0", b"7"), b"1", b"2", b"S"
+REGULAR = (b"0", b"\0", b"7")
+HARD_LINK, SYMBOLIC_LINK = b"1", b"2"
+SPARSE = b"S"
 EXTENSIONS = (b"x", b"X", b"L", b"K")
 WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # whatever size their headers claim
 DAMAGED_HEADER, DAMAGED_SPARSE = "damaged pax header", "damaged sparse member"
@@ -67,17 +68,17 @@ def joined(size: int, pieces: Iterator[tuple[int, bytes]]) -> bytes:
     return bytes(data)
 
 
-def scan(buffer: memoryview, path: str, start: int = 0, nobodys: list[str] | None = None) -> Iterator[Member]:
+def scan(buffer: memoryview, path: str, start: int = 0, ignored: list[str] | None = None) -> Iterator[Member]:
     """Regular members and links to such in file order from byte ``start``, where a header lies.
 
-    The first one that is nobody's is added to ``nobodys``. Raises DataError naming the last whole member when the tar
-    is broken.
+    The name of the first ignored member is added to ``ignored``. Raises DataError naming the last whole member when
+    the tar is broken.
     """
     targets: dict[str, _Entry] | None = None
     for entry in _entries(buffer, path, start):
         if is_ignored(entry.member.name):
-            if not nobodys and nobodys is not None:
-                nobodys.append(entry.member.name)
+            if ignored is not None and not ignored:
+                ignored.append(entry.member.name)
             continue
         if entry.link is None:
             yield entry.member
@@ -121,57 +122,89 @@ def _follow(entry: _Entry, targets: dict[str, _Entry]) -> Member | None:
 
 def _entries(buffer: memoryview, path: str, start: int) -> Iterator[_Entry]:
     """Members and links, each with what extended headers before it say."""
-    position, last, extended, ended = start, "(none)", _Extended(), False
-
-    def truncated() -> TruncatedTar:
-        return TruncatedTar(f"{path}: truncated tar, last whole member {last}; make the shard again")
-
-    def damaged(what: str, why: str = "") -> DataError:
-        return (TrailingBytes if ended else DataError)(f"{path}: {what} after member {last}{why}; make the shard again")
-
-    while True:
-        block = bytes(buffer[position : position + BLOCK])
-        if len(block) < BLOCK:
-            raise truncated()
-        if block[0] == 0 and not any(block):
-            following = _after_end(buffer, position)
-            if following is None:
-                return
-            if following < 0:
-                raise truncated()
-            ended = True
-            if following == position:
-                raise damaged("more zeros than any tar has")
-            position = following
-            continue
-        try:
-            stored, size = _number(block[148:156]), _number(block[124:136])
-        except tarfile.HeaderError as error:
-            raise damaged("no tar header", f" ({error})") from error
-        if stored != byte_sum(block[:256]) + byte_sum(block[256:]) - sum(block[148:156]) + 8 * ord(" "):
-            raise damaged("damaged tar header")
-        kind, data, ended = block[156:157], position + BLOCK, False
+    headers = _Headers(buffer, path, start)
+    extended = _Extended()
+    while (header := headers.read()) is not None:
+        kind, size = header[156:157], _number(header[124:136])
+        data = headers.position + BLOCK
         if kind in EXTENSIONS:
-            if data + size > len(buffer):
-                raise truncated()
+            headers.skip(data, size)
             extended.add(kind, bytes(buffer[data : data + size]) if size <= MAX_HEADER_BYTES else None)
-            position = data + size + (-size % BLOCK)
             continue
-        size = 0 if kind in WITHOUT_DATA else extended.size if extended.size is not None else size
+        if kind in WITHOUT_DATA:
+            size = 0
+        elif extended.size is not None:
+            size = extended.size
         if kind == SPARSE:
-            data = extended.add_old_sparse(block, buffer, data)
-        if data + size > len(buffer):
-            raise truncated()
-        position = data + size + (-size % BLOCK)
-        name = extended.path or _short_name(block)
+            data = extended.add_old_sparse(header, buffer, data)
+        headers.skip(data, size)
+        name = extended.path or _short_name(header)
         if (kind in REGULAR or kind == SPARSE) and not name.endswith("/"):  # a folder in tars before USTAR
             yield _Entry(extended.member(name, buffer, data, size))
-            last = name
+            headers.last = name
         elif kind in (HARD_LINK, SYMBOLIC_LINK):
-            link = extended.link or _text(block[157:257])
+            link = extended.link or _text(header[157:257])
             folder = posixpath.dirname(name) if kind == SYMBOLIC_LINK else ""
             yield _Entry(Member(name, data, 0), posixpath.normpath(posixpath.join(folder, link)))
         extended = _Extended()
+
+
+class _Headers:
+    """The header blocks of a tar, or of several tars one after the other, in file order.
+
+    ``position`` is where the last header lies, ``last`` the name of the last whole member, for messages.
+    """
+
+    def __init__(self, buffer: memoryview, path: str, start: int) -> None:
+        self.position = start
+        self.last = "(none)"
+        self._next = start
+        self._buffer, self._path = buffer, path
+        self._ended = False  # the blocks before were the end of a tar
+
+    def read(self) -> bytes | None:
+        """The next header; None at the end of the file. Raises DataError when the tar is broken."""
+        while True:
+            self.position = self._next
+            block = bytes(self._buffer[self.position : self.position + BLOCK])
+            if len(block) < BLOCK:
+                raise self._truncated()
+            if block[0] != 0 or any(block):
+                self._check(block)
+                self._ended = False
+                return block
+            following = _after_end(self._buffer, self.position)
+            if following is None:
+                return None
+            if following < 0:
+                raise self._truncated()
+            self._ended = True
+            if following == self.position:
+                raise self._damaged("more zeros than any tar has")
+            self._next = following
+
+    def skip(self, data: int, size: int) -> None:
+        """Go behind ``size`` bytes from ``data`` on, those of the last header. Raises TruncatedTar."""
+        if data + size > len(self._buffer):
+            raise self._truncated()
+        self._next = data + size + (-size % BLOCK)
+
+    def _check(self, block: bytes) -> None:
+        """Raise DataError for a block that is no header."""
+        try:
+            stored = _number(block[148:156])
+            _number(block[124:136])
+        except tarfile.HeaderError as error:
+            raise self._damaged("no tar header", f" ({error})") from error
+        if stored != byte_sum(block[:256]) + byte_sum(block[256:]) - sum(block[148:156]) + 8 * ord(" "):
+            raise self._damaged("damaged tar header")
+
+    def _truncated(self) -> TruncatedTar:
+        return TruncatedTar(f"{self._path}: truncated tar, last whole member {self.last}; make the shard again")
+
+    def _damaged(self, what: str, why: str = "") -> DataError:
+        kind = TrailingBytes if self._ended else DataError
+        return kind(f"{self._path}: {what} after member {self.last}{why}; make the shard again")
 
 
 def _after_end(buffer: memoryview, position: int) -> int | None:
@@ -265,21 +298,25 @@ class _Extended:
 
 def _pieces(runs: list[int], first: int, end: int, total: int) -> tuple[Piece, ...]:
     """The stored runs of a sparse member, in rising order. Raises ValueError for a map that does not fit."""
-    found, reached = list[Piece](), 0
+    pieces = list[Piece]()
+    reached = 0
     if total > MAX_SPARSE_BYTES or len(runs) % 2:
         raise ValueError("a sparse map that cannot be")
     for start, size in zip(runs[::2], runs[1::2], strict=True):
         if start < reached or start + size > total or first + size > end:
             raise ValueError("a sparse map that does not fit")
         if size:
-            found.append((start, first, size))
-        reached, first = start + size, first + size
-    return tuple(found)
+            pieces.append((start, first, size))
+        reached = start + size
+        first += size
+    return tuple(pieces)
 
 
 def _map_in_data(buffer: memoryview, data: int, size: int) -> tuple[list[int], int]:
     """(runs, where the bytes begin) of pax sparse format 1.0. Raises ValueError."""
-    text, numbers, at = bytes(buffer[data : data + min(size, MAX_HEADER_BYTES)]), list[int](), 0
+    text = bytes(buffer[data : data + min(size, MAX_HEADER_BYTES)])
+    numbers = list[int]()
+    at = 0
     while not numbers or len(numbers) < 1 + 2 * numbers[0]:
         end = text.index(b"\n", at, at + 32)
         numbers.append(_decimal(text[at:end]))
@@ -294,7 +331,7 @@ def _runs(fields: bytes) -> list[int]:
 
 
 def _records(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """(keyword, value) of pax records ``LENGTH KEYWORD=VALUE\\n``. Raises ValueError."""
+    r"""(keyword, value) of pax records ``LENGTH KEYWORD=VALUE\n``. Raises ValueError."""
     at = 0
     while at < len(data) and data[at]:
         space = data.index(b" ", at, at + 20)

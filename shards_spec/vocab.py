@@ -97,6 +97,7 @@ def build_vocabulary(
     documents: Mapping[str, int],
     lemmas: Mapping[str, str],
     header: dict[str, Any],
+    *,
     min_count: int,
     top_k: int | None = None,
 ) -> Vocabulary:

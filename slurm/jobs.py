@@ -44,6 +44,7 @@ class Job:
     max_requeue: int
 
     def __call__(self) -> None:
+        """Run; submitit calls it on the node."""
         raise NotImplementedError
 
     def checkpoint(self, *_: Any) -> Any:
@@ -70,6 +71,7 @@ class StageJob(Job):
     config: Any
 
     def __call__(self) -> None:
+        """Run the stage. Raises JobFailedError."""
         self.start()
         self.need_samples(self.run())
 
@@ -145,6 +147,7 @@ class FinishJob(StageJob):
     arrays: tuple[str, ...]
 
     def __call__(self) -> None:
+        """Write the totals. Raises JobFailedError naming the shards that are missing."""
         self.start()
         self._delete_claims()
         assignment = Finished(self.folder)
@@ -177,6 +180,7 @@ class ChainJob(Job):
     jobs: tuple[Job, ...]
 
     def __call__(self) -> None:
+        """Run the jobs in order; the first that raises ends the chain."""
         for job in self.jobs:
             job()
 
@@ -200,6 +204,7 @@ class TrainJob(Job):
     words: tuple[str, ...]
 
     def __call__(self) -> None:
+        """Run the training as a child. Raises JobFailedError when it fails; requeues this job when it saved."""
         self.start()
         received = list[int]()
         requeue = signal.getsignal(signal.SIGUSR2)

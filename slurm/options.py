@@ -1,4 +1,4 @@
-"""What a cluster asks of every job, from one TOML file (see site.toml), and the options of one submission."""
+"""The options of a submission, and a cluster's settings for every job from one TOML file (see site.toml)."""
 
 import os
 import re
@@ -6,6 +6,7 @@ import shlex
 import tomllib
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ class Options:
     parallel: int | None = None
     """tasks that run at once at most; by default all"""
     time: str = "12:00:00"
-    """limit for one task, minutes or [D-]HH:MM:SS; what is not finished by then goes on after it is requeued"""
+    """limit for one task, minutes or [D-]HH:MM:SS; what is not finished by then is requeued and resumes"""
     save_s: int = 90
     """seconds before the limit at which training saves and is requeued"""
     after: tuple[str, ...] = ()
@@ -101,23 +102,24 @@ class Site:
     sbatch: dict[str, Any] = field(default_factory=dict)
 
     def script_lines(self, snapshot: str) -> list[str]:
-        """Lines of the job's script before Python starts: the code is the snapshot's, not the folder's one is in."""
-        scratch = [
-            f'for s in {" ".join(map(shlex.quote, self.scratch))}; do [ -w "$s" ] && export TMPDIR="$s" && break; done'
-        ]
-        path = f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(snapshot)}${{PYTHONPATH:+:$PYTHONPATH}}"
-        return [*self.setup, *(scratch if self.scratch else []), path]
+        """Lines of the job's script before Python starts; they make it import the snapshot, not the current folder."""
+        lines = list(self.setup)
+        if self.scratch:
+            folders = " ".join(map(shlex.quote, self.scratch))
+            lines.append(f'for s in {folders}; do [ -w "$s" ] && export TMPDIR="$s" && break; done')
+        lines.append(f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(snapshot)}${{PYTHONPATH:+:$PYTHONPATH}}")
+        return lines
 
 
 def read_site(path: str | None, command: str, commands: Collection[str]) -> Site:
     """The site file's settings for a command. Raises UserError naming what is wrong with it."""
     file = Path(path or os.environ.get("CLIPMILL_SITE") or Path(__file__).with_name("site.toml"))
     try:
-        found = tomllib.loads(file.read_text())
+        settings = tomllib.loads(file.read_text())
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"site file {file}: {error}") from error
-    tables = {name: found.pop(name) for name in list(found) if name in commands}
-    wanted = {**found, **tables.get(command, {})}
+    tables = {name: settings.pop(name) for name in list(settings) if name in commands}
+    wanted = {**settings, **tables.get(command, {})}
     types: dict[str, Any] = {one.name: one.type for one in fields(Site)}
     for name, value in wanted.items():
         if name not in types:
@@ -134,5 +136,5 @@ def _texts(value: Any) -> list[str]:
     if isinstance(value, dict):
         value = [*value, *value.values()]
     if isinstance(value, list):
-        return [text for part in value for text in _texts(part)]
+        return list(chain.from_iterable(map(_texts, value)))
     return [value] if isinstance(value, str) else []

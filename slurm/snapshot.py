@@ -1,4 +1,4 @@
-"""The code and the environment as they are at submission: a queued job runs what was submitted, whatever changes."""
+"""The code and the environment at submission: a queued job runs the code that was submitted, whatever changes later."""
 
 import hashlib
 import logging
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from importlib.metadata import distributions
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,58 +25,59 @@ KEPT = ("CLIPMILL_", "CONDA_", "CUDA_", "LD_LIBRARY_PATH", "MKL_", "NCCL_", "OMP
 
 
 def snapshot(folder: Path) -> Path:
-    """A copy of this code below ``folder``, named by its content; made once, and only believed when it is that.
+    """A copy of this code below ``folder``, named by its content; made once, and used only when it is unchanged.
 
     Jobs run what lies there, so it belongs to this user alone; where another user or a changed copy has the name, a
-    copy of one's own is made beside it. Raises UserError for a path that PYTHONPATH cannot hold.
+    new copy is made beside it. Raises UserError for a path that PYTHONPATH cannot hold.
     """
     if ":" in str(folder):
         raise UserError(
             f"{folder}: PYTHONPATH cannot hold a path with ':', so jobs would not run this code; {JOBS_ADVICE}"
         )
     source = Path(__file__).resolve().parents[1]
-    files = {path.relative_to(source): path.read_bytes() for name in CODE for path in _files(source / name)}
+    paths = chain.from_iterable(_files(source / name) for name in CODE)
+    files = {path.relative_to(source): path.read_bytes() for path in paths}
     name = _hash(files)[:16]
-    for there in (folder / name, folder / f"{name}-{os.getuid()}"):
-        if not os.path.lexists(there):
-            _copy(files, there)
-        if _intact(there, files):
-            return there
-        log.warning("%s is not this user's copy of the code, or was changed: not used", there)
-    there = folder / f"{name}-{secrets.token_hex(4)}"
-    _copy(files, there)
-    return there
+    for copy in (folder / name, folder / f"{name}-{os.getuid()}"):
+        if not os.path.lexists(copy):
+            _write_copy(files, copy)
+        if _is_intact(copy, files):
+            return copy
+        log.warning("%s is not this user's copy of the code, or was changed: not used", copy)
+    copy = folder / f"{name}-{secrets.token_hex(4)}"
+    _write_copy(files, copy)
+    return copy
 
 
-def _copy(files: dict[Path, bytes], there: Path) -> None:
-    there.parent.mkdir(parents=True, exist_ok=True)
-    making = Path(tempfile.mkdtemp(prefix=f".{there.name}.", suffix=".tmp", dir=there.parent))  # for this user alone
+def _write_copy(files: dict[Path, bytes], copy: Path) -> None:
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{copy.name}.", suffix=".tmp", dir=copy.parent))  # for this user alone
     for path, data in files.items():
-        (making / path).parent.mkdir(parents=True, exist_ok=True)
-        (making / path).write_bytes(data)
+        (temporary / path).parent.mkdir(parents=True, exist_ok=True)
+        (temporary / path).write_bytes(data)
     try:
-        os.rename(making, there)
+        os.rename(temporary, copy)
     except OSError:  # another submission was first
-        shutil.rmtree(making)
-        if not there.is_dir():
+        shutil.rmtree(temporary)
+        if not copy.is_dir():
             raise
 
 
-def _intact(there: Path, files: dict[Path, bytes]) -> bool:
-    """Whether a folder is this user's alone and has these files and no others, links neither.
+def _is_intact(copy: Path, files: dict[Path, bytes]) -> bool:
+    """Whether a folder is this user's alone and has these files and no others, nor links.
 
-    Compiled files, which Python believes without looking at the source, go: jobs make them again.
+    Compiled files, which Python runs without comparing them with the source, are deleted: jobs make them again.
     """
-    mine = there.lstat()
-    if not stat.S_ISDIR(mine.st_mode) or mine.st_uid != os.getuid():
+    status = copy.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         return False
-    there.chmod(0o700)
-    for compiled in [path for path in there.rglob("__pycache__") if not path.is_symlink()]:
+    copy.chmod(0o700)
+    for compiled in [path for path in copy.rglob("__pycache__") if not path.is_symlink()]:
         shutil.rmtree(compiled)
-    found = [path for path in there.rglob("*") if path.is_symlink() or not path.is_dir()]
+    found = [path for path in copy.rglob("*") if path.is_symlink() or not path.is_dir()]
     if any(path.is_symlink() or not path.is_file() for path in found):
         return False
-    return {path.relative_to(there): path.read_bytes() for path in found} == files
+    return {path.relative_to(copy): path.read_bytes() for path in found} == files
 
 
 def _hash(files: dict[Path, bytes]) -> str:

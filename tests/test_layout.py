@@ -40,7 +40,7 @@ ABOVE = {
     "recipes": {"trainer"},
 }
 # Where the code reads aloud (`test_code_reads_aloud`).
-PLAIN = ("pipeline/check",)
+PLAIN = ("shards_spec", "slurm", "pipeline/check")
 
 
 def imported(path: Path) -> set[str]:

@@ -95,7 +95,7 @@ def _adjacent_members(buffer: memoryview, path: str, ignored: list[str]) -> Iter
     members: dict[str, Member] = {}
     former_extensions: set[str] = set()  # of the sample before
     try:
-        for member in scan(buffer, path, nobodys=ignored):
+        for member in scan(buffer, path, ignored=ignored):
             member_key, extension = split_name(member.name)
             if member_key != key or extension in members:
                 if key is not None:

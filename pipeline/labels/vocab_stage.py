@@ -123,7 +123,7 @@ def _count_labels(config: VocabConfig, shards: list[int], rule: dict[str, Any]) 
         raise UserError(f"{config.root}: no {kind}caption has a synset; count others with --source, or pack others")
     header = {**rule, "source": config.source, "captions": captions, "occurrences": counts.total()}
     heads = load_wordnet(config.wordnet).heads
-    return build_vocabulary(counts, documents, heads, header, config.min_count, config.top_k)
+    return build_vocabulary(counts, documents, heads, header, min_count=config.min_count, top_k=config.top_k)
 
 
 def _import_catlip(config: VocabConfig, path: str) -> Vocabulary:

@@ -153,8 +153,8 @@ print(sorted(name for _, _, names in os.walk({disk!r}) for name in names))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines() == [
-        f"no space left on the disk of {disk if how == 'url' else path}: free some and run the same command again, "
-        "it goes on",
+        f"no space left on the disk of {disk if how == 'url' else path}: free some and rerun the same command "
+        "to resume",
         "[]" if how == "url" else "['x.bin']",
     ], done.stderr
 
@@ -359,7 +359,9 @@ def test_embeddings_of_other_files_are_refused(tmp_path):
 def test_vocabulary_order_threshold_and_round_trip(tmp_path):
     counts = {"n3": 5, "n1": 9, "n2": 9, "n4": 2}
     built = vocab.build_vocabulary(counts, counts, {w: w for w in counts}, {"rule": "r"}, min_count=2)
-    shuffled = vocab.build_vocabulary(dict(reversed(counts.items())), counts, {w: w for w in counts}, {"rule": "r"}, 2)
+    shuffled = vocab.build_vocabulary(
+        dict(reversed(counts.items())), counts, {w: w for w in counts}, {"rule": "r"}, min_count=2
+    )
     assert [row[0] for row in built.rows] == ["n1", "n2", "n3"]  # count > threshold, ties by WNID
     assert built.sha256 == shuffled.sha256
     assert built.labels(["n3", "n9", "n1", "n3"]) == [0, 2]
@@ -373,7 +375,7 @@ def test_vocabulary_order_threshold_and_round_trip(tmp_path):
     with pytest.raises(DataError, match="not a clipmill vocabulary"):
         vocab.read_vocabulary(str(path))
     with pytest.raises(UserError, match="--min-count 9 leaves no synset: the most frequent one counts 9"):
-        vocab.build_vocabulary(counts, counts, {}, {}, 9)
+        vocab.build_vocabulary(counts, counts, {}, {}, min_count=9)
 
 
 def test_views_are_pure_and_differ():

@@ -132,7 +132,7 @@ def test_starting_anew_runs_the_same_command_and_kills_workers(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, str(script)], timeout=30, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "starting anew" in done.stderr
+    assert "restarting" in done.stderr
     first, second = sorted((tmp_path / "runs").iterdir())
     assert first.read_text() == second.read_text()
     assert not Path("/proc", (tmp_path / "child").read_text()).exists()
@@ -166,12 +166,12 @@ def test_shares(tmp_path):
             assigned.complete(shard, shard != 1)
         assert assigned.failed
         assert failures.all() == {1}
-        failures.note(6)
+        failures.add(6)
         stealing = WorkStealing(a, failures, str(folder))
         assert stealing.wait(8)
         assert not stealing.wait(3)
         assert stealing.claim(4)
-        failures.note(5)  # after the look
+        failures.add(5)  # after the look
         assert [shard for shard in range(8) if stealing.claim(shard)] == [3, 4, 7]
         assert not assigned.is_complete
         assert not stealing.is_complete

@@ -80,7 +80,7 @@ def test_a_frozen_and_woken_claimant_spoils_nothing(slurm, raw, packed):
         os.kill(pid, signal.SIGCONT)
     assert set(slurm.ended(last).values()) == {"COMPLETED"}
     assert set(slurm.states(arrays[0]).values()) == {"COMPLETED"}
-    assert "starting anew" in log_of(raw, f"{arrays[0]}_0")
+    assert "restarting" in log_of(raw, f"{arrays[0]}_0")
     assert tree(raw) == packed
 
 

@@ -143,7 +143,7 @@ def test_a_vocabulary_of_another_rule_names_both_and_the_mend():
 
 def test_broken_vocabulary_files(tmp_path):
     path = tmp_path / "v.tsv"
-    build_vocabulary({DOG: 3}, {DOG: 2}, {DOG: "dog"}, RELEASED, 1).write(str(path))
+    build_vocabulary({DOG: 3}, {DOG: 2}, {DOG: "dog"}, RELEASED, min_count=1).write(str(path))
     good = path.read_text()
     for text, problem in [
         (good.replace("\t3\t", "\tthree\t"), "line 4 is broken"), (good.replace("0\tn", "7\tn"), "line 4 is broken"),

@@ -110,7 +110,9 @@ def root(tmp_path: Path) -> Path:
     make_stage(root, "pack", {"success": 18, "no caption": 3}, {"captioner": "toy"})
     make_stage(root, "cache/toy", {"success": 18}, {"model": "ViT-L-14"})
     counts = {DOG: 54, CAT: 18, RARE: 3}
-    vocabulary = build_vocabulary(counts, counts, {DOG: "dog", CAT: "cat", RARE: "rarity"}, {"source": "all"}, 5)
+    vocabulary = build_vocabulary(
+        counts, counts, {DOG: "dog", CAT: "cat", RARE: "rarity"}, {"source": "all"}, min_count=5
+    )
     vocabulary.write(str(root / "vocab" / "all.tsv"))
     write_stage(str(root), "vocab/all", {"config": vocabulary.header, "synsets": 2, "sha256": "0", "shards": SHARDS})
     return root
