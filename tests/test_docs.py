@@ -196,6 +196,7 @@ def small(tmp_path_factory, one_thread) -> dict[str, str]:
     return {
         "/data/cc3m": str(folder / "cc3m"),
         "{00000..00331}": "{00000..00001}",
+        "min_count=500": "min_count=2",
         'model="coca_ViT-L-14"': f'model="{coca}"',
         'model="ViT-L-14"': f'model="{coca}"',
         'model="ViT-B-32"': f'model="{student}"',
