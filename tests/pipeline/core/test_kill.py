@@ -97,7 +97,9 @@ def test_killed_packing_to_equal_sizes_and_rerun_equal_an_undisturbed_run(worker
 
 
 def kill_and_run_again(stage: str, workers: int, kills: int, built: str, model: str, tmp_path: Path) -> None:
-    rng, landed, tries = random.Random(stage), 0, 0
+    rng = random.Random(stage)
+    landed = 0
+    tries = 0
     timing = before(stage, built, tmp_path / "timing")
     start = time.monotonic()
     child = forked(stage, timing, model, workers)

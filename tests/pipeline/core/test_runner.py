@@ -143,9 +143,16 @@ def test_stages_refuse_unfinished_upstreams(root, tmp_path, model):
         pack(PackConfig(root))
 
 
+def samples_of(root: str, folder: str) -> list[Sample]:
+    samples = list[Sample]()
+    for shard in range(SHARDS):
+        samples += read_shard(join(root, f"{folder}/0000{shard}.tar"))
+    return samples
+
+
 def test_final_samples(built):
-    raw = {s.key: s for i in range(SHARDS) for s in read_shard(join(built, f"raw/0000{i}.tar"))}
-    final = [s for i in range(SHARDS) for s in read_shard(join(built, f"shards/0000{i}.tar"))]
+    raw = {sample.key: sample for sample in samples_of(built, "raw")}
+    final = samples_of(built, "shards")
     assert [s.key for s in final] == list(raw)
     for sample in final:
         assert sample.image == raw[sample.key].image
@@ -208,8 +215,11 @@ def test_a_image_that_does_not_decode_costs_itself_only(root, model, caplog):
     with pytest.raises(ShardsFailed, match=f"1 of 3 shards failed\n  00000: .*key {samples[1].key} does not decode"):
         cache(CacheConfig(root, model, name="tea", views=1))
     assert names(join(root, "teacher/tea")) == [
-        "00001.parquet", "00001_stats.json", "00002.parquet", "00002_stats.json",
-    ]  # fmt: skip
+        "00001.parquet",
+        "00001_stats.json",
+        "00002.parquet",
+        "00002_stats.json",
+    ]
     summary = caption(CaptionConfig(root, model, name="cap", num_captions=1, decoding=EIGHT))
     assert summary.counts == {"picture does not decode": 1, "success": 14}
     assert f"key {samples[1].key} does not decode" in caplog.text
@@ -395,9 +405,34 @@ def test_bad_options_name_field_and_value():
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../x", "x/y", "/x", "x/", "-x", "--name", ".x", "a\0b", "a\nb", "a b ", " a", "x" * 300, "a\\b",
-     "*", "a?b", "s3://x", "a:b", "{00000..00009}", "\udcff", "a\tb", "$HOME", "a;b"],
-)  # fmt: skip
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "x/y",
+        "/x",
+        "x/",
+        "-x",
+        "--name",
+        ".x",
+        "a\0b",
+        "a\nb",
+        "a b ",
+        " a",
+        "x" * 300,
+        "a\\b",
+        "*",
+        "a?b",
+        "s3://x",
+        "a:b",
+        "{00000..00009}",
+        "\udcff",
+        "a\tb",
+        "$HOME",
+        "a;b",
+    ],
+)
 @pytest.mark.parametrize("config", [CaptionConfig, CacheConfig, VocabConfig])
 def test_names_are_no_paths(config, name):
     with pytest.raises(UserError, match=r"--name .* cannot be the name of a folder") as caught:

@@ -27,7 +27,10 @@ from shards_spec.layout import shard_name
 from shards_spec.manifest import Done, write_stage
 from shards_spec.vocab import Vocabulary, build_vocabulary, read_vocabulary, rule_of
 
-DOG, CAT, WALL, TENCH = "n02084071", "n02121620", "n04546855", "n01440764"  # the last is a class of ImageNet-1k
+DOG = "n02084071"
+CAT = "n02121620"
+WALL = "n04546855"
+TENCH = "n01440764"  # a class of ImageNet-1k
 RELEASED = {"wordnet": "3.0", "rule": "catlip-released"}
 
 
@@ -77,9 +80,11 @@ def test_counts_documents_and_coverage_are_those_of_a_plain_loop(tmp_path, sourc
     small = vocab(VocabConfig(root, min_count=0, source=source, top_k=2, name="small"))
     per_sample = [set(chain(*sample)) & set(small.index) for sample in samples]
     assert coverage(root, list(range(4)), source, small) == {
-        "samples": len(samples), "samples_with_label": sum(map(bool, per_sample)), "labels": sum(map(len, per_sample)),
+        "samples": len(samples),
+        "samples_with_label": sum(map(bool, per_sample)),
+        "labels": sum(map(len, per_sample)),
         "imagenet_classes": int(TENCH in small.index),
-    }  # fmt: skip
+    }
     assert read_json(join(root, "dataset.json"))["stages"]["vocab/small"]["coverage"]["samples"] == len(samples)
 
 
@@ -146,10 +151,13 @@ def test_broken_vocabulary_files(tmp_path):
     build_vocabulary({DOG: 3}, {DOG: 2}, {DOG: "dog"}, RELEASED, min_count=1).write(str(path))
     good = path.read_text()
     for text, problem in [
-        (good.replace("\t3\t", "\tthree\t"), "line 4 is broken"), (good.replace("0\tn", "7\tn"), "line 4 is broken"),
-        (good.replace("dog", "god"), "it was edited"), (good.replace("{", "<"), "not a clipmill vocabulary"),
-        ("", "not a clipmill vocabulary"), ("\ud800", "line 1 is not UTF-8"),
-    ]:  # fmt: skip
+        (good.replace("\t3\t", "\tthree\t"), "line 4 is broken"),
+        (good.replace("0\tn", "7\tn"), "line 4 is broken"),
+        (good.replace("dog", "god"), "it was edited"),
+        (good.replace("{", "<"), "not a clipmill vocabulary"),
+        ("", "not a clipmill vocabulary"),
+        ("\ud800", "line 1 is not UTF-8"),
+    ]:
         path.write_bytes(text.encode(errors="surrogatepass"))
         with pytest.raises(DataError, match=problem):
             read_vocabulary(str(path))
@@ -167,8 +175,10 @@ def test_catlips_file_round_trip(tmp_path):
         VocabConfig(root, import_catlip=str(tmp_path / "in.pkl"), export_catlip=str(tmp_path / "out.pkl"), top_k=3)
     )
     assert [row[:3] for row in made.rows] == [  # the file's order is that of the classes
-        ("n05928118", "image", 52_418_327), (DOG, "dog", 9), ("n00007846", "person", 30_000_000_000),
-    ]  # fmt: skip
+        ("n05928118", "image", 52_418_327),
+        (DOG, "dog", 9),
+        ("n00007846", "person", 30_000_000_000),
+    ]
     written = pickle.loads((tmp_path / "out.pkl").read_bytes())
     assert list(written.items()) == list(CATLIP.items())[:3]
     assert read_vocabulary(join(root, "vocab/all.tsv")) == made
@@ -193,11 +203,25 @@ class Bomb:
 @pytest.mark.parametrize(
     "value",
     [
-        Bomb(), {"n1": Bomb()}, Counter(n1=1), {"n1": 1.5}, {"n1": True}, {"n1": "1"}, {"dog": 1}, {1: 1}, {"n1": {}},
-        {"n1": 1, "n01": 2}, ["n1", 1], 5, {("n1",): 1}, {"n123456789": 1}, {"n1": None}, {"n１": 1},
+        Bomb(),
+        {"n1": Bomb()},
+        Counter(n1=1),
+        {"n1": 1.5},
+        {"n1": True},
+        {"n1": "1"},
+        {"dog": 1},
+        {1: 1},
+        {"n1": {}},
+        {"n1": 1, "n01": 2},
+        ["n1", 1],
+        5,
+        {("n1",): 1},
+        {"n123456789": 1},
+        {"n1": None},
+        {"n１": 1},
     ],
     ids=lambda value: ascii(value)[:20],
-)  # fmt: skip
+)
 def test_anything_but_a_plain_dictionary_is_refused_and_never_run(value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):

@@ -49,13 +49,26 @@ def test_mends(caption, stored, mend):
 @pytest.mark.parametrize(
     "caption",
     [
-        "a dog", "AT&T and R&B, 5 &copy 6 &bogus; <b>", " spaces  stay ", "two\nlines\tand a tab\r\n",
-        "👩\u200d👩\u200d👧\u200d👦 ❤\ufe0f", "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",
-        "می\u200cخواهم", "שלום עולם", "مرحبا، كلب",
-        "नमस्ते क्\u200dष", "犬と猫", "café", "e\u0301", "“quotes” – ’", "x\u00a0y", "", "   ",
+        "a dog",
+        "AT&T and R&B, 5 &copy 6 &bogus; <b>",
+        " spaces  stay ",
+        "two\nlines\tand a tab\r\n",
+        "👩\u200d👩\u200d👧\u200d👦 ❤\ufe0f",
+        "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",
+        "می\u200cخواهم",
+        "שלום עולם",
+        "مرحبا، كلب",
+        "नमस्ते क्\u200dष",
+        "犬と猫",
+        "café",
+        "e\u0301",
+        "“quotes” – ’",
+        "x\u00a0y",
+        "",
+        "   ",
     ],
     ids=ascii,
-)  # fmt: skip
+)
 def test_what_nobody_may_touch(caption):
     assert clean_caption(caption) == (caption, [])
 
@@ -122,8 +135,11 @@ def test_pack_mends_drops_and_counts(tmp_path):
     assert summary.counters == {f"{name} mended": number for name, number in mends.items()}
     final = {sample.key: sample for sample in read_shard(join(root, "shards/00000.tar"))}
     assert {key: sample.caption for key, sample in final.items() if key != "4"} == {
-        "0": "a dog & a cat", "6": "dog 😀", "7": "a dog", "9": "a plain dog, kept as it is ",
-    }  # fmt: skip
+        "0": "a dog & a cat",
+        "6": "dog 😀",
+        "7": "a dog",
+        "9": "a plain dog, kept as it is ",
+    }
     assert final["0"].meta["synsets"] == [["n02084071", "n02121620"]]
     assert final["9"].meta["alt"] == ""
     table = pq.read_table(join(root, "shards/00000.parquet"))

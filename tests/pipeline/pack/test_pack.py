@@ -58,8 +58,15 @@ def write_captions(root: str, name: str, described: dict[str, tuple[list[str], l
     write_stage(root, f"caption/{name}", {"config": {}, "shards": len(shards), "counts": {"success": total}})
 
 
+def samples_of(root: str, folder: str) -> list[Sample]:
+    samples = list[Sample]()
+    for shard in shard_ids(join(root, folder)):
+        samples += shard_of(root, shard, folder)
+    return samples
+
+
 def final(root: str) -> list[Sample]:
-    return [sample for shard in shard_ids(join(root, "shards")) for sample in shard_of(root, shard)]
+    return samples_of(root, "shards")
 
 
 def shard_of(root: str, shard: int, folder: str = "shards") -> list[Sample]:
@@ -67,7 +74,7 @@ def shard_of(root: str, shard: int, folder: str = "shards") -> list[Sample]:
 
 
 def raw(root: str) -> list[Sample]:
-    return [sample for shard in shard_ids(join(root, "raw")) for sample in shard_of(root, shard, "raw")]
+    return samples_of(root, "raw")
 
 
 def without_captions(root: str, keys: set[str]) -> None:
@@ -150,8 +157,9 @@ def test_captions_below_the_similarity_are_left_out(root):
     summary = pack(PackConfig(root, min_similarity=0.25, workers=1))
     assert summary.counts == {DISSIMILAR: 1, "success": SHARDS * PER_SHARD - 1}
     assert summary.counters == {
-        "original captions below min_similarity": 1, "synthetic captions below min_similarity": 3,
-    }  # fmt: skip
+        "original captions below min_similarity": 1,
+        "synthetic captions below min_similarity": 3,
+    }
     samples = {sample.key: sample for sample in final(root)}
     originals = {sample.key: sample.caption for sample in raw(root)}
     assert samples["000000000"].captions == [originals["000000000"], "good"]
@@ -213,9 +221,12 @@ def test_a_source_with_fields_of_ours_is_packed_as_check_wants_it(root, captione
     """Final shards of somebody else, say, as a source: their synthetic captions and synsets are not of these shards."""
     samples, captions = shard_of(root, 0, "raw"), 1 if captioner else 2
     theirs = [
-        {"syn_0": "a lie", "syn_1": "another"}, {f"syn_{captions - 1}": "behind"}, {"synsets": [["n02084071"]] * 9},
-        {"synsets": "dog", "caption": "somebody's", "syn_0": 5}, {"syn_00": "kept", "synset": "kept", "syn_a": None},
-    ]  # fmt: skip
+        {"syn_0": "a lie", "syn_1": "another"},
+        {f"syn_{captions - 1}": "behind"},
+        {"synsets": [["n02084071"]] * 9},
+        {"synsets": "dog", "caption": "somebody's", "syn_0": 5},
+        {"syn_00": "kept", "synset": "kept", "syn_a": None},
+    ]
     odd = [
         Sample(s.key, {**s.members, "json": json.dumps({**s.meta, **more}).encode()})
         for s, more in zip(samples, theirs, strict=False)
@@ -275,15 +286,20 @@ def test_two_at_once(root):
 
 
 EMPTIES = [
-    ({0: 5, 1: 5, 2: 0}, [5, 5]), ({0: 5, 1: 0, 2: 0}, [5]), ({0: 0, 1: 0, 2: 0}, [0]), ({0: 5, 1: 0, 2: 5}, [5, 0, 5]),
+    ({0: 5, 1: 5, 2: 0}, [5, 5]),
+    ({0: 5, 1: 0, 2: 0}, [5]),
+    ({0: 0, 1: 0, 2: 0}, [0]),
+    ({0: 5, 1: 0, 2: 5}, [5, 0, 5]),
     ({0: 0, 1: 5, 2: 5}, [0, 5, 5]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("staying", "sizes"), EMPTIES)
 def test_shards_without_samples_are_written_only_inside(root, staying, sizes, caplog):
     """At the end no number needs them: the last shard counts what was left out of the raw shards behind it."""
-    gone = {key for shard, left in staying.items() for key in shard_keys(join(root, f"raw/{shard:05d}.tar"))[left:]}
+    gone = set[str]()
+    for shard, left in staying.items():
+        gone.update(shard_keys(join(root, f"raw/{shard:05d}.tar"))[left:])
     without_captions(root, gone)
     config = PackConfig(root, ("none",), workers=1)
     summary = pack(config)
@@ -355,20 +371,26 @@ PATTERNS = [["111", "111", "111"], ["0110", "", "000", "1011", "1"], ["000"], ["
 
 @pytest.mark.parametrize(
     ("pattern", "size", "style"),
-    [(p, s, "pax" if (i + j) % 2 else "plain") for i, p in enumerate(PATTERNS) for j, s in enumerate((1, 2, 3, 100))],
+    [
+        (pattern, size, "pax" if (i + j) % 2 else "plain")
+        for (i, pattern), (j, size) in itertools.product(enumerate(PATTERNS), enumerate((1, 2, 3, 100)))
+    ],
 )
 def test_final_shards_are_ranges_of_the_survivors(pattern, size, style, tmp_path):
     root = str(tmp_path)
     write_pattern(root, pattern, style)
-    marks = {f"{s:05d}{i:04d}": mark for s, line in enumerate(pattern) for i, mark in enumerate(line)}
+    marks = dict[str, str]()
+    for shard, line in enumerate(pattern):
+        marks |= {f"{shard:05d}{i:04d}": mark for i, mark in enumerate(line)}
     staying = [key for key, mark in marks.items() if mark == "1"]
     expected = [staying[i : i + size] for i in range(0, len(staying), size)] or [[]]
 
     summary = pack(PackConfig(root, shard_size=size, workers=1))
     shards = shard_ids(join(root, "shards"))
     assert [shard_keys(join(root, f"shards/{shard_name(shard)}.tar")) for shard in shards] == expected
-    assert summary.counts == {reason: n for reason, n in (("no caption", len(marks) - len(staying)),
-                                                          ("success", len(staying))) if n}  # fmt: skip
+    assert summary.counts == {
+        reason: n for reason, n in (("no caption", len(marks) - len(staying)), ("success", len(staying))) if n
+    }
     assert [read_json(join(root, f"shards/{shard_name(i)}_stats.json"))["successes"] for i in shards] == [
         len(keys) for keys in expected
     ]
@@ -404,14 +426,19 @@ def test_equal_shards_hold_all_promises(resharded):
     assert sizes[:-1] == [5] * (len(sizes) - 1)
     assert 0 < sizes[-1] <= 5
     assert check(CheckConfig(resharded)) == []
-    reasons = Counter(
-        row["reason"] for i in range(SHARDS) for row in pq.read_table(f"{resharded}/plan/0000{i}.parquet").to_pylist()
-    )
+    reasons = Counter[str | None]()
+    for shard in range(SHARDS):
+        reasons.update(pq.read_table(f"{resharded}/plan/0000{shard}.parquet").column("reason").to_pylist())
     assert reasons["picture does not decode"] == 1
     record = read_json(join(resharded, "shards/00000_stats.json"))["clipmill"]
     assert record["inputs"]["samples"] == "00000[0:5], 00001[0:1]"
-    assert {"raw/00000.tar", "raw/00001.tar", "captions/one/00001.parquet", "dedup/00001.parquet",
-            "plan/00001.parquet"} <= set(record["inputs"])  # fmt: skip
+    assert {
+        "raw/00000.tar",
+        "raw/00001.tar",
+        "captions/one/00001.parquet",
+        "dedup/00001.parquet",
+        "plan/00001.parquet",
+    } <= set(record["inputs"])
 
 
 def test_equal_shards_have_the_samples_of_uneven_ones(resharded, equal):
@@ -463,8 +490,9 @@ def test_a_changed_raw_shard_makes_again_what_reads_it_or_moved(equal):
     assert pack(pack_again).made > 0
     assert shard_sizes(equal) == made
     assert tree(equal)["shards/00000.tar"] == before["shards/00000.tar"]
-    write_captions(equal, "one", {f"0000{shard}000{i}": ([""], [0.5], None) for shard in (0, 2) for i in range(5)})
-    without_captions(equal, {f"0000{shard}000{i}" for shard in (0, 2) for i in range(5)})
+    keys = {f"0000{shard}000{i}" for shard, i in itertools.product((0, 2), range(5))}
+    write_captions(equal, "one", {key: ([""], [0.5], None) for key in sorted(keys)})
+    without_captions(equal, keys)
     dedup(DedupConfig(equal, near_bits=-1, workers=1))
     pack(pack_again)
     assert len(shard_sizes(equal)) < len(made)
