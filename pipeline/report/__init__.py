@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a dataset or a run: opens from disk, needs no network and no script."""
+"""`clipmill report`: one self-contained HTML page about a dataset or a run, without scripts or network access."""
 
 import os
 from dataclasses import dataclass

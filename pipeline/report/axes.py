@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import product
 
 UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -59,7 +60,8 @@ def linear(label: str, low: float, high: float, count: int = 5) -> Axis:
         pad = abs(low) * 0.05 or 1.0
         low, high = low - pad, high + pad
     step = nice_step((high - low) / count)
-    values = [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    values = [round(i * step, 12) for i in range(first, last + 1)]
     return Axis(label, low, high, _label(values))
 
 
@@ -67,10 +69,16 @@ def logarithmic(label: str, low: float, high: float) -> Axis:
     """A logarithmic axis with marks at powers of ten, and at 2 and 5 times them when there is room."""
     first = math.floor(math.log10(low))
     decades = range(first, math.ceil(math.log10(max(high, low * 1.0001))) + 1)
-    factors = (1,) if len(decades) > 4 else (1, 2, 5) if len(decades) < 3 else (1, 3)
     high = max(high, low * 2)
-    values = [f * 10.0**d for d in decades for f in factors]
+    values = [factor * 10.0**decade for decade, factor in product(decades, _factors(len(decades)))]
     return Axis(label, low, high, _label([v for v in values if low * 0.999 <= v <= high * 1.001]), log=True)
+
+
+def _factors(decades: int) -> tuple[int, ...]:
+    """By what powers of ten are multiplied to get the marks: fewer where there are many decades."""
+    if decades > 4:
+        return (1,)
+    return (1, 2, 5) if decades < 3 else (1, 3)
 
 
 def nice_step(step: float) -> float:

@@ -15,7 +15,9 @@ from markupsafe import Markup
 from pipeline.report.axes import Axis, short
 
 SIZE = (360, 216)
-TOP, RIGHT, BOTTOM = 24, 14, 38
+TOP = 24
+RIGHT = 14
+BOTTOM = 38
 STRIPS = 40  # hover strips of a line chart
 POINTS = 300  # vertices of a line at most
 
@@ -50,7 +52,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Plot:
-    """The frame of a chart. Places inside are in pixels from the plot's upper left corner."""
+    """The frame of a chart. Coordinates inside are in pixels from the plot's upper left corner."""
 
     x: Axis
     y: Axis
@@ -93,7 +95,7 @@ class Plot:
         axis = Markup('<line class="axis" x1="{:.1f}" x2="{}" y1="{}" y2="{}"/>')
         inner = Markup('<svg x="{:.1f}" y="{}" width="{:.1f}" height="{}" overflow="hidden">')
         bottom = TOP + self.tall
-        return Markup("").join([
+        parts = [
             start.format(*self.size, summary),
             units.format(self.y.label, self.width - RIGHT, self.size[1] - 4, self.x.label),
             *(self._y_mark(value, text) for value, text in self.y.marks),
@@ -102,7 +104,8 @@ class Plot:
             inner.format(self.left, TOP, self.wide, self.tall),
             body,
             Markup("</svg></svg>"),
-        ])  # fmt: skip
+        ]
+        return Markup("").join(parts)
 
     def _y_mark(self, value: float, text: str) -> Markup:
         at = TOP + self.y_at(value)

@@ -22,8 +22,11 @@ ASPECT_UNIT = 0.125  # octaves
 
 @dataclass
 class Captions:
-    """The synthetic captions of one captioner. ``logprobs`` counts whole multiples of LOGPROB_UNIT, per token;
-    ``cosines`` and ``original_cosines`` (of caption and image, from `caption --similarity`) those of COSINE_UNIT."""
+    """The synthetic captions of one captioner.
+
+    ``logprobs`` counts whole multiples of LOGPROB_UNIT, per token; ``cosines`` and ``original_cosines`` (of caption and
+    image, from `caption --similarity`) those of COSINE_UNIT.
+    """
 
     images: int = 0
     captions: int = 0
@@ -63,8 +66,8 @@ def read_columns(path: str, columns: list[str], problems: list[str]) -> Any | No
     """Those of the columns that a Parquet file has; None, and a problem, when it cannot be read."""
     try:
         with open_parquet(path) as file:
-            there = [field.name for field in file.schema_arrow if not pa.types.is_null(field.type)]
-            return file.read(columns=[name for name in columns if name in there])
+            present = [field.name for field in file.schema_arrow if not pa.types.is_null(field.type)]
+            return file.read(columns=[name for name in columns if name in present])
     except (DataError, UserError) as error:
         problems.append(str(error))
         return None

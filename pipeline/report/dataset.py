@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import chain
 from typing import Any
 
 from pipeline.report.axes import logarithmic, short, total
@@ -22,7 +23,7 @@ TOP = 30  # synsets in the table
 
 
 def dataset_page(root: str, samples: int) -> dict[str, Any]:
-    """Everything the template shows."""
+    """The variables of the template for a dataset."""
     dataset = read_dataset(root)
     stages = ordered(dataset["stages"])
     counts = {name: block["counts"] for name, block in stages.items() if block.get("counts") and name != PLAN}
@@ -31,7 +32,8 @@ def dataset_page(root: str, samples: int) -> dict[str, Any]:
     tally = count_dataset(root)
     problems = mismatches(counts) + tally.problems
     vocabularies = _vocabularies(root, problems)
-    lemmas = {row[0]: row[1] for vocabulary in vocabularies.values() for row in vocabulary.rows}
+    rows = chain.from_iterable(vocabulary.rows for vocabulary in vocabularies.values())
+    lemmas = {wnid: lemma for wnid, lemma, *_ in rows}
     return {
         "dataset": dataset,
         "headline": _headline(root, tally),
@@ -150,7 +152,8 @@ def _teacher(root: str, name: str, problems: list[str]) -> dict[str, Any]:
     folder = join(root, teacher_folder(name))
     files = [join(folder, file) for file in parquet_files(folder)]
     meta: dict[str, Any] = {}
-    columns, rows, size = list[str](), 0, 0
+    columns = list[str]()
+    rows = size = 0
     for path in files:
         try:
             meta = meta or read_meta(path)

@@ -1,6 +1,7 @@
 """The run page: recipe, curves, evaluation, environment and checkpoints of one training run."""
 
 import math
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from shards_spec.files import DataError, join, names, open_read, read_json
 
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors")
 WIDE = (1040, 300)  # size of the loss curve on a wide screen
-EXACT = ("lr", "logit_scale")  # no noise to smooth
+EXACT = ("lr", "logit_scale")  # without noise, so that nothing is smoothed
 CURVES = {
     "lr": ("Learning rate", "per step"),
     "grad_norm": ("Gradient norm", "before clipping"),
@@ -30,7 +31,7 @@ METRICS = {
 
 
 def run_page(run: str) -> dict[str, Any]:
-    """Everything the template shows."""
+    """The variables of the template for a run."""
     problems = list[str]()
     config = _json_or_empty(join(run, "config.json"), problems)
     columns = read_metrics(join(run, "metrics.jsonl"), problems)
@@ -65,10 +66,11 @@ def _json_or_empty(path: str, problems: list[str]) -> dict[str, Any]:
 def read_metrics(path: str, problems: list[str]) -> dict[str, np.ndarray]:
     """One array per metric, NaN where a line has none; nested ones are called ``losses.NAME`` and ``eval.NAME``.
 
-    A run that went on from a checkpoint wrote some steps twice: the later line counts.
+    A run that resumed from a checkpoint wrote some steps twice: the later line counts.
     """
     rows, broken = json_lines(path)
-    lines, kept = len(rows) + broken, list[dict[str, Any]]()
+    lines = len(rows) + broken
+    kept = list[dict[str, Any]]()
     for row in rows:
         row["step"] = number(row.get("step"))
         if not math.isfinite(row["step"]):
@@ -80,7 +82,7 @@ def read_metrics(path: str, problems: list[str]) -> dict[str, np.ndarray]:
         kept.append(row | nested[0] | nested[1])
     if broken:
         problems.append(f"{path}: {broken} of {lines} lines are no metrics and were left out")
-    columns = dict.fromkeys(name for row in kept for name in row)
+    columns = dict.fromkeys(chain.from_iterable(kept))
     return {name: np.array([number(row.get(name)) for row in kept]) for name in columns}
 
 
@@ -89,7 +91,7 @@ def _named(group: str, values: Any) -> dict[str, Any]:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """A centred running mean over about a thirtieth of the curve; values that are not finite are passed over."""
+    """A centred running mean over about a thirtieth of the curve; values that are not finite are left out."""
     finite = np.isfinite(values)
     sums = np.append(0.0, np.cumsum(np.where(finite, values, 0.0)))
     counts = np.append(0, np.cumsum(finite))
@@ -144,9 +146,9 @@ def _measured(columns: dict[str, np.ndarray]) -> list[Chart]:
     charts = []
     for name in columns:
         if name.startswith("eval."):
-            there = np.isfinite(columns[name])
-            found = {"step": columns["step"][there], name: columns[name][there]}
-            charts.append(_curve(found, name, metric_name(name.removeprefix("eval.")), "share"))
+            finite = np.isfinite(columns[name])
+            points = {"step": columns["step"][finite], name: columns[name][finite]}
+            charts.append(_curve(points, name, metric_name(name.removeprefix("eval.")), "share"))
     return charts
 
 

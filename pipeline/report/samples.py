@@ -46,15 +46,16 @@ def draw_samples(root: str, number: int, problems: list[str]) -> list[Shown]:
 
 
 def draw_pairs(root: str, number: int, problems: list[str]) -> list[tuple[Shown, Shown]]:
-    """Near-duplicates that `dedup` left out, each beside the one that stays in its place, from a few of its lists."""
-    files, rows = parquet_files(join(root, DEDUP)), list[dict[str, str]]()
+    """Near-duplicates that `dedup` left out, each beside the one that is kept, from a few of its lists."""
+    files = parquet_files(join(root, DEDUP))
+    rows = list[dict[str, str]]()
     for name in (files[i] for i in evenly(len(files), LISTS)):
         table = read_columns(join(root, DEDUP, name), ["key", "reason", "kept"], problems)
         if table is not None and {"key", "reason", "kept"} <= set(table.column_names):
             near = table.filter(pc.fill_null(pc.equal(table.column("reason"), NEAR_DUPLICATE), False))
             rows += [{**row, "shard": name.split(".")[0]} for row in near.slice(0, number).to_pylist()]
     rows = [rows[i] for i in evenly(len(rows), number)]
-    wanted = dict[str, dict[str, list[tuple[str, list[str]]]]]()  # by shard: a key tells its own, but for retried ones
+    wanted = dict[str, dict[str, Any]]()  # by shard: a key begins with its shard's name, except those of a retry
     for row in rows:
         wanted.setdefault(row["shard"], {})[row["key"]] = []
         wanted.setdefault(row["kept"][: len(row["shard"])], {})[row["kept"]] = []
@@ -63,13 +64,10 @@ def draw_pairs(root: str, number: int, problems: list[str]) -> list[tuple[Shown,
         path = join(root, RAW, f"{shard}.tar")
         if exists(path):
             shown |= {one.key: one for one in _with_images(path, keys, problems)}
-    return [
-        (
-            shown.get(row["key"], Shown(row["key"], [], None, 0, 0)),
-            shown.get(row["kept"], Shown(row["kept"], [], None, 0, 0)),
-        )
-        for row in rows
-    ]
+    for row in rows:
+        for key in (row["key"], row["kept"]):
+            shown.setdefault(key, Shown(key, [], None, 0, 0))
+    return [(shown[row["key"]], shown[row["kept"]]) for row in rows]
 
 
 def evenly(total: int, number: int) -> list[int]:
@@ -126,8 +124,8 @@ def _thumbnail(sample: Sample, problems: list[str]) -> tuple[str | None, int, in
     try:
         image = decode_rgb(sample.image)
     except DataError as error:
-        said = str(error)
-        problems.append(said if said.startswith("key ") else f"key {sample.key}: its image {said}")
+        text = str(error)
+        problems.append(text if text.startswith("key ") else f"key {sample.key}: its image {text}")
         return None, 0, 0
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()

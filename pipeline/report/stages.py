@@ -55,6 +55,8 @@ class Losses:
 
 
 def ordered(stages: dict[str, Any]) -> dict[str, Any]:
+    """The blocks of ``dataset.json`` in the order of the stages, those without a command last."""
+
     def place(name: str) -> tuple[int, str]:
         kind = name.split("/")[0]
         return (STAGE_COMMANDS.index(kind) if kind in STAGE_COMMANDS else len(STAGE_COMMANDS)), name
@@ -72,6 +74,7 @@ def foreign_counts(root: str) -> dict[str, int]:
 
 
 def stage_row(root: str, name: str, block: dict[str, Any]) -> StageRow:
+    """A stage's line, from its block of ``dataset.json`` and the log of its runs."""
     counts = block.get("counts") or {}
     seconds, made = _time_spent(stage_log(root, name))
     return StageRow(
@@ -109,6 +112,7 @@ def funnel(counts: dict[str, dict[str, int]]) -> list[tuple[str, str, int, float
 
 
 def losses(stage: str, counts: dict[str, int]) -> Losses:
+    """A stage's reasons by descending count, the rarest pooled."""
     reasons = sorted(((r, n) for r, n in counts.items() if r != "success"), key=lambda pair: (-pair[1], pair[0]))
     if len(reasons) > REASONS + 1:
         rest = reasons[REASONS:]

@@ -1,6 +1,7 @@
-"""Small readings that both pages share: lines of JSON, numbers that may be none, nested settings as rows."""
+"""Helpers that both pages share: lines of JSON, numbers that may be missing, nested settings as rows."""
 
 import math
+from itertools import chain
 from typing import Any
 
 from shards_spec.files import read_bytes
@@ -31,5 +32,6 @@ def number(value: Any) -> float:
 def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Nested objects as (dotted name, text)."""
     if isinstance(value, dict) and (value or not prefix):
-        return [pair for name, inner in value.items() for pair in flatten(inner, f"{prefix}{name}.")]
+        inner = (flatten(own, f"{prefix}{name}.") for name, own in value.items())
+        return list(chain.from_iterable(inner))
     return [(prefix.removesuffix("."), "–" if value is None else str(value))]
