@@ -1,4 +1,4 @@
-"""Captions: what is mended, what is dropped, what nobody may touch."""
+"""Captions: what is fixed, what is dropped, what stays as it is."""
 
 import json
 
@@ -23,7 +23,7 @@ from shards_spec.tar import read_shard, write_shard
 
 
 @pytest.mark.parametrize(
-    ("caption", "stored", "mend"),
+    ("caption", "stored", "fix"),
     [
         ("Tom &amp; Jerry", "Tom & Jerry", "html entities"),
         ("the dog&amp;#39;s toy", "the dog's toy", "html entities"),
@@ -41,8 +41,8 @@ from shards_spec.tar import read_shard, write_shard
     ],
     ids=ascii,
 )
-def test_mends(caption, stored, mend):
-    assert clean_caption(caption) == (stored, [mend])
+def test_fixes(caption, stored, fix):
+    assert clean_caption(caption) == (stored, [fix])
     assert clean_caption(stored) == (stored, [])
 
 
@@ -75,11 +75,11 @@ def test_what_nobody_may_touch(caption):
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.characters(), max_size=30) | st.text("a &#;x39amp\x00\x92\u200b\ud83d\ude00\u202e", max_size=30))
-def test_what_is_stored_is_utf8_and_names_its_mends(caption):
-    stored, mends = clean_caption(caption)
+def test_what_is_stored_is_utf8_and_names_its_fixes(caption):
+    stored, fixes = clean_caption(caption)
     stored.encode()
-    assert (stored != caption) == bool(mends)
-    assert set(mends) <= set(FIXES)
+    assert (stored != caption) == bool(fixes)
+    assert set(fixes) <= set(FIXES)
     assert not set(clean_caption(stored)[1]) & {"surrogates", "control characters", "invisible marks"}
 
 
@@ -116,7 +116,7 @@ def write_captions(root):
     write_stage(root, "ingest", {"config": {}, "shards": 1, "counts": {"success": len(rows)}}, "test")
 
 
-def test_pack_mends_drops_and_counts(tmp_path):
+def test_pack_fixes_drops_and_counts(tmp_path):
     try:
         load_wordnet()
     except UserError as error:
@@ -131,8 +131,8 @@ def test_pack_mends_drops_and_counts(tmp_path):
         "no caption": 2,
         "success": 5,
     }
-    mends = {"control characters": 1, "html entities": 1, "invisible marks": 1, "surrogates": 1}
-    assert summary.counters == {f"{name} mended": number for name, number in mends.items()}
+    fixes = {"control characters": 1, "html entities": 1, "invisible marks": 1, "surrogates": 1}
+    assert summary.counters == {f"{name} mended": number for name, number in fixes.items()}
     final = {sample.key: sample for sample in read_shard(join(root, "shards/00000.tar"))}
     assert {key: sample.caption for key, sample in final.items() if key != "4"} == {
         "0": "a dog & a cat",
