@@ -13,8 +13,7 @@ from tyro.conf import OmitArgPrefixes
 from shards_spec.files import UserError, is_url
 from shards_spec.models import LoadedModel, Trust, load_model
 from training.models.classifier import Classifier, export_classifier
-from training.runs.model_folder import write_model
-from training.runs.run_folder import write_open_clip_config
+from training.runs.model_folder import write_model, write_open_clip_config
 from training.runs.student import load_run
 
 log = logging.getLogger(__name__)

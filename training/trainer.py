@@ -34,7 +34,7 @@ from training.engine.updater import Update, Updater
 from training.engine.validation import Validation
 from training.evaluation.clip_benchmark import check_root
 from training.recipes import RECIPES
-from training.runs.run_folder import RunDir
+from training.runs.run_folder import RunFolder
 from training.task import Batch, Prepared, RecipeConfig
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def train(recipe: str, config: RecipeConfig) -> str:
     """
     stopped = None
     with processes(config.run.device) as (ranks, device), ExitStack() as held:
-        run, precision = RunDir(config.run.out), config.run.precision
+        run, precision = RunFolder(config.run.out), config.run.precision
         resumed_from, predicted = None, Memory()
         with ranks.raise_on_all():
             if ranks.is_main:
@@ -140,7 +140,7 @@ class Trainer:
         self,
         config: RecipeConfig,
         prepared: Prepared,
-        run: RunDir,
+        run: RunFolder,
         *,
         ranks: Ranks,
         device: str,

@@ -177,7 +177,7 @@ class Run(Tree):
 
     def run(self, folder: Path, path: str, data: bytes) -> None:
         from pipeline.report import ReportConfig, report
-        from training.runs.run_folder import load_checkpoint
+        from training.runs.checkpoint_files import load_checkpoint
 
         run = self.with_change(folder, path, data)
         if path.endswith(".pt"):

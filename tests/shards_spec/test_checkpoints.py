@@ -311,10 +311,11 @@ def test_a_planted_pickle_runs_in_no_place_that_takes_weights(tmp_path, trap):
 
 
 def test_a_planted_pickle_in_a_run_does_not_run(tmp_path, trap):
-    from training.runs.run_folder import RunDir, load_checkpoint
+    from training.runs.checkpoint_files import load_checkpoint
+    from training.runs.run_folder import RunFolder
     from training.runs.student import load_run
 
-    run = RunDir(str(tmp_path / "run"))
+    run = RunFolder(str(tmp_path / "run"))
     run.save(1, {"task": {}, "progress": {"step": 1}, "x": trap}, keep=1)
     with pytest.raises(DataError):
         load_checkpoint(run.newest())

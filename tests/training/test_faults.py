@@ -15,7 +15,8 @@ import torch
 from small_training import tiny_config, write_clip_root
 
 from shards_spec.files import DataError, UserError
-from training.runs.run_folder import RunDir, hash_file, load_checkpoint
+from training.runs.checkpoint_files import hash_file, load_checkpoint
+from training.runs.run_folder import RunFolder
 from training.runs.student import load_run
 from training.trainer import Trainer, train
 
@@ -42,7 +43,7 @@ def lines(out):
 
 
 def same(one, other):
-    weights, others = (load_checkpoint(RunDir(str(out)).newest())["task"] for out in (one, other))
+    weights, others = (load_checkpoint(RunFolder(str(out)).newest())["task"] for out in (one, other))
     return lines(one) == lines(other) and all(torch.equal(weights[name], others[name]) for name in weights)
 
 
@@ -80,7 +81,7 @@ def test_a_damaged_checkpoint_is_not_believed_and_the_former_one_is_used(root, w
     if not hashed:
         hash_file(newest).unlink()
     DAMAGE[damage](newest)
-    with pytest.raises(DataError, match=r"step_000012\.pt.*(delete it to go on|name the|, not the file itself)"):
+    with pytest.raises(DataError, match=r"step_000012\.pt.*(delete it to resume|name the|, not the file itself)"):
         load_checkpoint(newest)
     assert load_run(str(out))[1] == 8
     assert [record.getMessage() for record in caplog.records if "taking step_000008.pt" in record.getMessage()]
@@ -140,7 +141,7 @@ def test_a_broken_config_is_written_anew_by_the_same_command(root, whole, tmp_pa
         (out / "config.json").unlink()
     else:
         (out / "config.json").write_bytes(broken)
-    with pytest.raises(DataError, match="run the same `clipmill train` command again, it writes the file anew"):
+    with pytest.raises(DataError, match="rerun the same `clipmill train` command, which rewrites the file"):
         load_run(str(out))
     with pytest.raises(UserError, match=r"lr: 0\.001 before, 0\.5 now"):
         train("clip", tiny_config("clip", root, str(out), **EVERY, lr=0.5))
@@ -208,7 +209,7 @@ def test_a_stopped_training_does_not_exit_as_a_finished_one(root, tmp_path, numb
     assert f"stopped by {number.name} after step" in errors
     assert "Traceback" not in errors
     assert out == "", "the folder is printed when it is finished"
-    assert RunDir(str(tmp_path / "run")).newest() is not None
+    assert RunFolder(str(tmp_path / "run")).newest() is not None
 
 
 def test_a_second_training_on_a_run_is_refused_by_name(root, tmp_path):
@@ -318,7 +319,7 @@ def test_a_disk_that_fills_while_lines_are_written(root, tmp_path, name, monkeyp
     out.mkdir()
     if name == "metrics.jsonl":
         (out / name).symlink_to("/dev/full")
-        monkeypatch.setattr(RunDir, "cut_metrics", lambda self, step: None)  # it would read /dev/full for ever
+        monkeypatch.setattr(RunFolder, "cut_metrics", lambda self, step: None)  # it would read /dev/full for ever
         with pytest.raises(UserError, match=r"no space left on the disk of .*run \(there is no checkpoint yet\)"):
             train("clip", tiny_config("clip", root, str(out)))
     else:

@@ -15,7 +15,8 @@ from training.config import OptimConfig
 from training.data.batches import Skipped
 from training.data.samples import Samples
 from training.engine.optim import learning_rate
-from training.runs.run_folder import RunDir, load_checkpoint
+from training.runs.checkpoint_files import load_checkpoint
+from training.runs.run_folder import RunFolder
 from training.runs.student import load_run
 from training.task import check_item_fields
 from training.trainer import train
@@ -171,7 +172,7 @@ def test_the_change_is_saved_at_once_and_the_folder_describes_it(root, tmp_path)
     student, step = load_run(out, raw=True)
     assert step == SMALLER
     assert len(student.model.visual.transformer.resblocks) == 1
-    weights = load_checkpoint(RunDir(out).newest())["task"]
+    weights = load_checkpoint(RunFolder(out).newest())["task"]
     for name, value in student.model.state_dict().items():
         assert torch.equal(weights[f"student.{name}"], value)
 

@@ -29,7 +29,8 @@ from training.evaluation.config import EvalConfig
 from training.evaluation.stage import evaluate
 from training.recipes import RECIPES
 from training.recipes.clip import ClipTask
-from training.runs.run_folder import RunDir, load_checkpoint
+from training.runs.checkpoint_files import load_checkpoint
+from training.runs.run_folder import RunFolder
 from training.runs.student import load_run, load_student, new_student
 from training.trainer import Trainer, train
 
@@ -65,7 +66,7 @@ def lines(out):
 
 
 def final_weights(out):
-    return load_checkpoint(RunDir(str(out)).newest())["task"]
+    return load_checkpoint(RunFolder(str(out)).newest())["task"]
 
 
 def assert_same_run(one, other):
@@ -141,7 +142,7 @@ def test_going_on_from_any_checkpoint_equals_an_undisturbed_run(root, tmp_path):
     whole = train(
         "affinity", tiny_config("affinity", root, str(tmp_path / "whole"), checkpoint_steps=1, keep_checkpoints=99)
     )
-    kept = RunDir(whole)
+    kept = RunFolder(whole)
     for step in (1, 5, 11):
         out = tmp_path / f"from_{step}"
         train("affinity", tiny_config("affinity", root, str(out), checkpoint_steps=1, keep_checkpoints=99))
@@ -231,7 +232,7 @@ def test_stopping_signals_leave_a_checkpoint(root, tmp_path, number, monkeypatch
     with pytest.raises(SystemExit) as left:
         train("affinity", config)
     assert left.value.code == 128 + number, "so that `train && eval` ends here"
-    assert RunDir(out).newest().name == "step_000005.pt"
+    assert RunFolder(out).newest().name == "step_000005.pt"
     assert f"stopped by {number.name} after step 5 of 12" in caplog.text
     assert signal.getsignal(number) == handler
     monkeypatch.undo()
@@ -248,7 +249,7 @@ def test_ctrl_c_reaches_the_workers_too_and_they_stay(root, tmp_path):
     assert process.returncode == 130, errors
     assert "stopped by SIGINT" in errors
     assert (
-        load_checkpoint(RunDir(str(tmp_path / "run")).newest())["progress"]["step"]
+        load_checkpoint(RunFolder(str(tmp_path / "run")).newest())["progress"]["step"]
         == lines(tmp_path / "run")[-1]["step"]
     )
 
@@ -433,7 +434,7 @@ def test_measuring_while_training_keeps_the_best(root, eval_root, tmp_path):
     assert list(found) == [2, 4, 6, 8, 10, 12]
     assert run == lines(usual), "measuring changes nothing"
     scores = [(e["image_retrieval_recall@1"] + e["text_retrieval_recall@1"]) / 2 for e in found.values()]
-    best = load_checkpoint(RunDir(out).best())
+    best = load_checkpoint(RunFolder(out).best())
     step = best["progress"]["step"]
     assert best["score"] == max(scores) == scores[step // 2 - 1]
     assert scores.index(max(scores)) == step // 2 - 1, "the first of equals"
@@ -446,7 +447,7 @@ def test_measuring_while_training_keeps_the_best(root, eval_root, tmp_path):
     for later in range(7, 13):
         Path(out, "checkpoints", f"step_{later:06d}.pt").unlink()
     train("clip", config)
-    assert load_checkpoint(RunDir(out).newest())["progress"]["best"] == max(scores)
+    assert load_checkpoint(RunFolder(out).newest())["progress"]["best"] == max(scores)
     with pytest.raises(UserError, match="has no best checkpoint yet: train with --eval-data EVAL"):
         load_run(usual, best=True)
 

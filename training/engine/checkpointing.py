@@ -12,7 +12,8 @@ from shards_spec.files import DataError, UserError, sha256_json
 from training.data.batches import TrainingRows
 from training.engine.gradients import rng_state, set_rng_state
 from training.engine.updater import Updater
-from training.runs.run_folder import RunDir, load_checkpoint
+from training.runs.checkpoint_files import load_checkpoint
+from training.runs.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 NEW_STREAM = 1_000_003  # a prime, so that streams of processes and steps do not meet
@@ -52,7 +53,7 @@ class Checkpointing:
         seed: Of the run, for random streams of processes that were not there before.
     """
 
-    def __init__(self, run: RunDir, rows: TrainingRows, updater: Updater, *, keep: int, seed: int) -> None:
+    def __init__(self, run: RunFolder, rows: TrainingRows, updater: Updater, *, keep: int, seed: int) -> None:
         self.run = run
         self.rows = rows
         self.updater = updater

@@ -12,7 +12,7 @@ from training.data.batches import TrainingRows
 from training.engine.checkpointing import Progress
 from training.engine.memory_estimate import Memory
 from training.engine.updater import Update, Updater
-from training.runs.run_folder import RunDir
+from training.runs.run_folder import RunFolder
 from training.runs.tensorboard_writer import Curves
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class MetricsLog:
     """
 
     def __init__(
-        self, run: RunDir, rows: TrainingRows, updater: Updater, progress: Progress, predicted: Memory | None
+        self, run: RunFolder, rows: TrainingRows, updater: Updater, progress: Progress, predicted: Memory | None
     ) -> None:
         self.run = run
         self.rows = rows

@@ -17,7 +17,7 @@ from training.evaluation.classification import measure_classifier
 from training.evaluation.config import EvalConfig
 from training.evaluation.zero_shot import Encoder, measure
 from training.models.classifier import Classifier
-from training.runs.run_folder import RunDir
+from training.runs.run_folder import RunFolder
 from training.runs.student import load_run
 
 # task, as the result's file is named by it -> task, as CLIP_benchmark names it in the file
@@ -120,7 +120,7 @@ def load_measured(config: EvalConfig) -> tuple[LoadedModel, dict[str, Any]]:
         raise UserError(f"--pretrained {config.pretrained!r} would not be used: {config.model} brings its own weights")
     if is_run:
         loaded, step = load_run(config.model, config.raw, config.best, config.trust)
-        run = RunDir(config.model).config()
+        run = RunFolder(config.model).config()
         return loaded, {"model": run["model"], "pretrained": config.model, "recipe": run["recipe"], "step": step}
     if config.raw or config.best:
         raise UserError(f"--{'raw' if config.raw else 'best'} would not be used: {config.model} is no RUN folder")

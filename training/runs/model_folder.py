@@ -1,8 +1,14 @@
-"""The folder that an exported model is written into."""
+"""What makes a folder a model that others load: weights, description and tokenizer."""
 
+import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from shards_spec.files import UserError, write_bytes
+from shards_spec.files import UserError, read_bytes, write_bytes, write_json
+from shards_spec.models import LoadedModel
+
+BPE = "bpe.txt.gz"
 
 # of which a folder with a model has two, open_clip's or timm's
 MODEL_FILES = ("open_clip_config.json", "open_clip_model.safetensors", "config.json", "model.safetensors")
@@ -21,3 +27,40 @@ def write_model(folder: str, name: str, data: bytes, overwrite: bool) -> None:
     if others and not overwrite and not (weights.is_file() and weights.read_bytes() == data):
         raise UserError(f"--to {folder} has another model ({others[0]}); name another folder, or give --overwrite")
     write_bytes(str(weights), data)
+
+
+def write_open_clip_config(folder: str, student: LoadedModel, model: str) -> None:
+    """Write ``open_clip_config.json`` of a student, with the tokenizer files of one that has its own.
+
+    ``model`` is the name it was loaded by. Nothing in it names another folder, so that this one can be moved.
+    """
+    import open_clip
+
+    config = json.loads(json.dumps(student.config))
+    text = config.get("text_cfg") or {}
+    source = bpe_file(model, config)
+    if source is not None:
+        write_bytes(str(Path(folder) / BPE), read_bytes(str(source)))
+        text["tokenizer_kwargs"]["bpe_path"] = BPE
+    if text.get("hf_tokenizer_name"):  # open_clip takes the files beside its config, whatever the name says
+        text["hf_tokenizer_name"] = Path(text["hf_tokenizer_name"]).name
+        with TemporaryDirectory() as near:
+            student.tokenizer.tokenizer.save_pretrained(near)
+            for path in sorted(Path(near).rglob("*")):
+                if path.is_file():
+                    write_bytes(str(Path(folder) / path.relative_to(near)), path.read_bytes())
+    preprocess = open_clip.get_model_preprocess_cfg(student.model)
+    write_json(str(Path(folder) / "open_clip_config.json"), {"model_cfg": config, "preprocess_cfg": preprocess})
+
+
+def bpe_file(model: str, config: dict[str, Any]) -> Path | None:
+    """Return the BPE file of a model that brings its own; None for CLIP's. Raises UserError when it is not there."""
+    named = ((config.get("text_cfg") or {}).get("tokenizer_kwargs") or {}).get("bpe_path")
+    if not named:
+        return None
+    folder = Path(model.removeprefix("local-dir:"))
+    candidates = [folder / Path(named).name] if folder.is_dir() else []
+    for candidate in [*candidates, Path(named)]:
+        if candidate.exists():
+            return candidate
+    raise UserError(f"model {model!r} names the BPE file {named}, which is not there")

@@ -1,4 +1,4 @@
-"""Everything a run writes, all below one local folder; a run can be continued or rebuilt from it alone.
+"""Everything a run writes, all below one local folder; a run can be resumed, and its student rebuilt, from it alone.
 
 config.json             recipe and all fields, flat
 environment.json        versions, code revision, device of the newest start
@@ -6,75 +6,68 @@ open_clip_config.json   the student's architecture and preprocessing (and bpe.tx
 metrics.jsonl           one line per log interval; tensorboard/ has the same curves
 checkpoints/step_N.pt   state of model, optimizer and random streams after N steps
 checkpoints/best.pt     the same of the best measurement on eval_data, which is in it
-checkpoints/*.sha256    the hash of each, as sha256sum writes it; a checkpoint that is damaged is not believed
-.lock                   who trains here at the moment
+checkpoints/*.sha256    the hash of each, as sha256sum writes it; a damaged checkpoint is not used
+.lock                   the process that trains here at the moment
 nonfinite/step_N.pt     what each process had read for a step whose loss was not finite, and the losses
 """
 
 import json
 import logging
 import os
-import platform
 import re
-import shlex
-import subprocess
-import sys
-import time
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import IO, Any, cast
+from typing import Any
 
-import torch
-
-from shards_spec.checkpoints import read_checkpoint
 from shards_spec.files import (
     DISK_FULL,
     DataError,
     UserError,
-    atomic_writer,
     is_url,
     read_bytes,
     remove_stale,
-    sha256_file,
     write_bytes,
     write_json,
-)  # fmt: skip
-from shards_spec.library_errors import checkpoint_errors, parse_json, short
+)
+from shards_spec.library_errors import parse_json, short
 from shards_spec.lock import locked
 from shards_spec.models import LoadedModel
 from training.config import FREE_ON_RESUME
 from training.models.classifier import Classifier, describe_classifier
+from training.runs.checkpoint_files import hash_file, load_checkpoint, save_state, write_checkpoint
+from training.runs.environment import environment
+from training.runs.model_folder import write_open_clip_config
 
 log = logging.getLogger(__name__)
 CHECKPOINT = re.compile(r"step_(\d+)\.pt")
 BEST = "best.pt"
 LOCK = ".lock"
-HASH, DAMAGED = ".sha256", ".damaged"  # endings beside a checkpoint's name
-BPE = "bpe.txt.gz"
-VERSIONED = ("clipmill", "torch", "open_clip_torch", "timm", "numpy", "pillow", "pyarrow")
+DAMAGED = ".damaged"  # ending of a checkpoint that is set aside
 
 
-class RunDir:
-    """The folder of one run."""
+class RunFolder:
+    """The folder of one run.
+
+    Attributes:
+        path: The folder.
+        requested: Recipe and flat config, once the run has started.
+    """
 
     def __init__(self, path: str) -> None:
         if is_url(path):
             raise UserError(f"--out {path!r}: a run needs a local folder, since it is written line by line")
         self.path = Path(path)
         self.checkpoints, self.metrics = self.path / "checkpoints", self.path / "metrics.jsonl"
-        self.asked = dict[str, Any]()  # recipe and flat config, once it has started
+        self.requested = dict[str, Any]()
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """One training at a time. Raises UserError naming the process that has it; a folder made for this alone goes.
+        """Allow one training at a time. Raises UserError that names the process which trains here.
 
-        Where that one was killed the kernel has freed the lock.
+        If that one was killed, the kernel has freed the lock. A folder made for the lock alone is removed again.
         """
-        made = not self.path.exists()
+        is_new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -83,96 +76,115 @@ class RunDir:
             with locked(str(self.path / LOCK), str(self.path)):
                 yield
         finally:
-            if made:
-                with suppress(OSError):  # it is filled
+            if is_new:
+                with suppress(OSError):  # it is not empty
                     self.path.rmdir()
 
     def start(
         self, recipe: str, config: dict[str, Any], resume: bool, device: str, steps: Callable[[dict[str, Any]], int]
     ) -> tuple[Path, dict[str, Any]] | None:
-        """Make the folder or check that it is this run's; return the newest whole checkpoint, if any, and its config.
+        """Make the folder, or check that it is this run's.
 
-        ``steps`` counts the steps that a config asks for: it may grow. Raises UserError when the folder holds a run
-        with another config, or a run at all without ``resume``, and DataError when no checkpoint is whole.
+        Args:
+            recipe: Name of the recipe.
+            config: The flat config.
+            resume: Whether the folder may hold checkpoints.
+            device: Recorded in environment.json.
+            steps: Counts the steps that a flat config asks for: they may grow.
+
+        Returns:
+            The newest intact checkpoint and the run's config so far, if there is a checkpoint.
+
+        Raises:
+            UserError: The folder holds a run with another config, or a run at all without ``resume``.
+            DataError: No checkpoint is intact.
         """
         remove_stale(str(self.path))
         remove_stale(str(self.checkpoints))
-        asked, before = {"recipe": recipe, **config}, dict[str, Any]()
+        self.requested = {"recipe": recipe, **config}
+        recorded = dict[str, Any]()
         newest = self.newest()
         if newest is not None:
             if not resume:
                 raise UserError(f"{self.path} has checkpoints (up to {newest.name}): use another --out, or --resume")
-            newest = self._newest_whole(set_aside=True)
-            before = self._config_before(newest) or asked
-            self._check_same(before, asked, steps)
+            newest = self._newest_intact(set_aside=True)
+            recorded = self._recorded_config(newest) or self.requested
+            self._check_same(recorded, steps)
         elif self.metrics.exists():
             log.warning("%s: has metrics and no checkpoint; the run starts again from step 0", self.path)
-        self.asked = asked
-        write_json(str(self.path / "config.json"), asked)
+        write_json(str(self.path / "config.json"), self.requested)
         write_json(str(self.path / "environment.json"), environment(device))
-        return (newest, before) if newest is not None else None
+        return (newest, recorded) if newest is not None else None
 
-    def _config_before(self, checkpoint: Path) -> dict[str, Any]:
-        """What the run was asked for so far: config.json, or where that is broken what the checkpoint says of it."""
+    def _recorded_config(self, checkpoint: Path) -> dict[str, Any]:
+        """Return the run's config so far: config.json, or where that is broken the checkpoint's copy of it."""
         try:
             return self.config()
         except (UserError, DataError) as error:
-            kept: dict[str, Any] = load_checkpoint(checkpoint).get("config") or {}
-            there = f"it is written anew, as {checkpoint.name} has it" if kept else "it is written anew, as asked now"
-            log.warning("%s; %s", str(error).split(";")[0], there)
-            return kept
+            copy: dict[str, Any] = load_checkpoint(checkpoint).get("config") or {}
+            source = f"as {checkpoint.name} has it" if copy else "as requested now"
+            log.warning("%s; it is rewritten, %s", str(error).split(";")[0], source)
+            return copy
 
-    def _check_same(self, there: dict[str, Any], asked: dict[str, Any], steps: Callable[[dict[str, Any]], int]) -> None:
-        different = {field for field in {*there, *asked} - FREE_ON_RESUME if there.get(field) != asked.get(field)}
-        if different <= {"steps", "epochs"} and steps(asked) >= steps(there):
+    def _check_same(self, recorded: dict[str, Any], steps: Callable[[dict[str, Any]], int]) -> None:
+        """Raise UserError where the requested config is another than the recorded one, but for a longer run."""
+        requested = self.requested
+        fields = {*recorded, *requested} - FREE_ON_RESUME
+        different = sorted(field for field in fields if recorded.get(field) != requested.get(field))
+        is_length = set(different) <= {"steps", "epochs"}
+        if is_length and steps(requested) >= steps(recorded):
             return
-        changed = [f"{field}: {there.get(field)!r} before, {asked.get(field)!r} now" for field in sorted(different)]
-        shorter = " (a run can be extended, not shortened)" if different <= {"steps", "epochs"} else ""
+        changed = [f"{field}: {recorded.get(field)!r} before, {requested.get(field)!r} now" for field in different]
+        shorter = " (a run can be extended, not shortened)" if is_length else ""
         raise UserError(
-            f"{self.path} holds a run with another config ({'; '.join(changed)}){shorter}: ask for the same to go on, "
-            "or use another --out"
+            f"{self.path} holds a run with another config ({'; '.join(changed)}){shorter}: give the same config to "
+            "resume, or use another --out"
         )
 
     def recorded(self, field: str) -> Any:
-        """A field of the config of a run that has checkpoints; None where there is none, or no config to be read."""
+        """Return a field of the config of a run that has checkpoints; None without them or a readable config."""
         try:
             return self.config().get(field) if self.newest() is not None else None
         except (UserError, DataError):
             return None
 
     def config(self) -> dict[str, Any]:
-        """``recipe`` and the flat config. Raises UserError when the folder is no run, DataError when it is broken."""
-        path, mend = self.path / "config.json", "run the same `clipmill train` command again, it writes the file anew"
+        """Return ``recipe`` and the flat config.
+
+        Raises UserError when the folder is no run, and DataError when its config is broken.
+        """
+        path = self.path / "config.json"
+        fix = "rerun the same `clipmill train` command, which rewrites the file"
         if not path.exists():
             if self.newest() is not None:
-                raise DataError(f"{path} is not there, though there are checkpoints; {mend}")
+                raise DataError(f"{path} is not there, though there are checkpoints; {fix}")
             raise UserError(f"{path} is not there: {self.path} is no RUN folder of `clipmill train`")
-        config: Any = parse_json(str(path), read_bytes(str(path)), fix=mend)
+        config: Any = parse_json(str(path), read_bytes(str(path)), fix=fix)
         if not isinstance(config, dict):
-            raise DataError(f"{path}: not the config of a run; {mend}")
+            raise DataError(f"{path}: not the config of a run; {fix}")
         return config
 
     def describe(self, student: LoadedModel, model: str) -> None:
-        """Write what `load_run` rebuilds the student from."""
+        """Write what `load_run` rebuilds the student from; ``model`` is the name it was loaded by."""
         if isinstance(student.model, Classifier):
             describe_classifier(str(self.path), student)
         else:
             write_open_clip_config(str(self.path), student, model)
 
     def newest(self) -> Path | None:
-        """The checkpoint of the highest step, whole or not."""
+        """Return the checkpoint of the highest step, intact or not."""
         found = self._found()
         return found[-1] if found else None
 
     def load_newest(self) -> dict[str, Any] | None:
-        """The state of the newest checkpoint that is whole, if there is any; newer ones are named in a warning.
+        """Return the state of the newest intact checkpoint, if there is one; damaged ones are named in a warning.
 
-        Raises DataError when there are checkpoints and none is whole.
+        Raises DataError when there are checkpoints and none is intact.
         """
-        return load_checkpoint(self._newest_whole()) if self._found() else None
+        return load_checkpoint(self._newest_intact()) if self._found() else None
 
-    def _newest_whole(self, set_aside: bool = False) -> Path:
-        """Raises DataError when none of the checkpoints is whole."""
+    def _newest_intact(self, set_aside: bool = False) -> Path:
+        """Return the newest intact checkpoint. Raises DataError when there is none."""
         damaged = dict[Path, str]()
         for path in reversed(self._found()):
             try:
@@ -192,7 +204,7 @@ class RunDir:
         )
 
     def best(self) -> Path | None:
-        """The checkpoint of the best measurement."""
+        """Return the checkpoint of the best measurement."""
         path = self.checkpoints / BEST
         return path if path.exists() else None
 
@@ -205,13 +217,13 @@ class RunDir:
     def save(self, step: int, state: dict[str, Any], keep: int) -> None:
         """Write a checkpoint atomically, then delete all but the newest ``keep``.
 
-        Raises UserError when the disk is full; the checkpoints before it are there still.
+        Raises UserError when the disk is full; the checkpoints before it stay.
         """
         with self.room():
             if self.metrics.exists():
                 with open(self.metrics, "rb") as lines:
                     os.fsync(lines.fileno())  # on disk before the checkpoint that stands for them
-            write_checkpoint(self.checkpoints / f"step_{step:06d}.pt", {"config": self.asked, **state})
+            write_checkpoint(self.checkpoints / f"step_{step:06d}.pt", {"config": self.requested, **state})
         for old in self._found()[:-keep]:
             old.unlink()
             hash_file(old).unlink(missing_ok=True)
@@ -219,14 +231,14 @@ class RunDir:
     def save_best(self, state: dict[str, Any]) -> None:
         """Write best.pt atomically."""
         with self.room():
-            write_checkpoint(self.checkpoints / BEST, {"config": self.asked, **state})
+            write_checkpoint(self.checkpoints / BEST, {"config": self.requested, **state})
 
     def save_nonfinite(self, step: int, state: dict[str, Any], keep: int) -> Path:
-        """Write what led to a loss that is not finite; the newest ``keep`` of these stay."""
+        """Write what led to a loss that is not finite, and keep the newest ``keep`` of these files."""
         folder = self.path / "nonfinite"
         path = folder / f"step_{step:06d}.pt"
         with self.room():
-            _save_state(path, state)
+            save_state(path, state)
         for old in self._found(folder)[:-keep]:
             old.unlink()
         return path
@@ -248,18 +260,18 @@ class RunDir:
             newest = self.newest()
             kept = f"the last good checkpoint is {newest.name}" if newest else "there is no checkpoint yet"
             raise UserError(
-                f"no space left on the disk of {self.path} ({kept}): free some and run the same command again, it goes "
-                "on from there"
+                f"no space left on the disk of {self.path} ({kept}): free some and rerun the same command to resume"
             ) from error
 
     def cut_metrics(self, step: int) -> None:
-        """Drop lines after ``step`` (a killed run had gone on from there), and those that are none, which are counted.
+        """Drop the lines after ``step``, which a killed run had written, and lines that are no metrics.
 
-        A half-written last line is what a kill leaves, and not worth a word.
+        The latter are counted in a warning, except a half-written last line, which a killed process leaves.
         """
         if not self.metrics.exists():
             return
-        kept, garbage = list[bytes](), 0
+        kept = list[bytes]()
+        garbage = 0
         for line in read_bytes(str(self.metrics)).splitlines(keepends=True):
             number = _step_of(line)
             if number is None:
@@ -272,137 +284,10 @@ class RunDir:
 
 
 def _step_of(line: bytes) -> int | None:
-    """The step of a line of metrics.jsonl; None for what is none."""
+    """Return the step of a line of metrics.jsonl; None where it is no such line."""
     try:
         found = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
     step = found.get("step") if isinstance(found, dict) else None
     return step if isinstance(step, int) and not isinstance(step, bool) else None
-
-
-def hash_file(checkpoint: Path) -> Path:
-    """Where a checkpoint's hash is."""
-    return checkpoint.with_name(checkpoint.name + HASH)
-
-
-def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint atomically and its hash after it. Raises UserError when the disk is full."""
-    hash_file(path).unlink(missing_ok=True)  # an older file's of this name; a kill leaves one without, which is fine
-    _save_state(path, state)
-    write_bytes(str(hash_file(path)), f"{sha256_file(str(path))}  {path.name}\n".encode())
-
-
-class _Written:
-    """A file that remembers why it could not be written: torch then says "unexpected pos" and no more."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-def _save_state(path: Path, state: dict[str, Any]) -> None:
-    with atomic_writer(str(path)) as file:
-        written = _Written(file)
-        try:
-            torch.save(state, cast(IO[bytes], written))  # of which it uses these two alone
-        except RuntimeError as error:
-            if written.error is None:
-                raise
-            raise written.error from error
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state that `RunDir.save` wrote, on the CPU.
-
-    Raises DataError when its bytes are not those of its hash, or when it cannot be read. One without a hash, of an
-    earlier version, is checked by its zip's own checksums.
-    """
-    mend, hashed = "delete it to go on from the one before", hash_file(path)
-    with checkpoint_errors(str(path), given=False, fix=mend):
-        if not hashed.exists():
-            with zipfile.ZipFile(path) as parts:
-                whole = parts.testzip() is None
-        else:
-            whole = hashed.read_text().split()[:1] == [sha256_file(str(path))]
-        if not whole:
-            raise DataError(f"{path} is damaged: its bytes are not those that were written; {mend}")
-    state: Any = read_checkpoint(str(path), given=False, fix=mend)
-    if not isinstance(state, dict) or not {"task", "progress"} <= set(state):
-        raise DataError(f"{path} is no checkpoint of `clipmill train`; {mend}")
-    return state
-
-
-def write_open_clip_config(folder: str, student: LoadedModel, model: str) -> None:
-    """``open_clip_config.json`` of a student in ``folder``, with the tokenizer files of one that has its own.
-
-    ``model`` is the name it was loaded by. Nothing in it names another folder, so that this one can be moved.
-    """
-    import open_clip
-
-    config = json.loads(json.dumps(student.config))
-    text = config.get("text_cfg") or {}
-    source = bpe_file(model, config)
-    if source is not None:
-        write_bytes(str(Path(folder) / BPE), read_bytes(str(source)))
-        text["tokenizer_kwargs"]["bpe_path"] = BPE
-    if text.get("hf_tokenizer_name"):  # open_clip takes the files beside its config, whatever the name says
-        text["hf_tokenizer_name"] = Path(text["hf_tokenizer_name"]).name
-        with TemporaryDirectory() as near:
-            student.tokenizer.tokenizer.save_pretrained(near)
-            for path in sorted(Path(near).rglob("*")):
-                if path.is_file():
-                    write_bytes(str(Path(folder) / path.relative_to(near)), path.read_bytes())
-    preprocess = open_clip.get_model_preprocess_cfg(student.model)
-    write_json(str(Path(folder) / "open_clip_config.json"), {"model_cfg": config, "preprocess_cfg": preprocess})
-
-
-def bpe_file(model: str, config: dict[str, Any]) -> Path | None:
-    """The BPE file of a model that brings its own; None for CLIP's. Raises UserError when it is not there."""
-    named = ((config.get("text_cfg") or {}).get("tokenizer_kwargs") or {}).get("bpe_path")
-    if not named:
-        return None
-    folder = Path(model.removeprefix("local-dir:"))
-    candidates = [folder / Path(named).name] if folder.is_dir() else []
-    for candidate in [*candidates, Path(named)]:
-        if candidate.exists():
-            return candidate
-    raise UserError(f"model {model!r} names the BPE file {named}, which is not there")
-
-
-def environment(device: str) -> dict[str, Any]:
-    """What a number may depend on besides the config."""
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": shlex.join(sys.argv),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in VERSIONED},
-        "git": git_revision(),
-        "host": platform.node(),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or "cpu",
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def git_revision() -> str | None:
-    """Commit of the checkout this file lies in, ``+`` when it was changed since; None outside a checkout."""
-    here = Path(__file__).resolve().parents[1]
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
-
-    try:
-        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", ".").strip() else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -12,7 +12,8 @@ from shards_spec.files import UserError
 from shards_spec.models import NO_TRUST, TIMM, LoadedModel, Trust, load_model
 from training.config import ModelConfig
 from training.models.classifier import is_classifier, load_classifier, new_classifier
-from training.runs.run_folder import RunDir, load_checkpoint
+from training.runs.checkpoint_files import load_checkpoint
+from training.runs.run_folder import RunFolder
 
 STUDENT = "student."  # prefix of the student's weights in a checkpoint's task
 
@@ -112,7 +113,7 @@ def load_run(path: str, raw: bool = False, best: bool = False, trust: Trust = NO
         UserError: There is no checkpoint.
         DataError: No checkpoint is intact.
     """
-    run = RunDir(path)
+    run = RunFolder(path)
     config = run.config()
     state = None
     if not best:

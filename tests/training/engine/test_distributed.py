@@ -32,7 +32,8 @@ from training.engine.gradients import Gradients, split
 from training.engine.sync_batch_norm import CpuSyncBatchNormAct, statistics, synchronise
 from training.engine.updater import Updater
 from training.recipes import affinity
-from training.runs.run_folder import RunDir, load_checkpoint
+from training.runs.checkpoint_files import load_checkpoint
+from training.runs.run_folder import RunFolder
 from training.trainer import Trainer, train
 
 EVEN, UNEVEN = [6, 6], [7, 5]
@@ -227,8 +228,8 @@ def test_torchrun_gives_the_run_of_one_process_and_goes_on_with_one(root, one, t
     assert done.stderr.count("step 8/8") == 1
     assert_close_runs(out, one)
     assert lines(out)[-1]["skipped"] == 2
-    weights = load_checkpoint(RunDir(str(out)).newest())["task"]
-    for name, value in load_checkpoint(RunDir(one).newest())["task"].items():
+    weights = load_checkpoint(RunFolder(str(out)).newest())["task"]
+    for name, value in load_checkpoint(RunFolder(one).newest())["task"].items():
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=2e-4, msg=name)
     for step in (6, 8):
         (out / "checkpoints" / f"step_{step:06d}.pt").unlink()
@@ -265,7 +266,7 @@ def test_two_processes_measure_and_average(root, tmp_path):
     fork(2, run, root, two, nothing, fields)
     run(0, root, one, nothing, fields)
     assert [line.get("eval") for line in lines(one)] == [line.get("eval") for line in lines(two)]
-    states = [(RunDir(out).best(), RunDir(out).newest()) for out in (one, two)]
+    states = [(RunFolder(out).best(), RunFolder(out).newest()) for out in (one, two)]
     for mine, theirs in zip(*states, strict=True):
         averages = [load_checkpoint(path)["ema"] for path in (mine, theirs)]
         for name, value in averages[0].items():
@@ -292,12 +293,12 @@ def stop_rank_1(rank):
 def test_a_signal_to_one_process_stops_all_after_the_same_step(root, tmp_path):
     fields, out, whole = {"checkpoint_minutes": 99.0}, str(tmp_path / "run"), str(tmp_path / "whole")
     assert [kind for kind, _ in finish(start(2, run, root, out, stop_rank_1, fields))] == ["SystemExit"] * 2
-    assert RunDir(out).newest().name == "step_000004.pt"
-    assert len(load_checkpoint(RunDir(out).newest())["rng"]) == 2
+    assert RunFolder(out).newest().name == "step_000004.pt"
+    assert len(load_checkpoint(RunFolder(out).newest())["rng"]) == 2
     fork(2, run, root, out, nothing, fields)
     fork(2, run, root, whole, nothing, fields)
     assert lines(out) == lines(whole)
-    weights, others = (load_checkpoint(RunDir(path).newest())["task"] for path in (out, whole))
+    weights, others = (load_checkpoint(RunFolder(path).newest())["task"] for path in (out, whole))
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
@@ -319,7 +320,7 @@ def bug_on_1(rank):
 
 def refused_on_0(rank):
     if rank == 0:
-        RunDir.start = refuse
+        RunFolder.start = refuse
 
 
 def refuse(*args):
@@ -365,4 +366,4 @@ def test_a_loss_that_is_not_finite_is_skipped_by_all(root, tmp_path):
     assert math.isnan(state["losses"]["affinity"])
     assert "000010003" in state["batches"][1]["keys"]
     assert [batch["images"].shape[1:] for batch in state["batches"]] == [(3, 32, 32)] * 2
-    assert all(value.isfinite().all() for value in load_checkpoint(RunDir(out).newest())["task"].values())
+    assert all(value.isfinite().all() for value in load_checkpoint(RunFolder(out).newest())["task"].values())

@@ -18,7 +18,8 @@ from shards_spec.precision import resolve_precision
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
 from training.recipes import RECIPES, siclip
-from training.runs.run_folder import RunDir, load_checkpoint
+from training.runs.checkpoint_files import load_checkpoint
+from training.runs.run_folder import RunFolder
 from training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,7 +91,7 @@ def test_a_longer_run_goes_on_and_says_what_the_learning_rate_does(root, tmp_pat
     assert rates(out)[:6] == first
     assert rates(out)[5:7] == pytest.approx([0.000325, 0.00055])
     assert json.loads(Path(out, "config.json").read_text())["steps"] == 10
-    assert load_checkpoint(RunDir(out).newest())["progress"]["step"] == 10
+    assert load_checkpoint(RunFolder(out).newest())["progress"]["step"] == 10
     caplog.clear()
     train("clip", tiny_config("clip", root, out, steps=10, **fields))
     assert told(caplog) == [], "it is no longer than before"
@@ -135,7 +136,7 @@ def test_a_constant_rate_stays(root, tmp_path, caplog):
     [
         ({"steps": 3}, r"steps: 6 before, 3 now\) \(a run can be extended, not shortened\)"),
         ({"steps": None, "epochs": 0.5}, r"epochs: .* now; steps: 6 before, None now\) \(a run can be extended"),
-        ({"steps": 9, "lr": 0.5}, r"lr: 0\.001 before, 0\.5 now; steps: 6 before, 9 now\): ask for the same"),
+        ({"steps": 9, "lr": 0.5}, r"lr: 0\.001 before, 0\.5 now; steps: 6 before, 9 now\): give the same config"),
     ],
     ids=str,
 )
