@@ -2,7 +2,7 @@
 
 Images are numbered through all shards in order; an image's number is its index. Images that share a link (several
 captions of one image) are not duplicates of each other: they share the canonical position of the first of them, and an
-image goes when one alike has an earlier canonical position.
+image is dropped when one like it has an earlier canonical position.
 """
 
 import logging
@@ -51,7 +51,7 @@ class DuplicateSearch:
         self._signatures = self._new_column("signatures")
         # canonical position in the upper half, index in the lower
         self._positions = self._new_column("positions")
-        # index of the image with an equal file, or alike, that an image repeats; NO_ROW: none
+        # index of the earlier image with an equal file, or that looks alike; NO_ROW: none
         self._exact = self._new_column("exact")
         self._near = self._new_column("near")
         return self

@@ -27,7 +27,9 @@ VERIFICATION = 1  # version of the rules by which images confirm what signatures
 
 
 def dedup(config: DedupConfig, images_in_memory: int | None = None) -> Summary:
-    """Run the stage. Memory: ``images_in_memory`` (by default as the config says), three numbers a shard.
+    """Run the stage.
+
+    Memory: that of ``images_in_memory`` images (by default as many as the config allows) and three numbers a shard.
 
     Raises UserError, ShardsFailed.
     """

@@ -100,5 +100,5 @@ def _fingerprints_of_shard(path: str, wanted: dict[str, int]) -> list[tuple[int,
                         image = decode_rgb(read_sample(buffer, key, members).image)
                         prints.append((wanted[key], fingerprint(image)))
     except FileNotFoundError as error:
-        raise DataError(f"{path}: is not there; run ingest again") from error
+        raise DataError(f"{path} does not exist; run ingest again") from error
     return prints

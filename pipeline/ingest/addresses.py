@@ -37,7 +37,7 @@ SPECIAL_V6_TEXTS = (
 )
 SPECIAL_V4 = tuple(ipaddress.IPv4Network(text) for text in SPECIAL_V4_TEXTS)
 SPECIAL_V6 = tuple(ipaddress.IPv6Network(text) for text in SPECIAL_V6_TEXTS)
-NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # but not 64:ff9b:1::/48, which is of the own network
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # but not 64:ff9b:1::/48, which is for private networks
 
 
 def is_public(address: str) -> bool:

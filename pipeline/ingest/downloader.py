@@ -34,7 +34,7 @@ from pipeline.ingest.image_bytes import ImageReadError, clear_read_cache, read_i
 from pipeline.ingest.images import RESIZE, EncodedImage, ImageRules, Outcome, to_outcome
 from pipeline.ingest.rows import ImageRef, Row
 
-LATE_FACTOR = 2.0  # a shard is late after so many times the median of the last finished ones
+LATE_FACTOR = 2.0  # a shard is late after this many times the median duration of the last finished ones
 MIN_FINISHED = 3  # shards before that median is used
 MIN_GRACE_S = 3.0  # no request is given up earlier, however short the median
 LAST_SHARDS = 100  # that the median is taken of
@@ -43,7 +43,7 @@ LOCAL_READERS = 8  # threads that read images which need no download
 BODIES_PER_DECODER = 32  # that may wait for it
 REASONS_SHOWN = 4
 
-Origin = str | ImageRef  # of an image: its link, or where it lies. One that occurs twice is fetched once
+Origin = str | ImageRef  # of an image: its link, or its place in the source. One that occurs twice is fetched once
 
 
 @dataclass

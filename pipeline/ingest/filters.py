@@ -53,7 +53,7 @@ class Selection:
     """Rules on rows and images.
 
     ``min_caption_chars`` and ``max_caption_chars`` 0: no limit; ``duplicates``: leave out images that occur earlier in
-    their shard, with ``near_bits`` also those whose perceptual hashes differ in at most so many of 64 bits.
+    their shard, with ``near_bits`` also those whose perceptual hashes differ in at most that many of 64 bits.
     """
 
     sane_captions: bool = False

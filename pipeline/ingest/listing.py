@@ -44,7 +44,7 @@ class Listing:
         """A task per ``shard_size`` rows, for the assignment's shards, then the shards of earlier retries as they are.
 
         Raises UserError when the source has no row, more rows than when its failed ones were tried again, or too few
-        rows for the shards that are there.
+        rows for the shards that exist.
         """
         config = self._config
         additional = self._additional_shards()
@@ -56,7 +56,7 @@ class Listing:
             if shard in additional:
                 raise UserError(
                     f"--source {config.source_text} has more rows than when its failed rows were tried again; give the "
-                    "new rows as a list of their own to another ROOT, or make all anew with --overwrite"
+                    "new rows as a list of their own to another ROOT, or make all shards again with --overwrite"
                 )
             if shard == 0:  # before anything is written under a config that cannot be meant
                 check_named(rows, read_conditions(config.where), config.save_additional_columns)
@@ -94,7 +94,7 @@ class Listing:
         others = [{name: json_value(cell) for name, cell in row.extra.items()} for row in rows]
         other_hashes = {"columns": sha256_json(others)} if any(others) else {}
         shard_input = RawShardInput(keys, rows, column_types=types, kept_columns=config.save_additional_columns)
-        # shards made before there were other columns have no hash of them: they stay valid
+        # shards made before other columns were kept have no hash of them, and stay valid
         return ShardTask(shard, hashes | other_hashes, payload=shard_input, former=hashes)
 
     def _column_types(self) -> dict[str, pa.DataType]:
@@ -117,6 +117,7 @@ def limit_texts(rows: Iterator[Row], max_chars: int) -> Iterator[Row]:
 
 
 def _cut(row: Row) -> Row:
+    """The row with short texts: a long caption or link makes it unusable."""
     problem = row.problem
     if problem is None and len(row.caption or "") > KEPT_CHARS:
         problem = CAPTION_TOO_LONG

@@ -19,7 +19,7 @@ from shards_spec.sample import Sample
 from shards_spec.shard_writer import ShardWriter
 
 ROW_GROUP = 100  # rows, as img2dataset writes them
-SPARE_BYTES = 64 << 20  # left free on a disk, for what else writes there
+SPARE_BYTES = 64 << 20  # left free on a disk, for other writers
 BYTES_BESIDE_IMAGE = 8192  # of a sample: text, json, tar headers, its Parquet row
 TEXT_COLUMNS = ("caption", "url", "key", "status", "error_message")
 SIZE_COLUMNS = ("width", "height", "original_width", "original_height")
@@ -105,7 +105,7 @@ def _record(key: str, row: Row, outcome: Outcome) -> dict[str, Any]:
 
 
 def _status(reason: str | None) -> str:
-    """Img2dataset's word for how a row ended."""
+    """How a row ended, in img2dataset's words."""
     if not reason:
         return "success"
     return "failed_to_resize" if reason.startswith(RESIZE) else "failed_to_download"
