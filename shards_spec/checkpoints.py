@@ -85,7 +85,7 @@ def load_checkpoint(path: str, trust: bool = False, own: Collection[str] = ()) -
             else f"a {type(found).__name__}"
         )
         raise UserError(f"{path} holds no weights by name but {held}; give a state dict")
-    names = {name: unwrapped(name, own) for name in weights}
+    names = {name: strip_wrappers(name, own) for name in weights}
     if len(set(names.values())) < len(names):
         raise UserError(f"{path} holds some weights twice, with and without module. or _orig_mod. before their names")
     for name, value in weights.items():
@@ -94,7 +94,7 @@ def load_checkpoint(path: str, trust: bool = False, own: Collection[str] = ()) -
     return {names[name]: value for name, value in weights.items()}
 
 
-def unwrapped(name: str, own: Collection[str] = ()) -> str:
+def strip_wrappers(name: str, own: Collection[str] = ()) -> str:
     """A weight's name without ``module.`` and ``_orig_mod.``, wherever they stand.
 
     Where the model has modules of that name itself (timm's iformer), only those in front go.
@@ -106,7 +106,7 @@ def unwrapped(name: str, own: Collection[str] = ()) -> str:
     return ".".join([part for part in parts[:-1] if part not in inner] + parts[-1:])
 
 
-def misfit(error: BaseException) -> str:
+def describe_mismatch(error: BaseException) -> str:
     """What `torch.nn.Module.load_state_dict` says, which is thousands of names for another architecture, in a line."""
     text, found = str(error), list[str]()
     for said, pattern in (

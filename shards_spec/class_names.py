@@ -1,7 +1,7 @@
 """The small text files of a labelled data set: class names, numbers of shards, labels. One reader for all stages.
 
-A class is the number of its line, so no line is ever left out: names are read up to the last line that says anything,
-and an empty one before it is an error. CLIP_benchmark drops such lines, which moves every later class.
+A class is the number of its line, so no line is left out: names are read up to the last line that is not empty, and an
+empty one before it is an error. CLIP_benchmark drops such lines, which shifts every later class.
 """
 
 import re

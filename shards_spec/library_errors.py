@@ -1,8 +1,9 @@
-"""What libraries raise over a file, as the product's own two errors: one context manager per kind of file.
+"""Exceptions of libraries as the product's own two errors: one context manager per kind of file.
 
-``given`` says whose the file is: the user's (UserError: another file is the fix), or the dataset's (DataError: its
-stage makes it again). Messages name the file, say what was found in at most a line of the library's own words, and
-what to do. FileNotFoundError passes for files of a dataset, since absence means something there.
+``given`` says whose the file is: the user's (UserError: they give another one) or the dataset's (DataError: its stage
+makes it again). ``fix`` is what to do, where the usual advice does not fit. Messages name the file, say what is wrong
+in at most a line of the library's own words, and what to do. FileNotFoundError passes for files of a dataset, since
+callers handle absence.
 """
 
 import errno
@@ -18,10 +19,13 @@ from shards_spec.files import DataError, UserError, is_url, open_read
 from shards_spec.sample import check_depth
 
 LONGEST = 200  # characters of a library's text that are shown
-SNIFFED = 512  # bytes
-POINTER = b"version https://git-lfs.github.com/spec/"
-PAGE = (b"<!doctype html", b"<html", b"<head", b"<?xml")
-FETCH, REMAKE = "download it again", "delete it and run its stage again"
+HEAD_BYTES = 512  # that tell what a file is
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+WEB_PAGE = (b"<!doctype html", b"<html", b"<head", b"<?xml")
+GZIP = b"\x1f\x8b"
+PACKED = "is packed with gzip"
+FETCH = "download it again"
+REMAKE = "delete it and run its stage again"
 
 
 def short(error: BaseException) -> str:
@@ -43,32 +47,37 @@ def no_regular_file(path: str) -> str | None:
     return None if stat.S_ISREG(mode) else "is no regular file (a pipe, a socket or a device)"
 
 
-def what_it_is(path: str) -> tuple[str, str] | None:
-    """What a file is that was taken for another, and the fix; None where its first bytes do not tell."""
+def describe_content(path: str) -> tuple[str, str] | None:
+    """What a file is that was taken for another, and what to do; None where its first bytes do not tell."""
     if reason := no_regular_file(path):
         return reason, "name a file"
     try:
         with open_read(path) as file:
-            head = file.read(SNIFFED)
+            head = file.read(HEAD_BYTES)
     except (OSError, UserError):
         return None
     if not head:
         return "has 0 bytes", FETCH
-    if head.startswith(POINTER):
+    if head.startswith(LFS_POINTER):
         return "is a Git LFS pointer, not the file itself", "run `git lfs pull` in its folder"
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(PAGE):
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(WEB_PAGE):
         return "is a web page, not the file itself", "download it again by its direct link"
-    return ("is packed with gzip", "unpack it (gunzip)") if head.startswith(b"\x1f\x8b") else None
+    if head.startswith(GZIP):
+        return PACKED, "unpack it (gunzip)"
+    return None
 
 
-def as_own(path: str, error: BaseException, kind: str, given: bool, fix: str = "") -> UserError | DataError:
-    """The product's error for what a library raised over a file of a kind ("a Parquet file")."""
+def product_error(path: str, error: BaseException, kind: str, given: bool, fix: str = "") -> UserError | DataError:
+    """The product's error for an exception of a library over a file of a ``kind`` ("Parquet file")."""
     own = UserError if given else DataError
     if isinstance(error, FileNotFoundError):
         return own(f"{path} is not there; {fix or ('check the path' if given else REMAKE)}")
-    found = what_it_is(path)
-    if found is not None and not (found[0].startswith("is packed") and "gzip" in kind):
-        return own(f"{path} {found[0]}; {found[1] if given or found[1] != FETCH else fix or REMAKE}")
+    described = describe_content(path)
+    if described is not None and not (described[0] == PACKED and "gzip" in kind):
+        what, advice = described
+        if not given and advice == FETCH:
+            advice = fix or REMAKE
+        return own(f"{path} {what}; {advice}")
     if isinstance(error, OSError) and error.errno is not None:
         fixes = {errno.EACCES: "check its permissions", errno.EMFILE: "raise `ulimit -n`"}
         return own(f"{path} cannot be read ({short(error)}); {fixes.get(error.errno, 'check the disk that holds it')}")
@@ -86,10 +95,10 @@ def _errors(path: str, kind: str, caught: tuple[type[Exception], ...], given: bo
         raise
     except FileNotFoundError as error:
         if given and error.filename in (path, None):
-            raise as_own(path, error, kind, given, fix) from error
+            raise product_error(path, error, kind, given, fix) from error
         raise
     except kinds as error:
-        raise as_own(path, error, kind, given, fix) from error
+        raise product_error(path, error, kind, given, fix) from error
 
 
 @contextmanager
@@ -126,7 +135,7 @@ def decode_text(path: str, data: bytes, given: bool = True) -> str:
         if data.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise own(f"{path} is UTF-16, not UTF-8; iconv -f UTF-16 -t UTF-8 makes it so") from error
         line = data.count(b"\n", 0, error.start) + 1
-        if (found := what_it_is(path)) is not None:
+        if (found := describe_content(path)) is not None:
             raise own(f"{path} {found[0]}; {found[1]}") from error
         byte = data[error.start]
         raise own(

@@ -1,7 +1,7 @@
-"""One writer at a time: a lock file that names its holder, freed by the kernel when that process ends, however it does.
+"""One writer at a time: a lock file that names its holder; the kernel frees it when that process ends, even if killed.
 
-The lock is the kernel's (flock, which network file systems carry between hosts too), so one that a killed process left
-is no lock. A file system without such locks, or an object store, has none: then nothing is held, and a warning says so.
+The lock is the kernel's (flock, which network file systems carry between hosts too), so a file that a killed process
+left locks nothing. On a file system without such locks nothing is held, and a warning says so; nor on object stores.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from shards_spec.sample import parse_object
 
 log = logging.getLogger(__name__)
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-ORPHANS_S = 20.0  # for which worker processes of a killed holder are waited for: they share its lock until they notice
+ORPHANS_S = 20.0  # how long to wait for worker processes of a killed holder: they share its lock until they end
 
 
 @contextlib.contextmanager
@@ -33,17 +33,18 @@ def locked(path: str, what: str) -> Iterator[None]:
     if is_url(path):
         yield
         return
-    descriptor = _taken(path, what)
+    descriptor = _acquire(path, what)
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
-            os.unlink(path)  # while it is held: who opened it meanwhile sees in `_taken` that it is gone
+            os.unlink(path)  # while it is held: a process that opened it meanwhile sees in `_acquire` that it is gone
         os.close(descriptor)
 
 
-def _taken(path: str, what: str) -> int:
-    patience = time.monotonic() + ORPHANS_S
+def _acquire(path: str, what: str) -> int:
+    """Open and lock the file; the descriptor, which holds the lock. Raises UserError."""
+    deadline = time.monotonic() + ORPHANS_S
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -52,26 +53,28 @@ def _taken(path: str, what: str) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            said = os.pread(descriptor, 4096, 0)
+            holder = os.pread(descriptor, 4096, 0)
             os.close(descriptor)
-            if _died_here(said) and time.monotonic() < patience:
+            if _died_here(holder) and time.monotonic() < deadline:
                 time.sleep(0.1)
                 continue
-            raise UserError(f"{what} is being written by {_holder(said)}: wait for its end, or stop it first") from None
+            raise UserError(
+                f"{what} is being written by {_describe_holder(holder)}: wait for its end, or stop it first"
+            ) from None
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 os.close(descriptor)
                 raise
-            log.warning("%s: this file system has no locks (%s); start nothing twice", path, error.strerror)
+            log.warning("%s: this file system has no locks (%s); do not start the command twice", path, error.strerror)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps(_myself()).encode(), 0)
+                os.pwrite(descriptor, json.dumps(_this_process()).encode(), 0)
                 return descriptor
-        os.close(descriptor)  # its holder ended and took the file away after this process had opened it
+        os.close(descriptor)  # its holder ended and deleted the file after this process had opened it
 
 
-def _myself() -> dict[str, object]:
+def _this_process() -> dict[str, object]:
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a user without a name, as in some containers
@@ -80,18 +83,18 @@ def _myself() -> dict[str, object]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "user": user, "since": started}
 
 
-def _holder(data: bytes) -> str:
+def _describe_holder(data: bytes) -> str:
     try:
-        said = parse_object(data)
-        return f"process {said['pid']} on {said['host']} (of {said['user']}, since {said['since']})"
-    except (ValueError, KeyError, TypeError):  # it has just been taken
+        holder = parse_object(data)
+        return f"process {holder['pid']} on {holder['host']} (of {holder['user']}, since {holder['since']})"
+    except (ValueError, KeyError, TypeError):  # it has just locked the file and not written yet
         return "another process"
 
 
 def _died_here(data: bytes) -> bool:
-    """Whether the holder was a process of this host that is no more."""
+    """Whether the holder was a process of this host that has ended."""
     try:
-        said = parse_object(data)
-        return bool(said["host"] == socket.gethostname() and not is_alive(int(said["pid"])))
+        holder = parse_object(data)
+        return bool(holder["host"] == socket.gethostname() and not is_alive(int(holder["pid"])))
     except (ValueError, KeyError, TypeError, OverflowError):
         return False

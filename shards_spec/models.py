@@ -17,9 +17,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from shards_spec.checkpoints import load_checkpoint, misfit
+from shards_spec.checkpoints import describe_mismatch, load_checkpoint
 from shards_spec.files import UserError
-from shards_spec.library_errors import as_own, checkpoint_errors, parse_json, short
+from shards_spec.library_errors import checkpoint_errors, parse_json, product_error, short
 from shards_spec.open_clip_plugins import reading_weights, unavailable, without_remote_code_prompt
 from shards_spec.precision import Precision, dtype_of
 from shards_spec.suggest import did_you_mean
@@ -211,7 +211,7 @@ def _check_folder(folder: Path, random_weights: bool) -> None:
     try:
         description = parse_json(str(path), path.read_bytes(), given=True)
     except OSError as error:
-        raise as_own(str(path), error, "JSON file", given=True) from error
+        raise product_error(str(path), error, "JSON file", given=True) from error
     config = description.get("model_cfg") if isinstance(description, dict) else None
     missing = ["model_cfg"]
     if isinstance(config, dict):
@@ -328,7 +328,7 @@ def load_backbone(built: Any, file: str, trusted: bool = False) -> None:
         weights = load_checkpoint(file, trusted, built.state_dict().keys())
         result = built.load_state_dict(weights, strict=False)
     except RuntimeError as error:
-        raise UserError(f"{file} does not fit: {misfit(error)}") from error
+        raise UserError(f"{file} does not fit: {describe_mismatch(error)}") from error
     classifiers = built.default_cfg.get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     ignored = tuple(f"{classifier}." for classifier in classifiers)

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from shards_spec.checkpoints import load_checkpoint, misfit
+from shards_spec.checkpoints import describe_mismatch, load_checkpoint
 from shards_spec.files import UserError
 from shards_spec.library_errors import checkpoint_errors
 
@@ -66,7 +66,7 @@ def reading_weights(model: str, trusted: bool) -> Iterator[None]:
         try:
             return open_clip_load(module, path, *rest, **options)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise UserError(f"{path} does not fit {model}: {misfit(error)}") from error
+            raise UserError(f"{path} does not fit {model}: {describe_mismatch(error)}") from error
         finally:
             factory.load_state_dict = open_clip_read
 

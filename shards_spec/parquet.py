@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards_spec.files import DataError, UserError, atomic_writer, open_read, sha256_file
-from shards_spec.library_errors import FETCH, REMAKE, as_own, parquet_errors
+from shards_spec.library_errors import FETCH, REMAKE, parquet_errors, product_error
 
 
 def check_columns(path: str, names: list[str], given: bool = False) -> None:
@@ -40,7 +40,7 @@ def open_parquet(path: str, given: bool = False, fix: str = "") -> Iterator[pq.P
         with parquet_errors(path, given, fix), open_read(path) as file:
             yield open_table(path, file, given)
     except FileNotFoundError as error:
-        raise as_own(path, error, "Parquet file", given, fix) from error
+        raise product_error(path, error, "Parquet file", given, fix) from error
 
 
 def read_table(

@@ -19,7 +19,7 @@ from pipeline.ingest.delimited import DELIMITERS, Shape, header_of, split_rows, 
 from pipeline.ingest.rows import URL_NAMES, Columns, Row, decode_text, find_column, json_bytes, json_captions
 from pipeline.ingest.source_io import MAX_LINE_BYTES, lines, raw_lines
 from shards_spec.files import UserError
-from shards_spec.library_errors import what_it_is
+from shards_spec.library_errors import describe_content
 from shards_spec.sample import parse_object
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def _headless_form(source: str, texts: list[str]) -> TextForm:
     url_last = sum(bool(URL_PATTERN.match(row[-1])) for row in rows)
     if url_first != url_last:
         return "cc12m" if url_first > url_last else "cc3m"
-    kind = what_it_is(source)
+    kind = describe_content(source)
     if kind is not None and not kind[0].startswith("is packed"):
         raise UserError(f"--source {source} {kind[0]}; {kind[1]}")
     if any(len(line) >= MAX_LINE_BYTES for line in texts):

@@ -27,7 +27,7 @@ from pipeline.ingest.rows import (
 from pipeline.ingest.source_files import SourceFile
 from pipeline.ingest.tar_samples import PEEKED_SAMPLES, TarSample, image_extension, open_tar, tar_samples
 from shards_spec.files import UserError, is_url
-from shards_spec.library_errors import what_it_is
+from shards_spec.library_errors import describe_content
 from shards_spec.names import PACKED_BYTES, clean_name, is_image, packed_kind, undecoded_ending
 from shards_spec.sample import TEXT_EXTENSIONS, parse_object
 from shards_spec.tar_members import Member
@@ -73,7 +73,7 @@ def _tar_rows(file: SourceFile, columns: Columns, seen: Counter[str]) -> Iterato
 
 def _not_a_tar(path: str) -> str | None:
     """What a file is that is no tar, such as a Git LFS pointer or a web page; None where that cannot be told."""
-    kind = what_it_is(path)
+    kind = describe_content(path)
     if kind is None or not kind[0].startswith("is "):
         return None
     return kind[0].removeprefix("is ")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from small_training import BPE, tiny_clip
 
-from shards_spec.checkpoints import TRUST, load_checkpoint, misfit, read_checkpoint, unwrapped
+from shards_spec.checkpoints import TRUST, describe_mismatch, load_checkpoint, read_checkpoint, strip_wrappers
 from shards_spec.files import DataError, UserError
 from shards_spec.models import Trust, load_model, load_teacher, remote_code
 from training.models.classifier import new_classifier
@@ -209,13 +209,13 @@ def test_a_broken_checkpoint_of_a_run_is_the_datasets_fault(tmp_path):
     ],
 )
 def test_names_of_wrappers_go(name, bare):
-    assert unwrapped(name) == bare
+    assert strip_wrappers(name) == bare
 
 
 def test_a_models_own_module_stays():
     own = ["blocks.0.module.weight"]
-    assert unwrapped("module.blocks.0.module.weight", own) == "blocks.0.module.weight"
-    assert unwrapped("_orig_mod.blocks.0.module.weight", own) == "blocks.0.module.weight"
+    assert strip_wrappers("module.blocks.0.module.weight", own) == "blocks.0.module.weight"
+    assert strip_wrappers("_orig_mod.blocks.0.module.weight", own) == "blocks.0.module.weight"
 
 
 def test_a_name_twice_is_refused(tmp_path):
@@ -230,7 +230,7 @@ def test_a_state_dict_of_another_model_is_told_in_a_line():
     with pytest.raises(RuntimeError) as error:
         model.load_state_dict(other)
     assert len(str(error.value)) > 40_000
-    text = misfit(error.value)
+    text = describe_mismatch(error.value)
     assert len(text) < MOST
     assert text.startswith(
         "3999 weights missing (0.bias, 1.weight, 1.bias, ...); 2000 weights left over (visual.a_long"

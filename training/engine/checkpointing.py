@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from shards_spec.checkpoints import misfit
+from shards_spec.checkpoints import describe_mismatch
 from shards_spec.files import DataError, UserError, sha256_json
 from training.data.batches import TrainingRows
 from training.engine.gradients import rng_state, set_rng_state
@@ -115,8 +115,8 @@ class Checkpointing:
             updater.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:  # a name or a shape; a group of parameters
             raise DataError(
-                f"{checkpoint} does not fit the model as it is built now ({misfit(error)}): restore what it was made "
-                "from, or train anew with another --out"
+                f"{checkpoint} does not fit the model as it is built now ({describe_mismatch(error)}): restore what it "
+                "was made from, or train anew with another --out"
             ) from error
         updater.gradients.scaler.load_state_dict(state["scaler"])
         if updater.average is not None:
