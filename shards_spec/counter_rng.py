@@ -12,6 +12,12 @@ def raw_draws(name: str, count: int) -> np.ndarray:
     return raw
 
 
+def draw_index(name: str, count: int) -> int:
+    """One number below ``count``: the 64 bits of blake2b(name), little-endian, modulo ``count``."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % count
+
+
 def uniform_draws(name: str, count: int) -> np.ndarray:
     """``count`` float64 in [0, 1): the upper 53 bits of each raw draw."""
     return (raw_draws(name, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -4,7 +4,6 @@ What a sample becomes is a pure function of (dataset, seed, position), so the nu
 of a resume change nothing. A worker has about streams · window shards mapped.
 """
 
-import hashlib
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from shards_spec.counter_rng import draw_index
 from shards_spec.files import DataError, UserError, exists
 from shards_spec.images import decode_rgb
 from shards_spec.layout import RAW, SHARDS, vocabulary_tsv
@@ -31,8 +31,7 @@ from training.data.teacher_cache import TeacherCache
 
 def draw_caption(seed: int, key: str, epoch: int, count: int) -> int:
     """Return which of ``count`` captions a sample shows in an epoch: uniform, a pure function of the arguments."""
-    digest = hashlib.blake2b(f"caption/{seed}/{key}/{epoch}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % count
+    return draw_index(f"caption/{seed}/{key}/{epoch}", count)
 
 
 @dataclass(frozen=True)

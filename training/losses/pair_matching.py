@@ -7,7 +7,6 @@ normalisation and the draw by the student's own similarity are interpretations. 
 be additive, g(i) + h(t): it would give two swapped pairs together the same sum as the two matching ones.)
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shards_spec.content_id import content_ids
 from shards_spec.counter_rng import raw_draws, uniform_draws
 from training.losses.similarity import upcast
 
@@ -133,5 +133,4 @@ def text_ids(tokens: Tensor) -> Tensor:
 @torch.compiler.disable  # hashes are computed by Python and NumPy
 def key_ids(keys: Sequence[str], device: torch.device) -> Tensor:
     """Return a number per sample key, (B,) int64."""
-    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
-    return torch.from_numpy(np.frombuffer(digests, "<i8").astype(np.int64)).to(device)
+    return torch.from_numpy(content_ids(keys).view(np.int64)).to(device)
