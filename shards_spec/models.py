@@ -48,7 +48,7 @@ class Trust:
     """What a model made by others may do besides computing."""
 
     trust_checkpoint: bool = False
-    """load pickled checkpoints that hold more than weights; they can run code of whoever made the file"""
+    """load pickled checkpoints that hold more than weights; they can run any code of their author"""
     trust_remote_code: bool = False
     """let a model's tokenizer run the Python that its folder or repository brings (trust_remote_code, auto_map)"""
 
