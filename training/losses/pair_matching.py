@@ -51,8 +51,11 @@ class PairHead(nn.Module):
         with torch.autocast(image.device.type, enabled=False):
             image, text = upcast(image), upcast(text)
             if self.raw:
-                return self.linear(image * text)
-            return self.linear(image.shape[-1] * F.normalize(image, dim=-1) * F.normalize(text, dim=-1))
+                product = image * text
+            else:
+                product = image.shape[-1] * F.normalize(image, dim=-1) * F.normalize(text, dim=-1)
+            logits: Tensor = self.linear(product)
+            return logits
 
 
 def pair_loss(head: PairHead, image: Tensor, text: Tensor, negatives: Negatives) -> Tensor:

@@ -1,11 +1,11 @@
 """MobileCLIP-S0 and SiCLIP-S0 as open_clip models: importing this module makes their names known.
 
 `open_clip.create_model` then builds MobileCLIP-S0 (arXiv 2311.17049; image tower timm's fastvit_mci0, text tower
-`TextTower`), SiCLIP-S0 (arXiv 2411.14789), SiCLIP2-S0 (the same out of open_clip's MobileCLIP2-S0), and
+`TextTower`), SiCLIP-S0 (arXiv 2411.14789), SiCLIP2-S0 (the same made from open_clip's MobileCLIP2-S0), and
 MobileCLIP-tiny and SiCLIP-tiny for tests and studies on a CPU.
 Apple's S0 has 53,847,681 parameters; ours has 512 more, the bias of timm's head, which is 0 after loading Apple's file.
 
-How open_clip is brought to build them is in `shards_spec/open_clip_plugins.py`.
+How open_clip is made to build them is in `shards_spec/open_clip_plugins.py`.
 """
 
 import re
@@ -17,31 +17,45 @@ from torch import Tensor, nn
 from shards_spec.open_clip_plugins import ModelPlugin, register_models
 from training.models.text_tower import TextTower
 
-State = dict[str, Tensor]
+State = dict[str, Tensor]  # a state dict
 CONFIGS = Path(__file__).parent / "configs"
 TOWER = "mct"  # text_cfg's "tower"; the rest of text_cfg is TextTower's
 PREPROCESS = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear", "resize_mode": "shortest"}
-APPLE = "image_encoder.model."
+APPLE = "image_encoder.model."  # prefix of the image tower's tensors in Apple's file
 
 
 def forward_shared(model: nn.Module, pixels: Tensor) -> Tensor:
-    """Pixels (B, 3, S, S) -> (B, C, S/32, S/32): all before the attention blocks, the same in SiCLIP and its teacher.
+    """Run the image tower up to its attention blocks: the part that is the same in SiCLIP and its teacher.
 
-    85 % of the multiplications. ``model`` is an open_clip model whose image tower is a FastViT of timm's.
+    It has 85 % of the tower's multiplications.
+
+    Args:
+        model: An open_clip model whose image tower is one of timm's FastViTs.
+        pixels: (B, 3, S, S).
+
+    Returns:
+        (B, C, S/32, S/32), for `forward_tail`.
     """
     visual: Any = model.visual
     trunk = visual.trunk
     stage = trunk.stages[-1]
-    return stage.pos_emb(stage.downsample(trunk.stages[:-1](trunk.stem(pixels))))
+    hidden: Tensor = stage.pos_emb(stage.downsample(trunk.stages[:-1](trunk.stem(pixels))))
+    return hidden
 
 
 def forward_tail(model: nn.Module, hidden: Tensor) -> Tensor:
-    """What `forward_shared` gave -> features (B, D), not normalised; the two together are ``model.visual``."""
+    """Run the rest of the image tower on what `forward_shared` returned.
+
+    Returns:
+        The features (B, D), not normalised, that ``model.visual`` gives for the same pixels.
+    """
     visual: Any = model.visual
     trunk = visual.trunk
-    return visual.head(trunk.forward_head(trunk.final_conv(trunk.stages[-1].blocks(hidden))))
+    features: Tensor = visual.head(trunk.forward_head(trunk.final_conv(trunk.stages[-1].blocks(hidden))))
+    return features
 
 
+# Apple's names of tensors -> timm's and ours, as regular expressions that are applied one after the other
 IMAGE_NAMES = [
     (r"patch_embed\.", "stem."),
     (r"network\.0\.", "stages.0.blocks."),
@@ -81,7 +95,7 @@ TEXT_NAMES = [
     (r"\.pre_norm_ffn\.4\.", ".ffn.fc2."),
 ]
 
-
+# names of tensors in open_clip's MobileCLIP2-S0 -> ours
 MOBILECLIP2_NAMES = [
     (r"^transformer\.resblocks\.", "layers."),
     (r"\.ln_1\.", ".norm."),
@@ -94,24 +108,31 @@ MOBILECLIP2_NAMES = [
 
 
 def with_text_tower(model: nn.Module) -> nn.Module:
-    """The same model, of the kind of open_clip's MobileCLIP2-S0, its text tower rebuilt as a `TextTower`.
+    """Rebuild the text tower of open_clip's MobileCLIP2-S0 as a `TextTower`, in place; return the model.
 
-    The numbers it computes stay; it has a prefix and a rest then, and the names that SiCLIP2-S0 inherits by. Its image
-    tower is MobileCLIP-S0's; its text tower has 12 layers and no RepMixer, so it is another experiment.
+    It computes the same numbers, can share the first part of its forward pass, and has the names that SiCLIP2-S0
+    inherits by. Its image tower is MobileCLIP-S0's; its text tower has 12 layers and no RepMixer, so experiments with
+    it are others than SiCLIP's.
     """
     text: Any = model.text
     blocks = text.transformer.resblocks
     tower = TextTower(
-        text.text_projection.shape[1], text.context_length, text.vocab_size, text.token_embedding.embedding_dim,
-        blocks[0].attn.num_heads, len(blocks), kernel_size=0, share=0,
-    )  # fmt: skip
+        text.text_projection.shape[1],
+        context_length=text.context_length,
+        vocab_size=text.vocab_size,
+        width=text.token_embedding.embedding_dim,
+        heads=blocks[0].attn.num_heads,
+        layers=len(blocks),
+        kernel_size=0,
+        share=0,
+    )
     tower.load_state_dict({_renamed(name, MOBILECLIP2_NAMES): value for name, value in text.state_dict().items()})
     model.text = tower.train(text.training)
     return model
 
 
 def our_name(name: str) -> str:
-    """The name that a tensor of Apple's mobileclip_s0.pt has in our MobileCLIP-S0."""
+    """Return the name that a tensor of Apple's mobileclip_s0.pt has in our MobileCLIP-S0."""
     if name.startswith(APPLE):
         return "visual.trunk." + _renamed(name.removeprefix(APPLE), IMAGE_NAMES)
     if name.startswith("text_encoder."):
@@ -126,30 +147,45 @@ def _renamed(name: str, rules: list[tuple[str, Any]]) -> str:
 
 
 def from_apple(released: State, ours: State) -> State:
-    """Apple's MobileCLIP-S0 under the names and in the shapes of ``ours``, a state dict of our MobileCLIP-S0.
+    """Convert Apple's MobileCLIP-S0 to the names and shapes of our MobileCLIP-S0.
 
-    Same numbers in all: extra dimensions of size 1 go, the image projection is transposed, the head's bias is 0.
-    Raises ValueError naming tensors that are left over, missing, or of another shape.
+    All numbers stay: dimensions of size 1 are dropped, the image projection is transposed, the head's bias is 0.
+
+    Args:
+        released: Apple's state dict.
+        ours: A state dict of our MobileCLIP-S0, for its names and shapes.
+
+    Raises:
+        ValueError: Tensors are left over, missing, or of another shape.
     """
-    found = {our_name(name): value for name, value in released.items()}
-    head, bias = "visual.trunk.head.fc.weight", "visual.trunk.head.fc.bias"
-    if head in found and bias in ours:
-        found |= {head: found[head].T, bias: ours[bias].new_zeros(ours[bias].shape)}
-    over = [name for name in released if our_name(name) not in ours]
-    missing = sorted(set(ours) - set(found))
-    if over or missing:
-        raise ValueError(f"this is no MobileCLIP-S0: {_some(over)} left over, {_some(missing)} missing")
-    shaped = {}
+    renamed = {our_name(name): value for name, value in released.items()}
+    head = "visual.trunk.head.fc.weight"
+    bias = "visual.trunk.head.fc.bias"
+    if head in renamed and bias in ours:
+        renamed |= {head: renamed[head].T, bias: ours[bias].new_zeros(ours[bias].shape)}
+    left_over = [name for name in released if our_name(name) not in ours]
+    missing = sorted(set(ours) - set(renamed))
+    if left_over or missing:
+        raise ValueError(
+            f"this is no MobileCLIP-S0: {_first_names(left_over)} left over, {_first_names(missing)} missing"
+        )
+    converted = {}
     for name, value in ours.items():
-        given, wanted = ([n for n in tensor.shape if n != 1] for tensor in (found[name], value))
-        if given != wanted:
-            raise ValueError(f"this is no MobileCLIP-S0: {name} has shape {list(found[name].shape)}")
-        shaped[name] = found[name].reshape(value.shape)
-    return shaped
+        if _without_ones(renamed[name]) != _without_ones(value):
+            raise ValueError(f"this is no MobileCLIP-S0: {name} has shape {list(renamed[name].shape)}")
+        converted[name] = renamed[name].reshape(value.shape)
+    return converted
 
 
-def _some(names: list[str]) -> str:
-    return f"{len(names)} tensors ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else "none"
+def _without_ones(tensor: Tensor) -> list[int]:
+    """The shape without dimensions of size 1."""
+    return [size for size in tensor.shape if size != 1]
+
+
+def _first_names(names: list[str]) -> str:
+    if not names:
+        return "none"
+    return f"{len(names)} tensors ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
 
 def _build_text_tower(embed_dim: int, **config: Any) -> nn.Module:

@@ -53,7 +53,8 @@ class RangeAugment(nn.Module):
         parameter = self.ranges[name]
         low = parameter.new_tensor([bound.low for bound in self.BOUNDS[name]])
         high = parameter.new_tensor([bound.high for bound in self.BOUNDS[name]])
-        return low + (high - low) * torch.sigmoid(parameter)
+        ends: Tensor = low + (high - low) * torch.sigmoid(parameter)
+        return ends
 
     def draw(self, count: int) -> Tensor:
         """Draw the operations of a batch of ``count`` images.
@@ -104,11 +105,14 @@ class RangeAugment(nn.Module):
         """Apply one operation to (n, 3, S, S) pixels in [0, 1], at (n, 1, 1, 1) fractions of its range."""
         low, high = self.magnitude_range(name)
         magnitude = low + (high - low) * fractions
+        changed: Tensor
         if name == "brightness":
-            return pixels * magnitude
-        if name == "contrast":
-            return torch.lerp(pixels.mean(dim=(2, 3), keepdim=True), pixels, magnitude)
-        return pixels + magnitude * torch.randn_like(pixels)
+            changed = pixels * magnitude
+        elif name == "contrast":
+            changed = torch.lerp(pixels.mean(dim=(2, 3), keepdim=True), pixels, magnitude)
+        else:
+            changed = pixels + magnitude * torch.randn_like(pixels)
+        return changed
 
 
 def curriculum_loss(errors: Tensor, step: int, total: int) -> Tensor:

@@ -11,6 +11,11 @@ from training.models.siclip import SasStack
 from training.models.text_tower import TransformerLayer
 
 
+def _split_heads(tokens: Tensor, heads: int) -> Tensor:
+    """(B, T, C) -> (B, H, T, C/H)."""
+    return tokens.reshape(*tokens.shape[:-1], heads, -1).transpose(1, 2)
+
+
 @torch.no_grad()
 def attention_maps(tower: nn.Module, inputs: Tensor) -> list[Tensor]:
     """Return the softmax attention of each attention block of a tower, in the order in which the blocks run.
@@ -29,9 +34,10 @@ def attention_maps(tower: nn.Module, inputs: Tensor) -> list[Tensor]:
 
     def keep_attention(heads: int) -> Callable[..., None]:
         def hook(module: nn.Linear, _: object, projected: Tensor) -> None:
-            query, key, *_ = projected.float().unflatten(-1, (-1, module.in_features)).unbind(-2)
-            query = query.unflatten(-1, (heads, -1)).transpose(1, 2)
-            key = key.unflatten(-1, (heads, -1)).transpose(1, 2)
+            width = module.in_features
+            projected = projected.float()
+            query = _split_heads(projected[..., :width], heads)
+            key = _split_heads(projected[..., width : 2 * width], heads)
             maps.append((query @ key.mT / query.shape[-1] ** 0.5).softmax(-1))
 
         return hook

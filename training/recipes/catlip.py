@@ -136,7 +136,14 @@ def prepare(config: CatlipConfig) -> Prepared:
         raise UserError("--eval-data: CatLIP has no text tower to measure by; `clipmill train probe` measures its run")
     vocabulary, seed = find_vocabulary(config.data, config.labels), config.run.seed
     model = config.student
-    student = new_classifier(model.model, len(vocabulary), vocabulary, model.pretrained, seed, model.trust)
+    student = new_classifier(
+        model.model,
+        len(vocabulary),
+        vocabulary=vocabulary,
+        pretrained=model.pretrained,
+        seed=seed,
+        trust=model.trust,
+    )
     embedding = getattr(student.model.trunk, "patch_embed", None)  # convolutional networks have none
     patch = getattr(embedding, "patch_size", (1,))[0]
     if wrong := [side for side in config.sides.sides if side % patch]:

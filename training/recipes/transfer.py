@@ -31,7 +31,7 @@ from training.data.labelled_images import open_images
 from training.data.labelled_rows import FeatureRows, LabelledImageRows, subset
 from training.data.samples import batch_plan
 from training.evaluation.classification import batch_ranges, classification_metrics, describe_difference, plain_rows
-from training.models.classifier import Classifier, new_classifier, new_rows
+from training.models.classifier import Classifier, init_head, new_classifier
 from training.models.range_augment import RangeAugment, curriculum_loss
 from training.runs.student import is_run, load_student
 from training.task import Batch, Features, Losses, Prepared, Task
@@ -189,7 +189,7 @@ def with_new_head(base: LoadedModel, config: TransferConfig, classes: list[str])
     old = base.model.head
     torch.manual_seed(config.run.seed)
     head = nn.Linear(old.in_features, len(classes))
-    new_rows(head)
+    init_head(head)
     if config.class_map:
         if base.model.vocabulary is None:
             raise UserError(f"--class-map {config.class_map}: --model {config.student.model!r} has no vocabulary")

@@ -35,7 +35,7 @@ def load_student(config: ModelConfig, seed: int, *, random_weights: bool = True)
         UserError: There is no such model, its weights do not fit, or they were named and would not be used.
     """
     if config.model.startswith(TIMM):
-        return new_classifier(config.model, 1, None, config.pretrained, seed, config.trust)
+        return new_classifier(config.model, 1, pretrained=config.pretrained, seed=seed, trust=config.trust)
     if is_run(config.model):
         if config.pretrained is not None:
             raise UserError(

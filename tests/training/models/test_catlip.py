@@ -190,12 +190,12 @@ def test_features_are_what_the_head_sees():
 
 def test_another_vocabulary_is_refused_by_name():
     ours, other = words("n1", "n2"), words("n1", "n3")
-    trained = new_classifier(TINY, 2, ours).model
+    trained = new_classifier(TINY, 2, vocabulary=ours).model
     stored = {f"student.{name}": value for name, value in trained.state_dict().items()}
     assert bytes(stored["student.vocabulary_sha256"].tolist()).hex() == ours.sha256
-    holder = nn.ModuleDict({"student": new_classifier(TINY, 2, ours, seed=1).model})
+    holder = nn.ModuleDict({"student": new_classifier(TINY, 2, vocabulary=ours, seed=1).model})
     holder.load_state_dict(stored)
-    holder = nn.ModuleDict({"student": new_classifier(TINY, 2, other).model})
+    holder = nn.ModuleDict({"student": new_classifier(TINY, 2, vocabulary=other).model})
     with pytest.raises(UserError) as error:
         holder.load_state_dict(stored)
     for part in (ours.sha256[:12], other.sha256[:12], "lemman1, lemman3"):
@@ -206,7 +206,7 @@ def test_another_vocabulary_is_refused_by_name():
 
 def test_description_and_back(tmp_path):
     vocabulary = words("n1", "n2", "n3")
-    student = new_classifier(TINY, 3, vocabulary)
+    student = new_classifier(TINY, 3, vocabulary=vocabulary)
     assert not is_classifier(str(tmp_path))
     with pytest.raises(UserError, match=r"classifier\.json is not there"):
         load_classifier(str(tmp_path))
@@ -230,7 +230,7 @@ def test_names_of_classes_are_kept(tmp_path):
 
 def test_export_for_timm(tmp_path):
     vocabulary = words("n1", "n2", "n3")
-    student, folder = new_classifier(TINY, 3, vocabulary, seed=4), str(tmp_path / "export")
+    student, folder = new_classifier(TINY, 3, vocabulary=vocabulary, seed=4), str(tmp_path / "export")
     export_classifier(folder, student)
     model, images = timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), torch.rand(2, 3, 32, 32)
     with torch.no_grad():

@@ -84,7 +84,7 @@ def test_options(teacher, student):
 def test_keys_of_the_first_block_of_each_group(teacher):
     from training.models.text_tower import TextTower
 
-    tower = TextTower(64, 77, 49408, 64, 2, 4, 11, 2)
+    tower = TextTower(64, context_length=77, vocab_size=49408, width=64, heads=2, layers=4, kernel_size=11, share=2)
     own = {f"text.{name}": value for name, value in tower.state_dict().items()}
     source = {name: value for name, value in teacher.state_dict().items() if name.startswith("text.")}
     state, _ = inherit_siclip(own, source, keys=True)

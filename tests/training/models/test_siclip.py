@@ -175,16 +175,24 @@ def test_parameters_of_the_towers():
     assert {*student.visual.preprocess_cfg["std"]} == {1.0}
 
 
+def s0_text_tower(**options):
+    return TextTower(512, context_length=77, vocab_size=49408, width=512, heads=8, **options)
+
+
+def small_text_tower(**options):
+    return TextTower(8, context_length=7, vocab_size=20, width=16, heads=2, **options)
+
+
 # fact 1, other sharing
 def test_parameters_of_other_groups():
     unshared = timm.create_model("siclip_mci0", num_classes=512, share=1)
     assert count(unshared) - HEAD_BIAS == 10_354_916
-    sizes = [count(TextTower(512, 77, 49408, 512, 8, 4, 11, share)) for share in (1, 2)]
+    sizes = [count(s0_text_tower(layers=4, kernel_size=11, share=share)) for share in (1, 2)]
     assert sizes == [40_335_976, 39_285_352]
-    sizes = [count(TextTower(512, 77, 49408, 512, 8, 12, 0, share)) for share in (1, 2, 12)]
+    sizes = [count(s0_text_tower(layers=12, kernel_size=0, share=share)) for share in (1, 2, 12)]
     assert sizes == [57_112_376, 53_960_504, 51_333_944]  # of MobileCLIP2-S0's
     with pytest.raises(ValueError, match="share 3"):
-        TextTower(8, 5, 9, 8, 2, 4, 3, 3)
+        TextTower(8, context_length=5, vocab_size=9, width=8, heads=2, layers=4, kernel_size=3, share=3)
 
 
 # fact 2
@@ -219,10 +227,10 @@ def test_both_forms_of_shaped_attention(make, causal):
     assert np.abs(mixed - expected).max() < 1e-6  # the uniform part, 1/n, is a float32
     query, key = (side.unflatten(-1, (2, -1)).transpose(1, 2) for side in stack.qk[0](x).chunk(2, -1))
     gains = (stack.blocks[0].alpha, stack.blocks[0].beta, stack.blocks[0].gamma)
-    assert np.abs(shaped_matrices(query, key, *gains, mask).detach().numpy() - shaped).max() < 1e-6
+    assert np.abs(shaped_matrices(query, key, *gains, mask=mask).detach().numpy() - shaped).max() < 1e-6
     if causal:
         none = torch.zeros(1, 2, 9, 8)
-        uniform = shaped_matrices(none, none, torch.zeros(2), torch.ones(2), torch.zeros(2), mask)
+        uniform = shaped_matrices(none, none, torch.zeros(2), torch.ones(2), torch.zeros(2), mask=mask)
         assert torch.allclose(uniform[0, 0].sum(-1), torch.ones(9))
         assert torch.allclose(uniform[0, 0, :, 0], 1 / torch.arange(1.0, 10))
 
@@ -268,9 +276,8 @@ def test_gradients_of_the_first_step(make):
 
 # fact 5
 def test_shared_matrices_are_one_tensor_and_get_both_gradients():
-    shared, apart = (
-        shaken(TextTower(8, 7, 20, 16, 2, 4, 3, share)).train() for share in (4, 1)
-    )  # fmt: skip
+    shared = shaken(small_text_tower(layers=4, kernel_size=3, share=4)).train()
+    apart = shaken(small_text_tower(layers=4, kernel_size=3, share=1)).train()
     state = {name: value for name, value in shared.state_dict().items() if ".qk." not in name}
     state |= {
         f"layers.0.qk.{i}.{kind}": shared.state_dict()[f"layers.0.qk.0.{kind}"]
@@ -300,7 +307,7 @@ def test_gains_do_not_decay_and_matrices_do():
 # section 4.2 of MobileCLIP, by way of its released layout
 def test_the_text_tower_is_its_formula():
     torch.manual_seed(0)
-    tower = shaken(TextTower(8, 7, 20, 16, 2, 3, 5, 0))
+    tower = shaken(small_text_tower(layers=3, kernel_size=5, share=0))
     tokens = torch.randint(20, (5, 7))
     expected = np_text_tower(tokens.numpy(), arrays(tower), 2, 3)
     assert np.abs(tower(tokens).detach().numpy() - expected).max() < 1e-4
