@@ -258,17 +258,24 @@ def _stage_line(command: str, summary: Any) -> str:
     return "; ".join(parts)
 
 
+def _train_usage(recipes: dict[str, str]) -> str:
+    """The help page of `train`, from the recipes' names and lines."""
+    lines = [f"  {name:9} {line}" for name, line in recipes.items()]
+    return (
+        "usage: clipmill train RECIPE ...\n\n"
+        + "\n".join(lines)
+        + "\n\n--smoke trains a few small steps; --predict-memory only says what memory a step takes.\n"
+        "clipmill train RECIPE --help shows every option."
+    )
+
+
 def _train(words: list[str]) -> int:
+    """Run ``clipmill train WORDS``, the first of which is the recipe; rank 0 prints the RUN folder."""
     from training.recipes import RECIPES
 
     recipe = words[0] if words else "--help"
     if recipe in ("-h", "--help"):
-        print(
-            "usage: clipmill train RECIPE ...\n\n"
-            + "\n".join(f"  {name:9} {line}" for name, line in RECIPES.items())
-            + "\n\n--smoke trains a few small steps; --predict-memory only says what memory a step takes.\n"
-            "clipmill train RECIPE --help shows every option."
-        )
+        print(_train_usage(RECIPES))
         return 0
     if recipe not in RECIPES:
         from shards_spec.suggest import did_you_mean
@@ -280,9 +287,8 @@ def _train(words: list[str]) -> int:
     from training.config import smoke
 
     default = smoke(module.config()) if "--smoke" in words else module.config()
-    config, trial = parse_several(
-        f"train {recipe}", {recipe: (type(default), default), "trial": (TrialOptions, None)}, words[1:]
-    )
+    parts = {recipe: (type(default), default), "trial": (TrialOptions, None)}
+    config, trial = parse_several(f"train {recipe}", parts, words[1:])
     from training.trainer import predict, train
 
     if trial.predict_memory:

@@ -10,10 +10,11 @@ import json
 import os
 import weakref
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from shards_spec.files import DataError, is_url, open_read
 from shards_spec.library_errors import parquet_errors
@@ -23,7 +24,7 @@ from shards_spec.sample import parse_object
 
 Dtype = Literal["float32", "float16", "int8"]
 STORED: dict[str, Any] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "int8": np.dtype("i1")}
-MEND = "delete it and run `clipmill cache` again"
+FIX = "delete it and run `clipmill cache` again"
 LAYOUT = 2  # of a file; 1 had several pages per column and no identities
 
 
@@ -121,7 +122,8 @@ def _fixed_binary(column: Vectors) -> Any:
     )
 
 
-def _opened(path: str, file: Any) -> tuple[Any, dict[str, Any]]:
+def _open_cache(path: str, file: IO[bytes]) -> tuple[pq.ParquetFile, dict[str, Any]]:
+    """A cache file and its metadata. Raises DataError when it is another Parquet file."""
     parquet = open_table(path, file)
     stored = (parquet.schema_arrow.metadata or {}).get(b"clipmill")
     if stored is None:
@@ -131,49 +133,45 @@ def _opened(path: str, file: Any) -> tuple[Any, dict[str, Any]]:
 
 def read_meta(path: str) -> dict[str, Any]:
     """The cache file's own metadata. Raises DataError when the file is no teacher cache."""
-    with parquet_errors(path, fix=MEND), open_read(path) as file:
-        return _opened(path, file)[1]
+    with parquet_errors(path, fix=FIX), open_read(path) as file:
+        return _open_cache(path, file)[1]
 
 
 class EmbeddingFile:
     """One file of the cache, opened: metadata, keys and identities in memory, vectors when asked for.
 
-    Local files are read to the byte; of a URL whole columns are kept. ``at`` is where its bytes are when not under
-    ``path``. Raises DataError when it is no teacher cache,
-    broken or of another layout, FileNotFoundError.
+    Of a local file only the bytes of the rows asked for are read, of a URL whole columns, which are kept. ``at`` is
+    where its bytes are when not under ``path``. Raises DataError when it is no teacher cache, broken or of another
+    layout, FileNotFoundError.
     """
 
     def __init__(self, path: str, at: str | None = None) -> None:
         self.path, self._at = path, at or path
-        with parquet_errors(path, fix=MEND), open_read(self._at) as file:
-            parquet, self.meta = _opened(path, file)
+        with parquet_errors(path, fix=FIX), open_read(self._at) as file:
+            parquet, self.meta = _open_cache(path, file)
             if self.meta.get("layout") != LAYOUT:
                 raise DataError(
                     f"{path}: its layout is {self.meta.get('layout', 1)}, this clipmill reads {LAYOUT}; run "
                     "`clipmill cache` with --overwrite"
                 )
-            self.names = [name for name in parquet.schema_arrow.names if name.startswith(("image_", "text_"))]
-            self.names = [name for name in self.names if not name.endswith("_scale")]
-            small = parquet.read([name for name in parquet.schema_arrow.names if name not in self.names])
+            columns = parquet.schema_arrow.names
+            self.names = [name for name in columns if _holds_vectors(name)]
+            small = parquet.read([name for name in columns if name not in self.names])
             self.keys: list[str] = small.column("key").to_pylist()
-            self._small = {
-                name: small.column(name).to_numpy()
-                if not small.column(name).null_count
-                else _filled(small.column(name))
-                for name in small.column_names[1:]
-            }
+            self._small = {name: _as_numpy(small.column(name)) for name in small.column_names[1:]}
             self.dim, self.dtype = self.meta["dim"], STORED[self.meta["dtype"]]
             self._ends = dict[str, int]()  # where each column's vectors end
             if parquet.metadata.num_row_groups:
                 chunks = row_groups(file, parquet.metadata.num_row_groups)[0]
                 self._ends = {chunk.path: chunk.data_page + chunk.packed for chunk in chunks}
-        self._whole, self._valid = dict[str, Vectors](), dict[str, np.ndarray]()
+        self._whole = dict[str, Vectors]()
+        self._valid = dict[str, np.ndarray]()
         if not is_url(self._at):
             self._descriptor = os.open(self._at, os.O_RDONLY)
             weakref.finalize(self, os.close, self._descriptor)
 
     def ids(self, name: str) -> np.ndarray | None:
-        """uint64 (n,): what each row of ``image_3`` or ``text_0`` was made from, 0 where null; None when not known."""
+        """Content ids, uint64 (n,), of what each row of a column was made from, 0 where null; None when not known."""
         return self._small.get(id_column(name))
 
     def vectors(self, name: str) -> Vectors:
@@ -181,8 +179,8 @@ class EmbeddingFile:
         if name not in self.names:
             raise DataError(f"{self.path}: no column {name}, it has {self.names}; run `clipmill cache` with more views")
         present, end = self._present(name), self._ends[name]
-        width = self.dim * self.dtype.itemsize
-        dense = np.frombuffer(self._read(end - int(present.sum()) * width, end), self.dtype).reshape(-1, self.dim)
+        start = end - int(present.sum()) * self.dim * self.dtype.itemsize
+        dense = np.frombuffer(self._read(start, end), self.dtype).reshape(-1, self.dim)
         values = dense
         if len(dense) != len(self.keys):
             values = np.zeros((len(self.keys), self.dim), self.dtype)
@@ -199,8 +197,8 @@ class EmbeddingFile:
         present = self._present(name)
         if not present[index]:
             return np.full(self.dim, np.nan, np.float32)
-        width, after = self.dim * self.dtype.itemsize, int(present[index:].sum())
-        start = self._ends[name] - after * width
+        width = self.dim * self.dtype.itemsize
+        start = self._ends[name] - int(present[index:].sum()) * width
         values: np.ndarray = np.frombuffer(self._read(start, start + width), self.dtype).astype(np.float32)
         scale = self._small.get(f"{name}_scale")
         if scale is not None:
@@ -212,14 +210,14 @@ class EmbeddingFile:
         if name not in self._valid:
             known = self.ids(name)
             if known is None:  # a file without identities: the column itself says where it is null
-                with parquet_errors(self.path, fix=MEND), open_read(self._at) as file:
+                with parquet_errors(self.path, fix=FIX), open_read(self._at) as file:
                     known = open_table(self.path, file).read(columns=[name]).column(name).is_valid().to_numpy()
             self._valid[name] = known != 0
         return self._valid[name]
 
     def _read(self, start: int, end: int) -> bytes:
         if start < 0:
-            raise DataError(f"{self.path}: shorter than its columns; {MEND}")
+            raise DataError(f"{self.path}: shorter than its columns; {FIX}")
         if not is_url(self._at):
             data = os.pread(self._descriptor, end - start, start)
         else:
@@ -227,13 +225,19 @@ class EmbeddingFile:
                 file.seek(start)
                 data = file.read(end - start)
         if len(data) != end - start:
-            raise DataError(f"{self.path}: shorter than its footer says; {MEND}")
+            raise DataError(f"{self.path}: shorter than its footer says; {FIX}")
         return data
 
 
-def _filled(column: Any) -> np.ndarray:
-    filled: np.ndarray = column.fill_null(0).to_numpy()
-    return filled
+def _holds_vectors(name: str) -> bool:
+    return name.startswith(("image_", "text_")) and not name.endswith("_scale")
+
+
+def _as_numpy(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of numbers, 0 where null."""
+    filled = column.fill_null(0) if column.null_count else column
+    numbers: np.ndarray = filled.to_numpy()
+    return numbers
 
 
 def read_embeddings(path: str, names: list[str]) -> tuple[list[str], dict[str, np.ndarray], dict[str, Any]]:
