@@ -1,13 +1,13 @@
-"""Which sample comes at which position: arithmetic, so resuming is arithmetic too.
+"""Which sample stands at which position. It is computed, not stored, so a run resumes at any position.
 
-The stream is endless. Position ``epoch * N + p`` is the p-th sample of that epoch, N the samples of the dataset, so
-a batch may cross epochs. An epoch permutes the shards and lays their samples in a row. The row is cut into ``streams``
-parts of equal length (one sample more or less), which are read side by side: position p lies in part p mod streams. A
-part permutes all samples of ``window`` shards at a time. So every sample comes once per epoch, about streams · window
-shards are open at a time, and ranks that take turns (`batch_positions`) read other parts, hence other shards, when
-their number divides ``streams``.
+The stream of samples is endless. Position ``epoch * N + p`` is the p-th sample of that epoch, where N is the size of
+the dataset; so a batch may cross epochs. An epoch permutes the shards and puts their samples into a row. The row is cut
+into ``streams`` parts of equal length (plus or minus one sample), which are read side by side: position p belongs to
+part p mod streams. A part permutes all samples of ``window`` shards at a time. So every sample comes once per epoch,
+about streams · window shards are open at a time, and processes that take turns (`batch_positions`) read different
+parts, hence different shards, when their number divides ``streams``.
 
-Permutations sort raw Philox draws, whose stream numpy guarantees; ``Generator.permutation`` it may change.
+Permutations sort raw Philox draws, whose stream numpy guarantees; it may change ``Generator.permutation``.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,10 @@ from training.data.lru import LRUCache
 
 @dataclass(frozen=True)
 class SampleLocation:
-    """A position's sample: its epoch, its shard and its index in the shard; ``window`` is (stream, number)."""
+    """Where the sample of a position is: its epoch, its shard and its index in the shard.
+
+    ``window`` is the stream and the number of the window in it.
+    """
 
     epoch: int
     shard: int
@@ -39,38 +42,54 @@ class _Epoch:
 
 
 class Order:
-    """The order of a dataset whose shard i holds ``sizes[i]`` samples. Memory: one permutation per open window."""
+    """The order of a dataset's samples. Memory: one permutation per open window.
+
+    Args:
+        sizes: Number of samples of each shard.
+        seed: Seed of the permutations.
+        streams: Parts of an epoch that are read side by side.
+        window: Shards that are mixed at a time in each stream.
+
+    Raises:
+        UserError: The dataset has no samples.
+    """
 
     def __init__(self, sizes: list[int], seed: int, streams: int = 8, window: int = 2) -> None:
         self.sizes = np.asarray(sizes, np.int64)
-        self.seed, self.streams, self.window = seed, streams, window
+        self.seed = seed
+        self.streams = streams
+        self.window = window
         self.total = int(self.sizes.sum())
         if self.total < 1:
             raise UserError("the dataset holds no sample: run the stages that fill it first")
-        # twice what is open, since a batch may lie across two windows or epochs
+        # twice what is open, since a batch may cross windows or epochs
         self._epochs: LRUCache[int, _Epoch] = LRUCache(2)
         self._windows: LRUCache[tuple[int, int, int], np.ndarray] = LRUCache(2 * streams)
 
     def locate(self, position: int) -> SampleLocation:
-        """The sample at ``position`` >= 0 of the endless stream."""
+        """Return the sample at ``position`` >= 0 of the endless stream."""
         epoch, offset = divmod(position, self.total)
         layout = self._epochs.get(epoch, lambda: self._epoch(epoch))
         rank, stream = divmod(offset, self.streams)
         starts = layout.windows[stream]
         number = int(np.searchsorted(starts, starts[0] + rank, side="right")) - 1
-        places = self._windows.get((epoch, stream, number), lambda: self._window(epoch, stream, number, starts))
-        place = int(starts[number] + places[starts[0] + rank - starts[number]])
-        which = int(np.searchsorted(layout.ends, place, side="right"))
-        shard = int(layout.shards[which])
-        return SampleLocation(epoch, shard, place - int(layout.ends[which] - self.sizes[shard]), (stream, number))
+        shuffled = self._windows.get((epoch, stream, number), lambda: self._window(epoch, stream, number, starts))
+        in_row = int(starts[number] + shuffled[starts[0] + rank - starts[number]])
+        nth_shard = int(np.searchsorted(layout.ends, in_row, side="right"))
+        shard = int(layout.shards[nth_shard])
+        shard_start = int(layout.ends[nth_shard] - self.sizes[shard])
+        return SampleLocation(epoch, shard, in_row - shard_start, (stream, number))
 
-    def next_shards(self, place: SampleLocation) -> list[int]:
-        """The shards that its stream opens when it is through with the window of ``place``; none at an epoch's end."""
-        layout = self._epochs.get(place.epoch, lambda: self._epoch(place.epoch))
-        starts, number = layout.windows[place.window[0]], place.window[1] + 1
-        if number + 1 >= len(starts):
+    def next_shards(self, location: SampleLocation) -> list[int]:
+        """Return the shards that a stream opens after the window of ``location``; none at the end of an epoch."""
+        layout = self._epochs.get(location.epoch, lambda: self._epoch(location.epoch))
+        stream, number = location.window
+        starts = layout.windows[stream]
+        following = number + 1
+        if following + 1 >= len(starts):
             return []
-        first, last = np.searchsorted(layout.ends, (starts[number], starts[number + 1] - 1), side="right")
+        ends_of_window = (starts[following], starts[following + 1] - 1)
+        first, last = np.searchsorted(layout.ends, ends_of_window, side="right")
         return [int(shard) for shard in layout.shards[first : last + 1] if self.sizes[shard]]
 
     def _epoch(self, epoch: int) -> _Epoch:
@@ -95,10 +114,11 @@ def _permutation(name: str, count: int) -> np.ndarray:
 def batch_positions(
     samples_seen: int, batches: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[range]:
-    """Positions of a rank's share of each of the next ``batches`` global batches.
+    """Yield the positions of a rank's share of each of the next ``batches`` global batches.
 
-    The global batch is ``batch_size`` positions from ``samples_seen`` on (counted over all ranks); rank r takes the
-    r-th and every world_size-th after it, so the shares tile it for any world size that divides it. Raises UserError.
+    A global batch is ``batch_size`` positions, the first one from ``samples_seen`` on (counted over all ranks). Rank r
+    takes the r-th of them and every world_size-th after it, so the ranks together take each position once. Raises
+    UserError when the number of ranks does not divide the batch.
     """
     if batch_size % world_size:
         raise UserError(f"--batch-size {batch_size}: must be a multiple of the {world_size} processes")
@@ -109,12 +129,12 @@ def batch_positions(
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Each step's global batch, a pure function of (seed, step): the side of its images, and how many they are.
+    """The side of the images and the size of each step's global batch: pure functions of (seed, step).
 
     Without ``sides`` all batches are ``batch_size`` images of the student's own side. With them one side is drawn per
-    step, for all processes alike, and a batch of side s has about as many pixels as ``batch_size`` images of ``base``
-    pixels: ``int(B base^2 / s^2)`` for each of ``parts`` equal parts B of ``batch_size``, what CatLIP gives each
-    of its GPUs (arXiv 2404.15653).
+    step, the same for all processes, and a batch of side s has about as many pixels as ``batch_size`` images of side
+    ``base``: ``int(B base^2 / s^2)`` images for each of ``parts`` equal parts B of ``batch_size``. A part is what
+    CatLIP gives to each of its GPUs (arXiv 2404.15653).
     """
 
     batch_size: int
@@ -124,33 +144,33 @@ class BatchPlan:
     seed: int = 0
 
     def side(self, step: int) -> int | None:
-        """Pixels; None is the student's own."""
+        """Return the side of a step's images in pixels; None is the student's own."""
         if not self.sides:
             return None
         return self.sides[int(raw_draws(f"side/{self.seed}/{step}", 1)[0] % np.uint64(len(self.sides)))]
 
     def size(self, step: int) -> int:
-        """Samples of the global batch of a step."""
+        """Return the number of samples of a step's global batch."""
         return self.of_side(self.side(step))
 
     def of_side(self, side: int | None) -> int:
-        """Samples of a global batch of images of ``side`` pixels."""
+        """Return the number of samples of a global batch of images of ``side`` pixels."""
         if side is None:
             return self.batch_size
         return self.parts * max(1, int(self.batch_size / self.parts * self.base**2 / side**2))
 
     @property
     def mean(self) -> float:
-        """Samples of a global batch, on average."""
+        """The average number of samples of a global batch."""
         sizes = [self.of_side(side) for side in self.sides or (None,)]
         return sum(sizes) / len(sizes)
 
     def positions(
         self, step: int, samples_seen: int, steps: int, rank: int = 0, world_size: int = 1
     ) -> Iterator[range]:
-        """Positions of a rank's share of each of the next ``steps`` global batches, as `batch_positions` shares them.
+        """Yield the positions of a rank's share of each of the next ``steps`` batches, as `batch_positions` does.
 
-        Raises UserError where the processes cannot share them equally.
+        Raises UserError when the processes cannot share them equally.
         """
         if self.sides and self.parts % world_size:
             raise UserError(f"--batch-parts {self.parts}: must be a multiple of the {world_size} processes")
@@ -159,5 +179,5 @@ class BatchPlan:
             samples_seen += self.size(number)
 
     def sides_from(self, step: int) -> Iterator[int | None]:
-        """The sides of the batches from ``step`` on, without end."""
+        """Yield the sides of the batches from ``step`` on, without end."""
         return (self.side(number) for number in count(step))

@@ -1,33 +1,40 @@
-"""Counting right answers of a classification over batches, whatever gives the scores."""
+"""Accuracy of a classification, counted over batches."""
 
 import torch
 from torch import Tensor
 
 
 class AccuracyMeter:
-    """Right answers per class; metrics are named and defined as CLIP_benchmark has them."""
+    """Counts correct answers per class; metrics are named and defined as CLIP_benchmark has them."""
 
     def __init__(self, classes: int) -> None:
-        self.seen, self.first, self.in_five = (torch.zeros(classes, dtype=torch.int64) for _ in range(3))
+        self.images = torch.zeros(classes, dtype=torch.int64)
+        self.top1 = torch.zeros(classes, dtype=torch.int64)
+        self.top5 = torch.zeros(classes, dtype=torch.int64)
 
     def add(self, scores: Tensor, labels: Tensor) -> None:
-        """(B, K) scores on any device, (B,) labels on the CPU; five are all where there are fewer classes."""
-        classes = len(self.seen)
-        right = scores.topk(min(5, classes), dim=1).indices.cpu() == labels[:, None]
-        self.seen += torch.bincount(labels, minlength=classes)
-        self.first += torch.bincount(labels[right[:, 0]], minlength=classes)
-        self.in_five += torch.bincount(labels[right.any(dim=1)], minlength=classes)
+        """Count a batch.
+
+        Args:
+            scores: (B, K) on any device. With fewer than five classes the top five are all of them.
+            labels: (B,) on the CPU.
+        """
+        classes = len(self.images)
+        is_correct = scores.topk(min(5, classes), dim=1).indices.cpu() == labels[:, None]
+        self.images += torch.bincount(labels, minlength=classes)
+        self.top1 += torch.bincount(labels[is_correct[:, 0]], minlength=classes)
+        self.top5 += torch.bincount(labels[is_correct.any(dim=1)], minlength=classes)
 
     @property
     def total(self) -> int:
-        """Images counted."""
-        return int(self.seen.sum())
+        """The number of images counted."""
+        return int(self.images.sum())
 
     def metrics(self) -> dict[str, float]:
-        """acc1, acc5 and mean_per_class_recall, over the classes that occur; at least one image was counted."""
-        there = self.seen > 0
+        """Return acc1, acc5 and mean_per_class_recall, over the classes that occur; needs at least one image."""
+        occurs = self.images > 0
         return {
-            "acc1": int(self.first.sum()) / self.total,
-            "acc5": int(self.in_five.sum()) / self.total,
-            "mean_per_class_recall": float((self.first[there] / self.seen[there]).double().mean()),
+            "acc1": int(self.top1.sum()) / self.total,
+            "acc5": int(self.top5.sum()) / self.total,
+            "mean_per_class_recall": float((self.top1[occurs] / self.images[occurs]).double().mean()),
         }
