@@ -1,8 +1,8 @@
-"""Weights from a file: safetensors, or torch's own formats of which nothing but tensors and plain values is unpickled.
+"""Weights from a file: safetensors, or torch's own formats, of which only tensors and plain values are unpickled.
 
-A pickle runs code of its maker when it is loaded whole. So `torch.load` gets ``weights_only``, with the types besides
-that training loops (open_clip's, timm's) keep next to weights: numpy's scalars and argparse's Namespace. Whoever trusts
-a file that holds more says so (``trust``). torch is imported inside the functions only.
+A pickle can run its maker's code when it is loaded. So `torch.load` gets ``weights_only``, and the types that training
+loops (open_clip's, timm's) keep next to weights are allowed: numpy's scalars and argparse's Namespace. ``trust`` loads
+a file that holds more. torch is imported inside the functions only.
 """
 
 import pickle
@@ -24,7 +24,7 @@ TRUST = "take a safetensors file, or give --trust-checkpoint if you trust whoeve
 
 
 def read_checkpoint(path: str, trust: bool = False, given: bool = True, fix: str = "") -> Any:
-    """What a checkpoint file holds, on the CPU. ``trust`` unpickles anything, hence runs what the file says.
+    """What a checkpoint file holds, on the CPU. ``trust`` unpickles anything, so the file can run code.
 
     ``given``: it is the user's file and not one that this package wrote. Raises UserError and DataError.
     """
@@ -33,7 +33,7 @@ def read_checkpoint(path: str, trust: bool = False, given: bool = True, fix: str
     with checkpoint_errors(path, given, fix):
         with open_read(path) as file:
             head = file.read(9)
-        if head[8:] == b"{":  # a length, then JSON, whatever the name says
+        if head[8:] == b"{":  # safetensors: a length, then JSON, whatever the file is called
             from safetensors.torch import load_file
 
             return load_file(path)
@@ -41,7 +41,7 @@ def read_checkpoint(path: str, trust: bool = False, given: bool = True, fix: str
             _check_names(path)
         others = _other_types(path) if given and not trust else []
         if others:
-            raise UserError(f"{path} holds Python objects besides tensors ({_some(others)}); {TRUST}")
+            raise UserError(f"{path} holds Python objects besides tensors ({_name_some(others)}); {TRUST}")
         with open_read(path) as file, warnings.catch_warnings(), torch.serialization.safe_globals(_allowed()):
             warnings.simplefilter("ignore")  # about pickle's protocol and TorchScript, which `_unpickling` tells
             try:
@@ -72,17 +72,17 @@ def load_checkpoint(path: str, trust: bool = False, own: Collection[str] = ()) -
 
     ``own`` are the names of the model that they are for. Raises UserError when there are none, or NaN among them.
     """
-    found = read_checkpoint(path, trust)
-    if isinstance(found, Mapping) and {"task", "progress"} <= set(found):
+    content = read_checkpoint(path, trust)
+    if isinstance(content, Mapping) and {"task", "progress"} <= set(content):
         raise UserError(f"{path} is a checkpoint of a RUN; name the RUN folder, or what `clipmill export` made of it")
-    if isinstance(found, Mapping):
-        found = next((found[name] for name in NESTED if isinstance(found.get(name), Mapping)), found)
-    weights = _tensors(found)
+    if isinstance(content, Mapping):
+        content = next((content[name] for name in NESTED if isinstance(content.get(name), Mapping)), content)
+    weights = _tensors(content)
     if not weights:
         held = (
-            f"a mapping of {_some(map(str, found)) or 'nothing'}"
-            if isinstance(found, Mapping)
-            else f"a {type(found).__name__}"
+            f"a mapping of {_name_some(map(str, content)) or 'nothing'}"
+            if isinstance(content, Mapping)
+            else f"a {type(content).__name__}"
         )
         raise UserError(f"{path} holds no weights by name but {held}; give a state dict")
     names = {name: strip_wrappers(name, own) for name in weights}
@@ -115,7 +115,7 @@ def describe_mismatch(error: BaseException) -> str:
     ):
         names = re.findall(r'"([^"]+)"', " ".join(re.findall(pattern, text)))
         if names:
-            found.append(f"{len(names)} weights {said} ({_some(names)})")
+            found.append(f"{len(names)} weights {said} ({_name_some(names)})")
     shapes = re.findall(r"size mismatch for (\S+): .*?torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)", text)
     if shapes:
         name, there, wanted = shapes[0]
@@ -123,7 +123,8 @@ def describe_mismatch(error: BaseException) -> str:
     return "; ".join(found)[: 2 * LONGEST] or short(error)
 
 
-def _some(names: Any) -> str:
+def _name_some(names: Any) -> str:
+    """The first `SHOWN` names, for a message."""
     names = list(names)
     shown = ", ".join(name if len(name) <= 80 else f"{name[:80]}..." for name in names[:SHOWN])
     return shown + (", ..." if len(names) > SHOWN else "")

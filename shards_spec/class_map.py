@@ -16,7 +16,7 @@ FORMAT = TsvFormat("class map", "class\tcase\tsimilarity\twnids\tlemmas", comman
 class ClassRow:
     """A class and the synsets of the vocabulary it is mapped to; ``similarity`` is WordNet's path similarity.
 
-    exact: its own synset; mean: all its words' synsets; nearest: the most similar synset; none: nothing is known of it.
+    exact: its own synset; mean: all its words' synsets; nearest: the most similar synset; none: no synset was found.
     """
 
     name: str
@@ -36,19 +36,19 @@ class ClassMap:
     @property
     def cases(self) -> dict[str, int]:
         """Classes per case."""
-        found = Counter(row.case for row in self.rows)
-        return {case: found[case] for case in get_args(Case)}
+        counts = Counter(row.case for row in self.rows)
+        return {case: counts[case] for case in get_args(Case)}
 
     @property
     def unmapped(self) -> list[str]:
-        """Names of the classes of which nothing is known."""
+        """Names of the classes for which no synset was found."""
         return [row.name for row in self.rows if not row.wnids]
 
     @property
     def summary(self) -> str:
-        """How many classes there are of each case, and the first of which nothing is known."""
-        said = ", ".join(f"{number} {case}" for case, number in self.cases.items())
-        return f"{len(self.rows)} classes: {said}; random: {', '.join(self.unmapped[:20]) or 'none'}"
+        """The number of classes of each case, and the first ones without a synset."""
+        cases = ", ".join(f"{number} {case}" for case, number in self.cases.items())
+        return f"{len(self.rows)} classes: {cases}; random: {', '.join(self.unmapped[:20]) or 'none'}"
 
     def write(self, path: str) -> None:
         """Write the TSV: a ``#`` header line, column names, rows."""

@@ -1,4 +1,4 @@
-"""Text that holds words of others, made fit to be shown: it does nothing to a terminal, and tells no secrets.
+"""Text from outside, made safe to show: without terminal control characters and without secrets.
 
 Names of files, keys, captions and answers may hold escape sequences; addresses may hold passwords and signatures.
 """
@@ -11,7 +11,7 @@ from shards_spec.files import UserError
 
 OURS = ("pipeline", "shards_spec", "slurm", "training", "clipmill", "__main__")
 
-# all but tab and line feed that a terminal obeys, what turns the order of letters, and what is no text at all
+# Control characters except tab and line feed, marks that change the direction of text, and half surrogates.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 ADDRESS = re.compile(r"://[^\s\"'<>]+")
 USER = re.compile(r"://[^/?#]*@")
@@ -47,23 +47,23 @@ class LogFormatter(logging.Formatter):
 
 
 def log_to_stderr() -> None:
-    """Log from the level that CLIPMILL_LOG names (INFO) to stderr, `shown`; nothing where logging is set up already.
+    """Log to stderr from the level that CLIPMILL_LOG names (INFO) on; does nothing where logging is set up already.
 
-    Of other packages only warnings, but for open_clip's about random weights: where they are not what was asked for,
-    loading fails. Raises UserError for a level that is none.
+    Of other packages only warnings are shown, except open_clip's about random weights: where those were not asked for,
+    loading fails anyway. Raises UserError for an unknown level.
     """
     level = os.environ.get("CLIPMILL_LOG", "INFO").upper()
     if level not in logging.getLevelNamesMapping():
         raise UserError(f"CLIPMILL_LOG={level}: there are {', '.join(logging.getLevelNamesMapping())}")
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter())
-    handler.addFilter(_worth_telling)
+    handler.addFilter(_is_worth_showing)
     logging.basicConfig(level=level, handlers=[handler])
 
 
-def _worth_telling(record: logging.LogRecord) -> bool:
+def _is_worth_showing(record: logging.LogRecord) -> bool:
     if record.name.split(".")[0] in OURS:
         return True
-    said = record.getMessage()
-    random = "Model initialized randomly" in said or "no CLIP weights found" in said
-    return record.levelno >= logging.WARNING and not random
+    text = record.getMessage()
+    is_about_random_weights = "Model initialized randomly" in text or "no CLIP weights found" in text
+    return record.levelno >= logging.WARNING and not is_about_random_weights

@@ -1,4 +1,4 @@
-"""A vocabulary: synsets by descending count; the class index is the rank. Labels mean nothing without it."""
+"""A vocabulary: synsets by descending count. A class index is a rank in it, so labels belong to one vocabulary."""
 
 import json
 import re
@@ -17,7 +17,7 @@ RULE_KEYS = ("wordnet", "rule", "stop_words")  # in the header and in pack's con
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """``rows`` are (WNID, lemma, occurrences, captions that have it), rank order; ``header`` names the rule."""
+    """``rows`` are (WNID, lemma, occurrences, captions that have it) by rank; ``header`` has the label rule."""
 
     rows: tuple[tuple[str, str, int, int], ...]
     header: dict[str, Any]
@@ -50,10 +50,11 @@ class Vocabulary:
 
         ``name`` is what the message calls the vocabulary.
         """
-        theirs, ours = rule_of(packed), rule_of(self.header)
-        if theirs != ours:
+        shards_rule, own_rule = rule_of(packed), rule_of(self.header)
+        if shards_rule != own_rule:
+            own, other = _describe_rule(own_rule), _describe_rule(shards_rule)
             raise UserError(
-                f"{name} is of the label rule {_said(ours)}, the shards are of {_said(theirs)}: take a vocabulary that "
+                f"{name} is of the label rule {own}, the shards are of {other}: take a vocabulary that "
                 "`clipmill vocab` makes of these shards, or pack them by the other rule with --overwrite"
             )
 
@@ -87,7 +88,8 @@ def rule_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in RULE_KEYS if key in config}
 
 
-def _said(rule: dict[str, Any]) -> str:
+def _describe_rule(rule: dict[str, Any]) -> str:
+    """A label rule in a few words and the first digits of its hash."""
     stop = f" with {len(rule['stop_words'])} stop words" if "stop_words" in rule else ""
     return f"{rule.get('rule')}{stop} ({sha256_json(rule)[:8]}) on WordNet {rule.get('wordnet')}"
 

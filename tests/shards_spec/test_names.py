@@ -28,7 +28,7 @@ SOMEBODYS = ["0.jpg", "./0.jpg", "a/../0.jpg", "a.b/0.jpg", "_0.jpg", "__init/0.
 
 
 @pytest.mark.parametrize("path", NOBODYS)
-def test_files_that_are_nobodys(path):
+def test_files_that_are_ignored(path):
     assert is_ignored(path)
 
 
@@ -67,7 +67,7 @@ def walked(folder):
     return [prefix + name for prefix, files in walk(str(folder)) for name in files]
 
 
-def test_a_walk_leaves_out_what_is_nobodys_and_keeps_the_order(tmp_path):
+def test_a_walk_leaves_out_ignored_files_and_keeps_the_order(tmp_path):
     tree(tmp_path, "b.jpg", "a.jpg", "c/z.jpg", "c/d/a.jpg", "a/b.jpg", *NOBODYS)
     assert walked(tmp_path) == ["a.jpg", "b.jpg", "a/b.jpg", "c/z.jpg", "c/d/a.jpg"]
     assert walked("file://" + str(tmp_path)) == walked(tmp_path)

@@ -80,7 +80,7 @@ def test_stale_temporaries_of_dead_processes_go(tmp_path):
     assert not gone.exists()
 
 
-def test_a_temporary_file_is_made_anew_under_a_name_that_nobody_foresees(tmp_path, monkeypatch):
+def test_a_temporary_file_is_made_under_a_name_that_no_other_process_foresees(tmp_path, monkeypatch):
     tokens, seen, victim = iter(["same", "same", "other"]), list[str](), tmp_path / "victim"
     victim.write_bytes(b"mine")
     monkeypatch.setattr(files.secrets, "token_hex", lambda size: next(tokens))

@@ -106,7 +106,7 @@ def test_dry_run_prints_scripts_and_writes_nothing(raw, tmp_path):
         (["jobs", "/tmp"], "nothing was submitted for /tmp"),
     ],
 )
-def test_a_users_mistake_is_one_line_with_the_mend(words, said):
+def test_a_users_mistake_is_one_line_with_the_fix(words, said):
     done = command(*words, code=2)
     assert said in done.stderr
     assert "Traceback" not in done.stderr

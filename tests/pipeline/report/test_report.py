@@ -385,7 +385,7 @@ def test_long_runs_keep_the_page_small(run):
         (lambda path: path.mkdir(), {"output": "."}, "is a folder"),
     ],
 )
-def test_bad_inputs_get_a_message_with_the_mend(tmp_path, make, options, message):
+def test_bad_inputs_get_a_message_with_the_fix(tmp_path, make, options, message):
     make(tmp_path / "x")
     with pytest.raises(UserError, match=message):
         report(ReportConfig(str(tmp_path / "x"), **options))
