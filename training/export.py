@@ -41,28 +41,23 @@ class ExportConfig:
 
 
 def export(config: ExportConfig) -> None:
-    """Write the folder, load it back, compare features.
+    """Write the folder, load it back, and compare features.
 
     Raises UserError when the run has no checkpoint, the folder has another model, or the loaded copy computes something
     else.
     """
-    from safetensors.torch import save
-
     if is_url(config.to):
         raise UserError(f"--to {config.to!r}: give a local folder and copy it from there")
     student, step = load_run(config.run, config.raw, config.best, config.trust)
     folder = Path(config.to).resolve()
     if isinstance(student.model, Classifier):
         export_classifier(str(folder), student, config.overwrite)
-        own = type(student.model.trunk).__module__.startswith("timm.")
-        needs = "loads it alone" if own else "needs `import training.models.catlip` for this architecture"
+        is_timms = type(student.model.trunk).__module__.startswith("timm.")
+        needs = "loads it alone" if is_timms else "needs `import training.models.catlip` for this architecture"
         log.info("%s: step %d of %s, timm's local-dir:%s; timm %s", folder, step, config.run, folder, needs)
         return
-    tensors = {name: tensor.contiguous() for name, tensor in student.model.state_dict().items()}
-    weights = save(tensors, metadata={"format": "pt"})
-    write_model(str(folder), "open_clip_model.safetensors", weights, config.overwrite)
-    write_open_clip_config(str(folder), student, f"local-dir:{config.run}")
-    difference = compare(student, load_model(f"local-dir:{folder}", trust=config.trust))
+    _write_open_clip(folder, student, config)
+    difference = largest_difference(student, load_model(f"local-dir:{folder}", trust=config.trust))
     if difference > TOLERANCE:
         raise UserError(
             f"{folder}: loaded back, its features differ by {difference:.2g} (more than {TOLERANCE:g}); do not use it"
@@ -70,9 +65,22 @@ def export(config: ExportConfig) -> None:
     log.info("%s: step %d of %s, features differ by %.2g at most", folder, step, config.run, difference)
 
 
+def _write_open_clip(folder: Path, student: LoadedModel, config: ExportConfig) -> None:
+    """Write weights and description of a student as open_clip reads them."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.contiguous() for name, tensor in student.model.state_dict().items()}
+    weights = save(tensors, metadata={"format": "pt"})
+    write_model(str(folder), "open_clip_model.safetensors", weights, config.overwrite)
+    write_open_clip_config(str(folder), student, f"local-dir:{config.run}")
+
+
 @torch.no_grad()
-def compare(one: LoadedModel, other: LoadedModel) -> float:
-    """Largest absolute difference of image and text features over eight images of noise and eight captions."""
+def largest_difference(one: LoadedModel, other: LoadedModel) -> float:
+    """Return the largest absolute difference of two models' features.
+
+    They are those of eight images of noise and eight captions.
+    """
     images = torch.randn(8, 3, one.image_size, one.image_size, generator=torch.Generator().manual_seed(0))
     captions = [f"a photo of {number} things" for number in ("no", "one", "two", "three", "four", "five", "six", "7")]
 
@@ -81,4 +89,4 @@ def compare(one: LoadedModel, other: LoadedModel) -> float:
         return [image, loaded.model.encode_text(loaded.tokenizer(captions), normalize=True)]
 
     pairs = zip(features(one), features(other), strict=True)
-    return max(float((ours - theirs).abs().max()) for ours, theirs in pairs)
+    return max(float((feature - counterpart).abs().max()) for feature, counterpart in pairs)

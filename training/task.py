@@ -138,7 +138,7 @@ class Task(nn.Module):
         """Take the teachers along when the task moves between devices and dtypes."""
         for teacher in {id(value): value for value in vars(self).values() if isinstance(value, FrozenTeacher)}.values():
             teacher.move(fn)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
 

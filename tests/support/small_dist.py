@@ -163,7 +163,7 @@ def _gradients(ranks, device, dtype, sizes, chunk_size=None, norm=True, dropout=
         sizes = ranks.sizes(len(batch["keys"]))
     else:
         sizes = [sum(sizes)]
-    step = Gradients(task, ranks, device, "fp32", chunk_size)
+    step = Gradients(task, ranks, device, precision="fp32", chunk_size=chunk_size)
     step.losses(batch, 0, sizes)  # one that is not followed by a backward pass, as a skipped step
     for buffer in statistics(task):
         buffer.zero_()

@@ -107,10 +107,14 @@ def tiny_clip(folder: Path, dim: int = DIM, vision: dict[str, Any] = TINY_VIT) -
         "embed_dim": dim,
         "vision_cfg": vision,
         "text_cfg": {
-            "context_length": 16, "vocab_size": vocabulary, "width": 32, "heads": 2, "layers": 1,
+            "context_length": 16,
+            "vocab_size": vocabulary,
+            "width": 32,
+            "heads": 2,
+            "layers": 1,
             "tokenizer_kwargs": {"bpe_path": "bpe.txt.gz"},
         },
-    }  # fmt: skip
+    }
     folder.mkdir(parents=True)
     shutil.copy(BPE, folder / "bpe.txt.gz")
     preprocess = {"mean": [0.5] * 3, "std": [0.25] * 3}
@@ -133,9 +137,10 @@ def tiny_siclip(folder: Path, name: str = "SiCLIP-tiny") -> str:
 
     config = open_clip.get_model_config(name)
     config["text_cfg"] |= {
-        "vocab_size": open_clip.tokenizer.SimpleTokenizer(bpe_path=str(BPE)).vocab_size, "context_length": 16,
+        "vocab_size": open_clip.tokenizer.SimpleTokenizer(bpe_path=str(BPE)).vocab_size,
+        "context_length": 16,
         "tokenizer_kwargs": {"bpe_path": "bpe.txt.gz"},
-    }  # fmt: skip
+    }
     folder.mkdir(parents=True)
     shutil.copy(BPE, folder / "bpe.txt.gz")
     preprocess = {"mean": [0.0] * 3, "std": [1.0] * 3}

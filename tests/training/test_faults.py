@@ -180,14 +180,28 @@ clipmill.main()
 def start(root, out, *words, first=""):
     """``clipmill train clip`` in a process of its own."""
     words = (
-        "train", "clip", "--smoke", "--data", root, "--out", str(out), "--model", f"local-dir:{root}/models/clip",
-        "--batch-size", "4", *words,
-    )  # fmt: skip
+        "train",
+        "clip",
+        "--smoke",
+        "--data",
+        root,
+        "--out",
+        str(out),
+        "--model",
+        f"local-dir:{root}/models/clip",
+        "--batch-size",
+        "4",
+        *words,
+    )
     code = TRAIN.format(tests=str(Path(__file__).parents[1] / "support"), first=first)
     return subprocess.Popen(
-        [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        [sys.executable, "-c", code, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
         start_new_session=True,
-    )  # fmt: skip
+    )
 
 
 def until_logged(process, out, number=1):

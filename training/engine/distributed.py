@@ -1,4 +1,4 @@
-"""Processes: who I am among them, start and end, and the few collectives there are. One process pays for none of it.
+"""Processes: this one's rank, start and end, and the few collectives there are, which cost one process nothing.
 
 torchrun sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (submitit can export the same); without them
 there is one process. Small things (flags, sizes, random states) go over gloo, features and gradients over nccl on CUDA.
@@ -20,13 +20,13 @@ from torch import Tensor
 from shards_spec.files import DataError, UserError
 from shards_spec.models import pick_device
 
-TIMEOUT = timedelta(hours=1)  # the others wait while rank 0 evaluates; a process that dies is noticed without it
+TIMEOUT = timedelta(hours=1)  # the others wait while rank 0 evaluates; a process that dies is noticed at once
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among ``size``; every method with traffic is called by all of them, or by none."""
+    """This process among ``size``; every method that communicates is called by all of them, or by none."""
 
     rank: int = 0
     local_rank: int = 0
@@ -34,11 +34,11 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the run folder."""
+        """Whether this process is the main one, which writes the run folder."""
         return self.rank == 0
 
     def sizes(self, own: int) -> list[int]:
-        """``own`` of every rank."""
+        """Return ``own`` of every rank."""
         if self.size == 1:
             return [own]
         everyone = torch.zeros(self.size, dtype=torch.int64)
@@ -46,7 +46,7 @@ class Ranks:
         return everyone.tolist()
 
     def all_max(self, *values: int) -> list[int]:
-        """The largest over the ranks of each value: a flag that one raises is up for all."""
+        """Return the largest over the ranks of each value: a flag that one rank sets is set for all."""
         if self.size == 1:
             return list(values)
         flags = torch.tensor(values)
@@ -54,7 +54,7 @@ class Ranks:
         return flags.tolist()
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's value."""
+        """Return rank 0's value."""
         if self.size == 1:
             return value
         box = [value]
@@ -62,7 +62,7 @@ class Ranks:
         return box[0]
 
     def gather_to_main(self, value: T) -> list[T]:
-        """The values of all ranks on rank 0, an empty list elsewhere."""
+        """Return the values of all ranks on rank 0, an empty list elsewhere."""
         if self.size == 1:
             return [value]
         box: list[Any] | None = [None] * self.size if self.is_main else None
@@ -71,7 +71,10 @@ class Ranks:
 
     @contextmanager
     def raise_on_all(self) -> Iterator[None]:
-        """An error within on any rank ends all after the block: there it is raised, the others leave without a word."""
+        """Within, an error on any rank ends all of them after the block.
+
+        The rank that failed raises its error, the others raise SystemExit, so that one message is printed.
+        """
         if self.size == 1:
             yield
             return
@@ -86,7 +89,7 @@ class Ranks:
 
 @contextmanager
 def processes(device: str) -> Iterator[tuple[Ranks, str]]:
-    """This process's place among torchrun's, and its device; within, the process group stands.
+    """Give this process's rank among torchrun's and its device; within, the process group exists.
 
     Raises UserError for a device that is not there.
     """
@@ -102,11 +105,12 @@ def processes(device: str) -> Iterator[tuple[Ranks, str]]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo", timeout=TIMEOUT)
     log = logging.getLogger("training")
-    before, own = log.level, log.level if ranks.is_main else logging.WARNING
-    log.setLevel(own)
+    before = log.level
+    if not ranks.is_main:
+        log.setLevel(logging.WARNING)
     try:
         yield ranks, device
-    except (UserError, DataError, SystemExit):  # raised by all, see `raise_on_all`
+    except (UserError, DataError, SystemExit):  # raised on all ranks, see `raise_on_all`
         dist.destroy_process_group()
         raise
     else:  # after any other error this process ends, and its closed sockets tell the others
@@ -123,21 +127,31 @@ def _from_environment() -> Ranks:
 
 
 def gather(features: dict[str, Tensor], ranks: Ranks, sizes: list[int]) -> dict[str, Tensor]:
-    """Features of all ranks, in rank order: each (n, ...) becomes (sum of ``sizes``, ...). One collective for all.
+    """Return the features of all ranks, in rank order, by one collective.
 
-    The gradient reaches the own rows alone, multiplied by the number of ranks: every rank differentiates the same full
-    loss, and DDP's mean over the ranks then is the sum over their rows. What the loss uses beside the features (a logit
-    scale) has its full gradient on every rank, which the mean leaves as it is.
+    The gradient reaches this rank's rows alone, multiplied by the number of ranks: every rank differentiates the same
+    full loss, and DDP's mean over the ranks then is the sum over their rows. What the loss uses beside the features (a
+    logit scale) has its full gradient on every rank, which the mean leaves as it is.
+
+    Args:
+        features: Tensors (n, ...) of this rank.
+        ranks: The processes.
+        sizes: n of each rank.
+
+    Returns:
+        Tensors (sum of ``sizes``, ...).
     """
     if ranks.size == 1:
         return features
-    own, start = sizes[ranks.rank], sum(sizes[: ranks.rank])
+    own = sizes[ranks.rank]
+    start = sum(sizes[: ranks.rank])
     parts = [value.detach().reshape(own, -1).contiguous().view(torch.uint8) for value in features.values()]
     packed = F.pad(torch.cat(parts, dim=1), (0, 0, 0, max(sizes) - own))
     everyone = packed.new_empty(ranks.size * len(packed), packed.shape[1])
     dist.all_gather_into_tensor(everyone, packed)
-    joined = torch.cat([rows[:n] for rows, n in zip(everyone.split(len(packed)), sizes, strict=True)])
-    columns = joined.split([part.shape[1] for part in parts], dim=1)
+    padded = torch.split(everyone, len(packed))
+    joined = torch.cat([rows[:count] for rows, count in zip(padded, sizes, strict=True)])
+    columns = torch.split(joined, [part.shape[1] for part in parts], dim=1)
     gathered = {}
     for (name, value), column in zip(features.items(), columns, strict=True):
         whole = column.contiguous().view(value.dtype).reshape(-1, *value.shape[1:])

@@ -74,6 +74,7 @@ class Gradients:
         task: Task,
         ranks: Ranks,
         device: str,
+        *,
         precision: Precision,
         chunk_size: int | None,
         normalise: Callable[[Tensor], Tensor] | None = None,
@@ -119,7 +120,7 @@ class Gradients:
 
         def backward() -> None:
             with kept_statistics(self.task):  # recomputed activations are a second pass, too
-                self.scaler.scale(total(losses)).backward()
+                torch.autograd.backward(self.scaler.scale(total(losses)))
 
         return LossAndBackward(losses, backward)
 

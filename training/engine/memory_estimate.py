@@ -155,7 +155,7 @@ def profile(task: Task, batch: Batch, precision: PrecisionOption = "fp32", avera
         pixels=pixels,
         others=sum(per_sample.values()),
         activations=((len(few["keys"]), few_saved), (count, saved)),
-        losses=tuple((times * count, found) for times, found in zip((1, 2, 3), of_losses, strict=True)),
+        losses=tuple((times * count, taken) for times, taken in zip((1, 2, 3), of_losses, strict=True)),
     )
 
 
@@ -164,18 +164,18 @@ def saved_bytes(function: Callable[[], dict[str, Tensor]], but: set[int]) -> tup
 
     Storages at the addresses ``but`` do not count.
     """
-    found: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
+    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in but:
-            found[storage.data_ptr()] = storage
+            storages[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         outcome = function()
     bare = {name: value.detach() for name, value in outcome.items()}
-    return sum(storage.nbytes() for storage in found.values()), bare
+    return sum(storage.nbytes() for storage in storages.values()), bare
 
 
 def _losses(task: Task, features: Features, times: int) -> Losses:
@@ -187,8 +187,8 @@ def _losses(task: Task, features: Features, times: int) -> Losses:
 
 def _line(points: tuple[tuple[int, int], ...]) -> np.poly1d:
     """The line through two points."""
-    sizes, found = np.array(points, float).T
-    return np.poly1d(np.polyfit(sizes, found, 1))
+    sizes, measured = np.array(points, float).T
+    return np.poly1d(np.polyfit(sizes, measured, 1))
 
 
 def _bytes(tensors: Any) -> int:

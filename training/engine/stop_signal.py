@@ -11,7 +11,10 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 @contextmanager
 def stop_flag() -> Iterator[list[signal.Signals]]:
-    """A list that receives stopping signals; Ctrl-C after the first one acts at once. Schedulers repeat the others."""
+    """Give a list that receives stopping signals.
+
+    A second Ctrl-C acts at once. Schedulers repeat the other signals, which stay harmless.
+    """
     received: list[signal.Signals] = []
     before: dict[signal.Signals, Any] = {}
 

@@ -19,12 +19,13 @@ class CpuSyncBatchNorm(_BatchNorm):
     """torch's SyncBatchNorm for the CPU, where torch's own refuses: mean and variance over the samples of all ranks."""
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of dimensions."""
+        """Accept any number of dimensions."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(n, C, ...) -> (n, C, ...); n may differ between ranks."""
+        """Normalise (n, C, ...); n may differ between ranks."""
         if not self.training:
-            return super().forward(input)
+            output: Tensor = super().forward(input)
+            return output
         assert self.momentum is not None  # a cumulative average: no model here has one
         values = input if input.dtype == torch.float64 else input.float()
         dims, shape = [0, *range(2, input.ndim)], [1, -1, *[1] * (input.ndim - 2)]
@@ -53,13 +54,13 @@ class CpuSyncBatchNormAct(CpuSyncBatchNorm):
     drop: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
-        """As above, then dropout and activation."""
+        """Normalise, then apply dropout and activation."""
         out: Tensor = self.act(self.drop(super().forward(input)))
         return out
 
 
 def synchronise(module: nn.Module, device: str) -> int:
-    """Make the trained BatchNorms of a module take their statistics over all ranks; returns how many they are.
+    """Make the trained BatchNorms of a module take their statistics over all ranks; return how many were changed.
 
     The instance stays, only its class changes, so that names, shared modules and references to them do.
     """
@@ -74,13 +75,13 @@ def synchronise(module: nn.Module, device: str) -> int:
 
 
 def frozen(norm: _BatchNorm) -> bool:
-    """Held in eval mode, or without a trained parameter though it has some."""
+    """Return whether a norm is held in eval mode, or has parameters and none of them is trained."""
     parameters = list(norm.parameters())
     return not norm.training or (bool(parameters) and not any(parameter.requires_grad for parameter in parameters))
 
 
 def moving(module: nn.Module) -> list[_BatchNorm]:
-    """The BatchNorms whose running statistics a forward pass moves."""
+    """Return the BatchNorms whose running statistics a forward pass moves."""
     norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
     return [norm for norm in norms if norm.training and norm.running_mean is not None]
 
@@ -92,7 +93,7 @@ def statistics(module: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def kept_statistics(module: nn.Module) -> Iterator[None]:
-    """Forward passes within normalise as ever and leave the running statistics as they are.
+    """Within, forward passes normalise as usual and leave the running statistics as they are.
 
     By a momentum of 0 and not without buffers: a recomputed activation must save the same tensors as the first time.
     """

@@ -69,7 +69,9 @@ class Updater:
             task.compile()  # its forward, in place: names of weights stay
         self._build_optimizer()
         precision = resolve_precision(run.precision, device, emulated=False)
-        self.gradients = Gradients(task, ranks, device, precision, run.chunk_size, normalise)
+        self.gradients = Gradients(
+            task, ranks, device, precision=precision, chunk_size=run.chunk_size, normalise=normalise
+        )
         decay = config.optim.ema_decay
         self.average = ModelEma(task.student, decay) if decay is not None else None
         self.statistics = statistics(task)
@@ -92,7 +94,7 @@ class Updater:
 
         Loss scale, chunk size and random streams go on.
         """
-        log.info("the task has changed its shape: optimizer, average and gradients are made anew")
+        log.info("the student has another shape now: optimizer, average and DDP are rebuilt")
         optimizer, average = self.optimizer, self.average
         optimizer.zero_grad(set_to_none=True)  # gradients are parts of the former DDP's buckets
         self._prepare_modules()

@@ -23,11 +23,11 @@ class FrozenTeacher:
     Attributes:
         name: For messages.
         width: Numbers of a feature, D.
-        logit_scale: The scale of its logits, not the logarithm.
+        logit_scale: The scale of its logits, not the logarithm; 1 for a teacher of images alone.
         model: The live model in eval mode, without gradients; None for a cached teacher.
     """
 
-    def __init__(self, name: str, *, width: int, logit_scale: float, model: Any = None) -> None:
+    def __init__(self, name: str, *, width: int, logit_scale: float = 1.0, model: Any = None) -> None:
         self.name = name
         self.width = width
         self.logit_scale = logit_scale
@@ -35,7 +35,10 @@ class FrozenTeacher:
 
     @classmethod
     def live(cls, name: str, loaded: LoadedModel) -> "FrozenTeacher":
-        """Return a teacher that runs on each batch. Its parameters are frozen in place."""
+        """Return a CLIP model that runs on each batch. Its parameters are frozen in place.
+
+        A teacher of images alone (timm's) is made by the constructor, and read by `intermediate`.
+        """
         scale = loaded.model.logit_scale.exp().item()
         return cls(name, width=loaded.config["embed_dim"], logit_scale=scale, model=loaded.model)
 

@@ -45,7 +45,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.utils import reparameterize_model
+from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 from tyro.conf import OmitArgPrefixes
 

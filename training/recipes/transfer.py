@@ -207,20 +207,20 @@ def load_class_map(path: str, classes: list[str], vocabulary: Vocabulary) -> Cla
 
     Raises UserError when it has other classes or was made for another vocabulary.
     """
-    found = read_class_map(path)
-    theirs = found.header.get("vocabulary_sha256")
+    class_map = read_class_map(path)
+    theirs = class_map.header.get("vocabulary_sha256")
     if theirs != vocabulary.sha256:
         raise UserError(
             f"{path} maps to vocabulary {str(theirs)[:12]}, the model's is {vocabulary.sha256[:12]}: make it again, "
             "`clipmill classes NAMES --vocabulary RUN/vocabulary.tsv`"
         )
-    rows = {row.name: row for row in found.rows}
+    rows = {row.name: row for row in class_map.rows}
     if missing := [name for name in classes if name not in rows]:
         raise UserError(f"{path} has no row for {len(missing)} classes, first {missing[0]!r}: make it of these classes")
-    named = chain.from_iterable(row.wnids for row in found.rows)
+    named = chain.from_iterable(row.wnids for row in class_map.rows)
     if unknown := [wnid for wnid in named if wnid not in vocabulary.index]:
         raise UserError(f"{path} names {unknown[0]}, which is not in the vocabulary; correct that row")
-    ordered = ClassMap(tuple(rows[name] for name in classes), found.header)
+    ordered = ClassMap(tuple(rows[name] for name in classes), class_map.header)
     log.info("Transfer Init of %s", ordered.summary)
     return ordered
 

@@ -173,20 +173,20 @@ class RunFolder:
 
     def newest(self) -> Path | None:
         """Return the checkpoint of the highest step, intact or not."""
-        found = self._found()
-        return found[-1] if found else None
+        checkpoints = self._numbered()
+        return checkpoints[-1] if checkpoints else None
 
     def load_newest(self) -> dict[str, Any] | None:
         """Return the state of the newest intact checkpoint, if there is one; damaged ones are named in a warning.
 
         Raises DataError when there are checkpoints and none is intact.
         """
-        return load_checkpoint(self._newest_intact()) if self._found() else None
+        return load_checkpoint(self._newest_intact()) if self._numbered() else None
 
     def _newest_intact(self, set_aside: bool = False) -> Path:
         """Return the newest intact checkpoint. Raises DataError when there is none."""
         damaged = dict[Path, str]()
-        for path in reversed(self._found()):
+        for path in reversed(self._numbered()):
             try:
                 load_checkpoint(path)
             except DataError as error:
@@ -208,7 +208,8 @@ class RunFolder:
         path = self.checkpoints / BEST
         return path if path.exists() else None
 
-    def _found(self, folder: Path | None = None) -> list[Path]:
+    def _numbered(self, folder: Path | None = None) -> list[Path]:
+        """Return the files step_N.pt of a folder, by default of the checkpoints, in the order of steps."""
         folder = folder or self.checkpoints
         names = os.listdir(folder) if folder.is_dir() else []
         steps = sorted((int(match[1]), name) for name in names if (match := CHECKPOINT.fullmatch(name)))
@@ -224,7 +225,7 @@ class RunFolder:
                 with open(self.metrics, "rb") as lines:
                     os.fsync(lines.fileno())  # on disk before the checkpoint that stands for them
             write_checkpoint(self.checkpoints / f"step_{step:06d}.pt", {"config": self.requested, **state})
-        for old in self._found()[:-keep]:
+        for old in self._numbered()[:-keep]:
             old.unlink()
             hash_file(old).unlink(missing_ok=True)
 
@@ -239,7 +240,7 @@ class RunFolder:
         path = folder / f"step_{step:06d}.pt"
         with self.room():
             save_state(path, state)
-        for old in self._found(folder)[:-keep]:
+        for old in self._numbered(folder)[:-keep]:
             old.unlink()
         return path
 
@@ -286,8 +287,8 @@ class RunFolder:
 def _step_of(line: bytes) -> int | None:
     """Return the step of a line of metrics.jsonl; None where it is no such line."""
     try:
-        found = json.loads(line) if line.endswith(b"\n") else None
+        parsed = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
-    step = found.get("step") if isinstance(found, dict) else None
+    step = parsed.get("step") if isinstance(parsed, dict) else None
     return step if isinstance(step, int) and not isinstance(step, bool) else None

@@ -95,13 +95,14 @@ def test_finetuning_and_catlip_in_chunks_are_the_whole(range_augment, tmp_path):
     for name, fields in (("whole", {}), ("chunks", {"chunk_size": 3})):
         config = importlib.import_module("training.recipes.finetune").config()
         config = dataclasses.replace(
-            config, range_augment=range_augment,
+            config,
+            range_augment=range_augment,
             data=dataclasses.replace(config.data, data=data, batch_size=8, workers=0),
             sides=dataclasses.replace(config.sides, sides=(32, 64), base_side=64),
             student=dataclasses.replace(config.student, model="timm:test_vit"),
             optim=dataclasses.replace(config.optim, warmup=1),
             run=dataclasses.replace(config.run, out=str(tmp_path / name), steps=3, log_every=1, **fields),
-        )  # fmt: skip
+        )
         found[name] = lines(train("finetune", config))
     for line, expected in zip(found["chunks"], found["whole"], strict=True):
         assert line["losses"] == pytest.approx(expected["losses"], rel=1e-4)
@@ -219,13 +220,30 @@ def test_a_real_allocator_without_memory_halves_the_chunk(root, tmp_path):
     model = tiny_clip(tmp_path / "deep", vision={**TINY_VIT, "layers": 4, "patch_size": 4, "width": 64})
     whole = bytes_of(tiny_config("clip", root, "unused", batch_size=256, model=model), "clip", None)
     code = REAL.format(tests=str(Path(__file__).parents[2] / "support"), room=whole // 3)
-    words = ["train", "clip", "--smoke", "--data", root, "--model", model, "--batch-size",
-             "256", "--steps", "3", "--out", str(tmp_path / "run")]  # fmt: skip
+    words = [
+        "train",
+        "clip",
+        "--smoke",
+        "--data",
+        root,
+        "--model",
+        model,
+        "--batch-size",
+        "256",
+        "--steps",
+        "3",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     returned = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # freed memory is free address space
     done = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=300,
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
         env=os.environ | returned,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "out of memory with 256 samples at a time" in done.stderr
     assert "Traceback" not in done.stderr

@@ -80,14 +80,17 @@ def test_gradients_are_those_of_one_process_on_the_joined_batch(name, two):
     assert len(untouched) == 5
     assert all((one["state"][key] == fresh[key.split(".")[-1]]).all() for key in untouched)
     assert {key for key, value in one["gradients"].items() if value is None} == {
-        "useless", "student.held.weight", "student.held.bias",
-    }  # fmt: skip
+        "useless",
+        "student.held.weight",
+        "student.held.bias",
+    }
 
 
 def reductions(rank, chunk_size):
     """How often DDP sends gradients in a step."""
     with processes("cpu") as (ranks, device):
-        step, sent = Gradients(Tiny(norm=False).train(), ranks, device, "fp32", chunk_size), []
+        task, sent = Tiny(norm=False).train(), []
+        step = Gradients(task, ranks, device, precision="fp32", chunk_size=chunk_size)
 
         def note(state, bucket):
             sent.append(1)
@@ -208,8 +211,11 @@ def torchrun(*options):
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     return subprocess.run(
         [*words, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "clipmill", *options],
-        capture_output=True, text=True, timeout=200, cwd=Path(__file__).parents[3],
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=Path(__file__).parents[3],
+    )
 
 
 @pytest.fixture(scope="module")

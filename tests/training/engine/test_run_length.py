@@ -43,16 +43,21 @@ def told(caplog):
     ("fields", "warning"),
     [
         ({"batch_size": 23, "steps": 3}, None),
-        ({"batch_size": 24, "steps": 3}, "--batch-size 24: the dataset has 23 samples, so a batch has some twice, and "
-         "a pair that comes twice is its own negative"),
+        (
+            {"batch_size": 24, "steps": 3},
+            "--batch-size 24: the dataset has 23 samples, so a batch has some twice, and "
+            "a pair that comes twice is its own negative",
+        ),
         ({"batch_size": 1, "steps": 3}, "--batch-size 1: a batch of one pair has no negatives"),
-        ({"warmup": 2000, "steps": 1}, "--warmup 2000: the run has 1 steps, so its learning rate is 5e-07 at the end "
-         "and never --lr 0.001"),
+        (
+            {"warmup": 2000, "steps": 1},
+            "--warmup 2000: the run has 1 steps, so its learning rate is 5e-07 at the end and never --lr 0.001",
+        ),
         ({"warmup": 3, "steps": 3}, None),
         ({"warmup": 4, "steps": 3}, "--warmup 4: the run has 3 steps"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_one_warning_each(root, tmp_path, caplog, fields, warning):
     train("clip", tiny_config("clip", root, str(tmp_path / "run"), **fields))
     found = told(caplog)
@@ -175,14 +180,19 @@ def test_auto_is_bf16_where_cuda_has_it(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "--base-weights is needed: MobileCLIP-S0's weights (Apple's mobileclip_s0.pt, another checkpoint file, or "
-         "a RUN folder), or random for a try; open_clip itself has --base MobileCLIP2-S0 --base-weights dfndr2b"),
-        (["--base-weights", "mobileclip_s0.pt"], "--base-weights 'mobileclip_s0.pt': no such file, RUN folder or tag "
-         "of MobileCLIP-S0 (tags: none)"),
+        (
+            [],
+            "--base-weights is needed: MobileCLIP-S0's weights (Apple's mobileclip_s0.pt, another checkpoint file, or "
+            "a RUN folder), or random for a try; open_clip itself has --base MobileCLIP2-S0 --base-weights dfndr2b",
+        ),
+        (
+            ["--base-weights", "mobileclip_s0.pt"],
+            "--base-weights 'mobileclip_s0.pt': no such file, RUN folder or tag of MobileCLIP-S0 (tags: none)",
+        ),
         (["--base", "MobileCLIP2-S0", "--base-weights", "nope"], "tag of MobileCLIP2-S0 (tags: dfndr2b)"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_siclip_without_base_weights_is_refused_before_anything_is_built(words, said, tmp_path, monkeypatch, capsys):
     """Nor is a dataset looked for: the message is the first."""
     import clipmill

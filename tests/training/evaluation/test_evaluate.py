@@ -25,7 +25,7 @@ from training.evaluation.clip_benchmark import check_root
 from training.evaluation.config import EvalConfig
 from training.evaluation.stage import dataset_names, evaluate, print_result
 from training.evaluation.zero_shot import Encoder, measure, recalls, retrieval, zeroshot
-from training.export import ExportConfig, compare, export
+from training.export import ExportConfig, export, largest_difference
 from training.runs.model_folder import write_model
 from training.runs.student import load_run, new_student
 from training.trainer import train
@@ -373,7 +373,7 @@ def test_export_comes_back_the_same(run, tmp_path, monkeypatch):
     export(ExportConfig(run, str(folder)))
     student, _ = load_run(run)
     loaded = load_model(f"local-dir:{folder}")
-    assert compare(student, loaded) == 0
+    assert largest_difference(student, loaded) == 0
     assert (loaded.mean, loaded.std, loaded.image_size) == ((0.5,) * 3, (0.25,) * 3, 32)
     assert {path.name for path in folder.iterdir()} == {
         "open_clip_config.json",
@@ -388,7 +388,7 @@ def test_export_comes_back_the_same(run, tmp_path, monkeypatch):
     with torch.no_grad():
         assert torch.equal(plain_model.eval().encode_text(tokens), student.model.encode_text(tokens))
     assert np.allclose(preprocess.transforms[-1].mean, 0.5)
-    assert compare(student, load_model(f"local-dir:{moved}")) == 0
+    assert largest_difference(student, load_model(f"local-dir:{moved}")) == 0
 
 
 def test_a_tokenizer_of_transformers_travels_with_run_and_export(tmp_path, monkeypatch):
@@ -419,7 +419,7 @@ def test_a_tokenizer_of_transformers_travels_with_run_and_export(tmp_path, monke
 
 def test_a_run_lives_without_its_source(run, tmp_path):
     shutil.copytree(run, tmp_path / "moved")
-    assert compare(load_run(str(tmp_path / "moved"))[0], load_run(run)[0]) == 0
+    assert largest_difference(load_run(str(tmp_path / "moved"))[0], load_run(run)[0]) == 0
     shutil.move(str(Path(run).parent / "models"), tmp_path / "models")
     try:
         export(ExportConfig(str(tmp_path / "moved"), str(tmp_path / "to")))
@@ -428,7 +428,7 @@ def test_a_run_lives_without_its_source(run, tmp_path):
 
 
 def test_an_export_that_computes_something_else_is_an_error(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.export.compare", lambda one, other: 1e-3)
+    monkeypatch.setattr("training.export.largest_difference", lambda one, other: 1e-3)
     with pytest.raises(UserError, match=r"differ by 0\.001"):
         export(ExportConfig(run, str(tmp_path / "to")))
 
@@ -436,7 +436,7 @@ def test_an_export_that_computes_something_else_is_an_error(run, tmp_path, monke
 def test_compare_sees_another_model(run, tmp_path):
     other = new_student(ModelConfig(tiny_clip(tmp_path / "model")), 5)
     other.model.eval()
-    assert compare(load_run(run)[0], other) > 1e-2
+    assert largest_difference(load_run(run)[0], other) > 1e-2
 
 
 def test_class_folders_one_level_off_are_told_with_the_way_out(tmp_path):

@@ -46,6 +46,14 @@ def test_a_live_teacher_is_its_model_without_gradients(loaded):
     assert teacher.logit_scale == pytest.approx(1 / 0.07)
 
 
+def test_a_teacher_of_images_alone_is_read_by_its_taps():
+    vit = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    teacher = FrozenTeacher("vit", width=2, model=vit)
+    tapped = teacher.intermediate(lambda model: model(torch.ones(1, 4)), ["0"], until="0")
+    assert tapped.taps["0"][0].shape == (1, 3)
+    assert (teacher.logit_scale, teacher.item_fields) == (1.0, ())
+
+
 def test_a_part_of_the_forward_pass_may_be_shared(loaded):
     teacher = FrozenTeacher.live("tiny", loaded)
     features = teacher.features({}, lambda model: (model.logit_scale + 1, model.logit_scale + 2))

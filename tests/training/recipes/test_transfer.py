@@ -179,9 +179,11 @@ def test_rows_of_the_pretrained_head():
     nn.init.zeros_(head.bias)
     before = head.weight.detach().clone()
     rows = (
-        ClassRow("ball", "exact", (BALL,)), ClassRow("x", "none"), ClassRow("dog wall", "mean", (DOG, WALL)),
+        ClassRow("ball", "exact", (BALL,)),
+        ClassRow("x", "none"),
+        ClassRow("dog wall", "mean", (DOG, WALL)),
         ClassRow("terrier", "nearest", (DOG,)),
-    )  # fmt: skip
+    )
     transfer_head(head, pretrained, vocabulary, ClassMap(rows, {}))
     old, new = pretrained.weight.detach().double().numpy(), head.weight.detach().double().numpy()
     expected = np.stack([old[2], (old[0] + old[1]) / 2, old[0]])
