@@ -3,9 +3,9 @@
 
     python demo/cut_bpe.py
 
-CLIP's 49,408 tokens make the caption loss too dear for a CPU. The cut keeps, in their order, the merges that
-the words of the demo's captions use, and the first COMMON merges so that other English words stay short. Every
-caption word is therefore tokenised exactly as CLIP does it, and a vocabulary is 512 + merges + 2 tokens.
+CLIP's 49,408 tokens make the caption loss too expensive for a CPU. The cut keeps, in their order, the merges that
+the words of the demo's captions use, and the first COMMON merges so that other English words stay short. So every
+caption word is tokenised exactly as by CLIP, and a vocabulary has 512 + merges + 2 tokens.
 The merges are those of OpenAI's CLIP (MIT licence), as shipped with open_clip.
 """
 
@@ -37,14 +37,16 @@ def caption_words() -> set[str]:
 def needed_merges(tokenizer: SimpleTokenizer, words: set[str]) -> set[tuple[str, str]]:
     """Return the merges that build the tokens of `words`, down to single characters."""
     left_and_right = {"".join(pair): pair for pair in reversed(tokenizer.bpe_ranks)}
-    todo = [token for word in words for token in tokenizer.bpe(word).split()]
-    found: set[tuple[str, str]] = set()
-    while todo:
-        pair = left_and_right.get(todo.pop())
-        if pair is not None and pair not in found:
-            found.add(pair)
-            todo.extend(pair)
-    return found
+    pending: list[str] = []
+    for word in words:
+        pending += tokenizer.bpe(word).split()
+    needed: set[tuple[str, str]] = set()
+    while pending:
+        pair = left_and_right.get(pending.pop())
+        if pair is not None and pair not in needed:
+            needed.add(pair)
+            pending.extend(pair)
+    return needed
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Clipmill's table of contents: from a list of URLs to a distilled student, with the commands a user runs on CC12M,
-# at a size that takes minutes on two cores. Everything lands in demo-run/; run it again and it goes on.
+# at a size that takes minutes on two cores. Everything is written to demo-run/; run it again to resume.
 #   SEEDS="0 1 2" bash demo/demo.sh    trains the two students with three seeds
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,7 +11,7 @@ export CLIPMILL_LOG=${CLIPMILL_LOG:-WARNING} PYTHONWARNINGS=ignore
 mkdir -p "$RUN"
 : >"$RUN/seconds.tsv"
 
-step() { # step NAME COMMAND...: say it, run it, note its seconds
+step() { # step NAME COMMAND...: print the command, run it, record its seconds
   local name=$1 start=$EPOCHREALTIME
   shift
   printf '\n[%s] %s\n' "$name" "$*"
@@ -19,7 +19,7 @@ step() { # step NAME COMMAND...: say it, run it, note its seconds
   awk -v n="$name" -v a="$start" -v b="$EPOCHREALTIME" 'BEGIN { printf "%s\t%.1f\n", n, b - a }' >>"$RUN/seconds.tsv"
 }
 
-# A web of our own: 5,000 scenes with captions, a list of their URLs with the usual faults, a server, held-out sets
+# A small web: 5,000 scenes with captions, a list of their URLs with the usual faults, a server, held-out sets
 PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 [ -f "$WEB/port" ] && PORT=$(cat "$WEB/port") # the list of an earlier run names its port
 [ -f "$WEB/port" ] || {

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How right the synthetic captions are: things they name against the things that the scenes show.
+"""How accurate the synthetic captions are: the things that they name against the things that the scenes show.
 
 python demo/named.py ROOT TRUTH.jsonl [CAPTIONER ...]
 
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 
 def captions(folder: Path, root: Path) -> Iterator[tuple[str, list[str]]]:
-    """(file name of the image, its captions) of one captioner."""
+    """Yield each image's file name and its captions by one captioner."""
     for path in sorted(folder.glob("*.parquet")):
         raw = pq.read_table(root / "raw" / path.name, columns=["key", "url"]).to_pylist()
         files = {row["key"]: row["url"].rpartition("/")[2] for row in raw}
@@ -26,15 +26,20 @@ def captions(folder: Path, root: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def rates(folder: Path, root: Path, truth: dict[str, set[str]]) -> tuple[int, float, float]:
-    """Captions, precision and recall."""
+    """Return the number of captions, their precision and their recall."""
     nouns = set().union(*truth.values())
-    number = named = right = shown = 0
+    captions_seen = 0
+    named = 0
+    correct = 0
+    shown = 0
     for file, texts in captions(folder, root):
         for text in texts:
-            found = nouns & set(re.findall(r"\w+", text.lower()))
-            number, named, right = number + 1, named + len(found), right + len(found & truth[file])
+            named_here = nouns & set(re.findall(r"\w+", text.lower()))
+            captions_seen += 1
+            named += len(named_here)
+            correct += len(named_here & truth[file])
             shown += len(truth[file])
-    return number, right / max(1, named), right / max(1, shown)
+    return captions_seen, correct / max(1, named), correct / max(1, shown)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ import tarfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from random import Random
 
@@ -41,7 +42,10 @@ JPEG_QUALITY = 90
 SHORT_SHARE = 0.50  # captions that leave out the background
 JUNK_SHARE = 0.03  # captions that say nothing about the scene
 MISSING_SHARE = 0.01  # extra rows whose URL does not exist
-HTML_FILES, TRUNCATED_FILES, EMPTY_FILES = 3, 2, 2  # extra rows whose file is no image
+# extra rows whose file is no image
+HTML_FILES = 3
+TRUNCATED_FILES = 2
+EMPTY_FILES = 2
 
 THINGS = tuple(sorted(path.stem for path in IMAGES.glob("*.png")))
 
@@ -120,8 +124,12 @@ def _put(name: str, size: str, column: int, row: int) -> Thing:
 
 def _apart(cells: list[tuple[int, int, int]]) -> bool:
     """Return whether squares (column, row, side) do not overlap."""
-    pairs = [(a, b) for i, a in enumerate(cells) for b in cells[:i]]
-    return all(any(a[i] + a[2] <= b[i] or b[i] + b[2] <= a[i] for i in (0, 1)) for a, b in pairs)
+    return not any(_overlap(one, other) for one, other in combinations(cells, 2))
+
+
+def _overlap(one: tuple[int, int, int], other: tuple[int, int, int]) -> bool:
+    """Return whether two squares (column, row, side) overlap, along both axes."""
+    return all(one[axis] < other[axis] + other[2] and other[axis] < one[axis] + one[2] for axis in (0, 1))
 
 
 def make_scene(rng: Random, names: list[str] | None = None) -> Scene:
@@ -190,7 +198,7 @@ def web_caption(scene: Scene, rng: Random) -> tuple[str, str]:
 
 
 def _bad_files(images: Path, count: int, seed: int) -> dict[int, list[tuple[str, str]]]:
-    """Write the files no reader can use; return (caption, file name) of their rows by the scene they follow."""
+    """Write the files that no reader can use; return (caption, file name) of their rows by the scene they follow."""
     rng = Random(f"{seed}/bad files")
     page = b"<!DOCTYPE html>\n<html><head><title>404</title></head><body><p>Not found.</p></body></html>\n"
     contents = {f"page-{i}.jpg": page for i in range(HTML_FILES)}

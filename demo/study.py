@@ -12,7 +12,9 @@ from pipeline.report.axes import Axis
 from pipeline.report.charts import Plot
 
 COLOURS = ("#7f7f7f", "#1f77b4", "#2ca02c", "#d62728", "#9467bd")
-WIDTH, HEIGHT, LINE = 560, 320, 18  # px: a chart, and a line of its legend
+WIDTH = 560  # px, of a chart
+HEIGHT = 320  # px, of a chart
+LINE = 18  # px, of a line of the legend
 STYLE = (
     "<style>text{font:11px sans-serif;fill:#444}.grid{stroke:#e4e4e4}.axis,.tick{stroke:#888}"
     "polyline{fill:none;stroke-width:1.8}</style>"
@@ -20,18 +22,19 @@ STYLE = (
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl of a run."""
+    """Return the lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def cell(values: Sequence[float]) -> str:
-    """Mean and range of shares, in per cent."""
-    low, middle, high = (100 * value for value in (min(values), statistics.mean(values), max(values)))
-    return f"{middle:.1f} ({low:.1f}–{high:.1f})"
+    """Return mean and range of shares, in per cent."""
+    percent = [100 * value for value in values]
+    mean = 100 * statistics.mean(values)
+    return f"{mean:.1f} ({min(percent):.1f}–{max(percent):.1f})"
 
 
 def curves(series: dict[str, list[tuple[float, float]]], x: Axis, y: Axis, summary: str) -> str:
-    """SVG: (x, y) points of each name as a line, the names below."""
+    """Return an SVG with a line through the (x, y) points of each name, and a legend below."""
     plot = Plot(x, y, (WIDTH, HEIGHT))
     body, legend = "", ""
     for number, (name, points) in enumerate(series.items()):

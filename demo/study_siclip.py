@@ -6,6 +6,7 @@ python demo/study_siclip.py STUDY ROOT OUT      writes OUT.md, OUT.svg and OUT-d
 
 import statistics
 import sys
+from itertools import chain
 from pathlib import Path
 
 from study import cell, curves, lines
@@ -34,13 +35,14 @@ SHOWN = {
 
 
 def table(study: Path) -> str:
-    """Markdown: a row of the ablation per line, the base model last."""
+    """Return a Markdown table: a row of the ablation per line, the base model last."""
     runs = {row: sorted(study.glob(f"{row}-*")) for row in ROWS}
     text = [f"| | {' | '.join(SHOWN.values())} | samples/s |", "|---" * 5 + "|"]
     for row, name in ROWS.items():
-        found = [metrics(run) for run in runs[row]]
-        rate = statistics.median(line["samples_per_s"] for run in runs[row] for line in lines(run))
-        cells = [cell([one[metric] for one in found]) for metric in SHOWN]
+        results = [metrics(run) for run in runs[row]]
+        logged = chain.from_iterable(lines(run) for run in runs[row])
+        rate = statistics.median(line["samples_per_s"] for line in logged)
+        cells = [cell([result[metric] for result in results]) for metric in SHOWN]
         text.append(f"| {name} | {' | '.join(cells)} | {rate:.0f} |")
     base = metrics(study / "base")
     text.append(f"| base and teacher | {' | '.join(f'{100 * base[metric]:.1f}' for metric in SHOWN)} | |")
@@ -48,7 +50,7 @@ def table(study: Path) -> str:
 
 
 def chart(study: Path) -> str:
-    """SVG: zero-shot accuracy over the steps, the mean of the seeds of each row."""
+    """Return an SVG chart: zero-shot accuracy over the steps, the mean of the seeds of each row."""
     series = {}
     for row, name in ROWS.items():
         points: dict[int, list[float]] = {}
@@ -57,13 +59,16 @@ def chart(study: Path) -> str:
                 if "eval" in line:
                     points.setdefault(line["step"], []).append(100 * line["eval"]["acc1"])
         series[name] = [(float(step), statistics.mean(values)) for step, values in sorted(points.items())]
-    last = max(step for points in series.values() for step, _ in points)
+    last = max(step for step, _ in chain.from_iterable(series.values()))
     axes = linear("step", 0, last, 6), linear("zero-shot acc@1, %", 0, 100, 5)
     return curves(series, *axes, "zero-shot accuracy over the steps")
 
 
 def divergences(study: Path, root: str) -> dict[str, list[tuple[float, float]]]:
-    """Of the trained base's adjacent attention blocks, over 1,024 scenes and their captions, as SiCLIP probes S0."""
+    """Return the divergences of the trained base's adjacent attention blocks, as SiCLIP measures S0's.
+
+    Over 1,024 scenes and their captions.
+    """
     base, _ = load_run(str(study / "base"))
     samples = open_samples(DataConfig(data=root), ViewConfig(scale=None), base, 0)
     batches = list(load_batches(samples, batch_positions(0, 8, 128)))
@@ -73,7 +78,9 @@ def divergences(study: Path, root: str) -> dict[str, list[tuple[float, float]]]:
 
 def main() -> None:
     """Write the three files."""
-    study, root, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    study = Path(sys.argv[1])
+    root = sys.argv[2]
+    out = Path(sys.argv[3])
     write_divergences(f"{out}-divergence.svg", divergences(study, root))
     head = (Path(__file__).parent / "study_siclip.md").read_text()
     out.with_suffix(".md").write_text(head.replace("TABLE\n", table(study)))

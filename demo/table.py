@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The demo's last words: who learned what, how long each stage took, where the reports are.
+"""The demo's results: what each model learned, how long each stage took, where the reports are.
 
 python demo/table.py DEMO_RUN
 """
@@ -34,7 +34,7 @@ def results_table(folder: Path) -> Table:
     classes = len((folder / "web" / "eval" / "zeroshot" / "classnames.txt").read_text().splitlines())
     captions = 2 * count["retrieval"]
     table.add_row("chance", f"{100 / classes:.2f}", f"{100 * 2 / captions:.2f}", f"{100 / count['retrieval']:.2f}")
-    runs = [run for kind in ("scratch", "distilled") for run in sorted(folder.glob(f"{kind}-*"))]
+    runs = [*sorted(folder.glob("scratch-*")), *sorted(folder.glob("distilled-*"))]
     for name, run in [*((run.name.replace("-", ", seed "), run) for run in runs), ("teacher (CoCa)", folder / "coca")]:
         found = metrics(run)
         shown = (found["acc1"], found["text_retrieval_recall@1"], found["image_retrieval_recall@1"])
