@@ -7,6 +7,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,6 @@ ABOVE = {
     "evaluation": {"engine", "recipes", "trainer"},
     "recipes": {"trainer"},
 }
-# Where the code reads aloud (`test_code_reads_aloud`).
-PLAIN = ("shards_spec", "slurm", "pipeline/check", "pipeline/report")
 
 
 def imported(path: Path) -> set[str]:
@@ -78,6 +77,13 @@ def test_files_stay_small(path):
     assert len(path.read_text().splitlines()) <= MAX_LINES
 
 
+def test_a_class_name_means_one_thing():
+    defined = Counter[str]()
+    for path in SOURCES:
+        defined.update(node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef))
+    assert not [name for name, number in defined.items() if number > 1]
+
+
 def rooms_imported(path: Path, floor: str) -> set[str]:
     """The packages and modules directly below a floor that a file imports, its own package excepted."""
     rooms = set()
@@ -110,8 +116,7 @@ def test_rooms_of_training_import_downward(path):
     assert not wrong, f"training/{room_of(path)} imports {wrong}, which stand above it"
 
 
-@pytest.mark.parametrize("path", [path for room in PLAIN for path in sorted((ROOT / room).rglob("*.py"))],
-                         ids=lambda path: str(path.relative_to(ROOT)))  # fmt: skip
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_code_reads_aloud(path):
     """No line that the formatter must not touch, no packed assignment, loops and conditions one at a time."""
     text = path.read_text()
