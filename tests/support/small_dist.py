@@ -1,4 +1,4 @@
-"""Real processes joined by gloo, and a tiny task with all that makes gradients over processes hard."""
+"""Real processes joined by gloo, and a tiny task with everything that makes gradients over processes hard."""
 
 import multiprocessing
 import os
@@ -74,7 +74,9 @@ class Net(nn.Module):
         super().__init__()
         self.conv, self.held = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).requires_grad_(False)
         self.norm = nn.BatchNorm2d(4) if norm else nn.Identity()
-        self.image, self.words, self.text = nn.Linear(4, 6), nn.Embedding(11, 5), nn.Linear(5, 6)
+        self.image = nn.Linear(4, 6)
+        self.words = nn.Embedding(11, 5)
+        self.text = nn.Linear(5, 6)
         self.drop = nn.Dropout(dropout)
         self.logit_scale = nn.Parameter(torch.tensor(1.3))
 

@@ -44,7 +44,8 @@ class CpuSyncBatchNorm(_BatchNorm):
         normal = centred * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
             normal = normal * self.weight.view(shape) + self.bias.view(shape)
-        return normal.to(input.dtype)
+        normalised: Tensor = normal.to(input.dtype)
+        return normalised
 
 
 class CpuSyncBatchNormAct(CpuSyncBatchNorm):

@@ -1,4 +1,4 @@
-"""The recipes in sight: name to one line; the module is ``training.recipes.NAME``. Importing this needs no torch."""
+"""The list of recipes: name to one line; the module is ``training.recipes.NAME``. Importing this needs no torch."""
 
 RECIPES = {
     "clip": "plain contrastive training (CLIP)",

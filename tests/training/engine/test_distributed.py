@@ -197,8 +197,11 @@ def lines(out):
 
 
 def assert_close_runs(one, other, tolerance=1e-4):
-    """Gradients are compared to 1e-13 in float64 above. Here a norm of 365 in float32 feels the last bits of all steps
-    before it (9e-4 at the sixth), where the losses still agree to 1e-6."""
+    """Two runs log nearly the same.
+
+    Gradients are compared to 1e-13 in float64 above. Here a norm of 365 in float32 depends on the last bits of all
+    steps before it (9e-4 at the sixth), where the losses still agree to 1e-6.
+    """
     assert len(lines(one)) == len(lines(other)) == 8
     for line, expected in zip(lines(one), lines(other), strict=True):
         assert line.pop("grad_norm") == pytest.approx(expected.pop("grad_norm"), rel=1e-2)
@@ -244,7 +247,8 @@ def test_torchrun_gives_the_run_of_one_process_and_goes_on_with_one(root, one, t
 
 
 def test_a_run_in_chunks_by_two_processes(root, tmp_path):
-    one, two, fields = str(tmp_path / "one"), str(tmp_path / "two"), {"model": f"local-dir:{root}/models/vit"}
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    fields = {"model": f"local-dir:{root}/models/vit"}
     assert fork(2, run, root, two, nothing, fields | {"chunk_size": 2}) == [two, two]
     assert_close_runs(two, run(0, root, one, nothing, fields))
 
@@ -297,7 +301,8 @@ def stop_rank_1(rank):
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(root, tmp_path):
-    fields, out, whole = {"checkpoint_minutes": 99.0}, str(tmp_path / "run"), str(tmp_path / "whole")
+    fields = {"checkpoint_minutes": 99.0}
+    out, whole = str(tmp_path / "run"), str(tmp_path / "whole")
     assert [kind for kind, _ in finish(start(2, run, root, out, stop_rank_1, fields))] == ["SystemExit"] * 2
     assert RunFolder(out).newest().name == "step_000004.pt"
     assert len(load_checkpoint(RunFolder(out).newest())["rng"]) == 2
