@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import product
 
 STEPS = """
 import time, torch
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
     policies = {"passive": "PASSIVE", "libgomp's default": None}
-    found = {(name, busy): list[float]() for name in policies for busy in (False, True)}
+    found = {case: list[float]() for case in product(policies, (False, True))}
     for busy in (False, True):
         load = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(options.load * busy)]
         time.sleep(1)

@@ -14,6 +14,7 @@ import argparse
 import io
 import tempfile
 import time
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,8 @@ def plain_loop(root: str, loaded: LoadedModel, options: argparse.Namespace) -> N
 
 def rendering_times(root: str, size: int, options: argparse.Namespace) -> tuple[float, float]:
     """Milliseconds per view on one core: ours, torchvision's; decoding counted once per sample in both."""
-    samples = [s for path in sorted(Path(root, "shards").glob("*.tar")) for s in read_shard(str(path))][:20]
+    shards = sorted(Path(root, "shards").glob("*.tar"))
+    samples = list(islice(chain.from_iterable(read_shard(str(path)) for path in shards), 20))
     spec = ViewSpec(ops=options.ops)
     transform = T.Compose(
         [
@@ -146,9 +148,16 @@ def main() -> None:
         plain_loop(root, loaded, options)
         plain = time.perf_counter() - start
         config = CacheConfig(
-            root, options.model, f"{root}/teacher.pt", name="t", views=options.views, spec=ViewSpec(ops=options.ops),
-            device=options.device, precision=options.precision, processes=options.processes,
-        )  # fmt: skip
+            root,
+            options.model,
+            f"{root}/teacher.pt",
+            name="t",
+            views=options.views,
+            spec=ViewSpec(ops=options.ops),
+            device=options.device,
+            precision=options.precision,
+            processes=options.processes,
+        )
         summary = cache(config)
         waited = 100 * summary.measurements["waited_s"] / summary.measurements["embedding_s"]
         print(

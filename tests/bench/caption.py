@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import chain, product
 from pathlib import Path
 
 import torch
@@ -130,8 +131,9 @@ def ours(options: argparse.Namespace) -> dict:
     decoding = Decoding("top_k", top_k=50, min_tokens=options.tokens - 2, max_tokens=options.tokens - 1)
 
     def write(encoded, batch: int, captions: int) -> None:
-        owners = [image for image in range(batch) for _ in range(captions)]
-        names = [f"{image}/{n}" for image in range(batch) for n in range(captions)]
+        pairs = list(product(range(batch), range(captions)))
+        owners = [image for image, _ in pairs]
+        names = [f"{image}/{n}" for image, n in pairs]
         generate(coca, encoded, owners, names, decoding)
 
     measured = {}
@@ -154,7 +156,8 @@ def ours(options: argparse.Namespace) -> dict:
                 "write operations": batch * count(lambda e=seen, c=captions: write(e, 1, c)),
             }
     decoded = (coca.text.transformer, coca.decoder.resblocks, coca.decoder.cross_attn)
-    read = sum(p.numel() for part in decoded for p in part.parameters()) + coca.decoder.text_projection.numel()
+    read = coca.decoder.text_projection.numel()
+    read += sum(p.numel() for p in chain.from_iterable(part.parameters() for part in decoded))
     kv = sum(b.block.attn.in_proj_weight.numel() * 2 // 3 for b in coca.cross_blocks)
     weights = (read - kv) * coca.decoder.text_projection.element_size()
     return {"measured": measured, "weights": weights, "dtype": coca.dtype}

@@ -71,6 +71,7 @@ class Stopwatch:
         self.look()
 
     def look(self) -> float:
+        """Return the seconds since the last call."""
         if self.device.startswith("cuda"):
             torch.cuda.synchronize()
         now = self.clock()
@@ -80,7 +81,9 @@ class Stopwatch:
 
 def seconds_per_step(task: Any, options: argparse.Namespace) -> list[float]:
     """Forward with loss, backward, optimizer: medians over the steps after the first one."""
-    optimizer, batch, taken = build_optimizer(task, OptimConfig()), draw_batch(options), list[list[float]]()
+    optimizer = build_optimizer(task, OptimConfig())
+    batch = draw_batch(options)
+    taken: list[list[float]] = []
     for step in range(WARMING + options.steps):
         watch = Stopwatch(options)
         with torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16"):
@@ -125,7 +128,9 @@ def measure_parts(options: argparse.Namespace) -> dict[str, float]:
 
 def largest_batch(options: argparse.Namespace) -> int:
     """The largest batch that both fit, doubling."""
-    fits, options.steps, steps = options.batch_size, 0, options.steps
+    fits = options.batch_size
+    steps = options.steps
+    options.steps = 0
     while True:
         try:
             for build in (catlip_task, clip_task):

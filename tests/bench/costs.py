@@ -23,7 +23,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,9 @@ from slurm.claims import Finished
 from training.config import DataConfig, TeacherCacheConfig
 from training.data.samples import open_samples
 
-VIEWS, CAPTIONS, DIM = 10, 5, 768
+VIEWS = 10
+CAPTIONS = 5
+DIM = 768
 COMMAND = [sys.executable, str(Path(__file__).parents[2] / "clipmill.py")]
 
 
@@ -113,9 +115,14 @@ def add_captions(root: str) -> None:
     def synthetic(_: str, task: ShardTask) -> ShardResult:
         keys = shard_keys(join(root, f"raw/{shard_name(task.shard)}.tar"))
         rows = [
-            {"key": key, "captions": list(islice(said, CAPTIONS)), "logprobs": [-9.5] * CAPTIONS,
-             "num_tokens": [10] * CAPTIONS} for key in keys
-        ]  # fmt: skip
+            {
+                "key": key,
+                "captions": list(islice(said, CAPTIONS)),
+                "logprobs": [-9.5] * CAPTIONS,
+                "num_tokens": [10] * CAPTIONS,
+            }
+            for key in keys
+        ]
         path = f"captions/made-up/{shard_name(task.shard)}.parquet"
         with atomic_writer(join(root, path)) as file:
             pq.write_table(pa.Table.from_pylist(rows), file)
@@ -130,9 +137,14 @@ def add_teacher(root: str, dtype: Dtype = "float16") -> None:
     """ROOT/teacher/wide: noise as wide as ViT-L/14's vectors, VIEWS views and all captions."""
     spec, draw = ViewSpec(), np.random.default_rng(0)
     meta = {
-        "model": "wide", "pretrained": None, "weights_sha256": "0", "logit_scale": 100.0, "views": spec.as_json(),
-        "views_sha256": spec.sha256, "num_views": VIEWS,
-    }  # fmt: skip
+        "model": "wide",
+        "pretrained": None,
+        "weights_sha256": "0",
+        "logit_scale": 100.0,
+        "views": spec.as_json(),
+        "views_sha256": spec.sha256,
+        "num_views": VIEWS,
+    }
     columns = [*(f"image_{view}" for view in range(VIEWS)), *(f"text_{text}" for text in range(CAPTIONS + 1))]
     sizes = shard_sizes(root)
     for shard in range(len(sizes)):
@@ -168,7 +180,9 @@ def tell_bytes(root: str, folder: str, samples: int) -> None:
 
 def commands(work: Path, options: argparse.Namespace) -> None:
     """Ingest, pack, check on photos."""
-    root, number, rounds = str(work / "ds"), options.photos, options.rounds
+    root = str(work / "ds")
+    number = options.photos
+    rounds = options.rounds
     total = write_photos(work / "photos", number)
     tell("ingest", "downloaded, kB", total / number / 1e3, "a photo")
     lines = [
@@ -205,11 +219,16 @@ def counting(work: Path, rounds: int, shards: int = 10, per_shard: int = 20_000)
         numbers, name = draw.integers(0, 1 << 63, (per_shard, 4)).tolist(), shard_name(shard)
         table = pa.Table.from_pylist(
             [
-                {"key": f"{name}{row:05d}", "status": "success", "url": f"http://images.example.com/{a:x}.jpg",
-                 "sha256": f"{a:016x}{b:016x}{c:016x}{d:016x}", "phash": f"{d:016x}"}
+                {
+                    "key": f"{name}{row:05d}",
+                    "status": "success",
+                    "url": f"http://images.example.com/{a:x}.jpg",
+                    "sha256": f"{a:016x}{b:016x}{c:016x}{d:016x}",
+                    "phash": f"{d:016x}",
+                }
                 for row, (a, b, c, d) in enumerate(numbers)
             ]
-        )  # fmt: skip
+        )
         for folder, stage, own in (("raw", "ingest", table), ("shards", "pack", tiled)):
             with atomic_writer(f"{root}/{folder}/{name}.parquet") as file:
                 pq.write_table(own, file)
@@ -260,7 +279,8 @@ def parts(work: Path, options: argparse.Namespace) -> None:
     for ops in (0, 2):
         render = partial(rendered, samples, ViewSpec(ops=ops))
         tell("cache", f"decode, {VIEWS} views of 224, {ops} operations, CPU ms", per_item(render, rounds), "a sample")
-    cost = per_item(lambda: (tokenizer([text]) for sample in samples for text in sample.captions), rounds)
+    texts = list(chain.from_iterable(sample.captions for sample in samples))
+    cost = per_item(lambda: (tokenizer([text]) for text in texts), rounds)
     tell("cache", "tokens, CPU ms", cost, "a text")
     student = LoadedModel(None, tokenizer, {}, 224, (0.5,) * 3, (0.5,) * 3)
 

@@ -42,6 +42,7 @@ class Live(nn.Module):
         self.task, self.teacher = task, teacher
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the task's features, the teacher's computed here."""
         with torch.no_grad():
             size = self.teacher.image_size
             images = F.interpolate(batch["images"], (size, size), mode="bicubic", antialias=True)
@@ -75,12 +76,15 @@ def seconds_per_step(task: Any, batches: Iterator[dict[str, Any]], options: argp
 @torch.no_grad()
 def seconds_to_embed(teacher: LoadedModel, options: argparse.Namespace) -> tuple[float, float]:
     """Of an image and of a text, in batches of the size of the steps."""
-    number, size, taken = options.batch_size, teacher.image_size, []
+    number = options.batch_size
+    size = teacher.image_size
+    taken = []
     images = torch.randn(number, 3, size, size, device=options.device)
     tokens = teacher.tokenizer(["a photo of things beside each other on a beach"] * number).to(options.device)
     calls: tuple[Callable[[], Tensor], ...] = (
-        lambda: teacher.model.encode_image(images), lambda: teacher.model.encode_text(tokens),
-    )  # fmt: skip
+        lambda: teacher.model.encode_image(images),
+        lambda: teacher.model.encode_text(tokens),
+    )
     with torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16"):
         for call in calls:
             call().sum().item()

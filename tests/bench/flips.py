@@ -8,7 +8,7 @@ reverse) and compares the tokens with those of batches of 64.
 """
 
 import argparse
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 
@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     loaded = load_model(options.model, options.pretrained, device=options.device, precision=options.precision)
     tars = (join(options.root, "raw", f"{shard_name(shard)}.tar") for shard in shard_ids(join(options.root, "raw")))
-    samples = islice((sample for tar in tars for sample in read_shard(tar)), options.images)
+    samples = islice(chain.from_iterable(map(read_shard, tars)), options.images)
     captioner = Captioner(loaded, Decoding(), 5, batch_size=64)
     requests = [CaptionRequest(s.key, captioner.preprocess(decode_rgb(s.image)), tuple(range(5))) for s in samples]
 
@@ -49,10 +49,11 @@ def main() -> None:
         }
 
     expected = texts(requests, 64)
-    tokens = sum(length for row in expected.values() for _, length in row)
+    tokens = sum(length for _, length in chain.from_iterable(expected.values()))
     for batch_size in options.batches:
         found = texts(list(reversed(requests)), batch_size)
-        differ = sum(a != b for key, row in expected.items() for a, b in zip(row, found[key], strict=True))
+        pairs = chain.from_iterable(zip(row, found[key], strict=True) for key, row in expected.items())
+        differ = sum(one != other for one, other in pairs)
         print(
             f"batches of {batch_size}, reversed, against 64: {differ} of {5 * len(expected)} captions differ "
             f"({tokens:,} tokens; {options.precision}, {torch.get_num_threads()} threads)"

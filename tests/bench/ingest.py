@@ -23,6 +23,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from statistics import median
 
@@ -71,12 +72,12 @@ def rival(work: Path) -> Path:
 
 
 def children(pid: int) -> list[int]:
-    """A process and all below it."""
+    """Return a process and all its descendants."""
     try:
         text = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
     except OSError:
         return []
-    return [pid, *(below for child in text.split() for below in children(int(child)))]
+    return [pid, *chain.from_iterable(children(int(child)) for child in text.split())]
 
 
 def resident(pid: int) -> int:
@@ -115,18 +116,31 @@ def commands(work: Path, size: int, source: Path) -> dict[str, tuple[list[str], 
     ours += ["--allow-private", "--shard-size", str(size), "--image-size", "256"]
     theirs = [str(rival(work)), "--url_list", str(source), "--output_folder", str(work / "theirs")]
     options = {
-        "input_format": "tsv", "url_col": "url", "caption_col": "caption", "output_format": "webdataset",
-        "processes_count": os.cpu_count(), "thread_count": 64, "image_size": 256, "resize_mode": "keep_ratio",
-        "resize_only_if_bigger": True, "encode_quality": 95, "number_sample_per_shard": size, "enable_wandb": False,
-    }  # fmt: skip
-    theirs += [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        "input_format": "tsv",
+        "url_col": "url",
+        "caption_col": "caption",
+        "output_format": "webdataset",
+        "processes_count": os.cpu_count(),
+        "thread_count": 64,
+        "image_size": 256,
+        "resize_mode": "keep_ratio",
+        "resize_only_if_bigger": True,
+        "encode_quality": 95,
+        "number_sample_per_shard": size,
+        "enable_wandb": False,
+    }
+    for name, value in options.items():
+        theirs += [f"--{name}", str(value)]
     return {"clipmill": (ours, work / "ours/raw"), "img2dataset": (theirs, work / "theirs")}
 
 
 def sizes(folder: Path) -> dict[str, tuple[int, int]]:
     """Link to pixels of the image in the shard."""
-    tables = [pq.read_table(path, columns=["url", "width", "height"]) for path in sorted(folder.glob("*.parquet"))]
-    return {row["url"]: (row["width"], row["height"]) for table in tables for row in table.to_pylist()}
+    sizes: dict[str, tuple[int, int]] = {}
+    for path in sorted(folder.glob("*.parquet")):
+        table = pq.read_table(path, columns=["url", "width", "height"])
+        sizes |= {row["url"]: (row["width"], row["height"]) for row in table.to_pylist()}
+    return sizes
 
 
 def _convert(path: Path) -> int:
@@ -178,8 +192,11 @@ def main() -> None:
             for key in pairs[0][0]:
                 print(f"  ratio, {key}: {spread([ours[key] / theirs[key] for ours, theirs in pairs])}")
     pure = limit(work, photos)
-    print(f"\ndecoding, resizing, encoding alone: {pure:.0f} photos/s; the last steady rate above is "
-          f"{100 * median(run['steady'] for run in runs['clipmill']) / pure:.0f} % of it")  # fmt: skip
+    steady = median(run["steady"] for run in runs["clipmill"])
+    print(
+        f"\ndecoding, resizing, encoding alone: {pure:.0f} photos/s; the last steady rate above is "
+        f"{100 * steady / pure:.0f} % of it"
+    )
 
 
 if __name__ == "__main__":

@@ -50,18 +50,42 @@ VERB_KINDS = (
     "social stative weather"
 )
 PATTERNS = (
-    "a {a} {n} on the {n}", "{n} and {N} in {a} {n}", "{N} {N} {n} for {n}s", "the {n}'s {a} {n}",
-    "{d} {n}s with a {n}", "{N} {N}, {N} {d}", "{a}-{n} {n} of the {n}", "{n} {v}ing a {n} in front of the {n}",
-    "{a} {a} {n} {v}s", "person , the {n} , {v}s at the {n}",
-    "vector {n} of a {a} {n} isolated on white background", "{N} in {N} by {N}",
-)  # fmt: skip
+    "a {a} {n} on the {n}",
+    "{n} and {N} in {a} {n}",
+    "{N} {N} {n} for {n}s",
+    "the {n}'s {a} {n}",
+    "{d} {n}s with a {n}",
+    "{N} {N}, {N} {d}",
+    "{a}-{n} {n} of the {n}",
+    "{n} {v}ing a {n} in front of the {n}",
+    "{a} {a} {n} {v}s",
+    "person , the {n} , {v}s at the {n}",
+    "vector {n} of a {a} {n} isolated on white background",
+    "{N} in {N} by {N}",
+)
 FORMS = (  # share of captions, what is done to them
-    (0.20, "{} ."), (0.20, "{}."), (0.12, "{}. {}."), (0.08, "{} - {}"), (0.06, "{} | {}"), (0.05, "{} ({n})"),
-    (0.04, "{}: {}"), (0.03, "{}!"), (0.03, '"{n}" {}'), (0.02, "{} 'the {n}'"), (0.02, "{}..."),
-    (0.02, "{} &amp; {n}"), (0.02, "{} – {n}s’ café"), (0.01, "{}—{n}"), (0.01, "www.{n}.com {}"),
-    (0.01, "<b>{}</b> {n}"), (0.01, "{n}+{n}%20{n}"), (0.01, "{} don't, can't or won't {n}?"),
-    (0.01, "Dr. J. Smith, St. {N}, U.S. {}"), (0.01, "{}, $3.50 / 10:30 {n}s"), (0.04, "{}"),
-)  # fmt: skip
+    (0.20, "{} ."),
+    (0.20, "{}."),
+    (0.12, "{}. {}."),
+    (0.08, "{} - {}"),
+    (0.06, "{} | {}"),
+    (0.05, "{} ({n})"),
+    (0.04, "{}: {}"),
+    (0.03, "{}!"),
+    (0.03, '"{n}" {}'),
+    (0.02, "{} 'the {n}'"),
+    (0.02, "{}..."),
+    (0.02, "{} &amp; {n}"),
+    (0.02, "{} – {n}s’ café"),
+    (0.01, "{}—{n}"),
+    (0.01, "www.{n}.com {}"),
+    (0.01, "<b>{}</b> {n}"),
+    (0.01, "{n}+{n}%20{n}"),
+    (0.01, "{} don't, can't or won't {n}?"),
+    (0.01, "Dr. J. Smith, St. {N}, U.S. {}"),
+    (0.01, "{}, $3.50 / 10:30 {n}s"),
+    (0.04, "{}"),
+)
 
 
 def nltk_folder(source: Path, root: Path) -> None:
@@ -95,7 +119,7 @@ def released(keys: list[str]) -> Released:
     lemmatise("dogs")  # the reader loads now
 
     def untrained(text: str) -> list[str]:
-        return [token for sentence in sentences.tokenize(text) for token in words.tokenize(sentence)]
+        return list(chain.from_iterable(words.tokenize(sentence) for sentence in sentences.tokenize(text)))
 
     try:
         word_tokenize("a dog. a cat.")
@@ -195,7 +219,9 @@ def measure(name: str, captions: list[str], options: argparse.Namespace, net: Wo
     def ours(caption: str) -> list[int]:
         return vocabulary.labels(labeller.synsets(caption))
 
-    cold, warm, alone = seconds(ours, captions), seconds(ours, captions), seconds(labeller.synsets, captions)
+    cold = seconds(ours, captions)
+    warm = seconds(ours, captions)
+    alone = seconds(labeller.synsets, captions)
     slow = seconds(theirs, few)
     reasons = Counter[str]()
     for caption in few:

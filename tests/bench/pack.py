@@ -162,7 +162,7 @@ def report(root: str, options: argparse.Namespace, rounds: list[tuple[tuple[floa
 
 
 def spread(values: list[float], form: str = ",.0f") -> str:
-    """min / median / max."""
+    """Return "min / median / max" of sorted values."""
     return " / ".join(format(value, form) for value in (values[0], statistics.median(values), values[-1]))
 
 

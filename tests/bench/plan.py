@@ -126,7 +126,9 @@ def gpu_work(options: argparse.Namespace) -> tuple[float, float]:
 
 def stages(corpus: Corpus, options: argparse.Namespace) -> list[Stage]:
     """All stages of a corpus, one epoch of training."""
-    c, n, cores = Costs(), corpus.samples, options.cores
+    c = Costs()
+    n = corpus.samples
+    cores = options.cores
     raw, final = n * (c.image + c.raw_more), n * (c.image + c.final_more)
     caption = n * c.caption_bytes * options.captions / 5
     cached = n * ((options.views + options.captions + 1) * WIDTH * 2 + c.row_more)
@@ -173,13 +175,20 @@ def table(corpus: Corpus, options: argparse.Namespace) -> None:
     print("|---" * 9 + "|")
     for stage in stages(corpus, options):
         wall, slowest = stage.hours(options)
-        each = sum(getattr(Files(), stage.name, (0,)))
-        operations = (each + (CLAIM if stage.tasks > 1 else 0)) * shards if each else 0
+        operations = sum(getattr(Files(), stage.name, (0,))) * shards
+        if operations and stage.tasks > 1:
+            operations += CLAIM * shards
         cells = [
-            stage.name, number(stage.core_hours), number(stage.peta / 3600), number(
-            stage.peta / 3600 / options.sustained), size(stage.read), size(stage.written),
-            f"{stage.tasks} x {stage.cores}", f"{number(wall)} {slowest}", number(operations),
-        ]  # fmt: skip
+            stage.name,
+            number(stage.core_hours),
+            number(stage.peta / 3600),
+            number(stage.peta / 3600 / options.sustained),
+            size(stage.read),
+            size(stage.written),
+            f"{stage.tasks} x {stage.cores}",
+            f"{number(wall)} {slowest}",
+            number(operations),
+        ]
         print("| " + " | ".join(cell if cell != "0" else "" for cell in cells) + " |")
 
 
@@ -196,7 +205,9 @@ def cores_per_gpu(options: argparse.Namespace) -> None:
 
 def one_gpu_stages(corpus: Corpus, options: argparse.Namespace) -> dict[str, tuple[float, str, float]]:
     """Per stage of one machine: hours, what sets them, bytes that stay on disk (the cache as int8)."""
-    rate, epochs, n = ONE_GPU["peak"] * ONE_GPU["share"], ONE_GPU["epochs"], corpus.samples
+    rate = ONE_GPU["peak"] * ONE_GPU["share"]
+    epochs = ONE_GPU["epochs"]
+    n = corpus.samples
     machine = {"sustained": rate / 1e15, "gbit": ONE_GPU["gbit"], "views": int(ONE_GPU["views"])}
     options = argparse.Namespace(**{**vars(options), **machine})
     alone = replace(corpus, ingest_tasks=1, pack_tasks=1, gpu_tasks=1)
@@ -226,8 +237,11 @@ def one_gpu(options: argparse.Namespace) -> None:
 
 
 def count_flops() -> None:
-    """Count what `FLOP` holds. A step is three times its forward pass: torch's formula for the backward of grouped
-    convolutions counts too much; of ViTs it comes to just that."""
+    """Count what `FLOP` holds.
+
+    A step is three times its forward pass: torch's formula for the backward of grouped convolutions counts too much,
+    and for ViTs it gives just that.
+    """
     import open_clip
     import torch
     from caption import build, count, random_images

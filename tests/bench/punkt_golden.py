@@ -18,13 +18,39 @@ from nltk import word_tokenize
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "punkt.json"
 ODD = (
-    "...", "..", ". . .", ". .", "?", "!", "5.", "12", "3.5.", "j.", "a.", "'", '"', "(", ")", "--", ",", ";", "-",
-    "dog.", '." ', "ice", "𝐀bc", "ǆ", "5", ")." , '."',
-)  # fmt: skip
+    "...",
+    "..",
+    ". . .",
+    ". .",
+    "?",
+    "!",
+    "5.",
+    "12",
+    "3.5.",
+    "j.",
+    "a.",
+    "'",
+    '"',
+    "(",
+    ")",
+    "--",
+    ",",
+    ";",
+    "-",
+    "dog.",
+    '." ',
+    "ice",
+    "𝐀bc",
+    "ǆ",
+    "5",
+    ").",
+    '."',
+)
 OPENERS = ("administrators", "b-week", "r-revised", "z-holiday")
 
 
 def main() -> None:
+    """Write what NLTK's trained model makes of random text."""
     assert nltk.__version__ == "3.8.1", nltk.__version__
     model = nltk.data.load("tokenizers/punkt/PY3/english.pickle")._params
     abbreviations, pairs = sorted(model.abbrev_types), sorted(model.collocations)

@@ -43,7 +43,9 @@ from training.data.order import batch_positions
 from training.data.samples import open_samples
 
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-VIEWS, CAPTIONS, DIM = 10, 6, 768
+VIEWS = 10
+CAPTIONS = 6
+DIM = 768
 SCALE = (0.9, 1.0)
 
 
@@ -65,9 +67,15 @@ def write_shard_and_cache(shard: int, root: str, per_shard: int) -> None:
     Done("pack", shard, {}, {"success": count}, {}, {path: digest}).write(f"{root}/shards")
     spec, draw = ViewSpec(seed=0, scale=SCALE, flip=0.0), np.random.default_rng(shard)
     meta = {
-        "model": "wide", "pretrained": None, "weights_sha256": "0", "logit_scale": 100.0, "views": spec.as_json(),
-        "views_sha256": spec.sha256, "num_views": VIEWS, "num_captions": CAPTIONS,
-    }  # fmt: skip
+        "model": "wide",
+        "pretrained": None,
+        "weights_sha256": "0",
+        "logit_scale": 100.0,
+        "views": spec.as_json(),
+        "views_sha256": spec.sha256,
+        "num_views": VIEWS,
+        "num_captions": CAPTIONS,
+    }
     columns = [*(f"image_{view}" for view in range(VIEWS)), *(f"text_{turn}" for turn in range(CAPTIONS))]
     rows = {column: draw.normal(size=(count, DIM)).astype(np.float32) for column in columns}
     file = f"teacher/wide/{shard:05d}.parquet"
@@ -94,7 +102,7 @@ def repeat_dataset(source: str, root: str, shards: int, there: int, per_shard: i
 
 
 def plain(root: str, shards: int, options: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
-    """webdataset and torchvision, as open_clip's training loop puts them together."""
+    """Read by webdataset and torchvision, as open_clip's training loop combines them."""
     crop = T.RandomResizedCrop(options.size, SCALE, interpolation=T.InterpolationMode.BICUBIC)
     transform = T.Compose([crop, T.ToTensor(), T.Normalize(MEAN, STD)])
     tokenizer = open_clip.get_tokenizer("ViT-B-32")

@@ -46,7 +46,9 @@ KINDS = {
     "flush": "fsync fdatasync",
     "write": "rename renameat renameat2 unlink unlinkat link linkat mkdir mkdirat rmdir symlink utimensat",
 }
-KIND = {call: kind for kind, calls in KINDS.items() for call in calls.split()}
+KIND: dict[str, str] = {}
+for kind, calls in KINDS.items():
+    KIND |= dict.fromkeys(calls.split(), kind)
 
 
 # the dataset
@@ -62,7 +64,7 @@ def first_shard(root: str) -> None:
     from pipeline.caption.config import CaptionConfig
     from pipeline.caption.decoding import Decoding
     from pipeline.caption.stage import caption
-    from pipeline.core.runner import ShardTask, Stage, run_stage
+    from pipeline.core.runner import ShardResult, ShardTask, Stage, run_stage
     from pipeline.dedup.config import DedupConfig
     from pipeline.dedup.stage import dedup
     from pipeline.ingest.images import EncodedImage
@@ -77,9 +79,11 @@ def first_shard(root: str) -> None:
     image = EncodedImage(data, 8, 8, 8, 8, "{}", hashlib.sha256(data).hexdigest(), "0" * 15 + "1")
     rows = [Row("a dog on a beach", "http://images.example.com/1.jpg")]
     stage = Stage("ingest", "raw", {"shard_size": 1})
-    run_stage(root, stage, [ShardTask(0, {"rows": "0"})], lambda *_: write_raw_shard(
-        root, 0, RawShardInput([KEY], rows), [image]
-    ))  # fmt: skip
+
+    def write(*_: object) -> ShardResult:
+        return write_raw_shard(root, 0, RawShardInput([KEY], rows), [image])
+
+    run_stage(root, stage, [ShardTask(0, {"rows": "0"})], write)
     model = tiny_coca(Path(root).parent / "coca")
     dedup(DedupConfig(root, workers=1))
     caption(CaptionConfig(root, model, name="cap", num_captions=1, decoding=Decoding(max_tokens=8), threads=1))
@@ -91,7 +95,9 @@ class Copies:
     """The other shards of ROOT, from its first one."""
 
     def __init__(self, root: str) -> None:
-        self.root, self.tars, self.tables = root, dict[str, bytes](), dict[str, bytes]()
+        self.root = root
+        self.tars: dict[str, bytes] = {}
+        self.tables: dict[str, bytes] = {}
         self.dones = {folder: read_done(f"{root}/{folder}", 0) for folder in FOLDERS}
         for folder in FOLDERS:
             if folder in ("raw", "shards"):
@@ -171,9 +177,19 @@ def _jobs(root: str) -> object:
     shards = read_dataset(root)["stages"]["pack"]["shards"]
     for number in range(5):
         one = Submission(
-            f"{number}", "pack", "", "slurm", root, "shards", shards, 1000, ["1"], "2",
-            [], "",
-        )  # fmt: skip
+            f"{number}",
+            "pack",
+            "",
+            "slurm",
+            root,
+            "shards",
+            shards,
+            1000,
+            ["1"],
+            "2",
+            [],
+            "",
+        )
         write_json(str(place / one.id / "submission.json"), dataclasses.asdict(one))
     return jobs(JobsConfig(root))
 
@@ -270,7 +286,9 @@ def measure(name: str, root: str) -> None:
     """Print seconds and memory of one measure, in this process, as JSON."""
     for module in (*LIGHT, *HEAVY.get(name, ())):
         __import__(module)
-    before, start, cpu = resident(), time.perf_counter(), time.process_time()
+    before = resident()
+    start = time.perf_counter()
+    cpu = time.process_time()
     said, sys.stdout = sys.stdout, io.StringIO()
     MEASURES[name][1](root)
     sys.stdout = said
@@ -293,7 +311,7 @@ def child(*words: str) -> dict[str, float]:
 
 
 def tracer(log: str) -> list[str]:
-    """strace's command line; its lines name the file of each operation."""
+    """Return the command line of strace; its lines name the file of each operation."""
     return ["strace", "-f", "-y", "-qq", "--seccomp-bpf", "-e", f"trace=?{',?'.join(KIND)}", "-o", log]
 
 
@@ -334,7 +352,9 @@ def table(root: str, options: argparse.Namespace) -> None:
     """Grow ROOT in three steps and measure after each."""
     sizes = sorted({options.shards // 100, options.shards // 10, options.shards})
     first_shard(root)
-    copies, there, found = Copies(root), 1, dict[tuple[str, int], tuple[dict[str, float], Counter[str]]]()
+    copies = Copies(root)
+    there = 1
+    found: dict[tuple[str, int], tuple[dict[str, float], Counter[str]]] = {}
     command = [sys.executable, __file__, "--measure"]
     for size in sizes:
         start = time.perf_counter()
@@ -344,7 +364,9 @@ def table(root: str, options: argparse.Namespace) -> None:
             verify(root, size)
         print(f"# {size} shards made in {time.perf_counter() - start:.0f} s", file=sys.stderr)
         for name in options.only:
-            taken, log, ops = child(*command, name, root), f"{root}.trace", Counter[str]()
+            taken = child(*command, name, root)
+            log = f"{root}.trace"
+            ops = Counter[str]()
             if shutil.which("strace") and size != sizes[-1]:
                 child(*tracer(log), *command, name, root)
                 ops = operations(log, root)
