@@ -2,8 +2,8 @@
 
 ``NNNNN_stats.json`` beside a shard holds img2dataset's counts and, under ``"clipmill"``, the done-record: the
 stage, its config, the hashes of what it read and of what it wrote. It is written last, so a shard that has one
-is complete. Records, and the blocks of ``dataset.json``, have a hash of themselves (`SEAL`) since it was found that
-damage to what nothing derives again went unseen; older ones have none and are valid.
+is complete. Records, and the blocks of ``dataset.json``, have a hash of themselves (`SEAL`), which shows damage to
+fields that cannot be derived again; older ones have none and are valid.
 """
 
 from dataclasses import dataclass, field

@@ -239,7 +239,7 @@ def check_names(root: str, folder: str, findings: Findings) -> list[int]:
 
 
 def check_vocabularies(root: str, blocks: dict[str, Any], findings: Findings) -> None:
-    """Each vocabulary as a file, against the rule of the shards, and against its block of ``dataset.json``."""
+    """Validate each vocabulary: its file, the label rule of the shards, and its block of ``dataset.json``."""
     packed = blocks.get("pack", {}).get("config", {})
     for name in names(join(root, VOCAB)):
         path = join(root, VOCAB, name)
