@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -90,7 +91,7 @@ def test_ranks_share_every_batch_equally_and_resume(ranks):
     shares = [[*plan.positions(0, 0, 20, rank, ranks)] for rank in range(ranks)]
     for step, own in enumerate(zip(*shares, strict=True)):
         assert len({len(share) for share in own}) == 1
-        assert sorted(position for share in own for position in share) == [*range(seen, seen + plan.size(step))]
+        assert sorted(chain.from_iterable(own)) == [*range(seen, seen + plan.size(step))]
         assert [*plan.positions(step, seen, 20 - step, 0, ranks)] == shares[0][step:]
         seen += plan.size(step)
     sides = plan.sides_from(7)

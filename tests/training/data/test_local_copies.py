@@ -102,19 +102,19 @@ def test_files_of_one_name_in_two_places_are_two(url, tmp_path):
 
 def test_what_was_used_last_stays(url, tmp_path, monkeypatch):
     monkeypatch.setattr(local_copies, "KEEP_SECONDS", 0)
-    near = LocalFileCache(str(tmp_path), limit=25)
+    cache = LocalFileCache(str(tmp_path), limit=25)
     for name in "abcd":
-        copy = near.get(put(f"{url}/{name}", bytes(10)))
+        copy = cache.get(put(f"{url}/{name}", bytes(10)))
         os.utime(copy, (0, time.time() - 100 + ord(name)))
         if name != "a":
-            os.utime(near.get(f"{url}/a"), (0, time.time() - 1))
+            os.utime(cache.get(f"{url}/a"), (0, time.time() - 1))
     assert copies(tmp_path) == ["a", "d"]
 
 
 def test_what_another_process_may_open_any_moment_stays(url, tmp_path):
-    near = LocalFileCache(str(tmp_path), limit=25)
+    cache = LocalFileCache(str(tmp_path), limit=25)
     for name in "abcd":
-        near.get(put(f"{url}/{name}", bytes(10)))
+        cache.get(put(f"{url}/{name}", bytes(10)))
     assert copies(tmp_path) == ["a", "b", "c", "d"]
 
 
@@ -126,23 +126,25 @@ def test_a_disk_without_room_is_named(url, tmp_path, monkeypatch):
 
 
 def test_ahead_brings_what_get_then_finds(url, tmp_path):
-    near, path = LocalFileCache(str(tmp_path)), put(f"{url}/a", b"one")
-    near.prefetch([f"{url}/missing", path, str(tmp_path / "local, and missing")])
+    cache, path = LocalFileCache(str(tmp_path)), put(f"{url}/a", b"one")
+    cache.prefetch([f"{url}/missing", path, str(tmp_path / "local, and missing")])
     wait_for(tmp_path, ["a"])
 
 
-def bring(folder, path, queue):
-    near = LocalFileCache(folder)
-    near.prefetch([path])
-    with open(near.get(path), "rb") as file:
+def prefetch_and_read(folder, path, queue):
+    cache = LocalFileCache(folder)
+    cache.prefetch([path])
+    with open(cache.get(path), "rb") as file:
         queue.put(file.read())
 
 
 def test_a_forked_process_reads_ahead_too(url, tmp_path):
-    near, path, queue = LocalFileCache(str(tmp_path)), put(f"{url}/a", b"one"), FORK.Queue()
-    near.prefetch([put(f"{url}/first", b"")])  # the parent's thread is there, and idle
+    cache = LocalFileCache(str(tmp_path))
+    path = put(f"{url}/a", b"one")
+    queue = FORK.Queue()
+    cache.prefetch([put(f"{url}/first", b"")])  # now the parent has a thread, which is idle
     wait_for(tmp_path, ["first"])
-    children = [FORK.Process(target=bring, args=(str(tmp_path), path, queue)) for _ in range(3)]
+    children = [FORK.Process(target=prefetch_and_read, args=(str(tmp_path), path, queue)) for _ in range(3)]
     for child in children:
         child.start()
     assert [queue.get(timeout=20) for _ in children] == [b"one"] * 3

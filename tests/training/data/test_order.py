@@ -1,5 +1,7 @@
 """The order of samples: every one once per epoch, the same for any cut of the work."""
 
+from itertools import chain, product
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ def places(order: Order, start: int, stop: int) -> list[SampleLocation]:
 )
 def test_every_sample_comes_once_per_epoch(sizes, seed, streams, window):
     order = Order(sizes, seed, streams, window)
-    wanted = sorted((shard, index) for shard, size in enumerate(sizes) for index in range(size))
+    wanted = list(chain.from_iterable(product([shard], range(size)) for shard, size in enumerate(sizes)))
     for epoch in range(3):
         got = places(order, epoch * order.total, (epoch + 1) * order.total)
         assert {place.epoch for place in got} == {epoch}
@@ -57,7 +59,7 @@ def test_locating_anywhere_needs_no_history():
 def test_slices_of_the_ranks_tile_the_global_batch(world_size):
     ranks = [list(batch_positions(12, 5, 12, rank, world_size)) for rank in range(world_size)]
     for batch, slices in enumerate(zip(*ranks, strict=True)):
-        joined = sorted(position for piece in slices for position in piece)
+        joined = sorted(chain.from_iterable(slices))
         assert joined == list(range(12 + 12 * batch, 24 + 12 * batch))
 
 
@@ -67,12 +69,12 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 
 def test_resume_equals_going_on_also_with_another_world_size():
-    undisturbed = [position for batch in batch_positions(0, 10, 6) for position in batch]
+    undisturbed = list(chain.from_iterable(batch_positions(0, 10, 6)))
     for done in range(10):
         ranks = [list(batch_positions(done * 6, 10 - done, 6, rank, 3)) for rank in range(3)]
-        rest = [
-            position for slices in zip(*ranks, strict=True) for turn in zip(*slices, strict=True) for position in turn
-        ]
+        rest = []
+        for slices in zip(*ranks, strict=True):
+            rest += chain.from_iterable(zip(*slices, strict=True))
         assert undisturbed[: done * 6] + rest == undisturbed
 
 

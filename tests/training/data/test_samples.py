@@ -4,6 +4,7 @@ import logging
 import os
 from collections import Counter
 from dataclasses import replace
+from itertools import chain, product
 
 import numpy as np
 import pytest
@@ -42,7 +43,8 @@ def config(root, **changes):
 
 
 def by_key(root):
-    return {s.key: s for shard in range(3) for s in read_shard(f"{root}/shards/{shard:05d}.tar")}
+    shards = (read_shard(f"{root}/shards/{shard:05d}.tar") for shard in range(3))
+    return {sample.key: sample for sample in chain.from_iterable(shards)}
 
 
 def test_items_are_what_the_shard_holds(root, student):
@@ -102,7 +104,7 @@ def test_reader_keeps_few_shards_open(tmp_path, student):
 
 
 def test_captions_are_drawn_evenly_and_again():
-    counts = Counter(draw_caption(0, f"{key:09d}", epoch, 6) for key in range(2000) for epoch in range(3))
+    counts = Counter(draw_caption(0, f"{key:09d}", epoch, 6) for key, epoch in product(range(2000), range(3)))
     expected, sigma = 1000, (6000 * 1 / 6 * 5 / 6) ** 0.5
     assert all(abs(counts[i] - expected) < 4 * sigma for i in range(6)), counts
     assert [draw_caption(1, "k", e, 6) for e in range(9)] == [draw_caption(1, "k", e, 6) for e in range(9)]
@@ -165,7 +167,8 @@ def test_raw_shards_serve_too(tmp_path, student):
     write_raw(str(tmp_path), shards=2, per_shard=6)
     samples = open_samples(config(str(tmp_path), folder="raw"), ViewConfig(), student, seed=0)
     assert samples.order.total == 10
-    keys = [key for batch in load_batches(samples, batch_positions(0, 5, 2)) for key in batch["keys"]]
+    batches = load_batches(samples, batch_positions(0, 5, 2))
+    keys = list(chain.from_iterable(batch["keys"] for batch in batches))
     assert len(set(keys)) == 10
     with pytest.raises(UserError, match="belongs to packed shards"):
         open_samples(config(str(tmp_path), folder="raw"), TeacherCacheConfig(), student, seed=0)

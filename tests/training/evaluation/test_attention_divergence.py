@@ -29,7 +29,9 @@ def attention(seed, sharpness=3.0):
 
 # fact 11
 def test_values():
-    one, other, half = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5])
+    one = torch.tensor([1.0, 0.0])
+    other = torch.tensor([0.0, 1.0])
+    half = torch.tensor([0.5, 0.5])
     assert js_divergence(one, one).item() == 0
     assert js_divergence(one, other).item() == pytest.approx(0.693147, abs=1e-6)
     assert js_divergence(one, half).item() == pytest.approx(0.215762, abs=1e-6)

@@ -38,7 +38,7 @@ def tensors(*arrays):
     return [torch.from_numpy(array).requires_grad_() for array in arrays]
 
 
-def numpy_relation(image, text, teacher_image, teacher_text, scale, teacher_scale):
+def numpy_relation(image, text, teacher_image, teacher_text, *, scale, teacher_scale):
     total = 0.0
     for ours, theirs in (
         ((image, text), (teacher_image, teacher_text)),
@@ -65,7 +65,10 @@ def test_losses_equal_numpy():
     expected = [
         (clip_loss(*student[:2], 6.0), contrastive),
         (element_feature_loss(*student), feature),
-        (relation_loss(*student, student_scale=6.0, teacher_scale=9.0), numpy_relation(*arrays, 6.0, 9.0)),
+        (
+            relation_loss(*student, student_scale=6.0, teacher_scale=9.0),
+            numpy_relation(*arrays, scale=6.0, teacher_scale=9.0),
+        ),
         (interactive_loss(*student, 6.0), numpy_diagonal(6.0, (image, teacher_text), (text, teacher_image))),
     ]
     for found, number in expected:
@@ -214,9 +217,8 @@ def test_negatives_are_never_the_anchor():  # fact 12
 def test_duplicates_are_no_negatives():
     tokens = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 2, 3], [5, 0, 0]])
     texts, keys = text_ids(tokens), key_ids(["a", "b", "c", "b"], torch.device("cpu"))
-    assert [(texts == texts[0]).tolist(), (keys == keys[1]).tolist()] == [
-        [True, False, True, False], [False, True, False, True]
-    ]  # fmt: skip
+    assert (texts == texts[0]).tolist() == [True, False, True, False]
+    assert (keys == keys[1]).tolist() == [False, True, False, True]
     drawn = [sample_negatives(torch.zeros(4, 4), [texts, keys], 0, step) for step in range(100)]
     allowed = [{1, 3}, {0, 2}, {1, 3}, {0, 2}]
     for part in (0, 1):

@@ -169,7 +169,9 @@ def test_weights_depend_on_the_seed_alone():
     def weights(seed):
         return new_classifier(TINY, 5, seed=seed).model.state_dict()
 
-    one, same, other = weights(1), weights(1), weights(2)
+    one = weights(1)
+    same = weights(1)
+    other = weights(2)
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["trunk.head.weight"], other["trunk.head.weight"])
 

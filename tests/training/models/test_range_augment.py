@@ -62,7 +62,7 @@ def test_a_half_is_corenets(batch, chosen):
 
 
 def test_the_ranges_six_scalars_decay():
-    """corenet exempts tensors of one dimension; these are 0-dimensional there."""
+    """Corenet exempts tensors of one dimension; these are 0-dimensional there."""
     augment = RangeAugment((0, 0, 0), (1, 1, 1))
     task = nn.ModuleDict({"augment": augment, "head": nn.Linear(2, 2)})
     optimizer = build_optimizer(task, OptimConfig(lr=0.1, weight_decay=0.2))

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -251,7 +252,7 @@ def test_an_image_block_is_its_formula():
     block, qk = parts_of(stack)
     normed = np_batch_norm(x.numpy().transpose(0, 2, 3, 1), block, "norm")
     padded, kernel = np.pad(normed, ((0, 0), (3, 3), (3, 3), (0, 0))), block["ffn.conv.conv.weight"][:, 0]
-    conv = sum(padded[:, i : i + 2, j : j + 3] * kernel[:, i, j] for i in range(7) for j in range(7))
+    conv = sum(padded[:, i : i + 2, j : j + 3] * kernel[:, i, j] for i, j in product(range(7), repeat=2))
     tokens = normed.reshape(3, 6, 16)
     expected = block["beta_sa"] * np_mixed(np_shaped(tokens, block, qk, 2), tokens)
     expected = expected + block["beta_ff"] * np_ffn(np_batch_norm(conv, block, "ffn.conv.bn"), block, "ffn").reshape(
@@ -279,11 +280,9 @@ def test_shared_matrices_are_one_tensor_and_get_both_gradients():
     shared = shaken(small_text_tower(layers=4, kernel_size=3, share=4)).train()
     apart = shaken(small_text_tower(layers=4, kernel_size=3, share=1)).train()
     state = {name: value for name, value in shared.state_dict().items() if ".qk." not in name}
-    state |= {
-        f"layers.0.qk.{i}.{kind}": shared.state_dict()[f"layers.0.qk.0.{kind}"]
-        for i in range(4)
-        for kind in ("weight", "bias")
-    }
+    for kind in ("weight", "bias"):
+        value = shared.state_dict()[f"layers.0.qk.0.{kind}"]
+        state |= {f"layers.0.qk.{i}.{kind}": value for i in range(4)}
     apart.load_state_dict(state)
     tokens = torch.randint(20, (5, 7))
     weights = torch.randn(5, 8)
@@ -292,7 +291,8 @@ def test_shared_matrices_are_one_tensor_and_get_both_gradients():
     for kind in ("weight", "bias"):
         total = sum(getattr(qk, kind).grad for qk in apart.layers[0].qk)
         assert torch.allclose(getattr(shared.layers[0].qk[0], kind).grad, total, rtol=1e-4, atol=1e-5)
-    held = [p for group in build_optimizer(shared, OptimConfig()).param_groups for p in group["params"]]
+    groups = build_optimizer(shared, OptimConfig()).param_groups
+    held = list(chain.from_iterable(group["params"] for group in groups))
     assert sum(p is shared.layers[0].qk[0].weight for p in held) == 1
     assert len({tensor.data_ptr() for tensor in shared.state_dict().values()}) == len(shared.state_dict())
 
