@@ -1,1 +1,1 @@
-"""Samples in order, from shards and teacher caches."""
+"""Samples and labelled images by position, batches of them, teacher caches, and copies of remote files."""

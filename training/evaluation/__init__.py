@@ -1,1 +1,1 @@
-"""Zero-shot classification, retrieval, accuracy."""
+"""Zero-shot classification and retrieval, accuracy of classifiers, divergence of attention."""
