@@ -1,18 +1,26 @@
-"""A short training on a quiet and on a busy machine: seconds of the same steps, beside processes that never wait.
+"""A short training, or the whole demo, on a quiet machine and beside processes that never wait.
 
     python tests/bench/busy.py [--load 4] [--runs 3]
+    python tests/bench/busy.py --demo [--load 4]            once each: some five minutes, then three times that
 
-Prints medians for OpenMP's threads as this package sets them (passive) and as libgomp has them by default. Ratios of
-one run: busy against quiet. With T threads on T cores beside L busy processes a fair share alone is (T + L) / T.
+The first prints medians for OpenMP's threads as this package sets them (passive) and as libgomp has them by default,
+the second the seconds of every step of `make demo`. Ratios of one run: busy against quiet. With T threads on T cores
+beside L busy processes a fair share alone is (T + L) / T.
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from itertools import product
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+DEMO = Path(__file__).parents[2] / "demo" / "demo.sh"
 
 STEPS = """
 import time, torch
@@ -40,29 +48,70 @@ def seconds(policy: str | None) -> float:
     return float(subprocess.run([sys.executable, "-c", STEPS], env=env, capture_output=True, check=True).stdout)
 
 
-def main() -> None:
-    """Measure turn by turn, quiet first."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--load", type=int, default=4, help="busy processes")
-    parser.add_argument("--runs", type=int, default=3)
-    options = parser.parse_args()
+@contextlib.contextmanager
+def load(processes: int) -> Iterator[None]:
+    """Beside so many processes that compute without end."""
+    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    time.sleep(1)
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+
+
+def demo_seconds() -> Counter[str]:
+    """Seconds of each step of the demo, made anew; `python` and `clipmill` are those of this environment."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        env = {**os.environ, "RUN": folder, "PATH": path}
+        subprocess.run(["bash", str(DEMO)], env=env, stdout=subprocess.DEVNULL, check=True)
+        found = Counter[str]()
+        for line in Path(folder, "seconds.tsv").read_text().splitlines():
+            name, taken = line.split("\t")
+            found[name] += float(taken)
+    return found
+
+
+def compare_demo(processes: int) -> None:
+    """Print a line for every step, and for all of them."""
+    quiet = demo_seconds()
+    with load(processes):
+        busy = demo_seconds()
+    rows = [*((name, quiet[name], busy[name]) for name in quiet), ("in all", quiet.total(), busy.total())]
+    for name, before, after in rows:
+        print(
+            f"{name:10} quiet {before:6.1f} s, beside {processes} busy processes {after:6.1f} s: {after / before:.1f} x"
+        )
+
+
+def compare_steps(processes: int, runs: int) -> None:
+    """Print a line for each waiting policy."""
     policies = {"passive": "PASSIVE", "libgomp's default": None}
-    found = {case: list[float]() for case in product(policies, (False, True))}
+    found = {(name, busy): list[float]() for name in policies for busy in (False, True)}
     for busy in (False, True):
-        load = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(options.load * busy)]
-        time.sleep(1)
-        try:
-            for _ in range(options.runs):
+        with load(processes * busy):
+            for _ in range(runs):
                 for name, policy in policies.items():
                     found[name, busy].append(seconds(policy))
-        finally:
-            for process in load:
-                process.kill()
     for name in policies:
-        quiet, busy = (statistics.median(found[name, state]) for state in (False, True))
+        before, after = (statistics.median(found[name, busy]) for busy in (False, True))
         print(
-            f"{name:18} quiet {quiet:6.2f} s, beside {options.load} busy processes {busy:6.2f} s: {busy / quiet:.1f} x"
+            f"{name:18} quiet {before:6.2f} s, beside {processes} busy processes {after:6.2f} s: {after / before:.1f} x"
         )
+
+
+def main() -> None:
+    """Measure turn by turn, quiet first."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load", type=int, default=4, help="busy processes")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--demo", action="store_true", help="the whole demo instead of a few steps")
+    options = parser.parse_args()
+    if options.demo:
+        compare_demo(options.load)
+    else:
+        compare_steps(options.load, options.runs)
 
 
 if __name__ == "__main__":
