@@ -15,9 +15,9 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipmill needs Python 3.11 or later")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/webdataset-0.2.86 webdataset==0.2.86
-	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/transformers-4.46 \
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --target $(VENV)/webdataset-0.2.86 webdataset==0.2.86
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --target $(VENV)/transformers-4.46 \
 		transformers==4.46.3 tokenizers==0.20.3 huggingface_hub==0.36.0
 	touch $@
 

@@ -14,6 +14,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 FOLDERS = ("pipeline", "shards_spec", "slurm", "training")
 LOOPS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -95,7 +96,7 @@ def figures(checkout: Path) -> dict[str, str]:
 
 def main() -> None:
     """Print the table as Markdown."""
-    checkouts = [Path(word) for word in sys.argv[1:]] or [Path(__file__).parents[1]]
+    checkouts = [Path(word) for word in sys.argv[1:]] or [ROOT]
     columns = [figures(checkout) for checkout in checkouts]
     print("| |" + "".join(f" {checkout.resolve().name} |" for checkout in checkouts))
     print("|---|" + "---|" * len(checkouts))
