@@ -13,6 +13,8 @@ from small_training import tiny_clip
 
 import clipmill
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def command(monkeypatch, capsys):

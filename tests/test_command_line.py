@@ -21,6 +21,8 @@ from shards_spec.files import UserError, read_json
 from shards_spec.suggest import did_you_mean
 from training.recipes import RECIPES
 
+pytestmark = pytest.mark.integration
+
 ROOT = str(Path(clipmill.__file__).parent)
 COMMAND = [sys.executable, "-m", "clipmill"]
 

@@ -22,6 +22,8 @@ from small_training import tiny_clip
 import clipmill
 from training.recipes import RECIPES
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",

@@ -15,6 +15,8 @@ import freeze
 import pytest
 from conftest import skip_or_fail
 
+pytestmark = pytest.mark.integration
+
 GOLDEN = Path(__file__).parent / "golden" / "freeze"
 RTOL, NORMS = 1e-3, 1e-2  # of floats, and of gradients' norms: 1e-4 and 1e-3 between kernels with AVX2 and without
 ATOL = {"teacher/int/": 0.01, "runs/": 0.1}  # a step of int8; a sample of an evaluation set. Else 1e-4

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.integration
+
 FUZZ = Path(__file__).parent / "fuzz"
 INPUTS = 30  # of each target
 

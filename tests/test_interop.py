@@ -20,6 +20,8 @@ from shards_spec.files import join, read_json
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, write_shard
 
+pytestmark = pytest.mark.integration
+
 SHARDS, SAMPLES = 3, 15
 OLD_WEBDATASET = Path(sys.prefix) / "webdataset-0.2.86"  # open_clip's pin, installed beside by `make test`
 

@@ -37,6 +37,8 @@ from training.data.batches import load_batches
 from training.data.order import batch_positions
 from training.data.samples import open_samples
 
+pytestmark = pytest.mark.integration
+
 GOLDEN = Path(__file__).parent / "golden" / "img2dataset-1.47"
 numbers = itertools.count()
 TIMES = ("duration", "start_time", "end_time")

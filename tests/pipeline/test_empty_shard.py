@@ -22,6 +22,8 @@ from pipeline.pack.stage import pack
 from pipeline.report import ReportConfig, report
 from shards_spec.files import read_json
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.mark.parametrize("lost", [0, 2])
 def test_from_raw_shards_to_a_training(tmp_path, lost):

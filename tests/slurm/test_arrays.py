@@ -11,6 +11,8 @@ from small_slurm import TAGGED, log_of, submit
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
 
+pytestmark = pytest.mark.integration
+
 
 def local_tree(root: str) -> dict[str, str]:
     """What the plain command makes of a copy."""

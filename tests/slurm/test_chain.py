@@ -14,6 +14,8 @@ from small_data import tiny_coca, tree
 from small_slurm import ROOT, clipmill, log_of, losses, submit
 from small_training import tiny_clip
 
+pytestmark = pytest.mark.integration
+
 SCENES = 90
 
 

@@ -14,6 +14,8 @@ from pipeline.core.runner import ALL
 from shards_spec.files import UserError
 from slurm.claims import Assigned, Claims, Failures, Finished, WorkStealing
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -8,6 +8,8 @@ from slurm_cluster import until
 from small_data import write_raw
 from small_slurm import ROOT, TAGGED, clipmill, job_environments, log_of, submit, training_words
 
+pytestmark = pytest.mark.integration
+
 NOTING = """
 import json, os, sys, tempfile
 def tag(words):

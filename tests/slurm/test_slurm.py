@@ -28,6 +28,8 @@ from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
 from shards_spec.manifest import finished_shards
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> dict[str, str]:

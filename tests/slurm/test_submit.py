@@ -25,6 +25,8 @@ from slurm.options import Options, read_site
 from slurm.snapshot import CODE, snapshot
 from slurm.step import Step, stage_step
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 NOWHERE = {"PATH": "/usr/bin/none", "HOME": "/", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 

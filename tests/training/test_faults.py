@@ -23,7 +23,7 @@ from training.trainer import Trainer, train
 ROOT = Path(__file__).parents[2]
 EVERY = {"checkpoint_steps": 4, "keep_checkpoints": 9}
 TIMING = ("samples_per_s", "seconds")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from training.data.samples import open_samples
 
 FORK = multiprocessing.get_context("fork")
 SIZES, BATCH = [11, 7, 9, 4, 13, 6], 10
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")]
 
 
 @pytest.fixture(scope="module")

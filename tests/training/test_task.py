@@ -25,7 +25,7 @@ TIMING = ("samples_per_s", "seconds")
 SMALLER = REBUILD_AT + 1  # steps that were taken when the student is smaller
 FIELDS = {"steps": 8, "warmup": 2, "ema_decay": 0.6, "weight_decay": 0.1, "clip_norm": 1.0}
 EVERY = {**FIELDS, "checkpoint_steps": 1, "keep_checkpoints": 99}
-pytestmark = pytest.mark.usefixtures("one_thread", "toy")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread", "toy")]
 
 
 @pytest.fixture(scope="module")

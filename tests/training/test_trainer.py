@@ -46,9 +46,8 @@ train("affinity", tiny_config(*json.loads(sys.argv[1]), **json.loads(sys.argv[2]
 """
 
 
-pytestmark = pytest.mark.usefixtures(
-    "one_thread"
-)  # tiny tensors on one thread: as fast, and sums are in the same order as in the killed processes
+# Tiny tensors on one thread: as fast, and sums are in the same order as in the killed processes.
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

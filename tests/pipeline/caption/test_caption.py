@@ -25,6 +25,8 @@ from shards_spec.manifest import Done, read_dataset, read_done, shard_ids, write
 from shards_spec.models import load_model
 from shards_spec.tar import read_shard, write_shard
 
+pytestmark = pytest.mark.integration
+
 SHORT = Decoding(min_tokens=2, max_tokens=8)
 
 

@@ -23,6 +23,8 @@ from pipeline.labels.vocab_stage import VocabConfig, vocab
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
 
+pytestmark = pytest.mark.integration
+
 KILLS = 20
 FOLDERS = {"caption": ["captions"], "pack": ["shards"], "vocab": ["vocab"], "cache": ["teacher"]}
 EQUAL = {"equal": ["plan", "shards"]}  # pack with a shard size

@@ -24,6 +24,8 @@ from pipeline.labels.vocab_stage import VocabConfig, vocab
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
 
+pytestmark = pytest.mark.integration
+
 MIB = 1024  # ru_maxrss is in KiB
 SIZE = 384  # pixels: a shard of 12 drawn images is about 1 MB with noise on top
 

@@ -10,6 +10,8 @@ from small_data import write_raw
 from pipeline.core.no_success import explain_no_success
 from shards_spec.files import read_json
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[3]
 STAGE_INPUTS = {"ingest": "the list", "dedup": "raw/", "caption": "raw/", "pack": "raw/", "cache": "shards/"}
 

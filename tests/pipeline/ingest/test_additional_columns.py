@@ -25,6 +25,8 @@ from shards_spec.files import UserError
 from shards_spec.manifest import read_done
 from shards_spec.tar import read_shard
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def server():

@@ -25,6 +25,8 @@ from pipeline.ingest.stage import ingest
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def server():

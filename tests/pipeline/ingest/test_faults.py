@@ -39,6 +39,8 @@ from pipeline.check.stage import check
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.stage import ingest
 
+pytestmark = pytest.mark.integration
+
 RULES = {"timeout_s": TIMEOUT_S, "retries": 1, "max_bytes": MAX_BYTES}
 HANG_S = 90  # a run of seconds that takes this long hangs
 CRASHED, TOO_LONG = "resize: decoder crashed", "resize: decoding took too long"

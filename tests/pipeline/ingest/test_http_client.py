@@ -11,6 +11,8 @@ from web_server import make_image, serve
 from pipeline.ingest import http_client
 from pipeline.ingest.http_client import Fetcher, FetchError, FetchRules, opted_out
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def server():

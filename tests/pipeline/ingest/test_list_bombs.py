@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from web_server import make_image
 
+pytestmark = pytest.mark.integration
+
 URL = "http://127.0.0.1:9/1"
 MOST_MIB = 1024  # of any process; VmHWM, because ru_maxrss knows of the process before the exec
 HUGE = 300 << 20  # bytes of a cell

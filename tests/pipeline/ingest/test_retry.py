@@ -12,6 +12,8 @@ from pipeline.pack.stage import pack
 from shards_spec.files import UserError
 from shards_spec.tar import read_shard
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def server():

@@ -31,7 +31,7 @@ from training.recipes import RECIPES
 from training.trainer import predict, prepare, train
 
 ROOT = Path(__file__).parents[3]
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

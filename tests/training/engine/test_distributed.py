@@ -52,7 +52,8 @@ CASES = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # forked processes must find no pool of threads
+# Forked processes must find no pool of threads.
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ from training.losses.distillation import (
 )
 from training.losses.pair_matching import Negatives, PairHead, key_ids, pair_loss, sample_negatives, text_ids
 
+pytestmark = pytest.mark.integration
+
 EYE = torch.eye(2, dtype=torch.float64)
 
 

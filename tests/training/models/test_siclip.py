@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[3]
 HEAD_BIAS = 512  # timm's head has one, Apple's projection has none
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 
 def shaken(module, seed=0):

@@ -29,6 +29,8 @@ from training.recipes.transfer import load_classifier_base
 from training.runs.student import load_run
 from training.trainer import train
 
+pytestmark = pytest.mark.integration
+
 SMALL = {"model": TINY, "precision": "fp32", "workers": 0, "steps": 4, "log_every": 1, "warmup": 1, "lr": 1e-3}
 
 

@@ -25,7 +25,7 @@ UNTAUGHT = {"fd_weight": 0.0, "crd_weight": 0.0, "icl_weight": 0.0}
 WEIGHTS = {"contrastive": 1.0, "feature": 4000.0, "relation": 1.0, "interactive": 1.0, "pairs": 0.1}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,8 @@ from training.data.order import BatchPlan
 from training.models.classifier import new_classifier
 from training.recipes.transfer import load_class_map, transfer_head
 
+pytestmark = pytest.mark.integration
+
 WALL, BALL, DOG, TERRIER = "n04546855", "n02778669", "n02084071", "n02092468"
 
 
