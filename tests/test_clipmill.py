@@ -186,9 +186,11 @@ def test_the_wheel_carries_every_floor(tmp_path):
     source = tmp_path / "src"
     shutil.copytree(root, source, ignore=shutil.ignore_patterns(".git", ".venv", "demo-run", "__pycache__", ".*_cache"))
     subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)], cwd=source, check=True,
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=source,
+        check=True,
         capture_output=True,
-    )  # fmt: skip
+    )
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"clipmill.py", "shards_spec/SPEC.md", "training/recipes/affinity.py", "slurm/__init__.py"} <= names

@@ -81,30 +81,33 @@ def images(tmp_path) -> str:
 # names that are not there
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["pakc"], "no command 'pakc'; did you mean pack?"),
-    (["Ingest"], "did you mean ingest?"),
-    (["nope"], "no command 'nope'; there are ingest, dedup"),
-    (["train", "afinity"], "no recipe 'afinity'; did you mean affinity?"),
-    (["train", "nope"], "no recipe 'nope'; there are clip, affinity"),
-    (["ingest"], "ROOT and --source are needed; for example: clipmill ingest /data/cc3m --source"),
-    (["ingest", "x"], "ingest: --source is needed; for example"),
-    (["ingest", "x", "--sorce", "y"], "no option --sorce; did you mean --source?"),
-    (["ingest", "x", "--source=y", "--shard_sise=3"], "no option --shard-sise; did you mean --shard-size?"),
-    (["ingest", "x", "--source", "y", "--frobnicate"], "no option --frobnicate; clipmill ingest --help shows all"),
-    (["ingest", "x", "--source"], "source is empty: give a list"),
-    (["ingest", "x", "--source", "y", "--shard-size", "many"], "--shard-size: invalid literal for int()"),
-    (["ingest", "x", "--source", "y", "--format", "csvv"], "invalid choice 'csvv' for argument '--format'"),
-    (["pack", "x", "y"], "Unrecognized options: y"),
-    (["eval", "x"], "eval: --data is needed"),
-    (["train", "clip"], "train clip: --data is needed; for example: clipmill train clip --data"),
-    (["train", "clip", "--data", "x", "--modle", "y"], "no option --modle; did you mean --model?"),
-    (["train", "clip", "--data", "x", "--precision", "bf17"], "Expected one of ("),
-    (["submit", "pakc", "x"], "cannot submit 'pakc'; did you mean pack?"),
-    (["submit", "pack", "x", "--arry", "3"], "submit pack: no option --arry; did you mean --array?"),
-    (["submit", "train", "clpi", "--out", "x"], "no recipe 'clpi'; did you mean clip?"),
-    (["submit", "train", "clip", "--out", "x", "--array", "y"], "--array: invalid literal for int()"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["pakc"], "no command 'pakc'; did you mean pack?"),
+        (["Ingest"], "did you mean ingest?"),
+        (["nope"], "no command 'nope'; there are ingest, dedup"),
+        (["train", "afinity"], "no recipe 'afinity'; did you mean affinity?"),
+        (["train", "nope"], "no recipe 'nope'; there are clip, affinity"),
+        (["ingest"], "ROOT and --source are needed; for example: clipmill ingest /data/cc3m --source"),
+        (["ingest", "x"], "ingest: --source is needed; for example"),
+        (["ingest", "x", "--sorce", "y"], "no option --sorce; did you mean --source?"),
+        (["ingest", "x", "--source=y", "--shard_sise=3"], "no option --shard-sise; did you mean --shard-size?"),
+        (["ingest", "x", "--source", "y", "--frobnicate"], "no option --frobnicate; clipmill ingest --help shows all"),
+        (["ingest", "x", "--source"], "source is empty: give a list"),
+        (["ingest", "x", "--source", "y", "--shard-size", "many"], "--shard-size: invalid literal for int()"),
+        (["ingest", "x", "--source", "y", "--format", "csvv"], "invalid choice 'csvv' for argument '--format'"),
+        (["pack", "x", "y"], "Unrecognized options: y"),
+        (["eval", "x"], "eval: --data is needed"),
+        (["train", "clip"], "train clip: --data is needed; for example: clipmill train clip --data"),
+        (["train", "clip", "--data", "x", "--modle", "y"], "no option --modle; did you mean --model?"),
+        (["train", "clip", "--data", "x", "--precision", "bf17"], "Expected one of ("),
+        (["submit", "pakc", "x"], "cannot submit 'pakc'; did you mean pack?"),
+        (["submit", "pack", "x", "--arry", "3"], "submit pack: no option --arry; did you mean --array?"),
+        (["submit", "train", "clpi", "--out", "x"], "no recipe 'clpi'; did you mean clip?"),
+        (["submit", "train", "clip", "--out", "x", "--array", "y"], "--array: invalid literal for int()"),
+    ],
+)
 def test_a_mistake_is_one_short_line_that_says_what_was_meant(here, words, said):
     code, out, err = here(*words)
     assert (code, out, err.count("\n")) == (2, "", 1)
@@ -214,10 +217,18 @@ def test_an_ascii_terminal_shows_what_it_can(tmp_path, images, env):
     assert run("pack", "--help", code=0, env=env).stdout
 
 
-@pytest.mark.parametrize("words", [
-    ["ingest", b"R\xff", "--source", "x"], ["ingest", "R", "--source", b"\xff.tsv"], ["pack", b"R\xff"],
-    ["check", b"R\xff"], ["report", b"R\xff"], ["train", "clip", "--data", b"R\xff"], ["submit", "pack", b"R\xff"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ingest", b"R\xff", "--source", "x"],
+        ["ingest", "R", "--source", b"\xff.tsv"],
+        ["pack", b"R\xff"],
+        ["check", b"R\xff"],
+        ["report", b"R\xff"],
+        ["train", "clip", "--data", b"R\xff"],
+        ["submit", "pack", b"R\xff"],
+    ],
+)
 def test_a_name_that_is_no_text_is_refused(words):
     assert "\\udcff" in refusal(*words)
 
@@ -234,11 +245,18 @@ def without_privileges() -> None:
 def everything(root: str, source: str) -> list[list[str]]:
     """Each command that a ROOT is given to."""
     return [
-        ["ingest", root, "--source", source], ["dedup", root], ["pack", root, "--workers", "1"],
-        ["caption", root, "--model", "coca_ViT-B-32", "--pretrained", "x"], ["vocab", root], ["check", root],
-        ["cache", root, "--model", "ViT-B-32", "--pretrained", "x"], ["report", root], ["jobs", root],
-        ["submit", "pack", root, "--cluster", "local"], ["train", "clip", "--data", root],
-    ]  # fmt: skip
+        ["ingest", root, "--source", source],
+        ["dedup", root],
+        ["pack", root, "--workers", "1"],
+        ["caption", root, "--model", "coca_ViT-B-32", "--pretrained", "x"],
+        ["vocab", root],
+        ["check", root],
+        ["cache", root, "--model", "ViT-B-32", "--pretrained", "x"],
+        ["report", root],
+        ["jobs", root],
+        ["submit", "pack", root, "--cluster", "local"],
+        ["train", "clip", "--data", root],
+    ]
 
 
 def test_a_root_that_is_a_file(here, tmp_path, images):
@@ -272,9 +290,13 @@ def test_a_root_that_must_not_be_written(data, images, tmp_path, how):
         if mount("--bind", data, root) or mount("-o", "remount,ro,bind", root):
             pytest.skip("only root mounts")
     try:
-        for words in (["ingest", root, "--source", images, "--overwrite"], ["dedup", root],
-                      ["pack", root, "--workers", "1", "--captioner", "none"], ["report", root],
-                      ["submit", "pack", root, "--cluster", "local"]):  # fmt: skip
+        for words in (
+            ["ingest", root, "--source", images, "--overwrite"],
+            ["dedup", root],
+            ["pack", root, "--workers", "1", "--captioner", "none"],
+            ["report", root],
+            ["submit", "pack", root, "--cluster", "local"],
+        ):
             said = refusal(*words, preexec_fn=run_as)
             assert "Permission denied" in said or "Read-only file system" in said, words
             assert ".tmp:" not in said
@@ -362,8 +384,11 @@ def test_torchrun_in_such_a_folder(crowded, data, tmp_path):
     words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "clipmill", "train", "clip", "--smoke"]
     done = subprocess.run(
         [sys.executable, *words, "--data", data, "--folder", "raw", "--model", tiny_clip(tmp_path / "m"), "--out", "R"],
-        cwd=crowded, env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        cwd=crowded,
+        env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
         timeout=300,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert (crowded / "R" / "metrics.jsonl").exists()

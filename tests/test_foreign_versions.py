@@ -30,10 +30,14 @@ def test_versions_are_within_what_was_tried():
 
 @pytest.mark.parametrize(
     "function",
-    [timm.models.load_state_dict, timm.models.load_checkpoint, timm.models.load_state_dict_from_hf,
-     timm.models._hub.load_state_dict_from_path],
+    [
+        timm.models.load_state_dict,
+        timm.models.load_checkpoint,
+        timm.models.load_state_dict_from_hf,
+        timm.models._hub.load_state_dict_from_path,
+    ],
     ids=lambda function: function.__name__,
-)  # fmt: skip
+)
 def test_timm_unpickles_nothing_but_weights_by_itself(function):
     assert inspect.signature(function).parameters["weights_only"].default is True
 

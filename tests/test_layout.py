@@ -153,11 +153,22 @@ def test_the_table_of_stages_names_what_is_there():
             assert ("assignment" in inspect.signature(function).parameters) == stage.array
 
 
-@pytest.mark.parametrize(("key", "path"), [
-    ("ingest", "raw"), ("dedup", "dedup"), ("plan", "plan"), ("pack", "shards"), ("vocab/a", "vocab/a.tsv"),
-    ("caption/a", "captions/a"), ("cache/a", "teacher/a"), ("cache-lists/a", "teacher/a/lists"),
-    ("pack/a", None), ("cache", None), ("other", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "path"),
+    [
+        ("ingest", "raw"),
+        ("dedup", "dedup"),
+        ("plan", "plan"),
+        ("pack", "shards"),
+        ("vocab/a", "vocab/a.tsv"),
+        ("caption/a", "captions/a"),
+        ("cache/a", "teacher/a"),
+        ("cache-lists/a", "teacher/a/lists"),
+        ("pack/a", None),
+        ("cache", None),
+        ("other", None),
+    ],
+)
 def test_where_a_stage_of_a_dataset_writes(key, path):
     assert layout.stage_output(key) == path
 

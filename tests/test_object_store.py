@@ -81,9 +81,13 @@ def store():
             patch.delenv(name)
         app.url = f"http://127.0.0.1:{server.server_port}"
         environment = {
-            "AWS_ENDPOINT_URL": app.url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1", "NO_PROXY": "127.0.0.1", "AWS_EC2_METADATA_DISABLED": "true",
-        }  # fmt: skip
+            "AWS_ENDPOINT_URL": app.url,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "NO_PROXY": "127.0.0.1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
         for name, value in environment.items():
             patch.setenv(name, value)
         yield app
@@ -264,8 +268,10 @@ def test_a_list_on_s3_becomes_a_dataset_on_s3(bucket, other, web, store):
     assert check(CheckConfig(root)) == []
     assert pack(PackConfig(root, captioner=("none",), workers=2)).made == 0
     assert json.loads(objects(other, bucket, "ds/shards/")["sizes.json"]) == {
-        "00000.tar": 4, "00001.tar": 4, "00002.tar": 2
-    }  # fmt: skip
+        "00000.tar": 4,
+        "00001.tar": 4,
+        "00002.tar": 2,
+    }
 
 
 def test_s3_and_a_local_folder_get_the_same_bytes(bucket, other, web, tmp_path):
@@ -376,8 +382,9 @@ def test_the_command_says_in_one_line_what_is_wrong(bucket, other, web):
     line = done.stderr.strip().splitlines()[-1]
     assert re.fullmatch(
         r"clipmill: s3://no-such-bucket/ds/raw/00000\.\w+: "
-        "The specified bucket does not exist; make the bucket, or check its name", line
-    ), line  # fmt: skip
+        "The specified bucket does not exist; make the bucket, or check its name",
+        line,
+    ), line
     assert "no-such-bucket" not in [entry["Name"] for entry in other.list_buckets()["Buckets"]]
 
 

@@ -6,10 +6,40 @@ import struct
 
 NUMBERS = (0, 1, 7, 127, 128, 255, 256, 32767, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 TEXTS = (
-    b"", b"-1", b"1e999", b"NaN", b"null", b"true", b"1" * 5000, b"[" * 3000, b'{"a":' * 2000, b"\x00", b"\xff\xfe",
-    b"\xef\xbb\xbf", b"\r", b"\n", b"\r\n", b"\t", b'"', b'""', b"'", b",", b";", b"|", b"\\N", b"\\", b"../../x",
-    b"/dev/zero", b"\xed\xa0\x80", b"\xf0\x9f\x90\x95", b"%00", b"<b>", b"\x1b[2J", b"a" * 70_000, b"0" * 40,
-)  # fmt: skip
+    b"",
+    b"-1",
+    b"1e999",
+    b"NaN",
+    b"null",
+    b"true",
+    b"1" * 5000,
+    b"[" * 3000,
+    b'{"a":' * 2000,
+    b"\x00",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"\r",
+    b"\n",
+    b"\r\n",
+    b"\t",
+    b'"',
+    b'""',
+    b"'",
+    b",",
+    b";",
+    b"|",
+    b"\\N",
+    b"\\",
+    b"../../x",
+    b"/dev/zero",
+    b"\xed\xa0\x80",
+    b"\xf0\x9f\x90\x95",
+    b"%00",
+    b"<b>",
+    b"\x1b[2J",
+    b"a" * 70_000,
+    b"0" * 40,
+)
 DIGITS = re.compile(rb"\d+")
 
 

@@ -20,10 +20,22 @@ from shards_spec.names import (
 from training.data.labelled_images import FolderImages
 
 NOBODYS = [
-    "._0.jpg", "a/._0.jpg", "__MACOSX/a/0.jpg", "a/.ipynb_checkpoints/0-checkpoint.jpg", ".Trash-1000/files/0.jpg",
-    ".cache/huggingface/0.jpg", ".DS_Store", "a/Thumbs.db", "THUMBS.DB", "@eaDir/0.jpg/SYNOPHOTO_THUMB_M.jpg",
-    "$RECYCLE.BIN/0.jpg", ".00000.tar.host.17.tmp", "lost+found/0.jpg", "./._0.jpg", ".git/0.png",
-]  # fmt: skip
+    "._0.jpg",
+    "a/._0.jpg",
+    "__MACOSX/a/0.jpg",
+    "a/.ipynb_checkpoints/0-checkpoint.jpg",
+    ".Trash-1000/files/0.jpg",
+    ".cache/huggingface/0.jpg",
+    ".DS_Store",
+    "a/Thumbs.db",
+    "THUMBS.DB",
+    "@eaDir/0.jpg/SYNOPHOTO_THUMB_M.jpg",
+    "$RECYCLE.BIN/0.jpg",
+    ".00000.tar.host.17.tmp",
+    "lost+found/0.jpg",
+    "./._0.jpg",
+    ".git/0.png",
+]
 SOMEBODYS = ["0.jpg", "./0.jpg", "a/../0.jpg", "a.b/0.jpg", "_0.jpg", "__init/0.jpg", "cache/0.jpg", "x.DS_Store.jpg"]
 
 
@@ -82,9 +94,14 @@ def test_a_walk_enters_links_once(tmp_path):
     tree(tmp_path, "outside/1.jpg", "outside/deep/2.jpg", "in/0.jpg", "in/real/3.jpg")
     inside = tmp_path / "in"
     for link, target in {
-        "linked": tmp_path / "outside", "again": tmp_path / "outside", "a": inside / "real", "loop": inside,
-        "up": tmp_path, "nowhere": tmp_path / "gone", "self.jpg": inside / "self.jpg",
-    }.items():  # fmt: skip
+        "linked": tmp_path / "outside",
+        "again": tmp_path / "outside",
+        "a": inside / "real",
+        "loop": inside,
+        "up": tmp_path,
+        "nowhere": tmp_path / "gone",
+        "self.jpg": inside / "self.jpg",
+    }.items():
         (inside / link).symlink_to(target)
     (tmp_path / "outside/back").symlink_to(tmp_path)
     assert sorted(map(os.path.basename, walked(inside))) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "nowhere", "self.jpg"]

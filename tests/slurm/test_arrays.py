@@ -68,9 +68,19 @@ def test_a_slow_node_costs_little(slurm, tmp_path):
     root, shards, each = str(tmp_path / "ds"), 320, 0.2
     write_raw(root, shards=shards, per_shard=2)
     [(_, last)] = submit(
-        slurm, "pack", root, *TAGGED, "--array", "8", "--time", "9", "--claim-s", "20", slow_s=each,
+        slurm,
+        "pack",
+        root,
+        *TAGGED,
+        "--array",
+        "8",
+        "--time",
+        "9",
+        "--claim-s",
+        "20",
+        slow_s=each,
         CLIPMILL_SLOW_TASK="0",
-    )  # fmt: skip
+    )
     assert set(slurm.ended(last, 300).values()) == {"COMPLETED"}
     ends = sorted(os.stat(f"{root}/shards/{shard:05d}_stats.json").st_mtime for shard in range(shards))
     makespan, ideal = ends[-1] - ends[0], shards * 2 * each / 7.2

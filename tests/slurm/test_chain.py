@@ -57,13 +57,36 @@ def test_the_chain_has_the_bytes_of_the_local_commands(slurm, web, tmp_path):
     train = ["--model", student, "--steps", "6", "--batch-size", "16", "--workers", "0", "--log-every", "1"]
     chain = [word for stage, words in stages.items() for word in ("--", stage, *words)]
     made = submit(
-        slurm, "pipeline", there, "--array", "3", "--time", "5", *chain,
-        "--", "train", "affinity", "--out", str(tmp_path / "run"), *train,
-    )  # fmt: skip
+        slurm,
+        "pipeline",
+        there,
+        "--array",
+        "3",
+        "--time",
+        "5",
+        *chain,
+        "--",
+        "train",
+        "affinity",
+        "--out",
+        str(tmp_path / "run"),
+        *train,
+    )
     clipmill(
-        slurm, "submit", "pipeline", here, "--cluster", "debug", *chain,
-        "--", "train", "affinity", "--out", str(tmp_path / "run-here"), *train,
-    )  # fmt: skip
+        slurm,
+        "submit",
+        "pipeline",
+        here,
+        "--cluster",
+        "debug",
+        *chain,
+        "--",
+        "train",
+        "affinity",
+        "--out",
+        str(tmp_path / "run-here"),
+        *train,
+    )
     for (_, last), stage in zip(made, [*stages, "train"], strict=True):
         states = slurm.ended(last, 180)
         assert set(states.values()) == {"COMPLETED"}, (stage, log_of(there, last))

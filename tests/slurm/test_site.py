@@ -38,9 +38,17 @@ def test_setup_lines_container_and_scratch_take_effect_in_a_job(slurm, tmp_path)
     )
     words = ("--captioner", "none", "--nouns-only", "--tagger", "noting:tag", "--workers", "1", "--array", "2")
     [(arrays, last)] = submit(
-        slurm, "pack", root, *words, "--site", str(tmp_path / "site.toml"), "--time", "5",
-        PYTHONPATH=f"{ROOT}:{tmp_path}", NOTED=str(noted),
-    )  # fmt: skip
+        slurm,
+        "pack",
+        root,
+        *words,
+        "--site",
+        str(tmp_path / "site.toml"),
+        "--time",
+        "5",
+        PYTHONPATH=f"{ROOT}:{tmp_path}",
+        NOTED=str(noted),
+    )
     assert set(slurm.ended(last).values()) == {"COMPLETED"}, log_of(root, f"{arrays[0]}_0")
     there = json.loads(noted.read_text())
     assert there["variables"]["SET_UP"] == "a b"
@@ -59,9 +67,20 @@ def test_a_process_per_gpu(slurm, words, tmp_path, sbatch, seen):
     site, run = tmp_path / "site.toml", tmp_path / "run"
     site.write_text(sbatch)
     [(_, job)] = submit(
-        slurm, "train", *words, "--out", str(run), "--gpus-per-node", "2", "--time", "5", "--site", str(site),
-        "--steps", "5000",
-    )  # fmt: skip
+        slurm,
+        "train",
+        *words,
+        "--out",
+        str(run),
+        "--gpus-per-node",
+        "2",
+        "--time",
+        "5",
+        "--site",
+        str(site),
+        "--steps",
+        "5000",
+    )
 
     def trainings() -> list[dict[str, str]]:
         own = [one for one in job_environments(slurm, job).values() if "RANK" in one]

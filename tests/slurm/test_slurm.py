@@ -22,7 +22,7 @@ from small_slurm import (
     submit,
     training_words,
     undisturbed,
-)  # fmt: skip
+)
 
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
@@ -227,7 +227,7 @@ def test_a_training_preempted_by_priority_goes_on_exactly(slurm, words, tmp_path
         until(lambda: at_step(run, 8), 60)
         above = slurm.run(
             "sbatch", "--parsable", "-p", "main", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"
-        ).strip()  # fmt: skip
+        ).strip()
         assert set(slurm.ended(above, 60).values()) == {"COMPLETED"}
         assert set(slurm.states(job).values()) == {"PENDING"}
         assert set(slurm.ended(job, 90).values()) == {"COMPLETED"}, log_of(str(run), job)

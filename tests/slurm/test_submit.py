@@ -33,9 +33,12 @@ NOWHERE = {"PATH": "/usr/bin/none", "HOME": "/", "PYTHONPATH": str(ROOT), "OMP_N
 
 def command(*words: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-m", "clipmill", *words], capture_output=True, text=True, timeout=120,
+        [sys.executable, "-m", "clipmill", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
         env={**NOWHERE, **environment},
-    )  # fmt: skip
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -72,9 +75,18 @@ def test_dry_run_prints_scripts_and_writes_nothing(raw, tmp_path):
     )
     words = ("submit", "pack", raw, "--captioner", "none", "--array", "3", "--time", "1-02:30:00", "--after", "7", "8")
     done = command(*words, "--site", str(site), "--dry-run")
-    for line in ("an array of 3", "#SBATCH --partition=cpu", "#SBATCH --account=vision", "#SBATCH --constraint=a100",
-                 "#SBATCH --time=1590", "#SBATCH --dependency=afterok:7:8", "module load cuda", "'/fast tmp'",
-                 "#SBATCH --requeue", "--cpus-per-task=4 apptainer exec c.sif"):  # fmt: skip
+    for line in (
+        "an array of 3",
+        "#SBATCH --partition=cpu",
+        "#SBATCH --account=vision",
+        "#SBATCH --constraint=a100",
+        "#SBATCH --time=1590",
+        "#SBATCH --dependency=afterok:7:8",
+        "module load cuda",
+        "'/fast tmp'",
+        "#SBATCH --requeue",
+        "--cpus-per-task=4 apptainer exec c.sif",
+    ):
         assert line in done.stdout, line
     assert not os.path.exists(f"{raw}/logs")
     many = ("submit", "pack", raw, "--captioner", "none", "--array", "3000", "--after", "7", "--dry-run")
@@ -139,10 +151,26 @@ def test_debug_behaves_as_the_plain_command(raw, tmp_path):
 
 def test_local_runs_a_chain_in_the_background(raw):
     done = command(
-        "submit", "pipeline", raw, "--cluster", "local", "--wait", "--time", "2", "--",
-        "pack", "--captioner", "none", "--workers", "1", "--", "vocab", "--min-count", "1",
+        "submit",
+        "pipeline",
+        raw,
+        "--cluster",
+        "local",
+        "--wait",
+        "--time",
+        "2",
+        "--",
+        "pack",
+        "--captioner",
+        "none",
+        "--workers",
+        "1",
+        "--",
+        "vocab",
+        "--min-count",
+        "1",
         PATH=os.environ["PATH"],
-    )  # fmt: skip
+    )
     assert "clipmill jobs" in done.stdout
     assert os.path.exists(f"{raw}/vocab/all.tsv")
     assert "1 completed" in command("jobs", raw).stdout
@@ -163,9 +191,17 @@ def test_submitting_imports_no_torch_and_pickles_are_small(raw):
         print(words[0], time.monotonic() - start)
     scattered = as_ranges(list(range(0, 100_000, 7)))
     job = ArrayJob(
-        max_requeue=3, command="pack", function=pack, config=PackConfig(raw), ranges=scattered[:2000], folder="shards",
-        upstream="raw", claims="c", submission="s", claim_s=1.0,
-    )  # fmt: skip
+        max_requeue=3,
+        command="pack",
+        function=pack,
+        config=PackConfig(raw),
+        ranges=scattered[:2000],
+        folder="shards",
+        upstream="raw",
+        claims="c",
+        submission="s",
+        claim_s=1.0,
+    )
     data = cloudpickle.dumps(job)
     assert len(data) < 50_000
     assert pickle.loads(data) == job
@@ -195,9 +231,12 @@ def test_the_snapshot_is_the_code_and_made_once(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
     assert not list(first.rglob("__pycache__"))
     done = subprocess.run(
-        [sys.executable, "-c", "from pipeline.core import runner; print(runner.__file__)"], cwd=ROOT, text=True,
-        env={"PYTHONSAFEPATH": "1", "PYTHONPATH": str(first)}, capture_output=True,
-    )  # fmt: skip
+        [sys.executable, "-c", "from pipeline.core import runner; print(runner.__file__)"],
+        cwd=ROOT,
+        text=True,
+        env={"PYTHONSAFEPATH": "1", "PYTHONPATH": str(first)},
+        capture_output=True,
+    )
     assert done.stdout.strip() == str(first / "pipeline" / "core" / "runner.py")
 
 
@@ -225,9 +264,10 @@ def test_a_snapshot_that_is_not_the_code_is_not_believed(tmp_path, planted):
     assert snapshot(tmp_path / "code") == good
     assert {path.relative_to(good): path.read_bytes() for path in good.rglob("*") if path.is_file()} == {
         path.relative_to(ROOT): path.read_bytes()
-        for name in CODE for path in [ROOT / name, *(ROOT / name).rglob("*")]
+        for name in CODE
+        for path in [ROOT / name, *(ROOT / name).rglob("*")]
         if path.is_file() and "__pycache__" not in path.parts
-    }  # fmt: skip
+    }
     assert good.stat().st_mode & 0o777 == 0o700
 
 
@@ -251,9 +291,18 @@ def test_folders_that_a_script_slurm_or_python_would_misread_are_refused(raw, tm
 
 @pytest.mark.parametrize(
     "line",
-    ['partition = "a\\nb"', 'setup = ["a\\nb"]', 'container = "a\\nb"', 'scratch = ["a\\rb"]', 'jobs = "a\\nb"',
-     'sbatch = {x = "a\\nb"}', 'sbatch = {"x\\ny" = 1}', 'sbatch = {x = ["a\\u0000"]}', '[pack]\nqos = "a\\nb"'],
-)  # fmt: skip
+    [
+        'partition = "a\\nb"',
+        'setup = ["a\\nb"]',
+        'container = "a\\nb"',
+        'scratch = ["a\\rb"]',
+        'jobs = "a\\nb"',
+        'sbatch = {x = "a\\nb"}',
+        'sbatch = {"x\\ny" = 1}',
+        'sbatch = {x = ["a\\u0000"]}',
+        '[pack]\nqos = "a\\nb"',
+    ],
+)
 def test_no_value_of_a_site_file_makes_a_line_of_the_script(tmp_path, line):
     (tmp_path / "site.toml").write_text(line)
     with pytest.raises(UserError, match="one line each, without control characters"):

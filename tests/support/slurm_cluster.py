@@ -93,18 +93,30 @@ class Cluster:
         key.write_bytes(os.urandom(128))
         self.conf.write_text(
             CONF.format(
-                port=port, host=host, address=address, folder=self.folder, listen=listen, last=10 + count,
-                first_port=port + 1, last_port=port + count, first_job=port * 613 % 9000 + 1,
+                port=port,
+                host=host,
+                address=address,
+                folder=self.folder,
+                listen=listen,
+                last=10 + count,
+                first_port=port + 1,
+                last_port=port + count,
+                first_job=port * 613 % 9000 + 1,
             )
-        )  # fmt: skip
+        )
         for gpu in range(2):
             (self.folder / f"gpu{gpu}").symlink_to("/dev/null")
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-1]\n")
         munge = self.folder / "munge"
         self._daemon(
-            "munged", "--force", f"--key-file={key}", f"--socket={munge}/socket",
-            f"--pid-file={self.folder}/munged.pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed",
-        )  # fmt: skip
+            "munged",
+            "--force",
+            f"--key-file={key}",
+            f"--socket={munge}/socket",
+            f"--pid-file={self.folder}/munged.pid",
+            f"--log-file={munge}/log",
+            f"--seed-file={munge}/seed",
+        )
         self._daemon("slurmctld", "-f", str(self.conf))
         for node in self.nodes:
             self._daemon("slurmd", "-f", str(self.conf), "-N", node)
@@ -150,9 +162,10 @@ class Cluster:
         wanted = {f"SLURM_CONF={self.conf}"} | ({f"SLURMD_NODENAME={node}"} if node else set())
         wanted |= {f"SLURM_JOB_ID={job}"} if job else set()
         return [
-            pid for pid, marks in _processes()
+            pid
+            for pid, marks in _processes()
             if wanted <= marks and any(mark.startswith("SLURM_JOB_ID=") for mark in marks)
-        ]  # fmt: skip
+        ]
 
     def kill_node(self, node: str) -> None:
         """What a power cut does: its daemons, steps and jobs are gone at once."""
@@ -237,6 +250,15 @@ def until(true: Callable[[], object], seconds: float, said: Callable[[], str] = 
         time.sleep(0.1)
 
 
+STOP_AT_THE_END = """
+import pathlib, sys
+sys.stdin.read()
+sys.path.insert(0, sys.argv[1])
+import slurm_cluster
+slurm_cluster.Cluster(pathlib.Path(sys.argv[2]), int(sys.argv[3])).stop()
+"""
+
+
 @contextlib.contextmanager
 def cluster(nodes: int = 2) -> Iterator[Cluster]:
     """A running cluster in a short temporary folder (a unix socket's path must fit 107 characters)."""
@@ -245,12 +267,12 @@ def cluster(nodes: int = 2) -> Iterator[Cluster]:
     here = Cluster(folder, nodes)
     try:
         here.start()
+        # A process of its own, which stops the cluster when this one is killed.
         watch = subprocess.Popen(
-            [sys.executable, "-c", "import sys; sys.stdin.read(); sys.path.insert(0, sys.argv[1]); "
-             "import slurm_cluster, pathlib; slurm_cluster.Cluster(pathlib.Path(sys.argv[2]), int(sys.argv[3])).stop()",
-             str(Path(__file__).parent), str(folder), str(nodes)],
-            stdin=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip  # it stops the cluster when this process is killed
+            [sys.executable, "-c", STOP_AT_THE_END, str(Path(__file__).parent), str(folder), str(nodes)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
         try:
             yield here
         finally:

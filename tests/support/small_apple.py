@@ -37,9 +37,14 @@ def image_names(depths):
     yield from names("network.6.pe.", *AFFINE)
     for block in range(depths[3]):
         yield from names(
-            f"network.7.{block}.", ("norm", BN), "token_mixer.qkv.weight", ("token_mixer.proj", AFFINE),
-            "layer_scale_1", "layer_scale_2", *ffn,
-        )  # fmt: skip
+            f"network.7.{block}.",
+            ("norm", BN),
+            "token_mixer.qkv.weight",
+            ("token_mixer.proj", AFFINE),
+            "layer_scale_1",
+            "layer_scale_2",
+            *ffn,
+        )
     yield from names("conv_exp.", *conv, *scale, *se)
     yield "head.proj"
 
@@ -49,10 +54,16 @@ def text_names():
     yield from names("", "embedding_layer.weight", "positional_embedding.pos_embed.pos_embed")
     for block in (0, 5):
         yield from names(
-            f"transformer.{block}.", ("token_mixer.norm.rbr_skip", BN), ("token_mixer.mixer.rbr_skip", BN),
-            *branch("token_mixer.mixer.rbr_conv.0"), "token_mixer.layer_scale", *branch("convffn.conv"),
-            ("convffn.fc1", AFFINE), ("convffn.fc2", AFFINE), "layer_scale",
-        )  # fmt: skip
+            f"transformer.{block}.",
+            ("token_mixer.norm.rbr_skip", BN),
+            ("token_mixer.mixer.rbr_skip", BN),
+            *branch("token_mixer.mixer.rbr_conv.0"),
+            "token_mixer.layer_scale",
+            *branch("convffn.conv"),
+            ("convffn.fc1", AFFINE),
+            ("convffn.fc2", AFFINE),
+            "layer_scale",
+        )
     for layer in range(1, 5):
         parts = ("pre_norm_mha.0", "pre_norm_mha.1.qkv_proj", "pre_norm_mha.1.out_proj")
         ffn = ("pre_norm_ffn.0", "pre_norm_ffn.1", "pre_norm_ffn.4")

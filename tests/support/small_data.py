@@ -110,13 +110,20 @@ def tiny_coca(folder: Path, seed: int = 0, spread: float = 1.0) -> str:
     config = {
         "embed_dim": 32,
         "vision_cfg": {
-            "image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "attentional_pool": True,
-            "attn_pooler_heads": 2, "attn_pooler_queries": 8, "output_tokens": True,
+            "image_size": 32,
+            "layers": 2,
+            "width": 32,
+            "head_width": 16,
+            "patch_size": 8,
+            "attentional_pool": True,
+            "attn_pooler_heads": 2,
+            "attn_pooler_queries": 8,
+            "output_tokens": True,
         },
         "text_cfg": {**stack, "embed_cls": True, "output_tokens": True},
         "multimodal_cfg": {**stack, "attn_pooler_heads": 2},
         "custom_text": True,
-    }  # fmt: skip
+    }
     return write_coca(folder, config, seed, spread)
 
 
@@ -152,9 +159,16 @@ def write_roberta(folder: Path, width: int, layers: int = 2, heads: int = 4, wid
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     config = transformers.RobertaConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-        intermediate_size=wide, max_position_embeddings=100, pad_token_id=1, bos_token_id=0, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=wide,
+        max_position_embeddings=100,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
     transformers.RobertaModel(config).save_pretrained(folder / "roberta")
     names = {"hf_model_name": str(folder / "roberta"), "hf_tokenizer_name": str(folder)}
     return {**names, "width": width, "vocab_size": tokenizer.get_vocab_size()}

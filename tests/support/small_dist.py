@@ -147,7 +147,10 @@ def gradients(rank: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [_gradients(ranks, device, **case) for case in cases]
 
 
-def _gradients(ranks, device, dtype, sizes, chunk_size=None, norm=True, dropout=0.0, sync=True, checkpointed=False):
+def _gradients(ranks, device, dtype, sizes, chunk_size=None, checkpointed=False, **model):
+    """``model``: ``norm`` and ``dropout`` of the task, ``sync`` of its batch norms over the processes."""
+    norm, dropout = model.get("norm", True), model.get("dropout", 0.0)
+    sync = model.get("sync", True)
     torch.manual_seed(0)
     task = Tiny(norm, dropout).to(dtype).train()
     if sync and ranks.size > 1:

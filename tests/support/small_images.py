@@ -51,9 +51,17 @@ def tiff(samples: np.ndarray, photometric: int = 1, order: str = "<", **tags: li
     body = samples.astype(samples.dtype.newbyteorder(order)).tobytes()
     body += bytes(len(body) % 2)
     entries = {
-        256: [width], 257: [height], 258: [8 * samples.dtype.itemsize] * channels, 259: [1], 262: [photometric],
-        273: [8], 277: [channels], 278: [height], 279: [len(body)], 339: [" uif".index(samples.dtype.kind)] * channels,
-    } | {int(name[1:]): value for name, value in tags.items()}  # fmt: skip
+        256: [width],
+        257: [height],
+        258: [8 * samples.dtype.itemsize] * channels,
+        259: [1],
+        262: [photometric],
+        273: [8],
+        277: [channels],
+        278: [height],
+        279: [len(body)],
+        339: [" uif".index(samples.dtype.kind)] * channels,
+    } | {int(name[1:]): value for name, value in tags.items()}
     start = 8 + len(body)
     directory, values = struct.pack(f"{order}H", len(entries)), b""
     for tag in sorted(entries):

@@ -21,9 +21,12 @@ def clipmill(here: Cluster, *words: str, code: int = 0, slow_s: float = 0, **mor
     path = f"{ROOT}:{ROOT / 'tests' / 'support'}"
     environment = {**os.environ, **here.own, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CLIPMILL_SLOW_S": str(slow_s)}
     done = subprocess.run(
-        [sys.executable, "-m", "clipmill", *words], env={**environment, **more}, capture_output=True, text=True,
+        [sys.executable, "-m", "clipmill", *words],
+        env={**environment, **more},
+        capture_output=True,
+        text=True,
         timeout=120,
-    )  # fmt: skip
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stderr if code == 2 else done.stdout
 

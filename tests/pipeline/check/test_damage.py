@@ -185,8 +185,19 @@ def test_what_is_gone_or_does_not_belong_is_named(whole, tmp_path):
 def test_many_kinds_of_nonsense_are_named_without_a_traceback(whole, tmp_path):
     """Whole files replaced: the kinds of damage that parsers of JSON, Parquet, tar and TSV trip over."""
     root = shutil.copytree(whole, tmp_path / "ds")
-    junk = [b"", b"null", b"[]", b'{"clipmill": 5}', b'{"clipmill": {}}', b"[" * 100_000, b"\xff" * 99, b"9" * 9999,
-            b'{"stages": {"pack": 3}, "spec_version": 1}', b"PAR1", b"\x00" * 10240]  # fmt: skip
+    junk = [
+        b"",
+        b"null",
+        b"[]",
+        b'{"clipmill": 5}',
+        b'{"clipmill": {}}',
+        b"[" * 100_000,
+        b"\xff" * 99,
+        b"9" * 9999,
+        b'{"stages": {"pack": 3}, "spec_version": 1}',
+        b"PAR1",
+        b"\x00" * 10240,
+    ]
     for path in [root / "dataset.json", root / "shards/sizes.json", root / "vocab/all.tsv", *root.rglob("00000*")]:
         before = path.read_bytes()
         for data in junk:

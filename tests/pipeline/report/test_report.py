@@ -61,20 +61,44 @@ def make_shard(root: Path, shard: int) -> None:
     for row in range(ROWS):
         key, ok = f"{shard:05d}{row:04d}", status(row) == "success"
         original = EVIL if row == 4 else LONG if row == 5 else "a dog and a cat"
-        raw.append({"url": f"http://evil.test/{key}", "key": key, "caption": original,
-                    "status": "success" if ok else "failed_to_download", "error_message": None if ok else status(row),
-                    "width": 96 + 8 * row if ok else None, "height": 64 if ok else None,
-                    "original_width": 800 if ok else None, "original_height": 600 if ok else None})  # fmt: skip
+        raw.append(
+            {
+                "url": f"http://evil.test/{key}",
+                "key": key,
+                "caption": original,
+                "status": "success" if ok else "failed_to_download",
+                "error_message": None if ok else status(row),
+                "width": 96 + 8 * row if ok else None,
+                "height": 64 if ok else None,
+                "original_width": 800 if ok else None,
+                "original_height": 600 if ok else None,
+            }
+        )
         if not ok:
             continue
-        captions.append({"key": key, "captions": ["a dog", "a dog", f"cat {row}"], "logprobs": [-4.0, -6.0, math.nan],
-                         "num_tokens": [4, 4, 4], "similarities": [0.251, 0.259, -0.105],
-                         "original_similarity": 0.305 if row % 2 else None})  # fmt: skip
+        captions.append(
+            {
+                "key": key,
+                "captions": ["a dog", "a dog", f"cat {row}"],
+                "logprobs": [-4.0, -6.0, math.nan],
+                "num_tokens": [4, 4, 4],
+                "similarities": [0.251, 0.259, -0.105],
+                "original_similarity": 0.305 if row % 2 else None,
+            }
+        )
         if row == 3:
             continue
         synsets = [[DOG, CAT], [DOG], [DOG], [RARE] if row == 9 else []]
-        packed.append({"key": key, "caption": original, "synthetic": captions[-1]["captions"], "synsets": synsets,
-                       "width": 96 + 8 * row, "height": 64})  # fmt: skip
+        packed.append(
+            {
+                "key": key,
+                "caption": original,
+                "synthetic": captions[-1]["captions"],
+                "synsets": synsets,
+                "width": 96 + 8 * row,
+                "height": 64,
+            }
+        )
         samples.append(Sample(key, {"jpg": make_image(shard, row), "txt": original.encode(), "json": b"{}"}))
     name = f"{shard:05d}"
     for folder, rows in (("raw", raw), ("captions/toy", captions), ("shards", packed)):
@@ -240,8 +264,13 @@ def test_dataset_page_shows_captions_synsets_and_cache(root):
     assert "more than 5" in page.source
     for fact in ("ViT-L-14 toy_tag", "2 views and 2 captions", "8 numbers of float16", "18 in 3 shards"):
         assert fact in page.text
-    titles = ["Shorter side of the originals", "Aspect ratio as stored", "Caption length", "Synset frequency by rank",
-              "Cosine with the image, by toy itself"]  # fmt: skip
+    titles = [
+        "Shorter side of the originals",
+        "Aspect ratio as stored",
+        "Caption length",
+        "Synset frequency by rank",
+        "Cosine with the image, by toy itself",
+    ]
     assert [title for title in titles if title not in page.text] == []
 
 
@@ -325,10 +354,23 @@ def test_image_that_does_not_decode_costs_itself(root):
 
 def test_run_page_shows_curves_evaluation_and_setup(run):
     page = page_of(run)
-    for text in ("toy-run", "Recipe siclip", "Total loss", "contrastive", "Gradient norm", "Throughput", "optim.betas",
-                 "[0.9, 0.98]", "2.7.1", "checkpoints/step_100.pt", "2.5MB", "text→image R@1", "zeroshot retrieval",
-                 "text→image R@5",
-                 "1 of 100 values are not finite"):  # fmt: skip
+    for text in (
+        "toy-run",
+        "Recipe siclip",
+        "Total loss",
+        "contrastive",
+        "Gradient norm",
+        "Throughput",
+        "optim.betas",
+        "[0.9, 0.98]",
+        "2.7.1",
+        "checkpoints/step_100.pt",
+        "2.5MB",
+        "text→image R@1",
+        "zeroshot retrieval",
+        "text→image R@5",
+        "1 of 100 values are not finite",
+    ):
         assert text in page.text, text
     assert re.search(r"cifar\s+siclip\s+61.5 %\s+–\s+60.0 %", page.text)
     assert re.search(r"coco\s+siclip\s+5.0 %\s+25.0 %\s+50.0 %", page.text)
@@ -407,9 +449,20 @@ def test_lone_surrogates_do_not_stop_the_page(run):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (150, "150"), (1234, "1.23k"), (999.9, "1k"), (5e-5, "5e-5"), (0.001, "0.001"), (2.5e6, "2.5M"),
-     (-3.25, "-3.25"), (math.nan, "nan"), (1e15, "1e15"), (12.0, "12")],
-)  # fmt: skip
+    [
+        (0, "0"),
+        (150, "150"),
+        (1234, "1.23k"),
+        (999.9, "1k"),
+        (5e-5, "5e-5"),
+        (0.001, "0.001"),
+        (2.5e6, "2.5M"),
+        (-3.25, "-3.25"),
+        (math.nan, "nan"),
+        (1e15, "1e15"),
+        (12.0, "12"),
+    ],
+)
 def test_short_numbers(value, text):
     assert short(value) == text
 
@@ -537,13 +590,28 @@ def test_page_fits_phone_and_desktop_and_asks_no_network(kind, request, tmp_path
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         dom = subprocess.run(
-            [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-             "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,900",
-             f"--proxy-server=127.0.0.1:{server.server_port}", "--proxy-bypass-list=<-loopback>", "--dump-dom",
-             wrapper.as_uri()],
-            capture_output=True, text=True, timeout=60,
-        ).stdout  # fmt: skip
+            [
+                chromium,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                "--allow-file-access-from-files",
+                f"--user-data-dir={tmp_path / 'profile'}",
+                "--window-size=1400,900",
+                f"--proxy-server=127.0.0.1:{server.server_port}",
+                "--proxy-bypass-list=<-loopback>",
+                "--dump-dom",
+                wrapper.as_uri(),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        ).stdout
     finally:
         server.shutdown()
         server.server_close()
