@@ -18,12 +18,12 @@ STARTS = {"random": "random rows", "rows": "Transfer Init"}
 
 
 def accuracy(run: Path) -> float:
-    """acc1 at the end of a probe."""
+    """Return acc1 at the end of a probe."""
     return float(lines(run)[-1]["eval"]["acc1"])
 
 
 def probes(study: Path) -> dict[str, dict[int, list[float]]]:
-    """acc1 with all labels by row and epochs, one number per seed."""
+    """Return acc1 with all labels by row and epochs, one number per seed."""
     found: dict[str, dict[int, list[float]]] = {row: defaultdict(list) for row in ROWS}
     for run in sorted(study.glob("*-*-*/probe")):
         row, epochs, _ = run.parent.name.split("-")
@@ -32,7 +32,7 @@ def probes(study: Path) -> dict[str, dict[int, list[float]]]:
 
 
 def transfers(study: Path) -> dict[str, dict[float, tuple[str, list[float]]]]:
-    """By start and share of the labels: the learning rate with the best mean, and its acc1 per seed."""
+    """Return, by start and share of the labels, the learning rate with the best mean and its acc1 per seed."""
     runs: dict[tuple[str, float], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in sorted((study / "transfer").iterdir()):
         start, fraction, rate = run.name.rsplit("-", 1)[0].split("-", 2)
@@ -45,7 +45,7 @@ def transfers(study: Path) -> dict[str, dict[float, tuple[str, list[float]]]]:
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table."""
+    """Return a Markdown table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]) + "\n"
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 
 def metrics(run: Path) -> dict[str, float]:
-    """All metrics of a run's evaluations, as shares."""
+    """Return all metrics of a run's evaluations, as shares."""
     found: dict[str, float] = {}
     for path in sorted((run / "eval").glob("*.json")):
         found |= json.loads(path.read_text())["metrics"]
@@ -22,13 +22,13 @@ def metrics(run: Path) -> dict[str, float]:
 
 
 def sizes(run: Path) -> dict[str, int]:
-    """Samples per evaluated dataset."""
+    """Return the number of samples of each evaluated dataset."""
     results = [json.loads(path.read_text()) for path in (run / "eval").glob("*.json")]
     return {result["dataset"]: result["samples"] for result in results}
 
 
 def results_table(folder: Path) -> Table:
-    """Chance, students and teacher; accuracy and recall in per cent."""
+    """Return a table of chance, students and teacher; accuracy and recall in per cent."""
     table = Table("", "zero-shot acc@1", "image→text R@1", "text→image R@1", title="held-out scenes, per cent")
     count = sizes(folder / "coca")
     classes = len((folder / "web" / "eval" / "zeroshot" / "classnames.txt").read_text().splitlines())
@@ -43,7 +43,7 @@ def results_table(folder: Path) -> Table:
 
 
 def seconds_table(folder: Path) -> Table:
-    """Seconds per stage of this run of demo.sh, start-up of each command included."""
+    """Return a table of the seconds per stage of this run of demo.sh, start-up of each command included."""
     table = Table("stage", "seconds", title="seconds per stage", show_footer=True)
     latest: dict[str, float] = {}
     with open(folder / "seconds.tsv", newline="") as file:
