@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 DEMO = Path(__file__).parents[2] / "demo" / "demo.sh"
@@ -88,7 +89,7 @@ def compare_demo(processes: int) -> None:
 def compare_steps(processes: int, runs: int) -> None:
     """Print a line for each waiting policy."""
     policies = {"passive": "PASSIVE", "libgomp's default": None}
-    found = {(name, busy): list[float]() for name in policies for busy in (False, True)}
+    found = {case: list[float]() for case in product(policies, (False, True))}
     for busy in (False, True):
         with load(processes * busy):
             for _ in range(runs):
