@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import tiny_config, write_clip_root
+from small_training import tiny_config
 
 from shards_spec.files import DataError, UserError
 from training.runs.checkpoint_files import hash_file, load_checkpoint
@@ -27,8 +27,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_clip_root(tmp_path_factory.mktemp("data"))
+def root(clip_root):
+    return clip_root
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from small_catlip import TINY, need_wordnet, write_labelled
+from small_catlip import TINY, need_wordnet
 
 from pipeline.labels.labeler import load_labeler
 from pipeline.labels.vocab_stage import VocabConfig, vocab
@@ -42,10 +42,8 @@ FINE = {128: 1568, 160: 1003, 192: 696, 224: 512, 256: 392, 288: 309, 320: 250}
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    path = tmp_path_factory.mktemp("labelled")
-    write_labelled(path)
-    return str(path)
+def root(labelled_root):
+    return labelled_root
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from small_data import draw
-from small_training import tiny_clip, tiny_config, write_clip_root, write_packed
+from small_training import tiny_clip, tiny_config, write_packed
 
 from shards_spec.files import UserError, json_bytes
 from shards_spec.precision import resolve_precision
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_clip_root(tmp_path_factory.mktemp("data"))
+def root(clip_root):
+    return clip_root
 
 
 def told(caplog):

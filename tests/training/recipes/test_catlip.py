@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_catlip import TINY, read_metrics, write_folders, write_labelled
+from small_catlip import TINY, read_metrics, write_folders
 from small_dist import fork
 from small_training import tiny_clip, write_packed
 
@@ -49,10 +49,8 @@ def small(recipe, **fields):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    path = tmp_path_factory.mktemp("labelled")
-    write_labelled(path)
-    return str(path)
+def root(labelled_root):
+    return labelled_root
 
 
 @pytest.fixture(scope="module")
