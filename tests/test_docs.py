@@ -22,7 +22,6 @@ from small_training import tiny_clip
 import clipmill
 from training.recipes import RECIPES
 
-pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -205,6 +204,7 @@ def small(tmp_path_factory, one_thread) -> dict[str, str]:
     }
 
 
+@pytest.mark.integration
 def test_python_examples_run(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     codes = blocks((ROOT / "docs" / "python.md").read_text(), "python")

@@ -126,14 +126,14 @@ def _draw(logits: Tensor, blocked: Tensor, uniforms: Tensor) -> Tensor:
     return torch.where(total > 0, drawn, -1)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def text_ids(tokens: Tensor) -> Tensor:
     """Return a number per text, equal for equal rows: (B, T) -> (B,) int64, a random linear hash modulo 2**64."""
     factors = raw_draws("text ids", tokens.shape[1]).view(np.int64)
     return (tokens.long() * torch.from_numpy(factors).to(tokens.device)).sum(dim=1)
 
 
-@torch.compiler.disable  # hashes are computed by Python and NumPy
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # hashes are computed by Python and NumPy
 def key_ids(keys: Sequence[str], device: torch.device) -> Tensor:
     """Return a number per sample key, (B,) int64."""
     return torch.from_numpy(content_ids(keys).view(np.int64)).to(device)

@@ -52,8 +52,8 @@ def shaped_matrices(
     attention = logits.masked_fill(~mask, -torch.inf).softmax(-1)
     identity = torch.eye(tokens, dtype=query.dtype, device=query.device)
     uniform = uniform_attention(mask).to(query.dtype)
-    shaped: Tensor = alpha.view(-1, 1, 1) * identity + beta.view(-1, 1, 1) * attention
-    return shaped - gamma.view(-1, 1, 1) * uniform
+    shaped: Tensor = alpha.view(-1, 1, 1) * identity + beta.view(-1, 1, 1) * attention - gamma.view(-1, 1, 1) * uniform
+    return shaped
 
 
 def conv_ffn(ffn: Any, x: Tensor) -> Tensor:
