@@ -22,7 +22,6 @@ from small_training import tiny_clip
 import clipmill
 from training.recipes import RECIPES
 
-
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",

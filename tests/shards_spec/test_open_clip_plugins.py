@@ -16,6 +16,8 @@ from shards_spec.files import UserError
 from shards_spec.models import load_model
 from shards_spec.open_clip_plugins import MODEL_PARTS, READING_PARTS, missing_parts
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 
 

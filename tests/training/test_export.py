@@ -18,6 +18,8 @@ from training.runs.model_folder import write_model
 from training.runs.student import load_run, new_student
 from training.trainer import train
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

@@ -16,7 +16,7 @@ from training.runs.run_folder import RunFolder
 from training.trainer import train
 
 TIMING = ("samples_per_s", "seconds")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

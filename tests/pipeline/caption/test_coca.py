@@ -24,6 +24,8 @@ from pipeline.caption.sampling import generate, process_logits, sample_token
 from shards_spec.files import UserError
 from shards_spec.models import load_model
 
+pytestmark = pytest.mark.integration
+
 MODELS = ["coca_ViT-B-32", "coca_ViT-L-14", "coca_base", "coca_roberta-ViT-B-32", "tiny"]
 GREEDY = Decoding("greedy", min_tokens=2, max_tokens=14)
 IMAGES = 64

@@ -17,6 +17,8 @@ from pipeline.ingest.stage import ingest
 from shards_spec.files import read_json, write_json
 from shards_spec.manifest import SEAL
 
+pytestmark = pytest.mark.integration
+
 IMAGES = 12
 
 

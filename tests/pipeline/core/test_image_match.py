@@ -23,6 +23,8 @@ from pipeline.ingest.stage import ingest
 from pipeline.report import ReportConfig, report
 from shards_spec.files import read_json
 
+pytestmark = pytest.mark.integration
+
 DEMO = Path(__file__).parents[3] / "demo" / "images"
 WORDS = "the quick brown fox jumps over a lazy dog while engineers compare images and write tests".split()  # noqa: SIM905
 

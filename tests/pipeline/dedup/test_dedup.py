@@ -33,6 +33,8 @@ from shards_spec.manifest import Done, write_stage
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, shard_keys, write_shard
 
+pytestmark = pytest.mark.integration
+
 
 @dataclass(frozen=True)
 class Item:

@@ -8,6 +8,8 @@ from web_server import serve
 from pipeline.ingest.backpressure import AdmissionGate, PrioritySemaphore
 from pipeline.ingest.http_client import Fetcher, FetchRules
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def server():

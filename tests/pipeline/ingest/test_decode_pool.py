@@ -11,6 +11,8 @@ from pipeline.ingest import decode_pool
 from pipeline.ingest.decode_pool import DecodePool, DecoderFailed
 from shards_spec.files import UserError
 
+pytestmark = pytest.mark.integration
+
 
 def answer(data: bytes) -> bytes:
     """What the processes of these tests do."""

@@ -10,6 +10,8 @@ from web_server import make_image, serve
 
 from pipeline.ingest import http_client
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def server():
