@@ -299,6 +299,7 @@ def places(tmp_path, trap):
         yield "timm:local-dir", lambda folder=folder: new_classifier(f"timm:local-dir:{folder}", 3, pretrained="timm")
 
 
+@pytest.mark.integration
 def test_a_planted_pickle_runs_in_no_place_that_takes_weights(tmp_path, trap):
     tried = 0
     for what, call in places(tmp_path, trap):

@@ -227,6 +227,7 @@ def kill_and_compare(server, tmp_path, kills: int) -> None:
     assert check(CheckConfig(str(root))) == []
 
 
+@pytest.mark.integration
 def test_killed_at_any_moment(server, tmp_path):
     kill_and_compare(server, tmp_path, 4)
 

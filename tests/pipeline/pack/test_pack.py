@@ -266,6 +266,7 @@ def test_numbers_that_json_has_no_word_for_are_null(root):
     assert check(CheckConfig(root)) == []
 
 
+@pytest.mark.integration
 def test_two_at_once(root):
     """The second one names the first; when that is killed, the next one goes on."""
     slow = (
@@ -449,6 +450,7 @@ def test_equal_shards_have_the_samples_of_uneven_ones(resharded, equal):
     assert check(CheckConfig(equal)) == []
 
 
+@pytest.mark.integration
 def test_equal_shards_do_not_depend_on_workers(resharded, equal):
     for folder in ("plan", "shards"):
         shutil.rmtree(join(equal, folder))
