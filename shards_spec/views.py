@@ -31,15 +31,13 @@ _JITTER = struct.Struct("<B4H")  # order, brightness, contrast, saturation, hue
 
 
 @dataclass(frozen=True)
-class ViewSpec:
-    """How views are drawn: crop, flip, RandAugment, colour jitter, in this order.
+class ViewOptions:
+    """What a view may be: crop, flip, RandAugment, colour jitter, in this order.
 
     Crop: torchvision's RandomResizedCrop with area share in ``scale`` and aspect in ``ratio``; ``scale=None`` means
     no augmentation at all, the shorter side resized and the centre cropped.
     """
 
-    seed: int = 0
-    """seed of the views"""
     scale: tuple[float, float] | None = (0.08, 1.0)
     """share of the image that a crop covers, low and high; None is the plain centre crop without anything else"""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -79,12 +77,20 @@ class ViewSpec:
         if min(self.jitter) < 0 or self.jitter[3] > 0.5:
             raise UserError(f"views: jitter {self.jitter} must be 0 or more each, hue at most 0.5")
 
+
+@dataclass(frozen=True)
+class ViewSpec(ViewOptions):
+    """Options and the seed from which views are drawn."""
+
+    seed: int = 0
+    """seed of the views"""
+
     def as_json(self) -> dict[str, Any]:
         """The spec and the versions that render it, as every cache stores them.
 
         Options that were added later are left out while they have their default values.
         """
-        options = asdict(self)
+        options = {"seed": self.seed} | asdict(self)  # first, as stored specs have it
         for name in _LATER:
             if options[name] == _DEFAULTS[name]:
                 del options[name]

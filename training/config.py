@@ -5,11 +5,10 @@ from typing import Any, Literal
 
 from tyro.conf import OmitArgPrefixes
 
-from shards_spec.augment import OpSet
 from shards_spec.files import UserError
 from shards_spec.models import Trust
 from shards_spec.precision import PrecisionOption
-from shards_spec.views import ViewSpec
+from shards_spec.views import ViewOptions, ViewSpec
 
 # What may change when a run is resumed, beside the number of processes: another machine may have less memory. The last
 # four change roundings only, unless a trained BatchNorm normalises over each chunk: then the chunk's size is maths.
@@ -109,32 +108,13 @@ class SideConfig:
 
 
 @dataclass(frozen=True)
-class ViewConfig:
+class ViewConfig(ViewOptions):
     """Views drawn while training, a new one each epoch."""
 
     scale: tuple[float, float] | None = (0.9, 1.0)
-    """share of the image that a crop covers, low and high; None is the plain centre crop"""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """aspect of a crop, low and high"""
+    """share of the image that a crop covers, low and high; None is the plain centre crop without anything else"""
     flip: float = 0.0
     """probability of a horizontal flip"""
-    ops: int = 0
-    """RandAugment operations per view"""
-    magnitude: int = 9
-    """RandAugment magnitude: 0 to 30 in torchvision's set, 0 to 10 in timm's"""
-    op_set: OpSet = "torchvision"
-    """RandAugment's operations: torchvision's 14, timm's 15, timm's increasing 15, or timm's 3-Augment"""
-    op_prob: float = 1.0
-    """probability that an operation is applied (timm's own default is 0.5)"""
-    magnitude_std: float = 0.0
-    """timm's sets: standard deviation of the magnitude, drawn per operation (timm's mstd)"""
-    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """strength of brightness, contrast, saturation and hue jitter, as torchvision's ColorJitter takes them"""
-    jitter_prob: float = 1.0
-    """probability of the colour jitter"""
-
-    def __post_init__(self) -> None:
-        self.spec(0)
 
     def spec(self, seed: int) -> ViewSpec:
         """Return what the views are drawn from. Raises UserError naming the field that is out of range."""
