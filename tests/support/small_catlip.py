@@ -1,6 +1,5 @@
 """A small labelled dataset, made by the real stages, and images of classes, for the tests of CatLIP."""
 
-import json
 from pathlib import Path
 
 from conftest import skip_or_fail
@@ -70,7 +69,3 @@ def write_bench(root: Path, train=12, test=6, classes=("blue", "red")):
         for shard, part in enumerate((samples[: count + 1], samples[count + 1 :])):
             write_shard(str(root / split / f"{shard}.tar"), part)
     return str(root)
-
-
-def read_metrics(run):
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]

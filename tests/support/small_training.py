@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from small_data import BPE, draw, tiny_coca, write_raw
 
 from shards_spec.embeddings import write_embeddings
@@ -18,6 +19,8 @@ from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
 from shards_spec.views import ViewSpec
 from training.config import smoke
+from training.runs.checkpoint_files import load_checkpoint
+from training.runs.run_folder import RunFolder
 
 DIM = 16
 SPEC = ViewSpec(seed=3, scale=(0.5, 1.0))
@@ -182,3 +185,26 @@ def tiny_config(recipe, root, out, **fields):
                 config, **{part.name: dataclasses.replace(piece, **{name: wanted.pop(name) for name in names})}
             )
     return dataclasses.replace(config, **wanted)
+
+
+def read_metrics(out: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+
+
+def steady_metrics(out: str | Path) -> list[dict[str, Any]]:
+    """The same without what depends on the clock."""
+    clock = ("samples_per_s", "seconds")
+    return [{name: value for name, value in line.items() if name not in clock} for line in read_metrics(out)]
+
+
+def final_weights(out: str | Path) -> dict[str, torch.Tensor]:
+    """The task's state in a run's newest checkpoint."""
+    return load_checkpoint(RunFolder(str(out)).newest())["task"]
+
+
+def assert_same_run(one: str | Path, other: str | Path) -> None:
+    """Equal metrics at every step and equal weights at the end, to the bit."""
+    assert steady_metrics(one) == steady_metrics(other)
+    weights, others = final_weights(one), final_weights(other)
+    assert all(torch.equal(weights[name], others[name]) for name in weights)

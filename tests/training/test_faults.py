@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import tiny_config
+from small_training import steady_metrics, tiny_config
 
 from shards_spec.files import DataError, UserError
 from training.runs.checkpoint_files import hash_file, load_checkpoint
@@ -22,7 +22,6 @@ from training.trainer import Trainer, train
 
 ROOT = Path(__file__).parents[2]
 EVERY = {"checkpoint_steps": 4, "keep_checkpoints": 9}
-TIMING = ("samples_per_s", "seconds")
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 
@@ -37,14 +36,11 @@ def whole(root, tmp_path_factory):
     return train("clip", tiny_config("clip", root, str(tmp_path_factory.mktemp("runs") / "whole"), **EVERY))
 
 
-def lines(out):
-    found = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMING} for line in found]
-
-
 def same(one, other):
     weights, others = (load_checkpoint(RunFolder(str(out)).newest())["task"] for out in (one, other))
-    return lines(one) == lines(other) and all(torch.equal(weights[name], others[name]) for name in weights)
+    return steady_metrics(one) == steady_metrics(other) and all(
+        torch.equal(weights[name], others[name]) for name in weights
+    )
 
 
 def flip(path, place):
@@ -243,7 +239,7 @@ def test_a_second_training_on_a_run_is_refused_by_name(root, tmp_path):
         first.send_signal(signal.SIGTERM)
         first.communicate(timeout=60)
     assert first.returncode == 143
-    steps = [line["step"] for line in lines(out)]
+    steps = [line["step"] for line in steady_metrics(out)]
     assert steps == list(range(1, len(steps) + 1)), "nothing interleaved"
     assert not (out / ".lock").exists()
 
@@ -259,7 +255,7 @@ def test_the_lock_of_a_killed_training_is_taken_over(root, tmp_path, workers):
     done = json.loads((out / ".lock").read_text())
     assert (done["pid"], done["host"]) == (first.pid, socket.gethostname())
     second = start(root, out, "--steps", "1000000", "--workers", workers, "--checkpoint-steps", "2")
-    before = len(lines(out))
+    before = len(steady_metrics(out))
     until_logged(second, out, before + 2)
     second.send_signal(signal.SIGINT)
     _, errors = second.communicate(timeout=60)
@@ -277,7 +273,7 @@ def test_a_training_within_a_training_is_refused_too(root, tmp_path, monkeypatch
 
     monkeypatch.setattr(Trainer, "step", again)
     train("clip", config)
-    assert len(lines(tmp_path / "run")) == 12
+    assert len(steady_metrics(tmp_path / "run")) == 12
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(root, tmp_path):

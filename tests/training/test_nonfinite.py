@@ -1,21 +1,26 @@
 """Steps whose loss or gradient is not finite: skipped, counted, kept, and too many of them."""
 
-import json
 import math
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from small_training import TINY_RESNET, tiny_clip, tiny_config, write_every_root
+from small_training import (
+    TINY_RESNET,
+    assert_same_run,
+    final_weights,
+    steady_metrics,
+    tiny_clip,
+    tiny_config,
+    write_every_root,
+)
 
 from shards_spec.files import UserError
 from training.recipes.clip import ClipTask
 from training.runs.checkpoint_files import load_checkpoint
-from training.runs.run_folder import RunFolder
 from training.trainer import train
 
-TIMING = ("samples_per_s", "seconds")
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 
@@ -23,22 +28,6 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 def root(tmp_path_factory):
     """A packed dataset of 3 shards with a student models/clip."""
     return write_every_root(tmp_path_factory.mktemp("data"), broken=("000020001",))
-
-
-def lines(out):
-    """metrics.jsonl without what depends on the clock."""
-    found = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMING} for line in found]
-
-
-def final_weights(out):
-    return load_checkpoint(RunFolder(str(out)).newest())["task"]
-
-
-def assert_same_run(one, other):
-    assert lines(one) == lines(other)
-    weights, others = final_weights(one), final_weights(other)
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 @pytest.mark.parametrize("often", [1, 3])
@@ -72,7 +61,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped(root, tmp_path, monkeypatch,
         weights, others = (states[f"step_{number:06d}"]["task"] for number in (step, before))
         assert all(torch.equal(weights[name], others[name]) for name in weights), "running statistics, too"
     assert not torch.equal(states["step_000004"]["task"]["student.logit_scale"], weights["student.logit_scale"])
-    run = lines(out)
+    run = steady_metrics(out)
     assert [line["nonfinite"] for line in run] == [0, 0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 6]
     assert [line["loss"] is None for line in run] == [line["grad_norm"] is None for line in run]
     kept = sorted(os.listdir(f"{out}/nonfinite"))
@@ -93,7 +82,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_too(root, tmp_path, monkeypatc
 
     monkeypatch.setattr(ClipTask, "losses", steep)
     out = train("clip", tiny_config("clip", root, str(tmp_path / "run"), steps=4))
-    assert [line["nonfinite"] for line in lines(out)] == [0, 0, 1, 1]
+    assert [line["nonfinite"] for line in steady_metrics(out)] == [0, 0, 1, 1]
     assert "the gradient is not finite at step 3" in caplog.text
     assert all(value.isfinite().all() for value in final_weights(out).values())
 
@@ -104,7 +93,7 @@ def test_a_scaled_loss_that_overflows_lowers_the_scale(root, tmp_path, monkeypat
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *words, **more: scaler(*words, **more, init_scale=2.0**40))
     whole = train("clip", tiny_config("clip", root, str(tmp_path / "whole"), **fields))
-    run = lines(whole)
+    run = steady_metrics(whole)
     assert [line["step"] for line in run] == list(range(1, 13))
     assert run[0]["grad_norm"] is None
     assert [line["loss_scale"] for line in run[:3]] == [2.0**39, 2.0**38, 2.0**37]

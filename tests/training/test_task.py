@@ -1,13 +1,12 @@
 """The contract of recipes, used to its limits: own rates, gradient ascent, a student that changes its shape."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 import toy_recipe
 from small_dist import fork
-from small_training import TINY_VIT, tiny_clip, tiny_config, write_clip_root
+from small_training import TINY_VIT, steady_metrics, tiny_clip, tiny_config, write_clip_root
 from toy_recipe import REBUILD_AT, ToyTask
 
 from shards_spec.files import UserError
@@ -21,7 +20,6 @@ from training.runs.student import load_run
 from training.task import check_item_fields
 from training.trainer import train
 
-TIMING = ("samples_per_s", "seconds")
 SMALLER = REBUILD_AT + 1  # steps that were taken when the student is smaller
 FIELDS = {"steps": 8, "warmup": 2, "ema_decay": 0.6, "weight_decay": 0.1, "clip_norm": 1.0}
 EVERY = {**FIELDS, "checkpoint_steps": 1, "keep_checkpoints": 99}
@@ -47,11 +45,6 @@ def root(tmp_path_factory):
 
 def toy_config(root, out, **fields):
     return tiny_config("toy", root, str(out), **{"model": f"local-dir:{root}/models/toy", **fields})
-
-
-def lines(out):
-    found = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMING} for line in found]
 
 
 def checkpoint(out, step):
@@ -85,7 +78,7 @@ def whole(root, toy, tmp_path_factory):
 
 def test_a_student_loses_a_layer_in_mid_run(whole):
     """Training goes on: the same names of losses but the constraint's, finite, and the student that is left learns."""
-    run = lines(whole)
+    run = steady_metrics(whole)
     assert [line["step"] for line in run] == list(range(1, 9))
     assert [set(line["losses"]) for line in run] == [{"contrastive", "constraint"}] * SMALLER + [{"contrastive"}] * 4
     before, after = checkpoint(whole, SMALLER - 1)["task"], checkpoint(whole, SMALLER)["task"]
@@ -157,7 +150,7 @@ def test_resumed_around_the_change_it_is_the_same_run(step, root, whole, tmp_pat
     for later in range(step + 1, 9):
         Path(out, "checkpoints", f"step_{later:06d}.pt").unlink()
     train("toy", toy_config(root, out, **EVERY))
-    assert lines(out) == lines(whole)
+    assert steady_metrics(out) == steady_metrics(whole)
     for later in range(step + 1, 9):
         assert_equal(
             {name: value for name, value in checkpoint(out, later).items() if name != "config"},
@@ -188,14 +181,14 @@ def test_two_processes_change_together(chunk_size, root, whole, tmp_path):
     out = str(tmp_path / "run")
     fields = {**EVERY, "chunk_size": chunk_size}
     fork(2, two, root, out, fields)
-    for line, expected in zip(lines(out), lines(whole), strict=True):
+    for line, expected in zip(steady_metrics(out), steady_metrics(whole), strict=True):
         assert line["losses"] == pytest.approx(expected["losses"], rel=1e-3)
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2)
-    first = lines(out)
+    first = steady_metrics(out)
     for later in range(SMALLER + 1, 9):
         Path(out, "checkpoints", f"step_{later:06d}.pt").unlink()
     fork(2, two, root, out, fields)
-    assert lines(out) == first
+    assert steady_metrics(out) == first
 
 
 def test_samples_must_carry_what_the_task_reads(root, tmp_path, monkeypatch):
@@ -232,5 +225,5 @@ def test_a_second_copy_of_an_image_is_a_field_like_the_first(root, tmp_path, mon
     for chunk_size in (None, 2):
         fields = {**FIELDS, "chunk_size": chunk_size, "steps": 2}
         out = train("toy", toy_config(root, tmp_path / f"copy-{chunk_size}", **fields))
-        for line, expected in zip(lines(out), lines(usual), strict=True):
+        for line, expected in zip(steady_metrics(out), steady_metrics(usual), strict=True):
             assert line["losses"] == pytest.approx(expected["losses"], rel=1e-5)

@@ -14,6 +14,9 @@ import pytest
 import torch
 from small_training import (
     TINY_RESNET,
+    assert_same_run,
+    final_weights,
+    steady_metrics,
     tiny_clip,
     tiny_config,
     write_every_root,
@@ -35,7 +38,6 @@ from training.trainer import Trainer, train
 PAIRS = [
     name for name in RECIPES if name not in ("catlip", "probe", "finetune")
 ]  # those: tests/training/recipes/test_catlip.py
-TIMING = ("samples_per_s", "seconds")
 RUN_IT = """
 import sys, json, torch
 sys.path.insert(0, {tests!r})
@@ -54,22 +56,6 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 def root(tmp_path_factory):
     """A packed dataset of 3 shards with a teacher; students clip/, coca/ and siclip/ with its base/ beside them."""
     return write_every_root(tmp_path_factory.mktemp("data"), broken=("000020001",))
-
-
-def lines(out):
-    """metrics.jsonl without what depends on the clock."""
-    found = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMING} for line in found]
-
-
-def final_weights(out):
-    return load_checkpoint(RunFolder(str(out)).newest())["task"]
-
-
-def assert_same_run(one, other):
-    assert lines(one) == lines(other)
-    weights, others = final_weights(one), final_weights(other)
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
@@ -95,7 +81,7 @@ def test_every_field_is_a_flat_flag_with_help(recipe, capsys):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_recipe_learns_and_leaves_a_whole_run_folder(recipe, precision, root, tmp_path):
     out = train(recipe, tiny_config(recipe, root, str(tmp_path / "run"), precision=precision, steps=30, batch_size=6))
-    run = lines(out)
+    run = steady_metrics(out)
     assert [line["step"] for line in run] == list(range(1, 31))
     assert run[-1]["samples_seen"] == 180
     first, last = (sum(line["loss"] for line in part) / 5 for part in (run[:5], run[-5:]))
@@ -116,17 +102,17 @@ def test_recipe_learns_and_leaves_a_whole_run_folder(recipe, precision, root, tm
 def test_terms_of_the_affinity_recipe(root, tmp_path):
     weights = {"affinity_weight": 1.0, "feature_weight": 2.0, "contrastive_weight": 0.5}
     out = train("affinity", tiny_config("affinity", root, str(tmp_path / "all"), steps=2, **weights))
-    assert set(lines(out)[0]["losses"]) == {"affinity", "feature", "contrastive"}
-    assert lines(out)[-1]["logit_scale"] == pytest.approx(50)
+    assert set(steady_metrics(out)[0]["losses"]) == {"affinity", "feature", "contrastive"}
+    assert steady_metrics(out)[-1]["logit_scale"] == pytest.approx(50)
     learned = tiny_config("affinity", root, str(tmp_path / "learned"), steps=2, fixed_logit_scale=None)
-    scales = [line["logit_scale"] for line in lines(train("affinity", learned))]
+    scales = [line["logit_scale"] for line in steady_metrics(train("affinity", learned))]
     assert scales[0] != scales[1]
     assert scales[0] == pytest.approx(1 / 0.07, rel=0.01)
 
 
 def test_broken_images_are_counted(root, tmp_path):
     out = train("clip", tiny_config("clip", root, str(tmp_path / "run"), steps=12, batch_size=4))
-    assert lines(out)[-1]["skipped"] == 2  # 48 positions: two epochs of 23 samples and a bit
+    assert steady_metrics(out)[-1]["skipped"] == 2  # 48 positions: two epochs of 23 samples and a bit
 
 
 def test_workers_and_cadence_change_nothing(root, tmp_path):
@@ -195,7 +181,7 @@ def kill_often(root, tmp_path, kills, steps):
         process.kill()
         done += process.wait() == -signal.SIGKILL
     assert done, "every process had finished before it was killed"
-    assert 0 < lines(out)[-1]["step"] < steps
+    assert 0 < steady_metrics(out)[-1]["step"] < steps
     train("affinity", tiny_config("affinity", root, str(out), **fields))
     train("affinity", tiny_config("affinity", root, str(undisturbed), **fields | {"checkpoint_steps": None}))
     assert_same_run(undisturbed, out)
@@ -247,7 +233,7 @@ def test_ctrl_c_reaches_the_workers_too_and_they_stay(root, tmp_path):
     assert "stopped by SIGINT" in errors
     assert (
         load_checkpoint(RunFolder(str(tmp_path / "run")).newest())["progress"]["step"]
-        == lines(tmp_path / "run")[-1]["step"]
+        == steady_metrics(tmp_path / "run")[-1]["step"]
     )
 
 
@@ -267,7 +253,7 @@ def test_another_config_is_refused_by_field(root, tmp_path):
         train("affinity", tiny_config("affinity", root, out, steps=2))
     with pytest.raises(UserError, match=r"has checkpoints \(up to step_000002\.pt\)"):
         train("clip", tiny_config("clip", root, out, steps=2, resume=False))
-    assert lines(train("clip", tiny_config("clip", root, out, steps=2)))[-1]["step"] == 2
+    assert steady_metrics(train("clip", tiny_config("clip", root, out, steps=2)))[-1]["step"] == 2
 
 
 def test_another_dataset_is_refused(root, tmp_path):
@@ -294,8 +280,8 @@ def test_another_dataset_is_refused(root, tmp_path):
 )
 @pytest.mark.parametrize("recipe", ["clip", "coca"])
 def test_ways_to_compute_the_same(recipe, fields, root, tmp_path):
-    usual = lines(train(recipe, tiny_config(recipe, root, str(tmp_path / "usual"), steps=6)))
-    other = lines(train(recipe, tiny_config(recipe, root, str(tmp_path / "other"), steps=6, **fields)))
+    usual = steady_metrics(train(recipe, tiny_config(recipe, root, str(tmp_path / "usual"), steps=6)))
+    other = steady_metrics(train(recipe, tiny_config(recipe, root, str(tmp_path / "other"), steps=6, **fields)))
     for line, expected in zip(other, usual, strict=True):
         assert line.pop("losses") == pytest.approx(expected.pop("losses"), abs=1e-4)
         assert line == pytest.approx(expected, rel=1e-3)
@@ -307,14 +293,14 @@ def test_how_to_compute_may_change_when_going_on(root, tmp_path):
     Path(out, "checkpoints", "step_000012.pt").unlink()
     fields = {"chunk_size": 3, "checkpoint_activations": True, "channels_last": True, "max_nonfinite": 1}
     train("clip", tiny_config("clip", root, out, **fields))
-    assert len(lines(out)) == 12
+    assert len(steady_metrics(out)) == 12
 
 
 def test_the_learning_rate_of_a_run_is_the_schedules(root, tmp_path):
     fields = {"schedule": "linear", "final_lr": 2e-4, "warmup": 2}
     out = train("clip", tiny_config("clip", root, str(tmp_path / "run"), steps=6, **fields))
     expected = [0.5e-3, 1e-3, 1e-3, 0.8e-3, 0.6e-3, 0.4e-3]
-    assert [line["lr"] for line in lines(out)] == pytest.approx(expected)
+    assert [line["lr"] for line in steady_metrics(out)] == pytest.approx(expected)
 
 
 def test_an_average_of_the_weights(root, tmp_path):
@@ -352,10 +338,10 @@ def test_measuring_while_training_keeps_the_best(root, eval_root, tmp_path):
     fields |= {"eval_data": eval_root, "eval_every_steps": 2}
     config = tiny_config("clip", root, str(tmp_path / "run"), **fields)
     out = train("clip", config)
-    run = lines(out)
+    run = steady_metrics(out)
     found = {line["step"]: line.pop("eval") for line in run if "eval" in line}
     assert list(found) == [2, 4, 6, 8, 10, 12]
-    assert run == lines(usual), "measuring changes nothing"
+    assert run == steady_metrics(usual), "measuring changes nothing"
     scores = [(e["image_retrieval_recall@1"] + e["text_retrieval_recall@1"]) / 2 for e in found.values()]
     best = load_checkpoint(RunFolder(out).best())
     step = best["progress"]["step"]
@@ -378,7 +364,7 @@ def test_measuring_while_training_keeps_the_best(root, eval_root, tmp_path):
 def test_measuring_once_per_epoch(root, eval_root, tmp_path):
     fields = {"eval_data": eval_root, "steps": 14, "log_every": 100}
     out = train("clip", tiny_config("clip", root, str(tmp_path / "run"), **fields))
-    assert [line["step"] for line in lines(out)] == [6, 12, 14]  # 23 samples in batches of 4
+    assert [line["step"] for line in steady_metrics(out)] == [6, 12, 14]  # 23 samples in batches of 4
 
 
 def test_captioning_loss_is_open_clips(root):

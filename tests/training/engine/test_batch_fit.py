@@ -15,6 +15,7 @@ from small_catlip import write_folders, write_labelled
 from small_training import (
     TINY_RESNET,
     TINY_VIT,
+    read_metrics,
     tiny_clip,
     tiny_config,
     write_every_root,
@@ -40,10 +41,6 @@ def root(tmp_path_factory):
     return write_every_root(tmp_path_factory.mktemp("data"))
 
 
-def lines(out):
-    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
-
-
 def told(caplog):
     return [r.getMessage() for r in caplog.records if r.name.startswith("training") and r.levelno >= logging.WARNING]
 
@@ -67,7 +64,7 @@ def test_chunks_chosen_by_fit_are_the_same_mathematics(recipe, root, tmp_path, c
     assert "in chunks of" not in caplog.text
     train(recipe, tiny_config(recipe, root, str(tmp_path / "fit"), **fields, fit=room))
     assert "in chunks of 4 samples" in caplog.text
-    for line, expected in zip(lines(tmp_path / "fit"), lines(tmp_path / "whole"), strict=True):
+    for line, expected in zip(read_metrics(tmp_path / "fit"), read_metrics(tmp_path / "whole"), strict=True):
         assert line["losses"] == pytest.approx(expected["losses"], rel=1e-4)
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
     config = json.loads(Path(tmp_path, "fit", "config.json").read_text())
@@ -103,7 +100,7 @@ def test_finetuning_and_catlip_in_chunks_are_the_whole(range_augment, tmp_path):
             optim=dataclasses.replace(config.optim, warmup=1),
             run=dataclasses.replace(config.run, out=str(tmp_path / name), steps=3, log_every=1, **fields),
         )
-        found[name] = lines(train("finetune", config))
+        found[name] = read_metrics(train("finetune", config))
     for line, expected in zip(found["chunks"], found["whole"], strict=True):
         assert line["losses"] == pytest.approx(expected["losses"], rel=1e-4)
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
@@ -175,7 +172,7 @@ def test_what_does_not_fit_after_all_is_halved(where, root, tmp_path, caplog, mo
         with monkeypatch.context() as patch:
             overflows_above(patch, 2, where)
             halved_run = train("clip", tiny_config("clip", root, str(tmp_path / name), **fields))
-        for line, expected in zip(lines(halved_run), lines(usual), strict=True):
+        for line, expected in zip(read_metrics(halved_run), read_metrics(usual), strict=True):
             assert line["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     found = [text for text in told(caplog) if "out of memory" in text]
     said = ("out of memory with 4 samples at a time", "--chunk-size 2 from here on")
@@ -247,7 +244,7 @@ def test_a_real_allocator_without_memory_halves_the_chunk(root, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "out of memory with 256 samples at a time" in done.stderr
     assert "Traceback" not in done.stderr
-    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("rows", [3, 4, 16])

@@ -1,6 +1,5 @@
 """Two real processes joined by gloo: gradients, norms, whole runs, stopping and failing; and chunks by one."""
 
-import json
 import math
 import os
 import signal
@@ -14,6 +13,7 @@ import torch
 from small_dist import Tiny, finish, fork, gradients, start, tiny_batch
 from small_training import (
     TINY_RESNET,
+    steady_metrics,
     tiny_clip,
     tiny_config,
     tiny_siclip,
@@ -192,19 +192,14 @@ def nothing(rank):
     pass
 
 
-def lines(out):
-    found = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("samples_per_s", "seconds")} for line in found]
-
-
 def assert_close_runs(one, other, tolerance=1e-4):
     """Two runs log nearly the same.
 
     Gradients are compared to 1e-13 in float64 above. Here a norm of 365 in float32 depends on the last bits of all
     steps before it (9e-4 at the sixth), where the losses still agree to 1e-6.
     """
-    assert len(lines(one)) == len(lines(other)) == 8
-    for line, expected in zip(lines(one), lines(other), strict=True):
+    assert len(steady_metrics(one)) == len(steady_metrics(other)) == 8
+    for line, expected in zip(steady_metrics(one), steady_metrics(other), strict=True):
         assert line.pop("grad_norm") == pytest.approx(expected.pop("grad_norm"), rel=1e-2)
         assert {**line.pop("losses"), **line} == pytest.approx(
             {**expected.pop("losses"), **expected}, abs=tolerance, rel=tolerance
@@ -237,7 +232,7 @@ def test_torchrun_gives_the_run_of_one_process_and_goes_on_with_one(root, one, t
     assert done.stdout.split() == [str(out)]  # rank 0 alone says it
     assert done.stderr.count("step 8/8") == 1
     assert_close_runs(out, one)
-    assert lines(out)[-1]["skipped"] == 2
+    assert steady_metrics(out)[-1]["skipped"] == 2
     weights = load_checkpoint(RunFolder(str(out)).newest())["task"]
     for name, value in load_checkpoint(RunFolder(one).newest())["task"].items():
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=2e-4, msg=name)
@@ -266,7 +261,7 @@ def test_two_processes_draw_the_hard_negatives_of_one(root, tmp_path):
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     fork(2, siclip, root, two)
     siclip(0, root, one)
-    assert {"pairs", "relation", "interactive", "feature", "contrastive"} == set(lines(one)[0]["losses"])
+    assert {"pairs", "relation", "interactive", "feature", "contrastive"} == set(steady_metrics(one)[0]["losses"])
     assert_close_runs(two, one, tolerance=1e-3)
 
 
@@ -276,7 +271,7 @@ def test_two_processes_measure_and_average(root, tmp_path):
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     fork(2, run, root, two, nothing, fields)
     run(0, root, one, nothing, fields)
-    assert [line.get("eval") for line in lines(one)] == [line.get("eval") for line in lines(two)]
+    assert [line.get("eval") for line in steady_metrics(one)] == [line.get("eval") for line in steady_metrics(two)]
     states = [(RunFolder(out).best(), RunFolder(out).newest()) for out in (one, two)]
     for mine, theirs in zip(*states, strict=True):
         averages = [load_checkpoint(path)["ema"] for path in (mine, theirs)]
@@ -309,7 +304,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(root, tmp_path):
     assert len(load_checkpoint(RunFolder(out).newest())["rng"]) == 2
     fork(2, run, root, out, nothing, fields)
     fork(2, run, root, whole, nothing, fields)
-    assert lines(out) == lines(whole)
+    assert steady_metrics(out) == steady_metrics(whole)
     weights, others = (load_checkpoint(RunFolder(path).newest())["task"] for path in (out, whole))
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
@@ -371,7 +366,7 @@ def nan_on_1(rank):
 def test_a_loss_that_is_not_finite_is_skipped_by_all(root, tmp_path):
     out = str(tmp_path / "run")
     fork(2, run, root, out, nan_on_1, {"steps": 20})
-    found = lines(out)
+    found = steady_metrics(out)
     skipped = [line["step"] for line in found if line["loss"] is None]
     assert 0 < len(skipped) == found[-1]["nonfinite"] < 10
     state = torch.load(Path(out) / "nonfinite" / f"step_{skipped[-1]:06d}.pt")

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_catlip import TINY, read_metrics, write_folders
+from small_catlip import TINY, write_folders
 from small_dist import fork
-from small_training import tiny_clip, write_packed
+from small_training import read_metrics, tiny_clip, write_packed
 
 from pipeline.labels.classes_stage import ClassesConfig, classes
 from pipeline.labels.vocab_stage import VocabConfig, vocab
