@@ -183,7 +183,7 @@ def _fail(code: int, message: str) -> int:
 
 
 def _print(text: object, file: TextIO | None = None) -> None:
-    """Print text that may hold words of others: captions, names of files, addresses."""
+    """Print text that may come from outside: captions, names of files, addresses."""
     from shards_spec.display import shown
 
     print(shown(str(text)), file=file or sys.stdout)

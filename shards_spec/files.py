@@ -202,7 +202,7 @@ def _local_writer(path: str) -> Iterator[IO[bytes]]:
 
 
 def _open_new(temporary: str, path: str) -> IO[bytes]:
-    """Exclusive: no link that somebody put there is followed. Errors name the file that is meant."""
+    """Exclusive: links are not followed. Errors name the file that is meant."""
     try:
         return open(temporary, "xb")
     except FileExistsError:
@@ -284,7 +284,7 @@ def remove_stale(folder: str) -> None:
             owner = name[:-4].rsplit(".", 1)[-1]
             mine = name[: -len(owner) - 5].endswith("." + socket.gethostname())
             if mine and owner.isdigit() and not is_alive(int(owner)):
-                with contextlib.suppress(OSError):  # gone meanwhile, or somebody else's
+                with contextlib.suppress(OSError):  # gone meanwhile, or another user's
                     os.unlink(os.path.join(folder, name))
 
 
@@ -295,7 +295,7 @@ def is_alive(pid: int) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except ProcessLookupError:
         return False
-    except (PermissionError, FileNotFoundError):  # somebody else's, or a system without /proc
+    except (PermissionError, FileNotFoundError):  # another user's, or a system without /proc
         return True
     return state not in "ZX"  # a zombie: killed, and its parent has not collected it
 

@@ -144,7 +144,7 @@ def cache_shard(
     current = {file.path for name, file in files.items() if file is not None and name not in columns}
     outputs = {path: digest for path, digest in previous.items() if join(root, path) in current}
     if not done or len(outputs) < len(previous):
-        forget(folder, task.shard)  # its record would vouch for files that are replaced
+        forget(folder, task.shard)  # a stale record would validate the wrong files
     if columns:
         (shard_hash,) = task.inputs.values()
         meta = {**stage.config, "shard_sha256": shard_hash, "model_config": loaded.config, "software": _software()}

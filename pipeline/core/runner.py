@@ -216,7 +216,7 @@ class _StageRun:
             return task, None if self._options.overwrite else _valid_record(self.folder, self._stage, task)
 
         claimed = (task for task in tasks if assignment.claim(task.shard))
-        if is_url(self.folder) and assignment is ALL:  # nobody else waits for what is claimed early
+        if is_url(self.folder) and assignment is ALL:  # no other process waits for what is claimed early
             return prefetch_map(look_up, claimed, LOOK_AHEAD, 2 * LOOK_AHEAD)
         return map(look_up, claimed)
 
