@@ -22,6 +22,7 @@ DATASET = "dataset.json"
 SIZES = f"{SHARDS}/sizes.json"  # samples per final shard: open_clip's file
 
 STATS_PATTERN = re.compile(r"(\d+)_stats\.json")
+STAGE_FOLDER = re.compile(r"(?P<root>.+)/(?P<folder>raw|dedup|plan|shards|captions/[^/]+|teacher/[^/]+)")
 FILE_PATTERN = re.compile(r"(\d+)(\.tar|(-\d+)?\.parquet|_stats\.json)")
 
 
@@ -133,6 +134,29 @@ def stage_output(key: str) -> str | None:
 def shard_name(shard: int) -> str:
     """Five digits, as img2dataset writes them; more when there are more than 100,000 shards."""
     return f"{shard:05d}"
+
+
+def remake_advice(path: str, otherwise: str = "make the shard again") -> str:
+    """What brings back a file of a shard that was deleted: its stage looks at the done-record alone.
+
+    ``path`` is the file's; ``otherwise`` is the advice for one that is in no stage's folder.
+    """
+    folder, _, name = path.rpartition("/")
+    match = FILE_PATTERN.fullmatch(name)
+    if match is None or STAGE_FOLDER.fullmatch(folder) is None:
+        return otherwise
+    return f"delete {stats_path(folder, int(match[1]))} and {remake_folder_advice(folder)}"
+
+
+def remake_folder_advice(folder: str) -> str:
+    """The command that makes what is missing in a stage's folder below ROOT."""
+    match = STAGE_FOLDER.fullmatch(folder)
+    if match is None:
+        return "run its stage again"
+    head = match["folder"].split("/")[0]
+    makers = [name for name, stage in STAGES.items() if stage.function and stage.writes.split("/")[0] == head]
+    command = makers[0] if makers else "pack"  # whose plan/ is of no command of its own
+    return f"run `clipmill {command} {match['root']}` again"
 
 
 def tar_path(folder: str, shard: int) -> str:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from shards_spec.files import DataError, UserError, is_url, open_read
+from shards_spec.layout import remake_advice
 from shards_spec.sample import check_depth
 
 LONGEST = 200  # characters of a library's text that are shown
@@ -71,7 +72,7 @@ def product_error(path: str, error: BaseException, kind: str, given: bool, fix: 
     """The product's error for an exception of a library over a file of a ``kind`` ("Parquet file")."""
     own = UserError if given else DataError
     if isinstance(error, FileNotFoundError):
-        return own(f"{path} is not there; {fix or ('check the path' if given else REMAKE)}")
+        return own(f"{path} is not there; {(fix or 'check the path') if given else remake_advice(path, fix or REMAKE)}")
     described = describe_content(path)
     if described is not None and not (described[0] == PACKED and "gzip" in kind):
         what, advice = described

@@ -24,7 +24,7 @@ from shards_spec.files import (
     sha256_json,
     write_json,
 )
-from shards_spec.layout import FILE_PATTERN, STATS_PATTERN, dataset_json, sizes_json, stats_path
+from shards_spec.layout import FILE_PATTERN, STATS_PATTERN, dataset_json, remake_folder_advice, sizes_json, stats_path
 
 SEAL = "self_sha256"  # of a JSON object: the hash of all its other fields
 TIMES = ("start_time", "end_time", "duration")  # img2dataset's: the third is the difference of the others
@@ -164,9 +164,7 @@ def shard_ids(folder: str) -> list[int]:
     found = finished_shards(folder)
     if found != list(range(len(found))):
         missing = sorted(set(range(found[-1] + 1)) - set(found))
-        raise DataError(
-            f"{folder}: shards {missing[:5]} are missing or unfinished; run the stage that makes them again"
-        )
+        raise DataError(f"{folder}: shards {missing[:5]} are missing or unfinished; {remake_folder_advice(folder)}")
     return found
 
 

@@ -377,6 +377,10 @@ def pick_device(device: str) -> str:
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device {device!r}: give auto, cpu, cuda or cuda:N") from error
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {device!r}: this torch sees no CUDA device; use --device cpu")
     return device

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 
 from shards_spec.files import DataError, atomic_writer, read_buffer
+from shards_spec.layout import remake_advice
 from shards_spec.sample import MAX_NAME_BYTES, Sample, check_key, split_name, subsamples
 from shards_spec.tar_members import BLOCK, NO_TARGET, Member, byte_sum, scan
 
@@ -84,7 +85,7 @@ def _opened(path: str) -> Iterator[memoryview]:
         with read_buffer(path) as buffer:
             yield buffer
     except FileNotFoundError as error:
-        raise DataError(f"{path}: is not there; make the shard again") from error
+        raise DataError(f"{path}: is not there; {remake_advice(path)}") from error
 
 
 def read_shard(path: str, start: int = 0) -> Iterator[Sample]:

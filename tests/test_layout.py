@@ -185,6 +185,25 @@ def test_paths_of_a_dataset():
     assert layout.stats_path("/data/raw", 0) == "/data/raw/00000_stats.json"
 
 
+@pytest.mark.parametrize(
+    ("path", "advice"),
+    [
+        ("/d/cc3m/raw/00002.tar", "delete /d/cc3m/raw/00002_stats.json and run `clipmill ingest /d/cc3m` again"),
+        (
+            "s3://b/d/shards/00000.parquet",
+            "delete s3://b/d/shards/00000_stats.json and run `clipmill pack s3://b/d` again",
+        ),
+        ("d/captions/coca/00001.parquet", "delete d/captions/coca/00001_stats.json and run `clipmill caption d` again"),
+        ("d/teacher/t/00001-2.parquet", "delete d/teacher/t/00001_stats.json and run `clipmill cache d` again"),
+        ("d/plan/00001.parquet", "delete d/plan/00001_stats.json and run `clipmill pack d` again"),
+        ("elsewhere/00001.tar", "make the shard again"),
+        ("/d/cc3m/raw/notes.txt", "make the shard again"),
+    ],
+)
+def test_what_brings_a_deleted_file_back(path, advice):
+    assert layout.remake_advice(path) == advice
+
+
 def test_help_imports_nothing_heavy():
     code = "import sys, clipmill; sys.argv = ['clipmill', '--help']; clipmill.main(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -7,6 +7,7 @@ import numpy as np
 from shards_spec.content_id import content_id
 from shards_spec.embeddings import Dtype, EmbeddingFile, Vectors, empty_vectors, encode_vectors, id_column
 from shards_spec.files import DataError, read_buffer
+from shards_spec.layout import remake_advice
 from shards_spec.sample import Sample
 from shards_spec.tar import index_shard, read_sample
 
@@ -23,7 +24,7 @@ class ShardIndex:
             with read_buffer(path) as self._buffer:
                 self._index = list(index_shard(self._buffer, path))
         except FileNotFoundError as error:
-            raise DataError(f"{path}: is not there; make the shard again") from error
+            raise DataError(f"{path}: is not there; {remake_advice(path)}") from error
         self.path = path
         self.keys = [key for key, _ in self._index]
         self.captions = list[list[str]]()

@@ -51,8 +51,10 @@ class Decoding:
 
     def check_num_captions(self, num_captions: int) -> None:
         """Raise UserError when the method cannot give this many different captions of an image."""
+        if num_captions < 1:
+            raise UserError(f"num_captions {num_captions}: must be 1 or more")
         most = {"greedy": 1, "beam": self.num_beams}.get(self.method, num_captions)
-        if not 1 <= num_captions <= most:
+        if num_captions > most:
             raise UserError(f"num_captions {num_captions}: {self.method} gives 1 to {most} captions of an image")
 
     def longest_caption(self, context_length: int, prompt_length: int) -> int:

@@ -18,6 +18,7 @@ from shards_spec.layout import (
     STATS_PATTERN,
     VOCAB,
     dataset_json,
+    remake_folder_advice,
     shard_name,
     stage_output,
     stats_path,
@@ -227,7 +228,8 @@ def check_names(root: str, folder: str, findings: Findings) -> list[int]:
     shards = sorted(int(match[1]) for name in present if (match := STATS_PATTERN.fullmatch(name)))
     if missing := sorted(set(range(shards[-1] + 1 if shards else 0)) - set(shards)):
         findings.add(
-            f"{join(root, folder)}: shards {missing[:5]} are missing or unfinished; run the stage that makes them again"
+            f"{join(root, folder)}: shards {missing[:5]} are missing or unfinished; "
+            f"{remake_folder_advice(join(root, folder))}"
         )
     for name in present:
         match = FILE_PATTERN.fullmatch(name)

@@ -25,6 +25,7 @@ from shards_spec.layout import (
     SHARDS,
     dataset_json,
     dedup_parquet,
+    remake_advice,
     shard_name,
     sizes_json,
     stats_path,
@@ -80,7 +81,7 @@ def _check_hashes(root: str, shard_folder: ShardFolder, shard: int, done: Done |
     """Raise DataError for a file that is not the one in the done-record."""
     for path, expected in (done.outputs if done else {}).items():
         if not exists(join(root, path)):
-            raise DataError(f"{join(root, path)}: is not there; delete its _stats.json and run the stage again")
+            raise DataError(f"{join(root, path)}: is not there; {remake_advice(join(root, path))}")
         if sha256_file(join(root, path)) != expected:
             raise DataError(_describe_change(root, shard_folder, shard, path))
 

@@ -277,7 +277,7 @@ def _grouped(options: list[_Option], groups: dict[str, tuple[str, ...]]) -> Any:
     for group, names in groups.items():
         group_of |= dict.fromkeys(names, group)
     order = {name: position for position, name in enumerate(group_of)}
-    rest = "more" if groups else "options"
+    rest = "more" if groups else "command"
     members = dict[str, list[_Option]]({group: [] for group in groups})
     for option in sorted(options, key=lambda option: order.get(option.name, len(order))):
         members.setdefault(group_of.get(option.name, option.group or rest), []).append(option)

@@ -1,6 +1,8 @@
 """Options of `clipmill ingest`."""
 
+import ipaddress
 import os
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,6 +101,9 @@ class IngestConfig:
             raise UserError(f"max_aspect_ratio is {self.max_aspect_ratio}: allowed are numbers from 1, and 0 for any")
         if not self.sources or not all(self.sources):
             raise UserError("source is empty: give a list, a folder of images or a folder of img2dataset's shards")
+        for nameserver in self.nameservers:
+            if not is_nameserver(nameserver):
+                raise UserError(f"--nameservers {nameserver}: give IP addresses, with :PORT where it is not 53")
         if self.retry_failed and self.overwrite:
             raise UserError("--retry-failed adds to finished shards, --overwrite makes them again: give one of them")
 
@@ -131,3 +136,15 @@ class IngestConfig:
         """Shards in progress at once."""
         by_cores = SHARDS_PER_PROCESS * self.decoder_processes
         return self.open_shards or min(MOST_SHARDS, max(FEWEST_SHARDS, by_cores))
+
+
+def is_nameserver(text: str) -> bool:
+    """Whether it names a DNS server: ``192.0.2.1``, ``192.0.2.1:5353``, ``2001:db8::1``, ``[2001:db8::1]:53``."""
+    match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([0-9.]+))(?::(\d{1,5}))?|([0-9a-fA-F:.]+)", text)
+    if match is None or int(match[3] or 53) > 65535:
+        return False
+    try:
+        ipaddress.ip_address(match[1] or match[2] or match[4])
+    except ValueError:
+        return False
+    return True

@@ -18,7 +18,7 @@ from pipeline.core.prefetch import prefetch_map
 from pipeline.core.runner import LOOK_AHEAD, RunOptions, ShardResult, ShardTask, Stage, Summary, run_stage
 from pipeline.pack.selection import SampleSelector, SelectionConfig, ShardRange
 from shards_spec.files import DataError, exists, is_url, join, read_buffer
-from shards_spec.layout import PLAN, parquet_path, raw_tar, shard_name
+from shards_spec.layout import PLAN, parquet_path, raw_tar, remake_advice, shard_name
 from shards_spec.manifest import file_hash, remove_shards, remove_stage
 from shards_spec.parquet import read_table
 from shards_spec.sample import Sample
@@ -88,7 +88,7 @@ def plan_shard(root: str, task: ShardTask, *, selection: SelectionConfig) -> Sha
                 offsets.append(end)
                 end = max(member.offset + member.size + -member.size % BLOCK for member in members.values())
     except FileNotFoundError as error:
-        raise DataError(f"{source}: is not there; make the shard again") from error
+        raise DataError(f"{source}: is not there; {remake_advice(source)}") from error
     selector.finish()
     files = ShardWriter(root, PLAN, task.shard)
     files.write_parquet(pa.table([keys, reasons, offsets], SCHEMA))

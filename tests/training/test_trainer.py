@@ -396,7 +396,7 @@ def test_captioning_loss_is_open_clips(root):
         ("clip", {"batch_size": 0}, "--batch-size 0: must be 1 or more"),
         ("clip", {"steps": 0}, "--steps 0: must be 1 or more"),
         ("clip", {"scale": (0.9, 0.5)}, "0 < low <= high <= 1"),
-        ("clip", {"eval_data": "nowhere"}, "nowhere is not there; check --data"),
+        ("clip", {"eval_data": "nowhere"}, "nowhere is not there; check the path"),
         ("clip", {"eval_every_steps": 0}, "--eval-every-steps 0: must be 1 or more"),
         ("clip", {"final_lr": 1.0}, "--final-lr 1.0: must be from 0 to --lr (0.001)"),
         ("clip", {"ema_decay": 1.0}, "--ema-decay 1.0: must be in (0, 1)"),

@@ -191,7 +191,7 @@ def find_split(root: str, splits: Sequence[str] = TEST_SPLITS) -> str:
         if exists(join(root, split, "nshards.txt")) or has_class_folders(root, split):
             return split
     if not is_url(root) and not Path(root).is_dir():
-        raise UserError(f"{root} is {'a file, not a folder' if Path(root).exists() else 'not there'}; check --data")
+        raise UserError(f"{root} is {'a file, not a folder' if Path(root).exists() else 'not there'}; check the path")
     raise UserError(
         f"{join(root, splits[0], 'nshards.txt')} is not there, nor is a folder of images per class in "
         f"{' or '.join(join(root, split) for split in splits)}: is {root} a dataset in CLIP_benchmark's WebDataset "

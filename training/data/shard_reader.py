@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shards_spec.files import DataError, UserError, join, read_buffer, read_json
-from shards_spec.layout import RAW, SHARDS, stats_path, tar_path
+from shards_spec.layout import RAW, SHARDS, remake_advice, stats_path, tar_path
 from shards_spec.manifest import shard_ids, shard_sizes
 from shards_spec.sample import Sample
 from shards_spec.tar import index_shard, read_sample
@@ -62,7 +62,7 @@ class ShardReader:
             with read_buffer(self.file_cache.get(path)) as buffer:
                 samples = list(index_shard(buffer, path))
         except FileNotFoundError as error:
-            raise DataError(f"{path} is not there; run the stage that makes it again") from error
+            raise DataError(f"{path} is not there; {remake_advice(path)}") from error
         if len(samples) != self.sizes[shard]:
             raise DataError(f"{path}: {len(samples)} samples, its records say {self.sizes[shard]}; make it again")
         return _OpenShard(buffer, [key for key, _ in samples], [members for _, members in samples])

@@ -7,7 +7,7 @@ import numpy as np
 
 from shards_spec.embeddings import EmbeddingFile
 from shards_spec.files import DataError, UserError, exists, join, names
-from shards_spec.layout import SHARDS, TEACHER, shard_name, tar_path, teacher_folder, teacher_parquet
+from shards_spec.layout import SHARDS, TEACHER, remake_advice, shard_name, tar_path, teacher_folder, teacher_parquet
 from shards_spec.manifest import file_hash
 from shards_spec.teacher_shard import TeacherShard
 from shards_spec.views import ViewSpec, parse_view_spec
@@ -71,10 +71,10 @@ class TeacherCache:
         self.file_cache = file_cache or LocalFileCache()
         present = set(names(join(root, teacher_folder(self.name))))
         if missing := [shard for shard in range(shards) if f"{shard_name(shard)}.parquet" not in present]:
-            raise UserError(
-                f"{self.path(missing[0])} is not there ({len(missing)} of {shards} shards are missing): "
-                f"run `clipmill cache {root}` to its end"
-            )
+            path = self.path(missing[0])
+            deleted = f"{shard_name(missing[0])}_stats.json" in present
+            advice = remake_advice(path) if deleted else f"run `clipmill cache {root}` to its end"
+            raise UserError(f"{path} is not there ({len(missing)} of {shards} shards are missing): {advice}")
         first = TeacherShard(root, self.name, 0, self.file_cache.get)
         self.meta = first.files[0].meta
         if lacking := [field for field in (*SAME, "views") if field not in self.meta]:
@@ -108,7 +108,7 @@ class TeacherCache:
         path = self.path(shard)
         tar = tar_path(SHARDS, shard)
         if not exists(path):
-            raise DataError(f"{path} is not there any more; run `clipmill cache {self.root}` again")
+            raise DataError(f"{path} is not there any more; {remake_advice(path)}")
         cached = TeacherShard(self.root, self.name, shard, self.file_cache.get)
         if cached.config["num_views"] != self.num_views:
             raise DataError(

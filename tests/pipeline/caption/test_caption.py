@@ -267,6 +267,8 @@ def test_devices_and_numbers_are_checked(root, model):
         config(root, model, redraws=-1)
     with pytest.raises(UserError, match="greedy gives 1 to 1"):
         config(root, model, decoding=Decoding("greedy"))
+    with pytest.raises(UserError, match="device 'foo': give auto, cpu, cuda or cuda:N"):
+        caption(config(root, model, device="foo"))
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="this torch sees no CUDA device"):
             caption(config(root, model, device="cpu,cuda:1"))

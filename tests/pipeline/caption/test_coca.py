@@ -435,9 +435,11 @@ def test_bad_settings_and_models_are_refused(tiny):
     ):
         with pytest.raises(UserError, match=message):
             Decoding(**settings)
-    for decoding, number in ((Decoding("greedy"), 2), (Decoding("beam", num_beams=3), 4), (Decoding(), 0)):
+    for decoding, number in ((Decoding("greedy"), 2), (Decoding("beam", num_beams=3), 4)):
         with pytest.raises(UserError, match=f"num_captions {number}: {decoding.method} gives 1 to"):
             decoding.check_num_captions(number)
+    with pytest.raises(UserError, match="num_captions 0: must be 1 or more"):
+        Decoding().check_num_captions(0)
     vision = {"image_size": 32, "layers": 1, "width": 8, "head_width": 8, "patch_size": 16}
     plain = open_clip.model.CustomTextCLIP(8, vision, {"width": 8, "heads": 1, "layers": 1})
     with pytest.raises(UserError, match="no text decoder"):

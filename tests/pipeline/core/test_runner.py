@@ -1,6 +1,7 @@
 """caption, pack, vocab, cache, check: one small dataset through all of them, and everything that can be wrong."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from pipeline.labels.vocab_stage import VocabConfig, vocab
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
 from shards_spec.embeddings import read_embeddings
-from shards_spec.files import UserError, join, names, read_bytes, read_json, write_bytes
+from shards_spec.files import DataError, UserError, join, names, read_bytes, read_json, write_bytes
 from shards_spec.images import decode_rgb
 from shards_spec.models import load_model, model_label
 from shards_spec.sample import Sample
@@ -68,6 +69,25 @@ def test_the_same_commands_give_the_same_bytes(built, tmp_path, model):
     write_raw(again, SHARDS)
     build(again, model)
     assert tree(again) == tree(built)
+
+
+@pytest.mark.parametrize(
+    ("deleted", "reader"), [("shards/00001.parquet", "vocab"), ("captions/cap/00001.parquet", "pack")]
+)
+def test_a_deleted_file_comes_back_by_the_advice_of_who_misses_it(root, model, deleted, reader):
+    before = tree(root)
+    Path(root, deleted).unlink()
+    read = {
+        "vocab": lambda: vocab(VocabConfig(root, min_count=2, name="again")),
+        "pack": lambda: pack(PackConfig(root, captioner=("cap",), workers=1, overwrite=True)),
+    }[reader]
+    with pytest.raises((DataError, ShardsFailed)) as error:
+        read()
+    advice = re.search(r"delete (\S+_stats\.json) and run `clipmill \w+ \S+` again", str(error.value))
+    assert advice
+    Path(advice[1]).unlink()
+    build(root, model)
+    assert tree(root) == before
 
 
 def test_worker_processes_give_the_same_bytes(root):

@@ -376,8 +376,8 @@ def test_class_folders_one_level_off_are_told_with_the_way_out(tmp_path):
             find_split(str(tmp_path / name))
         said[name] = str(error.value)
     assert said["set"].endswith(f"move them below {tmp_path}/set/test")
-    assert said["nosuch"] == f"{tmp_path}/nosuch is not there; check --data"
-    assert said["file"] == f"{tmp_path}/file is a file, not a folder; check --data"
+    assert said["nosuch"] == f"{tmp_path}/nosuch is not there; check the path"
+    assert said["file"] == f"{tmp_path}/file is a file, not a folder; check the path"
     with pytest.raises(UserError, match="give the folder above"):
         find_split(str(tmp_path / "imagenet" / "val"))
     assert find_split(str(tmp_path / "imagenet")) == "val"
