@@ -8,7 +8,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
-PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadgroup
+# a process runs whole modules, whose tests share what their fixtures made
+PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadscope
 
 .PHONY: demo study-siclip study-catlip fast test test-all fuzz lock lint style types tests wordnet debian clean
 
