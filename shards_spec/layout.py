@@ -22,7 +22,7 @@ DATASET = "dataset.json"
 SIZES = f"{SHARDS}/sizes.json"  # samples per final shard: open_clip's file
 
 STATS_PATTERN = re.compile(r"(\d+)_stats\.json")
-STAGE_FOLDER = re.compile(r"(?P<root>.+)/(?P<folder>raw|dedup|plan|shards|captions/[^/]+|teacher/[^/]+)")
+STAGE_FOLDER = re.compile(rf"(?P<root>.+)/(?P<folder>{RAW}|{DEDUP}|{PLAN}|{SHARDS}|{CAPTIONS}/[^/]+|{TEACHER}/[^/]+)")
 FILE_PATTERN = re.compile(r"(\d+)(\.tar|(-\d+)?\.parquet|_stats\.json)")
 
 
