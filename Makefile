@@ -3,6 +3,7 @@
 # make test      set up; lint, types, tests: under ten minutes
 # make test-all  the slow tests too
 # make fuzz      ten minutes of wrong inputs; FUZZ='--seconds 60 tar' for less
+# make gpu-kit wheels for a GPU machine without a network, where `bash tests/gpu/run.sh` runs what only a GPU shows
 # make lock      constraints.txt anew, the whole set of packages that `make` installs; LOCK=--upgrade for newer ones
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ SHELL := /bin/bash
 # a process runs whole modules, whose tests share what their fixtures made
 PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadscope
 
-.PHONY: demo study-siclip study-catlip fast test test-all fuzz lock lint style types tests wordnet debian clean
+.PHONY: demo study-siclip study-catlip fast test test-all fuzz gpu-kit lock lint style types tests wordnet debian clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipmill needs Python 3.11 or later")'
@@ -63,6 +64,14 @@ test-all: $(VENV)/.done debian lint
 
 fuzz: $(VENV)/.done
 	$(BIN)/python tests/fuzz/run.py $(FUZZ)
+
+# of tests/gpu/kit.txt, in the versions of constraints.txt, for Python GPU_PYTHON on x86-64 Linux
+GPU_PYTHON ?= 3.12
+gpu-kit:
+	rm -rf tests/gpu/kit
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --implementation cp \
+		$(foreach tag,manylinux_2_28 manylinux_2_27 manylinux_2_26 manylinux_2_17 manylinux2014,--platform $(tag)_x86_64) \
+		--constraint constraints.txt --requirement tests/gpu/kit.txt --dest tests/gpu/kit
 
 lock:
 	$(PYTHON) -m venv $(VENV)-lock

@@ -1,0 +1,190 @@
+"""Runs the steps of tests/gpu/run.sh one after the other, each within its limit, and prints their table.
+
+    python tests/gpu/runner.py [--dry] [--only STEP ...] [--seconds N] [--table FILE]
+
+The exit code is 1 when a step failed or was stopped. Under $OUT (or a folder of /tmp): figures.jsonl, rates.json for
+tests/bench/plan.py, table.md, and a log per step. --table prints the table of an earlier figures.jsonl.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from figures import DEVICE, PREFIX, WORK
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+SECONDS = 470  # for all steps; the script promises eight minutes
+LOG_LINES = 40  # of a failed step, shown
+
+
+@dataclass(frozen=True)
+class Step:
+    """A process with its limit in seconds."""
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+
+
+def measurement(name: str, seconds: float) -> Step:
+    """The step that runs measure_NAME.py."""
+    return Step(name, (str(HERE / f"measure_{name}.py"),), seconds)
+
+
+TESTS = ("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-m", "gpu", str(HERE))
+STEPS = (
+    measurement("limits", 40),
+    Step("tests", TESTS, 110),
+)
+
+
+@dataclass
+class Outcome:
+    """What a step left: its figures, how long it took, and what went wrong (empty: nothing)."""
+
+    step: str
+    figures: list[dict[str, Any]]
+    seconds: float
+    fault: str
+
+
+def run_step(step: Step, *, dry: bool, limit: float, env: dict[str, str], log: Path) -> Outcome:
+    """Run a step; its output goes to ``log``. A step that is over its limit is killed with all its processes."""
+    command = [sys.executable, *step.command, *(["--dry"] if dry and step.name != "tests" else [])]
+    start = time.monotonic()
+    fault = ""
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(timeout=limit)
+            fault = f"exit code {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            fault = f"stopped after {limit:.0f} s"
+        finally:
+            kill_group(process)
+    seconds = time.monotonic() - start
+    lines = log.read_text(errors="replace").splitlines()
+    figures = [json.loads(line.removeprefix(PREFIX)) for line in lines if line.startswith(PREFIX)]
+    if step.name == "tests":
+        figures = [{"name": "gpu tests", "value": seconds, "unit": "s", "facts": {"outcome": summary_of(lines)}}]
+    elif not figures and not fault:
+        fault = "no figure"
+    return Outcome(step.name, figures, seconds, fault)
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of a step, its workers too."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def summary_of(lines: list[str]) -> str:
+    """Pytest's last line without its ornaments."""
+    last = lines[-1] if lines else ""
+    return last.strip("= ").split(" in ")[0]
+
+
+def facts_about_machine(dry: bool) -> dict[str, str]:
+    """What every figure carries: card, versions, date."""
+    import torch
+
+    card = "CPU, dry run" if dry else torch.cuda.get_device_name()
+    return {"card": card, "torch": torch.__version__, "date": datetime.now(UTC).strftime("%Y-%m-%d")}
+
+
+def number(value: float) -> str:
+    """Three significant digits, whole from 1,000 on."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def markdown(figures: list[dict[str, Any]]) -> str:
+    """The table of docs/benchmarks.md."""
+    lines = ["| figure | value | goal | more |", "|---|---|---|---|"]
+    for one in figures:
+        facts = one.get("facts", {})
+        more = ", ".join(f"{key.replace('_', ' ')} {shown(fact)}" for key, fact in facts.items())
+        lines.append(f"| {one['name']} | {number(one['value'])} {one['unit']} | {one.get('goal', '')} | {more} |")
+    return "\n".join(lines)
+
+
+def shown(fact: float | str) -> str:
+    """A fact of a figure as text."""
+    return fact if isinstance(fact, str) else number(fact)
+
+
+def rates(figures: list[dict[str, Any]], machine: dict[str, str], work: Path) -> dict[str, Any]:
+    """rates.json: samples per second of the jobs that tests/bench/plan.py knows, and the ceiling they are held to."""
+    path = work / "ceiling"
+    measured = {one["rate"]: one["value"] for one in figures if one.get("rate")}
+    return {**machine, "ceiling": float(path.read_text()) if path.exists() else None, "rates": measured}
+
+
+def run_steps(names: list[str], *, dry: bool, seconds: float, out: Path, work: Path) -> list[Outcome]:
+    """Run the named steps (all, when none is named) within ``seconds`` altogether."""
+    modules = [ROOT, ROOT / "tests" / "bench", ROOT / "tests" / "support", HERE]  # a measurement reuses the benches
+    path = os.pathsep.join([*map(str, modules), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, DEVICE: "cpu" if dry else "cuda", WORK: str(work), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    end = time.monotonic() + seconds
+    outcomes = []
+    for step in STEPS:
+        if names and step.name not in names:
+            continue
+        limit = min(step.seconds, end - time.monotonic())
+        if limit < 1:
+            outcomes.append(Outcome(step.name, [], 0.0, "no time left"))
+            continue
+        log = out / f"{step.name}.log"
+        outcome = run_step(step, dry=dry, limit=limit, env=env, log=log)
+        outcomes.append(outcome)
+        said = outcome.fault or "done"
+        print(f"{step.name}: {said} in {outcome.seconds:.0f} s, {len(outcome.figures)} figures", flush=True)
+        if outcome.fault:
+            shown_lines = [line for line in log.read_text(errors="replace").splitlines() if not line.startswith(PREFIX)]
+            print("\n".join(f"    {line}" for line in shown_lines[-LOG_LINES:]), flush=True)
+    return outcomes
+
+
+def main() -> int:
+    """Run, print, and write the files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry", action="store_true", help="on the CPU, at tiny sizes")
+    parser.add_argument("--only", nargs="+", default=[], choices=[step.name for step in STEPS], metavar="STEP")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all steps together")
+    parser.add_argument("--table", help="print the table of this figures.jsonl and do nothing else")
+    given = parser.parse_args()
+    if given.table:
+        print(markdown([json.loads(line) for line in Path(given.table).read_text().splitlines()]))
+        return 0
+    out = Path(os.environ.get("OUT") or tempfile.mkdtemp(prefix="clipmill-gpu-out-"))
+    out.mkdir(parents=True, exist_ok=True)
+    machine = facts_about_machine(given.dry)
+    with tempfile.TemporaryDirectory(prefix="clipmill-gpu-") as folder:
+        outcomes = run_steps(given.only, dry=given.dry, seconds=given.seconds, out=out, work=Path(folder))
+        figures = [{**figure, "step": outcome.step, **machine} for outcome in outcomes for figure in outcome.figures]
+        found = rates(figures, machine, Path(folder))
+    (out / "figures.jsonl").write_text("".join(json.dumps(figure) + "\n" for figure in figures))
+    (out / "rates.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "table.md").write_text(markdown(figures) + "\n")
+    print(f"\n{', '.join(machine.values())}; files in {out}\n\n{markdown(figures)}")
+    faults = [f"{outcome.step}: {outcome.fault}" for outcome in outcomes if outcome.fault]
+    print("\n".join(["", *faults]) if faults else "\nall steps done")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

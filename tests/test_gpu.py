@@ -1,0 +1,107 @@
+"""tests/gpu/run.sh: its dry run, and that the wheels it carries are all that a GPU machine lacks."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+import pytest
+import runner
+
+ROOT = Path(__file__).parents[1]
+GPU = ROOT / "tests" / "gpu"
+TORCH_OWN = {"torch", "torchvision"}  # what they need comes with them
+
+
+def names(file: str) -> set[str]:
+    lines = (GPU / file).read_text().splitlines()
+    return {canonical(line) for line in lines if line and not line.startswith("#")}
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def needs(package: str) -> set[str]:
+    """What a package needs without extras and on this system."""
+    found = set()
+    for requirement in requires(package) or []:
+        name, _, marker = requirement.partition(";")
+        if "extra ==" not in marker and "python_version <" not in marker and "win32" not in marker:
+            found.add(canonical(re.match(r"[\w.-]+", name.strip())[0]))
+    return found
+
+
+def test_every_package_that_clipmill_needs_is_carried_or_provided():
+    kit, provided = names("kit.txt"), names("provided.txt")
+    assert not kit & provided
+    open_ends, seen = needs("clipmill") | {"hatchling"}, set()
+    while open_ends:
+        package = open_ends.pop()
+        seen.add(package)
+        assert package in kit | provided, f"{package}: in neither tests/gpu/kit.txt nor provided.txt"
+        if package in kit:  # what the others need is there with them
+            try:
+                open_ends |= needs(package) - seen - TORCH_OWN
+            except PackageNotFoundError:
+                pytest.fail(f"{package} is not installed here: it is not needed any more")
+    assert kit <= seen, f"not needed any more: {kit - seen}"
+
+
+@pytest.mark.integration
+def test_the_dry_run_runs_every_step_and_prints_a_table_last(tmp_path):
+    env = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable}
+    done = subprocess.run(["bash", str(GPU / "run.sh"), "--dry"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("all steps done")
+    figures = [json.loads(line) for line in (tmp_path / "figures.jsonl").read_text().splitlines()]
+    assert {figure["step"] for figure in figures} == {step.name for step in runner.STEPS}
+    assert all(figure["value"] >= 0 and figure["card"] == "CPU, dry run" for figure in figures)
+    assert runner.markdown(figures) in done.stdout
+    rates = json.loads((tmp_path / "rates.json").read_text())
+    assert rates["ceiling"] > 0
+    assert rates["rates"] == {figure["rate"]: figure["value"] for figure in figures if figure.get("rate")}
+
+
+@pytest.mark.integration
+def test_a_step_over_its_limit_is_stopped_and_keeps_its_figures(tmp_path):
+    line = runner.PREFIX + json.dumps({"name": "early", "value": 1.0, "unit": "s"})
+    script = tmp_path / "slow.py"
+    script.write_text(f"import time\nprint({line!r}, flush=True)\ntime.sleep(60)\n")
+    step = runner.Step("slow", (str(script),), 60)
+    outcome = runner.run_step(step, dry=True, limit=2, env=dict(os.environ), log=tmp_path / "log")
+    assert outcome.fault == "stopped after 2 s"
+    assert [figure["name"] for figure in outcome.figures] == ["early"]
+    assert outcome.seconds < 10
+
+
+@pytest.mark.integration
+def test_a_step_without_time_left_fails_the_run(tmp_path):
+    env = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable, "CLIPMILL_GPU_DEVICE": "cuda"}
+    done = subprocess.run(
+        ["bash", str(GPU / "run.sh"), "--dry", "--only", "limits", "--seconds", "0"],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "limits: no time left" in done.stdout
+
+
+@pytest.mark.integration
+def test_without_wheels_the_script_says_how_to_get_them(tmp_path):
+    shutil.copytree(GPU, tmp_path / "tests" / "gpu", ignore=shutil.ignore_patterns("kit", "__pycache__"))
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "$@"\n')  # without site-packages
+    bare.chmod(0o755)
+    env = {**os.environ, "PYTHON": str(bare)}
+    env.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        ["bash", str(tmp_path / "tests" / "gpu" / "run.sh"), "--dry"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "make gpu-kit" in done.stderr
