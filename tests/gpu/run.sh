@@ -13,7 +13,7 @@ if ! "$python" -c 'import importlib.metadata as m, open_clip, webdataset, tyro; 
     kit=(tests/gpu/kit/*.whl)
     [ -e "${kit[0]}" ] || { echo "tests/gpu/kit has no wheels: run 'make gpu-kit' where there is a network" >&2; exit 2; }
     site=$(mktemp -d /tmp/clipmill-gpu-site.XXXXXX)
-    offline=(-m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site")
+    offline=(-m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site")
     "$python" "${offline[@]}" "${kit[@]}"
     export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
     "$python" "${offline[@]}" --no-build-isolation .  # for its entry points; the code is taken from here
