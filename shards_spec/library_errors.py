@@ -27,6 +27,17 @@ GZIP = b"\x1f\x8b"
 PACKED = "is packed with gzip"
 FETCH = "download it again"
 REMAKE = "delete it and run its stage again"
+# how full memory is told by RuntimeErrors: of torch's allocators, C++, cuBLAS and cuDNN; oneDNN gives no reason
+NO_MEMORY = (
+    "can't allocate memory",
+    "DefaultCPUAllocator",
+    "out of memory",
+    "std::bad_alloc",
+    "bad allocation",
+    "STATUS_ALLOC_FAILED",
+    "could not create a primitive",
+    "could not create a memory object",
+)
 
 
 def short(error: BaseException) -> str:
@@ -36,6 +47,13 @@ def short(error: BaseException) -> str:
         text = error.args[0] if isinstance(error.args[0], str) else f"KeyError {error}"  # str() puts text in quotes
     text = " ".join(text[: 4 * LONGEST].split()).rstrip(".")
     return (text if len(text) <= LONGEST else text[:LONGEST].rstrip() + " ...") or type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device's memory, or the host's, did not suffice for what torch was to do."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in NO_MEMORY)
 
 
 def no_regular_file(path: str) -> str | None:

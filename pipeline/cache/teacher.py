@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.core.devices import is_out_of_memory
 from pipeline.core.prefetch import batches
 from shards_spec.files import UserError
+from shards_spec.library_errors import is_out_of_memory
 from shards_spec.models import LoadedModel
 
 log = logging.getLogger(__name__)

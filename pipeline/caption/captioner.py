@@ -15,9 +15,9 @@ from pipeline.caption.decoding import Decoding
 from pipeline.caption.head_check import ContrastiveHeadCheck
 from pipeline.caption.requests import CaptionedImage, CaptionRequest, GeneratedCaption
 from pipeline.caption.sampling import DecodedTokens, generate
-from pipeline.core.devices import is_out_of_memory
 from shards_spec.files import UserError
 from shards_spec.images import crop_extreme_aspect
+from shards_spec.library_errors import is_out_of_memory
 from shards_spec.models import LoadedModel
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""What stages with a model share: a worker process per device, and the errors of full memory."""
+"""What stages with a model share: a worker process per device."""
 
 import multiprocessing
 import os
@@ -20,14 +20,3 @@ def _load_on_next_device(queue: Any, workers: int, load: Callable[[str], None]) 
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     load(queue.get())
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device's memory, or the host's for a CPU, did not suffice.
-
-    CUDA's error has a class of its own; torch's CPU allocator and oneDNN can be told by their messages alone.
-    """
-    import torch
-
-    messages = ("can't allocate memory", "could not create a primitive")
-    return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in messages)

@@ -13,6 +13,7 @@ from shards_spec.library_errors import (
     LONGEST,
     decode_text,
     gzip_errors,
+    is_out_of_memory,
     json_errors,
     parquet_errors,
     parse_json,
@@ -141,6 +142,22 @@ def test_permissions_are_not_taken_for_damage(tmp_path):
     path = tmp_path / "x.json"
     with pytest.raises(DataError, match=r"cannot be read .*; check its permissions"), json_errors(str(path)):
         raise PermissionError(13, "Permission denied", str(path))
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("a message about something else"), False),
+    ],
+)
+def test_full_memory_is_told_from_other_errors(error, is_one):
+    assert is_out_of_memory(error) == is_one
 
 
 def test_long_texts_are_cut():

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from shards_spec.files import UserError
-from shards_spec.library_errors import short
+from shards_spec.library_errors import is_out_of_memory, short
 from training.config import RunConfig
 from training.data.batches import TrainingRows, first_batch
 from training.engine.gradients import split
@@ -23,17 +23,6 @@ GB = 1e9
 SHARE = 0.9  # of the memory that a prediction may fill: it leaves workspaces and the allocator's rounding out
 ADVICE = "take a smaller --chunk-size, --batch-size or --model, or --checkpoint-activations"
 PROFILED = 16  # samples read to measure what one takes
-# what else says so, as RuntimeError: torch's allocators, C++, cuBLAS and cuDNN; oneDNN gives no reason
-NO_MEMORY = (
-    "can't allocate memory",
-    "DefaultCPUAllocator",
-    "out of memory",
-    "std::bad_alloc",
-    "bad allocation",
-    "STATUS_ALLOC_FAILED",
-    "could not create a primitive",
-    "could not create a memory object",
-)
 # a cgroup's limit and what is used of it for good, of versions 2 and 1
 CGROUPS = (
     ("memory.max", "memory.stat", "anon"),
@@ -170,11 +159,6 @@ def warn_of_norms(task: torch.nn.Module, chunk_size: int | None) -> None:
             "--checkpoint-activations saves memory without that",
             chunk_size,
         )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether CUDA's or the CPU's allocator had no more."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in NO_MEMORY)
 
 
 @contextmanager

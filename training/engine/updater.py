@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from shards_spec.library_errors import short
+from shards_spec.library_errors import is_out_of_memory, short
 from shards_spec.precision import resolve_precision
-from training.engine.batch_fit import halved, is_out_of_memory, warn_of_norms
+from training.engine.batch_fit import halved, warn_of_norms
 from training.engine.distributed import Ranks
 from training.engine.ema import ModelEma
 from training.engine.gradients import Gradients, rng_state, set_rng_state, total
