@@ -1,154 +1,40 @@
 #!/usr/bin/env python3
 """The tables of docs/scale.md: what CC3M, CC12M and DataComp-1B cost, from what a sample and a shard cost.
 
-    python tests/bench/plan.py [--sustained 0.2] [--gbit 10] [--cores 16] [--views 10] [--captions 5] [--flops]
-    python tests/bench/plan.py --one-gpu        the table of README.md: one 24 GB GPU, 1 TB of disk
+    python tests/bench/plan.py [--rates FILE] [--peak 0.8] [--sustained 0.2] [--gbit 10] [--cores 16] [--views 10]
+    python tests/bench/plan.py --one-gpu        one 24 GB GPU, 1 TB of disk; README has it in short
+    python tests/bench/plan.py --flops          counts what pipeline/plan/costs.py has as FLOP, in two minutes: the
+                                                real architectures, empty weights, and CoCa's decoding on the CPU
 
-`Costs` holds what `costs.py` measured, `FLOP` what `--flops` counts (two minutes: the real architectures, empty
-weights, and CoCa's decoding on the CPU), `CORPORA` what is known of the lists. Two assumptions: --sustained,
-the 1e15 operations per second that a GPU keeps up over a whole stage, and --gbit, the site's network. The rest is
-arithmetic.
+The arithmetic is that of `pipeline/plan`; `CORPORA` is what is known of the lists. A job whose rate was measured on a
+GPU (`tests/gpu/rates.json`, which `tests/gpu/run.sh` writes) keeps up its share of the ceiling on every card. The other
+assumptions: --sustained, the 1e15 operations per second that a GPU keeps up in jobs without a measured rate, and
+--gbit, the site's network. `python docs/tables.py` writes the tables into the pages.
 """
 
 import argparse
+import sys
+import textwrap
 from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
 
+from pipeline.plan.costs import FLOP, STUDENTS
+from pipeline.plan.estimate import Basis, Choices, Corpus, Gpu, Hardware, StageCost, core_ms, gpu_jobs, stage_costs
+from pipeline.plan.rates import MeasuredRates, read_rates
+from shards_spec.files import UserError
 
-@dataclass(frozen=True)
-class Costs:
-    """Of a sample: milliseconds of one core and bytes, as `costs.py` prints them, on 2 vCPU of an AMD EPYC (Zen 4)."""
-
-    ingest_ms: float = 6.8
-    dedup_ms: float = 0.0046  # with memory for all; see docs/scale.md
-    caption_ms: float = 2.8  # decode and resize; what the GPU does is in FLOP
-    pack_ms: float = 0.35
-    vocab_ms: float = 0.0315
-    view_ms: float = 1.04  # decoding included, which ten views share
-    train_ms: float = 2.2
-    check_ms: float = 0.33  # from the page cache
-    rows_per_s: float = 518_000  # of a list of links, that are read to be left to others
-    downloaded: float = 125_000  # assumed: the photos of the benches
-    image: float = 29_900  # img2dataset's documentation: 1 M images at 256 px are 29.9 GB
-    raw_more: float = 3_800  # tar headers, txt, json, padding, the Parquet row
-    final_more: float = 4_600
-    caption_bytes: float = 185  # of five captions
-    row_more: float = 90  # of a cache row beside its vectors: key and identities
-
-
-@dataclass(frozen=True)
-class Files:
-    """Of a shard, as `costs.py` counts them by strace: opened, looked up, flushed, renamed or removed."""
-
-    ingest: tuple[int, ...] = (5, 3, 3, 7)
-    dedup: tuple[int, ...] = (7, 2, 2, 5)
-    caption: tuple[int, ...] = (6, 5, 2, 5)
-    pack: tuple[int, ...] = (14, 4, 3, 8)
-    vocab: tuple[int, ...] = (2, 0, 0, 0)
-    cache: tuple[int, ...] = (7, 6, 2, 5)
-    check: tuple[int, ...] = (39, 18, 0, 0)
-
-
-CLAIM = 5  # more per shard where an array makes it: linked, looked up, moved aside, opened, removed
-FLOP = {  # 1e9 operations of a sample; multiply and add are two
-    "image, ViT-L/14": 162.03,
-    "text, ViT-L/14": 13.30,
-    "image, CoCa ViT-L/14": 170.86,
-    "five captions of 30 tokens, CoCa ViT-L/14": 80.05,
-    "step of ViT-M-32": 3 * (3.99 + 5.96),
-    "step of MobileCLIP-S0": 3 * (4.79 + 2.64),
-    "step of ViT-B-16": 3 * (35.13 + 5.96),
-}
-WIDTH = 768  # of the teacher, float16
-ONE_GPU = {  # README's table; every figure but the peak is assumed
-    "peak": 165.2e12,  # operations per second of an RTX 4090: dense bf16 products, float32 sums (NVIDIA's data sheet)
-    "share": 0.2,  # of the peak, over a whole stage
-    "gbit": 1.0,
-    "views": 8,
-    "epochs": 6,  # the affinity recipe's default
-}
-STUDENTS = ("ViT-M-32", "MobileCLIP-S0", "ViT-B-16")
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A list, and the tasks it would be given: of ingest's array, of pack's, of those with a GPU each."""
-
-    name: str
-    rows: int
-    samples: int
-    shard_size: int
-    ingest_tasks: int
-    pack_tasks: int
-    gpu_tasks: int
-
-    @property
-    def shards(self) -> int:
-        """Shards of ``shard_size`` rows."""
-        return -(-self.rows // self.shard_size)
-
-
+RATES = Path(__file__).parents[1] / "gpu" / "rates.json"
+SUSTAINED = 0.2e15  # of a GPU in a cluster, assumed
+PEAK = 165.2e12  # operations per second of an RTX 4090: dense bf16 products, float32 sums (NVIDIA's data sheet)
+SHARE = 0.2  # of that, assumed
+ALONE = Choices(views=8, int8=True, epochs=6)  # README's commands; six epochs are the affinity recipe's default
+MARKS: dict[Basis, str] = {"measured": "†", "partly measured": "‡", "assumed": ""}
 CORPORA = (
-    Corpus("CC3M", 3_318_333, 2_905_954, 1_000, 1, 1, 4),  # the list of 2018; samples: open_clip's count
+    Corpus("CC3M", 3_318_333, 2_905_954, 1_000, gpu_tasks=4),  # the list of 2018; samples: open_clip's count
     Corpus("CC12M", 12_423_374, 10_968_539, 10_000, 2, 1, 16),  # the list of 2021; samples: open_clip's count
     Corpus("DataComp-1B", 1_400_000_000, 1_280_000_000, 20_000, 8, 16, 256),  # arXiv 2304.14108; arXiv 2311.17049
 )
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Of a whole corpus: core-hours, 1e15 operations, bytes in and out, tasks and the cores of each."""
-
-    name: str
-    core_hours: float
-    peta: float
-    read: float
-    written: float
-    tasks: int
-    cores: int
-
-    def hours(self, options: argparse.Namespace) -> tuple[float, str]:
-        """Of the clock, and what sets them."""
-        limits = {
-            "cores": self.core_hours / self.cores / self.tasks,
-            "GPU": self.peta / options.sustained / 3600 / self.tasks,
-            "network": self.read / (options.gbit / 8 * 1e9) / 3600 if self.name == "ingest" else 0.0,
-        }
-        slowest = max(limits, key=lambda limit: limits[limit])
-        return limits[slowest], slowest
-
-
-def gpu_work(options: argparse.Namespace) -> tuple[float, float]:
-    """1e9 operations of a sample: captions, teacher."""
-    captions = FLOP["five captions of 30 tokens, CoCa ViT-L/14"] * options.captions / 5
-    texts = (options.captions + 1) * FLOP["text, ViT-L/14"]
-    return FLOP["image, CoCa ViT-L/14"] + captions, options.views * FLOP["image, ViT-L/14"] + texts
-
-
-def stages(corpus: Corpus, options: argparse.Namespace) -> list[Stage]:
-    """All stages of a corpus, one epoch of training."""
-    c = Costs()
-    n = corpus.samples
-    cores = options.cores
-    raw, final = n * (c.image + c.raw_more), n * (c.image + c.final_more)
-    caption = n * c.caption_bytes * options.captions / 5
-    cached = n * ((options.views + options.captions + 1) * WIDTH * 2 + c.row_more)
-    hours, (coca, teacher) = n / 3.6e6, (n * giga / 1e6 for giga in gpu_work(options))
-    listing = 2 * corpus.rows / c.rows_per_s / 3600 * corpus.ingest_tasks  # its own shards, then what others left
-    ours, gpus = (corpus.ingest_tasks, cores), (corpus.gpu_tasks, cores)
-    row = n * (2 * WIDTH * 2 + c.row_more)  # of one view and one text
-    return [
-        Stage("ingest", hours * c.ingest_ms + listing, 0, n * c.downloaded, raw, *ours),
-        Stage("dedup", hours * c.dedup_ms, 0, n * 190, n * 32, 1, 1),
-        Stage("caption", hours * c.caption_ms, coca, raw, caption, *gpus),
-        Stage("pack", hours * c.pack_ms, 0, raw + caption, final, corpus.pack_tasks, cores),
-        Stage("vocab", hours * c.vocab_ms, 0, 2 * n * 320, 1e6, 1, 1),
-        Stage("cache", hours * c.view_ms * options.views, teacher, final, cached, *gpus),
-        Stage("check", hours * c.check_ms, 0, 2 * raw + 4 * final + 2 * cached, 0, 1, 1),
-        *(
-            Stage(f"train {name}", hours * c.train_ms, n / 1e6 * FLOP[f"step of {name}"], final + row, 0, *gpus)
-            for name in STUDENTS
-        ),
-    ]
 
 
 def number(value: float) -> str:
@@ -164,76 +50,189 @@ def size(value: float) -> str:
     return "–"
 
 
-def table(corpus: Corpus, options: argparse.Namespace) -> None:
-    """Print a corpus."""
-    shards = corpus.shards
-    print(
-        f"\n**{corpus.name}**: {corpus.rows:,} rows, {corpus.samples:,} samples, {shards:,} shards of "
-        f"{corpus.shard_size:,} rows, {12 * shards:,} files\n"
+def markdown(rows: list[list[str]]) -> str:
+    """A table whose first row is its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def hours_of(stage: StageCost, hardware: Hardware) -> tuple[float, str, str]:
+    """Hours of the clock, what sets them, and the mark of what they rest on."""
+    hours, limit = stage.hours(hardware)
+    return hours, limit, MARKS[hardware.gpu.basis(stage.jobs)] if limit == "GPU" else ""
+
+
+def basis_note(gpu: Gpu, ceiling: str, assumed: str) -> str:
+    """What GPU figures rest on; ``ceiling`` and ``assumed`` say whose, and what it is where nothing was measured."""
+    if gpu.measured is None or not gpu.measured.rates:
+        return textwrap.fill(f"GPU figures assume {assumed}. No rate has been measured on a GPU yet.", 120)
+    return textwrap.fill(
+        f"†: from the share of its ceiling that this job kept up on {gpu.measured.card}, {gpu.measured.date}, here of "
+        f"{ceiling} (‡: some of the stage's jobs, the others as follows). GPU figures without a mark assume {assumed}.",
+        120,
     )
-    print("| | core-h | PFLOP/s-h | GPU-h | read | written | tasks x cores | hours | file operations |")
-    print("|---" * 9 + "|")
-    for stage in stages(corpus, options):
-        wall, slowest = stage.hours(options)
-        operations = sum(getattr(Files(), stage.name, (0,))) * shards
-        if operations and stage.tasks > 1:
-            operations += CLAIM * shards
+
+
+def jobs_table(measured: MeasuredRates | None) -> str:
+    """The jobs of a GPU: operations, and rates where they were measured."""
+    rows = [["a sample of", "10⁹ operations", "samples/s measured", "share of the ceiling"]]
+    for job, giga in FLOP.items():
+        share = measured.share(job) if measured else None
+        cells = ["not yet", ""]
+        if measured and share is not None:
+            cells = [number(measured.rates[job]), f"{share:.3f}"]
+        rows.append([job, f"{giga:.2f}", *cells])
+    if measured is None:
+        return markdown(rows)
+    where = f"{measured.card}, {measured.date}, torch {measured.torch}"
+    return f"{markdown(rows)}\n\nMeasured on {where}. Its ceiling: {measured.ceiling / 1e12:.0f} TFLOP/s."
+
+
+def corpus_table(corpus: Corpus, choices: Choices, hardware: Hardware) -> str:
+    """All stages of a corpus."""
+    shards = corpus.shards
+    rows = [["", "core-h", "PFLOP/s-h", "GPU-h", "read", "written", "tasks x cores", "hours", "file operations"]]
+    for stage in stage_costs(corpus, choices, hardware.cores):
+        wall, slowest, mark = hours_of(stage, hardware)
+        gpu_hours = hardware.gpu.seconds(stage.jobs) / 3600
         cells = [
             stage.name,
             number(stage.core_hours),
-            number(stage.peta / 3600),
-            number(stage.peta / 3600 / options.sustained),
+            number(stage.peta_hours),
+            number(gpu_hours) + (MARKS[hardware.gpu.basis(stage.jobs)] if stage.jobs else ""),
             size(stage.read),
             size(stage.written),
             f"{stage.tasks} x {stage.cores}",
-            f"{number(wall)} {slowest}",
-            number(operations),
+            f"{number(wall)}{mark} {slowest}",
+            number(stage.file_operations(shards)),
         ]
-        print("| " + " | ".join(cell if cell != "0" else "" for cell in cells) + " |")
+        rows.append([cell if cell != "0" else "" for cell in cells])
+    head = (
+        f"**{corpus.name}**: {corpus.rows:,} rows, {corpus.samples:,} samples, {shards:,} shards of "
+        f"{corpus.shard_size:,} rows, {12 * shards:,} files"
+    )
+    return f"{head}\n\n{markdown(rows)}"
 
 
-def cores_per_gpu(options: argparse.Namespace) -> None:
+def cores_table(choices: Choices, hardware: Hardware) -> str:
     """How many cores a GPU needs beside it, so that it never waits."""
-    c, rate = Costs(), options.sustained * 1e15
-    coca, teacher = gpu_work(options)
-    cases = {"caption": (c.caption_ms, coca), "cache": (c.view_ms * options.views, teacher)}
-    cases |= {f"train {name}": (c.train_ms, FLOP[f"step of {name}"]) for name in STUDENTS}
-    print("\n| | samples/s of a GPU | cores that feed it |\n|---|---|---|")
-    for name, (milliseconds, giga) in cases.items():
-        print(f"| {name} | {number(rate / giga / 1e9)} | {number(milliseconds / 1e3 * rate / giga / 1e9)} |")
+    rows = [["", "samples/s of a GPU", "cores that feed it"]]
+    milliseconds = core_ms(choices)
+    for stage, jobs in gpu_jobs(choices).items():
+        rate = 1 / hardware.gpu.seconds(jobs)
+        mark = MARKS[hardware.gpu.basis(jobs)]
+        rows.append([stage, number(rate) + mark, number(milliseconds[stage] / 1e3 * rate) + mark])
+    return markdown(rows)
 
 
-def one_gpu_stages(corpus: Corpus, options: argparse.Namespace) -> dict[str, tuple[float, str, float]]:
-    """Per stage of one machine: hours, what sets them, bytes that stay on disk (the cache as int8)."""
-    rate = ONE_GPU["peak"] * ONE_GPU["share"]
-    epochs = ONE_GPU["epochs"]
-    n = corpus.samples
-    machine = {"sustained": rate / 1e15, "gbit": ONE_GPU["gbit"], "views": int(ONE_GPU["views"])}
-    options = argparse.Namespace(**{**vars(options), **machine})
-    alone = replace(corpus, ingest_tasks=1, pack_tasks=1, gpu_tasks=1)
-    table = dict[str, tuple[float, str, float]]()
-    for stage in stages(alone, options):
-        hours, limit = stage.hours(options)
-        if stage.name == "cache":
-            vector = WIDTH + 4  # one float32 scale
-            table["cache"] = (hours, limit, n * ((options.views + options.captions + 1) * vector + Costs().row_more))
-        elif stage.name.startswith("train"):
-            table[stage.name] = (epochs * hours, limit, 0.0)
-        else:
-            table[stage.name] = (hours, limit, stage.written)
-    return table
+def cluster(options: argparse.Namespace, measured: MeasuredRates | None) -> Hardware:
+    """The machines of docs/scale.md; without --peak the GPU is the one that was measured."""
+    sustained = options.sustained * 1e15
+    own = measured.ceiling if measured else sustained
+    return Hardware(Gpu(options.peak * 1e15 if options.peak else own, sustained, measured), options.cores, options.gbit)
 
 
-def one_gpu(options: argparse.Namespace) -> None:
-    """Print README's table: CC3M and CC12M on one machine."""
-    corpora = {corpus.name: one_gpu_stages(corpus, options) for corpus in CORPORA[:2]}
-    print("| | " + " | ".join(f"{name}: hours | GB" for name in corpora) + " |\n" + "|---" * 5 + "|")
-    for stage in next(iter(corpora.values())):
-        rows = [table[stage] for table in corpora.values()]
-        cells = [f"{number(hours)} ({limit}) | {number(stays / 1e9)}" for hours, limit, stays in rows]
-        print(f"| {stage} | " + " | ".join(cells) + " |")
-    for name, table in corpora.items():
-        print(f"{name} in all: {number(sum(stays for *_, stays in table.values()) / 1e9)} GB")
+def corpora_tables(choices: Choices, hardware: Hardware) -> str:
+    """All corpora, and what their GPU figures rest on."""
+    gpu = hardware.gpu
+    tables = [corpus_table(corpus, choices, hardware) for corpus in CORPORA]
+    note = basis_note(gpu, f"{gpu.peak / 1e12:.0f} TFLOP/s", f"{gpu.sustained / 1e12:g} TFLOP/s")
+    return "\n\n".join([*tables, note])
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A stage on README's one machine: hours, what sets them, what they rest on, bytes that stay on disk."""
+
+    hours: float
+    limit: str
+    mark: str
+    stays: float
+
+
+def one_machine(measured: MeasuredRates | None) -> Hardware:
+    """README's machine: a 24 GB GPU by its data sheet, 16 cores and 1 Gbit/s."""
+    return Hardware(Gpu(PEAK, PEAK * SHARE, measured), cores=16, gbit=1.0)
+
+
+def alone_note(hardware: Hardware) -> str:
+    """What the GPU figures of README's machine rest on."""
+    ceiling = f"the {PEAK / 1e12:g} TFLOP/s of an RTX 4090's data sheet"
+    return basis_note(hardware.gpu, ceiling, f"{SHARE:g} of {ceiling}")
+
+
+def alone_costs(corpus: Corpus, hardware: Hardware) -> dict[str, Alone]:
+    """The stages of a corpus on one machine."""
+    one = replace(corpus, ingest_tasks=1, pack_tasks=1, gpu_tasks=1)
+    stages = stage_costs(one, ALONE, hardware.cores)
+    return {stage.name: Alone(*hours_of(stage, hardware), stage.written) for stage in stages}
+
+
+def one_gpu_table(measured: MeasuredRates | None) -> str:
+    """CC3M and CC12M on one machine."""
+    hardware = one_machine(measured)
+    corpora = {corpus.name: alone_costs(corpus, hardware) for corpus in CORPORA[:2]}
+    rows = [["", *chain.from_iterable((f"{name}: hours", "GB") for name in corpora)]]
+    for stage in corpora["CC3M"]:
+        cells = [stage]
+        for costs in corpora.values():
+            cost = costs[stage]
+            cells += [f"{number(cost.hours)}{cost.mark} ({cost.limit})", number(cost.stays / 1e9)]
+        rows.append(cells)
+    totals = [
+        f"{name} in all {number(sum(cost.stays for cost in costs.values()) / 1e9)} GB"
+        for name, costs in corpora.items()
+    ]
+    return f"{markdown(rows)}\n\n{', '.join(totals)}.\n\n{alone_note(hardware)}"
+
+
+def rounded(value: float, little: str) -> str:
+    """For README: one decimal below 10, ``little`` below 0.05."""
+    if value >= 10:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 0.05 else little
+
+
+def readme_table(measured: MeasuredRates | None) -> str:
+    """The table of one GPU in short: the stages, one training, and their sums."""
+    hardware = one_machine(measured)
+    corpora = {corpus.name: alone_costs(corpus, hardware) for corpus in CORPORA[:2]}
+    student = f"train {STUDENTS[0]}"
+    names = {stage: f"`{stage}`" for stage in corpora["CC3M"] if not stage.startswith("train")}
+    names[student] = f"`train affinity`, {ALONE.epochs} epochs"
+    rows = [["command", *chain.from_iterable((f"{name}: hours", "GB") for name in corpora), "set by"]]
+    for stage, name in names.items():
+        cells = [name]
+        for costs in corpora.values():
+            cost = costs[stage]
+            cells += [rounded(cost.hours, "<0.1") + cost.mark, rounded(cost.stays / 1e9, "–")]
+        limits = dict.fromkeys(costs[stage].limit for costs in corpora.values())
+        rows.append([*cells, " / ".join(limits).replace("network", f"network, {hardware.gbit:g} Gbit/s")])
+    total = ["together"]
+    for costs in corpora.values():
+        chosen = [costs[stage] for stage in names]
+        total += [
+            rounded(sum(cost.hours for cost in chosen), ""),
+            rounded(sum(cost.stays for cost in chosen) / 1e9, ""),
+        ]
+    return f"{markdown([*rows, [*total, '']])}\n\n{alone_note(hardware)}"
+
+
+def blocks(options: argparse.Namespace) -> dict[str, str]:
+    """All tables by the names that the pages give them (`docs/tables.py`).
+
+    Raises UserError when the file of rates is not right, or was named and is not there.
+    """
+    measured = read_rates(Path(options.rates or RATES)) if options.rates or RATES.exists() else None
+    choices = Choices(views=options.views, captions=options.captions)
+    hardware = cluster(options, measured)
+    return {
+        "jobs of a GPU": jobs_table(measured),
+        "corpora": corpora_tables(choices, hardware),
+        "cores beside a GPU": cores_table(choices, hardware),
+        "one GPU": one_gpu_table(measured),
+        "one GPU, in short": readme_table(measured),
+    }
 
 
 def count_flops() -> None:
@@ -274,24 +273,34 @@ def count_flops() -> None:
     print(f"five captions of 30 tokens, CoCa ViT-L/14: {written:.2f}")
 
 
-def main() -> None:
-    """Print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sustained", type=float, default=0.2, help="1e15 operations per second of a GPU: assumed")
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rates", help="file of measured rates; by default tests/gpu/rates.json, where it is there")
+    parser.add_argument(
+        "--peak", type=float, help="1e15 operations per second of your GPU, by default the measured one"
+    )
+    parser.add_argument("--sustained", type=float, default=SUSTAINED / 1e15, help="the same, for jobs without a rate")
     parser.add_argument("--gbit", type=float, default=10, help="1e9 bits per second of the site's network: assumed")
     parser.add_argument("--cores", type=int, default=16, help="of a task")
     parser.add_argument("--views", type=int, default=10)
     parser.add_argument("--captions", type=int, default=5)
     parser.add_argument("--flops", action="store_true", help="count operations instead")
-    parser.add_argument("--one-gpu", action="store_true", help="the table of README.md instead")
-    options = parser.parse_args()
+    parser.add_argument("--one-gpu", action="store_true", help="one GPU instead")
+    return parser
+
+
+def main() -> None:
+    """Print."""
+    options = parser().parse_args()
     if options.flops:
         return count_flops()
-    if options.one_gpu:
-        return one_gpu(options)
-    for corpus in CORPORA:
-        table(corpus, options)
-    cores_per_gpu(options)
+    try:
+        tables = blocks(options)
+    except UserError as error:
+        sys.exit(str(error))
+    names = ["one GPU"] if options.one_gpu else ["jobs of a GPU", "corpora", "cores beside a GPU"]
+    print("\n\n".join(tables[name] for name in names))
     return None
 
 

@@ -1,0 +1,132 @@
+"""The tables that docs/tables.py writes into the pages, with and without figures of a GPU."""
+
+import ast
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bench import plan
+
+from pipeline.plan.costs import FLOP
+
+ROOT = Path(__file__).parents[1]
+MEASURED = {
+    "card": "Some Card",
+    "date": "2026-12-01",
+    "torch": "2.11",
+    "ceiling": 8e14,
+    "rates": {"image, ViT-L/14": 2400.0, "step of ViT-M-32": 12_000.0},
+}
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict:
+    """docs/tables.py as a module's names; the module path is left as it was."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path])
+        return runpy.run_path(str(ROOT / "docs" / "tables.py"))
+
+
+def blocks(*words: str) -> dict[str, str]:
+    return plan.blocks(plan.parser().parse_args([*words]))
+
+
+@pytest.fixture
+def measured(tmp_path) -> dict[str, str]:
+    path = tmp_path / "rates.json"
+    path.write_text(json.dumps(MEASURED))
+    return blocks("--rates", str(path))
+
+
+def row(table: str, start: str) -> list[str]:
+    [line] = [line for line in table.splitlines() if line.startswith(f"| {start} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_figures_from_measured_rates_have_a_mark_and_name_the_card(measured):
+    for table in ("corpora", "one GPU", "one GPU, in short"):
+        assert "Some Card, 2026-12-01" in " ".join(measured[table].split())
+    assert row(measured["jobs of a GPU"], "image, ViT-L/14")[2:] == ["2,400", "0.486"]
+    assert row(measured["jobs of a GPU"], "text, ViT-L/14")[2:] == ["not yet", ""]
+    assert row(measured["cores beside a GPU"], "train ViT-M-32") == ["train ViT-M-32", "12,000†", "26.4†"]
+    assert row(measured["one GPU, in short"], "`cache`")[1].endswith("‡")
+    assert row(measured["one GPU, in short"], "`train affinity`, 6 epochs")[1].endswith("†")
+    assert row(measured["one GPU, in short"], "`caption`") == row(plan.readme_table(None), "`caption`")
+    # the card's own rate counts on the card: 2,905,954 steps at 12,000 a second are 67 s
+    corpus = measured["corpora"].split("**CC12M**")[0]
+    assert row(corpus, "train ViT-M-32")[3] == f"{2_905_954 / 12_000 / 3600:.3g}†"
+
+
+def test_without_a_file_of_rates_all_is_assumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "RATES", tmp_path / "none.json")
+    for name, table in blocks().items():
+        assert not {"†", "‡"} & set(table)
+        assert "GPU figures assume" in table or name in ("jobs of a GPU", "cores beside a GPU")
+
+
+def test_another_card_is_as_fast_as_its_ceiling(tmp_path, measured):
+    half = blocks("--rates", str(tmp_path / "rates.json"), "--peak", "0.4")
+    assert row(half["cores beside a GPU"], "train ViT-M-32")[1] == "6,000†"
+    assert row(half["cores beside a GPU"], "train ViT-B-16") == row(measured["cores beside a GPU"], "train ViT-B-16")
+
+
+def test_only_gpu_figures_are_marked(measured):
+    for line in measured["one GPU"].splitlines():
+        cells = [cell for cell in line.split(" | ") if "(cores)" in cell or "(network)" in cell]
+        assert not [cell for cell in cells if "†" in cell or "‡" in cell]
+
+
+def test_the_command_names_a_file_that_is_wrong(tmp_path):
+    path = tmp_path / "rates.json"
+    path.write_text(json.dumps({**MEASURED, "rates": {"image of ViT-L/14": 1}}))
+    command = [sys.executable, str(ROOT / "tests" / "bench" / "plan.py"), "--rates", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{path}: rates: no job 'image of ViT-L/14'")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_page_gets_its_tables_and_keeps_the_rest(tables):
+    first = "Before\n\n<!-- tables.py: a -->\nold\n<!-- end -->\n\n"
+    page = f"{first}After <!-- end -->\n<!-- tables.py: b -->\n<!-- end -->\n"
+    filled = tables["filled"](page, {"a": "| A\\1 |", "b": "| B |"})
+    assert filled == (
+        "Before\n\n<!-- tables.py: a -->\n\n| A\\1 |\n\n<!-- end -->\n\nAfter <!-- end -->\n"
+        "<!-- tables.py: b -->\n\n| B |\n\n<!-- end -->\n"
+    )
+    assert tables["filled"](filled, {"a": "| A\\1 |", "b": "| B |"}) == filled
+    with pytest.raises(KeyError):
+        tables["filled"](page, {"a": ""})
+
+
+def test_each_table_stands_on_a_page(tables):
+    text = "".join((ROOT / page).read_text() for page in tables["PAGES"])
+    assert sorted(block["name"] for block in tables["BLOCK"].finditer(text)) == sorted(tables["tables"]())
+
+
+def test_rows_without_a_figure_were_not_run_yet(tables):
+    explained = {"views": "fast", "texts": ""}
+    assert "| views | not run yet | fast |" in tables["gpu_table"]([], explained)
+    shared = {"unit": "views/s", "goal": "fast", "card": "Some Card", "torch": "2.11"}
+    lines = [
+        json.dumps({"name": "views", "value": value, "date": date, **shared})
+        for value, date in ((1.0, "2026-12-01"), (2.0, "2026-12-02"))
+    ]
+    table = tables["gpu_table"](lines, explained)
+    assert table.startswith("Measured on Some Card, torch 2.11, 2026-12-02:\n")
+    assert row(table, "views")[1:3] == ["2 views/s", "fast"]
+    assert row(table, "texts")[1] == "not run yet"
+
+
+def literal_rates(path: Path) -> set[str]:
+    """The values of ``rate=`` in a file, those that stand there as they are."""
+    keywords = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.keyword)]
+    return {one.value.value for one in keywords if one.arg == "rate" and isinstance(one.value, ast.Constant)} - {""}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "gpu").glob("measure_*.py")), ids=lambda path: path.stem)
+def test_measurements_name_jobs_that_are_known(path):
+    assert literal_rates(path) <= set(FLOP)
