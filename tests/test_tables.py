@@ -48,7 +48,7 @@ def row(table: str, start: str) -> list[str]:
 
 def test_figures_from_measured_rates_have_a_mark_and_name_the_card(measured):
     for table in ("corpora", "one GPU", "one GPU, in short"):
-        assert "Some Card, 2026-12-01" in " ".join(measured[table].split())
+        assert "Some Card (2026-12-01)" in " ".join(measured[table].split())
     assert row(measured["jobs of a GPU"], "image, ViT-L/14")[2:] == ["2,400", "0.486"]
     assert row(measured["jobs of a GPU"], "text, ViT-L/14")[2:] == ["not yet", ""]
     assert row(measured["cores beside a GPU"], "train ViT-M-32") == ["train ViT-M-32", "12,000†", "26.4†"]

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """What a sample costs each stage: CPU milliseconds, bytes on disk; what a shard costs in operations on files.
 
-    python tests/bench/costs.py [--photos 1000] [--rounds 2] [--work FOLDER]       docs/scale.md is computed from it
+    python tests/bench/costs.py [--photos 1000] [--rounds 2] [--work FOLDER]
+
+Its figures stand in pipeline/plan/costs.py, docs/scale.md is computed from them.
 
 Photos are those of `photos.py`, served over loopback as in `ingest.py`, captions those of `labels.py`, images have a
 shorter side of 256. CPU seconds are those of the command's processes, less those of the same command with nothing left

@@ -67,8 +67,8 @@ def basis_note(gpu: Gpu, ceiling: str, assumed: str) -> str:
     if gpu.measured is None or not gpu.measured.rates:
         return textwrap.fill(f"GPU figures assume {assumed}. No rate has been measured on a GPU yet.", 120)
     return textwrap.fill(
-        f"†: from the share of its ceiling that this job kept up on {gpu.measured.card}, {gpu.measured.date}, here of "
-        f"{ceiling} (‡: some of the stage's jobs, the others as follows). GPU figures without a mark assume {assumed}.",
+        f"†: by the share of its ceiling that the job kept up on {gpu.measured.card} ({gpu.measured.date}), here of "
+        f"{ceiling}; ‡: some of the stage's jobs by that, some assumed. GPU figures without a mark assume {assumed}.",
         120,
     )
 
@@ -157,8 +157,8 @@ def one_machine(measured: MeasuredRates | None) -> Hardware:
 
 def alone_note(hardware: Hardware) -> str:
     """What the GPU figures of README's machine rest on."""
-    ceiling = f"the {PEAK / 1e12:g} TFLOP/s of an RTX 4090's data sheet"
-    return basis_note(hardware.gpu, ceiling, f"{SHARE:g} of {ceiling}")
+    ceiling = f"an RTX 4090's {PEAK / 1e12:g} TFLOP/s"
+    return basis_note(hardware.gpu, ceiling, f"{SHARE:g} of {ceiling} (data sheet)")
 
 
 def alone_costs(corpus: Corpus, hardware: Hardware) -> dict[str, Alone]:
