@@ -128,7 +128,8 @@ def load_model(
         raise
     except BUILD_ERRORS as error:
         reason = _build_failure(error)
-        raise UserError(f"model {model!r} with pretrained {pretrained!r} cannot be loaded: {reason}") from error
+        weights = f" with --pretrained {pretrained!r}" if pretrained is not None else ""
+        raise UserError(f"model {model!r}{weights} cannot be loaded: {reason}") from error
     preprocess = open_clip.get_model_preprocess_cfg(built)
     size = preprocess["size"]
     return LoadedModel(
@@ -180,8 +181,8 @@ def _check_names(model: str, pretrained: str | None, random_weights: bool) -> No
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None and not random_weights:
         raise UserError(
-            f"model {model!r} with pretrained {pretrained!r} cannot be loaded: it has no weights; say --pretrained "
-            f"TAG_OR_FILE ({_tags_in_words(tags)}), or name a folder that has them"
+            f"model {model!r} cannot be loaded: it has no weights; say --pretrained TAG_OR_FILE "
+            f"({_tags_in_words(tags)}), or name a folder that has them"
         )
     if pretrained is None or Path(pretrained).is_file():
         return
@@ -380,9 +381,9 @@ def pick_device(device: str) -> str:
     try:
         torch.device(device)
     except RuntimeError as error:
-        raise UserError(f"device {device!r}: give auto, cpu, cuda or cuda:N") from error
+        raise UserError(f"--device {device!r}: give auto, cpu, cuda or cuda:N") from error
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device {device!r}: this torch sees no CUDA device; use --device cpu")
+        raise UserError(f"--device {device!r}: this torch sees no CUDA device; use --device cpu")
     return device
 
 

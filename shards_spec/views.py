@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from shards_spec.augment import OP_SETS, ORDERS, OpSet, jitter
 from shards_spec.counter_rng import uniform_draws
 from shards_spec.files import DataError, UserError, sha256_json
+from shards_spec.messages import require
 
 RENDERING = 2  # raised whenever `apply_view` gives other pixels for the same view
 # options added later: absent from the JSON while at their defaults, so that older specs keep their hashes
@@ -60,22 +61,20 @@ class ViewOptions:
     """probability of the colour jitter"""
 
     def __post_init__(self) -> None:
-        if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise UserError(f"views: scale {self.scale} must be 0 < low <= high <= 1")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise UserError(f"views: ratio {self.ratio} must be 0 < low <= high")
-        if self.op_set not in OP_SETS:
-            raise UserError(f"views: op_set {self.op_set!r} must be one of {', '.join(OP_SETS)}")
+        is_share = self.scale is None or 0 < self.scale[0] <= self.scale[1] <= 1
+        require(is_share, "scale", self.scale, "0 < low <= high <= 1")
+        require(0 < self.ratio[0] <= self.ratio[1], "ratio", self.ratio, "0 < low <= high")
+        require(self.op_set in OP_SETS, "op_set", self.op_set, f"one of {', '.join(OP_SETS)}")
         most = OP_SETS[self.op_set].most
-        if not 0 <= self.flip <= 1 or not 0 <= self.magnitude <= most or self.ops < 0:
-            raise UserError(f"views: flip {self.flip} in [0, 1], magnitude {self.magnitude} in [0, {most}], ops >= 0")
-        for name in ("op_prob", "jitter_prob"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"views: {name} {getattr(self, name)} must be in [0, 1]")
-        if self.magnitude_std < 0 or (self.magnitude_std and self.op_set == "torchvision"):
-            raise UserError(f"views: magnitude_std {self.magnitude_std} must be 0, or more in a timm op_set")
-        if min(self.jitter) < 0 or self.jitter[3] > 0.5:
-            raise UserError(f"views: jitter {self.jitter} must be 0 or more each, hue at most 0.5")
+        in_set = f"0 to {most} with --op-set {self.op_set}"
+        require(0 <= self.magnitude <= most, "magnitude", self.magnitude, in_set)
+        require(self.ops >= 0, "ops", self.ops, "0 or more")
+        for name in ("flip", "op_prob", "jitter_prob"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
+        is_drawn = self.magnitude_std == 0 or (self.magnitude_std > 0 and self.op_set != "torchvision")
+        require(is_drawn, "magnitude_std", self.magnitude_std, "0, or more with one of timm's --op-set")
+        is_strength = min(self.jitter) >= 0 and self.jitter[3] <= 0.5
+        require(is_strength, "jitter", self.jitter, "0 or more each, hue at most 0.5")
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def parse_view_spec(path: str, stored: dict[str, Any]) -> ViewSpec:
             options[name] = tuple(value)
     try:
         return ViewSpec(**options)
-    except TypeError as error:
+    except (TypeError, ValueError, IndexError, UserError) as error:
         raise DataError(
             f"{path}: its view spec is of another version ({error}); delete it and run `clipmill cache` again"
         ) from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shards_spec.files import UserError
+from shards_spec.messages import require
 
 JOBS_ADVICE = 'name another folder for job files as jobs = "FOLDER" in the site file'
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # a line break in a value would be a line of the job's script
@@ -57,13 +58,14 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in ("nodes", "array", "save_s"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("tasks_per_node", "parallel"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        if min(self.gpus_per_node or 0, self.max_requeue) < 0 or self.claim_s <= 0:
-            raise UserError("--gpus-per-node and --max-requeue must be 0 or more, --claim-s above 0")
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "1 or more")
+        gpus = self.gpus_per_node
+        require(gpus is None or gpus >= 0, "gpus_per_node", gpus, "0 or more")
+        require(self.max_requeue >= 0, "max_requeue", self.max_requeue, "0 or more")
+        require(self.claim_s > 0, "claim_s", self.claim_s, "above 0")
         _ = self.minutes
         if CONTROL.search(self.partition or ""):
             raise UserError(f"--partition {self.partition!r}: one line, without control characters")

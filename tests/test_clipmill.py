@@ -114,7 +114,7 @@ def test_duplicates_are_counted_in_one_line(command, tmp_path):
     assert (code, out) == (0, "dedup: 2 of 5 images are duplicates (2 exact, 0 near)\n"), err
     assert "pack: 3 samples in 2 shards (2 made now" in command("pack", root, "--workers", "1")[1]
     code, _, err = command("dedup", root)
-    assert (code, "near_bits: -1 before, 3 now" in err) == (2, True)
+    assert (code, "--near-bits: -1 before, 3 now" in err) == (2, True)
 
 
 def test_failed_shards_are_exit_code_one(command, tmp_path):

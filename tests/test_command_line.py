@@ -94,7 +94,7 @@ def images(tmp_path) -> str:
         (["ingest", "x", "--sorce", "y"], "no option --sorce; did you mean --source?"),
         (["ingest", "x", "--source=y", "--shard_sise=3"], "no option --shard-sise; did you mean --shard-size?"),
         (["ingest", "x", "--source", "y", "--frobnicate"], "no option --frobnicate; clipmill ingest --help shows all"),
-        (["ingest", "x", "--source"], "source is empty: give a list"),
+        (["ingest", "x", "--source"], "--source is empty: give a list"),
         (["ingest", "x", "--source", "y", "--shard-size", "many"], "--shard-size: invalid literal for int()"),
         (["ingest", "x", "--source", "y", "--format", "csvv"], "invalid choice 'csvv' for argument '--format'"),
         (["pack", "x", "y"], "Unrecognized options: y"),
@@ -178,7 +178,7 @@ def test_configs_come_out_as_they_are_made_by_hand():
     words = ["R", "--source", "S", "--shard-size", "7", "--no-sane-captions", "--exclude", "a", "b", "--url_col", "u"]
     expected = IngestConfig("R", ("S",), shard_size=7, exclude=("a", "b"), url_col="u")
     assert parse("ingest", IngestConfig, words) == expected
-    with pytest.raises(UserError, match="shard_size is 0"):
+    with pytest.raises(UserError, match="--shard-size 0: must be 1 or more"):
         parse("ingest", IngestConfig, ["R", "--source", "S", "--shard-size", "0"])
 
 

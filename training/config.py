@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from tyro.conf import OmitArgPrefixes
 
-from shards_spec.files import UserError
+from shards_spec.messages import require
 from shards_spec.models import Trust
 from shards_spec.precision import PrecisionOption
 from shards_spec.views import ViewOptions, ViewSpec
@@ -36,12 +36,6 @@ FREE_ON_RESUME = frozenset(
         "channels_last",
     }
 )
-
-
-def require(is_fine: bool, field: str, value: object, allowed: str) -> None:
-    """Raise UserError that names a flag, its value and what is allowed, unless ``is_fine``."""
-    if not is_fine:
-        raise UserError(f"--{field.replace('_', '-')} {value!r}: must be {allowed}")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from tyro.conf import OmitArgPrefixes
 from pipeline.core.command_line import Root
 from shards_spec.embeddings import Dtype
 from shards_spec.files import UserError
+from shards_spec.messages import require
 from shards_spec.models import Trust, model_label
 from shards_spec.names import check_name
 from shards_spec.precision import PrecisionOption
@@ -58,15 +59,13 @@ class CacheConfig:
         if self.pretrained is None and self.model == DEFAULT_MODEL:
             object.__setattr__(self, "pretrained", DEFAULT_TAG)
         check_name(self.label)
-        if min(self.views, self.threads, self.batch_size or 1) < 1 or self.batch_size == 0:
-            raise UserError(
-                f"views {self.views}, batch_size {self.batch_size}, threads {self.threads}: at least 1 each"
-            )
-        if (self.processes or 0) < 0:
-            raise UserError(f"processes {self.processes} must be 0 or more")
+        require(self.views >= 1, "views", self.views, "1 or more")
+        require(self.threads >= 1, "threads", self.threads, "1 or more")
+        require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        require(self.processes is None or self.processes >= 0, "processes", self.processes, "0 or more")
         if not self.augment and self.views != 1:
             raise UserError(
-                f"views {self.views} of the same centre crop would be equal: say --views 1 with --no-augment"
+                f"--views {self.views} of the same centre crop would be equal: say --views 1 with --no-augment"
             )
 
     @property

@@ -7,7 +7,7 @@ from tyro.conf import OmitArgPrefixes
 
 from pipeline.caption.decoding import Decoding
 from pipeline.core.command_line import Root
-from shards_spec.files import UserError
+from shards_spec.messages import require
 from shards_spec.models import Trust, model_label
 from shards_spec.names import check_name
 from shards_spec.precision import PrecisionOption
@@ -54,10 +54,9 @@ class CaptionConfig:
         if self.pretrained is None and self.model == DEFAULT_MODEL:
             object.__setattr__(self, "pretrained", DEFAULT_TAG)
         check_name(self.label)
-        if min(self.batch_size or 1, self.threads) < 1 or self.batch_size == 0:
-            raise UserError(f"batch_size {self.batch_size} and threads {self.threads} must be at least 1")
-        if self.redraws < 0:
-            raise UserError(f"redraws {self.redraws} must be 0 or more")
+        require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        require(self.threads >= 1, "threads", self.threads, "1 or more")
+        require(self.redraws >= 0, "redraws", self.redraws, "0 or more")
         self.decoding.check_num_captions(self.num_captions)
 
     @property

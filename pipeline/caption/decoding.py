@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shards_spec.files import UserError
+from shards_spec.messages import require
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,15 @@ class Decoding:
     """words that every caption begins with, such as 'a photo of'; they are part of the caption"""
 
     def __post_init__(self) -> None:
-        def require(fine: bool, name: str, bounds: str) -> None:
-            if not fine:
-                raise UserError(f"{name} {getattr(self, name)} must be {bounds}")
-
-        require(0 < self.top_p <= 1, "top_p", "in (0, 1]")
-        require(self.top_k >= 1, "top_k", "at least 1")
-        require(self.temperature > 0, "temperature", "above 0; --method greedy always takes the likeliest token")
-        require(self.num_beams >= 1, "num_beams", "at least 1")
-        require(self.repetition_penalty > 0, "repetition_penalty", "above 0; 1 is none")
-        require(self.max_tokens >= 1, "max_tokens", "at least 1")
-        require(0 <= self.min_tokens < self.max_tokens, "min_tokens", f"at least 0, below max_tokens {self.max_tokens}")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        require(self.top_k >= 1, "top_k", self.top_k, "1 or more")
+        greedy = "above 0; --method greedy always takes the likeliest token"
+        require(self.temperature > 0, "temperature", self.temperature, greedy)
+        require(self.num_beams >= 1, "num_beams", self.num_beams, "1 or more")
+        require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0; 1 is none")
+        require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
+        below = f"0 or more, below --max-tokens {self.max_tokens}"
+        require(0 <= self.min_tokens < self.max_tokens, "min_tokens", self.min_tokens, below)
 
     @property
     def is_sampling(self) -> bool:
@@ -51,11 +50,9 @@ class Decoding:
 
     def check_num_captions(self, num_captions: int) -> None:
         """Raise UserError when the method cannot give this many different captions of an image."""
-        if num_captions < 1:
-            raise UserError(f"num_captions {num_captions}: must be 1 or more")
+        require(num_captions >= 1, "num_captions", num_captions, "1 or more")
         most = {"greedy": 1, "beam": self.num_beams}.get(self.method, num_captions)
-        if num_captions > most:
-            raise UserError(f"num_captions {num_captions}: {self.method} gives 1 to {most} captions of an image")
+        require(num_captions <= most, "num_captions", num_captions, f"at most {most} with --method {self.method}")
 
     def longest_caption(self, context_length: int, prompt_length: int) -> int:
         """The most tokens that a caption can have in a model's context, start token and prompt not counted.
@@ -66,6 +63,6 @@ class Decoding:
         if longest <= self.min_tokens:
             raise UserError(
                 f"the model has {context_length} places: with a prefix of {prompt_length} tokens there is no room for "
-                f"captions above min_tokens {self.min_tokens}"
+                f"captions above --min-tokens {self.min_tokens}"
             )
         return longest

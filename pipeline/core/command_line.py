@@ -20,6 +20,7 @@ from typing import Annotated, Any, cast, get_type_hints
 import tyro
 
 from shards_spec.files import UserError
+from shards_spec.messages import flag
 from shards_spec.suggest import did_you_mean
 
 Root = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ROOT")]  # the first field of a stage's config
@@ -155,8 +156,9 @@ class _Option:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        flag = self.name.replace("_", "-")
-        return (f"--{flag}", f"--no-{flag}") if isinstance(self.default, bool) else (f"--{flag}",)
+        if isinstance(self.default, bool):
+            return flag(self.name), flag(f"no_{self.name}")
+        return (flag(self.name),)
 
     @property
     def is_required(self) -> bool:
@@ -210,9 +212,14 @@ def parse_several(command: str, parts: dict[str, tuple[Any, Any]], args: list[st
 
 def _check_folder(name: str, path: Any) -> None:
     if os.path.isfile(path):
-        raise UserError(f"{path} is a file: {'ROOT' if name == 'root' else f'--{name}'} is a folder or its URL")
+        raise UserError(f"{path} is a file: {'ROOT' if name == 'root' else flag(name)} is a folder or its URL")
     if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+
+def option_names(kind: Any) -> list[str]:
+    """The fields that the options of a config set, also those of configs that it is composed of."""
+    return [option.name for option in _options(kind, None, "")]
 
 
 def parse_known(command: str, kind: Any, default: Any, args: list[str]) -> tuple[Any, list[str]]:
@@ -305,15 +312,15 @@ def _mistake(command: str, options: list[_Option], args: list[str], printed: str
     """What is wrong with the arguments, in one line; tyro ``printed`` it at length."""
     help_command = f"clipmill {command} --help"
     known = list[str]()
-    for option in options:
-        known += option.flags
+    for own in options:
+        known += own.flags
     given = [arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")]
-    for flag in given:
-        if known and flag not in known:
-            near = did_you_mean(flag, known)
+    for option in given:
+        if known and option not in known:
+            near = did_you_mean(option, known)
             advice = near if near.startswith("did") else f"{help_command} shows all"
-            return f"{command}: no option {flag}; {advice}"
-    required = [option.shown_name for option in options if option.is_required]
+            return f"{command}: no option {option}; {advice}"
+    required = [own.shown_name for own in options if own.is_required]
     missing = [name for name in required if name not in given and re.search(rf"(?m)^\W*{re.escape(name)}\b", printed)]
     if missing:
         example = EXAMPLES.get(command)

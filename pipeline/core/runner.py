@@ -9,6 +9,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pkgutil
 import platform
 import time
 from collections import Counter
@@ -23,7 +24,7 @@ from pipeline.core.prefetch import prefetch_map
 from pipeline.core.progress import show_progress
 from pipeline.core.workers import die_with_parent
 from shards_spec.files import DataError, UserError, is_url, join, read_bytes, remove_stale, sha256_json, write_bytes
-from shards_spec.layout import shard_name, stage_log, tar_path
+from shards_spec.layout import STAGES, shard_name, stage_log, tar_path
 from shards_spec.manifest import (
     Done,
     file_hash,
@@ -33,9 +34,11 @@ from shards_spec.manifest import (
     shard_ids,
     write_stage,
 )
+from shards_spec.messages import flag
 
 log = logging.getLogger(__name__)
 LOOK_AHEAD = 16  # done-records that are asked for at a time from an object store
+RENAMED = {"num_views": "views", "other_columns": "save_additional_columns"}  # settings with an option of another name
 VERSIONED_PACKAGES = ("clipmill", "numpy", "pillow", "pyarrow")  # whose versions dataset.json records
 
 
@@ -275,15 +278,37 @@ def read_compatible_record(folder: str, stage: Stage, shard: int) -> Done | None
     changed = {name for name in names if done.config.get(name) != stage.config.get(name)}
     extended = {name for name in changed if name in stage.extendable and done.config.get(name, 0) < stage.config[name]}
     if changed - extended:
-        differences = [
-            f"{name}: {done.config.get(name)!r} before, {stage.config.get(name)!r} now"
-            for name in sorted(changed - extended)
-        ]
+        different = changed - extended
+        before = {name: done.config.get(name) for name in different}
+        now = {name: stage.config.get(name) for name in different}
+        differences = "; ".join(_differences(before, now, _flags_of_settings(stage.name)))
         raise UserError(
-            f"{folder}/{shard_name(shard)} was made with another config ({'; '.join(differences)}); "
+            f"{folder}/{shard_name(shard)} was made with another config ({differences}); "
             "use the same config or another ROOT, or make it again with --overwrite"
         )
     return done
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], flags: dict[str, str]) -> Iterator[str]:
+    """What differs in two configs, by the names of settings, or the ``flags`` that set them."""
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, flags)
+        elif old != new:
+            yield f"{flags.get(name, name)}: {old!r} before, {new!r} now"
+
+
+def _flags_of_settings(stage: str) -> dict[str, str]:
+    """Settings in a stage's done-records to the flags that set them; some settings have none."""
+    info = STAGES.get(stage.split("/")[0])
+    if info is None or not info.config:
+        return {}
+    from pipeline.core.command_line import option_names
+
+    options = option_names(pkgutil.resolve_name(info.config))
+    same = {name: flag(name) for name in options if name not in RENAMED.values()}
+    return same | {name: flag(option) for name, option in RENAMED.items() if option in options}
 
 
 def _publish(folder: str, stage: Stage, task: ShardTask, result: ShardResult) -> Done:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pipeline.core.command_line import Root
 from pipeline.core.near_duplicates import MAX_NEAR_BITS
-from shards_spec.files import UserError
+from shards_spec.messages import require
 
 BYTES_PER_IMAGE = 150  # of memory, for each image that is compared at once
 
@@ -27,12 +27,11 @@ class DedupConfig:
     """make finished shards again"""
 
     def __post_init__(self) -> None:
-        if not -1 <= self.near_bits <= MAX_NEAR_BITS:
-            raise UserError(f"near_bits {self.near_bits} must be -1 (equal files only) to {MAX_NEAR_BITS}")
-        if self.workers < 1:
-            raise UserError(f"workers {self.workers} must be at least 1")
-        if not self.memory_gb * 1e9 >= BYTES_PER_IMAGE:  # so that NaN is refused, too
-            raise UserError(f"memory_gb {self.memory_gb} must be above 0")
+        is_known = -1 <= self.near_bits <= MAX_NEAR_BITS
+        require(is_known, "near_bits", self.near_bits, f"-1 (equal files only) to {MAX_NEAR_BITS}")
+        require(self.workers >= 1, "workers", self.workers, "1 or more")
+        # written so that NaN is refused, too
+        require(self.memory_gb * 1e9 >= BYTES_PER_IMAGE, "memory_gb", self.memory_gb, "above 0")
 
     @property
     def images_in_memory(self) -> int:

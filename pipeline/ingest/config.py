@@ -11,6 +11,7 @@ from pipeline.ingest.additional_columns import ALL_COLUMNS
 from pipeline.ingest.rows import Columns
 from pipeline.ingest.source_files import Format
 from shards_spec.files import UserError
+from shards_spec.messages import require
 
 AT_LEAST_ONE = ("shard_size", "image_size", "concurrency", "per_host", "max_bytes", "max_pixels")
 AT_LEAST_ZERO = ("open_shards", "workers", "retries", "min_size", "min_caption_chars", "max_caption_chars", "near_bits")
@@ -92,15 +93,13 @@ class IngestConfig:
         for fields, smallest in ((AT_LEAST_ONE, 1), (AT_LEAST_ZERO, 0)):
             for field in fields:
                 value = getattr(self, field)
-                if value < smallest:
-                    raise UserError(f"{field} is {value}: allowed are whole numbers from {smallest}")
+                require(value >= smallest, field, value, f"{smallest} or more")
         for field in ("timeout_s", "decode_timeout_s"):
-            if not getattr(self, field) > 0:  # so that NaN is refused, too
-                raise UserError(f"{field} is {getattr(self, field)}: allowed are seconds above 0")
-        if self.max_aspect_ratio and not self.max_aspect_ratio >= 1:
-            raise UserError(f"max_aspect_ratio is {self.max_aspect_ratio}: allowed are numbers from 1, and 0 for any")
+            require(getattr(self, field) > 0, field, getattr(self, field), "seconds above 0")  # NaN is refused, too
+        ratio = self.max_aspect_ratio
+        require(not ratio or ratio >= 1, "max_aspect_ratio", ratio, "1 or more, or 0 for any")
         if not self.sources or not all(self.sources):
-            raise UserError("source is empty: give a list, a folder of images or a folder of img2dataset's shards")
+            raise UserError("--source is empty: give a list, a folder of images or a folder of img2dataset's shards")
         for nameserver in self.nameservers:
             if not is_nameserver(nameserver):
                 raise UserError(f"--nameservers {nameserver}: give IP addresses, with :PORT where it is not 53")

@@ -17,6 +17,7 @@ from pipeline.labels.wordnet import WORDNET_VERSION, WordNet, load_hypernyms, lo
 from shards_spec.class_map import ClassMap, ClassRow
 from shards_spec.class_names import read_lines
 from shards_spec.files import UserError
+from shards_spec.messages import require
 from shards_spec.names import is_ignored
 from shards_spec.vocab import Vocabulary, read_vocabulary
 
@@ -41,8 +42,7 @@ class ClassesConfig:
     """folder with WordNet 3.0; by default NLTK's or Debian's"""
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha <= 1:
-            raise UserError(f"--alpha {self.alpha}: must be in (0, 1]")
+        require(0 < self.alpha <= 1, "alpha", self.alpha, "in (0, 1]")
 
 
 def classes(config: ClassesConfig) -> ClassMap:

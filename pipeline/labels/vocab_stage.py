@@ -19,6 +19,7 @@ from pipeline.labels.wordnet import load_wordnet
 from shards_spec.files import DataError, UserError, join, read_bytes, remove_stale, write_bytes
 from shards_spec.layout import SHARDS, VOCAB, final_parquet, vocabulary_tsv
 from shards_spec.manifest import read_dataset, write_stage
+from shards_spec.messages import require
 from shards_spec.names import check_name
 from shards_spec.parquet import open_parquet
 from shards_spec.vocab import Vocabulary, build_vocabulary, rule_of
@@ -49,10 +50,10 @@ class VocabConfig:
 
     def __post_init__(self) -> None:
         check_name(self.name)
-        if self.min_count < 0 or (self.top_k is not None and self.top_k < 1):
-            raise UserError(f"min_count {self.min_count} must be >= 0 and top_k {self.top_k} >= 1")
-        if self.source not in ("all", "original", "synthetic"):
-            raise UserError(f"source {self.source!r} must be all, original or synthetic")
+        require(self.min_count >= 0, "min_count", self.min_count, "0 or more")
+        require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "1 or more")
+        is_known = self.source in ("all", "original", "synthetic")
+        require(is_known, "source", self.source, "all, original or synthetic")
 
 
 @dataclass(frozen=True, kw_only=True)

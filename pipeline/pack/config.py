@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pipeline.core.command_line import Root
 from pipeline.labels.labeler import FUNCTION_WORDS, LabelRule
 from shards_spec.files import UserError, read_bytes
+from shards_spec.messages import require
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,11 @@ class PackConfig:
     """make finished shards again"""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise UserError(f"workers {self.workers} must be at least 1")
-        if self.shard_size is not None and self.shard_size < 1:
-            raise UserError(f"shard_size {self.shard_size} must be at least 1")
-        if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
-            raise UserError(f"min_similarity {self.min_similarity} must be a cosine, -1 to 1")
-        if self.max_caption_chars < 0:
-            raise UserError(f"max_caption_chars {self.max_caption_chars} must be 0 (no limit) or more")
+        require(self.workers >= 1, "workers", self.workers, "1 or more")
+        require(self.shard_size is None or self.shard_size >= 1, "shard_size", self.shard_size, "1 or more")
+        is_cosine = self.min_similarity is None or -1 <= self.min_similarity <= 1
+        require(is_cosine, "min_similarity", self.min_similarity, "a cosine, -1 to 1")
+        require(self.max_caption_chars >= 0, "max_caption_chars", self.max_caption_chars, "0 (no limit) or more")
 
     @property
     def rule(self) -> LabelRule:

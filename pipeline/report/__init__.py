@@ -14,6 +14,7 @@ from pipeline.report.run import run_page
 from shards_spec.display import shown
 from shards_spec.files import UserError, exists, is_url, join, write_bytes
 from shards_spec.layout import dataset_json
+from shards_spec.messages import require
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,7 @@ class ReportConfig:
     """images in the contact sheet of a dataset; 0 leaves it out"""
 
     def __post_init__(self) -> None:
-        if self.samples < 0:
-            raise UserError(f"--samples {self.samples}: ask for 0 (no contact sheet) or more")
+        require(self.samples >= 0, "samples", self.samples, "0 (no contact sheet) or more")
 
 
 def report(config: ReportConfig) -> str:

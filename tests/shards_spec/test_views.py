@@ -284,15 +284,17 @@ def test_another_rendering_is_refused_with_both_named():
         views.parse_view_spec("f", stored | {"pillow": "9.9"})
     with pytest.raises(DataError, match=r"of another version.*delete it"):
         views.parse_view_spec("f", stored | {"swirl": 1})
+    with pytest.raises(DataError, match=r"of another version \(--flip 7: must be in.*delete it"):
+        views.parse_view_spec("f", stored | {"flip": 7})
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"op_set": "other"}, "op_set 'other' must be one of torchvision, timm"),
-        ({"op_set": "timm", "magnitude": 11}, r"magnitude 11 in \[0, 10\]"),
-        ({"magnitude_std": 0.5}, "magnitude_std 0.5"),
-        ({"op_prob": 1.5}, "op_prob 1.5"),
+        ({"op_set": "other"}, "--op-set 'other': must be one of torchvision, timm"),
+        ({"op_set": "timm", "magnitude": 11}, r"--magnitude 11: must be 0 to 10 with --op-set timm"),
+        ({"magnitude_std": 0.5}, "--magnitude-std 0.5"),
+        ({"op_prob": 1.5}, "--op-prob 1.5"),
         ({"jitter": (0, 0, 0, 0.6)}, "hue at most 0.5"),
     ],
 )

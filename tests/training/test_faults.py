@@ -139,7 +139,7 @@ def test_a_broken_config_is_written_anew_by_the_same_command(root, whole, tmp_pa
         (out / "config.json").write_bytes(broken)
     with pytest.raises(DataError, match="rerun the same `clipmill train` command, which rewrites the file"):
         load_run(str(out))
-    with pytest.raises(UserError, match=r"lr: 0\.001 before, 0\.5 now"):
+    with pytest.raises(UserError, match=r"--lr: 0\.001 before, 0\.5 now"):
         train("clip", tiny_config("clip", root, str(out), **EVERY, lr=0.5))
     train("clip", tiny_config("clip", root, str(out), **EVERY))
     assert json.loads((out / "config.json").read_text())["lr"] == 0.001

@@ -248,7 +248,7 @@ def test_another_config_is_refused_by_field(root, tmp_path):
     train("clip", tiny_config("clip", root, out, steps=2))
     with pytest.raises(UserError) as error:
         train("clip", tiny_config("clip", root, out, steps=3, lr=0.5, workers=1, log_every=2, keep_checkpoints=1))
-    assert "lr: 0.001 before, 0.5 now; steps: 2 before, 3 now" in str(error.value)
+    assert "--lr: 0.001 before, 0.5 now; --steps: 2 before, 3 now" in str(error.value)
     with pytest.raises(UserError, match="recipe: 'clip' before, 'affinity' now"):
         train("affinity", tiny_config("affinity", root, out, steps=2))
     with pytest.raises(UserError, match=r"has checkpoints \(up to step_000002\.pt\)"):

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes
 
+from shards_spec.messages import require
 from shards_spec.models import Trust
-from training.config import require
 
 
 @dataclass(frozen=True)

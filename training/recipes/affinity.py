@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
-from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TeacherCacheConfig, require
+from shards_spec.messages import require
+from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TeacherCacheConfig
 from training.losses.contrastive import clip_loss
 from training.losses.distillation import affinity_loss, feature_loss
 from training.models.teacher import FrozenTeacher

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
-from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig, require
+from shards_spec.messages import require
+from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
 from training.losses.contrastive import clip_loss
 from training.recipes.pairs import clamp_logit_scale, open_pairs
 from training.task import Batch, Features, Losses, Prepared, Task

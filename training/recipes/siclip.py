@@ -50,8 +50,9 @@ from torch import Tensor, nn
 from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
+from shards_spec.messages import require
 from shards_spec.models import NO_TRUST, LoadedModel, Trust
-from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TeacherCacheConfig, ViewConfig, require
+from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TeacherCacheConfig, ViewConfig
 from training.data.teacher_cache import TeacherCache
 from training.losses.contrastive import clip_loss
 from training.losses.distillation import element_feature_loss, interactive_loss, relation_loss
@@ -135,7 +136,8 @@ class SiclipConfig:
         for name in WEIGHTS:
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(any(getattr(self, name) for name in WEIGHTS), "clip_weight", 0.0, "above 0 when the others are 0")
-        require(self.inherit or not self.train_tail, "train_tail", True, "off with --no-inherit: all is trained")
+        if self.train_tail and not self.inherit:
+            raise UserError("--train-tail means nothing with --no-inherit, where all is trained: leave one of them out")
 
 
 def config() -> SiclipConfig:

@@ -64,8 +64,10 @@ class TransferConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.smoothing < 1, "smoothing", self.smoothing, "in [0, 1)")
-        require(self.augment or self.freeze, "augment", False, "on, unless --freeze")
-        require(self.augment or not self.range_augment, "range_augment", True, "off with --no-augment")
+        if not (self.augment or self.freeze):
+            raise UserError("--no-augment is for a frozen tower: give --freeze, or leave it out")
+        if self.range_augment and not self.augment:
+            raise UserError("--range-augment draws views, which --no-augment does not: leave one of them out")
 
 
 class TransferTask(Task):

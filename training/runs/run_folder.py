@@ -32,6 +32,7 @@ from shards_spec.files import (
 )
 from shards_spec.library_errors import parse_json, short
 from shards_spec.lock import locked
+from shards_spec.messages import flag
 from shards_spec.models import LoadedModel
 from training.config import FREE_ON_RESUME
 from training.models.classifier import Classifier, describe_classifier
@@ -134,7 +135,10 @@ class RunFolder:
         is_length = set(different) <= {"steps", "epochs"}
         if is_length and steps(requested) >= steps(recorded):
             return
-        changed = [f"{field}: {recorded.get(field)!r} before, {requested.get(field)!r} now" for field in different]
+        changed = []
+        for field in different:
+            name = field if field == "recipe" else flag(field)
+            changed.append(f"{name}: {recorded.get(field)!r} before, {requested.get(field)!r} now")
         shorter = " (a run can be extended, not shortened)" if is_length else ""
         raise UserError(
             f"{self.path} holds a run with another config ({'; '.join(changed)}){shorter}: give the same config to "

@@ -111,7 +111,7 @@ def test_more_views_are_added_and_nothing_else_is_made(root, model, tmp_path):
     assert EmbeddingFile(join(root, "teacher/tea/00000-1.parquet")).names == ["image_2", "image_3", "image_4"]
     assert run(root, model, views=5).made == 0
     assert_as_if_made_at_once(root, model, tmp_path, views=5)
-    with pytest.raises(UserError, match=r"num_views: 5 before, 2 now"):
+    with pytest.raises(UserError, match=r"--views: 5 before, 2 now"):
         run(root, model)
     assert read_json(join(root, "dataset.json"))["stages"]["cache/tea"]["facts"] == {
         "image vectors": 50,
@@ -338,7 +338,7 @@ def test_another_teacher_spec_or_dtype_is_refused_by_name(root, model, tmp_path,
     run(root, model)
     if changes.get("model"):
         changes = {"model": tiny_coca(tmp_path / "coca", seed=9)}
-    named = {"spec": "views", "dtype": "dtype", "model": "weights_sha256"}[next(iter(changes))]
+    named = {"spec": "--ops", "dtype": "--dtype", "model": "weights_sha256"}[next(iter(changes))]
     with pytest.raises(UserError, match=rf"was made with another config .*{named}: .* before, .* now"):
         run(root, changes.pop("model", model), **changes)
 
@@ -413,7 +413,7 @@ def test_the_log_says_how_long_the_device_waited(root, model):
 
 
 def test_bad_options_are_named():
-    for changes, named in (({"views": 0}, "views 0"), ({"processes": -1}, "processes -1")):
+    for changes, named in (({"views": 0}, "--views 0"), ({"processes": -1}, "--processes -1")):
         with pytest.raises(UserError, match=named):
             CacheConfig("x", **changes)
 

@@ -261,13 +261,13 @@ def test_the_batch_is_chosen_for_the_device(model):
 
 
 def test_devices_and_numbers_are_checked(root, model):
-    with pytest.raises(UserError, match="batch_size 0"):
+    with pytest.raises(UserError, match="--batch-size 0"):
         config(root, model, batch_size=0)
-    with pytest.raises(UserError, match="redraws -1"):
+    with pytest.raises(UserError, match="--redraws -1"):
         config(root, model, redraws=-1)
-    with pytest.raises(UserError, match="greedy gives 1 to 1"):
+    with pytest.raises(UserError, match=r"--num-captions .: must be at most 1 with --method greedy"):
         config(root, model, decoding=Decoding("greedy"))
-    with pytest.raises(UserError, match="device 'foo': give auto, cpu, cuda or cuda:N"):
+    with pytest.raises(UserError, match="--device 'foo': give auto, cpu, cuda or cuda:N"):
         caption(config(root, model, device="foo"))
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="this torch sees no CUDA device"):

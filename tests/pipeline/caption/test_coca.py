@@ -425,20 +425,22 @@ def test_bad_settings_and_models_are_refused(tiny):
     import open_clip
 
     for settings, message in (
-        ({"top_p": 0}, r"top_p 0 must be in \(0, 1\]"),
-        ({"min_tokens": 30}, "min_tokens 30 must be at least 0, below max_tokens 30"),
+        ({"top_p": 0}, r"--top-p 0: must be in \(0, 1\]"),
+        ({"min_tokens": 30}, "--min-tokens 30: must be 0 or more, below --max-tokens 30"),
         ({"temperature": 0}, "--method greedy"),
-        ({"top_k": 0}, "top_k 0"),
-        ({"num_beams": 0}, "num_beams 0"),
-        ({"repetition_penalty": 0}, "repetition_penalty 0"),
-        ({"max_tokens": 0, "min_tokens": 0}, "max_tokens 0"),
+        ({"top_k": 0}, "--top-k 0"),
+        ({"num_beams": 0}, "--num-beams 0"),
+        ({"repetition_penalty": 0}, "--repetition-penalty 0"),
+        ({"max_tokens": 0, "min_tokens": 0}, "--max-tokens 0"),
     ):
         with pytest.raises(UserError, match=message):
             Decoding(**settings)
     for decoding, number in ((Decoding("greedy"), 2), (Decoding("beam", num_beams=3), 4)):
-        with pytest.raises(UserError, match=f"num_captions {number}: {decoding.method} gives 1 to"):
+        with pytest.raises(
+            UserError, match=f"--num-captions {number}: must be at most . with --method {decoding.method}"
+        ):
             decoding.check_num_captions(number)
-    with pytest.raises(UserError, match="num_captions 0: must be 1 or more"):
+    with pytest.raises(UserError, match="--num-captions 0: must be 1 or more"):
         Decoding().check_num_captions(0)
     vision = {"image_size": 32, "layers": 1, "width": 8, "head_width": 8, "patch_size": 16}
     plain = open_clip.model.CustomTextCLIP(8, vision, {"width": 8, "heads": 1, "layers": 1})

@@ -129,9 +129,9 @@ def test_a_stage_runs_on_a_url(built, model):
 
 
 def test_another_config_is_an_error_that_names_both(root, model):
-    with pytest.raises(UserError, match=r"num_captions: 2 before, 3 now.*--overwrite"):
+    with pytest.raises(UserError, match=r"--num-captions: 2 before, 3 now.*--overwrite"):
         caption(CaptionConfig(root, model, name="cap", num_captions=3, decoding=EIGHT))
-    with pytest.raises(UserError, match=r"num_views: 2 before, 1 now"):
+    with pytest.raises(UserError, match=r"--views: 2 before, 1 now"):
         cache(CacheConfig(root, model, name="tea", views=1))
     assert (
         caption(CaptionConfig(root, model, name="cap", num_captions=3, decoding=EIGHT, overwrite=True)).made == SHARDS
@@ -363,7 +363,7 @@ def test_models_that_are_not_there_are_one_clear_line(root):
 
 def test_a_model_without_weights_is_refused(root, tmp_path):
     """open_clip only warns; random captions of twelve million images would be dear."""
-    with pytest.raises(UserError, match=r"'coca_ViT-B-32' with pretrained None.*no weights; say --pretrained"):
+    with pytest.raises(UserError, match=r"'coca_ViT-B-32' cannot be loaded: it has no weights; say --pretrained"):
         caption(CaptionConfig(root, "coca_ViT-B-32"))
     with pytest.raises(UserError, match="it has no weights"):
         cache(CacheConfig(root, "ViT-B-32"))
@@ -417,9 +417,9 @@ def test_stage_logs_carry_the_times(built):
 def test_bad_options_name_field_and_value():
     with pytest.raises(UserError, match="batch_size 0"):
         CaptionConfig("x", batch_size=0)
-    with pytest.raises(UserError, match="views 8 of the same centre crop"):
+    with pytest.raises(UserError, match="--views 8 of the same centre crop"):
         CacheConfig("x", augment=False)
-    with pytest.raises(UserError, match="source 'x' must be all, original or synthetic"):
+    with pytest.raises(UserError, match="--source 'x': must be all, original or synthetic"):
         VocabConfig("x", source="x")
 
 

@@ -227,7 +227,7 @@ def test_a_rerun_makes_nothing_and_a_changed_raw_makes_it_again(root):
     raw(root, shards[:4])
     assert run(root).shards == 4
     assert len(list(Path(root, "dedup").iterdir())) == 8
-    with pytest.raises(UserError, match="near_bits: 3 before, 2 now"):
+    with pytest.raises(UserError, match="--near-bits: 3 before, 2 now"):
         run(root, near_bits=2)
 
 
@@ -358,7 +358,7 @@ def test_a_foreign_phash_column_is_refused(root):
 
 
 def test_bad_options_name_field_and_value():
-    with pytest.raises(UserError, match="near_bits 9 must be -1"):
+    with pytest.raises(UserError, match="--near-bits 9: must be -1"):
         DedupConfig("x", 9)
     with pytest.raises(UserError, match="near_bits -2"):
         DedupConfig("x", -2)

@@ -141,7 +141,7 @@ def test_which_columns_are_kept(server, tmp_path):
         UserError, match=r"--save-additional-columns: the list has no other column 'nsfw'; it has \['uid'"
     ):
         ingest(config(tmp_path / "C", source, save_additional_columns=("nsfw",)))
-    with pytest.raises(UserError, match=r"other_columns: \['NSFW', 'similarity'\] before, \[\] now"):
+    with pytest.raises(UserError, match=r"--save-additional-columns: \['NSFW', 'similarity'\] before, \[\] now"):
         ingest(config(tmp_path / "A", source, save_additional_columns=()))
 
 

@@ -122,15 +122,15 @@ def test_private_addresses_are_refused_by_default(server, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shard_size": 0}, "shard_size is 0: allowed are whole numbers from 1"),
-        ({"image_size": -1}, "image_size is -1: allowed are whole numbers from 1"),
+        ({"shard_size": 0}, "--shard-size 0: must be 1 or more"),
+        ({"image_size": -1}, "--image-size -1: must be 1 or more"),
         ({"concurrency": 0}, "concurrency is 0"),
         ({"nameservers": ("dns.example",)}, "--nameservers dns.example: give IP addresses"),
         ({"nameservers": ("1.1.1.1:99999",)}, "--nameservers 1.1.1.1:99999: give IP addresses"),
         ({"nameservers": ("1.1.1",)}, "--nameservers 1.1.1: give IP addresses"),
-        ({"workers": -1}, "workers is -1: allowed are whole numbers from 0"),
-        ({"timeout_s": 0}, "timeout_s is 0: allowed are seconds above 0"),
-        ({"timeout_s": float("nan")}, "timeout_s is nan"),
+        ({"workers": -1}, "--workers -1: must be 0 or more"),
+        ({"timeout_s": 0}, "--timeout-s 0: must be seconds above 0"),
+        ({"timeout_s": float("nan")}, "--timeout-s nan"),
         ({"max_bytes": 0}, "max_bytes is 0"),
         ({"retries": -1}, "retries is -1"),
     ],
@@ -178,7 +178,7 @@ def test_a_rerun_does_only_what_is_missing_or_changed(server, tmp_path):
     assert ingest(config(root, write_list(source, rows))).made == 1
     assert rows_of(root, 2)[1]["caption"] == "another caption"
     with pytest.raises(
-        UserError, match=r"00000 was made with another config \(image_size: 48 before, 32 now\).*--overwrite"
+        UserError, match=r"00000 was made with another config \(--image-size: 48 before, 32 now\).*--overwrite"
     ):
         ingest(config(root, source, image_size=32))
     assert ingest(config(root, source, image_size=32, overwrite=True)).made == 3

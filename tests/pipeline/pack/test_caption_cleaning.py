@@ -147,7 +147,7 @@ def test_pack_fixes_drops_and_counts(tmp_path):
     assert check(CheckConfig(root)) == []
     assert pack(PackConfig(root, workers=1, max_caption_chars=0, overwrite=True)).counts["success"] == 6
     assert pack(PackConfig(root, workers=1, max_caption_chars=0)).made == 0
-    with pytest.raises(UserError, match="max_caption_chars: 0 before, 10000 now"):
+    with pytest.raises(UserError, match="--max-caption-chars: 0 before, 10000 now"):
         pack(PackConfig(root, workers=1))
-    with pytest.raises(UserError, match="max_caption_chars -1 must be 0"):
+    with pytest.raises(UserError, match="--max-caption-chars -1: must be 0"):
         PackConfig(root, max_caption_chars=-1)

@@ -111,7 +111,7 @@ def test_captions_of_several_captioners_stand_in_the_order_named(root):
     assert pq.read_table(join(root, "shards/00000.parquet")).column("synthetic")[1].as_py() == sample.captions[1:]
     assert read_json(join(root, "dataset.json"))["stages"]["pack"]["config"]["captioner"] == ["two", "one"]
     assert check(CheckConfig(root)) == []
-    with pytest.raises(UserError, match=r"captioner: \['two', 'one'\] before, \['one', 'two'\] now"):
+    with pytest.raises(UserError, match=r"--captioner: \['two', 'one'\] before, \['one', 'two'\] now"):
         pack(PackConfig(root, captioner=("one", "two"), workers=1))
 
 
@@ -168,7 +168,7 @@ def test_captions_below_the_similarity_are_left_out(root):
     assert samples["000000002"].captions == [originals["000000002"]]
     assert "000000003" not in samples
     assert check(CheckConfig(root)) == []
-    with pytest.raises(UserError, match=r"min_similarity: 0\.25 before, None now"):
+    with pytest.raises(UserError, match=r"--min-similarity: 0\.25 before, None now"):
         pack(PackConfig(root, workers=1))
 
 
@@ -187,7 +187,7 @@ def test_similarity_without_the_columns_says_how_to_get_them(root):
         pack(PackConfig(root, min_similarity=0.2, workers=1))
     with pytest.raises(UserError, match="no captions are packed"):
         pack(PackConfig(root, captioner=("none",), min_similarity=0.2, workers=1))
-    with pytest.raises(UserError, match="min_similarity 2 must be a cosine"):
+    with pytest.raises(UserError, match="--min-similarity 2: must be a cosine"):
         PackConfig(root, min_similarity=2)
 
 
@@ -514,7 +514,7 @@ def test_another_shard_size_is_another_config(equal):
     assert len(shard_sizes(equal)) == 1
     assert not {f"shards/00001{ending}" for ending in (".tar", ".parquet", "_stats.json")} & set(tree(equal))
     assert check(CheckConfig(equal)) == []
-    with pytest.raises(UserError, match="shard_size 0 must be at least 1"):
+    with pytest.raises(UserError, match="--shard-size 0: must be 1 or more"):
         PackConfig(equal, shard_size=0)
 
 

@@ -139,9 +139,9 @@ def test_a_constant_rate_stays(root, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"steps": 3}, r"steps: 6 before, 3 now\) \(a run can be extended, not shortened\)"),
-        ({"steps": None, "epochs": 0.5}, r"epochs: .* now; steps: 6 before, None now\) \(a run can be extended"),
-        ({"steps": 9, "lr": 0.5}, r"lr: 0\.001 before, 0\.5 now; steps: 6 before, 9 now\): give the same config"),
+        ({"steps": 3}, r"--steps: 6 before, 3 now\) \(a run can be extended, not shortened\)"),
+        ({"steps": None, "epochs": 0.5}, r"--epochs: .* now; --steps: 6 before, None now\) \(a run can be extended"),
+        ({"steps": 9, "lr": 0.5}, r"--lr: 0\.001 before, 0\.5 now; --steps: 6 before, 9 now\): give the same config"),
     ],
     ids=str,
 )
@@ -164,7 +164,7 @@ def test_precision_auto_is_recorded_as_what_it_was(root, tmp_path):
     train("clip", tiny_config("clip", root, other, steps=2, precision="bf16", device="cpu"))
     train("clip", tiny_config("clip", root, other, steps=3, device="cpu"))
     assert json.loads(Path(other, "config.json").read_text())["precision"] == "bf16"
-    with pytest.raises(UserError, match="precision: 'bf16' before, 'fp32' now"):
+    with pytest.raises(UserError, match="--precision: 'bf16' before, 'fp32' now"):
         train("clip", tiny_config("clip", root, other, steps=3, precision="fp32", device="cpu"))
 
 

@@ -371,7 +371,7 @@ def test_a_base_with_other_tokens_is_refused(tmp_path):
             {**UNTAUGHT, "clip_weight": 0.0, "pm_weight": 0.0},
             "--clip-weight 0.0: must be above 0 when the others are 0",
         ),
-        ({"inherit": False, "train_tail": True}, "--train-tail True: must be off with --no-inherit"),
+        ({"inherit": False, "train_tail": True}, "--train-tail means nothing with --no-inherit"),
     ],
 )
 def test_fields_are_checked(fields, message):

@@ -1,0 +1,20 @@
+"""What messages are made of: numbers with their noun, options by the flag that sets them."""
+
+from shards_spec.files import UserError
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    """``1 shard``, ``2 shards``, ``0 images``; ``plural`` for a noun that does not just take an s."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def flag(field: str) -> str:
+    """The option that sets a field of a config: ``--batch-size``."""
+    return f"--{field.replace('_', '-')}"
+
+
+def require(is_fine: bool, field: str, value: object, allowed: str) -> None:
+    """Raise UserError that names a field's flag, its value and what is allowed, unless ``is_fine``."""
+    if not is_fine:
+        given = " ".join(map(str, value)) if isinstance(value, tuple) else repr(value)
+        raise UserError(f"{flag(field)} {given}: must be {allowed}")
