@@ -23,6 +23,7 @@ ADVICE = {  # what to do about an error of the operating system
     errno.ENOTDIR: "a file is where a folder should be: give another path",
     errno.EEXIST: "a file is where a folder should be: give another path",
 }
+COUNTED_THINGS = ("captions", "image vectors", "text vectors")  # counters of stages whose names are plural
 INTERRUPTED = "interrupted; rerun the same command to resume"
 
 
@@ -206,16 +207,16 @@ def _call(command: str, function: Any, config: Any) -> int:
     if command in STAGES and STAGES[command].has_shards:
         return _call_stage(command, function, config)
     outcome = function(config)
+    from shards_spec.messages import counted
+
     if command == "check":
         for problem in outcome:
             _print(problem)
-        _print(f"{config.root}: {len(outcome)} problems" if outcome else f"{config.root}: all promises hold")
+        _print(f"{config.root}: {counted(len(outcome), 'problem') if outcome else 'all promises hold'}")
         return 1 if outcome else 0
     if command == "vocab":
-        _print(
-            f"vocab: {len(outcome)} synsets of {outcome.header['occurrences']} occurrences, "
-            f"sha256 {outcome.sha256[:12]}"
-        )
+        synsets, occurrences = counted(len(outcome), "synset"), counted(outcome.header["occurrences"], "occurrence")
+        _print(f"vocab: {synsets} of {occurrences}, sha256 {outcome.sha256[:12]}")
     if command == "classes":
         _print(f"classes: {outcome.summary}")
     if command in ("report", "jobs"):
@@ -237,25 +238,37 @@ def _call_stage(command: str, function: Callable[[Any], Any], config: Any) -> in
 
 
 def _dedup_line(summary: Any) -> str:
+    from shards_spec.messages import counted
+
     exact = summary.counts.get("duplicate image", 0)
     near = summary.counts.get("near-duplicate image", 0)
-    images = sum(summary.counts.values())
-    return f"dedup: {exact + near} of {images} images are duplicates ({exact} exact, {near} near)"
+    images = counted(sum(summary.counts.values()), "image")
+    verb = "is a duplicate" if exact + near == 1 else "are duplicates"
+    return f"dedup: {exact + near} of {images} {verb} ({exact} exact, {near} near)"
 
 
 def _stage_line(command: str, summary: Any) -> str:
+    from shards_spec.messages import counted
+
     samples = summary.counts.get("success", 0)
     rate = f", {samples * summary.made / summary.shards / summary.seconds:.0f} samples/s" if summary.made else ""
     parts = [
-        f"{command}: {samples} samples in {summary.shards} shards "
+        f"{command}: {counted(samples, 'sample')} in {counted(summary.shards, 'shard')} "
         f"({summary.made} made now, {summary.seconds:.1f} s{rate})"
     ]
     reasons = [f"{number} {reason}" for reason, number in summary.counts.items() if reason != "success"]
     if reasons:
         parts.append(f"left out: {', '.join(reasons)}")
     if summary.counters:
-        parts.append(", ".join(f"{number} {what}" for what, number in summary.counters.items()))
+        parts.append(", ".join(_counter(what, number) for what, number in summary.counters.items()))
     return "; ".join(parts)
+
+
+def _counter(what: str, number: int) -> str:
+    """``5 captions``, ``1 caption``, ``1 redrawn``: the names of counters are plural, or no nouns."""
+    from shards_spec.messages import counted
+
+    return counted(number, what.removesuffix("s"), what) if what in COUNTED_THINGS else f"{number} {what}"
 
 
 def _train_usage(recipes: dict[str, str]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 from shards_spec.files import UserError, sha256_bytes, write_bytes
+from shards_spec.messages import counted
 from shards_spec.tsv import TsvFormat, read_tsv
 
 Case = Literal["exact", "mean", "nearest", "none"]
@@ -48,7 +49,9 @@ class ClassMap:
     def summary(self) -> str:
         """The number of classes of each case, and the first ones without a synset."""
         cases = ", ".join(f"{number} {case}" for case, number in self.cases.items())
-        return f"{len(self.rows)} classes: {cases}; random: {', '.join(self.unmapped[:20]) or 'none'}"
+        return (
+            f"{counted(len(self.rows), 'class', 'classes')}: {cases}; random: {', '.join(self.unmapped[:20]) or 'none'}"
+        )
 
     def write(self, path: str) -> None:
         """Write the TSV: a ``#`` header line, column names, rows."""

@@ -3,9 +3,13 @@
 from shards_spec.files import UserError
 
 
-def count(number: int, noun: str, plural: str = "") -> str:
-    """``1 shard``, ``2 shards``, ``0 images``; ``plural`` for a noun that does not just take an s."""
-    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+def counted(number: int, noun: str, plural: str = "", *, style: str = "") -> str:
+    """``1 shard``, ``2 shards``, ``0 images``.
+
+    ``plural`` is that of a noun that does not just take an s. ``style`` is the number's, as `format` takes it:
+    ``counted(5000, "row", style=",")`` is ``5,000 rows``.
+    """
+    return f"{number:{style}} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def flag(field: str) -> str:

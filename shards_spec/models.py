@@ -20,6 +20,7 @@ from typing import Any
 from shards_spec.checkpoints import describe_mismatch, load_checkpoint
 from shards_spec.files import UserError
 from shards_spec.library_errors import checkpoint_errors, parse_json, product_error, short
+from shards_spec.messages import counted
 from shards_spec.open_clip_plugins import reading_weights, unavailable, without_remote_code_prompt
 from shards_spec.precision import Precision, dtype_of
 from shards_spec.suggest import did_you_mean
@@ -337,7 +338,7 @@ def load_backbone(built: Any, file: str, trusted: bool = False) -> None:
     left_over = [name for name in result.unexpected_keys if not name.startswith(ignored)]
     if missing or left_over:
         raise UserError(
-            f"{file} does not fit: {len(missing)} weights missing {missing[:3]}, "
+            f"{file} does not fit: {counted(len(missing), 'weight')} missing {missing[:3]}, "
             f"{len(left_over)} left over {left_over[:3]}"
         )
 

@@ -24,6 +24,7 @@ from shards_spec.display import log_to_stderr
 from shards_spec.files import DataError, UserError
 from shards_spec.layout import STAGES, shard_name
 from shards_spec.manifest import finished_shards
+from shards_spec.messages import counted
 from slurm.claims import Assigned, Claims, Failures, Finished, WorkStealing
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Job:
         signal.signal(signal.SIGCONT, signal.SIG_IGN)
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         if restarts > self.max_requeue:
-            raise JobFailedError(f"requeued {restarts} times, --max-requeue is {self.max_requeue}")
+            raise JobFailedError(f"requeued {counted(restarts, 'time')}, --max-requeue is {self.max_requeue}")
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class ArrayJob(StageJob):
                 assignment.failed = False
                 try:
                     made = self.run(assignment).made
-                    log.info("%s: made %d shards", self.command, made)
+                    log.info("%s: made %s", self.command, counted(made, "shard"))
                 except JobFailedError as error:
                     if not assignment.failed:
                         raise
@@ -155,7 +156,7 @@ class FinishJob(StageJob):
         if assignment.missing:
             some = ", ".join(map(shard_name, assignment.missing[:8])) + (" …" if len(assignment.missing) > 8 else "")
             raise JobFailedError(
-                f"{self.command}: {len(assignment.missing)} shards are missing ({some}); "
+                f"{self.command}: {counted(len(assignment.missing), 'shard')} missing ({some}); "
                 "submit it again to make only those"
             )
         self.need_samples(outcome)

@@ -10,6 +10,7 @@ from pipeline.core.command_line import Root
 from shards_spec.files import UserError, join
 from shards_spec.layout import shard_name
 from shards_spec.manifest import finished_shards
+from shards_spec.messages import counted
 from slurm.options import read_site
 from slurm.scheduler import states
 from slurm.step import COMMANDS
@@ -87,7 +88,7 @@ def format_submission(
         done = finished[array_folder]
         missing = [shard for shard in range(submission.shards) if shard not in done]
         some = ", ".join(map(shard_name, missing[:10])) + (" …" if len(missing) > 10 else "")
-        line = f"  {submission.folder}: {len(done)} of {submission.shards} shards"
+        line = f"  {submission.folder}: {len(done)} of {counted(submission.shards, 'shard')}"
         lines.append(f"{line}, missing {some}" if missing else line)
     failed = [job for job, state in sorted(state_of.items()) if state.startswith(FAILED)]
     for job in failed[: config.logs]:

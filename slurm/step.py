@@ -1,11 +1,12 @@
 """A command to submit, and how its words are parsed: the flags of the command itself, and those of `Options`."""
 
+import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.core.command_line import parse, parse_known, parse_several
+from pipeline.core.command_line import EXAMPLES, HELP, Root, TrialOptions, parse_known, parse_several
 from shards_spec.files import UserError
 from shards_spec.layout import STAGE_COMMANDS, STAGES
 from shards_spec.suggest import did_you_mean
@@ -17,7 +18,29 @@ USAGE = """usage: clipmill submit STAGE ROOT ...          a stage as an array ov
        clipmill submit pipeline ROOT [options] -- ingest --source LIST -- caption ... -- pack -- vocab -- cache ...
                                 -- train RECIPE --out RUN ...   one after the other
 
-The flags are those of the command itself; clipmill submit STAGE --help shows them with submit's own."""
+The flags are those of the command itself; clipmill submit STAGE --help, submit train RECIPE --help and
+submit pipeline --help show them with submit's own."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Submit several commands, each of which starts when the one before has succeeded.
+
+    Each stands behind a -- of its own, without ROOT, after the options of all: ingest, dedup, caption, pack, vocab,
+    cache, or train RECIPE with an --out, whose --data is ROOT if it has none. clipmill submit COMMAND --help shows
+    the options of one.
+    """
+
+    root: Root
+    """the dataset that all commands work on"""
+
+
+@dataclass(frozen=True)
+class TrainOptions(Options):
+    """Submit train RECIPE as one job of nodes x GPUs, one process each.
+
+    clipmill submit train RECIPE --help shows the recipe's options, too.
+    """
 
 
 @dataclass(frozen=True)
@@ -60,13 +83,24 @@ def _train_step(words: list[str], default: Options) -> Step:
     """The recipe's own flags go to the job unparsed: checking them takes torch, which takes longer than all else."""
     from training.recipes import RECIPES
 
-    if words and words[0] not in (*RECIPES, "-h", "--help"):
-        raise UserError(f"no recipe {words[0]!r}; {did_you_mean(words[0], RECIPES)}")
-    flags = words if words[:1] == ["--help"] else words[1:]
+    recipe, flags = (words[0], words[1:]) if words else ("", [])
+    if recipe in HELP:
+        parse_known("submit train", TrainOptions, TrainOptions(), ["--help"], f"Recipes: {', '.join(RECIPES)}.")
+    if recipe and recipe not in RECIPES:
+        raise UserError(f"no recipe {recipe!r}; {did_you_mean(recipe, RECIPES)}")
+    if any(flag in HELP for flag in flags):
+        _print_help_of_recipe(recipe)
     options, rest = parse_known("submit train RECIPE", Options, default, flags)
-    if not words or not find_option(rest, "--out"):
+    if not recipe or not find_option(rest, "--out"):
         raise UserError("submit train RECIPE --out RUN: name the recipe and the run's folder, the job's files go there")
-    return Step("train", options, words=(words[0], *rest))
+    return Step("train", options, words=(recipe, *rest))
+
+
+def _print_help_of_recipe(recipe: str) -> None:
+    """Print the recipe's options and submit's own. Raises SystemExit, as all help does."""
+    config = importlib.import_module(f"training.recipes.{recipe}").config()
+    parts = {recipe: (type(config), config), "trial": (TrialOptions, None), "submit": (Options, None)}
+    parse_several(f"submit train {recipe}", parts, ["--help"])
 
 
 def _pipeline_steps(words: list[str]) -> list[Step]:
@@ -78,16 +112,17 @@ def _pipeline_steps(words: list[str]) -> list[Step]:
         else:
             parts[-1].append(word)
     common, *commands = parts
-    if not common or not commands or not all(commands):
-        raise UserError(f"name ROOT and the commands\n{USAGE}")
-    options = parse("submit pipeline ROOT", Options, common[1:])
+    pipeline, options = parse_several("submit pipeline", {"": (Pipeline, None), "submit": (Options, None)}, common)
+    if not commands or not all(commands):
+        example = f"clipmill submit pipeline {EXAMPLES['submit pipeline']}"
+        raise UserError(f"submit pipeline: a command behind each -- is needed; for example: {example}")
     steps = []
     for command, *rest in commands:
         if command == "train":
-            data = [] if find_option(rest, "--data") else ["--data", common[0]]
+            data = [] if find_option(rest, "--data") else ["--data", pipeline.root]
             steps.append(_train_step([*rest, *data], options))
         elif command in STAGE_COMMANDS:
-            steps.append(stage_step(command, [common[0], *rest], options))
+            steps.append(stage_step(command, [pipeline.root, *rest], options))
         else:
             raise UserError(f"cannot submit {command!r}; {did_you_mean(command, COMMANDS)}")
     return steps

@@ -15,6 +15,7 @@ from pathlib import Path
 from shards_spec.display import hide_secrets
 from shards_spec.files import UserError, is_url, read_json, write_json
 from shards_spec.layout import LOGS
+from shards_spec.messages import counted
 from slurm.options import JOBS_ADVICE, Site
 from slurm.snapshot import environment
 
@@ -47,7 +48,7 @@ class Submission:
 
     def line(self) -> str:
         """For the terminal: the job that others can be chained to, and the arrays that it finishes."""
-        array = f"{self.tasks} array tasks in job {', '.join(self.arrays)}, then " if self.arrays else ""
+        array = f"{counted(self.tasks, 'array task')} in job {', '.join(self.arrays)}, then " if self.arrays else ""
         return f"{self.command}: {array}job {self.last}; clipmill jobs {self.root}"
 
     def write(self, jobs_dir: Path) -> None:

@@ -19,6 +19,7 @@ from pipeline.core.command_line import EXAMPLES, GROUPS, parse
 from pipeline.ingest.config import IngestConfig
 from shards_spec.files import UserError, read_json
 from shards_spec.suggest import did_you_mean
+from slurm.step import parse_steps
 from training.recipes import RECIPES
 
 pytestmark = pytest.mark.integration
@@ -135,7 +136,7 @@ def flat(page: str) -> str:
     return " ".join(page.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("command", [command for command in EXAMPLES if not command.startswith("train")])
+@pytest.mark.parametrize("command", [command for command in EXAMPLES if command in clipmill.COMMANDS])
 def test_help_begins_with_an_example_that_is_right(here, command):
     text = flat(here(command, "--help")[1])
     assert f"For example: clipmill {command} {EXAMPLES[command]} " in text
@@ -156,6 +157,35 @@ def test_a_recipes_help_has_an_example_what_is_needed_and_how_to_try_it(here, re
         assert f"{option} " not in more
     assert "(required)" in basic.split("--out")[0]
     assert "clip-norm" in more
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["pipeline", "--help"], "clipmill submit pipeline /data/cc3m --array 16 -- ingest --source"),
+        (["pipeline", "ROOT", "-h"], "ROOT the dataset that all commands work on"),
+        (["pipeline", "ROOT", "--", "pack", "--help"], "For example: clipmill submit pack /data/cc3m"),
+        (["pipeline", "ROOT", "--", "train", "clip", "--help"], "For example: clipmill submit train clip --data"),
+        (["train", "--help"], "Recipes: clip, affinity,"),
+        (["train", "clip", "--help"], "--batch-size INT pairs per step"),
+        (["train", "clip", "--out", "RUN", "-h"], "For example: clipmill submit train clip --data"),
+        (["train", "siclip", "--help"], "--base-weights"),
+        (["cache", "--help"], "--views INT"),
+    ],
+)
+def test_all_that_can_be_submitted_has_the_whole_help(here, words, shown):
+    code, out, err = here("submit", *words)
+    assert (code, err) == (0, "")
+    assert shown in flat(out)
+    assert "--gpus-per-node" in out
+    assert "seconds before the limit at which training saves and is requeued" in flat(out)
+
+
+def test_the_examples_of_submit_are_right():
+    *_, train = parse_steps(["pipeline", *EXAMPLES["submit pipeline"].split()])
+    assert train.words == ("affinity", "--model", "ViT-M-32", "--out", "runs/affinity", "--data", "/data/cc3m")
+    (alone,) = parse_steps(["train", *EXAMPLES["submit train"].split()])
+    assert (alone.words[0], alone.options.gpus_per_node) == ("affinity", 4)
 
 
 def test_no_group_names_an_option_twice_or_one_that_is_nowhere():

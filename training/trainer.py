@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from shards_spec.files import UserError
+from shards_spec.messages import counted
 from shards_spec.models import pick_device
 from shards_spec.precision import resolve_precision
 from training.config import flat, total_steps
@@ -164,7 +165,8 @@ class Trainer:
     def loop(self) -> int | None:
         """Run the steps that are left; return the number of the signal that stopped it, None at the end."""
         progress, run = self.progress, self.config.run
-        log.info("%s: step %d of %d, %d samples", self.run.path, progress.step, self.total, self.rows.order.total)
+        samples = counted(self.rows.order.total, "sample")
+        log.info("%s: step %d of %d, %s", self.run.path, progress.step, self.total, samples)
         if progress.step >= self.total:
             return None
         batches = self._batches()

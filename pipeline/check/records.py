@@ -167,7 +167,7 @@ def check_totals(
     facts = {what: number for what, number in totals.facts.items() if number}
     recorded = {what: number for what, number in (block.get("facts") or {}).items() if number}
     if block.get("shards") != totals.shards or block.get("counts") != counts:
-        findings.add(f"{path}: {stage} says {block.get('counts')}, its {totals.shards} shards add up to {counts}")
+        findings.add(f"{path}: {stage} says {block.get('counts')}, its shards add up to {counts}")
     elif recorded != facts:
         findings.add(f"{path}: {stage} says {recorded}, the facts of its shards add up to {facts}")
     if "config" in block and (other := set(totals.configs) - {json.dumps(block["config"], sort_keys=True)}):
@@ -211,12 +211,12 @@ def record_hash(stats: dict[str, Any]) -> str:
 
 def _check_counts(path: str, stats: dict[str, Any], done: Done) -> None:
     """Raise DataError unless img2dataset's counts are the sums of the reasons."""
-    count, successes = stats.get("count"), stats.get("successes")
+    inputs, successes = stats.get("count"), stats.get("successes")
     failed: list[Any] = [stats.get("failed_to_download"), stats.get("failed_to_resize")]
     total = sum(done.counts.values())
-    if (count, successes) != (total, done.successes) or sum(failed) != total - done.successes:
+    if (inputs, successes) != (total, done.successes) or sum(failed) != total - done.successes:
         raise DataError(
-            f"{path}: {count} inputs, {successes} successes, {failed[0]} + {failed[1]} "
+            f"{path}: inputs {inputs}, successes {successes}, {failed[0]} + {failed[1]} "
             f"failed; its reasons add up to {done.counts}; {REMAKE}"
         )
 

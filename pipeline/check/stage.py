@@ -33,6 +33,7 @@ from shards_spec.layout import (
 )
 from shards_spec.library_errors import short
 from shards_spec.manifest import Done, finished_shards, read_done, shard_ids
+from shards_spec.messages import counted
 
 NO_KEYS = np.empty(0, np.uint64)
 
@@ -126,7 +127,10 @@ def _check_unique(folder: str, keys: list[np.ndarray], findings: Findings) -> No
     hashes = np.concatenate([NO_KEYS, *keys])
     repeated = len(hashes) - len(np.unique(hashes))
     if repeated:
-        findings.add(f"{folder}: {repeated} keys are there more than once; keys must be unique in a dataset")
+        verb = "is" if repeated == 1 else "are"
+        findings.add(
+            f"{folder}: {counted(repeated, 'key')} {verb} there more than once; keys must be unique in a dataset"
+        )
 
 
 def _check_sizes(root: str, blocks: dict[str, Any], findings: Findings) -> None:
@@ -157,8 +161,8 @@ def _check_size(path: str, tar: str, done: Done, *, listed: Any, is_last: bool, 
     """One final shard: what ``sizes.json`` lists, and the size that `pack --shard-size` asked for."""
     samples = done.successes
     if listed != samples:
-        findings.add(f"{path}: {tar} has {samples} samples, the file says {listed}")
+        findings.add(f"{path}: {tar} has {counted(samples, 'sample')}, the file says {listed}")
     wanted = done.config.get("shard_size")
     if not wanted or samples == wanted or (is_last and samples <= wanted):
         return
-    findings.add(f"{path}: {tar} has {samples} samples, not {wanted}; run `clipmill pack` again")
+    findings.add(f"{path}: {tar} has {counted(samples, 'sample')}, not {wanted}; run `clipmill pack` again")

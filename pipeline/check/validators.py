@@ -28,6 +28,7 @@ from shards_spec.layout import (
     teacher_folder,
 )
 from shards_spec.manifest import read_done
+from shards_spec.messages import counted
 from shards_spec.parquet import open_parquet
 from shards_spec.sample import Sample, check_key
 from shards_spec.tar import read_shard, shard_keys
@@ -89,8 +90,8 @@ def _validate_raw(root: str, folder: str, shard: int) -> Iterator[str]:
     recorded = (stats["count"], stats["successes"], sum(stats["status_dict"].values()))
     if recorded != (len(rows), len(keys), len(rows)):
         raise DataError(
-            f"{stats_file}: {stats['count']} inputs, {stats['successes']} successes; "
-            f"the Parquet has {len(rows)} rows and the tar {len(keys)} samples"
+            f"{stats_file}: inputs {stats['count']}, successes {stats['successes']}; "
+            f"the Parquet has {counted(len(rows), 'row')} and the tar {counted(len(keys), 'sample')}"
         )
     for key in keys:
         yield check_key(key)
@@ -103,7 +104,9 @@ def _validate_captions(root: str, folder: str, shard: int) -> Iterator[str]:
     for row in rows:
         lists = [row[name] for name in ("captions", "logprobs", "num_tokens", "similarities") if name in row]
         if len({len(values) for values in lists}) > 1:
-            raise DataError(f"{path}: key {row['key']} has {len(row['captions'])} captions, other counts of the rest")
+            raise DataError(
+                f"{path}: key {row['key']} has {counted(len(row['captions']), 'caption')}, other counts of the rest"
+            )
         yield row["key"]
 
 

@@ -24,7 +24,7 @@ from shards_spec.messages import flag
 from shards_spec.suggest import did_you_mean
 
 Root = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ROOT")]  # the first field of a stage's config
-# command (of a recipe: "train RECIPE") to the arguments that its help shows
+# command (of a recipe: "train RECIPE") to the arguments that its help shows; those of "submit STAGE" are the stage's
 EXAMPLES = {
     "ingest": "/data/cc3m --source Train_GCC-training.tsv",
     "dedup": "/data/cc3m",
@@ -45,6 +45,9 @@ EXAMPLES = {
     "train coca": "--data /data/cc3m --model coca_ViT-B-32 --out runs/coca",
     "train probe": "--data /data/cifar10 --model runs/catlip --out runs/probe",
     "train finetune": "--data /data/cifar10 --model runs/catlip --out runs/finetune",
+    "submit pipeline": "/data/cc3m --array 16 -- ingest --source Train_GCC-training.tsv -- dedup -- pack -- vocab "
+    "-- cache --views 8 --ops 2 -- train affinity --model ViT-M-32 --out runs/affinity",
+    "submit train": "affinity --data /data/cc3m --model ViT-M-32 --out runs/affinity --gpus-per-node 4",
 }
 # command to its groups of options, in the order of the help; an option that is in no group comes after them
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -131,6 +134,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
 }
+HELP = ("-h", "--help")
 REQUIRED = ("data",)  # options that every recipe needs; their default is empty, so that a config can be made without
 
 
@@ -190,16 +194,16 @@ def parse_several(command: str, parts: dict[str, tuple[Any, Any]], args: list[st
     The fields of a named part are in a group of that name, unless one of the command's groups has them. Raises
     UserError, one line, for arguments that make no config, and PermissionError for a folder that cannot be read.
     """
+    if not {*HELP}.isdisjoint(args):
+        args = ["--help"]  # after other arguments tyro's help would leave out what they gave
     options = list[_Option]()
     for name, (kind, default) in parts.items():
         options += _options(kind, default, name)
-    is_recipe = command.startswith("train ")
+    is_recipe = command.removeprefix("submit ").startswith("train ")
     if is_recipe:
         options = [_with_required(option) for option in options]
     groups = GROUPS.get(command.removeprefix("submit ").split(" ")[0], {})
-    description = (next(iter(parts.values()))[0].__doc__ or "").strip()
-    if example := EXAMPLES.get(command.removeprefix("submit ")):
-        description += f"\n\nFor example: clipmill {command} {example}"
+    description = _description(command, next(iter(parts.values()))[0])
     with _mistakes_in_one_line(command, options, args):
         parsed = tyro.cli(_grouped(options, groups), args=args, prog=f"clipmill {command}", description=description)
     values = dict[str, Any]()
@@ -208,6 +212,18 @@ def parse_several(command: str, parts: dict[str, tuple[Any, Any]], args: list[st
     for name in ("root", "data", "out") if is_recipe else ("root",):
         _check_folder(name, values.get(name, ""))
     return [_build(kind, default, values) for kind, default in parts.values()]
+
+
+def _description(command: str, kind: Any) -> str:
+    """What stands above the options in the help of a command."""
+    description = inspect.cleandoc(kind.__doc__ or "")
+    if example := _example(command):
+        description += f"\n\nFor example: clipmill {command} {example}"
+    return description
+
+
+def _example(command: str) -> str | None:
+    return EXAMPLES.get(command) or EXAMPLES.get(command.removeprefix("submit "))
 
 
 def _check_folder(name: str, path: Any) -> None:
@@ -222,10 +238,20 @@ def option_names(kind: Any) -> list[str]:
     return [option.name for option in _options(kind, None, "")]
 
 
-def parse_known(command: str, kind: Any, default: Any, args: list[str]) -> tuple[Any, list[str]]:
-    """The config that some of the arguments make, and the other arguments. Raises UserError."""
+def parse_known(command: str, kind: Any, default: Any, args: list[str], note: str = "") -> tuple[Any, list[str]]:
+    """The config that some of the arguments make, and the other arguments; the help ends its description with ``note``.
+
+    Raises UserError.
+    """
     with _mistakes_in_one_line(command, [], args):
-        return tyro.cli(kind, args=args, prog=f"clipmill {command}", default=default, return_unknown_args=True)
+        return tyro.cli(
+            kind,
+            args=args,
+            prog=f"clipmill {command}",
+            description=f"{_description(command, kind)}\n\n{note}",
+            default=default,
+            return_unknown_args=True,
+        )
 
 
 @contextlib.contextmanager
@@ -323,7 +349,7 @@ def _mistake(command: str, options: list[_Option], args: list[str], printed: str
     required = [own.shown_name for own in options if own.is_required]
     missing = [name for name in required if name not in given and re.search(rf"(?m)^\W*{re.escape(name)}\b", printed)]
     if missing:
-        example = EXAMPLES.get(command)
+        example = _example(command)
         advice = f"for example: clipmill {command} {example}" if example else help_command
         return f"{command}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed; {advice}"
     # tyro's message is between the title of its box and the option's help; boxes are ASCII where the terminal is

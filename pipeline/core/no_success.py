@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 
 from shards_spec.layout import STAGES
+from shards_spec.messages import counted
 
 # (pattern of a reason, what to try); the first pattern that matches the whole reason counts
 ADVICE = (
@@ -92,6 +93,7 @@ def explain_no_success(command: str, counts: Mapping[str, int]) -> str | None:
     reason = max(counts, key=lambda name: counts[name])
     advice = next((advice for pattern, advice in ADVICE if re.fullmatch(pattern, reason)), None)
     return (
-        f"{command}: none of {total} inputs became a sample; the most common reason, {counts[reason]} times, "
+        f"{command}: none of {counted(total, 'input')} became a sample; the most common reason, "
+        f"{counted(counts[reason], 'time')}, "
         f"is {reason!r}: {advice or '`clipmill report` counts all reasons'}"
     )

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
+from shards_spec.messages import counted
+
 log = logging.getLogger(__name__)
 LOG_INTERVAL_S = 10
 
@@ -46,6 +48,7 @@ def _log_line(name: str, total: int | None, text: Callable[[], str]) -> Callable
         nonlocal last
         if time.monotonic() - last > LOG_INTERVAL_S:
             last = time.monotonic()
-            log.info("%s: %d of %s shards %s", name, done, total or "?", text())
+            shards = counted(total, "shard") if total else "? shards"
+            log.info("%s: %d of %s %s", name, done, shards, text())
 
     return show

@@ -34,7 +34,7 @@ from shards_spec.manifest import (
     shard_ids,
     write_stage,
 )
-from shards_spec.messages import flag
+from shards_spec.messages import counted, flag
 
 log = logging.getLogger(__name__)
 LOOK_AHEAD = 16  # done-records that are asked for at a time from an object store
@@ -244,7 +244,7 @@ class _StageRun:
         """Raise ShardsFailed if there are any."""
         if self._failures:
             lines = [f"  {shard_name(shard)}: {reason}" for shard, reason in sorted(self._failures.items())]
-            failed = f"{self._stage.name}: {len(lines)} of {self.shards} shards failed"
+            failed = f"{self._stage.name}: {len(lines)} of {counted(self.shards, 'shard')} failed"
             raise ShardsFailed("\n".join([failed, *lines]))
 
     def summary(self) -> Summary:

@@ -8,6 +8,7 @@ import pyarrow as pa
 from shards_spec.files import UserError, join, sha256_json
 from shards_spec.layout import DEDUP, RAW, parquet_path, shard_name, tar_path
 from shards_spec.manifest import file_hashes, finished_shards, read_done
+from shards_spec.messages import counted
 from shards_spec.parquet import read_table
 from shards_spec.shard_writer import ShardWriter
 
@@ -48,8 +49,8 @@ def check_fresh(root: str, shards: list[int]) -> None:
     listed = finished_shards(join(root, DEDUP))
     if listed != shards:
         raise UserError(
-            f"{join(root, DEDUP)} has {len(listed)} shards, raw/ has {len(shards)}: run `clipmill dedup {root}` again, "
-            "or delete dedup/ to keep every image"
+            f"{join(root, DEDUP)} has {counted(len(listed), 'shard')}, raw/ has {len(shards)}: "
+            f"run `clipmill dedup {root}` again, or delete dedup/ to keep every image"
         )
     expected = {"raw": hash_raw_shards(root, shards)}
     for shard in shards:

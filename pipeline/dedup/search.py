@@ -26,6 +26,7 @@ from pipeline.dedup.hash_buckets import HashBuckets, NearMinima
 from pipeline.dedup.raw_images import read_all_images
 from pipeline.dedup.verification import verify_near_duplicates
 from shards_spec.files import UserError, join
+from shards_spec.messages import counted
 
 log = logging.getLogger(__name__)
 MAX_IMAGES = 1 << 32  # an index has 32 bits
@@ -96,7 +97,7 @@ class DuplicateSearch:
 
     def _read_images(self) -> None:
         config = self._config
-        log.info("dedup: reading %d raw shards", len(self._shards))
+        log.info("dedup: reading %s", counted(len(self._shards), "raw shard"))
         for images in read_all_images(
             config.root, self._shards, with_signatures=config.near_bits >= 0, workers=config.workers
         ):
@@ -104,9 +105,10 @@ class DuplicateSearch:
             self._url_hashes.append(images.url_hashes)
             self._file_hashes.append(images.file_hashes)
             self._signatures.append(images.signatures)
+        images_found = counted(len(self._keys), "image")
         if len(self._keys) >= MAX_IMAGES:
-            raise UserError(f"{config.root}: {len(self._keys)} images; dedup compares less than {MAX_IMAGES}")
-        log.info("dedup: comparing %d images", len(self._keys))
+            raise UserError(f"{config.root}: {images_found}; dedup compares less than {MAX_IMAGES}")
+        log.info("dedup: comparing %s", images_found)
 
     def _set_canonical_positions(self, buckets: HashBuckets) -> None:
         """Give each image its own position, then those with a link the position of the first image with that link."""
@@ -139,7 +141,7 @@ class DuplicateSearch:
     def _find_near(self, buckets: HashBuckets) -> None:
         near_minima = NearMinima(buckets, self._new_column)
         near_minima.find(self._signatures, self._positions, self._config.near_bits)
-        log.info("dedup: %d different signatures compared", len(near_minima))
+        log.info("dedup: compared %s", counted(len(near_minima), "different signature"))
         buckets.update(
             self._near,
             canonical_index,

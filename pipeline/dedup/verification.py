@@ -15,6 +15,7 @@ from pipeline.dedup.disk_columns import DiskColumn, DiskKeys
 from shards_spec.files import DataError, read_buffer
 from shards_spec.images import decode_rgb
 from shards_spec.layout import raw_tar
+from shards_spec.messages import counted
 from shards_spec.tar import index_shard, read_sample
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,8 @@ def verify_near_duplicates(
     if not number:
         return
     passes = -(-2 * number * FINGERPRINT_BYTES // max(memory_bytes, 1))
-    log.info("dedup: comparing %d images with near signatures, in %d passes", number, passes)
+    near_images = counted(number, "image with near signatures", "images with near signatures")
+    log.info("dedup: comparing %s, in %s", near_images, counted(passes, "pass", "passes"))
     for number_of_pass in range(passes):
         images, firsts = _candidates_of_pass(candidates, passes, number_of_pass)
         if not len(images):

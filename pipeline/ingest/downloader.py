@@ -33,6 +33,7 @@ from pipeline.ingest.http_client import (
 from pipeline.ingest.image_bytes import ImageReadError, clear_read_cache, read_image_bytes
 from pipeline.ingest.images import RESIZE, EncodedImage, ImageRules, Outcome, to_outcome
 from pipeline.ingest.rows import ImageRef, Row
+from shards_spec.messages import counted
 
 LATE_FACTOR = 2.0  # a shard is late after this many times the median duration of the last finished ones
 MIN_FINISHED = 3  # shards before that median is used
@@ -82,7 +83,7 @@ class DownloadTally:
             return ""
         seconds = max(time.monotonic() - self.started, 1e-9)
         good = self.outcomes["success"]
-        parts = [f"{rows:,} rows, {good / seconds:.0f} images/s, {100 * good / rows:.1f} % good"]
+        parts = [f"{counted(rows, 'row', style=',')}, {good / seconds:.0f} images/s, {100 * good / rows:.1f} % good"]
         most_common = [(reason, n) for reason, n in self.outcomes.most_common(REASONS_SHOWN + 1) if reason != "success"]
         parts += [f"{reason} {100 * n / rows:.1f} %" for reason, n in most_common[:REASONS_SHOWN]]
         if rows_left is not None:

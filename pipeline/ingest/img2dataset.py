@@ -26,6 +26,7 @@ from shards_spec.files import (
 )
 from shards_spec.layout import RAW, STATS_PATTERN, shard_name
 from shards_spec.manifest import forget
+from shards_spec.messages import counted
 from shards_spec.parquet import read_table
 from shards_spec.sample import check_key
 from shards_spec.tar import shard_keys
@@ -93,7 +94,8 @@ def _finished(folder: str) -> list[str]:
         elif tar := re.fullmatch(r"(\d+)\.tar", name):
             started.add(tar[1])
     if unfinished := sorted(started - finished):
-        log.warning("%s: left out %d unfinished shards (no stats): %s", folder, len(unfinished), unfinished[:10])
+        left_out = counted(len(unfinished), "unfinished shard")
+        log.warning("%s: left out %s (no stats): %s", folder, left_out, ", ".join(unfinished[:10]))
     if not finished:
         raise UserError(f"--source {folder} has no finished img2dataset shard (NNNNN.tar with NNNNN_stats.json)")
     return sorted(finished, key=int)
@@ -117,7 +119,7 @@ def _check_unique(paths: list[str]) -> None:
         for _, other in overlapping:
             if twice := set(_keys(path)) & set(_keys(other)):
                 raise UserError(
-                    f"key {min(twice)} is in {other}.tar and in {path}.tar ({len(twice)} keys are in both); keys must "
+                    f"key {min(twice)} is in {other}.tar and in {path}.tar ({len(twice)} in both); keys must "
                     "be unique in a dataset: ingest the two folders into two ROOTs, or make one of them again"
                 )
         overlapping.append((last, path))
@@ -145,7 +147,7 @@ def import_shard(root: str, task: ShardTask) -> ShardResult:
     in_tar = sorted(map(check_key, shard_keys(f"{shard.path}.tar")))
     if in_tar != listed or len(in_tar) != stats["successes"]:
         raise DataError(
-            f"{shard.path}.tar has {len(in_tar)} samples, its Parquet file {len(listed)}, its stats "
+            f"{shard.path}.tar has {counted(len(in_tar), 'sample')}, its Parquet file {len(listed)}, its stats "
             f"{stats['successes']}, or their keys differ; {ADVICE}"
         )
     outputs = dict(_copy_files(root, task.shard, shard))

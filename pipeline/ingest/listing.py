@@ -21,6 +21,7 @@ from pipeline.ingest.url_lists import list_rows
 from shards_spec.files import UserError, join, sha256_json
 from shards_spec.layout import RAW, shard_name
 from shards_spec.manifest import finished_shards
+from shards_spec.messages import counted
 
 MEAN_CHARS = 8192  # of a row's texts, on average over a shard: longer texts are no captions and would fill the memory
 
@@ -158,8 +159,8 @@ def refuse_surplus(config: IngestConfig, shards: int, additional: Container[int]
     surplus = [number for number in _surplus(config, shards) if number not in additional]
     if surplus and not config.overwrite:
         raise UserError(
-            f"{join(config.root, RAW)} has {len(surplus)} shards more ({shard_name(surplus[0])} and on) than "
-            f"--source {config.source_text} makes; use another ROOT, or --overwrite, which deletes them"
+            f"{join(config.root, RAW)} has {counted(len(surplus), 'shard')} more ({shard_name(surplus[0])} and on) "
+            f"than --source {config.source_text} makes; use another ROOT, or --overwrite, which deletes them"
         )
 
 

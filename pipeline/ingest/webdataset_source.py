@@ -28,6 +28,7 @@ from pipeline.ingest.source_files import SourceFile
 from pipeline.ingest.tar_samples import PEEKED_SAMPLES, TarSample, image_extension, open_tar, tar_samples
 from shards_spec.files import UserError, is_url
 from shards_spec.library_errors import describe_content
+from shards_spec.messages import counted
 from shards_spec.names import PACKED_BYTES, clean_name, is_image, packed_kind, undecoded_ending
 from shards_spec.sample import TEXT_EXTENSIONS, parse_object
 from shards_spec.tar_members import Member
@@ -202,6 +203,6 @@ def _check_columns(path: str, columns: Columns) -> None:
             raise UserError(f"--source {path}: no column {given!r}; its samples have {list(seen)}; change {option}")
     if url_column is not None and not urls:
         raise UserError(
-            f"--source {path}: --url-col {url_column!r} holds no text in the first {samples} samples; it names where "
-            "the image's address stands, images themselves are found without it"
+            f"--source {path}: --url-col {url_column!r} holds no text in the first {counted(samples, 'sample')}; "
+            "it names where the image's address stands, images themselves are found without it"
         )

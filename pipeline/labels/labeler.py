@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.labels.tokenizer import Memo, TokenMapper, normalise_caption
 from pipeline.labels.wordnet import WORDNET_VERSION, WordNet, load_wordnet
 from shards_spec.files import UserError
+from shards_spec.messages import counted
 
 Tagger = Callable[[list[str]], list[str]]
 NLTK_TAGGER = "nltk"
@@ -122,7 +123,8 @@ class Labeler:
             return [True] * len(tokens)
         tags = self._tagger(tokens)
         if len(tags) != len(tokens):
-            raise UserError(f"tagger {self._rule.tagger} gives {len(tags)} tags for {len(tokens)} tokens: {tokens}")
+            tagged, given = counted(len(tags), "tag"), counted(len(tokens), "token")
+            raise UserError(f"tagger {self._rule.tagger} gives {tagged} for {given}: {tokens}")
         return [tag.startswith("NN") for tag in tags]
 
     def _collocation(self, tokens: list[str], nouns: list[bool], at: int) -> tuple[int, str | None]:

@@ -19,7 +19,7 @@ from pipeline.labels.wordnet import load_wordnet
 from shards_spec.files import DataError, UserError, join, read_bytes, remove_stale, write_bytes
 from shards_spec.layout import SHARDS, VOCAB, final_parquet, vocabulary_tsv
 from shards_spec.manifest import read_dataset, write_stage
-from shards_spec.messages import require
+from shards_spec.messages import counted, require
 from shards_spec.names import check_name
 from shards_spec.parquet import open_parquet
 from shards_spec.vocab import Vocabulary, build_vocabulary, rule_of
@@ -102,7 +102,7 @@ def vocab(config: VocabConfig) -> Vocabulary:
 def _format_coverage(covered: dict[str, int]) -> str:
     samples = max(covered["samples"], 1)
     text = (
-        f"{100 * covered['samples_with_label'] / samples:.1f} % of {covered['samples']} samples have a label, "
+        f"{100 * covered['samples_with_label'] / samples:.1f} % of {counted(covered['samples'], 'sample')} labelled, "
         f"{covered['labels'] / samples:.2f} labels per sample"
     )
     if "imagenet_classes" in covered:

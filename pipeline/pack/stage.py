@@ -44,6 +44,7 @@ from shards_spec.layout import (
 )
 from shards_spec.lock import locked
 from shards_spec.manifest import finished_shards, read_done
+from shards_spec.messages import counted
 from shards_spec.parquet import column_names
 
 log = logging.getLogger(__name__)
@@ -115,10 +116,10 @@ def _pack(config: PackConfig, assignment: ShardAssignment, shards: list[int]) ->
 def _warn_of_empty(sizes: dict[str, int]) -> None:
     if empty := [name for name, size in sizes.items() if not size]:
         log.warning(
-            "pack: %d final shards have no sample (first: %s); they are kept so that shard numbers have no gaps. Some "
-            "readers refuse them (Megatron-Energon; datasets without features= when the first shard is empty): "
-            "--shard-size makes none",
-            len(empty),
+            "pack: %s without a sample (first: %s), kept so that shard numbers have no gaps. Some readers refuse such "
+            "shards (Megatron-Energon; datasets without features= when the first shard is empty): --shard-size makes "
+            "none",
+            counted(len(empty), "final shard"),
             empty[0],
         )
 
@@ -159,7 +160,9 @@ def _selection(config: PackConfig, shards: list[int]) -> SelectionConfig:
     for name in captioners:
         captioned = upstream_shards(config.root, captions_folder(name), f"caption/{name}")
         if captioned != shards:
-            raise UserError(f"captions/{name} has {len(captioned)} shards, raw/ has {len(shards)}: run caption again")
+            raise UserError(
+                f"captions/{name} has {counted(len(captioned), 'shard')}, raw/ has {len(shards)}: run caption again"
+            )
     if config.min_similarity is not None:
         _check_similarities(config, captioners, shards)
     deduplicated = exists(join(config.root, DEDUP))

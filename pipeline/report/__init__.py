@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from pipeline.report.run import run_page
 from shards_spec.display import shown
 from shards_spec.files import UserError, exists, is_url, join, write_bytes
 from shards_spec.layout import dataset_json
-from shards_spec.messages import require
+from shards_spec.messages import counted, require
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def _render(template: str, context: dict[str, Any]) -> str:
         "short": short,
         "percent": percent,
         "number": lambda value: f"{value:,}",
+        "counted": partial(counted, style=","),
         "duration": lambda seconds: f"{seconds:,.0f}" if seconds >= 100 else short(seconds),
     }
     return environment.get_template(template).render(context)

@@ -16,6 +16,7 @@ from shards_spec.embeddings import read_meta
 from shards_spec.files import DataError, UserError, join, names, open_read
 from shards_spec.layout import PLAN, RAW, SHARDS, TEACHER, VOCAB, teacher_folder
 from shards_spec.manifest import read_dataset
+from shards_spec.messages import counted
 from shards_spec.parquet import open_parquet
 from shards_spec.vocab import Vocabulary, read_vocabulary
 
@@ -134,7 +135,7 @@ def _frequency_chart(synsets: Counter[str], vocabularies: dict[str, Vocabulary])
         if isinstance(threshold, int) and 0 < threshold <= counts[0]:
             rules.append(Rule("y", threshold, f"more than {threshold:,}"))
         if len(vocabulary) <= len(counts):
-            rules.append(Rule("x", len(vocabulary), f"{len(vocabulary):,} classes"))
+            rules.append(Rule("x", len(vocabulary), counted(len(vocabulary), "class", "classes", style=",")))
     return line_chart("Synset frequency by rank", Plot(x, y), [line], rules)
 
 
@@ -166,7 +167,7 @@ def _teacher(root: str, name: str, problems: list[str]) -> dict[str, Any]:
             problems.append(str(error))
     facts = [
         ("model", " ".join(str(meta[part]) for part in ("model", "pretrained") if meta.get(part)) or "–"),
-        ("samples", f"{rows:,} in {len(files):,} shards"),
+        ("samples", f"{rows:,} in {counted(len(files), 'shard', style=',')}"),
         ("per sample", f"{_vectors(columns, 'image')} views and {_vectors(columns, 'text')} captions"),
         ("vectors", f"{meta.get('dim', '–')} numbers of {meta.get('dtype', '–')}"),
         ("size", f"{size / max(1, rows):,.0f} bytes per sample, {short(size)}B in all"),

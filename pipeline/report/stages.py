@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.report.text import flatten, json_lines, number
 from shards_spec.files import exists, join, names, read_json
 from shards_spec.layout import RAW, STAGE_COMMANDS, STAGES, STATS_PATTERN, stage_log
+from shards_spec.messages import counted
 
 LEAVES = {"ingest": "downloaded and decoded", "caption": "captioned", "pack": "in final shards", "cache": "cached"}
 REASONS = 15  # rows per stage in the table of losses; the rest goes to one row
@@ -127,6 +128,7 @@ def mismatches(counts: dict[str, dict[str, int]]) -> list[str]:
         stage = STAGES.get(name.split("/")[0])
         source = stage.reads if stage is not None else None
         if source in counts and sum(count.values()) != counts[source].get("success", 0):
-            left = counts[source].get("success", 0)
-            found.append(f"{name} counted {sum(count.values()):,} inputs, {source} left {left:,} samples")
+            inputs = counted(sum(count.values()), "input", style=",")
+            left = counted(counts[source].get("success", 0), "sample", style=",")
+            found.append(f"{name} counted {inputs}, {source} left {left}")
     return found

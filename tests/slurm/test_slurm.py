@@ -200,7 +200,7 @@ def test_too_many_requeues_are_a_failure(slurm, words, tmp_path):
     until(lambda: at_step(run, 5), 60)
     slurm.run("scontrol", "requeue", job)
     assert set(slurm.ended(job, 60).values()) == {"FAILED"}
-    assert "requeued 1 times, --max-requeue is 0" in clipmill(slurm, "jobs", str(run))
+    assert "requeued 1 time, --max-requeue is 0" in clipmill(slurm, "jobs", str(run))
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from shards_spec.files import DataError, UserError
+from shards_spec.messages import counted
 from shards_spec.models import LoadedModel
 from training.data.order import BatchPlan, Order
 from training.losses.multilabel import PAD, pad_labels
@@ -201,7 +202,7 @@ def _join(pieces: list[dict[str, Any]], student: LoadedModel, as_bytes: bool) ->
     used = [piece for piece in pieces if "positions" in piece]
     if not used:
         skipped = batch["skipped"]
-        raise DataError(f"none of the {len(skipped)} samples of a batch can be used, first {skipped[0]}")
+        raise DataError(f"none of {counted(len(skipped), 'sample')} of a batch can be used, first {skipped[0]}")
     if "labels" in used[0]:
         _pad_to_longest(used)
     for name in used[0]:

@@ -6,6 +6,7 @@ from typing import Literal
 from shards_spec.files import DataError, UserError, join, read_buffer, read_json
 from shards_spec.layout import RAW, SHARDS, remake_advice, stats_path, tar_path
 from shards_spec.manifest import shard_ids, shard_sizes
+from shards_spec.messages import counted
 from shards_spec.sample import Sample
 from shards_spec.tar import index_shard, read_sample
 from shards_spec.tar_members import Member
@@ -64,7 +65,9 @@ class ShardReader:
         except FileNotFoundError as error:
             raise DataError(f"{path} is not there; {remake_advice(path)}") from error
         if len(samples) != self.sizes[shard]:
-            raise DataError(f"{path}: {len(samples)} samples, its records say {self.sizes[shard]}; make it again")
+            raise DataError(
+                f"{path}: {counted(len(samples), 'sample')}, its records say {self.sizes[shard]}; make it again"
+            )
         return _OpenShard(buffer, [key for key, _ in samples], [members for _, members in samples])
 
 

@@ -9,6 +9,7 @@ from shards_spec.embeddings import EmbeddingFile
 from shards_spec.files import DataError, UserError, exists, join, names
 from shards_spec.layout import SHARDS, TEACHER, remake_advice, shard_name, tar_path, teacher_folder, teacher_parquet
 from shards_spec.manifest import file_hash
+from shards_spec.messages import counted
 from shards_spec.teacher_shard import TeacherShard
 from shards_spec.views import ViewSpec, parse_view_spec
 from training.data.local_copies import LocalFileCache
@@ -74,7 +75,7 @@ class TeacherCache:
             path = self.path(missing[0])
             deleted = f"{shard_name(missing[0])}_stats.json" in present
             advice = remake_advice(path) if deleted else f"run `clipmill cache {root}` to its end"
-            raise UserError(f"{path} is not there ({len(missing)} of {shards} shards are missing): {advice}")
+            raise UserError(f"{path} is not there ({len(missing)} of {counted(shards, 'shard')} missing): {advice}")
         first = TeacherShard(root, self.name, 0, self.file_cache.get)
         self.meta = first.files[0].meta
         if lacking := [field for field in (*SAME, "views") if field not in self.meta]:
@@ -112,8 +113,8 @@ class TeacherCache:
         cached = TeacherShard(self.root, self.name, shard, self.file_cache.get)
         if cached.config["num_views"] != self.num_views:
             raise DataError(
-                f"{path}: {cached.config['num_views']} views, {self.path(0)} has {self.num_views}; run `clipmill cache "
-                f"{self.root}` to its end"
+                f"{path}: {counted(cached.config['num_views'], 'view')}, {self.path(0)} has {self.num_views}; "
+                f"run `clipmill cache {self.root}` to its end"
             )
         if cached.inputs.get(tar) != file_hash(self.root, SHARDS, shard, tar):
             raise DataError(f"{path}: made from another {join(self.root, tar)} than the one there; {AGAIN}")
@@ -148,7 +149,9 @@ def _check_keys(path: str, stored: list[str], keys: list[str]) -> None:
             raise DataError(f"{path}: row {row} is key {ours}, the shard has {theirs} there; {AGAIN}")
     if len(stored) != len(keys):
         first = (stored if len(stored) > len(keys) else keys)[min(len(stored), len(keys))]
-        raise DataError(f"{path}: {len(stored)} rows, the shard has {len(keys)}, first odd key {first}; {AGAIN}")
+        raise DataError(
+            f"{path}: {counted(len(stored), 'row')}, the shard has {len(keys)}, first odd key {first}; {AGAIN}"
+        )
 
 
 def view_spec(path: str, meta: dict[str, Any]) -> ViewSpec:

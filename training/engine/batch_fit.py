@@ -11,6 +11,7 @@ import torch
 
 from shards_spec.files import UserError
 from shards_spec.library_errors import is_out_of_memory, short
+from shards_spec.messages import counted
 from training.config import RunConfig
 from training.data.batches import TrainingRows, first_batch
 from training.engine.gradients import split
@@ -145,7 +146,7 @@ def halved(chunk_size: int | None, share: int, ranks: int, reason: str) -> int:
     """
     size = min(chunk_size or share, share)
     if ranks > 1 or size <= 1:
-        raise UserError(f"out of memory with {size} samples at a time ({reason}): {ADVICE}")
+        raise UserError(f"out of memory with {counted(size, 'sample')} at a time ({reason}): {ADVICE}")
     half = -(-size // 2)
     log.warning("out of memory with %d samples at a time (%s): --chunk-size %d from here on", size, reason, half)
     return half
@@ -155,9 +156,9 @@ def warn_of_norms(task: torch.nn.Module, chunk_size: int | None) -> None:
     """Warn where chunks are not the mathematics of the whole batch."""
     if chunk_size is not None and moving(task):
         log.warning(
-            "trained BatchNorms normalise over a chunk of %d samples and not over the batch; "
+            "trained BatchNorms normalise over a chunk of %s and not over the batch; "
             "--checkpoint-activations saves memory without that",
-            chunk_size,
+            counted(chunk_size, "sample"),
         )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from shards_spec.checkpoints import describe_mismatch
 from shards_spec.files import DataError, UserError, sha256_json
+from shards_spec.messages import counted
 from training.data.batches import TrainingRows
 from training.engine.gradients import rng_state, set_rng_state
 from training.engine.updater import Updater
@@ -101,7 +102,16 @@ class Checkpointing:
             )
         rebuilt = self._load_weights(checkpoint, state)
         self._restore_streams(state)
-        log.info("resumed from %s, written by %d processes, with %d", checkpoint, len(state["rng"]), self.ranks.size)
+        writers = len(state["rng"])
+        if writers == self.ranks.size:
+            log.info("resumed from %s", checkpoint)
+        else:
+            log.info(
+                "resumed from %s, written by %s, with %d",
+                checkpoint,
+                counted(writers, "process", "processes"),
+                self.ranks.size,
+            )
         return Progress(**state["progress"]), rebuilt
 
     def _load_weights(self, checkpoint: Path, state: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shards_spec.messages import counted
 from shards_spec.precision import PrecisionOption
 from training.engine.gradients import split
 from training.engine.sync_batch_norm import kept_statistics
@@ -49,7 +50,7 @@ class Memory:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {count / MIB:,.1f}" for name, count in self.parts.items())
-        chunks = f", in chunks of {self.chunk_size:,} samples" if self.chunk_size else ""
+        chunks = f", in chunks of {counted(self.chunk_size, 'sample', style=',')}" if self.chunk_size else ""
         return f"peak memory of a process: about {self.total / MIB:,.1f} MiB ({parts}){chunks}"
 
 

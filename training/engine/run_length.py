@@ -2,6 +2,7 @@
 
 import logging
 
+from shards_spec.messages import counted
 from training.config import OptimConfig
 from training.data.batches import TrainingRows
 from training.engine.optim import learning_rate
@@ -23,17 +24,20 @@ def warn_of_lengths(batch_size: int, optim: OptimConfig, rows: TrainingRows, ste
     if batch_size > samples:
         also = ", and a pair that comes twice is its own negative" if has_pairs else ""
         log.warning(
-            "--batch-size %d: the dataset has %d samples, so a batch has some twice%s", batch_size, samples, also
+            "--batch-size %d: the dataset has %s, so a batch has some twice%s",
+            batch_size,
+            counted(samples, "sample"),
+            also,
         )
     if batch_size == 1 and has_pairs:
         log.warning("--batch-size 1: a batch of one pair has no negatives, contrastive losses are 0 and teach nothing")
     if optim.warmup > steps:
         last = learning_rate(steps - 1, optim, steps)
         log.warning(
-            "--warmup %d: the run has %d steps, so its learning rate is %.3g at the end and never --lr %.3g; take a "
+            "--warmup %d: the run has %s, so its learning rate is %.3g at the end and never --lr %.3g; take a "
             "shorter warm-up or more --steps or --epochs",
             optim.warmup,
-            steps,
+            counted(steps, "step"),
             last,
             optim.lr,
         )
@@ -52,6 +56,7 @@ def extension(optim: OptimConfig, step: int, before: int, now: int) -> str:
     following = learning_rate(step, optim, now)
     schedule = "stays" if optim.schedule == "constant" else f"now ends at step {now} with {optim.final_lr:.3g}"
     return (
-        f"extended from {before} to {now} steps, resuming after step {step}: the {optim.schedule} schedule {schedule}, "
-        f"so the learning rate goes from {last:.3g} to {following:.3g} at the next step"
+        f"extended from {before} to {counted(now, 'step')}, resuming after step {step}: "
+        f"the {optim.schedule} schedule {schedule}, so the learning rate goes from {last:.3g} to {following:.3g} "
+        "at the next step"
     )

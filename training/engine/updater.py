@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shards_spec.library_errors import is_out_of_memory, short
+from shards_spec.messages import counted
 from shards_spec.precision import resolve_precision
 from training.engine.batch_fit import halved, warn_of_norms
 from training.engine.distributed import Ranks
@@ -83,7 +84,9 @@ class Updater:
         if run.channels_last:
             self.task.to(memory_format=torch.channels_last)
         if run.sync_bn and self.ranks.size > 1:
-            log.info("%d trained BatchNorms are synchronised", synchronise(self.task, self.device))
+            synchronised = synchronise(self.task, self.device)
+            if synchronised:
+                log.info("%s synchronised over the processes", counted(synchronised, "trained BatchNorm"))
 
     def _build_optimizer(self) -> None:
         self.groups = self.task.param_groups(self.config.optim.weight_decay)

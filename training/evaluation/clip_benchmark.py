@@ -13,6 +13,7 @@ from typing import Literal
 
 from shards_spec.class_names import read_class_names, read_lines
 from shards_spec.files import DataError, UserError, exists, join
+from shards_spec.messages import counted
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard
 from training.data.labelled_images import (
@@ -69,9 +70,9 @@ def read_classes(root: str, images: LabelledImages) -> tuple[list[str], list[str
             "%s: classes are named as their folders; classnames.txt, a line per folder, names them otherwise", root
         )
     if len(names) != len(images.classes):
+        lines, folders = counted(len(names), "line"), counted(len(images.classes), "class folder")
         raise UserError(
-            f"{names_file} has {len(names)} lines, {images.folder} {len(images.classes)} class folders; "
-            "give a line per folder, in their alphabetical order"
+            f"{names_file} has {lines}, {images.folder} {folders}; give a line per folder, in their alphabetical order"
         )
     return names, read_prompts(prompts_file) if exists(prompts_file) else [PROMPT]
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from shards_spec.display import shown
 from shards_spec.files import UserError, is_url, join, write_json
+from shards_spec.messages import counted
 from shards_spec.models import CONFIG_FILE, LOCAL_DIR, LoadedModel, load_model, pick_device
 from training.evaluation.classification import measure_classifier
 from training.evaluation.config import EvalConfig
@@ -132,7 +133,7 @@ def load_measured(config: EvalConfig) -> tuple[LoadedModel, dict[str, Any]]:
 
 def print_result(result: dict[str, Any], path: str | None) -> None:
     """Print a result as a table, and the path of its file."""
-    title = shown(f"{result['dataset']} · {result['task']} · {result['samples']} images")
+    title = shown(f"{result['dataset']} · {result['task']} · {counted(result['samples'], 'image')}")
     table = Table("metric", "value", title=Text(title))  # Text: brackets in a name are not markup
     for name, value in result["metrics"].items():
         table.add_row(name, f"{value:.4f}")

@@ -14,6 +14,7 @@ from tyro.conf import OmitArgPrefixes
 
 from shards_spec.class_map import ClassMap, read_class_map
 from shards_spec.files import UserError
+from shards_spec.messages import counted
 from shards_spec.models import TIMM, LoadedModel, pick_device
 from shards_spec.vocab import Vocabulary
 from training.config import (
@@ -151,7 +152,8 @@ def prepare(config: TransferConfig) -> Prepared:
     student = with_new_head(base, config, train.classes)
     plan = batch_plan(config.data.batch_size, config.sides if config.augment else None, config.run.seed)
     chosen = subset(train.labels, config.data.fraction, config.run.seed)
-    log.info("%d of %d images of %d classes", len(chosen), len(train.labels), len(train.classes))
+    images, classes = counted(len(train.labels), "image"), counted(len(train.classes), "class", "classes")
+    log.info("%d of %s of %s", len(chosen), images, classes)
     total = total_steps(config.run, plan.mean, len(chosen))
     if config.augment:
         rows = LabelledImageRows(train, student, plan, config.views.spec(config.run.seed), chosen)
@@ -218,7 +220,10 @@ def load_class_map(path: str, classes: list[str], vocabulary: Vocabulary) -> Cla
         )
     rows = {row.name: row for row in class_map.rows}
     if missing := [name for name in classes if name not in rows]:
-        raise UserError(f"{path} has no row for {len(missing)} classes, first {missing[0]!r}: make it of these classes")
+        raise UserError(
+            f"{path} has no row for {counted(len(missing), 'class', 'classes')}, first {missing[0]!r}: "
+            "make it of these classes"
+        )
     named = chain.from_iterable(row.wnids for row in class_map.rows)
     if unknown := [wnid for wnid in named if wnid not in vocabulary.index]:
         raise UserError(f"{path} names {unknown[0]}, which is not in the vocabulary; correct that row")

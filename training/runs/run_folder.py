@@ -32,7 +32,7 @@ from shards_spec.files import (
 )
 from shards_spec.library_errors import parse_json, short
 from shards_spec.lock import locked
-from shards_spec.messages import flag
+from shards_spec.messages import counted, flag
 from shards_spec.models import LoadedModel
 from training.config import FREE_ON_RESUME
 from training.models.classifier import Classifier, describe_classifier
@@ -284,7 +284,7 @@ class RunFolder:
             elif number <= step:
                 kept.append(line)
         if garbage:
-            log.warning("%s: %d lines were no metrics and are dropped", self.metrics, garbage)
+            log.warning("%s: dropped %s that held no metrics", self.metrics, counted(garbage, "line"))
         write_bytes(str(self.metrics), b"".join(kept))
 
 

@@ -315,7 +315,7 @@ def test_checkpoints_that_do_not_fit_are_refused(root, tmp_path, backbone):
     other = torch.load(backbone)
     del other["norm.weight"]
     torch.save(other | {"extra": torch.zeros(1)}, tmp_path / "other.pt")
-    with pytest.raises(UserError, match=r"1 weights missing \['norm.weight'\], 1 left over \['extra'\]"):
+    with pytest.raises(UserError, match=r"1 weight missing \['norm.weight'\], 1 left over \['extra'\]"):
         run(root, "timm:test_vit", pretrained=str(tmp_path / "other.pt"))
     with pytest.raises(UserError, match="no model 'timm:no_such_model' in timm"):
         run(root, "timm:no_such_model", pretrained=backbone)

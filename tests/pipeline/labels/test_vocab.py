@@ -113,7 +113,7 @@ def test_the_command_prints_coverage(tmp_path, monkeypatch, caplog, capsys):
     monkeypatch.setattr(sys, "argv", ["clipmill", "vocab", root, "--min-count", "0", "--source", "all"])
     with caplog.at_level("INFO"), pytest.raises(SystemExit, match="0"):
         clipmill.main()
-    said = "75.0 % of 4 samples have a label, 1.25 labels per sample, 1 of the 1000 classes of ImageNet-1k"
+    said = "75.0 % of 4 samples labelled, 1.25 labels per sample, 1 of the 1000 classes of ImageNet-1k"
     assert f"vocab/all.tsv: {said}" in caplog.text
     assert "vocab: 3 synsets of 6 occurrences" in capsys.readouterr().out
 

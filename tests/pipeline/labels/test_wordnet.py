@@ -501,7 +501,7 @@ def test_taggers(net, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "toy_tagger.py").write_text("def tag(tokens):\n    return ['NN'] * len(tokens[1:])\n")
     label = load_labeler(None, LabelRule(nouns_only=True, tagger="toy_tagger:tag"))
-    with pytest.raises(UserError, match="tagger toy_tagger:tag gives 1 tags for 2 tokens"):
+    with pytest.raises(UserError, match="tagger toy_tagger:tag gives 1 tag for 2 tokens"):
         label.synsets("a dog")
     assert label.synsets("") == []
 

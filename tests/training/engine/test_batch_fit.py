@@ -182,7 +182,7 @@ def test_what_does_not_fit_after_all_is_halved(where, root, tmp_path, caplog, mo
 def test_out_of_memory_names_the_chunk_size(root, tmp_path, monkeypatch):
     overflows_above(monkeypatch, 0, "forward")
     with pytest.raises(
-        UserError, match=r"out of memory with 1 samples at a time .*: take a smaller --chunk-size, --batch"
+        UserError, match=r"out of memory with 1 sample at a time .*: take a smaller --chunk-size, --batch"
     ):
         train("clip", tiny_config("clip", root, str(tmp_path / "run")))
     with pytest.raises(UserError, match="out of memory with 8 samples at a time"):

@@ -144,7 +144,7 @@ def test_class_map_file(tmp_path, net):
     assert load_class_map(out, ["qwertz", "dog"], vocabulary).rows[1].wnids == (DOG,)
     with pytest.raises(UserError, match=f"maps to vocabulary {vocabulary.sha256[:12]}"):
         load_class_map(out, ["dog"], words((DOG, "dog")))
-    with pytest.raises(UserError, match="no row for 1 classes, first 'cat'"):
+    with pytest.raises(UserError, match="no row for 1 class, first 'cat'"):
         load_class_map(out, ["cat", "dog"], vocabulary)
     with open(out, "a") as file:
         file.write("cat\texact\t\t\t\n")
