@@ -13,6 +13,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,18 @@ class LoadedModel:
 
     def normalise(self, pixels: Any) -> Any:
         """Images (N, 3, S, S) of 0 to 255 -> input of the image tower, float32; float32 images are overwritten."""
-        import torch
-
-        mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
+        mean = _per_channel(tuple(self.mean), pixels.device)
+        std = _per_channel(tuple(self.std), pixels.device)
         return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+@lru_cache(maxsize=32)
+def _per_channel(values: tuple[float, ...], device: Any) -> Any:
+    """(3, 1, 1) float32, kept: making one would wait for all that a CUDA device has queued."""
+    import torch
+
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def model_label(model: str, pretrained: str | None) -> str:

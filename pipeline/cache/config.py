@@ -43,8 +43,8 @@ class CacheConfig:
     batch_size: int | None = None
     """images or texts per forward pass on a CUDA device, 256 by default, halved when memory runs out; 16 on a CPU"""
     processes: int | None = None
-    """processes per device that decode and augment ahead of it; by default one per core with CUDA devices, 0 (threads
-    instead) with a CPU"""
+    """processes per device that decode and augment ahead of it, and an eighth as many that tokenise; by default one
+    per core with CUDA devices, 0 (threads instead) with a CPU"""
     threads: int = os.cpu_count() or 1
     """threads that decode and augment where there are no such processes"""
     device: str = "auto"

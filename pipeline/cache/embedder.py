@@ -4,18 +4,20 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor
 
 import numpy as np
 
 from pipeline.cache.config import CacheConfig
 from pipeline.cache.incremental import ColumnUpdate, ShardIndex
-from pipeline.cache.render_pool import RenderJob, RenderQueue, create_render_pool
+from pipeline.cache.render_pool import RenderJob, RenderPool, RenderQueue
 from pipeline.cache.teacher import Teacher
+from pipeline.cache.tokens import TokenPool, tokenise
 from shards_spec.embeddings import Vectors
 from shards_spec.files import DataError
 from shards_spec.models import load_teacher
 from shards_spec.precision import resolve_precision
+
+RENDERERS_PER_TOKENISER = 8  # processes
 
 
 class Embedder:
@@ -26,29 +28,42 @@ class Embedder:
         self.config = config
         processes = config.processes
         if processes is None:
-            cores = max(1, (os.cpu_count() or 1) // devices)
-            processes = cores if device.startswith("cuda") else 0
-        self.pool: Executor = create_render_pool(processes, config.threads)
+            processes = max(1, _cores() // devices) if device.startswith("cuda") else 0
         precision = resolve_precision(config.precision, device)
         loaded = load_teacher(config.model, config.pretrained, device=device, precision=precision, trust=config.trust)
         self.teacher = Teacher(loaded, config.batch_size)
+        self.render_pool = RenderPool(
+            processes, config.threads, rows=self.teacher.rows, views=config.views, size=loaded.image_size
+        )
+        self.token_pool = None
+        if processes and loaded.tokenizer is not None:
+            tokenisers = -(-processes // RENDERERS_PER_TOKENISER)
+            self.token_pool = TokenPool(tokenisers, config.model, config.trust.trust_remote_code)
+
+    def close(self) -> None:
+        """End the processes and threads that work ahead."""
+        self.render_pool.shutdown()
+        if self.token_pool is not None:
+            self.token_pool.shutdown()
 
     def embed_columns(
         self, shard: ShardIndex, updates: list[ColumnUpdate]
     ) -> tuple[dict[str, Vectors], dict[str, float]]:
         """The updated columns with all their rows, and seconds and numbers of vectors for the log.
 
-        Texts are embedded while the first views are rendered. Raises DataError naming the file and the key when an
-        image does not decode.
+        Texts are tokenised while images are embedded. Raises DataError naming the file and the key when an image does
+        not decode.
         """
         start = time.monotonic()
         teacher = self.teacher
+        teacher.start_clock()
         images = _rows_to_embed(updates, "image")
         texts = _rows_to_embed(updates, "text")
         queue = self._render(shard, images)
+        tokens = self._tokenise([shard.captions[row][number] for row, number in texts])
         features = {
-            "text": teacher.embed_texts(shard.captions[row][number] for row, number in texts),
             "image": teacher.embed_images(_rendered_images(queue, images, shard)),
+            "text": teacher.embed_tokens(tokens),
         }
         if not shard.keys:  # then nothing was embedded that would tell the width
             features = dict.fromkeys(features, np.empty((0, teacher.dim), np.float32))
@@ -62,7 +77,7 @@ class Embedder:
             columns[update.name] = update.merge(len(shard.keys), of_column, self.config.dtype)
         measurements = {
             "embedding_s": time.monotonic() - start,
-            "waited_s": queue.waited_s,
+            "waited_s": teacher.waited_s,
             "new_image_vectors": len(images),
             "new_text_vectors": len(texts),
         }
@@ -74,9 +89,18 @@ class Embedder:
         for row, view in images:
             views[row].append(view)
         jobs = (RenderJob(shard.keys[row], shard.sample(row).image, tuple(numbers)) for row, numbers in views.items())
-        depth = 2 * self.config.threads + 2 * self.teacher.rows // self.config.views
-        image_size = self.teacher.loaded.image_size
-        return RenderQueue(self.pool, jobs, depth=depth, spec=self.config.view_spec, size=image_size)
+        return RenderQueue(self.render_pool, jobs, self.config.view_spec)
+
+    def _tokenise(self, texts: list[str]) -> Iterator[np.ndarray]:
+        """Tokens of each text: ahead of their use where there are processes."""
+        if self.token_pool is None:
+            return tokenise(self.teacher.loaded.tokenizer, texts)
+        return self.token_pool.tokenise(texts)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _rows_to_embed(updates: list[ColumnUpdate], kind: str) -> list[tuple[int, int]]:

@@ -70,7 +70,7 @@ def cache(config: CacheConfig, assignment: ShardAssignment = ALL) -> Summary:
     try:
         summary = run_stage(config.root, stage, tar_tasks(config.root, SHARDS, shards, assignment), work, options)
     finally:
-        embedder.pool.shutdown(wait=False, cancel_futures=True)
+        embedder.close()
     embedding_s = summary.measurements.get("embedding_s")
     if embedding_s:
         share = 100 * summary.measurements["waited_s"] / embedding_s

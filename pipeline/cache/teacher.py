@@ -1,16 +1,19 @@
 """A teacher on its device: pixels and texts to unit vectors that do not depend on what shares their batch."""
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import chain, cycle, islice
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.core.prefetch import batches
+from pipeline.cache.device_clock import DeviceClock, Moment
+from pipeline.cache.tokens import tokenise
 from shards_spec.files import UserError
 from shards_spec.library_errors import is_out_of_memory
 from shards_spec.models import LoadedModel
@@ -20,12 +23,24 @@ CPU_ROWS = 16  # matrix products of fewer rows use other kernels; more are hardl
 CUDA_ROWS = 256
 
 
+@dataclass(frozen=True)
+class _QueuedPass:
+    """A pass that the device was given: when it begins, and its result (n, D) on the host, there when it has ended."""
+
+    begin: Moment
+    features: Tensor
+    end: Moment
+
+
 class Teacher:
     """Embeds in forward passes of exactly ``rows`` rows, the last one filled up with copies.
 
     So a row's bits depend neither on its neighbours nor on its position. On a CPU ``rows`` is always 16, and the bits
     do not depend on ``batch_size`` either; on CUDA another number may change the last bit. A pass that the device has
     no memory for is halved, and so are all later ones.
+
+    A CUDA device is given a pass before the last one's result is awaited, so that it goes from one to the next.
+    ``waited_s`` is how long it had none since `start_clock`.
     """
 
     def __init__(self, loaded: LoadedModel, batch_size: int | None = None) -> None:
@@ -35,6 +50,13 @@ class Teacher:
         self.device = parameter.device
         self.dtype = parameter.dtype
         self.rows = CPU_ROWS if self.device.type == "cpu" else batch_size or CUDA_ROWS
+        self._clock = DeviceClock(self.device)
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Count ``waited_s`` from here."""
+        self.waited_s = 0.0
+        self._idle_since = self._clock.moment()
 
     @cached_property
     def dim(self) -> int:
@@ -43,56 +65,95 @@ class Teacher:
         return int(self.embed_images([np.zeros((side, side, 3), np.uint8)]).shape[1])
 
     def embed_images(self, images: Iterable[np.ndarray]) -> np.ndarray:
-        """Images (S, S, 3) uint8 -> (n, D) float32, L2-normalised."""
+        """Images (S, S, 3) uint8 -> (n, D) float32, L2-normalised; an image may be overwritten after the next one."""
         return self._embed(images, self._encode_images)
 
     def embed_texts(self, texts: Iterable[str]) -> np.ndarray:
         """(n, D) float32, L2-normalised."""
-        return self._embed(texts, self._encode_texts)
+        return self.embed_tokens(tokenise(self.loaded.tokenizer, texts))
 
-    def _encode_images(self, images: list[np.ndarray]) -> Tensor:
-        pixels = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2)
-        pixels = self.loaded.normalise(pixels).to(self.dtype)
+    def embed_tokens(self, tokens: Iterable[np.ndarray]) -> np.ndarray:
+        """Texts as the tokenizer's (context_length,) int64 -> (n, D) float32, L2-normalised."""
+        return self._embed(tokens, self._encode_tokens)
+
+    def _encode_images(self, images: Tensor) -> Tensor:
+        pixels = self.loaded.normalise(images.permute(0, 3, 1, 2)).to(self.dtype)
         is_timm = self.loaded.tokenizer is None
         features: Tensor = self.model(pixels) if is_timm else self.model.encode_image(pixels, normalize=False)
         return features
 
-    def _encode_texts(self, texts: list[str]) -> Tensor:
-        tokens = self.loaded.tokenizer(texts).to(self.device)
+    def _encode_tokens(self, tokens: Tensor) -> Tensor:
         features: Tensor = self.model.encode_text(tokens, normalize=False)
         return features
 
     @torch.inference_mode()
-    def _embed(self, items: Iterable[Any], encode: Callable[[list[Any]], Tensor]) -> np.ndarray:
+    def _embed(self, items: Iterable[np.ndarray], encode: Callable[[Tensor], Tensor]) -> np.ndarray:
         features = list[np.ndarray]()
-        on_device: Tensor | None = None
-        for batch in batches(items, self.rows):
-            for encoded in self._passes(batch, encode):
-                # a result is copied from the device only when the next pass is queued there, so that it never idles
-                if on_device is not None:
-                    features.append(on_device.cpu().numpy())
-                on_device = encoded
-        if on_device is not None:
-            features.append(on_device.cpu().numpy())
+        queued = deque[_QueuedPass]()
+        for batch in self._host_batches(items):
+            for queued_pass in self._passes(batch, encode):
+                queued.append(queued_pass)
+                if len(queued) > 1:
+                    features.append(self._result(queued.popleft()))
+        features += map(self._result, queued)
         return np.concatenate(features) if features else np.empty((0, 0), np.float32)
 
-    def _passes(self, batch: list[Any], encode: Callable[[list[Any]], Tensor]) -> Iterator[Tensor]:
+    def _host_batches(self, items: Iterable[np.ndarray]) -> Iterator[Tensor]:
+        """Batches of ``rows`` items on the host, the last one shorter, in two buffers that are used in turn.
+
+        On CUDA they are page-locked, so that the device copies from them while the host fills the other one.
+        """
+        iterator = iter(items)
+        first = next(iterator, None)
+        if first is None:
+            return
+        iterator = chain([first], iterator)
+        buffers = [torch.from_numpy(np.empty((self.rows, *first.shape), first.dtype)) for _ in range(2)]
+        if self.device.type == "cuda":
+            buffers = [buffer.pin_memory() for buffer in buffers]
+        for buffer in cycle(buffers):
+            places = buffer.numpy()
+            count = 0
+            for item in islice(iterator, self.rows):
+                places[count] = item
+                count += 1
+            if not count:
+                return
+            yield buffer[:count]
+
+    def _passes(self, batch: Tensor, encode: Callable[[Tensor], Tensor]) -> Iterator[_QueuedPass]:
         """Unit vectors of the batch, in as many passes as the memory needs."""
         done = 0
         while done < len(batch):
             part = batch[done : done + self.rows]
-            padding = part[:1] * (self.rows - len(part))
+            begin = self._clock.moment()
             try:
-                encoded = encode(part + padding)[: len(part)]
+                encoded = encode(self._full_pass(part))[: len(part)]
+                features = F.normalize(encoded.float(), dim=-1)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0]
             else:
-                yield F.normalize(encoded.float(), dim=-1)
+                # the copy comes right behind the pass, not behind the next one
+                on_host = features.to("cpu", non_blocking=True)
+                yield _QueuedPass(begin, on_host, self._clock.moment())
                 done += len(part)
                 continue
             self._halve(reason)  # out of the except block, where the failed pass's tensors are free again
+
+    def _full_pass(self, part: Tensor) -> Tensor:
+        """``rows`` rows on the device: those of ``part``, then copies of its first."""
+        inputs = part.to(self.device, non_blocking=True)
+        missing = self.rows - len(inputs)
+        return torch.cat([inputs, inputs[:1].expand(missing, *inputs.shape[1:])]) if missing else inputs
+
+    def _result(self, queued: _QueuedPass) -> np.ndarray:
+        """The features (n, D) of a pass, when the device has done it."""
+        self._clock.wait(queued.end)
+        self.waited_s += self._clock.seconds(self._idle_since, queued.begin)
+        self._idle_since = queued.end
+        return queued.features.numpy().copy()
 
     def _halve(self, reason: str) -> None:
         if self.rows == 1:

@@ -6,89 +6,140 @@
 The rival does what a script does: per sample decode, K times torchvision's RandomResizedCrop, flip and RandAugment,
 normalise, the teacher on these K images and on the texts, one npz at the end. Ours is `clipmill cache`. Weights are
 random (the time does not depend on them), images have a shorter side of 256. Prints the seconds of both, their ratio,
-the share of time that the device waited, milliseconds per view on one core of both, and how far apart rows are when
-the forward passes have other numbers of rows.
+the share of time that the device waited, milliseconds per view on one core of both, what the host hands over to a
+teacher that does nothing, and how far apart rows are when the forward passes have other numbers of rows.
 """
 
 import argparse
 import io
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import open_clip
 import torch
 import torchvision.transforms as T
-from photos import photo
+from photos import small_photo
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from small_data import write_final
+
 from pipeline.cache.config import CacheConfig
+from pipeline.cache.embedder import Embedder
+from pipeline.cache.incremental import ShardIndex, plan_column_update
 from pipeline.cache.stage import cache
 from pipeline.cache.teacher import CPU_ROWS, Teacher
-from shards_spec.files import json_bytes, write_json
+from shards_spec.files import json_bytes
 from shards_spec.images import decode_rgb
-from shards_spec.manifest import Done, write_stage
 from shards_spec.models import LoadedModel, load_model
 from shards_spec.sample import Sample
-from shards_spec.tar import read_shard, write_shard
+from shards_spec.tar import read_shard
 from shards_spec.views import ViewSpec, render_views
 
 
-def small_photo(seed: int) -> bytes:
-    """A photo as `ingest` leaves it: shorter side 256."""
-    image = Image.open(io.BytesIO(photo(seed)))
-    scale, file = 256 / min(image.size), io.BytesIO()
-    image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS).save(
-        file, "JPEG", quality=95
-    )
-    return file.getvalue()
-
-
-def write_dataset(root: str, samples: int, captions: int, shards: int = 2) -> None:
-    """ROOT/shards of ``shards`` shards as `pack` leaves them."""
-    for shard in range(shards):
-        own = []
-        for index in range(samples // shards):
-            texts = {f"syn_{i}": f"a photo of thing {index} seen {i} times" for i in range(captions)}
-            members = {"jpg": small_photo(shard * samples + index), "txt": b"a photo", "json": json_bytes(texts)}
-            own.append(Sample(f"{shard:05d}{index:04d}", members))
-        path = f"shards/{shard:05d}.tar"
-        count, digest = write_shard(f"{root}/{path}", own)
-        Done("pack", shard, {}, {"success": count}, {}, {path: digest}).write(f"{root}/shards")
-    write_json(f"{root}/shards/sizes.json", {f"{shard:05d}.tar": samples // shards for shard in range(shards)})
-    write_stage(root, "pack", {"config": {}, "shards": shards, "counts": {}})
+def write_dataset(root: str, samples: int, captions: int, photos: list[bytes] | None = None) -> None:
+    """Two shards as `pack` leaves them, of these photos in turn, or each sample of its own."""
+    found = []
+    for index in range(samples):
+        texts = {f"syn_{i}": f"thing {index} seen {i} times on a table beside a window" for i in range(captions)}
+        image = photos[index % len(photos)] if photos else small_photo(index)
+        found.append(Sample(f"{index:09d}", {"jpg": image, "txt": b"a photo", "json": json_bytes(texts)}))
+    write_final(root, [found[: samples // 2], found[samples // 2 :]])
 
 
 @torch.no_grad()
-def plain_loop(root: str, loaded: LoadedModel, options: argparse.Namespace) -> None:
-    """One sample after the other, torchvision's transforms, no work ahead."""
-    device = next(loaded.model.parameters()).device
+def plain_loop(root: str, loaded: LoadedModel, views: int, ops: int, most: int | None = None) -> float:
+    """One sample after the other, torchvision's transforms, no work ahead; ``most`` samples. Returns seconds."""
+    start = time.perf_counter()
+    weight = next(loaded.model.parameters())
     transform = T.Compose(
         [
             T.RandomResizedCrop(loaded.image_size, (0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC),
             T.RandomHorizontalFlip(),
-            *([T.RandAugment(options.ops, 9)] if options.ops else []),
+            *([T.RandAugment(ops, 9)] if ops else []),
             T.ToTensor(),
             T.Normalize(loaded.mean, loaded.std),
         ]
     )
     rows = {}
-    for path in sorted(Path(root, "shards").glob("*.tar")):
-        for sample in read_shard(str(path)):
-            image = Image.open(io.BytesIO(sample.image)).convert("RGB")
-            pixels = torch.stack([transform(image) for _ in range(options.views)]).to(device)
-            rows[f"{sample.key}_image"] = loaded.model.encode_image(pixels, normalize=True).half().cpu().numpy()
-            tokens = loaded.tokenizer(sample.captions).to(device)
-            rows[f"{sample.key}_text"] = loaded.model.encode_text(tokens, normalize=True).half().cpu().numpy()
+    for sample in islice(samples_of(root), most):
+        image = Image.open(io.BytesIO(sample.image)).convert("RGB")
+        pixels = torch.stack([transform(image) for _ in range(views)]).to(weight)
+        rows[f"{sample.key}_image"] = loaded.model.encode_image(pixels, normalize=True).half().cpu().numpy()
+        tokens = loaded.tokenizer(sample.captions).to(weight.device)
+        rows[f"{sample.key}_text"] = loaded.model.encode_text(tokens, normalize=True).half().cpu().numpy()
     np.savez(f"{root}/rows.npz", **rows)
+    return time.perf_counter() - start
+
+
+def samples_of(root: str) -> Iterator[Sample]:
+    """All samples of ROOT/shards."""
+    return chain.from_iterable(read_shard(str(path)) for path in sorted(Path(root, "shards").glob("*.tar")))
+
+
+@contextmanager
+def model_in_memory(loaded: LoadedModel) -> Iterator[None]:
+    """Within it the stage takes this model instead of loading one."""
+    with patch("pipeline.cache.embedder.load_teacher", lambda *_args, **_options: loaded):
+        yield
+
+
+class NoTeacher(Teacher):
+    """Takes what the host hands over and does nothing with it."""
+
+    def _encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(images), 768, device=images.device)
+
+    _encode_tokens = _encode_images
+
+
+@dataclass(frozen=True)
+class HandedOver:
+    """What the host's side of the stage manages: rates, and how many seconds of its main process one takes."""
+
+    views_per_s: float
+    texts_per_s: float
+    core_s_per_view: float
+
+
+def hand_over(config: CacheConfig, loaded: LoadedModel, device: str) -> HandedOver:
+    """The second shard of ``config.root`` through the stage's host side to `NoTeacher`; the first starts processes."""
+    with model_in_memory(loaded):
+        embedder = Embedder(config, device, devices=1)
+    embedder.teacher = NoTeacher(loaded, config.batch_size)
+    embed_shard(embedder, 0, "image")
+    used = time.process_time()
+    views = embed_shard(embedder, 1, "image")
+    used = time.process_time() - used
+    embed_shard(embedder, 0, "text")
+    texts = embed_shard(embedder, 1, "text")
+    embedder.close()
+    count = views["new_image_vectors"]
+    return HandedOver(count / views["embedding_s"], texts["new_text_vectors"] / texts["embedding_s"], used / count)
+
+
+def embed_shard(embedder: Embedder, shard: int, kind: str) -> dict[str, float]:
+    """What the embedder logs of all columns of a ``kind``, "image" or "text"."""
+    index = ShardIndex(f"{embedder.config.root}/shards/{shard:05d}.tar")
+    updates = []
+    for name in index.column_names(embedder.config.views, texts=True):
+        update = plan_column_update(name, index, None)
+        if update is not None and update.kind == kind:
+            updates.append(update)
+    return embedder.embed_columns(index, updates)[1]
 
 
 def rendering_times(root: str, size: int, options: argparse.Namespace) -> tuple[float, float]:
     """Milliseconds per view on one core: ours, torchvision's; decoding counted once per sample in both."""
-    shards = sorted(Path(root, "shards").glob("*.tar"))
-    samples = list(islice(chain.from_iterable(read_shard(str(path)) for path in shards), 20))
+    samples = list(islice(samples_of(root), 20))
     spec = ViewSpec(ops=options.ops)
     transform = T.Compose(
         [
@@ -143,10 +194,8 @@ def main() -> None:
         loaded = load_model(options.model, f"{root}/teacher.pt", device=options.device)
         ours, theirs = rendering_times(root, loaded.image_size, options)
         print(f"rendering on one core: {ours:.2f} ms a view, torchvision {theirs:.2f}")
-        plain_loop(root, loaded, argparse.Namespace(**{**vars(options), "views": 1}))  # warm up
-        start = time.perf_counter()
-        plain_loop(root, loaded, options)
-        plain = time.perf_counter() - start
+        plain_loop(root, loaded, views=1, ops=options.ops)  # warm up
+        plain = plain_loop(root, loaded, views=options.views, ops=options.ops)
         config = CacheConfig(
             root,
             options.model,
@@ -157,6 +206,11 @@ def main() -> None:
             device=options.device,
             precision=options.precision,
             processes=options.processes,
+        )
+        host = hand_over(config, loaded, options.device)
+        print(
+            f"without a teacher: {host.views_per_s:,.0f} views/s, {host.texts_per_s:,.0f} texts/s; the main process "
+            f"takes {1e6 * host.core_s_per_view:.0f} us of a core per view"
         )
         summary = cache(config)
         waited = 100 * summary.measurements["waited_s"] / summary.measurements["embedding_s"]

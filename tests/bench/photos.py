@@ -5,6 +5,7 @@ on; the mean here is about 1.5 bits per pixel. The same seed gives the same byte
 """
 
 import io
+import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -41,6 +42,22 @@ def photo(seed: int, shortest: int = 300, longest: int = 1300) -> bytes:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=int(rng.integers(80, 93)))
     return file.getvalue()
+
+
+def small_photo(seed: int) -> bytes:
+    """A photo as `ingest` leaves it: shorter side 256."""
+    image = Image.open(io.BytesIO(photo(seed)))
+    scale = 256 / min(image.size)
+    file = io.BytesIO()
+    size = (round(image.width * scale), round(image.height * scale))
+    image.resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def small_photos(number: int) -> list[bytes]:
+    """`small_photo` of the first seeds, by all cores."""
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(small_photo, range(number), chunksize=max(1, number // 64)))
 
 
 def _write(seed: int, folder: Path) -> int:

@@ -319,7 +319,9 @@ def test_every_stage_sees_the_same_pixels(name, tmp_path, student):
     crop = (min(expected.size),) * 2
     left, top = ((whole - part) / 2 for whole, part in zip(expected.size, crop, strict=True))
     square = expected.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + crop[0], top + crop[1]))
-    assert (render(spec, side, RenderJob("k", data, (0,)))[0] == np.asarray(square)).all()
+    slots = np.empty((1, 1, side, side, 3), np.uint8)
+    assert render(slots, 0, spec, RenderJob("k", data, (0,))) is None
+    assert (slots[0, 0] == np.asarray(square)).all()
     rows.labels, chosen = rows.labels[:1], np.arange(1)
     item = LabelledImageRows(rows, student, BatchPlan(1), spec, chosen)[0]
     assert (item["images"].permute(1, 2, 0).numpy() == np.asarray(square)).all()

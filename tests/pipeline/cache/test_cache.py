@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 from itertools import chain
 from pathlib import Path
 
@@ -276,6 +277,34 @@ def test_out_of_memory_halves_the_batch(caplog):
     assert np.abs(found - expected).max() < 1e-6
     with pytest.raises(UserError, match="out of memory with one row at a time"):
         Teacher(LoadedModel(Narrow(0), None, {}, 8, (0.5,) * 3, (0.5,) * 3)).embed_images(images)
+
+
+def test_an_image_may_be_overwritten_after_the_next_one():
+    teacher = Teacher(LoadedModel(Narrow(99), None, {}, 8, (0.5,) * 3, (0.5,) * 3))
+    images = np.random.default_rng(0).integers(0, 256, (2 * CPU_ROWS + 3, 8, 8, 3), np.uint8)
+    place = np.empty_like(images[0])
+
+    def in_one_place():
+        for image in images:
+            place[:] = image
+            yield place
+
+    assert np.array_equal(teacher.embed_images(in_one_place()), teacher.embed_images(images))
+
+
+def test_what_the_teacher_waits_for_is_its_input():
+    def slowly(images):
+        for image in images:
+            time.sleep(0.01)
+            yield image
+
+    images = np.zeros((CPU_ROWS + 4, 8, 8, 3), np.uint8)
+    teacher = Teacher(LoadedModel(Narrow(99), None, {}, 8, (0.5,) * 3, (0.5,) * 3))
+    start = time.monotonic()
+    teacher.embed_images(slowly(images))
+    assert 0.01 * len(images) <= teacher.waited_s <= time.monotonic() - start
+    teacher.start_clock()
+    assert teacher.waited_s == 0
 
 
 @pytest.fixture(scope="module")
