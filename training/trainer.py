@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from shards_spec.files import UserError
 from shards_spec.messages import counted
 from shards_spec.models import pick_device
 from shards_spec.precision import resolve_precision
 from training.config import flat, total_steps
-from training.data.batches import TrainingRows, load_batches
+from training.data.batches import TrainingRows, lay_out_images, load_batches
 from training.engine.batch_fit import fitted, out_of_memory, profiles
 from training.engine.checkpointing import Checkpointing, Progress
 from training.engine.distributed import Ranks, processes
@@ -50,6 +49,8 @@ def train(recipe: str, config: RecipeConfig) -> str:
     """
     stopped = None
     with processes(config.run.device) as (ranks, device), ExitStack() as held:
+        if device.startswith("cuda"):
+            torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32, as open_clip's training does
         run, precision = RunFolder(config.run.out), config.run.precision
         resumed_from, predicted = None, Memory()
         with ranks.raise_on_all():
@@ -61,16 +62,17 @@ def train(recipe: str, config: RecipeConfig) -> str:
             prepared = prepare(recipe, config)
             rows = prepared.rows
             next(rows.plan.positions(0, 0, 1, ranks.rank, ranks.size))  # raises where processes cannot share a batch
+            with out_of_memory(device):
+                prepared = prepared._replace(task=prepared.task.to(device).train())
+                if ranks.is_main:
+                    predicted = fitted(config.run, profiles(config, rows, prepared.task, device), ranks.size, device)
             if ranks.is_main:
-                predicted = fitted(config.run, profiles(config, rows, prepared.task), ranks.size, device)
                 steps_of = partial(_steps, config, rows)
                 resumed_from = run.start(recipe, flat(config), config.run.resume, device, steps_of)
                 run.describe(prepared.student, config.student.model)
         resumed_from, predicted = ranks.broadcast((resumed_from, predicted))
         log.info("%s", predicted)
         config = _with_run(config, chunk_size=predicted.chunk_size)
-        with ranks.raise_on_all(), out_of_memory(device):
-            prepared = prepared._replace(task=prepared.task.to(device).train())
         trainer = Trainer(config, prepared, run, ranks=ranks, device=device, predicted=predicted)
         with ranks.raise_on_all():
             if resumed_from is not None:
@@ -119,9 +121,9 @@ def predict(recipe: str, config: RecipeConfig) -> Memory:
     """
     device = pick_device(config.run.device)
     config = _with_run(config, precision=resolve_precision(config.run.precision, device, emulated=False))
-    with processes("cpu") as (ranks, _):
+    with processes("cpu") as (ranks, _), out_of_memory(device):
         prepared = prepare(recipe, config)
-        measured = profiles(config, prepared.rows, prepared.task)
+        measured = profiles(config, prepared.rows, prepared.task.to(device), device)
         return fitted(config.run, measured, ranks.size, device, warn_only=config.run.fit is None)
 
 
@@ -180,6 +182,7 @@ class Trainer:
                 with self.ranks.raise_on_all():
                     batch = next(batches)
                 update = self.step(batch)
+                del batch  # its memory serves the next one
                 metrics = self.validation.evaluate(progress) if self.validation.is_due(progress) else {}
                 now = time.monotonic()
                 progress.seconds = now - start
@@ -224,7 +227,7 @@ class Trainer:
         size = self.rows.plan.size(progress.step)
         progress.skipped += size - sum(sizes)
         if self.config.run.channels_last:
-            _lay_out_images(batch)
+            lay_out_images(batch)
         update = self.updater.update(batch, progress.step, sizes)
         progress.step += 1
         progress.samples_seen += size
@@ -285,10 +288,3 @@ class Trainer:
         steps = _steps(self.config, self.rows, before)
         if steps != self.total and self.ranks.is_main:
             log.warning("%s", extension(self.config.optim, self.progress.step, steps, self.total))
-
-
-def _lay_out_images(batch: Batch) -> None:
-    """Put the channels of a batch's images innermost in memory."""
-    for name, value in batch.items():
-        if isinstance(value, Tensor) and value.ndim == 4:
-            batch[name] = value.contiguous(memory_format=torch.channels_last)

@@ -3,6 +3,7 @@
 import logging
 import signal
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, repeat, tee
 from typing import Any, Protocol
@@ -78,7 +79,7 @@ def load_batches(
     """Yield one batch per range of positions, in order.
 
     Workers read pieces of `PIECE_SIZE` rows, not whole batches: so the first batch is ready sooner, and two batches are
-    in flight however many workers there are.
+    in flight however many workers there are. On CUDA one more is on the device already, as bytes.
 
     Args:
         rows: The rows.
@@ -98,7 +99,20 @@ def load_batches(
         DataError: A file is damaged, or no row of a batch can be used.
         UserError: A file or folder cannot be used.
     """
-    batches = zip(positions, sides or repeat(None), strict=False)
+    lists_of_pieces = _read_batches(rows, zip(positions, sides or repeat(None), strict=False), workers, device)
+    if device.startswith("cuda"):
+        lists_of_pieces = _copied_ahead(lists_of_pieces, device)
+    for pieces in lists_of_pieces:
+        batch = _join(pieces, rows.student, as_bytes)
+        pieces.clear()  # joined they are copies: the step has their memory
+        yield batch
+        del batch  # while the next one is made
+
+
+def _read_batches(
+    rows: TrainingRows, batches: Iterator[tuple[range, int | None]], workers: int, device: str
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the pieces of each batch, on the device. Raises and logs what `load_batches` does."""
     first = next(batches, None)
     if first is None:
         return
@@ -120,9 +134,34 @@ def load_batches(
         parts.append(_to_device(piece, device))
         missing -= 1
         if missing == 0:
-            yield _join(parts, rows.student, as_bytes)
+            yield parts
             parts = []
             missing = next(piece_counts, 0)
+
+
+def _copied_ahead(batches: Iterator[list[dict[str, Any]]], device: str) -> Iterator[list[dict[str, Any]]]:
+    """Yield what ``batches`` yields, taken one ahead by a thread whose copies to the device have a stream of their own.
+
+    Taking a batch out of the workers' queue and copying it then happen while the device is busy with the step before.
+    Errors are raised where their batch would have been yielded.
+    """
+    copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def take() -> list[dict[str, Any]] | None:
+        with torch.cuda.stream(copies):
+            return next(batches, None)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        upcoming = thread.submit(take)
+        while (pieces := upcoming.result()) is not None:
+            computing = torch.cuda.current_stream(device)
+            computing.wait_stream(copies)  # all that was copied before the next batch is asked for
+            for piece in pieces:
+                for value in piece.values():
+                    if isinstance(value, Tensor):
+                        value.record_stream(computing)  # its memory belongs to the other stream
+            upcoming = thread.submit(take)
+            yield pieces
 
 
 def first_batch(rows: TrainingRows, count: int, side: int | None = None) -> dict[str, Any]:
@@ -219,6 +258,13 @@ def _join(pieces: list[dict[str, Any]], student: LoadedModel, as_bytes: bool) ->
 def is_pixels(value: Any) -> bool:
     """Return whether a field of a batch is images (B, 3, S, S) of 0 to 255 that are not yet normalised."""
     return isinstance(value, Tensor) and value.dtype == torch.uint8 and value.ndim == 4
+
+
+def lay_out_images(batch: dict[str, Any]) -> None:
+    """Put the channels of a batch's images innermost in memory, in place."""
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and value.ndim == 4:
+            batch[name] = value.contiguous(memory_format=torch.channels_last)
 
 
 def _pad_to_longest(pieces: list[dict[str, Any]]) -> None:

@@ -12,18 +12,21 @@ import torch
 from shards_spec.files import UserError
 from shards_spec.library_errors import is_out_of_memory, short
 from shards_spec.messages import counted
+from shards_spec.precision import resolve_precision
 from training.config import RunConfig
-from training.data.batches import TrainingRows, first_batch
+from training.data.batches import TrainingRows, first_batch, lay_out_images
+from training.engine.device_memory import CudaMeter, DeviceProfile, Meter, measure
 from training.engine.gradients import split
 from training.engine.memory_estimate import Memory, Profile, profile
 from training.engine.sync_batch_norm import moving
-from training.task import RecipeConfig, Task, check_item_fields
+from training.task import Batch, RecipeConfig, Task, check_item_fields
 
 log = logging.getLogger(__name__)
 GB = 1e9
 SHARE = 0.9  # of the memory that a prediction may fill: it leaves workspaces and the allocator's rounding out
 ADVICE = "take a smaller --chunk-size, --batch-size or --model, or --checkpoint-activations"
 PROFILED = 16  # samples read to measure what one takes
+MOST_MEASURED = 64  # samples of a pass on a GPU, whose kernels for a few samples take other workspaces than for many
 # a cgroup's limit and what is used of it for good, of versions 2 and 1
 CGROUPS = (
     ("memory.max", "memory.stat", "anon"),
@@ -34,7 +37,7 @@ CGROUPS = (
 class SizedProfile(NamedTuple):
     """What a task takes per sample, and the global batch for which that holds."""
 
-    profile: Profile
+    profile: Profile | DeviceProfile
     batch_size: int
 
 
@@ -47,8 +50,9 @@ def memory_limit(fit: float | None, device: str) -> tuple[float, str]:
     """
     if fit is not None:
         return fit * GB, f"of --fit {fit:g}"
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0], "that are free on the device"
+    if device.startswith("cuda"):  # what this process holds already is part of the prediction
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        return free, "that are free on the device"
     return available_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "that are free on this machine"
 
 
@@ -66,20 +70,53 @@ def available_bytes(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> floa
     return min(limits) if limits else float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-def profiles(config: RecipeConfig, rows: TrainingRows, task: Task) -> list[SizedProfile]:
+def profiles(
+    config: RecipeConfig, rows: TrainingRows, task: Task, device: str = "cpu", meter: Meter | None = None
+) -> list[SizedProfile]:
     """Measure what the smallest and the largest images of a run take.
 
-    Raises UserError where the samples lack a field that the task reads.
+    On CUDA, or with a meter, by passes on the device where the task is; otherwise by what a CPU saves. Raises UserError
+    where the samples lack a field that the task reads.
     """
-    plan, has_average = rows.plan, config.optim.ema_decay is not None
-    measured = []
+    if device.startswith("cuda"):
+        meter = CudaMeter(device)
+    plan, measured = rows.plan, []
+    task.train()
     for side in sorted({min(plan.sides), max(plan.sides)}) if plan.sides else (None,):
-        batch = first_batch(rows, PROFILED, side)
+        batch, batch_size = first_batch(rows, PROFILED, side), plan.of_side(side)
         check_item_fields(task, batch)
-        few = split(batch, max(1, len(batch["keys"]) // 4))[0]
-        one = profile(task.train(), few, config.run.precision, has_average)
-        measured.append(SizedProfile(one, plan.of_side(side)))
+        one: Profile | DeviceProfile
+        if meter is not None:
+            one = _measured_on_device(config, task, batch, batch_size, device, meter)
+        else:
+            few = split(batch, max(1, len(batch["keys"]) // 4))[0]
+            one = profile(task, few, config.run.precision, config.optim.ema_decay is not None)
+        measured.append(SizedProfile(one, batch_size))
     return measured
+
+
+def _measured_on_device(
+    config: RecipeConfig, task: Task, batch: Batch, batch_size: int, device: str, meter: Meter
+) -> DeviceProfile:
+    """Measure with as many samples as the device has room for, up to the batch and to `MOST_MEASURED`."""
+    run = config.run
+    if run.channels_last:
+        task.to(memory_format=torch.channels_last)
+        lay_out_images(batch)
+    moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    precision = resolve_precision(run.precision, device, emulated=False)
+    average = config.optim.ema_decay is not None
+    most = max(2, min(MOST_MEASURED, batch_size))
+    while True:
+        try:
+            return measure(task, moved, batch_size, meter, precision=precision, average=average, most=most)
+        except (RuntimeError, MemoryError) as error:
+            if most == 2 or not is_out_of_memory(error):
+                raise
+        finally:
+            task.zero_grad(set_to_none=True)
+            meter.clear()  # a run's own peak is that of its steps
+        most = max(2, most // 2)
 
 
 def choose(batches: list[SizedProfile], ranks: int, available: float, asked: int | None) -> Memory:

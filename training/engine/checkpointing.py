@@ -12,6 +12,7 @@ from shards_spec.files import DataError, UserError, sha256_json
 from shards_spec.messages import counted
 from training.data.batches import TrainingRows
 from training.engine.gradients import rng_state, set_rng_state
+from training.engine.optim import load_optimizer
 from training.engine.updater import Updater
 from training.runs.checkpoint_files import load_checkpoint
 from training.runs.run_folder import RunFolder
@@ -122,7 +123,7 @@ class Checkpointing:
             updater.rebuild()
         try:
             updater.task.load_state_dict(state["task"])
-            updater.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(updater.optimizer, state["optimizer"])
         except (RuntimeError, ValueError) as error:  # a name or a shape; a group of parameters
             raise DataError(
                 f"{checkpoint} does not fit the model as it is built now ({describe_mismatch(error)}): restore what it "

@@ -96,6 +96,8 @@ def processes(device: str) -> Iterator[tuple[Ranks, str]]:
     ranks = _from_environment()
     device = pick_device(device)
     if ranks.size == 1:
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)  # streams, pinned memory and compiled kernels take the current one
         yield ranks, device
         return
     if device.startswith("cuda"):

@@ -134,7 +134,7 @@ def profile(task: Task, batch: Batch, precision: PrecisionOption = "fp32", avera
     """Measure a task as `predict_memory` does."""
     count = len(batch["keys"])
     few = split(batch, 2)[0]
-    trained = _bytes(parameter for parameter in task.parameters() if parameter.requires_grad)
+    trained = bytes_of(parameter for parameter in task.parameters() if parameter.requires_grad)
     inputs = {id(value.untyped_storage()): value for value in batch.values() if isinstance(value, Tensor)}
     kept = {tensor.untyped_storage().data_ptr() for tensor in [*task.parameters(), *task.buffers(), *inputs.values()]}
     is_half = precision != "fp32"  # bf16 for both: a CPU takes long over fp16, and the bytes are the same
@@ -146,15 +146,14 @@ def profile(task: Task, batch: Batch, precision: PrecisionOption = "fp32", avera
         few_saved, _ = saved_bytes(partial(task, task.draw(few)), kept)
         saved, features = saved_bytes(partial(task, task.draw(batch)), kept)
         of_losses = [saved_bytes(partial(_losses, task, features, times), kept)[0] for times in (1, 2, 3)]
-    per_sample = {id(value): value.nbytes / count for value in inputs.values() if len(value) == count}
-    pixels = per_sample.pop(id(batch.get("images")), 0.0)
-    averaged = _bytes(value for value in task.student.state_dict().values() if value.is_floating_point())
+    pixels, others = bytes_per_sample(batch)
+    averaged = bytes_of(value for value in task.student.state_dict().values() if value.is_floating_point())
     return Profile(
-        weights=_bytes([*task.parameters(), *task.buffers()]),
+        weights=bytes_of([*task.parameters(), *task.buffers()]),
         trained=trained,
         average=averaged if average else 0,
         pixels=pixels,
-        others=sum(per_sample.values()),
+        others=others,
         activations=((len(few["keys"]), few_saved), (count, saved)),
         losses=tuple((times * count, taken) for times, taken in zip((1, 2, 3), of_losses, strict=True)),
     )
@@ -192,7 +191,16 @@ def _line(points: tuple[tuple[int, int], ...]) -> np.poly1d:
     return np.poly1d(np.polyfit(sizes, measured, 1))
 
 
-def _bytes(tensors: Any) -> int:
-    """Each storage once: tied weights count as one."""
+def bytes_per_sample(batch: Batch) -> tuple[float, float]:
+    """Return the bytes of a sample's images, and of its other tensors."""
+    count = len(batch["keys"])
+    inputs = {id(value.untyped_storage()): value for value in batch.values() if isinstance(value, Tensor)}
+    per_sample = {id(value): value.nbytes / count for value in inputs.values() if len(value) == count}
+    pixels = per_sample.pop(id(batch.get("images")), 0.0)
+    return pixels, sum(per_sample.values())
+
+
+def bytes_of(tensors: Any) -> int:
+    """Return the bytes of tensors, each storage once: tied weights count as one."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

@@ -92,11 +92,36 @@ def learning_rate(step: int, config: OptimConfig, total: int) -> float:
 def build_optimizer(
     module: nn.Module, config: OptimConfig, groups: Sequence[ParamGroup] | None = None
 ) -> torch.optim.AdamW:
-    """Return AdamW over ``groups``, by default the two groups of `param_groups`."""
+    """Return AdamW over ``groups``, by default the two groups of `param_groups`.
+
+    On CUDA it is the fused one: one kernel for many parameters, and no copies of them all during a step.
+    """
     if groups is None:
         groups = param_groups(module, config.weight_decay)
     options = [group.as_dict() for group in groups]
-    return torch.optim.AdamW(options, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    fused = True if all(parameter.is_cuda for group in groups for parameter in group.params) else None
+    return torch.optim.AdamW(options, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take a state that was saved on any device, in any memory format.
+
+    A group of the state says whether it was fused, which is a matter of the device and not of the run; and the fused
+    kernel wants its state laid out as the parameters are. Raises ValueError where the groups are others.
+
+    Args:
+        optimizer: The optimizer.
+        state: Its `state_dict` of then.
+    """
+    own = [group["fused"] for group in optimizer.param_groups]
+    groups = state["param_groups"]
+    if len(groups) == len(own):  # else the optimizer says what does not fit
+        groups = [{**group, "fused": fused} for group, fused in zip(groups, own, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and value.ndim and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter).copy_(value)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, groups: Sequence[ParamGroup], scheduled: float) -> None:

@@ -119,27 +119,26 @@ class Updater:
             sizes: Samples of each process's share.
         """
         before = [buffer.clone() for buffer in self.statistics]
-        losses, is_bad = self._compute_gradients(batch, step, sizes, before)
+        losses = self._compute_gradients(batch, step, sizes, before)
+        losses = {name: value.detach() for name, value in losses.items()}  # without the graph
+        # the only place where a step waits for the device: forward and backward pass are on their way when it does
+        loss, norm = torch.stack([total(losses).double(), self._unscale_and_clip().double()]).tolist()
+        scaler = self.gradients.scaler
+        is_final = not scaler.is_enabled() or scaler.get_scale() < 1  # else the scaler skips and lowers its scale
+        is_lost = not math.isfinite(loss) or (is_final and not math.isfinite(norm))
+        is_bad = bool(self.ranks.all_max(is_lost)[0])
         lr = learning_rate(step, self.config.optim, self.total)
-        norm = math.nan
-        if not is_bad:
-            norm = self._unscale_and_clip()
-            scaler = self.gradients.scaler
-            is_final = not scaler.is_enabled() or scaler.get_scale() < 1  # else the scaler skips and lowers its scale
-            is_bad = bool(self.ranks.all_max(is_final and not math.isfinite(norm))[0])
         rebuilt = False
         if is_bad:
             self._restore_statistics(before)
+            scaler.update(scaler.get_scale())  # the same scale: it forgets the gradients of this step
         else:
             rebuilt = self._apply(step, lr)
         self.optimizer.zero_grad(set_to_none=True)
-        losses = {name: value.detach() for name, value in losses.items()}  # not the graph of a skipped step
-        return Update(losses, lr, norm, is_bad, rebuilt)
+        return Update(losses, lr, norm if math.isfinite(loss) else math.nan, is_bad, rebuilt)
 
-    def _compute_gradients(
-        self, batch: Batch, step: int, sizes: list[int], before: list[Tensor]
-    ) -> tuple[Losses, bool]:
-        """Return the losses, and whether one is not finite: then there are no gradients.
+    def _compute_gradients(self, batch: Batch, step: int, sizes: list[int], before: list[Tensor]) -> Losses:
+        """Return the losses, after their backward pass.
 
         Chunks that do not fit the memory are halved, and the step begins again.
         """
@@ -160,19 +159,17 @@ class Updater:
             if self.device != "cpu":
                 torch.cuda.empty_cache()
 
-    def _try_gradients(self, batch: Batch, step: int, sizes: list[int]) -> tuple[Losses, bool]:
+    def _try_gradients(self, batch: Batch, step: int, sizes: list[int]) -> Losses:
         """A function of its own, so that an attempt that did not fit keeps nothing while the next one runs."""
         losses, backward = self.gradients.losses(batch, step, sizes)
-        is_bad = bool(self.ranks.all_max(not math.isfinite(total(losses).item()))[0])
-        if not is_bad:
-            backward()
-        return losses, is_bad
+        backward()
+        return losses
 
-    def _unscale_and_clip(self) -> float:
-        """Return the gradient's norm before clipping."""
+    def _unscale_and_clip(self) -> Tensor:
+        """Return the gradient's norm before clipping, on the device."""
         self.gradients.scaler.unscale_(self.optimizer)
         parameters = [parameter for parameter in self.task.parameters() if parameter.grad is not None]
-        return float(nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm or math.inf))
+        return nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm or math.inf)
 
     def _apply(self, step: int, lr: float) -> bool:
         """Move the weights; return whether the task changed its shape."""

@@ -100,7 +100,8 @@ def sample_negatives(similarity: Tensor, ids: Sequence[Tensor], seed: int, step:
     blocked = torch.eye(count, dtype=torch.bool, device=similarity.device)
     for same in ids:
         blocked |= same[:, None] == same[None, :]
-    uniforms = torch.from_numpy(uniform_draws(f"pairs/{seed}/{step}", 2 * count)).to(similarity.device).view(count, 2)
+    uniforms = torch.from_numpy(uniform_draws(f"pairs/{seed}/{step}", 2 * count)).view(count, 2)
+    uniforms = uniforms.to(similarity.device, non_blocking=True)  # a copy that blocks waits for the forward pass
     return Negatives(_draw(similarity, blocked, uniforms[:, 0]), _draw(similarity.T, blocked, uniforms[:, 1]))
 
 
@@ -130,10 +131,10 @@ def _draw(logits: Tensor, blocked: Tensor, uniforms: Tensor) -> Tensor:
 def text_ids(tokens: Tensor) -> Tensor:
     """Return a number per text, equal for equal rows: (B, T) -> (B,) int64, a random linear hash modulo 2**64."""
     factors = raw_draws("text ids", tokens.shape[1]).view(np.int64)
-    return (tokens.long() * torch.from_numpy(factors).to(tokens.device)).sum(dim=1)
+    return (tokens.long() * torch.from_numpy(factors).to(tokens.device, non_blocking=True)).sum(dim=1)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # hashes are computed by Python and NumPy
 def key_ids(keys: Sequence[str], device: torch.device) -> Tensor:
     """Return a number per sample key, (B,) int64."""
-    return torch.from_numpy(content_ids(keys).view(np.int64)).to(device)
+    return torch.from_numpy(content_ids(keys).view(np.int64)).to(device, non_blocking=True)

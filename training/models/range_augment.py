@@ -51,8 +51,8 @@ class RangeAugment(nn.Module):
     def magnitude_range(self, name: str) -> Tensor:
         """Return the lower and the upper end of an operation's magnitude, (2,)."""
         parameter = self.ranges[name]
-        low = parameter.new_tensor([bound.low for bound in self.BOUNDS[name]])
-        high = parameter.new_tensor([bound.high for bound in self.BOUNDS[name]])
+        low = _on_device_of(parameter, [bound.low for bound in self.BOUNDS[name]])
+        high = _on_device_of(parameter, [bound.high for bound in self.BOUNDS[name]])
         ends: Tensor = low + (high - low) * torch.sigmoid(parameter)
         return ends
 
@@ -93,8 +93,8 @@ class RangeAugment(nn.Module):
                 operation = operations[int(drawn[0, turn, 0])]
                 fractions = drawn[:, turn, 1]
                 is_chosen = fractions >= 0
-                chosen = is_chosen.nonzero().flatten().to(clean.device)
-                chosen_fractions = fractions[is_chosen].view(-1, 1, 1, 1).to(clean.device)
+                chosen = is_chosen.nonzero().flatten().to(clean.device, non_blocking=True)
+                chosen_fractions = fractions[is_chosen].view(-1, 1, 1, 1).to(clean.device, non_blocking=True)
                 changed = self._apply_operation(operation, pixels[chosen], chosen_fractions)
                 pixels = pixels.index_copy(0, chosen, changed)
             pixels = pixels.clamp(0, 1)
@@ -113,6 +113,11 @@ class RangeAugment(nn.Module):
         else:
             changed = pixels + magnitude * torch.randn_like(pixels)
         return changed
+
+
+def _on_device_of(parameter: Tensor, values: list[float]) -> Tensor:
+    """Return numbers as the parameter's type, without waiting for its device as ``new_tensor`` would."""
+    return torch.tensor(values, dtype=parameter.dtype).to(parameter.device, non_blocking=True)
 
 
 def curriculum_loss(errors: Tensor, step: int, total: int) -> Tensor:
