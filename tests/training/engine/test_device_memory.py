@@ -1,4 +1,4 @@
-"""The prediction from passes on the device, against whole steps: on the CPU, with a meter that counts what CUDA's does."""
+"""The prediction from passes on the device, against whole steps on the CPU, whose meter counts as CUDA's does."""
 
 import pytest
 import torch
