@@ -87,7 +87,7 @@ def profiles(
         check_item_fields(task, batch)
         one: Profile | DeviceProfile
         if meter is not None:
-            one = _measured_on_device(config, task, batch, batch_size, device, meter)
+            one = _measured_on_device(config, task, batch, batch_size=batch_size, device=device, meter=meter)
         else:
             few = split(batch, max(1, len(batch["keys"]) // 4))[0]
             one = profile(task, few, config.run.precision, config.optim.ema_decay is not None)
@@ -96,7 +96,7 @@ def profiles(
 
 
 def _measured_on_device(
-    config: RecipeConfig, task: Task, batch: Batch, batch_size: int, device: str, meter: Meter
+    config: RecipeConfig, task: Task, batch: Batch, *, batch_size: int, device: str, meter: Meter
 ) -> DeviceProfile:
     """Measure with as many samples as the device has room for, up to the batch and to `MOST_MEASURED`."""
     run = config.run

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -99,8 +100,10 @@ def build_optimizer(
     if groups is None:
         groups = param_groups(module, config.weight_decay)
     options = [group.as_dict() for group in groups]
-    fused = True if all(parameter.is_cuda for group in groups for parameter in group.params) else None
-    return torch.optim.AdamW(options, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+    on_cuda = all(parameter.is_cuda for parameter in chain.from_iterable(group.params for group in groups))
+    return torch.optim.AdamW(
+        options, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=on_cuda or None
+    )
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
