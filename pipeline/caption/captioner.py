@@ -1,6 +1,7 @@
 """A captioner on its device: batches of images to captions, within the device's memory."""
 
 import logging
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from pipeline.caption.beam_search import beam_search
 from pipeline.caption.coca import NO_COCA, Coca
+from pipeline.caption.cuda_graphs import CudaCapture, GraphCache
 from pipeline.caption.decoding import Decoding
 from pipeline.caption.head_check import ContrastiveHeadCheck
 from pipeline.caption.requests import CaptionedImage, CaptionRequest, GeneratedCaption
 from pipeline.caption.sampling import DecodedTokens, generate
+from pipeline.caption.static_sampling import StaticSampler
 from shards_spec.files import UserError
 from shards_spec.images import crop_extreme_aspect
 from shards_spec.library_errors import is_out_of_memory
@@ -60,18 +63,32 @@ class Captioner:
         self.image_size = loaded.image_size
         preprocess = open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(loaded.model))
         self._transform: Any = open_clip.transform.image_transform_v2(preprocess, is_train=False)
+        self.sampler: StaticSampler | None = None  # writes captions by CUDA graphs, where it can
+        if self.coca.device.type == "cuda" and self.coca.text_blocks is not None and decoding.method != "beam":
+            self.sampler = StaticSampler(self.coca, decoding, GraphCache(partial(CudaCapture, self.coca.device)))
         self.batch_size = batch_size or self._default_batch_size()
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """(3, S, S) as the model was trained to see it, by open_clip's evaluation transform."""
+        """(3, S, S) as the model was trained to see it, by open_clip's evaluation transform, in the model's type."""
         pixels: Tensor = self._transform(crop_extreme_aspect(image))
-        return pixels
+        return pixels.to(self.coca.dtype)
+
+    def stack(self, requests: list[CaptionRequest]) -> Tensor:
+        """The images (P, 3, S, S) of at least one request, for a GPU in pinned memory.
+
+        `caption` does it where it has not been done; the stage has another thread do it while the device is busy.
+        """
+        images = [request.image for request in requests]
+        if self.coca.device.type != "cuda":
+            return torch.stack(images)
+        pinned = torch.empty(len(images), *images[0].shape, dtype=images[0].dtype, pin_memory=True)
+        return torch.stack(images, out=pinned)
 
     def bytes_per_image(self) -> int:
         """An upper bound of the device memory that one more image in the batch takes at its worst moment.
 
         Counted: the encoder's activations, the image's cross-attention keys and values, its rows' caches, and the
-        room to choose a token.
+        room to choose a token. CUDA graphs have cross-attention's input and the room to choose a second time.
         """
         coca = self.coca
         decoding = self.decoding
@@ -85,7 +102,11 @@ class Captioner:
         layers = [*(coca.text_blocks or ()), *coca.blocks]
         caches = sum(2 * block.heads * block.head_width * length * item for block in layers)
         vocabulary = coca.decoder.text_projection.shape[1]
-        per_row = int(caches * CACHE_OVERHEAD) + SAMPLING_BYTES * vocabulary
+        choosing = SAMPLING_BYTES * vocabulary
+        if self.sampler:
+            cross_attention *= 2
+            choosing *= 2
+        per_row = int(caches * CACHE_OVERHEAD) + choosing
         return int(int(cross_attention * CACHE_OVERHEAD) + encoder + rows * per_row)
 
     def _default_batch_size(self) -> int:
@@ -98,18 +119,23 @@ class Captioner:
         return 1 << (most.bit_length() - 1)
 
     def caption(
-        self, requests: list[CaptionRequest], head_check: ContrastiveHeadCheck | None = None
+        self,
+        requests: list[CaptionRequest],
+        head_check: ContrastiveHeadCheck | None = None,
+        images: Tensor | None = None,
     ) -> list[CaptionedImage]:
         """Captions for any number of requests; their rated original pairs are added to ``head_check``.
 
-        A batch that the device has no memory for is halved, and so are all later ones. Raises UserError when not even
-        one image fits.
+        ``images`` is their `stack`, where it was made before. A batch that the device has no memory for is halved, and
+        so are all later ones. Raises UserError when not even one image fits.
         """
         answers: list[CaptionedImage] = []
         while len(answers) < len(requests):
-            batch = requests[len(answers) : len(answers) + self.batch_size]
+            part = slice(len(answers), len(answers) + self.batch_size)
+            batch = requests[part]
             try:
-                answers += self._caption_batch(batch, head_check)
+                stacked = self.stack(batch) if images is None else images[part]
+                answers += self._caption_batch(batch, stacked, head_check)
                 continue
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -120,15 +146,17 @@ class Captioner:
                 raise UserError(f"out of memory with one image at a time ({reason}); ask for fewer or shorter captions")
             self.batch_size = len(batch) // 2
             log.warning("out of memory with %d images; continuing with %d at a time", len(batch), self.batch_size)
+            if self.sampler:
+                self.sampler.release()
             if self.coca.device.type == "cuda":
                 torch.cuda.empty_cache()
         return answers
 
     def _caption_batch(
-        self, requests: list[CaptionRequest], head_check: ContrastiveHeadCheck | None
+        self, requests: list[CaptionRequest], stacked: Tensor, head_check: ContrastiveHeadCheck | None
     ) -> list[CaptionedImage]:
         coca = self.coca
-        images = coca.encode_images(torch.stack([request.image for request in requests]))
+        images = coca.encode_images(stacked)
         owners = list[int]()  # of each caption: the position of its request
         names = list[str]()
         for position, request in enumerate(requests):
@@ -138,6 +166,8 @@ class Captioner:
         decoded: list[DecodedTokens]
         if self.decoding.method == "beam":
             decoded = list(chain.from_iterable(beam_search(coca, images, self.num_captions, self.decoding)))
+        elif self.sampler:
+            decoded = self.sampler.generate(images, owners, names)
         else:
             decoded = generate(coca, images, owners, names, self.decoding)
         prompt = coca.prompt_tokens(self.decoding.prefix)

@@ -68,6 +68,16 @@ class KeyValueCache:
     keys: Tensor
     values: Tensor
 
+    @classmethod
+    def empty(cls, block: DecodingBlock, rows: int, length: int, like: Tensor) -> "KeyValueCache":
+        """Room for ``length`` tokens of each row in ``block``, with the type and device of ``like``."""
+        shape = (rows, block.heads, length, block.head_width)
+        return cls(like.new_empty(shape), like.new_empty(shape))
+
+    def first(self, rows: int) -> "KeyValueCache":
+        """The first rows, in the same memory."""
+        return KeyValueCache(self.keys[:rows], self.values[:rows])
+
     def select(self, rows: Tensor, filled: int) -> "KeyValueCache":
         """A cache of these rows, also several times the same; the first ``filled`` tokens are copied."""
 
@@ -92,6 +102,22 @@ class EncodedImages:
         keys = [layer[images] for layer in self.keys]
         values = [layer[images] for layer in self.values]
         return EncodedImages(self.features[images], keys, values)
+
+    def first(self, count: int) -> "EncodedImages":
+        """The first images, in the same memory."""
+        keys = [layer[:count] for layer in self.keys]
+        values = [layer[:count] for layer in self.values]
+        return EncodedImages(self.features[:count], keys, values)
+
+    def room(self, count: int) -> "EncodedImages":
+        """Zeros for ``count`` images of the same model."""
+
+        def zeros(tensor: Tensor) -> Tensor:
+            return tensor.new_zeros(count, *tensor.shape[1:])
+
+        keys = [zeros(layer) for layer in self.keys]
+        values = [zeros(layer) for layer in self.values]
+        return EncodedImages(zeros(self.features), keys, values)
 
 
 class Coca:
@@ -119,6 +145,7 @@ class Coca:
         weight = self.decoder.text_projection
         self.dtype = weight.dtype
         self.device = weight.device
+        self.suppressed_ids = torch.tensor(self.suppressed_tokens, dtype=torch.long, device=self.device)
         self.logits = prepack_linear(weight.t(), None)
         self.text_blocks: list[DecodingBlock] | None = None
         if _is_causal(self.text):
@@ -148,7 +175,7 @@ class Coca:
     @torch.inference_mode()
     def encode_images(self, images: Tensor) -> EncodedImages:
         """Encode preprocessed images (P, 3, S, S), once for all their captions."""
-        features, tokens = self.model.visual(images.to(self.device, self.dtype))
+        features, tokens = self.model.visual(images.to(self.device, self.dtype, non_blocking=True))
         keys = []
         values = []
         for block in self.cross_blocks:
@@ -202,31 +229,40 @@ def _is_causal(text: Any) -> bool:
     )
 
 
+@dataclass
 class DecoderState:
-    """R captions being written side by side; at first one per image. Rows of an image are neighbours.
+    """R captions being written side by side. Rows of an image are neighbours.
 
     ``tokens`` (R, T_max) holds the tokens so far, ``position`` is their number, ``image`` (R,) is each row's image.
+    Cross-attention takes the rows of an image as its queries: each row has a place in a grid (P, ``slots``), ``grid``
+    (R,), None where the rows in their order fill it.
     """
 
-    def __init__(self, coca: Coca, images: EncodedImages, length: int) -> None:
-        """Room for ``length`` tokens, start token and prompt counted."""
-        self.coca = coca
-        self.images = images
-        self.position = 0
+    coca: Coca
+    images: EncodedImages
+    tokens: Tensor
+    text_caches: list[KeyValueCache]
+    caches: list[KeyValueCache]
+    image: Tensor
+    grid: Tensor | None = None
+    slots: int = 1
+    position: int = 0
+
+    @classmethod
+    def empty(cls, coca: Coca, images: EncodedImages, length: int) -> "DecoderState":
+        """A caption per image, with room for ``length`` tokens, start token and prompt counted."""
         rows = len(images.features)
-        self.tokens = torch.zeros(rows, length, dtype=torch.long, device=coca.device)
+        image = torch.arange(rows, device=coca.device)
+        weight = coca.decoder.text_projection
 
-        def empty(block: DecodingBlock) -> KeyValueCache:
-            shape = (rows, block.heads, length, block.head_width)
-            keys = torch.empty(shape, dtype=coca.dtype, device=coca.device)
-            return KeyValueCache(keys, torch.empty_like(keys))
+        def caches(blocks: Sequence[DecodingBlock]) -> list[KeyValueCache]:
+            return [KeyValueCache.empty(block, rows, length, weight) for block in blocks]
 
-        self.text_caches = [empty(block) for block in coca.text_blocks or ()]
-        self.caches = [empty(block) for block in coca.blocks]
-        self._assign_slots(torch.arange(rows, device=coca.device))
+        tokens = image.new_zeros(rows, length)
+        return cls(coca, images, tokens, caches(coca.text_blocks or ()), caches(coca.blocks), image)
 
     def _assign_slots(self, image: Tensor) -> None:
-        """Give each row its slot in a grid (P, slots): cross-attention takes the rows of an image as its queries."""
+        """Give each row its place in the grid."""
         self.image = image
         counts = torch.bincount(image, minlength=len(self.images.features))
         self.slots = int(counts.max())

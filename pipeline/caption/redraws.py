@@ -9,6 +9,8 @@ from pipeline.caption.head_check import ContrastiveHeadCheck
 from pipeline.caption.requests import CaptionRequest, GeneratedCaption
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipeline.caption.captioner import Captioner
 
 LOOP = re.compile(r"(?<!\S)(\S+(?: \S+){0,3})(?: \1){2,}(?!\S)")  # up to four words, three times in a row
@@ -54,9 +56,12 @@ class CaptionRedrawer:
         self.redrawn = 0
         self.head_check = ContrastiveHeadCheck()
 
-    def add(self, requests: list[CaptionRequest]) -> None:
-        """Caption a batch; unusable captions are requested again, once a batch of such requests is full."""
-        answers = self.captioner.caption(requests, self.head_check)
+    def add(self, requests: list[CaptionRequest], images: "Tensor | None" = None) -> None:
+        """Caption a batch, whose `Captioner.stack` may be given as ``images``.
+
+        Unusable captions are requested again, once a batch of such requests is full.
+        """
+        answers = self.captioner.caption(requests, self.head_check, images)
         for request, answer in zip(requests, answers, strict=True):
             row = self.rows[request.key]
             if request.attempt == 0:

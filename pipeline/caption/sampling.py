@@ -49,7 +49,7 @@ def generate(
     image_of_row = torch.tensor(owners, device=coca.device)
     state.select(image_of_row)  # several captions of an image share what was computed so far
     logits = logits[image_of_row]
-    seeds = _noise_seeds(names, decoding, longest).to(coca.device)
+    seeds = noise_seeds(names, decoding, longest).to(coca.device)
     tokens = torch.full((len(names), longest), coca.end, device=coca.device)
     logprobs = torch.zeros(len(names), dtype=torch.float64, device=coca.device)
     active = torch.arange(len(names), device=coca.device)  # the result that each row of the state belongs to
@@ -57,7 +57,7 @@ def generate(
     for position in range(longest):
         scores = process_logits(logits, state.tokens[:, 1 : state.position], coca, decoding, position)
         newest = sample_token(scores, decoding, seeds[active, position])
-        gained = logits.gather(1, newest[:, None])[:, 0].double() - logits.logsumexp(-1).double()
+        gained = log_probability(logits, newest)
         logprobs[active] += torch.where(running, gained, 0.0)
         tokens[active, position] = torch.where(running, newest, coca.end)
         running = running & (newest != coca.end)
@@ -83,11 +83,16 @@ def prefill(coca: Coca, images: EncodedImages, decoding: Decoding) -> tuple[Deco
     """
     prompt = coca.prompt_tokens(decoding.prefix)
     longest = decoding.longest_caption(coca.context_length, len(prompt))
-    state = DecoderState(coca, images, 1 + len(prompt) + longest)
+    state = DecoderState.empty(coca, images, 1 + len(prompt) + longest)
     logits = state.step(torch.tensor([[coca.start, *prompt]], device=coca.device).expand(len(state.tokens), -1))
     if not torch.isfinite(logits).all():
-        raise UserError("the captioner gives logits that are not finite: its weights are broken or were not loaded")
+        raise not_finite()
     return state, logits, longest
+
+
+def not_finite() -> UserError:
+    """The error of a model whose logits are no numbers."""
+    return UserError("the captioner gives logits that are not finite: its weights are broken or were not loaded")
 
 
 def truncate_at_eos(tokens: list[int], logprob: float, end: int) -> DecodedTokens:
@@ -107,13 +112,18 @@ def process_logits(logits: Tensor, before: Tensor, coca: Coca, decoding: Decodin
         seen = scores.gather(1, before)
         penalty = decoding.repetition_penalty
         scores.scatter_(1, before, torch.where(seen < 0, seen * penalty, seen / penalty))
-    scores[:, coca.suppressed_tokens] = -torch.inf
+    scores.index_fill_(1, coca.suppressed_ids, -torch.inf)
     if position < decoding.min_tokens:
-        scores[:, coca.end] = -torch.inf
+        scores[:, coca.end].fill_(-torch.inf)
     return scores
 
 
-def _noise_seeds(names: Sequence[str], decoding: Decoding, length: int) -> Tensor:
+def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
+    """(R,) float64 of the ``tokens`` (R,) under ``logits`` (R, V)."""
+    return logits.gather(1, tokens[:, None])[:, 0].double() - logits.logsumexp(-1).double()
+
+
+def noise_seeds(names: Sequence[str], decoding: Decoding, length: int) -> Tensor:
     """(R, length) int64: a seed per row and position, from the row's name alone."""
     if not decoding.is_sampling:
         return torch.zeros(len(names), length, dtype=torch.long)
@@ -135,7 +145,7 @@ def sample_token(scores: Tensor, decoding: Decoding, seeds: Tensor) -> Tensor:
     rows = torch.arange(len(scores), device=scores.device)
     size = min(FIRST_CANDIDATES, vocabulary)
     while True:
-        tokens, complete = _sample_among(scores, decoding, seeds, size)
+        tokens, complete = sample_among(scores, decoding, seeds, size)
         chosen[rows] = tokens
         if size == vocabulary or complete.all():
             return chosen
@@ -145,7 +155,7 @@ def sample_token(scores: Tensor, decoding: Decoding, seeds: Tensor) -> Tensor:
         size = min(MORE_CANDIDATES * size, vocabulary)
 
 
-def _sample_among(scores: Tensor, decoding: Decoding, seeds: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def sample_among(scores: Tensor, decoding: Decoding, seeds: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Tokens (R,) sampled from the likeliest ``size``, and whether those hold all that can be sampled (R,).
 
     The greatest of score + Gumbel noise is a sample by probability. The noise belongs to (seed, token): a last bit of
@@ -158,7 +168,7 @@ def _sample_among(scores: Tensor, decoding: Decoding, seeds: Tensor, size: int) 
         probabilities = (values - scores.logsumexp(-1, keepdim=True)).double().exp()
         reached = (probabilities.cumsum(-1) < decoding.top_p).sum(-1, keepdim=True).clamp(max=size - 1)
         least = values.gather(1, reached)
-    noisy = torch.where(values >= least, values.double() + _gumbel_noise(seeds[:, None], ids), -torch.inf)
+    noisy = (values.double() + _gumbel_noise(seeds[:, None], ids)).masked_fill(~(values >= least), -torch.inf)
     return ids.gather(1, noisy.argmax(-1, keepdim=True))[:, 0], values[:, -1] < least[:, 0]
 
 

@@ -4,7 +4,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,8 @@ from shards_spec.shard_writer import ShardWriter
 from shards_spec.tar import read_shard
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipeline.caption.captioner import Captioner  # it imports torch
 
 log = logging.getLogger(__name__)
@@ -109,6 +111,23 @@ def _load_in_worker(config: CaptionConfig, device: str) -> None:
     _worker_captioner.append(_load(config, device))
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Samples of a shard: ``keys`` of all, ``requests`` and their stacked ``images`` of those that decode."""
+
+    keys: list[str]
+    errors: list[tuple[str, DataError]]
+    requests: list[CaptionRequest]
+    images: "Tensor | None"
+
+    @classmethod
+    def of(cls, captioner: "Captioner", samples: list[tuple[str, CaptionRequest | DataError]]) -> "_Batch":
+        """The batch of these samples; another thread makes it while the device is busy with the one before."""
+        errors = [(key, request) for key, request in samples if isinstance(request, DataError)]
+        requests = [request for _, request in samples if not isinstance(request, DataError)]
+        return cls([key for key, _ in samples], errors, requests, captioner.stack(requests) if requests else None)
+
+
 def caption_shard(
     root: str, task: ShardTask, *, stage: Stage, config: CaptionConfig, captioner: "Captioner | None" = None
 ) -> ShardResult:
@@ -120,17 +139,15 @@ def caption_shard(
     source = raw_tar(root, task.shard)
     counts = Counter[str]()
     redrawer = CaptionRedrawer(captioner, config.redraws)
-    for batch in batches(_decoded_requests(source, captioner, config), captioner.batch_size):
-        requests = list[CaptionRequest]()
-        for key, request in batch:
+    decoded = batches(_decoded_requests(source, captioner, config), captioner.batch_size)
+    for batch in prefetch_map(partial(_Batch.of, captioner), decoded, threads=1, depth=2):
+        for key in batch.keys:
             redrawer.rows[key] = ImageCaptions()
-            if isinstance(request, DataError):
-                log.warning("%s: key %s %s; it gets no caption", source, key, request)
-                counts["picture does not decode"] += 1
-            else:
-                requests.append(request)
-                counts["success"] += 1
-        redrawer.add(requests)
+        for key, error in batch.errors:
+            log.warning("%s: key %s %s; it gets no caption", source, key, error)
+            counts["picture does not decode"] += 1
+        counts["success"] += len(batch.requests)
+        redrawer.add(batch.requests, batch.images)
     redrawer.redraw(at_least=1)
     warning = redrawer.head_check.warning()
     if warning:

@@ -487,7 +487,7 @@ def test_a_prompt_may_be_fed_at_once_or_token_by_token(coca):
     prompt = torch.tensor([[coca.start, *coca.prompt_tokens("a blue box")]]).expand(3, -1)
     with torch.inference_mode():
         encoded = coca.encode_images(images)
-        at_once = DecoderState(coca, encoded, 12).step(prompt)
-        state = DecoderState(coca, encoded, 12)
+        at_once = DecoderState.empty(coca, encoded, 12).step(prompt)
+        state = DecoderState.empty(coca, encoded, 12)
         one_by_one = [state.step(prompt[:, place : place + 1]) for place in range(prompt.shape[1])][-1]
     assert torch.allclose(at_once, one_by_one, rtol=0, atol=1e-4 * at_once.abs().max().item())  # float32 sums
