@@ -123,6 +123,7 @@ def measure_stage(config: Any, loaded: Any, device: str, alone: tuple[float, flo
 def main() -> None:
     """Measure and report."""
     from cache import plain_loop, write_dataset
+    from explore_cache import explore
     from figures import figure, options
     from photos import small_photos
     from small_data import draw
@@ -151,6 +152,7 @@ def main() -> None:
     few = 2 if where.dry else 40
     plain = few * VIEWS / plain_loop(root, loaded, VIEWS, OPS, most=few)
     figure("cache: the plain loop, one sample after the other", plain, "views/s")
+    explore(loaded, where.dry, where.device)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def measurement(name: str, seconds: float) -> Step:
 TESTS = ("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-m", "gpu", str(HERE))
 STEPS = (
     measurement("limits", 40),
-    measurement("cache", 70),
+    measurement("cache", 100),
     Step("tests", TESTS, 110),
 )
 
