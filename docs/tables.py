@@ -5,8 +5,9 @@
 
 A table stands between ``<!-- tables.py: NAME -->`` and ``<!-- end -->``. `tests/bench/plan.py` computes costs, from
 `tests/gpu/rates.json` where it is there. Figures of a GPU are those of `tests/gpu/figures.jsonl`, the last one of each
-name; a row that docs/benchmarks.md explains and that has no figure was not run yet. Both files are copied from $OUT
-after `bash tests/gpu/run.sh`. --check writes nothing and fails where a page has other tables.
+name; one that docs/benchmarks.md explains and that is not among them was not run yet. Where it explains a name, numbers
+stand for any number and … for any text. Both files are copied from $OUT after `bash tests/gpu/run.sh`. --check writes
+nothing and fails where a page has other tables.
 """
 
 import argparse
@@ -37,6 +38,12 @@ def explained_rows(page: str) -> dict[str, str]:
     return {row[0]: row[2].strip() if len(row) > 2 else "" for row in rows}
 
 
+def explains(explained: str, name: str) -> bool:
+    """Whether a name that docs/benchmarks.md explains is that of a figure."""
+    pattern = re.sub(r"\d[\d,]*", lambda _: r"\d[\d,]*", re.escape(explained)).replace("…", ".+")
+    return re.fullmatch(pattern, name) is not None
+
+
 def gpu_table(lines: list[str], explained: dict[str, str]) -> str:
     """The figures of a GPU, and a row for each explained one that is not there.
 
@@ -48,7 +55,11 @@ def gpu_table(lines: list[str], explained: dict[str, str]) -> str:
     for line in lines:
         one = json.loads(line)
         figures[one["name"]] = one
-    missing = [f"| {name} | not run yet | {goal} |  |" for name, goal in explained.items() if name not in figures]
+    missing = [
+        f"| {name} | not run yet | {goal} |  |"
+        for name, goal in explained.items()
+        if not any(explains(name, measured) for measured in figures)
+    ]
     table = "\n".join([runner.markdown(list(figures.values())), *missing])
     runs = dict.fromkeys(f"{one['card']}, torch {one['torch']}, {one['date']}" for one in figures.values())
     return f"Measured on {'; '.join(runs)}:\n\n{table}" if runs else table

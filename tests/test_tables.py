@@ -121,6 +121,22 @@ def test_rows_without_a_figure_were_not_run_yet(tables):
     assert row(table, "texts")[1] == "not run yet"
 
 
+@pytest.mark.parametrize(
+    ("explained", "name", "same"),
+    [
+        ("views, 64 rows", "views, 64 rows", True),
+        ("views, 64 rows", "views, 1,024 rows", True),
+        ("train: …, compile", "train: ViT-M-32, compile", True),
+        ("train: …, compile", "train: , compile", False),
+        ("views, 64 rows", "views, rows", False),
+        ("views (a|b)", "views a", False),
+        ("views", "views of texts", False),
+    ],
+)
+def test_an_explained_name_stands_for_other_numbers_and_texts(tables, explained, name, same):
+    assert tables["explains"](explained, name) == same
+
+
 def literal_rates(path: Path) -> set[str]:
     """The values of ``rate=`` in a file, those that stand there as they are."""
     keywords = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.keyword)]
