@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.cache.device_clock import DeviceClock, Moment
+from pipeline.cache.fused_attention import fuse_attention
 from pipeline.cache.tokens import tokenise
 from shards_spec.files import UserError
 from shards_spec.library_errors import is_out_of_memory
@@ -50,6 +51,8 @@ class Teacher:
         self.device = parameter.device
         self.dtype = parameter.dtype
         self.rows = CPU_ROWS if self.device.type == "cpu" else batch_size or CUDA_ROWS
+        if self.device.type == "cuda":
+            fuse_attention(self.model)
         self._clock = DeviceClock(self.device)
         self.start_clock()
 
