@@ -22,7 +22,9 @@ from shards_spec.library_errors import checkpoint_errors
 
 READING_PARTS = ("factory.load_checkpoint", "factory.load_state_dict")
 MODEL_PARTS = ("model._build_text_tower", "factory.convert_state_dict", "factory.create_model")
+TOWER_PARTS = ("model._build_vision_tower", "model._build_text_tower")
 TRIED_VERSIONS = "open_clip_torch>=3.1,<4"
+TOKENIZER_KEYS = ("tokenizer_kwargs", "tokenizer_mode", "hf_tokenizer_name")  # of text_cfg, and not the tower's
 NUMPY_SUFFIXES = (".npz", ".npy")  # checkpoints of big_vision; numpy unpickles nothing there
 
 State = dict[str, Any]
@@ -150,3 +152,31 @@ def register_models(plugin: ModelPlugin) -> None:
     open_clip.factory.convert_state_dict = convert_state_dict
     open_clip.factory.create_model = create_model
     open_clip.create_model = create_model
+
+
+def register_towers(tower: str, build_image_tower: Callable[..., Any], build_text_tower: Callable[..., Any]) -> None:
+    """Make towers known that stand in descriptions of any name, as in exported folders.
+
+    A ``vision_cfg`` with ``"tower": tower`` gets ``build_image_tower(embed_dim, quick_gelu, **rest_of_vision_cfg)``,
+    such a ``text_cfg`` ``build_text_tower(embed_dim, quick_gelu, **rest_of_text_cfg)``. The description needs
+    ``"custom_text": true``. Where open_clip lacks a part, it refuses the unknown key ``tower``.
+    """
+    import open_clip
+
+    if missing_parts(TOWER_PARTS):
+        return
+
+    def building(build: Callable[..., Any], open_clip_build: Callable[..., Any]) -> Callable[..., Any]:
+        def build_tower(embed_dim: int, *rest: Any, **options: Any) -> Any:
+            config, *others = rest or (None,)
+            if not isinstance(config, dict) or config.get("tower") != tower:
+                return open_clip_build(embed_dim, *rest, **options)
+            arguments = {name: value for name, value in config.items() if name not in ("tower", *TOKENIZER_KEYS)}
+            quick_gelu = others[0] if others else options.get("quick_gelu", False)
+            return build(embed_dim, quick_gelu, **arguments)
+
+        return build_tower
+
+    for part, build in zip(TOWER_PARTS, (build_image_tower, build_text_tower), strict=True):
+        name = part.partition(".")[2]
+        setattr(open_clip.model, name, building(build, getattr(open_clip.model, name)))

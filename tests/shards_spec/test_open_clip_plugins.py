@@ -14,7 +14,7 @@ import training.models.mobileclip  # noqa: F401 - registers its names
 from shards_spec import open_clip_plugins
 from shards_spec.files import UserError
 from shards_spec.models import load_model
-from shards_spec.open_clip_plugins import MODEL_PARTS, READING_PARTS, missing_parts
+from shards_spec.open_clip_plugins import MODEL_PARTS, READING_PARTS, TOWER_PARTS, missing_parts
 
 pytestmark = pytest.mark.integration
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_installed_open_clip_has_every_part_that_is_replaced():
-    assert missing_parts([*READING_PARTS, *MODEL_PARTS]) == []
+    assert missing_parts([*READING_PARTS, *MODEL_PARTS, *TOWER_PARTS]) == []
     assert missing_parts(["factory.no_such_part", "nowhere.at_all"]) == ["factory.no_such_part", "nowhere.at_all"]
     assert open_clip_plugins.unavailable == {}
 
@@ -32,8 +32,10 @@ def test_open_clip_calls_the_parts_as_we_expect():
     code = """
 import inspect, open_clip
 for part in (open_clip.factory.load_checkpoint, open_clip.factory.load_state_dict, open_clip.factory.create_model,
-             open_clip.factory.convert_state_dict, open_clip.model._build_text_tower):
+             open_clip.factory.convert_state_dict):
     print(part.__name__, *list(inspect.signature(part).parameters)[:2])
+for part in (open_clip.model._build_text_tower, open_clip.model._build_vision_tower):
+    print(part.__name__, *list(inspect.signature(part).parameters)[:3])
 print(inspect.signature(open_clip.factory.load_state_dict).parameters["weights_only"].default)
 print("force_preprocess_cfg" in inspect.signature(open_clip.factory.create_model).parameters)
 """
@@ -43,13 +45,48 @@ print("force_preprocess_cfg" in inspect.signature(open_clip.factory.create_model
         "load_state_dict checkpoint_path device",
         "create_model model_name pretrained",
         "convert_state_dict model state_dict",
-        "_build_text_tower embed_dim text_cfg",
+        "_build_text_tower embed_dim text_cfg quick_gelu",
+        "_build_vision_tower embed_dim vision_cfg quick_gelu",
         "True",
         "True",
     ]
     source = inspect.getsource(open_clip.factory)
     for call in ("load_checkpoint(\n", "load_state_dict(checkpoint_path", "convert_state_dict(model, state_dict)"):
         assert call in source, "open_clip looks the function up by its global name, so that a replacement is called"
+
+
+class Tower(torch.nn.Module):
+    """A tower that remembers how it was built."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__()
+        self.built = arguments, options
+        self.context_length = self.vocab_size = 7
+
+
+def test_towers_of_descriptions_of_any_name_are_built(monkeypatch):
+    for part in TOWER_PARTS:  # to be restored
+        monkeypatch.setattr(open_clip.model, part.partition(".")[2], getattr(open_clip.model, part.partition(".")[2]))
+    open_clip_plugins.register_towers("test", Tower, Tower)
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    text = {"width": 32, "heads": 2, "layers": 1, "vocab_size": 9, "tokenizer_kwargs": {"clean": "lower"}}
+    build = open_clip.model.CustomTextCLIP
+    both = build(8, {**vision, "tower": "test"}, {**text, "tower": "test"}, quick_gelu=True)
+    rest = {name: value for name, value in text.items() if name != "tokenizer_kwargs"}
+    assert both.visual.built == ((8, True), vision)
+    assert both.text.built == ((8, True), rest)
+    one = build(8, vision, {**rest, "tower": "test"})
+    assert isinstance(one.visual, open_clip.transformer.VisionTransformer)
+    assert one.text.built == ((8, False), rest)
+    with pytest.raises(TypeError, match="tower"):  # open_clip refuses what it does not know
+        build(8, {**vision, "tower": "other"}, rest)
+
+
+def test_without_a_tower_part_open_clip_refuses_a_folder_with_such_a_tower(monkeypatch):
+    monkeypatch.setattr(open_clip_plugins, "TOWER_PARTS", ("model._gone",))
+    before = open_clip.model._build_vision_tower
+    open_clip_plugins.register_towers("test", Tower, Tower)
+    assert open_clip.model._build_vision_tower is before
 
 
 def test_without_its_reading_parts_open_clip_reads_checkpoints_itself(tmp_path, monkeypatch):

@@ -1,0 +1,105 @@
+"""What a pruned CLIP consists of: sizes of its layers, parameters and multiplications, as data and as a table."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from training.models.tinyclip_pruned import PrunedImageTower, PrunedTextTower
+
+Tower = PrunedImageTower | PrunedTextTower
+
+
+@dataclass(frozen=True)
+class TowerTable:
+    """One tower in numbers.
+
+    Attributes:
+        width: D.
+        heads: H of each layer.
+        neurons: F of each layer.
+        parameters: All of them but token embeddings and masks.
+        token_embedding: Parameters of the table of tokens; 0 for images.
+        blocks: Parameters of attention and MLP, which the sparsity is about.
+        sparsity: 1 - blocks / those of the tower before any pruning.
+        macs: Multiplications with an addition for one image, or one text of full length.
+    """
+
+    width: int
+    heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+    parameters: int
+    token_embedding: int
+    blocks: int
+    sparsity: float
+    macs: int
+
+
+def tower_table(tower: Tower) -> TowerTable:
+    """Return a tower's numbers."""
+    counts = {name: parameter.numel() for name, parameter in tower.named_parameters()}
+    tokens = counts.get("token_embedding.weight", 0)
+    masks = sum(count for name, count in counts.items() if name.startswith("masks."))
+    blocks = sum(count for name, count in counts.items() if ".attn." in name or ".mlp." in name)
+    own = tower.description
+    return TowerTable(
+        width=own["width"],
+        heads=tuple(own["heads"]),
+        neurons=tuple(own["neurons"]),
+        parameters=sum(counts.values()) - tokens - masks,
+        token_embedding=tokens,
+        blocks=blocks,
+        sparsity=1 - blocks / tower.original.prunable,
+        macs=_macs(tower),
+    )
+
+
+def _macs(tower: Tower) -> int:
+    """Multiplications of convolution, blocks and projection of one sample."""
+    own = tower.description
+    width, head_width = own["width"], own["head_width"]
+    if isinstance(tower, PrunedImageTower):
+        patches = tower.grid_size[0] * tower.grid_size[1]
+        tokens = patches + 1
+        total = patches * tower.conv1.weight.numel()
+    else:
+        tokens = tower.context_length
+        total = 0
+    for heads, neurons in zip(own["heads"], own["neurons"], strict=True):
+        inner = heads * head_width
+        total += tokens * (4 * width * inner + 2 * width * neurons) + 2 * tokens**2 * inner
+    return int(total + width * tower.output_dim)
+
+
+def model_table(model: nn.Module) -> dict[str, Any]:
+    """Return the numbers of a pruned CLIP for a JSON file: ``image``, ``text``, ``parameters``, ``macs``, ``sparsity``.
+
+    ``parameters`` are those of both towers, the token embeddings and the logit scale.
+    """
+    towers: dict[str, Any] = {"image": model.visual, "text": model.text}
+    tables = {name: tower_table(tower) for name, tower in towers.items()}
+    scalars = sum(parameter.numel() for name, parameter in model.named_parameters() if name.startswith("logit_"))
+    prunable = sum(tower.original.prunable for tower in towers.values())
+    return {
+        **{name: asdict(table) for name, table in tables.items()},
+        "parameters": sum(table.parameters + table.token_embedding for table in tables.values()) + scalars,
+        "macs": sum(table.macs for table in tables.values()),
+        "sparsity": 1 - sum(table.blocks for table in tables.values()) / prunable,
+    }
+
+
+def markdown(model: nn.Module) -> str:
+    """Return the numbers of a pruned CLIP as a Markdown table."""
+    table = model_table(model)
+    lines = [
+        "| tower | D | H of each layer | F of each layer | parameters (M) | token embedding (M) | MACs (G) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in ("image", "text"):
+        tower = table[name]
+        sizes = [" ".join(map(str, tower[kind])) for kind in ("heads", "neurons")]
+        counts = [f"{tower[kind] / 1e6:.2f}" for kind in ("parameters", "token_embedding")]
+        macs = f"{tower['macs'] / 1e9:.3f}"
+        lines.append(f"| {' | '.join([name, str(tower['width']), *sizes, *counts, macs])} |")
+    lines.append(f"| sum | | | | {table['parameters'] / 1e6:.2f} | | {table['macs'] / 1e9:.3f} |")
+    return "\n".join(lines)
