@@ -9,6 +9,7 @@ import logging
 import math
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
@@ -171,7 +172,7 @@ class Trainer:
         log.info("%s: step %d of %d, %s", self.run.path, progress.step, self.total, samples)
         if progress.step >= self.total:
             return None
-        batches = self._batches()
+        batches = self.batches()
         last_save = time.monotonic()
         start = last_save - progress.seconds
         with (
@@ -206,7 +207,7 @@ class Trainer:
                     return int(stopped)
         return None
 
-    def _batches(self) -> Any:
+    def batches(self) -> Iterator[Batch]:
         """Return the batches of this process that are left, as bytes where they are taken in chunks."""
         progress, plan = self.progress, self.rows.plan
         left = self.total - progress.step

@@ -13,11 +13,12 @@ from small_data import BPE, draw, tiny_coca, write_raw
 
 from shards_spec.embeddings import write_embeddings
 from shards_spec.files import join, json_bytes, sha256_file, write_json
-from shards_spec.layout import shard_name
+from shards_spec.layout import shard_name, vocabulary_tsv
 from shards_spec.manifest import Done
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
 from shards_spec.views import ViewSpec
+from shards_spec.vocab import Vocabulary
 from training.config import smoke
 from training.runs.checkpoint_files import load_checkpoint
 from training.runs.run_folder import RunFolder
@@ -26,8 +27,16 @@ DIM = 16
 SPEC = ViewSpec(seed=3, scale=(0.5, 1.0))
 
 
-def write_packed(root: str, sizes: list[int], synthetic: int = 2, broken: tuple[str, ...] = ()) -> list[list[str]]:
-    """ROOT/shards as `pack` leaves it; returns the keys per shard. Images of ``broken`` keys do not decode."""
+def write_packed(
+    root: str, sizes: list[int], synthetic: int = 2, broken: tuple[str, ...] = (), classes: int = 0
+) -> list[list[str]]:
+    """ROOT/shards as `pack` leaves it; returns the keys per shard. Images of ``broken`` keys do not decode.
+
+    With ``classes`` there is ROOT/vocab/all.tsv of that many made-up synsets, and an original caption has two of them.
+    """
+    if classes:
+        rows = tuple((wnid(number), f"thing_{number}", 1, 1) for number in range(classes))
+        Vocabulary(rows, {"source": "original"}).write(vocabulary_tsv(root, "all"))
     keys = []
     for shard, size in enumerate(sizes):
         samples = []
@@ -35,6 +44,8 @@ def write_packed(root: str, sizes: list[int], synthetic: int = 2, broken: tuple[
             key = f"{shard:05d}{index:04d}"
             image, caption = draw(key)
             meta = {"key": key, "caption": caption, **{f"syn_{i}": f"{caption} {i}" for i in range(synthetic)}}
+            if classes:
+                meta["synsets"] = [[wnid((index + shard) % classes), wnid(3 * index % classes)]]
             image = image[:200] if key in broken else image
             samples.append(Sample(key, {"jpg": image, "txt": caption.encode(), "json": json_bytes(meta)}))
         path = f"shards/{shard_name(shard)}.tar"
@@ -43,6 +54,11 @@ def write_packed(root: str, sizes: list[int], synthetic: int = 2, broken: tuple[
         keys.append([sample.key for sample in samples])
     write_json(join(root, "shards", "sizes.json"), {f"{shard_name(s)}.tar": n for s, n in enumerate(sizes)})
     return keys
+
+
+def wnid(number: int) -> str:
+    """The id of a made-up synset."""
+    return f"n{number:08d}"
 
 
 def teacher_rows(keys: list[str], name: str) -> np.ndarray:
@@ -160,7 +176,7 @@ def write_clip_root(root: Path) -> str:
 
 def write_every_root(root: Path, broken: tuple[str, ...] = ()) -> str:
     """A dataset for every recipe of pairs: 3 packed shards, a teacher, students clip, coca and siclip with its base."""
-    write_teacher(str(root), write_packed(str(root), [9, 8, 6], broken=broken))
+    write_teacher(str(root), write_packed(str(root), [9, 8, 6], broken=broken, classes=7))
     tiny_clip(root / "models" / "clip")
     bare_coca(root / "models" / "coca")
     tiny_siclip(root / "models" / "siclip")
