@@ -21,6 +21,7 @@ ADVICE = {  # what to do about an error of the operating system
     errno.EACCES: "change the permissions, or give a folder of your own",
     errno.EROFS: "give a folder that can be written",
     errno.ENOTDIR: "a file is where a folder should be: give another path",
+    errno.EISDIR: "a folder is where a file should be: move it away, or give another path",
     errno.EEXIST: "a file is where a folder should be: give another path",
 }
 COUNTED_THINGS = ("captions", "image vectors", "text vectors")  # counters of stages whose names are plural

@@ -191,24 +191,17 @@ def _local_writer(path: str) -> Iterator[IO[bytes]]:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = _temporary_name(path)
     try:
-        with _open_new(temporary, path) as file:
+        with open(temporary, "xb") as file:  # exclusive: links are not followed
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # it may never have been made
+            os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename == temporary:
+            raise OSError(error.errno, error.strerror, path) from error  # names the file that is meant
         raise
-
-
-def _open_new(temporary: str, path: str) -> IO[bytes]:
-    """Exclusive: links are not followed. Errors name the file that is meant."""
-    try:
-        return open(temporary, "xb")
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from error
 
 
 @contextlib.contextmanager
@@ -258,12 +251,12 @@ def write_json(path: str, value: Any) -> None:
     write_bytes(path, json_bytes(value))
 
 
-def read_json(path: str) -> Any:
-    """Parse a JSON file. Raises DataError naming the file when it is not JSON, FileNotFoundError when absent."""
+def read_json(path: str, fix: str = "") -> Any:
+    """Parse a JSON file. Raises DataError naming the file and ``fix`` when it is not JSON, FileNotFoundError."""
     from shards_spec.library_errors import json_errors, parse_json  # which reads files by this module
 
-    with json_errors(path):
-        return parse_json(path, read_bytes(path))
+    with json_errors(path, fix=fix):
+        return parse_json(path, read_bytes(path), fix=fix)
 
 
 def remove(path: str) -> None:

@@ -15,16 +15,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from shards_spec.file_kinds import HEAD_BYTES, binary_kind, known_kind
 from shards_spec.files import DataError, UserError, is_url, open_read
 from shards_spec.layout import remake_advice
+from shards_spec.messages import conversion
 from shards_spec.sample import check_depth
 
 LONGEST = 200  # characters of a library's text that are shown
-HEAD_BYTES = 512  # that tell what a file is
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 WEB_PAGE = (b"<!doctype html", b"<html", b"<head", b"<?xml")
 GZIP = b"\x1f\x8b"
-PACKED = "is packed with gzip"
+GZIPPED = "is packed with gzip"
+# what a file of a kind may be seen to be; the other ones of `file_kinds` are not of that kind
+OWN_KINDS = {"Parquet file": ("a Parquet file",), "checkpoint": ("a zip file (or a spreadsheet)",)}
 FETCH = "download it again"
 REMAKE = "delete it and run its stage again"
 # how full memory is told by RuntimeErrors: of torch's allocators, C++, cuBLAS and cuDNN; oneDNN gives no reason
@@ -82,8 +85,21 @@ def describe_content(path: str) -> tuple[str, str] | None:
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(WEB_PAGE):
         return "is a web page, not the file itself", "download it again by its direct link"
     if head.startswith(GZIP):
-        return PACKED, "unpack it (gunzip)"
+        return GZIPPED, "unpack it (gunzip)"
     return None
+
+
+def _describe_other_kind(path: str, kind: str) -> str | None:
+    """``is a JPEG image, not a Parquet file``, where the first bytes are those of another kind of file."""
+    try:
+        with open_read(path) as file:
+            head = file.read(HEAD_BYTES)
+    except (OSError, UserError):
+        return None
+    found = binary_kind(head) if kind == "JSON file" else known_kind(head)
+    if found is None or found in OWN_KINDS.get(kind, ()) or (found.endswith("gzip") and "gzip" in kind):
+        return None
+    return f"is {found}, not a {kind}"
 
 
 def product_error(path: str, error: BaseException, kind: str, given: bool, fix: str = "") -> UserError | DataError:
@@ -92,7 +108,7 @@ def product_error(path: str, error: BaseException, kind: str, given: bool, fix: 
     if isinstance(error, FileNotFoundError):
         return own(f"{path} is not there; {(fix or 'check the path') if given else remake_advice(path, fix or REMAKE)}")
     described = describe_content(path)
-    if described is not None and not (described[0] == PACKED and "gzip" in kind):
+    if described is not None and not (described[0] == GZIPPED and "gzip" in kind):
         what, advice = described
         if not given and advice == FETCH:
             advice = fix or REMAKE
@@ -100,6 +116,8 @@ def product_error(path: str, error: BaseException, kind: str, given: bool, fix: 
     if isinstance(error, OSError) and error.errno is not None:
         fixes = {errno.EACCES: "check its permissions", errno.EMFILE: "raise `ulimit -n`"}
         return own(f"{path} cannot be read ({short(error)}); {fixes.get(error.errno, 'check the disk that holds it')}")
+    if (other := _describe_other_kind(path, kind)) is not None:
+        return own(f"{path} {other}; {fix or ('check the path' if given else REMAKE)}")
     return own(f"{path}: not a readable {kind} ({short(error)}); {fix or (FETCH if given else REMAKE)}")
 
 
@@ -145,22 +163,24 @@ def parse_json(path: str, data: bytes, given: bool = False, fix: str = "") -> An
         return value
 
 
-def decode_text(path: str, data: bytes, given: bool = True) -> str:
-    """UTF-8 text, its BOM gone. Raises UserError or DataError naming the line and, where it is likely, the encoding."""
+def decode_text(path: str, data: bytes, given: bool = True, fix: str = "") -> str:
+    """UTF-8 text, its BOM gone.
+
+    Raises UserError or DataError naming the line and ``fix`` or, where it is likely, the encoding.
+    """
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         own = UserError if given else DataError
         if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise own(f"{path} is UTF-16, not UTF-8; iconv -f UTF-16 -t UTF-8 makes it so") from error
+            raise own(f"{path} is UTF-16, not UTF-8; {fix or conversion('UTF-16', path)}") from error
         line = data.count(b"\n", 0, error.start) + 1
         if (found := describe_content(path)) is not None:
             raise own(f"{path} {found[0]}; {found[1]}") from error
-        byte = data[error.start]
-        raise own(
-            f"{path}: line {line} is not UTF-8 (byte 0x{byte:02x}); if it is latin-1, "
-            "iconv -f LATIN1 -t UTF-8 makes it so"
-        ) from error
+        if (kind := binary_kind(data[:HEAD_BYTES])) is not None:
+            raise own(f"{path} is {kind}, not text; {fix or 'check the path'}") from error
+        advice = fix or f"if it is latin-1, {conversion('LATIN1', path)}"
+        raise own(f"{path}: line {line} is not UTF-8 (byte 0x{data[error.start]:02x}); {advice}") from error
 
 
 @contextmanager

@@ -27,6 +27,8 @@ from shards_spec.files import (
 from shards_spec.layout import FILE_PATTERN, STATS_PATTERN, dataset_json, remake_folder_advice, sizes_json, stats_path
 
 SEAL = "self_sha256"  # of a JSON object: the hash of all its other fields
+REWRITE = "delete the file and run the stages again, each writes its part from what is there"
+BLOCK_TYPES = {"config": dict, "counts": dict, "facts": dict, "shards": int}  # of fields of a stage's block
 TIMES = ("start_time", "end_time", "duration")  # img2dataset's: the third is the difference of the others
 
 
@@ -181,21 +183,37 @@ def file_hashes(root: str, folder: str, shard: int, paths: list[str]) -> list[st
 
 
 def read_dataset(root: str) -> dict[str, Any]:
-    """``dataset.json``; an empty one when absent. Raises UserError for another spec version, DataError for no such."""
+    """``dataset.json``; an empty one when absent.
+
+    Raises UserError for another spec version, DataError for a damaged file.
+    """
     path = dataset_json(root)
     try:
-        dataset = read_json(path)
+        dataset = read_json(path, REWRITE)
     except FileNotFoundError:
         return {"spec_version": SPEC_VERSION, "name": root.rstrip("/").rsplit("/", 1)[-1], "source": None, "stages": {}}
     version, stages = (dataset.get(name) if isinstance(dataset, dict) else None for name in ("spec_version", "stages"))
-    if version is not None and version != SPEC_VERSION:
-        raise UserError(f"{path}: spec version {version}, this clipmill reads {SPEC_VERSION}")
-    if version is None or not isinstance(stages, dict) or not all(isinstance(own, dict) for own in stages.values()):
-        raise DataError(f"{path}: no version and stages in it; delete it and run the stages again, they write it anew")
+    if type(version) is int and version != SPEC_VERSION:
+        raise UserError(
+            f"{path}: spec version {version}, this clipmill reads {SPEC_VERSION}; use the one that wrote it"
+        )
+    if version != SPEC_VERSION or not isinstance(stages, dict):
+        raise DataError(f"{path}: no spec_version and stages in it; {REWRITE}")
+    if damaged := [stage for stage, block in stages.items() if not _is_block(block)]:
+        raise DataError(f"{path}: the block of {damaged[0]} is damaged; {REWRITE}")
     for name in ("name", "source"):
         dataset.setdefault(name, None)
     found: dict[str, Any] = dataset
     return found
+
+
+def _is_block(block: Any) -> bool:
+    """Whether it is a stage's block, as far as its fields are of the right types and counts are numbers."""
+    if not isinstance(block, dict):
+        return False
+    if not all(isinstance(block.get(name, kind()), kind) for name, kind in BLOCK_TYPES.items()):
+        return False
+    return all(type(number) is int for number in block.get("counts", {}).values())
 
 
 def write_stage(root: str, stage: str, block: dict[str, Any], source: str | None = None) -> None:

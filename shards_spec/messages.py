@@ -1,5 +1,7 @@
 """What messages are made of: numbers with their noun, options by the flag that sets them."""
 
+import shlex
+
 from shards_spec.files import UserError
 
 
@@ -15,6 +17,11 @@ def counted(number: int, noun: str, plural: str = "", *, style: str = "") -> str
 def flag(field: str) -> str:
     """The option that sets a field of a config: ``--batch-size``."""
     return f"--{field.replace('_', '-')}"
+
+
+def conversion(encoding: str, path: str) -> str:
+    """The command that makes a text file UTF-8."""
+    return f"`iconv -f {encoding} -t UTF-8 {shlex.quote(path)} > NEW` converts it"
 
 
 def require(is_fine: bool, field: str, value: object, allowed: str) -> None:

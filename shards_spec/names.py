@@ -90,17 +90,6 @@ SYSTEM_NAMES = frozenset(
     }
 )
 MOST_ENDINGS = 10  # in one line of a message
-PACKED = {  # first bytes of what cannot be read in place
-    b"\x1f\x8b": "packed with gzip",
-    b"PK\x03\x04": "a zip file (or a spreadsheet)",
-    b"PK\x05\x06": "an empty zip file",
-    b"BZh": "packed with bzip2",
-    b"\xfd7zXZ\0": "packed with xz",
-    b"\x28\xb5\x2f\xfd": "packed with zstd",
-    b"7z\xbc\xaf": "a 7z file",
-    b"Rar!": "a rar file",
-}
-PACKED_BYTES = 6  # the longest of them
 PACKED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".zip", ".7z", ".rar")
 # Of captions, caches, vocabularies: one part of a path that is not hidden and no flag, without characters that a shell,
 # a glob, a URL or a brace list treats specially.
@@ -139,11 +128,6 @@ def file_ending(name: str) -> str:
 def clean_name(name: str) -> str:
     """The name with bytes that are no UTF-8 replaced."""
     return name.encode(errors="surrogateescape").decode(errors="replace")
-
-
-def packed_kind(head: bytes) -> str | None:
-    """What archive or packed file begins with these bytes; None for all else."""
-    return next((kind for magic, kind in PACKED.items() if head.startswith(magic)), None)
 
 
 def endings_line(endings: Counter[str]) -> str:

@@ -42,8 +42,9 @@ def read_tsv(path: str, form: TsvFormat) -> Tsv:
     """Read a table. Raises the format's error when it is not one, FileNotFoundError."""
     if reason := no_regular_file(path):
         raise form.error(f"{path} {reason}; a {form.title} is a file that `clipmill {form.command}` makes")
-    data = read_bytes(path)
-    lines = LINE_END.split(decode_text(path, data, given=form.error is UserError).rstrip("\r\n"))
+    given = form.error is UserError
+    fix = "" if given else f"make it again with `clipmill {form.command}`"
+    lines = LINE_END.split(decode_text(path, read_bytes(path), given, fix).rstrip("\r\n"))
     start = f"# clipmill {form.title} "
     try:
         first = next(number for number, line in enumerate(lines) if not line.startswith("# "))

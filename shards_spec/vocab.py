@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from shards_spec.files import DataError, UserError, sha256_bytes, sha256_json, write_bytes
+from shards_spec.messages import counted
 from shards_spec.tsv import TsvFormat, read_tsv
 
 FORMAT = TsvFormat("vocabulary", "rank\twnid\tlemma\tcount\tdocuments", command="vocab", error=DataError)
@@ -90,7 +91,7 @@ def rule_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _describe_rule(rule: dict[str, Any]) -> str:
     """A label rule in a few words and the first digits of its hash."""
-    stop = f" with {len(rule['stop_words'])} stop words" if "stop_words" in rule else ""
+    stop = f" with {counted(len(rule['stop_words']), 'stop word')}" if "stop_words" in rule else ""
     return f"{rule.get('rule')}{stop} ({sha256_json(rule)[:8]}) on WordNet {rule.get('wordnet')}"
 
 

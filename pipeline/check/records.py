@@ -25,6 +25,7 @@ from shards_spec.layout import (
 )
 from shards_spec.library_errors import REMAKE, short
 from shards_spec.manifest import (
+    REWRITE,
     SEAL,
     TIMES,
     Done,
@@ -40,7 +41,6 @@ from shards_spec.vocab import read_vocabulary
 RECORD = {"spec_version", "stage", "shard", "config", "config_sha256", "inputs", "outputs", "retried", "facts", SEAL}
 BLOCK = {"config", "config_sha256", "shards", "counts", "facts", "versions", "synsets", "sha256", "coverage", SEAL}
 HEAD = {"spec_version", "name", "source", "stages", SEAL}
-REWRITE = "delete the file and run the stages again, each writes its part from what is there"
 
 
 class Findings:

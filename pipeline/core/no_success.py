@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 
 from shards_spec.layout import STAGES
-from shards_spec.messages import counted
+from shards_spec.messages import conversion, counted
 
 # (pattern of a reason, what to try); the first pattern that matches the whole reason counts
 ADVICE = (
@@ -49,8 +49,16 @@ ADVICE = (
         "--min-caption-chars and --max-caption-chars are the limits; is --caption-col right?",
     ),
     (
+        r"caption is not UTF-8",
+        f"the list has another encoding; if it is latin-1, {conversion('LATIN1', 'LIST')}",
+    ),
+    (
         r"caption (is|has|repeats).*|caption not readable",
         "is --caption-col right? --sane-captions leaves odd ones out",
+    ),
+    (
+        r"damaged tar|.*not a tar",
+        "download the tar again, or give another --format",
     ),
     (
         r"excluded .*",

@@ -429,7 +429,7 @@ def upstream_shards(root: str, folder: str, stage: str) -> list[int]:
         raise UserError(f"{join(root, folder)} has no finished shards: run `clipmill {command} {root}` first")
     ours = read_done(join(root, folder), shards[-1]) is not None
     block = read_dataset(root)["stages"].get(stage)
-    if ours and (block is None or block["shards"] != len(shards)):
+    if ours and (block is None or block.get("shards") != len(shards)):
         raise UserError(f"{stage} has not finished in {root}: run the same `clipmill {command}` again to resume")
     return shards
 

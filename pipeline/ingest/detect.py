@@ -10,14 +10,13 @@ from pipeline.ingest.rows import Columns
 from pipeline.ingest.source_files import Format, base_name, file_kind, source_files, source_info
 from pipeline.ingest.source_io import BROKEN_GZIP, GZIP_MAGIC, expected_errors, open_list
 from pipeline.ingest.text_lists import detect_text
+from shards_spec.file_kinds import HEAD_BYTES, TAR_MAGIC, image_kind, packed_kind
 from shards_spec.files import UserError, join, open_read
 from shards_spec.folders import walk
 from shards_spec.layout import STATS_PATTERN
-from shards_spec.names import PACKED_ENDINGS, endings_line, file_ending, is_image, packed_kind
+from shards_spec.names import PACKED_ENDINGS, endings_line, file_ending, is_image
 
 MAX_NAMES = 10_000  # of a folder that are looked at
-HEAD_BYTES = 512
-TAR_MAGIC = slice(257, 262)  # "ustar" in the header of a tar's first member
 
 
 def detect(source: str, columns: Columns = (None, None)) -> Format:
@@ -108,8 +107,8 @@ def _detect_file(path: str, columns: Columns) -> Format:
                 f"--source {path}: a tar packed with gzip cannot be read in parts; unpack it first (gunzip)"
             )
         return "webdataset"
-    if is_image(path):
-        raise UserError(f"--source {path}: an image; give its folder")
+    if is_image(path) or image_kind(head):
+        raise UserError(f"--source {path}: {image_kind(head) or 'an image'}; give its folder, or a list of links")
     if (packed := packed_kind(head)) is not None:
         raise UserError(f"--source {path}: {packed}; unpack it first")
     return detect_text(path, columns)

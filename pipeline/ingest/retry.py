@@ -80,7 +80,7 @@ def retry_tasks(root: str, shard_size: int) -> Iterator[ShardTask]:
     """
     totals = read_dataset(root)["stages"].get("ingest")
     list_tasks = list(_list_tasks(root))
-    if totals is None or totals["shards"] < len(list_tasks):
+    if totals is None or totals.get("shards", 0) < len(list_tasks):
         raise UserError(f"ingest has not finished in {root}: run the same command without --retry-failed first")
     kept = list(kept_tasks(root, len(list_tasks)))
     yield from list_tasks

@@ -133,8 +133,7 @@ def _split_glob(source: str) -> tuple[str, str]:
     else:
         wildcards = [glob.has_magic(part) for part in parts]
     if not any(wildcards):
-        hint = "; give a glob ('*.tar'), or leave the quotes away for the shell to expand it" if "{" in source else ""
-        raise UserError(f"--source {source}: no such file or folder{hint}")
+        raise UserError(f"--source {source}: {_describe_absent(source)}")
     first = wildcards.index(True)
     if is_url(source) and first < 3:  # parts: scheme and colon, empty, bucket
         raise UserError(f"--source {source}: begins with a wildcard; give a bucket or folder before it")
@@ -142,6 +141,16 @@ def _split_glob(source: str) -> tuple[str, str]:
     if not folder:
         folder = "/" if source.startswith("/") else "."
     return folder, "/".join(parts[first:])
+
+
+def _describe_absent(source: str) -> str:
+    if is_url(source):
+        return (
+            "nothing is there, or its server does not give it; a source is a local file or folder, or a URL that "
+            "fsspec reads (https://, s3://, gs://, ...): check it, or download it and give the local path"
+        )
+    hint = "; give a glob ('*.tar'), or leave the quotes away for the shell to expand it" if "{" in source else ""
+    return f"no such file or folder{hint}"
 
 
 def _remote_matches(source: str, folder: str, pattern: str) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,9 @@ from typing import IO, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shards_spec.file_kinds import HEAD_BYTES, binary_kind
 from shards_spec.files import UserError, filesystem, is_url, open_read, store_errors
+from shards_spec.messages import conversion
 
 MAX_LINE_BYTES = 1 << 20  # of a list; the rest of a longer line is dropped
 BLOCK_BYTES = 1 << 18  # of a list, read at a time
@@ -46,6 +48,8 @@ def raw_lines(path: str) -> Iterator[bytes]:
     with open_list(path) as file:
         block = file.read(BLOCK_BYTES)
         _check_encoding(path, block)
+        if (kind := binary_kind(block[:HEAD_BYTES])) is not None:
+            raise UserError(f"{path} is {kind}, not text; check the path, and --format where it is given")
         block = block.removeprefix(codecs.BOM_UTF8)
         end = _line_end(block)
         *whole, rest = block.split(end)
@@ -73,7 +77,7 @@ def _check_encoding(path: str, head: bytes) -> None:
         name = "UTF-16 or UTF-32"
     else:
         return
-    raise UserError(f"{path} is {name}, not UTF-8; iconv -f {name[:6]} -t UTF-8 converts it")
+    raise UserError(f"{path} is {name}, not UTF-8; {conversion(name[:6], path)}")
 
 
 def remote_stamp(info: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from pipeline.ingest.rows import URL_NAMES, Columns, Row, decode_text, find_colu
 from pipeline.ingest.source_io import MAX_LINE_BYTES, lines, raw_lines
 from shards_spec.files import UserError
 from shards_spec.library_errors import describe_content
+from shards_spec.messages import conversion, counted
 from shards_spec.sample import parse_object
 
 log = logging.getLogger(__name__)
@@ -117,10 +118,11 @@ def _warn_of_encoding(source: str, head: list[bytes]) -> None:
     non_ascii = [line for line in head if not line.isascii()]
     if non_ascii and all(decode_text(line)[1] for line in non_ascii):
         log.warning(
-            "%s: none of the first %d lines with other than ASCII letters is UTF-8; if it is latin-1, make it UTF-8 "
-            "first (iconv -f LATIN1 -t UTF-8), or these rows are left out as 'caption is not UTF-8'",
+            "%s: none of the first %s with other than ASCII letters is UTF-8, so such rows are left out as 'caption is "
+            "not UTF-8'; if it is latin-1, %s",
             source,
-            len(non_ascii),
+            counted(len(non_ascii), "line"),
+            conversion("LATIN1", source),
         )
 
 
@@ -208,6 +210,8 @@ def json_rows(source: str, columns: Columns) -> Iterator[Row]:
     if not head:
         return  # an empty part of a list
     names = _json_names(source, columns)
+    if not names:
+        raise UserError(f"--source {source}: none of its first lines is a JSON object; change --format")
     caption, url = (names[index] for index in pick_columns(source, names, columns))
     urls = [fields[url] for fields in head if isinstance(fields.get(url), str)]
     folder = files_folder(source, url, urls[0] if urls else None)

@@ -26,10 +26,11 @@ from pipeline.ingest.rows import (
 )
 from pipeline.ingest.source_files import SourceFile
 from pipeline.ingest.tar_samples import PEEKED_SAMPLES, TarSample, image_extension, open_tar, tar_samples
+from shards_spec.file_kinds import PACKED_BYTES, packed_kind
 from shards_spec.files import UserError, is_url
 from shards_spec.library_errors import describe_content
 from shards_spec.messages import counted
-from shards_spec.names import PACKED_BYTES, clean_name, is_image, packed_kind, undecoded_ending
+from shards_spec.names import clean_name, is_image, undecoded_ending
 from shards_spec.sample import TEXT_EXTENSIONS, parse_object
 from shards_spec.tar_members import Member
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pipeline.core.command_line import Root
 from pipeline.labels.labeler import FUNCTION_WORDS, LabelRule
 from shards_spec.files import UserError, read_bytes
+from shards_spec.library_errors import decode_text, short
 from shards_spec.messages import require
 
 
@@ -66,7 +67,7 @@ def _read_stop_words(source: str) -> tuple[str, ...]:
     if source == "function":
         return FUNCTION_WORDS
     try:
-        words = read_bytes(source).decode().lower().split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--stop-words {source} is no text file that can be read ({error})") from error
-    return tuple(sorted(set(words)))
+        text = decode_text(source, read_bytes(source))
+    except OSError as error:
+        raise UserError(f"--stop-words {source} cannot be read ({short(error)}): give a text file of words") from error
+    return tuple(sorted(set(text.lower().split())))

@@ -190,7 +190,7 @@ def test_latin_1_is_named_and_its_rows_are_counted(tmp_path, caplog):
     (tmp_path / "l.tsv").write_bytes(text.encode("latin-1"))
     with caplog.at_level(logging.WARNING):
         summary = ingest(config(tmp_path / "D", tmp_path / "l.tsv"))
-    assert "if it is latin-1, make it UTF-8 first (iconv -f LATIN1 -t UTF-8)" in caplog.text
+    assert "if it is latin-1, `iconv -f LATIN1 -t UTF-8 " in caplog.text
     assert summary.counts == {"caption is not UTF-8": 1}
 
 

@@ -141,7 +141,7 @@ def test_a_vocabulary_of_another_rule_names_both_and_the_mend():
     ):
         ours.check_rule({**RELEASED, "rule": "catlip-released+collocations"}, "v.tsv")
     stop = {**RELEASED, "rule": "catlip-released+stop"}
-    with pytest.raises(UserError, match=r"\+stop with 1 stop words \(\w{8}\).*\+stop with 1 stop words \(\w{8}\)"):
+    with pytest.raises(UserError, match=r"\+stop with 1 stop word \(\w{8}\).*\+stop with 1 stop word \(\w{8}\)"):
         Vocabulary((), {**stop, "stop_words": ["a"]}).check_rule({**stop, "stop_words": ["b"]}, "v.tsv")
     assert rule_of({**stop, "stop_words": ["a"], "min_count": 1}) == {**stop, "stop_words": ["a"]}
 

@@ -487,7 +487,7 @@ def test_a_rule_names_what_departs_from_the_released_one(tmp_path):
         "stop_words": ["one", "two"],
     }
     assert PackConfig("x", stop_words="function").rule.stop_words == FUNCTION_WORDS
-    with pytest.raises(UserError, match=r"--stop-words .*none is no text file"):
+    with pytest.raises(UserError, match=r"--stop-words .*none cannot be read .*: give a text file of words"):
         PackConfig("x", stop_words=str(tmp_path / "none")).rule.describe()
 
 
