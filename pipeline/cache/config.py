@@ -6,25 +6,24 @@ from dataclasses import dataclass, field, replace
 from tyro.conf import OmitArgPrefixes
 
 from pipeline.core.command_line import Root
+from pipeline.core.model_choice import ModelChoice
 from shards_spec.embeddings import Dtype
 from shards_spec.files import UserError
 from shards_spec.messages import require
-from shards_spec.models import Trust, model_label
-from shards_spec.names import check_name
+from shards_spec.models import Trust
 from shards_spec.precision import PrecisionOption
 from shards_spec.views import ViewSpec
 
-DEFAULT_MODEL = "ViT-L-14"
-DEFAULT_TAG = "datacomp_xl_s13b_b90k"
-
 
 @dataclass(frozen=True)
-class CacheConfig:
+class CacheConfig(ModelChoice):
     """Store a teacher's image embeddings of K views and its text embeddings of all captions."""
+
+    DEFAULT = ("ViT-L-14", "datacomp_xl_s13b_b90k")
 
     root: Root
     """the dataset; reads shards/, writes teacher/NAME/"""
-    model: str = DEFAULT_MODEL
+    model: str = DEFAULT[0]
     """open_clip name of the teacher, local-dir:PATH, hf-hub:ORG/NAME, or timm:NAME for an image-only one"""
     pretrained: str | None = None
     """open_clip tag or checkpoint file; of the default model by default datacomp_xl_s13b_b90k; for timm a checkpoint
@@ -56,9 +55,7 @@ class CacheConfig:
     """make finished shards again"""
 
     def __post_init__(self) -> None:
-        if self.pretrained is None and self.model == DEFAULT_MODEL:
-            object.__setattr__(self, "pretrained", DEFAULT_TAG)
-        check_name(self.label)
+        self.choose_weights()
         require(self.views >= 1, "views", self.views, "1 or more")
         require(self.threads >= 1, "threads", self.threads, "1 or more")
         require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
@@ -72,8 +69,3 @@ class CacheConfig:
     def view_spec(self) -> ViewSpec:
         """What the views are drawn from."""
         return self.spec if self.augment else replace(self.spec, scale=None)
-
-    @property
-    def label(self) -> str:
-        """The cache's folder below teacher/."""
-        return model_label(self.model, self.pretrained) if self.name is None else self.name

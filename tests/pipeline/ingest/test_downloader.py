@@ -8,7 +8,9 @@ import subprocess
 import sys
 import tarfile
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +23,7 @@ from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
 from pipeline.ingest.downloader import DownloadTally
 from pipeline.ingest.raw_shard import SCHEMA
-from pipeline.ingest.stage import ingest
+from pipeline.ingest.stage import ROWS_BEFORE_WARNING, _status_text, ingest
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard
 
@@ -125,7 +127,7 @@ FULL = """
 import resource, sys
 from pipeline.ingest import raw_shard
 from pipeline.ingest.config import IngestConfig
-from pipeline.ingest.stage import ingest
+from pipeline.ingest.stage import ROWS_BEFORE_WARNING, _status_text, ingest
 from shards_spec.files import UserError
 raw_shard.SPARE_BYTES = int(sys.argv[3])
 if sys.argv[4] == "limited":
@@ -173,9 +175,11 @@ def test_a_full_disk_is_told_and_leaves_whole_shards(server, tmp_path, spare):
 
 MEMORY = """
 import re, resource, sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from pipeline.ingest.config import IngestConfig
-from pipeline.ingest.stage import ingest
+from pipeline.ingest.stage import ROWS_BEFORE_WARNING, _status_text, ingest
 if __name__ == "__main__":
     ingest(IngestConfig(sys.argv[1], sys.argv[2], shard_size=25, allow_private=True, workers=1, open_shards=3))
     own = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
@@ -197,3 +201,18 @@ def test_forty_shards_take_the_memory_of_six(server, tmp_path):
     print(f"own and decoder's MiB: {peaks}, {written:.0f} MiB written by the larger run")
     for small, large in zip(*peaks.values(), strict=True):
         assert large - small < written / 3
+
+
+def test_a_run_without_an_image_says_so_once_long_before_its_end(tmp_path, caplog):
+    tally = DownloadTally()
+    run = partial(_status_text, SimpleNamespace(rows=9000, read=3000), SimpleNamespace(tally=tally), str(tmp_path))
+    for _ in range(ROWS_BEFORE_WARNING):
+        tally.add("not a public address")
+    run()
+    assert caplog.text == ""
+    tally.add("timeout")
+    assert "0.0 % good" in run()
+    run()
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert said.startswith("not one image so far, mostly for 'not a public address': --allow-private fetches")

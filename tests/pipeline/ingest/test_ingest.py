@@ -95,7 +95,7 @@ def test_every_kind_of_answer_is_a_sample_or_a_named_reason(server, tmp_path):
     assert check(CheckConfig(str(tmp_path / "D"))) == []
 
 
-def test_private_addresses_are_refused_by_default(server, tmp_path, caplog):
+def test_private_addresses_are_refused_by_default(server, tmp_path):
     port = server.server_port
     hosts = [
         "127.0.0.1",
@@ -113,7 +113,6 @@ def test_private_addresses_are_refused_by_default(server, tmp_path, caplog):
     odd = ["bad address"] * 2  # aiohttp itself refuses digits that are no address as written
     assert reasons == ["not a public address"] * 2 + odd + ["not a public address"] * 4
     assert server.requests["good/900"] == 0
-    assert "not one image came, mostly 'not a public address': --allow-private fetches" in caplog.text
 
 
 # the config
