@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# CatLIP's figure 4 and Transfer Init in small: one ViT (three layers of width 96, 48 px), the demo's scenes.
-#   make study-catlip      after or before `make demo`; under an hour on two cores; writes docs/catlip.md and two .svg
+# CatLIP's figure 4 and Transfer Init at small scale: one ViT (three layers of width 96, 48 px) on the demo's scenes.
+#   make study-catlip      runs the demo first where needed; under an hour on two cores; writes docs/catlip.md, two .svg
 # Pre-training by synsets or by CLIP, for 2 to 16 epochs of 5,000 images; then linear probes on 4,000 labelled ones.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -30,12 +30,12 @@ pretrain() { # pretrain ROW EPOCHS SEED, then its linear probe with all labels
   clipmill train probe --model "$out" "${fixed[@]}" "${run[@]}" --steps 1500 --lr 1e-2 --seed "$3" --out "$out/probe"
   touch "$out/done"
 }
-transfer() { # transfer INIT FRACTION LR SEED: a probe of 8 epochs with frequency bias; 16 leave nothing to learn
+transfer() { # transfer INIT FRACTION LR SEED: a probe of the 8-epoch tower with frequency biases
   local base=$STUDY/bias-8-$4
   clipmill train probe --model "$base" "${fixed[@]}" "${run[@]}" --fraction "$2" --steps 300 --lr "$3" --seed "$4" \
     --out "$STUDY/transfer/$1-$2-$3-$4" $([ "$1" = rows ] && echo --class-map "$STUDY/classes.tsv")
 }
-lanes() { xargs -P "$LANES" -I@ bash -c 'set -euo pipefail; eval "$SHARED"; @' >>"$STUDY/log.txt" 2>&1; }
+in_parallel() { xargs -P "$LANES" -I@ bash -c 'set -euo pipefail; eval "$SHARED"; @' >>"$STUDY/log.txt" 2>&1; }
 SHARED=$(declare -p STUDY IMAGES data run catlip fixed; declare -f pretrain transfer)
 export SHARED
 
@@ -43,7 +43,7 @@ for epochs in $EPOCHS; do
   for row in catlip bias clip; do
     for seed in $SEEDS; do echo "pretrain $row $epochs $seed"; done
   done
-done | lanes
+done | in_parallel
 clipmill classes "$IMAGES/classnames.txt" --vocabulary "$ROOT/vocab/all.tsv" --out "$STUDY/classes.tsv"
 for fraction in 0.01 0.05 0.25 1; do
   for lr in 1e-4 1e-3 1e-2; do
@@ -51,5 +51,5 @@ for fraction in 0.01 0.05 0.25 1; do
       for seed in $SEEDS; do echo "transfer $init $fraction $lr $seed"; done
     done
   done
-done | lanes
+done | in_parallel
 python demo/study_catlip.py "$STUDY" docs/catlip
