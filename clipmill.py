@@ -244,6 +244,8 @@ def _dedup_line(summary: Any) -> str:
     exact = summary.counts.get("duplicate image", 0)
     near = summary.counts.get("near-duplicate image", 0)
     images = counted(sum(summary.counts.values()), "image")
+    if not exact + near:
+        return f"dedup: no duplicates among {images}"
     verb = "is a duplicate" if exact + near == 1 else "are duplicates"
     return f"dedup: {exact + near} of {images} {verb} ({exact} exact, {near} near)"
 
@@ -252,7 +254,8 @@ def _stage_line(command: str, summary: Any) -> str:
     from shards_spec.messages import counted
 
     samples = summary.counts.get("success", 0)
-    rate = f", {samples * summary.made / summary.shards / summary.seconds:.0f} samples/s" if summary.made else ""
+    speed = samples * summary.made / summary.shards / summary.seconds if summary.made else 0.0
+    rate = f", {speed:.0f} samples/s" if speed else ""
     parts = [
         f"{command}: {counted(samples, 'sample')} in {counted(summary.shards, 'shard')} "
         f"({summary.made} made now, {summary.seconds:.1f} s{rate})"

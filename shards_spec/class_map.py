@@ -9,6 +9,7 @@ from shards_spec.files import UserError, sha256_bytes, write_bytes
 from shards_spec.messages import counted
 from shards_spec.tsv import TsvFormat, read_tsv
 
+NAMES_SHOWN = 20  # in a message
 Case = Literal["exact", "mean", "nearest", "none"]
 FORMAT = TsvFormat("class map", "class\tcase\tsimilarity\twnids\tlemmas", command="classes", error=UserError)
 
@@ -47,11 +48,11 @@ class ClassMap:
 
     @property
     def summary(self) -> str:
-        """The number of classes of each case, and the first ones without a synset."""
-        cases = ", ".join(f"{number} {case}" for case, number in self.cases.items())
-        return (
-            f"{counted(len(self.rows), 'class', 'classes')}: {cases}; random: {', '.join(self.unmapped[:20]) or 'none'}"
-        )
+        """The number of classes of each case, and the first ones without a synset, whose rows start at random."""
+        cases = ", ".join(f"{number} {case}" for case, number in self.cases.items() if number)
+        named = ", ".join(self.unmapped[:NAMES_SHOWN]) + (", ..." if len(self.unmapped) > NAMES_SHOWN else "")
+        text = f"{counted(len(self.rows), 'class', 'classes')}: {cases}"
+        return f"{text}; no synset for {named}" if named else text
 
     def write(self, path: str) -> None:
         """Write the TSV: a ``#`` header line, column names, rows."""

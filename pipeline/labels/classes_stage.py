@@ -4,7 +4,6 @@ The paper names path similarity, and rows that are copied, averaged or random; t
 attempts are our reading of it, see `map_class`. The recipes `probe` and `finetune` read the file that is written here.
 """
 
-import logging
 import re
 from dataclasses import dataclass
 from itertools import chain
@@ -21,7 +20,6 @@ from shards_spec.messages import require
 from shards_spec.names import is_ignored
 from shards_spec.vocab import Vocabulary, read_vocabulary
 
-log = logging.getLogger(__name__)
 WNID = re.compile(r"n[0-9]{1,8}")
 PLACES365_PREFIX = re.compile(r"/?[a-z]/(?=[a-z])")  # "/a/airfield": a folder per letter comes first
 
@@ -52,9 +50,6 @@ def classes(config: ClassesConfig) -> ClassMap:
         raise UserError(f"{config.vocabulary} is of WordNet {vocabulary.header.get('wordnet')}, not {WORDNET_VERSION}")
     class_map = map_classes(read_names(config.classes), vocabulary, config.alpha, config.wordnet)
     class_map.write(config.out)
-    log.info("%s: %s", config.out, class_map.summary)
-    if unmapped := class_map.unmapped:
-        log.warning("no synset for %s%s", ", ".join(unmapped[:20]), " ..." if len(unmapped) > 20 else "")
     return class_map
 
 

@@ -208,8 +208,10 @@ def write_coca(folder: Path, config: dict, seed: int = 0, spread: float = 1.0) -
     return f"local-dir:{folder}"
 
 
-def build_all(root: str, model: str, views: int, shard_size: int | None = None) -> None:
-    """caption, pack, vocab and cache a ROOT that has its raw/."""
+def run_stage(
+    stage: str, root: str, model: str = "", *, views: int = 2, workers: int = 1, shard_size: int | None = None
+) -> None:
+    """caption, pack, vocab or cache a ROOT, with names and settings that the tests share."""
     from pipeline.cache.config import CacheConfig
     from pipeline.cache.stage import cache
     from pipeline.caption.config import CaptionConfig
@@ -219,10 +221,23 @@ def build_all(root: str, model: str, views: int, shard_size: int | None = None) 
     from pipeline.pack.config import PackConfig
     from pipeline.pack.stage import pack
 
-    caption(CaptionConfig(root, model, name="cap", num_captions=2, decoding=Decoding(max_tokens=8)))
-    pack(PackConfig(root, workers=1, shard_size=shard_size))
-    vocab(VocabConfig(root, min_count=2))
-    cache(CacheConfig(root, model, name="tea", views=views))
+    match stage:
+        case "caption":
+            caption(CaptionConfig(root, model, name="cap", num_captions=2, decoding=Decoding(max_tokens=8)))
+        case "pack":
+            pack(PackConfig(root, workers=workers, shard_size=shard_size))
+        case "vocab":
+            vocab(VocabConfig(root, min_count=2))
+        case "cache":
+            cache(CacheConfig(root, model, name="tea", views=views))
+        case _:
+            raise ValueError(stage)
+
+
+def build_all(root: str, model: str, views: int, shard_size: int | None = None) -> None:
+    """caption, pack, vocab and cache a ROOT that has its raw/."""
+    for stage in ("caption", "pack", "vocab", "cache"):
+        run_stage(stage, root, model, views=views, shard_size=shard_size)
 
 
 def tree(root: str) -> dict[str, str]:

@@ -203,6 +203,15 @@ def tiny_config(recipe, root, out, **fields):
     return dataclasses.replace(config, **wanted)
 
 
+def train_short(root: Path) -> str:
+    """The folder of a clip run of two steps over eight pairs, all below ``root``."""
+    from training.trainer import train
+
+    write_packed(str(root), [8])
+    tiny_clip(root / "models" / "clip")
+    return train("clip", tiny_config("clip", str(root), str(root / "out"), steps=2))
+
+
 def read_metrics(out: str | Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]

@@ -8,7 +8,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from small_training import tiny_clip, tiny_config, write_packed
+from small_training import tiny_clip, tiny_config, train_short, write_packed
 
 from shards_spec.files import UserError
 from shards_spec.models import load_model
@@ -23,11 +23,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a short run."""
-    root = tmp_path_factory.mktemp("run")
-    write_packed(str(root), [8])
-    tiny_clip(root / "models" / "clip")
-    return train("clip", tiny_config("clip", str(root), str(root / "out"), steps=2))
+    return train_short(tmp_path_factory.mktemp("run"))
 
 
 def test_export_comes_back_the_same(run, tmp_path, monkeypatch):

@@ -10,18 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_data import tiny_coca, tree, write_raw
+from small_data import run_stage, tree, write_raw
 
-from pipeline.cache.config import CacheConfig
-from pipeline.cache.stage import cache
-from pipeline.caption.config import CaptionConfig
-from pipeline.caption.decoding import Decoding
-from pipeline.caption.stage import caption
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
-from pipeline.labels.vocab_stage import VocabConfig, vocab
-from pipeline.pack.config import PackConfig
-from pipeline.pack.stage import pack
 
 pytestmark = pytest.mark.integration
 
@@ -29,11 +21,6 @@ KILLS = 20
 FOLDERS = {"caption": ["captions"], "pack": ["shards"], "vocab": ["vocab"], "cache": ["teacher"]}
 EQUAL = {"equal": ["plan", "shards"]}  # pack with a shard size
 BLOCKS = {"equal": {"plan", "pack"}}  # of dataset.json, where they are not named as the stage is
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return tiny_coca(tmp_path_factory.mktemp("models") / "coca")
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +44,10 @@ def equal(tmp_path_factory) -> str:
 
 def run(stage: str, root: str, model: str, workers: int) -> None:
     torch.set_num_threads(1)  # OpenMP does not survive a fork
-    if stage == "caption":
-        caption(CaptionConfig(root, model, name="cap", num_captions=2, decoding=Decoding(max_tokens=8)))
-    elif stage == "pack":
-        pack(PackConfig(root, workers=workers))
-    elif stage == "equal":
-        pack(PackConfig(root, shard_size=7, workers=workers))
-    elif stage == "vocab":
-        vocab(VocabConfig(root, min_count=2))
+    if stage == "equal":
+        run_stage("pack", root, workers=workers, shard_size=7)
     else:
-        cache(CacheConfig(root, model, name="tea", views=2))
+        run_stage(stage, root, model, workers=workers)
 
 
 def forked(stage: str, root: str, model: str, workers: int = 1) -> multiprocessing.Process:

@@ -42,11 +42,6 @@ def build(root: str, model: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return tiny_coca(tmp_path_factory.mktemp("models") / "coca")
-
-
-@pytest.fixture(scope="module")
 def built(tmp_path_factory, model) -> str:
     root = str(tmp_path_factory.mktemp("data") / "ds")
     write_raw(root, SHARDS)

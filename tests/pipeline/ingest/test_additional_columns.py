@@ -168,7 +168,7 @@ def test_conditions(server, tmp_path, form, where, kept):
     assert {row["error_message"] for row in rows} <= {None, *(f"not {text}".replace("'", "") for text in where)} or (
         where == ("similarity>0.27",)
     )
-    with pytest.raises(UserError, match=r"made with another config \(where: "):
+    with pytest.raises(UserError, match=r"made with another config \(--where: "):
         ingest(config(tmp_path / "D", source))
 
 

@@ -201,7 +201,7 @@ def test_a_parquet_list_without_text_columns(tmp_path):
         rows_of(path)
 
 
-NOT_THERE = r"no such file|no file matches|nope://h/x: Protocol|with a wildcard"
+NOT_THERE = r"no such file|nothing is there|no file matches|nope://h/x: Protocol|with a wildcard"
 
 
 def test_sources_that_are_not_there(tmp_path, store):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from small_data import draw, tiny_coca
-from small_training import tiny_clip, tiny_config, write_packed
+from small_training import tiny_clip, tiny_config, train_short, write_packed
 
 from shards_spec.files import DataError, UserError
 from shards_spec.models import load_model
@@ -33,11 +33,7 @@ COLOURS = {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250)}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a short run."""
-    root = tmp_path_factory.mktemp("run")
-    write_packed(str(root), [8])
-    tiny_clip(root / "models" / "clip")
-    return train("clip", tiny_config("clip", str(root), str(root / "out"), steps=2))
+    return train_short(tmp_path_factory.mktemp("run"))
 
 
 def write_eval(root: Path, shards, kind="classification"):
