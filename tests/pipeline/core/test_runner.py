@@ -410,7 +410,7 @@ def test_stage_logs_carry_the_times(built):
 
 
 def test_bad_options_name_field_and_value():
-    with pytest.raises(UserError, match="batch_size 0"):
+    with pytest.raises(UserError, match="--batch-size 0"):
         CaptionConfig("x", batch_size=0)
     with pytest.raises(UserError, match="--views 8 of the same centre crop"):
         CacheConfig("x", augment=False)

@@ -360,11 +360,11 @@ def test_a_foreign_phash_column_is_refused(root):
 def test_bad_options_name_field_and_value():
     with pytest.raises(UserError, match="--near-bits 9: must be -1"):
         DedupConfig("x", 9)
-    with pytest.raises(UserError, match="near_bits -2"):
+    with pytest.raises(UserError, match="--near-bits -2"):
         DedupConfig("x", -2)
     with pytest.raises(UserError, match="workers 0"):
         DedupConfig("x", workers=0)
-    with pytest.raises(UserError, match="memory_gb 0"):
+    with pytest.raises(UserError, match="--memory-gb 0"):
         DedupConfig("x", memory_gb=0)
     with pytest.raises(UserError, match="has no finished shards: run `clipmill ingest"):
         run("/nowhere")
