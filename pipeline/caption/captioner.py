@@ -1,7 +1,6 @@
 """A captioner on its device: batches of images to captions, within the device's memory."""
 
 import logging
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from pipeline.caption.beam_search import beam_search
 from pipeline.caption.coca import NO_COCA, Coca
-from pipeline.caption.cuda_graphs import CudaCapture, GraphCache
+from pipeline.caption.cuda_graphs import graphs_for
 from pipeline.caption.decoding import Decoding
 from pipeline.caption.head_check import ContrastiveHeadCheck
 from pipeline.caption.requests import CaptionedImage, CaptionRequest, GeneratedCaption
@@ -65,7 +64,7 @@ class Captioner:
         self._transform: Any = open_clip.transform.image_transform_v2(preprocess, is_train=False)
         self.sampler: StaticSampler | None = None  # writes captions by CUDA graphs, where it can
         if self.coca.device.type == "cuda" and self.coca.text_blocks is not None and decoding.method != "beam":
-            self.sampler = StaticSampler(self.coca, decoding, GraphCache(partial(CudaCapture, self.coca.device)))
+            self.sampler = StaticSampler(self.coca, decoding, graphs_for(self.coca.device))
         self.batch_size = batch_size or self._default_batch_size()
 
     def preprocess(self, image: Image.Image) -> Tensor:

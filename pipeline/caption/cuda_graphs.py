@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Hashable
+from functools import partial
 
 import torch
 
@@ -54,6 +55,11 @@ class GraphCache:
                 raise cause from None
             log.warning("no CUDA graphs here, so captions take longer: %s", str(cause).partition("\n")[0])
             self._new_capture = None
+
+
+def graphs_for(device: torch.device) -> GraphCache:
+    """CUDA graphs on a CUDA device; elsewhere work runs as it is."""
+    return GraphCache(partial(CudaCapture, device) if device.type == "cuda" else None)
 
 
 class CudaCapture:

@@ -3,6 +3,7 @@
 
     python tests/bench/caption.py [--model coca_ViT-B-32] [--batches 4 32] [--captions 1 5] [--tokens 30] [--threads 2]
     python tests/bench/caption.py --device cuda --precision bf16 --model coca_ViT-L-14 --batches 64 256 --rival none
+                                  [--no-graphs]
 
 The rival runs in a process of its own with transformers 4.46, which its `generate` needs (`make test` installs it to
 VENV/transformers-4.46; or --rival DIR). Weights are random, which the time does not depend on; both sides encode the
@@ -21,11 +22,15 @@ import sys
 import time
 from itertools import chain, product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+if TYPE_CHECKING:  # the rival's process has another transformers, and does not import clipmill
+    from pipeline.caption.coca import Coca, EncodedImages
 
 CC12M = 12_423_374  # rows of the published list
 START, END = 49406, 49407
@@ -107,15 +112,63 @@ def rival(options: argparse.Namespace) -> None:
     print(json.dumps({"operations": operations, "seconds": seconds}))
 
 
-def limits(threads: int, device: str, dtype: torch.dtype) -> tuple[float, float]:
-    """(1e9 operations per second of a large product, 1e9 bytes per second of reading), the best of five."""
+def product_limit(device: str, dtype: torch.dtype) -> float:
+    """1e9 operations per second of a large product, the best of five."""
     side = 2048 if device == "cpu" else 8192
     a = torch.randn(side, side, device=device, dtype=dtype)
+    (a @ a).sum()
+    return 2 * side**3 / min(clock(lambda: a @ a, device) for _ in range(5)) / 1e9
+
+
+def reading_limit(device: str) -> float:
+    """1e9 bytes per second of reading memory, the best of five."""
     long = torch.zeros(2**26 if device == "cpu" else 2**30, device=device)
-    (a @ a).sum(), long.sum()
-    product = min(clock(lambda: a @ a, device) for _ in range(5))
-    reading = min(clock(lambda: long.sum(), device) for _ in range(5))
-    return 2 * side**3 / product / 1e9, 4 * long.numel() / reading / 1e9
+    long.sum()
+    return long.nbytes / min(clock(lambda: long.sum(), device) for _ in range(5)) / 1e9
+
+
+class Writer:
+    """Writes captions of ``tokens`` tokens, the start token counted: drawn by top-k 50, none ends early."""
+
+    def __init__(self, coca: "Coca", tokens: int, graphs: bool) -> None:
+        from pipeline.caption.cuda_graphs import graphs_for
+        from pipeline.caption.decoding import Decoding
+        from pipeline.caption.static_sampling import StaticSampler
+
+        self.coca = coca
+        self.decoding = Decoding("top_k", top_k=50, min_tokens=tokens - 2, max_tokens=tokens - 1)
+        self.sampler = StaticSampler(coca, self.decoding, graphs_for(coca.device)) if graphs else None
+
+    def write(self, encoded: "EncodedImages", captions: int) -> None:
+        """``captions`` of each image."""
+        from pipeline.caption.sampling import generate
+
+        pairs = list(product(range(len(encoded.features)), range(captions)))
+        owners = [image for image, _ in pairs]
+        names = [f"{image}/{n}" for image, n in pairs]
+        if self.sampler:
+            self.sampler.generate(encoded, owners, names)
+        else:
+            generate(self.coca, encoded, owners, names, self.decoding)
+
+
+def weight_bytes(coca: "Coca") -> int:
+    """Bytes of the weights that a token reads."""
+    decoded = (coca.text.transformer, coca.decoder.resblocks, coca.decoder.cross_attn)
+    read = coca.decoder.text_projection.numel()
+    read += sum(p.numel() for p in chain.from_iterable(part.parameters() for part in decoded))
+    kv = sum(b.block.attn.in_proj_weight.numel() * 2 // 3 for b in coca.cross_blocks)
+    return (read - kv) * coca.decoder.text_projection.element_size()
+
+
+def bytes_read(coca: "Coca", images: int, captions: int, tokens: int) -> int:
+    """Bytes that writing must read at least: per token weights, the images' keys and values, the captions' caches."""
+    encoded = coca.encode_images(random_images(coca.model, 1))
+    cross = sum(layer.nbytes for layer in (*encoded.keys, *encoded.values))
+    blocks = [*coca.text_blocks, *coca.blocks]
+    cached = sum(2 * block.heads * block.head_width for block in blocks) * coca.dtype.itemsize
+    steps = tokens - 1
+    return steps * (weight_bytes(coca) + images * cross) + images * captions * cached * steps * (steps + 1) // 2
 
 
 def ours(options: argparse.Namespace) -> dict:
@@ -123,44 +176,31 @@ def ours(options: argparse.Namespace) -> dict:
     import open_clip
 
     from pipeline.caption.coca import Coca
-    from pipeline.caption.decoding import Decoding
-    from pipeline.caption.sampling import generate
 
-    model = build(options.model, options.device, options.precision)
-    coca = Coca(model, open_clip.tokenizer.SimpleTokenizer())
-    decoding = Decoding("top_k", top_k=50, min_tokens=options.tokens - 2, max_tokens=options.tokens - 1)
-
-    def write(encoded, batch: int, captions: int) -> None:
-        pairs = list(product(range(batch), range(captions)))
-        owners = [image for image, _ in pairs]
-        names = [f"{image}/{n}" for image, n in pairs]
-        generate(coca, encoded, owners, names, decoding)
-
+    coca = Coca(build(options.model, options.device, options.precision), open_clip.tokenizer.SimpleTokenizer())
+    writer = Writer(coca, options.tokens, options.graphs)
+    eager = Writer(coca, options.tokens, graphs=False)
     measured = {}
-    write(coca.encode_images(random_images(model, 1)), 1, 1)  # warm up
     for batch in options.batches:
-        images = random_images(model, batch)
+        images = random_images(coca.model, batch)
         encoded = coca.encode_images(images)
         for captions in options.captions:
             one = images[:1]
             seen = coca.encode_images(one)
+            for _ in range(3 if options.graphs else 1):  # graphs are captured when their work comes again
+                writer.write(encoded, captions)
             measured[f"{batch} {captions}"] = {
                 "encode": min(
                     clock(lambda i=images: coca.encode_images(i), options.device) for _ in range(options.repeat)
                 ),
                 "write": min(
-                    clock(lambda e=encoded, b=batch, c=captions: write(e, b, c), options.device)
+                    clock(lambda e=encoded, c=captions: writer.write(e, c), options.device)
                     for _ in range(options.repeat)
                 ),
                 "encode operations": batch * count(lambda o=one: coca.encode_images(o)),
-                "write operations": batch * count(lambda e=seen, c=captions: write(e, 1, c)),
+                "write operations": batch * count(lambda e=seen, c=captions: eager.write(e, c)),
             }
-    decoded = (coca.text.transformer, coca.decoder.resblocks, coca.decoder.cross_attn)
-    read = coca.decoder.text_projection.numel()
-    read += sum(p.numel() for p in chain.from_iterable(part.parameters() for part in decoded))
-    kv = sum(b.block.attn.in_proj_weight.numel() * 2 // 3 for b in coca.cross_blocks)
-    weights = (read - kv) * coca.decoder.text_projection.element_size()
-    return {"measured": measured, "weights": weights, "dtype": coca.dtype}
+    return {"measured": measured, "weights": weight_bytes(coca), "dtype": coca.dtype}
 
 
 def main() -> None:
@@ -174,11 +214,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--repeat", type=int, default=3, help="of ours; the fastest counts. The rival runs once")
+    parser.add_argument(
+        "--graphs", action=argparse.BooleanOptionalAction, help="memory that stays for CUDA graphs; by default on a GPU"
+    )
     parser.add_argument("--rival", default=str(Path(sys.prefix) / "transformers-4.46"), help="a folder, or none")
     parser.add_argument("--rival-side", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rival_side:
         return rival(options)
+    if options.graphs is None:
+        options.graphs = options.device != "cpu"
     torch.set_num_threads(options.threads)
     theirs = None
     if options.rival != "none":
@@ -188,10 +233,11 @@ def main() -> None:
         )
         theirs = json.loads(done.stdout.splitlines()[-1])
     found = ours(options)
-    product, reading = limits(options.threads, options.device, found["dtype"])
+    fastest = product_limit(options.device, found["dtype"])
+    reading = reading_limit(options.device)
     where = torch.cuda.get_device_name() if options.device != "cpu" else f"{options.threads} CPU threads"
     print(f"{options.model}, {options.tokens} tokens, {options.precision}, {where}")
-    print(f"limits: a large product {product:,.0f} GFLOP/s, reading {reading:.1f} GB/s")
+    print(f"limits: a large product {fastest:,.0f} GFLOP/s, reading {reading:.1f} GB/s")
     for setting, part in found["measured"].items():
         batch, captions = map(int, setting.split())
         seconds, operations = part["encode"] + part["write"], part["encode operations"] + part["write operations"]

@@ -45,6 +45,7 @@ TESTS = ("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-m", "gpu", str
 STEPS = (
     measurement("limits", 40),
     measurement("cache", 100),
+    measurement("caption", 90),
     Step("tests", TESTS, 110),
 )
 

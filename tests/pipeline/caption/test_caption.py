@@ -12,7 +12,6 @@ import torch
 from small_data import narrow_coca, tiny_coca, tree, write_coca, write_raw
 
 from pipeline.caption.captioner import Captioner
-from pipeline.caption.coca import Coca
 from pipeline.caption.config import CaptionConfig
 from pipeline.caption.decoding import Decoding
 from pipeline.caption.head_check import ContrastiveHeadCheck
@@ -272,29 +271,6 @@ def test_devices_and_numbers_are_checked(root, model):
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="this torch sees no CUDA device"):
             caption(config(root, model, device="cpu,cuda:1"))
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_captions_are_those_of_the_cpu(root, model):
-    caption(config(root, model, device="cpu"))
-    caption(config(root, model, device="cuda", precision="fp32", name="gpu"))
-    cpu, gpu = texts(root), texts(root, "gpu")
-    assert cpu.keys() == gpu.keys()
-    pairs = zip(chain.from_iterable(cpu.values()), chain.from_iterable(gpu[key] for key in cpu), strict=True)
-    same = [one == other for one, other in pairs]
-    assert sum(same) >= 0.99 * len(same)
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_a_batch_stays_within_its_prediction():
-    loaded = load_model("coca_ViT-L-14", device="cuda", random_weights=True, precision="bf16")
-    torch.nn.init.normal_(loaded.model.text_decoder.text_projection, std=0.02)
-    captioner = Captioner(loaded, Decoding(), 5, batch_size=64)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    captioner.caption(requests_for(captioner, 64))
-    assert torch.cuda.max_memory_allocated() - before < 64 * captioner.bytes_per_image()
-    assert isinstance(captioner.coca, Coca)
 
 
 def head_warnings(root, model, caplog, **options) -> list[str]:

@@ -1,0 +1,152 @@
+"""Captioning with CoCa ViT-L/14 in bf16: images encoded, captions of 30 tokens by top-k 50, with and without graphs."""
+
+import time
+from pathlib import Path
+
+import torch
+from caption import Writer, bytes_read, reading_limit
+from figures import ceiling, figure, options, seconds_of, synchronize
+from small_data import tiny_coca
+from torch import Tensor
+
+from pipeline.caption.captioner import Captioner
+from pipeline.caption.coca import Coca, EncodedImages
+from pipeline.caption.decoding import Decoding
+from pipeline.caption.requests import CaptionRequest
+from pipeline.plan.costs import FLOP
+from shards_spec.models import LoadedModel, load_model
+
+IMAGE = "image, CoCa ViT-L/14"
+FIVE_CAPTIONS = "five captions of 30 tokens, CoCa ViT-L/14"
+KERNELS = 15  # that took most time, printed
+
+
+def build_coca(dry: bool, device: str, work: Path) -> LoadedModel:
+    """CoCa ViT-L/14 in bf16 with random weights, which are made on the device; a tiny one when dry."""
+    name = tiny_coca(work / "captioner") if dry else "coca_ViT-L-14"
+    with torch.device(device):
+        loaded = load_model(name, device=device, random_weights=not dry, precision="bf16")
+    if not dry:
+        torch.nn.init.normal_(loaded.model.text_decoder.text_projection, std=0.02)  # open_clip leaves it as it finds it
+    return loaded
+
+
+class Measurement:
+    """Figures of one model: ``tokens`` with the start token, as open_clip counts."""
+
+    def __init__(self, loaded: LoadedModel, dry: bool, device: str) -> None:
+        self.loaded = loaded
+        self.coca = Coca(loaded.model, loaded.tokenizer)
+        self.device = device
+        self.tokens = 12 if dry else 30
+        self.repeat = 1 if dry else 5
+        self.reading = reading_limit(device)
+        self.eager = Writer(self.coca, self.tokens, graphs=False)
+
+    def images(self, count: int) -> Tensor:
+        """Noise (count, 3, S, S) on the device."""
+        side = self.loaded.image_size
+        return torch.randn(count, 3, side, side, device=self.device, dtype=self.coca.dtype)
+
+    def encoding(self, batch: int, rate_of: str) -> float:
+        """Report and return the seconds of encoding a batch; ``rate_of``: the job of `plan` that it is the rate of."""
+        images = self.images(batch)
+        seconds = seconds_of(lambda: self.coca.encode_images(images), self.device, repeat=self.repeat)
+        rate = batch / seconds
+        share = FLOP[IMAGE] * 1e9 * rate / ceiling(self.device)
+        figure(f"caption: images encoded, {batch} at a time", rate, "images/s", rate=rate_of, share_of_ceiling=share)
+        return seconds
+
+    def writing(self, batch: int, captions: int, encoding: float, rate_of: str) -> None:
+        """Report captions per second; ``encoding`` is the seconds of encoding the batch."""
+        encoded = self.coca.encode_images(self.images(batch))
+        writer = Writer(self.coca, self.tokens, graphs=True)
+        capturing = self.seconds_of_capturing(writer, encoded, captions)
+        with_graphs = self.seconds(writer, encoded, captions)
+        eagerly = self.seconds(self.eager, encoded, captions)
+        number = batch * captions
+        read = bytes_read(self.coca, batch, captions, self.tokens)
+        figure(
+            f"caption: {batch} images, {captions} captions each",
+            number / (encoding + with_graphs),
+            "captions/s",
+            goal="3 times the eager loop",
+            eager=number / (encoding + eagerly),
+            ratio=(encoding + eagerly) / (encoding + with_graphs),
+            ratio_of_decoding=eagerly / with_graphs,
+            ms_a_token=1e3 * with_graphs / (self.tokens - 1),
+            share_of_encoding=encoding / (encoding + with_graphs),
+            share_of_reading=read / with_graphs / (1e9 * self.reading),
+            graphs=len(writer.sampler.graphs),
+            s_of_capturing=capturing - with_graphs,
+        )
+        if captions == 5:
+            name = f"caption: five captions written, {batch} images at a time"
+            share = FLOP[FIVE_CAPTIONS] * 1e9 * batch / with_graphs / ceiling(self.device)
+            figure(name, batch / with_graphs, "images/s", rate=rate_of, share_of_ceiling=share)
+
+    def seconds(self, writer: Writer, encoded: EncodedImages, captions: int) -> float:
+        """Median seconds of writing the captions."""
+        return seconds_of(lambda: writer.write(encoded, captions), self.device, repeat=self.repeat)
+
+    def seconds_of_capturing(self, writer: Writer, encoded: EncodedImages, captions: int) -> float:
+        """Seconds of writing a batch the second time, when graphs are captured."""
+        writer.write(encoded, captions)
+        synchronize(self.device)
+        start = time.perf_counter()
+        writer.write(encoded, captions)
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+    def whole(self, batch: int, captions: int) -> None:
+        """Report a captioner's batches with what the host does: copying images, checking, decoding the texts."""
+        decoding = Decoding("top_k", top_k=50, min_tokens=self.tokens - 2, max_tokens=self.tokens - 1)
+        captioner = Captioner(self.loaded, decoding, captions, batch_size=batch)
+        images = self.images(batch).cpu()
+        indices = tuple(range(captions))
+        requests = [CaptionRequest(f"{number:09d}", image, indices) for number, image in enumerate(images)]
+        stacked = captioner.stack(requests)
+        seconds = seconds_of(
+            lambda: captioner.caption(requests, images=stacked), self.device, repeat=self.repeat, warm_up=3
+        )
+        stacking = seconds_of(lambda: captioner.stack(requests), self.device, repeat=self.repeat)
+        figure(
+            f"caption: a captioner's batches of {batch}, {captions} captions each",
+            batch * captions / seconds,
+            "captions/s",
+            ms_a_batch=1e3 * seconds,
+            ms_of_stacking=1e3 * stacking,
+        )
+
+    def kernels(self, batch: int, captions: int) -> None:
+        """Print which kernels take the time of writing; it is no figure."""
+        encoded = self.coca.encode_images(self.images(batch))
+        writer = Writer(self.coca, self.tokens, graphs=True)
+        for _ in range(3):
+            writer.write(encoded, captions)
+        kind = torch.profiler.ProfilerActivity
+        with torch.profiler.profile(activities=[kind.CPU if self.device == "cpu" else kind.CUDA]) as profile:
+            writer.write(encoded, captions)
+            synchronize(self.device)
+        print(f"{batch} images, {captions} captions each:")
+        order = f"self_{'cpu' if self.device == 'cpu' else 'device'}_time_total"
+        print(profile.key_averages().table(sort_by=order, row_limit=KERNELS, max_name_column_width=90), flush=True)
+
+
+def main() -> None:
+    """Measure and report."""
+    where = options(__doc__)
+    measurement = Measurement(build_coca(where.dry, where.device, where.work), where.dry, where.device)
+    sizes = (2, 3) if where.dry else (256, 64)
+    for batch in sizes:
+        is_usual = batch == sizes[0]
+        encoding = measurement.encoding(batch, IMAGE if is_usual else "")
+        for captions in (1, 5):
+            measurement.writing(batch, captions, encoding, FIVE_CAPTIONS if is_usual else "")
+    measurement.whole(sizes[0], 5)
+    for captions in (1, 5):
+        measurement.kernels(sizes[0], captions)
+
+
+if __name__ == "__main__":
+    main()
