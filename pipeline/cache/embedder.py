@@ -1,6 +1,5 @@
 """Fills the columns of a shard's cache: a teacher on its device, and a pool that renders views ahead of it."""
 
-import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -12,6 +11,7 @@ from pipeline.cache.incremental import ColumnUpdate, ShardIndex
 from pipeline.cache.render_pool import RenderJob, RenderPool, RenderQueue
 from pipeline.cache.teacher import Teacher
 from pipeline.cache.tokens import TokenPool, tokenise
+from pipeline.core.workers import usable_cores
 from shards_spec.embeddings import Vectors
 from shards_spec.files import DataError
 from shards_spec.models import load_teacher
@@ -28,7 +28,7 @@ class Embedder:
         self.config = config
         processes = config.processes
         if processes is None:
-            processes = max(1, _cores() // devices) if device.startswith("cuda") else 0
+            processes = max(1, usable_cores() // devices) if device.startswith("cuda") else 0
         precision = resolve_precision(config.precision, device)
         loaded = load_teacher(config.model, config.pretrained, device=device, precision=precision, trust=config.trust)
         self.teacher = Teacher(loaded, config.batch_size)
@@ -96,11 +96,6 @@ class Embedder:
         if self.token_pool is None:
             return tokenise(self.teacher.loaded.tokenizer, texts)
         return self.token_pool.tokenise(texts)
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _rows_to_embed(updates: list[ColumnUpdate], kind: str) -> list[tuple[int, int]]:

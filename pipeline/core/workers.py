@@ -6,6 +6,7 @@ import signal
 import sys
 from multiprocessing.process import parent_process
 
+CPU_QUOTA = "/sys/fs/cgroup/cpu.max"  # of a container: microseconds of all cores per microseconds, or "max"
 PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that this process gets when its parent dies
 
 
@@ -20,3 +21,14 @@ def die_with_parent() -> None:
         parent = parent_process()
         if parent is not None and os.getppid() != parent.pid:  # the parent died before prctl was called
             os._exit(1)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: those it is bound to, and no more than a container's quota gives."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open(CPU_QUOTA) as file:
+            quota, period = file.read().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, -(-int(quota) // int(period))))
