@@ -266,9 +266,9 @@ def tar_of(path: Path, members: dict[str, bytes]) -> str:
     [
         ({"0.jpg": make_image(1)}, r"no column 'img'; its samples have \[\]; change --url-col"),
         ({"0.jpg": make_image(1), "0.txt": b"a"}, r"no column 'img'; its samples have \['txt'\]; change --url-col"),
-        ({"0.jpg": make_image(1), "0.img": make_image(2)}, "--url-col 'img' holds no text in the first 1 samples"),
-        ({"0.jpg": make_image(1), "0.json": b'{"img": 3}'}, "--url-col 'img' holds no text in the first 1 samples"),
-        ({"0.jpg": make_image(1), "0.json": b'{"img": null}'}, "--url-col 'img' holds no text in the first 1 samples"),
+        ({"0.jpg": make_image(1), "0.img": make_image(2)}, "--url-col 'img' holds no text in the first 1 sample"),
+        ({"0.jpg": make_image(1), "0.json": b'{"img": 3}'}, "--url-col 'img' holds no text in the first 1 sample"),
+        ({"0.jpg": make_image(1), "0.json": b'{"img": null}'}, "--url-col 'img' holds no text in the first 1 sample"),
     ],
 )
 def test_a_column_of_addresses_that_a_tar_has_not_is_refused(tmp_path, members, message):

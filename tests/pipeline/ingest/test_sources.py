@@ -214,7 +214,7 @@ def test_sources_that_are_not_there(tmp_path, store):
     with pytest.raises(UserError, match="not a folder"):
         list(list_rows(str(tmp_path / "x"), "folder"))
     (tmp_path / "x.jpg").write_bytes(make_image(1))
-    with pytest.raises(UserError, match="an image; give its folder"):
+    with pytest.raises(UserError, match="image; give its folder"):
         detect(str(tmp_path / "x.jpg"))
 
 
