@@ -2,6 +2,8 @@
 
 import shutil
 import time
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from pipeline.check.stage import check
 from pipeline.core.runner import Summary
 from shards_spec.files import join, json_bytes
 from shards_spec.models import LoadedModel, load_model, load_teacher
+from shards_spec.precision import dtype_of
 from shards_spec.sample import Sample
 from shards_spec.teacher_shard import TeacherShard
 from shards_spec.views import ViewSpec
@@ -31,9 +34,10 @@ def coca(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def clip(device, coca) -> str:
-    """A model whose products have the shapes of real ones; in the dry run a tiny one."""
-    return "ViT-B-32" if device.startswith("cuda") else coca
+def clip(device, coca) -> LoadedModel:
+    """A model whose products have the shapes of real ones, on the CPU; in the dry run a tiny one."""
+    torch.manual_seed(0)
+    return load_model("ViT-B-32" if device.startswith("cuda") else coca, random_weights=True)
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +69,9 @@ def sample(shard: int, index: int, captions: int) -> Sample:
     return Sample(f"{shard:05d}{index:04d}", {"jpg": image, "txt": caption.encode(), "json": json_bytes(texts)})
 
 
-def random_teacher(name: str, device: str, precision: str = "fp32") -> LoadedModel:
-    """The same random weights in any precision."""
-    torch.manual_seed(0)
-    return load_model(name, device=device, random_weights=True, precision=precision)
+def copied(loaded: LoadedModel, device: str, precision: str = "fp32") -> LoadedModel:
+    """The same model on a device, in any precision."""
+    return replace(loaded, model=deepcopy(loaded.model).to(device, dtype_of(precision)))
 
 
 def images_for(loaded: LoadedModel, count: int) -> list[np.ndarray]:
@@ -81,8 +84,7 @@ def texts_for(count: int) -> list[str]:
 
 
 def run(root: str, model: str, device: str, **changes) -> Summary:
-    processes = 1 if device.startswith("cuda") else 0
-    given = {"name": "tea", "views": 2, "spec": ViewSpec(ops=2), "device": device, "processes": processes}
+    given = {"name": "tea", "views": 2, "spec": ViewSpec(ops=2), "device": device, "processes": 0}
     return cache(CacheConfig(root, model, **{**given, **changes}))
 
 
@@ -96,7 +98,7 @@ def columns(root: str, shard: int = 0, name: str = "tea") -> dict[str, np.ndarra
 def test_rows_do_not_depend_on_neighbours_or_position(device, clip, precision):
     if precision != "bf16":
         only_on_cuda(device)
-    loaded = random_teacher(clip, device, precision)
+    loaded = copied(clip, device, precision)
     rows = Teacher(loaded, batch_size=64).rows
     images = images_for(loaded, 2 * rows + 5)
     texts = texts_for(len(images))
@@ -114,22 +116,22 @@ def test_rows_do_not_depend_on_neighbours_or_position(device, clip, precision):
 
 
 def test_precisions_agree(device, clip):
-    loaded = random_teacher(clip, device)
+    loaded = copied(clip, device)
     images = images_for(loaded, 20)
     expected = Teacher(loaded).embed_images(images)
-    on_cpu = Teacher(random_teacher(clip, "cpu")).embed_images(images)
+    on_cpu = Teacher(clip).embed_images(images)
     assert np.abs(expected - on_cpu).max() < 5e-3  # cuDNN's convolutions of float32 are TF32
     for precision, least in (("bf16", 0.99), ("fp16", 0.999)):
         if precision == "fp16":
             only_on_cuda(device)
-        found = Teacher(random_teacher(clip, device, precision)).embed_images(images)
+        found = Teacher(copied(clip, device, precision)).embed_images(images)
         assert found.dtype == np.float32
         assert (found * expected).sum(axis=1).min() > least, precision
 
 
 def test_a_pass_that_memory_does_not_suffice_for_is_halved(device, clip):
     only_on_cuda(device)
-    loaded = random_teacher(clip, device)
+    loaded = copied(clip, device)
     images = images_for(loaded, 300)
 
     def peak(rows: int) -> int:
@@ -143,11 +145,11 @@ def test_a_pass_that_memory_does_not_suffice_for_is_halved(device, clip):
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.empty_cache()
     try:
-        torch.cuda.set_per_process_memory_fraction((few + 0.75 * (many - few)) / total, device)
+        torch.cuda.set_per_process_memory_fraction((few + 0.75 * (many - few)) / total)
         teacher = Teacher(loaded, 256)
         found = teacher.embed_images(images)
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0)
     assert 32 <= teacher.rows < 256
     assert np.array_equal(found, Teacher(loaded, teacher.rows).embed_images(images))
 
@@ -232,7 +234,7 @@ def test_the_stage_makes_the_same_bytes_at_once_and_bit_by_bit(root, device, coc
 
 def test_the_stage_on_a_device_is_the_cpus_in_bf16(root, device, coca):
     only_on_cuda(device)
-    run(root, coca, device)
+    run(root, coca, device, processes=2)
     run(root, coca, "cpu", name="cpu")
     for column, vectors in columns(root, name="cpu").items():
         similar = (columns(root)[column].astype(np.float32) * vectors).sum(axis=1)
