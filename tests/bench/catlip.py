@@ -2,8 +2,8 @@
 """A CatLIP step against a CLIP step, same image tower (ViT-B/16), same images, in one run.
 
     python tests/bench/catlip.py [--model catlip_vit_base_patch16_224] [--batch-size 8] [--steps 2] [--rounds 3]
-                                 [--classes 24320] [--labels 10] [--device cpu] [--precision fp32] [--fit]
-                                 [--cpu-time]
+                                 [--classes 24320] [--labels 10] [--size 224] [--text-width 512]
+                                 [--text-layers 12] [--device cpu] [--precision fp32] [--fit] [--cpu-time]
 
 CLIP has a text tower of 12 layers of width 512 besides, CatLIP a head of 24,320 classes and, without --no-augment,
 RangeAugment. Reading is left out: the batch is there. Prints seconds per step of the two (medians of turns one after
@@ -14,14 +14,16 @@ these processes really had, for a machine that others use, too.
 """
 
 import argparse
+import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import open_clip
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from shards_spec.models import TIMM, LoadedModel
 from training.config import OptimConfig
@@ -31,14 +33,17 @@ from training.models.classifier import new_classifier
 from training.models.range_augment import RangeAugment
 from training.recipes import catlip, clip
 
-TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
+TEXT = {"context_length": 77, "vocab_size": 49408}
+HEAD = 64  # numbers of an attention head of the text tower
 WARMING = 1
 
 
 def clip_task(options: argparse.Namespace) -> Any:
     """CLIP with the image tower in question."""
-    vision = {"timm_model_name": options.model, "timm_pool": "token", "timm_proj": "linear", "image_size": 224}
-    return clip.ClipTask(open_clip.model.CLIP(512, vision, TEXT)).to(options.device).train()
+    vision = {"timm_model_name": options.model, "timm_pool": "token", "timm_proj": "linear", "image_size": options.size}
+    width = options.text_width
+    text = {**TEXT, "width": width, "heads": width // HEAD, "layers": options.text_layers}
+    return clip.ClipTask(open_clip.model.CLIP(512, vision, text)).to(options.device).train()
 
 
 def catlip_task(options: argparse.Namespace) -> Any:
@@ -55,7 +60,7 @@ def draw_batch(options: argparse.Namespace) -> dict[str, Tensor]:
     tokens = torch.randint(1, 49_000, (number, 77), generator=drawn)
     tokens[:, -1] = 49_407  # the end of text, where open_clip looks
     batch = {
-        "images": torch.rand(number, 3, 224, 224, generator=drawn),
+        "images": torch.rand(number, 3, options.size, options.size, generator=drawn),
         "tokens": tokens,
         "labels": pad_labels(labels),
     }
@@ -143,24 +148,56 @@ def largest_batch(options: argparse.Namespace) -> int:
         fits, options.batch_size = options.batch_size, 2 * options.batch_size
 
 
-def main() -> None:
-    """Measure and print."""
+def operations(task: Any, options: argparse.Namespace) -> float:
+    """Of a sample's step: three times the student's forward pass, as tests/bench/plan.py counts."""
+    batch = draw_batch(argparse.Namespace(**{**vars(options), "device": "meta", "batch_size": 2}))
+    student = copy.deepcopy(task.student).to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        if isinstance(task, clip.ClipTask):
+            student.encode_text(batch["tokens"])
+            student.encode_image(batch["images"])
+        else:
+            student(batch["images"])
+    return 3 * counter.get_total_flops() / 2
+
+
+def measure_rounds(tasks: dict[str, Any], options: argparse.Namespace) -> dict[str, list[list[float]]]:
+    """Seconds of forward, backward and optimizer by task and round; the tasks take turns."""
+    rounds: dict[str, list[list[float]]] = {name: [] for name in tasks}
+    for _ in range(options.rounds):
+        for name, task in tasks.items():
+            rounds[name].append(seconds_per_step(task, options))
+    return rounds
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a command line, by default this process's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, word in (("model", "catlip_vit_base_patch16_224"), ("device", "cpu"), ("precision", "fp32")):
         parser.add_argument(f"--{name}", default=word)
-    for name, number in (("batch-size", 8), ("steps", 2), ("rounds", 3), ("classes", 24_320), ("labels", 10)):
+    for name, number in (
+        ("batch-size", 8),
+        ("steps", 2),
+        ("rounds", 3),
+        ("classes", 24_320),
+        ("labels", 10),
+        ("size", 224),
+        ("text-width", 512),
+        ("text-layers", 12),
+    ):
         parser.add_argument(f"--{name}", type=int, default=number)
     parser.add_argument("--no-augment", dest="augment", action="store_false")
     parser.add_argument("--fit", action="store_true")
     parser.add_argument("--cpu-time", action="store_true")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parse()
     if options.fit:
         options.batch_size = largest_batch(options)
-    tasks = {"CatLIP": catlip_task, "CLIP": clip_task}
-    rounds: dict[str, list[list[float]]] = {name: [] for name in tasks}
-    for _ in range(options.rounds):
-        for name, build in tasks.items():
-            rounds[name].append(seconds_per_step(build(options), options))
+    rounds = measure_rounds({"CatLIP": catlip_task(options), "CLIP": clip_task(options)}, options)
     print(f"{options.model}, batch {options.batch_size}, {options.precision} on {options.device}")
     whole = {}
     for name, taken in rounds.items():

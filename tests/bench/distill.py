@@ -15,7 +15,8 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -95,8 +96,68 @@ def seconds_to_embed(teacher: LoadedModel, options: argparse.Namespace) -> tuple
     return taken[0], taken[1]
 
 
-def main() -> None:
-    """Measure and print."""
+@dataclass(frozen=True)
+class Costs:
+    """Seconds per step by case and turn, and seconds that the teacher takes for an image and for a text."""
+
+    taken: dict[str, list[float]]
+    image: float
+    text: float
+    batch_size: int
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        """Cached teacher to none, live teacher to cached: medians of the turns."""
+        turns = [[b / a, c / b] for a, b, c in zip(*self.taken.values(), strict=True)]
+        cached, live = (statistics.median(turn) for turn in zip(*turns, strict=True))
+        return cached, live
+
+    @property
+    def filling(self) -> float:
+        """Seconds that a sample of the cache costs the teacher."""
+        return VIEWS * self.image + CAPTIONS * self.text
+
+    @property
+    def saved(self) -> float:
+        """Seconds that the cache saves a sample in each epoch."""
+        _, cached, live = (statistics.median(values) for values in self.taken.values())
+        return (live - cached) / self.batch_size
+
+    @property
+    def epochs(self) -> float:
+        """Epochs after which the cache has paid for itself."""
+        return self.filling / self.saved
+
+
+def measure(root: str, options: argparse.Namespace) -> Costs:
+    """Measure the three cases by turns on a dataset of `write_dataset`, and the teacher alone."""
+    teacher = load_model(options.teacher, device=options.device, random_weights=True)
+    student = new_student(ModelConfig(options.student), 0)
+    student.model.to(options.device).train()
+
+    def batches(views: ViewConfig | TeacherCacheConfig) -> Iterator[dict[str, Any]]:
+        samples = open_samples(DataConfig(data=root), views, student, 0)
+        positions = batch_positions(0, 10**6, options.batch_size)
+        return load_batches(samples, positions, workers=options.workers, device=options.device)
+
+    drawn, cached = ViewConfig(scale=SCALE), TeacherCacheConfig("wide")
+    weights = {"affinity": 1.0, "feature": 0.0, "contrastive": 1.0}
+    wide = FrozenTeacher("wide", width=student.config["embed_dim"], logit_scale=100.0)
+    taught = affinity.AffinityTask(student.model, weights, None, wide)
+    cases: dict[str, tuple[Any, ViewConfig | TeacherCacheConfig]] = {
+        "(a) no teacher": (clip.ClipTask(student.model), drawn),
+        "(b) cached teacher": (taught, cached),
+        "(c) live teacher": (Live(taught, teacher), drawn),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(options.rounds):
+        for name, (task, views) in cases.items():
+            taken[name].append(seconds_per_step(task, batches(views), options))
+    return Costs(taken, *seconds_to_embed(teacher, options), options.batch_size)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a command line, by default this process's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (
         ("student", "MobileCLIP-S0"),
@@ -107,42 +168,25 @@ def main() -> None:
         parser.add_argument(f"--{name}", default=value)
     for name, number in (("batch-size", 16), ("steps", 3), ("rounds", 3), ("workers", 1)):
         parser.add_argument(f"--{name}", type=int, default=number)
-    options = parser.parse_args()
-    teacher = load_model(options.teacher, device=options.device, random_weights=True)
-    student = new_student(ModelConfig(options.student), 0)
-    student.model.to(options.device).train()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parse()
     with tempfile.TemporaryDirectory() as root:
         write_dataset(root, max(256, options.batch_size), 2)
-
-        def batches(views: ViewConfig | TeacherCacheConfig) -> Iterator[dict[str, Any]]:
-            samples = open_samples(DataConfig(data=root), views, student, 0)
-            positions = batch_positions(0, 10**6, options.batch_size)
-            return load_batches(samples, positions, workers=options.workers, device=options.device)
-
-        drawn, cached = ViewConfig(scale=SCALE), TeacherCacheConfig("wide")
-        weights = {"affinity": 1.0, "feature": 0.0, "contrastive": 1.0}
-        wide = FrozenTeacher("wide", width=student.config["embed_dim"], logit_scale=100.0)
-        taught = affinity.AffinityTask(student.model, weights, None, wide)
-        cases: dict[str, tuple[Any, ViewConfig | TeacherCacheConfig]] = {
-            "(a) no teacher": (clip.ClipTask(student.model), drawn),
-            "(b) cached teacher": (taught, cached),
-            "(c) live teacher": (Live(taught, teacher), drawn),
-        }
-        taken: dict[str, list[float]] = {name: [] for name in cases}
-        for _ in range(options.rounds):
-            for name, (task, views) in cases.items():
-                taken[name].append(seconds_per_step(task, batches(views), options))
-    _, cache, live = (statistics.median(values) for values in taken.values())
-    for name, values in taken.items():
+        costs = measure(root, options)
+    for name, values in costs.taken.items():
         print(f"{name:20} {statistics.median(values):8.3f} s/step  ({min(values):.3f} to {max(values):.3f})")
-    ratios = [[b / a, c / b] for a, b, c in zip(*taken.values(), strict=True)]
-    cached_ratio, live_ratio = (statistics.median(turn) for turn in zip(*ratios, strict=True))
+    cached_ratio, live_ratio = costs.ratios
     print(f"(b)/(a) {cached_ratio:.3f}; (c)/(b) {live_ratio:.2f}: medians of {options.rounds} turns")
-    image, text = seconds_to_embed(teacher, options)
-    filling, saved = VIEWS * image + CAPTIONS * text, (live - cache) / options.batch_size
-    print(f"an image costs the teacher {1e3 * image:.1f} ms, a text {1e3 * text:.1f} ms")
-    print(f"a cache of {VIEWS} views and {CAPTIONS} texts costs {filling:.3f} s a sample, an epoch saves {saved:.3f} s")
-    print(f"it has paid for itself after {filling / saved:.1f} epochs, and serves any number of students")
+    print(f"an image costs the teacher {1e3 * costs.image:.1f} ms, a text {1e3 * costs.text:.1f} ms")
+    print(
+        f"a cache of {VIEWS} views and {CAPTIONS} texts costs {costs.filling:.3f} s a sample, an epoch saves "
+        f"{costs.saved:.3f} s"
+    )
+    print(f"it has paid for itself after {costs.epochs:.1f} epochs, and serves any number of students")
 
 
 if __name__ == "__main__":

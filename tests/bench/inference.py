@@ -14,6 +14,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import open_clip
 import torch
@@ -62,19 +63,26 @@ def moved(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def images(teacher: nn.Module, student: nn.Module, batch: int, repeat: int) -> None:
-    """Print images per second of the image encoders."""
+@dataclass(frozen=True)
+class ImageTimes:
+    """Seconds per batch of the image encoders, the median of their ratios, and seconds of the attention blocks."""
+
+    teacher: float
+    student: float
+    ratio: float
+    teacher_blocks: float
+    student_blocks: float
+
+
+def image_times(teacher: nn.Module, student: nn.Module, batch: int, repeat: int) -> ImageTimes:
+    """Measure the image encoders on batches of ``batch`` images."""
     pixels, hidden = torch.rand(batch, 3, 256, 256), torch.randn(batch, 512, 8, 8)
     towers = [reparameterize_model(model.visual) for model in (teacher, student)]
     blocks = [tower.trunk.stages[-1].blocks for tower in towers]
     with torch.inference_mode():
         slow, fast, ratio = in_turn(lambda: towers[0](pixels), lambda: towers[1](pixels), repeat)
         before, after, _ = in_turn(lambda: blocks[0](hidden), lambda: blocks[1](hidden), repeat)
-    print(
-        f"batch {batch}: MobileCLIP-S0 {batch / slow:.2f}, SiCLIP-S0 {batch / fast:.2f} images/s, ratio {ratio:.3f} "
-        f"(paper {PAPER:.3f}); of this, attention blocks {1000 * before / batch:.2f} against "
-        f"{1000 * after / batch:.2f} ms/image"
-    )
+    return ImageTimes(slow, fast, ratio, before, after)
 
 
 def student_step(teacher: nn.Module, student: nn.Module) -> Callable[[Tensor, Tensor], None]:
@@ -115,6 +123,14 @@ def plain_step(model: nn.Module) -> Callable[[Tensor, Tensor], None]:
     return step
 
 
+def step_times(teacher: nn.Module, student: nn.Module, pairs: int) -> tuple[float, float, float]:
+    """Seconds per training step of MobileCLIP-S0 and of SiCLIP-S0, and the median of their ratios."""
+    pixels = torch.rand(pairs, 3, 256, 256)
+    tokens = torch.randint(1, 49407, (pairs, 77))
+    plain, frozen = plain_step(copy.deepcopy(teacher)), student_step(teacher, student)
+    return in_turn(lambda: plain(pixels, tokens), lambda: frozen(pixels, tokens), 5)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -126,12 +142,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     teacher, student = (moved(open_clip.create_model(name)) for name in ("MobileCLIP-S0", "SiCLIP-S0"))
     for batch in options.batches:
-        images(teacher, student, batch, max(5, options.repeat // batch))
+        took = image_times(teacher, student, batch, max(5, options.repeat // batch))
+        print(
+            f"batch {batch}: MobileCLIP-S0 {batch / took.teacher:.2f}, SiCLIP-S0 {batch / took.student:.2f} images/s, "
+            f"ratio {took.ratio:.3f} (paper {PAPER:.3f}); of this, attention blocks "
+            f"{1000 * took.teacher_blocks / batch:.2f} against {1000 * took.student_blocks / batch:.2f} ms/image"
+        )
     if options.train_batch:
-        pixels = torch.rand(options.train_batch, 3, 256, 256)
-        tokens = torch.randint(1, 49407, (options.train_batch, 77))
-        plain, frozen = plain_step(copy.deepcopy(teacher)), student_step(teacher, student)
-        slow, fast, ratio = in_turn(lambda: plain(pixels, tokens), lambda: frozen(pixels, tokens), 5)
+        slow, fast, ratio = step_times(teacher, student, options.train_batch)
         print(
             f"training step of {options.train_batch} pairs: MobileCLIP-S0, all trainable, {slow:.2f} s; SiCLIP-S0, "
             f"frozen backbone and live teacher, {fast:.2f} s: {ratio:.1f} x"

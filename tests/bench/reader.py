@@ -54,13 +54,13 @@ def caption(number: int, turn: int) -> str:
     return f"a photo of thing number {number} as seen {turn} times on a beach beside some large rocks"
 
 
-def write_shard_and_cache(shard: int, root: str, per_shard: int) -> None:
+def write_shard_and_cache(shard: int, root: str, per_shard: int, make: Callable[[int], bytes]) -> None:
     """ROOT/shards/NNNNN.tar as `pack` leaves it, ROOT/teacher/wide/NNNNN.parquet as `cache` does."""
     samples = []
     for index in range(per_shard):
         number = shard * per_shard + index
         texts = {f"syn_{turn - 1}": caption(number, turn) for turn in range(1, CAPTIONS)}
-        members = {"jpg": small_photo(number), "txt": caption(number, 0).encode(), "json": json_bytes(texts)}
+        members = {"jpg": make(number), "txt": caption(number, 0).encode(), "json": json_bytes(texts)}
         samples.append(Sample(f"{shard:05d}{index:04d}", members))
     path = f"shards/{shard:05d}.tar"
     count, digest = write_shard(f"{root}/{path}", samples)
@@ -84,10 +84,11 @@ def write_shard_and_cache(shard: int, root: str, per_shard: int) -> None:
     done.write(f"{root}/teacher/wide")
 
 
-def write_dataset(root: str, samples: int, shards: int) -> None:
-    """ROOT of ``shards`` shards."""
+def write_dataset(root: str, samples: int, shards: int, make: Callable[[int], bytes] = small_photo) -> None:
+    """ROOT of ``shards`` shards; ``make`` gives the JPEG of a number."""
+    write = partial(write_shard_and_cache, root=root, per_shard=samples // shards, make=make)
     with ProcessPoolExecutor() as pool:
-        list(pool.map(partial(write_shard_and_cache, root=root, per_shard=samples // shards), range(shards)))
+        list(pool.map(write, range(shards)))
     write_json(f"{root}/shards/sizes.json", {f"{shard:05d}.tar": samples // shards for shard in range(shards)})
 
 
@@ -159,6 +160,21 @@ def memory_over(root: str, shards: int, options: argparse.Namespace) -> list[flo
     return taken
 
 
+def measure_rates(root: str, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Samples per second of the rival, of the reader, and of the reader with a cache; by turns."""
+    number = max(2, options.samples // options.batch_size - options.workers - 1)
+    drawn, cached = ViewConfig(scale=SCALE), TeacherCacheConfig("wide")
+    rates: dict[str, list[float]] = {"webdataset + torchvision": [], "clipmill": [], "clipmill, cache joined": []}
+    for _ in range(options.rounds):
+        for name, batches in (
+            ("webdataset + torchvision", lambda: plain(root, options.shards, options)),
+            ("clipmill", lambda: ours(root, drawn, "original", options)),
+            ("clipmill, cache joined", lambda: ours(root, cached, "all", options)),
+        ):
+            rates[name].append(rate(batches(), number, options.batch_size))
+    return rates
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -173,25 +189,17 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
     torch.set_num_threads(1)  # the rest of the cores belong to the workers
-    number = max(2, options.samples // options.batch_size - options.workers - 1)
     with tempfile.TemporaryDirectory() as folder:
         root = f"{folder}/few"
         write_dataset(root, options.samples, options.shards)
-        drawn, cached = ViewConfig(scale=SCALE), TeacherCacheConfig("wide")
-        rates: dict[str, list[float]] = {"webdataset + torchvision": [], "clipmill": [], "clipmill, cache joined": []}
-        for _ in range(options.rounds):
-            for name, batches in (
-                ("webdataset + torchvision", lambda: plain(root, options.shards, options)),
-                ("clipmill", lambda: ours(root, drawn, "original", options)),
-                ("clipmill, cache joined", lambda: ours(root, cached, "all", options)),
-            ):
-                rates[name].append(rate(batches(), number, options.batch_size))
+        rates = measure_rates(root, options)
         middle = {name: statistics.median(values) for name, values in rates.items()}
         for name, values in rates.items():
             print(f"{name:26} {middle[name]:7.0f} samples/s  ({min(values):.0f} to {max(values):.0f})")
         turns = [(own / rival, 1 - joined / own) for rival, own, joined in zip(*rates.values(), strict=True)]
         ratio, cost = (statistics.median(turn) for turn in zip(*turns, strict=True))
         print(f"ratio to the plain pipeline {ratio:.2f}; joining views and captions costs {cost:.1%}: medians of turns")
+        drawn, cached = ViewConfig(scale=SCALE), TeacherCacheConfig("wide")
         first = [seconds_to_first(lambda: ours(root, cached, "all", options)) for _ in range(3)]
         print(f"first batch of {options.batch_size} after {statistics.median(first):.2f} s")
         many = f"{folder}/many"

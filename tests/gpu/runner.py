@@ -46,6 +46,8 @@ STEPS = (
     measurement("limits", 40),
     measurement("cache", 100),
     measurement("caption", 90),
+    measurement("train", 100),
+    measurement("reader", 90),
     Step("tests", TESTS, 110),
 )
 
