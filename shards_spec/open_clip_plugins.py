@@ -11,7 +11,7 @@ open_clip is imported inside the functions only, because it imports torch.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -102,18 +102,19 @@ def without_remote_code_prompt() -> Iterator[None]:
 class ModelPlugin:
     """Architectures that open_clip does not ship.
 
-    ``configs`` is a folder of open_clip's model descriptions, NAME.json. A description whose ``text_cfg`` has
-    ``"tower": tower`` gets the text tower ``build_text_tower(embed_dim, **rest_of_text_cfg)``.
-    ``convert_state_dict(model, state)`` returns a checkpoint under the model's own names, or None when it is not one
-    that the plugin knows. ``preprocess`` is what open_clip assumes of the images of the bare names in ``configs`` and
-    in ``preprocess_also``, where a caller does not say otherwise.
+    ``configs`` is a folder of open_clip's model descriptions, NAME.json. ``convert_state_dict(model, state)`` returns a
+    checkpoint under the model's own names, or None when it is not one that the plugin knows. A description whose
+    ``text_cfg`` has ``"tower": tower`` gets the text tower ``build_text_tower(embed_dim, **rest_of_text_cfg)``; without
+    ``tower`` the descriptions are of open_clip's own towers. ``preprocess`` is what open_clip assumes of the images of
+    the bare names in ``configs`` and in ``preprocess_also``, where a caller does not say otherwise; its own assumption
+    is OpenAI's mean and std.
     """
 
     configs: Path
-    tower: str
-    build_text_tower: Callable[..., Any]
     convert_state_dict: Callable[[Any, State], State | None]
-    preprocess: Mapping[str, Any]
+    tower: str | None = None
+    build_text_tower: Callable[..., Any] | None = None
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
     preprocess_also: frozenset[str] = frozenset()
 
 
@@ -133,7 +134,8 @@ def register_models(plugin: ModelPlugin) -> None:
     open_clip_create = open_clip.factory.create_model
 
     def build_text_tower(embed_dim: int, text_cfg: Any, *rest: Any, **options: Any) -> Any:
-        if not isinstance(text_cfg, dict) or text_cfg.get("tower") != plugin.tower:
+        named = text_cfg.get("tower") if isinstance(text_cfg, dict) else None
+        if plugin.build_text_tower is None or named != plugin.tower:
             return open_clip_build(embed_dim, text_cfg, *rest, **options)
         arguments = {name: value for name, value in text_cfg.items() if name not in ("tower", "tokenizer_kwargs")}
         return plugin.build_text_tower(embed_dim, **arguments)

@@ -18,7 +18,7 @@ from shards_spec.open_clip_plugins import ModelPlugin, register_models
 from training.models.text_tower import TextTower
 
 State = dict[str, Tensor]  # a state dict
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parent / "configs" / "mobileclip"
 TOWER = "mct"  # text_cfg's "tower"; the rest of text_cfg is TextTower's
 PREPROCESS = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear", "resize_mode": "shortest"}
 APPLE = "image_encoder.model."  # prefix of the image tower's tensors in Apple's file
