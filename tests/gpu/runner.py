@@ -48,6 +48,7 @@ STEPS = (
     measurement("caption", 90),
     measurement("train", 100),
     measurement("reader", 90),
+    measurement("memory", 60),
     Step("tests", TESTS, 110),
 )
 

@@ -71,7 +71,7 @@ class CudaMeter:
         torch.cuda.reset_peak_memory_stats(self.device)
 
 
-class Span(NamedTuple):
+class MemorySpan(NamedTuple):
     """The most that a pass held in a part of it, beyond what was there before; ``gradients`` of it are gradients."""
 
     peak: float
@@ -84,7 +84,7 @@ class Pass:
 
     samples: int
     held: float
-    spans: tuple[Span, ...]
+    spans: tuple[MemorySpan, ...]
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ class Passes:
         """Return the bytes between the forward and the backward pass."""
         return self._line(self.few.held, self.more.held, samples)
 
-    def worst(self, samples: int) -> Span:
+    def worst(self, samples: int) -> MemorySpan:
         """Return the worst span of a pass."""
         few, more = self.few.spans, self.more.spans
         if len(few) != len(more):  # the model does something else for other sizes
             few, more = (max(few),), (max(more),)
         spans = [
-            Span(self._line(one.peak, other.peak, samples), other.gradients)
+            MemorySpan(self._line(one.peak, other.peak, samples), other.gradients)
             for one, other in zip(few, more, strict=True)
         ]
         return max(spans)
@@ -258,13 +258,13 @@ class _Recorder:
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
-        self.spans: list[Span] = []
+        self.spans: list[MemorySpan] = []
         self.gradients = 0
         self.start = meter.held()
         meter.peak()
 
     def end_span(self) -> None:
-        self.spans.append(Span(self.meter.peak() - self.start, self.gradients))
+        self.spans.append(MemorySpan(self.meter.peak() - self.start, self.gradients))
 
     def after_module(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.end_span()

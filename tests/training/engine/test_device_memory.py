@@ -9,7 +9,7 @@ from torch import nn
 from training.data.batches import first_batch
 from training.engine import batch_fit
 from training.engine.batch_fit import SizedProfile, choose, profiles
-from training.engine.device_memory import Pass, Passes, Span, measure, repeated
+from training.engine.device_memory import Pass, Passes, MemorySpan, measure, repeated
 from training.engine.distributed import Ranks
 from training.engine.updater import Updater
 from training.task import Task
@@ -100,14 +100,14 @@ def test_a_perceptron_by_hand():
 
 
 def test_the_worst_span_of_many_samples_is_not_that_of_few():
-    few = Pass(2, 20.0, (Span(100.0, 0), Span(40.0, 8)))
-    more = Pass(4, 40.0, (Span(110.0, 0), Span(80.0, 8)))
+    few = Pass(2, 20.0, (MemorySpan(100.0, 0), MemorySpan(40.0, 8)))
+    more = Pass(4, 40.0, (MemorySpan(110.0, 0), MemorySpan(80.0, 8)))
     passes = Passes(few, more)
-    assert passes.worst(2) == Span(100.0, 0)
-    assert passes.worst(10) == Span(200.0, 8)
+    assert passes.worst(2) == MemorySpan(100.0, 0)
+    assert passes.worst(10) == MemorySpan(200.0, 8)
     assert passes.held(10) == 100.0
-    uneven = Passes(few, Pass(4, 40.0, (Span(120.0, 3),)))
-    assert uneven.worst(6) == Span(140.0, 3)
+    uneven = Passes(few, Pass(4, 40.0, (MemorySpan(120.0, 3),)))
+    assert uneven.worst(6) == MemorySpan(140.0, 3)
 
 
 def test_fewer_samples_are_measured_where_the_device_has_no_room(root, monkeypatch):
