@@ -9,7 +9,7 @@ from torch import nn
 from training.data.batches import first_batch
 from training.engine import batch_fit
 from training.engine.batch_fit import SizedProfile, choose, profiles
-from training.engine.device_memory import Pass, Passes, MemorySpan, measure, repeated
+from training.engine.device_memory import MemorySpan, Pass, Passes, measure, repeated
 from training.engine.distributed import Ranks
 from training.engine.updater import Updater
 from training.task import Task
