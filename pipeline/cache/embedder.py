@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from threading import Lock
 
 import numpy as np
 
@@ -32,6 +33,7 @@ class Embedder:
         precision = resolve_precision(config.precision, device)
         loaded = load_teacher(config.model, config.pretrained, device=device, precision=precision, trust=config.trust)
         self.teacher = Teacher(loaded, config.batch_size)
+        self._device_lock = Lock()
         self.render_pool = RenderPool(
             processes, config.threads, rows=self.teacher.rows, views=config.views, size=loaded.image_size
         )
@@ -51,22 +53,20 @@ class Embedder:
     ) -> tuple[dict[str, Vectors], dict[str, float]]:
         """The updated columns with all their rows, and seconds and numbers of vectors for the log.
 
-        Texts are tokenised while images are embedded. Raises DataError naming the file and the key when an image does
-        not decode.
+        Texts are tokenised while images are embedded. Threads embed one shard after the other, and prepare and finish
+        theirs meanwhile. Raises DataError naming the file and the key when an image does not decode.
         """
-        start = time.monotonic()
-        teacher = self.teacher
-        teacher.start_clock()
         images = _rows_to_embed(updates, "image")
         texts = _rows_to_embed(updates, "text")
-        queue = self._render(shard, images)
-        tokens = self._tokenise([shard.captions[row][number] for row, number in texts])
-        features = {
-            "image": teacher.embed_images(_rendered_images(queue, images, shard)),
-            "text": teacher.embed_tokens(tokens),
-        }
-        if not shard.keys:  # then nothing was embedded that would tell the width
-            features = dict.fromkeys(features, np.empty((0, teacher.dim), np.float32))
+        with self._device_lock:
+            start = time.monotonic()
+            features = self._embed(shard, images, texts)
+            measurements = {
+                "embedding_s": time.monotonic() - start,
+                "waited_s": self.teacher.waited_s,
+                "new_image_vectors": len(images),
+                "new_text_vectors": len(texts),
+            }
         numbers = {
             "image": np.array([view for _, view in images]),
             "text": np.array([number for _, number in texts]),
@@ -75,13 +75,23 @@ class Embedder:
         for update in updates:
             of_column = features[update.kind][numbers[update.kind] == update.number]
             columns[update.name] = update.merge(len(shard.keys), of_column, self.config.dtype)
-        measurements = {
-            "embedding_s": time.monotonic() - start,
-            "waited_s": teacher.waited_s,
-            "new_image_vectors": len(images),
-            "new_text_vectors": len(texts),
-        }
         return columns, measurements
+
+    def _embed(
+        self, shard: ShardIndex, images: list[tuple[int, int]], texts: list[tuple[int, int]]
+    ) -> dict[str, np.ndarray]:
+        """Vectors (n, D) of each of ``images`` (row, view) and ``texts`` (row, number), by kind."""
+        teacher = self.teacher
+        teacher.start_clock()
+        queue = self._render(shard, images)
+        tokens = self._tokenise([shard.captions[row][number] for row, number in texts])
+        features = {
+            "image": teacher.embed_images(_rendered_images(queue, images, shard)),
+            "text": teacher.embed_tokens(tokens),
+        }
+        if not shard.keys:  # then nothing was embedded that would tell the width
+            return dict.fromkeys(features, np.empty((0, teacher.dim), np.float32))
+        return features
 
     def _render(self, shard: ShardIndex, images: list[tuple[int, int]]) -> RenderQueue:
         """The views of each row in ``images`` (row, view), a result per row."""

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 PROBE = "Two naïve dogs' $3.50 café, 東京 & <b>http://a.b/c</b>"  # its tokens tell tokenizers apart
+SHARDS_AT_ONCE = 2  # of a GPU: one is embedded, while the next is read and the last written
 _worker_embedder: list["Embedder"] = []  # of a worker process
 
 
@@ -60,6 +61,7 @@ def cache(config: CacheConfig, assignment: ShardAssignment = ALL) -> Summary:
     work = partial(cache_shard, stage=stage, config=config, embedder=None if is_parallel else embedder)
     options = RunOptions(
         workers=len(devices),
+        threads=0 if is_parallel or embedder.teacher.device.type == "cpu" else SHARDS_AT_ONCE,
         worker_init=worker_initializer(devices, partial(_load_in_worker, config, len(devices)))
         if is_parallel
         else None,

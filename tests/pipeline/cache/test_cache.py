@@ -1,11 +1,8 @@
 """The cache stage: what is new is made and nothing else, rows do not depend on batches, the loss is the teacher's."""
 
 import dataclasses
-import hashlib
 import json
-import logging
 import shutil
-import time
 from itertools import chain
 from pathlib import Path
 
@@ -16,16 +13,15 @@ import pytest
 import torch
 from small_data import tiny_coca, tree, vouch, write_raw
 
+from pipeline.cache import stage as cache_stage
 from pipeline.cache.config import CacheConfig
 from pipeline.cache.stage import cache
-from pipeline.cache.teacher import CPU_ROWS, Teacher
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
 from pipeline.core import runner as stage
 from pipeline.core.runner import ShardsFailed
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
-from shards_spec.content_id import content_id
 from shards_spec.embeddings import EmbeddingFile, encode_vectors, id_column, write_vectors
 from shards_spec.files import DataError, UserError, join, json_bytes, names, read_json
 from shards_spec.images import decode_rgb
@@ -218,22 +214,6 @@ def test_files_of_a_killed_overwrite_go(root, model, tmp_path):
     assert_as_if_made_at_once(root, model, tmp_path, views=3)
 
 
-def test_rows_do_not_depend_on_batches(model):
-    """Bit for bit: any batch size, any neighbours, any place in the batch."""
-    loaded = load_model(model)
-    rng = np.random.default_rng(0)
-    images = list(rng.integers(0, 256, (CPU_ROWS + 5, 32, 32, 3), np.uint8))
-    texts = [f"a {word} ball on a wall" for word in ["red", "green", "blue", "yellow"]] * 6
-    features, words = Teacher(loaded).embed_images(images), Teacher(loaded).embed_texts(texts)
-    assert np.array_equal(Teacher(loaded).embed_images(images[::-1])[::-1], features)
-    for size in (1, 2, 7, CPU_ROWS, len(images)):
-        teacher = Teacher(loaded, batch_size=size)
-        parts = [images[start : start + size] for start in range(0, len(images), size)]
-        assert np.array_equal(teacher.embed_images(images), features)
-        assert np.array_equal(np.concatenate([teacher.embed_images(part) for part in parts]), features), size
-        assert np.array_equal(np.concatenate([teacher.embed_texts([text]) for text in texts[:4]]), words[:4])
-
-
 def test_shards_of_any_batch_size_and_many_devices_are_the_same(root, model):
     run(root, model, batch_size=1)
     one = {path: digest for path, digest in tree(root).items() if "teacher/" in path}
@@ -242,69 +222,35 @@ def test_shards_of_any_batch_size_and_many_devices_are_the_same(root, model):
     assert {path: digest for path, digest in tree(root).items() if "teacher/" in path} == one
 
 
+@pytest.fixture
+def two_at_once(monkeypatch):
+    """As a GPU's shards are made: one is embedded while another is read or written."""
+    options = cache_stage.RunOptions
+    monkeypatch.setattr(cache_stage, "RunOptions", lambda **given: options(**{**given, "threads": 2}))
+
+
+def test_shards_that_are_made_at_once_are_the_same(root, model, two_at_once, monkeypatch):
+    made = run(root, model)
+    assert (made.made, made_now(made)) == (SHARDS, (20, 10))
+    assert 0 < made.measurements["waited_s"] < made.measurements["embedding_s"]
+    at_once = {path: digest for path, digest in tree(root).items() if "teacher/" in path}
+    shutil.rmtree(join(root, "teacher"))
+    monkeypatch.undo()
+    run(root, model)
+    assert {path: digest for path, digest in tree(root).items() if "teacher/" in path} == at_once
+
+
+def test_a_broken_shard_beside_another_is_named(root, model, two_at_once):
+    change(root, lambda s: Sample(s.key, {**s.members, "jpg": b"<html>"}) if s.key.endswith("2") else s)
+    with pytest.raises(ShardsFailed, match=r"00000: .*shards/00000\.tar: key 000000002 does not decode"):
+        run(root, model)
+    assert "00001.parquet" in names(join(root, "teacher/tea"))
+
+
 @pytest.mark.slow  # two processes that load torch
 def test_several_devices_share_the_shards(root, model):
     assert run(root, model, device="cpu,cpu", threads=1).made == SHARDS
     assert [p for p in check(CheckConfig(root)) if "teacher/" in p] == []
-
-
-class Narrow(torch.nn.Module):
-    """An image encoder on a device with memory for ``most`` images."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self.most = most
-        self.seen = []
-        self.linear = torch.nn.Linear(3 * 64, 8)
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        self.seen.append(len(pixels))
-        if len(pixels) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore")
-        return self.linear(pixels.flatten(1))
-
-
-def test_out_of_memory_halves_the_batch(caplog):
-    model = Narrow(5)
-    teacher = Teacher(LoadedModel(model, None, {}, 8, (0.5,) * 3, (0.5,) * 3))
-    images = list(np.random.default_rng(0).integers(0, 256, (18, 8, 8, 3), np.uint8))
-    with caplog.at_level(logging.WARNING):
-        found = teacher.embed_images(images)
-    assert model.seen == [16, 8, 4, 4, 4, 4, 4]
-    assert "out of memory with 16 rows; continuing with 8 at a time" in caplog.text
-    pixels = (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
-    expected = torch.nn.functional.normalize(model.linear(pixels.flatten(1)), dim=-1).detach().numpy()
-    assert np.abs(found - expected).max() < 1e-6
-    with pytest.raises(UserError, match="out of memory with one row at a time"):
-        Teacher(LoadedModel(Narrow(0), None, {}, 8, (0.5,) * 3, (0.5,) * 3)).embed_images(images)
-
-
-def test_an_image_may_be_overwritten_after_the_next_one():
-    teacher = Teacher(LoadedModel(Narrow(99), None, {}, 8, (0.5,) * 3, (0.5,) * 3))
-    images = np.random.default_rng(0).integers(0, 256, (2 * CPU_ROWS + 3, 8, 8, 3), np.uint8)
-    place = np.empty_like(images[0])
-
-    def in_one_place():
-        for image in images:
-            place[:] = image
-            yield place
-
-    assert np.array_equal(teacher.embed_images(in_one_place()), teacher.embed_images(images))
-
-
-def test_what_the_teacher_waits_for_is_its_input():
-    def slowly(images):
-        for image in images:
-            time.sleep(0.01)
-            yield image
-
-    images = np.zeros((CPU_ROWS + 4, 8, 8, 3), np.uint8)
-    teacher = Teacher(LoadedModel(Narrow(99), None, {}, 8, (0.5,) * 3, (0.5,) * 3))
-    start = time.monotonic()
-    teacher.embed_images(slowly(images))
-    assert 0.01 * len(images) <= teacher.waited_s <= time.monotonic() - start
-    teacher.start_clock()
-    assert teacher.waited_s == 0
 
 
 @pytest.fixture(scope="module")
@@ -447,10 +393,6 @@ def test_bad_options_are_named():
             CacheConfig("x", **changes)
 
 
-def test_what_an_identity_is():
-    assert content_id(b"a") == int(hashlib.sha256(b"a").hexdigest()[:16], 16)
-
-
 def features_of(root: str, loaded: LoadedModel, view: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The live teacher's features of one view and of the original captions, all samples in one batch."""
     samples = list(chain.from_iterable(read_shard(join(root, f"shards/{shard:05d}.tar")) for shard in range(SHARDS)))
@@ -497,26 +439,6 @@ def test_the_loss_from_the_cache_is_the_live_teachers(root, model, dtype, tolera
             results.append((loss.detach(), student[0].grad))
         assert abs(results[0][0] - results[1][0]) <= tolerance * max(1, abs(results[0][0]))
         assert (results[0][1] - results[1][1]).abs().max() <= 10 * tolerance
-
-
-@pytest.mark.parametrize(("dtype", "most", "mean"), [("float16", 0.005, 1e-5), ("int8", 0.05, 1e-4)])
-def test_what_storage_does_to_affinities(dtype, most, mean):
-    """Row-softmax at scale 100 of 1024 pairs with 768 numbers; cosines are 0.25 of pairs, 0.12 of others, +- 0.035."""
-    rng = np.random.default_rng(0)
-    image = rng.normal(size=(1024, 768)) + rng.normal(size=(1, 768))
-    text = 0.15 * image + 0.8 * rng.normal(size=image.shape)
-    image, text = (own / np.linalg.norm(own, axis=1, keepdims=True) for own in (image, text))
-
-    def affinities(image: np.ndarray, text: np.ndarray) -> np.ndarray:
-        logits = 100 * image.astype(np.float64) @ text.astype(np.float64).T
-        raised = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return raised / raised.sum(axis=1, keepdims=True)
-
-    stored = [encode_vectors(own, dtype).as_floats() for own in (image, text)]
-    error = np.abs(affinities(*stored) - affinities(image, text))
-    print(f"{dtype}: max {error.max():.2e}, mean {error.mean():.2e}, per row {error.sum(axis=1).mean():.2e}")
-    assert error.max() < most
-    assert error.mean() < mean
 
 
 def test_bytes_per_sample_and_per_training_sample(tmp_path):
