@@ -28,7 +28,7 @@ import open_clip
 import torch
 import torchvision.transforms as T
 import webdataset as wds
-from cache import small_photo
+from photos import small_photo
 
 from shards_spec.embeddings import write_embeddings
 from shards_spec.files import json_bytes, sha256_file, write_json

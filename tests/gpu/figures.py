@@ -5,11 +5,13 @@ hands over the device and a folder by the environment.
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +57,24 @@ def figure(name: str, value: float, unit: str, *, goal: str = "", rate: str = ""
     """
     line = {"name": name, "value": value, "unit": unit, "goal": goal, "rate": rate, "facts": facts}
     print(PREFIX + json.dumps({key: given for key, given in line.items() if given != ""}), flush=True)
+
+
+def run_parts(*parts: Callable[[], None]) -> int:
+    """Run the parts of a measurement, each whatever became of the others; the exit code, 1 when one failed.
+
+    A card is at hand for minutes: one fault must not cost the figures of the other parts.
+    """
+    code = 0
+    for part in parts:
+        try:
+            part()
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        gc.collect()  # what a part had on the device
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+    return code
 
 
 def synchronize(device: str) -> None:

@@ -6,20 +6,21 @@ tests/bench/distill.py.
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import distill
 import numpy as np
-import torch
-from figures import Options, figure, options, seconds_of, synchronize
+from figures import Options, figure, options, run_parts, seconds_of, synchronize
+from photos import small_photo
 from PIL import Image
-from reader import small_photo, write_dataset
+from reader import write_dataset
 
 from training.config import ModelConfig, TeacherCacheConfig
 from training.data.batches import load_batches
@@ -142,8 +143,6 @@ def measure_teachers(root: str, where: Options) -> None:
     tiny = ["--student", "MobileCLIP-tiny", "--teacher", "MobileCLIP-tiny", "--batch-size", "8", "--steps", "1"]
     sizes = [*tiny, "--rounds", "1", "--workers", "0"] if where.dry else full
     chosen = distill.parse([*sizes, "--device", where.device, "--precision", "bf16"])
-    if where.device.startswith("cuda"):
-        torch.cuda.empty_cache()  # what the training before kept of the memory
     costs = distill.measure(root, chosen)
     cached, live = costs.ratios
     rates = {name[4:]: chosen.batch_size / statistics.median(taken) for name, taken in costs.taken.items()}
@@ -155,8 +154,8 @@ def measure_teachers(root: str, where: Options) -> None:
     )
 
 
-def main() -> None:
-    """Measure and report."""
+def main() -> int:
+    """Measure and report; the fewest workers last, for they take longest."""
     where = options(__doc__)
     start = time.perf_counter()
     root = dataset(where)
@@ -164,12 +163,13 @@ def main() -> None:
     training = Training(root, where)
     held = training.held_seconds(next(training.batches(1 if where.dry else 16)))
     figure("reader: a step on a batch that is held", 1e3 * held, "ms")
-    for workers in (1,) if where.dry else (16, 8, 4):
-        measure_workers(training, workers, held)
-    measure_teachers(root, where)
-    for workers in () if where.dry else (2, 1):  # last, for they take longest
-        measure_workers(training, workers, held)
+    many, few = ((1,), ()) if where.dry else ((16, 8, 4), (2, 1))
+    return run_parts(
+        *(partial(measure_workers, training, workers, held) for workers in many),
+        partial(measure_teachers, root, where),
+        *(partial(measure_workers, training, workers, held) for workers in few),
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,20 +6,21 @@ of each model's kernels.
 """
 
 import copy
-import gc
+import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import catlip as catlip_bench
 import numpy as np
 import torch
-from figures import Options, ceiling, figure, options, seconds_of, synchronize
+from figures import Options, ceiling, figure, options, run_parts, seconds_of, synchronize
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,6 +34,7 @@ from training.engine.distributed import Ranks
 from training.engine.updater import Updater
 from training.losses import similarity
 from training.losses.distillation import affinity_loss
+from training.models.mobileclip import forward_shared
 from training.models.teacher import CACHED_FIELDS, FrozenTeacher
 from training.recipes import affinity, clip, siclip
 from training.runs.student import load_student
@@ -286,6 +288,30 @@ def measure_variant(job: Job, where: Options, label: str, run: RunConfig) -> Non
     figure(f"train: {job.name}, {label}", rate, "samples/s", **facts, **{"first step s": first})
 
 
+@torch.no_grad()
+def measure_frozen_layers(job: Job, where: Options) -> None:
+    """Report what SiCLIP's frozen layers take of a step as they are, and in weights of bf16."""
+    batch = job.batch(where.device, False)
+    base = job.task.base.model
+    halved = copy.deepcopy(base).to(torch.bfloat16)
+    images = batch["images"].to(torch.bfloat16)
+    laid_out = copy.deepcopy(halved).to(memory_format=torch.channels_last)
+    innermost = images.contiguous(memory_format=torch.channels_last)
+    for label, model, pixels in (
+        ("autocast", base, batch["images"]),
+        ("bf16 weights", halved, images),
+        ("bf16 weights, channels_last", laid_out, innermost),
+    ):
+
+        def forward(model: Any = model, pixels: Tensor = pixels) -> None:
+            with torch.autocast(where.device, torch.bfloat16, enabled=pixels.dtype == torch.float32):
+                forward_shared(model, pixels)
+                model.text.forward_shared(batch["tokens"])
+
+        seconds = seconds_of(forward, where.device, repeat=1 if where.dry else 3)
+        figure(f"train: {job.name}, its frozen layers, {label}", 1e3 * seconds, "ms")
+
+
 def measure_cudnn_benchmark(job: Job, where: Options) -> None:
     """Report a job with convolutions that cuDNN tries out."""
     torch.backends.cudnn.benchmark = True
@@ -295,37 +321,37 @@ def measure_cudnn_benchmark(job: Job, where: Options) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def release(device: str) -> None:
-    """Give back what a finished job had on the device."""
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
-
-
-def measure_jobs(where: Options) -> None:
-    """Report the students, the most important ones first; a dry run has one of each recipe."""
+def measure_siclip(where: Options) -> None:
+    """Report SiCLIP, whose goal is a card of 24 GB."""
     job = siclip_job(where)
     measure(job, where, card=CARD)
     print_profile(job, where)
+    measure_frozen_layers(job, where)
     measure_variant(job, where, "channels_last", job.with_run(channels_last=True))
-    del job
-    release(where.device)
+
+
+def measure_affinity(where: Options) -> None:
+    """Report the affinity recipe's student."""
     job = affinity_job(where)
     measure(job, where)
     if not where.dry:
         print_profile(job, where)
-    del job
-    release(where.device)
-    for name in ("MobileCLIP-S0",) if where.dry else ("MobileCLIP-S0", "ViT-B-16"):
-        job = clip_job(name, where)
-        measure(job, where)
-        if name == "MobileCLIP-S0":
-            measure_cudnn_benchmark(job, where)
-        if name == "MobileCLIP-S0" and not where.dry:
-            print_profile(job, where)
-            measure_variant(job, where, "channels_last", job.with_run(channels_last=True))
-        del job
-        release(where.device)
+
+
+def measure_mobileclip(where: Options) -> None:
+    """Report MobileCLIP-S0, everything trained, and what its convolutions gain from other settings."""
+    job = clip_job("MobileCLIP-S0", where)
+    measure(job, where)
+    measure_cudnn_benchmark(job, where)
+    if not where.dry:
+        print_profile(job, where)
+        measure_variant(job, where, "channels_last", job.with_run(channels_last=True))
+
+
+def measure_vit(where: Options) -> None:
+    """Report ViT-B-16; a dry run has seen the same with another model."""
+    if not where.dry:
+        measure(clip_job("ViT-B-16", where), where)
 
 
 def measure_catlip(where: Options) -> None:
@@ -387,16 +413,20 @@ def measure_compiled(where: Options) -> None:
     measure_variant(job, where, "compile", job.with_run(compile=True))
 
 
-def main() -> None:
-    """Measure and report."""
+def main() -> int:
+    """Measure and report, the most important first."""
     where = options(__doc__)
-    measure_jobs(where)
-    measure_catlip(where)
-    release(where.device)
-    measure_losses(where)
-    release(where.device)
-    measure_compiled(where)
+    parts = (
+        measure_siclip,
+        measure_affinity,
+        measure_mobileclip,
+        measure_vit,
+        measure_catlip,
+        measure_losses,
+        measure_compiled,
+    )
+    return run_parts(*(partial(part, where) for part in parts))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
