@@ -238,7 +238,8 @@ KINDS = {"ViT": vit_rules, "CLIP-ResNet": resnet_rules, "text transformer": text
 
 def _kind(state: State, side: Side) -> str | None:
     if side == "text":
-        return "text transformer" if {"token_embedding.weight", "ln_final.weight"} <= state.keys() else None
+        needed = {"token_embedding.weight", "transformer.resblocks.0.ln_1.weight", "ln_final.weight"}
+        return "text transformer" if needed <= state.keys() else None
     if "class_embedding" in state:
         return "ViT"
     return "CLIP-ResNet" if "layer1.0.conv1.weight" in state else None
