@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.caption.beam_search import beam_search
-from pipeline.caption.coca import NO_COCA, Coca
+from pipeline.caption.coca import NO_COCA, Coca, EncodedImages
 from pipeline.caption.cuda_graphs import graphs_for
 from pipeline.caption.decoding import Decoding
 from pipeline.caption.head_check import ContrastiveHeadCheck
@@ -65,6 +65,8 @@ class Captioner:
         self.sampler: StaticSampler | None = None  # writes captions by CUDA graphs, where it can
         if self.coca.device.type == "cuda" and self.coca.text_blocks is not None and decoding.method != "beam":
             self.sampler = StaticSampler(self.coca, decoding, graphs_for(self.coca.device))
+        self.encodes_ahead = self.coca.device.type == "cuda"  # a CPU does one thing after the other
+        self._ahead: tuple[Tensor, EncodedImages] | None = None
         self.batch_size = batch_size or self._default_batch_size()
 
     def preprocess(self, image: Image.Image) -> Tensor:
@@ -73,10 +75,7 @@ class Captioner:
         return pixels.to(self.coca.dtype)
 
     def stack(self, requests: list[CaptionRequest]) -> Tensor:
-        """The images (P, 3, S, S) of at least one request, for a GPU in pinned memory.
-
-        `caption` does it where it has not been done; the stage has another thread do it while the device is busy.
-        """
+        """The images (P, 3, S, S) of at least one request, for a GPU in pinned memory."""
         images = [request.image for request in requests]
         if self.coca.device.type != "cuda":
             return torch.stack(images)
@@ -87,7 +86,8 @@ class Captioner:
         """An upper bound of the device memory that one more image in the batch takes at its worst moment.
 
         Counted: the encoder's activations, the image's cross-attention keys and values, its rows' caches, and the
-        room to choose a token. CUDA graphs have cross-attention's input and the room to choose a second time.
+        room to choose a token. CUDA graphs have cross-attention's input and the room to choose a second time, and a GPU
+        the images of the batch that comes next.
         """
         coca = self.coca
         decoding = self.decoding
@@ -101,10 +101,8 @@ class Captioner:
         layers = [*(coca.text_blocks or ()), *coca.blocks]
         caches = sum(2 * block.heads * block.head_width * length * item for block in layers)
         vocabulary = coca.decoder.text_projection.shape[1]
-        choosing = SAMPLING_BYTES * vocabulary
-        if self.sampler:
-            cross_attention *= 2
-            choosing *= 2
+        cross_attention *= 1 + bool(self.sampler) + self.encodes_ahead
+        choosing = SAMPLING_BYTES * vocabulary * (1 + bool(self.sampler))
         per_row = int(caches * CACHE_OVERHEAD) + choosing
         return int(int(cross_attention * CACHE_OVERHEAD) + encoder + rows * per_row)
 
@@ -122,19 +120,22 @@ class Captioner:
         requests: list[CaptionRequest],
         head_check: ContrastiveHeadCheck | None = None,
         images: Tensor | None = None,
+        upcoming: Tensor | None = None,
     ) -> list[CaptionedImage]:
         """Captions for any number of requests; their rated original pairs are added to ``head_check``.
 
-        ``images`` is their `stack`, where it was made before. A batch that the device has no memory for is halved, and
-        so are all later ones. Raises UserError when not even one image fits.
+        ``images`` is their `stack`, where it was made before, ``upcoming`` that of the call that comes next: a GPU
+        encodes it while the host goes on. A batch that the device has no memory for is halved, and so are all later
+        ones. Raises UserError when not even one image fits.
         """
         answers: list[CaptionedImage] = []
         while len(answers) < len(requests):
             part = slice(len(answers), len(answers) + self.batch_size)
             batch = requests[part]
+            is_last = part.stop >= len(requests)
             try:
                 stacked = self.stack(batch) if images is None else images[part]
-                answers += self._caption_batch(batch, stacked, head_check)
+                answers += self._caption_batch(batch, stacked, head_check, upcoming if is_last else None)
                 continue
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -145,17 +146,43 @@ class Captioner:
                 raise UserError(f"out of memory with one image at a time ({reason}); ask for fewer or shorter captions")
             self.batch_size = len(batch) // 2
             log.warning("out of memory with %d images; continuing with %d at a time", len(batch), self.batch_size)
+            self._ahead = None
             if self.sampler:
                 self.sampler.release()
             if self.coca.device.type == "cuda":
                 torch.cuda.empty_cache()
         return answers
 
+    def encode_ahead(self, images: Tensor) -> None:
+        """Have a GPU begin to encode the ``images`` of the next call of `caption`; done once, without waiting."""
+        if not self.encodes_ahead or len(images) > self.batch_size or self._is_ahead(images):
+            return
+        try:
+            self._ahead = (images, self.coca.encode_images(images))
+        except RuntimeError as error:  # a lack of memory is mended in their turn
+            if not is_out_of_memory(error):
+                raise
+
+    def _is_ahead(self, images: Tensor) -> bool:
+        ahead = self._ahead
+        return ahead is not None and ahead[0].data_ptr() == images.data_ptr() and len(ahead[0]) == len(images)
+
+    def _encode(self, images: Tensor) -> EncodedImages:
+        if self._ahead is None or not self._is_ahead(images):
+            return self.coca.encode_images(images)
+        _, encoded = self._ahead
+        self._ahead = None
+        return encoded
+
     def _caption_batch(
-        self, requests: list[CaptionRequest], stacked: Tensor, head_check: ContrastiveHeadCheck | None
+        self,
+        requests: list[CaptionRequest],
+        stacked: Tensor,
+        head_check: ContrastiveHeadCheck | None,
+        upcoming: Tensor | None,
     ) -> list[CaptionedImage]:
         coca = self.coca
-        images = coca.encode_images(stacked)
+        images = self._encode(stacked)
         owners = list[int]()  # of each caption: the position of its request
         names = list[str]()
         for position, request in enumerate(requests):
@@ -169,6 +196,8 @@ class Captioner:
             decoded = self.sampler.generate(images, owners, names)
         else:
             decoded = generate(coca, images, owners, names, self.decoding)
+        if upcoming is not None:
+            self.encode_ahead(upcoming)
         prompt = coca.prompt_tokens(self.decoding.prefix)
         texts = [coca.decode([*prompt, *caption.tokens]) for caption in decoded]
         cosines, originals = self._similarities(requests, images.features, owners, texts, head_check)

@@ -56,12 +56,14 @@ class CaptionRedrawer:
         self.redrawn = 0
         self.head_check = ContrastiveHeadCheck()
 
-    def add(self, requests: list[CaptionRequest], images: "Tensor | None" = None) -> None:
-        """Caption a batch, whose `Captioner.stack` may be given as ``images``.
+    def add(
+        self, requests: list[CaptionRequest], images: "Tensor | None" = None, upcoming: "Tensor | None" = None
+    ) -> None:
+        """Caption a batch; unusable captions are requested again, once a batch of such requests is full.
 
-        Unusable captions are requested again, once a batch of such requests is full.
+        ``images`` and ``upcoming`` are those of `Captioner.caption`.
         """
-        answers = self.captioner.caption(requests, self.head_check, images)
+        answers = self.captioner.caption(requests, self.head_check, images, upcoming)
         for request, answer in zip(requests, answers, strict=True):
             row = self.rows[request.key]
             if request.attempt == 0:

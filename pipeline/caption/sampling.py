@@ -139,7 +139,7 @@ def sample_token(scores: Tensor, decoding: Decoding, seeds: Tensor) -> Tensor:
     """
     if not decoding.is_sampling:
         return scores.argmax(-1)
-    scores = scores / decoding.temperature
+    scores = with_temperature(scores, decoding)
     vocabulary = scores.shape[-1]
     chosen = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
     rows = torch.arange(len(scores), device=scores.device)
@@ -153,6 +153,11 @@ def sample_token(scores: Tensor, decoding: Decoding, seeds: Tensor) -> Tensor:
         seeds = seeds[~complete]
         rows = rows[~complete]
         size = min(MORE_CANDIDATES * size, vocabulary)
+
+
+def with_temperature(scores: Tensor, decoding: Decoding) -> Tensor:
+    """Scores (R, V) divided by the temperature."""
+    return scores if decoding.temperature == 1 else scores / decoding.temperature
 
 
 def sample_among(scores: Tensor, decoding: Decoding, seeds: Tensor, size: int) -> tuple[Tensor, Tensor]:

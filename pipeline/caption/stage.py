@@ -122,7 +122,7 @@ class _Batch:
 
     @classmethod
     def of(cls, captioner: "Captioner", samples: list[tuple[str, CaptionRequest | DataError]]) -> "_Batch":
-        """The batch of these samples; another thread makes it while the device is busy with the one before."""
+        """The batch of these samples."""
         errors = [(key, request) for key, request in samples if isinstance(request, DataError)]
         requests = [request for _, request in samples if not isinstance(request, DataError)]
         return cls([key for key, _ in samples], errors, requests, captioner.stack(requests) if requests else None)
@@ -140,14 +140,20 @@ def caption_shard(
     counts = Counter[str]()
     redrawer = CaptionRedrawer(captioner, config.redraws)
     decoded = batches(_decoded_requests(source, captioner, config), captioner.batch_size)
-    for batch in prefetch_map(partial(_Batch.of, captioner), decoded, threads=1, depth=2):
+    stacked = (_Batch.of(captioner, samples) for samples in decoded)
+    batch = next(stacked, None)
+    while batch is not None:
+        if batch.images is not None:
+            captioner.encode_ahead(batch.images)  # before the next batch is waited for
+        upcoming = next(stacked, None)
         for key in batch.keys:
             redrawer.rows[key] = ImageCaptions()
         for key, error in batch.errors:
             log.warning("%s: key %s %s; it gets no caption", source, key, error)
             counts["picture does not decode"] += 1
         counts["success"] += len(batch.requests)
-        redrawer.add(batch.requests, batch.images)
+        redrawer.add(batch.requests, batch.images, None if upcoming is None else upcoming.images)
+        batch = upcoming
     redrawer.redraw(at_least=1)
     warning = redrawer.head_check.warning()
     if warning:

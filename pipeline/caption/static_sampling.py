@@ -30,6 +30,7 @@ from pipeline.caption.sampling import (
     process_logits,
     sample_among,
     truncate_at_eos,
+    with_temperature,
 )
 from pipeline.caption.static_buffers import Buffers, Layout
 
@@ -138,7 +139,8 @@ class StaticSampler:
         if not self.decoding.is_sampling:
             chosen = scores.argmax(-1)
             return chosen, torch.ones_like(chosen, dtype=torch.bool)
-        chosen, complete = sample_among(scores / self.decoding.temperature, self.decoding, seeds, self.candidates)
+        scores = with_temperature(scores, self.decoding)
+        chosen, complete = sample_among(scores, self.decoding, seeds, self.candidates)
         return chosen, torch.ones_like(complete) if self.candidates == self.vocabulary else complete
 
     def _compact(self, buffers: Buffers, layout: Layout, running: np.ndarray, filled: int) -> Layout:

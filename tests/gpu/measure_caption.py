@@ -99,22 +99,30 @@ class Measurement:
         return time.perf_counter() - start
 
     def whole(self, batch: int, captions: int) -> None:
-        """Report a captioner's batches with what the host does: copying images, checking, decoding the texts."""
+        """Report a captioner's batches with what the host does: copying images, naming captions, decoding texts."""
         decoding = Decoding("top_k", top_k=50, min_tokens=self.tokens - 2, max_tokens=self.tokens - 1)
         captioner = Captioner(self.loaded, decoding, captions, batch_size=batch)
         images = self.images(batch).cpu()
         indices = tuple(range(captions))
         requests = [CaptionRequest(f"{number:09d}", image, indices) for number, image in enumerate(images)]
-        stacked = captioner.stack(requests)
-        seconds = seconds_of(
-            lambda: captioner.caption(requests, images=stacked), self.device, repeat=self.repeat, warm_up=3
-        )
+        stacks = [captioner.stack(requests), captioner.stack(requests)]
+
+        def alone() -> None:
+            captioner.caption(requests, images=stacks[0])
+
+        def one_ahead() -> None:
+            for images, upcoming in (stacks, reversed(stacks)):
+                captioner.caption(requests, images=images, upcoming=upcoming)
+
+        apart = seconds_of(alone, self.device, repeat=self.repeat, warm_up=3)
+        seconds = seconds_of(one_ahead, self.device, repeat=self.repeat) / 2
         stacking = seconds_of(lambda: captioner.stack(requests), self.device, repeat=self.repeat)
         figure(
             f"caption: a captioner's batches of {batch}, {captions} captions each",
             batch * captions / seconds,
             "captions/s",
             ms_a_batch=1e3 * seconds,
+            ms_a_batch_on_its_own=1e3 * apart,
             ms_of_stacking=1e3 * stacking,
         )
 

@@ -12,6 +12,7 @@ import torch
 from small_data import narrow_coca, tiny_coca, tree, write_coca, write_raw
 
 from pipeline.caption.captioner import Captioner
+from pipeline.caption.coca import Coca
 from pipeline.caption.config import CaptionConfig
 from pipeline.caption.decoding import Decoding
 from pipeline.caption.head_check import ContrastiveHeadCheck
@@ -173,6 +174,35 @@ def requests_for(captioner: Captioner, count: int) -> list[CaptionRequest]:
     )
     indices = tuple(range(captioner.num_captions))
     return [CaptionRequest(f"{number:09d}", image, indices) for number, image in enumerate(images)]
+
+
+def test_images_encoded_ahead_give_the_same_captions(root, model, monkeypatch):
+    """As on a GPU: a batch is encoded once, before the texts of the one before it are decoded."""
+    usual = config(root, model, batch_size=4, decoding=replace(SHORT, temperature=0.35), redraws=2)
+    caption(usual)
+    order = list[str]()
+
+    def logged(method):
+        def call(self, *arguments):
+            order.append(method.__name__)
+            return method(self, *arguments)
+
+        return call
+
+    class Ahead(Captioner):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.encodes_ahead = True
+
+    monkeypatch.setattr("pipeline.caption.captioner.Captioner", Ahead)
+    monkeypatch.setattr(Coca, "encode_images", logged(Coca.encode_images))
+    monkeypatch.setattr(Captioner, "stack", logged(Captioner.stack))
+    monkeypatch.setattr(Captioner, "caption", logged(Captioner.caption))
+    caption(replace(usual, name="ahead", overwrite=True))
+    assert texts(root, "ahead") == texts(root)
+    shard = order[: order.index("caption") + 1]
+    assert shard == ["stack", "encode_images", "stack", "caption"], "before the first batch the second one is fetched"
+    assert order.count("encode_images") == order.count("stack"), "a batch was encoded twice"
 
 
 def shallow(folder: Path) -> str:

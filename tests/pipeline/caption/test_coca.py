@@ -247,7 +247,7 @@ def test_this_torch_has_the_operations_and_they_equal_a_plain_product():
 
 
 def test_a_prefix_that_leaves_no_room_is_named(tiny):
-    with pytest.raises(UserError, match=r"16 places.*prefix of 12 tokens.*min_tokens 5"):
+    with pytest.raises(UserError, match=r"16 places.*prefix of 12 tokens.*--min-tokens 5"):
         greedy(tiny, noise(tiny, 1), Decoding("greedy", prefix=" ".join(["a"] * 12)))
     with pytest.raises(UserError, match="prefix 'a a"):
         tiny.prompt_tokens(" ".join(["a"] * 15))
