@@ -515,8 +515,10 @@ def test_other_architectures_are_refused_by_name():
     image_only = {name: value for name, value in source.state.items() if name.startswith("visual.")}
     with pytest.raises(UserError, match=r"its text tower .*no tensors"):
         inherited(config, ClipWeights("image only", config, image_only, False))
-    layers = {name.replace("transformer.resblocks", "layers"): value for name, value in source.state.items()}
-    layers |= {name: value for name, value in source.state.items() if name.startswith("visual.")}
+    layers = {
+        name if name.startswith("visual.") else name.replace("transformer.resblocks", "layers"): value
+        for name, value in source.state.items()
+    }
     with pytest.raises(UserError, match=r"MobileCLIP's: its text tower is of a kind .*take open_clip's ViT"):
         inherited(config, ClipWeights("MobileCLIP's", config, layers, False))
     uneven = source.state | {"ln_final.weight": torch.ones(30)}
