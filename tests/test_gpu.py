@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import runner
+from page_tables import unexplained
+
+from pipeline.plan.costs import FLOP
 
 ROOT = Path(__file__).parents[1]
 GPU = ROOT / "tests" / "gpu"
@@ -62,8 +65,10 @@ def test_the_dry_run_runs_every_step_and_prints_a_table_last(tmp_path):
     assert {figure["step"] for figure in figures} == {step.name for step in runner.STEPS}
     assert all(figure["value"] >= 0 and figure["card"] == "CPU, dry run" for figure in figures)
     assert runner.markdown(figures) in done.stdout
+    assert unexplained(figures) == []
     rates = json.loads((tmp_path / "rates.json").read_text())
     assert rates["ceiling"] > 0
+    assert set(rates["rates"]) <= set(FLOP)
     assert rates["rates"] == {figure["rate"]: figure["value"] for figure in figures if figure.get("rate")}
 
 
