@@ -3,10 +3,13 @@
 Rendering processes import this file, so it imports torch only where it runs.
 """
 
+import sys
 import time
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
+
+from pipeline.core.workers import usable_cores
 
 VIEWS = 8
 CAPTIONS = 5
@@ -16,7 +19,7 @@ TEXT = "text, ViT-L/14"
 
 
 def build_teacher(dry: bool, device: str, work: Path) -> tuple[str, Any]:
-    """Name and model of a ViT-L/14 in bf16 with random weights, which are made on the device; a tiny one when dry."""
+    """Name and model of a ViT-L/14 in bf16 with random weights, made on the device; a tiny one in fp32 when dry."""
     import torch
     from small_data import tiny_coca
 
@@ -24,7 +27,7 @@ def build_teacher(dry: bool, device: str, work: Path) -> tuple[str, Any]:
 
     name = tiny_coca(work / "teacher") if dry else "ViT-L-14"
     with torch.device(device):
-        return name, load_model(name, device=device, random_weights=True, precision="bf16")
+        return name, load_model(name, device=device, random_weights=True, precision="fp32" if dry else "bf16")
 
 
 def share_of_ceiling(job: str, rate: float, device: str) -> float:
@@ -67,93 +70,123 @@ def items_per_s(embed: Any, items: list[Any], rows: int, passes: int) -> float:
     return passes * rows / (time.perf_counter() - start)
 
 
-def measure_teacher(loaded: Any, dry: bool, device: str) -> tuple[float, float]:
-    """Report the teacher alone; returns views and texts per second as the stage embeds them."""
-    from figures import figure
+class Measurement:
+    """What the parts share: the teacher, a dataset of photos, and what the teacher manages alone."""
 
-    from pipeline.cache.teacher import CUDA_ROWS
+    def __init__(self, where: Any) -> None:
+        from cache import write_dataset
+        from photos import small_photos
+        from small_data import draw
 
-    goal = "share of the ceiling >= 0.5"
-    passes = 2 if dry else 8
-    views = images_per_s(loaded, CUDA_ROWS, passes)
-    share = share_of_ceiling(IMAGE, views, device)
-    figure("cache: ViT-L/14 images", views, "views/s", goal=goal, rate=IMAGE, share=share, rows=CUDA_ROWS)
-    texts = texts_per_s(loaded, CUDA_ROWS, 4 * passes)
-    share = share_of_ceiling(TEXT, texts, device)
-    figure("cache: ViT-L/14 texts", texts, "texts/s", goal=goal, rate=TEXT, share=share, rows=CUDA_ROWS)
-    for rows in () if dry else (64, 128, 512):
-        rate = images_per_s(loaded, rows, passes * 256 // rows)
-        share = share_of_ceiling(IMAGE, rate, device)
-        figure(f"cache: ViT-L/14 images, {rows} rows a pass", rate, "views/s", share=share)
-    for rows in () if dry else (128, 1024):
-        rate = texts_per_s(loaded, rows, 4 * passes * 256 // rows)
-        share = share_of_ceiling(TEXT, rate, device)
-        figure(f"cache: ViT-L/14 texts, {rows} rows a pass", rate, "texts/s", share=share)
-    return views, texts
+        from pipeline.cache.config import CacheConfig
+        from shards_spec.views import ViewSpec
+
+        self.where = where
+        name, self.loaded = build_teacher(where.dry, where.device, where.work)
+        self.alone = dict[str, float]()
+        photos = [draw("a shape")[0]] if where.dry else small_photos(320)
+        root = str(where.work / "photos-to-cache")
+        write_dataset(root, 16 if where.dry else 4000, CAPTIONS, photos)
+        self.config = CacheConfig(
+            root,
+            name,
+            name="t",
+            views=VIEWS,
+            spec=ViewSpec(ops=OPS),
+            device=where.device,
+            precision="fp32" if where.dry else "bf16",
+            processes=0 if where.dry else None,  # a process imports torch for seconds
+        )
+
+    def teacher(self) -> None:
+        """The teacher alone, as the stage embeds."""
+        from figures import figure
+
+        from pipeline.cache.teacher import CUDA_ROWS
+
+        passes = 2 if self.where.dry else 8
+        for job, measured, unit, count in ((IMAGE, images_per_s, "views/s", 1), (TEXT, texts_per_s, "texts/s", 4)):
+            rate = measured(self.loaded, CUDA_ROWS, count * passes)
+            self.alone[job] = rate
+            share = share_of_ceiling(job, rate, self.where.device)
+            name = f"cache: ViT-L/14 {job.partition(',')[0]}s"
+            figure(name, rate, unit, goal="share of the ceiling >= 0.5", rate=job, share=share, rows=CUDA_ROWS)
+
+    def stage(self) -> None:
+        """The whole stage on photos."""
+        from cache import model_in_memory
+        from figures import figure
+
+        from pipeline.cache.stage import cache
+
+        with model_in_memory(self.loaded):
+            summary = cache(self.config)
+        found = summary.measurements
+        views = found["new_image_vectors"]
+        texts = found["new_text_vectors"]
+        figure(
+            "cache: the whole stage on photos",
+            views / summary.seconds,
+            "views/s",
+            device_waited=found["waited_s"] / found["embedding_s"],
+            teacher_alone_would_take=(views / self.alone[IMAGE] + texts / self.alone[TEXT]) / summary.seconds,
+            texts_per_view=texts / views,
+            seconds=summary.seconds,
+        )
+
+    def host(self) -> None:
+        """What the host hands over."""
+        from cache import hand_over
+        from figures import figure
+
+        host = hand_over(self.config, self.loaded, self.where.device)
+        core = 1e6 * host.core_s_per_view
+        figure(
+            "cache: the host to a teacher that does nothing",
+            host.views_per_s,
+            "views/s",
+            main_process_us_a_view=core,
+            cores=usable_cores(),
+        )
+        figure("cache: texts, tokenised, to a teacher that does nothing", host.texts_per_s, "texts/s")
+
+    def plain_loop(self) -> None:
+        """The rival."""
+        from cache import plain_loop
+        from figures import figure
+
+        few = 2 if self.where.dry else 40
+        plain_loop(self.config.root, self.loaded, VIEWS, OPS, most=2)  # warm up
+        seconds = plain_loop(self.config.root, self.loaded, VIEWS, OPS, most=few)
+        figure("cache: the plain loop, one sample after the other", few * VIEWS / seconds, "views/s")
+
+    def other_rows(self) -> None:
+        """Passes of other numbers of rows; a CPU's have always the same."""
+        from figures import figure
+
+        for rows in () if self.where.dry else (64, 128, 512):
+            rate = images_per_s(self.loaded, rows, 2048 // rows)
+            share = share_of_ceiling(IMAGE, rate, self.where.device)
+            figure(f"cache: ViT-L/14 images, {rows} rows a pass", rate, "views/s", share=share)
+        for rows in () if self.where.dry else (128, 1024):
+            rate = texts_per_s(self.loaded, rows, 8192 // rows)
+            share = share_of_ceiling(TEXT, rate, self.where.device)
+            figure(f"cache: ViT-L/14 texts, {rows} rows a pass", rate, "texts/s", share=share)
+
+    def explore(self) -> None:
+        """Alternatives."""
+        from explore_cache import explore
+
+        explore(self.loaded, self.where.dry, self.where.device)
 
 
-def measure_stage(config: Any, loaded: Any, device: str, alone: tuple[float, float]) -> None:
-    """Report the whole stage, ``alone`` being the teacher's views and texts per second without it."""
-    from cache import hand_over, model_in_memory
-    from figures import figure
-
-    from pipeline.cache.stage import cache
-
-    with model_in_memory(loaded):
-        summary = cache(config)
-    found = summary.measurements
-    views = found["new_image_vectors"]
-    texts = found["new_text_vectors"]
-    busy = (views / alone[0] + texts / alone[1]) / summary.seconds
-    figure(
-        "cache: the whole stage on photos",
-        views / summary.seconds,
-        "views/s",
-        device_waited=found["waited_s"] / found["embedding_s"],
-        teacher_alone_would_take=busy,
-        texts_per_view=texts / views,
-        seconds=summary.seconds,
-    )
-    host = hand_over(config, loaded, device)
-    cores = 1e6 * host.core_s_per_view
-    figure("cache: the host to a teacher that does nothing", host.views_per_s, "views/s", main_process_us_a_view=cores)
-    figure("cache: texts, tokenised, to a teacher that does nothing", host.texts_per_s, "texts/s")
-
-
-def main() -> None:
+def main() -> int:
     """Measure and report."""
-    from cache import plain_loop, write_dataset
-    from explore_cache import explore
-    from figures import figure, options
-    from photos import small_photos
-    from small_data import draw
+    from figures import options, run_parts
 
-    from pipeline.cache.config import CacheConfig
-    from shards_spec.views import ViewSpec
-
-    where = options(__doc__)
-    name, loaded = build_teacher(where.dry, where.device, where.work)
-    alone = measure_teacher(loaded, where.dry, where.device)
-    root = str(where.work / "photos-to-cache")
-    photos = [draw("a shape")[0]] if where.dry else small_photos(320)
-    write_dataset(root, 16 if where.dry else 4000, CAPTIONS, photos)
-    config = CacheConfig(
-        root,
-        name,
-        name="t",
-        views=VIEWS,
-        spec=ViewSpec(ops=OPS),
-        device=where.device,
-        precision="bf16",
-        processes=0 if where.dry else None,  # a process imports torch for seconds
-    )
-    measure_stage(config, loaded, where.device, alone)
-    plain_loop(root, loaded, VIEWS, OPS, most=2)  # warm up
-    few = 2 if where.dry else 40
-    plain = few * VIEWS / plain_loop(root, loaded, VIEWS, OPS, most=few)
-    figure("cache: the plain loop, one sample after the other", plain, "views/s")
-    explore(loaded, where.dry, where.device)
+    this = Measurement(options(__doc__))
+    return run_parts(this.teacher, this.stage, this.host, this.other_rows, this.plain_loop, this.explore)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
