@@ -52,12 +52,18 @@ def read_table(
     """
     with open_parquet(path, given, fix) as file:
         if columns is None:
-            return file.read()
+            return validated(file.read())
         there = file.schema_arrow.names
         if missing := [name for name in columns if name not in there]:
             own = UserError if given else DataError
             raise own(f"{path}: no column {missing[0]}; {fix or (FETCH if given else REMAKE)}")
-        return file.read([*columns, *(name for name in optional if name in there)])
+        return validated(file.read([*columns, *(name for name in optional if name in there)]))
+
+
+def validated(table: pa.Table) -> pa.Table:
+    """The table, whose texts are UTF-8: reading does not look. Raises pyarrow.ArrowInvalid, as reading does."""
+    table.validate(full=True)
+    return table
 
 
 def column_names(path: str, given: bool = False, fix: str = "") -> list[str]:

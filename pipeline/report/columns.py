@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from shards_spec.files import DataError, UserError, join, names
 from shards_spec.layout import CAPTIONS, RAW, SHARDS, captions_folder
-from shards_spec.parquet import open_parquet
+from shards_spec.parquet import open_parquet, validated
 
 PARQUET_PATTERN = re.compile(r"\d+\.parquet")
 LOGPROB_UNIT = 0.05
@@ -67,7 +67,7 @@ def read_columns(path: str, columns: list[str], problems: list[str]) -> Any | No
     try:
         with open_parquet(path) as file:
             present = [field.name for field in file.schema_arrow if not pa.types.is_null(field.type)]
-            return file.read(columns=[name for name in columns if name in present])
+            return validated(file.read(columns=[name for name in columns if name in present]))
     except (DataError, UserError) as error:
         problems.append(str(error))
         return None

@@ -185,7 +185,7 @@ def test_a_rerun_does_only_what_is_missing_or_changed(server, tmp_path):
     for shorter, more in (
         (7, r"2 shards more \(00001"),
         (10, r"2 shards more \(00001"),
-        (13, r"1 shards more \(00002"),
+        (13, r"1 shard more \(00002"),
     ):
         write_list(source, rows[:shorter])
         with pytest.raises(UserError, match=rf"has {more} and on\) than --source .* --overwrite"):

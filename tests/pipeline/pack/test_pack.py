@@ -308,7 +308,7 @@ def test_shards_without_samples_are_written_only_inside(root, staying, sizes, ca
     assert summary.counts == {what: n for what, n in {"success": sum(sizes), "no caption": len(gone)}.items() if n}
     assert shard_sizes(root) == sizes
     assert shard_ids(join(root, "shards")) == list(range(len(sizes)))
-    assert ("have no sample" in caplog.text) == (0 in sizes)
+    assert ("without a sample" in caplog.text) == (0 in sizes)
     assert check(CheckConfig(root)) == []
     before = tree(root)
     assert pack(config).made == 0
@@ -507,7 +507,7 @@ def test_a_changed_raw_shard_makes_again_what_reads_it_or_moved(equal):
 def test_another_shard_size_is_another_config(equal):
     before = tree(equal)
     for size, words in ((4, "5 before, 4 now"), (None, "5 before, None now")):
-        with pytest.raises(UserError, match=f"shard_size: {words}"):
+        with pytest.raises(UserError, match=f"--shard-size: {words}"):
             pack(PackConfig(equal, shard_size=size, workers=1))
     assert tree(equal) == before
     pack(PackConfig(equal, shard_size=100, workers=1, overwrite=True))
