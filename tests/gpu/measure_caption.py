@@ -1,34 +1,45 @@
 """Captioning with CoCa ViT-L/14 in bf16: images encoded, captions of 30 tokens by top-k 50, with and without graphs."""
 
+import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from caption import Writer, bytes_read, reading_limit
-from figures import ceiling, figure, options, seconds_of, synchronize
-from small_data import tiny_coca
+from figures import ceiling, figure, options, run_parts, seconds_of, synchronize
+from photos import small_photos
+from small_data import draw, tiny_coca
 from torch import Tensor
 
 from pipeline.caption.captioner import Captioner
 from pipeline.caption.coca import Coca, EncodedImages
-from pipeline.caption.decoding import Decoding
+from pipeline.caption.config import CaptionConfig
 from pipeline.caption.requests import CaptionRequest
+from pipeline.caption.stage import caption
 from pipeline.plan.costs import FLOP
+from shards_spec.files import join
+from shards_spec.layout import shard_name
+from shards_spec.manifest import Done, write_stage
 from shards_spec.models import LoadedModel, load_model
+from shards_spec.sample import Sample
+from shards_spec.tar import write_shard
 
 IMAGE = "image, CoCa ViT-L/14"
 FIVE_CAPTIONS = "five captions of 30 tokens, CoCa ViT-L/14"
 KERNELS = 15  # that took most time, printed
 
 
-def build_coca(dry: bool, device: str, work: Path) -> LoadedModel:
-    """CoCa ViT-L/14 in bf16 with random weights, which are made on the device; a tiny one when dry."""
+def build_coca(dry: bool, device: str, work: Path) -> tuple[str, LoadedModel]:
+    """Name and model: CoCa ViT-L/14 in bf16 with random weights, which are made on the device; a tiny one when dry."""
     name = tiny_coca(work / "captioner") if dry else "coca_ViT-L-14"
     with torch.device(device):
         loaded = load_model(name, device=device, random_weights=not dry, precision="bf16")
     if not dry:
         torch.nn.init.normal_(loaded.model.text_decoder.text_projection, std=0.02)  # open_clip leaves it as it finds it
-    return loaded
+    return name, loaded
 
 
 class Measurement:
@@ -98,10 +109,9 @@ class Measurement:
         synchronize(self.device)
         return time.perf_counter() - start
 
-    def whole(self, batch: int, captions: int) -> None:
+    def captioner(self, batch: int, captions: int) -> None:
         """Report a captioner's batches with what the host does: copying images, naming captions, decoding texts."""
-        decoding = Decoding("top_k", top_k=50, min_tokens=self.tokens - 2, max_tokens=self.tokens - 1)
-        captioner = Captioner(self.loaded, decoding, captions, batch_size=batch)
+        captioner = Captioner(self.loaded, self.eager.decoding, captions, batch_size=batch)
         images = self.images(batch).cpu()
         indices = tuple(range(captions))
         requests = [CaptionRequest(f"{number:09d}", image, indices) for number, image in enumerate(images)]
@@ -126,6 +136,20 @@ class Measurement:
             ms_of_stacking=1e3 * stacking,
         )
 
+    def stage(self, config: CaptionConfig, shards: int, samples: int) -> None:
+        """Report the whole stage on ``shards`` of ``samples`` photos, reading and writing included."""
+        captioner = Captioner(self.loaded, config.decoding, config.num_captions, batch_size=config.batch_size)
+        with patch("pipeline.caption.stage._load", lambda *_: captioner):
+            for name in ("first", "second"):  # the first one captures graphs
+                summary = caption(replace(config, name=name))
+        figure(
+            f"caption: the whole stage on photos, {config.num_captions} captions each",
+            shards * samples * config.num_captions / summary.seconds,
+            "captions/s",
+            ms_a_batch=1e3 * summary.seconds * config.batch_size / (shards * samples),
+            images_of_a_shard=samples,
+        )
+
     def kernels(self, batch: int, captions: int) -> None:
         """Print which kernels take the time of writing; it is no figure."""
         encoded = self.coca.encode_images(self.images(batch))
@@ -141,20 +165,47 @@ class Measurement:
         print(profile.key_averages().table(sort_by=order, row_limit=KERNELS, max_name_column_width=90), flush=True)
 
 
-def main() -> None:
+def write_photos_as_raw(root: str, photos: list[bytes], shards: int, samples: int) -> None:
+    """ROOT/raw as `ingest` leaves it: ``shards`` of ``samples``, of these photos in turn."""
+    for shard in range(shards):
+        keys = [f"{shard:05d}{index:04d}" for index in range(samples)]
+        members = [{"jpg": photos[index % len(photos)], "txt": b"a photo"} for index in range(samples)]
+        path = f"raw/{shard_name(shard)}.tar"
+        _, digest = write_shard(join(root, path), list(map(Sample, keys, members)))
+        Done("ingest", shard, {}, {"success": samples}, {}, {path: digest}).write(join(root, "raw"))
+    write_stage(root, "ingest", {"shards": shards, "counts": {"success": shards * samples}})
+
+
+def main() -> int:
     """Measure and report."""
     where = options(__doc__)
-    measurement = Measurement(build_coca(where.dry, where.device, where.work), where.dry, where.device)
-    sizes = (2, 3) if where.dry else (256, 64)
-    for batch in sizes:
+    name, loaded = build_coca(where.dry, where.device, where.work)
+    measurement = Measurement(loaded, where.dry, where.device)
+    sizes = (2,) if where.dry else (256, 64)
+
+    def encode_and_write(batch: int) -> None:
         is_usual = batch == sizes[0]
         encoding = measurement.encoding(batch, IMAGE if is_usual else "")
         for captions in (1, 5):
             measurement.writing(batch, captions, encoding, FIVE_CAPTIONS if is_usual else "")
-    measurement.whole(sizes[0], 5)
-    for captions in (1, 5):
-        measurement.kernels(sizes[0], captions)
+
+    def stage() -> None:
+        root = str(where.work / "photos-to-caption")
+        photos = [draw("a shape")[0]] if where.dry else small_photos(64)
+        shards = 1 if where.dry else 4
+        samples = 4 * sizes[0]
+        write_photos_as_raw(root, photos, shards, samples)
+        decoding = measurement.eager.decoding
+        given = CaptionConfig(root, name, decoding=decoding, device=where.device, precision="bf16", batch_size=sizes[0])
+        measurement.stage(given, shards, samples)
+
+    return run_parts(
+        *(partial(encode_and_write, batch) for batch in sizes),
+        partial(measurement.captioner, sizes[0], 5),
+        stage,
+        *(partial(measurement.kernels, sizes[0], captions) for captions in ((1,) if where.dry else (1, 5))),
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
