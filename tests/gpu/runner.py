@@ -44,12 +44,12 @@ def measurement(name: str, seconds: float) -> Step:
 TESTS = ("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-m", "gpu", str(HERE))
 STEPS = (
     measurement("limits", 40),
+    Step("tests", TESTS, 100),
     measurement("cache", 100),
     measurement("caption", 90),
     measurement("train", 100),
     measurement("reader", 90),
     measurement("memory", 60),
-    Step("tests", TESTS, 110),
 )
 
 
