@@ -134,9 +134,14 @@ class Task(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def teachers(self) -> list[FrozenTeacher]:
+        """The teachers among the attributes, each once."""
+        return list({id(value): value for value in vars(self).values() if isinstance(value, FrozenTeacher)}.values())
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Task":
         """Take the teachers along when the task moves between devices and dtypes."""
-        for teacher in {id(value): value for value in vars(self).values() if isinstance(value, FrozenTeacher)}.values():
+        for teacher in self.teachers:
             teacher.move(fn)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self

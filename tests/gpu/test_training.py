@@ -213,7 +213,7 @@ def test_full_memory_halves_the_chunk(root, device, tmp_path, monkeypatch, caplo
     def limited(self: Trainer, batch: dict[str, Any]) -> Any:
         if self.progress.step == 1:
             torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(0.75 * one.at(size).total / total, device)
+            torch.cuda.set_per_process_memory_fraction(0.75 * one.at(size).total / total)
         return step(self, batch)
 
     monkeypatch.setattr(Trainer, "step", limited)
@@ -221,7 +221,7 @@ def test_full_memory_halves_the_chunk(root, device, tmp_path, monkeypatch, caplo
     try:
         found = read_metrics(train("clip", config_of("clip", root, tmp_path / "limited", device, **fields)))
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0)
     assert "out of memory with 256 samples at a time" in caplog.text
     assert_close(found, expected, rel=0.01)
 

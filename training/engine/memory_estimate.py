@@ -9,6 +9,7 @@ activations in flight, what a checkpointed block computes again.
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -147,9 +148,10 @@ def profile(task: Task, batch: Batch, precision: PrecisionOption = "fp32", avera
         saved, features = saved_bytes(partial(task, task.draw(batch)), kept)
         of_losses = [saved_bytes(partial(_losses, task, features, times), kept)[0] for times in (1, 2, 3)]
     pixels, others = bytes_per_sample(batch)
+    of_teachers = chain.from_iterable(teacher.tensors() for teacher in task.teachers)
     averaged = bytes_of(value for value in task.student.state_dict().values() if value.is_floating_point())
     return Profile(
-        weights=bytes_of([*task.parameters(), *task.buffers()]),
+        weights=bytes_of([*task.parameters(), *task.buffers(), *of_teachers]),
         trained=trained,
         average=averaged if average else 0,
         pixels=pixels,

@@ -87,6 +87,10 @@ class FrozenTeacher:
             raise UserError(f"teacher cache {self.name} has final features only; this recipe needs a live teacher")
         return run_with_taps(self.model, run, taps, until)
 
+    def tensors(self) -> list[Tensor]:
+        """Return the live model's weights and buffers; none of a cached teacher."""
+        return [] if self.model is None else [*self.model.parameters(), *self.model.buffers()]
+
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply what `torch.nn.Module.to` does to each tensor."""
         if self.model is not None:

@@ -1,5 +1,6 @@
 """Batches that are taken one ahead for a device; the streams of CUDA are stood in for."""
 
+import multiprocessing
 import threading
 import time
 from contextlib import nullcontext
@@ -79,3 +80,25 @@ def test_leaving_early_ends_the_reader(log):
     del ahead
     assert closed == [True]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+class Rows:
+    """Rows of a number each; the 5th is damaged."""
+
+    student = None
+
+    def __getitem__(self, index):
+        position, _ = index
+        if position == 5:
+            return DataError("damaged")
+        return {"key": str(position), "position": position, "epoch": 0, "number": torch.tensor(position)}
+
+
+def test_worker_processes_are_started_from_the_thread(log):
+    """They ignore signals, which only a main thread may ask for: theirs is one."""
+    batches = iter([(range(0, 2), None), (range(2, 4), None), (range(4, 6), None)])
+    ahead = module._copied_ahead(module._read_batches(Rows(), batches, 2, "cpu"), "cuda")
+    assert [next(ahead)[0]["number"].tolist() for _ in range(2)] == [[0, 1], [2, 3]]
+    with pytest.raises(DataError, match="damaged"):
+        next(ahead)
+    assert not multiprocessing.active_children()
