@@ -96,7 +96,7 @@ class Rows:
 
 def test_worker_processes_are_started_from_the_thread(log):
     """They ignore signals, which only a main thread may ask for: theirs is one."""
-    batches = iter([(range(0, 2), None), (range(2, 4), None), (range(4, 6), None)])
+    batches = iter([(range(2), None), (range(2, 4), None), (range(4, 6), None)])
     ahead = module._copied_ahead(module._read_batches(Rows(), batches, 2, "cpu"), "cuda")
     assert [next(ahead)[0]["number"].tolist() for _ in range(2)] == [[0, 1], [2, 3]]
     with pytest.raises(DataError, match="damaged"):
