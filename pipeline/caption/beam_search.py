@@ -6,6 +6,9 @@ ends is finished when it is among the ``num_beams`` best of that token (Hugging 
 open hypothesis can still beat its finished ones, so stopping early never changes a result. open_clip's own beam search
 sums logits that are no log-probabilities, and by default runs the same two beams three times over (three groups
 without a diversity penalty).
+
+It has no CUDA graphs: the host decides after every token which hypotheses go on, so the device waits for it anyway, and
+as many rows of an image are copied as its hypotheses have moved.
 """
 
 from dataclasses import dataclass, field

@@ -63,17 +63,18 @@ def graphs_for(device: torch.device) -> GraphCache:
 
 
 class CudaCapture:
-    """Captures work on a CUDA device, the only one that this process captures on; its graphs share a memory pool."""
+    """Captures work on a CUDA device; its graphs share a stream and a memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Work) -> Work:
         """The work as a graph. Other threads may go on using CUDA: they prepare the next batch."""
         graph = torch.cuda.CUDAGraph()
+        captured = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
         current = torch.cuda.current_stream(self._device)  # and again after a capture that fails
-        captured = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
         with torch.cuda.stream(current), captured:
             work()
         return graph.replay
