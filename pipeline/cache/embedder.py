@@ -42,6 +42,12 @@ class Embedder:
             tokenisers = -(-processes // RENDERERS_PER_TOKENISER)
             self.token_pool = TokenPool(tokenisers, config.model, config.trust.trust_remote_code)
 
+    def start(self) -> None:
+        """Start the processes that work ahead; they end with the thread that calls this."""
+        self.render_pool.start()
+        if self.token_pool is not None:
+            self.token_pool.start()
+
     def close(self) -> None:
         """End the processes and threads that work ahead."""
         self.render_pool.shutdown()

@@ -4,6 +4,7 @@ Only what is new is embedded and written: further views, further captions, rows 
 """
 
 import logging
+from contextlib import closing
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -51,28 +52,26 @@ def cache(config: CacheConfig, assignment: ShardAssignment = ALL) -> Summary:
     devices = pick_devices(config.device)
     is_parallel = len(devices) > 1
     # with several devices every worker process loads its own teacher; the one here only identifies the weights
-    embedder = Embedder(config, devices[0], len(devices))
-    folder = teacher_folder(config.label)
-    if not config.overwrite:
-        _check_rendering(join(config.root, folder))
-    stage = Stage(
-        f"cache/{config.label}", folder, _identity(config, embedder.teacher.loaded), extendable=("num_views",)
-    )
-    work = partial(cache_shard, stage=stage, config=config, embedder=None if is_parallel else embedder)
-    options = RunOptions(
-        workers=len(devices),
-        threads=0 if is_parallel or embedder.teacher.device.type == "cpu" else SHARDS_AT_ONCE,
-        worker_init=worker_initializer(devices, partial(_load_in_worker, config, len(devices)))
-        if is_parallel
-        else None,
-        assignment=assignment,
-        overwrite=config.overwrite,
-        total=len(shards),
-    )
-    try:
+    with closing(Embedder(config, devices[0], len(devices))) as embedder:
+        if not is_parallel:
+            embedder.start()
+        folder = teacher_folder(config.label)
+        if not config.overwrite:
+            _check_rendering(join(config.root, folder))
+        stage = Stage(
+            f"cache/{config.label}", folder, _identity(config, embedder.teacher.loaded), extendable=("num_views",)
+        )
+        work = partial(cache_shard, stage=stage, config=config, embedder=None if is_parallel else embedder)
+        load = partial(_load_in_worker, config, len(devices))
+        options = RunOptions(
+            workers=len(devices),
+            threads=0 if is_parallel or embedder.teacher.device.type == "cpu" else SHARDS_AT_ONCE,
+            worker_init=worker_initializer(devices, load) if is_parallel else None,
+            assignment=assignment,
+            overwrite=config.overwrite,
+            total=len(shards),
+        )
         summary = run_stage(config.root, stage, tar_tasks(config.root, SHARDS, shards, assignment), work, options)
-    finally:
-        embedder.close()
     embedding_s = summary.measurements.get("embedding_s")
     if embedding_s:
         share = 100 * summary.measurements["waited_s"] / embedding_s

@@ -30,9 +30,15 @@ class TokenPool:
     """``processes`` processes that tokenise with the tokenizer of ``model``, each with its own copy."""
 
     def __init__(self, processes: int, model: str, trusted: bool) -> None:
+        self._processes = processes
         self._executor = ProcessPoolExecutor(
             processes, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(model, trusted)
         )
+
+    def start(self) -> None:
+        """Start the processes now: Linux ends them with the thread that did, which is else the first to `tokenise`."""
+        for _ in range(self._processes):
+            self._executor.submit(int)
 
     def tokenise(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """As the function `tokenise`; work begins at once."""
