@@ -164,11 +164,11 @@ class Measurement:
         """Passes of other numbers of rows; a CPU's have always the same."""
         from figures import figure
 
-        for rows in () if self.where.dry else (64, 128, 512):
+        for rows in () if self.where.dry else (16, 32, 64, 128, 512):
             rate = images_per_s(self.loaded, rows, 2048 // rows)
             share = share_of_ceiling(IMAGE, rate, self.where.device)
             figure(f"cache: ViT-L/14 images, {rows} rows a pass", rate, "views/s", share=share)
-        for rows in () if self.where.dry else (128, 1024):
+        for rows in () if self.where.dry else (32, 64, 128, 1024):
             rate = texts_per_s(self.loaded, rows, 8192 // rows)
             share = share_of_ceiling(TEXT, rate, self.where.device)
             figure(f"cache: ViT-L/14 texts, {rows} rows a pass", rate, "texts/s", share=share)
