@@ -5,15 +5,17 @@ without a device would. The peak is the allocator's over three steps of the trai
 """
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from allocation_meter import AllocationMeter
-from figures import figure, options
+from figures import figure, options, run_parts
 from small_training import tiny_config, write_every_root, write_packed, write_teacher
 
 from training.data.batches import TrainingRows
@@ -142,14 +144,19 @@ def report(job: Job, predicted: Memory, elsewhere: Memory, peak: int) -> None:
     print(f"{job.name}: {predicted}; without a device: {elsewhere}", flush=True)
 
 
-def main() -> None:
+def main() -> int:
     """Measure and report."""
     where = options(__doc__)
-    torch.set_float32_matmul_precision("high" if where.device.startswith("cuda") else "highest")
+    if where.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # as `train` does
     root = write_root(where.work / "memory", where.dry)
-    for number, job in enumerate(JOBS):
-        measure(job, root, where.work / f"memory-run-{number}", where.device)
+    return run_parts(
+        *(
+            partial(measure, job, root, where.work / f"memory-run-{number}", where.device)
+            for number, job in enumerate(JOBS)
+        )
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
