@@ -112,7 +112,7 @@ def main() -> None:
 
 def _run(words: list[str]) -> int:
     """Run a command; an error of the user, the data or the system becomes one line on stderr and an exit code."""
-    if words[:1] in ([], ["-h"], ["--help"]):
+    if words[:1] in ([], ["-h"], ["--help"], ["help"]):
         print(usage())
         return 0
     from shards_spec.display import log_to_stderr

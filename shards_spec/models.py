@@ -183,6 +183,8 @@ def _check_names(model: str, pretrained: str | None, random_weights: bool) -> No
     if name in unavailable:
         raise UserError(f"model {model!r} cannot be built: {unavailable[name]}")
     if name not in known:
+        if Path(model, CONFIG_FILE).is_file():
+            raise UserError(f"no model {model!r}: the model in that folder is {LOCAL_DIR}{model}")
         raise UserError(
             f"no model {model!r}: {did_you_mean(name, known)}; folders are named {LOCAL_DIR}PATH, the Hub's "
             f"{HUB}ORG/NAME"

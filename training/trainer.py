@@ -29,7 +29,7 @@ from training.engine.checkpointing import Checkpointing, Progress
 from training.engine.distributed import Ranks, processes
 from training.engine.memory_estimate import Memory
 from training.engine.metrics_log import MetricsLog
-from training.engine.run_length import extension, warn_of_lengths
+from training.engine.run_length import extension, warn_of_lengths, warn_of_workers
 from training.engine.stop_signal import stop_flag
 from training.engine.updater import Update, Updater
 from training.engine.validation import Validation
@@ -81,6 +81,7 @@ def train(recipe: str, config: RecipeConfig) -> str:
             if ranks.is_main:
                 run.cut_metrics(trainer.progress.step)
                 warn_of_lengths(config.data.batch_size, config.optim, rows, trainer.total)
+                warn_of_workers(config.data.workers)
         with out_of_memory(device):  # of batches and of the optimizer's state
             stopped = trainer.loop()
     if stopped is not None:

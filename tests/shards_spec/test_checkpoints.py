@@ -20,6 +20,7 @@ from shards_spec.models import Trust, load_model, load_teacher, remote_code
 from training.models.classifier import new_classifier
 
 MOST = 700  # characters of a message: a few lines
+COCA = str(Path(__file__).parents[2] / "demo/models/coca")
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.zeros(2)}
 
 
@@ -412,6 +413,7 @@ def test_weights_that_would_not_be_used_are_refused(name):
     [
         ("VIT-B32", None, "no model 'VIT-B32': did you mean .*ViT-B-32"),
         ("qqqq", None, "no model 'qqqq': none of the .* folders are named local-dir:PATH"),
+        (COCA, None, f"the model in that folder is local-dir:{COCA}"),
         ("ViT-B-32", "opeanai", r"is no tag of ViT-B-32 and no file: did you mean openai"),
         ("ViT-B-32", ".", "is no file; name a checkpoint file"),
         ("ViT-S-32-alt", "x", "it has no tags"),

@@ -281,6 +281,9 @@ def test_a_run_that_cannot_begin_leaves_no_folder(root, tmp_path):
         train("clip", tiny_config("clip", root, str(tmp_path / "run"), data=""))
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").write_text("")
+    (tmp_path / "dataset.json").write_text("{}")
+    with pytest.raises(UserError, match="is a dataset: give the run a folder of its own"):
+        train("clip", tiny_config("clip", root, str(tmp_path)))
     with pytest.raises(UserError, match="no folder can be made there"):
         train("clip", tiny_config("clip", root, str(tmp_path / "file")))
 

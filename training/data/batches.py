@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -186,6 +187,8 @@ def _piece_loader(
     rows: TrainingRows, batches: Iterable[tuple[range, int | None]], workers: int, device: str, prefetch: int
 ) -> DataLoader[Any]:
     """Loader of the pieces of batches, in order; with workers about ``prefetch`` rows are read ahead."""
+    # `warn_of_workers` says it once a run, not for every loader
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     return DataLoader(
         rows,  # type: ignore[arg-type]  # a Dataset in all but name
         batch_sampler=_pieces(batches),

@@ -17,6 +17,7 @@ import numpy as np
 from shards_spec.class_names import parse_label, read_class_names, read_shard_count
 from shards_spec.files import UserError, exists, is_url, join, read_buffer
 from shards_spec.folders import walk
+from shards_spec.layout import dataset_json
 from shards_spec.names import IMAGE_EXTENSIONS, endings_line, file_ending, is_ignored, is_image
 from shards_spec.sample import Sample
 from shards_spec.tar import index_shard, read_shard
@@ -201,6 +202,8 @@ def find_split(root: str, splits: Sequence[str] = TEST_SPLITS) -> str:
 
 def _advice_on_class_folders(root: str, splits: Sequence[str]) -> str:
     """What to do where ``root`` itself has the class folders, else nothing."""
+    if exists(dataset_json(root)):
+        return f"{root} is a dataset to train on, which has no labels to measure by"
     if not has_class_folders(root, ""):
         return ""
     if Path(root).resolve().name in splits:

@@ -50,7 +50,7 @@ class Memory:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {count / MIB:,.1f}" for name, count in self.parts.items())
+        parts = ", ".join(f"{name} {count / MIB:,.1f}" for name, count in self.parts.items() if count)
         chunks = f", in chunks of {counted(self.chunk_size, 'sample', style=',')}" if self.chunk_size else ""
         return f"peak memory of a process: about {self.total / MIB:,.1f} MiB ({parts}){chunks}"
 

@@ -1,6 +1,7 @@
 """How long a run is against its batch, its dataset and its schedule: what a user should hear before the first step."""
 
 import logging
+import os
 
 from shards_spec.messages import counted
 from training.config import OptimConfig
@@ -41,6 +42,13 @@ def warn_of_lengths(batch_size: int, optim: OptimConfig, rows: TrainingRows, ste
             last,
             optim.lr,
         )
+
+
+def warn_of_workers(workers: int) -> None:
+    """Warn of more reading processes than this one may use cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers > cores:
+        log.warning("--workers %d: more processes than the %s that this one may use", workers, counted(cores, "core"))
 
 
 def extension(optim: OptimConfig, step: int, before: int, now: int) -> str:

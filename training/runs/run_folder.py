@@ -30,6 +30,7 @@ from shards_spec.files import (
     write_bytes,
     write_json,
 )
+from shards_spec.layout import dataset_json
 from shards_spec.library_errors import parse_json, short
 from shards_spec.lock import locked
 from shards_spec.messages import counted, flag
@@ -64,10 +65,12 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Allow one training at a time. Raises UserError that names the process which trains here.
+        """Allow one training at a time. Raises UserError that names the process which trains here, or for a dataset.
 
         If that one was killed, the kernel has freed the lock. A folder made for the lock alone is removed again.
         """
+        if Path(dataset_json(str(self.path))).exists():
+            raise UserError(f"--out {self.path} is a dataset: give the run a folder of its own")
         is_new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from shards_spec.files import UserError, json_bytes
 from shards_spec.precision import resolve_precision
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
+from training.engine.run_length import warn_of_workers
 from training.recipes import RECIPES, siclip
 from training.runs.checkpoint_files import load_checkpoint
 from training.runs.run_folder import RunFolder
@@ -51,7 +53,7 @@ def told(caplog):
         ({"batch_size": 1, "steps": 3}, "--batch-size 1: a batch of one pair has no negatives"),
         (
             {"warmup": 2000, "steps": 1},
-            "--warmup 2000: the run has 1 steps, so its learning rate is 5e-07 at the end and never --lr 0.001",
+            "--warmup 2000: the run has 1 step, so its learning rate is 5e-07 at the end and never --lr 0.001",
         ),
         ({"warmup": 3, "steps": 3}, None),
         ({"warmup": 4, "steps": 3}, "--warmup 4: the run has 3 steps"),
@@ -63,6 +65,14 @@ def test_one_warning_each(root, tmp_path, caplog, fields, warning):
     found = told(caplog)
     assert len(found) == (warning is not None), found
     assert all(text.startswith(warning) for text in found), found
+
+
+def test_more_workers_than_cores_are_told(caplog):
+    warn_of_workers(1)
+    assert not told(caplog)
+    warn_of_workers(100_000)
+    (text,) = told(caplog)
+    assert re.fullmatch(r"--workers 100000: more processes than the [0-9]+ cores? that this one may use", text)
 
 
 def test_training_on_empty_texts_is_told_once(tmp_path, caplog):

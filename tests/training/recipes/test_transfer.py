@@ -220,6 +220,9 @@ def test_what_images_refuse(tmp_path):
         UserError, match=r"test/nshards.txt is not there, nor is a folder of images per class in .*/test or .*/val"
     ):
         open_images(str(tmp_path), False)
+    (tmp_path / "dataset.json").write_text("{}")
+    with pytest.raises(UserError, match="is a dataset to train on, which has no labels to measure by"):
+        open_images(str(tmp_path), False)
     root = write_bench(tmp_path / "bench")
     (tmp_path / "bench" / "classnames.txt").write_text("blue\n")
     with pytest.raises(DataError, match="has class '1', not a number below 1"):
