@@ -73,6 +73,7 @@ class RangeAugment(nn.Module):
             drawn[chosen, turn, 1] = torch.rand(len(chosen))
         return drawn
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its operations change places, each order a new graph
     def forward(self, images: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Augment normalised images.
 
