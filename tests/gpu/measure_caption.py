@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -13,6 +14,7 @@ from figures import ceiling, figure, options, run_parts, seconds_of, synchronize
 from photos import small_photos
 from small_data import draw, tiny_coca
 from torch import Tensor
+from torch.nn import functional as F
 
 from pipeline.caption.captioner import Captioner
 from pipeline.caption.coca import Coca, EncodedImages
@@ -150,6 +152,38 @@ class Measurement:
             images_of_a_shard=samples,
         )
 
+    def attention(self, batch: int, captions: int) -> None:
+        """Report writing with the kernel of `decode_attention` in place of torch's, and the time of both by length."""
+        from pipeline.caption import coca
+        from pipeline.caption.decode_attention import attend
+
+        usual = coca._self_attention
+
+        def by_kernel(block: Any, cache: Any, x: Tensor, first: int) -> Tensor:
+            if x.shape[1] > 1:
+                return usual(block, cache, x, first)
+            new = block.project_query(block.block.ln_1(x))
+            result: Tensor = block.after_attention(x, attend(new, cache.keys, cache.values, first))
+            return result
+
+        encoded = self.coca.encode_images(self.images(batch))
+        seconds = {}
+        for name, function in (("torch", usual), ("kernel", by_kernel)):
+            with patch.object(coca, "_self_attention", function):
+                writer = Writer(self.coca, self.tokens, graphs=True)
+                for _ in range(3):
+                    writer.write(encoded, captions)
+                seconds[name] = self.seconds(writer, encoded, captions)
+        name = f"caption: trial of a kernel for attention, {batch} images, {captions} captions each"
+        figure(name, 1e3 * seconds["kernel"], "ms", torch=1e3 * seconds["torch"])
+        block = self.coca.blocks[0]
+        x = torch.randn(batch * captions, 1, 3 * block.heads * block.head_width, device=self.device).bfloat16()
+        cache = coca.KeyValueCache.empty(block, batch * captions, 32, x)
+        for past in (4, 15, 29):
+            by_torch = seconds_of(lambda p=past: _torch_attention(block, cache, x, p), self.device)
+            by_triton = seconds_of(lambda p=past: attend(x, cache.keys, cache.values, p), self.device)
+            print(f"attention, {len(x)} rows, {past} tokens: {1e6 * by_torch:.0f} us, kernel {1e6 * by_triton:.0f} us")
+
     def kernels(self, batch: int, captions: int) -> None:
         """Print which kernels take the time of writing; it is no figure."""
         encoded = self.coca.encode_images(self.images(batch))
@@ -163,6 +197,13 @@ class Measurement:
         print(f"{batch} images, {captions} captions each:")
         order = f"self_{'cpu' if self.device == 'cpu' else 'device'}_time_total"
         print(profile.key_averages().table(sort_by=order, row_limit=KERNELS, max_name_column_width=90), flush=True)
+
+
+def _torch_attention(block: Any, cache: Any, new: Tensor, past: int) -> None:
+    query, key, value = block.split_heads(new, 3)
+    cache.keys[:, :, past : past + 1] = key
+    cache.values[:, :, past : past + 1] = value
+    F.scaled_dot_product_attention(query, cache.keys[:, :, : past + 1], cache.values[:, :, : past + 1])
 
 
 def write_photos_as_raw(root: str, photos: list[bytes], shards: int, samples: int) -> None:
@@ -203,6 +244,7 @@ def main() -> int:
         *(partial(encode_and_write, batch) for batch in sizes),
         partial(measurement.captioner, sizes[0], 5),
         stage,
+        *(partial(measurement.attention, sizes[0], captions) for captions in (() if where.dry else (1, 5))),
         *(partial(measurement.kernels, sizes[0], captions) for captions in ((1,) if where.dry else (1, 5))),
     )
 

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from functools import partial
 from itertools import chain, product
 
 import pyarrow.parquet as pq
@@ -9,6 +10,7 @@ import pytest
 import torch
 from cuda_only import only_on_cuda
 from small_data import tiny_coca, write_coca, write_raw
+from torch.nn import functional as F
 
 from pipeline.caption.captioner import Captioner
 from pipeline.caption.coca import Coca
@@ -134,6 +136,32 @@ def test_graphs_write_the_captions_of_the_eager_path(device, model, caplog, meth
     assert len({len(caption.tokens) for caption in expected}) > 1
     assert "pipeline.caption.cuda_graphs" not in [record.name for record in caplog.records], "a capture failed"
     assert bool(len(sampler.graphs)) == device.startswith("cuda")
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernel_for_attention_equals_torchs(device, precision):
+    only_on_cuda(device)
+    from pipeline.caption.decode_attention import attend
+
+    heads = 12
+    width = 64
+    rows = 37
+    length = 40
+    generator = torch.Generator(device).manual_seed(0)
+    made = partial(torch.randn, device=device, generator=generator)
+    keys = made(rows, heads, length, width).to(precision)
+    values = made(rows, heads, length, width).to(precision)
+    for past in (0, 1, 5, 16, 31, 39):
+        new = made(rows, 1, 3 * heads * width).to(precision)
+        found = attend(new, keys, values, past)
+        query, key, value = new.view(rows, 1, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
+        assert torch.equal(keys[:, :, past : past + 1], key)
+        assert torch.equal(values[:, :, past : past + 1], value)
+        read = slice(0, past + 1)
+        expected = (
+            F.scaled_dot_product_attention(query, keys[:, :, read], values[:, :, read]).transpose(1, 2).flatten(2)
+        )
+        torch.testing.assert_close(found, expected, rtol=2e-2 if precision != torch.float32 else 1e-4, atol=1e-2)
 
 
 def test_captions_are_those_of_the_cpu(device, tiny, raw):
