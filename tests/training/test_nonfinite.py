@@ -87,6 +87,18 @@ def test_a_gradient_that_is_not_finite_is_skipped_too(root, tmp_path, monkeypatc
     assert all(value.isfinite().all() for value in final_weights(out).values())
 
 
+@pytest.mark.parametrize("scale", [2.0**4, 0.5])
+def test_fp16_goes_on_after_a_skipped_step(scale, root, tmp_path, monkeypatch):
+    """A loss that is not finite leaves the scale as it is; a scale below 1 is not lowered further, the step counts."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *words, **more: scaler(*words, **more, init_scale=scale))
+    poison(monkeypatch, (2, 4))
+    run = steady_metrics(train("clip", tiny_config("clip", root, str(tmp_path / "run"), precision="fp16", steps=6)))
+    assert [line["nonfinite"] for line in run] == [0, 1, 1, 2, 2, 2]
+    assert {line["loss_scale"] for line in run} == {scale}
+    assert run[-1]["grad_norm"] > 0
+
+
 def test_a_scaled_loss_that_overflows_lowers_the_scale(root, tmp_path, monkeypatch):
     """Such a step is skipped and counts as a step, and the scale is part of a checkpoint."""
     fields = {"precision": "fp16", "checkpoint_steps": 4, "keep_checkpoints": 9}
