@@ -20,6 +20,7 @@ from pipeline.caption.captioner import Captioner
 from pipeline.caption.coca import Coca, EncodedImages
 from pipeline.caption.config import CaptionConfig
 from pipeline.caption.requests import CaptionRequest
+from pipeline.caption.sampling import process_logits, sample_among
 from pipeline.caption.stage import caption
 from pipeline.plan.costs import FLOP
 from shards_spec.files import join
@@ -184,6 +185,36 @@ class Measurement:
             by_triton = seconds_of(lambda p=past: attend(x, cache.keys, cache.values, p), self.device)
             print(f"attention, {len(x)} rows, {past} tokens: {1e6 * by_torch:.0f} us, kernel {1e6 * by_triton:.0f} us")
 
+    def choosing(self, rows: int) -> None:
+        """Print the time of the parts of choosing a token."""
+        logits = torch.randn(rows, 49408, device=self.device)
+        half = logits.bfloat16()
+        seeds = torch.arange(rows, device=self.device)
+        decoding = self.eager.decoding
+        before = torch.zeros(rows, 8, dtype=torch.long, device=self.device)
+        labels = torch.zeros(rows, dtype=torch.long, device=self.device)
+
+        def in_chunks() -> None:
+            chunks = logits.view(rows, -1, 64)
+            kept = chunks.amax(-1).topk(128).indices
+            inner = chunks.gather(1, kept[:, :, None].expand(-1, -1, 64)).flatten(1)
+            inner.topk(128)
+
+        parts = {
+            "float": lambda: half.float(),
+            "process_logits": lambda: process_logits(logits, before, self.coca, decoding, 3),
+            "logsumexp": lambda: logits.logsumexp(-1),
+            "cross_entropy": lambda: F.cross_entropy(logits, labels, reduction="none"),
+            "topk 128": lambda: logits.topk(128),
+            "topk 128 of bf16": lambda: half.topk(128),
+            "topk 128 in chunks": in_chunks,
+            "topk 2048": lambda: logits.topk(2048),
+            "sample_among 128": lambda: sample_among(logits, decoding, seeds, 128),
+            "sample_among 2048": lambda: sample_among(logits, decoding, seeds, 2048),
+        }
+        for name, part in parts.items():
+            print(f"choosing, {rows} rows: {name} {1e6 * seconds_of(part, self.device):.0f} us", flush=True)
+
     def kernels(self, batch: int, captions: int) -> None:
         """Print which kernels take the time of writing; it is no figure."""
         encoded = self.coca.encode_images(self.images(batch))
@@ -245,6 +276,7 @@ def main() -> int:
         partial(measurement.captioner, sizes[0], 5),
         stage,
         *(partial(measurement.attention, sizes[0], captions) for captions in (() if where.dry else (1, 5))),
+        *(partial(measurement.choosing, rows) for rows in (() if where.dry else (256, 1280))),
         *(partial(measurement.kernels, sizes[0], captions) for captions in ((1,) if where.dry else (1, 5))),
     )
 
