@@ -7,7 +7,7 @@ parameter's gradient to the next. A span's peak is a line in the number of sampl
 activations are proportional to it. The lines cross, so the worst span of a few samples need not be that of a batch, and
 each is extrapolated by itself. The losses, which hold matrices of all pairs, run with as many features as a batch has.
 
-Left out: the allocator's rounding, up to 1 MiB of a tensor above 1 MiB, and its fragments.
+Left out: the allocator's rounding, up to 1 MiB of a tensor above 1 MiB, its fragments, and what torch.compile saves.
 """
 
 from collections.abc import Callable, Iterator
