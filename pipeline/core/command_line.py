@@ -209,6 +209,9 @@ def parse_several(command: str, parts: dict[str, tuple[Any, Any]], args: list[st
     values = dict[str, Any]()
     for group in vars(parsed).values():
         values |= vars(group)
+    for option in options:
+        if values[option.name] == "" and option.default != "":
+            raise UserError(f"{command}: {option.shown_name} is empty; is a variable of the shell unset?")
     for name in ("root", "data", "out") if is_recipe else ("root",):
         _check_folder(name, values.get(name, ""))
     return [_build(kind, default, values) for kind, default in parts.values()]

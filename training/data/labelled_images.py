@@ -203,7 +203,7 @@ def find_split(root: str, splits: Sequence[str] = TEST_SPLITS) -> str:
 def _advice_on_class_folders(root: str, splits: Sequence[str]) -> str:
     """What to do where ``root`` itself has the class folders, else nothing."""
     if exists(dataset_json(root)):
-        return f"{root} is a dataset to train on, which has no labels to measure by"
+        return "It is a ROOT of image-text pairs, which have no classes"
     if not has_class_folders(root, ""):
         return ""
     if Path(root).resolve().name in splits:

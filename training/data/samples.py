@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import Dataset
 
 from shards_spec.counter_rng import draw_index
-from shards_spec.files import DataError, UserError, exists
+from shards_spec.files import DataError, UserError, exists, join, names
 from shards_spec.images import decode_rgb
-from shards_spec.layout import RAW, SHARDS, vocabulary_tsv
+from shards_spec.layout import RAW, SHARDS, VOCAB, vocabulary_tsv
 from shards_spec.manifest import read_dataset
 from shards_spec.models import LoadedModel
 from shards_spec.sample import Sample
@@ -234,7 +234,11 @@ def find_vocabulary(data: DataConfig, labels: LabelConfig) -> Vocabulary:
         raise UserError("--data is needed with --folder shards: labels are in packed shards only (`clipmill pack`)")
     path = vocabulary_tsv(data.data, labels.vocabulary)
     if not exists(path):
-        raise UserError(f"{path} is not there: `clipmill vocab {data.data} --name {labels.vocabulary}` makes it")
+        there = [name.removesuffix(".tsv") for name in names(join(data.data, VOCAB)) if name.endswith(".tsv")]
+        others = f"; --vocabulary may be {' or '.join(there)}" if there else ""
+        raise UserError(
+            f"{path} is not there: `clipmill vocab {data.data} --name {labels.vocabulary}` makes it{others}"
+        )
     vocabulary = read_vocabulary(path)
     vocabulary.check_rule(read_dataset(data.data)["stages"].get("pack", {}).get("config", {}), path)
     vocabulary.check_captions(labels.label_captions, path)

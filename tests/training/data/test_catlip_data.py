@@ -171,7 +171,9 @@ def test_pieces_of_different_widths_are_joined(root, student, monkeypatch):
 
 
 def test_what_is_refused(root, student, tmp_path):
-    with pytest.raises(UserError, match=r"vocab/none\.tsv is not there: `clipmill vocab"):
+    with pytest.raises(
+        UserError, match=r"vocab/none\.tsv is not there: `clipmill vocab .* makes it; --vocabulary may be all"
+    ):
         find_vocabulary(DataConfig(data=root), LabelConfig(vocabulary="none"))
     with pytest.raises(UserError, match="--folder shards"):
         find_vocabulary(DataConfig(data=root, folder="raw"), LabelConfig())

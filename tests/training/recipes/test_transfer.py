@@ -221,7 +221,7 @@ def test_what_images_refuse(tmp_path):
     ):
         open_images(str(tmp_path), False)
     (tmp_path / "dataset.json").write_text("{}")
-    with pytest.raises(UserError, match="is a dataset to train on, which has no labels to measure by"):
+    with pytest.raises(UserError, match="It is a ROOT of image-text pairs, which have no classes"):
         open_images(str(tmp_path), False)
     root = write_bench(tmp_path / "bench")
     (tmp_path / "bench" / "classnames.txt").write_text("blue\n")
