@@ -21,6 +21,7 @@ from shards_spec.files import UserError
 
 COMPACT_BELOW = 0.75  # of the rows still running: copying the caches pays once a quarter is done
 FIRST_CANDIDATES = 128  # likeliest tokens looked at first
+GROUPS = (64, 32, 16, 8)  # neighbours in the vocabulary
 MORE_CANDIDATES = 16  # times as many in the next round
 
 
@@ -166,7 +167,7 @@ def sample_among(scores: Tensor, decoding: Decoding, seeds: Tensor, size: int) -
     The greatest of score + Gumbel noise is a sample by probability. The noise belongs to (seed, token): a last bit of
     difference in the scores changes the token only where two sums are that close, however many tokens there are.
     """
-    values, ids = scores.topk(size)
+    values, ids = likeliest(scores, size)
     if decoding.method == "top_k":
         least = values[:, min(decoding.top_k, size) - 1, None]
     else:
@@ -175,6 +176,23 @@ def sample_among(scores: Tensor, decoding: Decoding, seeds: Tensor, size: int) -
         least = values.gather(1, reached)
     noisy = (values.double() + _gumbel_noise(seeds[:, None], ids)).masked_fill(~(values >= least), -torch.inf)
     return ids.gather(1, noisy.argmax(-1, keepdim=True))[:, 0], values[:, -1] < least[:, 0]
+
+
+def likeliest(scores: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The greatest ``size`` of scores (R, V), in order, and their ids; of equal ones at the end any.
+
+    They are in the ``size`` groups of neighbours with the greatest maxima, and a sort of these groups alone takes a
+    fraction of the time.
+    """
+    rows, vocabulary = scores.shape
+    group = next((group for group in GROUPS if vocabulary % group == 0 and vocabulary >= 2 * group * size), None)
+    if group is None:
+        values, ids = scores.topk(size)
+        return values, ids
+    grouped = scores.view(rows, -1, group)
+    chosen = grouped.amax(-1).topk(size, sorted=False).indices[:, :, None]
+    values, places = grouped.gather(1, chosen.expand(-1, -1, group)).flatten(1).topk(size)
+    return values, (chosen * group + torch.arange(group, device=scores.device)).flatten(1).gather(1, places)
 
 
 def _gumbel_noise(seeds: Tensor, ids: Tensor) -> Tensor:

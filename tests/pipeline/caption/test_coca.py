@@ -20,7 +20,7 @@ from pipeline.caption.beam_search import beam_search
 from pipeline.caption.coca import Coca, DecoderState
 from pipeline.caption.decoding import Decoding
 from pipeline.caption.prepacked_linear import OPERATIONS, can_prepack, prepack_linear
-from pipeline.caption.sampling import generate, process_logits, sample_token
+from pipeline.caption.sampling import generate, likeliest, process_logits, sample_token
 from shards_spec.files import UserError
 from shards_spec.models import load_model
 
@@ -354,6 +354,19 @@ def test_choosing_equals_a_full_sort_whatever_the_size_of_the_set(spread, precis
     for decoding in (Decoding(top_p=0.9), Decoding(top_p=0.3), Decoding("top_k", top_k=150, temperature=0.7)):
         found = sample_token(logits, decoding, seeds).tolist()
         assert found == [slowly_chosen(row, decoding, seed) for row, seed in zip(logits, seeds.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize(("vocabulary", "size"), [(49408, 128), (49408, 2048), (4096, 16), (1001, 16), (64, 64)])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_likeliest_tokens_are_those_of_a_full_sort(vocabulary, size, precision):
+    """With infinities, as forbidden tokens have, and in bfloat16 with many equal values."""
+    scores = torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(0)).to(precision).float()
+    scores[0, : vocabulary // 2] = -torch.inf
+    scores[1] = scores[1].sort().values
+    values, ids = likeliest(scores, size)
+    assert torch.equal(values, scores.sort(-1, descending=True).values[:, :size])
+    assert torch.equal(scores.gather(1, ids), values)
+    assert all(len(set(row)) == size for row in ids.tolist())
 
 
 def test_text_features_are_those_of_encode_text(coca):
