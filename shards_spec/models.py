@@ -139,6 +139,8 @@ def load_model(
         reason = _build_failure(error)
         weights = f" with --pretrained {pretrained!r}" if pretrained is not None else ""
         raise UserError(f"model {model!r}{weights} cannot be loaded: {reason}") from error
+    for part, tower in (("vision_cfg", "visual"), ("text_cfg", "text")):  # one may have taken a checkpoint's sizes
+        config[part] |= getattr(getattr(built, tower, None), "description", {})
     preprocess = open_clip.get_model_preprocess_cfg(built)
     size = preprocess["size"]
     return LoadedModel(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from open_clip.model import CLIP
 from torch import Tensor, nn
 
 from shards_spec.checkpoints import strip_wrappers
@@ -136,6 +137,8 @@ def _sizes_of_config(config: dict[str, Any]) -> tuple[Any, ...]:
 
 def _convert_state_dict(model: nn.Module, state: State) -> State | None:
     """A released checkpoint for one of open_clip's CLIPs; None when it is none, so that others may know it."""
+    if not isinstance(model, CLIP):
+        return None
     converted = from_released(state)
     if converted is None:
         return None
@@ -143,8 +146,7 @@ def _convert_state_dict(model: nn.Module, state: State) -> State | None:
         return converted  # what else may not fit, `load_state_dict` names
     if name := irregular_tensor(converted):
         raise ValueError(
-            f"by {name} learned masks cut this model, layer by layer; the file of a student cut by hand fits a name, "
-            "this one none"
+            f"by {name} learned masks cut this model, layer by layer; a name that begins with TinyCLIP-auto takes it"
         )
     if name := student_name(converted):
         raise ValueError(

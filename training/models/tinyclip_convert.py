@@ -1,6 +1,5 @@
-"""From other CLIPs to those of `tinyclip_pruned`: open_clip's own, and TinyCLIP's released ones with learned sizes."""
+"""From open_clip's CLIPs to those of `tinyclip_pruned`, and their sizes as a state dict tells them."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,17 +9,13 @@ from open_clip.transformer import QuickGELU, ResidualAttentionBlock, TextTransfo
 from torch import Tensor, nn
 
 from shards_spec.files import UserError
-from training.losses.sparsity import TowerSize
 from training.models.tinyclip_pruned import PREPROCESSING, TOWER, PrunedImageTower, PrunedTextTower
 
 State = dict[str, Tensor]  # a state dict
 Config = dict[str, Any]  # open_clip's model config
 TEXT_PARTS = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
-NORM_EPS = 1e-5
 TOP_LEVEL = ("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale")
 TOKENIZER = ("tokenizer_kwargs", "tokenizer_mode", "hf_tokenizer_name")
-# OpenCLIP's ViT-B/32, of which the released models with learned sizes are cut: image and text tower
-VIT_B = (TowerSize(768, 12, 3072, 12), TowerSize(512, 8, 2048, 12))
 
 
 def is_pruned(model: nn.Module) -> bool:
@@ -185,95 +180,3 @@ def resize(config: Config, state: Mapping[str, Tensor]) -> Config:
         masks = f"{prefix}masks.dims" in state
         resized[part] = tower | {"width": len(state[vector]), "heads": heads, "neurons": neurons, "masks": masks}
     return resized
-
-
-def from_released(
-    state: Mapping[str, Tensor],
-    *,
-    original: tuple[TowerSize, TowerSize] = VIT_B,
-    quick_gelu: bool = False,
-) -> tuple[nn.Module, Config]:
-    """Return the model of a released checkpoint with learned sizes, and its config, read from its tensors' shapes.
-
-    Args:
-        state: A state dict with open_clip's names, those of the text tower with or without ``text.``; the names of the
-            authors' modules around them are `training.models.tinyclip.from_released`'s matter.
-        original: Image and text tower before pruning.
-        quick_gelu: Whether it was trained with QuickGELU; the released models were not.
-
-    Raises:
-        UserError: A tensor is missing or has a shape that does not fit the others.
-    """
-    weights = {name: value.float() for name, value in with_text_prefix(state).items() if value.is_floating_point()}
-    try:
-        config = _read_config(weights, original, quick_gelu)
-        for part, prefix in (("vision_cfg", "visual."), ("text_cfg", "text.")):
-            _complete(weights, config[part], prefix)
-        return build_pruned(config, weights).eval(), config
-    except (KeyError, RuntimeError, IndexError) as error:
-        raise UserError(f"this is no checkpoint of a pruned CLIP: {str(error).splitlines()[-1].strip()}") from error
-
-
-def _read_config(weights: State, original: tuple[TowerSize, TowerSize], quick_gelu: bool) -> Config:
-    """The config of tensors with open_clip's names."""
-    kernel = weights["visual.conv1.weight"]
-    grid = round((len(weights["visual.positional_embedding"]) - 1) ** 0.5)
-    vision = {
-        "tower": TOWER,
-        "image_size": grid * kernel.shape[-1],
-        "patch_size": kernel.shape[-1],
-        **_common(weights, "visual.", original[0]),
-        "no_ln_pre": "visual.ln_pre.weight" not in weights,
-        "pool_type": "tok",
-        "final_ln_after_pool": False,
-    }
-    text = {
-        "tower": TOWER,
-        "context_length": len(weights["text.positional_embedding"]),
-        "vocab_size": len(weights["text.token_embedding.weight"]),
-        **_common(weights, "text.", original[1]),
-        "no_causal_mask": False,
-        "pool_type": "argmax",
-        "eos_id": 2,
-    }
-    config = {
-        "embed_dim": weights["visual.proj"].shape[1],
-        "custom_text": True,
-        "quick_gelu": quick_gelu,
-        "vision_cfg": vision,
-        "text_cfg": text,
-    }
-    return resize(config, weights)
-
-
-def _common(weights: State, prefix: str, original: TowerSize) -> Config:
-    """The part of both towers' descriptions that is alike; the sizes are those before pruning."""
-    numbers = [re.match(re.escape(prefix) + r"transformer\.resblocks\.(\d+)\.", name) for name in weights]
-    layers = max(int(number[1]) for number in numbers if number is not None) + 1
-    return {
-        "width": original.width,
-        "heads": [original.heads] * layers,
-        "neurons": [original.neurons] * layers,
-        "head_width": original.width // original.heads,
-        "norm_eps": NORM_EPS,
-        "act_kwargs": None,
-        "original": {"width": original.width, "heads": original.heads, "neurons": original.neurons},
-        "masks": False,
-    }
-
-
-def _complete(weights: State, tower: Config, prefix: str) -> None:
-    """Give layers that lost all heads or neurons the constant that remains, and drop the norms before them.
-
-    The released code drops the whole attention, also its constant, and keeps matrices of size 0 of an MLP.
-    """
-    width = tower["width"]
-    for layer, (heads, neurons) in enumerate(zip(tower["heads"], tower["neurons"], strict=True)):
-        block = f"{prefix}transformer.resblocks.{layer}."
-        gone = [("attn.", "attn.out_proj.bias", "ln_1.")] if not heads else []
-        gone += [("mlp.", "mlp.c_proj.bias", "ln_2.")] if not neurons else []
-        for module, bias, norm in gone:
-            constant = weights.get(block + bias, weights[f"{prefix}positional_embedding"].new_zeros(width))
-            for name in [name for name in weights if name.startswith((block + module, block + norm))]:
-                del weights[name]
-            weights[block + bias] = constant

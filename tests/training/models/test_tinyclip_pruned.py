@@ -12,7 +12,7 @@ from small_pruned import features, inputs, largest_difference, masked_clip, plai
 from shards_spec.files import UserError
 from training.losses.sparsity import TowerSize
 from training.models import tinyclip_convert, tinyclip_pruned
-from training.models.tinyclip_convert import build_pruned, from_open_clip, from_released
+from training.models.tinyclip_convert import build_pruned, from_open_clip
 from training.models.tinyclip_masks import MAX_LOG_ALPHA, MIN_LOG_ALPHA, MaskValues
 from training.models.tinyclip_pruning import (
     attach_masks,
@@ -287,50 +287,6 @@ def test_a_checkpoint_of_another_shape_is_taken_over(attach):
     assert (mask_parameters(model) != []) == attach
     assert largest_difference(features(model), features(other)) == 0
     model.load_state_dict(other.state_dict())
-
-
-def released(model, prefix=True):
-    """The state dict of a cut model as the authors' code writes it, with open_clip's names of the text tower."""
-    state = {}
-    for name, value in model.state_dict().items():
-        if "resblocks.1.attn" not in name:  # they drop the whole attention
-            state[name if prefix else name.removeprefix("text.")] = value.half()
-    for tower, width in (("visual.", model.visual.description["width"]), ("", model.text.description["width"])):
-        text = "text." if prefix and not tower else tower
-        block = f"{text}transformer.resblocks.2."
-        state[block + "mlp.c_fc.weight"] = torch.zeros(0, width).half()
-        state[block + "mlp.c_fc.bias"] = torch.zeros(0).half()
-        state[block + "mlp.c_proj.weight"] = torch.zeros(width, 0).half()
-        state[block + "ln_2.weight"] = state[block + "ln_2.bias"] = torch.ones(width).half()
-    return state
-
-
-@pytest.mark.parametrize("prefix", [True, False])
-def test_a_released_checkpoint_is_read_by_its_shapes(prefix):
-    model, config = masked_clip()
-    materialise(model, config)
-    for tower in (model.visual, model.text):
-        tower.transformer.resblocks[1].attn.out_proj.bias.zero_()  # which they lose
-    for parameter in model.parameters():
-        parameter.copy_(parameter.half())
-    original = (TowerSize(48, 6, 192, 3), TowerSize(32, 4, 128, 3))
-    loaded, read = from_released(released(model, prefix), original=original)
-    assert largest_difference(features(loaded), features(model)) == 0
-    assert {key: read[key] for key in ("embed_dim", "quick_gelu")} == {"embed_dim": 16, "quick_gelu": False}
-    assert read["vision_cfg"] == config["vision_cfg"]
-    assert read["text_cfg"] == config["text_cfg"]
-    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
-
-
-def test_a_checkpoint_that_is_none_is_refused():
-    model, config = masked_clip()
-    materialise(model, config)
-    state = released(model)
-    del state["visual.transformer.resblocks.0.mlp.c_proj.bias"]
-    with pytest.raises(UserError, match=r"no checkpoint of a pruned CLIP: .*resblocks.0.mlp.c_proj.bias"):
-        from_released(state, original=(TowerSize(48, 6, 192, 3), TowerSize(32, 4, 128, 3)))
-    with pytest.raises(UserError, match=r"no checkpoint of a pruned CLIP: .*visual.conv1.weight"):
-        from_released({"logit_scale": torch.ones(())})
 
 
 def test_checkpointed_blocks_see_the_same_sample():
