@@ -24,3 +24,19 @@ def device() -> str:
     if device.startswith("cuda") and not torch.cuda.is_available():
         pytest.fail("no CUDA device; `bash tests/gpu/run.sh --dry` runs these tests on the CPU")
     return device
+
+
+class FailuresAtOnce:
+    """Prints a failure when it happens: a run that is stopped does not come to pytest's own list of them."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self.config.pluginmanager.getplugin("terminalreporter")
+        if report.failed and terminal is not None:  # a process of pytest-xdist has none
+            terminal.write_line(f"\nFAILED {report.nodeid} ({report.when})\n{report.longreprtext}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(FailuresAtOnce(config))

@@ -21,6 +21,7 @@ import torch
 DEVICE = "CLIPMILL_GPU_DEVICE"  # cuda, or cpu in a dry run
 WORK = "CLIPMILL_GPU_WORK"  # a folder that the steps of a run share
 PREFIX = "figure: "
+_START = time.perf_counter()
 SIDE = {"cuda": 8192, "cpu": 512}  # of the square matrices whose product is the ceiling
 
 
@@ -55,7 +56,8 @@ def figure(name: str, value: float, unit: str, *, goal: str = "", rate: str = ""
         rate: The key of this job in the table of operations of tests/bench/plan.py; ``value`` is samples per second.
         facts: What else belongs to the figure, such as its share of the ceiling.
     """
-    line = {"name": name, "value": value, "unit": unit, "goal": goal, "rate": rate, "facts": facts}
+    at = round(time.perf_counter() - _START, 1)  # seconds since this process began to measure
+    line = {"name": name, "value": value, "unit": unit, "goal": goal, "rate": rate, "facts": facts, "at": at}
     print(PREFIX + json.dumps({key: given for key, given in line.items() if given != ""}), flush=True)
 
 
