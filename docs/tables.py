@@ -6,8 +6,8 @@
 A table stands between ``<!-- tables.py: NAME -->`` and ``<!-- end -->``. `tests/bench/plan.py` computes costs, from
 `tests/gpu/rates.json` where it is there. Figures of a GPU are those of `tests/gpu/figures.jsonl`, the last one of each
 name; one that docs/benchmarks.md explains and that is not among them was not run yet (… in the name of an explained one
-stands for any text). Both files are copied from $OUT after `bash tests/gpu/run.sh`. --check writes nothing and fails
-where a page has other tables.
+stands for any text, or none). Both files are copied from $OUT after `bash tests/gpu/run.sh`. --check writes nothing and
+fails where a page has other tables.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def explained_rows(page: str) -> dict[str, str]:
 
 def explains(explained: str, name: str) -> bool:
     """Whether a name that docs/benchmarks.md explains is that of a figure."""
-    return re.fullmatch(re.escape(explained).replace("…", ".+"), name) is not None
+    return re.fullmatch(re.escape(explained).replace("…", ".*"), name) is not None
 
 
 def gpu_table(lines: list[str], explained: dict[str, str]) -> str:
