@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shards_spec.files import UserError
 from training.losses.sparsity import expected_sparsity
 from training.models.tinyclip_convert import Config, State, resize
 from training.models.tinyclip_masks import INITIAL, MaskValues, TowerMasks, masked_weight
@@ -41,6 +42,33 @@ def expected_model_sparsity(model: nn.Module) -> Tensor:
     return expected_sparsity([own.expected_size() for own in masks], [own.original for own in masks])
 
 
+def expected_sparsities(model: nn.Module) -> dict[str, float]:
+    """Return p of a masked model's towers, ``image`` and ``text``, and of both together, ``sparsity``."""
+    image, text = (expected_sparsity([own.expected_size()], [own.original]).item() for own in masks_of(model))
+    return {"image": image, "text": text, "sparsity": expected_model_sparsity(model).item()}
+
+
+def kept_units(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return what evaluation keeps of ``image`` and ``text`` tower, with masks or without: their sizes once cut.
+
+    Each has ``width``, and ``heads`` and ``neurons`` of each layer.
+    """
+    towers: dict[str, Any] = {"image": model.visual, "text": model.text}
+    return {name: _kept_sizes(tower) for name, tower in towers.items()}
+
+
+@torch.no_grad()
+def _kept_sizes(tower: PrunedTower) -> dict[str, Any]:
+    if tower.masks is None:
+        return {name: tower.description[name] for name in ("width", "heads", "neurons")}
+    values = tower.masks.deterministic()
+    return {
+        "width": int(values.dims.count_nonzero()),
+        "heads": [int(layer.count_nonzero()) for layer in values.heads],
+        "neurons": [int(layer.count_nonzero()) for layer in values.neurons],
+    }
+
+
 def attach_masks(model: nn.Module, config: Config) -> None:
     """Give both towers masks with all units on; those that they had begin anew.
 
@@ -61,24 +89,19 @@ def materialise(model: nn.Module, config: Config) -> None:
     """Cut a masked model to the units that its masks of evaluation keep, and drop the masks.
 
     All parameters of the towers are new, so an optimizer begins without state; the logit scale stays.
+
+    Raises:
+        UserError: The masks of a tower keep no dimension at all.
     """
     for name, part in TOWERS:
         tower: PrunedTower = getattr(model, name)
         if tower.masks is None:
             continue
-        values = tower.masks.deterministic()
-        description = tower.description | {
-            "width": _count(values.dims),
-            "heads": [_count(layer) for layer in values.heads],
-            "neurons": [_count(layer) for layer in values.neurons],
-            "masks": False,
-        }
-        setattr(model, name, tower.rebuilt(description, _cut(tower, values)))
+        description = tower.description | _kept_sizes(tower) | {"masks": False}
+        if not description["width"]:
+            raise UserError(f"the masks keep nothing of the tower {name!r}: give a lower --sparsity")
+        setattr(model, name, tower.rebuilt(description, _cut(tower, tower.masks.deterministic())))
         config[part] = config[part] | description
-
-
-def _count(mask: Tensor) -> int:
-    return int(mask.count_nonzero())
 
 
 def _cut(tower: PrunedTower, values: MaskValues) -> State:

@@ -17,6 +17,8 @@ from training.models.tinyclip_masks import MAX_LOG_ALPHA, MIN_LOG_ALPHA, MaskVal
 from training.models.tinyclip_pruning import (
     attach_masks,
     expected_model_sparsity,
+    expected_sparsities,
+    kept_units,
     mask_parameters,
     masks_of,
     materialise,
@@ -223,6 +225,27 @@ def test_what_is_left_after_materialising():
     assert blocks / whole == pytest.approx(1 - table["sparsity"])
     copy = build_pruned(json.loads(json.dumps(config)), model.state_dict()).eval()
     assert largest_difference(features(model), features(copy)) == 0
+
+
+def test_what_is_told_while_masks_are_trained():
+    """Sizes are those of the cut that would be made now, sparsities those that the loss sees."""
+    model, config = masked_clip()
+    told, sparsities = kept_units(model), expected_sparsities(model)
+    assert sparsities["sparsity"] == expected_model_sparsity(model).item()
+    for name, masks in zip(("image", "text"), masks_of(model), strict=True):
+        assert sparsities[name] == pytest.approx(1 - masks.expected_size().item() / masks.original.prunable, abs=1e-6)
+    assert sparsities["image"] < sparsities["sparsity"] < sparsities["text"]
+    materialise(model, config)
+    assert kept_units(model) == told
+    for name, part in (("image", "vision_cfg"), ("text", "text_cfg")):
+        assert told[name] == {key: config[part][key] for key in ("width", "heads", "neurons")}
+
+
+def test_a_tower_without_any_dimension_is_refused():
+    model, config = masked_clip()
+    model.text.masks.dims.fill_(-30.0)
+    with pytest.raises(UserError, match="keep nothing of the tower 'text': give a lower --sparsity"):
+        materialise(model, config)
 
 
 def test_materialising_draws_nothing_and_keeps_the_model():
