@@ -11,7 +11,7 @@ from torch import Tensor
 BLOCK = tl.constexpr(32)  # tokens that are read at once
 
 
-@triton.jit(do_not_specialize=["past"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["past", "length"])  # type: ignore[untyped-decorator]
 def _attend(new, keys, values, attended, past, length, scale, width: tl.constexpr):  # type: ignore[no-untyped-def]
     """A program per row and head; ``past`` tokens are in the cache, the new one comes behind them."""
     row = tl.program_id(0).to(tl.int64)
