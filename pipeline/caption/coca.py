@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.caption.prepacked_linear import prepack_linear
+from pipeline.caption.token_attention import kernel_for
 from shards_spec.files import UserError
 
 NO_COCA = "caption needs an open_clip CoCa model, such as coca_ViT-L-14: this has no text decoder"
@@ -47,6 +48,7 @@ class DecodingBlock:
         self.project_out = prepack_linear(attention.out_proj.weight, attention.out_proj.bias)
         self.mlp_in = prepack_linear(mlp.c_fc.weight, mlp.c_fc.bias)
         self.mlp_out = prepack_linear(mlp.c_proj.weight, mlp.c_proj.bias)
+        self.attend = kernel_for(self.head_width, weight.dtype, weight.device)
 
     def split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(B, T, parts·C) as ``parts`` tensors (B, H, T, D)."""
@@ -335,7 +337,10 @@ class DecoderState:
 def _self_attention(block: DecodingBlock, cache: KeyValueCache, x: Tensor, first: int) -> Tensor:
     """A causal block on x (R, T, C), the tokens from position ``first`` on; T is 1 or ``first`` is 0."""
     last = first + x.shape[1]
-    query, key, value = block.split_heads(block.project_query(block.block.ln_1(x)), 3)
+    projected = block.project_query(block.block.ln_1(x))
+    if block.attend and x.shape[1] == 1:
+        return block.after_attention(x, block.attend(projected, cache.keys, cache.values, first))
+    query, key, value = block.split_heads(projected, 3)
     cache.keys[:, :, first:last] = key
     cache.values[:, :, first:last] = value
     keys = cache.keys[:, :, :last]

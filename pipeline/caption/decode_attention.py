@@ -4,6 +4,7 @@ torch's attention kernels work on tiles of 64 queries, of which a caption being 
 row's keys and values once and does nothing else; it also puts the new key and value into the cache.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -51,5 +52,6 @@ def attend(new: Tensor, keys: Tensor, values: Tensor, past: int) -> Tensor:
     """
     rows, heads, length, width = keys.shape
     attended = new.new_empty(rows, 1, heads * width)
-    _attend[(rows, heads)](new, keys, values, attended, past, length, width**-0.5, width=width, num_warps=2)
+    with torch.cuda.device_of(new):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+        _attend[(rows, heads)](new, keys, values, attended, past, length, width**-0.5, width=width, num_warps=2)
     return attended

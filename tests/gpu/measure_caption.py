@@ -2,10 +2,8 @@
 
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -53,7 +51,7 @@ class Measurement:
         self.coca = Coca(loaded.model, loaded.tokenizer)
         self.device = device
         self.tokens = 12 if dry else 30
-        self.repeat = 1 if dry else 5
+        self.repeat = 1 if dry else 3
         self.reading = reading_limit(device)
         self.eager = Writer(self.coca, self.tokens, graphs=False)
 
@@ -112,7 +110,7 @@ class Measurement:
         synchronize(self.device)
         return time.perf_counter() - start
 
-    def captioner(self, batch: int, captions: int) -> None:
+    def captioner(self, batch: int, captions: int) -> Captioner:
         """Report a captioner's batches with what the host does: copying images, naming captions, decoding texts."""
         captioner = Captioner(self.loaded, self.eager.decoding, captions, batch_size=batch)
         images = self.images(batch).cpu()
@@ -138,13 +136,12 @@ class Measurement:
             ms_a_batch_on_its_own=1e3 * apart,
             ms_of_stacking=1e3 * stacking,
         )
+        return captioner
 
-    def stage(self, config: CaptionConfig, shards: int, samples: int) -> None:
+    def stage(self, captioner: Captioner, config: CaptionConfig, shards: int, samples: int) -> None:
         """Report the whole stage on ``shards`` of ``samples`` photos, reading and writing included."""
-        captioner = Captioner(self.loaded, config.decoding, config.num_captions, batch_size=config.batch_size)
         with patch("pipeline.caption.stage._load", lambda *_: captioner):
-            for name in ("first", "second"):  # the first one captures graphs
-                summary = caption(replace(config, name=name))
+            summary = caption(config)
         figure(
             f"caption: the whole stage on photos, {config.num_captions} captions each",
             shards * samples * config.num_captions / summary.seconds,
@@ -153,37 +150,19 @@ class Measurement:
             images_of_a_shard=samples,
         )
 
-    def attention(self, batch: int, captions: int) -> None:
-        """Report writing with the kernel of `decode_attention` in place of torch's, and the time of both by length."""
-        from pipeline.caption import coca
-        from pipeline.caption.decode_attention import attend
-
-        usual = coca._self_attention
-
-        def by_kernel(block: Any, cache: Any, x: Tensor, first: int) -> Tensor:
-            if x.shape[1] > 1:
-                return usual(block, cache, x, first)
-            new = block.project_query(block.block.ln_1(x))
-            result: Tensor = block.after_attention(x, attend(new, cache.keys, cache.values, first))
-            return result
-
+    def without_kernel(self, batch: int, captions: int) -> None:
+        """Report the time of writing with torch's attention in place of `decode_attention`'s."""
         encoded = self.coca.encode_images(self.images(batch))
-        seconds = {}
-        for name, function in (("torch", usual), ("kernel", by_kernel)):
-            with patch.object(coca, "_self_attention", function):
-                writer = Writer(self.coca, self.tokens, graphs=True)
-                for _ in range(3):
-                    writer.write(encoded, captions)
-                seconds[name] = self.seconds(writer, encoded, captions)
-        name = f"caption: trial of a kernel for attention, {batch} images, {captions} captions each"
-        figure(name, 1e3 * seconds["kernel"], "ms", torch=1e3 * seconds["torch"])
-        block = self.coca.blocks[0]
-        x = torch.randn(batch * captions, 1, 3 * block.heads * block.head_width, device=self.device).bfloat16()
-        cache = coca.KeyValueCache.empty(block, batch * captions, 32, x)
-        for past in (4, 15, 29):
-            by_torch = seconds_of(lambda p=past: _torch_attention(block, cache, x, p), self.device)
-            by_triton = seconds_of(lambda p=past: attend(x, cache.keys, cache.values, p), self.device)
-            print(f"attention, {len(x)} rows, {past} tokens: {1e6 * by_torch:.0f} us, kernel {1e6 * by_triton:.0f} us")
+        blocks = [*self.coca.text_blocks, *self.coca.blocks]
+        kernel = blocks[0].attend
+        for block in blocks:
+            block.attend = None
+        writer = Writer(self.coca, self.tokens, graphs=True)
+        seconds = seconds_of(lambda: writer.write(encoded, captions), self.device, repeat=self.repeat, warm_up=2)
+        for block in blocks:
+            block.attend = kernel
+        name = f"caption: {batch} images, {captions} captions each, torch's attention"
+        figure(name, 1e3 * seconds / (self.tokens - 1), "ms a token")
 
     def choosing(self, rows: int) -> None:
         """Print the time of the parts of choosing a token."""
@@ -230,13 +209,6 @@ class Measurement:
         print(profile.key_averages().table(sort_by=order, row_limit=KERNELS, max_name_column_width=90), flush=True)
 
 
-def _torch_attention(block: Any, cache: Any, new: Tensor, past: int) -> None:
-    query, key, value = block.split_heads(new, 3)
-    cache.keys[:, :, past : past + 1] = key
-    cache.values[:, :, past : past + 1] = value
-    F.scaled_dot_product_attention(query, cache.keys[:, :, : past + 1], cache.values[:, :, : past + 1])
-
-
 def write_photos_as_raw(root: str, photos: list[bytes], shards: int, samples: int) -> None:
     """ROOT/raw as `ingest` leaves it: ``shards`` of ``samples``, of these photos in turn."""
     for shard in range(shards):
@@ -261,23 +233,25 @@ def main() -> int:
         for captions in (1, 5):
             measurement.writing(batch, captions, encoding, FIVE_CAPTIONS if is_usual else "")
 
-    def stage() -> None:
+    def captioner_and_stage() -> None:
+        captioner = measurement.captioner(sizes[0], 5)
         root = str(where.work / "photos-to-caption")
         photos = [draw("a shape")[0]] if where.dry else small_photos(64)
-        shards = 1 if where.dry else 4
+        shards = 1 if where.dry else 2
         samples = 4 * sizes[0]
         write_photos_as_raw(root, photos, shards, samples)
         decoding = measurement.eager.decoding
         given = CaptionConfig(root, name, decoding=decoding, device=where.device, precision="bf16", batch_size=sizes[0])
-        measurement.stage(given, shards, samples)
+        measurement.stage(captioner, given, shards, samples)
 
+    few = (1,) if where.dry else (1, 5)
     return run_parts(
-        *(partial(encode_and_write, batch) for batch in sizes),
-        partial(measurement.captioner, sizes[0], 5),
-        stage,
-        *(partial(measurement.attention, sizes[0], captions) for captions in (() if where.dry else (1, 5))),
+        partial(encode_and_write, sizes[0]),
+        *(partial(measurement.kernels, sizes[0], captions) for captions in few),
+        *(partial(encode_and_write, batch) for batch in sizes[1:]),
+        *(partial(measurement.without_kernel, sizes[0], captions) for captions in few),
+        captioner_and_stage,
         *(partial(measurement.choosing, rows) for rows in (() if where.dry else (256, 1280))),
-        *(partial(measurement.kernels, sizes[0], captions) for captions in ((1,) if where.dry else (1, 5))),
     )
 
 

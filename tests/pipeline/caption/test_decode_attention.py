@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from pipeline.caption.token_attention import kernel_for
 
 pytestmark = pytest.mark.integration
 CODE = """
@@ -36,3 +39,13 @@ def test_the_kernel_equals_torchs_attention_and_fills_the_cache():
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", CODE], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_torchs_attention_is_used_where_the_kernel_cannot_be(caplog):
+    assert kernel_for(64, torch.float32, torch.device("cpu")) is None
+    assert kernel_for(48, torch.float32, torch.device("cuda")) is None
+    assert not caplog.records
+    if not torch.cuda.is_available():
+        for _ in range(2):
+            assert kernel_for(64, torch.float32, torch.device("cuda")) is None
+        assert [record.message[:31] for record in caplog.records] == ["no kernel for attention here, s"], "once"
