@@ -62,7 +62,8 @@ def export(config: ExportConfig) -> None:
         raise UserError(
             f"{folder}: loaded back, its features differ by {difference:.2g} (more than {TOLERANCE:g}); do not use it"
         )
-    log.info("%s: step %d of %s, features differ by %.2g at most", folder, step, config.run, difference)
+    same = f"features differ by {difference:.2g} at most" if difference else "features are the same"
+    log.info("%s: step %d of %s, %s", folder, step, config.run, same)
 
 
 def _write_open_clip(folder: Path, student: LoadedModel, config: ExportConfig) -> None:

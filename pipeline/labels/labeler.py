@@ -161,7 +161,7 @@ def load_tagger(name: str = NLTK_TAGGER) -> Tagger:
         try:
             tagger: Tagger = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f"tagger {name!r}: {error}; it must be 'nltk' or MODULE:FUNCTION") from error
+            raise UserError(f"--tagger {name!r}: {error}; it must be 'nltk' or MODULE:FUNCTION") from error
         return tagger
     from nltk.tag import PerceptronTagger
 

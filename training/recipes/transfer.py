@@ -14,7 +14,7 @@ from tyro.conf import OmitArgPrefixes
 
 from shards_spec.class_map import ClassMap, read_class_map
 from shards_spec.files import UserError
-from shards_spec.messages import counted
+from shards_spec.messages import counted, require
 from shards_spec.models import TIMM, LoadedModel, pick_device
 from shards_spec.vocab import Vocabulary
 from training.config import (
@@ -24,7 +24,6 @@ from training.config import (
     RunConfig,
     SideConfig,
     ViewConfig,
-    require,
     total_steps,
 )
 from training.data.batches import load_batches
