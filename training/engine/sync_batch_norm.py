@@ -92,6 +92,31 @@ def statistics(module: nn.Module) -> list[Tensor]:
     return list(chain.from_iterable(norm.buffers() for norm in moving(module)))
 
 
+class SavedStatistics:
+    """The running statistics that a forward pass moves, and a copy of them that can be put back.
+
+    A device copies all of one type by one call; there are hundreds in a convolutional tower, in every step.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        buffers = statistics(module)
+        by_type = {buffer.dtype: [other for other in buffers if other.dtype == buffer.dtype] for buffer in buffers}
+        self._live = list(by_type.values())
+        self._saved = [[buffer.clone() for buffer in live] for live in self._live]
+
+    @torch.no_grad()
+    def save(self) -> None:
+        """Copy them as they are now."""
+        for saved, live in zip(self._saved, self._live, strict=True):
+            torch._foreach_copy_(saved, live)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back what was saved last."""
+        for saved, live in zip(self._saved, self._live, strict=True):
+            torch._foreach_copy_(live, saved)
+
+
 @contextmanager
 def kept_statistics(module: nn.Module) -> Iterator[None]:
     """Within, forward passes normalise as usual and leave the running statistics as they are.
@@ -100,9 +125,11 @@ def kept_statistics(module: nn.Module) -> Iterator[None]:
     """
     norms = moving(module)
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    counters = [counter for _, counter in kept if counter is not None]
+    copies = iter(torch._foreach_add(counters, 0) if counters else [])  # one call for all
     for norm in norms:
         norm.momentum = 0.0
-        norm.num_batches_tracked = None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
+        norm.num_batches_tracked = None if norm.num_batches_tracked is None else next(copies)
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from training.engine.distributed import Ranks
 from training.engine.ema import ModelEma
 from training.engine.gradients import Gradients, rng_state, set_rng_state, total
 from training.engine.optim import build_optimizer, keep_state, learning_rate, set_lr
-from training.engine.sync_batch_norm import statistics, synchronise
+from training.engine.sync_batch_norm import SavedStatistics, synchronise
 from training.task import Batch, Losses, RecipeConfig, Task
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Updater:
         )
         decay = config.optim.ema_decay
         self.average = ModelEma(task.student, decay) if decay is not None else None
-        self.statistics = statistics(task)
+        self.statistics = SavedStatistics(task)
         warn_of_norms(task, run.chunk_size)
 
     def _prepare_modules(self) -> None:
@@ -107,7 +107,7 @@ class Updater:
         if average is not None and self.config.optim.ema_decay is not None:
             self.average = ModelEma(self.task.student, self.config.optim.ema_decay)
             self.average.keep_from(average)
-        self.statistics = statistics(self.task)
+        self.statistics = SavedStatistics(self.task)
         self.task.rebuilt = False
 
     def update(self, batch: Batch, step: int, sizes: list[int]) -> Update:
@@ -118,8 +118,8 @@ class Updater:
             step: The step's number.
             sizes: Samples of each process's share.
         """
-        before = [buffer.clone() for buffer in self.statistics]
-        losses = self._compute_gradients(batch, step, sizes, before)
+        self.statistics.save()
+        losses = self._compute_gradients(batch, step, sizes)
         losses = {name: value.detach() for name, value in losses.items()}  # without the graph
         # the only place where a step waits for the device: forward and backward pass are on their way when it does
         loss, norm = torch.stack([total(losses).double(), self._unscale_and_clip().double()]).tolist()
@@ -130,14 +130,14 @@ class Updater:
         lr = learning_rate(step, self.config.optim, self.total)
         rebuilt = False
         if is_bad:
-            self._restore_statistics(before)
+            self.statistics.restore()
             scaler.update(scaler.get_scale())  # the same scale: it forgets the gradients of this step
         else:
             rebuilt = self._apply(step, lr)
         self.optimizer.zero_grad(set_to_none=True)
         return Update(losses, lr, norm if math.isfinite(loss) else math.nan, is_bad, rebuilt)
 
-    def _compute_gradients(self, batch: Batch, step: int, sizes: list[int], before: list[Tensor]) -> Losses:
+    def _compute_gradients(self, batch: Batch, step: int, sizes: list[int]) -> Losses:
         """Return the losses, after their backward pass.
 
         Chunks that do not fit the memory are halved, and the step begins again.
@@ -155,7 +155,7 @@ class Updater:
             warn_of_norms(self.task, self.gradients.chunk_size)
             self.optimizer.zero_grad(set_to_none=True)
             set_rng_state(streams, self.device)
-            self._restore_statistics(before)
+            self.statistics.restore()
             if self.device != "cpu":
                 torch.cuda.empty_cache()
 
@@ -183,7 +183,3 @@ class Updater:
         if self.average is not None:
             self.average.update(self.task.student)
         return rebuilt
-
-    def _restore_statistics(self, before: list[Tensor]) -> None:
-        for buffer, value in zip(self.statistics, before, strict=True):
-            buffer.copy_(value)
