@@ -114,7 +114,8 @@ class CatlipTask(Task):
 
     def forward(self, batch: Batch) -> Features:
         """Return (n,) ``loss``, number of ``labels`` and, with RangeAugment, ``error`` of its images."""
-        images, features = batch["images"], Features()
+        images = batch["images"]
+        features: Features = {}
         if self.augment is not None and self.training:
             images, features["error"] = self.augment(images, batch.get("drawn"))
         logits = self.student(images)
