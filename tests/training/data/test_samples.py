@@ -190,7 +190,7 @@ def test_a_image_that_does_not_decode_is_skipped_and_named(tmp_path, student, ca
 def test_a_batch_of_nothing_but_broken_images_stops(tmp_path, student):
     write_packed(str(tmp_path), [1], broken=("000000000",))
     samples = open_samples(config(str(tmp_path)), ViewConfig(), student, seed=0)
-    with pytest.raises(DataError, match=r"none of the 2 samples of a batch can be used, first .*key 000000000"):
+    with pytest.raises(DataError, match=r"none of 2 samples of a batch can be used, first .*key 000000000"):
         list(load_batches(samples, batch_positions(0, 1, 2)))
 
 
@@ -313,7 +313,7 @@ def test_caches_that_are_not_there(root, student, tmp_path):
     with pytest.raises(UserError, match=r"--teacher 'other' is not there: teacher caches in .* are: planted"):
         open_samples(config(root), TeacherCacheConfig("other"), student, seed=0)
     os.remove(f"{root}/teacher/planted/00002.parquet")
-    with pytest.raises(UserError, match=r"00002\.parquet is not there \(1 of 3 shards are missing\)"):
+    with pytest.raises(UserError, match=r"00002\.parquet is not there \(1 of 3 shards missing\)"):
         TeacherCache(root, "", 3)
 
 
