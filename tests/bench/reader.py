@@ -30,7 +30,7 @@ import torchvision.transforms as T
 import webdataset as wds
 from photos import small_photo
 
-from shards_spec.embeddings import write_embeddings
+from shards_spec.embeddings import encode_vectors, id_column, write_vectors
 from shards_spec.files import json_bytes, sha256_file, write_json
 from shards_spec.manifest import Done
 from shards_spec.models import LoadedModel
@@ -77,9 +77,10 @@ def write_shard_and_cache(shard: int, root: str, per_shard: int, make: Callable[
         "num_captions": CAPTIONS,
     }
     columns = [*(f"image_{view}" for view in range(VIEWS)), *(f"text_{turn}" for turn in range(CAPTIONS))]
-    rows = {column: draw.normal(size=(count, DIM)).astype(np.float32) for column in columns}
+    rows = {column: encode_vectors(draw.normal(size=(count, DIM)), "float16") for column in columns}
+    ids = {id_column(column): np.arange(1, count + 1, dtype=np.uint64) for column in columns}
     file = f"teacher/wide/{shard:05d}.parquet"
-    write_embeddings(f"{root}/{file}", [sample.key for sample in samples], rows, meta)
+    write_vectors(f"{root}/{file}", [sample.key for sample in samples], rows, ids, meta)
     done = Done("cache/wide", shard, meta, {"success": count}, {path: digest}, {file: sha256_file(f"{root}/{file}")})
     done.write(f"{root}/teacher/wide")
 

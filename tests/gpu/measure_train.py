@@ -1,8 +1,8 @@
 """Training steps by the trainer's own updater on a batch that is held: rates, memory, and where a step waits.
 
 Per model samples per second with their share of the card's ceiling, the peak, and how often Python waits for the device
-in a step; then the flags that may make it faster. Reading is left out (measure_reader.py has it). The log has a profile
-of each model's kernels.
+in a step; the kernels that take most of it; then the flags that may make it faster. Reading is left out
+(measure_reader.py has it).
 """
 
 import copy
@@ -221,17 +221,30 @@ def waits_of(step: Callable[[], None], device: str) -> Counter[str]:
     return Counter(f"{Path(one.filename).name}:{one.lineno}" for one in caught if "synchroniz" in str(one.message))
 
 
-def print_profile(job: Job, where: Options) -> None:
-    """Print the kernels that take most of a step, for the log."""
+def measure_kernels(job: Job, where: Options) -> None:
+    """Report which kernels take most of a step; the log has them by their full names."""
     _, step = prepare_step(job, where, job.config.run)
     step()
-    kind = "CUDA" if where.device.startswith("cuda") else "CPU"
+    kind, attribute = (
+        ("CUDA", "self_device_time_total") if where.device.startswith("cuda") else ("CPU", "self_cpu_time_total")
+    )
     with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profiled:
         step()
         synchronize(where.device)
     averages = profiled.key_averages()
+    taken = Counter[str]()
+    for event in averages:
+        taken[short_name(event.key)] += getattr(event, attribute)
+    whole = sum(taken.values())
+    shares = {name: time_taken / whole for name, time_taken in taken.most_common(SHOWN_PLACES)}
+    figure(f"train: {job.name}, kernels of a step", whole / 1e3, "ms", **shares)
     table = averages.table(sort_by=f"self_{kind.lower()}_time_total", row_limit=25, max_name_column_width=90)
     print(f"{job.name}, one step\n{table}", flush=True)
+
+
+def short_name(kernel: str) -> str:
+    """A kernel's name without its namespaces and templates."""
+    return kernel.removeprefix("void ").replace("(anonymous namespace)", "").split("<")[0].split("(")[0].split("::")[-1]
 
 
 @contextmanager
@@ -325,26 +338,35 @@ def measure_siclip(where: Options) -> None:
     """Report SiCLIP, whose goal is a card of 24 GB."""
     job = siclip_job(where)
     measure(job, where, card=CARD)
-    print_profile(job, where)
+    measure_kernels(job, where)
     measure_frozen_layers(job, where)
     measure_variant(job, where, "channels_last", job.with_run(channels_last=True))
 
 
 def measure_affinity(where: Options) -> None:
-    """Report the affinity recipe's student."""
+    """Report the affinity recipe's student, last with --compile, which changes its task for good."""
     job = affinity_job(where)
     measure(job, where)
-    if not where.dry:
-        print_profile(job, where)
+    if where.dry:
+        torch.compiler.set_stance("force_eager")  # a compiler needs longer than the rest together
+    else:
+        measure_kernels(job, where)
+    measure_variant(job, where, "compile", job.with_run(compile=True))
 
 
 def measure_mobileclip(where: Options) -> None:
-    """Report MobileCLIP-S0, everything trained, and what its convolutions gain from other settings."""
+    """Report MobileCLIP-S0, everything trained."""
     job = clip_job("MobileCLIP-S0", where)
     measure(job, where)
+    if not where.dry:
+        measure_kernels(job, where)
+
+
+def measure_convolutions(where: Options) -> None:
+    """Report what MobileCLIP-S0 gains from other settings of its convolutions; last, since they take their time."""
+    job = clip_job("MobileCLIP-S0", where)
     measure_cudnn_benchmark(job, where)
     if not where.dry:
-        print_profile(job, where)
         measure_variant(job, where, "channels_last", job.with_run(channels_last=True))
 
 
@@ -405,14 +427,6 @@ def measure_losses(where: Options) -> None:
         figure(f"train: affinity loss of {pairs:,} pairs, {how}", 1e3 * seconds, "ms", **{"peak GB": peak})
 
 
-def measure_compiled(where: Options) -> None:
-    """Report what --compile makes of a step; last, since compiling takes its time."""
-    if where.dry:
-        torch.compiler.set_stance("force_eager")  # a compiler needs longer than the rest together
-    job = affinity_job(where)
-    measure_variant(job, where, "compile", job.with_run(compile=True))
-
-
 def main() -> int:
     """Measure and report, the most important first."""
     where = options(__doc__)
@@ -423,7 +437,7 @@ def main() -> int:
         measure_vit,
         measure_catlip,
         measure_losses,
-        measure_compiled,
+        measure_convolutions,
     )
     return run_parts(*(partial(part, where) for part in parts))
 
