@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# On an H100 the affinity loss of 16,384 pairs takes 42 ms and 7.9 GB whole, 101 ms and 0.6 GB in blocks, which is 2 % of
-# a step of ViT-M-32 (2026-11-26, tests/gpu/measure_train.py): not worth a third of a 24 GB card.
+# On an H100 the affinity loss of 16,384 pairs takes 42 ms and 7.9 GB whole, 101 ms and 0.6 GB in blocks (2026-11-26,
+# tests/gpu/measure_train.py). The difference is 2 % of a step of ViT-M-32: not worth a third of a 24 GB card.
 MAX_WHOLE = 8192
 BLOCK_ROWS = 1024
 
