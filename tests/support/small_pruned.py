@@ -12,7 +12,6 @@ from training.models.tinyclip_pruning import attach_masks, masks_of
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 48, "head_width": 8, "layers": 3}
 TEXT = {"context_length": 12, "vocab_size": 50, "width": 32, "heads": 4, "layers": 3}
-CONFIG = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
 OFF = -30.0  # a log-alpha that keeps a unit out for sure
 
 

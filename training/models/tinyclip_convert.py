@@ -14,6 +14,7 @@ from training.models.tinyclip_pruned import PREPROCESSING, TOWER, PrunedImageTow
 State = dict[str, Tensor]  # a state dict
 Config = dict[str, Any]  # open_clip's model config
 TEXT_PARTS = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
+POOLER = "visual.attn_pool.attn."
 TOP_LEVEL = ("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale")
 TOKENIZER = ("tokenizer_kwargs", "tokenizer_mode", "hf_tokenizer_name")
 
@@ -71,6 +72,10 @@ def from_open_clip(model: nn.Module, config: Config) -> tuple[nn.Module, Config]
         "pool_type": visual.pool_type,
         "final_ln_after_pool": visual.final_ln_after_pool,
     }
+    if visual.attn_pool is not None:
+        pooler = visual.attn_pool
+        sizes = {"heads": pooler.attn.num_heads, "queries": len(pooler.query), "norm_eps": pooler.ln_k.eps}
+        pruned["vision_cfg"]["attn_pool"] = sizes
     pruned["text_cfg"] = {
         "tower": TOWER,
         "context_length": text.context_length,
@@ -81,7 +86,7 @@ def from_open_clip(model: nn.Module, config: Config) -> tuple[nn.Module, Config]
         "eos_id": text_config.get("eos_id", 2),
         **{name: text_config[name] for name in TOKENIZER if name in text_config},
     }
-    copy = build_pruned(pruned, with_text_prefix(model.state_dict())).train(model.training)
+    copy = build_pruned(pruned, _unpacked(with_text_prefix(model.state_dict()))).train(model.training)
     for name in PREPROCESSING:
         if hasattr(visual, name):
             setattr(copy.visual, name, getattr(visual, name))
@@ -91,6 +96,16 @@ def from_open_clip(model: nn.Module, config: Config) -> tuple[nn.Module, Config]
 def with_text_prefix(state: Mapping[str, Tensor]) -> State:
     """Return a state dict in which the text tower's names begin with ``text.``, as in open_clip's CustomTextCLIP."""
     return {f"text.{name}" if name.startswith(TEXT_PARTS) else name: value for name, value in state.items()}
+
+
+def _unpacked(state: State) -> State:
+    """The matrices of an attentional pooling one by one; torch packs them where tokens and features are as wide."""
+    packed = f"{POOLER}in_proj_weight"
+    if packed not in state:
+        return state
+    matrices = zip("qkv", state[packed].chunk(3), strict=True)
+    unpacked = {f"{POOLER}{name}_proj_weight": matrix for name, matrix in matrices}
+    return {name: value for name, value in state.items() if name != packed} | unpacked
 
 
 def _block_sizes(transformer: Any, config: Config) -> Config:
@@ -122,7 +137,7 @@ def check_supported(model: nn.Module, config: Config) -> None:
     if type(model) not in (open_clip.model.CLIP, open_clip.model.CustomTextCLIP):
         raise UserError(f"masks need a CLIP of two towers, not {type(model).__name__}: {_ADVICE}")
     reasons = {
-        "an attentional pooling": visual.attn_pool is not None,
+        "two attentional poolings": visual.attn_pool is not None and visual.attn_pool_contrastive is not None,
         "a dropout of patches": not isinstance(visual.patch_dropout, nn.Identity),
         "images that are not square": visual.image_size[0] != visual.image_size[1],
         "patches that are not square": visual.patch_size[0] != visual.patch_size[1],

@@ -135,6 +135,51 @@ def normed(x: Tensor, norm: nn.LayerNorm, kept: KeptDims | None) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(x.dtype)
 
 
+class PrunedPooler(nn.Module):
+    """open_clip's attentional pooling: a few learned queries over the tokens, (B, T, D) -> (B, Q, E).
+
+    Its names are open_clip's, but queries, keys and values have a matrix each, also where D is E.
+
+    Args:
+        width: D.
+        embed_dim: E.
+        heads: Of the attention.
+        queries: Q.
+        norm_eps: Of the LayerNorms.
+    """
+
+    def __init__(self, width: int, embed_dim: int, *, heads: int, queries: int, norm_eps: float) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(queries, embed_dim))
+        self.ln_q = nn.LayerNorm(embed_dim, norm_eps)
+        self.ln_k = nn.LayerNorm(width, norm_eps)
+        self.attn = nn.Module()
+        for name, columns in (("q", embed_dim), ("k", width), ("v", width)):
+            matrix = nn.Parameter(nn.init.xavier_uniform_(torch.empty(embed_dim, columns)))
+            self.attn.register_parameter(f"{name}_proj_weight", matrix)
+        self.attn.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim))
+        self.attn.out_proj = nn.Linear(embed_dim, embed_dim)
+        self.num_heads = heads
+
+    def forward(self, x: Tensor, kept: KeptDims | None) -> Tensor:
+        """Return what the queries find in tokens (B, T, D), (B, Q, E)."""
+        attn: Any = self.attn
+        biases = attn.in_proj_bias.chunk(3)
+        keys = normed(x, self.ln_k, kept)
+        query = F.linear(normed(self.query, self.ln_q, None), attn.q_proj_weight, biases[0])
+        key = F.linear(keys, attn.k_proj_weight, biases[1])
+        value = F.linear(keys, attn.v_proj_weight, biases[2])
+        mixed = F.scaled_dot_product_attention(
+            self._by_head(query.expand(len(x), -1, -1)), self._by_head(key), self._by_head(value)
+        )
+        found: Tensor = attn.out_proj(mixed.transpose(1, 2).flatten(2))
+        return found
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """(B, N, E) -> (B, H, N, E / H)."""
+        return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
+
+
 class PrunedTransformer(nn.Module):
     """The blocks of a tower.
 
@@ -241,7 +286,8 @@ class PrunedImageTower(PrunedTower):
         embed_dim: E.
         quick_gelu: Whether the activation is QuickGELU.
         description: Of the tower. ``image_size`` and ``patch_size`` are in pixels, ``pool_type`` is "tok" or "avg",
-            ``final_ln_after_pool`` and ``no_ln_pre`` are open_clip's.
+            ``final_ln_after_pool`` and ``no_ln_pre`` are open_clip's. ``attn_pool``, if there, has the ``heads``,
+            ``queries`` and ``norm_eps`` of an attentional pooling.
     """
 
     def __init__(self, embed_dim: int, quick_gelu: bool = False, **description: Any) -> None:
@@ -257,8 +303,13 @@ class PrunedImageTower(PrunedTower):
         positions = self.grid_size[0] * self.grid_size[1] + 1
         self.positional_embedding = nn.Parameter(torch.randn(positions, width) * EMBEDDING_STD)
         self.ln_pre = None if description["no_ln_pre"] else nn.LayerNorm(width, description["norm_eps"])
-        self.ln_post = nn.LayerNorm(width, description["norm_eps"])
-        self.proj = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
+        pooler = description.get("attn_pool")
+        self.attn_pool = None
+        if pooler is not None:
+            self.attn_pool = PrunedPooler(width, embed_dim, **pooler)
+        pooled = width if pooler is None else embed_dim
+        self.ln_post = nn.LayerNorm(pooled, description["norm_eps"])
+        self.proj = nn.Parameter(torch.randn(pooled, embed_dim) * pooled**-0.5)
 
     def forward(self, pixels: Tensor, uniform: Tensor | None = None) -> Tensor:
         """Return features (B, E), not normalised.
@@ -274,13 +325,15 @@ class PrunedImageTower(PrunedTower):
         if self.ln_pre is not None:
             x = normed(x, self.ln_pre, kept)
         x = self.transformer(x, False, layers)
-        if self.description["pool_type"] == "tok":
-            pooled = normed(x[:, 0], self.ln_post, kept)
-        elif self.description["final_ln_after_pool"]:
-            pooled = normed(x[:, 1:].mean(1), self.ln_post, kept)
-        else:
-            pooled = normed(x, self.ln_post, kept)[:, 1:].mean(1)
-        return pooled @ self.proj
+        if self.attn_pool is not None:
+            return self._pool(normed(self.attn_pool(x, kept), self.ln_post, None)) @ self.proj
+        if self.description["pool_type"] == "tok" or self.description["final_ln_after_pool"]:
+            return normed(self._pool(x), self.ln_post, kept) @ self.proj
+        return self._pool(normed(x, self.ln_post, kept)) @ self.proj
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """Return the first token, or the mean of the others: (B, T, D) -> (B, D)."""
+        return x[:, 0] if self.description["pool_type"] == "tok" else x[:, 1:].mean(1)
 
 
 class PrunedTextTower(PrunedTower):

@@ -106,7 +106,7 @@ def materialise(model: nn.Module, config: Config) -> None:
 
 def _cut(tower: PrunedTower, values: MaskValues) -> State:
     """The state dict of a tower of the kept units, with the masks' values in its weights."""
-    state = tower.state_dict()
+    state: State = dict(tower.state_dict())
     kept = values.dims.nonzero().flatten()
     cut: State = {}
     for name in EMBEDDINGS:
@@ -114,6 +114,9 @@ def _cut(tower: PrunedTower, values: MaskValues) -> State:
             cut[name] = (state[name] * values.dims)[..., kept]
     if "conv1.weight" in state:
         cut["conv1.weight"] = (state["conv1.weight"] * values.dims.view(-1, 1, 1, 1))[kept]
+    if "attn_pool.query" in state:
+        cut |= _cut_pooler(state, kept)
+        state = {name: value for name, value in state.items() if name not in cut}
     for norm in NORMS:
         cut |= _part(state, f"{norm}.", kept)
     for name in PROJECTIONS:
@@ -126,6 +129,15 @@ def _cut(tower: PrunedTower, values: MaskValues) -> State:
             own, values.dims, neurons
         )
         cut |= {block + name: value for name, value in smaller.items()}
+    return cut
+
+
+def _cut_pooler(state: State, kept: Tensor) -> State:
+    """An attentional pooling, which reads the kept dimensions, and what follows it, which is all features."""
+    cut = {name: value for name, value in state.items() if name.startswith(("attn_pool.", "ln_post.", "proj"))}
+    cut |= _part(state, "attn_pool.ln_k.", kept)
+    for name in ("attn_pool.attn.k_proj_weight", "attn_pool.attn.v_proj_weight"):
+        cut[name] = state[name][:, kept]
     return cut
 
 
@@ -210,7 +222,8 @@ def to_full_size(model: nn.Module, config: Config) -> None:
         state = {key: torch.zeros_like(value, device=device) for key, value in shapes.items()}
         for key, value in tower.state_dict().items():
             if not key.startswith("masks."):
-                _copy_to_corner(state[key], value, tower.description["head_width"] if "attn.in_proj" in key else None)
+                is_packed = key.startswith("transformer.") and ".attn.in_proj" in key
+                _copy_to_corner(state[key], value, tower.description["head_width"] if is_packed else None)
         state |= _corner_masks(tower, device)
         setattr(model, name, tower.rebuilt(description, state))
         config[part] = config[part] | description

@@ -1,5 +1,6 @@
 """What a pruned CLIP consists of: sizes of its layers, parameters and multiplications, as data and as a table."""
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ from torch import nn
 
 from training.models.tinyclip_pruned import PrunedImageTower, PrunedTextTower
 
+BLOCK_WEIGHT = re.compile(r"transformer\.resblocks\.\d+\.(attn|mlp)\.")
 Tower = PrunedImageTower | PrunedTextTower
 
 
@@ -40,7 +42,7 @@ def tower_table(tower: Tower) -> TowerTable:
     counts = {name: parameter.numel() for name, parameter in tower.named_parameters()}
     tokens = counts.get("token_embedding.weight", 0)
     masks = sum(count for name, count in counts.items() if name.startswith("masks."))
-    blocks = sum(count for name, count in counts.items() if ".attn." in name or ".mlp." in name)
+    blocks = sum(count for name, count in counts.items() if BLOCK_WEIGHT.match(name))
     own = tower.description
     return TowerTable(
         width=own["width"],
@@ -68,7 +70,12 @@ def _macs(tower: Tower) -> int:
     for heads, neurons in zip(own["heads"], own["neurons"], strict=True):
         inner = heads * head_width
         total += tokens * (4 * width * inner + 2 * width * neurons) + 2 * tokens**2 * inner
-    return int(total + width * tower.output_dim)
+    features = tower.output_dim
+    pooler = own.get("attn_pool")
+    if pooler is None:
+        return int(total + width * features)
+    total += 2 * tokens * width * features + 2 * pooler["queries"] * (features + tokens) * features
+    return int(total + features**2)
 
 
 def model_table(model: nn.Module) -> dict[str, Any]:

@@ -36,6 +36,11 @@ KINDS = {
     "first token, no causal mask": {"text": {"pool_type": "first", "no_causal_mask": True}, "custom_text": True},
     "eos": {"text": {"pool_type": "eos", "eos_id": 49}},
     "tanh": {"vision": {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-3}}},
+    "attentional pooling": {"vision": {"attentional_pool": True, "attn_pooler_queries": 5, "attn_pooler_heads": 4}},
+    "pooling as wide": {
+        "vision": {"attentional_pool": True, "attn_pooler_queries": 5, "attn_pooler_heads": 4, "pool_type": "avg"},
+        "embed_dim": 48,
+    },
     "bias": {"init_logit_bias": -10.0, "init_logit_scale": 1.0},
 }
 
@@ -51,7 +56,11 @@ def test_it_computes_what_open_clip_computes(kind):
     plain, config = plain_clip(**KINDS[kind])
     model, pruned = from_open_clip(plain, config)
     assert not model.training
-    assert set(model.state_dict()) == set(tinyclip_convert.with_text_prefix(plain.state_dict()))
+    names = {
+        name.replace("attn_pool.attn.in_proj_weight", "attn_pool.attn.q_proj_weight") for name in plain.state_dict()
+    }
+    extra = {f"visual.attn_pool.attn.{name}_proj_weight" for name in "kv"} if "wide" in kind else set()
+    assert set(model.state_dict()) == set(tinyclip_convert.with_text_prefix(dict.fromkeys(names))) | extra
     assert largest_difference(features(plain), features(model)) < 2e-6
     assert json.loads(json.dumps(pruned)) == pruned
     with torch.enable_grad():  # open_clip's attention has another kernel without a graph
@@ -76,7 +85,7 @@ def ones(model):
 
 
 # fact 13
-@pytest.mark.parametrize("kind", ["plain", "quick_gelu", "norm after the mean", "mean pooling"])
+@pytest.mark.parametrize("kind", ["plain", "quick_gelu", "norm after the mean", "mean pooling", "attentional pooling"])
 def test_masks_of_ones_change_nothing(kind):
     plain, _ = plain_clip(**KINDS[kind])
     model, config = pruned_clip(**KINDS[kind])
@@ -169,9 +178,7 @@ def test_dropped_dimensions_are_zero_in_all_of_the_residual_stream():
 
 
 # fact 13
-@pytest.mark.parametrize(
-    "kind", ["plain", "quick_gelu", "mean pooling", "norm after the mean", "first token, no causal mask"]
-)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("custom text", "bias")])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_materialising_is_exact(kind, seed):
     """Also for a layer without heads and one without neurons; features are normalised, as losses take them."""
@@ -186,10 +193,9 @@ def test_materialising_is_exact(kind, seed):
     exact = (wide.encode_image(pixels.double()), wide.encode_text(tokens))
     materialise(wide, dict(config))
     assert largest_difference(exact, (wide.encode_image(pixels.double()), wide.encode_text(tokens))) < 1e-12
-    assert (
-        min(float((tower - other).abs().max()) for tower, other in zip(before, features(pruned_clip()[0]), strict=True))
-        > 0.1
-    )
+    whole = features(pruned_clip(**KINDS[kind])[0])
+    for tower, other in zip(before, whole, strict=True):
+        assert (tower - other).abs().max() > 0.1
     for tower in (model.visual, model.text):
         own = tower.description
         assert own["heads"][1] == 0
@@ -282,8 +288,9 @@ def test_a_second_stage_masks_the_units_that_are_left_and_counts_from_the_whole(
 
 
 # fact 16
-def test_in_full_size_again_it_computes_the_same():
-    model, config = masked_clip()
+@pytest.mark.parametrize("kind", ["plain", "attentional pooling"])
+def test_in_full_size_again_it_computes_the_same(kind):
+    model, config = masked_clip(**KINDS[kind])
     materialise(model, config)
     cut = features(model)
     to_full_size(model, config)
@@ -348,7 +355,7 @@ def test_autocast_and_pure_bf16():
     [
         ({"layers": [1, 1, 1, 1], "width": 8}, {}, "not ModifiedResNet"),
         ({"timm_model_name": "vit_tiny_patch16_224"}, {}, "not VisionTransformer"),
-        ({"attentional_pool": True}, {}, "an attentional pooling"),
+        ({"attentional_pool": "cascade"}, {}, "two attentional poolings"),
         ({"patch_dropout": 0.5}, {}, "a dropout of patches"),
         ({"ls_init_value": 0.1}, {}, "ResidualAttentionBlock with other parts in its image tower"),
         ({}, {"scale_fc": True}, "CustomResidualAttentionBlock with other parts in its text tower"),
@@ -394,6 +401,16 @@ def test_the_table_of_vit_b_32():
     assert model_table(model)["parameters"] == 151_277_313
     assert image.macs == pytest.approx(4.41e9, rel=0.01)
     assert text.macs == pytest.approx(2.98e9, rel=0.01)
+
+
+def test_the_table_of_a_pooling():
+    """It is no part of the blocks, and its multiplications are those of queries, keys, values and output."""
+    pooled = pruned_clip(**KINDS["attentional pooling"])[0]
+    plain, own = model_table(pruned_clip()[0])["image"], model_table(pooled)["image"]
+    assert own["sparsity"] == 0
+    assert own["blocks"] == plain["blocks"]
+    assert own["parameters"] == sum(parameter.numel() for parameter in pooled.visual.parameters())
+    assert own["macs"] - plain["macs"] == 2 * 17 * 48 * 16 + 2 * 5 * 16 * 16 + 2 * 5 * 17 * 16 + (16 - 48) * 16
 
 
 def test_the_table_in_markdown():
