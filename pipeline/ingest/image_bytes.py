@@ -98,7 +98,7 @@ def _read_range(path: str, offset: int, size: int) -> bytes:
     return data
 
 
-class _Batch(NamedTuple):
+class _RowBatch(NamedTuple):
     """Encoded images of neighbouring rows of a row group."""
 
     first_row: int
@@ -114,7 +114,7 @@ class _Batch(NamedTuple):
         return self.images[row - self.first_row] if self.first_row <= row < self.end_row else None
 
 
-def _decode_row_group(ref: ParquetRef) -> Generator[_Batch, None, None]:
+def _decode_row_group(ref: ParquetRef) -> Generator[_RowBatch, None, None]:
     """The images of ``ref``'s row group in batches of about `BATCH_BYTES`; its bytes are streamed.
 
     Raises ImageReadError: too large (a page that would unpack to too much memory), file not readable.
@@ -136,7 +136,7 @@ def _decode_row_group(ref: ParquetRef) -> Generator[_Batch, None, None]:
             if pa.types.is_struct(images.type):  # ``image.bytes`` is read as a struct with this one field
                 images = images.flatten()[0]
             end_row = first_row + len(images)
-            yield _Batch(first_row, images, is_last=end_row >= total_rows)
+            yield _RowBatch(first_row, images, is_last=end_row >= total_rows)
             first_row = end_row
 
 
@@ -153,7 +153,7 @@ class _RowGroup:
 
     def __init__(self, ref: ParquetRef) -> None:
         self.decoding = threading.Lock()  # held while a batch is decoded
-        self.batches: list[_Batch] = []  # kept; replaced as a whole, under the cache's lock, so that reads need none
+        self.batches: list[_RowBatch] = []  # kept; replaced as a whole, under the cache's lock, so that reads need none
         self._ref = ref
         self._decoder = _decode_row_group(ref)
         self._next_row = 0
@@ -167,7 +167,7 @@ class _RowGroup:
                 return image
         return None
 
-    def decode_next(self, row: int) -> _Batch:
+    def decode_next(self, row: int) -> _RowBatch:
         """Decode the next batch on the way to ``row``, from the start again when that is behind. Hold ``decoding``.
 
         Raises ImageReadError when the decoder fails (again, until it is started anew) or the row group ends before
@@ -246,7 +246,7 @@ class _RowGroupCache:
                 self.groups.popitem(last=False)
             return self.groups[key]
 
-    def _keep(self, group: _RowGroup, batch: _Batch) -> None:
+    def _keep(self, group: _RowGroup, batch: _RowBatch) -> None:
         """Keep a new batch; drop what is far behind it, then what was used least recently, down to the limit."""
         with self._lock:
             first_kept = batch.first_row - KEEP_ROWS
