@@ -40,7 +40,8 @@ class CacheConfig(ModelChoice):
     precision: PrecisionOption = "auto"
     """of the teacher; auto: bf16 on a CUDA device that has it, else fp32"""
     batch_size: int | None = None
-    """images or texts per forward pass on a CUDA device, 256 by default, halved when memory runs out; 16 on a CPU"""
+    """images per forward pass on a CUDA device, 256 by default, and four times as many texts, halved when memory runs
+    out; 16 on a CPU"""
     processes: int | None = None
     """processes per device that decode and augment ahead of it, and an eighth as many that tokenise; by default one
     per core with CUDA devices, 0 (threads instead) with a CPU"""

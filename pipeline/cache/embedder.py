@@ -15,14 +15,23 @@ from pipeline.cache.tokens import TokenPool, tokenise
 from pipeline.core.workers import usable_cores
 from shards_spec.embeddings import Vectors
 from shards_spec.files import DataError
-from shards_spec.models import load_teacher
+from shards_spec.models import TIMM, LoadedModel, load_teacher
 from shards_spec.precision import resolve_precision
 
 RENDERERS_PER_TOKENISER = 8  # processes
 
 
+def load_configured_teacher(config: CacheConfig, device: str) -> LoadedModel:
+    """The config's teacher on a device, in the precision that the device has."""
+    precision = resolve_precision(config.precision, device)
+    return load_teacher(config.model, config.pretrained, device=device, precision=precision, trust=config.trust)
+
+
 class Embedder:
-    """What a process needs to fill a cache: the teacher on ``device``, and its share of the cores for rendering."""
+    """What a process needs to fill a cache: the teacher on ``device``, and its share of the cores to work ahead.
+
+    Linux ends the processes that work ahead with the thread that makes this.
+    """
 
     def __init__(self, config: CacheConfig, device: str, devices: int) -> None:
         """``devices`` is the number of processes that share this machine's cores."""
@@ -30,23 +39,16 @@ class Embedder:
         processes = config.processes
         if processes is None:
             processes = max(1, usable_cores() // devices) if device.startswith("cuda") else 0
-        precision = resolve_precision(config.precision, device)
-        loaded = load_teacher(config.model, config.pretrained, device=device, precision=precision, trust=config.trust)
+        self.token_pool: TokenPool | None = None
+        if processes and not config.model.startswith(TIMM):
+            tokenisers = -(-processes // RENDERERS_PER_TOKENISER)
+            self.token_pool = TokenPool(tokenisers, config.model, config.trust.trust_remote_code)
+        loaded = load_configured_teacher(config, device)
         self.teacher = Teacher(loaded, config.batch_size)
         self._device_lock = Lock()
         self.render_pool = RenderPool(
             processes, config.threads, rows=self.teacher.rows, views=config.views, size=loaded.image_size
         )
-        self.token_pool = None
-        if processes and loaded.tokenizer is not None:
-            tokenisers = -(-processes // RENDERERS_PER_TOKENISER)
-            self.token_pool = TokenPool(tokenisers, config.model, config.trust.trust_remote_code)
-
-    def start(self) -> None:
-        """Start the processes that work ahead; they end with the thread that calls this."""
-        self.render_pool.start()
-        if self.token_pool is not None:
-            self.token_pool.start()
 
     def close(self) -> None:
         """End the processes and threads that work ahead."""

@@ -83,16 +83,13 @@ class RenderPool:
         else:
             self.slots = np.empty(shape, np.uint8)
             self._executor = ThreadPoolExecutor(threads)
-        self._processes = processes
-
-    def start(self) -> None:
-        """Start the processes now: Linux ends them with the thread that did, which is else the first to `submit`."""
-        for _ in range(self._processes):
+        self._in_processes = bool(processes)
+        for _ in range(processes):  # they start now, and have imported what they need when there is work
             self._executor.submit(int)
 
     def submit(self, slot: int, spec: ViewSpec, job: RenderJob) -> Future[DataError | None]:
         """Begin to `render` into a slot that nothing else uses."""
-        if self._processes:
+        if self._in_processes:
             return self._executor.submit(_render_in_worker, slot, spec, job)
         return self._executor.submit(render, self.slots, slot, spec, job)
 

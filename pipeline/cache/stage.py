@@ -4,7 +4,7 @@ Only what is new is embedded and written: further views, further captions, rows 
 """
 
 import logging
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -44,28 +44,29 @@ _worker_embedder: list["Embedder"] = []  # of a worker process
 
 def cache(config: CacheConfig, assignment: ShardAssignment = ALL) -> Summary:
     """Run the stage. Raises UserError, ShardsFailed, DataError for views of another Pillow."""
-    from pipeline.cache.embedder import Embedder
+    from pipeline.cache.embedder import Embedder, load_configured_teacher
 
     if config.export_lists:
         return export_lists(config.root, config.label, config.overwrite)
     shards = upstream_shards(config.root, SHARDS, "pack")
     devices = pick_devices(config.device)
     is_parallel = len(devices) > 1
-    # with several devices every worker process loads its own teacher; the one here only identifies the weights
-    with closing(Embedder(config, devices[0], len(devices))) as embedder:
-        if not is_parallel:
-            embedder.start()
+    with ExitStack() as at_end:
+        if is_parallel:  # every worker process loads its own teacher; the one here only identifies the weights
+            embedder = None
+            loaded = load_configured_teacher(config, devices[0])
+        else:
+            embedder = at_end.enter_context(closing(Embedder(config, devices[0], devices=1)))
+            loaded = embedder.teacher.loaded
         folder = teacher_folder(config.label)
         if not config.overwrite:
             _check_rendering(join(config.root, folder))
-        stage = Stage(
-            f"cache/{config.label}", folder, _identity(config, embedder.teacher.loaded), extendable=("num_views",)
-        )
-        work = partial(cache_shard, stage=stage, config=config, embedder=None if is_parallel else embedder)
+        stage = Stage(f"cache/{config.label}", folder, _identity(config, loaded), extendable=("num_views",))
+        work = partial(cache_shard, stage=stage, config=config, embedder=embedder)
         load = partial(_load_in_worker, config, len(devices))
         options = RunOptions(
             workers=len(devices),
-            threads=0 if is_parallel or embedder.teacher.device.type == "cpu" else SHARDS_AT_ONCE,
+            threads=SHARDS_AT_ONCE if devices[0].startswith("cuda") and not is_parallel else 0,
             worker_init=worker_initializer(devices, load) if is_parallel else None,
             assignment=assignment,
             overwrite=config.overwrite,

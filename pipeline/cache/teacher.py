@@ -22,6 +22,7 @@ from shards_spec.models import LoadedModel
 log = logging.getLogger(__name__)
 CPU_ROWS = 16  # matrix products of fewer rows use other kernels; more are hardly faster
 CUDA_ROWS = 256
+CUDA_TEXTS = 4  # per image: a text is shorter, and larger passes of texts are faster
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class _QueuedPass:
 
 
 class Teacher:
-    """Embeds in forward passes of exactly ``rows`` rows, the last one filled up with copies.
+    """Embeds in forward passes of exactly ``rows`` images or ``text_rows`` texts, the last one filled up with copies.
 
     So a row's bits depend neither on its neighbours nor on its position. On a CPU ``rows`` is always 16, and the bits
     do not depend on ``batch_size`` either; on CUDA another number may change the last bit. A pass that the device has
@@ -53,8 +54,14 @@ class Teacher:
         self.rows = CPU_ROWS if self.device.type == "cpu" else batch_size or CUDA_ROWS
         if self.device.type == "cuda":
             fuse_attention(self.model)
+        self._texts_per_image = 1 if self.device.type == "cpu" else CUDA_TEXTS
         self._clock = DeviceClock(self.device)
         self.start_clock()
+
+    @property
+    def text_rows(self) -> int:
+        """Texts in a pass."""
+        return self.rows * self._texts_per_image
 
     def start_clock(self) -> None:
         """Count ``waited_s`` from here."""
@@ -77,7 +84,7 @@ class Teacher:
 
     def embed_tokens(self, tokens: Iterable[np.ndarray]) -> np.ndarray:
         """Texts as the tokenizer's (context_length,) int64 -> (n, D) float32, L2-normalised."""
-        return self._embed(tokens, self._encode_tokens)
+        return self._embed(tokens, self._encode_tokens, self._texts_per_image)
 
     def _encode_images(self, images: Tensor) -> Tensor:
         pixels = self.loaded.normalise(images.permute(0, 3, 1, 2)).to(self.dtype)
@@ -90,19 +97,20 @@ class Teacher:
         return features
 
     @torch.inference_mode()
-    def _embed(self, items: Iterable[np.ndarray], encode: Callable[[Tensor], Tensor]) -> np.ndarray:
+    def _embed(self, items: Iterable[np.ndarray], encode: Callable[[Tensor], Tensor], per_row: int = 1) -> np.ndarray:
+        """Unit vectors (n, D) of all items, in passes of ``per_row`` items for each of ``rows``."""
         features = list[np.ndarray]()
         queued = deque[_QueuedPass]()
-        for batch in self._host_batches(items):
-            for queued_pass in self._passes(batch, encode):
+        for batch in self._host_batches(items, per_row):
+            for queued_pass in self._passes(batch, encode, per_row):
                 queued.append(queued_pass)
                 if len(queued) > 1:
                     features.append(self._result(queued.popleft()))
         features += map(self._result, queued)
         return np.concatenate(features) if features else np.empty((0, 0), np.float32)
 
-    def _host_batches(self, items: Iterable[np.ndarray]) -> Iterator[Tensor]:
-        """Batches of ``rows`` items on the host, the last one shorter, in two buffers that are used in turn.
+    def _host_batches(self, items: Iterable[np.ndarray], per_row: int) -> Iterator[Tensor]:
+        """Batches of a pass's items on the host, the last one shorter, in two buffers that are used in turn.
 
         On CUDA they are page-locked, so that the device copies from them while the host fills the other one.
         """
@@ -111,28 +119,29 @@ class Teacher:
         if first is None:
             return
         iterator = chain([first], iterator)
-        buffers = [torch.from_numpy(np.empty((self.rows, *first.shape), first.dtype)) for _ in range(2)]
+        buffers = [torch.from_numpy(np.empty((self.rows * per_row, *first.shape), first.dtype)) for _ in range(2)]
         if self.device.type == "cuda":
             buffers = [buffer.pin_memory() for buffer in buffers]
         for buffer in cycle(buffers):
             places = buffer.numpy()
             count = 0
-            for item in islice(iterator, self.rows):
+            for item in islice(iterator, self.rows * per_row):
                 places[count] = item
                 count += 1
             if not count:
                 return
             yield buffer[:count]
 
-    def _passes(self, batch: Tensor, encode: Callable[[Tensor], Tensor]) -> Iterator[_QueuedPass]:
+    def _passes(self, batch: Tensor, encode: Callable[[Tensor], Tensor], per_row: int) -> Iterator[_QueuedPass]:
         """Unit vectors of the batch, in as many passes as the memory needs."""
         done = 0
         while done < len(batch):
-            part = batch[done : done + self.rows]
+            rows = self.rows * per_row
+            part = batch[done : done + rows]
             begin = self._clock.moment()
             try:
-                encoded = encode(self._full_pass(part))[: len(part)]
-                features = F.normalize(encoded.float(), dim=-1)
+                # normalised with the copies: how CUDA sums up a row's squares depends on the number of rows
+                features = F.normalize(encode(self._full_pass(part, rows)).float(), dim=-1)[: len(part)]
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -145,10 +154,10 @@ class Teacher:
                 continue
             self._halve(reason)  # out of the except block, where the failed pass's tensors are free again
 
-    def _full_pass(self, part: Tensor) -> Tensor:
+    def _full_pass(self, part: Tensor, rows: int) -> Tensor:
         """``rows`` rows on the device: those of ``part``, then copies of its first."""
         inputs = part.to(self.device, non_blocking=True)
-        missing = self.rows - len(inputs)
+        missing = rows - len(inputs)
         return torch.cat([inputs, inputs[:1].expand(missing, *inputs.shape[1:])]) if missing else inputs
 
     def _result(self, queued: _QueuedPass) -> np.ndarray:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -103,36 +103,42 @@ class NoTeacher(Teacher):
 
 @dataclass(frozen=True)
 class HandedOver:
-    """What the host's side of the stage manages: rates, and how many seconds of its main process one takes."""
+    """What the host's side of the stage manages: rates, and how many seconds of its main process one view takes.
+
+    ``taught`` is what the stage logs of a shard with the teacher, when all processes have started.
+    """
 
     views_per_s: float
     texts_per_s: float
     core_s_per_view: float
+    taught: dict[str, float]
 
 
 def hand_over(config: CacheConfig, loaded: LoadedModel, device: str) -> HandedOver:
-    """The second shard of ``config.root`` through the stage's host side to `NoTeacher`; the first starts processes."""
-    with model_in_memory(loaded):
-        embedder = Embedder(config, device, devices=1)
-    embedder.teacher = NoTeacher(loaded, config.batch_size)
-    embed_shard(embedder, 0, "image")
-    used = time.process_time()
-    views = embed_shard(embedder, 1, "image")
-    used = time.process_time() - used
-    embed_shard(embedder, 0, "text")
-    texts = embed_shard(embedder, 1, "text")
-    embedder.close()
+    """The second shard of ``config.root`` through the stage to `NoTeacher`, then to ``loaded``; the first warms up."""
+    with model_in_memory(loaded), closing(Embedder(config, device, devices=1)) as embedder:
+        teacher = embedder.teacher
+        embedder.teacher = NoTeacher(loaded, config.batch_size)
+        embed_shard(embedder, 0, ("image", "text"))
+        used = time.process_time()
+        views = embed_shard(embedder, 1, ("image",))
+        used = time.process_time() - used
+        texts = embed_shard(embedder, 1, ("text",))
+        embedder.teacher = teacher
+        taught = embed_shard(embedder, 1, ("image", "text"))
     count = views["new_image_vectors"]
-    return HandedOver(count / views["embedding_s"], texts["new_text_vectors"] / texts["embedding_s"], used / count)
+    return HandedOver(
+        count / views["embedding_s"], texts["new_text_vectors"] / texts["embedding_s"], used / count, taught
+    )
 
 
-def embed_shard(embedder: Embedder, shard: int, kind: str) -> dict[str, float]:
-    """What the embedder logs of all columns of a ``kind``, "image" or "text"."""
+def embed_shard(embedder: Embedder, shard: int, kinds: tuple[str, ...]) -> dict[str, float]:
+    """What the embedder logs of all columns of these kinds, "image" and "text"."""
     index = ShardIndex(f"{embedder.config.root}/shards/{shard:05d}.tar")
     updates = []
     for name in index.column_names(embedder.config.views, texts=True):
         update = plan_column_update(name, index, None)
-        if update is not None and update.kind == kind:
+        if update is not None and update.kind in kinds:
             updates.append(update)
     return embedder.embed_columns(index, updates)[1]
 

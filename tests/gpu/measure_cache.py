@@ -52,14 +52,14 @@ def images_per_s(loaded: Any, rows: int, passes: int) -> float:
 
 
 def texts_per_s(loaded: Any, rows: int, passes: int) -> float:
-    """Texts per second, tokenised before."""
+    """Texts per second, tokenised before, in the passes that go with ``rows`` images."""
     from pipeline.cache.teacher import Teacher
     from pipeline.cache.tokens import tokenise
 
     texts = (f"a photo of thing {number} on a wall" for number in range(256))
     tokens = list(tokenise(loaded.tokenizer, texts))
     teacher = Teacher(loaded, rows)
-    return items_per_s(teacher.embed_tokens, tokens, teacher.rows, passes)
+    return items_per_s(teacher.embed_tokens, tokens, teacher.text_rows, passes)
 
 
 def items_per_s(embed: Any, items: list[Any], rows: int, passes: int) -> float:
@@ -98,54 +98,70 @@ class Measurement:
             processes=0 if where.dry else None,  # a process imports torch for seconds
         )
 
-    def teacher(self) -> None:
-        """The teacher alone, as the stage embeds."""
+    def report(self, job: str, rows: int, passes: int, **more: str) -> float:
+        """Measure and report a job in passes of ``rows`` images or as many texts as go with them."""
         from figures import figure
 
+        from pipeline.cache.teacher import Teacher
+
+        teacher = Teacher(self.loaded, rows)
+        measured, in_pass, unit = {
+            IMAGE: (images_per_s, teacher.rows, "views/s"),
+            TEXT: (texts_per_s, teacher.text_rows, "texts/s"),
+        }[job]
+        rate = measured(self.loaded, rows, passes)
+        name = f"cache: ViT-L/14 {job.partition(',')[0]}s"
+        name = name if more else f"{name}, {in_pass} rows a pass"
+        figure(name, rate, unit, share=share_of_ceiling(job, rate, self.where.device), rows=in_pass, **more)
+        return rate
+
+    def teacher(self) -> None:
+        """The teacher alone, as the stage embeds."""
         from pipeline.cache.teacher import CUDA_ROWS
 
         passes = 2 if self.where.dry else 8
-        for job, measured, unit, count in ((IMAGE, images_per_s, "views/s", 1), (TEXT, texts_per_s, "texts/s", 4)):
-            rate = measured(self.loaded, CUDA_ROWS, count * passes)
-            self.alone[job] = rate
-            share = share_of_ceiling(job, rate, self.where.device)
-            name = f"cache: ViT-L/14 {job.partition(',')[0]}s"
-            figure(name, rate, unit, goal="share of the ceiling >= 0.5", rate=job, share=share, rows=CUDA_ROWS)
+        for job in (IMAGE, TEXT):
+            self.alone[job] = self.report(job, CUDA_ROWS, passes, rate=job, goal="share of the ceiling >= 0.5")
 
     def stage(self) -> None:
         """The whole stage on photos."""
         from cache import model_in_memory
-        from figures import figure
 
         from pipeline.cache.stage import cache
 
         with model_in_memory(self.loaded):
             summary = cache(self.config)
-        found = summary.measurements
+        self.report_stage("cache: the whole stage on photos", summary.measurements, summary.seconds)
+
+    def report_stage(self, name: str, found: dict[str, float], seconds: float) -> None:
+        """Report what the stage logged, and how much of the time the teacher alone would take."""
+        from figures import figure
+
         views = found["new_image_vectors"]
         texts = found["new_text_vectors"]
         figure(
-            "cache: the whole stage on photos",
-            views / summary.seconds,
+            name,
+            views / seconds,
             "views/s",
             device_waited=found["waited_s"] / found["embedding_s"],
-            teacher_alone_would_take=(views / self.alone[IMAGE] + texts / self.alone[TEXT]) / summary.seconds,
+            teacher_alone_would_take=(views / self.alone[IMAGE] + texts / self.alone[TEXT]) / seconds,
             texts_per_view=texts / views,
-            seconds=summary.seconds,
+            seconds=seconds,
         )
 
     def host(self) -> None:
-        """What the host hands over."""
+        """What the host hands over, and a shard when all processes have started."""
         from cache import hand_over
         from figures import figure
 
         host = hand_over(self.config, self.loaded, self.where.device)
-        core = 1e6 * host.core_s_per_view
+        taught = host.taught
+        self.report_stage("cache: a shard of photos, all processes running", taught, taught["embedding_s"])
         figure(
             "cache: the host to a teacher that does nothing",
             host.views_per_s,
             "views/s",
-            main_process_us_a_view=core,
+            main_process_us_a_view=1e6 * host.core_s_per_view,
             cores=usable_cores(),
         )
         figure("cache: texts, tokenised, to a teacher that does nothing", host.texts_per_s, "texts/s")
@@ -162,22 +178,9 @@ class Measurement:
 
     def other_rows(self) -> None:
         """Passes of other numbers of rows; a CPU's have always the same."""
-        from figures import figure
-
-        for rows in () if self.where.dry else (16, 32, 64, 128, 512):
-            rate = images_per_s(self.loaded, rows, 2048 // rows)
-            share = share_of_ceiling(IMAGE, rate, self.where.device)
-            figure(f"cache: ViT-L/14 images, {rows} rows a pass", rate, "views/s", share=share)
-        for rows in () if self.where.dry else (32, 64, 128, 1024):
-            rate = texts_per_s(self.loaded, rows, 8192 // rows)
-            share = share_of_ceiling(TEXT, rate, self.where.device)
-            figure(f"cache: ViT-L/14 texts, {rows} rows a pass", rate, "texts/s", share=share)
-
-    def explore(self) -> None:
-        """Alternatives."""
-        from explore_cache import explore
-
-        explore(self.loaded, self.where.dry, self.where.device)
+        for rows in () if self.where.dry else (64, 128, 512):
+            self.report(IMAGE, rows, 2048 // rows)
+            self.report(TEXT, rows, 2048 // rows)
 
 
 def main() -> int:
@@ -185,7 +188,7 @@ def main() -> int:
     from figures import options, run_parts
 
     this = Measurement(options(__doc__))
-    return run_parts(this.teacher, this.stage, this.host, this.other_rows, this.plain_loop, this.explore)
+    return run_parts(this.teacher, this.stage, this.host, this.other_rows, this.plain_loop)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ TESTS = (
 STEPS = (
     measurement("limits", 40),
     Step("tests", TESTS, 100),
-    measurement("cache", 100),
+    measurement("cache", 80),
     measurement("caption", 90),
     measurement("train", 100),
     measurement("reader", 90),

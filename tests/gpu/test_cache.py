@@ -99,20 +99,20 @@ def test_rows_do_not_depend_on_neighbours_or_position(device, clip, precision):
     if precision != "bf16":
         only_on_cuda(device)
     loaded = copied(clip, device, precision)
-    rows = Teacher(loaded, batch_size=64).rows
-    images = images_for(loaded, 2 * rows + 5)
-    texts = texts_for(len(images))
-    seen = Teacher(loaded, rows).embed_images(images)
-    read = Teacher(loaded, rows).embed_texts(texts)
-    teacher = Teacher(loaded, rows)
+    teacher = Teacher(loaded, batch_size=64)
+    images = images_for(loaded, 2 * teacher.rows + 5)
+    texts = texts_for(2 * teacher.text_rows + 5)
+    seen = teacher.embed_images(images)
+    read = teacher.embed_texts(texts)
     assert np.isfinite(seen).all()
-    assert np.array_equal(teacher.embed_images(images), seen), "the same again"
-    assert np.array_equal(teacher.embed_images(images[::-1])[::-1], seen)
-    assert np.array_equal(teacher.embed_texts(texts[::-1])[::-1], read)
-    for row in (0, rows - 1, len(images) - 1):
-        assert np.array_equal(teacher.embed_images(images[row : row + 1])[0], seen[row])
-        assert np.array_equal(teacher.embed_texts(texts[row : row + 1])[0], read[row])
     assert not np.array_equal(seen[0], seen[1])
+    assert np.array_equal(teacher.embed_images(images), seen), "the same images again"
+    assert np.array_equal(teacher.embed_texts(texts), read), "the same texts again"
+    assert np.array_equal(teacher.embed_images(images[::-1])[::-1], seen), "images in other places"
+    assert np.array_equal(teacher.embed_texts(texts[::-1])[::-1], read), "texts in other places"
+    for row in (0, teacher.rows - 1, len(images) - 1):
+        assert np.array_equal(teacher.embed_images(images[row : row + 1])[0], seen[row]), f"image {row} alone"
+        assert np.array_equal(teacher.embed_texts(texts[row : row + 1])[0], read[row]), f"text {row} alone"
 
 
 def test_precisions_agree(device, clip):
