@@ -113,7 +113,7 @@ class TransferTask(Task):
 
     def forward(self, batch: Batch) -> Features:
         """Return (n,) ``loss`` and, with RangeAugment, ``error`` of its images."""
-        outputs = Features()
+        outputs: Features = {}
         features = batch.get("features")
         if features is None:
             images = batch["images"]
