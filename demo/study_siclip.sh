@@ -2,7 +2,7 @@
 # SiCLIP's ablation (its tables 4 and 5) at small scale: the demo's scenes, MobileCLIP-S0 and SiCLIP at an eighth of
 # the width.
 #   make study-siclip      runs the demo first where needed; under an hour on two cores; writes docs/siclip.md, .svg and -divergence.svg
-# A small MobileCLIP, distilled from the demo's CoCa by the affinity recipe, is base and teacher of all rows.
+# A small MobileCLIP, distilled from the demo's CoCa by the TinyCLIP recipe, is base and teacher of all rows.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 RUN=${RUN:-demo-run}
@@ -12,7 +12,7 @@ export CLIPMILL_LOG=${CLIPMILL_LOG:-WARNING} PYTHONWARNINGS=ignore
 [ -f "$ROOT/teacher/coca/dataset.json" ] || [ -d "$ROOT/teacher/coca" ] || RUN=$RUN bash demo/demo.sh
 
 common=(--data "$ROOT" --batch-size 128 --lr 2e-3 --warmup 20 --workers 0 --precision fp32)
-clipmill train affinity "${common[@]}" --model local-dir:demo/models/mobileclip --out "$STUDY/base" \
+clipmill train tinyclip "${common[@]}" --model local-dir:demo/models/mobileclip --out "$STUDY/base" \
   --steps "$BASE_STEPS" --feature-weight 2
 # the paper's --fd-weight of 4000 is for features of width 512; these have width 128
 plain=(--no-inherit --fd-weight 0 --crd-weight 0 --icl-weight 0 --pm-weight 0)

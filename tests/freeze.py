@@ -82,7 +82,7 @@ PLAIN = ("--precision", "fp32", "--device", "cpu", *SMALL)
 LABELLED = ("--data", "eval/zeroshot", "--workers", "0", "--sides", "48", "--base-side", "48", "--batch-parts", "1")
 RECIPES = {
     "clip": (*DATA, "--model", STUDENT),
-    "affinity": (*DATA, "--model", STUDENT),
+    "tinyclip": (*DATA, "--model", STUDENT),
     "siclip": (
         *DATA,
         "--model",

@@ -74,7 +74,7 @@ def test_the_whole_path(command, tmp_path):
     assert "synsets of" in good("vocab", root, "--min-count", "1")
     good("cache", root, "--model", coca, "--views", "2", "--flip", "0", "--ops", "1")
     assert "all promises hold" in good("check", root)
-    assert good("train", "affinity", "--smoke", "--data", root, "--model", student, "--out", run).strip() == run
+    assert good("train", "tinyclip", "--smoke", "--data", root, "--model", student, "--out", run).strip() == run
     assert "recall" in good("eval", run, "--data", evaluation(tmp_path / "pairs"))
     assert Path(run, "eval", "pairs_retrieval.json").exists()
     good("export", run, "--to", str(tmp_path / "exported"))
@@ -98,9 +98,9 @@ def test_exit_codes_and_one_line_errors(command, tmp_path):
     assert code == 1
     assert "it is not a clipmill dataset" in out
     code, _, err = command("train", "nope")
-    known = "clip, affinity, catlip, probe, finetune, siclip, coca"
+    known = "clip, tinyclip, catlip, probe, finetune, siclip, coca"
     assert (code, err) == (2, f"clipmill: no recipe 'nope'; there are {known}\n")
-    assert "affinity" in command("train", "--help")[1]
+    assert "tinyclip" in command("train", "--help")[1]
     assert command("--help")[0] == 0
 
 
@@ -131,7 +131,7 @@ def test_failed_shards_are_exit_code_one(command, tmp_path):
     assert Path(root, "shards", "00000.tar").exists()
 
 
-@pytest.mark.parametrize("recipe", ["clip", "affinity", "coca"])
+@pytest.mark.parametrize("recipe", ["clip", "tinyclip", "coca"])
 def test_recipes_show_their_options(recipe):
     done = subprocess.run([sys.executable, "-m", "clipmill", "train", recipe, "--help"], capture_output=True, text=True)
     assert done.returncode == 0
@@ -193,7 +193,7 @@ def test_the_wheel_carries_every_floor(tmp_path):
     )
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"clipmill.py", "shards_spec/SPEC.md", "training/recipes/affinity.py", "slurm/__init__.py"} <= names
+    assert {"clipmill.py", "shards_spec/SPEC.md", "training/recipes/tinyclip.py", "slurm/__init__.py"} <= names
     assert any(name.endswith("dataset.html.j2") for name in names)
     assert not any(name.startswith(("tests/", "demo/")) for name in names)
 

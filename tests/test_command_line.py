@@ -88,8 +88,8 @@ def images(tmp_path) -> str:
         (["pakc"], "no command 'pakc'; did you mean pack?"),
         (["Ingest"], "did you mean ingest?"),
         (["nope"], "no command 'nope'; there are ingest, dedup"),
-        (["train", "afinity"], "no recipe 'afinity'; did you mean affinity?"),
-        (["train", "nope"], "no recipe 'nope'; there are clip, affinity"),
+        (["train", "tinyclp"], "no recipe 'tinyclp'; did you mean tinyclip?"),
+        (["train", "nope"], "no recipe 'nope'; there are clip, tinyclip"),
         (["ingest"], "ROOT and --source are needed; for example: clipmill ingest /data/cc3m --source"),
         (["ingest", "x"], "ingest: --source is needed; for example"),
         (["ingest", "x", "--sorce", "y"], "no option --sorce; did you mean --source?"),
@@ -172,7 +172,7 @@ def test_a_recipes_help_has_an_example_what_is_needed_and_how_to_try_it(here, re
         (["pipeline", "ROOT", "-h"], "ROOT the dataset that all commands work on"),
         (["pipeline", "ROOT", "--", "pack", "--help"], "For example: clipmill submit pack /data/cc3m"),
         (["pipeline", "ROOT", "--", "train", "clip", "--help"], "For example: clipmill submit train clip --data"),
-        (["train", "--help"], "Recipes: clip, affinity,"),
+        (["train", "--help"], "Recipes: clip, tinyclip,"),
         (["train", "clip", "--help"], "--batch-size INT pairs per step"),
         (["train", "clip", "--out", "RUN", "-h"], "For example: clipmill submit train clip --data"),
         (["train", "siclip", "--help"], "--base-weights"),
@@ -189,9 +189,9 @@ def test_all_that_can_be_submitted_has_the_whole_help(here, words, shown):
 
 def test_the_examples_of_submit_are_right():
     *_, train = parse_steps(["pipeline", *EXAMPLES["submit pipeline"].split()])
-    assert train.words == ("affinity", "--model", "ViT-M-32", "--out", "runs/affinity", "--data", "/data/cc3m")
+    assert train.words == ("tinyclip", "--model", "ViT-M-32", "--out", "runs/tinyclip", "--data", "/data/cc3m")
     (alone,) = parse_steps(["train", *EXAMPLES["submit train"].split()])
-    assert (alone.words[0], alone.options.gpus_per_node) == ("affinity", 4)
+    assert (alone.words[0], alone.options.gpus_per_node) == ("tinyclip", 4)
 
 
 def test_no_group_names_an_option_twice_or_one_that_is_nowhere():

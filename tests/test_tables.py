@@ -51,7 +51,7 @@ def test_figures_from_measured_rates_have_a_mark_and_name_the_card(measured):
     assert row(measured["jobs of a GPU"], "text, ViT-L/14")[2:] == ["not yet", ""]
     assert row(measured["cores beside a GPU"], "train ViT-M-32") == ["train ViT-M-32", "12,000†", "26.4†"]
     assert row(measured["one GPU, in short"], "`cache`")[1].endswith("‡")
-    assert row(measured["one GPU, in short"], "`train affinity`, 6 epochs")[1].endswith("†")
+    assert row(measured["one GPU, in short"], "`train tinyclip`, 6 epochs")[1].endswith("†")
     assert row(measured["one GPU, in short"], "`caption`") == row(plan.readme_table(None), "`caption`")
     # the card's own rate counts on the card: 2,905,954 steps at 12,000 a second are 67 s
     corpus = measured["corpora"].split("**CC12M**")[0]

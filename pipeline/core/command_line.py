@@ -39,15 +39,15 @@ EXAMPLES = {
     "check": "/data/cc3m",
     "jobs": "/data/cc3m",
     "train clip": "--data /data/cc3m --model ViT-B-32 --out runs/clip",
-    "train affinity": "--data /data/cc3m --model ViT-M-32 --out runs/affinity",
+    "train tinyclip": "--data /data/cc3m --model ViT-M-32 --out runs/tinyclip",
     "train siclip": "--data /data/cc3m --base-weights mobileclip_s0.pt --out runs/siclip",
     "train catlip": "--data /data/cc3m --out runs/catlip",
     "train coca": "--data /data/cc3m --model coca_ViT-B-32 --out runs/coca",
     "train probe": "--data /data/cifar10 --model runs/catlip --out runs/probe",
     "train finetune": "--data /data/cifar10 --model runs/catlip --out runs/finetune",
     "submit pipeline": "/data/cc3m --array 16 -- ingest --source Train_GCC-training.tsv -- dedup -- pack -- vocab "
-    "-- cache --views 8 --ops 2 -- train affinity --model ViT-M-32 --out runs/affinity",
-    "submit train": "affinity --data /data/cc3m --model ViT-M-32 --out runs/affinity --gpus-per-node 4",
+    "-- cache --views 8 --ops 2 -- train tinyclip --model ViT-M-32 --out runs/tinyclip",
+    "submit train": "tinyclip --data /data/cc3m --model ViT-M-32 --out runs/tinyclip --gpus-per-node 4",
 }
 # command to its groups of options, in the order of the help; an option that is in no group comes after them
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {

@@ -5,7 +5,7 @@
                                   [--rounds 3] [--device cpu] [--precision fp32]
 
 All three train the same student on the same shards through the reader with its worker: (a) the clip recipe's task, (b)
-and (c) the affinity recipe's with the contrastive loss besides; (c) runs the teacher on the batch at its own size.
+and (c) the TinyCLIP recipe's with the contrastive loss besides; (c) runs the teacher on the batch at its own size.
 Weights are random (the time does not depend on them), the cache holds 10 views and 6 captions as wide as the teacher.
 Prints seconds per step of the three (medians of turns one after the other), their ratios, what filling such a cache
 costs per sample, and after how many epochs it has paid for itself.
@@ -31,14 +31,14 @@ from training.data.order import batch_positions
 from training.data.samples import open_samples
 from training.engine.optim import build_optimizer
 from training.models.teacher import FrozenTeacher
-from training.recipes import affinity, clip
+from training.recipes import clip, tinyclip
 from training.runs.student import new_student
 
 
 class Live(nn.Module):
-    """The affinity task whose teacher embeds each batch; the images are resized to its size on the device."""
+    """The TinyCLIP task whose teacher embeds each batch; the images are resized to its size on the device."""
 
-    def __init__(self, task: affinity.AffinityTask, teacher: LoadedModel) -> None:
+    def __init__(self, task: tinyclip.TinyclipTask, teacher: LoadedModel) -> None:
         super().__init__()
         self.task, self.teacher = task, teacher
 
@@ -143,7 +143,7 @@ def measure(root: str, options: argparse.Namespace) -> Costs:
     drawn, cached = ViewConfig(scale=SCALE), TeacherCacheConfig("wide")
     weights = {"affinity": 1.0, "feature": 0.0, "contrastive": 1.0}
     wide = FrozenTeacher("wide", width=student.config["embed_dim"], logit_scale=100.0)
-    taught = affinity.AffinityTask(student.model, weights, None, wide)
+    taught = tinyclip.TinyclipTask(student.model, weights, None, wide)
     cases: dict[str, tuple[Any, ViewConfig | TeacherCacheConfig]] = {
         "(a) no teacher": (clip.ClipTask(student.model), drawn),
         "(b) cached teacher": (taught, cached),

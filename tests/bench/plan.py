@@ -28,7 +28,7 @@ RATES = Path(__file__).parents[1] / "gpu" / "rates.json"
 SUSTAINED = 0.2e15  # of a GPU in a cluster, assumed
 PEAK = 165.2e12  # operations per second of an RTX 4090: dense bf16 products, float32 sums (NVIDIA's data sheet)
 SHARE = 0.2  # of that, assumed
-ALONE = Choices(views=8, int8=True, epochs=6)  # README's commands; six epochs are the affinity recipe's default
+ALONE = Choices(views=8, int8=True, epochs=6)  # README's commands; six epochs are the TinyCLIP recipe's default
 MARKS: dict[Basis, str] = {"measured": "†", "partly measured": "‡", "assumed": ""}
 CORPORA = (
     Corpus("CC3M", 3_318_333, 2_905_954, 1_000, gpu_tasks=4),  # the list of 2018; samples: open_clip's count
@@ -199,7 +199,7 @@ def readme_table(measured: MeasuredRates | None) -> str:
     corpora = {corpus.name: alone_costs(corpus, hardware) for corpus in CORPORA[:2]}
     student = f"train {STUDENTS[0]}"
     names = {stage: f"`{stage}`" for stage in corpora["CC3M"] if not stage.startswith("train")}
-    names[student] = f"`train affinity`, {ALONE.epochs} epochs"
+    names[student] = f"`train tinyclip`, {ALONE.epochs} epochs"
     rows = [["command", *chain.from_iterable((f"{name}: hours", "GB") for name in corpora), "set by"]]
     for stage, name in names.items():
         cells = [name]

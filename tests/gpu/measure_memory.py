@@ -63,7 +63,7 @@ JOBS = (
     ),
     Job(
         "affinity ViT-B-32, batch 1024",
-        "affinity",
+        "tinyclip",
         {"batch_size": 1024, "model": "ViT-B-32"},
         (None, 256),
         dry={"batch_size": 32, "model": "local-dir:{root}/models/clip"},

@@ -26,7 +26,7 @@ from training.config import ModelConfig, TeacherCacheConfig
 from training.data.batches import load_batches
 from training.engine.distributed import Ranks
 from training.engine.updater import Updater
-from training.recipes import affinity
+from training.recipes import tinyclip
 from training.task import Prepared
 
 PHOTOS = 64  # different ones; a dataset repeats them, since making one takes as long as reading it twenty times
@@ -66,11 +66,11 @@ def dataset(where: Options) -> str:
 
 
 class Training:
-    """The affinity recipe on a dataset, from batches that come to the device."""
+    """The TinyCLIP recipe on a dataset, from batches that come to the device."""
 
     def __init__(self, root: str, where: Options) -> None:
         self.where = where
-        config = affinity.config()
+        config = tinyclip.config()
         config = replace(
             config,
             data=replace(config.data, data=root, batch_size=8 if where.dry else 1024),
@@ -79,7 +79,7 @@ class Training:
             run=replace(config.run, precision="bf16"),
         )
         self.batch_size = config.data.batch_size
-        prepared: Prepared = affinity.prepare(config)
+        prepared: Prepared = tinyclip.prepare(config)
         self.rows = prepared.rows
         self.updater = Updater(
             prepared.task.to(where.device).train(), config, TOTAL, ranks=Ranks(), device=where.device

@@ -36,7 +36,7 @@ from training.losses import similarity
 from training.losses.distillation import affinity_loss
 from training.models.mobileclip import forward_shared
 from training.models.teacher import CACHED_FIELDS, FrozenTeacher
-from training.recipes import affinity, clip, siclip
+from training.recipes import clip, siclip, tinyclip
 from training.runs.student import load_student
 
 CARD = 24e9  # bytes of the card that SiCLIP is to fit
@@ -164,12 +164,12 @@ def count(work: Callable[[], object]) -> float:
 def affinity_job(where: Options) -> Job:
     """Affinity mimicking from a cache."""
 
-    def build(config: affinity.AffinityConfig, student: LoadedModel) -> Any:
+    def build(config: tinyclip.TinyclipConfig, student: LoadedModel) -> Any:
         teacher = FrozenTeacher("drawn", width=TEACHER, logit_scale=100.0)
-        return affinity.AffinityTask(student.model, {"affinity": 1.0}, config.fixed_logit_scale, teacher)
+        return tinyclip.TinyclipTask(student.model, {"affinity": 1.0}, config.fixed_logit_scale, teacher)
 
     size = Size("MobileCLIP-tiny", 8) if where.dry else Size("ViT-M-32", 1024)
-    return pairs_job("ViT-M-32", affinity, size, build, TEACHER)
+    return pairs_job("ViT-M-32", tinyclip, size, build, TEACHER)
 
 
 def clip_job(name: str, where: Options) -> Job:
@@ -344,7 +344,7 @@ def measure_siclip(where: Options) -> None:
 
 
 def measure_affinity(where: Options) -> None:
-    """Report the affinity recipe's student, last with --compile, which changes its task for good."""
+    """Report the TinyCLIP recipe's student, last with --compile, which changes its task for good."""
     job = affinity_job(where)
     measure(job, where)
     if where.dry:

@@ -27,7 +27,7 @@ from training.runs.run_folder import RunFolder
 from training.runs.student import load_run
 from training.trainer import Trainer, prepare, train
 
-RECIPES = ("clip", "affinity", "siclip", "catlip")
+RECIPES = ("clip", "tinyclip", "siclip", "catlip")
 STEPS = 4
 FIELDS: dict[str, Any] = {"batch_size": 16, "steps": STEPS, "precision": "fp32"}
 
@@ -88,7 +88,7 @@ def low_scale(monkeypatch):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_half_precisions_are_near_fp32(recipe, precision, root, device, usual, tmp_path):
     """A random SiCLIP's features hardly differ between images, and its BatchNorms magnify the roundings."""
-    if (recipe, precision) != ("affinity", "bf16"):
+    if (recipe, precision) != ("tinyclip", "bf16"):
         only_on_cuda(device)
     found = read_metrics(train(recipe, config_of(recipe, root, tmp_path / "run", device, precision=precision)))
     expected = usual(recipe)
@@ -101,19 +101,19 @@ def test_half_precisions_are_near_fp32(recipe, precision, root, device, usual, t
 @pytest.mark.parametrize(
     ("recipe", "fields"),
     [
-        ("affinity", {"chunk_size": 5}),
+        ("tinyclip", {"chunk_size": 5}),
         ("catlip", {"chunk_size": 5}),
         ("clip", {"chunk_size": 5, "checkpoint_activations": True, "channels_last": True, "workers": 2}),
         ("catlip", {"chunk_size": 5, "checkpoint_activations": True, "channels_last": True, "workers": 2}),
         ("siclip", {"channels_last": True, "workers": 1}),
         ("siclip", {"checkpoint_activations": True, "ema_decay": 0.9}),
-        ("affinity", {"checkpoint_activations": True, "ema_decay": 0.9}),
+        ("tinyclip", {"checkpoint_activations": True, "ema_decay": 0.9}),
     ],
     ids=str,
 )
 def test_ways_to_compute_the_same(recipe, fields, root, device, usual, tmp_path):
     """SiCLIP's BatchNorms normalise over a chunk, so its chunks are other mathematics."""
-    if recipe != "affinity":
+    if recipe != "tinyclip":
         only_on_cuda(device)
     found = read_metrics(train(recipe, config_of(recipe, root, tmp_path / "run", device, **fields)))
     assert_close(found, usual(recipe), rel=0.01)
@@ -175,7 +175,7 @@ def test_the_device_computes_what_the_cpu_does(root, device, usual, tmp_path):
 
 
 def test_an_export_is_the_trained_student(root, device, tmp_path):
-    out = train("affinity", config_of("affinity", root, tmp_path / "run", device, precision="auto", ema_decay=0.5))
+    out = train("tinyclip", config_of("tinyclip", root, tmp_path / "run", device, precision="auto", ema_decay=0.5))
     folder = tmp_path / "exported"
     export(ExportConfig(out, str(folder)))
     student, step = load_run(out)

@@ -43,5 +43,5 @@ def test_from_raw_shards_to_a_training(tmp_path, lost):
     assert sizes == (
         {"00000.tar": 4, "00001.tar": 4} if lost == 2 else {"00000.tar": 0, "00001.tar": 4, "00002.tar": 4}
     )
-    words = ["affinity", "--data", root, "--model", tiny_clip(tmp_path / "clip"), "--teacher", "tea", "--epochs", "2"]
+    words = ["tinyclip", "--data", root, "--model", tiny_clip(tmp_path / "clip"), "--teacher", "tea", "--epochs", "2"]
     assert _train([*words, "--batch-size", "4", "--workers", "0", "--warmup", "0", "--out", str(tmp_path / "run")]) == 0

@@ -44,7 +44,7 @@ sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from small_training import tiny_config
 from training.trainer import train
-train("affinity", tiny_config(*json.loads(sys.argv[1]), **json.loads(sys.argv[2])))
+train("tinyclip", tiny_config(*json.loads(sys.argv[1]), **json.loads(sys.argv[2])))
 """
 
 
@@ -99,13 +99,13 @@ def test_recipe_learns_and_leaves_a_whole_run_folder(recipe, precision, root, tm
     assert all(torch.equal(value, weights[f"student.{name}"]) for name, value in student.model.state_dict().items())
 
 
-def test_terms_of_the_affinity_recipe(root, tmp_path):
+def test_terms_of_the_tinyclip_recipe(root, tmp_path):
     weights = {"affinity_weight": 1.0, "feature_weight": 2.0, "contrastive_weight": 0.5}
-    out = train("affinity", tiny_config("affinity", root, str(tmp_path / "all"), steps=2, **weights))
+    out = train("tinyclip", tiny_config("tinyclip", root, str(tmp_path / "all"), steps=2, **weights))
     assert set(steady_metrics(out)[0]["losses"]) == {"affinity", "feature", "contrastive"}
     assert steady_metrics(out)[-1]["logit_scale"] == pytest.approx(50)
-    learned = tiny_config("affinity", root, str(tmp_path / "learned"), steps=2, fixed_logit_scale=None)
-    scales = [line["logit_scale"] for line in steady_metrics(train("affinity", learned))]
+    learned = tiny_config("tinyclip", root, str(tmp_path / "learned"), steps=2, fixed_logit_scale=None)
+    scales = [line["logit_scale"] for line in steady_metrics(train("tinyclip", learned))]
     assert scales[0] != scales[1]
     assert scales[0] == pytest.approx(1 / 0.07, rel=0.01)
 
@@ -116,24 +116,24 @@ def test_broken_images_are_counted(root, tmp_path):
 
 
 def test_workers_and_cadence_change_nothing(root, tmp_path):
-    one = train("affinity", tiny_config("affinity", root, str(tmp_path / "one")))
-    two = train("affinity", tiny_config("affinity", root, str(tmp_path / "two"), workers=2, checkpoint_steps=5))
+    one = train("tinyclip", tiny_config("tinyclip", root, str(tmp_path / "one")))
+    two = train("tinyclip", tiny_config("tinyclip", root, str(tmp_path / "two"), workers=2, checkpoint_steps=5))
     assert_same_run(one, two)
 
 
 def test_going_on_from_any_checkpoint_equals_an_undisturbed_run(root, tmp_path):
     whole = train(
-        "affinity", tiny_config("affinity", root, str(tmp_path / "whole"), checkpoint_steps=1, keep_checkpoints=99)
+        "tinyclip", tiny_config("tinyclip", root, str(tmp_path / "whole"), checkpoint_steps=1, keep_checkpoints=99)
     )
     kept = RunFolder(whole)
     for step in (1, 5, 11):
         out = tmp_path / f"from_{step}"
-        train("affinity", tiny_config("affinity", root, str(out), checkpoint_steps=1, keep_checkpoints=99))
+        train("tinyclip", tiny_config("tinyclip", root, str(out), checkpoint_steps=1, keep_checkpoints=99))
         for later in range(step + 1, 13):
             (out / "checkpoints" / f"step_{later:06d}.pt").unlink()
         with open(out / "metrics.jsonl", "a") as file:
             file.write('{"step": 13, "lo')  # killed while writing
-        train("affinity", tiny_config("affinity", root, str(out), log_every=1))
+        train("tinyclip", tiny_config("tinyclip", root, str(out), log_every=1))
         assert_same_run(whole, out)
     assert load_checkpoint(kept.newest())["epoch"] == 48 // 23
 
@@ -158,7 +158,7 @@ def test_dropout_goes_on_in_its_random_stream(root, tmp_path):
 
 def start(root, out, **fields):
     code = RUN_IT.format(tests=str(Path(__file__).parents[1] / "support"))
-    words = [json.dumps(["affinity", root, str(out)]), json.dumps(fields)]
+    words = [json.dumps(["tinyclip", root, str(out)]), json.dumps(fields)]
     return subprocess.Popen(
         [sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -182,8 +182,8 @@ def kill_often(root, tmp_path, kills, steps):
         done += process.wait() == -signal.SIGKILL
     assert done, "every process had finished before it was killed"
     assert 0 < steady_metrics(out)[-1]["step"] < steps
-    train("affinity", tiny_config("affinity", root, str(out), **fields))
-    train("affinity", tiny_config("affinity", root, str(undisturbed), **fields | {"checkpoint_steps": None}))
+    train("tinyclip", tiny_config("tinyclip", root, str(out), **fields))
+    train("tinyclip", tiny_config("tinyclip", root, str(undisturbed), **fields | {"checkpoint_steps": None}))
     assert_same_run(undisturbed, out)
     assert not [name for name in os.listdir(out / "checkpoints") if name.endswith(".tmp")]
 
@@ -210,17 +210,17 @@ def test_stopping_signals_leave_a_checkpoint(root, tmp_path, number, monkeypatch
 
     monkeypatch.setattr(Trainer, "step", interrupted)
     handler = signal.getsignal(number)
-    config = tiny_config("affinity", root, str(tmp_path / "run"), checkpoint_minutes=99.0)
+    config = tiny_config("tinyclip", root, str(tmp_path / "run"), checkpoint_minutes=99.0)
     out = str(tmp_path / "run")
     with pytest.raises(SystemExit) as left:
-        train("affinity", config)
+        train("tinyclip", config)
     assert left.value.code == 128 + number, "so that `train && eval` ends here"
     assert RunFolder(out).newest().name == "step_000005.pt"
     assert f"stopped by {number.name} after step 5 of 12" in caplog.text
     assert signal.getsignal(number) == handler
     monkeypatch.undo()
-    train("affinity", config)
-    assert_same_run(out, train("affinity", tiny_config("affinity", root, str(tmp_path / "whole"))))
+    train("tinyclip", config)
+    assert_same_run(out, train("tinyclip", tiny_config("tinyclip", root, str(tmp_path / "whole"))))
 
 
 def test_ctrl_c_reaches_the_workers_too_and_they_stay(root, tmp_path):
@@ -249,8 +249,8 @@ def test_another_config_is_refused_by_field(root, tmp_path):
     with pytest.raises(UserError) as error:
         train("clip", tiny_config("clip", root, out, steps=3, lr=0.5, workers=1, log_every=2, keep_checkpoints=1))
     assert "--lr: 0.001 before, 0.5 now; --steps: 2 before, 3 now" in str(error.value)
-    with pytest.raises(UserError, match="recipe: 'clip' before, 'affinity' now"):
-        train("affinity", tiny_config("affinity", root, out, steps=2))
+    with pytest.raises(UserError, match="recipe: 'clip' before, 'tinyclip' now"):
+        train("tinyclip", tiny_config("tinyclip", root, out, steps=2))
     with pytest.raises(UserError, match=r"has checkpoints \(up to step_000002\.pt\)"):
         train("clip", tiny_config("clip", root, out, steps=2, resume=False))
     assert steady_metrics(train("clip", tiny_config("clip", root, out, steps=2)))[-1]["step"] == 2
@@ -390,8 +390,8 @@ def test_captioning_loss_is_open_clips(root):
         ("clip", {"data": ""}, "--data is needed"),
         ("clip", {"model": "no-such"}, "'no-such'"),
         ("clip", {"device": "cuda"}, "no CUDA device"),
-        ("affinity", {"teacher": "x"}, "--teacher 'x' is not there"),
-        ("affinity", {"affinity_weight": 0.0}, "--affinity-weight 0.0: must be above 0 when the others are 0"),
+        ("tinyclip", {"teacher": "x"}, "--teacher 'x' is not there"),
+        ("tinyclip", {"affinity_weight": 0.0}, "--affinity-weight 0.0: must be above 0 when the others are 0"),
         ("coca", {"model": "ViT-S-32"}, "has no text decoder"),
         ("clip", {"batch_size": 0}, "--batch-size 0: must be 1 or more"),
         ("clip", {"steps": 0}, "--steps 0: must be 1 or more"),
@@ -415,9 +415,9 @@ def test_users_mistakes(recipe, fields, message, root, tmp_path):
 
 def test_feature_widths_must_agree(root, tmp_path):
     model = tiny_clip(tmp_path / "wide", dim=24)
-    config = tiny_config("affinity", root, str(tmp_path / "run"), model=model, feature_weight=1.0)
+    config = tiny_config("tinyclip", root, str(tmp_path / "run"), model=model, feature_weight=1.0)
     with pytest.raises(UserError, match="features have 24 numbers, those of teacher planted have 16"):
-        train("affinity", config)
+        train("tinyclip", config)
 
 
 def test_peak_memory_is_printed(root, capsys, monkeypatch):

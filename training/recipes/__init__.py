@@ -2,7 +2,7 @@
 
 RECIPES = {
     "clip": "plain contrastive training (CLIP)",
-    "affinity": "a student taught by a teacher cache: affinity mimicking and features (TinyCLIP)",
+    "tinyclip": "a student taught by a teacher cache: affinity mimicking and features (TinyCLIP)",
     "catlip": "an image tower that names the synsets of captions, without a text tower (CatLIP)",
     "probe": "a linear head on a frozen image tower, of labelled images",
     "finetune": "a whole image tower on labelled images",

@@ -52,7 +52,7 @@ def bytes_of(config, recipe, chunk, as_bytes=True):
     return profile.at(size, 1, chunk, as_bytes).total
 
 
-@pytest.mark.parametrize("recipe", ["clip", "affinity", "coca"])
+@pytest.mark.parametrize("recipe", ["clip", "tinyclip", "coca"])
 def test_chunks_chosen_by_fit_are_the_same_mathematics(recipe, root, tmp_path, caplog):
     """The largest that fits of 16, 8, 4, 2, 1; losses, gradients and learning rate of every step are the whole's."""
     fields = {"batch_size": 16, "steps": 5, "precision": "fp32"}
@@ -278,8 +278,8 @@ def test_losses_in_blocks_of_rows_are_the_whole(loss, rows, monkeypatch):
 
 def test_memory_of_losses_in_blocks_is_linear_in_the_batch(root):
     """Above `MAX_WHOLE` pairs the four matrices of all pairs are never there, and are not predicted."""
-    config = tiny_config("affinity", root, "unused", batch_size=similarity.MAX_WHOLE)
-    _, samples, task = prepare("affinity", config)
+    config = tiny_config("tinyclip", root, "unused", batch_size=similarity.MAX_WHOLE)
+    _, samples, task = prepare("tinyclip", config)
     [(one, _)] = profiles(config, samples, task)
     whole = one.at(similarity.MAX_WHOLE, chunk_size=1).activations
     blocks = one.at(similarity.MAX_WHOLE + 1, chunk_size=1).activations

@@ -44,8 +44,8 @@ def peak_of_steps(config, prepared, batch):
 @pytest.mark.parametrize("chunk", [None, 24])
 @pytest.mark.parametrize(
     ("recipe", "vision"),
-    [("clip", DEEP_VIT), ("clip", TINY_RESNET), ("affinity", None), ("siclip", None)],
-    ids=["vit", "resnet", "affinity", "siclip"],
+    [("clip", DEEP_VIT), ("clip", TINY_RESNET), ("tinyclip", None), ("siclip", None)],
+    ids=["vit", "resnet", "tinyclip", "siclip"],
 )
 def test_a_step_takes_what_passes_of_few_samples_predict(recipe, vision, chunk, precision, root, tmp_path, monkeypatch):
     monkeypatch.setattr(batch_fit, "MOST_MEASURED", 16)
@@ -132,8 +132,8 @@ def test_fewer_samples_are_measured_where_the_device_has_no_room(root, monkeypat
 
 def test_the_losses_are_the_worst_of_a_large_batch(root):
     """Matrices of all pairs, in chunks of one sample: what the towers hold is little beside them."""
-    config = tiny_config("affinity", root, "unused", batch_size=2048)
-    _, rows, task = prepare("affinity", config)
+    config = tiny_config("tinyclip", root, "unused", batch_size=2048)
+    _, rows, task = prepare("tinyclip", config)
     with AllocationMeter() as meter:
         one = measure(task.train(), first_batch(rows, 4), 2048, meter, most=4)
     memory = one.at(2048, chunk_size=1)

@@ -31,7 +31,7 @@ from training.engine.distributed import processes
 from training.engine.gradients import Gradients, split
 from training.engine.sync_batch_norm import CpuSyncBatchNormAct, statistics, synchronise
 from training.engine.updater import Updater
-from training.recipes import affinity
+from training.recipes import tinyclip
 from training.runs.checkpoint_files import load_checkpoint
 from training.runs.run_folder import RunFolder
 from training.trainer import Trainer, train
@@ -183,9 +183,9 @@ def root(tmp_path_factory):
 
 
 def run(rank, root, out, spoil, fields):
-    """A run of the affinity recipe; ``spoil(rank)`` is called before."""
+    """A run of the TinyCLIP recipe; ``spoil(rank)`` is called before."""
     spoil(rank)
-    return train("affinity", tiny_config("affinity", root, out, **{"batch_size": 6, "steps": 8, **fields}))
+    return train("tinyclip", tiny_config("tinyclip", root, out, **{"batch_size": 6, "steps": 8, **fields}))
 
 
 def nothing(rank):
@@ -227,7 +227,7 @@ def test_torchrun_gives_the_run_of_one_process_and_goes_on_with_one(root, one, t
     fields = {"batch_size": 6, "steps": 8, "lr": 1e-3, "checkpoint_steps": 2, "keep_checkpoints": 9, "workers": 0}
     options = [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     out, model = tmp_path / "run", f"local-dir:{root}/models/clip"
-    done = torchrun("train", "affinity", "--smoke", "--data", root, "--out", str(out), "--model", model, *options)
+    done = torchrun("train", "tinyclip", "--smoke", "--data", root, "--out", str(out), "--model", model, *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(out)]  # rank 0 alone says it
     assert done.stderr.count("step 8/8") == 1
@@ -352,7 +352,7 @@ def test_an_error_on_one_rank_ends_all(spoil, failing, kind, text, root, tmp_pat
 
 
 def nan_on_1(rank):
-    forward = affinity.AffinityTask.forward
+    forward = tinyclip.TinyclipTask.forward
 
     def poisoned(self, batch):
         features = forward(self, batch)
@@ -360,7 +360,7 @@ def nan_on_1(rank):
             features["text"] = features["text"] * math.nan
         return features
 
-    affinity.AffinityTask.forward = poisoned
+    tinyclip.TinyclipTask.forward = poisoned
 
 
 def test_a_loss_that_is_not_finite_is_skipped_by_all(root, tmp_path):

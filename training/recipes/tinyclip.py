@@ -7,7 +7,7 @@ cache, so the teacher costs nothing here; views are the cache's; weights are not
 (arXiv 2307.12732) can be added. ViT-M-32 has the image tower of TinyCLIP-ViT-40M/32 (59.8 % ImageNet zero-shot with
 inheritance on LAION-400M), its text tower is 12 layers deep instead of 6.
 
-    clipmill train affinity --data ROOT --teacher NAME --out RUN
+    clipmill train tinyclip --data ROOT --teacher NAME --out RUN
 """
 
 import math
@@ -29,7 +29,7 @@ from training.task import Batch, Features, Losses, Prepared, Task
 
 
 @dataclass(frozen=True)
-class AffinityConfig:
+class TinyclipConfig:
     """Distil a student from a teacher cache: affinity mimicking and features."""
 
     data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
@@ -55,17 +55,17 @@ class AffinityConfig:
         require(scale is None or scale > 0, "fixed_logit_scale", scale, "above 0 or None")
 
 
-def config() -> AffinityConfig:
+def config() -> TinyclipConfig:
     """Return the paper's numbers (released scripts)."""
-    return AffinityConfig(
+    return TinyclipConfig(
         data=DataConfig(batch_size=32768, workers=8),
         student=ModelConfig(model="ViT-M-32"),
         optim=OptimConfig(lr=1e-4, weight_decay=0.2, warmup=2000, clip_norm=5.0),
-        run=RunConfig(out="runs/affinity", epochs=6),
+        run=RunConfig(out="runs/tinyclip", epochs=6),
     )
 
 
-class AffinityTask(Task):
+class TinyclipTask(Task):
     """A student that follows a teacher's similarities.
 
     Args:
@@ -114,7 +114,7 @@ class AffinityTask(Task):
             clamp_logit_scale(self.student)
 
 
-def prepare(config: AffinityConfig) -> Prepared:
+def prepare(config: TinyclipConfig) -> Prepared:
     """Return student, samples and task.
 
     Raises UserError and DataError, among others when features of different width are to be compared.
@@ -133,4 +133,4 @@ def prepare(config: AffinityConfig) -> Prepared:
         "feature": config.feature_weight,
         "contrastive": config.contrastive_weight,
     }
-    return Prepared(student, samples, AffinityTask(student.model, weights, config.fixed_logit_scale, teacher))
+    return Prepared(student, samples, TinyclipTask(student.model, weights, config.fixed_logit_scale, teacher))
