@@ -20,8 +20,8 @@ from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.caption.kernels import attention_kernel
 from pipeline.caption.prepacked_linear import prepack_linear
-from pipeline.caption.token_attention import kernel_for
 from shards_spec.files import UserError
 
 NO_COCA = "caption needs an open_clip CoCa model, such as coca_ViT-L-14: this has no text decoder"
@@ -48,7 +48,7 @@ class DecodingBlock:
         self.project_out = prepack_linear(attention.out_proj.weight, attention.out_proj.bias)
         self.mlp_in = prepack_linear(mlp.c_fc.weight, mlp.c_fc.bias)
         self.mlp_out = prepack_linear(mlp.c_proj.weight, mlp.c_proj.bias)
-        self.attend = kernel_for(self.head_width, weight.dtype, weight.device)
+        self.attend = attention_kernel(self.head_width, weight.dtype, weight.device)
 
     def split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(B, T, parts·C) as ``parts`` tensors (B, H, T, D)."""

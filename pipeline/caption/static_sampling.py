@@ -7,6 +7,7 @@ Attention sees the tokens up to its position, without a mask: kernels and result
 
 What depends on values is left to the host, every few tokens: captions that ended are dropped when fewer rows suffice,
 and at the end captions are written again by the other module where choosing needed more candidates than are looked at.
+For nuclei a kernel spares that (`pipeline/caption/nucleus_kernel.py`).
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 from pipeline.caption.coca import Coca, DecoderState, EncodedImages
 from pipeline.caption.cuda_graphs import GraphCache
 from pipeline.caption.decoding import Decoding
+from pipeline.caption.kernels import nucleus_kernel
 from pipeline.caption.sampling import (
     FIRST_CANDIDATES,
     MORE_CANDIDATES,
@@ -52,9 +54,12 @@ class StaticSampler:
         self.prompt = [coca.start, *coca.prompt_tokens(decoding.prefix)]
         self.longest = decoding.longest_caption(coca.context_length, len(self.prompt) - 1)
         self.vocabulary = int(coca.decoder.text_projection.shape[1])
-        first = FIRST_CANDIDATES * MORE_CANDIDATES
+        self.sample_incomplete = nucleus_kernel(coca.device) if decoding.method == "nucleus" else None
+        first = FIRST_CANDIDATES
         if decoding.method == "top_k":
             first = max(FIRST_CANDIDATES, 2 * decoding.top_k)
+        elif self.sample_incomplete is None:
+            first = FIRST_CANDIDATES * MORE_CANDIDATES
         self.candidates = min(first, self.vocabulary)
         self._buffers: Buffers | None = None
 
@@ -141,7 +146,12 @@ class StaticSampler:
             return chosen, torch.ones_like(chosen, dtype=torch.bool)
         scores = with_temperature(scores, self.decoding)
         chosen, complete = sample_among(scores, self.decoding, seeds, self.candidates)
-        return chosen, torch.ones_like(complete) if self.candidates == self.vocabulary else complete
+        if self.candidates == self.vocabulary:
+            return chosen, torch.ones_like(complete)
+        if self.sample_incomplete is not None:
+            self.sample_incomplete(scores, seeds, self.decoding.top_p, chosen, complete)
+            return chosen, torch.ones_like(complete)
+        return chosen, complete
 
     def _compact(self, buffers: Buffers, layout: Layout, running: np.ndarray, filled: int) -> Layout:
         """Drop the rows that are not ``running`` where fewer rows or images then suffice."""

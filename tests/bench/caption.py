@@ -128,15 +128,15 @@ def reading_limit(device: str) -> float:
 
 
 class Writer:
-    """Writes captions of ``tokens`` tokens, the start token counted: drawn by top-k 50, none ends early."""
+    """Writes captions of ``tokens`` tokens, the start token counted: drawn by ``method``, none ends early."""
 
-    def __init__(self, coca: "Coca", tokens: int, graphs: bool) -> None:
+    def __init__(self, coca: "Coca", tokens: int, graphs: bool, method: str = "top_k") -> None:
         from pipeline.caption.cuda_graphs import graphs_for
         from pipeline.caption.decoding import Decoding
         from pipeline.caption.static_sampling import StaticSampler
 
         self.coca = coca
-        self.decoding = Decoding("top_k", top_k=50, min_tokens=tokens - 2, max_tokens=tokens - 1)
+        self.decoding = Decoding(method, top_k=50, top_p=0.9, min_tokens=tokens - 2, max_tokens=tokens - 1)
         self.sampler = StaticSampler(coca, self.decoding, graphs_for(coca.device)) if graphs else None
 
     def write(self, encoded: "EncodedImages", captions: int) -> None:

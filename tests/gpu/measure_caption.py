@@ -164,6 +164,14 @@ class Measurement:
         name = f"caption: {batch} images, {captions} captions each, torch's attention"
         figure(name, 1e3 * seconds / (self.tokens - 1), "ms a token")
 
+    def nucleus(self, batch: int, captions: int) -> None:
+        """Report nucleus sampling at its slowest: with random weights nearly all tokens are in the nucleus."""
+        encoded = self.coca.encode_images(self.images(batch))
+        writer = Writer(self.coca, self.tokens, graphs=True, method="nucleus")
+        seconds = seconds_of(lambda: writer.write(encoded, captions), self.device, repeat=self.repeat, warm_up=2)
+        name = f"caption: {batch} images, {captions} captions each, large nuclei"
+        figure(name, 1e3 * seconds / (self.tokens - 1), "ms a token", graphs=len(writer.sampler.graphs))
+
     def choosing(self, rows: int) -> None:
         """Print the time of the parts of choosing a token."""
         logits = torch.randn(rows, 49408, device=self.device)
@@ -250,6 +258,7 @@ def main() -> int:
         *(partial(measurement.kernels, sizes[0], captions) for captions in few),
         *(partial(encode_and_write, batch) for batch in sizes[1:]),
         *(partial(measurement.without_kernel, sizes[0], captions) for captions in few),
+        partial(measurement.nucleus, sizes[0], 5),
         captioner_and_stage,
         *(partial(measurement.choosing, rows) for rows in (() if where.dry else (256, 1280))),
     )

@@ -18,7 +18,7 @@ from pipeline.caption.config import CaptionConfig
 from pipeline.caption.cuda_graphs import graphs_for
 from pipeline.caption.decoding import Decoding
 from pipeline.caption.requests import CaptionRequest
-from pipeline.caption.sampling import DecodedTokens, generate
+from pipeline.caption.sampling import DecodedTokens, generate, sample_token
 from pipeline.caption.stage import caption
 from pipeline.caption.static_sampling import StaticSampler
 from shards_spec.files import join
@@ -162,6 +162,22 @@ def test_the_kernel_for_attention_equals_torchs(device, precision):
             F.scaled_dot_product_attention(query, keys[:, :, read], values[:, :, read]).transpose(1, 2).flatten(2)
         )
         torch.testing.assert_close(found, expected, rtol=2e-2 if precision != torch.float32 else 1e-4, atol=1e-2)
+
+
+def test_the_kernel_for_large_nuclei_equals_a_full_sort(device):
+    only_on_cuda(device)
+    from pipeline.caption.nucleus_kernel import sample_incomplete
+
+    generator = torch.Generator(device).manual_seed(0)
+    for spread, top_p in ((0.01, 0.9), (1.0, 0.3), (1.0, 0.999), (4.0, 0.9)):
+        scores = spread * torch.randn(300, 49408, device=device, generator=generator)
+        seeds = torch.randint(-(2**62), 2**62, (300,), device=device, generator=generator)
+        chosen = torch.full_like(seeds, -1)
+        complete = torch.arange(300, device=device) % 3 == 0
+        sample_incomplete(scores, seeds, top_p, chosen, complete)
+        expected = sample_token(scores, Decoding(top_p=top_p), seeds)
+        assert (chosen[complete] == -1).all()
+        assert (chosen == expected)[~complete].float().mean() >= 0.99  # masses are float32 here
 
 
 def test_captions_are_those_of_the_cpu(device, tiny, raw):

@@ -10,11 +10,11 @@ from small_data import narrow_coca, tiny_coca
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from pipeline.caption import static_buffers
+from pipeline.caption import static_buffers, static_sampling
 from pipeline.caption.coca import Coca
 from pipeline.caption.cuda_graphs import GraphCache
 from pipeline.caption.decoding import Decoding
-from pipeline.caption.sampling import DecodedTokens, generate
+from pipeline.caption.sampling import DecodedTokens, generate, sample_token
 from pipeline.caption.static_buffers import Layout, size_for
 from pipeline.caption.static_sampling import StaticSampler
 from shards_spec.files import UserError
@@ -172,6 +172,26 @@ def test_captions_that_need_more_candidates_are_written_again(coca, method):
         seen.append(sampler.candidates)
         check_alike(sampler.generate(images, owners, names), expected)
     assert seen == [3, 48, 48 if method == "top_k" else 768]
+
+
+def test_a_kernel_for_large_nuclei_spares_writing_again(coca, monkeypatch):
+    decoding = Decoding(top_p=0.95, temperature=8.0, min_tokens=0, max_tokens=6)
+    images, owners, names = job(coca, [2] * 6)
+    expected = generate(coca, images, owners, names, decoding)
+    asked = []
+
+    def sample_incomplete(scores, seeds, top_p, chosen, complete):
+        asked.append(complete.clone())
+        chosen.copy_(torch.where(complete, chosen, sample_token(scores, Decoding(top_p=top_p), seeds)))
+
+    monkeypatch.setattr(static_sampling, "nucleus_kernel", lambda device: sample_incomplete)
+    sampler = StaticSampler(coca, decoding, GraphCache(None))
+    sampler.candidates = 3
+    monkeypatch.setattr(static_sampling, "generate", None)
+    check_alike(sampler.generate(images, owners, names), expected)
+    assert sampler.candidates == 3
+    assert len(asked) == sampler.longest
+    assert not all(complete.all() for complete in asked)
 
 
 def test_where_capturing_fails_captions_are_written_without_it(coca, caplog):

@@ -1,0 +1,59 @@
+"""Triton kernels for CUDA where they work: each is tried once, and what is wrong with it is logged."""
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from shards_spec.library_errors import short
+
+log = logging.getLogger(__name__)
+K = TypeVar("K")
+Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+SampleIncomplete = Callable[[Tensor, Tensor, float, Tensor, Tensor], None]
+SMALLEST_WIDTH = 16  # of a head
+
+
+@cache
+def attention_kernel(width: int, dtype: torch.dtype, device: torch.device) -> Attend | None:
+    """`decode_attention.attend` for heads of this width; None leaves it to torch."""
+    if device.type != "cuda" or width < SMALLEST_WIDTH or width & (width - 1):
+        return None
+
+    def tried() -> Attend:
+        from pipeline.caption.decode_attention import attend
+
+        keys = torch.zeros(1, 1, 1, width, dtype=dtype, device=device)
+        attend(torch.zeros(1, 1, 3 * width, dtype=dtype, device=device), keys, torch.zeros_like(keys), 0)
+        return attend
+
+    return _unless_it_fails("attention", tried)
+
+
+@cache
+def nucleus_kernel(device: torch.device) -> SampleIncomplete | None:
+    """`nucleus_kernel.sample_incomplete`; None where the host sees to large nuclei."""
+    if device.type != "cuda":
+        return None
+
+    def tried() -> SampleIncomplete:
+        from pipeline.caption.nucleus_kernel import sample_incomplete
+
+        scores = torch.zeros(1, 64, device=device)
+        seeds = torch.zeros(1, dtype=torch.long, device=device)
+        sample_incomplete(scores, seeds, 0.9, torch.zeros_like(seeds), torch.zeros_like(seeds, dtype=torch.bool))
+        return sample_incomplete
+
+    return _unless_it_fails("large nuclei", tried)
+
+
+def _unless_it_fails(purpose: str, tried: Callable[[], K]) -> K | None:
+    """The kernel, run once; Triton may be missing, and it needs a C compiler and a card that it knows."""
+    try:
+        return tried()
+    except Exception as error:  # of many kinds: of imports, compilers, drivers
+        log.warning("no kernel for %s here, so captions take longer: %s", purpose, short(error))
+        return None
