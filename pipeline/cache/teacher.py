@@ -140,7 +140,7 @@ class Teacher:
             part = batch[done : done + rows]
             begin = self._clock.moment()
             try:
-                # normalised with the copies: how CUDA sums up a row's squares depends on the number of rows
+                # normalised with the copies: the order in which CUDA sums up a row depends on the number of rows
                 features = F.normalize(encode(self._full_pass(part, rows)).float(), dim=-1)[: len(part)]
             except RuntimeError as error:
                 if not is_out_of_memory(error):
