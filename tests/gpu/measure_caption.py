@@ -73,7 +73,9 @@ class Measurement:
         """Report captions per second; ``encoding`` is the seconds of encoding the batch."""
         encoded = self.coca.encode_images(self.images(batch))
         writer = Writer(self.coca, self.tokens, graphs=True)
+        before = bytes_beside_torch(self.device)
         capturing = self.seconds_of_capturing(writer, encoded, captions)
+        of_graphs = bytes_beside_torch(self.device) - before
         with_graphs = self.seconds(writer, encoded, captions)
         eagerly = self.seconds(self.eager, encoded, captions)
         number = batch * captions
@@ -91,6 +93,7 @@ class Measurement:
             share_of_reading=read / with_graphs / (1e9 * self.reading),
             graphs=len(writer.sampler.graphs),
             s_of_capturing=capturing - with_graphs,
+            MB_of_graphs=of_graphs / 1e6,
         )
         if captions == 5:
             name = f"caption: five captions written, {batch} images at a time"
@@ -215,6 +218,14 @@ class Measurement:
         print(f"{batch} images, {captions} captions each:")
         order = f"self_{'cpu' if self.device == 'cpu' else 'device'}_time_total"
         print(profile.key_averages().table(sort_by=order, row_limit=KERNELS, max_name_column_width=90), flush=True)
+
+
+def bytes_beside_torch(device: str) -> int:
+    """Bytes in use on a CUDA device that are not of torch's tensors: kernels, libraries, and what graphs consist of."""
+    if not device.startswith("cuda"):
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free - torch.cuda.memory_reserved())
 
 
 def write_photos_as_raw(root: str, photos: list[bytes], shards: int, samples: int) -> None:
