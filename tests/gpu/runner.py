@@ -3,7 +3,7 @@
     python tests/gpu/runner.py [--dry] [--only STEP ...] [--seconds N] [--table FILE]
 
 The exit code is 1 when a step failed or was stopped. Under $OUT (or a folder of /tmp): figures.jsonl, rates.json for
-tests/bench/plan.py, table.md, and a log per step. --table prints the table of an earlier figures.jsonl.
+tests/bench/plan.py, table.md, and log.txt, what the steps wrote. --table prints the table of an earlier figures.jsonl.
 """
 
 import argparse
@@ -168,13 +168,16 @@ def run_steps(names: list[str], *, dry: bool, seconds: float, out: Path, work: P
         if limit < 1:
             outcomes.append(Outcome(step.name, [], 0.0, "no time left"))
             continue
-        log = out / f"{step.name}.log"
+        log = work / f"{step.name}.log"
         outcome = run_step(step, dry=dry, limit=limit, env=env, log=log)
         outcomes.append(outcome)
+        output = log.read_text(errors="replace")
+        with (out / "log.txt").open("a") as whole:
+            whole.write(f"=== {step.name}\n{output}\n")
         said = outcome.fault or "done"
         print(f"{step.name}: {said} in {outcome.seconds:.0f} s, {len(outcome.figures)} figures", flush=True)
         if outcome.fault:
-            shown_lines = [line for line in log.read_text(errors="replace").splitlines() if not line.startswith(PREFIX)]
+            shown_lines = [line for line in output.splitlines() if not line.startswith(PREFIX)]
             print("\n".join(f"    {line}" for line in shown_lines[-LOG_LINES:]), flush=True)
     return outcomes
 
@@ -192,6 +195,7 @@ def main() -> int:
         return 0
     out = Path(os.environ.get("OUT") or tempfile.mkdtemp(prefix="clipmill-gpu-out-"))
     out.mkdir(parents=True, exist_ok=True)
+    (out / "log.txt").unlink(missing_ok=True)
     machine = facts_about_machine(given.dry)
     with tempfile.TemporaryDirectory(prefix="clipmill-gpu-") as folder:
         outcomes = run_steps(given.only, dry=given.dry, seconds=given.seconds, out=out, work=Path(folder))
