@@ -14,11 +14,13 @@ from small_data import narrow_coca, tiny_coca, tree, write_coca, write_raw
 from pipeline.caption.captioner import Captioner
 from pipeline.caption.coca import Coca
 from pipeline.caption.config import CaptionConfig
+from pipeline.caption.cuda_graphs import GraphCache
 from pipeline.caption.decoding import Decoding
 from pipeline.caption.head_check import ContrastiveHeadCheck
 from pipeline.caption.redraws import caption_defect
 from pipeline.caption.requests import CaptionRequest
 from pipeline.caption.stage import caption
+from pipeline.caption.static_sampling import StaticSampler
 from shards_spec.files import UserError, join
 from shards_spec.images import decode_rgb
 from shards_spec.manifest import Done, read_dataset, read_done, shard_ids, write_stage
@@ -203,6 +205,35 @@ def test_images_encoded_ahead_give_the_same_captions(root, model, monkeypatch):
     shard = order[: order.index("caption") + 1]
     assert shard == ["stack", "encode_images", "stack", "caption"], "before the first batch the second one is fetched"
     assert order.count("encode_images") == order.count("stack"), "a batch was encoded twice"
+
+
+def test_the_sampler_of_a_gpu_writes_the_same_captions(root, model, monkeypatch):
+    """The whole stage in static memory, with a lack of memory on the way."""
+    usual = config(root, model, batch_size=5, decoding=replace(SHORT, temperature=0.35), redraws=2)
+    caption(usual)
+    sizes = list[int]()
+
+    class Sampler(StaticSampler):
+        def generate(self, images, owners, names):
+            sizes.append(len(images.features))
+            if len(images.features) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().generate(images, owners, names)
+
+    class OfGpu(Captioner):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.encodes_ahead = True
+            self.sampler = Sampler(self.coca, self.decoding, GraphCache(None))
+
+    monkeypatch.setattr("pipeline.caption.captioner.Captioner", OfGpu)
+    caption(replace(usual, name="static"))
+    assert texts(root, "static") == texts(root)
+    assert sizes[:2] == [5, 2], "halved"
+    assert max(sizes[1:]) <= 3
+    few = Captioner(load_model(model), SHORT, 3)
+    of_gpu = OfGpu(load_model(model), SHORT, 3)
+    assert of_gpu.bytes_per_image() > few.bytes_per_image()
 
 
 def shallow(folder: Path) -> str:
