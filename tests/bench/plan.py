@@ -66,11 +66,10 @@ def basis_note(gpu: Gpu, ceiling: str, assumed: str) -> str:
     """What GPU figures rest on; ``ceiling`` and ``assumed`` say whose, and what it is where nothing was measured."""
     if gpu.measured is None or not gpu.measured.rates:
         return textwrap.fill(f"GPU figures assume {assumed}. No rate has been measured on a GPU yet.", 120)
-    return textwrap.fill(
-        f"†: by the share of its ceiling that the job kept up on {gpu.measured.card} ({gpu.measured.date}), here of "
-        f"{ceiling}; ‡: some of the stage's jobs by that, some assumed. GPU figures without a mark assume {assumed}.",
-        120,
-    )
+    note = f"†: by the job's share of the ceiling on {gpu.measured.card} ({gpu.measured.date}), here of {ceiling}."
+    if set(gpu.measured.rates) < set(FLOP):
+        note += f" ‡: some of the stage's jobs by that. Unmarked GPU figures assume {assumed}."
+    return textwrap.fill(note, 120)
 
 
 def jobs_table(measured: MeasuredRates | None) -> str:
