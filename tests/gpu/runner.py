@@ -1,4 +1,4 @@
-"""Runs the steps of tests/gpu/run.sh one after the other, each within its limit, and prints their table.
+"""Runs the steps of tests/gpu/run.sh, each within its limit, and prints their table.
 
     python tests/gpu/runner.py [--dry] [--only STEP ...] [--seconds N] [--table FILE]
 
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -155,31 +156,38 @@ def rates(figures: list[dict[str, Any]], machine: dict[str, str], work: Path) ->
 
 
 def run_steps(names: list[str], *, dry: bool, seconds: float, out: Path, work: Path) -> list[Outcome]:
-    """Run the named steps (all, when none is named) within ``seconds`` altogether."""
+    """Run the named steps (all, when none is named) within ``seconds`` altogether.
+
+    One after the other, so that none takes from the next; two at a time in a dry run, whose figures mean nothing.
+    """
     modules = [ROOT, ROOT / "tests" / "bench", ROOT / "tests" / "support", HERE]  # a measurement reuses the benches
     path = os.pathsep.join([*map(str, modules), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, DEVICE: "cpu" if dry else "cuda", WORK: str(work), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     end = time.monotonic() + seconds
-    outcomes = []
-    for step in STEPS:
-        if names and step.name not in names:
-            continue
+
+    def run(step: Step) -> Outcome:
         limit = min(step.seconds, end - time.monotonic())
         if limit < 1:
-            outcomes.append(Outcome(step.name, [], 0.0, "no time left"))
-            continue
+            return Outcome(step.name, [], 0.0, "no time left")
         log = work / f"{step.name}.log"
         outcome = run_step(step, dry=dry, limit=limit, env=env, log=log)
-        outcomes.append(outcome)
-        output = log.read_text(errors="replace")
-        with (out / "log.txt").open("a") as whole:
-            whole.write(f"=== {step.name}\n{output}\n")
-        said = outcome.fault or "done"
-        print(f"{step.name}: {said} in {outcome.seconds:.0f} s, {len(outcome.figures)} figures", flush=True)
-        if outcome.fault:
-            shown_lines = [line for line in output.splitlines() if not line.startswith(PREFIX)]
-            print("\n".join(f"    {line}" for line in shown_lines[-LOG_LINES:]), flush=True)
-    return outcomes
+        report(outcome, log.read_text(errors="replace"), out / "log.txt")
+        return outcome
+
+    steps = [step for step in STEPS if not names or step.name in names]
+    with ThreadPoolExecutor(2 if dry else 1) as pool:
+        return list(pool.map(run, steps))
+
+
+def report(outcome: Outcome, output: str, log: Path) -> None:
+    """Print how a step went, with the end of its ``output`` where it failed, and append all of that to ``log``."""
+    with log.open("a") as whole:
+        whole.write(f"=== {outcome.step}\n{output}\n")
+    lines = [f"{outcome.step}: {outcome.fault or 'done'} in {outcome.seconds:.0f} s, {len(outcome.figures)} figures"]
+    if outcome.fault:
+        said = [line for line in output.splitlines() if not line.startswith(PREFIX)]
+        lines += [f"    {line}" for line in said[-LOG_LINES:]]
+    print("\n".join(lines), flush=True)
 
 
 def main() -> int:
