@@ -14,17 +14,18 @@ log = logging.getLogger(__name__)
 K = TypeVar("K")
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 SampleIncomplete = Callable[[Tensor, Tensor, float, Tensor, Tensor], None]
+LogTotals = Callable[[Tensor], Tensor]
 SMALLEST_WIDTH = 16  # of a head
 
 
 @cache
 def attention_kernel(width: int, dtype: torch.dtype, device: torch.device) -> Attend | None:
-    """`decode_attention.attend` for heads of this width; None leaves it to torch."""
+    """`attention_kernel.attend` for heads of this width; None leaves it to torch."""
     if device.type != "cuda" or width < SMALLEST_WIDTH or width & (width - 1):
         return None
 
     def tried() -> Attend:
-        from pipeline.caption.decode_attention import attend
+        from pipeline.caption.attention_kernel import attend
 
         keys = torch.zeros(1, 1, 1, width, dtype=dtype, device=device)
         attend(torch.zeros(1, 1, 3 * width, dtype=dtype, device=device), keys, torch.zeros_like(keys), 0)
@@ -35,12 +36,12 @@ def attention_kernel(width: int, dtype: torch.dtype, device: torch.device) -> At
 
 @cache
 def nucleus_kernel(device: torch.device) -> SampleIncomplete | None:
-    """`nucleus_kernel.sample_incomplete`; None where the host sees to large nuclei."""
+    """`sampling_kernels.sample_incomplete`; None where the host sees to large nuclei."""
     if device.type != "cuda":
         return None
 
     def tried() -> SampleIncomplete:
-        from pipeline.caption.nucleus_kernel import sample_incomplete
+        from pipeline.caption.sampling_kernels import sample_incomplete
 
         scores = torch.zeros(1, 64, device=device)
         seeds = torch.zeros(1, dtype=torch.long, device=device)
@@ -48,6 +49,21 @@ def nucleus_kernel(device: torch.device) -> SampleIncomplete | None:
         return sample_incomplete
 
     return _unless_it_fails("large nuclei", tried)
+
+
+@cache
+def log_totals_kernel(device: torch.device) -> LogTotals | None:
+    """`sampling_kernels.log_totals`; None leaves it to torch."""
+    if device.type != "cuda":
+        return None
+
+    def tried() -> LogTotals:
+        from pipeline.caption.sampling_kernels import log_totals
+
+        log_totals(torch.zeros(1, 64, device=device))
+        return log_totals
+
+    return _unless_it_fails("sums of exponentials", tried)
 
 
 def _unless_it_fails(purpose: str, tried: Callable[[], K]) -> K | None:

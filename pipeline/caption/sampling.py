@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.caption.coca import Coca, DecoderState, EncodedImages
 from pipeline.caption.decoding import Decoding
+from pipeline.caption.kernels import log_totals_kernel
 from shards_spec.counter_rng import raw_draws
 from shards_spec.files import UserError
 
@@ -56,9 +57,10 @@ def generate(
     active = torch.arange(len(names), device=coca.device)  # the result that each row of the state belongs to
     running = torch.ones(len(names), dtype=torch.bool, device=coca.device)
     for position in range(longest):
+        totals = log_totals(logits)
         scores = process_logits(logits, state.tokens[:, 1 : state.position], coca, decoding, position)
         newest = sample_token(scores, decoding, seeds[active, position])
-        gained = log_probability(logits, newest)
+        gained = log_probability(logits, newest, totals)
         logprobs[active] += torch.where(running, gained, 0.0)
         tokens[active, position] = torch.where(running, newest, coca.end)
         running = running & (newest != coca.end)
@@ -102,13 +104,16 @@ def truncate_at_eos(tokens: list[int], logprob: float, end: int) -> DecodedToken
     return DecodedTokens(tokens[: tokens.index(end)] if ended else tokens, logprob, ended)
 
 
-def process_logits(logits: Tensor, before: Tensor, coca: Coca, decoding: Decoding, position: int) -> Tensor:
+def process_logits(
+    logits: Tensor, before: Tensor, coca: Coca, decoding: Decoding, position: int, *, keep: bool = True
+) -> Tensor:
     """Scores (R, V) to choose from at this ``position``; forbidden tokens have -inf.
 
     Repetition penalty (Keskar et al. 2019): the logit of a token in ``before`` (R, T), prefix and caption so far, is
     divided by it, multiplied when negative. Forbidden are the suppressed tokens, and the end before ``min_tokens``.
+    Without ``keep`` the logits of forbidden tokens are lost.
     """
-    scores = logits.clone()
+    scores = logits.clone() if keep or decoding.repetition_penalty != 1 else logits
     if decoding.repetition_penalty != 1 and before.shape[1]:
         seen = scores.gather(1, before)
         penalty = decoding.repetition_penalty
@@ -119,9 +124,15 @@ def process_logits(logits: Tensor, before: Tensor, coca: Coca, decoding: Decodin
     return scores
 
 
-def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
-    """(R,) float64 of the ``tokens`` (R,) under ``logits`` (R, V)."""
-    return logits.gather(1, tokens[:, None])[:, 0].double() - logits.logsumexp(-1).double()
+def log_totals(logits: Tensor) -> Tensor:
+    """(R,): logarithm of the sum of exponentials of logits (R, V) float32."""
+    kernel = log_totals_kernel(logits.device)
+    return logits.logsumexp(-1) if kernel is None else kernel(logits)
+
+
+def log_probability(logits: Tensor, tokens: Tensor, totals: Tensor) -> Tensor:
+    """(R,) float64 of the ``tokens`` (R,) under ``logits`` (R, V), with their `log_totals` (R,)."""
+    return logits.gather(1, tokens[:, None])[:, 0].double() - totals.double()
 
 
 def noise_seeds(names: Sequence[str], decoding: Decoding, length: int) -> Tensor:
@@ -171,7 +182,7 @@ def sample_among(scores: Tensor, decoding: Decoding, seeds: Tensor, size: int) -
     if decoding.method == "top_k":
         least = values[:, min(decoding.top_k, size) - 1, None]
     else:
-        probabilities = (values - scores.logsumexp(-1, keepdim=True)).double().exp()
+        probabilities = (values - log_totals(scores)[:, None]).double().exp()
         reached = (probabilities.cumsum(-1) < decoding.top_p).sum(-1, keepdim=True).clamp(max=size - 1)
         least = values.gather(1, reached)
     noisy = (values.double() + _gumbel_noise(seeds[:, None], ids)).masked_fill(~(values >= least), -torch.inf)

@@ -7,7 +7,7 @@ Attention sees the tokens up to its position, without a mask: kernels and result
 
 What depends on values is left to the host, every few tokens: captions that ended are dropped when fewer rows suffice,
 and at the end captions are written again by the other module where choosing needed more candidates than are looked at.
-For nuclei a kernel spares that (`pipeline/caption/nucleus_kernel.py`).
+For nuclei a kernel spares that (`pipeline/caption/sampling_kernels.py`).
 """
 
 from collections.abc import Sequence
@@ -27,6 +27,7 @@ from pipeline.caption.sampling import (
     DecodedTokens,
     generate,
     log_probability,
+    log_totals,
     noise_seeds,
     not_finite,
     process_logits,
@@ -116,11 +117,13 @@ class StaticSampler:
             logits = state.step(buffers.newest[:rows, None])
         else:
             logits = self._prefill(buffers, state)
-        scores = process_logits(logits, state.tokens[:, 1 : state.position], self.coca, self.decoding, position)
+        totals = log_totals(logits)
+        past = state.tokens[:, 1 : state.position]
+        scores = process_logits(logits, past, self.coca, self.decoding, position, keep=False)
         running = buffers.running[:rows]
         result = buffers.places[2, :rows]
         chosen, complete = self._choose(scores, buffers.seeds[result, position])
-        buffers.logprobs[result] += log_probability(logits, chosen).masked_fill(~running, 0.0)
+        buffers.logprobs[result] += log_probability(logits, chosen, totals).masked_fill(~running, 0.0)
         buffers.written[result, position] = chosen.masked_fill(~running, self.coca.end)
         buffers.incomplete[result] |= running & ~complete
         buffers.newest[:rows].copy_(chosen)

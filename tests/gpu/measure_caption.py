@@ -154,7 +154,7 @@ class Measurement:
         )
 
     def without_kernel(self, batch: int, captions: int) -> None:
-        """Report the time of writing with torch's attention in place of `decode_attention`'s."""
+        """Report the time of writing with torch's attention in place of `attention_kernel`'s."""
         encoded = self.coca.encode_images(self.images(batch))
         blocks = [*self.coca.text_blocks, *self.coca.blocks]
         kernel = blocks[0].attend

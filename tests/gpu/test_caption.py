@@ -141,7 +141,7 @@ def test_graphs_write_the_captions_of_the_eager_path(device, model, caplog, meth
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_kernel_for_attention_equals_torchs(device, precision):
     only_on_cuda(device)
-    from pipeline.caption.decode_attention import attend
+    from pipeline.caption.attention_kernel import attend
 
     heads = 12
     width = 64
@@ -164,9 +164,9 @@ def test_the_kernel_for_attention_equals_torchs(device, precision):
         torch.testing.assert_close(found, expected, rtol=2e-2 if precision != torch.float32 else 1e-4, atol=1e-2)
 
 
-def test_the_kernel_for_large_nuclei_equals_a_full_sort(device):
+def test_the_kernels_for_choosing_equal_torchs(device):
     only_on_cuda(device)
-    from pipeline.caption.nucleus_kernel import sample_incomplete
+    from pipeline.caption.sampling_kernels import log_totals, sample_incomplete
 
     generator = torch.Generator(device).manual_seed(0)
     for spread, top_p in ((0.01, 0.9), (1.0, 0.3), (1.0, 0.999), (4.0, 0.9)):
@@ -175,6 +175,7 @@ def test_the_kernel_for_large_nuclei_equals_a_full_sort(device):
         chosen = torch.full_like(seeds, -1)
         complete = torch.arange(300, device=device) % 3 == 0
         sample_incomplete(scores, seeds, top_p, chosen, complete)
+        torch.testing.assert_close(log_totals(scores), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
         expected = sample_token(scores, Decoding(top_p=top_p), seeds)
         assert (chosen[complete] == -1).all()
         assert (chosen == expected)[~complete].float().mean() >= 0.99  # masses are float32 here

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.integration
 ATTENTION = """
 import torch
 from torch.nn import functional as F
-from pipeline.caption.decode_attention import attend
+from pipeline.caption.attention_kernel import attend
 
 CASES = ((3, 2, 8, 16, 0), (2, 2, 8, 16, 7), (2, 3, 40, 64, 32), (2, 1, 80, 64, 70))
 generator = torch.Generator().manual_seed(0)
@@ -36,7 +36,7 @@ for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
 NUCLEUS = """
 import torch
 from pipeline.caption.decoding import Decoding
-from pipeline.caption.nucleus_kernel import sample_incomplete
+from pipeline.caption.sampling_kernels import sample_incomplete
 from pipeline.caption.sampling import sample_token
 
 generator = torch.Generator().manual_seed(0)
@@ -49,6 +49,17 @@ for spread, top_p in ((0.01, 0.9), (1.0, 0.3), (1.0, 0.999), (4.0, 0.9), (4.0, 1
     sample_incomplete(scores, seeds, top_p, chosen, complete)
     expected = torch.where(complete, -1, sample_token(scores, Decoding(top_p=top_p), seeds))
     assert torch.equal(chosen, expected), (spread, top_p)
+"""
+
+TOTALS = """
+import torch
+from pipeline.caption.sampling_kernels import log_totals
+
+logits = 20 * torch.randn(5, 4500, generator=torch.Generator().manual_seed(0))
+logits[0, :4499] = -torch.inf
+logits[1, 7] = -torch.inf
+logits[2] += 1000
+torch.testing.assert_close(log_totals(logits), logits.logsumexp(-1), rtol=1e-6, atol=1e-5)
 """
 
 
@@ -65,6 +76,10 @@ def test_the_kernel_for_attention_equals_torchs_and_fills_the_cache():
 
 def test_the_kernel_for_large_nuclei_equals_a_full_sort():
     run_interpreted(NUCLEUS)
+
+
+def test_the_kernel_for_sums_of_exponentials_equals_torchs():
+    run_interpreted(TOTALS)
 
 
 def test_where_kernels_cannot_be_used_torch_is(caplog):

@@ -1,7 +1,7 @@
-"""Nucleus sampling from the whole vocabulary, as a Triton kernel: for the few rows whose nucleus is large.
+"""What choosing tokens does over the whole vocabulary, as Triton kernels for CUDA.
 
-Which rows these are is known on the device alone. In a CUDA graph the host cannot decide to sort more for them; a
-kernel's programs can, each for its row.
+Large nuclei: which rows have one is known on the device alone. In a CUDA graph the host cannot decide to sort more for
+them; a kernel's programs can, each for its row. Sums of exponentials: in one reading, where torch takes six.
 """
 
 import torch
@@ -28,6 +28,24 @@ def _gumbel_noise(seed, token):  # type: ignore[no-untyped-def]
     x = x ^ ((x >> 31) & 0x1FFFFFFFF)
     uniform = (((x >> 11) & 0x1FFFFFFFFFFFFF).to(tl.float64) + 0.5) * 1.1102230246251565e-16  # 2^-53
     return -tl.log(-tl.log(uniform))
+
+
+@triton.jit
+def _log_totals(logits, totals, vocabulary):  # type: ignore[no-untyped-def]
+    """A program per row; each lane has its own maximum and sum."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    greatest = tl.full([BLOCK], float("-inf"), tl.float32)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, vocabulary, BLOCK):
+        token = first + lane
+        value = tl.load(logits + row * vocabulary + token, mask=token < vocabulary, other=float("-inf"))
+        higher = tl.maximum(greatest, value)
+        origin = tl.where(higher == float("-inf"), 0.0, higher)
+        sums = sums * tl.exp(greatest - origin) + tl.exp(value - origin)
+        greatest = higher
+    most = tl.max(greatest, 0)
+    tl.store(totals + row, most + tl.log(tl.sum(sums * tl.exp(greatest - most), 0)))
 
 
 @triton.jit
@@ -72,6 +90,14 @@ def _sample(scores, seeds, chosen, complete, vocabulary, top_p):  # type: ignore
             best_token = tl.where(is_better, token, best_token)
         last = tl.max(best, 0)
         tl.store(chosen + row, tl.max(tl.where(best == last, best_token, 0), 0).to(tl.int64))
+
+
+def log_totals(logits: Tensor) -> Tensor:
+    """(R,) logarithms of the sums of exponentials of logits (R, V), float32 and contiguous."""
+    totals = logits.new_empty(len(logits))
+    with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+        _log_totals[(len(logits),)](logits, totals, logits.shape[1], num_warps=8)
+    return totals
 
 
 def sample_incomplete(scores: Tensor, seeds: Tensor, top_p: float, chosen: Tensor, complete: Tensor) -> None:
