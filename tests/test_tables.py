@@ -58,6 +58,17 @@ def test_figures_from_measured_rates_have_a_mark_and_name_the_card(measured):
     assert row(corpus, "train ViT-M-32")[3] == f"{2_905_954 / 12_000 / 3600:.3g}†"
 
 
+def test_where_all_rates_are_measured_nothing_is_said_of_assumptions(tmp_path, measured):
+    path = tmp_path / "all.json"
+    path.write_text(json.dumps({**MEASURED, "rates": dict.fromkeys(FLOP, 1000.0)}))
+    for name in ("corpora", "one GPU", "one GPU, in short"):
+        assert "Unmarked GPU figures assume" in " ".join(measured[name].split())
+        complete = blocks("--rates", str(path))[name]
+        assert "†:" in complete
+        assert "assume" not in complete
+        assert "‡" not in complete
+
+
 def test_without_a_file_of_rates_all_is_assumed(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "RATES", tmp_path / "none.json")
     for name, table in blocks().items():

@@ -156,8 +156,8 @@ def one_machine(measured: MeasuredRates | None) -> Hardware:
 
 def alone_note(hardware: Hardware) -> str:
     """What the GPU figures of README's machine rest on."""
-    ceiling = f"an RTX 4090's {PEAK / 1e12:g} TFLOP/s"
-    return basis_note(hardware.gpu, ceiling, f"{SHARE:g} of {ceiling} (data sheet)")
+    ceiling = f"the {PEAK / 1e12:g} TFLOP/s of an RTX 4090's data sheet"
+    return basis_note(hardware.gpu, ceiling, f"{SHARE:g} of {ceiling}")
 
 
 def alone_costs(corpus: Corpus, hardware: Hardware) -> dict[str, Alone]:
