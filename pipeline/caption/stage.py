@@ -139,7 +139,7 @@ def caption_shard(
     source = raw_tar(root, task.shard)
     counts = Counter[str]()
     redrawer = CaptionRedrawer(captioner, config.redraws)
-    decoded = batches(_decoded_requests(source, captioner, config), captioner.batch_size)
+    decoded = batches(decoded_requests(source, captioner, config), captioner.batch_size)
     stacked = (_Batch.of(captioner, samples) for samples in decoded)
     batch = next(stacked, None)
     while batch is not None:
@@ -165,7 +165,7 @@ def caption_shard(
     return ShardResult(dict(counts), files.outputs, counters=redrawer.counters())
 
 
-def _decoded_requests(
+def decoded_requests(
     source: str, captioner: "Captioner", config: CaptionConfig
 ) -> Iterator[tuple[str, CaptionRequest | DataError]]:
     """Per sample its key and the request with its image, or the DataError that says why it does not decode."""
