@@ -10,7 +10,7 @@ from pipeline.core.command_line import Root
 from shards_spec.files import UserError, join
 from shards_spec.layout import shard_name
 from shards_spec.manifest import finished_shards
-from shards_spec.messages import counted
+from shards_spec.messages import counted, require
 from slurm.options import read_site
 from slurm.scheduler import states
 from slurm.step import COMMANDS
@@ -41,6 +41,11 @@ class JobsConfig:
     """failed jobs of a submission whose log is shown"""
     site: str | None = None
     """site file; says where job files of a URL are"""
+
+    def __post_init__(self) -> None:
+        require(self.last >= 1, "last", self.last, "1 or more")
+        require(self.tail >= 0, "tail", self.tail, "0 or more")
+        require(self.logs >= 0, "logs", self.logs, "0 or more")
 
 
 def jobs(config: JobsConfig) -> str:

@@ -109,6 +109,8 @@ def images(tmp_path) -> str:
         (["train", "clip"], "train clip: --data is needed; for example: clipmill train clip --data"),
         (["train", "clip", "--data", "x", "--modle", "y"], "no option --modle; did you mean --model?"),
         (["train", "clip", "--data", "x", "--precision", "bf17"], "Expected one of ("),
+        (["train", "clip", "--data", "x", "--scale", "0.5"], "--scale 0.5: give FLOAT FLOAT or None; clipmill train"),
+        (["train", "clip", "--data", "x", "--steps", "few"], "--steps few: give INT or None; clipmill train clip"),
         (["submit", "pakc", "x"], "cannot submit 'pakc'; did you mean pack?"),
         (["submit", "pack", "x", "--arry", "3"], "submit pack: no option --arry; did you mean --array?"),
         (["submit", "train", "clpi", "--out", "x"], "no recipe 'clpi'; did you mean clip?"),

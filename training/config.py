@@ -1,5 +1,6 @@
 """The pieces that recipes compose their configs of. Field names are unique: the command line shows them flat."""
 
+import math
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from shards_spec.models import Trust
 from shards_spec.precision import PrecisionOption
 from shards_spec.views import ViewOptions, ViewSpec
 
+MOST_SEED = 1 << 62  # torch takes 64 bits, of which the number of a process and a step take some
 # What may change when a run is resumed, beside the number of processes: another machine may have less memory. The last
 # four change roundings only, unless a trained BatchNorm normalises over each chunk: then the chunk's size is maths.
 FREE_ON_RESUME = frozenset(
@@ -181,11 +183,11 @@ class OptimConfig:
     """keep an exponential moving average of the student's weights, say 0.9998; eval and export then take it"""
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, "lr", self.lr, "above 0")
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        require(0 < self.lr < math.inf, "lr", self.lr, "above 0")
+        require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "0 or more")
         require(0 <= self.beta1 < 1, "beta1", self.beta1, "in [0, 1)")
         require(0 <= self.beta2 < 1, "beta2", self.beta2, "in [0, 1)")
-        require(self.eps > 0, "eps", self.eps, "above 0")
+        require(0 < self.eps < math.inf, "eps", self.eps, "above 0")
         require(self.warmup >= 0, "warmup", self.warmup, "0 or more")
         first = self.warmup_lr
         require(first is None or 0 < first <= self.lr, "warmup_lr", first, f"above 0, to --lr ({self.lr:g}), or None")
@@ -252,7 +254,9 @@ class RunConfig:
         for name in ("epochs", "checkpoint_minutes", "eval_every_epochs"):
             value = getattr(self, name)
             require(value > 0, name, value, "above 0")
+        require(self.epochs < math.inf, "epochs", self.epochs, "a number; --steps counts steps instead")
         require(self.fit is None or self.fit > 0, "fit", self.fit, "above 0, or None")
+        require(abs(self.seed) < MOST_SEED, "seed", self.seed, "a whole number of less than 63 bits")
 
 
 def smoke(config: Any) -> Any:

@@ -135,6 +135,9 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 HELP = ("-h", "--help")
+NO_TYPE = re.compile(
+    r"Error parsing (?P<flag>--\S+): no type matching (?P<types>.+?) could be instantiated from \[(?P<values>.*?)\]\..*"
+)
 REQUIRED = ("data",)  # options that every recipe needs; their default is empty, so that a config can be made without
 
 
@@ -359,4 +362,12 @@ def _mistake(command: str, options: list[_Option], args: list[str], printed: str
     sections = re.split(r"[─-]{10,}.*", printed)[1:]
     message = next((section for section in sections if re.search(r"\w", section)), "cannot be read")
     line = " ".join(re.sub("[│╮]", " ", message).split()).rstrip(".")
+    line = NO_TYPE.sub(_describe_types, line)
     return f"{command}: {line}; {help_command} shows all options"
+
+
+def _describe_types(found: re.Match[str]) -> str:
+    """``--scale 0.5: give FLOAT FLOAT or None``, of what tyro says at length."""
+    types = sorted((name.strip("{}") for name in found["types"].split("|")), key=lambda name: name == "None")
+    values = " ".join(ast.literal_eval(f"[{found['values']}]"))
+    return f"{found['flag']} {values}: give {' or '.join(types)}"

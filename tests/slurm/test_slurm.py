@@ -131,7 +131,7 @@ def test_a_cancelled_array_holds_the_next_stage_and_the_second_submission_does_t
     assert "pack" not in json.loads(Path(raw, "dataset.json").read_text())["stages"]
     there = finished_shards(f"{raw}/shards")
     told = clipmill(slurm, "jobs", raw)
-    assert f"pack: {SHARDS - len(there)} shards are missing" in told
+    assert f"pack: {SHARDS - len(there)} shards missing" in told
     assert "2 cancelled" in told
     stamps = {shard: os.stat(f"{raw}/shards/{shard:05d}.tar").st_mtime_ns for shard in there}
     [(_, last)] = submit(slurm, "pack", raw, *TAGGED, *words)

@@ -120,6 +120,7 @@ def test_dry_run_prints_scripts_and_writes_nothing(raw, tmp_path):
         (["submit", "train", "clip", "--out", "a\\\\b", "--dry-run"], "would misread"),
         (["submit", "caption", "/x/%A", "--cluster", "local"], "would misread '%'"),
         (["jobs", "/tmp"], "nothing was submitted for /tmp"),
+        (["jobs", "/tmp", "--logs", "-1"], "--logs -1: must be 0 or more"),
     ],
 )
 def test_a_users_mistake_is_one_line_with_the_fix(words, said):

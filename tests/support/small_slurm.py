@@ -36,7 +36,7 @@ def submit(here: Cluster, *words: str, **more) -> list[tuple[list[str], str]]:
     said = clipmill(here, "submit", *words, **more)
     found = []
     for line in said.splitlines():
-        if match := re.match(r"\w+: (?:\d+ array tasks in job ([\d, ]+), then )?job (\d+);", line):
+        if match := re.match(r"\w+: (?:\d+ array tasks? in job ([\d, ]+), then )?job (\d+);", line):
             found.append(((match[1] or "").replace(",", "").split(), match[2]))
     assert found, said
     return found

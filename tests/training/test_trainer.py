@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import random
 import signal
@@ -394,6 +395,9 @@ def test_captioning_loss_is_open_clips(root):
         ("tinyclip", {"affinity_weight": 0.0}, "--affinity-weight 0.0: must be above 0 when the others are 0"),
         ("coca", {"model": "ViT-S-32"}, "has no text decoder"),
         ("clip", {"batch_size": 0}, "--batch-size 0: must be 1 or more"),
+        ("clip", {"lr": math.inf}, "--lr inf: must be above 0"),
+        ("clip", {"epochs": math.inf}, "--epochs inf: must be a number"),
+        ("clip", {"seed": 1 << 70}, "--seed 1180591620717411303424: must be a whole number of less than 63 bits"),
         ("clip", {"steps": 0}, "--steps 0: must be 1 or more"),
         ("clip", {"scale": (0.9, 0.5)}, "0 < low <= high <= 1"),
         ("clip", {"eval_data": "nowhere"}, "nowhere is not there; check the path"),
