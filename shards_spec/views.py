@@ -63,7 +63,7 @@ class ViewOptions:
     def __post_init__(self) -> None:
         is_share = self.scale is None or 0 < self.scale[0] <= self.scale[1] <= 1
         require(is_share, "scale", self.scale, "0 < low <= high <= 1")
-        require(0 < self.ratio[0] <= self.ratio[1], "ratio", self.ratio, "0 < low <= high")
+        require(0 < self.ratio[0] <= self.ratio[1] < math.inf, "ratio", self.ratio, "0 < low <= high")
         require(self.op_set in OP_SETS, "op_set", self.op_set, f"one of {', '.join(OP_SETS)}")
         most = OP_SETS[self.op_set].most
         in_set = f"0 to {most} with --op-set {self.op_set}"
@@ -71,9 +71,9 @@ class ViewOptions:
         require(self.ops >= 0, "ops", self.ops, "0 or more")
         for name in ("flip", "op_prob", "jitter_prob"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1]")
-        is_drawn = self.magnitude_std == 0 or (self.magnitude_std > 0 and self.op_set != "torchvision")
+        is_drawn = self.magnitude_std == 0 or (0 < self.magnitude_std < math.inf and self.op_set != "torchvision")
         require(is_drawn, "magnitude_std", self.magnitude_std, "0, or more with one of timm's --op-set")
-        is_strength = min(self.jitter) >= 0 and self.jitter[3] <= 0.5
+        is_strength = all(0 <= strength < math.inf for strength in self.jitter) and self.jitter[3] <= 0.5
         require(is_strength, "jitter", self.jitter, "0 or more each, hue at most 0.5")
 
 

@@ -1,5 +1,6 @@
 """How a captioner chooses tokens: settings only, no torch."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,9 +37,11 @@ class Decoding:
         require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         require(self.top_k >= 1, "top_k", self.top_k, "1 or more")
         greedy = "above 0; --method greedy always takes the likeliest token"
-        require(self.temperature > 0, "temperature", self.temperature, greedy)
+        require(0 < self.temperature < math.inf, "temperature", self.temperature, greedy)
         require(self.num_beams >= 1, "num_beams", self.num_beams, "1 or more")
-        require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0; 1 is none")
+        is_penalty = 0 < self.repetition_penalty < math.inf
+        require(is_penalty, "repetition_penalty", self.repetition_penalty, "above 0; 1 is none")
+        require(abs(self.length_penalty) < math.inf, "length_penalty", self.length_penalty, "a number; 0 is none")
         require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
         below = f"0 or more, below --max-tokens {self.max_tokens}"
         require(0 <= self.min_tokens < self.max_tokens, "min_tokens", self.min_tokens, below)

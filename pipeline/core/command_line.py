@@ -12,6 +12,7 @@ import inspect
 import io
 import os
 import re
+import sys
 import textwrap
 from collections.abc import Iterator
 from itertools import pairwise
@@ -213,8 +214,7 @@ def parse_several(command: str, parts: dict[str, tuple[Any, Any]], args: list[st
     for group in vars(parsed).values():
         values |= vars(group)
     for option in options:
-        if values[option.name] == "" and option.default != "":
-            raise UserError(f"{command}: {option.shown_name} is empty; is a variable of the shell unset?")
+        _check_value(command, option, values[option.name])
     for name in ("root", "data", "out") if is_recipe else ("root",):
         _check_folder(name, values.get(name, ""))
     return [_build(kind, default, values) for kind, default in parts.values()]
@@ -230,6 +230,15 @@ def _description(command: str, kind: Any) -> str:
 
 def _example(command: str) -> str | None:
     return EXAMPLES.get(command) or EXAMPLES.get(command.removeprefix("submit "))
+
+
+def _check_value(command: str, option: _Option, value: Any) -> None:
+    """Raise UserError for what no option means: an empty text, or a number that no array has places for."""
+    if value == "" and option.default != "":
+        raise UserError(f"{command}: {option.shown_name} is empty; is a variable of the shell unset?")
+    for part in value if isinstance(value, tuple) else (value,):
+        if isinstance(part, int) and abs(part) > sys.maxsize:
+            raise UserError(f"{command}: {option.shown_name} {part} is too large; the most is {sys.maxsize}")
 
 
 def _check_folder(name: str, path: Any) -> None:

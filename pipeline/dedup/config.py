@@ -1,5 +1,6 @@
 """Options of `clipmill dedup`."""
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -30,8 +31,8 @@ class DedupConfig:
         is_known = -1 <= self.near_bits <= MAX_NEAR_BITS
         require(is_known, "near_bits", self.near_bits, f"-1 (equal files only) to {MAX_NEAR_BITS}")
         require(self.workers >= 1, "workers", self.workers, "1 or more")
-        # written so that NaN is refused, too
-        require(self.memory_gb * 1e9 >= BYTES_PER_IMAGE, "memory_gb", self.memory_gb, "above 0")
+        is_some = BYTES_PER_IMAGE <= self.memory_gb * 1e9 < math.inf  # written so that NaN is refused, too
+        require(is_some, "memory_gb", self.memory_gb, "above 0")
 
     @property
     def images_in_memory(self) -> int:

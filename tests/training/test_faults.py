@@ -124,7 +124,7 @@ def test_garbage_in_metrics_is_counted_and_dropped(root, whole, tmp_path, caplog
     ]
     (out / "metrics.jsonl").write_bytes(b"".join([*good[:3], *garbage, *good[3:], b'{"step": 13, "lo']))
     train("clip", tiny_config("clip", root, str(out), **EVERY))
-    assert "metrics.jsonl: 7 lines were no metrics and are dropped" in caplog.text
+    assert "metrics.jsonl: dropped 7 lines that held no metrics" in caplog.text
     assert same(out, whole)
 
 
