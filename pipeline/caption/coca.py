@@ -20,11 +20,26 @@ from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.caption.kernels import attention_kernel
+from pipeline.caption.kernels import attention_kernel, norm_kernel
 from pipeline.caption.prepacked_linear import prepack_linear
 from shards_spec.files import UserError
 
 NO_COCA = "caption needs an open_clip CoCa model, such as coca_ViT-L-14: this has no text decoder"
+
+
+Residual = tuple[Tensor, Tensor | None]  # what a block gives: the sum of both (B, T, C)
+
+
+def add_and_norm(residual: Residual, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """The sum x (B, T, C) and its layer norm; the parts of the sum may be overwritten."""
+    x, delta = residual
+    if delta is None:
+        return x, norm(x)
+    kernel = norm_kernel(x.device)
+    if kernel and x.is_contiguous() and delta.is_contiguous():
+        return x, kernel(x, delta, norm.weight, norm.bias, norm.eps)
+    x = x + delta
+    return x, norm(x)
 
 
 class DecodingBlock:
@@ -55,12 +70,11 @@ class DecodingBlock:
         split = x.view(*x.shape[:2], parts, self.heads, self.head_width)
         return split.permute(2, 0, 3, 1, 4).unbind(0)
 
-    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+    def after_attention(self, x: Tensor, attended: Tensor) -> Residual:
         """The rest of the block: ``attended`` (B, T, C) are the heads' values side by side, x (B, T, C) its input."""
-        x = x + self.block.ls_1(self.project_out(attended))
-        hidden = self.block.mlp.gelu(self.mlp_in(self.block.ln_2(x)))
-        result: Tensor = x + self.block.ls_2(self.mlp_out(hidden))
-        return result
+        x, normed = add_and_norm((x, self.block.ls_1(self.project_out(attended))), self.block.ln_2)
+        hidden = self.block.mlp.gelu(self.mlp_in(normed))
+        return x, self.block.ls_2(self.mlp_out(hidden))
 
 
 @dataclass
@@ -294,17 +308,19 @@ class DecoderState:
         first = self.position
         last = first + tokens.shape[1]
         self.tokens[:, first:last] = tokens
-        x = self._text_outputs(tokens)
+        residual = self._text_outputs(tokens)
         if coca.text_blocks is None:
             first = 0  # the text tower ran over the whole text, and so does the decoder
         layers = zip(coca.blocks, self.caches, coca.cross_blocks, self.images.keys, self.images.values, strict=True)
         for block, cache, cross_block, keys, values in layers:
-            x = _self_attention(block, cache, x, first)
-            x = self._cross_attention(cross_block, keys, values, x)
+            residual = _self_attention(block, cache, residual, first)
+            residual = self._cross_attention(cross_block, keys, values, residual)
         self.position = last
-        return coca.logits(coca.decoder.ln_final(x[:, -1])).float()
+        x, delta = residual
+        newest = x[:, -1:], None if delta is None else delta[:, -1:]
+        return coca.logits(add_and_norm(newest, coca.decoder.ln_final)[1][:, 0]).float()
 
-    def _text_outputs(self, tokens: Tensor) -> Tensor:
+    def _text_outputs(self, tokens: Tensor) -> Residual:
         """Outputs (R, T, C) of the text tower for the newest tokens, or for all of them where it is not causal."""
         coca = self.coca
         first = self.position
@@ -313,17 +329,18 @@ class DecoderState:
             outputs: Tensor = coca.text(self.tokens[:, :last])[1]
             if outputs.shape[1] != last:
                 raise UserError("this CoCa's text tower gives no output for one of its tokens: it cannot be decoded")
-            return outputs
-        x: Tensor = coca.text.token_embedding(tokens) + coca.text.positional_embedding[first:last]
+            return outputs, None
+        residual: Residual = (coca.text.token_embedding(tokens) + coca.text.positional_embedding[first:last], None)
         for block, cache in zip(coca.text_blocks, self.text_caches, strict=True):
-            x = _self_attention(block, cache, x, first)
+            residual = _self_attention(block, cache, residual, first)
         if coca.text.cls_emb is None:
-            x = coca.text.ln_final(x)
-        return x
+            return add_and_norm(residual, coca.text.ln_final)[1], None
+        return residual
 
-    def _cross_attention(self, block: DecodingBlock, keys: Tensor, values: Tensor, x: Tensor) -> Tensor:
-        """A block on x (R, T, C) with the images' keys and values (P, H, Q, D), which are not copied for each row."""
-        query = block.project_query(block.block.ln_1(x))
+    def _cross_attention(self, block: DecodingBlock, keys: Tensor, values: Tensor, residual: Residual) -> Residual:
+        """A block on (R, T, C) with the images' keys and values (P, H, Q, D), which are not copied for each row."""
+        x, normed = add_and_norm(residual, block.block.ln_1)
+        query = block.project_query(normed)
         tokens = x.shape[1]
         if self.grid is not None:
             scattered = query.new_zeros(len(keys) * self.slots, tokens, query.shape[-1])
@@ -334,10 +351,11 @@ class DecoderState:
         return block.after_attention(x, attended if self.grid is None else attended[self.grid])
 
 
-def _self_attention(block: DecodingBlock, cache: KeyValueCache, x: Tensor, first: int) -> Tensor:
-    """A causal block on x (R, T, C), the tokens from position ``first`` on; T is 1 or ``first`` is 0."""
+def _self_attention(block: DecodingBlock, cache: KeyValueCache, residual: Residual, first: int) -> Residual:
+    """A causal block on (R, T, C), the tokens from position ``first`` on; T is 1 or ``first`` is 0."""
+    x, normed = add_and_norm(residual, block.block.ln_1)
     last = first + x.shape[1]
-    projected = block.project_query(block.block.ln_1(x))
+    projected = block.project_query(normed)
     if block.attend and x.shape[1] == 1:
         return block.after_attention(x, block.attend(projected, cache.keys, cache.values, first))
     query, key, value = block.split_heads(projected, 3)

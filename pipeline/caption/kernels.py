@@ -15,6 +15,7 @@ K = TypeVar("K")
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 SampleIncomplete = Callable[[Tensor, Tensor, float, Tensor, Tensor], None]
 LogTotals = Callable[[Tensor], Tensor]
+AddNorm = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 SMALLEST_WIDTH = 16  # of a head
 
 
@@ -64,6 +65,22 @@ def log_totals_kernel(device: torch.device) -> LogTotals | None:
         return log_totals
 
     return _unless_it_fails("sums of exponentials", tried)
+
+
+@cache
+def norm_kernel(device: torch.device) -> AddNorm | None:
+    """`norm_kernel.add_norm`; None leaves it to torch."""
+    if device.type != "cuda":
+        return None
+
+    def tried() -> AddNorm:
+        from pipeline.caption.norm_kernel import add_norm
+
+        ones = torch.ones(1, 64, device=device)
+        add_norm(ones.clone(), ones, ones[0], ones[0], 1e-5)
+        return add_norm
+
+    return _unless_it_fails("layer norms", tried)
 
 
 def _unless_it_fails(purpose: str, tried: Callable[[], K]) -> K | None:

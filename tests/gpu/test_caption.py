@@ -164,6 +164,21 @@ def test_the_kernel_for_attention_equals_torchs(device, precision):
         torch.testing.assert_close(found, expected, rtol=2e-2 if precision != torch.float32 else 1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_kernel_for_layer_norms_equals_torchs(device, precision):
+    only_on_cuda(device)
+    from pipeline.caption.norm_kernel import add_norm
+
+    x, delta = torch.randn(2, 300, 1, 768, device=device).to(precision)
+    weight, bias = torch.randn(2, 768, device=device).to(precision)
+    total = x + delta
+    bound = 1e-5 if precision == torch.float32 else 2e-2
+    expected = F.layer_norm(total, (768,), weight, bias, 1e-5)
+    found = add_norm(x, delta, weight, bias, 1e-5)
+    assert torch.equal(x, total)
+    torch.testing.assert_close(found, expected, rtol=bound, atol=bound)
+
+
 def test_the_kernels_for_choosing_equal_torchs(device):
     only_on_cuda(device)
     from pipeline.caption.sampling_kernels import log_totals, sample_incomplete

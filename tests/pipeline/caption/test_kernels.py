@@ -62,6 +62,23 @@ logits[2] += 1000
 torch.testing.assert_close(log_totals(logits), logits.logsumexp(-1), rtol=1e-6, atol=1e-5)
 """
 
+NORM = """
+import torch
+from torch.nn import functional as F
+from pipeline.caption.norm_kernel import add_norm
+
+generator = torch.Generator().manual_seed(0)
+for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+    for width in (768, 48):
+        x, delta = torch.randn(2, 5, 1, width, generator=generator).to(dtype)
+        weight, bias = torch.randn(2, width, generator=generator).to(dtype)
+        total = x + delta
+        expected = F.layer_norm(total, (width,), weight, bias, 1e-5)
+        found = add_norm(x, delta, weight, bias, 1e-5)
+        torch.testing.assert_close(x, total, rtol=bound, atol=bound)
+        torch.testing.assert_close(found, expected, rtol=bound, atol=bound)
+"""
+
 
 def run_interpreted(code: str) -> None:
     pytest.importorskip("triton")
@@ -80,6 +97,10 @@ def test_the_kernel_for_large_nuclei_equals_a_full_sort():
 
 def test_the_kernel_for_sums_of_exponentials_equals_torchs():
     run_interpreted(TOTALS)
+
+
+def test_the_kernel_for_layer_norms_equals_torchs():
+    run_interpreted(NORM)
 
 
 def test_where_kernels_cannot_be_used_torch_is(caplog):
