@@ -32,7 +32,7 @@ def attention_kernel(width: int, dtype: torch.dtype, device: torch.device) -> At
         attend(torch.zeros(1, 1, 3 * width, dtype=dtype, device=device), keys, torch.zeros_like(keys), 0)
         return attend
 
-    return _unless_it_fails("attention", tried)
+    return _unless_it_fails(tried)
 
 
 @cache
@@ -49,7 +49,7 @@ def nucleus_kernel(device: torch.device) -> SampleIncomplete | None:
         sample_incomplete(scores, seeds, 0.9, torch.zeros_like(seeds), torch.zeros_like(seeds, dtype=torch.bool))
         return sample_incomplete
 
-    return _unless_it_fails("large nuclei", tried)
+    return _unless_it_fails(tried)
 
 
 @cache
@@ -64,7 +64,7 @@ def log_totals_kernel(device: torch.device) -> LogTotals | None:
         log_totals(torch.zeros(1, 64, device=device))
         return log_totals
 
-    return _unless_it_fails("sums of exponentials", tried)
+    return _unless_it_fails(tried)
 
 
 @cache
@@ -80,13 +80,19 @@ def norm_kernel(device: torch.device) -> AddNorm | None:
         add_norm(ones.clone(), ones, ones[0], ones[0], 1e-5)
         return add_norm
 
-    return _unless_it_fails("layer norms", tried)
+    return _unless_it_fails(tried)
 
 
-def _unless_it_fails(purpose: str, tried: Callable[[], K]) -> K | None:
+def _unless_it_fails(tried: Callable[[], K]) -> K | None:
     """The kernel, run once; Triton may be missing, and it needs a C compiler and a card that it knows."""
     try:
         return tried()
     except Exception as error:  # of many kinds: of imports, compilers, drivers
-        log.warning("no kernel for %s here, so captions take longer: %s", purpose, short(error))
+        _warn(short(error))
         return None
+
+
+@cache
+def _warn(reason: str) -> None:
+    """Once for all kernels."""
+    log.warning("Triton does not work here, so captions take longer: %s", reason)
