@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from pipeline.caption.head_check import ContrastiveHeadCheck
@@ -23,9 +24,14 @@ def caption_defect(text: str, others: list[str]) -> str | None:
     """
     if not text:
         return "empty"
-    if not any(letter.isalpha() for letter in text) or LOOP.search(text):
+    if _is_degenerate(text):
         return "degenerate"
     return "repeated" if text in others else None
+
+
+@lru_cache(maxsize=2**16)  # a shard's captions: they are counted at its end, when a GPU has nothing to do
+def _is_degenerate(text: str) -> bool:
+    return not any(letter.isalpha() for letter in text) or LOOP.search(text) is not None
 
 
 @dataclass
@@ -99,16 +105,14 @@ class CaptionRedrawer:
                     counters[defect] += 1
         return {name: number for name, number in sorted(counters.items()) if number}
 
-    def as_rows(self) -> list[dict[str, Any]]:
-        """Rows of the Parquet file."""
-        return [
-            {
-                "key": key,
-                "captions": [caption.text for caption in row.captions.values()],
-                "logprobs": [caption.logprob for caption in row.captions.values()],
-                "num_tokens": [caption.num_tokens for caption in row.captions.values()],
-                "similarities": [caption.similarity for caption in row.captions.values()],
-                "original_similarity": row.original_similarity,
-            }
-            for key, row in self.rows.items()
-        ]
+    def as_columns(self) -> dict[str, list[Any]]:
+        """Columns of the Parquet file; lists of rows would take twenty times as long to become a table."""
+        rows = [(key, row, list(row.captions.values())) for key, row in self.rows.items()]
+        return {
+            "key": [key for key, _, _ in rows],
+            "captions": [[caption.text for caption in captions] for _, _, captions in rows],
+            "logprobs": [[caption.logprob for caption in captions] for _, _, captions in rows],
+            "num_tokens": [[caption.num_tokens for caption in captions] for _, _, captions in rows],
+            "similarities": [[caption.similarity for caption in captions] for _, _, captions in rows],
+            "original_similarity": [row.original_similarity for _, row, _ in rows],
+        }

@@ -161,7 +161,8 @@ def caption_shard(
     fields = [*FIELDS, *SIMILARITY_FIELDS] if config.similarity else FIELDS
     schema = pa.schema(fields, {"clipmill": json.dumps(stage.config)})
     files = ShardWriter(root, stage.folder, task.shard)
-    files.write_parquet(pa.Table.from_pylist(redrawer.as_rows(), schema=schema))
+    columns = redrawer.as_columns()
+    files.write_parquet(pa.Table.from_pydict({name: columns[name] for name in schema.names}, schema=schema))
     return ShardResult(dict(counts), files.outputs, counters=redrawer.counters())
 
 
