@@ -309,7 +309,8 @@ def _train(words: list[str]) -> int:
     from training.trainer import predict, train
 
     if trial.predict_memory:
-        _print(predict(recipe, config))
+        for phase, memory in predict(recipe, config).items():
+            _print(f"{phase}: {memory}" if phase else memory)
         return 0
     out = train(recipe, config)
     if os.environ.get("RANK", "0") == "0":

@@ -137,6 +137,28 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class MaskConfig:
+    """Masks that are learned with the student and then applied."""
+
+    sparsity: float = 0.25
+    """share of the weights in the teacher's blocks, of both towers together, that are to go"""
+    prune_step: int = 3000
+    """steps with masks; then the student is cut to them"""
+    sparsity_form: Literal["one-sided", "two-sided"] = "one-sided"
+    """one-sided: only a sparsity below its target costs (released code); two-sided: also one above it (paper)"""
+    sparsity_ramp: int = 1000
+    """steps in which the target goes from the former stage's sparsity (0 for the first) to the final one"""
+    mask_lr: float = 0.02
+    """learning rate of the masks and of the two multipliers, constant"""
+
+    def __post_init__(self) -> None:
+        require(0 < self.sparsity < 1, "sparsity", self.sparsity, "in (0, 1)")
+        require(self.prune_step >= 1, "prune_step", self.prune_step, "1 or more")
+        require(self.sparsity_ramp >= 0, "sparsity_ramp", self.sparsity_ramp, "0 or more")
+        require(self.mask_lr > 0, "mask_lr", self.mask_lr, "above 0")
+
+
+@dataclass(frozen=True)
 class LabelledImageConfig:
     """Which labelled images, and how many at a time."""
 
@@ -262,13 +284,16 @@ class RunConfig:
 def smoke(config: Any) -> Any:
     """Return a recipe's config cut to four steps of eight pairs.
 
-    The model stays; with a small one it runs in seconds on a CPU.
+    The model stays; with a small one it runs in seconds on a CPU. Masks are applied half way.
     """
+    masks = getattr(config, "masks", None)
+    parts = {"masks": replace(masks, prune_step=2, sparsity_ramp=1)} if isinstance(masks, MaskConfig) else {}
     return replace(
         config,
         data=replace(config.data, batch_size=8, workers=0),
         optim=replace(config.optim, warmup=2),
         run=replace(config.run, steps=4, log_every=1),
+        **parts,
     )
 
 

@@ -13,6 +13,8 @@ from tyro.conf import OmitArgPrefixes
 from shards_spec.files import UserError, is_url
 from shards_spec.models import LoadedModel, Trust, load_model
 from training.models.classifier import Classifier, export_classifier
+from training.models.tinyclip_convert import is_pruned
+from training.models.tinyclip_pruning import masks_of, materialise
 from training.runs.model_folder import write_model, write_open_clip_config
 from training.runs.student import load_run
 
@@ -50,6 +52,9 @@ def export(config: ExportConfig) -> None:
         raise UserError(f"--to {config.to!r}: give a local folder and copy it from there")
     student, step = load_run(config.run, config.raw, config.best, config.trust)
     folder = Path(config.to).resolve()
+    if is_pruned(student.model) and masks_of(student.model):
+        log.info("step %d of %s still has masks: what is exported is the student cut to them", step, config.run)
+        materialise(student.model, student.config)
     if isinstance(student.model, Classifier):
         export_classifier(str(folder), student, config.overwrite)
         is_timms = type(student.model.trunk).__module__.startswith("timm.")

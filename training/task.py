@@ -127,6 +127,28 @@ class Task(nn.Module):
             weights: The task's state dict in the checkpoint.
         """
 
+    def metrics(self, step: int) -> dict[str, float]:
+        """Return what metrics.jsonl says of the task besides its losses, after a step that is logged.
+
+        Args:
+            step: Number of the step, from 0.
+        """
+        return {}
+
+    def table(self) -> dict[str, Any]:
+        """Return what the run folder keeps of a student whose sizes are learned, as JSON; empty for all others.
+
+        It is written at the start and again when the student has changed its shape.
+        """
+        return {}
+
+    def take_final_shape(self) -> bool:
+        """Give the student the shape that it will end with, as far as it can be foreseen; return whether it is another.
+
+        Only a prediction of memory calls this.
+        """
+        return False
+
     def evaluate(self, device: str) -> dict[str, float]:
         """Return metrics of the student, which is in eval mode and may have the averaged weights.
 

@@ -34,7 +34,7 @@ from training.engine.stop_signal import stop_flag
 from training.engine.updater import Update, Updater
 from training.engine.validation import Validation
 from training.evaluation.clip_benchmark import check_root
-from training.recipes import RECIPES
+from training.recipes import RECIPES, STAGED
 from training.runs.run_folder import RunFolder
 from training.task import Batch, Prepared, RecipeConfig
 
@@ -45,13 +45,32 @@ SHOWN_KEYS = 5  # of a batch, in a message
 def train(recipe: str, config: RecipeConfig) -> str:
     """Train a recipe to its end, resuming from RUN's newest checkpoint if there is one; return the RUN folder.
 
-    Under torchrun this is one of several processes. SIGTERM, SIGUSR1 and Ctrl-C end all of them after the step in
-    progress, with a checkpoint and SystemExit of 128 + the signal's number. Raises UserError and DataError.
+    A recipe of several stages has a RUN for each, below the config's; the last one is returned. Under torchrun this is
+    one of several processes. SIGTERM, SIGUSR1 and Ctrl-C end all of them after the step in progress, with a checkpoint
+    and SystemExit of 128 + the signal's number. Raises UserError and DataError.
     """
-    stopped = None
-    with processes(config.run.device) as (ranks, device), ExitStack() as held:
+    stages = stages_of(recipe, config)
+    with processes(config.run.device) as (ranks, device):
         if device.startswith("cuda"):
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32, as open_clip's training does
+        for stage in stages:
+            stopped = _train_run(recipe, stage, ranks, device)
+            if stopped is not None:
+                raise SystemExit(128 + stopped)
+    return str(Path(stages[-1].run.out))
+
+
+def stages_of(recipe: str, config: RecipeConfig) -> list[RecipeConfig]:
+    """Return the configs of the runs that a config stands for, in their order. Raises UserError."""
+    if recipe not in STAGED:
+        return [config]
+    stages: list[RecipeConfig] = import_module(f"training.recipes.{recipe}").stages(config)
+    return stages
+
+
+def _train_run(recipe: str, config: RecipeConfig, ranks: Ranks, device: str) -> int | None:
+    """Train one run; return the number of the signal that stopped it, None at the end."""
+    with ExitStack() as held:
         run, precision = RunFolder(config.run.out), config.run.precision
         resumed_from, predicted = None, Memory()
         with ranks.raise_on_all():
@@ -71,6 +90,8 @@ def train(recipe: str, config: RecipeConfig) -> str:
                 steps_of = partial(_steps, config, rows)
                 resumed_from = run.start(recipe, flat(config), config.run.resume, device, steps_of)
                 run.describe(prepared.student, config.student.model)
+                if resumed_from is None:
+                    run.write_table(prepared.task.table(), 0)
         resumed_from, predicted = ranks.broadcast((resumed_from, predicted))
         log.info("%s", predicted)
         config = _with_run(config, chunk_size=predicted.chunk_size)
@@ -83,10 +104,7 @@ def train(recipe: str, config: RecipeConfig) -> str:
                 warn_of_lengths(config.data.batch_size, config.optim, rows, trainer.total)
                 warn_of_workers(config.data.workers)
         with out_of_memory(device):  # of batches and of the optimizer's state
-            stopped = trainer.loop()
-    if stopped is not None:
-        raise SystemExit(128 + stopped)
-    return str(run.path)
+            return trainer.loop()
 
 
 def _with_run(config: RecipeConfig, **fields: Any) -> RecipeConfig:
@@ -116,17 +134,31 @@ def prepare(recipe: str, config: RecipeConfig) -> Prepared:
     return prepared
 
 
-def predict(recipe: str, config: RecipeConfig) -> Memory:
+def predict(recipe: str, config: RecipeConfig) -> dict[str, Memory]:
     """Return the peak memory of one training process, where a batch is shared by the processes there are.
 
-    Chunks are those that training would take here, or within --fit. Raises UserError when nothing fits --fit.
+    Of several stages it is the first one's. Chunks are those that training would take here, or within --fit.
+
+    Returns:
+        Memory by the phase of the run; the name of the only one is empty.
+
+    Raises:
+        UserError: Nothing fits --fit.
     """
+    config = stages_of(recipe, config)[0]
     device = pick_device(config.run.device)
     config = _with_run(config, precision=resolve_precision(config.run.precision, device, emulated=False))
     with processes("cpu") as (ranks, _), out_of_memory(device):
-        prepared = prepare(recipe, config)
-        measured = profiles(config, prepared.rows, prepared.task.to(device), device)
-        return fitted(config.run, measured, ranks.size, device, warn_only=config.run.fit is None)
+        _, rows, task = prepare(recipe, config)
+
+        def of_phase() -> Memory:
+            measured = profiles(config, rows, task.to(device), device)
+            return fitted(config.run, measured, ranks.size, device, warn_only=config.run.fit is None)
+
+        memory = of_phase()
+        if not task.take_final_shape():
+            return {"": memory}
+        return {"before the student changes its shape": memory, "afterwards": of_phase()}
 
 
 class Trainer:
@@ -246,6 +278,7 @@ class Trainer:
             if self.ranks.is_main:
                 student = dataclasses.replace(self.student, model=self.task.student)
                 self.run.describe(student, self.config.student.model)
+                self.run.write_table(self.task.table(), self.progress.step)
 
     def _note_nonfinite(self, batch: Batch, update: Update) -> None:
         """Keep a skipped step's batch. Raises UserError when it is one too many in a row."""

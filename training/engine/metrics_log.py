@@ -62,8 +62,9 @@ class MetricsLog:
         if self._curves is None:
             return
         values = {name: value.item() for name, value in update.losses.items()}
-        line = self._line(progress, update, values, rate)
-        curves = {name: value for name, value in line.items() if isinstance(value, float)}
+        own = self.updater.task.metrics(progress.step - 1)
+        line = self._line(progress, update, values, rate) | own
+        curves = {name: value for name, value in line.items() if isinstance(value, float)} | own
         curves |= {f"loss/{name}": value for name, value in values.items()}
         curves |= {f"eval/{name}": value for name, value in metrics.items()}
         self.run.log(line | ({"eval": metrics} if metrics else {}))

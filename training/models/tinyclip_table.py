@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from training.models.tinyclip_pruned import PrunedImageTower, PrunedTextTower
+from training.models.tinyclip_pruning import kept_units
 
 BLOCK_WEIGHT = re.compile(r"transformer\.resblocks\.\d+\.(attn|mlp)\.")
 Tower = PrunedImageTower | PrunedTextTower
@@ -93,6 +94,33 @@ def model_table(model: nn.Module) -> dict[str, Any]:
         "macs": sum(table.macs for table in tables.values()),
         "sparsity": 1 - sum(table.blocks for table in tables.values()) / prunable,
     }
+
+
+def parameters_left(model: nn.Module) -> int:
+    """Return the parameters of a CLIP that its masks of evaluation keep; without masks those that it has.
+
+    It is the ``parameters`` of `model_table` once the model is cut.
+    """
+    kept = kept_units(model)
+    towers: dict[str, Any] = {"image": model.visual, "text": model.text}
+    scalars = sum(parameter.numel() for name, parameter in model.named_parameters() if name.startswith("logit_"))
+    return scalars + sum(_parameters_of_size(tower, **kept[name]) for name, tower in towers.items())
+
+
+def _parameters_of_size(tower: Tower, width: int, heads: list[int], neurons: list[int]) -> int:
+    """Parameters of a tower if it had these sizes."""
+    rows = len(tower.positional_embedding) + tower.output_dim  # of the matrices with a column per dimension
+    if isinstance(tower, PrunedImageTower):
+        rows += tower.conv1.weight[0].numel() + 1 + 2 * (tower.ln_pre is not None) + 2
+    else:
+        rows += tower.vocab_size + 2
+    total = rows * width
+    for number in heads:
+        inner = number * tower.description["head_width"]
+        total += width + (3 * inner * (width + 1) + inner * width + 2 * width if number else 0)
+    for number in neurons:
+        total += width + (number * (width + 1) + number * width + 2 * width if number else 0)
+    return total
 
 
 def markdown(model: nn.Module) -> str:

@@ -2,10 +2,11 @@
 
 RECIPES = {
     "clip": "plain contrastive training (CLIP)",
-    "tinyclip": "a student taught by a teacher cache: affinity mimicking and features (TinyCLIP)",
+    "tinyclip": "affinity mimicking, with weights inherited by hand or by learned masks (TinyCLIP)",
     "catlip": "an image tower that names the synsets of captions, without a text tower (CatLIP)",
     "probe": "a linear head on a frozen image tower, of labelled images",
     "finetune": "a whole image tower on labelled images",
     "siclip": "a MobileCLIP-S0 with simpler, shared attention: inherited, distilled, pairs matched (SiCLIP)",
     "coca": "contrastive and captioning loss (CoCa): a captioner of one's own",
 }
+STAGED = ("tinyclip",)  # whose module has ``stages(config)``: the configs of the runs that one config stands for

@@ -61,7 +61,7 @@ from training.losses.similarity import upcast
 from training.models.inheritance import freeze, inherit_siclip
 from training.models.mobileclip import forward_shared, forward_tail, with_text_tower
 from training.models.teacher import FrozenTeacher
-from training.recipes.pairs import MAX_LOGIT_SCALE, clamp_logit_scale, open_pairs
+from training.recipes.pairs import MAX_LOGIT_SCALE, check_same_inputs, clamp_logit_scale, open_pairs
 from training.runs.student import is_run, load_student
 from training.task import Batch, Features, Losses, Prepared, Task
 
@@ -303,7 +303,7 @@ def build_task(config: SiclipConfig, student: LoadedModel, cache: TeacherCache |
     base, teacher = None, None
     if config.inherit or (config.taught and cache is None):
         loaded = load_base(config.base, config.base_weights, config.run.seed, config.student.trust)
-        _check_inputs(config.base, loaded, student)
+        check_same_inputs(f"--base {config.base!r}", loaded, student)
         if config.inherit:
             _inherit(config, student, loaded)
         if cache is None:
@@ -325,18 +325,6 @@ def load_base(model: str, weights: str, seed: int, trust: Trust = NO_TRUST) -> L
     named = ModelConfig(model, None if is_random else weights or None, trust)
     base = load_student(named, seed, random_weights=is_random)
     return replace(base, model=with_text_tower(base.model)) if model == "MobileCLIP2-S0" else base
-
-
-def _check_inputs(name: str, base: LoadedModel, student: LoadedModel) -> None:
-    for field_name in ("image_size", "mean", "std"):
-        ours, theirs = getattr(student, field_name), getattr(base, field_name)
-        if ours != theirs:
-            raise UserError(f"--base {name!r} takes images of {field_name} {theirs}, the student of {ours}")
-    ours, theirs = (
-        [model.config["text_cfg"].get(key) for key in ("context_length", "vocab_size")] for model in (student, base)
-    )
-    if ours != theirs:
-        raise UserError(f"--base {name!r} has {theirs} for context_length and vocab_size, the student {ours}")
 
 
 def _check_width(config: SiclipConfig, width: int, teacher_width: int) -> None:

@@ -1,6 +1,7 @@
 """What makes a folder a model that others load: weights, description and tokenizer."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -51,6 +52,19 @@ def write_open_clip_config(folder: str, student: LoadedModel, model: str) -> Non
                     write_bytes(str(Path(folder) / path.relative_to(near)), path.read_bytes())
     preprocess = open_clip.get_model_preprocess_cfg(student.model)
     write_json(str(Path(folder) / "open_clip_config.json"), {"model_cfg": config, "preprocess_cfg": preprocess})
+
+
+def with_absolute_bpe(student: LoadedModel, model: str) -> LoadedModel:
+    """Return a student whose config names its own BPE file by its whole path, so that it is found by any name.
+
+    ``model`` is the name it was loaded by.
+    """
+    source = bpe_file(model, student.config)
+    if source is None:
+        return student
+    text = student.config["text_cfg"]
+    kwargs = text["tokenizer_kwargs"] | {"bpe_path": str(source.resolve())}
+    return replace(student, config=student.config | {"text_cfg": text | {"tokenizer_kwargs": kwargs}})
 
 
 def bpe_file(model: str, config: dict[str, Any]) -> Path | None:

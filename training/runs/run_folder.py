@@ -3,6 +3,7 @@
 config.json             recipe and all fields, flat
 environment.json        versions, code revision, device of the newest start
 open_clip_config.json   the student's architecture and preprocessing (and bpe.txt.gz when it has its own)
+student.json            sizes of a student whose sizes are learned, layer by layer, and its parameters
 metrics.jsonl           one line per log interval; tensorboard/ has the same curves
 checkpoints/step_N.pt   state of model, optimizer and random streams after N steps
 checkpoints/best.pt     the same of the best measurement on eval_data, which is in it
@@ -24,8 +25,10 @@ from shards_spec.files import (
     DISK_FULL,
     DataError,
     UserError,
+    exists,
     is_url,
     read_bytes,
+    read_json,
     remove_stale,
     write_bytes,
     write_json,
@@ -44,6 +47,7 @@ from training.runs.model_folder import write_open_clip_config
 log = logging.getLogger(__name__)
 CHECKPOINT = re.compile(r"step_(\d+)\.pt")
 BEST = "best.pt"
+STUDENT_TABLE = "student.json"
 LOCK = ".lock"
 DAMAGED = ".damaged"  # ending of a checkpoint that is set aside
 
@@ -177,6 +181,17 @@ class RunFolder:
             describe_classifier(str(self.path), student)
         else:
             write_open_clip_config(str(self.path), student, model)
+
+    def write_table(self, table: dict[str, Any], step: int) -> None:
+        """Write student.json: the sizes of a student, and the step that it has them from.
+
+        Nothing is written where there are no sizes, or where the file has them already.
+        """
+        path = str(self.path / STUDENT_TABLE)
+        present = json.loads(json.dumps(table))
+        recorded = read_json(path) if exists(path) else {}
+        if table and {name: value for name, value in recorded.items() if name != "step"} != present:
+            write_json(path, {"step": step, **table})
 
     def newest(self) -> Path | None:
         """Return the checkpoint of the highest step, intact or not."""

@@ -4,17 +4,21 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from shards_spec.files import UserError
-from shards_spec.models import NO_TRUST, TIMM, LoadedModel, Trust, load_model
+from shards_spec.models import HUB, LOCAL_DIR, NO_TRUST, TIMM, LoadedModel, Trust, load_model
 from training.config import ModelConfig
 from training.models.classifier import is_classifier, load_classifier, new_classifier
+from training.models.tinyclip_convert import is_pruned
+from training.models.tinyclip_pruning import reshape_like
 from training.runs.checkpoint_files import load_checkpoint
 from training.runs.run_folder import RunFolder
 
+RANDOM = "random"
 STUDENT = "student."  # prefix of the student's weights in a checkpoint's task
 
 
@@ -45,6 +49,31 @@ def load_student(config: ModelConfig, seed: int, *, random_weights: bool = True)
     if random_weights:
         return new_student(config, seed)
     return load_model(config.model, config.pretrained, trust=config.trust)
+
+
+class StartWeights(NamedTuple):
+    """A model by name, and whether its weights may be random where none are named."""
+
+    config: ModelConfig
+    is_random: bool
+
+
+def parse_model(name: str, trust: Trust = NO_TRUST) -> StartWeights:
+    """Return the model and its weights of one word.
+
+    It is ``NAME:TAG_OR_FILE`` (or ``NAME:random``), ``local-dir:PATH``, ``hf-hub:ORG/NAME`` or a RUN folder. Raises
+    UserError when it has no weights.
+    """
+    if name.startswith((LOCAL_DIR, HUB, TIMM)) or is_run(name):
+        return StartWeights(ModelConfig(name, trust=trust), is_random=False)
+    model, _, weights = name.partition(":")
+    if not weights:
+        raise UserError(
+            f"{name!r} is no RUN folder and names no weights: say NAME:TAG_OR_FILE (NAME:random for a try), "
+            "local-dir:PATH or hf-hub:ORG/NAME"
+        )
+    is_random = weights == RANDOM
+    return StartWeights(ModelConfig(model, None if is_random else weights, trust), is_random)
 
 
 def is_run(path: str) -> bool:
@@ -125,5 +154,7 @@ def load_run(path: str, raw: bool = False, best: bool = False, trust: Trust = NO
         raise UserError(f"{run.checkpoints} has no {'best ' if best else ''}checkpoint yet: {hint}")
     student = _rebuild(path, trust)
     weights = {name.removeprefix(STUDENT): value for name, value in state["task"].items() if name.startswith(STUDENT)}
+    if is_pruned(student.model):  # the folder describes the newest shape, and this checkpoint may be older
+        reshape_like(student.model, student.config, weights)
     student.model.load_state_dict(weights if raw else weights | (state.get("ema") or {}))
     return student, state["progress"]["step"]

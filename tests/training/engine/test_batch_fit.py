@@ -331,7 +331,7 @@ def test_every_recipes_defaults_fit_24_gigabytes(recipe, root, tmp_path):
     config = with_data(recipe, root, str(labelled), images)
     for precision in ("fp32", "bf16"):
         run = dataclasses.replace(config.run, fit=24.0, precision=precision, device="cpu")
-        memory = predict(recipe, dataclasses.replace(config, run=run))
+        memory = predict(recipe, dataclasses.replace(config, run=run))[""]
         print(recipe, precision, memory)
         assert memory.total <= fit.SHARE * 24e9
 
