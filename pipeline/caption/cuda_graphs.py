@@ -71,7 +71,7 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Work) -> Work:
-        """The work as a graph. Other threads may go on using CUDA: they prepare the next batch."""
+        """The work as a graph; what other threads do with CUDA meanwhile is allowed, and no part of it."""
         graph = torch.cuda.CUDAGraph()
         captured = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
         current = torch.cuda.current_stream(self._device)  # and again after a capture that fails
