@@ -57,8 +57,8 @@ def export(config: ExportConfig) -> None:
         materialise(student.model, student.config)
     if isinstance(student.model, Classifier):
         export_classifier(str(folder), student, config.overwrite)
-        is_timms = type(student.model.trunk).__module__.startswith("timm.")
-        needs = "loads it alone" if is_timms else "needs `import training.models.catlip` for this architecture"
+        module = type(student.model.trunk).__module__
+        needs = "loads it alone" if module.startswith("timm.") else f"needs `import {module}` for this architecture"
         log.info("%s: step %d of %s, timm's local-dir:%s; timm %s", folder, step, config.run, folder, needs)
         return
     _write_open_clip(folder, student, config)

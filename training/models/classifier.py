@@ -96,7 +96,8 @@ def _timm() -> Any:
     """timm, with our own models registered. Imported where it is used, since that takes a second."""
     import timm
 
-    import training.models.catlip  # noqa: F401  registers them
+    import training.models.catlip
+    import training.models.minivit  # noqa: F401  both register them
 
     return timm
 
@@ -228,8 +229,8 @@ def load_classifier(folder: str) -> LoadedModel:
 def export_classifier(folder: str, student: LoadedModel, overwrite: bool = False) -> None:
     """Write a folder that timm loads as ``local-dir:FOLDER``, with the vocabulary, wherever it is moved to.
 
-    timm's own architectures need timm only; CatLIP's ViTs (``catlip_vit_...``) have another stem and need this package
-    (``import training.models.catlip``).
+    timm's own architectures need timm only; CatLIP's ViTs (``catlip_vit_...``) and MiniViT's models (``mini_...``) need
+    this package (``import training.models.catlip``, ``import training.models.minivit``).
 
     Raises:
         UserError: The folder has another model (unless ``overwrite``), or the model, loaded back, computes something
