@@ -29,7 +29,7 @@ DEIT_SHARED = ("attn.qkv", "attn.proj", "mlp")
 SWIN_SHARED = (*DEIT_SHARED, "attn.relative_position_bias_table")
 
 
-class MiniDeiT(VisionTransformer):  # type: ignore[misc]
+class MiniDeiT(VisionTransformer):
     """timm's ViT without a CLS token, pooled by the mean behind its last norm, with tied blocks and iRPE.
 
     Args:
@@ -39,9 +39,7 @@ class MiniDeiT(VisionTransformer):  # type: ignore[misc]
         options: Those of timm's ViT.
     """
 
-    def __init__(
-        self, groups: Groups = 6, head_maps: HeadMaps = "random", irpe: bool = True, **options: Any
-    ) -> None:
+    def __init__(self, groups: Groups = 6, head_maps: HeadMaps = "random", irpe: bool = True, **options: Any) -> None:
         options.setdefault("global_pool", "avg")
         super().__init__(**{**options, "class_token": False, "fc_norm": False})
         grid = self.patch_embed.grid_size
@@ -57,7 +55,7 @@ class MiniDeiT(VisionTransformer):  # type: ignore[misc]
         return {*super().no_weight_decay(), *_head_maps(self)}
 
 
-class MiniSwin(SwinTransformer):  # type: ignore[misc]
+class MiniSwin(SwinTransformer):
     """timm's Swin with tied blocks, head maps and depth-wise convolutions.
 
     Args:
@@ -80,9 +78,10 @@ class MiniSwin(SwinTransformer):  # type: ignore[misc]
         if len(groups) != len(self.layers):
             raise ValueError(f"groups {list(groups)}: give one entry for each of the {len(self.layers)} stages")
         for stage, stage_groups in zip(self.layers, groups, strict=True):
-            for index, block in enumerate(stage.blocks):
-                stage.blocks[index] = _mini_block(block, head_maps, local, mask_always)
-            tie(stage.blocks, group_map(len(stage.blocks), stage_groups), SWIN_SHARED, "first")
+            blocks: Any = stage.blocks
+            for index, block in enumerate(blocks):
+                blocks[index] = _mini_block(block, head_maps, local, mask_always)
+            tie(blocks, group_map(len(blocks), stage_groups), SWIN_SHARED, "first")
 
     def no_weight_decay(self) -> set[str]:
         """As `MiniDeiT.no_weight_decay`; relative positions do not decay either."""
@@ -126,17 +125,22 @@ def _mini_block(block: Any, head_maps: HeadMaps, local: Local, mask_always: bool
     return made
 
 
-_DEIT = {
+_DEIT: dict[str, dict[str, Any]] = {
     "mini_deit_tiny_patch16_224": {"embed_dim": 192, "num_heads": 3},
     "mini_deit_small_patch16_224": {"embed_dim": 384, "num_heads": 6},
     "mini_deit_base_patch16_224": {"embed_dim": 768, "num_heads": 12, "drop_path_rate": 0.1},
     "mini_deit_base_patch16_384": {"embed_dim": 768, "num_heads": 12, "drop_path_rate": 0.1, "img_size": 384},
     "mini_deit_test": {"embed_dim": 32, "depth": 4, "num_heads": 2, "patch_size": 8, "img_size": 32, "groups": 2},
 }
-_SWIN_TINY = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.0}
+_SWIN_TINY: dict[str, Any] = {
+    "embed_dim": 96,
+    "depths": (2, 2, 6, 2),
+    "num_heads": (3, 6, 12, 24),
+    "drop_path_rate": 0.0,
+}
 _SWIN_SMALL = {**_SWIN_TINY, "depths": (2, 2, 18, 2), "groups": (1, 1, 9, 1), "drop_path_rate": 0.1}
 _SWIN_BASE = {**_SWIN_SMALL, "embed_dim": 128, "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.2}
-_SWIN = {
+_SWIN: dict[str, dict[str, Any]] = {
     "mini_swin_tiny_patch4_window7_224": _SWIN_TINY,
     "mini_swin_small_patch4_window7_224": _SWIN_SMALL,
     "mini_swin_base_patch4_window7_224": _SWIN_BASE,
@@ -170,7 +174,10 @@ def _default_cfg(side: int, **names: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        **{f"{name}.untrained": _default_cfg(size.get("img_size", 224), classifier="head") for name, size in _DEIT.items()},
+        **{
+            f"{name}.untrained": _default_cfg(size.get("img_size", 224), classifier="head")
+            for name, size in _DEIT.items()
+        },
         **{
             f"{name}.untrained": _default_cfg(size.get("img_size", 224), classifier="head.fc", pool_size=(7, 7))
             for name, size in _SWIN.items()

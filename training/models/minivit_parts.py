@@ -3,8 +3,8 @@
     attention   A_n = softmax(sum_m F2[n, m] (Q_m K_m^T / sqrt(d) + position)),  out_k = (sum_n F1[k, n] A_n) V_k
     MLP         z = y + DW(y), a depth-wise convolution over the map of tokens, in front of the MLP
 
-F2 (``before`` the softmax) and F1 (``after`` it) are linear maps across the heads; a head uses its own values. Mini-DeiT
-has image relative position encoding on keys (iRPE, "product") where Mini-Swin has the convolution.
+F2 (``before`` the softmax) and F1 (``after`` it) are linear maps across the heads; a head uses its own values.
+Mini-DeiT has image relative position encoding on keys (iRPE, "product") where Mini-Swin has the convolution.
 """
 
 import math
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 HeadMaps = Literal["random", "identity", "none"]
 Local = Literal["stream", "residual", "none"]
 STD = 0.02  # of random head maps
-ALPHA, BETA, GAMMA = 1.9, 3.8, 15.2  # of iRPE's piecewise index
+ALPHA = 1.9  # of iRPE's piecewise index, in patches: up to here it is the distance itself
+BETA = 3.8  # its largest value
+GAMMA = 15.2  # the distance where it reaches that
 REACH = int(BETA)  # the largest index
 BUCKETS = (2 * REACH + 1) ** 2
 KERNEL = 7  # of the depth-wise convolution
@@ -54,7 +56,13 @@ def head_map(heads: int, kind: HeadMaps, *, bias: bool) -> nn.Module:
 
 
 def mapped_attention(
-    logits: Tensor, value: Tensor, before: nn.Module, after: nn.Module, drop: nn.Module, mask: Tensor | None = None
+    logits: Tensor,
+    value: Tensor,
+    *,
+    before: nn.Module,
+    after: nn.Module,
+    drop: nn.Module,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Return attention with maps across the heads, (B, N, M d).
 
@@ -68,8 +76,8 @@ def mapped_attention(
     """
     logits = before(logits)
     if mask is not None:
-        windows, tokens = mask.shape[:2]
-        logits = (logits.unflatten(0, (-1, windows)) + mask.unsqueeze(1)).view(-1, logits.shape[1], tokens, tokens)
+        shape = logits.shape
+        logits = (logits.view(-1, len(mask), *shape[1:]) + mask.unsqueeze(1)).view(shape)
     mapped = drop(after(logits.softmax(-1)))
     attended: Tensor = (mapped @ value).transpose(1, 2).flatten(2)
     return attended
@@ -160,12 +168,12 @@ class MappedAttention(nn.Module):
         logits = query @ key.mT
         if self.positions is not None:
             logits = logits + self.positions(query)
-        attended = mapped_attention(logits, value, self.before, self.after, self.attn_drop)
+        attended = mapped_attention(logits, value, before=self.before, after=self.after, drop=self.attn_drop)
         out: Tensor = self.proj_drop(self.proj(attended))
         return out
 
 
-class MappedWindowAttention(WindowAttention):  # type: ignore[misc]
+class MappedWindowAttention(WindowAttention):
     """timm's attention of a Swin's window with head maps, which have biases."""
 
     def __init__(self, head_maps: HeadMaps, **options: Any) -> None:
@@ -177,9 +185,22 @@ class MappedWindowAttention(WindowAttention):  # type: ignore[misc]
         """Return (B W, N, C) of B images' windows (B W, N, C); ``mask`` (W, N, N) is 0 or -100."""
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         logits = (query * self.scale) @ key.mT + self._get_rel_pos_bias()
-        attended = mapped_attention(logits, value, self.before, self.after, self.attn_drop, mask)
+        attended = mapped_attention(logits, value, before=self.before, after=self.after, drop=self.attn_drop, mask=mask)
         out: Tensor = self.proj_drop(self.proj(attended))
         return out
+
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        """Take windows of another size. The table is resized by bicubic interpolation, as for the released models."""
+        table = self.relative_position_bias_table
+        height, width = (2 * side - 1 for side in self.window_size)
+        super().set_window_size(window_size)
+        if self.relative_position_bias_table is table:  # the size has not changed
+            return
+        size = [2 * side - 1 for side in self.window_size]
+        plane = table.detach().T.reshape(1, -1, height, width).float()
+        resized = F.interpolate(plane, size, mode="bicubic", align_corners=False).flatten(2)[0].T
+        with torch.no_grad():
+            self.relative_position_bias_table.copy_(resized)
 
 
 class DepthwiseTokens(nn.Conv2d):
@@ -199,7 +220,8 @@ class DepthwiseTokens(nn.Conv2d):
         The ``prefix`` P tokens in front (CLS, registers) lie on no map: what is added to them is 0.
         """
         patches = tokens[:, prefix:]
-        convolved = super().forward(patches.mT.unflatten(-1, (height, width))).flatten(2).mT
+        on_map = patches.mT.reshape(len(patches), -1, height, width)
+        convolved = super().forward(on_map).flatten(2).mT
         return F.pad(convolved, (0, 0, prefix, 0)) if prefix else convolved
 
 
@@ -224,11 +246,11 @@ class LocalTransform(nn.Module):
         """Return (B, H, W, C) of (B, H, W, C)."""
         height, width = x.shape[1:3]
         normed = self.norm(x)
-        added = self.conv(normed.flatten(1, 2), height, width).view_as(x)
-        return (normed if self.in_stream else x) + added
+        added: Tensor = self.conv(normed.flatten(1, 2), height, width).view_as(x)
+        return added + (normed if self.in_stream else x)
 
 
-class MiniSwinBlock(SwinTransformerBlock):  # type: ignore[misc]
+class MiniSwinBlock(SwinTransformerBlock):
     """timm's Swin block with head maps and a local transform.
 
     Args:
@@ -266,8 +288,8 @@ class MiniSwinBlock(SwinTransformerBlock):  # type: ignore[misc]
         """Return the mask (W, N, N) of this block's windows, or None where none is needed."""
         shift = self.shift_size
         if self.mask_always:
-            sides = zip(self.input_resolution, self.window_size, strict=True)
-            self.shift_size = tuple(0 if side <= window else window // 2 for side, window in sides)
+            sides: Any = zip(self.input_resolution, self.window_size, strict=True)  # type: ignore[arg-type]
+            self.shift_size = tuple(0 if side <= window else window // 2 for side, window in sides)  # type: ignore[assignment]
         try:
             mask: Tensor | None = super().get_attn_mask(*args, **options)
         finally:
@@ -276,7 +298,8 @@ class MiniSwinBlock(SwinTransformerBlock):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, H, W, C) of (B, H, W, C)."""
-        x = self.local(x + self.drop_path1(self._attn(self.norm1(x))))
-        tokens = x.flatten(1, 2)
-        tokens = tokens + self.drop_path2(self.mlp(self.norm2(tokens)))
-        return tokens.view_as(x)
+        attended: Tensor = self._attn(self.norm1(x))  # type: ignore[no-untyped-call]
+        mixed: Tensor = self.local(x + self.drop_path1(attended))
+        tokens = mixed.flatten(1, 2)
+        out: Tensor = tokens + self.drop_path2(self.mlp(self.norm2(tokens)))
+        return out.view_as(mixed)

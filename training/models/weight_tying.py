@@ -93,7 +93,7 @@ def tie(blocks: Any, groups: Sequence[int], shared: Sequence[str], source: Sourc
     _check_map(len(blocks), tying.groups)
     for index, first in tying.followers():
         for name in tying.shared:
-            _check_alike(name, first, part_of(blocks[first], name), index, part_of(blocks[index], name), source)
+            _check_alike(blocks, name, (first, index), source)
     for group in dict.fromkeys(tying.groups):
         members = [blocks[index] for index, other in enumerate(tying.groups) if other == group]
         for name in tying.shared:
@@ -200,12 +200,11 @@ def _check_map(depth: int, groups: tuple[int, ...]) -> None:
         raise ValueError(f"groups {list(groups)}: give each of the {depth} blocks its group, ascending from 0")
 
 
-def _check_alike(
-    name: str, first: int, one: nn.Module | nn.Parameter, index: int, other: nn.Module | nn.Parameter, source: Source
-) -> None:
+def _check_alike(blocks: Any, name: str, pair: tuple[int, int], source: Source) -> None:
     """Raise ValueError where two blocks cannot share a part."""
-    theirs = _tensors_of(other)
-    for rest, tensor in _tensors_of(one).items():
+    first, index = pair
+    theirs = _tensors_of(part_of(blocks[index], name))
+    for rest, tensor in _tensors_of(part_of(blocks[first], name)).items():
         counterpart = theirs.get(rest)
         if counterpart is None or counterpart.shape != tensor.shape:
             raise ValueError(f"blocks {first} and {index} cannot share {name}{rest}: their shapes differ")

@@ -1,4 +1,4 @@
-"""Tied blocks of timm's ViT and Swin and of open_clip's towers: identity, state dicts, checkpoints, surgery, inverse."""
+"""Tied blocks of timm's ViT and Swin and of open_clip's towers: identity, state dicts, surgery, and untying."""
 
 import copy
 
@@ -123,7 +123,7 @@ def test_an_untied_copy_is_equal_until_it_is_trained():
         each(images()).square().sum().backward()
         optimizer.step()
     assert not torch.allclose(apart(images()), model(images()), atol=1e-4)
-    with pytest.raises(ValueError, match="other weights in attn.qkv.weight"):
+    with pytest.raises(ValueError, match=r"other weights in attn\.qkv.weight"):
         tie(apart.blocks, group_map(4, 2), SHARED)
 
 
@@ -251,7 +251,7 @@ def test_surgery_on_one_block_is_found(surgery, index):
 
 def test_what_cannot_be_tied_is_named():
     model = vit()
-    with pytest.raises(ValueError, match="has no attn.kqv"):
+    with pytest.raises(ValueError, match=r"has no attn\.kqv"):
         tie(model.blocks, group_map(4, 2), ("attn.kqv",), "first")
     with pytest.raises(ValueError, match="neither a module nor a parameter"):
         tie(model.blocks, group_map(4, 2), ("attn.scale",), "first")
@@ -286,7 +286,9 @@ def test_swin_and_both_towers_of_a_clip():
             untie(blocks)
         assert before < count(apart)
         one, other = model(*inputs), apart(*inputs)
-        same = zip(one if isinstance(one, tuple) else [one], other if isinstance(other, tuple) else [other], strict=True)
+        same = zip(
+            one if isinstance(one, tuple) else [one], other if isinstance(other, tuple) else [other], strict=True
+        )
         assert all(torch.equal(a, b) for a, b in same)
         model.load_state_dict(model.state_dict())
         apart.load_state_dict(apart.state_dict())
