@@ -104,6 +104,7 @@ RECIPES = {
         "--batch-parts",
         "1",
     ),
+    "tinymim": (*DATA, "--model", "timm:test_vit", "--teacher", "timm:test_vit", "--teacher-weights", "random"),
     "coca": (*DATA, "--model", COCA),
     "probe": (*LABELLED, "--model", "runs/catlip"),
     "finetune": (*LABELLED, "--model", "runs/catlip"),

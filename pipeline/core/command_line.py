@@ -43,6 +43,7 @@ EXAMPLES = {
     "train tinyclip": "--data /data/cc3m --model ViT-M-32 --out runs/tinyclip",
     "train siclip": "--data /data/cc3m --base-weights mobileclip_s0.pt --out runs/siclip",
     "train catlip": "--data /data/cc3m --out runs/catlip",
+    "train tinymim": "--data /data/cc3m --model timm:vit_base_patch16_224 --out runs/tinymim",
     "train coca": "--data /data/cc3m --model coca_ViT-B-32 --out runs/coca",
     "train probe": "--data /data/cifar10 --model runs/catlip --out runs/probe",
     "train finetune": "--data /data/cifar10 --model runs/catlip --out runs/finetune",

@@ -13,6 +13,7 @@ from shards_spec.views import ViewSpec, apply_view, draw_view
 from training.data.batches import Item, Skipped, to_pixels
 from training.data.labelled_images import LabelledImages
 from training.data.order import BatchPlan, Order
+from training.data.paired_views import PairedViews
 
 CROP = 224 / 232  # share of the shorter side that the test crop covers: 232 pixels are cut to 224
 
@@ -38,6 +39,7 @@ class LabelledImageRows:
         self.plan = plan
         self.views = views
         self.chosen = chosen
+        self.paired: PairedViews | None = None  # set where a teacher sees other pixels than the student
         self.order = Order([len(chosen)], plan.seed, streams=1, window=1)
 
     def __getitem__(self, index: int | tuple[int, int | None]) -> Item:
@@ -50,17 +52,22 @@ class LabelledImageRows:
             image = decode_rgb(data)
         except DataError as error:
             return Skipped(f"{name}: {error}")
-        if self.views is None:
-            shown = plain_crop(image, side)
-        else:
-            shown = apply_view(image, self.views, draw_view(self.views, name, location.epoch), side)
         return {
             "key": name,
             "position": position,
             "epoch": location.epoch,
-            "images": to_pixels(shown),
+            **self._render(image, name, location.epoch, side),
             "targets": torch.tensor(int(self.images.labels[number])),
         }
+
+    def _render(self, image: Image.Image, name: str, epoch: int, side: int) -> dict[str, Tensor]:
+        """The fields of images of an item."""
+        if self.views is None:
+            return {"images": to_pixels(plain_crop(image, side))}
+        view = draw_view(self.views, name, epoch)
+        if self.paired is None:
+            return {"images": to_pixels(apply_view(image, self.views, view, side))}
+        return self.paired.render(image, self.views, view, side, f"{name}/{epoch}")
 
 
 class FeatureRows:

@@ -25,6 +25,7 @@ from training.data.batches import Index, Item, Skipped, to_pixels
 from training.data.local_copies import LocalFileCache
 from training.data.lru import LRUCache
 from training.data.order import BatchPlan, Order, SampleLocation
+from training.data.paired_views import PairedViews
 from training.data.shard_reader import ShardReader, dataset_sizes
 from training.data.teacher_cache import TeacherCache
 
@@ -106,6 +107,7 @@ class Samples(Dataset[Item]):
         self.cache = cache
         self.labels = labels
         self.plan = plan
+        self.paired: PairedViews | None = None  # set where a teacher sees other pixels than the student
         # windows of the order whose successors were prefetched; two per stream, as a batch may cross epochs
         self._prefetched: LRUCache[tuple[int, tuple[int, int]], None] = LRUCache(2 * order.streams)
 
@@ -127,13 +129,17 @@ class Samples(Dataset[Item]):
         except DataError as error:
             return Skipped(f"{self.reader.path(location.shard)}: key {sample.key}: {error}")
         view = location.epoch % self.cache.num_views if self.cache else location.epoch
-        rendered = apply_view(image, self.views, draw_view(self.views, sample.key, view), side)
+        drawn = draw_view(self.views, sample.key, view)
+        if self.paired is None:
+            images = {"images": to_pixels(apply_view(image, self.views, drawn, side))}
+        else:
+            images = self.paired.render(image, self.views, drawn, side, f"{sample.key}/{location.epoch}")
         caption = self.captions.draw(captions, sample.key, location.epoch)
         item = {
             "key": sample.key,
             "position": position,
             "epoch": location.epoch,
-            "images": to_pixels(rendered),
+            **images,
             **labels,
         }
         if self.student.tokenizer is not None:

@@ -7,6 +7,7 @@ RECIPES = {
     "probe": "a linear head on a frozen image tower, of labelled images",
     "finetune": "a whole image tower on labelled images",
     "siclip": "a MobileCLIP-S0 with simpler, shared attention: inherited, distilled, pairs matched (SiCLIP)",
+    "tinymim": "a small ViT that learns token relations of a large one, on unlabelled images (TinyMIM)",
     "coca": "contrastive and captioning loss (CoCa): a captioner of one's own",
 }
 STAGED = ("tinyclip",)  # whose module has ``stages(config)``: the configs of the runs that one config stands for

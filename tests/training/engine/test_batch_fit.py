@@ -311,7 +311,8 @@ def with_data(recipe, root, labelled, images):
     if recipe in ("probe", "finetune"):  # they have no default: the tower that CatLIP's defaults leave
         student = dataclasses.replace(config.student, model="timm:catlip_vit_base_patch16_224")
         config = dataclasses.replace(config, student=student)
-    return dataclasses.replace(config, base_weights="random") if recipe == "siclip" else config
+    untrained = {"siclip": {"base_weights": "random"}, "tinymim": {"teacher_weights": "random"}}
+    return dataclasses.replace(config, **untrained.get(recipe, {}))
 
 
 @pytest.mark.slow

@@ -1,0 +1,68 @@
+"""What a student and its teacher see of an image, where that is not the same."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from shards_spec.augment import jitter
+from shards_spec.counter_rng import uniform_draws
+from shards_spec.views import View, ViewSpec, apply_view
+from training.data.batches import to_pixels
+
+CLEAN = "clean_images"
+KEEP = "keep"
+
+
+@dataclass(frozen=True)
+class PairedViews:
+    """Renders a view for the student and, where it differs, without colour jitter or larger for the teacher.
+
+    Both have the same crop and flip. It may also draw which patches both of them see, by (seed, key, epoch).
+    """
+
+    teacher_side: int
+    """pixels a side of the teacher's images"""
+    patches: int = 0
+    """patches of an image"""
+    mask_ratio: float = 0.0
+    """share of them that is left out"""
+    seed: int = 0
+    """of the draw"""
+
+    def fields(self, jitter_strengths: tuple[float, ...], side: int) -> tuple[str, ...]:
+        """Return the fields that `render` gives."""
+        has_copy = any(jitter_strengths) or side != self.teacher_side
+        return ("images", *([CLEAN] if has_copy else []), *([KEEP] if self.mask_ratio else []))
+
+    def render(self, image: Image.Image, spec: ViewSpec, view: View, side: int, draw_name: str) -> dict[str, Tensor]:
+        """Return ``images``, uint8 (3, S, S), and what `fields` names besides.
+
+        Args:
+            image: The decoded image.
+            spec: What views are drawn from.
+            view: The view.
+            side: Pixels a side of the student's images.
+            draw_name: Key and epoch of the sample.
+
+        Returns:
+            ``images`` (3, S, S) and ``clean_images`` (3, S', S'), uint8; ``keep``, int64 indices of patches, ascending.
+        """
+        plain = replace(view, jitter=())
+        clean = apply_view(image, spec, plain, side)
+        shown = jitter(clean, spec.jitter, view.jitter[0], view.jitter[1:]) if view.jitter else clean
+        item = {"images": to_pixels(shown)}
+        if side != self.teacher_side:
+            clean = apply_view(image, spec, plain, self.teacher_side)
+        if CLEAN in self.fields(spec.jitter, side):
+            item[CLEAN] = to_pixels(clean)
+        if self.mask_ratio:
+            item[KEEP] = self._draw_patches(draw_name)
+        return item
+
+    def _draw_patches(self, draw_name: str) -> Tensor:
+        noise = uniform_draws(f"mask/{self.seed}/{draw_name}", self.patches)
+        kept = int(self.patches * (1 - self.mask_ratio))
+        return torch.from_numpy(np.sort(np.argsort(noise, kind="stable")[:kept]).astype(np.int64))
