@@ -67,7 +67,7 @@ def split_heads(tokens: Tensor, heads: int) -> Tensor:
     width = tokens.shape[-1]
     if width % heads:
         raise ValueError(f"{heads} heads do not divide a width of {width}")
-    return tokens.unflatten(-1, (heads, width // heads)).transpose(-2, -3)
+    return tokens.reshape(*tokens.shape[:-1], heads, width // heads).transpose(-2, -3)
 
 
 def token_relation(rows: Tensor, columns: Tensor, heads: int = 1, scale: float | None = None) -> Tensor:
@@ -113,7 +113,7 @@ def token_relation_loss(student: Pair, teacher: Pair, heads: int = 1, distance: 
         mine = [_matrices(tokens, heads) for tokens in student]
         with torch.no_grad():
             theirs = [_matrices(tokens, heads) for tokens in teacher]
-        losses: Tensor = _BlockwiseLoss.apply(*mine, *theirs, distance)  # type: ignore[no-untyped-call]
+        losses: Tensor = _BlockwiseLoss.apply(*mine, *theirs, distance)
     return losses.view(-1, heads).mean(dim=1)
 
 

@@ -1,6 +1,6 @@
 """What TinyMIM (arXiv 2301.01296) reads of vision transformers, and what it changes in its student.
 
-A `Tower` runs a transformer block by block and stops within the block that is asked for, so nothing behind it is
+A `VisionTower` runs a transformer block by block and stops within the block that is asked for, so nothing behind it is
 computed: timm's ViTs, which MAE's encoders are, and open_clip's image towers. Blocks are numbered from 1.
 """
 
@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from open_clip.transformer import ResidualAttentionBlock
 from open_clip.transformer import VisionTransformer as OpenClipViT
-from timm.layers import DropPath
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.layers.drop import DropPath
+from timm.models.vision_transformer import Attention, Block, VisionTransformer  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,7 +34,7 @@ class NoTower(ValueError):
     """A model is no transformer whose blocks can be read; says why."""
 
 
-class Tower:
+class VisionTower:
     """A vision transformer, run block by block.
 
     Attributes:
@@ -91,7 +91,7 @@ class Tower:
         return branch
 
 
-class TimmTower(Tower):
+class TimmTower(VisionTower):
     """timm's VisionTransformer and its subclasses, with plain pre-norm blocks."""
 
     def __init__(self, model: VisionTransformer) -> None:
@@ -100,7 +100,7 @@ class TimmTower(Tower):
                 kind = type(block) if type(block) is not Block else type(block.attn)
                 raise NoTower(f"its blocks are no plain pre-norm ones, but {kind.__name__}")
         self.model = model
-        self.blocks = model.blocks
+        self.blocks = list(model.blocks)
         self.width = model.embed_dim
         self.grid = tuple(model.patch_embed.grid_size)
         self.prefix = model.num_prefix_tokens
@@ -124,7 +124,8 @@ class TimmTower(Tower):
         def normed(norm: nn.Module, part: Tensor) -> Tensor:
             if isinstance(norm, nn.Identity):
                 return part
-            return norm(part.unflatten(-1, (attention.num_heads, -1))).flatten(-2)
+            heads: Tensor = norm(part.reshape(*part.shape[:-1], attention.num_heads, -1))
+            return heads.flatten(-2)
 
         return normed(attention.q_norm, query), normed(attention.k_norm, key), value
 
@@ -154,7 +155,7 @@ class TimmTower(Tower):
         return left
 
 
-class OpenClipTower(Tower):
+class OpenClipTower(VisionTower):
     """open_clip's own VisionTransformer: OpenAI's CLIP and what is built like it."""
 
     def __init__(self, model: OpenClipViT) -> None:
@@ -201,7 +202,7 @@ class OpenClipTower(Tower):
         return normed[:, 0]
 
 
-def tower_of(model: nn.Module) -> Tower:
+def tower_of(model: nn.Module) -> VisionTower:
     """Return the tower of a timm ViT, of open_clip's image tower, or of a model that holds one of them.
 
     Those are a CLIP model (``visual``) and a classifier or open_clip's wrapper of timm's models (``trunk``). Raises
@@ -232,7 +233,7 @@ def keep_patches(tokens: Tensor, keep: Tensor | None, prefix: int) -> Tensor:
     return torch.cat([tokens[:, :prefix], kept], dim=1)
 
 
-def read(tower: Tower, images: Tensor, target: Target, block: int, keep: Tensor | None = None) -> Reading:
+def read(tower: VisionTower, images: Tensor, target: Target, block: int, keep: Tensor | None = None) -> Reading:
     """Run a tower and return what a target compares; nothing behind it is computed.
 
     Args:
@@ -261,7 +262,7 @@ def read(tower: Tower, images: Tensor, target: Target, block: int, keep: Tensor 
     return {"feature": tokens if target == "attention-after" else tower.ffn(last, tokens)}
 
 
-def _whole_block(tower: Tower, block: Any, tokens: Tensor) -> Tensor:
+def _whole_block(tower: VisionTower, block: Any, tokens: Tensor) -> Tensor:
     run: Callable[..., Any] = block
     if tower.checkpoints and torch.is_grad_enabled():
         return checkpoint(run, tokens, use_reentrant=False)  # type: ignore[no-any-return]
@@ -269,7 +270,7 @@ def _whole_block(tower: Tower, block: Any, tokens: Tensor) -> Tensor:
     return output
 
 
-def set_heads(tower: Tower, block: int, heads: int) -> None:
+def set_heads(tower: VisionTower, block: int, heads: int) -> None:
     """Cut the projections of a timm tower's block into other heads; no parameter changes.
 
     Raises ValueError when the heads do not divide the width, or the block has parameters of a head's width.

@@ -11,7 +11,7 @@ from shards_spec.messages import counted
 from shards_spec.models import NO_TRUST, TIMM, LoadedModel, Trust, load_model, load_teacher
 from training.models.classifier import new_classifier
 from training.models.teacher import FrozenTeacher
-from training.models.tinymim import NoTower, Tower, set_heads, tower_of
+from training.models.tinymim import NoTower, VisionTower, set_heads, tower_of
 from training.runs.run_folder import RunFolder
 from training.runs.student import is_run, load_run
 
@@ -27,7 +27,7 @@ class VitTeacher:
     """A frozen vision transformer."""
 
     frozen: FrozenTeacher
-    tower: Tower
+    tower: VisionTower
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]

@@ -157,11 +157,12 @@ class TinymimTask(Task):
         """Return the losses (n,) of each sample, by name."""
         keep = batch.get(KEEP)
         target = self.config.target
-        clean = batch.get(CLEAN, batch["images"])
+        images: Tensor = batch["images"]
+        clean: Tensor = batch.get(CLEAN, images)
         theirs = self.frozen.intermediate(
             lambda _: read(self.teacher_tower, clean, target, self.teacher_block, keep), taps=()
         ).output
-        mine = read(self.tower, batch["images"], target, self.block, keep)
+        mine = read(self.tower, images, target, self.block, keep)
         if target == "relations":
             return {name: self._relation_loss(mine, theirs, name) for name in self.config.relations}
         mine = {name: self.maps[name](value) if name in self.maps else value for name, value in mine.items()}
@@ -172,8 +173,8 @@ class TinymimTask(Task):
 
     def _relation_loss(self, mine: Reading, theirs: Reading, name: str) -> Tensor:
         """(n,) of the relation that two letters name."""
-        rows, columns = name
-        student, teacher = Pair(mine[rows], mine[columns]), Pair(theirs[rows], theirs[columns])
+        student = Pair(mine[name[0]], mine[name[1]])
+        teacher = Pair(theirs[name[0]], theirs[name[1]])
         return token_relation_loss(student, teacher, self.heads, "kl" if self.config.softmax else "smooth_l1")
 
     def losses(self, features: Features, step: int) -> Losses:

@@ -1,12 +1,7 @@
 """TinyMIM's recipe through the trainer: targets, resume, processes, precisions, what is refused."""
 
-import dataclasses
-
 import pytest
-import torch
-from small_catlip import write_folders
-from small_dist import fork
-from small_training import assert_same_run, final_weights, read_metrics, steady_metrics, tiny_clip, tiny_config
+from small_training import assert_same_run, read_metrics, steady_metrics, tiny_config
 
 from training.trainer import train
 
