@@ -105,20 +105,21 @@ def _describe_other_kind(path: str, kind: str) -> str | None:
 def product_error(path: str, error: BaseException, kind: str, given: bool, fix: str = "") -> UserError | DataError:
     """The product's error for an exception of a library over a file of a ``kind`` ("Parquet file")."""
     own = UserError if given else DataError
+    remake = fix if given else remake_advice(path, fix or REMAKE)
     if isinstance(error, FileNotFoundError):
-        return own(f"{path} is not there; {(fix or 'check the path') if given else remake_advice(path, fix or REMAKE)}")
+        return own(f"{path} is not there; {remake or 'check the path'}")
     described = describe_content(path)
     if described is not None and not (described[0] == GZIPPED and "gzip" in kind):
         what, advice = described
         if not given and advice == FETCH:
-            advice = fix or REMAKE
+            advice = remake
         return own(f"{path} {what}; {advice}")
     if isinstance(error, OSError) and error.errno is not None:
         fixes = {errno.EACCES: "check its permissions", errno.EMFILE: "raise `ulimit -n`"}
         return own(f"{path} cannot be read ({short(error)}); {fixes.get(error.errno, 'check the disk that holds it')}")
     if (other := _describe_other_kind(path, kind)) is not None:
-        return own(f"{path} {other}; {fix or ('check the path' if given else REMAKE)}")
-    return own(f"{path}: not a readable {kind} ({short(error)}); {fix or (FETCH if given else REMAKE)}")
+        return own(f"{path} {other}; {remake or 'check the path'}")
+    return own(f"{path}: not a readable {kind} ({short(error)}); {remake or FETCH}")
 
 
 @contextmanager

@@ -24,7 +24,15 @@ from shards_spec.files import (
     sha256_json,
     write_json,
 )
-from shards_spec.layout import FILE_PATTERN, STATS_PATTERN, dataset_json, remake_folder_advice, sizes_json, stats_path
+from shards_spec.layout import (
+    FILE_PATTERN,
+    STATS_PATTERN,
+    dataset_json,
+    remake_advice,
+    remake_folder_advice,
+    sizes_json,
+    stats_path,
+)
 
 SEAL = "self_sha256"  # of a JSON object: the hash of all its other fields
 REWRITE = "delete the file and run the stages again, each writes its part from what is there"
@@ -113,7 +121,7 @@ def read_done(folder: str, shard: int) -> Done | None:
         return None
     version = record.get("spec_version") if isinstance(record, dict) else None
     if version != SPEC_VERSION:
-        raise DataError(f"{path}: spec version {version}, this clipmill reads {SPEC_VERSION}; make it again")
+        raise DataError(f"{path}: spec version {version}, this clipmill reads {SPEC_VERSION}; {remake_advice(path)}")
     try:
         done = Done(
             record["stage"],
@@ -126,9 +134,9 @@ def read_done(folder: str, shard: int) -> Done | None:
             counters=record.get("facts", {}),
         )
     except KeyError as error:
-        raise DataError(f"{path}: its done-record has no {error}; delete it and run its stage again") from error
+        raise DataError(f"{path}: its done-record has no {error}; {remake_advice(path)}") from error
     if not _is_sound(done):
-        raise DataError(f"{path}: its done-record is damaged; delete it and run its stage again")
+        raise DataError(f"{path}: its done-record is damaged; {remake_advice(path)}")
     return done
 
 

@@ -12,13 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards_spec.files import DataError, UserError, atomic_writer, open_read, sha256_file
+from shards_spec.layout import remake_advice
 from shards_spec.library_errors import FETCH, REMAKE, parquet_errors, product_error
 
 
 def check_columns(path: str, names: list[str], given: bool = False) -> None:
     """Raise UserError or DataError when a table has a column name twice: readers disagree which of them counts."""
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        fix = "rename or drop one of them" if given else REMAKE
+        fix = "rename or drop one of them" if given else remake_advice(path, REMAKE)
         raise (UserError if given else DataError)(f"{path} has the column {twice[0]!r} more than once; {fix}")
 
 
@@ -56,7 +57,8 @@ def read_table(
         there = file.schema_arrow.names
         if missing := [name for name in columns if name not in there]:
             own = UserError if given else DataError
-            raise own(f"{path}: no column {missing[0]}; {fix or (FETCH if given else REMAKE)}")
+            advice = fix or FETCH if given else remake_advice(path, fix or REMAKE)
+            raise own(f"{path}: no column {missing[0]}; {advice}")
         return validated(file.read([*columns, *(name for name in optional if name in there)]))
 
 

@@ -18,6 +18,7 @@ from shards_spec.layout import (
     STATS_PATTERN,
     VOCAB,
     dataset_json,
+    remake_advice,
     remake_folder_advice,
     shard_name,
     stage_output,
@@ -68,6 +69,10 @@ class Findings:
             yield
         except (DataError, UserError) as error:
             self.add(str(error))
+        except OSError as error:
+            path = str(error.filename or what)
+            first = "move the folder away, then " if isinstance(error, IsADirectoryError) else ""
+            self.add(f"{path} cannot be read ({short(error)}); {first}{remake_advice(path, REMAKE)}")
         except Exception as error:
             text = short(error)
             self.add(text if what in text else f"{what}: damaged, it cannot be read ({type(error).__name__}: {text})")
@@ -183,11 +188,12 @@ def check_record(root: str, folder: str, stage: str, shard: int) -> Done | None:
         return None
     record = stats["clipmill"]
     if SEAL in record and not _is_as_written(path, stats):
-        raise DataError(f"{path}: not as it was written; {REMAKE}")
+        raise DataError(f"{path}: not as it was written; {remake_advice(path, REMAKE)}")
     if SEAL not in record and (unknown := sorted(set(record) - RECORD)):
-        raise DataError(f"{path}: its done-record has an unknown field {unknown[0]!r}; {REMAKE}")
+        raise DataError(f"{path}: its done-record has an unknown field {unknown[0]!r}; {remake_advice(path, REMAKE)}")
     if (done.stage, done.shard, record_hash(stats)) != (stage, shard, sha256_json(done.config)):
-        raise DataError(f"{path}: says {done.stage} shard {done.shard}, or its config does not fit its hash; {REMAKE}")
+        advice = remake_advice(path, REMAKE)
+        raise DataError(f"{path}: says {done.stage} shard {done.shard}, or its config does not fit its hash; {advice}")
     _check_counts(path, stats, done)
     return done
 
@@ -217,7 +223,7 @@ def _check_counts(path: str, stats: dict[str, Any], done: Done) -> None:
     if (inputs, successes) != (total, done.successes) or sum(failed) != total - done.successes:
         raise DataError(
             f"{path}: inputs {inputs}, successes {successes}, {failed[0]} + {failed[1]} "
-            f"failed; its reasons add up to {done.counts}; {REMAKE}"
+            f"failed; its reasons add up to {done.counts}; {remake_advice(path, REMAKE)}"
         )
 
 

@@ -94,11 +94,10 @@ def _describe_change(root: str, shard_folder: ShardFolder, shard: int, path: str
         for _ in shard_folder.validate(root, shard_folder.folder, shard):
             pass
     except DataError as error:
-        where = str(error).removeprefix(f"{join(root, path)}: ")
+        where = str(error).removeprefix(f"{join(root, path)}: ").partition("; ")[0]  # the advice follows
     except Exception as error:  # over damaged bytes readers raise anything
         where = f"it cannot be read any more ({short(error)})"
-    fix = f"delete {stats_path(shard_folder.folder, shard)} and run the stage again"
-    return f"{join(root, path)}: not the file that was written: {where}; {fix}"
+    return f"{join(root, path)}: not the file that was written: {where}; {remake_advice(join(root, path))}"
 
 
 def _check_kept(root: str, raw: list[np.ndarray], dropped: list[np.ndarray], findings: Findings) -> None:

@@ -22,6 +22,7 @@ from shards_spec.layout import (
     dedup_parquet,
     parquet_path,
     raw_tar,
+    remake_advice,
     shard_name,
     stats_path,
     tar_path,
@@ -63,12 +64,12 @@ def shard_folders(root: str) -> Iterator[ShardFolder]:
 
 def read_rows(path: str, columns: list[str], optional: str = "") -> list[dict[str, Any]]:
     """These columns of a Parquet file, and an ``optional`` one when it is there, row by row. Raises DataError."""
-    with open_parquet(path, fix="delete its _stats.json and run the stage again") as file:
+    with open_parquet(path) as file:
         present = file.schema_arrow.names
         rows: list[dict[str, Any]] = file.read([name for name in (*columns, optional) if name in present]).to_pylist()
     missing = [name for name in columns if name not in present]
     if rows and missing:  # a file without rows may lack columns
-        raise DataError(f"{path}: no column {missing[0]}; make it again")
+        raise DataError(f"{path}: no column {missing[0]}; {remake_advice(path)}")
     return rows
 
 

@@ -32,7 +32,7 @@ def write_drop_list(root: str, shard: int, dropped: Sequence[DroppedSample]) -> 
 
 def read_drop_list(path: str) -> dict[str, str]:
     """Key to reason of one shard's list. Raises DataError for a file that is no such list."""
-    table = read_table(path, ["key", "reason"], fix="delete it and run dedup again")
+    table = read_table(path, ["key", "reason"], fix="run dedup again")
     return dict(zip(table.column("key").to_pylist(), table.column("reason").to_pylist(), strict=True))
 
 

@@ -15,7 +15,7 @@ from pipeline.core.workers import die_with_parent
 from shards_spec.content_id import content_ids
 from shards_spec.files import DataError, sha256_bytes
 from shards_spec.images import decode_rgb
-from shards_spec.layout import raw_parquet, raw_tar, shard_name
+from shards_spec.layout import raw_parquet, raw_tar, remake_advice, shard_name
 from shards_spec.parquet import column_names, read_table
 from shards_spec.tar import read_shard
 
@@ -64,19 +64,23 @@ def read_raw_images(root: str, with_signatures: bool, shard: int) -> RawImages:
     present = _columns(path)
     columns = [name for name in COLUMNS if name in present]
     if not {"key", "status"} <= set(columns):
-        raise DataError(f"{path}: no columns key and status; {ADVICE}")
+        raise DataError(f"{path}: no columns key and status; {remake_advice(path, ADVICE)}")
     rows = [row for row in read_table(path, columns, fix=ADVICE).to_pylist() if row["status"] == "success"]
     must_decode = with_signatures and "phash" not in columns
     if "sha256" not in columns or must_decode:
         hashes = _hash_images(raw_tar(root, shard), must_decode)
         for row in rows:
             if row["key"] not in hashes:
-                raise DataError(f"{path}: key {row['key']} is not in {shard_name(shard)}.tar; {ADVICE}")
+                raise DataError(
+                    f"{path}: key {row['key']} is not in {shard_name(shard)}.tar; {remake_advice(path, ADVICE)}"
+                )
         rows = [hashes[row["key"]] | row for row in rows]  # the Parquet file's own columns count
     try:
         signatures = parse_hashes([row["phash"] if with_signatures else None for row in rows])
     except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: its column phash has no 64-bit hashes ({error}); {ADVICE}") from error
+        raise DataError(
+            f"{path}: its column phash has no 64-bit hashes ({error}); {remake_advice(path, ADVICE)}"
+        ) from error
     return RawImages(
         keys=[row["key"] for row in rows],
         url_hashes=content_ids([row.get("url") for row in rows]),
@@ -96,7 +100,7 @@ def _hash_images(path: str, with_signatures: bool) -> dict[str, dict[str, str | 
         try:
             data = sample.image
         except DataError as error:
-            raise DataError(f"{path}: {error}; {ADVICE}") from error
+            raise DataError(f"{path}: {error}; {remake_advice(path, ADVICE)}") from error
         hashes[sample.key] = {"sha256": sha256_bytes(data), "phash": _signature(data) if with_signatures else None}
     return hashes
 

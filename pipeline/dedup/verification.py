@@ -14,7 +14,7 @@ from pipeline.core.workers import die_with_parent
 from pipeline.dedup.disk_columns import DiskColumn, DiskKeys
 from shards_spec.files import DataError, read_buffer
 from shards_spec.images import decode_rgb
-from shards_spec.layout import raw_tar
+from shards_spec.layout import raw_tar, remake_advice
 from shards_spec.messages import counted
 from shards_spec.tar import index_shard, read_sample
 
@@ -102,5 +102,5 @@ def _fingerprints_of_shard(path: str, wanted: dict[str, int]) -> list[tuple[int,
                         image = decode_rgb(read_sample(buffer, key, members).image)
                         prints.append((wanted[key], fingerprint(image)))
     except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist; run ingest again") from error
+        raise DataError(f"{path} does not exist; {remake_advice(path)}") from error
     return prints

@@ -22,6 +22,7 @@ from shards_spec.layout import (
     dedup_parquet,
     parquet_path,
     raw_tar,
+    remake_advice,
     tar_path,
 )
 from shards_spec.parquet import read_table
@@ -193,7 +194,7 @@ def read_captions(
     lacks one of the columns or has a key twice.
     """
     cosine_columns = [] if min_similarity is None else ["similarities", "original_similarity"]
-    table = read_table(path, ["key", "captions"], optional=cosine_columns, fix="delete it and run caption again")
+    table = read_table(path, ["key", "captions"], optional=cosine_columns, fix="run caption again")
     if missing := set(cosine_columns) - set(table.column_names):
         raise DataError(f"{path}: no column {max(missing)}; {NEED_SIMILARITY}")
     if keys is not None:
@@ -206,13 +207,11 @@ def read_captions(
     else:
         for key, texts, cosines, original_cosine in zip(*columns, strict=True):
             if len(texts) != len(cosines):
-                raise DataError(
-                    f"{path}: key {key} has not one similarity per caption; delete it and run caption again"
-                )
+                raise DataError(f"{path}: key {key} has not one similarity per caption; {remake_advice(path)}")
             captions[key] = _similar_captions(texts, cosines, original_cosine, min_similarity)
     if len(captions) != len(table):
         repeated = next(key for key, count in Counter(columns[0]).items() if count > 1)
-        raise DataError(f"{path}: key {repeated} twice; delete it and run caption again")
+        raise DataError(f"{path}: key {repeated} twice; {remake_advice(path)}")
     return captions
 
 

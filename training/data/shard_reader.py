@@ -66,7 +66,7 @@ class ShardReader:
             raise DataError(f"{path} is not there; {remake_advice(path)}") from error
         if len(samples) != self.sizes[shard]:
             raise DataError(
-                f"{path}: {counted(len(samples), 'sample')}, its records say {self.sizes[shard]}; make it again"
+                f"{path}: {counted(len(samples), 'sample')}, its records say {self.sizes[shard]}; {remake_advice(path)}"
             )
         return _OpenShard(buffer, [key for key, _ in samples], [members for _, members in samples])
 
