@@ -94,7 +94,7 @@ def _describe_change(root: str, shard_folder: ShardFolder, shard: int, path: str
         for _ in shard_folder.validate(root, shard_folder.folder, shard):
             pass
     except DataError as error:
-        where = str(error).removeprefix(f"{join(root, path)}: ").partition("; ")[0]  # the advice follows
+        where = str(error).removeprefix(join(root, path)).lstrip(": ").partition("; ")[0]  # the advice follows
     except Exception as error:  # over damaged bytes readers raise anything
         where = f"it cannot be read any more ({short(error)})"
     return f"{join(root, path)}: not the file that was written: {where}; {remake_advice(join(root, path))}"

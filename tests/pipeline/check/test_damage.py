@@ -146,6 +146,26 @@ def test_a_dataset_without_seals_is_valid_and_held_to_what_can_be_derived(whole,
     assert "dataset.json: caption/cap says" in problem
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: (path.unlink(), path.mkdir()), " cannot be read (Is a directory); move the folder away, then "),
+        (lambda path: path.write_bytes(b""), ": not the file that was written: has 0 bytes; "),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), ": not the file that was written: not a readable Pa"),
+        (lambda path: path.unlink(), ": is not there; "),
+    ],
+    ids=["folder", "empty", "cut", "gone"],
+)
+def test_a_damaged_file_is_named_once_with_what_brings_it_back(whole, tmp_path, damage, said):
+    root = shutil.copytree(whole, tmp_path / "ds")
+    path = root / "dedup/00000.parquet"
+    damage(path)
+    problems = [problem for problem in check(CheckConfig(str(root))) if "00000.parquet" in problem]
+    advice = f"delete {root}/dedup/00000_stats.json and run `clipmill dedup {root}` again"
+    assert any(problem.startswith(f"{path}{said}") and problem.endswith(advice) for problem in problems), problems
+    assert all(problem.count(advice) <= 1 for problem in problems)
+
+
 def test_old_records_get_seals_when_they_are_written_again(whole, tmp_path):
     root = unsealed(whole, tmp_path)
     dedup(DedupConfig(str(root), workers=1))
