@@ -115,9 +115,7 @@ def test_the_identity_of_gram_matrices_in_single_precision():
     assert torch.allclose(found.double(), whole, rtol=1e-5)
     student.requires_grad_()
     (gradient,) = torch.autograd.grad(gram_distance(student, teacher).sum(), student)
-    assert torch.allclose(
-        gradient, (4 * (student @ student.mT - teacher @ teacher.mT) @ student).detach(), atol=1e-3
-    )
+    assert torch.allclose(gradient, (4 * (student @ student.mT - teacher @ teacher.mT) @ student).detach(), atol=1e-3)
 
 
 # fact 12
@@ -151,9 +149,9 @@ def test_losses_are_in_single_precision_under_autocast():
 # fact 14
 def test_the_soft_distillation_of_mini_deit():
     student, teacher = tokens(0, 6, 1000), tokens(1, 6, 1000)
-    released = F.kl_div(
-        student.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True
-    ) / student.numel()
+    released = (
+        F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True) / student.numel()
+    )
     loss = deit_soft_distillation(student, teacher)
     assert torch.allclose(loss.mean(), released, rtol=1e-10)
     assert torch.allclose(1000 * loss.mean(), soft_kl(student, teacher).mean(), rtol=1e-10)
