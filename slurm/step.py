@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.core.command_line import EXAMPLES, HELP, Root, TrialOptions, parse_known, parse_several
@@ -94,6 +94,24 @@ def _train_step(words: list[str], default: Options) -> Step:
     if not recipe or not find_option(rest, "--out"):
         raise UserError("submit train RECIPE --out RUN: name the recipe and the run's folder, the job's files go there")
     return Step("train", options, words=(recipe, *rest))
+
+
+def by_stage(step: Step) -> list[Step]:
+    """A training of several stages as a step for each, to start after the one before; any other step as it is.
+
+    Raises UserError when the stages are none.
+    """
+    from training.recipes import STAGED
+    from training.recipes.tinyclip_stages import StageConfig
+
+    words = step.words
+    if step.command != "train" or words[0] not in STAGED or find_option(words, "--stage"):
+        return [step]
+    shares, models = (find_option(words, name) or "" for name in ("--stages", "--stage-models"))
+    number = StageConfig(shares, models).number
+    if number < 2:
+        return [step]
+    return [replace(step, words=(*words, "--stage", str(stage))) for stage in range(1, number + 1)]
 
 
 def _print_help_of_recipe(recipe: str) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from slurm.jobs import ArrayJob, ChainJob, FinishJob, Job, StageJob, TrainJob
 from slurm.options import Options, Site, read_site
 from slurm.scheduler import DEFAULT_ARRAY, SlurmQueue, executor_parameters, max_array_size, need_slurm, wait_for
 from slurm.snapshot import snapshot
-from slurm.step import COMMANDS, USAGE, Step, parse_steps
+from slurm.step import COMMANDS, USAGE, Step, by_stage, parse_steps
 from slurm.submission import Submission, command_words, jobs_folder, make_folder, new_id
 
 
@@ -34,7 +35,8 @@ def submit(words: list[str], run_here: Callable[[Step], int]) -> int:
 
 
 def _submit_chain(steps: list[Step]) -> int:
-    """Submit each step to start after the one before."""
+    """Submit each step, and each stage of a training, to start after the one before."""
+    steps = list(chain.from_iterable(by_stage(step) for step in steps))
     submitted = list[Submission]()
     shards: int | None = None
     after = steps[0].options.after

@@ -23,7 +23,7 @@ from slurm.division import as_ranges, divide
 from slurm.jobs import ArrayJob
 from slurm.options import Options, read_site
 from slurm.snapshot import CODE, snapshot
-from slurm.step import Step, stage_step
+from slurm.step import Step, by_stage, parse_steps, stage_step
 
 pytestmark = pytest.mark.integration
 
@@ -57,6 +57,33 @@ def test_submit_has_the_flags_of_the_command_and_no_name_twice(stage):
     assert not own & {field.name for field in dataclasses.fields(Options)}
     step = stage_step(stage, ["R", *(["--source", "S"] if stage == "ingest" else [])], Options())
     assert step.root == "R"
+
+
+@pytest.mark.parametrize(
+    ("words", "stages"),
+    [
+        (("--inherit", "auto", "--stages", "1,0.75,0.5"), [1, 2]),
+        (("--stage-models=A,B,C", "--inherit", "manual"), [1, 2, 3]),
+        (("--inherit", "auto", "--stages", "1,0.75"), []),
+        (("--inherit", "auto", "--stages", "1,0.75,0.5", "--stage", "2"), []),
+    ],
+)
+def test_stages_of_a_training_are_a_chain(words, stages):
+    (step,) = parse_steps(["train", "tinyclip", "--out", "R", *words])
+    own = [(*step.words, "--stage", str(stage)) for stage in stages] or [step.words]
+    assert [one.words for one in by_stage(step)] == own
+    (plain,) = parse_steps(["train", "clip", "--out", "R"])
+    assert by_stage(plain) == [plain]
+
+
+def test_each_stage_waits_for_the_one_before(tmp_path):
+    out = ("--out", str(tmp_path / "R"), "--nodes", "2", "--after", "7")
+    done = command("submit", "train", "tinyclip", *out, "--stage-models", "A,B", "--inherit", "manual", "--dry-run")
+    assert re.findall(r"--dependency=(\S+)", done.stdout)[0] == "afterok:7"
+    assert len(re.findall(r"--dependency=(\S+)", done.stdout)) == 2
+    assert done.stdout.count("#SBATCH --nodes=2\n") == 2
+    wrong = command("submit", "train", "tinyclip", *out, "--stages", "0.5,0.75", "--dry-run", code=2)
+    assert "--stages '0.5,0.75': must be shares of the parameters" in wrong.stderr
 
 
 def test_without_a_cluster_there_is_one_clear_line(raw):

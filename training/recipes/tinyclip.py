@@ -70,6 +70,7 @@ from training.recipes.pairs import clamp_logit_scale, open_pairs
 from training.recipes.tinyclip_masks import MaskedPhase, check_length, masked_copy
 from training.recipes.tinyclip_stages import StageConfig, stage_starts
 from training.recipes.tinyclip_weights import InheritanceConfig, NamedModels, inherit_by_hand, open_teacher
+from training.runs.run_folder import RunFolder
 from training.runs.student import StartWeights, parse_model
 from training.task import Batch, Features, Losses, Prepared, Task
 
@@ -291,7 +292,10 @@ def prepare(config: TinyclipConfig) -> Prepared:
     start = parse_model(inheritance.source, trust) if is_auto else StartWeights(config.student, is_random=True)
     student, samples = open_pairs(config.data, config.views, start.config, seed, random_weights=start.is_random)
     models = NamedModels(seed, trust)
-    teacher = open_teacher(inheritance, student, samples.cache, models)
+    if is_auto:
+        models.keep(inheritance.source, student)
+    is_new = RunFolder(config.run.out).newest() is None  # else the weights are the checkpoint's
+    teacher = open_teacher(inheritance, student, samples.cache, models, is_new=is_new)
     if config.feature_weight:
         _check_width(config, student, teacher)
     phase = None
@@ -299,7 +303,7 @@ def prepare(config: TinyclipConfig) -> Prepared:
         check_length(config.masks, total_steps(config.run, samples.plan.mean, samples.order.total))
         student, phase = masked_copy(student, start.config.model, config.masks)
         samples.student = student  # the plain copy is not needed any more
-    elif inheritance.inherit == "manual":
+    elif inheritance.inherit == "manual" and is_new:
         inherit_by_hand(inheritance, student, config.student.model, samples, models)
     weights = {
         "affinity": config.affinity_weight,

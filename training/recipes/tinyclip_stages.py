@@ -33,7 +33,7 @@ class StageConfig:
             if value and inherit != wanted:
                 raise UserError(f"{option} {value!r} is for --inherit {wanted}, not {inherit}")
         shares, steps = self.shares(), self.prune_steps()
-        number = max(len(shares) - 1, len(self.models()))
+        number = self.number
         if steps and len(steps) != len(shares) - 1:
             raise UserError(
                 f"--stage-prune-steps {self.stage_prune_steps!r}: {counted(len(steps), 'number')} for "
@@ -42,6 +42,11 @@ class StageConfig:
         if self.stage is not None and not 1 <= self.stage <= number:
             advice = f"must be from 1 to {number}" if number else "there are no stages, give --stages or --stage-models"
             raise UserError(f"--stage {self.stage}: {advice}")
+
+    @property
+    def number(self) -> int:
+        """How many stages there are; 0 for a run of its own. Raises UserError."""
+        return max(len(self.shares()) - 1, len(self.models()))
 
     def shares(self) -> list[float]:
         """Return the shares of parameters, the whole first; empty without --stages. Raises UserError."""
@@ -91,7 +96,7 @@ def stage_starts(config: StageConfig, out: str) -> list[StageStart]:
     sparsities = [round(1 - share, 6) for share in config.shares()[1:]]
     models, steps = config.models(), config.prune_steps()
     starts = []
-    for index in range(max(len(sparsities), len(models))):
+    for index in range(config.number):
         starts.append(
             StageStart(
                 out=str(Path(out, f"stage-{index + 1}")),

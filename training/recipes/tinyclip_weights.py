@@ -119,6 +119,10 @@ class NamedModels:
         self._trust = trust
         self._loaded: dict[str, LoadedModel] = {}
 
+    def keep(self, name: str, loaded: LoadedModel) -> None:
+        """Take a model that was loaded already."""
+        self._loaded[name] = loaded
+
     def load(self, name: str) -> LoadedModel:
         """Return a model with its weights. Raises UserError."""
         if name not in self._loaded:
@@ -133,19 +137,19 @@ class NamedModels:
 
 
 def open_teacher(
-    config: InheritanceConfig, student: LoadedModel, cache: TeacherCache | None, models: NamedModels
+    config: InheritanceConfig, student: LoadedModel, cache: TeacherCache | None, models: NamedModels, *, is_new: bool
 ) -> FrozenTeacher:
     """Return the teacher: a cache's features, or the live weights.
 
-    A cache of another teacher than the one that is inherited from is named in a warning. Raises UserError where the
-    live teacher takes other images or texts than the student.
+    A new run whose cache is of another teacher than the one that is inherited from gets a warning that names both.
+    Raises UserError where the live teacher takes other images or texts than the student.
     """
     name = config.teacher_weights
     if cache is None:
         loaded = models.load(name)
         check_same_inputs(f"--teacher-weights {name!r}", loaded, student)
         return FrozenTeacher.live(name, loaded)
-    if name and config.inherit != "none":
+    if name and is_new:
         _warn_of_another(cache, name, models.load(name).model)
     return FrozenTeacher.cached(cache)
 

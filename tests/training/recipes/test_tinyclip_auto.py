@@ -6,9 +6,11 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from small_dist import fork
+from small_pruned import OFF
 from small_tinyclip import config_of, write_tinyclip_root
 from small_training import assert_same_run, read_metrics, steady_metrics, write_retrieval
 
@@ -17,9 +19,11 @@ from shards_spec.files import UserError
 from shards_spec.models import load_model
 from training.engine.checkpointing import Checkpointing
 from training.export import ExportConfig, export, largest_difference
+from training.models.tinyclip_masks import TowerMasks
 from training.models.tinyclip_pruning import masks_of, materialise
 from training.models.tinyclip_table import model_table, parameters_left
 from training.recipes import tinyclip
+from training.recipes.tinyclip import TinyclipTask
 from training.runs.checkpoint_files import load_checkpoint
 from training.runs.run_folder import RunFolder
 from training.runs.student import load_run
@@ -209,10 +213,44 @@ def test_export_before_the_cut_is_the_student_cut(root, tmp_path):
     assert largest_difference(before, there) < 1e-5
 
 
-def test_export_of_the_cut_student_is_equal_to_the_bit(whole, tmp_path):
-    export(ExportConfig(whole, str(tmp_path / "to")))
-    student, _ = load_run(whole)
-    assert largest_difference(student, load_model(f"local-dir:{tmp_path / 'to'}")) == 0
+def test_a_cut_student_is_exported_and_loaded_to_the_bit(root, tmp_path, monkeypatch):
+    """Layers without heads, layers without neurons; wherever the folder is moved; as the start of another training."""
+    make = masked(root, tmp_path / "run", steps=5, mask_lr=0.001)
+    own = TinyclipTask.after_step
+
+    def with_empty_layers(self, step):
+        if step == CUT - 1:
+            torch.manual_seed(0)
+            with torch.no_grad():
+                for masks in masks_of(self.student):
+                    for units in masks.parameters():
+                        units.copy_(torch.where(torch.rand(len(units)) < 0.1, OFF, 3 * torch.rand(len(units)) + 1))
+                self.student.text.masks.heads.fill_(OFF)
+                self.student.visual.masks.neurons[:256] = OFF
+                self.student.visual.masks.heads[:4] = OFF
+            patched.setattr(TowerMasks, "clamp", lambda masks: None)
+        own(self, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TinyclipTask, "after_step", with_empty_layers)
+        run = train("tinyclip", make)
+    folder = tmp_path / "to"
+    export(ExportConfig(run, str(folder)))
+    student, _ = load_run(run)
+    monkeypatch.chdir("/")
+    loaded = load_model(f"local-dir:{folder}")
+    assert loaded.config["text_cfg"]["heads"] == [0, 0, 0]
+    assert loaded.config["vision_cfg"]["neurons"][0] == 0
+    assert (loaded.image_size, loaded.mean) == (student.image_size, student.mean)
+    assert largest_difference(student, loaded) == 0
+    weights = loaded.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in student.model.state_dict().items())
+    alone = open_clip.create_model(f"local-dir:{folder}")
+    assert torch.equal(alone.visual.proj, student.model.visual.proj)
+    again = masked(root, tmp_path / "second", teacher_weights=f"local-dir:{folder}", sparsity=0.95, steps=5)
+    second, _ = load_run(train("tinyclip", again))
+    assert model_table(second.model)["sparsity"] > model_table(student.model)["sparsity"]
+    assert second.config["vision_cfg"]["original"] == {"width": 64, "heads": 4, "neurons": 256}
 
 
 @pytest.mark.parametrize("fields", [{"chunk_size": 2}, {"checkpoint_activations": True}])
@@ -226,7 +264,7 @@ def test_chunks_and_recomputed_blocks_have_the_same_masks(fields, root, whole, t
 def run_rank(rank, root, out, fields):
     """A run in one of two processes; returns the numbers of each step's masks, and the weights at the end."""
     drawn, tasks = [], []
-    draw = tinyclip.TinyclipTask.draw
+    draw = TinyclipTask.draw
 
     def noted(self, batch):
         batch = draw(self, batch)
@@ -234,7 +272,7 @@ def run_rank(rank, root, out, fields):
         drawn.append(batch["masks"]["visual"].numpy() if "masks" in batch else None)
         return batch
 
-    tinyclip.TinyclipTask.draw = noted
+    TinyclipTask.draw = noted
     train("tinyclip", masked(root, out, **fields))
     steps = drawn[-EVERY["steps"] :]  # the main process has drawn for the prediction of memory, too
     return [numbers for numbers in steps if numbers is not None], {
@@ -277,6 +315,17 @@ def test_stages_go_on_from_the_former_student(root, tmp_path):
     assert steady_metrics(out) == before
     with pytest.raises(UserError, match=rf"--sparsity \S+: .*stage-1 has a sparsity of {reached:.3f} already"):
         tinyclip.prepare(masked(root, "unused", from_run=first.run.out, sparsity=reached / 2))
+
+
+def run_stages(rank, root, out):
+    return train("tinyclip", masked(root, out, stages="0.7,0.4", steps=4, prune_step=3))
+
+
+def test_stages_of_two_processes(root, tmp_path):
+    out = str(tmp_path / "run")
+    assert fork(2, run_stages, root, out) == [f"{out}/stage-2"] * 2
+    first, second = (load_run(f"{out}/stage-{number}")[0].model for number in (1, 2))
+    assert model_table(second)["sparsity"] > model_table(first)["sparsity"]
 
 
 def test_a_stage_stopped_in_the_middle_is_resumed_there(root, tmp_path, monkeypatch):
