@@ -10,4 +10,7 @@ RECIPES = {
     "tinymim": "a small ViT that learns token relations of a large one, on unlabelled images (TinyMIM)",
     "coca": "contrastive and captioning loss (CoCa): a captioner of one's own",
 }
-STAGED = ("tinyclip",)  # whose module has ``stages(config)``: the configs of the runs that one config stands for
+STAGED = (
+    "tinyclip",
+    "tinymim",
+)  # whose module has ``stages(config)``: the configs of the runs that one config stands for

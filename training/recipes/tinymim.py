@@ -12,6 +12,7 @@ the student, each with the projections of one more, and the student's backward p
 
     clipmill train tinymim --data ROOT --out runs/b                                                   ViT-B from MAE-L
       --model timm:vit_small_patch16_224 --teacher runs/b --out runs/s                                ViT-S from that
+      --chain timm:vit_base_patch16_224,timm:vit_small_patch16_224,timm:vit_tiny_patch16_224          all three
       --teacher timm:vit_large_patch16_224 --teacher-weights mae_pretrain_vit_large.pth               MAE's own file
       --teacher ViT-B-16 --teacher-weights openai                                                     CLIP's image tower
       --target ffn-before | attention-before | qkv | class-token | output                             other targets
@@ -32,6 +33,7 @@ option or noted:
 """
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -63,7 +65,7 @@ from training.models.tinymim import (
     tower_of,
 )
 from training.models.vit_teacher import TARGET_BLOCK, VitTeacher, load_encoder, load_vit_teacher
-from training.runs.student import load_student
+from training.runs.student import is_run, load_student
 from training.task import Batch, Features, Losses, Prepared, Task
 
 LAST_BLOCK = ("class-token", "output")  # targets whose block is the last one
@@ -97,6 +99,11 @@ class TinymimConfig:
     """share of the patches that neither student nor teacher sees; the paper's ablation has 0.75"""
     drop_path: float = 0.1
     """drop path of all blocks of the student but the one that learns"""
+    chain: str = ""
+    """students one after another, with commas, as timm:vit_base_patch16_224,timm:vit_small_patch16_224; each teaches
+    the next, and RUN/stage-1 ... are their runs"""
+    stage: int | None = None
+    """train this student of the chain alone, from 1; the run before must have finished"""
 
     def __post_init__(self) -> None:
         for name in ("teacher_block", "student_block"):
@@ -105,6 +112,14 @@ class TinymimConfig:
         require(bool(self.relations), "relations", self.relations, "at least one of qk, qq, kk, vv")
         require(0 <= self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "in [0, 1)")
         require(0 <= self.drop_path < 1, "drop_path", self.drop_path, "in [0, 1)")
+        count = len(self.students())
+        if self.stage is not None and not 1 <= self.stage <= count:
+            advice = f"must be from 1 to {count}" if count else "there are no stages, give --chain"
+            raise UserError(f"--stage {self.stage}: {advice}")
+
+    def students(self) -> list[str]:
+        """Return the names of the chain's students; empty without ``--chain``."""
+        return [name for name in self.chain.split(",") if name]
 
 
 def config() -> TinymimConfig:
@@ -116,6 +131,27 @@ def config() -> TinymimConfig:
         optim=OptimConfig(lr=2.4e-3, weight_decay=0.05, beta2=0.95, eps=1e-8, warmup=4691),
         run=RunConfig(out="runs/tinymim", epochs=300),
     )
+
+
+def stages(config: TinymimConfig) -> list[TinymimConfig]:
+    """Return the configs of a chain's runs, each in a folder of its own below the config's RUN, or the one config.
+
+    The first student learns from the config's teacher, each other from the student of the run before, by the block that
+    that one was trained in. Raises UserError when ``--stage`` asks for one whose teacher has not been trained.
+    """
+    runs = list[TinymimConfig]()
+    for number, name in enumerate(config.students(), 1):
+        run = replace(config.run, out=str(Path(config.run.out, f"stage-{number}")))
+        one = replace(config, chain="", stage=None, run=run, student=replace(config.student, model=name))
+        if runs:
+            one = replace(one, teacher=runs[-1].run.out, teacher_weights=None, teacher_block=None)
+        runs.append(one)
+    if config.stage is None:
+        return runs or [config]
+    alone = runs[config.stage - 1]
+    if config.stage > 1 and not is_run(alone.teacher):
+        raise UserError(f"--stage {config.stage}: {alone.teacher} is no RUN; train --stage {config.stage - 1} first")
+    return [alone]
 
 
 class TinymimTask(Task):
@@ -198,9 +234,7 @@ def prepare(config: TinymimConfig) -> Prepared:
     Raises UserError and DataError, among others where student and teacher do not fit together.
     """
     if config.run.eval_data:
-        raise UserError(
-            "--eval-data: a tinymim student has no text tower; fine-tune its run, `clipmill train finetune`"
-        )
+        raise UserError("--eval-data: it has no text tower; `clipmill train finetune` measures what it learned")
     if not config.data.data:
         raise UserError("--data is needed: the ROOT of a dataset, or of labelled images with train/")
     teacher = load_vit_teacher(config.teacher, config.teacher_weights, config.run.seed, config.student.trust)
