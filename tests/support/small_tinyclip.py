@@ -11,7 +11,7 @@ from small_training import TINY_RESNET, TINY_VIT, tiny_clip, tiny_config, write_
 
 from shards_spec.manifest import write_stage
 from training.config import ModelConfig
-from training.recipes.tinyclip import TinyclipConfig
+from training.recipes.tinyclip import STUDENT, TinyclipConfig
 from training.runs.student import new_student
 
 TEACHER = {"layers": 3, "width": 64}  # heads of width 16 in both towers
@@ -55,7 +55,9 @@ def write_tinyclip_root(root: Path) -> str:
 def config_of(root: str, out: str | Path, inherit: str = "manual", **fields: Any) -> TinyclipConfig:
     """A small config that inherits from the teacher; with masks of quick learning."""
     wanted = {"inherit": inherit, "teacher": "planted", "teacher_weights": f"local-dir:{root}/models/teacher", **fields}
+    if inherit == "auto" or "stage_models" in fields:
+        wanted = {"model": STUDENT} | wanted
     if inherit == "auto":
-        wanted = {"model": "ViT-M-32", "sparsity": 0.5, "prune_step": 4, "mask_lr": 1.2, "sparsity_ramp": 2} | wanted
+        wanted = {"sparsity": 0.5, "prune_step": 4, "mask_lr": 1.2, "sparsity_ramp": 2} | wanted
     config: TinyclipConfig = tiny_config("tinyclip", root, str(out), **wanted)
     return config

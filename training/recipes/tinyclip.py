@@ -69,7 +69,13 @@ from training.models.tinyclip_table import model_table, parameters_left
 from training.recipes.pairs import clamp_logit_scale, open_pairs
 from training.recipes.tinyclip_masks import MaskedPhase, check_length, masked_copy
 from training.recipes.tinyclip_stages import StageConfig, stage_starts
-from training.recipes.tinyclip_weights import InheritanceConfig, NamedModels, inherit_by_hand, open_teacher
+from training.recipes.tinyclip_weights import (
+    InheritanceConfig,
+    NamedModels,
+    check_activation,
+    inherit_by_hand,
+    open_teacher,
+)
 from training.runs.run_folder import RunFolder
 from training.runs.student import StartWeights, parse_model
 from training.task import Batch, Features, Losses, Prepared, Task
@@ -134,6 +140,8 @@ def stages(config: TinyclipConfig) -> list[TinyclipConfig]:
     starts = stage_starts(config.stages, config.run.out)
     if not starts:
         return [config]
+    if config.stages.stage_models and config.student.model != STUDENT:
+        raise UserError(f"--model {config.student.model!r} would not be used: --stage-models names the students")
     alone = replace(config, stages=StageConfig())
     runs = []
     for start in starts:
@@ -289,6 +297,8 @@ def prepare(config: TinyclipConfig) -> Prepared:
     trust, seed = config.student.trust, config.run.seed
     inheritance.check(config.student, STUDENT, is_live=config.teacher_from == "live")
     is_auto = inheritance.inherit == "auto"
+    if is_auto:
+        check_activation(inheritance.source)
     start = parse_model(inheritance.source, trust) if is_auto else StartWeights(config.student, is_random=True)
     student, samples = open_pairs(config.data, config.views, start.config, seed, random_weights=start.is_random)
     models = NamedModels(seed, trust)

@@ -106,6 +106,23 @@ class InheritanceConfig:
         return self.from_run or self.teacher_weights
 
 
+def check_activation(name: str) -> None:
+    """Raise UserError for a source that would run with another activation than its weights were trained with.
+
+    open_clip says so in a warning only. Inheritance by hand reads no more than the weights and looks at the student's.
+    """
+    import open_clip
+
+    config = parse_model(name).config
+    tag = open_clip.get_pretrained_cfg(config.model.replace("/", "-"), config.pretrained) if config.pretrained else {}
+    described = open_clip.get_model_config(config.model) or {}
+    if tag.get("quick_gelu") and not described.get("quick_gelu"):
+        raise UserError(
+            f"{name!r}: these weights were trained with QuickGELU, which {config.model} does not compute; take "
+            f"{config.model}-quickgelu with them"
+        )
+
+
 class NamedModels:
     """Models by what a command line names them by, each loaded once.
 
@@ -146,6 +163,7 @@ def open_teacher(
     """
     name = config.teacher_weights
     if cache is None:
+        check_activation(name)
         loaded = models.load(name)
         check_same_inputs(f"--teacher-weights {name!r}", loaded, student)
         return FrozenTeacher.live(name, loaded)
@@ -203,6 +221,7 @@ def inherit_by_hand(
 
 def _taylor(name: str, models: NamedModels, samples: Samples, number: int) -> list[State]:
     """The `taylor_terms` of a source for the contrastive loss of the first pairs, one per batch."""
+    check_activation(name)
     model = models.load(name).model
     number = min(number, samples.order.total)
     positions = [range(start, min(start + RANKED_AT_ONCE, number)) for start in range(0, number, RANKED_AT_ONCE)]

@@ -16,6 +16,7 @@ from training.losses.distillation import affinity_loss, feature_loss
 EYE = torch.eye(2)
 
 
+# TinyCLIP's fact 1
 @pytest.mark.parametrize(
     ("student", "teacher", "loss"),
     [
@@ -32,6 +33,7 @@ def test_affinity_of_identity_features(student, teacher, loss):
     )
 
 
+# TinyCLIP's fact 2
 def test_affinity_has_two_directions():
     texts = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     scale = math.log(3)
@@ -47,6 +49,7 @@ def features(*seeds, n=6, d=5):
     return [F.normalize(torch.randn(n, d, generator=own, dtype=torch.float64), dim=-1) for own in generators]
 
 
+# TinyCLIP's fact 3
 def test_affinity_gradient_is_the_difference_of_softmaxes():
     student_image, student_text, image, text = features(0, 1, 2, 3)
     scale = torch.tensor(7.0, requires_grad=True, dtype=torch.float64)
@@ -58,6 +61,7 @@ def test_affinity_gradient_is_the_difference_of_softmaxes():
     assert scale.grad.item() == pytest.approx(expected.item(), abs=1e-12)
 
 
+# TinyCLIP's fact 3
 def test_affinity_at_the_teacher_is_its_entropy_with_no_gradient():
     image, text = features(0, 1)
     student = image.clone().requires_grad_()
