@@ -10,8 +10,9 @@ import jinja2
 import tyro
 
 from pipeline.report.axes import percent, short
+from pipeline.report.chain import chain_page, stage_folders
 from pipeline.report.dataset import dataset_page
-from pipeline.report.run import run_page
+from pipeline.report.run import read_run, run_page
 from shards_spec.display import shown
 from shards_spec.files import UserError, exists, is_url, join, write_bytes
 from shards_spec.layout import dataset_json
@@ -23,7 +24,8 @@ class ReportConfig:
     """Write one self-contained HTML page about a dataset or a training run."""
 
     path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ROOT_OR_RUN")]
-    """ROOT of a dataset (has a dataset.json) or folder of a training run (has a metrics.jsonl)"""
+    """ROOT of a dataset (has a dataset.json), or folder of a training run (has a metrics.jsonl) or of one in stages
+    (has stage-1, stage-2, ...)"""
     output: str | None = None
     """where to write the page; by default report.html in that folder"""
     samples: int = 24
@@ -47,7 +49,9 @@ def report(config: ReportConfig) -> str:
     if exists(dataset_json(root)):
         page = _render("dataset.html.j2", dataset_page(root, config.samples))
     elif exists(join(root, "metrics.jsonl")):
-        page = _render("run.html.j2", run_page(root))
+        page = _render("run.html.j2", {"page": run_page(read_run(root))})
+    elif stages := stage_folders(root):
+        page = _render("chain.html.j2", {"page": chain_page(root, stages)})
     elif not exists(root):
         raise UserError(f"{root} is not there: give the ROOT of a dataset or the folder of a run")
     else:
@@ -71,6 +75,7 @@ def _render(template: str, context: dict[str, Any]) -> str:
         "short": short,
         "percent": percent,
         "number": lambda value: f"{value:,}",
+        "share": lambda value: percent(value, 1.0),
         "counted": partial(counted, style=","),
         "duration": lambda seconds: f"{seconds:,.0f}" if seconds >= 100 else short(seconds),
     }

@@ -34,11 +34,17 @@ class Chart:
 
 @dataclass(frozen=True)
 class Line:
-    """A series over x; values that are not finite make gaps. A faint line is raw data."""
+    """A series over x; values that are not finite make gaps. A faint line is raw data.
+
+    Lines with a name are in the legend: they have the same x, and colors in the legend's order.
+    """
 
     x: Sequence[float] | np.ndarray
     y: Sequence[float] | np.ndarray
     faint: bool = False
+    color: int = 0
+    name: str = ""
+    breaks: Sequence[float] = ()  # x after which the line begins anew
 
 
 @dataclass(frozen=True)
@@ -121,28 +127,44 @@ class Plot:
 
 
 def line_chart(title: str, plot: Plot, lines: Sequence[Line], rules: Sequence[Rule] = (), note: str = "") -> Chart:
-    """Lines over x; the values of the first one show under the pointer."""
-    body = [*(_rule(plot, rule) for rule in rules), *(_path(plot, line) for line in lines), _strips(plot, lines[0])]
-    finite = [float(value) for value in lines[0].y if math.isfinite(value)]
-    summary = f"{title}: {short(finite[0])} first, {short(finite[-1])} last" if finite else f"{title}: no finite value"
-    return Chart(title, plot.draw(Markup("").join(body), summary), note)
+    """Lines over x; the values of the first one, or of all that have names, show under the pointer."""
+    named = [line for line in lines if line.name]
+    shown = named or lines[:1]
+    body = [*(_rule(plot, rule) for rule in rules), *(_path(plot, line) for line in lines), _strips(plot, shown)]
+    summary = f"{title}: {'; '.join(map(_summary, shown))}"
+    return Chart(title, plot.draw(Markup("").join(body), summary), note, tuple(line.name for line in named))
+
+
+def _summary(line: Line) -> str:
+    """A line in words."""
+    finite = [float(value) for value in line.y if math.isfinite(value)]
+    words = f"{short(finite[0])} first, {short(finite[-1])} last" if finite else "no finite value"
+    return f"{line.name} {words}".strip()
 
 
 def _path(plot: Plot, line: Line) -> Markup:
     """A polyline per stretch of finite values; a stretch of one is a dot."""
-    stretches: list[list[str]] = [[]]
-    for x, y in thin(np.asarray(line.x, float), np.asarray(line.y, float)):
-        if math.isfinite(y):
-            stretches[-1].append(f"{plot.x_at(x):.1f},{plot.y_at(y):.1f}")
-        else:
-            stretches.append([])
-    dot, path = Markup('<circle class="c0" cx="{}" cy="{}" r="3"/>'), Markup('<polyline{} points="{}"/>')
-    faint = Markup(' class="faint"') if line.faint else ""
+    stretches: list[list[str]] = []
+    for part in parts_between(line.x, line.breaks):
+        stretches.append([])
+        for x, y in thin(np.asarray(line.x, float)[part], np.asarray(line.y, float)[part]):
+            if math.isfinite(y):
+                stretches[-1].append(f"{plot.x_at(x):.1f},{plot.y_at(y):.1f}")
+            else:
+                stretches.append([])
+    dot, path = Markup('<circle class="c{}" cx="{}" cy="{}" r="3"/>'), Markup('<polyline class="{}" points="{}"/>')
+    style = f"faint c{line.color}" if line.faint else f"c{line.color}"
     return Markup("").join(
-        dot.format(*points[0].split(",")) if len(points) == 1 else path.format(faint, " ".join(points))
+        dot.format(line.color, *points[0].split(",")) if len(points) == 1 else path.format(style, " ".join(points))
         for points in stretches
         if points
     )
+
+
+def parts_between(x: Sequence[float] | np.ndarray, breaks: Sequence[float]) -> list[slice]:
+    """Slices of rising x that end at the breaks, those included."""
+    edges = [0, *np.searchsorted(x, sorted(breaks), side="right").tolist(), len(x)]
+    return [slice(start, end) for start, end in pairwise(edges)]
 
 
 def thin(x: np.ndarray, y: np.ndarray) -> list[tuple[float, float]]:
@@ -160,15 +182,18 @@ def thin(x: np.ndarray, y: np.ndarray) -> list[tuple[float, float]]:
     return points
 
 
-def _strips(plot: Plot, line: Line) -> Markup:
-    """Invisible columns that show the value under the pointer."""
-    chosen = np.unique(np.linspace(0, len(line.x) - 1, min(STRIPS, len(line.x))).round().astype(int))
-    places = [plot.x_at(float(line.x[i])) for i in chosen]
+def _strips(plot: Plot, lines: Sequence[Line]) -> Markup:
+    """Invisible columns that show the values under the pointer."""
+    x = lines[0].x
+    chosen = np.unique(np.linspace(0, len(x) - 1, min(STRIPS, len(x))).round().astype(int))
+    places = [plot.x_at(float(x[i])) for i in chosen]
     edges = [0.0, *((a + b) / 2 for a, b in pairwise(places)), plot.wide]
     strip = Markup('<rect class="strip" x="{:.1f}" width="{:.1f}" height="{}"><title>{}</title></rect>')
     parts = []
     for i, (start, end) in zip(chosen, pairwise(edges), strict=True):
-        text = f"{plot.x.label} {float(line.x[i]):,.0f}: {short(float(line.y[i]), 4)}"
+        there = [line for line in lines if math.isfinite(line.y[i])] or lines[:1]
+        values = [f"{line.name} {short(float(line.y[i]), 4)}".strip() for line in there]
+        text = f"{plot.x.label} {float(x[i]):,.0f}: {'; '.join(values)}"
         parts.append(strip.format(start, max(0.0, end - start), plot.tall, text))
     return Markup("").join(parts)
 

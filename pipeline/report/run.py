@@ -1,19 +1,23 @@
 """The run page: recipe, curves, evaluation, environment and checkpoints of one training run."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from pipeline.report.axes import linear, short, total
-from pipeline.report.charts import SIZE, Chart, Line, Plot, line_chart
+from pipeline.report.axes import short, total
+from pipeline.report.charts import SIZE, Chart, Rule
+from pipeline.report.curves import Columns, curve
+from pipeline.report.student import cut_rules, mask_curves, student_part
 from pipeline.report.text import flatten, json_lines, number
-from shards_spec.files import DataError, join, names, open_read, read_json
+from shards_spec.files import DataError, exists, join, names, open_read, read_json
+from shards_spec.student_table import STUDENT_TABLE
 
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors")
 WIDE = (1040, 300)  # size of the loss curve on a wide screen
-EXACT = ("lr", "logit_scale")  # without noise, so that nothing is smoothed
 CURVES = {
     "lr": ("Learning rate", "per step"),
     "grad_norm": ("Gradient norm", "before clipping"),
@@ -30,26 +34,72 @@ METRICS = {
 }
 
 
-def run_page(run: str) -> dict[str, Any]:
-    """The variables of the template for a run."""
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run's folder says; empty where a file is not there, or is broken, which ``problems`` then says."""
+
+    path: str
+    config: dict[str, Any]
+    columns: dict[str, np.ndarray]
+    table: dict[str, Any]
+    described: dict[str, Any]
+    problems: list[str]
+
+    @property
+    def name(self) -> str:
+        """Of the folder."""
+        return self.path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def read_run(path: str) -> RunFiles:
+    """Read a run's config, metrics and what it says of its student."""
     problems = list[str]()
-    config = _json_or_empty(join(run, "config.json"), problems)
-    columns = read_metrics(join(run, "metrics.jsonl"), problems)
-    evaluations, unread = _evaluations(join(run, "eval"), problems)
+    metrics = join(path, "metrics.jsonl")
+    return RunFiles(
+        path=path,
+        config=_json_or_empty(join(path, "config.json"), problems),
+        columns=read_metrics(metrics, problems) if exists(metrics) else {},
+        table=_json_or_empty(join(path, STUDENT_TABLE), problems),
+        described=_json_or_empty(join(path, "open_clip_config.json"), problems),
+        problems=problems,
+    )
+
+
+def run_page(run: RunFiles) -> dict[str, Any]:
+    """The variables of the template for a run."""
+    columns, problems = run.columns, list(run.problems)
+    evaluations, unread = _evaluations(join(run.path, "eval"), problems)
+    rules = cut_rules(run.table)
     return {
-        "name": run.rstrip("/").rsplit("/", 1)[-1],
-        "recipe": config.get("recipe"),
+        "name": run.name,
+        "recipe": run.config.get("recipe"),
         "headline": _tiles(columns),
-        "loss": _loss_charts(columns),
-        "losses": [_curve(columns, n, n.removeprefix("losses."), "loss") for n in columns if n.startswith("losses.")],
-        "curves": [_curve(columns, name, *CURVES[name]) for name in CURVES if name in columns] + _measured(columns),
+        "loss": loss_charts(columns, rules),
+        "losses": [_loss_part(columns, name) for name in columns if name.startswith("losses.")],
+        "curves": mask_curves(columns, rules)
+        + [curve(columns, name, CURVES[name]) for name in CURVES if name in columns]
+        + measured(columns),
+        "student": student_part(run.table, run.described, _former_table(run)),
         "evaluations": evaluations,
         "unread": unread,
-        "config": flatten(config),
-        "environment": flatten(_json_or_empty(join(run, "environment.json"), problems)),
-        "checkpoints": _checkpoints(run),
+        "config": flatten(run.config),
+        "environment": flatten(_json_or_empty(join(run.path, "environment.json"), problems)),
+        "checkpoints": _checkpoints(run.path),
         "problems": problems,
     }
+
+
+def _former_table(run: RunFiles) -> dict[str, Any]:
+    """The student.json of the stage before, where it was or, moved with the run, beside it."""
+    former = run.config.get("from_run")
+    if not isinstance(former, str) or not former:
+        return {}
+    beside = join(run.path.rstrip("/").rpartition("/")[0] or ".", former.rstrip("/").rsplit("/", 1)[-1])
+    for folder in (former, beside):
+        table = _json_or_empty(join(folder, STUDENT_TABLE), [])
+        if table:
+            return table
+    return {}
 
 
 def _json_or_empty(path: str, problems: list[str]) -> dict[str, Any]:
@@ -90,65 +140,29 @@ def _named(group: str, values: Any) -> dict[str, Any]:
     return {f"{group}.{name}": value for name, value in values.items()} if isinstance(values, dict) else {}
 
 
-def smooth(values: np.ndarray) -> np.ndarray:
-    """A centred running mean over about a thirtieth of the curve; values that are not finite are left out."""
-    finite = np.isfinite(values)
-    sums = np.append(0.0, np.cumsum(np.where(finite, values, 0.0)))
-    counts = np.append(0, np.cumsum(finite))
-    place = np.arange(len(values))
-    half = np.minimum(max(1, len(values) // 60), np.minimum(place, len(values) - 1 - place))
-    start, end = place - half, place + half + 1
-    number = counts[end] - counts[start]
-    return np.where(number > 0, (sums[end] - sums[start]) / np.maximum(number, 1), np.nan)
-
-
-def _curve(columns: dict[str, np.ndarray], name: str, title: str, unit: str, size: tuple[int, int] = SIZE) -> Chart:
-    """The raw values, and a smoothed line when there are many that scatter, over the steps."""
-    steps, values = columns["step"], columns[name]
-    finite = values[np.isfinite(values)]
-    low, high, note = _range(finite)
-    first = 0.0 if steps[0] < 0.1 * steps[-1] else float(steps[0])
-    x = linear("step", first, float(steps[-1]), size[0] // 70)
-    lines = (
-        [Line(steps, values, faint=True), Line(steps, smooth(values))]
-        if len(values) > 40 and name not in EXACT
-        else [Line(steps, values)]
-    )
-    if missing := len(values) - len(finite):
-        note = f"{missing:,} of {len(values):,} values are not finite. {note}"
-    return line_chart(title, Plot(x, linear(unit, low, high, 4), size), lines, note=note.strip())
-
-
-def _range(finite: np.ndarray) -> tuple[float, float, str]:
-    """Low and high of a y axis; a few spikes may leave it, the note says so."""
-    if not len(finite):
-        return 0.0, 1.0, ""
-    low, high = float(finite.min()), float(finite.max())
-    inner_low, inner_high = (float(v) for v in np.percentile(finite, (0.5, 99.5)))
-    reach = max(inner_high - inner_low, 1e-12)
-    if len(finite) < 100 or (inner_low - low < reach / 2 and high - inner_high < reach / 2):
-        pad = (high - low) * 0.04
-        return low - pad, high + pad, ""
-    low, high = max(low, inner_low - 0.1 * reach), min(high, inner_high + 0.1 * reach)
-    outside = int(((finite < low) | (finite > high)).sum())
-    return low, high, f"{outside} {'value lies' if outside == 1 else 'values lie'} outside the range shown."
-
-
-def _loss_charts(columns: dict[str, np.ndarray]) -> list[Chart]:
+def loss_charts(columns: Columns, rules: Sequence[Rule] = ()) -> list[Chart]:
     """The total loss, drawn for a wide and for a narrow screen."""
     if "loss" not in columns:
         return []
-    return [_curve(columns, "loss", "Total loss", "loss", size) for size in (WIDE, SIZE)]
+    return [curve(columns, "loss", ("Total loss", "loss"), size=size, rules=rules) for size in (WIDE, SIZE)]
 
 
-def _measured(columns: dict[str, np.ndarray]) -> list[Chart]:
+def _loss_part(columns: Columns, name: str) -> Chart:
+    """One of the losses, over the steps that had it: some end when a student has taken its final shape."""
+    values = columns[name]
+    has_it = np.isfinite(values) | ~np.isfinite(columns.get("loss", np.full(len(values), np.nan)))
+    points = {column: columns[column][has_it] for column in ("step", name)} if has_it.any() else columns
+    return curve(points, name, (name.removeprefix("losses."), "loss"))
+
+
+def measured(columns: Columns, rules: Sequence[Rule] = ()) -> list[Chart]:
     """What was measured while training, over the steps at which it was."""
     charts = []
     for name in columns:
-        if name.startswith("eval."):
-            finite = np.isfinite(columns[name])
-            points = {"step": columns["step"][finite], name: columns[name][finite]}
-            charts.append(_curve(points, name, metric_name(name.removeprefix("eval.")), "share"))
+        finite = np.isfinite(columns[name])
+        if name.startswith("eval.") and finite.any():
+            points = {column: columns[column][finite] for column in ("step", name)}
+            charts.append(curve(points, name, (metric_name(name.removeprefix("eval.")), "share"), rules=rules))
     return charts
 
 
@@ -164,6 +178,8 @@ def _tiles(columns: dict[str, np.ndarray]) -> list[tuple[str, str]]:
         tiles.append((total(round(last["samples_seen"])), "samples seen"))
     if "loss" in columns:
         tiles.append((f"{last['loss']:.4g}", "last loss"))
+    if math.isfinite(last.get("parameters", math.nan)):
+        tiles.append((short(last["parameters"]), "parameters left"))
     rates = columns.get("samples_per_s", np.array([]))
     rates = rates[np.isfinite(rates)]
     if len(rates):
@@ -198,7 +214,7 @@ def _evaluations(folder: str, problems: list[str]) -> tuple[list[dict[str, Any]]
         model = " ".join(str(result[part]) for part in ("model", "pretrained") if result.get(part))
         model += f", step {result['step']}" if "step" in result else ""
         row = {"file": name, "dataset": result.get("dataset", "?"), "model": model}
-        table["rows"].append(row | {"metrics": {metric: _percent(value) for metric, value in metrics.items()}})
+        table["rows"].append(row | {"metrics": {metric: share_text(value) for metric, value in metrics.items()}})
     return [{"task": task.replace("_", " "), **table} for task, table in tables.items()], unread
 
 
@@ -208,7 +224,8 @@ def metric_name(metric: str) -> str:
     return METRICS.get(stem, stem.replace("_", " ")) + at + k
 
 
-def _percent(value: Any) -> str:
+def share_text(value: Any) -> str:
+    """A share in per cent; another number as it is, and a dash for none."""
     found = number(value)
     if not math.isfinite(found):
         return "–"

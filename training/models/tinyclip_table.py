@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from shards_spec.student_table import student_markdown
 from training.models.tinyclip_pruned import PrunedImageTower, PrunedTextTower
 from training.models.tinyclip_pruning import kept_units
 
@@ -125,16 +126,4 @@ def _parameters_of_size(tower: Tower, width: int, heads: list[int], neurons: lis
 
 def markdown(model: nn.Module) -> str:
     """Return the numbers of a pruned CLIP as a Markdown table."""
-    table = model_table(model)
-    lines = [
-        "| tower | D | H of each layer | F of each layer | parameters (M) | token embedding (M) | MACs (G) |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name in ("image", "text"):
-        tower = table[name]
-        sizes = [" ".join(map(str, tower[kind])) for kind in ("heads", "neurons")]
-        counts = [f"{tower[kind] / 1e6:.2f}" for kind in ("parameters", "token_embedding")]
-        macs = f"{tower['macs'] / 1e9:.3f}"
-        lines.append(f"| {' | '.join([name, str(tower['width']), *sizes, *counts, macs])} |")
-    lines.append(f"| sum | | | | {table['parameters'] / 1e6:.2f} | | {table['macs'] / 1e9:.3f} |")
-    return "\n".join(lines)
+    return student_markdown(model_table(model))

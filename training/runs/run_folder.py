@@ -38,6 +38,7 @@ from shards_spec.library_errors import parse_json, short
 from shards_spec.lock import locked
 from shards_spec.messages import counted, flag
 from shards_spec.models import LoadedModel
+from shards_spec.student_table import STUDENT_TABLE
 from training.config import FREE_ON_RESUME
 from training.models.classifier import Classifier, describe_classifier
 from training.runs.checkpoint_files import hash_file, load_checkpoint, save_state, write_checkpoint
@@ -47,7 +48,6 @@ from training.runs.model_folder import write_open_clip_config
 log = logging.getLogger(__name__)
 CHECKPOINT = re.compile(r"step_(\d+)\.pt")
 BEST = "best.pt"
-STUDENT_TABLE = "student.json"
 LOCK = ".lock"
 DAMAGED = ".damaged"  # ending of a checkpoint that is set aside
 

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import threading
 from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,16 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import skip_or_fail
 from PIL import Image
+from report_page import page_of
+from small_runs import write_masked_run
 
 from pipeline.report import ReportConfig, report
 from pipeline.report.axes import linear, logarithmic, percent, short
 from pipeline.report.charts import thin
 from pipeline.report.columns import count_dataset
+from pipeline.report.curves import smooth
 from pipeline.report.histogram import Scale, bin_counts, histogram
-from pipeline.report.run import read_metrics, smooth
+from pipeline.report.run import read_metrics
 from pipeline.report.samples import evenly
 from shards_spec.embeddings import write_embeddings
 from shards_spec.files import UserError, write_json
@@ -170,31 +172,13 @@ def run(tmp_path: Path) -> Path:
     return run
 
 
-class Page(HTMLParser):
-    """Tags with their attributes, visible text, and text of table rows."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.source = Path(path).read_text()
-        self.feed(self.source)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.words.append("\n" if tag == "tr" else "")
-
-    def handle_data(self, data: str) -> None:
-        if self.tags and self.tags[-1][0] != "style":
-            self.words.append(data.replace("\n", " "))
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"[ \t]+", " ", " ".join(self.words))
-
-
-def page_of(path: Path, **options) -> Page:
-    return Page(report(ReportConfig(str(path), **options)))
+@pytest.fixture
+def stages(tmp_path: Path) -> Path:
+    """Two stages of a student with masks."""
+    folder = tmp_path / "toy-stages"
+    write_masked_run(folder / "stage-1", 1.0, 0.75, x=EVIL)
+    write_masked_run(folder / "stage-2", 0.75, 0.5, from_run=str(folder / "stage-1"), environment=LONG)
+    return folder
 
 
 def all_numbers(text: str) -> list[str]:
@@ -287,7 +271,7 @@ def test_contact_sheet_is_drawn_evenly_and_stays_the_same(root):
     assert not [tag for tag, _ in page_of(root, samples=0).tags if tag == "img"]
 
 
-@pytest.mark.parametrize("kind", ["root", "run"])
+@pytest.mark.parametrize("kind", ["root", "run", "stages"])
 def test_untrusted_text_is_escaped_and_nothing_is_loaded(kind, request):
     page = page_of(request.getfixturevalue(kind))
     assert "&lt;script&gt;" in page.source
@@ -296,7 +280,7 @@ def test_untrusted_text_is_escaped_and_nothing_is_loaded(kind, request):
         for name, value in attributes.items():
             assert not name.startswith("on"), (tag, name)
             if name in ("src", "href", "srcset", "xlink:href", "action", "data", "poster"):
-                assert value.startswith("data:"), (tag, name, value)
+                assert value.startswith(("data:", "#stage-")), (tag, name, value)
     style = re.search(r"<style>(.*?)</style>", page.source, re.S)[1]
     assert not re.search(r"url\(|@import|http", style)
 
@@ -574,7 +558,7 @@ addEventListener("load", () => {
 </script>"""
 
 
-@pytest.mark.parametrize("kind", ["root", "run"])
+@pytest.mark.parametrize("kind", ["root", "run", "stages"])
 def test_page_fits_phone_and_desktop_and_asks_no_network(kind, request, tmp_path):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not chromium:

@@ -1,0 +1,101 @@
+"""The page of a training in stages: a folder with a run for each, stage-1, stage-2, and so on."""
+
+import math
+import re
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from pipeline.report.axes import short, total
+from pipeline.report.charts import Rule
+from pipeline.report.run import RunFiles, loss_charts, measured, metric_name, read_run, run_page, share_text
+from pipeline.report.student import mask_curves
+from shards_spec.files import exists, join, names
+
+STAGE = re.compile(r"stage-(\d+)")
+HEADLINE = ("acc1", "mean_average_precision", "image_retrieval_recall@1", "text_retrieval_recall@1")  # of all metrics
+
+
+def stage_folders(root: str) -> list[str]:
+    """Paths of the stages' runs in their order; those that have not begun are not there."""
+    found = {int(match[1]): match[0] for name in names(root) if (match := STAGE.fullmatch(name))}
+    folders = [join(root, found[stage]) for stage in sorted(found)]
+    return [folder for folder in folders if has_begun(folder)]
+
+
+def has_begun(folder: str) -> bool:
+    """Whether a folder is a run's, with steps or before the first."""
+    return exists(join(folder, "config.json")) or exists(join(folder, "metrics.jsonl"))
+
+
+def chain_page(root: str, folders: list[str]) -> dict[str, Any]:
+    """The variables of the template: the stages beneath each other, and what joins them."""
+    runs = [read_run(folder) for folder in folders]
+    pages = [run_page(run) for run in runs]
+    columns, rules = joined(runs)
+    summaries = [_summary(run, page) for run, page in zip(runs, pages, strict=True)]
+    return {
+        "name": root.rstrip("/").rsplit("/", 1)[-1],
+        "recipe": runs[0].config.get("recipe"),
+        "stages": list(zip(summaries, pages, strict=True)),
+        "metrics": list(dict.fromkeys(chain.from_iterable(summary["metrics"] for summary in summaries))),
+        "loss": loss_charts(columns, rules),
+        "curves": [*mask_curves(columns, rules), *measured(columns, rules)],
+        "problems": list(chain.from_iterable(page["problems"] for page in pages)),
+    }
+
+
+def joined(runs: list[RunFiles]) -> tuple[dict[str, np.ndarray], list[Rule]]:
+    """The metrics of all runs as of one, whose steps go on from stage to stage, and the starts of the later stages."""
+    logged = [run for run in runs if "step" in run.columns]
+    every = dict.fromkeys(chain.from_iterable(run.columns for run in logged))
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in every}
+    rules, offset = list[Rule](), 0.0
+    for run in logged:
+        if offset:
+            rules.append(Rule("x", offset, run.name.replace("-", " ")))
+        steps = run.columns["step"]
+        for name, values in parts.items():
+            values.append(run.columns.get(name, np.full(len(steps), math.nan)))
+        parts["step"][-1] = steps + offset
+        offset += float(steps[-1])
+    return {name: np.concatenate(values) for name, values in parts.items()}, rules
+
+
+def _summary(run: RunFiles, page: dict[str, Any]) -> dict[str, Any]:
+    """A stage's row in the table of stages; a dash where the run does not say it."""
+    config = run.config
+    last = {name: float(values[-1]) for name, values in run.columns.items()}
+    is_auto = config.get("inherit") == "auto"
+    student = page["student"]
+    return {
+        "id": run.name,
+        "title": run.name.replace("-", " ").capitalize(),
+        "student": "by masks" if is_auto else str(config.get("model", "–")),
+        "target": share_text(config.get("sparsity")) if is_auto else "–",
+        "sparsity": share_text(last.get("sparsity")),
+        "parameters": short(last["parameters"]) if math.isfinite(last.get("parameters", math.nan)) else "–",
+        "macs": short(student["table"]["macs"]) if student and not student["with_masks"] else "–",
+        "steps": total(round(last["step"])) if last else "–",
+        "loss": f"{last['loss']:.4g}" if "loss" in last else "–",
+        "metrics": _accuracies(run.columns, page),
+    }
+
+
+def _accuracies(columns: dict[str, np.ndarray], page: dict[str, Any]) -> dict[str, str]:
+    """The main metrics: those measured last in the run, and those of its folder eval, by dataset."""
+    found = {}
+    for metric in HEADLINE:
+        values = columns.get(f"eval.{metric}", np.array([]))
+        values = values[np.isfinite(values)]
+        if len(values):
+            found[metric_name(metric)] = share_text(float(values[-1]))
+    for table in page["evaluations"]:
+        for row in table["rows"]:
+            found |= {
+                f"{row['dataset']} {metric_name(metric)}": row["metrics"][metric]
+                for metric in HEADLINE
+                if metric in row["metrics"]
+            }
+    return found
