@@ -3,11 +3,16 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from pipeline.caption import kernels
+from pipeline.caption.decoding import Decoding
 from pipeline.caption.kernels import attention_kernel, log_totals_kernel, norm_kernel, nucleus_kernel
+from pipeline.caption.sampling import sample_token
 
 pytestmark = pytest.mark.integration
 ATTENTION = """
@@ -117,3 +122,64 @@ def test_where_kernels_cannot_be_used_torch_is(caplog):
         assert [record.message.partition(":")[0] for record in caplog.records] == [
             "Triton does not work here, so captions take longer"
         ]
+
+
+CPU = torch.device("cpu")
+
+
+def torch_attend(new, keys, values, past, *, seen=1):
+    rows, heads, _, width = keys.shape
+    query, key, value = new.view(rows, 1, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
+    keys[:, :, past : past + 1] = key
+    values[:, :, past : past + 1] = value
+    read = slice(0, past + seen)
+    return F.scaled_dot_product_attention(query, keys[:, :, read], values[:, :, read]).transpose(1, 2).flatten(2)
+
+
+def torch_nucleus(scores, seeds, top_p, chosen, complete, *, take=sample_token):
+    chosen[~complete] = take(scores, Decoding(top_p=top_p), seeds)[~complete]
+
+
+def torch_norm(x, delta, weight, bias, eps):
+    x += delta
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def test_a_kernel_with_torchs_results_passes_its_check():
+    for dtype in (torch.float32, torch.bfloat16):
+        kernels.check_attention(torch_attend, 64, dtype, CPU)
+    kernels.check_norm(torch_norm, CPU)
+    kernels.check_log_totals(lambda logits: logits.logsumexp(-1), CPU)
+    kernels.check_nucleus(torch_nucleus, CPU)
+
+
+@pytest.mark.parametrize(
+    ("check", "wrong"),
+    [
+        (lambda kernel: kernels.check_attention(kernel, 64, torch.float32, CPU), partial(torch_attend, seen=2)),
+        (
+            lambda kernel: kernels.check_norm(kernel, CPU),
+            lambda x, delta, weight, bias, eps: torch_norm(x, delta, weight, bias, 0.5),
+        ),
+        (lambda kernel: kernels.check_norm(kernel, CPU), lambda x, *others: torch_norm(x.clone(), *others)),
+        (lambda kernel: kernels.check_log_totals(kernel, CPU), lambda logits: logits[:, :4096].logsumexp(-1)),
+        (
+            lambda kernel: kernels.check_nucleus(kernel, CPU),
+            partial(torch_nucleus, take=lambda scores, *_: scores.argmin(-1)),
+        ),
+        (lambda kernel: kernels.check_nucleus(kernel, CPU), lambda *_: None),
+    ],
+)
+def test_a_kernel_with_other_results_is_not_used(check, wrong, caplog):
+    with pytest.raises(ArithmeticError, match="has another result than torch's"):
+        check(wrong)
+    kernels._warn.cache_clear()
+    assert kernels._unless_it_fails(lambda: check(wrong)) is None
+    assert "has another result than torch's" in caplog.text
+    kernels._warn.cache_clear()
+
+
+def test_a_check_leaves_the_random_stream_as_it_is():
+    before = torch.get_rng_state()
+    kernels.check_log_totals(lambda logits: logits.logsumexp(-1), CPU)
+    assert torch.equal(torch.get_rng_state(), before)
