@@ -98,7 +98,7 @@ def test_exit_codes_and_one_line_errors(command, tmp_path):
     assert code == 1
     assert "it is not a clipmill dataset" in out
     code, _, err = command("train", "nope")
-    known = "clip, tinyclip, catlip, probe, finetune, siclip, tinymim, coca"
+    known = "clip, tinyclip, catlip, probe, finetune, siclip, tinymim, minivit, coca"
     assert (code, err) == (2, f"clipmill: no recipe 'nope'; there are {known}\n")
     assert "tinyclip" in command("train", "--help")[1]
     assert command("--help")[0] == 0

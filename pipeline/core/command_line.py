@@ -44,6 +44,7 @@ EXAMPLES = {
     "train siclip": "--data /data/cc3m --base-weights mobileclip_s0.pt --out runs/siclip",
     "train catlip": "--data /data/cc3m --out runs/catlip",
     "train tinymim": "--data /data/cc3m --model timm:vit_base_patch16_224 --out runs/tinymim",
+    "train minivit": "--data /data/imagenet --teacher timm:swin_base_patch4_window7_224 --out runs/minivit",
     "train coca": "--data /data/cc3m --model coca_ViT-B-32 --out runs/coca",
     "train probe": "--data /data/cifar10 --model runs/catlip --out runs/probe",
     "train finetune": "--data /data/cifar10 --model runs/catlip --out runs/finetune",

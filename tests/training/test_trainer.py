@@ -37,7 +37,7 @@ from training.runs.student import load_run, load_student, new_student
 from training.trainer import Trainer, train
 
 PAIRS = [
-    name for name in RECIPES if name not in ("catlip", "probe", "finetune", "tinymim")
+    name for name in RECIPES if name not in ("catlip", "probe", "finetune", "tinymim", "minivit")
 ]  # those: tests/training/recipes
 RUN_IT = """
 import sys, json, torch

@@ -29,23 +29,34 @@ class LabelledImageRows:
         plan: Sizes of the batches.
         views: What views are drawn from; images then come in the order of epochs. None: plain crops in stored order.
         chosen: (n,) indices of the images that are used.
+        repeats: Views of an image that follow each other (repeated augmentation). An epoch remains n views, so that it
+            takes ``repeats`` epochs to see all images.
     """
 
     def __init__(
-        self, images: LabelledImages, student: LoadedModel, plan: BatchPlan, views: ViewSpec | None, chosen: np.ndarray
+        self,
+        images: LabelledImages,
+        student: LoadedModel,
+        plan: BatchPlan,
+        views: ViewSpec | None,
+        chosen: np.ndarray,
+        *,
+        repeats: int = 1,
     ) -> None:
         self.images = images
         self.student = student
         self.plan = plan
         self.views = views
         self.chosen = chosen
+        self.repeats = repeats
         self.paired: PairedViews | None = None  # set where a teacher sees other pixels than the student
         self.order = Order([len(chosen)], plan.seed, streams=1, window=1)
 
     def __getitem__(self, index: int | tuple[int, int | None]) -> Item:
         position, side = index if isinstance(index, tuple) else (index, None)
         side = side or self.student.image_size
-        location = self.order.locate(position)
+        location = self.order.locate(position // self.repeats)
+        view = location.epoch * self.repeats + position % self.repeats
         number = int(self.chosen[position if self.views is None else location.index])
         name, data = self.images.image(number)
         try:
@@ -56,18 +67,18 @@ class LabelledImageRows:
             "key": name,
             "position": position,
             "epoch": location.epoch,
-            **self._render(image, name, location.epoch, side),
+            **self._render(image, name, view, side),
             "targets": torch.tensor(int(self.images.labels[number])),
         }
 
-    def _render(self, image: Image.Image, name: str, epoch: int, side: int) -> dict[str, Tensor]:
-        """The fields of images of an item."""
+    def _render(self, image: Image.Image, name: str, number: int, side: int) -> dict[str, Tensor]:
+        """The fields of images of an item, of the view of that number."""
         if self.views is None:
             return {"images": to_pixels(plain_crop(image, side))}
-        view = draw_view(self.views, name, epoch)
+        view = draw_view(self.views, name, number)
         if self.paired is None:
             return {"images": to_pixels(apply_view(image, self.views, view, side))}
-        return self.paired.render(image, self.views, view, side, f"{name}/{epoch}")
+        return self.paired.render(image, self.views, view, side, f"{name}/{number}")
 
 
 class FeatureRows:

@@ -4,6 +4,7 @@ A run or export folder describes it in ``classifier.json``, with the vocabulary 
 ``vocabulary.tsv``. The vocabulary's hash is a buffer of the model, hence in every checkpoint.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,11 +35,20 @@ class Classifier(nn.Module):
         trunk: The model, with its head.
         vocabulary: The vocabulary whose ranks are the classes, or None.
         names: Names of the classes without a vocabulary.
+        options: Those that the trunk was built with, besides its name.
     """
 
-    def __init__(self, name: str, trunk: Any, vocabulary: Vocabulary | None, names: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        trunk: Any,
+        vocabulary: Vocabulary | None,
+        names: list[str] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
+        self.options = dict(options or {})
         self.trunk = trunk
         self.vocabulary = vocabulary
         self.names = names or []
@@ -110,6 +120,7 @@ def new_classifier(
     pretrained: str | None = None,
     seed: int = 0,
     trust: Trust = NO_TRUST,
+    options: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Build a timm model with a new head.
 
@@ -120,6 +131,7 @@ def new_classifier(
         pretrained: Checkpoint file for all but the head, or "timm" for timm's own weights; None is random weights.
         seed: What random weights depend on.
         trust: What a checkpoint file may do.
+        options: Options of the architecture, say ``groups`` of MiniViT's.
 
     Raises:
         UserError: The name is unknown or of a network that does not serve, or its weights are missing.
@@ -130,11 +142,11 @@ def new_classifier(
     timms_weights = pretrained == "timm"
     try:
         torch.manual_seed(seed)
-        trunk = create_timm_model(model, timms_weights, num_classes=0, dynamic_img_size=True)
+        trunk = create_timm_model(model, timms_weights, num_classes=0, dynamic_img_size=True, **(options or {}))
         is_vit = True
     except TypeError:  # only vision transformers have the option
         torch.manual_seed(seed)
-        trunk = create_timm_model(model, timms_weights, num_classes=0)
+        trunk = create_timm_model(model, timms_weights, num_classes=0, **(options or {}))
         is_vit = False
     if pretrained is not None and not timms_weights:
         load_backbone(trunk, pretrained, trust.trust_checkpoint)
@@ -147,7 +159,7 @@ def new_classifier(
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
     if ":" in model.removeprefix(TIMM):  # a folder or the Hub: runs and exports must work without it
         model = f"{TIMM}{trunk.pretrained_cfg['architecture']}"
-    student = Classifier(model, trunk.eval(), vocabulary)
+    student = Classifier(model, trunk.eval(), vocabulary, options=options)
     if not is_vit:
         _check_sides(student, data["input_size"][-1])
     return LoadedModel(student.eval(), None, config, data["input_size"][-1], data["mean"], data["std"])
@@ -198,6 +210,8 @@ def describe_classifier(folder: str, student: LoadedModel) -> None:
         "mean": list(student.mean),
         "std": list(student.std),
     }
+    if model.options:
+        description["options"] = model.options
     write_json(join(folder, DESCRIPTION), description)
     if model.vocabulary is not None:
         model.vocabulary.write(stored)
@@ -216,7 +230,9 @@ def load_classifier(folder: str) -> LoadedModel:
     description = read_json(path)
     stored = str(Path(folder) / VOCABULARY)
     vocabulary = read_vocabulary(stored) if exists(stored) else None
-    student = new_classifier(description["model"], description["classes"], vocabulary=vocabulary)
+    student = new_classifier(
+        description["model"], description["classes"], vocabulary=vocabulary, options=description.get("options")
+    )
     student.model.names = description["names"]
     return replace(
         student,
@@ -252,9 +268,11 @@ def export_classifier(folder: str, student: LoadedModel, overwrite: bool = False
         "crop_pct": CROP,  # the crop that `probe` and `finetune` are measured with
         "interpolation": "bilinear",
     }
-    options = {"dynamic_img_size": True} if getattr(model.trunk, "dynamic_img_size", False) else None
+    options = dict(model.options)
+    if getattr(model.trunk, "dynamic_img_size", False):
+        options["dynamic_img_size"] = True
     with TemporaryDirectory() as local:
-        timm.models.save_for_hf(model.trunk, local, labels, model_args=options, safe_serialization=True)
+        timm.models.save_for_hf(model.trunk, local, labels, model_args=options or None, safe_serialization=True)
         write_model(folder, "model.safetensors", Path(local, "model.safetensors").read_bytes(), overwrite)
         for path in sorted(Path(local).iterdir()):
             write_bytes(join(folder, path.name), path.read_bytes())

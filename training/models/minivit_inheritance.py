@@ -32,13 +32,13 @@ def inherit_minivit(student: MiniDeiT | MiniSwin, teacher: nn.Module, source: Li
 
     Args:
         student: The tied model.
-        teacher: The ordinary model.
+        teacher: The ordinary model, or one of ours in other groups.
         source: The layers of a group whose weights it shares from now on.
 
     Raises:
         ValueError: The teacher has another width, depth, window or number of patches.
     """
-    theirs = teacher.state_dict()
+    theirs = (_untied(teacher) if tied_blocks(teacher) else teacher).state_dict()
     apart = _untied(student)
     own = apart.state_dict()
     if len(_block_names(theirs)) != len(_block_names(own)):

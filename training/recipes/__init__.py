@@ -8,6 +8,7 @@ RECIPES = {
     "finetune": "a whole image tower on labelled images",
     "siclip": "a MobileCLIP-S0 with simpler, shared attention: inherited, distilled, pairs matched (SiCLIP)",
     "tinymim": "a small ViT that learns token relations of a large one, on unlabelled images (TinyMIM)",
+    "minivit": "blocks that share weights, taught by a large classifier on labelled images (MiniViT)",
     "coca": "contrastive and captioning loss (CoCa): a captioner of one's own",
 }
 STAGED = (

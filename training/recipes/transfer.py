@@ -201,7 +201,7 @@ def with_new_head(base: LoadedModel, config: TransferConfig, classes: list[str])
     trunk = base.model.trunk
     trunk.reset_classifier(len(classes))
     trunk.get_classifier().load_state_dict(head.state_dict())
-    student = Classifier(base.model.name, trunk, None, classes)
+    student = Classifier(base.model.name, trunk, None, classes, base.model.options)
     return LoadedModel(student.eval(), None, base.config, base.image_size, base.mean, base.std)
 
 

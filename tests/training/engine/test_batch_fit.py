@@ -306,12 +306,16 @@ def test_available_memory_is_the_smallest_that_is_said(tmp_path):
 
 def with_data(recipe, root, labelled, images):
     config = importlib.import_module(f"training.recipes.{recipe}").config()
-    data = {"catlip": labelled, "probe": images, "finetune": images}.get(recipe, root)
+    data = {"catlip": labelled, "probe": images, "finetune": images, "minivit": images}.get(recipe, root)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, data=data))
     if recipe in ("probe", "finetune"):  # they have no default: the tower that CatLIP's defaults leave
         student = dataclasses.replace(config.student, model="timm:catlip_vit_base_patch16_224")
         config = dataclasses.replace(config, student=student)
     untrained = {"siclip": {"base_weights": "random"}, "tinymim": {"teacher_weights": "random"}}
+    if recipe == "minivit":
+        config = dataclasses.replace(
+            config, distillation=dataclasses.replace(config.distillation, teacher_weights="random")
+        )
     return dataclasses.replace(config, **untrained.get(recipe, {}))
 
 
@@ -328,7 +332,7 @@ def test_every_recipes_defaults_fit_24_gigabytes(recipe, root, tmp_path):
         few = read_vocabulary(str(path))
         more = tuple((f"n9{number:07d}", "made_up", 1, 1) for number in range(24_320 - len(few)))
         Vocabulary(few.rows + more, few.header).write(str(path))
-    images = write_folders(tmp_path / "images") if recipe in ("probe", "finetune") else ""
+    images = write_folders(tmp_path / "images") if recipe in ("probe", "finetune", "minivit") else ""
     config = with_data(recipe, root, str(labelled), images)
     for precision in ("fp32", "bf16"):
         run = dataclasses.replace(config.run, fit=24.0, precision=precision, device="cpu")

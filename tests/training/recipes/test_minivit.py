@@ -1,0 +1,201 @@
+"""The recipe of MiniViT: losses by their formulas, pairs, classes, resume, chunks, options, and what it refuses."""
+
+from functools import partial
+
+import pytest
+import torch
+from small_catlip import write_folders
+from small_training import final_weights, read_metrics, tiny_config
+
+from shards_spec.files import UserError
+from training.data.batches import first_batch
+from training.losses.hidden_relations import attention_relation_loss, hidden_relation_loss
+from training.losses.relations import soft_ce, soft_kl
+from training.models.mixing import mixed_images
+from training.models.taps import run_with_taps
+from training.models.weight_tying import check_tied, tied_blocks
+from training.recipes import minivit
+from training.runs.student import load_run
+from training.trainer import train
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
+SWIN = "timm:mini_swin_test"
+DEIT = "timm:mini_deit_test"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_folders(tmp_path_factory.mktemp("images"), train=12, test=6)
+
+
+def small(images, out="", model=SWIN, **fields):
+    fields = {"teacher": model, "teacher_weights": "random", "warmup": 0, "warmup_lr": None, "workers": 0, **fields}
+    return tiny_config("minivit", images, out, model=model, device="cpu", **fields)
+
+
+def prepared(images, **fields):
+    return minivit.prepare(small(images, **fields))
+
+
+def test_the_papers_numbers():
+    config = minivit.config()
+    assert (config.optim.lr, config.optim.final_lr, config.optim.clip_norm) == (1e-3, 1e-5, 5.0)
+    assert (config.mix.mixup, config.mix.cutmix, config.mix.erasing) == (0.8, 1.0, 0.25)
+    assert (config.distillation.attention_weight, config.distillation.hidden_weight) == (1.0, 0.1)
+    assert config.distillation.label_weight == 0
+
+
+# fact 14
+@pytest.mark.parametrize("model", [SWIN, DEIT])
+def test_losses_are_their_formulas(images, model):
+    task = prepared(images, model=model, seed=3, erasing=0.0, label_weight=0.5, smoothing=0.1).task.eval()
+    batch = task.draw(first_batch(prepared(images, model=model).rows, 4))
+    features = task(batch)
+    assert {name: tuple(value.shape) for name, value in features.items()} == dict.fromkeys(
+        ("attention", "hidden", "prediction", "labels"), (4,)
+    )
+    losses = task.losses(features, 0)
+    assert losses["hidden"].item() == pytest.approx(0.1 * features["hidden"].mean().item())
+    assert losses["labels"].item() == pytest.approx(0.5 * features["labels"].mean().item())
+    assert losses["attention"].item() == pytest.approx(features["attention"].mean().item())
+    # one image at a time: then all windows are its own
+    mixed = mixed_images(batch)
+    teacher = task.frozen.model
+    for number in range(4):
+        image = mixed[number : number + 1]
+        attention, hidden = [], []
+        for own, theirs in task.pairs:
+            readings = [
+                reader.read(partial(run_with_taps, module), image, [block])
+                for reader, module, block in zip(
+                    task.readers, (task.student.trunk, teacher), (own, theirs), strict=True
+                )
+            ]
+            attention.append(attention_relation_loss(readings[0].projections[0], readings[1].projections[0]).mean())
+            hidden.append(hidden_relation_loss(readings[0].hidden[0], readings[1].hidden[0]).mean())
+        assert features["attention"][number].item() == pytest.approx(torch.stack(attention).mean().item(), rel=1e-4)
+        assert features["hidden"][number].item() == pytest.approx(torch.stack(hidden).mean().item(), rel=1e-3, abs=1e-5)
+        expected = soft_ce(task.student(image), teacher(image))
+        assert features["prediction"][number].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_deits_prediction(images):
+    fields = {
+        "model": DEIT,
+        "attention_weight": 0.0,
+        "hidden_weight": 0.0,
+        "teacher": "timm:test_resnet",
+        "erasing": 0.0,
+    }
+    task = prepared(images, **fields, prediction="deit").task.eval()
+    assert task.readers is None
+    batch = task.draw(first_batch(prepared(images, model=DEIT).rows, 4))
+    features = task(batch)
+    assert list(features) == ["prediction"]
+    mixed = mixed_images(batch)
+    expected = soft_kl(task.student(mixed), task.frozen.model(mixed)) / 2
+    assert torch.allclose(features["prediction"], expected, atol=1e-6)
+
+
+def test_a_run_learns_resumes_and_loads(images, tmp_path):
+    fields = {"groups": (2, 1), "schedule": "constant", "lr": 3e-3, "ema_decay": 0.9, "log_every": 1}
+    whole, part = str(tmp_path / "whole"), str(tmp_path / "part")
+    train("minivit", small(images, whole, steps=6, **fields))
+    for steps in (3, 6):
+        train("minivit", small(images, part, steps=steps, **fields))
+    assert_same_weights(whole, part)
+    student, step = load_run(whole)
+    assert step == 6
+    check_tied(student.model)
+    groups = [blocks.tying.groups for blocks in tied_blocks(student.model).values()]
+    assert groups == [(0, 1), (0, 0, 0, 0)]  # options are part of the run
+    assert {"acc1", "acc5"} <= set(read_metrics(whole)[-1]["eval"])
+    assert "student.trunk.layers.1.blocks.1.mlp.fc1.weight" not in final_weights(whole)
+
+
+def assert_same_weights(one, other):
+    weights, others = final_weights(one), final_weights(other)
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_losses_fall(images, tmp_path):
+    fields = {"mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "scale": None, "ops": 0, "batch_size": 12, "log_every": 1}
+    run = train("minivit", small(images, str(tmp_path), steps=20, inherit="mean", lr=3e-3, **fields, local="residual"))
+    losses = [line["losses"] for line in read_metrics(run)]
+    assert losses[-1]["hidden"] < 0.7 * losses[0]["hidden"]
+    assert losses[-1]["attention"] < losses[0]["attention"]
+
+
+def test_chunks_and_repeats(images, tmp_path):
+    runs = []
+    for name, chunk in (("whole", None), ("chunks", 2)):
+        fields = {"steps": 3, "chunk_size": chunk, "repeats": 3, "erasing": 0.0, "batch_size": 6}
+        runs.append(train("minivit", small(images, str(tmp_path / name), **fields)))
+    one, other = (final_weights(run) for run in runs)
+    assert all(torch.allclose(one[name].float(), other[name].float(), atol=2e-4) for name in one)
+    rows = prepared(images, repeats=3).rows
+    keys = [rows[position]["key"] for position in range(6)]
+    assert keys == [keys[0]] * 3 + [keys[3]] * 3
+    assert keys[0] != keys[3]
+    views = [rows[position]["images"] for position in range(3)]
+    assert not torch.equal(views[0], views[1])
+    again = [rows[position]["key"] for position in range(3 * 24, 3 * 24 + 1)]
+    assert again  # the next pass over the images
+
+
+def test_what_decays(images):
+    task = prepared(images).task
+    decayed, exempt = task.param_groups(0.05)
+    assert (decayed.weight_decay, exempt.weight_decay) == (0.05, 0.0)
+    names = {id(parameter): name for name, parameter in task.named_parameters()}
+    assert {names[id(parameter)] for parameter in decayed.params + exempt.params} == set(names.values())
+    of_exempt = {names[id(parameter)] for parameter in exempt.params}
+    assert "student.trunk.layers.0.blocks.1.attn.after.weight" in of_exempt
+    assert "student.trunk.layers.0.blocks.0.attn.relative_position_bias_table" in of_exempt
+    assert "student.trunk.layers.0.blocks.0.local.conv.weight" not in of_exempt
+    assert all(parameter.ndim > 1 for parameter in decayed.params)
+
+
+def test_inheritance_from_the_teacher(images):
+    fields = {"teacher": "timm:vit_tiny_patch16_224", "inherit": "mean"}
+    with pytest.raises(UserError, match=r"--inherit mean: the student cannot start .*a teacher of 12 blocks"):
+        prepared(images, model=DEIT, **fields)
+    with pytest.raises(UserError, match="has no head_maps: take one of timm:mini_deit"):
+        prepared(images, model="timm:test_vit", teacher="timm:test_vit", inherit="first")
+    task = prepared(images, model=DEIT, teacher=DEIT, inherit="last").task
+    assert torch.equal(task.student.trunk.blocks[0].attn.before.weight, torch.eye(2))
+    taught = task.frozen.model.state_dict()["blocks.2.mlp.fc1.weight"]
+    assert torch.equal(task.student.trunk.blocks[3].mlp.fc1.weight, taught)
+
+
+def test_a_run_as_teacher_and_other_classes(images, tmp_path):
+    run = train("minivit", small(images, str(tmp_path / "teacher"), steps=1))
+    task = prepared(images, teacher=run, teacher_weights=None).task
+    assert task.frozen.width == 2
+    other = write_folders(tmp_path / "other", classes=("red", "yellow"))
+    with pytest.raises(UserError, match=r"knows other classes than --data \(blue, yellow\)"):
+        prepared(other, teacher=run, teacher_weights=None)
+    with pytest.raises(UserError, match="brings its own weights"):
+        prepared(images, teacher=run)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"groups": (3, 1)}, "2 blocks cannot be divided"),
+        ({"relation_heads": 3}, "3 heads do not divide a width of 16"),
+        ({"student_blocks": (1,)}, "give as many of both"),
+        ({"student_blocks": (1,), "teacher_blocks": (9,)}, "there is no block 9, the last is 5"),
+        ({"student_blocks": (1,), "teacher_blocks": (5,)}, "4 windows of 16 tokens and 1 windows of 16 tokens"),
+        ({"teacher": "timm:test_resnet"}, "no blocks to read.*--attention-weight 0 --hidden-weight 0"),
+        ({"teacher": DEIT}, "2 stages cannot follow a teacher of 1"),
+        ({"teacher": "swin"}, "give a RUN folder of a classifier, or timm:NAME"),
+        ({"model": "timm:test_vit", "teacher": SWIN, "groups": (2,)}, "has no groups"),
+        ({"eval_data": "x"}, "--eval-data"),
+        ({"temperature": 0.0}, "--temperature"),
+        ({"drop_path": 1.0}, "--drop-path"),
+    ],
+)
+def test_what_it_refuses(images, fields, message):
+    with pytest.raises(UserError, match=message):
+        prepared(images, **fields)

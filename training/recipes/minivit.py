@@ -1,0 +1,382 @@
+"""MiniViT (Zhang et al., arXiv 2204.07154): tied blocks with transformations of their own, taught by a large model.
+
+Consecutive blocks share their weights, each has its own norms, head maps and convolution or relative positions
+(`training.models.minivit`), and a classifier of the same images teaches labels, attention and hidden states:
+
+    L = CE(p_t, p_s) + beta L_attn + gamma L_hddn,  beta = 1, gamma = 0.1, no ground truth
+
+Target (ImageNet-1k, the release): Mini-Swin-T 81.3 (12.0 M parameters), -S 83.9, -B 84.5; Mini-DeiT-Ti 73.0, -S 80.9,
+-B 83.2. Cost: 300 epochs, with a forward pass of the teacher. Parameters shrink; time and memory of a step do not.
+
+    clipmill train minivit --data IMAGES --teacher RUN --out runs/mini-swin-t            Mini-Swin-T, teacher a Swin
+      --model timm:mini_swin_base_patch4_window7_224 --groups 1 1 1 1                    another size, other groups
+      --inherit mean                                                                     from the teacher's weights
+      --model timm:mini_deit_small_patch16_224 --teacher timm:regnety_160.deit_in1k      Mini-DeiT-S, by labels alone
+        --attention-weight 0 --hidden-weight 0 --prediction deit --repeats 3
+        --warmup 6255 --clip-norm None --ema-decay 0.99996
+
+From the released code, Mini-Swin's column: batch 1024, AdamW (0.9, 0.999), lr 1e-3 after 20 epochs of warm-up (25,020
+steps of ImageNet-1k) from 1e-6, cosine to 1e-5, weight decay 0.05, clip 5, crops of (0.08, 1), RandAugment
+m9-mstd0.5-inc1, mixup 0.8, CutMix 1, erasing 0.25, smoothing 0.1. Readings:
+- The Swin teacher of the published students is not named; a student of Swin's shape takes any of its stages' shapes.
+- The student's images have the teacher's mean and std, since both see the same.
+- Head maps do not decay, since those that start as the identity would be pulled to 0. With ``--inherit`` they do start
+  as the identity.
+- RandAugment takes the place of colour jitter, as in timm.
+- Repeated augmentation: the views of an image stand next to each other, an epoch is as many views as there are images.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tyro.conf import OmitArgPrefixes
+
+from shards_spec.files import UserError
+from shards_spec.messages import require
+from shards_spec.models import TIMM, LoadedModel
+from training.config import LabelledImageConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
+from training.data.labelled_images import open_images
+from training.data.labelled_rows import LabelledImageRows, subset
+from training.data.order import BatchPlan
+from training.engine.optim import ParamGroup
+from training.evaluation.classification import classification_metrics, describe_difference, plain_rows
+from training.losses.hidden_relations import (
+    HiddenMode,
+    attention_relation_loss,
+    deit_soft_distillation,
+    hidden_relation_loss,
+)
+from training.losses.relations import soft_ce
+from training.losses.similarity import upcast
+from training.models.block_reader import BlockReader, stage_pairs
+from training.models.class_teacher import load_class_teacher
+from training.models.classifier import Classifier, new_classifier
+from training.models.minivit import MiniDeiT, MiniSwin
+from training.models.minivit_inheritance import inherit_minivit
+from training.models.minivit_parts import HeadMaps, Local
+from training.models.mixing import MixConfig, draw_mix, mixed_images, mixed_targets
+from training.models.taps import run_with_taps
+from training.models.teacher import FrozenTeacher
+from training.runs.student import is_run, load_student
+from training.task import Batch, Features, Losses, Prepared, Task
+
+
+@dataclass(frozen=True)
+class TiedConfig:
+    """How the student's blocks are tied, and what they begin with."""
+
+    groups: tuple[int, ...] = ()
+    """groups of blocks: one number for a Mini-DeiT (several are their sizes), one per stage for a Mini-Swin; none: the
+    model's own"""
+    head_maps: HeadMaps | None = None
+    """maps across heads: random (release), identity, none; None: identity with --inherit, else random"""
+    local: Local | None = None
+    """Mini-Swin's convolution: stream (release), residual (the identity at the start), none; None: the model's own"""
+    drop_path: float | None = None
+    """drop path of the last block, growing towards it; None: the model's own"""
+    inherit: Literal["none", "first", "last", "mean"] = "none"
+    """weights of a group from the teacher's layers, which has the same shape then; none: random (release)"""
+
+    def __post_init__(self) -> None:
+        require(all(count >= 1 for count in self.groups), "groups", self.groups, "1 or more each")
+        value = self.drop_path
+        require(value is None or 0 <= value < 1, "drop_path", value, "in [0, 1), or None")
+
+    def options(self, model: str) -> dict[str, Any]:
+        """Return the options of timm's model that differ from its own."""
+        maps = self.head_maps or ("identity" if self.inherit != "none" else None)
+        single = len(self.groups) == 1 and "swin" not in model
+        groups: Any = self.groups[0] if single else list(self.groups)
+        given = {"groups": groups or None, "head_maps": maps, "local": self.local, "drop_path_rate": self.drop_path}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """What the teacher teaches."""
+
+    teacher: str = "timm:swin_base_patch4_window7_224"
+    """timm:NAME, or RUN folder of a classifier of the same classes"""
+    teacher_weights: str | None = None
+    """checkpoint file of timm's model, or random; None: timm's own, or the RUN's"""
+    prediction: Literal["cross-entropy", "deit"] = "cross-entropy"
+    """loss of the labels: cross-entropy with the teacher's, or DeiT's KL over the number of classes"""
+    temperature: float = 1.0
+    """divides the logits of both models"""
+    attention_weight: float = 1.0
+    """beta, of the relations of queries, keys and values; 0 leaves them out"""
+    hidden_weight: float = 0.1
+    """gamma, of the relations of hidden states; 0 leaves them out"""
+    hidden_mode: HiddenMode = "release"
+    """relations of hidden states: cosines of all tokens (release), or softmaxes (paper)"""
+    relation_heads: int = 1
+    """heads of the attention relations, which divide both widths"""
+    student_blocks: tuple[int, ...] = ()
+    """blocks that learn, from 0; none: spaced evenly in each stage"""
+    teacher_blocks: tuple[int, ...] = ()
+    """blocks that teach, as many, from 0"""
+    label_weight: float = 0.0
+    """of the cross-entropy with the true labels, which the paper leaves out"""
+    smoothing: float = 0.1
+    """label smoothing of those"""
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        for name in ("attention_weight", "hidden_weight", "label_weight"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(self.relation_heads >= 1, "relation_heads", self.relation_heads, "1 or more")
+        require(0 <= self.smoothing < 1, "smoothing", self.smoothing, "in [0, 1)")
+        counts = len(self.student_blocks), len(self.teacher_blocks)
+        if counts[0] != counts[1]:
+            raise UserError(f"--student-blocks {counts[0]} and --teacher-blocks {counts[1]}: give as many of both")
+
+    @property
+    def reads_blocks(self) -> bool:
+        """Whether something other than the labels is taught."""
+        return self.attention_weight > 0 or self.hidden_weight > 0
+
+
+@dataclass(frozen=True)
+class MinivitConfig:
+    """Train a model with tied blocks on labelled images, taught by a classifier."""
+
+    data: OmitArgPrefixes[LabelledImageConfig] = field(default_factory=LabelledImageConfig)
+    views: OmitArgPrefixes[ViewConfig] = field(default_factory=ViewConfig)
+    mix: OmitArgPrefixes[MixConfig] = field(default_factory=MixConfig)
+    student: OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
+    tied: OmitArgPrefixes[TiedConfig] = field(default_factory=TiedConfig)
+    distillation: OmitArgPrefixes[DistillationConfig] = field(default_factory=DistillationConfig)
+    optim: OmitArgPrefixes[OptimConfig] = field(default_factory=OptimConfig)
+    run: OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
+    repeats: int = 1
+    """views of an image that a batch has (repeated augmentation); Mini-DeiT has 3"""
+
+    def __post_init__(self) -> None:
+        require(self.repeats >= 1, "repeats", self.repeats, "1 or more")
+
+
+def config() -> MinivitConfig:
+    """Return the released code's numbers of Mini-Swin, for ImageNet-1k."""
+    return MinivitConfig(
+        data=LabelledImageConfig(batch_size=1024, workers=8),
+        views=ViewConfig(
+            scale=(0.08, 1.0), flip=0.5, ops=2, op_set="timm-inc", magnitude=9, magnitude_std=0.5, op_prob=0.5
+        ),
+        mix=MixConfig(mixup=0.8, cutmix=1.0, erasing=0.25),
+        student=ModelConfig(model="timm:mini_swin_tiny_patch4_window7_224"),
+        optim=OptimConfig(
+            lr=1e-3,
+            final_lr=1e-5,
+            weight_decay=0.05,
+            beta2=0.999,
+            eps=1e-8,
+            warmup=25_020,
+            warmup_lr=1e-6,
+            clip_norm=5.0,
+        ),
+        run=RunConfig(out="runs/minivit", epochs=300),
+    )
+
+
+class MinivitTask(Task):
+    """A classifier that learns from another one.
+
+    Args:
+        config: The recipe's config.
+        student: The classifier.
+        teacher: The model that teaches; gives logits.
+        test: The images that the student is measured on.
+        pairs: Blocks of student and teacher that are compared.
+    """
+
+    evaluates = True
+
+    def __init__(
+        self,
+        config: MinivitConfig,
+        student: Classifier,
+        teacher: FrozenTeacher,
+        test: LabelledImageRows,
+        pairs: list[tuple[int, int]],
+    ) -> None:
+        super().__init__(student, ("images", "targets"))
+        self.config = config
+        self.frozen = teacher
+        self.test = test
+        self.pairs = pairs
+        self.readers = (BlockReader(student.trunk), BlockReader(teacher.model)) if pairs else None
+
+    def draw(self, batch: Batch) -> Batch:
+        """Return the batch with its images' partners and boxes."""
+        return draw_mix(self.config.mix, batch)
+
+    def forward(self, batch: Batch) -> Features:
+        """Return the losses (n,) of each sample, by name."""
+        config = self.config.distillation
+        images = mixed_images(batch)
+        features: Features = {}
+        if self.readers is None:
+            logits: Tensor = self.student(images)
+            theirs: Tensor = self.frozen.intermediate(lambda model: model(images), ()).output
+        else:
+            own = self.readers[0].read(partial(run_with_taps, self.student.trunk), images, [s for s, _ in self.pairs])
+            taught = self.readers[1].read(self.frozen.intermediate, images, [t for _, t in self.pairs])
+            logits, theirs = own.logits, taught.logits
+            if config.attention_weight:
+                features["attention"] = self._attention(own.projections, taught.projections, len(images))
+            if config.hidden_weight:
+                features["hidden"] = self._hidden(own.hidden, taught.hidden)
+        predict = soft_ce if config.prediction == "cross-entropy" else deit_soft_distillation
+        features["prediction"] = predict(logits, theirs, config.temperature)
+        if config.label_weight:
+            targets = mixed_targets(batch, logits.shape[-1], config.smoothing)
+            features["labels"] = -(targets * upcast(logits).log_softmax(-1)).sum(-1)
+        return features
+
+    def _attention(self, own: list[Tensor], theirs: list[Tensor], count: int) -> Tensor:
+        """(n,), means over pairs of blocks and windows."""
+        heads = self.config.distillation.relation_heads
+        pairs = zip(own, theirs, strict=True)
+        losses = [attention_relation_loss(one, other, heads).view(count, -1).mean(1) for one, other in pairs]
+        return torch.stack(losses).mean(0)
+
+    def _hidden(self, own: list[Tensor], theirs: list[Tensor]) -> Tensor:
+        """(n,), the mean over pairs of blocks."""
+        mode = self.config.distillation.hidden_mode
+        losses = [hidden_relation_loss(one, other, mode) for one, other in zip(own, theirs, strict=True)]
+        return torch.stack(losses).mean(0)
+
+    def losses(self, features: Features, step: int) -> Losses:
+        """Return the weighted means: ``prediction``, and as configured ``attention``, ``hidden`` and ``labels``."""
+        config = self.config.distillation
+        weights = {
+            "prediction": 1.0,
+            "attention": config.attention_weight,
+            "hidden": config.hidden_weight,
+            "labels": config.label_weight,
+        }
+        return {name: weights[name] * values.mean() for name, values in features.items()}
+
+    def param_groups(self, weight_decay: float) -> list[ParamGroup]:
+        """Return two groups: vectors, positions and head maps do not decay."""
+        trunk = self.student.trunk
+        exempt_names = set(trunk.no_weight_decay()) if hasattr(trunk, "no_weight_decay") else set()
+        decayed = list[torch.nn.Parameter]()
+        exempt = list[torch.nn.Parameter]()
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                is_exempt = parameter.ndim <= 1 or name.removeprefix("student.trunk.") in exempt_names
+                (exempt if is_exempt else decayed).append(parameter)
+        return [ParamGroup(decayed, weight_decay), ParamGroup(exempt, 0.0)]
+
+    def evaluate(self, device: str) -> dict[str, float]:
+        """Return acc1, acc5 and mean_per_class_recall on the test images."""
+        workers, bf16 = self.config.data.workers, self.config.run.precision == "bf16"
+        return classification_metrics(self.student, self.test, device=device, workers=workers, bf16=bf16)
+
+
+def prepare(config: MinivitConfig) -> Prepared:
+    """Return student, rows and task.
+
+    Raises UserError and DataError, among others where student and teacher do not fit together.
+    """
+    if config.run.eval_data:
+        raise UserError("--eval-data: a classifier is measured on the test images of --data")
+    train, test = open_images(config.data.data, True), open_images(config.data.data, False)
+    if train.classes != test.classes:
+        raise UserError(
+            f"{config.data.data}: train and test have other classes: {describe_difference(train.classes, test.classes)}"
+        )
+    distillation, seed = config.distillation, config.run.seed
+    trust = config.student.trust
+    teacher = load_class_teacher(distillation.teacher, distillation.teacher_weights, train.classes, seed, trust)
+    student = load_tied_student(config, train.classes)
+    student = replace(student, mean=teacher.mean, std=teacher.std)
+    if config.tied.inherit != "none":
+        inherit_from(student.model.trunk, teacher.frozen, config.tied.inherit)
+    pairs = find_pairs(config, student, teacher.frozen)
+    plan = BatchPlan(config.data.batch_size, seed=seed)
+    chosen = subset(train.labels, config.data.fraction, seed)
+    rows = LabelledImageRows(train, student, plan, config.views.spec(seed), chosen, repeats=config.repeats)
+    task = MinivitTask(config, student.model, teacher.frozen, plain_rows(test, student), pairs)
+    return Prepared(student, rows, task)
+
+
+def load_tied_student(config: MinivitConfig, classes: list[str]) -> LoadedModel:
+    """Return the student, by the name of a timm model or of a RUN of the same classes. Raises UserError."""
+    model = config.student.model
+    options = config.tied.options(model)
+    if is_run(model):
+        if options:
+            raise UserError(f"--model {model}: a RUN keeps its own {', '.join(options)}; leave the options out")
+        loaded = load_student(config.student, config.run.seed)
+        if not isinstance(loaded.model, Classifier) or loaded.model.names != classes:
+            raise UserError(f"--model {model}: it is no classifier of the classes of --data {config.data.data}")
+        return loaded
+    try:
+        loaded = new_classifier(
+            model,
+            len(classes),
+            pretrained=config.student.pretrained,
+            seed=config.run.seed,
+            trust=config.student.trust,
+            options=options,
+        )
+    except TypeError as error:
+        raise UserError(
+            f"--model {model!r} has no {' or '.join(options)}: take one of {TIMM}mini_deit_*, mini_swin_*"
+        ) from error
+    loaded.model.names = classes
+    return loaded
+
+
+def inherit_from(student: Any, teacher: FrozenTeacher, source: Literal["first", "last", "mean"]) -> None:
+    """Start the student from the teacher's weights. Raises UserError where their shapes differ."""
+    if not isinstance(student, MiniDeiT | MiniSwin):
+        raise UserError(f"--inherit {source}: the student is none of {TIMM}mini_deit_*, mini_swin_*")
+    try:
+        inherit_minivit(student, teacher.model, source)
+    except ValueError as error:
+        raise UserError(
+            f"--inherit {source}: the student cannot start from --teacher {teacher.name!r} ({error}); take a teacher "
+            "of the same shape"
+        ) from error
+
+
+@torch.no_grad()
+def find_pairs(config: MinivitConfig, student: LoadedModel, teacher: FrozenTeacher) -> list[tuple[int, int]]:
+    """Return the blocks that are compared, after both models ran once on an image.
+
+    Raises UserError where a teacher has no blocks, or not the student's windows and tokens, or the relation heads do
+    not divide a width.
+    """
+    distillation = config.distillation
+    image = torch.zeros(1, 3, student.image_size, student.image_size)
+    trunk = student.model.trunk
+    try:
+        if not distillation.reads_blocks:
+            teacher.intermediate(lambda model: model(image), ())
+            return []
+        own, theirs = BlockReader(trunk), BlockReader(teacher.model)
+        pairs = list(zip(sorted(distillation.student_blocks), sorted(distillation.teacher_blocks), strict=True))
+        pairs = pairs or stage_pairs(own.depths, theirs.depths)
+        for block, limit in ((pairs[-1][0], len(own.names)), (pairs[-1][1], len(theirs.names))):
+            if block >= limit:
+                raise ValueError(f"there is no block {block}, the last is {limit - 1}")
+        mine = own.read(partial(run_with_taps, trunk.eval()), image, [block for block, _ in pairs])
+        taught = theirs.read(teacher.intermediate, image, [block for _, block in pairs])
+        for pair, one, other in zip(pairs, mine.projections, taught.projections, strict=True):
+            if one.shape[:2] != other.shape[:2]:
+                shapes = [f"{len(tensor)} windows of {tensor.shape[1]} tokens" for tensor in (one, other)]
+                raise ValueError(f"block {pair[0]} and the teacher's block {pair[1]} have {' and '.join(shapes)}")
+            if distillation.attention_weight:
+                attention_relation_loss(one, other, distillation.relation_heads)
+    except (ValueError, AssertionError) as error:
+        raise UserError(
+            f"--model {config.student.model!r} cannot follow --teacher {teacher.name!r}: {error}. Of any teacher the "
+            "labels alone can be learnt: --attention-weight 0 --hidden-weight 0"
+        ) from error
+    return pairs
