@@ -38,6 +38,7 @@ default here where paper and code disagree or have a defect:
 The default student, ViT-M-32, has the image tower of TinyCLIP-ViT-40M/32 and a text tower of 12 layers instead of 6.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -65,7 +66,7 @@ from training.engine.optim import ParamGroup
 from training.losses.contrastive import clip_loss
 from training.losses.distillation import affinity_loss, feature_loss
 from training.models.teacher import FrozenTeacher
-from training.models.tinyclip_table import model_table, parameters_left
+from training.models.tinyclip_table import markdown, model_table, parameters_left
 from training.recipes.pairs import clamp_logit_scale, open_pairs
 from training.recipes.tinyclip_masks import MaskedPhase, check_length, masked_copy
 from training.recipes.tinyclip_stages import StageConfig, stage_starts
@@ -80,6 +81,7 @@ from training.runs.run_folder import RunFolder
 from training.runs.student import StartWeights, parse_model
 from training.task import Batch, Features, Losses, Prepared, Task
 
+log = logging.getLogger(__name__)
 STUDENT = "ViT-M-32"
 
 
@@ -245,6 +247,7 @@ class TinyclipTask(Task):
         self.phase.clamp(self.student)
         if step + 1 >= self.phase.config.prune_step:
             self._apply_masks()
+            log.info("cut to its masks after step %d:\n%s", step + 1, markdown(self.student))
             self.rebuilt = True
 
     def _apply_masks(self) -> None:

@@ -280,9 +280,11 @@ def run_rank(rank, root, out, fields):
     }
 
 
-def test_two_processes_sample_on_their_own_and_stay_equal(root, tmp_path):
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_two_processes_sample_on_their_own_and_stay_equal(chunk_size, root, tmp_path):
     out = str(tmp_path / "run")
-    (one, weights), (other, others) = fork(2, run_rank, root, out, {})
+    fields = {"chunk_size": chunk_size}
+    (one, weights), (other, others) = fork(2, run_rank, root, out, fields)
     assert len(one) == len(other) == CUT
     assert all((mine != theirs).mean() > 0.99 for mine, theirs in zip(one, other, strict=True))
     assert list(weights) == list(others)
@@ -290,7 +292,7 @@ def test_two_processes_sample_on_their_own_and_stay_equal(root, tmp_path):
     first = steady_metrics(out)
     for later in range(CUT, 8):
         Path(out, "checkpoints", f"step_{later:06d}.pt").unlink()
-    fork(2, run_rank, root, out, {})
+    fork(2, run_rank, root, out, fields)
     assert steady_metrics(out) == first
 
 
