@@ -19,9 +19,10 @@ from torch import Tensor
 from training.losses.similarity import upcast
 
 BETA = 2.0  # of smooth L1: errors up to it count squared
-# numbers of the relation matrices that a block holds; a block has about five such buffers
-CUDA_BLOCK = 1 << 26
-CPU_BLOCK = 1 << 20
+# Numbers of the relation matrices that a block holds; a block has about five such buffers. On a CPU seven matrices of
+# 197 x 197, which stay in its caches, take half the time of all at once (tests/bench/tinymim.py); CUDA's is a guess.
+CUDA_BLOCK = 1 << 24
+CPU_BLOCK = 1 << 18
 
 Distance = Literal["kl", "cross_entropy", "smooth_l1"]
 

@@ -27,6 +27,7 @@ from training.models.tinymim import (
     sincos_positions,
     tower_of,
 )
+from training.models.tinymim_star import start_from_encoder
 from training.models.vit_teacher import load_encoder, load_vit_teacher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -407,3 +408,36 @@ def test_models_that_cannot_be_read():
     assert tower_of(classifier).model is classifier.trunk
     with pytest.raises(NoTower, match="no class token"):
         read(TimmTower(vit(global_pool="avg")), images(), "class-token", 4)
+
+
+def test_star():  # fact 13
+    model = timm.create_model("tinymim_star_tiny_patch16_224", num_classes=0)
+    assert sum(value.numel() for value in model.parameters()) == 5_772_224
+    assert model.pos_embed.shape == (1, 198, 192)
+    assert {block.attn.num_heads for block in model.blocks} == {12}
+    model.reset_classifier(10)
+    tokens = torch.randn(2, 198, 192)
+    features = model.neck(tokens[:, :2])
+    expected = (model.head(features[:, 0]) + model.head_dist(features[:, 1])) / 2
+    torch.testing.assert_close(model.eval().forward_head(tokens), expected)
+    model.set_distilled_training(True)
+    both = model.train().forward_head(tokens)
+    torch.testing.assert_close(both[1], model.head_dist(features[:, 1]))
+    assert model.forward_head(tokens, pre_logits=True).shape == (2, 1280)
+    assert model.eval()(images(side=224)).shape == (2, 10)
+    with pytest.raises(ValueError, match="no weights to fetch"):
+        timm.create_model("tinymim_star_tiny_patch16_224", pretrained=True)
+
+
+def test_star_starts_from_an_encoder():
+    encoder = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
+    model = timm.create_model("tinymim_star_tiny_patch16_224", num_classes=10)
+    token, neck = model.dist_token.clone(), model.neck[1].weight.clone()
+    start_from_encoder(model, encoder)
+    assert torch.equal(model.blocks[3].attn.qkv.weight, encoder["blocks.3.attn.qkv.weight"])
+    assert torch.equal(model.pos_embed[:, 2:], encoder["pos_embed"][:, 1:])
+    assert torch.equal(model.pos_embed[:, 0], encoder["pos_embed"][:, 0])
+    assert torch.equal(model.dist_token, token)
+    assert torch.equal(model.neck[1].weight, neck)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        start_from_encoder(model, {name: value for name, value in encoder.items() if not name.startswith("norm.")})
