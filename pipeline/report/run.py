@@ -1,6 +1,7 @@
 """The run page: recipe, curves, evaluation, environment and checkpoints of one training run."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -79,7 +80,7 @@ def run_page(run: RunFiles) -> dict[str, Any]:
         "curves": mask_curves(columns, rules)
         + [curve(columns, name, CURVES[name]) for name in CURVES if name in columns]
         + measured(columns),
-        "student": student_part(run.table, run.described, _former_table(run)),
+        "student": student_part(run.table, run.described, _start_description(run)),
         "evaluations": evaluations,
         "unread": unread,
         "config": flatten(run.config),
@@ -89,16 +90,20 @@ def run_page(run: RunFiles) -> dict[str, Any]:
     }
 
 
-def _former_table(run: RunFiles) -> dict[str, Any]:
-    """The student.json of the stage before, where it was or, moved with the run, beside it."""
-    former = run.config.get("from_run")
-    if not isinstance(former, str) or not former:
-        return {}
-    beside = join(run.path.rstrip("/").rpartition("/")[0] or ".", former.rstrip("/").rsplit("/", 1)[-1])
-    for folder in (former, beside):
-        table = _json_or_empty(join(folder, STUDENT_TABLE), [])
-        if table:
-            return table
+def _start_description(run: RunFiles) -> dict[str, Any]:
+    """The open_clip_config.json of the model whose weights a run began with; empty where it is not a folder at hand.
+
+    That of a stage before may have moved with the run, and lies beside it then.
+    """
+    former, named = (str(run.config.get(name) or "") for name in ("from_run", "teacher_weights"))
+    folders = [former or named.removeprefix("local-dir:")]
+    folders = [folder for folder in folders if os.path.isdir(folder)]
+    parent, name = run.path.rstrip("/").rpartition("/")[0] or ".", former.rstrip("/").rsplit("/", 1)[-1]
+    if name in names(parent):
+        folders.append(join(parent, name))
+    for folder in folders:
+        if described := _json_or_empty(join(folder, "open_clip_config.json"), []):
+            return described
     return {}
 
 

@@ -35,21 +35,23 @@ class Bar(NamedTuple):
     color: int = 0
 
 
-def student_part(table: dict[str, Any], described: dict[str, Any], former: dict[str, Any]) -> dict[str, Any] | None:
+def student_part(table: dict[str, Any], described: dict[str, Any], start: dict[str, Any]) -> dict[str, Any] | None:
     """The variables of the template for a student.json; None for a run without one, or with another kind of table.
 
     Args:
         table: The run's student.json.
         described: Its open_clip_config.json, which has the sizes before any pruning.
-        former: The student.json of the run that this one began with; empty where there is none.
+        start: The open_clip_config.json of the model that it began with, which has sizes if that was cut before.
     """
     towers = _towers(table)
     if not towers:
         return None
-    wholes = [_original(described, part, sizes) for part, sizes in zip(CONFIGS, towers, strict=True)]
-    befores = _towers(former)
-    if [len(tower.heads) for tower in befores] != [len(tower.heads) for tower in towers]:
-        befores = wholes
+    wholes, befores = list[TowerSizes](), list[TowerSizes]()
+    for part, sizes in zip(CONFIGS, towers, strict=True):
+        whole = _original(_described(described, part).get("original"), sizes)
+        before = _sizes(_described(start, part))
+        wholes.append(whole)
+        befores.append(before if before and len(before.heads) == len(sizes.heads) else whole)
     return {
         "table": table,
         "towers": {name: table[name] for name in TOWERS},
@@ -61,14 +63,20 @@ def student_part(table: dict[str, Any], described: dict[str, Any], former: dict[
 
 def _towers(table: dict[str, Any]) -> list[TowerSizes]:
     """The sizes of both towers; none where the table lacks a number that the page shows."""
-    towers = [_sizes(table.get(name)) for name in TOWERS]
-    found = [tower for tower in towers if tower is not None]
-    complete = len(found) == len(TOWERS) and all(_is_count(table.get(name)) for name in ("parameters", "macs"))
-    return found if complete and isinstance(table.get("sparsity"), float | int) else []
+    found = [table.get(name) for name in TOWERS]
+    sizes = [own for own in map(_sizes, found) if own is not None]
+    has_counts = _has_counts(table, ("parameters", "macs")) and all(_has_counts(tower, COUNTS) for tower in found)
+    complete = len(sizes) == len(TOWERS) and has_counts
+    return sizes if complete and isinstance(table.get("sparsity"), float | int) else []
+
+
+def _has_counts(owner: Any, counts: Sequence[str]) -> bool:
+    return isinstance(owner, dict) and all(_is_count(owner.get(name)) for name in counts)
 
 
 def _sizes(tower: Any) -> TowerSizes | None:
-    if not isinstance(tower, dict) or not all(_is_count(tower.get(name)) for name in ("width", *COUNTS)):
+    """The sizes that a tower of student.json, or of open_clip_config.json if it was cut, says layer by layer."""
+    if not isinstance(tower, dict) or not _is_count(tower.get("width")):
         return None
     layers = [tower.get(name) for name in ("heads", "neurons")]
     if not all(isinstance(own, list) and own and all(map(_is_count, own)) for own in layers):
@@ -81,11 +89,16 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _original(described: dict[str, Any], part: str, sizes: TowerSizes) -> TowerSizes:
-    """The sizes before any pruning; those that there are where the description does not say them."""
-    value: Any = described
-    for name in ("model_cfg", part, "original"):
+def _described(description: dict[str, Any], part: str) -> dict[str, Any]:
+    """A tower of an open_clip_config.json; empty where it has none."""
+    value: Any = description
+    for name in ("model_cfg", part):
         value = value.get(name) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def _original(value: Any, sizes: TowerSizes) -> TowerSizes:
+    """The sizes before any pruning; those that there are where the description does not say them."""
     if not isinstance(value, dict) or not all(_is_count(value.get(name)) for name in sizes._fields):
         return sizes
     layers = len(sizes.heads)

@@ -26,6 +26,15 @@ def table_of(share: float) -> dict[str, Any]:
     return {"step": CUT, "masks": False, "image": image, "text": text, **sums}
 
 
+def description_of(share: float) -> dict[str, Any]:
+    """The open_clip_config.json of the student of `table_of`."""
+    table, towers = table_of(share), {}
+    for name, part in (("image", "vision_cfg"), ("text", "text_cfg")):
+        sizes = {kind: table[name][kind] for kind in ("width", "heads", "neurons")}
+        towers[part] = {"tower": "tinyclip", **sizes, "original": WHOLE}
+    return {"model_cfg": {"embed_dim": 16, **towers}}
+
+
 def write_masked_run(run: Path, start: float = 1.0, end: float = 0.5, **config: Any) -> None:
     """A run whose student goes from one share of its weights to another."""
     run.mkdir(parents=True)
@@ -33,8 +42,7 @@ def write_masked_run(run: Path, start: float = 1.0, end: float = 0.5, **config: 
     write_json(str(run / "config.json"), {**fields, **config})
     write_json(str(run / "environment.json"), {"torch": "2.15.0"})
     write_json(str(run / "student.json"), table_of(end))
-    towers = {name: {"tower": "tinyclip", "original": WHOLE} for name in ("vision_cfg", "text_cfg")}
-    write_json(str(run / "open_clip_config.json"), {"model_cfg": {"embed_dim": 16, **towers}})
+    write_json(str(run / "open_clip_config.json"), description_of(end))
     lines = [masked_line(step, start, end) for step in range(1, STEPS + 1)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from report_page import Page, page_of
-from small_runs import CUT, STEPS, table_of, write_masked_run
+from small_runs import CUT, STEPS, description_of, table_of, write_masked_run
 
 from pipeline.report.axes import linear
 from pipeline.report.chain import joined, stage_folders
@@ -181,6 +181,14 @@ def test_a_stage_shows_what_it_began_with(stages):
     assert hovers(page_of(moved / "stage-2"), "Heads per layer, image") == texts
     shutil.rmtree(moved / "stage-1")
     assert hovers(page_of(moved / "stage-2"), "Heads per layer, image") == ["layer 1: 2 of 4", "layer 2: 0 of 4"]
+
+
+def test_a_run_shows_what_the_folder_of_its_weights_has(tmp_path):
+    for name, description in (("cut", description_of(0.75)), ("plain", {"model_cfg": {"vision_cfg": {"layers": 2}}})):
+        write_json(str(tmp_path / name / "open_clip_config.json"), description)
+        write_masked_run(tmp_path / f"run-{name}", teacher_weights=f"local-dir:{tmp_path / name}")
+    heads = [hovers(page_of(tmp_path / name), "Heads per layer, image")[0] for name in ("run-cut", "run-plain")]
+    assert heads == ["layer 1: 2 of 4, 3 at the start of the run", "layer 1: 2 of 4"]
 
 
 def test_stages_beneath_each_other(stages):
