@@ -10,16 +10,33 @@ import tyro
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
-from shards_spec.files import UserError, is_url
+from shards_spec.files import UserError, is_url, write_bytes
 from shards_spec.models import LoadedModel, Trust, load_model
 from training.models.classifier import Classifier, export_classifier
 from training.models.tinyclip_convert import is_pruned
 from training.models.tinyclip_pruning import masks_of, materialise
+from training.models.tinyclip_table import markdown
 from training.runs.model_folder import write_model, write_open_clip_config
 from training.runs.student import load_run
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-5  # largest difference of a feature, fp32 on the same CPU
+CARD = """# {name}
+
+A CLIP whose layers have their own numbers of heads and neurons (TinyCLIP, arXiv 2309.12314), made by `clipmill export`
+from {origin}. D is the width, H the heads and F the neurons of the MLP.
+
+{table}
+
+It loads in open_clip where Clipmill is installed:
+
+```python
+import open_clip
+import training.models.tinyclip_pruned  # makes its towers known
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
+```
+"""
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,8 @@ def export(config: ExportConfig) -> None:
         log.info("%s: step %d of %s, timm's local-dir:%s; timm %s", folder, step, config.run, folder, needs)
         return
     _write_open_clip(folder, student, config)
+    if is_pruned(student.model):
+        _write_card(folder, student, f"step {step} of the run {Path(config.run).resolve().name}", config.overwrite)
     difference = largest_difference(student, load_model(f"local-dir:{folder}", trust=config.trust))
     if difference > TOLERANCE:
         raise UserError(
@@ -79,6 +98,16 @@ def _write_open_clip(folder: Path, student: LoadedModel, config: ExportConfig) -
     weights = save(tensors, metadata={"format": "pt"})
     write_model(str(folder), "open_clip_model.safetensors", weights, config.overwrite)
     write_open_clip_config(str(folder), student, f"local-dir:{config.run}")
+
+
+def _write_card(folder: Path, student: LoadedModel, origin: str, overwrite: bool) -> None:
+    """Write README.md of a student whose layers have their own sizes, unless there is one that may not be replaced."""
+    path = folder / "README.md"
+    text = CARD.format(name=folder.name, origin=origin, table=markdown(student.model))
+    if not path.exists() or overwrite:
+        write_bytes(str(path), text.encode())
+    elif path.read_text() != text:
+        log.warning("%s is kept as it is; --overwrite writes the new student's", path)
 
 
 @torch.no_grad()

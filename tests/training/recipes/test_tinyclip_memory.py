@@ -1,0 +1,120 @@
+"""The memory that is predicted for both phases of a run with masks, against what the allocator holds in its steps."""
+
+import re
+import sys
+
+import pytest
+import torch
+from small_tinyclip import config_of, write_tinyclip_root
+from torch.profiler import ProfilerActivity, profile
+
+import clipmill
+from training.data.batches import first_batch
+from training.engine.memory_estimate import predict_memory
+from training.trainer import predict, prepare
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PHASES = ["before the student changes its shape", "afterwards"]
+BATCH = 48  # three times what is looked at
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_tinyclip_root(tmp_path_factory.mktemp("data"))
+
+
+def held_after(function):
+    """Bytes that a call allocated and did not free, as torch's allocator counts them; the graph stays alive."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        outcome = function()
+    total = sum(event.self_cpu_memory_usage for event in found.events())
+    del outcome
+    return total
+
+
+def batch_of(rows, task):
+    """BATCH samples, those that there are several times."""
+    few = first_batch(rows, 16)
+    count = len(few["keys"])
+    keys = (few["keys"] * BATCH)[:BATCH]
+    repeated = {
+        name: value.repeat(BATCH // count + 1, *[1] * (value.ndim - 1))[:BATCH]
+        for name, value in few.items()
+        if isinstance(value, torch.Tensor)
+    }
+    return task.draw({**few, **repeated, "keys": keys})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"precision": "bf16"}, {"teacher_from": "live"}],
+    ids=["fp32", "bf16", "live teacher"],
+)
+def test_both_phases_are_what_the_allocator_holds(fields, root, tmp_path):
+    config = config_of(root, tmp_path / "run", "auto", sparsity=0.75, batch_size=BATCH, steps=9, **fields)
+    predicted = predict("tinyclip", config)
+    assert list(predicted) == PHASES
+    _, rows, task = prepare("tinyclip", config)
+    task.train()
+    measured = []
+    for phase, memory in predicted.items():
+        if phase == "afterwards":
+            assert task.take_final_shape()
+        batch = batch_of(rows, task)
+
+        def forward(batch=batch):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.run.precision == "bf16"):
+                return task(batch)
+
+        forward()
+        measured.append(held_after(forward))
+        assert memory.activations == pytest.approx(measured[-1], rel=0.01)
+        trained = sum(parameter.nbytes for parameter in task.parameters() if parameter.requires_grad)
+        assert (memory.gradients, memory.optimizer) == (trained, 2 * trained)
+        own = sum(tensor.nbytes for tensor in [*task.parameters(), *task.buffers()])
+        of_teacher = sum(sum(tensor.nbytes for tensor in teacher.tensors()) for teacher in task.teachers)
+        assert memory.weights == own + of_teacher
+        assert memory.total >= own + 3 * trained + measured[-1] * 0.99
+        assert (of_teacher > 10**6) == ("teacher_from" in fields)
+    assert measured[1] < 0.6 * measured[0]
+
+
+def test_what_a_step_with_masks_keeps_is_what_is_predicted(root, tmp_path):
+    """Gradients and the optimizer's state, those of masks and multipliers among them."""
+    config = config_of(root, tmp_path / "run", "auto", sparsity=0.75, batch_size=BATCH, steps=9)
+    _, rows, task = prepare("tinyclip", config)
+    task.train()
+    batch = batch_of(rows, task)
+    memory = predict_memory(task, first_batch(rows, 16), batch_size=BATCH)
+    optimizer = torch.optim.AdamW([parameter for parameter in task.parameters() if parameter.requires_grad])
+
+    def step():
+        sum(task.losses(task(batch), 0).values()).backward()
+        optimizer.step()
+        return [parameter.grad for parameter in task.parameters()]
+
+    kept = held_after(step)
+    assert kept == pytest.approx(memory.gradients + memory.optimizer, rel=0.02)
+
+
+def printed(capsys, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["clipmill", "train", "tinyclip", *words, "--predict-memory"])
+    with pytest.raises(SystemExit) as done:
+        clipmill.main()
+    assert not done.value.code
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stages", [[], ["--stages", "1,0.5,0.25", "--stage-prune-steps", "3,3"]])
+def test_the_command_says_both(stages, root, monkeypatch, capsys, tmp_path):
+    teacher = ["--teacher", "planted", "--teacher-weights", f"local-dir:{root}/models/teacher"]
+    masks = ["--inherit", "auto", "--sparsity", "0.5", "--prune-step", "3", *stages, "--steps", "9"]
+    words = ["--data", root, *teacher, "--batch-size", "8", "--precision", "fp32", "--out", str(tmp_path / "run")]
+    text = printed(capsys, monkeypatch, *words, *masks)
+    found = re.findall(r"(?m)^(.*): peak memory of a process: about ([\d.,]+) MiB", text)
+    assert [phase for phase, _ in found] == PHASES
+    before, after = (float(number.replace(",", "")) for _, number in found)
+    assert 0 < after < before
+    alone = printed(capsys, monkeypatch, *words, "--inherit", "manual", "--model", f"local-dir:{root}/models/half")
+    assert alone.startswith("peak memory of a process: about ")
+    assert not (tmp_path / "run").exists()
