@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from safetensors import safe_open
-from small_training import final_weights, tiny_clip, tiny_config, write_packed
+from small_training import final_weights, tiny_clip, tiny_config, write_packed, write_teacher
 
 import training.models.minivit  # noqa: F401  registers the names
 from shards_spec.files import UserError
@@ -50,6 +50,28 @@ def test_a_clip_with_a_tied_image_tower_trains_resumes_and_exports(tmp_path, nam
     check_tied(again.model)
     images = torch.rand(2, 3, 32, 32)
     assert (again.model.encode_image(images) - student.model.encode_image(images)).abs().max() < 1e-5
+
+
+def test_a_tied_image_tower_learns_from_a_teacher_cache(tmp_path):
+    root, out = str(tmp_path / "data"), str(tmp_path / "run")
+    write_teacher(root, write_packed(root, [9, 8]))
+    vision = {"image_size": 32, "timm_model_name": "mini_swin_test", "timm_pool": "avg", "timm_proj": "linear"}
+    tiny_clip(tmp_path / "data" / "models" / "clip", vision=vision)
+    train("tinyclip", tiny_config("tinyclip", root, out, steps=2))
+    weights = final_weights(out)
+    assert "student.visual.trunk." + ORIGINALS["mini_swin_test"] in weights
+    assert "student.visual.trunk." + COPIES["mini_swin_test"] not in weights
+    check_tied(load_run(out)[0].model)
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_tied_image_tower_names_synsets(tmp_path, labelled_root, name):
+    fields = {"sides": (32, 64), "base_side": 32, "batch_parts": 1, "model": f"timm:{name}", "final_lr": 0.0}
+    out = train(
+        "catlip", tiny_config("catlip", labelled_root, str(tmp_path), steps=3, batch_size=8, warmup=1, **fields)
+    )
+    assert "student.trunk." + COPIES[name] not in final_weights(out)
+    check_tied(load_run(out)[0].model)
 
 
 @pytest.mark.parametrize("name", COPIES)

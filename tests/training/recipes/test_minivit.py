@@ -3,12 +3,15 @@
 from functools import partial
 
 import pytest
+import timm
 import torch
 from small_catlip import write_folders
-from small_training import final_weights, read_metrics, tiny_config
+from small_dist import fork
+from small_training import final_weights, read_metrics, steady_metrics, tiny_config
 
 from shards_spec.files import UserError
 from training.data.batches import first_batch
+from training.export import ExportConfig, export
 from training.losses.hidden_relations import attention_relation_loss, hidden_relation_loss
 from training.losses.relations import soft_ce, soft_kl
 from training.models.mixing import mixed_images
@@ -141,6 +144,31 @@ def test_chunks_and_repeats(images, tmp_path):
     assert not torch.equal(views[0], views[1])
     again = [rows[position]["key"] for position in range(3 * 24, 3 * 24 + 1)]
     assert again  # the next pass over the images
+
+
+def test_two_processes_give_the_run_of_one(images, tmp_path):
+    fields = {"steps": 3, "batch_size": 6, "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "log_every": 1}
+    one = train("minivit", small(images, str(tmp_path / "one"), **fields))
+    fork(2, _train, small(images, str(tmp_path / "two"), **fields))
+    for line, expected in zip(steady_metrics(tmp_path / "two"), steady_metrics(one), strict=True):
+        assert line["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+
+
+def _train(rank, config):
+    return train("minivit", config)
+
+
+@pytest.mark.parametrize("model", [SWIN, DEIT])
+def test_low_precision_and_an_export(images, tmp_path, model):
+    fields = {"precision": "bf16", "checkpoint_activations": True, "drop_path": 0.1, "head_maps": "identity"}
+    run = train("minivit", small(images, str(tmp_path / "run"), model=model, steps=3, log_every=1, **fields))
+    assert all(line["nonfinite"] == 0 for line in read_metrics(run))
+    export(ExportConfig(run, str(tmp_path / "exported")))
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'exported'}", pretrained=True).eval()
+    check_tied(loaded)
+    pixels = torch.randn(2, 3, 32, 32)
+    assert (loaded(pixels) - load_run(run)[0].model(pixels)).abs().max() < 1e-5
 
 
 def test_what_decays(images):
