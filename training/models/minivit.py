@@ -27,6 +27,7 @@ from training.models.weight_tying import group_map, point_to_first, tie
 Groups = int | Sequence[int]
 DEIT_SHARED = ("attn.qkv", "attn.proj", "mlp")
 SWIN_SHARED = (*DEIT_SHARED, "attn.relative_position_bias_table")
+NOT_OF_DEIT = ("class_token", "reg_tokens", "patch_drop_rate", "qk_norm", "scale_attn_norm", "fc_norm")
 
 
 class MiniDeiT(VisionTransformer):
@@ -37,9 +38,15 @@ class MiniDeiT(VisionTransformer):
         head_maps: How the maps across heads start: "random" (release), "identity" (for inherited weights), or "none".
         irpe: Whether keys have relative positions.
         options: Those of timm's ViT.
+
+    Raises:
+        ValueError: The groups are none of the blocks, or an option is not for these models: tokens besides the patches
+            of the whole grid, or norms of queries and keys.
     """
 
     def __init__(self, groups: Groups = 6, head_maps: HeadMaps = "random", irpe: bool = True, **options: Any) -> None:
+        if unfit := [name for name in NOT_OF_DEIT if options.get(name)]:
+            raise ValueError(f"{unfit[0]} is no option of a Mini-DeiT")
         options.setdefault("global_pool", "avg")
         super().__init__(**{**options, "class_token": False, "fc_norm": False})
         grid = self.patch_embed.grid_size

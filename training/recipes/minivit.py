@@ -374,7 +374,7 @@ def find_pairs(config: MinivitConfig, student: LoadedModel, teacher: FrozenTeach
                 raise ValueError(f"block {pair[0]} and the teacher's block {pair[1]} have {' and '.join(shapes)}")
             if distillation.attention_weight:
                 attention_relation_loss(one, other, distillation.relation_heads)
-    except (ValueError, AssertionError) as error:
+    except (ValueError, AssertionError, RuntimeError) as error:
         raise UserError(
             f"--model {config.student.model!r} cannot follow --teacher {teacher.name!r}: {error}. Of any teacher the "
             "labels alone can be learnt: --attention-weight 0 --hidden-weight 0"

@@ -427,6 +427,14 @@ def test_groups_that_do_not_fit_are_named(options, message):
         made("mini_swin_test", groups=(1, 1, 1))
 
 
+@pytest.mark.parametrize(
+    "option", [{"class_token": True}, {"reg_tokens": 4}, {"patch_drop_rate": 0.75}, {"qk_norm": True}]
+)
+def test_options_that_do_not_serve_are_named(option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is no option of a Mini-DeiT"):
+        made("mini_deit_test", **option)
+
+
 def test_a_larger_window_keeps_the_tables_shared():
     model = made("mini_swin_test")
     small = model.layers[0].blocks[0].attn.relative_position_bias_table.detach().T.reshape(1, 2, 7, 7)
