@@ -14,6 +14,15 @@ from pipeline.report.student import mask_curves
 from shards_spec.files import exists, join, names
 
 STAGE = re.compile(r"stage-(\d+)")
+NUMBERS = {
+    "target": "Sparsity asked for",
+    "sparsity": "Sparsity",
+    "parameters": "Parameters",
+    "macs": "MACs",
+    "steps": "Steps",
+    "loss": "Last loss",
+}
+UNKNOWN = "–"
 HEADLINE = ("acc1", "mean_average_precision", "image_retrieval_recall@1", "text_retrieval_recall@1")  # of all metrics
 
 
@@ -39,6 +48,7 @@ def chain_page(root: str, folders: list[str]) -> dict[str, Any]:
         "name": root.rstrip("/").rsplit("/", 1)[-1],
         "recipe": runs[0].config.get("recipe"),
         "stages": list(zip(summaries, pages, strict=True)),
+        "numbers": {name: label for name, label in NUMBERS.items() if any(own[name] != UNKNOWN for own in summaries)},
         "metrics": list(dict.fromkeys(chain.from_iterable(summary["metrics"] for summary in summaries))),
         "loss": loss_charts(columns, rules),
         "curves": [*mask_curves(columns, rules), *measured(columns, rules)],
@@ -72,13 +82,13 @@ def _summary(run: RunFiles, page: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": run.name,
         "title": run.name.replace("-", " ").capitalize(),
-        "student": "by masks" if is_auto else str(config.get("model", "–")),
-        "target": share_text(config.get("sparsity")) if is_auto else "–",
+        "student": "by masks" if is_auto else str(config.get("model", UNKNOWN)),
+        "target": share_text(config.get("sparsity")) if is_auto else UNKNOWN,
         "sparsity": share_text(last.get("sparsity")),
-        "parameters": short(last["parameters"]) if math.isfinite(last.get("parameters", math.nan)) else "–",
-        "macs": short(student["table"]["macs"]) if student and not student["with_masks"] else "–",
-        "steps": total(round(last["step"])) if last else "–",
-        "loss": f"{last['loss']:.4g}" if "loss" in last else "–",
+        "parameters": short(last["parameters"]) if math.isfinite(last.get("parameters", math.nan)) else UNKNOWN,
+        "macs": short(student["table"]["macs"]) if student and not student["with_masks"] else UNKNOWN,
+        "steps": total(round(last["step"])) if last else UNKNOWN,
+        "loss": f"{last['loss']:.4g}" if "loss" in last else UNKNOWN,
         "metrics": _accuracies(run.columns, page),
     }
 

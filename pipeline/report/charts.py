@@ -130,7 +130,7 @@ def line_chart(title: str, plot: Plot, lines: Sequence[Line], rules: Sequence[Ru
     """Lines over x; the values of the first one, or of all that have names, show under the pointer."""
     named = [line for line in lines if line.name]
     shown = named or lines[:1]
-    body = [*(_rule(plot, rule) for rule in rules), *(_path(plot, line) for line in lines), _strips(plot, shown)]
+    body = [*(_path(plot, line) for line in lines), *(_rule(plot, rule) for rule in rules), _strips(plot, shown)]
     summary = f"{title}: {'; '.join(map(_summary, shown))}"
     return Chart(title, plot.draw(Markup("").join(body), summary), note, tuple(line.name for line in named))
 

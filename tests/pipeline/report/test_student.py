@@ -214,12 +214,16 @@ def test_stages_beneath_each_other(stages):
     assert "to look at" not in page.text
 
 
-def test_stages_by_hand_name_their_students(tmp_path):
+def test_stages_by_hand_name_their_students_and_no_sparsity(tmp_path):
     for stage, model in enumerate(("first-model", "second-model"), 1):
-        write_masked_run(tmp_path / "hand" / f"stage-{stage}", inherit="manual", model=model)
-        (tmp_path / "hand" / f"stage-{stage}" / "student.json").unlink()
+        run = tmp_path / "hand" / f"stage-{stage}"
+        write_masked_run(run, inherit="manual", model=model)
+        (run / "student.json").unlink()
+        line = {"step": 5, "loss": 0.25, "lr": 1e-3, "eval": {"acc1": stage / 10}}
+        (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     text = page_of(tmp_path / "hand").text
-    assert re.search(r"Stage 1\s+first-model\s+–\s.*\n.*Stage 2\s+second-model\s+–", text)
+    assert re.search(r"Stage Student\s+Steps Last loss\s+top-1", text)
+    assert re.search(r"Stage 1\s+first-model\s+5 0.25\s+10.0 %\s.*\n\s*Stage 2\s+second-model\s+5 0.25\s+20.0 %", text)
 
 
 def test_joined_metrics_by_hand(stages):
