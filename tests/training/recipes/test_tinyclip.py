@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_dist import fork
 from small_tinyclip import config_of, edit_text, write_tinyclip_root, write_weights
-from small_training import TINY_VIT, read_metrics, steady_metrics, tiny_clip
+from small_training import TINY_RESNET, TINY_VIT, read_metrics, steady_metrics, tiny_clip
 
 from pipeline.cache.config import CacheConfig
 from pipeline.cache.stage import cache
@@ -70,6 +70,19 @@ def test_layers_and_rank_are_options(root):
     assert all(torch.equal(again[name], kept[2][name]) for name in again)
     few = prepared(root, model=half, rank="taylor", rank_samples=4)[0].model.state_dict()
     assert not all(torch.equal(few[name], kept[2][name]) for name in few)
+
+
+@pytest.mark.parametrize("rank", ["leading", "magnitude", "taylor"])
+def test_a_resnet_inherits_by_hand(rank, root, tmp_path):
+    student = tiny_clip(tmp_path / "narrow", vision={**TINY_RESNET, "width": 4})
+    teacher = f"local-dir:{root}/models/resnet"
+    config = config_of(root, tmp_path / "run", model=student, teacher_weights=teacher, rank=rank, steps=2)
+    own = tinyclip.prepare(config).student.model.state_dict()
+    whole = teacher_of(root, "resnet").model.state_dict()
+    name = "visual.layer1.0.bn1.running_var"
+    assert set(own[name].tolist()) <= set(whole[name].tolist())
+    assert torch.equal(own["text_projection"], whole["text_projection"])
+    assert len(read_metrics(train("tinyclip", config))) == 2
 
 
 @pytest.mark.parametrize("rank", ["leading", "taylor"])
