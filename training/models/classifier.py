@@ -181,9 +181,9 @@ def _check_sides(model: Classifier, side: int) -> None:
 
 
 @torch.no_grad()
-def init_head(head: nn.Linear) -> None:
-    """Draw the weights of a head, of standard deviation 0.02; its biases are 0."""
-    nn.init.trunc_normal_(head.weight, std=0.02)
+def init_head(head: nn.Linear, std: float = 0.02) -> None:
+    """Draw the weights of a head, of standard deviation ``std``; its biases are 0."""
+    nn.init.trunc_normal_(head.weight, std=std)
     nn.init.zeros_(head.bias)
 
 

@@ -30,9 +30,12 @@ from training.data.batches import load_batches
 from training.data.labelled_images import open_images
 from training.data.labelled_rows import FeatureRows, LabelledImageRows, subset
 from training.data.samples import batch_plan
+from training.engine.optim import ParamGroup
 from training.evaluation.classification import batch_ranges, classification_metrics, describe_difference, plain_rows
 from training.models.classifier import Classifier, init_head, new_classifier
+from training.models.mixing import MixConfig, draw_mix, mixed_images, mixed_targets
 from training.models.range_augment import RangeAugment, curriculum_loss
+from training.recipes.tuning import TuningConfig, layer_groups, pool_patches, set_linear_drop_path
 from training.runs.student import is_run, load_student
 from training.task import Batch, Features, Losses, Prepared, Task
 
@@ -46,6 +49,8 @@ class TransferConfig:
     data: OmitArgPrefixes[LabelledImageConfig] = field(default_factory=LabelledImageConfig)
     views: OmitArgPrefixes[ViewConfig] = field(default_factory=ViewConfig)
     sides: OmitArgPrefixes[SideConfig] = field(default_factory=SideConfig)
+    mix: OmitArgPrefixes[MixConfig] = field(default_factory=MixConfig)
+    tuning: OmitArgPrefixes[TuningConfig] = field(default_factory=TuningConfig)
     student: OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
     optim: OmitArgPrefixes[OptimConfig] = field(default_factory=OptimConfig)
     run: OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
@@ -68,6 +73,13 @@ class TransferConfig:
             raise UserError("--no-augment is for a frozen tower: give --freeze, or leave it out")
         if self.range_augment and not self.augment:
             raise UserError("--range-augment draws views, which --no-augment does not: leave one of them out")
+        if self.mixes and not self.augment:
+            raise UserError("--mixup, --cutmix and --erasing change images, which --no-augment does not draw")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed or erased."""
+        return bool(self.mix.mixup or self.mix.cutmix or self.mix.erasing)
 
 
 class TransferTask(Task):
@@ -108,21 +120,29 @@ class TransferTask(Task):
         return self
 
     def draw(self, batch: Batch) -> Batch:
-        """Return the batch with RangeAugment's draws."""
-        return batch if self.augment is None else {**batch, "drawn": self.augment.draw(len(batch["keys"]))}
+        """Return the batch with RangeAugment's draws, and with its images' partners and boxes."""
+        if self.augment is not None:
+            batch = {**batch, "drawn": self.augment.draw(len(batch["keys"]))}
+        return draw_mix(self.config.mix, batch) if self.config.mixes else batch
 
     def forward(self, batch: Batch) -> Features:
         """Return (n,) ``loss`` and, with RangeAugment, ``error`` of its images."""
         outputs: Features = {}
         features = batch.get("features")
         if features is None:
-            images = batch["images"]
+            images = mixed_images(batch)
             if self.augment is not None and self.training:
                 images, outputs["error"] = self.augment(images, batch.get("drawn"))
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze):
                 features = self.student.encode_image(images)
         logits, targets = self.student.head(features).float(), batch["targets"]
-        outputs["loss"] = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.config.smoothing)
+        smoothing = self.config.smoothing
+        if "share" in batch:
+            outputs["loss"] = F.cross_entropy(
+                logits, mixed_targets(batch, logits.shape[-1], smoothing), reduction="none"
+            )
+        else:
+            outputs["loss"] = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
         return outputs
 
     def losses(self, features: Features, step: int) -> Losses:
@@ -131,6 +151,13 @@ class TransferTask(Task):
         if "error" in features:
             losses["augment"] = curriculum_loss(features["error"], step, self.total)
         return losses
+
+    def param_groups(self, weight_decay: float) -> list[ParamGroup]:
+        """Return two groups, or with a layer decay two of each layer."""
+        decay = self.config.tuning.layer_decay
+        if decay == 1:
+            return super().param_groups(weight_decay)
+        return layer_groups(self, self.student.trunk, decay, weight_decay)
 
     def evaluate(self, device: str) -> dict[str, float]:
         """Return acc1, acc5 and mean_per_class_recall on the test images."""
@@ -148,6 +175,10 @@ def prepare(config: TransferConfig) -> Prepared:
             f"{config.data.data}: train and test have other classes: {describe_difference(train.classes, test.classes)}"
         )
     base = load_classifier_base(config.student, config.run.seed)
+    if config.tuning.pooling == "mean":
+        base = pool_patches(base)
+    if config.tuning.drop_path:
+        set_linear_drop_path(base.model.trunk, config.tuning.drop_path)
     student = with_new_head(base, config, train.classes)
     plan = batch_plan(config.data.batch_size, config.sides if config.augment else None, config.run.seed)
     chosen = subset(train.labels, config.data.fraction, config.run.seed)
@@ -192,7 +223,7 @@ def with_new_head(base: LoadedModel, config: TransferConfig, classes: list[str])
     old = base.model.head
     torch.manual_seed(config.run.seed)
     head = nn.Linear(old.in_features, len(classes))
-    init_head(head)
+    init_head(head, config.tuning.head_std)
     if config.class_map:
         if base.model.vocabulary is None:
             raise UserError(f"--class-map {config.class_map}: --model {config.student.model!r} has no vocabulary")

@@ -1,0 +1,177 @@
+"""Fine-tuning after masked pre-training: rates by layer, drop path, pooling of patches, mixed images."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_catlip import TINY, write_folders
+from small_training import final_weights, read_metrics, tiny_config
+from timm.layers import DropPath
+from torch import nn
+
+from pipeline.core.command_line import parse_several
+from shards_spec.files import UserError
+from training.export import ExportConfig, export
+from training.models.classifier import new_classifier
+from training.models.mixing import MixConfig, draw_mix, mixed_targets
+from training.recipes import finetune
+from training.recipes.transfer import TransferTask
+from training.recipes.tuning import layer_groups, layer_of, pool_patches, set_linear_drop_path
+from training.runs.student import load_run
+from training.trainer import train
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "tinymim.md"
+ALL = {"pooling": "mean", "layer_decay": 0.65, "drop_path": 0.2, "mixup": 0.8, "cutmix": 1.0, "erasing": 0.25}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_folders(tmp_path_factory.mktemp("images"), train=8, test=4)
+
+
+def small(images, out, **fields):
+    plain = {"model": "timm:test_vit", "sides": (), "precision": "fp32", "range_augment": False, "ema_decay": None}
+    return tiny_config("finetune", images, str(out), **{**plain, "steps": 3, "batch_size": 4, **fields})
+
+
+def test_the_pages_flags_are_the_papers():
+    """docs/tinymim.md names the numbers of the sheet's section 6, and every flag is one of the recipe's."""
+    command = re.search(r"clipmill train finetune (.*?)```", PAGE.read_text(), re.DOTALL)[1].replace("\\\n", " ")
+    default = finetune.config()
+    config, *_ = parse_several("train finetune", {"finetune": (type(default), default)}, command.split())
+    optim, tuning, views = config.optim, config.tuning, config.views
+    assert optim.lr == pytest.approx(5e-4 * config.data.batch_size / 256)
+    assert (config.run.epochs, optim.warmup, optim.final_lr) == (100, 5 * 1_281_167 // 1024, 1e-6)
+    assert (optim.beta1, optim.beta2, optim.weight_decay) == (0.9, 0.999, 0.05)
+    assert (tuning.layer_decay, tuning.drop_path, tuning.pooling, tuning.head_std) == (0.65, 0.2, "mean", 2e-5)
+    assert config.mix == MixConfig(0.8, 1.0, 0.25)
+    assert (views.ops, views.op_set, views.magnitude, views.magnitude_std) == (2, "timm-inc", 9, 0.5)
+    assert (config.smoothing, config.freeze, optim.clip_norm, optim.ema_decay) == (0.1, False, None, None)
+
+
+def test_rates_by_layer():
+    """Embeddings are layer 0, block i is i, the rest 13; a rate is 0.65^(13 - layer) of the whole."""
+    names = {"cls_token": 0, "pos_embed": 0, "patch_embed.proj.bias": 0, "blocks.0.norm1.weight": 1}
+    names |= {"blocks.11.mlp.fc2.weight": 12, "fc_norm.weight": 13, "head.weight": 13}
+    assert {name: layer_of(name, 12) for name in names} == names
+    with torch.device("meta"):
+        trunk = new_classifier("timm:vit_tiny_patch16_224", 7).model.trunk
+    task = nn.Module()
+    task.trunk, task.other = trunk, nn.Linear(2, 2)
+    groups = layer_groups(task, trunk, 0.65, 0.05)
+    assert sum(len(group.params) for group in groups) == len(list(task.parameters()))
+    factors = {id(value): group for group in groups for value in group.params}
+
+    def of(value):
+        group = factors[id(value)]
+        return group.lr_factor, group.weight_decay
+
+    assert of(trunk.pos_embed) == of(trunk.cls_token) == (0.65**13, 0.0)
+    assert of(trunk.patch_embed.proj.weight) == (0.65**13, 0.05)
+    assert of(trunk.blocks[0].attn.qkv.weight) == (0.65**12, 0.05)
+    assert of(trunk.blocks[11].attn.qkv.bias) == (0.65, 0.0)
+    assert of(trunk.head.weight) == of(task.other.weight) == (1.0, 0.05)
+
+
+def test_drop_path_grows_with_the_depth():
+    trunk = new_classifier("timm:test_vit", 2).model.trunk
+    set_linear_drop_path(trunk, 0.2)
+    assert isinstance(trunk.blocks[0].drop_path1, nn.Identity)
+    rates = [block.drop_path2.drop_prob for block in trunk.blocks[1:]]
+    assert rates == pytest.approx([0.04, 0.08, 0.12, 0.16, 0.2])
+    assert all(isinstance(block.drop_path1, DropPath) for block in trunk.blocks[1:])
+    with pytest.raises(UserError, match="--drop-path is for vision transformers"):
+        set_linear_drop_path(new_classifier("timm:test_resnet", 2).model.trunk, 0.2)
+
+
+def test_the_mean_of_the_patches():
+    base = new_classifier("timm:test_vit", 2)
+    pooled = pool_patches(base)
+    trunk = pooled.model.trunk
+    shown = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        tokens = base.model.trunk.blocks(
+            base.model.trunk._pos_embed(base.model.trunk.patch_embed(shown)),
+        )
+        expected = F.layer_norm(tokens[:, 1:].mean(dim=1), (64,), eps=1e-6)
+        torch.testing.assert_close(pooled.model.encode_image(shown), expected)
+    assert (trunk.fc_norm.weight == 1).all()
+    assert pool_patches(pooled) is pooled
+    assert pool_patches(new_classifier(TINY, 2)).model.options == {"global_pool": "avg"}
+    with pytest.raises(UserError, match="--pooling mean: 'timm:test_resnet' is no vision transformer"):
+        pool_patches(new_classifier("timm:test_resnet", 2))
+
+
+def test_a_tinymim_run_is_fine_tuned(clip_root, images, tmp_path):
+    """All of it at once; the run rebuilds, and an export of it loads by timm alone."""
+    fields = {"model": "timm:test_vit3", "teacher": "timm:test_vit2", "teacher_weights": "random", "steps": 1}
+    encoder = train(
+        "tinymim", tiny_config("tinymim", clip_root, str(tmp_path / "run"), **{**fields, "precision": "fp32"})
+    )
+    out = train("finetune", small(images, tmp_path / "tuned", model=encoder, head_std=2e-5, **ALL))
+    assert all(line["nonfinite"] == 0 for line in read_metrics(out))
+    assert {"acc1", "acc5"} <= set(read_metrics(out)[-1]["eval"])
+    student, _ = load_run(out)
+    assert student.model.options == {"global_pool": "avg"}
+    assert student.model.trunk.blocks[8].attn.num_heads == 3, "trained with the teacher's two"
+    before, after = final_weights(encoder), final_weights(out)
+    assert "student.trunk.norm.weight" not in after
+    assert "student.trunk.fc_norm.weight" in after
+    for part in ("blocks.8.mlp.fc1.weight", "blocks.0.attn.qkv.weight", "pos_embed"):
+        assert not torch.equal(before[f"student.trunk.{part}"], after[f"student.trunk.{part}"]), "all is trained"
+    export(ExportConfig(out, str(tmp_path / "exported")))
+
+
+def test_the_head_starts_near_zero(images):
+    config = small(images, "unused", pooling="mean", head_std=2e-5)
+    head = finetune.prepare(config).student.model.head
+    assert 0 < head.weight.abs().max() < 1e-4
+    assert (head.bias == 0).all()
+
+
+def test_mixed_images_have_mixed_labels(images, monkeypatch):
+    """The loss of a mixed batch is the cross-entropy with the mixed labels of the mixed images."""
+    task: TransferTask = finetune.prepare(small(images, "unused", mixup=1.0)).task
+    generator = torch.Generator().manual_seed(0)
+    batch = {"images": torch.randn(4, 3, 160, 160, generator=generator), "targets": torch.tensor([0, 0, 1, 0])}
+    torch.manual_seed(0)
+    mixed = draw_mix(MixConfig(mixup=1.0), batch)
+    share = mixed["share"][0]
+    torch.manual_seed(0)
+    drawn = task.draw({**batch, "keys": list("abcd")})
+    assert torch.equal(drawn["share"], mixed["share"])
+    logits = task.student(share * batch["images"] + (1 - share) * batch["images"].flip(0))
+    targets = mixed_targets(mixed, 2, 0.1)
+    expected = -(targets * logits.log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(task(drawn)["loss"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"layer_decay": 0.0}, "--layer-decay"),
+        ({"drop_path": 1.0}, "--drop-path"),
+        ({"head_std": 0.0}, "--head-std"),
+        ({"mixup": 0.5, "augment": False, "freeze": True}, "--mixup, --cutmix and --erasing change images"),
+    ],
+)
+def test_what_is_refused(fields, said, images):
+    with pytest.raises(UserError, match=said):
+        small(images, "unused", **fields)
+
+
+def test_a_network_without_blocks_has_no_layer_decay(images, tmp_path):
+    with pytest.raises(UserError, match="--layer-decay is for vision transformers"):
+        train("finetune", small(images, tmp_path / "run", model="timm:test_resnet", layer_decay=0.7))
+
+
+def test_by_default_nothing_changes(images):
+    task = finetune.prepare(small(images, "unused")).task
+    batch = {"images": torch.zeros(2, 3, 160, 160), "keys": ["a", "b"]}
+    assert task.draw(batch) is batch
+    assert len(task.param_groups(0.05)) == 2
+    assert dataclasses.asdict(finetune.config().tuning)["pooling"] == "own"
