@@ -1,7 +1,9 @@
 """The memory that is predicted for both phases of a run with masks, against what the allocator holds in its steps."""
 
+import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 import clipmill
 from training.data.batches import first_batch
 from training.engine.memory_estimate import predict_memory
-from training.trainer import predict, prepare
+from training.runs.student import load_run
+from training.trainer import predict, prepare, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PHASES = ["before the student changes its shape", "afterwards"]
@@ -118,3 +121,18 @@ def test_the_command_says_both(stages, root, monkeypatch, capsys, tmp_path):
     alone = printed(capsys, monkeypatch, *words, "--inherit", "manual", "--model", f"local-dir:{root}/models/half")
     assert alone.startswith("peak memory of a process: about ")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_foreseen_shape_takes_about_what_the_learned_one_does(root, tmp_path):
+    """Which share of dimensions, heads and neurons goes is learned: the prediction takes the same share of each."""
+    learned = config_of(root, tmp_path / "run", "auto", sparsity=0.5, batch_size=8, steps=17, prune_step=16)
+    table = json.loads(Path(train("tinyclip", learned), "student.json").read_text())
+    assert 0.3 < table["sparsity"] < 0.95
+    config = config_of(root, tmp_path / "unused", "auto", sparsity=table["sparsity"], batch_size=8, steps=9)
+    foreseen = predict("tinyclip", config)["afterwards"]
+    _, rows, task = prepare("tinyclip", config)
+    student, _ = load_run(learned.run.out)
+    task.reshape_like({f"student.{name}": value for name, value in student.model.state_dict().items()})
+    actual = predict_memory(task, first_batch(rows, 16), batch_size=8)
+    assert foreseen.total == pytest.approx(actual.total, rel=0.15)
+    assert foreseen.weights == pytest.approx(actual.weights, rel=0.25)
