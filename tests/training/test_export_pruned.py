@@ -134,4 +134,6 @@ def test_masks_of_the_next_run_begin_with_what_is_left(root, exported, tmp_path)
     assert after["width"] <= before["width"] < before["original"]["width"]
     assert command("report", tmp_path / "run") == 0
     page = (tmp_path / "run" / "report.html").read_text()
+    titles = ("Sparsity and its target", "Multipliers", "Parameters left", "Heads per layer, text", ">cut<")
+    assert [title for title in titles if title not in page] == []  # the names that a real run writes are those it reads
     assert f"tower image: {after['width']:,} of 64, {before['width']:,} at the start of the run" in page
