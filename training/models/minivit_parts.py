@@ -8,6 +8,7 @@ Mini-DeiT has image relative position encoding on keys (iRPE, "product") where M
 """
 
 import math
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -104,6 +105,13 @@ def position_buckets(height: int, width: int) -> Tensor:
     return row_index * (2 * REACH + 1) + column_index
 
 
+@lru_cache(maxsize=32)
+def _square_buckets(side: int, device: torch.device) -> Tensor:
+    """`position_buckets` of a square grid on a device, kept: batches of several sizes come back to each of them."""
+    with torch.inference_mode(False):
+        return position_buckets(side, side).to(device)
+
+
 class ContextualPositions(nn.Module):
     """iRPE, contextual, "product", on keys: logits of a query with a vector per bucket of relative positions.
 
@@ -131,7 +139,7 @@ class ContextualPositions(nn.Module):
             side = math.isqrt(tokens)
             if side * side != tokens:
                 raise ValueError(f"{tokens} patches: positions need images of the model's size, or square ones")
-            buckets = position_buckets(side, side).to(query.device)
+            buckets = _square_buckets(side, query.device)
         scores = query @ self.table
         return scores.gather(-1, buckets.expand(*scores.shape[:2], -1, -1))
 

@@ -1,5 +1,6 @@
 """The recipe of MiniViT: losses by their formulas, pairs, classes, resume, chunks, options, and what it refuses."""
 
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from small_training import final_weights, read_metrics, steady_metrics, tiny_con
 
 from shards_spec.files import UserError
 from training.data.batches import first_batch
+from training.evaluation.classification import measure_classifier
 from training.export import ExportConfig, export
 from training.losses.hidden_relations import attention_relation_loss, hidden_relation_loss
 from training.losses.relations import soft_ce, soft_kl
@@ -29,6 +31,12 @@ DEIT = "timm:mini_deit_test"
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return write_folders(tmp_path_factory.mktemp("images"), train=12, test=6)
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory):
+    """A run of one step with groups of its own."""
+    return train("minivit", small(images, str(tmp_path_factory.mktemp("run")), steps=1, groups=(1, 4)))
 
 
 def small(images, out="", model=SWIN, **fields):
@@ -142,8 +150,21 @@ def test_chunks_and_repeats(images, tmp_path):
     assert keys[0] != keys[3]
     views = [rows[position]["images"] for position in range(3)]
     assert not torch.equal(views[0], views[1])
-    again = [rows[position]["key"] for position in range(3 * 24, 3 * 24 + 1)]
-    assert again  # the next pass over the images
+    once = Counter(rows[position]["key"] for position in range(3 * 24))
+    assert set(once.values()) == {3}  # in three epochs of 24 views each of the 24 images has had three
+    assert len(once) == 24
+    later = [position for position in range(3 * 24, 6 * 24) if rows[position]["key"] == keys[0]]
+    assert not any(torch.equal(rows[position]["images"], view) for position in later for view in views)
+
+
+def test_a_run_is_fine_tuned_and_probed(images, run, tmp_path):
+    for recipe in ("finetune", "probe"):
+        fields = {"model": run, "sides": (), "steps": 2, "batch_size": 4, "device": "cpu", "workers": 0}
+        out = train(recipe, tiny_config(recipe, images, str(tmp_path / recipe), **fields))
+        student, _ = load_run(out)
+        check_tied(student.model)
+        assert [blocks.tying.groups for blocks in tied_blocks(student.model).values()] == [(0, 0), (0, 1, 2, 3)]
+        assert measure_classifier(student, images, "cpu", False)[1] == 12
 
 
 def test_two_processes_give_the_run_of_one(images, tmp_path):
@@ -196,8 +217,7 @@ def test_inheritance_from_the_teacher(images):
     assert torch.equal(task.student.trunk.blocks[3].mlp.fc1.weight, taught)
 
 
-def test_a_run_as_teacher_and_other_classes(images, tmp_path):
-    run = train("minivit", small(images, str(tmp_path / "teacher"), steps=1))
+def test_a_run_as_teacher_and_other_classes(images, run, tmp_path):
     task = prepared(images, teacher=run, teacher_weights=None).task
     assert task.frozen.width == 2
     other = write_folders(tmp_path / "other", classes=("red", "yellow"))
