@@ -127,7 +127,7 @@ def test_it_is_the_student_of_the_next_run(root, exported, tmp_path):
 def test_masks_of_the_next_run_begin_with_what_is_left(root, exported, tmp_path):
     words = ["train", "tinyclip", "--data", root, "--teacher", "planted", "--inherit", "auto", *SHORT]
     words += ["--teacher-weights", f"local-dir:{exported}", "--sparsity", "0.95", "--prune-step", "2"]
-    assert command(*words, "--mask-lr", "3", "--sparsity-ramp", "0", "--out", tmp_path / "run") == 0
+    assert command(*words, "--mask-lr", "3", "--sparsity-ramp", "0", "--log-every", "1", "--out", tmp_path / "run") == 0
     before, after = sizes(exported), sizes(tmp_path / "run")
     assert before["original"] == after["original"]
     assert all(left <= start for left, start in zip(after["heads"], before["heads"], strict=True))
