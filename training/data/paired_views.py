@@ -14,13 +14,15 @@ from training.data.batches import to_pixels
 
 CLEAN = "clean_images"
 KEEP = "keep"
+DROPS = "drop_draws"
 
 
 @dataclass(frozen=True)
 class PairedViews:
     """Renders a view for the student and, where it differs, without colour jitter or larger for the teacher.
 
-    Both have the same crop and flip. It may also draw which patches both of them see, by (seed, key, epoch).
+    Both have the same crop and flip. It may also draw which patches both of them see, and what a drop path of the
+    student's compares with its rate, by (seed, key, epoch): so samples do not depend on the process that has them.
     """
 
     teacher_side: int
@@ -29,13 +31,16 @@ class PairedViews:
     """patches of an image"""
     mask_ratio: float = 0.0
     """share of them that is left out"""
+    drops: int = 0
+    """drop paths of the student"""
     seed: int = 0
-    """of the draw"""
+    """of the draws"""
 
     def fields(self, jitter_strengths: tuple[float, ...], side: int) -> tuple[str, ...]:
         """Return the fields that `render` gives."""
         has_copy = any(jitter_strengths) or side != self.teacher_side
-        return ("images", *([CLEAN] if has_copy else []), *([KEEP] if self.mask_ratio else []))
+        used = {CLEAN: has_copy, KEEP: self.mask_ratio > 0, DROPS: self.drops > 0}
+        return ("images", *(name for name, is_used in used.items() if is_used))
 
     def render(self, image: Image.Image, spec: ViewSpec, view: View, side: int, draw_name: str) -> dict[str, Tensor]:
         """Return ``images``, uint8 (3, S, S), and what `fields` names besides.
@@ -48,7 +53,8 @@ class PairedViews:
             draw_name: Key and epoch of the sample.
 
         Returns:
-            ``images`` (3, S, S) and ``clean_images`` (3, S', S'), uint8; ``keep``, int64 indices of patches, ascending.
+            ``images`` (3, S, S) and ``clean_images`` (3, S', S'), uint8; ``keep``, int64 indices of patches, ascending;
+            ``drop_draws``, float32 in [0, 1), one per drop path.
         """
         plain = replace(view, jitter=())
         clean = apply_view(image, spec, plain, side)
@@ -60,6 +66,9 @@ class PairedViews:
             item[CLEAN] = to_pixels(clean)
         if self.mask_ratio:
             item[KEEP] = self._draw_patches(draw_name)
+        if self.drops:
+            draws = uniform_draws(f"drop-path/{self.seed}/{draw_name}", self.drops)
+            item[DROPS] = torch.from_numpy(draws.astype(np.float32))
         return item
 
     def _draw_patches(self, draw_name: str) -> Tensor:

@@ -288,12 +288,39 @@ def set_heads(tower: VisionTower, block: int, heads: int) -> None:
     attention.scale = attention.head_dim**-0.5
 
 
-def set_drop_path(tower: TimmTower, rate: float, block: int) -> None:
-    """Give all blocks but one the same drop path; the one whose features or relations are compared has none."""
+class DrawnDropPath(DropPath):
+    """timm's drop path whose random numbers may be given, so that a sample's do not depend on the process it is on.
+
+    Attributes:
+        draws: (B,) in [0, 1) of the next batch, a number per sample; None draws from torch's stream.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__(rate)
+        self.draws: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a branch (B, T, D), 0 for some samples and larger for the others; in eval mode as it is."""
+        if self.draws is None or not self.training:
+            dropped: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+            return dropped
+        kept = (self.draws >= self.drop_prob).to(x.dtype) / (1 - self.drop_prob)
+        return x * kept.view(-1, 1, 1)
+
+
+def set_drop_path(tower: TimmTower, rate: float, block: int) -> list[DrawnDropPath]:
+    """Give all blocks but one the same drop path; the one whose features or relations are compared has none.
+
+    Returns those of the blocks before it, two of each, in the order in which they are run; none where the rate is 0.
+    """
+    drops = list[DrawnDropPath]()
     for number, one in enumerate(tower.blocks, 1):
-        own = 0.0 if number == block else rate
         for name in ("drop_path1", "drop_path2"):
-            setattr(one, name, DropPath(own) if own else nn.Identity())
+            drop = DrawnDropPath(rate) if rate and number != block else nn.Identity()
+            setattr(one, name, drop)
+            if isinstance(drop, DrawnDropPath) and number < block:
+                drops.append(drop)
+    return drops
 
 
 @torch.no_grad()

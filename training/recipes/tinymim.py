@@ -29,9 +29,10 @@ option or noted:
 - Class token: softmaxes over channels behind the final norms, a linear map on the student where widths differ.
 - Relations without softmax are compared by smooth L1 (beta 2) of the scaled products.
 - The blocks of "output" and "class-token" are the last ones unless said otherwise.
-- Masking keeps the same patches in both, drawn by (seed, key, epoch).
+- Masking keeps the same patches in both, drawn by (seed, key, epoch); so is what drop paths drop, on any process.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -48,10 +49,11 @@ from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, Vie
 from training.data.labelled_images import has_class_folders, open_images
 from training.data.labelled_rows import LabelledImageRows
 from training.data.order import BatchPlan
-from training.data.paired_views import CLEAN, KEEP, PairedViews
+from training.data.paired_views import CLEAN, DROPS, KEEP, PairedViews
 from training.data.samples import Samples, open_samples
 from training.losses.relations import Pair, soft_kl, token_relation_loss, whitened_feature_loss
 from training.models.tinymim import (
+    DrawnDropPath,
     NoTower,
     Reading,
     Target,
@@ -164,6 +166,7 @@ class TinymimTask(Task):
         teacher: The teacher.
         blocks: Numbers of the student's and of the teacher's block.
         fields: Of an item.
+        drops: The student's drop paths, in the order of an item's draws.
     """
 
     def __init__(
@@ -175,8 +178,10 @@ class TinymimTask(Task):
         *,
         blocks: tuple[int, int],
         fields: tuple[str, ...],
+        drops: Sequence[DrawnDropPath] = (),
     ) -> None:
         super().__init__(student, fields)
+        self.drops = tuple(drops)
         self.config = config
         self.tower = tower
         self.frozen = teacher.frozen
@@ -198,6 +203,9 @@ class TinymimTask(Task):
         theirs = self.frozen.intermediate(
             lambda _: read(self.teacher_tower, clean, target, self.teacher_block, keep), taps=()
         ).output
+        draws = batch.get(DROPS)
+        for number, drop in enumerate(self.drops):
+            drop.draws = None if draws is None else draws[:, number]
         mine = read(self.tower, images, target, self.block, keep)
         if target == "relations":
             return {name: self._relation_loss(mine, theirs, name) for name in self.config.relations}
@@ -243,13 +251,19 @@ def prepare(config: TinymimConfig) -> Prepared:
     check_tokens(config, student, tower, teacher)
     blocks = find_blocks(config, tower, teacher)
     adapt_student(config, student, tower, teacher, blocks)
-    patches = tower.patches if config.mask_ratio else 0
-    paired = PairedViews(teacher.image_size, patches, config.mask_ratio, config.run.seed)
+    drops = set_drop_path(tower, config.drop_path, blocks[0])
+    paired = PairedViews(
+        teacher.image_size,
+        patches=tower.patches,
+        mask_ratio=config.mask_ratio,
+        drops=len(drops),
+        seed=config.run.seed,
+    )
     rows = open_rows(config, student)
     rows.paired = paired
     fields = paired.fields(config.views.jitter, student.image_size)
     torch.manual_seed(config.run.seed)
-    task = TinymimTask(config, student.model, tower, teacher, blocks=blocks, fields=fields)
+    task = TinymimTask(config, student.model, tower, teacher, blocks=blocks, fields=fields, drops=drops)
     return Prepared(student, rows, task)
 
 
@@ -313,7 +327,7 @@ def find_blocks(config: TinymimConfig, tower: TimmTower, teacher: VitTeacher) ->
 def adapt_student(
     config: TinymimConfig, student: LoadedModel, tower: TimmTower, teacher: VitTeacher, blocks: tuple[int, int]
 ) -> None:
-    """Give the student's block the teacher's heads, its blocks their drop path, and freeze what nothing is read of.
+    """Give the student's block the teacher's heads, and freeze what nothing is read of.
 
     Raises UserError where the teacher's heads do not divide a width, or a class token is asked for that is not there.
     """
@@ -327,7 +341,6 @@ def adapt_student(
                 f"--model {config.student.model!r} cannot follow block {teacher_block} of --teacher "
                 f"{config.teacher!r}: {error}; take a student of another width, or another teacher"
             ) from error
-    set_drop_path(tower, config.drop_path, block)
     try:
         freeze_unread(tower, config.target, block, student.image_size)
         if config.target == "class-token":

@@ -81,7 +81,7 @@ def test_a_run_resumes_to_the_bit(clip_root, tmp_path):
 
 @pytest.mark.parametrize("fields", [{}, {"softmax": False, "relations": ("qq", "kk", "vv")}, {"mask_ratio": 0.75}])
 def test_two_processes_and_chunks_give_the_run_of_one(fields, clip_root, tmp_path):
-    fields = {"drop_path": 0.0, "batch_size": 6, **fields}
+    fields = {"drop_path": 0.4, "batch_size": 6, **fields}
     one = train("tinymim", tiny(clip_root, tmp_path / "one", **fields))
     train("tinymim", tiny(clip_root, tmp_path / "chunks", **fields, chunk_size=2))
     fork(2, _train, tiny(clip_root, tmp_path / "two", **fields))
@@ -134,7 +134,8 @@ def test_the_student_alone_sees_colour_jitter(clip_root):
     items = [rows[position] for position in range(4)]
     assert all(not torch.equal(item["images"], item["clean_images"]) for item in items)
     plain = prepared(clip_root, jitter=(0.0,) * 4)
-    assert plain.task.item_fields == ("images",)
+    assert plain.task.item_fields == ("images", "drop_draws")
+    assert prepared(clip_root, jitter=(0.0,) * 4, drop_path=0.0).task.item_fields == ("images",)
     for position, item in enumerate(items):
         assert torch.equal(item["clean_images"], plain.rows[position]["images"]), "the same crop and flip"
         assert "clean_images" not in plain.rows[position]
@@ -152,7 +153,7 @@ def test_the_teacher_sees_the_clean_copy(clip_root, monkeypatch):
 
 def test_masks_are_drawn_by_key_and_epoch(clip_root):  # fact 10
     task, rows = prepared(clip_root, mask_ratio=0.75)[2], prepared(clip_root, mask_ratio=0.75)[1]
-    assert task.item_fields == ("images", "clean_images", "keep")
+    assert task.item_fields == ("images", "clean_images", "keep", "drop_draws")
     kept = [rows[position]["keep"] for position in range(30)]
     assert all(len(one) == 25 and len(one.unique()) == 25 and one.max() < 100 for one in kept)
     assert torch.equal(kept[3], prepared(clip_root, mask_ratio=0.75).rows[3]["keep"])
@@ -162,6 +163,25 @@ def test_masks_are_drawn_by_key_and_epoch(clip_root):  # fact 10
     again = [draws for draws in by_key.values() if len(draws) == 2]
     assert again
     assert not any(torch.equal(*draws) for draws in again)
+
+
+def test_drop_paths_are_drawn_by_key_and_epoch(clip_root):  # fact 11
+    task, rows = prepared(clip_root, drop_path=0.5).task.train(), prepared(clip_root, drop_path=0.5).rows
+    assert len(task.drops) == 2 * 5, "two of each block but the last of six"
+    items = [rows[position] for position in range(4)]
+    batch = {name: torch.stack([item[name] for item in items]) for name in task.item_fields}
+    batch |= {name: batch[name].float() / 255 for name in ("images", "clean_images")}
+    with torch.no_grad():
+        one, two = task(batch), task(batch)
+        halves = [task({name: value[part] for name, value in batch.items()}) for part in (slice(2), slice(2, 4))]
+        other = task({**batch, "drop_draws": 1 - batch["drop_draws"]})
+        whole = task.eval()(batch)
+    assert torch.equal(one["qk"], two["qk"])
+    torch.testing.assert_close(torch.cat([half["qk"] for half in halves]), one["qk"], rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(other["qk"], one["qk"])
+    assert not torch.allclose(whole["qk"], one["qk"])
+    expected = items[0]["drop_draws"][0] >= 0.5
+    assert (task.train().drops[0](torch.ones(4, 3, 2))[0] == (2 if expected else 0)).all()
 
 
 def test_labelled_images_without_their_labels(tmp_path):
