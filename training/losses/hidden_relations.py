@@ -6,8 +6,10 @@ L_pred is `training.losses.relations.soft_ce` of the logits. All losses here are
 windows, per window: the mean over them is the caller's. At a perfect match a cross-entropy is the teacher's entropy.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -68,12 +70,53 @@ def gram_distance(one: Tensor, other: Tensor) -> Tensor:
     """Return ||X X^T - Y Y^T||_F^2 (B,) of X (B, N, C) and Y (B, N, D).
 
     With more tokens than channels it is ||X^T X||^2 - 2 ||X^T Y||^2 + ||Y^T Y||^2, which needs no matrix of all pairs
-    of tokens: 3,136^2 numbers for each image of a Swin's first stage.
+    of tokens: 3,136^2 numbers for each image of a Swin's first stage. The terms cancel where the two are alike, so its
+    products, also those of the gradient, are never TF32, which the trainer allows elsewhere.
+
+    Args:
+        one: X, which gets a gradient.
+        other: Y, which gets none.
     """
-    if one.shape[1] <= max(one.shape[2], other.shape[2]):
-        return (one @ one.mT - other @ other.mT).square().sum((1, 2))
-    norms = [(x.mT @ y).square().sum((1, 2)) for x, y in ((one, one), (one, other), (other, other))]
-    return norms[0] - 2 * norms[1] + norms[2]
+    distances: Tensor = _GramDistance.apply(one, other)
+    return distances
+
+
+class _GramDistance(torch.autograd.Function):
+    """`gram_distance`; its gradient at X is 4 (X X^T - Y Y^T) X."""
+
+    @staticmethod
+    def forward(ctx: Any, one: Tensor, other: Tensor) -> Tensor:
+        with _full_precision():
+            if one.shape[1] <= max(one.shape[2], other.shape[2]):
+                difference = one @ one.mT - other @ other.mT
+                ctx.save_for_backward(one, difference)
+                return difference.square().sum((1, 2))
+            own, cross, theirs = (x.mT @ y for x, y in ((one, one), (other, one), (other, other)))
+        ctx.save_for_backward(one, other, own, cross)
+        norms = [each.square().sum((1, 2)) for each in (own, cross, theirs)]
+        return norms[0] - 2 * norms[1] + norms[2]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        one, *products = ctx.saved_tensors
+        with _full_precision():
+            if len(products) == 1:
+                slope = products[0] @ one
+            else:
+                other, own, cross = products
+                slope = one @ own - other @ cross
+        return 4 * gradients[0].view(-1, 1, 1) * slope, None
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Within, products of float32 matrices are not TF32."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
 
 
 def deit_soft_distillation(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:

@@ -119,6 +119,35 @@ def test_the_identity_of_gram_matrices_in_single_precision():
 
 
 # fact 12
+@pytest.mark.parametrize("count", [3, 9])  # fewer and more tokens than channels
+def test_gradients_of_the_released_loss(count):
+    student, teacher = tokens(0, 2, count, 5).requires_grad_(), tokens(1, 2, count, 4)
+    assert torch.autograd.gradcheck(lambda x: gram_distance(x, teacher), student)
+    assert torch.autograd.gradcheck(lambda x: hidden_relation_loss(x, teacher), student)
+
+
+@pytest.mark.parametrize("count", [3, 9])
+def test_products_that_cancel_are_not_tf32(count, monkeypatch):
+    torch.set_float32_matmul_precision("high")  # as the trainer does on CUDA
+    seen = []
+    product = torch.Tensor.__matmul__
+
+    def noting(one, other):
+        seen.append(torch.get_float32_matmul_precision())
+        return product(one, other)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", noting)
+    try:
+        student = tokens(0, 2, count, 5).float().requires_grad_()
+        gram_distance(student, tokens(1, 2, count, 4).float()).sum().backward()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {"highest"}
+    assert len(seen) == (3 if count == 3 else 5)
+
+
+# fact 12
 def test_the_papers_loss_of_hidden_states():
     student, teacher = tokens(0, 2, 7, 8), tokens(1, 2, 7, 12)
     own, theirs = ((x @ x.mT / x.shape[-1] ** 0.5).softmax(-1) for x in (student, teacher))
