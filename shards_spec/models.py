@@ -31,6 +31,7 @@ LOCAL_DIR = "local-dir:"
 HUB = "hf-hub:"
 CONFIG_FILE = "open_clip_config.json"
 ENTRY_POINTS = "clipmill.models"
+MAE_DECODER = ("decoder_", "mask_token")  # names that begin so belong to what MAE drops after pre-training
 BUILD_ERRORS = (
     RuntimeError,
     ValueError,
@@ -330,7 +331,7 @@ def create_timm_model(model: str, pretrained: bool, **options: Any) -> Any:
 
 
 def load_backbone(built: Any, file: str, trusted: bool = False) -> None:
-    """A checkpoint's weights but for its classifier's, into a timm model without one.
+    """A checkpoint's weights but for its classifier's and for MAE's decoder, into a timm model without them.
 
     Raises UserError when the file cannot be read, or other weights are missing or left over.
     """
@@ -345,7 +346,7 @@ def load_backbone(built: Any, file: str, trusted: bool = False) -> None:
         raise UserError(f"{file} does not fit: {describe_mismatch(error)}") from error
     classifiers = built.default_cfg.get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    ignored = tuple(f"{classifier}." for classifier in classifiers)
+    ignored = (*(f"{classifier}." for classifier in classifiers), *MAE_DECODER)
     missing = result.missing_keys
     left_over = [name for name in result.unexpected_keys if not name.startswith(ignored)]
     if missing or left_over:

@@ -8,7 +8,7 @@ import torch
 from shards_spec.checkpoints import describe_mismatch, load_checkpoint
 from shards_spec.files import UserError
 from shards_spec.messages import counted
-from shards_spec.models import NO_TRUST, TIMM, LoadedModel, Trust, load_model, load_teacher
+from shards_spec.models import MAE_DECODER, NO_TRUST, TIMM, LoadedModel, Trust, load_model, load_teacher
 from training.models.classifier import new_classifier
 from training.models.teacher import FrozenTeacher
 from training.models.tinymim import NoTower, VisionTower, set_heads, tower_of
@@ -17,7 +17,6 @@ from training.runs.student import is_run, load_run
 
 RANDOM = "random"
 TARGET_BLOCK = "target_block"  # of a run's task: number and heads of the block whose relations were trained
-DECODER = ("decoder_", "mask_token")  # of MAE's checkpoints that reconstruct
 HEADS = ("head.", "head_dist.", "fc_norm.")  # of fine-tuned ones
 DISTILLATION_TOKEN = "dist_token"
 
@@ -97,11 +96,11 @@ def trained_block(run: str) -> tuple[int, int] | None:
 
 
 def load_encoder(model: Any, file: str, trusted: bool = False) -> None:
-    """Load a checkpoint of MAE or TinyMIM into a timm ViT without a head, where the names are the same.
+    """Load a checkpoint of MAE or TinyMIM into a timm ViT, where the names are the same.
 
-    Decoder, mask token and the head of a fine-tuned one are left out. A distillation token, which stands second among
-    198 positions, goes with its position where the model has none. A fine-tuned one has no norm behind its blocks: the
-    model keeps its own.
+    Decoder and mask token are left out, and so is a head of other classes. A distillation token, which stands second
+    among 198 positions, goes with its position where the model has none. A fine-tuned one has no norm behind its
+    blocks, others have no head and no norm behind a pooling: the model keeps its own.
 
     Raises:
         UserError: The file cannot be read, or other weights are missing or left over.
@@ -114,13 +113,15 @@ def load_encoder(model: Any, file: str, trusted: bool = False) -> None:
         if positions is not None and "pos_embed" in own and positions.shape[1] == own["pos_embed"].shape[1] + 1:
             weights["pos_embed"] = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
     is_fine_tuned = any(key.startswith("fc_norm.") for key in weights)
-    left_out = tuple(name for name in (*DECODER, *HEADS) if not any(key.startswith(name) for key in own))
-    weights = {key: value for key, value in weights.items() if not key.startswith(left_out)}
+    for key in [key for key in weights if key.startswith((*MAE_DECODER, *HEADS))]:
+        if key not in own or weights[key].shape != own[key].shape:
+            del weights[key]
     try:
         result = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise UserError(f"{file} does not fit: {describe_mismatch(error)}") from error
-    missing = [key for key in result.missing_keys if not (is_fine_tuned and key.startswith("norm."))]
+    kept = (*HEADS, "norm.") if is_fine_tuned else HEADS
+    missing = [key for key in result.missing_keys if not key.startswith(kept)]
     if missing or result.unexpected_keys:
         raise UserError(
             f"{file} does not fit: {counted(len(missing), 'weight')} missing {missing[:3]}, "

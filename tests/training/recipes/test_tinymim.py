@@ -12,6 +12,7 @@ from small_training import assert_same_run, final_weights, read_metrics, steady_
 
 from shards_spec.files import UserError
 from training.export import ExportConfig, export
+from training.models.classifier import new_classifier
 from training.models.tinymim import set_heads
 from training.models.vit_teacher import load_vit_teacher, trained_block
 from training.recipes import tinymim
@@ -250,6 +251,26 @@ def test_a_larger_image_for_the_teacher(clip_root, tmp_path):
     item = prepared(clip_root, teacher=tiny_clip(tmp_path / "clip", vision=vision), jitter=(0.0,) * 4)
     assert item.rows[0]["clean_images"].shape == (3, 80, 80)
     assert item.rows[0]["images"].shape == (3, 160, 160)
+
+
+def test_files_of_mae_for_teacher_and_student(clip_root, tmp_path):
+    """With a decoder: for the teacher, for the student, and for fine-tuning."""
+    torch.manual_seed(5)
+    encoder = timm.create_model("test_vit", num_classes=0)
+    file = str(tmp_path / "mae.pth")
+    torch.save(
+        {"model": {**encoder.state_dict(), "mask_token": torch.zeros(1), "decoder_pred.bias": torch.ones(3)}}, file
+    )
+    task = prepared(clip_root, teacher="timm:test_vit", teacher_weights=file, pretrained=file).task
+    fine = new_classifier("timm:test_vit", 2, pretrained=file).model.trunk
+    for model in (task.teacher_tower.model, task.tower.model, fine):
+        for name, value in encoder.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
+    with pytest.raises(UserError, match="does not fit"):
+        prepared(clip_root, teacher="timm:test_vit3", teacher_weights=file)
+    run = train("tinymim", tiny(clip_root, tmp_path / "run", steps=1))
+    with pytest.raises(UserError, match=r"--teacher-weights 'random' would not be used: RUN .*/run brings its own"):
+        prepared(clip_root, teacher=run)
 
 
 def test_blocks():
