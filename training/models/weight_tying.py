@@ -16,6 +16,7 @@ per group: their checkpoints have had its names since before this module, so the
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any, Literal
 
 import torch
@@ -85,12 +86,15 @@ def tie(blocks: Any, groups: Sequence[int], shared: Sequence[str], source: Sourc
 
     Raises:
         ValueError: The blocks are tied already, the map is no map of them, they lack a shared part or have it in other
-            shapes, or with ``equal`` their weights differ.
+            shapes, a part is within another, or with ``equal`` their weights differ.
     """
     tying = Tying(tuple(groups), tuple(shared))
     if tying_of(blocks) is not None:
         raise ValueError("these blocks are tied already: untie them first")
     _check_map(len(blocks), tying.groups)
+    for name, other in permutations(tying.shared, 2):
+        if f"{name}.".startswith(f"{other}."):
+            raise ValueError(f"shared {list(shared)}: {name} is in it twice, or within another part")
     for index, first in tying.followers():
         for name in tying.shared:
             _check_alike(blocks, name, (first, index), source)

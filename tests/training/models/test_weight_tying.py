@@ -1,6 +1,7 @@
 """Tied blocks of timm's ViT and Swin and of open_clip's towers: identity, state dicts, surgery, and untying."""
 
 import copy
+import pickle
 
 import open_clip
 import pytest
@@ -218,6 +219,9 @@ def test_copies_and_averages_keep_the_ties():
         check_tied(model)
         assert torch.allclose(model.blocks[1].mlp.fc1.weight, start + 1, atol=1e-6)
     assert torch.allclose(model.blocks[1].mlp.fc1.weight, start + 2, atol=1e-6)
+    pickled = pickle.loads(pickle.dumps(model))
+    check_tied(pickled)
+    assert pickled.state_dict().keys() == model.state_dict().keys()
     assert model.half().blocks[1].mlp.fc1.weight is model.blocks[0].mlp.fc1.weight
 
 
@@ -255,6 +259,9 @@ def test_what_cannot_be_tied_is_named():
         tie(model.blocks, group_map(4, 2), ("attn.kqv",), "first")
     with pytest.raises(ValueError, match="neither a module nor a parameter"):
         tie(model.blocks, group_map(4, 2), ("attn.scale",), "first")
+    for shared in (("attn", "attn.qkv"), ("mlp.fc1", "mlp.fc1")):
+        with pytest.raises(ValueError, match=f"{shared[1]} is in it twice, or within another part"):
+            tie(model.blocks, group_map(4, 2), shared, "first")
     for groups in ((0, 1, 0, 1), (1, 1, 2, 2), (0, 0, 1), (0, 0, 2, 2)):
         with pytest.raises(ValueError, match="ascending from 0"):
             tie(model.blocks, groups, SHARED, "first")
