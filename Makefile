@@ -12,7 +12,8 @@ SHELL := /bin/bash
 # a process runs whole modules, whose tests share what their fixtures made
 PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadscope
 
-.PHONY: demo study-siclip study-catlip fast test test-all fuzz gpu-kit lock lint style types tests wordnet debian clean
+.PHONY: demo study-siclip study-catlip study-tinyclip fast test test-all fuzz gpu-kit lock lint style types tests \
+	wordnet debian clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipmill needs Python 3.11 or later")'
@@ -37,6 +38,9 @@ study-siclip: $(VENV)/.done wordnet
 
 study-catlip: $(VENV)/.done wordnet
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/study_catlip.sh
+
+study-tinyclip: $(VENV)/.done wordnet
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/study_tinyclip.sh
 
 lint: style types
 

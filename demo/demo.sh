@@ -53,7 +53,8 @@ student=(--data "$ROOT" --model local-dir:demo/models/student --steps "$STEPS" -
   --warmup 20 --workers 0)
 for seed in $SEEDS; do
   step scratch clipmill train clip "${student[@]}" --out "$RUN/scratch-$seed" --seed "$seed" --scale 0.9 1 --ratio 1 1
-  step distilled clipmill train tinyclip "${student[@]}" --out "$RUN/distilled-$seed" --seed "$seed" --feature-weight 2
+  step distilled clipmill train tinyclip "${student[@]}" --teacher coca --out "$RUN/distilled-$seed" --seed "$seed" \
+    --feature-weight 2
 done
 
 # 6. Evaluation on held-out scenes, and the reports

@@ -12,8 +12,8 @@ export CLIPMILL_LOG=${CLIPMILL_LOG:-WARNING} PYTHONWARNINGS=ignore
 [ -f "$ROOT/teacher/coca/dataset.json" ] || [ -d "$ROOT/teacher/coca" ] || RUN=$RUN bash demo/demo.sh
 
 common=(--data "$ROOT" --batch-size 128 --lr 2e-3 --warmup 20 --workers 0 --precision fp32)
-clipmill train tinyclip "${common[@]}" --model local-dir:demo/models/mobileclip --out "$STUDY/base" \
-  --steps "$BASE_STEPS" --feature-weight 2
+clipmill train tinyclip "${common[@]}" --model local-dir:demo/models/mobileclip --teacher coca \
+  --out "$STUDY/base" --steps "$BASE_STEPS" --feature-weight 2
 # the paper's --fd-weight of 4000 is for features of width 512; these have width 128
 plain=(--no-inherit --fd-weight 0 --crd-weight 0 --icl-weight 0 --pm-weight 0)
 inherited=(--fd-weight 0 --crd-weight 0 --icl-weight 0 --pm-weight 0)
