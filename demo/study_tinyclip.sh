@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # TinyCLIP's claims at small scale: losses, inheritance and stages, on the demo's scenes with CLIPs of plain ViT towers.
-#   make study-tinyclip    runs the demo first where needed; under an hour on two cores; writes docs/tinyclip.svg and the
-#                          tables of docs/tinyclip.md
+#   make study-tinyclip    runs the demo first where needed; under an hour on two cores; writes docs/tinyclip.svg and
+#                          the tables of docs/tinyclip.md
 # Two teachers, one twice as large as the students and one five times, are distilled from the demo's CoCa. All rows of a
 # seed see the same pairs, in as many steps; a seed's rows are finished before the next seed begins.
 set -euo pipefail
@@ -18,7 +18,7 @@ student=(--model local-dir:demo/models/tinyclip)
 near=(--teacher teacher --teacher-weights "local-dir:$STUDY/models/teacher")
 large=(--teacher large --teacher-weights "local-dir:$STUDY/models/large")
 # Masks move five times as fast as in the paper, as there are 75 steps with them and not thousands. So they overshoot:
-# the sparsities asked for below are those that end at 52 % (the weights in blocks that the student above does not have),
+# the sparsities asked for below are meant to end at 52 % (the weights in blocks that the student above does not have),
 # at 75 % in one go, and at 50 and 75 %.
 masks=(--inherit auto --mask-lr 0.1)
 HALF=$((STEPS / 2)) MASKED=$((STEPS * 3 / 8)) RAMP=$((STEPS / 5))
