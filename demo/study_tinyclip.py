@@ -5,6 +5,7 @@ python demo/study_tinyclip.py STUDY OUT     writes OUT.svg, and in OUT.md what s
                                             <!-- study_tinyclip.py --> and <!-- end -->
 """
 
+import json
 import re
 import statistics
 import sys
@@ -21,14 +22,15 @@ ROWS = {
     "feature": "feature loss of each tower alone",
     "affinity": "affinity",
     "manual": "affinity + manual",
+    "manual_feature": "feature loss + manual",
     "auto": "affinity + auto",
     "large": "affinity + manual, too large a teacher",
     "jump": "auto, 100 → 25 %",
     "stages": "auto, 100 → 50 → 25 %",
 }
 ENDS = {"stages": "stage-2"}  # where the last student of a row's chain is
-TIMED = ("affinity", "manual", "auto", "large", "feature")
-REFERENCES = ("scratch", "affinity")
+TIMED = ("affinity", "manual", "auto", "large", "feature", "manual_feature")
+REFERENCES = ("scratch", "affinity", "feature")
 DRAWN = ("scratch", "feature", "affinity", "manual", "auto")
 BLOCK = re.compile(r"(<!-- study_tinyclip\.py -->\n).*?(<!-- end -->\n)", re.S)
 METRICS = ("acc1", "text_retrieval_recall@1", "image_retrieval_recall@1")
@@ -80,33 +82,47 @@ def measured(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["eval"]["acc1"]) for line in lines(run) if "eval" in line]
 
 
-def steps_to(run: Path, accuracy: float) -> int | None:
-    """Return the first measured step at which a run has an accuracy; None where it never has."""
-    return next((step for step, value in measured(run) if value >= accuracy), None)
+def cut_at(run: Path) -> int:
+    """Return the step at which a run with masks was cut: before that its student is as large as the teacher."""
+    table = run / "student.json"
+    return json.loads(table.read_text())["step"] if table.exists() else 0
+
+
+def steps_to(run: Path, accuracy: float) -> tuple[int, bool] | None:
+    """Return the first measured step at which the final student has an accuracy, and whether that is the first of all.
+
+    None where it never has it.
+    """
+    steps = [(step, value) for step, value in measured(run) if step > cut_at(run)]
+    found = next((step for step, value in steps if value >= accuracy), None)
+    return None if found is None else (found, found == steps[0][0])
 
 
 def speed(study: Path, reference: str, row: str) -> str:
     """Return a cell: the steps of a row to what the reference has at its end, and the ratio of both, over the seeds."""
-    steps: list[int] = []
+    shown: list[str] = []
     ratios: list[float] = []
+    is_bound = False
     common = sorted(set(seeds(study, reference)) & set(seeds(study, row)))
     for seed in common:
         last, accuracy = measured(end(study, reference, seed))[-1]
-        needed = steps_to(end(study, row, seed), accuracy)
-        if needed is not None:
-            steps.append(needed)
-            ratios.append(last / needed)
-    if not steps:
+        found = steps_to(end(study, row, seed), accuracy)
+        if found is None:
+            shown.append("–")
+            continue
+        needed, is_first = found
+        is_bound |= is_first
+        shown.append(f"{'≤ ' if is_first else ''}{needed}")
+        ratios.append(last / needed)
+    if not ratios:
         return "not reached" if common else "not run yet"
-    missed = f", not reached by {len(common) - len(steps)} of {len(common)}" if len(steps) < len(common) else ""
-    shown = f"{statistics.mean(ratios):.1f} × ({min(ratios):.1f}–{max(ratios):.1f})"
-    return f"{', '.join(map(str, steps))}: {shown}{missed}"
+    return f"{', '.join(shown)}: {'≥ ' if is_bound else ''}{statistics.mean(ratios):.1f} ×"
 
 
 def speeds(study: Path) -> str:
     """Return a Markdown table of `speed`."""
     names = " | ".join(f"to the end of: {ROWS[reference]}" for reference in REFERENCES)
-    text = [f"| | {names} |", "|---|---|---|"]
+    text = [f"| | {names} |", "|---" * (1 + len(REFERENCES)) + "|"]
     for row in TIMED:
         cells = ["" if row == reference else speed(study, reference, row) for reference in REFERENCES]
         text.append(f"| {ROWS[row]} | {' | '.join(cells)} |")

@@ -38,6 +38,9 @@ student() { # student ROW SEED
     feature) words=(tinyclip "${student[@]}" --teacher teacher --affinity-weight 0 --feature-weight 1) ;;
     affinity) words=(tinyclip "${student[@]}" --teacher teacher) ;;
     manual) words=(tinyclip "${student[@]}" --inherit manual "${near[@]}") ;;
+    manual_feature)
+      words=(tinyclip "${student[@]}" --inherit manual "${near[@]}" --affinity-weight 0 --feature-weight 1)
+      ;;
     large) words=(tinyclip "${student[@]}" --inherit manual "${large[@]}") ;;
     auto) words=(tinyclip "${masks[@]}" "${near[@]}" --sparsity 0.37 --prune-step "$MASKED" --sparsity-ramp "$RAMP") ;;
     jump)
@@ -62,6 +65,6 @@ export SHARED
 
 printf 'teacher %s\n' teacher large | in_parallel
 for seed in $SEEDS; do
-  for row in scratch affinity manual auto feature large jump stages; do echo "student $row $seed"; done
+  for row in scratch affinity manual auto feature large jump stages manual_feature; do echo "student $row $seed"; done
 done | in_parallel
 python demo/study_tinyclip.py "$STUDY" docs/tinyclip

@@ -234,6 +234,11 @@ def _check_folder(folder: Path, random_weights: bool) -> None:
     if missing:
         raise UserError(f"{path}: no description of an open_clip model; it lacks {', '.join(missing)}")
     if not random_weights and not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+        if (folder / "checkpoints").is_dir():
+            raise UserError(
+                f"{LOCAL_DIR}{folder}: a RUN folder holds checkpoints, no model; name the one that `clipmill export "
+                f"{folder} --to FOLDER` writes"
+            )
         raise UserError(f"{LOCAL_DIR}{folder}: it has no weights; put them there as one of {', '.join(WEIGHT_FILES)}")
 
 

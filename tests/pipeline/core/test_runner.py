@@ -395,6 +395,9 @@ def test_a_folder_without_weights_is_refused(root, tmp_path):
     (model / "open_clip_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"it has no weights; put them there as one of \*\.safetensors"):
         caption(CaptionConfig(root, f"local-dir:{model}"))
+    (model / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=rf"a RUN folder .* the one that `clipmill export {model} --to FOLDER` writes"):
+        caption(CaptionConfig(root, f"local-dir:{model}"))
 
 
 def test_labels_of_models():
