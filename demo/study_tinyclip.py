@@ -21,6 +21,7 @@ ROWS = {
     "scratch": "scratch, contrastive loss",
     "feature": "feature loss of each tower alone",
     "affinity": "affinity",
+    "affinity15": "affinity, scale 15 instead of 50",
     "manual": "affinity + manual",
     "manual_feature": "feature loss + manual",
     "auto": "affinity + auto",
@@ -29,7 +30,7 @@ ROWS = {
     "stages": "auto, 100 → 50 → 25 %",
 }
 ENDS = {"stages": "stage-2"}  # where the last student of a row's chain is
-TIMED = ("affinity", "manual", "auto", "large", "feature", "manual_feature")
+TIMED = ("affinity", "affinity15", "manual", "auto", "large", "feature", "manual_feature")
 REFERENCES = ("scratch", "affinity", "feature")
 DRAWN = ("scratch", "feature", "affinity", "manual", "auto")
 BLOCK = re.compile(r"(<!-- study_tinyclip\.py -->\n).*?(<!-- end -->\n)", re.S)

@@ -37,6 +37,8 @@ student() { # student ROW SEED
     scratch) words=(clip "${student[@]}" --scale 0.9 1 --ratio 1 1) ;;
     feature) words=(tinyclip "${student[@]}" --teacher teacher --affinity-weight 0 --feature-weight 1) ;;
     affinity) words=(tinyclip "${student[@]}" --teacher teacher) ;;
+    # without inheritance, at about the scale that the teacher learned
+    affinity15) words=(tinyclip "${student[@]}" --teacher teacher --fixed-logit-scale 15) ;;
     manual) words=(tinyclip "${student[@]}" --inherit manual "${near[@]}") ;;
     manual_feature)
       words=(tinyclip "${student[@]}" --inherit manual "${near[@]}" --affinity-weight 0 --feature-weight 1)
@@ -65,6 +67,6 @@ export SHARED
 
 printf 'teacher %s\n' teacher large | in_parallel
 for seed in $SEEDS; do
-  for row in scratch affinity manual auto feature large jump stages manual_feature; do echo "student $row $seed"; done
+  for row in scratch affinity manual auto feature large jump stages manual_feature affinity15; do echo "student $row $seed"; done
 done | in_parallel
 python demo/study_tinyclip.py "$STUDY" docs/tinyclip
