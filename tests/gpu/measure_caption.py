@@ -12,13 +12,11 @@ from figures import ceiling, figure, options, run_parts, seconds_of, synchronize
 from photos import small_photo
 from small_data import draw, tiny_coca
 from torch import Tensor
-from torch.nn import functional as F
 
 from pipeline.caption.captioner import Captioner
 from pipeline.caption.coca import Coca, EncodedImages
 from pipeline.caption.config import CaptionConfig
 from pipeline.caption.requests import CaptionRequest
-from pipeline.caption.sampling import process_logits, sample_among
 from pipeline.caption.stage import caption, decoded_requests
 from pipeline.plan.costs import FLOP
 from shards_spec.files import join
@@ -181,36 +179,6 @@ class Measurement:
         name = f"caption: {batch} images, {captions} captions each, large nuclei"
         figure(name, 1e3 * seconds / (self.tokens - 1), "ms a token", graphs=len(writer.sampler.graphs))
 
-    def choosing(self, rows: int) -> None:
-        """Print the time of the parts of choosing a token."""
-        logits = torch.randn(rows, 49408, device=self.device)
-        half = logits.bfloat16()
-        seeds = torch.arange(rows, device=self.device)
-        decoding = self.eager.decoding
-        before = torch.zeros(rows, 8, dtype=torch.long, device=self.device)
-        labels = torch.zeros(rows, dtype=torch.long, device=self.device)
-
-        def in_chunks() -> None:
-            chunks = logits.view(rows, -1, 64)
-            kept = chunks.amax(-1).topk(128).indices
-            inner = chunks.gather(1, kept[:, :, None].expand(-1, -1, 64)).flatten(1)
-            inner.topk(128)
-
-        parts = {
-            "float": lambda: half.float(),
-            "process_logits": lambda: process_logits(logits, before, self.coca, decoding, 3),
-            "logsumexp": lambda: logits.logsumexp(-1),
-            "cross_entropy": lambda: F.cross_entropy(logits, labels, reduction="none"),
-            "topk 128": lambda: logits.topk(128),
-            "topk 128 of bf16": lambda: half.topk(128),
-            "topk 128 in chunks": in_chunks,
-            "topk 2048": lambda: logits.topk(2048),
-            "sample_among 128": lambda: sample_among(logits, decoding, seeds, 128),
-            "sample_among 2048": lambda: sample_among(logits, decoding, seeds, 2048),
-        }
-        for name, part in parts.items():
-            print(f"choosing, {rows} rows: {name} {1e6 * seconds_of(part, self.device):.0f} us", flush=True)
-
     def kernels(self, batch: int, captions: int) -> None:
         """Print which kernels take the time of writing; it is no figure."""
         encoded = self.coca.encode_images(self.images(batch))
@@ -272,12 +240,11 @@ def main() -> int:
     few = (1,) if where.dry else (1, 5)
     return run_parts(
         partial(encode_and_write, sizes[0]),
-        *(partial(measurement.kernels, sizes[0], captions) for captions in few),
         *(partial(encode_and_write, batch) for batch in sizes[1:]),
         *(partial(measurement.without_kernel, sizes[0], captions) for captions in few),
         partial(measurement.nucleus, sizes[0], 5),
         captioner_and_stage,
-        *(partial(measurement.choosing, rows) for rows in (() if where.dry else (256, 1280))),
+        *(partial(measurement.kernels, sizes[0], captions) for captions in few),  # last: it may slow what follows
     )
 
 
