@@ -110,3 +110,24 @@ def test_without_wheels_the_script_says_how_to_get_them(tmp_path):
     )
     assert done.returncode == 2
     assert "make gpu-kit" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "out", "message"),
+    [
+        ([], "out", "no CUDA device: --dry runs the same steps on the CPU"),
+        (["--dry"], "file", "OUT={tmp}/file: File exists; give a folder that can be written"),
+        (["--dry"], "file/below", "OUT={tmp}/file/below: Not a directory; give a folder"),
+        (["--table", "{tmp}/none"], "out", "--table {tmp}/none: No such file or directory"),
+    ],
+)
+def test_mistakes_are_said_before_a_step_runs(words, out, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("OUT", str(tmp_path / out))
+    monkeypatch.setattr(runner, "has_cuda", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["runner.py", *(word.format(tmp=tmp_path) for word in words)])
+    with pytest.raises(SystemExit) as error:
+        runner.main()
+    assert error.value.code == 2
+    assert message.format(tmp=tmp_path) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

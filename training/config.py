@@ -136,6 +136,9 @@ class ModelConfig:
     trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)
 
 
+SMOKE_MASKS = {"prune_step": 2, "sparsity_ramp": 1}  # of `smoke`
+
+
 @dataclass(frozen=True)
 class MaskConfig:
     """Masks that are learned with the student and then applied."""
@@ -287,7 +290,7 @@ def smoke(config: Any) -> Any:
     The model stays; with a small one it runs in seconds on a CPU. Masks are applied half way.
     """
     masks = getattr(config, "masks", None)
-    parts = {"masks": replace(masks, prune_step=2, sparsity_ramp=1)} if isinstance(masks, MaskConfig) else {}
+    parts = {"masks": replace(masks, **SMOKE_MASKS)} if isinstance(masks, MaskConfig) else {}
     return replace(
         config,
         data=replace(config.data, batch_size=8, workers=0),

@@ -120,6 +120,13 @@ def summary_of(lines: list[str]) -> str:
     return counts[-1].strip("= ").split(" in ")[0] if counts else "no result"
 
 
+def has_cuda() -> bool:
+    """Whether torch finds a card."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def facts_about_machine(dry: bool) -> dict[str, str]:
     """What every figure carries: card, versions, date."""
     import torch
@@ -199,11 +206,20 @@ def main() -> int:
     parser.add_argument("--table", help="print the table of this figures.jsonl and do nothing else")
     given = parser.parse_args()
     if given.table:
-        print(markdown([json.loads(line) for line in Path(given.table).read_text().splitlines()]))
+        try:
+            lines = Path(given.table).read_text().splitlines()
+        except OSError as error:
+            parser.error(f"--table {given.table}: {error.strerror}")
+        print(markdown([json.loads(line) for line in lines]))
         return 0
+    if not given.dry and not has_cuda():
+        parser.error("no CUDA device: --dry runs the same steps on the CPU")
     out = Path(os.environ.get("OUT") or tempfile.mkdtemp(prefix="clipmill-gpu-out-"))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "log.txt").unlink(missing_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "log.txt").write_text("")
+    except OSError as error:
+        parser.error(f"OUT={out}: {error.strerror}; give a folder that can be written")
     machine = facts_about_machine(given.dry)
     with tempfile.TemporaryDirectory(prefix="clipmill-gpu-") as folder:
         outcomes = run_steps(given.only, dry=given.dry, seconds=given.seconds, out=out, work=Path(folder))

@@ -58,6 +58,8 @@ def config_of(root: str, out: str | Path, inherit: str = "manual", **fields: Any
     if inherit == "auto" or "stage_models" in fields:
         wanted = {"model": STUDENT} | wanted
     if inherit == "auto":
-        wanted = {"sparsity": 0.5, "prune_step": 4, "mask_lr": 1.2, "sparsity_ramp": 2} | wanted
+        wanted = {"mask_lr": 1.2, "sparsity_ramp": 2} | wanted
+        wanted = ({} if "stages" in fields else {"sparsity": 0.5}) | wanted
+        wanted = ({} if "stage_prune_steps" in fields else {"prune_step": 4}) | wanted
     config: TinyclipConfig = tiny_config("tinyclip", root, str(out), **wanted)
     return config

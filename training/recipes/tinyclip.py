@@ -40,8 +40,8 @@ The default student, ViT-M-32, has the image tower of TinyCLIP-ViT-40M/32 and a 
 
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -50,9 +50,10 @@ from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
-from shards_spec.messages import require
+from shards_spec.messages import flag, require
 from shards_spec.models import LoadedModel
 from training.config import (
+    SMOKE_MASKS,
     DataConfig,
     MaskConfig,
     ModelConfig,
@@ -137,8 +138,9 @@ def config() -> TinyclipConfig:
 def stages(config: TinyclipConfig) -> list[TinyclipConfig]:
     """Return the configs of a chain's runs, each in a folder of its own below the config's RUN, or the one config.
 
-    Raises UserError when a stage's numbers are out of range.
+    Raises UserError when a stage's numbers are out of range, or an option was given that would not be used.
     """
+    check_used(config)
     starts = stage_starts(config.stages, config.run.out)
     if not starts:
         return [config]
@@ -152,11 +154,48 @@ def stages(config: TinyclipConfig) -> list[TinyclipConfig]:
         if start.sparsity is not None:
             masks = replace(masks, sparsity=start.sparsity)
         if start.prune_step is not None:
+            if config.run.steps is not None and start.prune_step > config.run.steps:
+                raise UserError(
+                    f"--stage-prune-steps {config.stages.stage_prune_steps!r}: a stage has {config.run.steps} steps, "
+                    f"so masks of {start.prune_step} would never be applied; give fewer, or more --steps"
+                )
             masks = replace(masks, prune_step=start.prune_step)
         student = config.student if start.model is None else replace(config.student, model=start.model)
         run = replace(config.run, out=start.out)
         runs.append(replace(alone, inheritance=inheritance, masks=masks, student=student, run=run))
     return runs
+
+
+def check_used(config: TinyclipConfig) -> None:
+    """Raise UserError for an option that was given and would not be used.
+
+    One that was given as its default is not told from one that was not given.
+    """
+    inherit, chain = config.inheritance.inherit, config.stages
+    by_hand = ("layers", "rank", "rank_samples")
+    _refuse_given(config.inheritance, by_hand if inherit != "manual" else (), f"with --inherit {inherit}")
+    if config.inheritance.rank != "taylor":
+        _refuse_given(config.inheritance, ("rank_samples",), f"with --rank {config.inheritance.rank}")
+    if inherit != "auto":
+        _refuse_given(config.masks, [option.name for option in fields(config.masks)], f"with --inherit {inherit}")
+    if chain.stages:
+        _refuse_given(config.masks, ("sparsity",), "with --stages, which name each stage's")
+    if chain.stage_prune_steps:
+        _refuse_given(config.masks, ("prune_step",), "with --stage-prune-steps")
+    if config.teacher_from == "cache":
+        views = [option.name for option in fields(config.drawn_views)]
+        _refuse_given(config.drawn_views, views, "with --teacher-from cache: the views are the cache's")
+
+
+def _refuse_given(part: Any, names: Iterable[str], why: str) -> None:
+    """Raise UserError where a field of a config is neither its default nor `smoke`'s."""
+    defaults = type(part)()
+    smoked = SMOKE_MASKS if isinstance(part, MaskConfig) else {}
+    for name in names:
+        value, default = getattr(part, name), getattr(defaults, name)
+        if value not in (default, smoked.get(name, default)):
+            given = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UserError(f"{flag(name)} {given} would not be used {why}")
 
 
 class TinyclipTask(Task):

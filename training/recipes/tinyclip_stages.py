@@ -57,7 +57,7 @@ class StageConfig:
         except ValueError:
             shares = []
         whole = shares if shares[:1] == [1.0] else [1.0, *shares]
-        if len(whole) < 2 or whole[-1] <= 0 or any(before <= after for before, after in pairwise(whole)):
+        if len(whole) < 2 or not whole[-1] > 0 or any(not before > after for before, after in pairwise(whole)):
             raise UserError(
                 f"--stages {self.stages!r}: must be shares of the parameters, each smaller than the one before, such "
                 "as 1,0.75,0.5,0.25"
@@ -71,9 +71,12 @@ class StageConfig:
     def prune_steps(self) -> list[int]:
         """Return the steps with masks of each stage; empty without --stage-prune-steps. Raises UserError."""
         try:
-            return [int(word) for word in self.stage_prune_steps.split(",") if word]
-        except ValueError as error:
-            raise UserError(f"--stage-prune-steps {self.stage_prune_steps!r}: must be whole numbers") from error
+            steps = [int(word) for word in self.stage_prune_steps.split(",") if word]
+        except ValueError:
+            steps = [0]
+        if any(number < 1 for number in steps):
+            raise UserError(f"--stage-prune-steps {self.stage_prune_steps!r}: must be whole numbers of 1 or more")
+        return steps
 
 
 class StageStart(NamedTuple):

@@ -202,6 +202,28 @@ MISTAKES = [
         "--stage-prune-steps '1,2': 2 numbers for 1 stage",
     ),
     ({"inherit": "auto", "stages": "1,0.5", "stage": 2}, "--stage 2: must be from 1 to 1"),
+    ({"inherit": "auto", "stages": "1,nan"}, "--stages '1,nan': must be shares"),
+    ({"inherit": "auto", "stages": "1,nan,0.5"}, "--stages '1,nan,0.5': must be shares"),
+    (
+        {"inherit": "auto", "stages": "1,0.7,0.5", "stage_prune_steps": "3,0"},
+        "--stage-prune-steps '3,0': must be whole numbers of 1 or more",
+    ),
+    (
+        {"inherit": "auto", "stages": "1,0.7,0.5", "stage_prune_steps": "3,20"},  # known before the first is trained
+        "--stage-prune-steps '3,20': a stage has 12 steps, so masks of 20 would never be applied",
+    ),
+    ({"inherit": "auto", "stages": "1,0.5", "sparsity": 0.3}, "--sparsity 0.3 would not be used with --stages"),
+    (
+        {"inherit": "auto", "stages": "1,0.5", "stage_prune_steps": "3", "prune_step": 5},
+        "--prune-step 5 would not be used with --stage-prune-steps",
+    ),
+    ({"inherit": "auto", "layers": "first"}, "--layers first would not be used with --inherit auto"),
+    ({"inherit": "none", "rank": "taylor"}, "--rank taylor would not be used with --inherit none"),
+    ({"rank_samples": 8}, "--rank-samples 8 would not be used with --rank leading"),
+    ({"sparsity": 0.5}, "--sparsity 0.5 would not be used with --inherit manual"),
+    ({"prune_step": 5}, "--prune-step 5 would not be used with --inherit manual"),
+    ({"flip": 0.5}, "--flip 0.5 would not be used with --teacher-from cache"),
+    ({"scale": (0.5, 1.0)}, "--scale 0.5 1.0 would not be used with --teacher-from cache"),
     ({"stage_models": "a,b", "stage_prune_steps": "1"}, "--stage-prune-steps '1' is for --inherit auto, not manual"),
 ]
 

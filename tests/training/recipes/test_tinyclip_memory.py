@@ -108,10 +108,12 @@ def printed(capsys, monkeypatch, *words):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stages", [[], ["--stages", "1,0.5,0.25", "--stage-prune-steps", "3,3"]])
+@pytest.mark.parametrize(
+    "stages", [["--sparsity", "0.5", "--prune-step", "3"], ["--stages", "1,0.5,0.25", "--stage-prune-steps", "3,3"]]
+)
 def test_the_command_says_both(stages, root, monkeypatch, capsys, tmp_path):
     teacher = ["--teacher", "planted", "--teacher-weights", f"local-dir:{root}/models/teacher"]
-    masks = ["--inherit", "auto", "--sparsity", "0.5", "--prune-step", "3", *stages, "--steps", "9"]
+    masks = ["--inherit", "auto", *stages, "--steps", "9"]
     words = ["--data", root, *teacher, "--batch-size", "8", "--precision", "fp32", "--out", str(tmp_path / "run")]
     text = printed(capsys, monkeypatch, *words, *masks)
     found = re.findall(r"(?m)^(.*): peak memory of a process: about ([\d.,]+) MiB", text)
