@@ -126,7 +126,8 @@ def load_measured(config: EvalConfig) -> tuple[LoadedModel, dict[str, Any]]:
     if config.raw or config.best:
         raise UserError(f"--{'raw' if config.raw else 'best'} would not be used: {config.model} is no RUN folder")
     if folder.is_dir() and not (folder / CONFIG_FILE).exists():
-        raise UserError(f"{config.model} is neither a RUN folder (checkpoints/) nor a model ({CONFIG_FILE})")
+        hint = RunFolder(config.model).stages_hint()
+        raise UserError(f"{config.model} is neither a RUN folder (checkpoints/) nor a model ({CONFIG_FILE}){hint}")
     name = f"{LOCAL_DIR}{config.model}" if folder.is_dir() else config.model
     return load_model(name, config.pretrained, trust=config.trust), {"model": name, "pretrained": config.pretrained}
 

@@ -159,6 +159,14 @@ class RunFolder:
         except (UserError, DataError):
             return None
 
+    def stages_hint(self) -> str:
+        """For a message that this is no run: which run to take where it has those of stages, else nothing."""
+        stages = [path for path in self.path.glob("stage-*") if path.name.removeprefix("stage-").isdigit()]
+        if not stages:
+            return ""
+        last = max(stages, key=lambda path: int(path.name.removeprefix("stage-")))
+        return f"; its stages are RUN folders of their own, the last one is {last}"
+
     def config(self) -> dict[str, Any]:
         """Return ``recipe`` and the flat config.
 
@@ -169,7 +177,9 @@ class RunFolder:
         if not path.exists():
             if self.newest() is not None:
                 raise DataError(f"{path} is not there, though there are checkpoints; {fix}")
-            raise UserError(f"{path} is not there: {self.path} is no RUN folder of `clipmill train`")
+            raise UserError(
+                f"{path} is not there: {self.path} is no RUN folder of `clipmill train`{self.stages_hint()}"
+            )
         config: Any = parse_json(str(path), read_bytes(str(path)), fix=fix)
         if not isinstance(config, dict):
             raise DataError(f"{path}: not the config of a run; {fix}")

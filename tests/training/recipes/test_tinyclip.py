@@ -16,7 +16,10 @@ from pipeline.cache.stage import cache
 from shards_spec.files import UserError
 from shards_spec.models import load_model
 from training.data.batches import load_batches
+from training.evaluation.config import EvalConfig
+from training.evaluation.stage import load_measured
 from training.recipes import tinyclip
+from training.runs.run_folder import RunFolder
 from training.runs.student import load_run
 from training.trainer import train
 
@@ -321,3 +324,13 @@ def test_stages_by_hand(root, tmp_path):
     assert steady_metrics(out) == before
     alone = dataclasses.replace(config, stages=dataclasses.replace(config.stages, stage=2))
     assert [one.run.out for one in tinyclip.stages(alone)] == [out]
+
+
+def test_the_folder_of_stages_is_no_run_and_the_last_stage_is_named(tmp_path):
+    for number in (2, 10):
+        (tmp_path / "run" / f"stage-{number}").mkdir(parents=True)
+    hint = f"the last one is {tmp_path}/run/stage-10"
+    with pytest.raises(UserError, match=f"no RUN folder of .*{hint}$"):
+        RunFolder(str(tmp_path / "run")).config()
+    with pytest.raises(UserError, match=f"neither a RUN folder .*{hint}$"):
+        load_measured(EvalConfig(str(tmp_path / "run"), data=("unused",)))
