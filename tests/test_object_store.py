@@ -388,11 +388,13 @@ def test_the_command_says_in_one_line_what_is_wrong(bucket, other, web):
     assert "no-such-bucket" not in [entry["Name"] for entry in other.list_buckets()["Buckets"]]
 
 
-@pytest.mark.parametrize("reason", ["no such file", "Could not connect", "Forbidden", "Unable to locate credentials"])
+@pytest.mark.parametrize(
+    "reason", ["nothing is there", "Could not connect", "Forbidden", "Unable to locate credentials"]
+)
 def test_what_is_wrong_with_the_store_is_said_of_source_and_of_root(bucket, other, web, tmp_path, monkeypatch, reason):
     source, root = put_list(other, bucket, web.url), f"s3://{bucket}/ds"
     (tmp_path / "list.tsv").write_bytes(files.read_bytes(source))
-    if reason == "no such file":
+    if reason == "nothing is there":
         files.remove(source)
     elif reason == "Could not connect":
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -406,7 +408,7 @@ def test_what_is_wrong_with_the_store_is_said_of_source_and_of_root(bucket, othe
     try:
         with pytest.raises(UserError, match=f"{source}: .*{reason}"):
             ingest(config(root, source))
-        if reason != "no such file":
+        if reason != "nothing is there":
             said = "The AWS Access Key Id you provided does not exist" if reason == "Forbidden" else reason
             with pytest.raises(UserError, match=f"{root}/.*: {said}.*; check the address, the store's credentials"):
                 ingest(config(root, str(tmp_path / "list.tsv")))

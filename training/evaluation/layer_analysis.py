@@ -11,6 +11,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from shards_spec.messages import counted
 from training.models.weight_tying import part_of, tied_blocks, untie
 
 LEAST_SAMPLES = 4  # of the unbiased estimate
@@ -92,7 +93,9 @@ class CkaMeter:
         rows = []
         for x, y in zip(one, other, strict=True):
             if len(x) != len(y):
-                raise ValueError(f"features of {len(x)} and {len(y)} samples: give those of the same images")
+                raise ValueError(
+                    f"features of {len(x)} and of {counted(len(y), 'sample')}: give those of the same images"
+                )
             flat = [features.flatten(1).double() for features in (x, y)]
             own, theirs = ((features @ features.T).cpu() for features in flat)
             pairs = ((own, theirs), (own, own), (theirs, theirs))

@@ -72,7 +72,7 @@ class TiedConfig:
     """groups of blocks: one number for a Mini-DeiT (several are their sizes), one per stage for a Mini-Swin; none: the
     model's own"""
     head_maps: HeadMaps | None = None
-    """maps across heads: random (release), identity, none; None: identity with --inherit, else random"""
+    """maps across heads: random (release), identity, none; None: identity where weights are inherited, else random"""
     local: Local | None = None
     """Mini-Swin's convolution: stream (release), residual (the identity at the start), none; None: the model's own"""
     drop_path: float | None = None

@@ -88,5 +88,5 @@ def test_what_cannot_be_measured():
     assert meter.values() == []
     with pytest.raises(ValueError, match="3 samples"):
         meter.add([gaussian(0, 3, 4)], [gaussian(1, 3, 4)])
-    with pytest.raises(ValueError, match="5 and 6 samples"):
+    with pytest.raises(ValueError, match="5 and of 6 samples"):
         meter.add([gaussian(0, 5, 4)], [gaussian(1, 6, 4)])
