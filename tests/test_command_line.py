@@ -412,6 +412,7 @@ def crowded(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder_that_has_our_names_changes_nothing(crowded, images):
     for env in ({}, {"PYTHONPATH": f"{crowded}:{ROOT}"}):
         run("ingest", "D", "--source", images, "--overwrite", code=0, cwd=crowded, env=env)
@@ -423,6 +424,7 @@ def test_a_folder_that_has_our_names_changes_nothing(crowded, images):
     run(*words, code=0, cwd=crowded)
 
 
+@pytest.mark.slow
 def test_torchrun_in_such_a_folder(crowded, data, tmp_path):
     words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "clipmill", "train", "clip", "--smoke"]
     done = subprocess.run(

@@ -301,6 +301,7 @@ def test_img2datasets_shards_on_s3_are_a_source_and_imported_in_place(bucket, ot
     assert check(CheckConfig(f"s3://{bucket}/ds")) == []
 
 
+@pytest.mark.slow
 def test_a_killed_ingest_and_its_rerun_leave_the_objects_of_an_undisturbed_run(bucket, other, web):
     source = put_list(other, bucket, web.url, 40)
     command = ["ingest", "--source", source, "--allow-private", "--shard-size", "4", "--image-size", "48"]

@@ -205,6 +205,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all steps together")
     parser.add_argument("--table", help="print the table of this figures.jsonl and do nothing else")
     given = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # steps inherit it ignored from a background job
     if given.table:
         try:
             lines = Path(given.table).read_text().splitlines()

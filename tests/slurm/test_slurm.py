@@ -119,6 +119,7 @@ def test_a_lost_node_costs_time_only(slurm, raw, packed):
         assert tree(raw) == packed
 
 
+@pytest.mark.slow
 def test_a_cancelled_array_holds_the_next_stage_and_the_second_submission_does_the_rest(slurm, raw, packed):
     words = ("--array", "2", "--time", "5", "--claim-s", "10")
     chain = ("pipeline", raw, *words, "--", "pack", *TAGGED, "--", "vocab", "--min-count", "1")
