@@ -1,6 +1,6 @@
 # make demo      set up, and run the whole path on embedded data
 # make fast      set up; tests that start no server, cluster or training: under a minute on two cores
-# make test      set up; lint, types, tests: under ten minutes
+# make test      set up; lint, types, tests: about ten minutes
 # make test-all  the slow tests too
 # make fuzz      ten minutes of wrong inputs; FUZZ='--seconds 60 tar' for less
 # make gpu-kit wheels for a GPU machine without a network, where `bash tests/gpu/run.sh` runs what only a GPU shows
