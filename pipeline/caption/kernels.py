@@ -6,8 +6,9 @@ and the log says why. A kernel that compiles for a card that nobody tried is not
 
 import logging
 from collections.abc import Callable
-from functools import cache
-from typing import TypeVar
+from functools import cache, partial
+from importlib import import_module
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,67 +23,51 @@ SampleIncomplete = Callable[[Tensor, Tensor, float, Tensor, Tensor], None]
 LogTotals = Callable[[Tensor], Tensor]
 AddNorm = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 SMALLEST_WIDTH = 16  # of a head
-
-
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}  # of sums of a few hundred numbers
 
 
 @cache
 def attention_kernel(width: int, dtype: torch.dtype, device: torch.device) -> Attend | None:
     """`attention_kernel.attend` for heads of this width; None leaves it to torch."""
-    if device.type != "cuda" or width < SMALLEST_WIDTH or width & (width - 1):
+    if width < SMALLEST_WIDTH or width & (width - 1):
         return None
-
-    def tried() -> Attend:
-        from pipeline.caption.attention_kernel import attend
-
-        check_attention(attend, width, dtype, device)
-        return attend
-
-    return _unless_it_fails(tried)
+    check = partial(check_attention, width=width, dtype=dtype, device=device)
+    kernel: Attend | None = _kernel("attention_kernel", "attend", device, check)
+    return kernel
 
 
 @cache
 def nucleus_kernel(device: torch.device) -> SampleIncomplete | None:
     """`sampling_kernels.sample_incomplete`; None where the host sees to large nuclei."""
-    if device.type != "cuda":
-        return None
-
-    def tried() -> SampleIncomplete:
-        from pipeline.caption.sampling_kernels import sample_incomplete
-
-        check_nucleus(sample_incomplete, device)
-        return sample_incomplete
-
-    return _unless_it_fails(tried)
+    check = partial(check_nucleus, device=device)
+    kernel: SampleIncomplete | None = _kernel("sampling_kernels", "sample_incomplete", device, check)
+    return kernel
 
 
 @cache
 def log_totals_kernel(device: torch.device) -> LogTotals | None:
     """`sampling_kernels.log_totals`; None leaves it to torch."""
-    if device.type != "cuda":
-        return None
-
-    def tried() -> LogTotals:
-        from pipeline.caption.sampling_kernels import log_totals
-
-        check_log_totals(log_totals, device)
-        return log_totals
-
-    return _unless_it_fails(tried)
+    check = partial(check_log_totals, device=device)
+    kernel: LogTotals | None = _kernel("sampling_kernels", "log_totals", device, check)
+    return kernel
 
 
 @cache
 def norm_kernel(device: torch.device) -> AddNorm | None:
     """`norm_kernel.add_norm`; None leaves it to torch."""
+    kernel: AddNorm | None = _kernel("norm_kernel", "add_norm", device, partial(check_norm, device=device))
+    return kernel
+
+
+def _kernel(module: str, name: str, device: torch.device, check: Callable[[Any], None]) -> Any:
+    """A kernel of a module of this folder that imports Triton, where its check passes on a CUDA device; else None."""
     if device.type != "cuda":
         return None
 
-    def tried() -> AddNorm:
-        from pipeline.caption.norm_kernel import add_norm
-
-        check_norm(add_norm, device)
-        return add_norm
+    def tried() -> Any:
+        kernel = getattr(import_module(f"pipeline.caption.{module}"), name)
+        check(kernel)
+        return kernel
 
     return _unless_it_fails(tried)
 

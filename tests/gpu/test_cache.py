@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_only import only_on_cuda
-from small_data import draw, tiny_coca, tree, write_final
+from small_data import draw, timm_checkpoint, tiny_coca, tree, write_final
 
 from pipeline.cache.config import CacheConfig
 from pipeline.cache.stage import cache
@@ -42,13 +42,7 @@ def clip(device, coca) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory) -> str:
-    """A checkpoint of a small timm model."""
-    import timm
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("timm") / "vit.pt"
-    torch.save(timm.create_model("test_vit", num_classes=7).state_dict(), path)
-    return str(path)
+    return timm_checkpoint(tmp_path_factory.mktemp("timm"))
 
 
 @pytest.fixture(scope="module")

@@ -112,6 +112,17 @@ def vouch(root: str, folder: str, shard: int, *paths: str) -> None:
     write_json(record, stats)
 
 
+def timm_checkpoint(folder: Path) -> str:
+    """A checkpoint of timm's test_vit with a classifier of seven classes; returns its path."""
+    import timm
+    import torch
+
+    torch.manual_seed(0)
+    path = folder / "vit.pt"
+    torch.save(timm.create_model("test_vit", num_classes=7).state_dict(), path)
+    return str(path)
+
+
 def tiny_coca(folder: Path, seed: int = 0, spread: float = 1.0) -> str:
     """A CoCa of 2 + 2 layers with random weights as an open_clip local-dir; returns its model name.
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from small_data import tiny_coca, tree, vouch, write_raw
+from small_data import timm_checkpoint, tiny_coca, tree, vouch, write_raw
 
 from pipeline.cache import stage as cache_stage
 from pipeline.cache.config import CacheConfig
@@ -255,13 +255,7 @@ def test_several_devices_share_the_shards(root, model):
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory) -> str:
-    """A checkpoint of a small timm model with a classifier of seven classes."""
-    import timm
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("timm") / "vit.pt"
-    torch.save(timm.create_model("test_vit", num_classes=7).state_dict(), path)
-    return str(path)
+    return timm_checkpoint(tmp_path_factory.mktemp("timm"))
 
 
 def test_a_timm_teacher_is_image_only(root, backbone, model):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from allocation_meter import held_after
 from small_training import TINY_RESNET, TINY_VIT, tiny_clip
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from training.config import ModelConfig
 from training.engine.memory_estimate import predict_memory, saved_bytes
@@ -23,15 +23,6 @@ def batch(count, size=32, context=16):
         "keys": [str(index) for index in range(count)],
         "skipped": [],
     }
-
-
-def held_after(function):
-    """Bytes that a call allocated and did not free, as torch's allocator counts them; the graph stays alive."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        outcome = function()
-    total = sum(event.self_cpu_memory_usage for event in found.events())
-    del outcome
-    return total
 
 
 class Perceptron(Task):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocation_meter import held_after
 from small_tinyclip import config_of, write_tinyclip_root
-from torch.profiler import ProfilerActivity, profile
 
 import clipmill
 from training.data.batches import first_batch
@@ -24,15 +24,6 @@ BATCH = 48  # three times what is looked at
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return write_tinyclip_root(tmp_path_factory.mktemp("data"))
-
-
-def held_after(function):
-    """Bytes that a call allocated and did not free, as torch's allocator counts them; the graph stays alive."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        outcome = function()
-    total = sum(event.self_cpu_memory_usage for event in found.events())
-    del outcome
-    return total
 
 
 def batch_of(rows, task):
