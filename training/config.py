@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from tyro.conf import OmitArgPrefixes
 
+from shards_spec.files import UserError
 from shards_spec.messages import require
 from shards_spec.models import Trust
 from shards_spec.precision import PrecisionOption
@@ -136,7 +137,7 @@ class ModelConfig:
     trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)
 
 
-SMOKE_MASKS = {"prune_step": 2, "sparsity_ramp": 1}  # of `smoke`
+SMOKE_MASKS: dict[str, Any] = {"prune_step": 2, "sparsity_ramp": 1}  # of `smoke`
 
 
 @dataclass(frozen=True)
@@ -282,6 +283,13 @@ class RunConfig:
         require(self.epochs < math.inf, "epochs", self.epochs, "a number; --steps counts steps instead")
         require(self.fit is None or self.fit > 0, "fit", self.fit, "above 0, or None")
         require(abs(self.seed) < MOST_SEED, "seed", self.seed, "a whole number of less than 63 bits")
+
+
+def check_stage(stage: int | None, count: int, options: str) -> None:
+    """Raise UserError for a ``--stage`` that is none of ``count`` stages, which the ``options`` make."""
+    if stage is not None and not 1 <= stage <= count:
+        advice = f"must be from 1 to {count}" if count else f"there are no stages, give {options}"
+        raise UserError(f"--stage {stage}: {advice}")
 
 
 def smoke(config: Any) -> Any:

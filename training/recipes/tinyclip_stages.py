@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from shards_spec.files import UserError
 from shards_spec.messages import counted
+from training.config import check_stage
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,12 @@ class StageConfig:
             if value and inherit != wanted:
                 raise UserError(f"{option} {value!r} is for --inherit {wanted}, not {inherit}")
         shares, steps = self.shares(), self.prune_steps()
-        number = self.number
         if steps and len(steps) != len(shares) - 1:
             raise UserError(
                 f"--stage-prune-steps {self.stage_prune_steps!r}: {counted(len(steps), 'number')} for "
                 f"{counted(max(0, len(shares) - 1), 'stage')}"
             )
-        if self.stage is not None and not 1 <= self.stage <= number:
-            advice = f"must be from 1 to {number}" if number else "there are no stages, give --stages or --stage-models"
-            raise UserError(f"--stage {self.stage}: {advice}")
+        check_stage(self.stage, self.number, "--stages or --stage-models")
 
     @property
     def number(self) -> int:

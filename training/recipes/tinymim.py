@@ -45,7 +45,7 @@ from tyro.conf import OmitArgPrefixes
 from shards_spec.files import UserError, exists, join
 from shards_spec.messages import require
 from shards_spec.models import TIMM, LoadedModel
-from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
+from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig, check_stage
 from training.data.labelled_images import has_class_folders, open_images
 from training.data.labelled_rows import LabelledImageRows
 from training.data.order import BatchPlan
@@ -114,10 +114,7 @@ class TinymimConfig:
         require(bool(self.relations), "relations", self.relations, "at least one of qk, qq, kk, vv")
         require(0 <= self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "in [0, 1)")
         require(0 <= self.drop_path < 1, "drop_path", self.drop_path, "in [0, 1)")
-        count = len(self.students())
-        if self.stage is not None and not 1 <= self.stage <= count:
-            advice = f"must be from 1 to {count}" if count else "there are no stages, give --chain"
-            raise UserError(f"--stage {self.stage}: {advice}")
+        check_stage(self.stage, len(self.students()), "--chain")
 
     def students(self) -> list[str]:
         """Return the names of the chain's students; empty without ``--chain``."""
