@@ -1,5 +1,7 @@
 """The teacher cache's files: Parquet, one fixed-size-binary column per view and per caption.
 
+A column holds vectors, or a classifier's soft labels as bytes, which `soft_labels` reads.
+
 Fixed-size binary holds the vector's little-endian bytes; Parquet would widen int8 lists to int32 and reads lists of
 float16 fifteen times slower. int8 vectors have a float32 column ``NAME_scale`` beside them: value = int8 · scale. A
 file has one row group and one page per column, uncompressed: a column's vectors are the last bytes of its chunk, so
@@ -23,14 +25,22 @@ from shards_spec.parquet_footer import row_groups
 from shards_spec.sample import parse_object
 
 Dtype = Literal["float32", "float16", "int8"]
-STORED: dict[str, Any] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "int8": np.dtype("i1")}
+STORED: dict[str, Any] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "int8": np.dtype("i1"),
+    "uint8": np.dtype("u1"),  # bytes of soft labels
+}
 FIX = "delete it and run `clipmill cache` again"
 LAYOUT = 2  # of a file; 1 had several pages per column and no identities
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """A column as stored: ``values`` (n, D), ``scale`` (n,) float32 for int8, ``present`` (n,) false where null."""
+    """A column as stored: ``values`` (n, D), ``scale`` (n,) float32 for int8, ``present`` (n,) false where null.
+
+    Values of uint8 are the bytes of soft labels.
+    """
 
     values: np.ndarray
     scale: np.ndarray | None
@@ -52,10 +62,10 @@ class Vectors:
         return floats if self.present.all() else np.where(self.present[:, None], floats, np.nan).astype(floats.dtype)
 
 
-def empty_vectors(rows: int, dim: int, dtype: Dtype) -> Vectors:
-    """A column of nulls."""
-    scale = np.zeros(rows, np.float32) if dtype == "int8" else None
-    return Vectors(np.zeros((rows, dim), STORED[dtype]), scale, np.zeros(rows, bool))
+def empty_vectors(rows: int, dim: int, dtype: "np.dtype[Any]") -> Vectors:
+    """A column of nulls, of one of the types that are stored."""
+    scale = np.zeros(rows, np.float32) if dtype == STORED["int8"] else None
+    return Vectors(np.zeros((rows, dim), dtype), scale, np.zeros(rows, bool))
 
 
 def encode_vectors(values: np.ndarray, dtype: Dtype) -> Vectors:
@@ -69,8 +79,8 @@ def encode_vectors(values: np.ndarray, dtype: Dtype) -> Vectors:
 
 
 def id_column(name: str) -> str:
-    """The column that says what ``image_3`` or ``text_0`` was made from; views of an image share one."""
-    return "id_image" if name.startswith("image_") else f"id_{name}"
+    """The column that says what ``image_3``, ``soft_3`` or ``text_0`` was made from; views of an image share one."""
+    return "id_image" if name.startswith(("image_", "soft_")) else f"id_{name}"
 
 
 def write_vectors(
@@ -189,21 +199,29 @@ class EmbeddingFile:
 
     def row(self, name: str, index: int) -> np.ndarray:
         """(D,) float32 of one row; NaN where null. Raises DataError as `vectors` does."""
-        if is_url(self._at) or name not in self.names:
-            if name not in self._whole:
-                self._whole[name] = self.vectors(name)
-            floats: np.ndarray = self._whole[name].take(np.array([index])).as_floats()[0].astype(np.float32)
-            return floats
-        present = self._present(name)
-        if not present[index]:
+        stored = self.stored_row(name, index)
+        if stored is None:
             return np.full(self.dim, np.nan, np.float32)
-        width = self.dim * self.dtype.itemsize
-        start = self._ends[name] - int(present[index:].sum()) * width
-        values: np.ndarray = np.frombuffer(self._read(start, start + width), self.dtype).astype(np.float32)
+        values: np.ndarray = stored.astype(np.float32)
         scale = self._small.get(f"{name}_scale")
         if scale is not None:
             values *= scale[index]
         return values
+
+    def stored_row(self, name: str, index: int) -> np.ndarray | None:
+        """(D,) of one row as it is stored; None where null. Raises DataError as `vectors` does."""
+        if is_url(self._at) or name not in self.names:
+            if name not in self._whole:
+                self._whole[name] = self.vectors(name)
+            whole = self._whole[name]
+            row: np.ndarray | None = whole.values[index] if whole.present[index] else None
+            return row
+        present = self._present(name)
+        if not present[index]:
+            return None
+        width = self.dim * self.dtype.itemsize
+        start = self._ends[name] - int(present[index:].sum()) * width
+        return np.frombuffer(self._read(start, start + width), self.dtype)
 
     def _present(self, name: str) -> np.ndarray:
         """Where the column has a value, bool (n,): false where the column is null."""
@@ -230,7 +248,7 @@ class EmbeddingFile:
 
 
 def _holds_vectors(name: str) -> bool:
-    return name.startswith(("image_", "text_")) and not name.endswith("_scale")
+    return name.startswith(("image_", "text_", "soft_")) and not name.endswith("_scale")
 
 
 def _as_numpy(column: pa.ChunkedArray) -> np.ndarray:

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -297,15 +297,21 @@ def load_teacher(
     """
     if not model.startswith(TIMM):
         return load_model(model, pretrained, device=device, precision=precision, trust=trust)
-    from timm.data.config import resolve_model_data_config
-
     import_extensions()
     built = create_timm_model(model, pretrained is None, num_classes=0)
     if pretrained is not None:
         load_backbone(built, pretrained, trust.trust_checkpoint)
+    loaded = as_loaded(built)
+    return replace(loaded, model=loaded.model.to(device, dtype_of(precision)))
+
+
+def as_loaded(built: Any) -> LoadedModel:
+    """A timm model in eval mode, with the data config that it has of timm."""
+    from timm.data.config import resolve_model_data_config
+
     data = resolve_model_data_config(built)  # type: ignore[no-untyped-call]
     return LoadedModel(
-        model=built.eval().to(device, dtype_of(precision)),
+        model=built.eval(),
         tokenizer=None,
         config={key: list(value) if isinstance(value, tuple) else value for key, value in data.items()},
         image_size=data["input_size"][-1],

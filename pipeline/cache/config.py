@@ -12,19 +12,22 @@ from shards_spec.files import UserError
 from shards_spec.messages import require
 from shards_spec.models import Trust
 from shards_spec.precision import PrecisionOption
+from shards_spec.soft_labels import Kept
+from shards_spec.timm_classifiers import check_classifier_name
 from shards_spec.views import ViewSpec
 
 
 @dataclass(frozen=True)
 class CacheConfig(ModelChoice):
-    """Store a teacher's image embeddings of K views and its text embeddings of all captions."""
+    """Store a teacher's image embeddings of K views and text embeddings of all captions, or a classifier's labels."""
 
     DEFAULT = ("ViT-L-14", "datacomp_xl_s13b_b90k")
 
     root: Root
     """the dataset; reads shards/, writes teacher/NAME/"""
     model: str = DEFAULT[0]
-    """open_clip name of the teacher, local-dir:PATH, hf-hub:ORG/NAME, or timm:NAME for an image-only one"""
+    """open_clip name of the teacher, local-dir:PATH, hf-hub:ORG/NAME, or timm:NAME for an image-only one; an exported
+    classifier is timm:local-dir:PATH"""
     pretrained: str | None = None
     """open_clip tag or checkpoint file; of the default model by default datacomp_xl_s13b_b90k; for timm a checkpoint
     file, or None for timm's own weights"""
@@ -32,6 +35,8 @@ class CacheConfig(ModelChoice):
     """folder below teacher/; by default made from model and pretrained; several can stand side by side"""
     views: int = 8
     """replayable views per image; a larger number than before adds views to the existing ones"""
+    soft_labels: Kept | None = None
+    """of a classifier: its so many largest probabilities of each view in place of embeddings, or all, as logits"""
     dtype: Dtype = "float16"
     """how vectors are stored; int8 has one scale per row"""
     spec: OmitArgPrefixes[ViewSpec] = field(default_factory=ViewSpec)
@@ -61,10 +66,24 @@ class CacheConfig(ModelChoice):
         require(self.threads >= 1, "threads", self.threads, "1 or more")
         require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         require(self.processes is None or self.processes >= 0, "processes", self.processes, "0 or more")
+        if self.soft_labels is not None:
+            self._check_soft_labels(self.soft_labels)
         if not self.augment and self.views != 1:
             raise UserError(
                 f"--views {self.views} of the same centre crop would be equal: say --views 1 with --no-augment"
             )
+
+    def _check_soft_labels(self, kept: Kept) -> None:
+        require(kept == "all" or kept >= 1, "soft_labels", kept, "1 or more, or all")
+        check_classifier_name(self.model)
+        if self.dtype != "float16":
+            raise UserError(f"--dtype {self.dtype}: soft labels are stored as float16; leave it out")
+
+    @property
+    def label(self) -> str:
+        """The name of the stage's folder; by default that of soft labels says so."""
+        soft = f"-soft-{self.soft_labels}" if self.name is None and self.soft_labels is not None else ""
+        return super().label + soft
 
     @property
     def view_spec(self) -> ViewSpec:

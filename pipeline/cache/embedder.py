@@ -13,18 +13,43 @@ from pipeline.cache.render_pool import RenderJob, RenderPool, RenderQueue
 from pipeline.cache.teacher import Teacher
 from pipeline.cache.tokens import TokenPool, tokenise
 from pipeline.core.workers import usable_cores
-from shards_spec.embeddings import Vectors
-from shards_spec.files import DataError
+from shards_spec.embeddings import Vectors, encode_vectors
+from shards_spec.files import DataError, UserError
+from shards_spec.messages import counted
 from shards_spec.models import TIMM, LoadedModel, load_teacher
 from shards_spec.precision import resolve_precision
+from shards_spec.soft_labels import MOST_CLASSES, SoftLabelFormat
+from shards_spec.timm_classifiers import load_timm_classifier
 
 RENDERERS_PER_TOKENISER = 8  # processes
 
 
 def load_configured_teacher(config: CacheConfig, device: str) -> LoadedModel:
-    """The config's teacher on a device, in the precision that the device has."""
+    """The config's teacher on a device, in the precision that the device has; with soft labels a classifier."""
     precision = resolve_precision(config.precision, device)
-    return load_teacher(config.model, config.pretrained, device=device, precision=precision, trust=config.trust)
+    load = load_teacher if config.soft_labels is None else load_timm_classifier
+    return load(config.model, config.pretrained, device=device, precision=precision, trust=config.trust)
+
+
+def soft_label_format(config: CacheConfig, loaded: LoadedModel) -> SoftLabelFormat | None:
+    """How the teacher's soft labels are stored; None where its embeddings are. Raises UserError."""
+    kept = config.soft_labels
+    if kept is None:
+        return None
+    classes = loaded.model.num_classes
+    if kept == "all" or kept == classes:
+        return SoftLabelFormat(classes, "all")
+    if kept > classes:
+        raise UserError(
+            f"--soft-labels {kept}: --model {config.model!r} has {counted(classes, 'class', 'classes')}; keep fewer, "
+            "or all"
+        )
+    if classes > MOST_CLASSES:
+        raise UserError(
+            f"--soft-labels {kept}: {classes} classes are more than the {MOST_CLASSES} that 16 bits count; only "
+            "--soft-labels all stores so many"
+        )
+    return SoftLabelFormat(classes, kept)
 
 
 class Embedder:
@@ -44,7 +69,7 @@ class Embedder:
             tokenisers = -(-processes // RENDERERS_PER_TOKENISER)
             self.token_pool = TokenPool(tokenisers, config.model, config.trust.trust_remote_code)
         loaded = load_configured_teacher(config, device)
-        self.teacher = Teacher(loaded, config.batch_size)
+        self.teacher = Teacher(loaded, config.batch_size, soft_label_format(config, loaded))
         self._device_lock = Lock()
         self.render_pool = RenderPool(
             processes, config.threads, rows=self.teacher.rows, views=config.views, size=loaded.image_size
@@ -64,7 +89,7 @@ class Embedder:
         Texts are tokenised while images are embedded. Threads embed one shard after the other, and prepare and finish
         theirs meanwhile. Raises DataError naming the file and the key when an image does not decode.
         """
-        images = _rows_to_embed(updates, "image")
+        images = _rows_to_embed(updates, self.image_kind)
         texts = _rows_to_embed(updates, "text")
         with self._device_lock:
             start = time.monotonic()
@@ -76,14 +101,32 @@ class Embedder:
                 "new_text_vectors": len(texts),
             }
         numbers = {
-            "image": np.array([view for _, view in images]),
+            self.image_kind: np.array([view for _, view in images]),
             "text": np.array([number for _, number in texts]),
         }
         columns = dict[str, Vectors]()
         for update in updates:
             of_column = features[update.kind][numbers[update.kind] == update.number]
-            columns[update.name] = update.merge(len(shard.keys), of_column, self.config.dtype)
+            if update.kind == "soft":
+                rows = of_column.astype(np.uint8, copy=False)  # they are, unless there are none
+                self._check_soft_labels(shard, update, rows)
+                new = Vectors(rows, None, np.ones(len(rows), bool))
+            else:
+                new = encode_vectors(of_column, self.config.dtype)
+            columns[update.name] = update.merge(len(shard.keys), new)
         return columns, measurements
+
+    @property
+    def image_kind(self) -> str:
+        """Kind of the columns that are made of images."""
+        return "image" if self.teacher.soft_labels is None else "soft"
+
+    def _check_soft_labels(self, shard: ShardIndex, update: ColumnUpdate, rows: np.ndarray) -> None:
+        """Raise DataError naming the first image of whose logits no soft label can be made."""
+        assert self.teacher.soft_labels is not None
+        if len(rows) and (broken := self.teacher.soft_labels.check(rows)) is not None:
+            row, reason = broken
+            raise DataError(f"{shard.path}: of key {shard.keys[update.new_rows[row]]} the teacher gives {reason}")
 
     def _embed(
         self, shard: ShardIndex, images: list[tuple[int, int]], texts: list[tuple[int, int]]
@@ -94,7 +137,7 @@ class Embedder:
         queue = self._render(shard, images)
         tokens = self._tokenise([shard.captions[row][number] for row, number in texts])
         features = {
-            "image": teacher.embed_images(_rendered_images(queue, images, shard)),
+            self.image_kind: teacher.embed_images(_rendered_images(queue, images, shard)),
             "text": teacher.embed_tokens(tokens),
         }
         if not shard.keys:  # then nothing was embedded that would tell the width

@@ -11,12 +11,16 @@ from shards_spec.files import UserError, join, names
 from shards_spec.layout import STAGES, TEACHER, teacher_folder
 from shards_spec.manifest import read_done
 from shards_spec.shard_writer import ShardWriter
+from shards_spec.soft_labels import format_of
 from shards_spec.teacher_shard import TeacherShard
 from shards_spec.views import draw_view, parse_view_spec
 
 
 def export_lists(root: str, name: str, overwrite: bool) -> Summary:
     """Write ``teacher/NAME/lists/NNNNN.parquet``: key, ``image_0`` … ``text_0`` … as lists, ``view_0`` … packed.
+
+    Of soft labels the fields of a view's record are columns: ``soft_0_classes``, ``soft_0_probabilities`` and
+    ``soft_0_rest``, or ``soft_0_logits``.
 
     Raises UserError when there is no such cache, ShardsFailed.
     """
@@ -43,9 +47,13 @@ def _export_shard(root: str, task: ShardTask, *, stage: Stage, name: str) -> Sha
     table: dict[str, Any] = {"key": pa.array(keys, pa.string())}
     for view in range(cached.config["num_views"]):
         table[f"view_{view}"] = pa.array([draw_view(spec, key, view).pack() for key in keys], pa.binary())
+    soft = format_of(cached.path, cached.config)
     for column in _columns(cached):
         vectors = cached.file(column).vectors(column)
-        table[column] = _lists(vectors.as_floats().astype(np.float32), vectors.present)
+        if soft is None:
+            table[column] = _lists(vectors.as_floats().astype(np.float32), vectors.present)
+        else:
+            table |= _record_columns(column, soft.decode(vectors.values))
     files = ShardWriter(root, stage.folder, task.shard)
     files.write_parquet(pa.table(table))
     return ShardResult({"success": len(keys)}, files.outputs)
@@ -60,6 +68,16 @@ def _columns(cached: TeacherShard) -> list[str]:
         return kind, int(number)
 
     return sorted(columns, key=order)
+
+
+def _record_columns(column: str, records: np.ndarray) -> dict[str, Any]:
+    """The fields of soft labels (n,): lists of uint16 and float32, and a float32 for the rest."""
+    columns = dict[str, Any]()
+    for name in records.dtype.names or ():
+        values = records[name]
+        values = values.astype(np.float32) if values.dtype == np.float16 else values
+        columns[f"{column}_{name}"] = pa.array(list(values) if values.ndim > 1 else values)
+    return columns
 
 
 def _lists(values: np.ndarray, present: np.ndarray) -> Any:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shards_spec.content_id import content_id
-from shards_spec.embeddings import Dtype, EmbeddingFile, Vectors, empty_vectors, encode_vectors, id_column
+from shards_spec.embeddings import EmbeddingFile, Vectors, empty_vectors, id_column
 from shards_spec.files import DataError, read_buffer
 from shards_spec.layout import remake_advice
 from shards_spec.sample import Sample
@@ -53,9 +53,13 @@ class ShardIndex:
         """The sample with copies of its members' bytes."""
         return read_sample(self._buffer, *self._index[row])
 
-    def column_names(self, views: int, texts: bool) -> list[str]:
-        """Names of all columns that a cache of ``views`` views should have, those of captions only with ``texts``."""
-        names = [f"image_{view}" for view in range(views)]
+    def column_names(self, views: int, *, texts: bool, soft_labels: bool) -> list[str]:
+        """Names of all columns that a cache of ``views`` views should have.
+
+        Those of captions only with ``texts``; with ``soft_labels`` views have these in place of vectors.
+        """
+        kind = "soft" if soft_labels else "image"
+        names = [f"{kind}_{view}" for view in range(views)]
         if texts:
             names += [f"text_{number}" for number in range(len(self.ids) - 1)]
         return names
@@ -77,7 +81,7 @@ class ColumnUpdate:
 
     @property
     def kind(self) -> str:
-        """``image`` or ``text``."""
+        """``image``, ``soft`` or ``text``."""
         return self.name.partition("_")[0]
 
     @property
@@ -85,14 +89,14 @@ class ColumnUpdate:
         """Of the view or caption."""
         return int(self.name.partition("_")[2])
 
-    def merge(self, count: int, features: np.ndarray, dtype: Dtype) -> Vectors:
-        """The column of ``count`` rows: copied vectors bit by bit, ``features`` (float32) in ``new_rows``."""
-        dim = features.shape[1] if len(features) or self.source is None else self.source.dim
-        vectors = empty_vectors(count, dim, dtype)
+    def merge(self, count: int, new: Vectors) -> Vectors:
+        """The column of ``count`` rows: copied vectors bit by bit, ``new`` ones in ``new_rows``."""
+        dim = new.values.shape[1] if len(new.values) or self.source is None else self.source.dim
+        vectors = empty_vectors(count, dim, new.values.dtype)
         if self.source is not None and len(self.reused_rows):
             vectors.put(self.reused_rows, self.source.vectors(self.name).take(self.source_rows))
         if len(self.new_rows):
-            vectors.put(self.new_rows, encode_vectors(features, dtype))
+            vectors.put(self.new_rows, new)
         return vectors
 
 

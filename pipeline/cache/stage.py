@@ -1,4 +1,4 @@
-"""Stage `cache`: a teacher's embeddings of K replayable views and of all captions, Parquet files per shard.
+"""Stage `cache`: a teacher's embeddings of K replayable views and of all captions, or a classifier's soft labels.
 
 Only what is new is embedded and written: further views, further captions, rows whose image or caption changed.
 """
@@ -30,7 +30,9 @@ from shards_spec.files import exists, join, remove, sha256_json
 from shards_spec.layout import SHARDS, final_tar, parquet_path, teacher_folder
 from shards_spec.manifest import forget, read_done
 from shards_spec.models import LoadedModel, model_label, pick_devices, weights_sha256
+from shards_spec.soft_labels import class_list_sha256
 from shards_spec.teacher_shard import TeacherShard
+from shards_spec.timm_classifiers import class_names
 from shards_spec.views import parse_view_spec
 
 if TYPE_CHECKING:
@@ -95,11 +97,14 @@ def _check_rendering(folder: str) -> None:
 
 def _identity(config: CacheConfig, loaded: LoadedModel) -> dict[str, Any]:
     """Every setting that affects a vector, and hashes of weights and tokenizer: a cache with another is refused."""
+    from pipeline.cache.embedder import soft_label_format
+
     spec = config.view_spec
+    soft = soft_label_format(config, loaded)
     parameter = next(loaded.model.parameters())
     scale = getattr(loaded.model, "logit_scale", None)
     bias = getattr(loaded.model, "logit_bias", None)
-    return {
+    identity = {
         "model": model_label(config.model, None),
         "pretrained": config.pretrained,
         "library": "open_clip" if loaded.tokenizer else "timm",
@@ -116,6 +121,15 @@ def _identity(config: CacheConfig, loaded: LoadedModel) -> dict[str, Any]:
         "num_views": config.views,
         "dtype": config.dtype,
     }
+    if soft is not None:  # caches of vectors have no such fields, and are not made again for them
+        names = class_names(loaded.model)
+        identity |= {
+            "dtype": "uint8",
+            "soft_labels": soft.kept,
+            "classes": soft.classes,
+            "classes_sha256": class_list_sha256(names) if names else None,
+        }
+    return identity
 
 
 def cache_shard(
@@ -133,7 +147,7 @@ def cache_shard(
     done = None if config.overwrite else read_done(folder, task.shard)
     previous = done.outputs if done else {}
     cached = TeacherShard(root, config.label, task.shard) if done else None
-    names = shard.column_names(config.views, texts=has_texts)
+    names = shard.column_names(config.views, texts=has_texts, soft_labels=config.soft_labels is not None)
     files = {name: cached.find(name) if cached else None for name in names}
     updates = list[ColumnUpdate]()
     for name in names:
@@ -150,12 +164,15 @@ def cache_shard(
     if columns:
         (shard_hash,) = task.inputs.values()
         meta = {**stage.config, "shard_sha256": shard_hash, "model_config": loaded.config, "software": _software()}
+        if config.soft_labels is not None:
+            meta["class_names"] = class_names(loaded.model)
         path = _free_path(stage.folder, task.shard, outputs)
         ids = {id_column(name): shard.ids[id_column(name)] for name in columns}
         outputs[path] = write_vectors(join(root, path), shard.keys, columns, ids, meta)
     _remove_stale_files(root, stage.folder, task.shard, outputs, previous)
     captions = sum(map(len, shard.captions)) if has_texts else 0
-    counters = {"image vectors": len(shard.keys) * config.views, "text vectors": captions}
+    images = "image vectors" if config.soft_labels is None else "soft labels"
+    counters = {images: len(shard.keys) * config.views, "text vectors": captions}
     return ShardResult({"success": len(shard.keys)}, outputs, counters=counters, measurements=measurements)
 
 

@@ -1,4 +1,4 @@
-"""A teacher on its device: pixels and texts to unit vectors that do not depend on what shares their batch."""
+"""A teacher on its device: pixels and texts to vectors or soft labels that do not depend on what shares their batch."""
 
 import logging
 from collections import deque
@@ -18,6 +18,7 @@ from pipeline.cache.tokens import tokenise
 from shards_spec.files import UserError
 from shards_spec.library_errors import is_out_of_memory
 from shards_spec.models import LoadedModel
+from shards_spec.soft_labels import SoftLabelFormat
 
 log = logging.getLogger(__name__)
 CPU_ROWS = 16  # matrix products of fewer rows use other kernels; more are hardly faster
@@ -45,8 +46,12 @@ class Teacher:
     ``waited_s`` is how long it had none since `start_clock`.
     """
 
-    def __init__(self, loaded: LoadedModel, batch_size: int | None = None) -> None:
+    def __init__(
+        self, loaded: LoadedModel, batch_size: int | None = None, soft_labels: SoftLabelFormat | None = None
+    ) -> None:
+        """With ``soft_labels`` the model is a classifier, and images become bytes of that format."""
         self.loaded = loaded
+        self.soft_labels = soft_labels
         self.model = loaded.model
         parameter = next(self.model.parameters())
         self.device = parameter.device
@@ -70,12 +75,15 @@ class Teacher:
 
     @cached_property
     def dim(self) -> int:
-        """Width D of the embeddings, found with a blank image."""
+        """Numbers D of what is stored of an image, found with a blank one."""
         side = self.loaded.image_size
         return int(self.embed_images([np.zeros((side, side, 3), np.uint8)]).shape[1])
 
     def embed_images(self, images: Iterable[np.ndarray]) -> np.ndarray:
-        """Images (S, S, 3) uint8 -> (n, D) float32, L2-normalised; an image may be overwritten after the next one."""
+        """Images (S, S, 3) uint8 -> (n, D) float32, L2-normalised, or uint8 of soft labels.
+
+        An image may be overwritten after the next one.
+        """
         return self._embed(images, self._encode_images)
 
     def embed_texts(self, texts: Iterable[str]) -> np.ndarray:
@@ -90,15 +98,14 @@ class Teacher:
         pixels = self.loaded.normalise(images.permute(0, 3, 1, 2)).to(self.dtype)
         is_timm = self.loaded.tokenizer is None
         features: Tensor = self.model(pixels) if is_timm else self.model.encode_image(pixels, normalize=False)
-        return features
+        return F.normalize(features.float(), dim=-1) if self.soft_labels is None else self.soft_labels.encode(features)
 
     def _encode_tokens(self, tokens: Tensor) -> Tensor:
-        features: Tensor = self.model.encode_text(tokens, normalize=False)
-        return features
+        return F.normalize(self.model.encode_text(tokens, normalize=False).float(), dim=-1)
 
     @torch.inference_mode()
     def _embed(self, items: Iterable[np.ndarray], encode: Callable[[Tensor], Tensor], per_row: int = 1) -> np.ndarray:
-        """Unit vectors (n, D) of all items, in passes of ``per_row`` items for each of ``rows``."""
+        """What ``encode`` makes of all items, (n, D), in passes of ``per_row`` items for each of ``rows``."""
         features = list[np.ndarray]()
         queued = deque[_QueuedPass]()
         for batch in self._host_batches(items, per_row):
@@ -133,15 +140,15 @@ class Teacher:
             yield buffer[:count]
 
     def _passes(self, batch: Tensor, encode: Callable[[Tensor], Tensor], per_row: int) -> Iterator[_QueuedPass]:
-        """Unit vectors of the batch, in as many passes as the memory needs."""
+        """What ``encode`` makes of the batch, in as many passes as the memory needs."""
         done = 0
         while done < len(batch):
             rows = self.rows * per_row
             part = batch[done : done + rows]
             begin = self._clock.moment()
             try:
-                # normalised with the copies: the order in which CUDA sums up a row depends on the number of rows
-                features = F.normalize(encode(self._full_pass(part, rows)).float(), dim=-1)[: len(part)]
+                # encoded with the copies: the order in which CUDA sums up a row depends on the number of rows
+                features = encode(self._full_pass(part, rows))[: len(part)]
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise

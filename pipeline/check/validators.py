@@ -32,6 +32,7 @@ from shards_spec.manifest import read_done
 from shards_spec.messages import counted
 from shards_spec.parquet import open_parquet
 from shards_spec.sample import Sample, check_key
+from shards_spec.soft_labels import SoftLabelFormat, class_list_sha256, format_of
 from shards_spec.tar import read_shard, shard_keys
 from shards_spec.teacher_shard import TeacherShard
 
@@ -170,8 +171,12 @@ def _validate_cache(root: str, folder: str, shard: int) -> Iterator[str]:
     index = ShardIndex(join(root, tar))
     for file in cached.files:
         _expect_keys(file.path, index.keys, file.keys, tar)
-    for name in index.column_names(cached.config["num_views"], texts=cached.find("text_0") is not None):
+    soft = format_of(path, cached.config)
+    has_texts = cached.find("text_0") is not None
+    for name in index.column_names(cached.config["num_views"], texts=has_texts, soft_labels=soft is not None):
         _validate_column(path, tar, name, index, cached.file(name))
+        if soft is not None:
+            _validate_soft_labels(name, cached, soft)
     if cached.inputs.get(tar) != sha256_file(join(root, tar)):
         raise DataError(
             f"{path}: made from another {tar}, its images and captions are the same; run `clipmill cache` again, it "
@@ -186,12 +191,30 @@ def _validate_column(path: str, tar: str, name: str, index: ShardIndex, file: Em
     if update is not None and len(update.new_rows):
         raise DataError(
             f"{path}: made from another {tar}: key {index.keys[int(update.new_rows[0])]} has another "
-            f"{'image' if name.startswith('image_') else 'caption'} than {name} was made from; run `clipmill "
+            f"{'caption' if name.startswith('text_') else 'image'} than {name} was made from; run `clipmill "
             "cache` again, it embeds what is new"
         )
     finite = np.isfinite(vectors.as_floats()).all(axis=1) | ~vectors.present
     if not finite.all():
         raise DataError(f"{path}: key {index.keys[int(finite.argmin())]} has no {name}; run `clipmill cache` again")
+
+
+def _validate_soft_labels(name: str, cached: TeacherShard, soft: SoftLabelFormat) -> None:
+    """Raise DataError unless the rows of a column are soft labels of the class list that the record names."""
+    file = cached.file(name)
+    again = "run `clipmill cache` with --overwrite"
+    for key in ("soft_labels", "classes", "classes_sha256"):
+        stored, recorded = file.meta.get(key), cached.config.get(key)
+        if stored != recorded:
+            raise DataError(f"{file.path}: its {key} is {stored!r}, its done-record has {recorded!r}; {again}")
+    names = file.meta.get("class_names")
+    if names is not None and (len(names), class_list_sha256(names)) != (soft.classes, file.meta["classes_sha256"]):
+        raise DataError(f"{file.path}: its class_names are not the list whose hash is classes_sha256; {again}")
+    if file.dim != soft.width:
+        raise DataError(f"{file.path}: its rows have {file.dim} bytes, soft labels of its format {soft.width}; {again}")
+    if (broken := soft.check(file.vectors(name).values)) is not None:
+        row, reason = broken
+        raise DataError(f"{file.path}: key {file.keys[row]} has in {name} {reason}; {again}")
 
 
 def _validate_dedup(root: str, folder: str, shard: int) -> Iterator[str]:

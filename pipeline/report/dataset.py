@@ -168,11 +168,26 @@ def _teacher(root: str, name: str, problems: list[str]) -> dict[str, Any]:
     facts = [
         ("model", " ".join(str(meta[part]) for part in ("model", "pretrained") if meta.get(part)) or "–"),
         ("samples", f"{rows:,} in {counted(len(files), 'shard', style=',')}"),
-        ("per sample", f"{_vectors(columns, 'image')} views and {_vectors(columns, 'text')} captions"),
-        ("vectors", f"{meta.get('dim', '–')} numbers of {meta.get('dtype', '–')}"),
+        *_stored(meta, columns),
         ("size", f"{size / max(1, rows):,.0f} bytes per sample, {short(size)}B in all"),
     ]
     return {"name": name, "facts": facts, "everything": flatten(meta)}
+
+
+def _stored(meta: dict[str, Any], columns: list[str]) -> list[tuple[str, str]]:
+    """What a teacher cache has of each sample, and how."""
+    if meta.get("soft_labels") is None:
+        return [
+            ("per sample", f"{_vectors(columns, 'image')} views and {_vectors(columns, 'text')} captions"),
+            ("vectors", f"{meta.get('dim', '–')} numbers of {meta.get('dtype', '–')}"),
+        ]
+    kept = "the logits" if meta["soft_labels"] == "all" else f"the {meta['soft_labels']} largest probabilities"
+    named = "" if meta.get("class_names") else ", whose names the teacher does not say"
+    return [
+        ("per sample", f"soft labels of {counted(_vectors(columns, 'soft'), 'view')}"),
+        ("soft labels", f"{kept} of {counted(meta['classes'], 'class', 'classes')}{named}"),
+        ("bytes per view", str(meta["dim"])),
+    ]
 
 
 def _vectors(columns: list[str], kind: str) -> int:

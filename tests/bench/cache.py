@@ -136,7 +136,7 @@ def embed_shard(embedder: Embedder, shard: int, kinds: tuple[str, ...]) -> dict[
     """What the embedder logs of all columns of these kinds, "image" and "text"."""
     index = ShardIndex(f"{embedder.config.root}/shards/{shard:05d}.tar")
     updates = []
-    for name in index.column_names(embedder.config.views, texts=True):
+    for name in index.column_names(embedder.config.views, texts=True, soft_labels=False):
         update = plan_column_update(name, index, None)
         if update is not None and update.kind in kinds:
             updates.append(update)
