@@ -59,6 +59,11 @@ COMMANDS |= {
         "pipeline.labels.classes_stage:classes",
     ),
     "train": Command("train RECIPE: a student from shards and cache -> RUN"),
+    "evalset": Command(
+        "class folders or captioned images -> an evaluation set",
+        "pipeline.evalset.config:EvalsetConfig",
+        "pipeline.evalset.stage:evalset",
+    ),
     "eval": Command(
         "zero-shot classification and retrieval",
         "training.evaluation.config:EvalConfig",
@@ -220,7 +225,7 @@ def _call(command: str, function: Any, config: Any) -> int:
         _print(f"vocab: {synsets} of {occurrences}, sha256 {outcome.sha256[:12]}")
     if command == "classes":
         _print(f"classes: {outcome.summary}")
-    if command in ("report", "jobs"):
+    if command in ("evalset", "report", "jobs"):
         _print(outcome)
     return 0
 

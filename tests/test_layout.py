@@ -30,6 +30,7 @@ MAX_LINES = 500
 # Inside pipeline: a stage's package imports core, and of other stages only what stands here.
 STAGE_IMPORTS = {
     "check": {"cache", "dedup"},  # it validates what they wrote, by their own rules
+    "evalset": {"ingest"},  # it reads captions, folders and image Parquet by ingest's rules
     "pack": {"dedup", "labels"},  # it drops dedup's duplicates and labels captions with synsets
 }
 # Inside training: what a package or module must not import; the rest is free.
@@ -214,7 +215,21 @@ def test_help_imports_nothing_heavy():
 
 @pytest.mark.parametrize(
     "command",
-    ["ingest", "dedup", "caption", "pack", "vocab", "classes", "cache", "eval", "export", "report", "check", "jobs"],
+    [
+        "ingest",
+        "dedup",
+        "caption",
+        "pack",
+        "vocab",
+        "classes",
+        "cache",
+        "evalset",
+        "eval",
+        "export",
+        "report",
+        "check",
+        "jobs",
+    ],
 )
 def test_each_help_shows_every_field_with_default_and_a_line(command, monkeypatch, capsys):
     config = pkgutil.resolve_name(clipmill.COMMANDS[command].config)

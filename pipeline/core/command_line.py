@@ -34,6 +34,7 @@ EXAMPLES = {
     "vocab": "/data/cc3m --min-count 500",
     "classes": "classnames.txt --vocabulary /data/cc3m/vocab/all.tsv --out imagenet.tsv",
     "cache": "/data/cc3m --model ViT-L-14 --pretrained datacomp_xl_s13b_b90k --views 8 --ops 2",
+    "evalset": "/data/eval/imagenet --classes /data/imagenet/val",
     "eval": "runs/clip --data /data/eval/flickr30k",
     "export": "runs/clip --to exported",
     "report": "/data/cc3m",

@@ -84,7 +84,7 @@ def _read_list(folder: str, below: str, prefixes: list[str], given: str | None) 
     if name.lower() in METADATA:
         entries = list(_table_entries(path, given) or ())
     else:
-        entries = list(_list_entries(path, given) or ())
+        entries = list(list_entries(path, given) or ())
         files = [file for file, _ in islice(entries, TRIED_FILES) if file]
         images_prefix = _find_images(folder, prefix, prefixes, files)
         if images_prefix is None:
@@ -220,7 +220,7 @@ def _row_entries(rows: Iterator[Row], *, has_text: bool) -> Iterator[Entry]:
 # lists of Flickr, COCO, Karpathy
 
 
-def _list_entries(path: str, given: str | None) -> Iterator[Entry] | None:
+def list_entries(path: str, given: str | None) -> Iterator[Entry] | None:
     """File names with captions; None for a file that is not such a list. Raises UserError."""
     if path.lower().endswith(".json"):
         with open_read(path) as file:
@@ -228,7 +228,8 @@ def _list_entries(path: str, given: str | None) -> Iterator[Entry] | None:
         if len(data) > MAX_JSON_BYTES:
             raise UserError(f"{path}: more than {MAX_JSON_BYTES >> 20} MiB of JSON; convert it to metadata.jsonl")
         return json_entries(parse_json(path, data, given=True), given)
-    if TOKEN.fullmatch(next(lines(path), b"").decode(errors="replace")):
+    is_text = file_ending(path) != ".parquet"
+    if is_text and TOKEN.fullmatch(next(lines(path), b"").decode(errors="replace")):
         return _token_entries(path)
     return _table_entries(path, given)
 

@@ -99,7 +99,7 @@ def _file_rows(file: SourceFile, table: pq.ParquetFile, columns: Columns) -> Ite
     caption, url = _text_columns(file.path, schema, leaf, columns)
     image_names = (leaf, leaf.removesuffix(".bytes"))
     others = other_columns(schema, [caption, *([] if url is None else [url]), *image_names])
-    rows = zip(_row_refs(file.path, table, leaf), read_cells(file.path, table, caption, url, others), strict=False)
+    rows = zip(row_refs(file.path, table, leaf), read_cells(file.path, table, caption, url, others), strict=False)
     for number, (ref, cells) in enumerate(rows):
         name = f"{file.below}#{number}"  # stands for the URL where there is none
         if cells is None:
@@ -136,7 +136,8 @@ def _missing_column(path: str, missing: str, leaf: str, names: list[str], option
     )
 
 
-def _row_refs(path: str, table: pq.ParquetFile, leaf: str) -> Iterator[ParquetRef]:
+def row_refs(path: str, table: pq.ParquetFile, leaf: str) -> Iterator[ParquetRef]:
+    """Where the images of all rows of a Parquet file lie, in order."""
     for group in range(table.num_row_groups):
         for row in range(table.metadata.row_group(group).num_rows):
             yield ParquetRef(path, leaf, group, row)
