@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes
 
+from shards_spec.files import UserError
 from shards_spec.messages import require
 from shards_spec.models import Trust
 
@@ -16,8 +17,9 @@ class EvalConfig:
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_MODEL")]
     """RUN folder, folder with an open_clip_config.json, or open_clip name"""
-    data: tuple[str, ...]
-    """one or more EVAL roots: folders or URLs in CLIP_benchmark's WebDataset layout, or with test/CLASS/*.jpg"""
+    data: tuple[str, ...] = ()
+    """one or more EVAL roots: folders or URLs in CLIP_benchmark's WebDataset layout, or with test/CLASS/*.jpg; needed
+    without --cost"""
     pretrained: str | None = None
     """open_clip tag or checkpoint file, when model is a name"""
     task: Literal["auto", "zeroshot", "retrieval"] = "auto"
@@ -33,10 +35,16 @@ class EvalConfig:
     """images or texts per forward pass"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is autocast"""
+    cost: bool = False
+    """measure what the model costs, too (or alone, without data): parameters, MACs, speed, memory -> cost.json"""
+    cost_images: int = 1000
+    """images that cost takes one by one; SiCLIP's table 3 has 1000"""
     trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
-        require(len(self.data) >= 1, "data", self.data, "one EVAL root or more")
+        if not self.data and not self.cost:
+            raise UserError("eval: --data is needed: one EVAL root or more (--cost alone measures no data)")
+        require(self.cost_images >= 1, "cost_images", self.cost_images, "1 or more")

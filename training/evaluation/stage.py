@@ -16,6 +16,7 @@ from shards_spec.messages import counted
 from shards_spec.models import CONFIG_FILE, LOCAL_DIR, LoadedModel, load_model, pick_device
 from training.evaluation.classification import measure_classifier
 from training.evaluation.config import EvalConfig
+from training.evaluation.cost import COST_FILE, measure_cost, print_cost
 from training.evaluation.zero_shot import Encoder, measure
 from training.models.classifier import Classifier
 from training.runs.run_folder import RunFolder
@@ -40,7 +41,7 @@ class Measurement:
 
 
 def evaluate(config: EvalConfig) -> list[dict[str, Any]]:
-    """Measure on each EVAL root, print a table, write the JSON; return what was written.
+    """Measure on each EVAL root, and the model's cost if asked; print tables, write JSON, return what was written.
 
     Raises:
         UserError: Model or dataset is missing, or the options do not fit them.
@@ -48,8 +49,8 @@ def evaluate(config: EvalConfig) -> list[dict[str, Any]]:
     """
     device = pick_device(config.device)
     loaded, description = load_measured(config)
+    results = [_cost(config, loaded, description, device)] if config.cost else []
     loaded.model.to(device).eval()
-    results = []
     for root, dataset in zip(config.data, dataset_names(config.data), strict=True):
         measurement = _measure(config, loaded, root, device)
         result: dict[str, Any] = {
@@ -62,16 +63,29 @@ def evaluate(config: EvalConfig) -> list[dict[str, Any]]:
             "samples": measurement.samples,
             "skipped": measurement.skipped,
         }
-        is_run = "step" in description
-        if is_run:
+        if "step" in description:
             result |= {"recipe": description["recipe"], "step": description["step"]}
-        folder = config.output or (join(config.model, "eval") if is_run else None)
-        path = join(folder, f"{dataset}_{measurement.task}.json") if folder else None
-        if path:
-            write_json(path, result)
-        print_result(result, path)
+        print_result(result, _write(config, description, f"{dataset}_{measurement.task}.json", result))
         results.append(result)
     return results
+
+
+def _cost(config: EvalConfig, loaded: LoadedModel, description: dict[str, Any], device: str) -> dict[str, Any]:
+    """Measure what the model costs on a CPU, and on the device where that is another; print it, write cost.json."""
+    devices = list(dict.fromkeys(("cpu", device)))
+    cost = measure_cost(loaded, devices, in_a_row=config.cost_images, bf16=config.precision == "bf16")
+    result = {"task": "cost", **description, **cost}
+    print_cost(result, _write(config, description, COST_FILE, result))
+    return result
+
+
+def _write(config: EvalConfig, description: dict[str, Any], name: str, result: dict[str, Any]) -> str | None:
+    """Write a result to --output, or to the RUN's folder eval; return its path, None for a model without a folder."""
+    folder = config.output or (join(config.model, "eval") if "step" in description else None)
+    path = join(folder, name) if folder else None
+    if path:
+        write_json(path, result)
+    return path
 
 
 def _measure(config: EvalConfig, loaded: LoadedModel, root: str, device: str) -> Measurement:
