@@ -69,7 +69,11 @@ COMMANDS |= {
         "training.evaluation.config:EvalConfig",
         "training.evaluation.stage:evaluate",
     ),
-    "export": Command("RUN -> an open_clip folder", "training.export:ExportConfig", "training.export:export"),
+    "export": Command(
+        "RUN -> a folder for open_clip, timm, transformers or onnxruntime",
+        "training.export:ExportConfig",
+        "training.export:export",
+    ),
     "report": Command("one HTML page of a dataset or a run", "pipeline.report:ReportConfig", "pipeline.report:report"),
     "check": Command(
         "validate a dataset: files, hashes, keys, totals",

@@ -301,7 +301,7 @@ def _short_hash(found: re.Match[str]) -> str:
 
 
 HASHES = {".json": hash_json, ".jsonl": hash_json, ".parquet": hash_parquet}
-ONLY_THERE = (".pt", ".safetensors", ".sha256", ".html")  # floats, hashes of them; `page_text`
+ONLY_THERE = (".pt", ".safetensors", ".sha256", ".html", ".md")  # floats, hashes of them; `page_text`; versions
 
 
 def hashes() -> Iterator[str]:

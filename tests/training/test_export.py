@@ -14,6 +14,7 @@ from shards_spec.files import UserError
 from shards_spec.models import load_model
 from training.config import ModelConfig
 from training.export import ExportConfig, export, largest_difference
+from training.export.comparison import Comparison
 from training.runs.model_folder import write_model
 from training.runs.student import load_run, new_student
 from training.trainer import train
@@ -37,6 +38,7 @@ def test_export_comes_back_the_same(run, tmp_path, monkeypatch):
         "open_clip_config.json",
         "open_clip_model.safetensors",
         "bpe.txt.gz",
+        "README.md",
     }
     moved = shutil.move(folder, tmp_path / "elsewhere")
     assert str(tmp_path) not in (moved / "open_clip_config.json").read_text()
@@ -86,7 +88,7 @@ def test_a_run_lives_without_its_source(run, tmp_path):
 
 
 def test_an_export_that_computes_something_else_is_an_error(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.export.largest_difference", lambda one, other: 1e-3)
+    monkeypatch.setattr("training.export.stage.compare", lambda *_: Comparison(1e-3, 1.0, 1.0, 1.0, None))
     with pytest.raises(UserError, match=r"differ by 0\.001"):
         export(ExportConfig(run, str(tmp_path / "to")))
 

@@ -24,6 +24,7 @@ ALONE = """
 import open_clip, torch
 import training.models.tinyclip_pruned
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
+tokenizer = open_clip.get_tokenizer("local-dir:FOLDER", bpe_path="FOLDER/bpe.txt.gz")
 torch.save(model.eval().encode_image(torch.ones(1, 3, 32, 32)), "FOLDER/features.pt")
 """
 
@@ -63,7 +64,8 @@ def sizes(folder, part="vision_cfg"):
 def test_the_card_has_the_table(run, exported):
     text = (exported / "README.md").read_text()
     student, step = load_run(run)
-    assert text.startswith("# small-clip\n")
+    assert text.startswith("---\nlicense: unknown\n")
+    assert "\n# small-clip\n" in text
     assert f"from step {step} of the run masked." in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert "\n".join(table) == markdown(student.model)

@@ -7,19 +7,16 @@ A run or export folder describes it in ``classifier.json``, with the vocabulary 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shards_spec.files import UserError, exists, join, read_json, write_bytes, write_json
+from shards_spec.files import UserError, exists, join, read_json, write_json
 from shards_spec.library_errors import short
 from shards_spec.models import NO_TRUST, TIMM, LoadedModel, Trust, create_timm_model, load_backbone
 from shards_spec.vocab import Vocabulary, read_vocabulary
-from training.data.labelled_rows import CROP
-from training.runs.model_folder import write_model
 
 DESCRIPTION = "classifier.json"
 VOCABULARY = "vocabulary.tsv"
@@ -240,46 +237,3 @@ def load_classifier(folder: str) -> LoadedModel:
         mean=tuple(description["mean"]),
         std=tuple(description["std"]),
     )
-
-
-def export_classifier(folder: str, student: LoadedModel, overwrite: bool = False) -> None:
-    """Write a folder that timm loads as ``local-dir:FOLDER``, with the vocabulary, wherever it is moved to.
-
-    timm's own architectures need timm only; CatLIP's ViTs (``catlip_vit_...``) and MiniViT's models (``mini_...``) need
-    this package (``import training.models.catlip``, ``import training.models.minivit``).
-
-    Raises:
-        UserError: The folder has another model (unless ``overwrite``), or the model, loaded back, computes something
-            else.
-    """
-    timm = _timm()
-    model: Classifier = student.model
-    synsets = model.vocabulary.rows if model.vocabulary else ()
-    labels = {
-        "label_names": [wnid for wnid, *_ in synsets] or model.names,
-        "label_descriptions": {wnid: lemma for wnid, lemma, *_ in synsets},
-    }
-    side = student.image_size
-    config = {name: value for name, value in model.trunk.pretrained_cfg.items() if not name.startswith("test_")}
-    model.trunk.pretrained_cfg = config | {
-        "mean": tuple(student.mean),
-        "std": tuple(student.std),
-        "input_size": (3, side, side),
-        "crop_pct": CROP,  # the crop that `probe` and `finetune` are measured with
-        "interpolation": "bilinear",
-    }
-    options = dict(model.options)
-    if getattr(model.trunk, "dynamic_img_size", False):
-        options["dynamic_img_size"] = True
-    with TemporaryDirectory() as local:
-        timm.models.save_for_hf(model.trunk, local, labels, model_args=options or None, safe_serialization=True)
-        write_model(folder, "model.safetensors", Path(local, "model.safetensors").read_bytes(), overwrite)
-        for path in sorted(Path(local).iterdir()):
-            write_bytes(join(folder, path.name), path.read_bytes())
-    describe_classifier(folder, student)
-    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    images = torch.rand(4, 3, side, side, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        difference = float((loaded(images) - model.eval()(images)).abs().max())
-    if difference > TOLERANCE:
-        raise UserError(f"{folder}: loaded back, its logits differ by {difference:.2g}; do not use it")

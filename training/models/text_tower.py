@@ -213,7 +213,8 @@ class TextTower(nn.Module):
             else:
                 hidden = layer(hidden)
         ends = tokens.argmax(-1)  # the end-of-text token has the highest number
-        pooled = self.last(hidden)[torch.arange(len(tokens), device=tokens.device), ends]
+        rows = torch.arange(tokens.shape[0], device=tokens.device)  # len() would fix the batch size of an ONNX graph
+        pooled = self.last(hidden)[rows, ends]
         features: Tensor = self.ln_final(pooled) @ self.text_projection
         return features
 

@@ -170,7 +170,7 @@ class PrunedPooler(nn.Module):
         key = F.linear(keys, attn.k_proj_weight, biases[1])
         value = F.linear(keys, attn.v_proj_weight, biases[2])
         mixed = F.scaled_dot_product_attention(
-            self._by_head(query.expand(len(x), -1, -1)), self._by_head(key), self._by_head(value)
+            self._by_head(query.expand(x.shape[0], -1, -1)), self._by_head(key), self._by_head(value)
         )
         found: Tensor = attn.out_proj(mixed.transpose(1, 2).flatten(2))
         return found
@@ -319,7 +319,8 @@ class PrunedImageTower(PrunedTower):
             uniform: Numbers for the sample of masks, as `TowerMasks.draw` returns them; None draws them.
         """
         patches = self.conv1(pixels).flatten(2).mT
-        first = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        batch = patches.shape[0]  # len() would fix the batch size of an ONNX graph
+        first = self.class_embedding.to(patches.dtype).expand(batch, 1, -1)
         x = torch.cat((first, patches), dim=1) + self.positional_embedding.to(patches.dtype)
         x, kept, layers = self._masked(x, uniform)
         if self.ln_pre is not None:

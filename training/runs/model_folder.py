@@ -1,6 +1,7 @@
 """What makes a folder a model that others load: weights, description and tokenizer."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,23 +12,41 @@ from shards_spec.models import LoadedModel
 
 BPE = "bpe.txt.gz"
 
-# of which a folder with a model has two, open_clip's or timm's
-MODEL_FILES = ("open_clip_config.json", "open_clip_model.safetensors", "config.json", "model.safetensors")
+# of which a folder has those of one model: open_clip's, timm's or transformers', ONNX graphs
+MODEL_FILES = (
+    "open_clip_config.json",
+    "open_clip_model.safetensors",
+    "config.json",
+    "model.safetensors",
+    "image.onnx",
+    "text.onnx",
+    "onnx_config.json",
+)
 
 
 def write_model(folder: str, name: str, data: bytes, overwrite: bool) -> None:
-    """Write the weights ``folder/name``, the first file of a model folder.
+    """As `write_models`, of weights in one file."""
+    write_models(folder, {name: data}, overwrite)
+
+
+def write_models(folder: str, weights: Mapping[str, bytes], overwrite: bool) -> None:
+    """Write the files of weights, the first ones of a model folder.
 
     Raises UserError when the folder is a RUN, or (unless ``overwrite``) has a model already, but for this very one:
     weights of one model beside the config of another load as neither.
     """
     if Path(folder, "checkpoints").exists():
         raise UserError(f"--to {folder} is a RUN; name a folder of its own for the model")
-    weights = Path(folder, name)
     others = [file for file in MODEL_FILES if Path(folder, file).exists()]
-    if others and not overwrite and not (weights.is_file() and weights.read_bytes() == data):
-        raise UserError(f"--to {folder} has another model ({others[0]}); name another folder, or give --overwrite")
-    write_bytes(str(weights), data)
+    present = {name: Path(folder, name) for name in weights if Path(folder, name).is_file()}
+    is_this = bool(present) and all(path.read_bytes() == weights[name] for name, path in present.items())
+    if others and not is_this:
+        if not overwrite:
+            raise UserError(f"--to {folder} has another model ({others[0]}); name another folder, or give --overwrite")
+        for file in others:
+            Path(folder, file).unlink()
+    for name, data in weights.items():
+        write_bytes(str(Path(folder, name)), data)
 
 
 def write_open_clip_config(folder: str, student: LoadedModel, model: str) -> None:

@@ -1,6 +1,7 @@
 """CatLIP's vision transformers and the classifier around them."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,11 @@ from torch import nn
 
 from shards_spec.files import UserError
 from shards_spec.vocab import Vocabulary, read_vocabulary
+from training.export import ExportConfig, to_timm
 from training.models.catlip import resize_positions
 from training.models.classifier import (
     Classifier,
     describe_classifier,
-    export_classifier,
     is_classifier,
     load_classifier,
     new_classifier,
@@ -233,7 +234,7 @@ def test_names_of_classes_are_kept(tmp_path):
 def test_export_for_timm(tmp_path):
     vocabulary = words("n1", "n2", "n3")
     student, folder = new_classifier(TINY, 3, vocabulary=vocabulary, seed=4), str(tmp_path / "export")
-    export_classifier(folder, student)
+    to_timm.write(Path(folder), student, ExportConfig("run", folder, format="timm"))
     model, images = timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(model(images), student.model(images))

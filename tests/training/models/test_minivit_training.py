@@ -1,7 +1,5 @@
 """Tied models through training, checkpoints, averages and exports."""
 
-import logging
-
 import pytest
 import torch
 from safetensors import safe_open
@@ -10,8 +8,10 @@ from small_training import final_weights, tiny_clip, tiny_config, write_packed, 
 import training.models.minivit  # noqa: F401  registers the names
 from shards_spec.files import UserError
 from shards_spec.models import load_model
-from training.export import ExportConfig, export
-from training.models.classifier import export_classifier, load_classifier, new_classifier
+from training.export import ExportConfig, export, to_timm
+from training.export.comparison import compare, encoders_of
+from training.export.probe import noise
+from training.models.classifier import load_classifier, new_classifier
 from training.models.weight_tying import check_tied, tied_blocks
 from training.runs.student import load_run
 from training.trainer import train
@@ -78,7 +78,10 @@ def test_a_tied_image_tower_names_synsets(tmp_path, labelled_root, name):
 def test_a_tied_classifier_is_exported_for_timm(tmp_path, name, caplog):
     student = new_classifier(f"timm:{name}", 5, seed=1)
     check_tied(student.model)
-    export_classifier(str(tmp_path), student)  # which loads it back and compares
+    config = ExportConfig("run", str(tmp_path), format="timm")
+    to_timm.write(tmp_path, student, config)
+    same = compare(encoders_of(student), to_timm.load(tmp_path, student, config), noise(student))
+    assert same.difference < 1e-5
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert COPIES[name] not in set(file.keys())
     check_tied(load_classifier(str(tmp_path)).model)
@@ -87,12 +90,10 @@ def test_a_tied_classifier_is_exported_for_timm(tmp_path, name, caplog):
     check_tied(other.model)
 
 
-def test_the_export_says_what_loads_it(tmp_path, caplog, monkeypatch):
+def test_the_export_says_what_loads_it():
     student = new_classifier("timm:mini_deit_test", 5)
-    monkeypatch.setattr("training.export.load_run", lambda *_: (student, 7))
-    with caplog.at_level(logging.INFO):
-        export(ExportConfig(run="run", to=str(tmp_path)))
-    assert "timm needs `import training.models.minivit` for this architecture" in caplog.text
+    assert to_timm.needed_module(student) == "training.models.minivit"
+    assert "import training.models.minivit  # of Clipmill" in to_timm.usage(student)
 
 
 def test_weights_of_another_grouping_are_named():

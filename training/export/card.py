@@ -1,0 +1,209 @@
+"""README.md of an exported folder: where the model comes from, what it scores, how it is loaded."""
+
+import json
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from shards_spec.files import DataError, UserError, is_url, read_json, write_bytes
+from shards_spec.manifest import read_dataset
+from shards_spec.messages import counted
+from shards_spec.models import LoadedModel
+from training.export.comparison import Comparison
+from training.export.config import ExportConfig, Format
+from training.models.classifier import Classifier
+from training.models.tinyclip_convert import is_pruned
+from training.models.tinyclip_table import markdown
+from training.runs.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+LIBRARIES = {
+    "open_clip": ("open_clip_torch", "safetensors"),
+    "timm": ("timm", "safetensors"),
+    "transformers": ("transformers", "safetensors"),
+    "onnx": ("onnx", "onnxruntime"),
+}
+SETTINGS = ("batch_size", "steps", "epochs", "lr", "schedule", "precision", "seed")  # of a run's config
+PRUNED = """
+Its layers have their own numbers of heads and neurons (TinyCLIP, arXiv 2309.12314). D is the width, H the heads and F
+the neurons of the MLP.
+
+{table}
+"""
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """What is exported, and how it compares.
+
+    Attributes:
+        student: As it is in the folder.
+        step: Of the checkpoint.
+        format: Of the folder.
+        usage: How to load it, in Markdown.
+        comparison: With the student of the run.
+    """
+
+    student: LoadedModel
+    step: int
+    format: Format
+    usage: str
+    comparison: Comparison
+
+
+def write_card(folder: Path, exported: ExportedModel, config: ExportConfig) -> None:
+    """Write README.md, unless there is one that may not be replaced."""
+    path = folder / "README.md"
+    text = card(folder.name, exported, config)
+    if not path.exists() or config.overwrite:
+        write_bytes(str(path), text.encode())
+    elif path.read_text() != text:
+        log.warning("%s is kept as it is; --overwrite writes the new student's", path)
+
+
+def card(name: str, exported: ExportedModel, config: ExportConfig) -> str:
+    """Return the text of README.md."""
+    student = exported.student
+    is_classifier = isinstance(student.model, Classifier)
+    run_name = Path(config.run).resolve().name
+    is_image_only = is_classifier or exported.format == "timm"
+    parts = [
+        "---",
+        f"license: {config.license}",
+        f"library_name: {exported.format}",
+        f"pipeline_tag: {_task(is_classifier, is_image_only)}",
+        "tags: [clipmill]" if is_classifier else "tags: [clip, clipmill]",
+        "---",
+        f"# {name}",
+        "",
+        f"{_kind(is_classifier, is_image_only)}, made by `clipmill export` from step {exported.step} of the run "
+        f"{run_name}.",
+    ]
+    if is_pruned(student.model):
+        parts.append(PRUNED.format(table=markdown(student.model)).rstrip())
+    parts += ["", "## Use", "", exported.usage.strip(), "", "## Model", "", *_model_lines(exported, config)]
+    parts += ["", "## Training", "", *_training_lines(config.run, exported.step)]
+    parts += ["", "## Results", "", *_result_lines(config.run, exported.step)]
+    parts += ["", "## Checked", "", *_comparison_lines(exported.comparison, config)]
+    parts += ["", "## License", "", f"{config.license}"]
+    return "\n".join(parts) + "\n"
+
+
+def _kind(is_classifier: bool, is_image_only: bool) -> str:
+    if is_classifier:
+        return "An image classifier"
+    return "The image tower of a CLIP" if is_image_only else "A CLIP"
+
+
+def _task(is_classifier: bool, is_image_only: bool) -> str:
+    """The Hub's name of what the model is for."""
+    if is_classifier:
+        return "image-classification"
+    return "image-feature-extraction" if is_image_only else "zero-shot-image-classification"
+
+
+def _model_lines(exported: ExportedModel, config: ExportConfig) -> list[str]:
+    """Sizes, preprocessing, precision and versions."""
+    student = exported.student
+    parameters = sum(parameter.numel() for parameter in student.model.parameters())
+    precision = f"int8, {config.int8}" if config.int8 else config.dtype
+    versions = ", ".join(f"{library} {_version(library)}" for library in ("torch", *LIBRARIES[exported.format]))
+    lines = [
+        f"- parameters of the student: {parameters:,}",
+        f"- images: {student.image_size} pixels, mean {_numbers(student.mean)}, std {_numbers(student.std)}",
+        f"- weights: {precision}{', branches fused' if config.reparameterize else ''}",
+        f"- written with: {versions}",
+    ]
+    if student.tokenizer is not None and exported.format != "timm":
+        lines.insert(2, f"- texts: {student.tokenizer.context_length} tokens")
+    return lines
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:g}" for value in values)
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _training_lines(path: str, step: int) -> list[str]:
+    """Recipe, settings, data and its counts, versions."""
+    run = RunFolder(path).config()
+    settings = [f"{name} {run[name]}" for name in SETTINGS if run.get(name) is not None]
+    lines = [f"- recipe: `clipmill train {run['recipe']}`, {', '.join(settings)}"]
+    if run.get("model"):
+        lines.append(f"- architecture: {_base_name(str(run['model']))}")
+    teachers = [str(run[name]) for name in ("teacher_weights", "teacher") if run.get(name)]
+    lines += [f"- teacher: {_base_name(name)}" for name in teachers[:1]]
+    data = str(run.get("data") or "")
+    if data:
+        lines.append(f"- data: {_base_name(data)}{_counts(data)}")
+    seen = [line["samples_seen"] for line in _metrics(path) if line.get("step") == step and "samples_seen" in line]
+    lines += [f"- samples seen: {number:,}" for number in seen[-1:]]
+    with suppress(OSError, DataError, UserError):
+        made_with = read_json(str(Path(path, "environment.json")))["versions"]
+        lines.append(f"- trained with: {', '.join(f'{name} {number}' for name, number in made_with.items())}")
+    return lines
+
+
+def _base_name(named: str) -> str:
+    """The name of a model or a dataset without the folders it lies in."""
+    prefix, _, rest = named.rpartition(":")
+    is_path = "/" in rest and prefix in ("", "local-dir") and not is_url(named)
+    return Path(rest).name if is_path else named.rstrip("/").rsplit("/", 1)[-1] if is_url(named) else named
+
+
+def _counts(root: str) -> str:
+    """The samples of a dataset by its records, in brackets; nothing where it is not there any more."""
+    with suppress(OSError, DataError, UserError):
+        stages = read_dataset(root)["stages"]
+        counts = {name: stages[name].get("counts", {}) for name in ("ingest", "dedup", "pack") if name in stages}
+        named = [f"{name} {counted(found.get('success', 0), 'sample', style=',')}" for name, found in counts.items()]
+        return f" ({', '.join(named)})" if named else ""
+    return ""
+
+
+def _result_lines(path: str, step: int) -> list[str]:
+    """A table of what this step's weights scored: by the run itself, and by `clipmill eval`."""
+    rows = list[tuple[str, str, float]]()
+    for line in _metrics(path):
+        if line.get("step") == step:
+            rows += [("eval_data", name, value) for name, value in line.get("eval", {}).items()]
+    for file in sorted(Path(path, "eval").glob("*.json")):
+        with suppress(OSError, DataError, UserError, KeyError, TypeError, AttributeError):
+            found = read_json(str(file))
+            if found["step"] == step:
+                rows += [(found["dataset"], name, value) for name, value in found["metrics"].items()]
+    if not rows:
+        return ["This step was not evaluated; `clipmill eval RUN --data EVAL` before the export puts results here."]
+    return [f"- {dataset}, {metric}: {value:.4f}" for dataset, metric, value in dict.fromkeys(rows)]
+
+
+def _metrics(path: str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    lines = list[dict[str, Any]]()
+    with suppress(OSError, ValueError):
+        for line in Path(path, "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            lines.append(json.loads(line))
+    return lines
+
+
+def _comparison_lines(comparison: Comparison, config: ExportConfig) -> list[str]:
+    """How the export, loaded back, compares with the student."""
+    probe = "noise" if config.check is None else f"samples of {_base_name(config.check)}"
+    lines = [f"Loaded back and compared with the student on {probe}:", ""]
+    lines.append(f"- smallest cosine of an image's features: {comparison.image_cosine:.4f}")
+    if comparison.text_cosine is not None:
+        lines.append(f"- smallest cosine of a text's features: {comparison.text_cosine:.4f}")
+    if comparison.agreement is not None and comparison.accuracy is not None:
+        before, after = comparison.accuracy
+        lines.append(f"- same best text: {comparison.agreement:.1%}")
+        lines.append(f"- own text is the best: {before:.1%} before, {after:.1%} after")
+    return lines

@@ -1,0 +1,92 @@
+"""`clipmill export`: load the student, write it in a format, load it back, compare, write the card."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from shards_spec.display import shown
+from shards_spec.models import LoadedModel
+from training.export import to_onnx, to_open_clip, to_timm
+from training.export.card import ExportedModel, write_card
+from training.export.comparison import (
+    Comparison,
+    Encoders,
+    check_same,
+    compare,
+    encoders_of,
+    measure_speed,
+)
+from training.export.config import ExportConfig, Format
+from training.export.probe import Probe, noise, read_probe
+from training.models.classifier import Classifier
+from training.models.tinyclip_convert import is_pruned
+from training.models.tinyclip_pruning import masks_of, materialise
+from training.runs.student import load_run
+
+log = logging.getLogger(__name__)
+MIN_INT8_COSINE = 0.9  # below it, a warning: search and classification suffer
+
+
+class FormatFunctions(NamedTuple):
+    """What a format consists of."""
+
+    write: Callable[[Path, LoadedModel, ExportConfig], None]
+    load: Callable[[Path, LoadedModel, ExportConfig], Encoders]
+    usage: Callable[[LoadedModel], str]
+    needed_module: Callable[[LoadedModel], str | None]
+
+
+FORMATS: dict[Format, FormatFunctions] = {
+    "open_clip": FormatFunctions(to_open_clip.write, to_open_clip.load, to_open_clip.usage, to_open_clip.needed_module),
+    "timm": FormatFunctions(to_timm.write, to_timm.load, to_timm.usage, to_timm.needed_module),
+    "onnx": FormatFunctions(to_onnx.write, to_onnx.load, to_onnx.usage, to_onnx.needed_module),
+}
+
+
+def export(config: ExportConfig) -> None:
+    """Write the folder, load it back, compare features, and write the card.
+
+    Raises UserError when the run has no checkpoint, its student does not fit the format, the folder has another model,
+    or the loaded copy computes something else.
+    """
+    student, step = load_run(config.run, config.raw, config.best, config.trust)
+    folder = Path(config.to).resolve()
+    if is_pruned(student.model) and masks_of(student.model):
+        log.info("step %d of %s still has masks: what is exported is the student cut to them", step, config.run)
+        materialise(student.model, student.config)
+    kind: Format = config.format or ("timm" if isinstance(student.model, Classifier) else "open_clip")
+    probe = noise(student) if config.check is None else read_probe(config.check, student, config.samples, "check")
+    functions = FORMATS[kind]
+    functions.write(folder, student, config)
+    before, after = encoders_of(student), functions.load(folder, student, config)
+    comparison = compare(before, after, probe)
+    if config.int8 is None:
+        check_same(comparison, folder, config.dtype)
+    elif min(comparison.image_cosine, comparison.text_cosine or 1) < MIN_INT8_COSINE:
+        log.warning("%s: 8 bits change the features much; see the table, and try the other kind of --int8", folder)
+    write_card(folder, ExportedModel(student, step, kind, functions.usage(student), comparison), config)
+    if config.check is not None or kind == "onnx":
+        print_comparison(comparison, {"student": before, kind: after}, probe)
+    difference = comparison.difference
+    same = f"features differ by {difference:.2g} at most" if difference else "features are the same"
+    module = functions.needed_module(student)
+    needs = "" if module is None else f"; {kind} needs `import {module}` for this architecture"
+    log.info("%s: step %d of %s as %s, %s%s", folder, step, config.run, kind, same, needs)
+
+
+def print_comparison(comparison: Comparison, models: dict[str, Encoders], probe: Probe) -> None:
+    """Print speeds of both models, and what they differ by."""
+    table = Table("model", "own text is best", "images/s", "texts/s", title="one image or text at a time, in this run")
+    shares = comparison.accuracy or (None, None)
+    for (name, encoders), share in zip(models.items(), shares, strict=True):
+        speed = measure_speed(encoders, probe)
+        texts = "" if speed.texts is None else f"{speed.texts:.1f}"
+        table.add_row(name, "" if share is None else f"{share:.1%}", f"{speed.images:.1f}", texts)
+    Console().print(table)
+    text = "" if comparison.text_cosine is None else f", of a text {comparison.text_cosine:.6f}"
+    agreement = "" if comparison.agreement is None else f", same best text for {comparison.agreement:.1%} of the images"
+    print(shown(f"smallest cosine of an image {comparison.image_cosine:.6f}{text}{agreement}"))

@@ -1,0 +1,225 @@
+"""timm: the image tower of a CLIP, or a classifier, as a folder that timm loads as ``local-dir:FOLDER``."""
+
+import copy
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+from shards_spec.files import UserError, join, write_bytes
+from shards_spec.models import LoadedModel, import_extensions
+from training.data.labelled_rows import CROP
+from training.export.comparison import Encoders
+from training.export.config import ExportConfig
+from training.export.plain_vit import check_plain_vit
+from training.export.to_open_clip import as_dtype
+from training.models.classifier import Classifier, describe_classifier
+from training.runs.model_folder import write_model
+
+USAGE = """```python
+import timm
+{imports}
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+{output}
+"""
+CLIP_VITS = {  # sizes of timm's CLIPs: patch, width, layers, heads
+    "vit_base_patch32_clip": (32, 768, 12, 12),
+    "vit_base_patch16_clip": (16, 768, 12, 12),
+    "vit_large_patch14_clip": (14, 1024, 24, 16),
+}
+
+
+class TimmTower(NamedTuple):
+    """A timm model, with what it is rebuilt from besides its architecture's name."""
+
+    trunk: Any
+    options: dict[str, Any]
+    data: dict[str, Any]
+    """preprocessing: entries of timm's pretrained_cfg"""
+    labels: dict[str, Any]
+
+
+def write(folder: Path, student: LoadedModel, config: ExportConfig) -> None:
+    """Write config.json and model.safetensors, with the vocabulary of a classifier.
+
+    Raises UserError when the tower is none of timm's, or the folder has another model.
+    """
+    tower = _classifier(student) if isinstance(student.model, Classifier) else _image_tower(student)
+    write_tower(folder, tower, config)
+    if isinstance(student.model, Classifier):
+        describe_classifier(str(folder), student)
+
+
+def write_tower(folder: Path, tower: TimmTower, config: ExportConfig) -> None:
+    """Write a timm model as timm's own export does."""
+    import timm
+
+    trunk = tower.trunk
+    kept = {name: value for name, value in trunk.pretrained_cfg.items() if not name.startswith("test_")}
+    trunk.pretrained_cfg = kept | tower.data
+    with TemporaryDirectory() as local:
+        weights = as_dtype(trunk.state_dict(), config.dtype)
+        trunk.state_dict = lambda: weights  # what timm writes
+        try:
+            timm.models.save_for_hf(
+                trunk, local, tower.labels, model_args=tower.options or None, safe_serialization=True
+            )
+        finally:
+            del trunk.state_dict
+        write_model(str(folder), "model.safetensors", Path(local, "model.safetensors").read_bytes(), config.overwrite)
+        for path in sorted(Path(local).iterdir()):
+            write_bytes(join(str(folder), path.name), path.read_bytes())
+
+
+def _classifier(student: LoadedModel) -> TimmTower:
+    """The model of a classifier, with the names of its classes."""
+    model: Classifier = student.model
+    synsets = model.vocabulary.rows if model.vocabulary else ()
+    labels = {
+        "label_names": [wnid for wnid, *_ in synsets] or model.names,
+        "label_descriptions": {wnid: lemma for wnid, lemma, *_ in synsets},
+    }
+    options = dict(model.options)
+    if getattr(model.trunk, "dynamic_img_size", False):
+        options["dynamic_img_size"] = True
+    crop = {"crop_pct": CROP, "interpolation": "bilinear"}  # what `probe` and `finetune` are measured with
+    return TimmTower(model.trunk, options, _preprocessing(student) | crop, labels)
+
+
+def _preprocessing(student: LoadedModel) -> dict[str, Any]:
+    side = student.image_size
+    return {"mean": tuple(student.mean), "std": tuple(student.std), "input_size": (3, side, side)}
+
+
+def _image_tower(student: LoadedModel) -> TimmTower:
+    """The image tower of a CLIP; its classifier is the projection, so that it returns the image's features.
+
+    Raises UserError for a tower that is none of timm's.
+    """
+    import open_clip
+
+    visual = student.model.visual
+    preprocess = open_clip.get_model_preprocess_cfg(student.model)
+    # the transform's resize goes to the whole side, then it crops nothing
+    data = _preprocessing(student) | {
+        "crop_pct": 1.0,
+        "interpolation": preprocess.get("interpolation", "bicubic"),
+        "crop_mode": {"shortest": "center", "squash": "squash", "longest": "border"}[
+            preprocess.get("resize_mode", "shortest")
+        ],
+    }
+    if isinstance(visual, TimmModel):
+        trunk, options = _trunk(visual)
+    elif isinstance(visual, VisionTransformer):
+        trunk, options = _clip_vit(student)
+    else:
+        kind = type(visual).__name__
+        raise UserError(f"--format timm: timm has no such image tower ({kind}); use --format onnx or open_clip")
+    return TimmTower(trunk, options, data, {})
+
+
+def _trunk(visual: TimmModel) -> tuple[Any, dict[str, Any]]:
+    """The timm model in open_clip's wrapper, with the wrapper's projection as classifier."""
+    trunk: Any = copy.deepcopy(visual.trunk)
+    head = dict(visual.head.named_children())
+    unknown = [name for name in head if name not in ("drop", "proj")]
+    if unknown:
+        raise UserError(
+            f"--format timm: the image tower ends in open_clip's {unknown[0]}, which timm does not have; use --format "
+            "onnx or open_clip"
+        )
+    if "proj" in head:
+        projection: Any = head["proj"]
+        trunk.reset_classifier(projection.out_features)
+        _set_linear(trunk.get_classifier(), projection.weight, projection.bias)
+    return trunk, {}
+
+
+def _clip_vit(student: LoadedModel) -> tuple[Any, dict[str, Any]]:
+    """Timm's ViT with the weights of open_clip's, and the options it is built with."""
+    import timm
+
+    visual: Any = student.model.visual
+    vit = check_plain_vit(student.model, "timm")
+    sizes = (vit.patch_size, vit.width, vit.layers, vit.heads)
+    stem = next((name for name, found in CLIP_VITS.items() if found == sizes), None)
+    name = f"{stem or 'vit_base_patch16_clip'}{'_quickgelu' if vit.quick_gelu else ''}_224"
+    options: dict[str, Any] = {} if vit.image_size == 224 else {"img_size": vit.image_size}
+    if stem is None:
+        options |= {"patch_size": vit.patch_size, "embed_dim": vit.width, "depth": vit.layers, "num_heads": vit.heads}
+    if vit.mlp_width != 4 * vit.width:
+        options["mlp_ratio"] = vit.mlp_width / vit.width
+    trunk = timm.create_model(name, num_classes=visual.output_dim, **options)
+    trunk.load_state_dict(_clip_weights(visual))
+    return trunk, options
+
+
+def _clip_weights(visual: Any) -> dict[str, Tensor]:
+    """The state dict of timm's ViT from open_clip's."""
+    state = visual.state_dict()
+    converted = {
+        "cls_token": state["class_embedding"][None, None],
+        "pos_embed": state["positional_embedding"][None],
+        "patch_embed.proj.weight": state["conv1.weight"],
+        "head.weight": state["proj"].mT,
+        "head.bias": torch.zeros(state["proj"].shape[1]),
+    }
+    for ours, theirs in (("ln_pre", "norm_pre"), ("ln_post", "norm")):
+        converted |= {f"{theirs}.{part}": state[f"{ours}.{part}"] for part in ("weight", "bias")}
+    names = {"ln_1.": "norm1.", "attn.in_proj_": "attn.qkv.", "attn.out_proj.": "attn.proj.", "ln_2.": "norm2."}
+    names |= {"mlp.c_fc.": "mlp.fc1.", "mlp.c_proj.": "mlp.fc2."}
+    for layer in range(len(visual.transformer.resblocks)):
+        for ours, theirs in names.items():
+            for part in ("weight", "bias"):
+                converted[f"blocks.{layer}.{theirs}{part}"] = state[f"transformer.resblocks.{layer}.{ours}{part}"]
+    return converted
+
+
+@torch.no_grad()
+def _set_linear(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a linear layer a projection's weights; without a bias it gets zeros."""
+    layer.weight.copy_(weight)
+    layer.bias.copy_(torch.zeros_like(layer.bias) if bias is None else bias)
+
+
+def load(folder: Path, student: LoadedModel, config: ExportConfig) -> Encoders:
+    """Return the encoder of the folder's model: logits of a classifier, features of unit length of a CLIP's tower."""
+    import timm
+
+    import_extensions()
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    if isinstance(student.model, Classifier):
+        return Encoders(model, None)
+    return Encoders(lambda pixels: nn.functional.normalize(model(pixels), dim=-1), None)
+
+
+def usage(student: LoadedModel) -> str:
+    """Return how to load the folder, for its card."""
+    module = needed_module(student)
+    imports = "" if module is None else f"import {module}  # of Clipmill: makes its architecture known\n"
+    output = "It returns logits over the classes of config.json's `label_names`."
+    if not isinstance(student.model, Classifier):
+        output = (
+            "It returns the features of images, not normalised, as `encode_image` of the CLIP does: the classifier is "
+            "the projection. With `num_classes=0` it returns what the projection is of."
+        )
+    return USAGE.format(imports=imports, output=output)
+
+
+def needed_module(student: LoadedModel) -> str | None:
+    """Return the module of this package that makes a student's architecture known; None for timm's own."""
+    from timm.models import model_entrypoint
+
+    model = student.model
+    trunk = model.trunk if isinstance(model, Classifier) else getattr(model.visual, "trunk", None)
+    if trunk is None:  # CLIP's ViT, which timm has
+        return None
+    module = str(model_entrypoint(trunk.pretrained_cfg["architecture"]).__module__)
+    return None if module.startswith("timm.") else module
