@@ -80,6 +80,11 @@ COMMANDS |= {
         "pipeline.check.config:CheckConfig",
         "pipeline.check.stage:check",
     ),
+    "why": Command(
+        "the life of one sample: its row, captions, synsets, cosines, steps of a run",
+        "pipeline.why.config:WhyConfig",
+        "pipeline.why.stage:why",
+    ),
     "submit": Command("submit STAGE ROOT | train RECIPE | pipeline ROOT: the same commands on Slurm"),
     "jobs": Command(
         "what was submitted for a dataset or a run, and how it goes",
@@ -229,9 +234,23 @@ def _call(command: str, function: Any, config: Any) -> int:
         _print(f"vocab: {synsets} of {occurrences}, sha256 {outcome.sha256[:12]}")
     if command == "classes":
         _print(f"classes: {outcome.summary}")
+    if command == "why":
+        _print_life(config, outcome)
     if command in ("evalset", "report", "jobs"):
         _print(outcome)
     return 0
+
+
+def _print_life(config: Any, life: Any) -> None:
+    """Print what became of a sample and, of a run, when it was used."""
+    lines = list(life.lines)
+    if config.run:
+        from training.runs.uses import uses_of
+
+        uses = uses_of(config.run, config.root, {"raw": life.raw, "shards": life.final})
+        lines += [f"train: {config.run}", *(f"  {line}" for line in uses)]
+    for line in (life.key, *lines):
+        _print(line)
 
 
 def _call_stage(command: str, function: Callable[[Any], Any], config: Any) -> int:

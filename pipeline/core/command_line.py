@@ -39,6 +39,7 @@ EXAMPLES = {
     "export": "runs/clip --to exported",
     "report": "/data/cc3m",
     "check": "/data/cc3m",
+    "why": "/data/cc3m 000120042 --run runs/tinyclip",
     "jobs": "/data/cc3m",
     "train clip": "--data /data/cc3m --model ViT-B-32 --out runs/clip",
     "train tinyclip": "--data /data/cc3m --model ViT-M-32 --out runs/tinyclip",

@@ -80,6 +80,19 @@ class Order:
         shard_start = int(layout.ends[nth_shard] - self.sizes[shard])
         return SampleLocation(epoch, shard, in_row - shard_start, (stream, number))
 
+    def position(self, epoch: int, shard: int, index: int) -> int:
+        """Return where in the endless stream a sample stands in an epoch: the inverse of `locate`."""
+        layout = self._epochs.get(epoch, lambda: self._epoch(epoch))
+        nth_shard = int(np.flatnonzero(layout.shards == shard)[0])
+        in_row = int(layout.ends[nth_shard] - self.sizes[shard]) + index
+        firsts = np.array([starts[0] for starts in layout.windows])
+        stream = int(np.searchsorted(firsts, in_row, side="right")) - 1
+        starts = layout.windows[stream]
+        number = int(np.searchsorted(starts, in_row, side="right")) - 1
+        shuffled = self._windows.get((epoch, stream, number), lambda: self._window(epoch, stream, number, starts))
+        rank = int(starts[number] - starts[0]) + int(np.flatnonzero(shuffled == in_row - starts[number])[0])
+        return epoch * self.total + rank * self.streams + stream
+
     def next_shards(self, location: SampleLocation) -> list[int]:
         """Return the shards that a stream opens after the window of ``location``; none at the end of an epoch."""
         layout = self._epochs.get(location.epoch, lambda: self._epoch(location.epoch))

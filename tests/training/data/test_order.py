@@ -29,6 +29,8 @@ def test_every_sample_comes_once_per_epoch(sizes, seed, streams, window):
         got = places(order, epoch * order.total, (epoch + 1) * order.total)
         assert {place.epoch for place in got} == {epoch}
         assert sorted((place.shard, place.index) for place in got) == wanted
+        positions = [order.position(epoch, place.shard, place.index) for place in got]
+        assert positions == list(range(epoch * order.total, (epoch + 1) * order.total))
 
 
 def test_epochs_and_seeds_differ_and_both_shards_and_samples_are_mixed():

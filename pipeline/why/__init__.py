@@ -1,0 +1,1 @@
+"""`clipmill why`: the life of one sample."""
