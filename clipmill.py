@@ -69,6 +69,11 @@ COMMANDS |= {
         "training.evaluation.config:EvalConfig",
         "training.evaluation.stage:evaluate",
     ),
+    "search": Command(
+        "find images by a text or by another image",
+        "pipeline.search.config:SearchConfig",
+        "pipeline.search.stage:search",
+    ),
     "export": Command(
         "RUN -> a folder for open_clip, timm, transformers or onnxruntime",
         "training.export:ExportConfig",
@@ -221,6 +226,8 @@ def _call(command: str, function: Any, config: Any) -> int:
     """Call a command's function, print its outcome and return the exit code."""
     if command in STAGES and STAGES[command].has_shards:
         return _call_stage(command, function, config)
+    if command == "search":
+        return _search(function, config)
     outcome = function(config)
     from shards_spec.messages import counted
 
@@ -251,6 +258,29 @@ def _print_life(config: Any, life: Any) -> None:
         lines += [f"train: {config.run}", *(f"  {line}" for line in uses)]
     for line in (life.key, *lines):
         _print(line)
+
+
+def _search(function: Callable[[Any, Any], Any], config: Any) -> int:
+    """Search with the model that the config names; pipeline/ and training/ do not import each other."""
+    from pipeline.search.page import write_search_page
+    from training.evaluation.features import load_features
+
+    model = load_features(
+        config.model,
+        config.pretrained,
+        raw=config.raw,
+        best=config.best,
+        trust=config.trust,
+        device=config.device,
+        precision=config.precision,
+        batch_size=config.batch_size,
+    )
+    outcome = function(config, model)
+    for line in outcome.lines(config.json):
+        _print(line)
+    if config.html:
+        _print(write_search_page(config.html, outcome))
+    return 0
 
 
 def _call_stage(command: str, function: Callable[[Any], Any], config: Any) -> int:

@@ -197,6 +197,13 @@ class EmbeddingFile:
             values[present] = dense
         return Vectors(values, self._small.get(f"{name}_scale"), present)
 
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """(stop - start, D) as stored, of consecutive rows of a column without nulls; only they are read."""
+        width = self.dim * self.dtype.itemsize
+        begin = self._ends[name] - len(self.keys) * width
+        data = self._read(begin + start * width, begin + stop * width)
+        return np.frombuffer(data, self.dtype).reshape(-1, self.dim)
+
     def row(self, name: str, index: int) -> np.ndarray:
         """(D,) float32 of one row; NaN where null. Raises DataError as `vectors` does."""
         stored = self.stored_row(name, index)

@@ -36,6 +36,7 @@ EXAMPLES = {
     "cache": "/data/cc3m --model ViT-L-14 --pretrained datacomp_xl_s13b_b90k --views 8 --ops 2",
     "evalset": "/data/eval/imagenet --classes /data/imagenet/val",
     "eval": "runs/clip --data /data/eval/flickr30k",
+    "search": "runs/clip --images photos --text 'a dog on a beach' --html found.html",
     "export": "runs/clip --to exported",
     "report": "/data/cc3m",
     "check": "/data/cc3m",

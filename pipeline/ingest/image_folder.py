@@ -159,7 +159,7 @@ class _Sidecars:
 
 def _image_rows(folder: str, path: str, info: dict[str, Any], captions: list[SourceCaption]) -> Iterator[Row]:
     """A row per caption of the image at ``path`` below the folder."""
-    stamp, problem = _stamp_and_problem(folder, path, info)
+    stamp, problem = stamp_and_problem(folder, path, info)
     ref = FileRef(join(folder, path))
     for caption in captions:
         if problem is not None:
@@ -168,7 +168,7 @@ def _image_rows(folder: str, path: str, info: dict[str, Any], captions: list[Sou
             yield Row(caption.text, path, caption.problem, stamp, ref, caption.note)
 
 
-def _stamp_and_problem(folder: str, path: str, info: dict[str, Any]) -> tuple[str, str | None]:
+def stamp_and_problem(folder: str, path: str, info: dict[str, Any]) -> tuple[str, str | None]:
     """(stamp of an image's file, why the image cannot be used or None)."""
     if clean_name(path) != path:
         return "", NAME_NOT_UTF8

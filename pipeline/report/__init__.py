@@ -42,16 +42,13 @@ def report(config: ReportConfig) -> str:
     """
     root = config.path.rstrip("/") or "/"
     output = config.output or join(root, "report.html")
-    if not is_url(output) and os.path.isdir(output):
-        raise UserError(
-            f"--output {output} is a folder: give the name of a file, such as {join(output, 'report.html')}"
-        )
+    check_page_path(output, "--output")
     if exists(dataset_json(root)):
-        page = _render("dataset.html.j2", dataset_page(root, config.samples))
+        page = render("dataset.html.j2", dataset_page(root, config.samples))
     elif exists(join(root, "metrics.jsonl")):
-        page = _render("run.html.j2", {"page": run_page(read_run(root))})
+        page = render("run.html.j2", {"page": run_page(read_run(root))})
     elif stages := stage_folders(root):
-        page = _render("chain.html.j2", {"page": chain_page(root, stages)})
+        page = render("chain.html.j2", {"page": chain_page(root, stages)})
     elif not exists(root):
         raise UserError(f"{root} is not there: give the ROOT of a dataset or the folder of a run")
     else:
@@ -59,14 +56,26 @@ def report(config: ReportConfig) -> str:
             f"{root} has neither a dataset.json nor a metrics.jsonl: give the ROOT that `clipmill ingest` filled "
             "or the folder that `clipmill train` wrote"
         )
-    try:
-        write_bytes(output, shown(page).encode())
-    except OSError as error:
-        raise UserError(f"{output} cannot be written ({error.strerror}): name another file with --output") from error
+    write_page(output, page, "--output")
     return output
 
 
-def _render(template: str, context: dict[str, Any]) -> str:
+def check_page_path(path: str, option: str) -> None:
+    """Raise UserError when a page cannot have that path, which the ``option`` gave, because a folder has it."""
+    if not is_url(path) and os.path.isdir(path):
+        raise UserError(f"{option} {path} is a folder: give the name of a file, such as {join(path, 'report.html')}")
+
+
+def write_page(path: str, page: str, option: str) -> None:
+    """Write a page, made safe to show. Raises UserError naming the ``option`` that gave its path."""
+    try:
+        write_bytes(path, shown(page).encode())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): name another file with {option}") from error
+
+
+def render(template: str, context: dict[str, Any]) -> str:
+    """A page of a template below ``templates/``, with the filters that all templates use."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

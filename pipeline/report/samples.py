@@ -122,11 +122,16 @@ def _with_images(path: str, rows: dict[str, Any], problems: list[str]) -> list[S
 def _thumbnail(sample: Sample, problems: list[str]) -> tuple[str | None, int, int]:
     """An image as a data URI with its size; None, and a problem, when it does not decode."""
     try:
-        image = decode_rgb(sample.image)
+        return thumbnail(sample.image)
     except DataError as error:
         text = str(error)
         problems.append(text if text.startswith("key ") else f"key {sample.key}: its image {text}")
         return None, 0, 0
+
+
+def thumbnail(data: bytes) -> tuple[str, int, int]:
+    """An encoded image as a data URI of a small JPEG, with its size. Raises DataError when it does not decode."""
+    image = decode_rgb(data)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=82)
