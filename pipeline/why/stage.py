@@ -35,11 +35,13 @@ from shards_spec.layout import (
 from shards_spec.manifest import finished_shards, read_dataset, read_done, shard_ids
 from shards_spec.messages import counted
 from shards_spec.parquet import open_parquet, read_table
+from shards_spec.soft_labels import SoftLabelFormat, format_of
 from shards_spec.tar import read_shard
 from shards_spec.teacher_shard import TeacherShard
 from shards_spec.vocab import read_vocabulary
 
 Row = dict[str, Any]
+MOST_CLASSES_SHOWN = 5
 
 
 @dataclass
@@ -251,15 +253,31 @@ def _tell_teachers(life: SampleLife, root: str, shard: int, index: int) -> None:
         cached = TeacherShard(root, teacher, shard)
         if cached.files[0].keys[index] != life.key:
             raise DataError(f"{cached.path}: row {index} is key {cached.files[0].keys[index]}, not {life.key}")
-        views = np.stack([_vector(cached, f"image_{view}", index) for view in range(cached.config["num_views"])])
-        facts = [f"row {index} of {cached.path}, {counted(len(views), 'view')}"]
-        for number in range(cached.captions):
-            text = _vector(cached, f"text_{number}", index)
-            if np.isnan(text).any():
-                continue
+        count = cached.config["num_views"]
+        soft = format_of(cached.path, cached.config)
+        facts = _cosines(cached, count, index) if soft is None else _most_probable(cached, soft, count, index)
+        life.add(heading, f"row {index} of {cached.path}, {counted(count, 'view')}", *facts)
+
+
+def _cosines(cached: TeacherShard, count: int, index: int) -> list[str]:
+    """The mean, least and largest cosine of all views with each caption."""
+    views = np.stack([_vector(cached, f"image_{view}", index) for view in range(count)])
+    facts = []
+    for number in range(cached.captions):
+        text = _vector(cached, f"text_{number}", index)
+        if not np.isnan(text).any():
             cosines = views @ text
             facts.append(f"text_{number}: cosine {cosines.mean():.3f} ({cosines.min():.3f} to {cosines.max():.3f})")
-        life.add(heading, *facts)
+    return facts
+
+
+def _most_probable(cached: TeacherShard, soft: SoftLabelFormat, count: int, index: int) -> list[str]:
+    """The most probable classes, by the mean of all views."""
+    stored = [cached.file(f"soft_{view}").stored_row(f"soft_{view}", index) for view in range(count)]
+    mean = soft.distributions(np.stack([row for row in stored if row is not None])).mean(axis=0)
+    names = cached.files[0].meta.get("class_names")
+    best = np.argsort(-mean, kind="stable")[:MOST_CLASSES_SHOWN]
+    return [f"class {names[place] if names else place}: {mean[place]:.3f}" for place in best.tolist()]
 
 
 def _vector(cached: TeacherShard, column: str, index: int) -> np.ndarray:

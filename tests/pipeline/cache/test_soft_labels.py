@@ -17,6 +17,8 @@ from pipeline.check.stage import check
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
 from pipeline.report.dataset import dataset_page
+from pipeline.why.config import WhyConfig
+from pipeline.why.stage import why
 from shards_spec.embeddings import EmbeddingFile, Vectors, write_vectors
 from shards_spec.files import UserError, join
 from shards_spec.images import decode_rgb
@@ -257,3 +259,11 @@ def test_lists_and_report(root, folder, kept):
         facts["soft labels"] == {3: "the 3 largest probabilities of 7 classes", "all": "the logits of 7 classes"}[kept]
     )
     assert facts["bytes per view"] == {3: "16", "all": "14"}[kept]
+
+
+def test_why_names_the_most_probable_classes(root, folder):
+    run(root, folder, soft_labels="all")
+    key = read(root)[0].keys[1]
+    mean = (expected(root, folder, 0)[1] + expected(root, folder, 1)[1]) / 2
+    lines = why(WhyConfig(root, key)).lines
+    assert f"  class {NAMES[mean.argmax()]}: {mean.max():.3f}" in lines
