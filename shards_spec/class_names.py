@@ -5,9 +5,11 @@ empty one before it is an error. CLIP_benchmark drops such lines, which shifts e
 """
 
 import re
+from collections.abc import Sequence
 
-from shards_spec.files import DataError, UserError, read_bytes
+from shards_spec.files import DataError, UserError, read_bytes, sha256_json, write_bytes
 from shards_spec.library_errors import decode_text
+from shards_spec.sample import Sample
 
 LINE_END = re.compile(r"\r\n|\n|\r")  # str.splitlines would end lines at characters that names may hold
 NUMBER = re.compile(r"[0-9]{1,9}")  # "²" and "٣" are digits to str.isdigit, too
@@ -41,12 +43,37 @@ def read_class_names(path: str) -> list[str]:
     return names
 
 
+def write_class_names(path: str, names: Sequence[str]) -> None:
+    """Write one class per line, so that `read_class_names` returns ``names``: stripped, none empty or of two lines."""
+    write_bytes(path, "".join(f"{name}\n" for name in names).encode())
+
+
+def class_list_hash(names: Sequence[str]) -> str:
+    """The identity of a list of classes, in the config of the stages that write labels."""
+    return sha256_json(list(names))
+
+
+def describe_difference(classes: Sequence[str], others: Sequence[str]) -> str:
+    """Up to five class names that only one of two lists has, for a message."""
+    return ", ".join(sorted({*classes} ^ {*others})[:5]) or "in another order"
+
+
+def class_text(name: str) -> str:
+    """The name of a class as a text says it: folders write ``golden_retriever``."""
+    return name.replace("_", " ")
+
+
 def read_shard_count(path: str) -> int:
     """The number in a CLIP_benchmark ``nshards.txt``. Raises UserError."""
     text = next(filter(None, read_lines(path, "the number of shards in its folder")))
     if not NUMBER.fullmatch(text):
         raise UserError(f"{path} says {text[:40]!r}: it must be a number")
     return int(text)
+
+
+def label_of(path: str, sample: Sample, classes: int) -> int:
+    """The class of a sample of the tar at ``path``. Raises DataError when it is none."""
+    return parse_label(sample.members.get("cls", b""), classes, f"{path}: key {sample.key}")
 
 
 def parse_label(data: bytes, classes: int, where: str) -> int:

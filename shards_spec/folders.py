@@ -24,6 +24,21 @@ def walk(folder: str) -> Iterator[tuple[str, Files]]:
         yield from _walk_local(folder)
 
 
+def class_folders(folder: str) -> list[str]:
+    """Names of the folders in a folder, ascending, without ignored ones: the classes of labelled images.
+
+    Raises UserError for a folder that cannot be listed.
+    """
+    if is_url(folder):
+        fs, inner = filesystem(folder)
+        return _remote_entries(folder, fs, inner.rstrip("/"))[1]
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if not is_ignored(entry.name) and _is_folder(entry))
+    except OSError as error:
+        raise UserError(f"{folder.rstrip('/')} cannot be listed ({error.strerror})") from error
+
+
 def _walk_local(folder: str) -> Iterator[tuple[str, Files]]:
     root, entered = os.path.realpath(folder), set[str]()
     waiting = [("", False)]  # (prefix, whether a link leads there)
@@ -54,6 +69,14 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _walk_remote(url: str, fs: Any, inner: str, prefix: str) -> Iterator[tuple[str, Files]]:
+    files, folders = _remote_entries(url, fs, inner)
+    yield prefix, files
+    for name in folders:
+        yield from _walk_remote(url, fs, f"{inner}/{name}", f"{prefix}{name}/")
+
+
+def _remote_entries(url: str, fs: Any, inner: str) -> tuple[Files, list[str]]:
+    """(files, names of folders) in a folder of a store, both by name."""
     files, folders = Files(), list[str]()
     with store_errors(url):
         found = fs.ls(inner, detail=True)
@@ -66,6 +89,4 @@ def _walk_remote(url: str, fs: Any, inner: str, prefix: str) -> Iterator[tuple[s
             folders.append(name)
         else:
             files[name] = info
-    yield prefix, files
-    for name in folders:
-        yield from _walk_remote(url, fs, f"{inner}/{name}", f"{prefix}{name}/")
+    return files, folders

@@ -19,6 +19,7 @@ TEACHER = "teacher"
 LOGS = "logs"
 FOLDERS = (RAW, DEDUP, CAPTIONS, PLAN, SHARDS, VOCAB, TEACHER, LOGS)
 DATASET = "dataset.json"
+CLASS_NAMES = "classnames.txt"  # of labelled images: a class per line
 SIZES = f"{SHARDS}/sizes.json"  # samples per final shard: open_clip's file
 
 STATS_PATTERN = re.compile(r"(\d+)_stats\.json")
@@ -237,6 +238,11 @@ def dataset_json(root: str) -> str:
 def sizes_json(root: str) -> str:
     """Samples per final shard."""
     return below(root, SIZES)
+
+
+def class_names_txt(root: str) -> str:
+    """The classes of labelled images; absent in a dataset of image-text pairs."""
+    return below(root, CLASS_NAMES)
 
 
 def stage_log(root: str, key: str) -> str:

@@ -17,7 +17,7 @@ UNREADABLE: tuple[type[Exception], ...] = (*BROKEN_GZIP, DataError, UserError)
 
 def estimate_rows(source: str, form: Format) -> tuple[int, bool] | None:
     """(rows, whether that is exact); None when only reading the source would tell."""
-    if form in ("folder", "img2dataset"):
+    if form in ("folder", "classes", "img2dataset"):
         return None
     try:
         files = [file for file in source_files(source, form) if file.size]

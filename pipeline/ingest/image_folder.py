@@ -108,7 +108,7 @@ def _folder_rows(
     left_out = Counter[str]()
     for prefix, files in walk(folder):
         sidecars = _Sidecars(files, given)
-        taken = _taken(files)
+        taken = taken_images(files)
         for chunk in batches(taken, REMOTE_TEXTS):
             beside = {name: sidecars.find(name) for name in chunk if prefix + name not in listed}
             captions = _read_captions(folder, prefix, [text for text in beside.values() if text], given)
@@ -123,7 +123,7 @@ def _folder_rows(
         log.warning("--source %s: files that are not taken: %s", folder, endings_line(left_out))
 
 
-def _taken(files: Files) -> list[str]:
+def taken_images(files: Files) -> list[str]:
     """Names of images, and of those that cannot be decoded (``x.cr2``) where no other has their stem (``x.jpg``)."""
     stems = {os.path.splitext(name)[0] for name in files if is_image(name)}
     taken = []

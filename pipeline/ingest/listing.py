@@ -132,7 +132,8 @@ def _cut(row: Row) -> Row:
 def _identity(row: Row) -> list[Any]:
     """What makes a row another one; not the path of its source: a folder that was moved is the same folder."""
     place_in_file = astuple(row.image_ref)[1:] if row.image_ref else ()
-    return [row.caption, row.url, row.problem, row.stamp, *place_in_file]
+    label = [] if row.label is None else [row.label]
+    return [row.caption, row.url, row.problem, row.stamp, *place_in_file, *label]
 
 
 def _with_last(chunks: Iterator[list[Row]]) -> Iterator[tuple[list[Row], bool]]:

@@ -61,10 +61,10 @@ def write_raw_shard(root: str, shard: int, shard_input: RawShardInput, outcomes:
     """
     rows = shard_input.rows
     records = [_record(*row) for row in zip(shard_input.keys, rows, outcomes, strict=True)]
-    other_columns = kept_columns(rows, shard_input.column_types, shard_input.kept_columns)
+    other_columns = _labels(rows) | kept_columns(rows, shard_input.column_types, shard_input.kept_columns)
     _check_room(root, outcomes)
     files = ShardWriter(root, RAW, shard)
-    files.write_tar(_samples(_json_records(other_columns, records), outcomes))
+    files.write_tar(_samples(rows, _json_records(other_columns, records), outcomes))
     files.write_parquet(_table(other_columns, records), row_group_size=ROW_GROUP)
     counts = Counter[str]()
     notes = Counter[str]()
@@ -76,6 +76,12 @@ def write_raw_shard(root: str, shard: int, shard_input: RawShardInput, outcomes:
         else:
             counts[outcome] += 1
     return ShardResult(dict(counts), files.outputs, retried=shard_input.retried, counters=dict(notes))
+
+
+def _labels(rows: list[Row]) -> dict[str, pa.Array]:
+    """The column of the classes' numbers, where rows have them."""
+    labels = [row.label for row in rows]
+    return {} if all(label is None for label in labels) else {"cls": pa.array(labels, pa.int32())}
 
 
 def _check_room(root: str, outcomes: list[Outcome]) -> None:
@@ -126,10 +132,12 @@ def _json_records(other_columns: dict[str, pa.Array], records: list[dict[str, An
         yield {**{name: json_value(column[index]) for name, column in cells.items()}, **record}
 
 
-def _samples(records: Iterable[dict[str, Any]], outcomes: list[Outcome]) -> Iterator[Sample]:
+def _samples(rows: list[Row], records: Iterable[dict[str, Any]], outcomes: list[Outcome]) -> Iterator[Sample]:
     """The rows that have an image."""
-    for record, outcome in zip(records, outcomes, strict=True):
+    for row, record, outcome in zip(rows, records, outcomes, strict=True):
         if isinstance(outcome, EncodedImage):
             text = (record["caption"] or "").encode()
             members = {"jpg": outcome.data, "txt": text, "json": json.dumps(record, indent=4).encode()}
+            if row.label is not None:
+                members["cls"] = str(row.label).encode()
             yield Sample(record["key"], members)

@@ -69,6 +69,7 @@ class Row:
         image_ref: Where the image's bytes lie; None: ``url`` is downloaded.
         note: What was left out of a row that is used; written to ``raw/`` too.
         extra: The other columns of the list, by name.
+        label: The number of the image's class; None where the source has no classes.
     """
 
     caption: str | None
@@ -78,6 +79,7 @@ class Row:
     image_ref: ImageRef | None = None
     note: str | None = None
     extra: dict[str, Any] = field(default_factory=dict, compare=False)
+    label: int | None = None
 
 
 class SourceCaption(NamedTuple):

@@ -15,7 +15,19 @@ from shards_spec.library_errors import no_regular_file
 from shards_spec.names import PACKED_ENDINGS, clean_name, endings_line, file_ending, is_ignored
 
 log = logging.getLogger(__name__)
-Format = Literal["cc3m", "cc12m", "csv", "parquet", "jsonl", "txt", "folder", "hf-parquet", "webdataset", "img2dataset"]
+Format = Literal[
+    "cc3m",
+    "cc12m",
+    "csv",
+    "parquet",
+    "jsonl",
+    "txt",
+    "folder",
+    "classes",
+    "hf-parquet",
+    "webdataset",
+    "img2dataset",
+]
 # Kinds of files that are taken from a folder or a glob when its form is not known yet.
 KINDS = {
     "tar": (".tar",),

@@ -9,8 +9,19 @@ from functools import partial
 from typing import Any
 
 from pipeline.core.no_success import advice_for
-from pipeline.core.runner import ALL, RunOptions, ShardAssignment, ShardResult, ShardTask, Stage, Summary, run_stage
+from pipeline.core.runner import (
+    ALL,
+    RunOptions,
+    ShardAssignment,
+    ShardResult,
+    ShardTask,
+    Stage,
+    Summary,
+    read_compatible_record,
+    run_stage,
+)
 from pipeline.ingest.additional_columns import ALL_COLUMNS, read_conditions
+from pipeline.ingest.class_folders import source_classes
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.detect import detect
 from pipeline.ingest.downloader import Downloader
@@ -22,8 +33,9 @@ from pipeline.ingest.listing import Listing, refuse_surplus, remove_surplus
 from pipeline.ingest.raw_shard import RawShardInput, write_raw_shard
 from pipeline.ingest.retry import retry_tasks
 from pipeline.ingest.source_files import Format
-from shards_spec.files import UserError, free_bytes, is_url, join, sha256_bytes
-from shards_spec.layout import FOLDERS, RAW
+from shards_spec.class_names import class_list_hash, describe_difference, read_class_names, write_class_names
+from shards_spec.files import UserError, exists, free_bytes, is_url, join, remove, sha256_bytes
+from shards_spec.layout import FOLDERS, RAW, class_names_txt
 from shards_spec.manifest import finished_shards
 
 log = logging.getLogger(__name__)
@@ -31,7 +43,7 @@ OTHER_OPEN_FILES = 200  # of this process, beside its downloads
 ROWS_BEFORE_WARNING = 2000  # enough to estimate how large the rest will be
 LIST_FORMS: tuple[Format, ...] = ("cc3m", "cc12m", "csv", "jsonl", "parquet", "txt")
 SEVERAL_FILES: tuple[Format, ...] = ("webdataset", "hf-parquet")  # files with images, given one by one by a shell's *
-WITHOUT_COLUMN_NAMES: tuple[Format, ...] = ("cc3m", "cc12m", "txt", "img2dataset")
+WITHOUT_COLUMN_NAMES: tuple[Format, ...] = ("cc3m", "cc12m", "txt", "classes", "img2dataset")
 OUTPUT_FOLDERS = tuple(folder for folder in FOLDERS if folder != RAW)  # of the stages after this one
 
 
@@ -95,6 +107,8 @@ def _absolute(path: str) -> str:
 
 def _import_img2dataset(config: IngestConfig, assignment: ShardAssignment) -> Summary:
     """Take over img2dataset's shards as they are."""
+    if config.overwrite:
+        remove(class_names_txt(config.root))  # of labelled images that were here before
     tasks = import_tasks(config.root, config.sources[0])
     refuse_surplus(config, len(tasks))
     options = RunOptions(
@@ -135,7 +149,12 @@ def _ingest_rows(config: IngestConfig, form: Format, assignment: ShardAssignment
         ignore_opt_out=config.ignore_opt_out,
         nameservers=config.nameservers,
     )
-    stage = Stage("ingest", RAW, _output_settings(config, form, selection, image_rules))
+    settings = _output_settings(config, form, selection, image_rules)
+    classes = source_classes(config.sources[0]) if form == "classes" else None
+    if classes is not None:
+        settings["class_names_sha256"] = class_list_hash(classes)
+    stage = Stage("ingest", RAW, settings)
+    _update_class_names(config, stage, classes)
     listing = Listing(config, form)
     tasks = retry_tasks(config.root, config.shard_size) if config.retry_failed else listing.tasks(assignment)
     with Downloader(
@@ -155,6 +174,26 @@ def _ingest_rows(config: IngestConfig, form: Format, assignment: ShardAssignment
             source=config.source_text,
         )
         return run_stage(config.root, stage, tasks, work, options)
+
+
+def _update_class_names(config: IngestConfig, stage: Stage, classes: list[str] | None) -> None:
+    """Write the list of classes, or with ``overwrite`` take away that of labelled images that were here before.
+
+    Raises UserError where ROOT has other classes, or finished shards of another config.
+    """
+    path = class_names_txt(config.root)
+    if config.overwrite and classes is None:
+        remove(path)
+    if classes is None:
+        return
+    if not config.overwrite:
+        if exists(path) and (there := read_class_names(path)) != classes:
+            raise UserError(
+                f"{path}: --source {config.source_text} has other classes ({describe_difference(there, classes)}); "
+                "use another ROOT, or make all shards again with --overwrite"
+            )
+        read_compatible_record(join(config.root, RAW), stage, 0)
+    write_class_names(path, classes)
 
 
 def _output_settings(config: IngestConfig, form: Format, selection: Selection, images: ImageRules) -> dict[str, Any]:

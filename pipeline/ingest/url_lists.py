@@ -7,6 +7,7 @@ folder or a glob are read as one list, by name.
 from collections.abc import Iterator
 from itertools import chain
 
+from pipeline.ingest.class_folders import class_rows
 from pipeline.ingest.delimited import CC3M, CC12M
 from pipeline.ingest.image_folder import folder_rows, warn_of_no_caption
 from pipeline.ingest.parquet_images import image_parquet_rows
@@ -26,6 +27,9 @@ def list_rows(source: str, form: Format, columns: Columns = (None, None)) -> Ite
     """
     if form == "folder":
         yield from folder_rows(source, columns)
+        return
+    if form == "classes":
+        yield from class_rows(source)
         return
     files = source_files(source, form)
     try:

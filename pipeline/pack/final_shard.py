@@ -13,6 +13,7 @@ from pipeline.core.runner import ShardResult, ShardTask
 from pipeline.labels.labeler import LabelRule, load_labeler
 from pipeline.pack.caption_cleaning import strict_json
 from pipeline.pack.selection import RESERVED_FIELD, SampleSelector, SelectedSample, SelectionConfig
+from shards_spec.class_names import label_of
 from shards_spec.files import json_bytes, remove
 from shards_spec.layout import SHARDS, raw_tar, sizes_json
 from shards_spec.sample import Sample
@@ -45,17 +46,19 @@ def _without_garbage_collection() -> Iterator[None]:
 
 
 def write_final_shard(
-    root: str, task: ShardTask, *, selection: SelectionConfig, wordnet: str, rule: LabelRule
+    root: str, task: ShardTask, *, selection: SelectionConfig, wordnet: str, rule: LabelRule, classes: int | None = None
 ) -> ShardResult:
     """Write the tar and the Parquet file of a final shard from the task's payload, a tuple of `ShardRange`s in order.
 
-    Image bytes are copied untouched; every sample that is dropped is counted. Raises DataError when captions or
-    dedup's list do not belong to the raw shards.
+    Image bytes are copied untouched; every sample that is dropped is counted. ``classes`` is the number of classes of
+    labelled images. Raises DataError when captions or dedup's list do not belong to the raw shards, and for an image
+    without one of the classes.
     """
-    label = load_labeler(wordnet, rule).synsets
+    synsets_of = load_labeler(wordnet, rule).synsets
     counts = Counter[str]()
     counters = Counter[str]()
-    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    schema = SCHEMA if classes is None else SCHEMA.append(pa.field("cls", pa.int32(), nullable=False))
+    columns: dict[str, list[Any]] = {name: [] for name in schema.names}
 
     def final_samples() -> Iterator[Sample]:
         for shard_range in task.payload:
@@ -68,10 +71,14 @@ def write_final_shard(
                     counts[selected] += 1
                     continue
                 counts["success"] += 1
-                synsets = [label(text) for text in (selected.original, *selected.synthetic)]
+                synsets = [synsets_of(text) for text in (selected.original, *selected.synthetic)]
                 for name, value in _row(sample.key, selected, synsets).items():
                     columns[name].append(value)
                 members = _members(sample, selected, synsets)
+                if classes is not None:
+                    label = label_of(raw_tar(root, shard_range.shard), sample, classes)
+                    columns["cls"].append(label)
+                    members["cls"] = str(label).encode()
                 counters.update(selected.notes)
                 yield Sample(sample.key, members)
             selector.finish()
@@ -80,7 +87,7 @@ def write_final_shard(
     remove(sizes_json(root))  # it says that all shards belong together
     with _without_garbage_collection():
         files.write_tar(final_samples())
-    files.write_parquet(pa.table(columns, SCHEMA))
+    files.write_parquet(pa.table(columns, schema))
     return ShardResult(dict(counts), files.outputs, counters=dict(sorted(counters.items())))
 
 

@@ -29,6 +29,7 @@ from pipeline.pack.config import PackConfig
 from pipeline.pack.final_shard import write_final_shard
 from pipeline.pack.reshard import file_hashes_of, final_shard_tasks, forget_plan, plan
 from pipeline.pack.selection import NEED_SIMILARITY, SelectionConfig, ShardRange
+from shards_spec.class_names import class_list_hash, read_class_names
 from shards_spec.files import DataError, UserError, exists, join, names, write_json
 from shards_spec.layout import (
     CAPTIONS,
@@ -37,6 +38,7 @@ from shards_spec.layout import (
     SHARDS,
     captions_folder,
     captions_parquet,
+    class_names_txt,
     shard_name,
     sizes_json,
     stats_path,
@@ -72,7 +74,9 @@ def _pack(config: PackConfig, assignment: ShardAssignment, shards: list[int]) ->
     load_labeler(wordnet, rule)  # an unusable WordNet or tagger is an error now, not in a worker
     captioner, limits = _selection_record(selection)
     size = {} if config.shard_size is None else {"shard_size": config.shard_size}
-    stage = Stage("pack", SHARDS, {**captioner, **rule.describe(), **limits, **size})
+    classes = read_class_names(class_names_txt(root)) if exists(class_names_txt(root)) else None
+    labels = {} if classes is None else {"class_names_sha256": class_list_hash(classes)}
+    stage = Stage("pack", SHARDS, {**captioner, **rule.describe(), **limits, **size, **labels})
     if not config.overwrite:
         read_compatible_record(join(root, SHARDS), stage, 0)  # an error now, before a plan is made
     if config.shard_size is None:
@@ -91,7 +95,13 @@ def _pack(config: PackConfig, assignment: ShardAssignment, shards: list[int]) ->
         )
         tasks = final_shard_tasks(root, shards, selection, config.shard_size)
         total = max(1, -(-planned.counts.get("success", 0) // config.shard_size))
-    work = partial(write_final_shard, selection=selection, wordnet=wordnet, rule=rule)
+    work = partial(
+        write_final_shard,
+        selection=selection,
+        wordnet=wordnet,
+        rule=rule,
+        classes=None if classes is None else len(classes),
+    )
     options = RunOptions(
         workers=min(config.workers, total), assignment=assignment, overwrite=config.overwrite, total=total
     )

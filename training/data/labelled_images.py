@@ -1,7 +1,10 @@
-"""Reader of labelled images for training and evaluation: folders of class folders, or a CLIP_benchmark WebDataset.
+"""Reader of labelled images for training and evaluation, of three kinds.
 
-ROOT/train/CLASS/*.jpg, ROOT/test/CLASS/*.jpg (or val/)                            any depth below CLASS
-ROOT/classnames.txt, train/nshards.txt, train/0.tar …, test/…                      members jpg|png|webp and cls
+DATA/train/classnames.txt, train/raw/ or train/shards/, test/…       a ROOT per split, by `ingest --format classes`
+DATA/train/CLASS/*.jpg, DATA/test/CLASS/*.jpg                        class folders, images at any depth below CLASS
+DATA/classnames.txt, train/nshards.txt, train/0.tar …, test/…        CLIP_benchmark's, members jpg|png|webp and cls
+
+The test split may be called val. Where one split is needed, its ROOT itself may be named.
 """
 
 import logging
@@ -10,18 +13,30 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
+import pyarrow.compute as pc
 
-from shards_spec.class_names import parse_label, read_class_names, read_shard_count
-from shards_spec.files import UserError, exists, is_url, join, read_buffer
-from shards_spec.folders import walk
-from shards_spec.layout import dataset_json
+from shards_spec.class_names import (
+    class_list_hash,
+    describe_difference,
+    label_of,
+    parse_label,
+    read_class_names,
+    read_shard_count,
+)
+from shards_spec.files import DataError, UserError, exists, is_url, join, read_buffer
+from shards_spec.folders import class_folders, walk
+from shards_spec.layout import RAW, SHARDS, class_names_txt, dataset_json, parquet_path, remake_advice, sizes_json
+from shards_spec.manifest import read_dataset
+from shards_spec.messages import counted
 from shards_spec.names import IMAGE_EXTENSIONS, endings_line, file_ending, is_ignored, is_image
+from shards_spec.parquet import read_table
 from shards_spec.sample import Sample
 from shards_spec.tar import index_shard, read_shard
-from training.data.shard_reader import ShardReader
+from training.data.order import Order
+from training.data.shard_reader import ShardReader, dataset_sizes
 
 log = logging.getLogger(__name__)
 TEST_SPLITS = ("test", "val")
@@ -45,14 +60,20 @@ class LabelledImages(Protocol):
         """Yield all images once, in order: where each lies, for messages, and a sample that `label_of` reads."""
         ...
 
+    def order(self, chosen: np.ndarray, seed: int) -> Order:
+        """Return the order in which epochs show the images of ``chosen``, ascending indices (n,).
+
+        Its shards are consecutive parts of ``chosen``.
+        """
+        ...
+
 
 class FolderImages:
     """Image files below ``folder``/CLASS; classes and paths ascend."""
 
     def __init__(self, folder: Path) -> None:
-        folders = [entry.name for entry in folder.iterdir() if entry.is_dir()]
         self.folder = folder
-        self.classes = sorted(name for name in folders if not is_ignored(name))
+        self.classes = class_folders(str(folder))
         self.paths: list[Path] = []
         other_endings = Counter[str]()
         labels: list[int] = []
@@ -75,6 +96,10 @@ class FolderImages:
             name, data = self.image(index)
             # any image extension will do: decoders look at the bytes
             yield str(self.folder), Sample(name, {IMAGE_EXTENSIONS[0]: data, "cls": str(label).encode()})
+
+    def order(self, chosen: np.ndarray, seed: int) -> Order:
+        """Return an order that mixes all images."""
+        return _mixed_order(chosen, seed)
 
 
 class _NumberedShardReader(ShardReader):
@@ -116,6 +141,10 @@ class ShardImages:
             for sample in read_shard(path):
                 yield path, sample
 
+    def order(self, chosen: np.ndarray, seed: int) -> Order:
+        """Return an order that mixes all images."""
+        return _mixed_order(chosen, seed)
+
     @cached_property
     def _labels_per_shard(self) -> list[list[int]]:
         return [self._read_labels(path) for path in self.paths]
@@ -138,9 +167,81 @@ class ShardImages:
         return labels
 
 
-def label_of(path: str, sample: Sample, classes: int) -> int:
-    """Return the label of a sample of `LabelledImages.samples`. Raises DataError when it is no class."""
-    return parse_label(sample.members.get("cls", b""), classes, f"{path}: key {sample.key}")
+class RootImages:
+    """Samples of the shards of a ROOT that `clipmill ingest --format classes` made: of ``shards/``, else of ``raw/``.
+
+    Names of images are the samples' keys, so that drawn views are those of a teacher cache. Labels are read from the
+    shards' Parquet files, images shard by shard.
+
+    Raises:
+        UserError: The stage has not finished, or the classes are no longer those of its shards.
+        DataError: A shard is damaged, or a sample has no valid label.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.classes = read_class_names(class_names_txt(root))
+        self.folder: Literal["shards", "raw"] = "shards" if exists(sizes_json(root)) else "raw"
+        self.reader = ShardReader(root, self.folder, dataset_sizes(root, self.folder))
+        self._ends = np.cumsum(self.reader.sizes)
+        self._check_classes()
+
+    def _check_classes(self) -> None:
+        stage = "pack" if self.folder == SHARDS else "ingest"
+        block = read_dataset(self.root)["stages"].get(stage)
+        if block is None:
+            raise UserError(f"{self.root}: `clipmill {stage}` has not finished: run it again")
+        if block.get("config", {}).get("class_names_sha256") != class_list_hash(self.classes):
+            raise UserError(
+                f"{class_names_txt(self.root)} has not the classes that {self.folder}/ was made with; put the list "
+                f"back, or run `clipmill {stage} --overwrite`"
+            )
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """(N,) int64; the first use reads one column of each shard's Parquet file."""
+        return np.concatenate([self._read_labels(shard) for shard in range(len(self.reader.sizes))])
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Return the shard of the ``index``-th image, and its index in the shard."""
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return shard, index - (int(self._ends[shard]) - self.reader.sizes[shard])
+
+    def image(self, index: int) -> tuple[str, bytes]:
+        """Return the sample's key and the encoded image."""
+        shard, place = self.locate(index)
+        path, sample = self.reader.path(shard), self.reader.sample(shard, place)
+        if label_of(path, sample, len(self.classes)) != self.labels[index]:
+            raise DataError(f"{path}: key {sample.key} has another class than its Parquet row; {remake_advice(path)}")
+        return sample.key, sample.image
+
+    def samples(self) -> Iterator[tuple[str, Sample]]:
+        """Yield the shard's path and the sample for each sample; reads shard by shard, nothing is kept."""
+        for path in map(self.reader.path, range(len(self.reader.sizes))):
+            for sample in read_shard(path):
+                yield path, sample
+
+    def order(self, chosen: np.ndarray, seed: int) -> Order:
+        """Return an order that has few shards open at a time, as that of image-text pairs."""
+        before = np.searchsorted(chosen, self._ends)
+        return Order(np.diff(before, prepend=0).tolist(), seed)
+
+    def _read_labels(self, shard: int) -> np.ndarray:
+        path = parquet_path(join(self.root, self.folder), shard)
+        table = read_table(path, ["cls", "status"] if self.folder == RAW else ["cls"])
+        if self.folder == RAW:
+            table = table.filter(pc.equal(table.column("status"), "success"))
+        labels: np.ndarray = table.column("cls").to_numpy().astype(np.int64)
+        if len(labels) != self.reader.sizes[shard] or not np.isin(labels, np.arange(len(self.classes))).all():
+            raise DataError(
+                f"{path}: its column cls has not {counted(self.reader.sizes[shard], 'number')} below "
+                f"{len(self.classes)}; {remake_advice(path)}"
+            )
+        return labels
+
+
+def _mixed_order(chosen: np.ndarray, seed: int) -> Order:
+    return Order([len(chosen)], seed, streams=1, window=1)
 
 
 def shard_paths(root: str, split: str) -> list[str]:
@@ -181,23 +282,63 @@ def open_images(root: str, train: bool) -> LabelledImages:
     return images
 
 
+def open_train_and_test(root: str) -> tuple[LabelledImages, LabelledImages]:
+    """Open both splits of a dataset.
+
+    Raises:
+        UserError: One is not there or has no images, or they have other classes.
+        DataError: A shard is damaged, or a sample has no valid label.
+    """
+    if root and is_labelled_root(root):
+        raise UserError(
+            f"{root} is a ROOT of labelled images, which is one split: give the folder above it, with the ROOTs train/ "
+            "and test/"
+        )
+    train, test = open_images(root, True), open_images(root, False)
+    if train.classes != test.classes:
+        raise UserError(
+            f"{root}: train and test have other classes: {describe_difference(train.classes, test.classes)}"
+        )
+    return train, test
+
+
 def open_split(root: str, split: str) -> LabelledImages:
     """Open a split that `find_split` found; it may have no images. Raises UserError."""
-    return FolderImages(Path(root, split)) if has_class_folders(root, split) else ShardImages(root, split)
+    folder = join(root, split) if split else root
+    if is_labelled_root(folder):
+        return RootImages(folder)
+    return FolderImages(Path(folder)) if has_class_folders(root, split) else ShardImages(root, split)
+
+
+def is_labelled_root(root: str) -> bool:
+    """Whether a folder is a ROOT of labelled images: it has shards of ours, and a list of classes."""
+    return exists(class_names_txt(root)) and (exists(sizes_json(root)) or exists(join(root, RAW)))
 
 
 def find_split(root: str, splits: Sequence[str] = TEST_SPLITS) -> str:
-    """Return the first of ``splits``, folders of a dataset, that holds shards or class folders. Raises UserError."""
+    """Return the first of ``splits``, folders of a dataset, that holds labelled images; empty for a ROOT of them.
+
+    Raises UserError.
+    """
+    if is_labelled_root(root):
+        return ""
     for split in splits:
-        if exists(join(root, split, "nshards.txt")) or has_class_folders(root, split):
+        if has_labelled_images(root, split):
             return split
     if not is_url(root) and not Path(root).is_dir():
         raise UserError(f"{root} is {'a file, not a folder' if Path(root).exists() else 'not there'}; check the path")
     raise UserError(
         f"{join(root, splits[0], 'nshards.txt')} is not there, nor is a folder of images per class in "
         f"{' or '.join(join(root, split) for split in splits)}: is {root} a dataset in CLIP_benchmark's WebDataset "
-        f"layout or of class folders? {_advice_on_class_folders(root, splits)}".rstrip()
+        "layout, of class folders, or of ROOTs by `clipmill ingest --format classes`? "
+        f"{_advice_on_class_folders(root, splits)}".rstrip()
     )
+
+
+def has_labelled_images(root: str, split: str) -> bool:
+    """Whether a split holds labelled images of any kind."""
+    folder = join(root, split)
+    return exists(join(folder, "nshards.txt")) or is_labelled_root(folder) or has_class_folders(root, split)
 
 
 def _advice_on_class_folders(root: str, splits: Sequence[str]) -> str:
@@ -214,6 +355,6 @@ def _advice_on_class_folders(root: str, splits: Sequence[str]) -> str:
 def has_class_folders(root: str, split: str) -> bool:
     """Whether a split consists of class folders and not of shards."""
     folder = Path(root, split)
-    if is_url(root) or not folder.is_dir() or (folder / "nshards.txt").exists():
+    if is_url(root) or not folder.is_dir() or (folder / "nshards.txt").exists() or is_labelled_root(str(folder)):
         return False
     return any(entry.is_dir() and not is_ignored(entry.name) for entry in folder.iterdir())

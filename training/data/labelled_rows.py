@@ -1,12 +1,14 @@
 """Rows of labelled images by position, as the trainer reads them: drawn views, plain crops, or features."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from shards_spec.counter_rng import raw_draws
-from shards_spec.files import DataError
+from shards_spec.files import DataError, UserError
 from shards_spec.images import decode_rgb
 from shards_spec.models import LoadedModel
 from shards_spec.views import ViewSpec, apply_view, draw_view
@@ -50,14 +52,21 @@ class LabelledImageRows:
         self.chosen = chosen
         self.repeats = repeats
         self.paired: PairedViews | None = None  # set where a teacher sees other pixels than the student
-        self.order = Order([len(chosen)], plan.seed, streams=1, window=1)
+        self.order = images.order(chosen, plan.seed)
+        self._starts = np.cumsum(self.order.sizes) - self.order.sizes  # of the order's shards in ``chosen``
 
     def __getitem__(self, index: int | tuple[int, int | None]) -> Item:
         position, side = index if isinstance(index, tuple) else (index, None)
-        side = side or self.student.image_size
+        try:
+            return self._item(position, side or self.student.image_size)
+        except (DataError, UserError) as error:
+            return error
+
+    def _item(self, position: int, side: int) -> dict[str, Any] | Skipped:
         location = self.order.locate(position // self.repeats)
         view = location.epoch * self.repeats + position % self.repeats
-        number = int(self.chosen[position if self.views is None else location.index])
+        place = position if self.views is None else int(self._starts[location.shard]) + location.index
+        number = int(self.chosen[place])
         name, data = self.images.image(number)
         try:
             image = decode_rgb(data)

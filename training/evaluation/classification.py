@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from shards_spec.class_names import describe_difference
 from shards_spec.files import UserError
 from shards_spec.models import LoadedModel
 from training.data.batches import load_batches
@@ -54,8 +55,3 @@ def plain_rows(images: LabelledImages, student: LoadedModel) -> LabelledImageRow
 def batch_ranges(count: int) -> list[range]:
     """Return the positions of the batches of ``count`` rows; the last batch may be smaller."""
     return [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
-
-
-def describe_difference(classes: list[str], others: list[str]) -> str:
-    """Return up to five class names that only one of two lists has, for a message."""
-    return ", ".join(sorted({*classes} ^ {*others})[:5]) or "in another order"

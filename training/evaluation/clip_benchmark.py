@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator
 from typing import Literal
 
-from shards_spec.class_names import read_class_names, read_lines
+from shards_spec.class_names import class_text, read_class_names, read_lines
 from shards_spec.files import DataError, UserError, exists, join
 from shards_spec.messages import counted
 from shards_spec.sample import Sample
@@ -19,6 +19,7 @@ from shards_spec.tar import read_shard
 from training.data.labelled_images import (
     FolderImages,
     LabelledImages,
+    RootImages,
     find_split,
     has_class_folders,
     open_split,
@@ -56,16 +57,18 @@ def check_root(root: str) -> None:
 def read_classes(root: str, images: LabelledImages) -> tuple[list[str], list[str]]:
     """Return the names of the classes and the prompts of a dataset.
 
-    Class folders may do without a file of either. Raises UserError.
+    Class folders may do without a file of either, a ROOT without prompts. Raises UserError.
     """
     names_file = join(root, "classnames.txt")
     prompts_file = join(root, "zeroshot_classification_templates.txt")
+    if isinstance(images, RootImages):
+        return list(map(class_text, images.classes)), read_prompts(prompts_file) if exists(prompts_file) else [PROMPT]
     if not isinstance(images, FolderImages):
         return images.classes, read_prompts(prompts_file)
     if exists(names_file):
         names = read_class_names(names_file)
     else:
-        names = [name.replace("_", " ") for name in images.classes]
+        names = list(map(class_text, images.classes))
         log.info(
             "%s: classes are named as their folders; classnames.txt, a line per folder, names them otherwise", root
         )

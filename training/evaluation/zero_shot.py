@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shards_spec.class_names import label_of
 from shards_spec.files import DataError, join
 from shards_spec.images import crop_extreme_aspect, decode_rgb
 from shards_spec.models import LoadedModel
 from shards_spec.sample import Sample
-from training.data.labelled_images import find_split, label_of, open_split
+from training.data.labelled_images import find_split, open_split
 from training.evaluation.accuracy import AccuracyMeter
 from training.evaluation.clip_benchmark import captioned_samples, captions_of, dataset_task, read_classes
 

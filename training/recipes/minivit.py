@@ -38,11 +38,11 @@ from shards_spec.files import UserError
 from shards_spec.messages import require
 from shards_spec.models import TIMM, LoadedModel
 from training.config import LabelledImageConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
-from training.data.labelled_images import open_images
+from training.data.labelled_images import open_train_and_test
 from training.data.labelled_rows import LabelledImageRows, subset
 from training.data.order import BatchPlan
 from training.engine.optim import ParamGroup
-from training.evaluation.classification import classification_metrics, describe_difference, plain_rows
+from training.evaluation.classification import classification_metrics, plain_rows
 from training.losses.hidden_relations import (
     HiddenMode,
     attention_relation_loss,
@@ -285,11 +285,7 @@ def prepare(config: MinivitConfig) -> Prepared:
     """
     if config.run.eval_data:
         raise UserError("--eval-data: a classifier is measured on the test images of --data")
-    train, test = open_images(config.data.data, True), open_images(config.data.data, False)
-    if train.classes != test.classes:
-        raise UserError(
-            f"{config.data.data}: train and test have other classes: {describe_difference(train.classes, test.classes)}"
-        )
+    train, test = open_train_and_test(config.data.data)
     distillation, seed = config.distillation, config.run.seed
     trust = config.student.trust
     teacher = load_class_teacher(distillation.teacher, distillation.teacher_weights, train.classes, seed, trust)

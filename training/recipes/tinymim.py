@@ -42,11 +42,11 @@ import torch
 from torch import Tensor, nn
 from tyro.conf import OmitArgPrefixes
 
-from shards_spec.files import UserError, exists, join
+from shards_spec.files import UserError
 from shards_spec.messages import require
 from shards_spec.models import TIMM, LoadedModel
 from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig, check_stage
-from training.data.labelled_images import has_class_folders, open_images
+from training.data.labelled_images import has_labelled_images, open_images
 from training.data.labelled_rows import LabelledImageRows
 from training.data.order import BatchPlan
 from training.data.paired_views import CLEAN, DROPS, KEEP, PairedViews
@@ -352,7 +352,7 @@ def adapt_student(
 def open_rows(config: TinymimConfig, student: LoadedModel) -> Samples | LabelledImageRows:
     """Return the images of a dataset's shards, or of the training split of labelled images. Raises UserError."""
     root, seed = config.data.data, config.run.seed
-    if not (has_class_folders(root, "train") or exists(join(root, "train", "nshards.txt"))):
+    if not has_labelled_images(root, "train"):
         return open_samples(config.data, config.views, student, seed)
     images = open_images(root, True)
     plan = BatchPlan(config.data.batch_size)

@@ -27,11 +27,11 @@ from training.config import (
     total_steps,
 )
 from training.data.batches import load_batches
-from training.data.labelled_images import open_images
+from training.data.labelled_images import open_train_and_test
 from training.data.labelled_rows import FeatureRows, LabelledImageRows, subset
 from training.data.samples import batch_plan
 from training.engine.optim import ParamGroup
-from training.evaluation.classification import batch_ranges, classification_metrics, describe_difference, plain_rows
+from training.evaluation.classification import batch_ranges, classification_metrics, plain_rows
 from training.models.classifier import Classifier, init_head, new_classifier
 from training.models.mixing import MixConfig, draw_mix, mixed_images, mixed_targets
 from training.models.range_augment import RangeAugment, curriculum_loss
@@ -169,11 +169,7 @@ def prepare(config: TransferConfig) -> Prepared:
     """Return student, rows and task. Raises UserError and DataError when data, model or class map do not serve."""
     if config.run.eval_data:
         raise UserError("--eval-data: a classifier is measured on the test images of --data")
-    train, test = open_images(config.data.data, True), open_images(config.data.data, False)
-    if train.classes != test.classes:
-        raise UserError(
-            f"{config.data.data}: train and test have other classes: {describe_difference(train.classes, test.classes)}"
-        )
+    train, test = open_train_and_test(config.data.data)
     base = load_classifier_base(config.student, config.run.seed)
     if config.tuning.pooling == "mean":
         base = pool_patches(base)
