@@ -12,6 +12,7 @@ import numpy as np
 from pipeline.report.axes import short, total
 from pipeline.report.charts import SIZE, Chart, Rule
 from pipeline.report.curves import Columns, curve
+from pipeline.report.layers import layer_charts
 from pipeline.report.student import cut_rules, mask_curves, student_part
 from pipeline.report.text import flatten, json_lines, number
 from shards_spec.files import DataError, exists, join, names, open_read, read_json
@@ -79,6 +80,7 @@ def run_page(run: RunFiles) -> dict[str, Any]:
         "losses": [_loss_part(columns, name) for name in columns if name.startswith("losses.")],
         "curves": mask_curves(columns, rules)
         + [curve(columns, name, CURVES[name]) for name in CURVES if name in columns]
+        + layer_charts(columns)
         + measured(columns),
         "student": student_part(run.table, run.described, _start_description(run)),
         "evaluations": evaluations,

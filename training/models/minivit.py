@@ -8,9 +8,9 @@ What a group shares: projections of queries, keys, values and outputs, the MLP, 
 positions. What each block has of its own: norms, head maps, iRPE's table (DeiT), convolution (Swin), drop path.
 
 timm names: ``mini_deit_tiny|small|base_patch16_224``, ``mini_deit_base_patch16_384``,
-``mini_swin_tiny|small|base_patch4_window7_224``, ``mini_swin_base_patch4_window12_384``; ``mini_deit_test`` and
-``mini_swin_test`` for tests and studies. Options besides timm's: ``groups``, ``head_maps``, ``irpe`` (DeiT); ``local``
-and ``mask_always`` (Swin).
+``mini_swin_tiny|small|base_patch4_window7_224``, ``mini_swin_base_patch4_window12_384``; for tests ``mini_deit_test``
+and ``mini_swin_test``, for the study ``mini_swin_study``. Options besides timm's: ``groups``, ``head_maps``, ``irpe``
+(DeiT); ``local`` and ``mask_always`` (Swin).
 """
 
 from collections.abc import Sequence
@@ -161,6 +161,16 @@ _SWIN: dict[str, dict[str, Any]] = {
         "img_size": 32,
         "drop_path_rate": 0.0,
     },
+    "mini_swin_study": {
+        "embed_dim": 32,
+        "depths": (2, 6),
+        "num_heads": (2, 4),
+        "groups": (1, 3),
+        "patch_size": 8,
+        "window_size": 3,
+        "img_size": 48,
+        "drop_path_rate": 0.0,
+    },
 }
 
 
@@ -261,3 +271,9 @@ def mini_swin_base_patch4_window12_384(pretrained: bool = False, **options: Any)
 def mini_swin_test(pretrained: bool = False, **options: Any) -> MiniSwin:
     """Build a Mini-Swin of 2 + 4 blocks of width 16 and 32 in pairs for 32 pixels."""
     return _mini_swin("mini_swin_test", pretrained, options)
+
+
+@register_model
+def mini_swin_study(pretrained: bool = False, **options: Any) -> MiniSwin:
+    """Build the Mini-Swin of `make study-minivit`: 2 + 6 blocks of width 32 and 64 in pairs for 48 pixels."""
+    return _mini_swin("mini_swin_study", pretrained, options)

@@ -60,8 +60,11 @@ from training.models.minivit_parts import HeadMaps, Local
 from training.models.mixing import MixConfig, draw_mix, mixed_images, mixed_targets
 from training.models.taps import run_with_taps
 from training.models.teacher import FrozenTeacher
+from training.recipes.minivit_analysis import LayerAnalysis
 from training.runs.student import is_run, load_student
 from training.task import Batch, Features, Losses, Prepared, Task
+
+NO_TEACHER = "none"
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class DistillationConfig:
     """What the teacher teaches."""
 
     teacher: str = "timm:swin_base_patch4_window7_224"
-    """timm:NAME, or RUN folder of a classifier of the same classes"""
+    """timm:NAME, RUN folder of a classifier of the same classes, or none: the true labels alone (--label-weight 1)"""
     teacher_weights: str | None = None
     """checkpoint file of timm's model, or random; None: timm's own, or the RUN's"""
     prediction: Literal["cross-entropy", "deit"] = "cross-entropy"
@@ -129,6 +132,8 @@ class DistillationConfig:
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(self.relation_heads >= 1, "relation_heads", self.relation_heads, "1 or more")
         require(0 <= self.smoothing < 1, "smoothing", self.smoothing, "in [0, 1)")
+        if self.teacher == NO_TEACHER and not self.label_weight:
+            raise UserError(f"--teacher {NO_TEACHER}: without a teacher there are the true labels: --label-weight 1")
         counts = len(self.student_blocks), len(self.teacher_blocks)
         if counts[0] != counts[1]:
             raise UserError(f"--student-blocks {counts[0]} and --teacher-blocks {counts[1]}: give as many of both")
@@ -136,7 +141,7 @@ class DistillationConfig:
     @property
     def reads_blocks(self) -> bool:
         """Whether something other than the labels is taught."""
-        return self.attention_weight > 0 or self.hidden_weight > 0
+        return self.teacher != NO_TEACHER and (self.attention_weight > 0 or self.hidden_weight > 0)
 
 
 @dataclass(frozen=True)
@@ -153,9 +158,14 @@ class MinivitConfig:
     run: OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
     repeats: int = 1
     """views of an image that a batch has (repeated augmentation); Mini-DeiT has 3"""
+    log_analysis: int | None = None
+    """steps between lines of metrics.jsonl with each block's gradient norm and its CKA with the teacher's block"""
 
     def __post_init__(self) -> None:
         require(self.repeats >= 1, "repeats", self.repeats, "1 or more")
+        every, log_every = self.log_analysis, self.run.log_every
+        is_logged = every is None or (every >= 1 and every % log_every == 0)
+        require(is_logged, "log_analysis", every, f"a multiple of --log-every {log_every}, or None")
 
 
 def config() -> MinivitConfig:
@@ -187,7 +197,7 @@ class MinivitTask(Task):
     Args:
         config: The recipe's config.
         student: The classifier.
-        teacher: The model that teaches; gives logits.
+        teacher: The model that teaches; gives logits. None where the true labels alone are learnt.
         test: The images that the student is measured on.
         pairs: Blocks of student and teacher that are compared.
     """
@@ -198,7 +208,7 @@ class MinivitTask(Task):
         self,
         config: MinivitConfig,
         student: Classifier,
-        teacher: FrozenTeacher,
+        teacher: FrozenTeacher | None,
         test: LabelledImageRows,
         pairs: list[tuple[int, int]],
     ) -> None:
@@ -207,30 +217,45 @@ class MinivitTask(Task):
         self.frozen = teacher
         self.test = test
         self.pairs = pairs
-        self.readers = (BlockReader(student.trunk), BlockReader(teacher.model)) if pairs else None
+        self.readers = (BlockReader(student.trunk), BlockReader(teacher.model)) if pairs and teacher else None
+        self.analysis = None
+        if config.log_analysis is not None:
+            self.analysis = LayerAnalysis(config.log_analysis, student.trunk, teacher)
 
     def draw(self, batch: Batch) -> Batch:
         """Return the batch with its images' partners and boxes."""
+        if self.analysis is not None:
+            self.analysis.start_step()
         return draw_mix(self.config.mix, batch)
 
     def forward(self, batch: Batch) -> Features:
         """Return the losses (n,) of each sample, by name."""
+        if self.analysis is not None:
+            self.analysis.keep(batch)
+        reader = None if self.readers is None else self.readers[0]
+        return self._features(batch, self.student, reader)
+
+    def _features(self, batch: Batch, student: Classifier, reader: BlockReader | None) -> Features:
+        """The losses of a student, whose blocks ``reader`` reads."""
         config = self.config.distillation
         images = mixed_images(batch)
         features: Features = {}
-        if self.readers is None:
-            logits: Tensor = self.student(images)
-            theirs: Tensor = self.frozen.intermediate(lambda model: model(images), ()).output
-        else:
-            own = self.readers[0].read(partial(run_with_taps, self.student.trunk), images, [s for s, _ in self.pairs])
+        theirs: Tensor | None = None
+        if reader is not None and self.readers is not None and self.frozen is not None:
+            own = reader.read(partial(run_with_taps, student.trunk), images, [s for s, _ in self.pairs])
             taught = self.readers[1].read(self.frozen.intermediate, images, [t for _, t in self.pairs])
             logits, theirs = own.logits, taught.logits
             if config.attention_weight:
                 features["attention"] = self._attention(own.projections, taught.projections, len(images))
             if config.hidden_weight:
                 features["hidden"] = self._hidden(own.hidden, taught.hidden)
-        predict = soft_ce if config.prediction == "cross-entropy" else deit_soft_distillation
-        features["prediction"] = predict(logits, theirs, config.temperature)
+        else:
+            logits = student(images)
+            if self.frozen is not None:
+                theirs = self.frozen.intermediate(lambda model: model(images), ()).output
+        if theirs is not None:
+            predict = soft_ce if config.prediction == "cross-entropy" else deit_soft_distillation
+            features["prediction"] = predict(logits, theirs, config.temperature)
         if config.label_weight:
             targets = mixed_targets(batch, logits.shape[-1], config.smoothing)
             features["labels"] = -(targets * upcast(logits).log_softmax(-1)).sum(-1)
@@ -260,6 +285,17 @@ class MinivitTask(Task):
         }
         return {name: weights[name] * values.mean() for name, values in features.items()}
 
+    def metrics(self, step: int) -> dict[str, float]:
+        """Return what `LayerAnalysis` measures after every ``log_analysis`` steps."""
+        if self.analysis is None:
+            return {}
+
+        def loss(batch: Batch, student: Classifier) -> Tensor:
+            reader = None if self.readers is None else BlockReader(student.trunk)
+            return torch.stack([*self.losses(self._features(batch, student, reader), step).values()]).sum()
+
+        return self.analysis.measure(step, self.student, loss)
+
     def param_groups(self, weight_decay: float) -> list[ParamGroup]:
         """Return two groups: vectors, positions and head maps do not decay."""
         trunk = self.student.trunk
@@ -288,16 +324,22 @@ def prepare(config: MinivitConfig) -> Prepared:
     train, test = open_train_and_test(config.data.data)
     distillation, seed = config.distillation, config.run.seed
     trust = config.student.trust
-    teacher = load_class_teacher(distillation.teacher, distillation.teacher_weights, train.classes, seed, trust)
     student = load_tied_student(config, train.classes)
-    student = replace(student, mean=teacher.mean, std=teacher.std)
+    frozen = None
+    if distillation.teacher != NO_TEACHER:
+        teacher = load_class_teacher(distillation.teacher, distillation.teacher_weights, train.classes, seed, trust)
+        student = replace(student, mean=teacher.mean, std=teacher.std)
+        frozen = teacher.frozen
     if config.tied.inherit != "none":
-        inherit_from(student.model.trunk, teacher.frozen, config.tied.inherit)
-    pairs = find_pairs(config, student, teacher.frozen)
+        inherit_from(student.model.trunk, frozen, config.tied.inherit)
+    pairs = [] if frozen is None else find_pairs(config, student, frozen)
     plan = BatchPlan(config.data.batch_size, seed=seed)
     chosen = subset(train.labels, config.data.fraction, seed)
     rows = LabelledImageRows(train, student, plan, config.views.spec(seed), chosen, repeats=config.repeats)
-    task = MinivitTask(config, student.model, teacher.frozen, plain_rows(test, student), pairs)
+    try:
+        task = MinivitTask(config, student.model, frozen, plain_rows(test, student), pairs)
+    except ValueError as error:
+        raise UserError(f"--log-analysis: {error}; leave it out") from error
     return Prepared(student, rows, task)
 
 
@@ -329,8 +371,10 @@ def load_tied_student(config: MinivitConfig, classes: list[str]) -> LoadedModel:
     return loaded
 
 
-def inherit_from(student: Any, teacher: FrozenTeacher, source: Literal["first", "last", "mean"]) -> None:
-    """Start the student from the teacher's weights. Raises UserError where their shapes differ."""
+def inherit_from(student: Any, teacher: FrozenTeacher | None, source: Literal["first", "last", "mean"]) -> None:
+    """Start the student from the teacher's weights. Raises UserError where there are none, or their shapes differ."""
+    if teacher is None:
+        raise UserError(f"--inherit {source}: there is no teacher to inherit from; give --teacher")
     if not isinstance(student, MiniDeiT | MiniSwin):
         raise UserError(f"--inherit {source}: the student is none of {TIMM}mini_deit_*, mini_swin_*")
     try:

@@ -270,3 +270,25 @@ def test_lines_of_several_colors_keep_them():
     assert chart.legend == ("a", "b")
     assert re.findall(r'<(?:polyline|circle) class="(c\d)"', chart.svg) == ["c0", "c1", "c1"]
     assert "T: a 0 first, 2 last; b 1 first, 1 last" in chart.svg
+
+
+def test_blocks_of_a_run_that_logged_them(tmp_path):
+    lines = []
+    for step in (10, 20, 30, 40, 50):
+        line = {"step": step, "loss": 1 / step}
+        if step > 10:
+            line |= {f"use_grad_norm.{block}": (block + 1) / step for block in range(12)}
+            line |= {"cka.1-1": 0.25, "cka.3-9": step / 100}
+        lines.append(json.dumps(line))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    page = page_of(folder)
+    gradients = hovers(page, "Gradient norm of shared weights, per use")
+    assert gradients[0] == "block 0: step 20 0.05; step 40 0.025; step 50 0.02"
+    assert gradients[-1] == "block 11: step 20 0.6; step 40 0.3; step 50 0.24"
+    assert hovers(page, "CKA with the teacher&#39;s block")[-1] == "block 3: step 20 0.2; step 40 0.4; step 50 0.5"
+    assert "Blocks of student and teacher: 3 with 9." in page.text
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1, "use_grad_norm.0": null, "cka.x": 0.5}\n')
+    page = page_of(folder)
+    assert [title for title in titles(page) if "per use" in title] == []

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from functools import partial
+from itertools import chain
 
 import pytest
 import timm
@@ -247,3 +248,71 @@ def test_a_run_as_teacher_and_other_classes(images, run, tmp_path):
 def test_what_it_refuses(images, fields, message):
     with pytest.raises(UserError, match=message):
         prepared(images, **fields)
+
+
+def test_the_true_labels_alone(images, tmp_path):
+    fields = {"teacher": "none", "teacher_weights": None, "label_weight": 1.0, "smoothing": 0.0}
+    task = prepared(images, **fields, erasing=0.0, mixup=0.0, cutmix=0.0).task.eval()
+    assert task.teachers == []
+    batch = task.draw(first_batch(prepared(images, **fields).rows, 4))
+    losses = task.losses(task(batch), 0)
+    assert list(losses) == ["labels"]
+    expected = torch.nn.functional.cross_entropy(task.student(batch["images"]), batch["targets"])
+    assert losses["labels"].item() == pytest.approx(expected.item(), rel=1e-5)
+    run = train("minivit", small(images, str(tmp_path), steps=1, log_every=1, log_analysis=1, **fields))
+    line = read_metrics(run)[-1]
+    assert line["use_grad_norm.5"] > 0
+    assert not any(name.startswith("cka.") for name in line)
+
+
+def test_analysis_is_logged_and_changes_nothing(images, tmp_path):
+    fields = {"steps": 3, "batch_size": 12, "log_every": 1, "drop_path": 0.2}
+    runs = {
+        every: train("minivit", small(images, str(tmp_path / str(every)), log_analysis=every, **fields))
+        for every in (None, 2)
+    }
+    lines = read_metrics(runs[2])
+    assert [line["losses"] for line in lines] == [line["losses"] for line in read_metrics(runs[None])]
+    assert_same_weights(runs[2], runs[None])
+    logged = [{name for name in line if name.startswith(("use_grad_norm.", "cka."))} for line in lines]
+    blocks = range(6)
+    expected = {f"use_grad_norm.{block}" for block in blocks} | {f"cka.{block}-{block}" for block in blocks}
+    assert logged == [set(), expected, set()]
+    assert all(lines[1][f"use_grad_norm.{block}"] > 0 for block in blocks)
+    assert all(lines[1][f"cka.{block}-{block}"] < 1.01 for block in blocks)
+    assert not any(name.startswith("use_grad_norm") for name in read_metrics(runs[None])[1])
+
+
+def test_what_analysis_measures(images):
+    fields = {"log_analysis": 1, "log_every": 1, "erasing": 0.0}
+    task = prepared(images, groups=(2, 4), **fields).task
+    batch = task.draw(first_batch(prepared(images).rows, 4))
+    features = task(batch)
+    measured = task.metrics(0)
+    torch.stack([*task.losses(features, 0).values()]).sum().backward()
+    block = task.student.trunk.layers[0].blocks[1]
+    shared = (block.attn.qkv, block.attn.proj, block.mlp)
+    weights = [*chain.from_iterable(part.parameters() for part in shared), block.attn.relative_position_bias_table]
+    norm = torch.cat([weight.grad.flatten() for weight in weights]).norm().item()
+    assert measured["use_grad_norm.1"] == pytest.approx(norm, rel=1e-4)
+    twin = prepared(images, **fields).task
+    twin.frozen.model.load_state_dict(twin.student.trunk.state_dict())
+    twin(twin.draw(batch))
+    assert [value for name, value in twin.metrics(0).items() if name.startswith("cka.")] == pytest.approx([1] * 6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"teacher": "none"}, "--teacher none: without a teacher there are the true labels: --label-weight 1"),
+        ({"teacher": "none", "label_weight": 1.0, "inherit": "mean"}, "there is no teacher to inherit from"),
+        ({"log_analysis": 15, "log_every": 10}, "--log-analysis 15: must be a multiple of --log-every 10"),
+        (
+            {"model": "timm:test_resnet", "teacher": "none", "label_weight": 1.0, "log_analysis": 10},
+            "--log-analysis: ResNet has no blocks to read.*; leave it out",
+        ),
+    ],
+)
+def test_what_it_refuses_of_teachers_and_analysis(images, fields, message):
+    with pytest.raises(UserError, match=message):
+        prepared(images, **{"log_every": 10, **fields})
