@@ -27,7 +27,9 @@ from shards_spec.soft_labels import SoftLabelFormat, class_list_sha256
 from shards_spec.tar import read_shard
 from shards_spec.timm_classifiers import load_timm_classifier
 from shards_spec.views import ViewSpec, apply_view, draw_view
-from training.models.classifier import export_classifier, new_classifier
+from training.export import to_timm
+from training.export.config import ExportConfig
+from training.models.classifier import new_classifier
 
 VIEWS = ViewSpec(ops=1)
 NAMES = ["cat", "dog", "emu", "fox", "gnu", "hen", "ibex"]
@@ -54,7 +56,7 @@ def folder(tmp_path_factory) -> str:
     with torch.no_grad():
         student.model.head.weight.mul_(100)
     folder = tmp_path_factory.mktemp("models") / "classifier"
-    export_classifier(str(folder), student)
+    to_timm.write(folder, student, ExportConfig("run", str(folder)))
     return f"timm:local-dir:{folder}"
 
 
