@@ -55,14 +55,21 @@ def total(number: int) -> str:
 
 
 def linear(label: str, low: float, high: float, count: int = 5) -> Axis:
-    """An axis with marks at round numbers; a range without width gets some."""
+    """An axis with about ``count`` marks at round numbers, two at least; a range without width gets some."""
     if not high > low:
         pad = abs(low) * 0.05 or 1.0
         low, high = low - pad, high + pad
+    values = _round_values(low, high, count)
+    if len(values) < 2:
+        values = _round_values(low, high, 2 * count)
+    return Axis(label, low, high, _label(values))
+
+
+def _round_values(low: float, high: float, count: int) -> list[float]:
+    """The multiples of a round step within a range, about ``count`` of them."""
     step = nice_step((high - low) / count)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    values = [round(i * step, 12) for i in range(first, last + 1)]
-    return Axis(label, low, high, _label(values))
+    return [round(i * step, 12) for i in range(first, last + 1)]
 
 
 def logarithmic(label: str, low: float, high: float) -> Axis:

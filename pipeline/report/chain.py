@@ -9,8 +9,9 @@ import numpy as np
 
 from pipeline.report.axes import short, total
 from pipeline.report.charts import Rule
-from pipeline.report.run import RunFiles, loss_charts, measured, metric_name, read_run, run_page, share_text
-from pipeline.report.student import mask_curves
+from pipeline.report.results import HEADLINE, metric_name, share_text
+from pipeline.report.run import RunFiles, read_run, run_page
+from pipeline.report.run_charts import run_charts
 from shards_spec.files import exists, join, names
 
 STAGE = re.compile(r"stage-(\d+)")
@@ -23,7 +24,7 @@ NUMBERS = {
     "loss": "Last loss",
 }
 UNKNOWN = "–"
-HEADLINE = ("acc1", "mean_average_precision", "image_retrieval_recall@1", "text_retrieval_recall@1")  # of all metrics
+PROGRESS = ("step", "samples_seen", "seconds")  # columns that go on from stage to stage
 
 
 def stage_folders(root: str) -> list[str]:
@@ -43,6 +44,7 @@ def chain_page(root: str, folders: list[str]) -> dict[str, Any]:
     runs = [read_run(folder) for folder in folders]
     pages = [run_page(run) for run in runs]
     columns, rules = joined(runs)
+    charts = run_charts(columns, rules, measured_only=True)
     summaries = [_summary(run, page) for run, page in zip(runs, pages, strict=True)]
     return {
         "name": root.rstrip("/").rsplit("/", 1)[-1],
@@ -50,26 +52,29 @@ def chain_page(root: str, folders: list[str]) -> dict[str, Any]:
         "stages": list(zip(summaries, pages, strict=True)),
         "numbers": {name: label for name, label in NUMBERS.items() if any(own[name] != UNKNOWN for own in summaries)},
         "metrics": list(dict.fromkeys(chain.from_iterable(summary["metrics"] for summary in summaries))),
-        "loss": loss_charts(columns, rules),
-        "curves": [*mask_curves(columns, rules), *measured(columns, rules)],
+        "views": charts.views,
+        "constants": charts.constants,
         "problems": list(chain.from_iterable(page["problems"] for page in pages)),
     }
 
 
 def joined(runs: list[RunFiles]) -> tuple[dict[str, np.ndarray], list[Rule]]:
-    """The metrics of all runs as of one, whose steps go on from stage to stage, and the starts of the later stages."""
+    """The metrics of all runs as of one, and the starts of the later stages.
+
+    Steps, samples and seconds go on from stage to stage.
+    """
     logged = [run for run in runs if "step" in run.columns]
     every = dict.fromkeys(chain.from_iterable(run.columns for run in logged))
     parts: dict[str, list[np.ndarray]] = {name: [] for name in every}
-    rules, offset = list[Rule](), 0.0
+    rules = list[Rule]()
+    offsets = {name: 0.0 for name in PROGRESS if name in every}
     for run in logged:
-        if offset:
-            rules.append(Rule("x", offset, run.name.replace("-", " ")))
-        steps = run.columns["step"]
+        if offsets["step"]:
+            rules.append(Rule("x", offsets["step"], run.name.replace("-", " ")))
         for name, values in parts.items():
-            values.append(run.columns.get(name, np.full(len(steps), math.nan)))
-        parts["step"][-1] = steps + offset
-        offset += float(steps[-1])
+            own = run.columns.get(name, np.full(len(run.columns["step"]), math.nan))
+            values.append(own + offsets.get(name, 0.0))
+        offsets = {name: float(parts[name][-1][-1]) for name in offsets}
     return {name: np.concatenate(values) for name, values in parts.items()}, rules
 
 

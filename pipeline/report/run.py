@@ -1,8 +1,7 @@
-"""The run page: recipe, curves, evaluation, environment and checkpoints of one training run."""
+"""The run page: results, set-up, curves, evaluation, environment and checkpoints of one training run."""
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -10,30 +9,19 @@ from typing import Any
 import numpy as np
 
 from pipeline.report.axes import short, total
-from pipeline.report.charts import SIZE, Chart, Rule
-from pipeline.report.curves import Columns, curve
 from pipeline.report.layers import layer_charts
-from pipeline.report.student import cut_rules, mask_curves, student_part
+from pipeline.report.results import HEADLINE, Evaluations, json_or_empty, metric_name, read_evaluations, share_text
+from pipeline.report.run_charts import run_charts
+from pipeline.report.student import cut_rules, student_part
 from pipeline.report.text import flatten, json_lines, number
-from shards_spec.files import DataError, exists, join, names, open_read, read_json
+from shards_spec.files import exists, join, names, open_read
+from shards_spec.messages import counted
 from shards_spec.student_table import STUDENT_TABLE
 
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors")
-WIDE = (1040, 300)  # size of the loss curve on a wide screen
-CURVES = {
-    "lr": ("Learning rate", "per step"),
-    "grad_norm": ("Gradient norm", "before clipping"),
-    "logit_scale": ("Logit scale", "1 / temperature"),
-    "samples_per_s": ("Throughput", "samples/s"),
-}
-METRICS = {
-    "acc1": "top-1",
-    "acc5": "top-5",
-    "mean_per_class_recall": "mean per class",
-    "mean_average_precision": "mean average precision",
-    "image_retrieval_recall": "text→image R",
-    "text_retrieval_recall": "image→text R",
-}
+PROCESSORS = ("cpu", "x86_64", "aarch64", "arm", "i386")  # how environment.json names one; other names are of GPUs
+RESULT_TILES = 4  # at most
+WHILE_TRAINING = "while training"  # the dataset of a task that measures by itself
 
 
 @dataclass(frozen=True)
@@ -42,9 +30,11 @@ class RunFiles:
 
     path: str
     config: dict[str, Any]
+    environment: dict[str, Any]
     columns: dict[str, np.ndarray]
     table: dict[str, Any]
     described: dict[str, Any]
+    evaluations: Evaluations
     problems: list[str]
 
     @property
@@ -52,44 +42,155 @@ class RunFiles:
         """Of the folder."""
         return self.path.rstrip("/").rsplit("/", 1)[-1]
 
+    @property
+    def last(self) -> dict[str, float]:
+        """The last line of the metrics; NaN for what it lacks."""
+        return {name: float(values[-1]) for name, values in self.columns.items()}
+
 
 def read_run(path: str) -> RunFiles:
-    """Read a run's config, metrics and what it says of its student."""
+    """Read a run's config, environment, metrics, evaluations and what it says of its student."""
     problems = list[str]()
     metrics = join(path, "metrics.jsonl")
     return RunFiles(
         path=path,
-        config=_json_or_empty(join(path, "config.json"), problems),
+        config=json_or_empty(join(path, "config.json"), problems),
+        environment=json_or_empty(join(path, "environment.json"), problems),
         columns=read_metrics(metrics, problems) if exists(metrics) else {},
-        table=_json_or_empty(join(path, STUDENT_TABLE), problems),
-        described=_json_or_empty(join(path, "open_clip_config.json"), problems),
+        table=json_or_empty(join(path, STUDENT_TABLE), problems),
+        described=json_or_empty(join(path, "open_clip_config.json"), problems),
+        evaluations=read_evaluations(join(path, "eval"), problems),
         problems=problems,
     )
 
 
 def run_page(run: RunFiles) -> dict[str, Any]:
     """The variables of the template for a run."""
-    columns, problems = run.columns, list(run.problems)
-    evaluations, unread = _evaluations(join(run.path, "eval"), problems)
-    rules = cut_rules(run.table)
+    charts = run_charts(run.columns, cut_rules(run.table))
     return {
         "name": run.name,
         "recipe": run.config.get("recipe"),
-        "headline": _tiles(columns),
-        "loss": loss_charts(columns, rules),
-        "losses": [_loss_part(columns, name) for name in columns if name.startswith("losses.")],
-        "curves": mask_curves(columns, rules)
-        + [curve(columns, name, CURVES[name]) for name in CURVES if name in columns]
-        + layer_charts(columns)
-        + measured(columns),
+        "headline": _result_tiles(run) + _tiles(run),
+        "facts": facts(run),
+        "views": charts.views,
+        "constants": charts.constants,
+        "layers": layer_charts(run.columns),
         "student": student_part(run.table, run.described, _start_description(run)),
-        "evaluations": evaluations,
-        "unread": unread,
+        "evaluations": run.evaluations.tables,
+        "cost": cost_rows(run.evaluations.cost),
+        "unread": run.evaluations.unread,
         "config": flatten(run.config),
-        "environment": flatten(_json_or_empty(join(run.path, "environment.json"), problems)),
+        "environment": flatten(run.environment),
         "checkpoints": _checkpoints(run.path),
-        "problems": problems,
+        "problems": run.problems,
     }
+
+
+def results(run: RunFiles) -> dict[tuple[str, str, str], float]:
+    """Every number that was measured, by (dataset, task, metric): those of folder eval, and the last while training."""
+    found = dict[tuple[str, str, str], float]()
+    dataset = str(run.config.get("eval_data") or "").rstrip("/").rsplit("/", 1)[-1] or WHILE_TRAINING
+    for name, values in run.columns.items():
+        finite = values[np.isfinite(values)]
+        if name.startswith("eval.") and len(finite):
+            found[dataset, WHILE_TRAINING, name.removeprefix("eval.")] = float(finite[-1])
+    return found | run.evaluations.values
+
+
+def _result_tiles(run: RunFiles) -> list[tuple[str, str]]:
+    """The main results: of folder eval, or where that has none, measured last while training."""
+    measured = results(run)
+    main = {key: value for key, value in measured.items() if key[2] in HEADLINE and math.isfinite(value)}
+    after = {key: value for key, value in main.items() if key[1] != WHILE_TRAINING}
+    tiles = []
+    for (dataset, _, metric), value in list((after or main).items())[:RESULT_TILES]:
+        where = "" if dataset == WHILE_TRAINING else f", {dataset}"
+        tiles.append((share_text(value), metric_name(metric) + where))
+    return tiles
+
+
+def facts(run: RunFiles) -> list[tuple[str, str]]:
+    """What was trained on what: (name, text) for the top of the page; what the run does not say is left out."""
+    config, environment = run.config, run.environment
+    batch = config.get("batch_size")
+    device = str(environment.get("device") or "")
+    named = {
+        "Model": str(config.get("model") or ""),
+        "Data": str(config.get("data") or ""),
+        "Batch": f"{batch:,}" if isinstance(batch, int) else "",
+        "Device": _processor(device, environment.get("threads") if device in PROCESSORS else None),
+        "Precision": str(config.get("precision") or ""),
+        "Parameters": parameters_text(run),
+        "State": state(run),
+    }
+    return [(name, text) for name, text in named.items() if text]
+
+
+def _processor(name: str, threads: Any) -> str:
+    """A device and, where it is known to have some, its threads."""
+    return f"{name}, {counted(threads, 'thread')}" if name and isinstance(threads, int) else name
+
+
+def parameter_counts(run: RunFiles) -> dict[str, float]:
+    """Parameters of the student by part, ``total`` at least; empty where nothing says them."""
+    for counts in (run.environment.get("parameters"), run.evaluations.cost.get("parameters")):
+        if isinstance(counts, dict) and math.isfinite(number(counts.get("total"))):
+            return {str(part): number(count) for part, count in counts.items() if math.isfinite(number(count))}
+    for total_count in (run.last.get("parameters"), number(run.table.get("parameters"))):
+        if total_count is not None and math.isfinite(total_count):
+            return {"total": total_count}
+    return {}
+
+
+def parameters_text(run: RunFiles) -> str:
+    """``48.6M: image 9.83M, text 13.5M, token embeddings 25.3M``; empty where nothing says them."""
+    counts = parameter_counts(run)
+    if not counts:
+        return ""
+    named = {"image": "image", "text": "text", "embedding": "token embeddings"}
+    parts = [f"{label} {short(counts[part])}" for part, label in named.items() if counts.get(part)]
+    return short(counts["total"]) + (f": {', '.join(parts)}" if len(parts) > 1 else "")
+
+
+def state(run: RunFiles) -> str:
+    """How far a run is; empty where its config does not say how far it should come."""
+    step, epoch = run.last.get("step", 0.0), run.last.get("epoch", 0.0)
+    steps, epochs = (number(run.config.get(name)) for name in ("steps", "epochs"))
+    if math.isfinite(steps):
+        return "finished" if step >= steps else f"unfinished, step {step:,.0f} of {steps:,.0f}"
+    if not math.isfinite(epochs):
+        return ""
+    batches = run.config.get("batch_size"), run.last.get("samples_seen", 0.0)
+    missing = epochs - epoch
+    if isinstance(batches[0], int) and epoch > 0 and missing * batches[1] / epoch < batches[0]:
+        return "finished"  # a batch that is not whole is left out at the end
+    return f"unfinished, {short(epoch)} of {short(epochs)} epochs"
+
+
+def cost_rows(cost: dict[str, Any]) -> list[tuple[str, str]]:
+    """What `clipmill eval --cost` measured, as rows of a table; none for another file."""
+    macs, speeds = cost.get("macs"), cost.get("speed")
+    rows = []
+    if isinstance(macs, dict):
+        rows += [(f"MACs, one {tower}", short(number(count), 4)) for tower, count in macs.items()]
+    if math.isfinite(number(cost.get("weights_bytes"))):
+        rows.append(("Weights", f"{short(number(cost['weights_bytes']))}B"))
+    for speed in speeds if isinstance(speeds, list) else []:
+        if isinstance(speed, dict):
+            rows += _speed_rows(speed)
+    return rows
+
+
+def _speed_rows(speed: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of one device."""
+    rows = []
+    name, threads = str(speed.get("name", "?")), speed.get("threads") if speed.get("device") == "cpu" else None
+    device = _processor(name, threads)
+    for kind, label in (("images_per_s", "images/s"), ("texts_per_s", "texts/s"), ("peak_mib", "peak memory, MiB")):
+        by_batch = speed.get(kind)
+        for batch, value in by_batch.items() if isinstance(by_batch, dict) else ():
+            rows.append((f"{label}, batch {batch}, {device}", short(number(value), 4)))
+    return rows
 
 
 def _start_description(run: RunFiles) -> dict[str, Any]:
@@ -104,20 +205,9 @@ def _start_description(run: RunFiles) -> dict[str, Any]:
     if name in names(parent):
         folders.append(join(parent, name))
     for folder in folders:
-        if described := _json_or_empty(join(folder, "open_clip_config.json"), []):
+        if described := json_or_empty(join(folder, "open_clip_config.json"), []):
             return described
     return {}
-
-
-def _json_or_empty(path: str, problems: list[str]) -> dict[str, Any]:
-    try:
-        value = read_json(path)
-    except FileNotFoundError:
-        return {}
-    except DataError as error:
-        problems.append(str(error))
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def read_metrics(path: str, problems: list[str]) -> dict[str, np.ndarray]:
@@ -147,37 +237,11 @@ def _named(group: str, values: Any) -> dict[str, Any]:
     return {f"{group}.{name}": value for name, value in values.items()} if isinstance(values, dict) else {}
 
 
-def loss_charts(columns: Columns, rules: Sequence[Rule] = ()) -> list[Chart]:
-    """The total loss, drawn for a wide and for a narrow screen."""
-    if "loss" not in columns:
-        return []
-    return [curve(columns, "loss", ("Total loss", "loss"), size=size, rules=rules) for size in (WIDE, SIZE)]
-
-
-def _loss_part(columns: Columns, name: str) -> Chart:
-    """One of the losses, over the steps that had it: some end when a student has taken its final shape."""
-    values = columns[name]
-    has_it = np.isfinite(values) | ~np.isfinite(columns.get("loss", np.full(len(values), np.nan)))
-    points = {column: columns[column][has_it] for column in ("step", name)} if has_it.any() else columns
-    return curve(points, name, (name.removeprefix("losses."), "loss"))
-
-
-def measured(columns: Columns, rules: Sequence[Rule] = ()) -> list[Chart]:
-    """What was measured while training, over the steps at which it was."""
-    charts = []
-    for name in columns:
-        finite = np.isfinite(columns[name])
-        if name.startswith("eval.") and finite.any():
-            points = {column: columns[column][finite] for column in ("step", name)}
-            charts.append(curve(points, name, (metric_name(name.removeprefix("eval.")), "share"), rules=rules))
-    return charts
-
-
-def _tiles(columns: dict[str, np.ndarray]) -> list[tuple[str, str]]:
+def _tiles(run: RunFiles) -> list[tuple[str, str]]:
     """(value, what) of the last line logged, and the median throughput."""
-    if not columns:
+    if not run.columns:
         return []
-    last = {name: values[-1] for name, values in columns.items()}
+    last, columns = run.last, run.columns
     tiles = [(f"{last['step']:,.0f}", "steps")]
     if math.isfinite(last.get("epoch", math.nan)):
         tiles.append((short(last["epoch"]), "epochs"))
@@ -202,41 +266,6 @@ def duration(seconds: float) -> str:
         return f"{short(seconds)} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
-
-
-def _evaluations(folder: str, problems: list[str]) -> tuple[list[dict[str, Any]], int]:
-    """One table per task: metric columns and a row per file; and the number of files that are none."""
-    tables: dict[str, dict[str, Any]] = {}
-    unread = 0
-    for name in names(folder):
-        if not name.endswith(".json"):
-            continue
-        result = _json_or_empty(join(folder, name), problems)
-        metrics = result.get("metrics")
-        if not isinstance(metrics, dict):
-            unread += 1
-            continue
-        table = tables.setdefault(str(result.get("task", "other")), {"columns": {}, "rows": []})
-        table["columns"] |= {metric: metric_name(metric) for metric in metrics if not isinstance(metrics[metric], dict)}
-        model = " ".join(str(result[part]) for part in ("model", "pretrained") if result.get(part))
-        model += f", step {result['step']}" if "step" in result else ""
-        row = {"file": name, "dataset": result.get("dataset", "?"), "model": model}
-        table["rows"].append(row | {"metrics": {metric: share_text(value) for metric, value in metrics.items()}})
-    return [{"task": task.replace("_", " "), **table} for task, table in tables.items()], unread
-
-
-def metric_name(metric: str) -> str:
-    """``image_retrieval_recall@5`` → ``text→image R@5``: what is found follows what is asked."""
-    stem, at, k = metric.partition("@")
-    return METRICS.get(stem, stem.replace("_", " ")) + at + k
-
-
-def share_text(value: Any) -> str:
-    """A share in per cent; another number as it is, and a dash for none."""
-    found = number(value)
-    if not math.isfinite(found):
-        return "–"
-    return f"{100 * found:.1f} %" if 0 <= found <= 1 else f"{found:.4g}"
 
 
 def _checkpoints(run: str) -> list[tuple[str, int]]:

@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from pipeline.report.axes import Axis, linear
 from pipeline.report.charts import Chart, Plot, Rule
-from pipeline.report.curves import Columns, curve, several
+from pipeline.report.curves import STEPS, Columns, RunAxis, curve, several
 from shards_spec.student_table import TOWERS, student_markdown
 
 CONFIGS = ("vision_cfg", "text_cfg")  # of the towers, in open_clip_config.json
@@ -155,7 +155,7 @@ def _bar(plot: Plot, index: int, bar: Bar, name: str) -> Markup:
     return Markup("").join([*bars, hover])
 
 
-def mask_curves(columns: Columns, rules: Sequence[Rule]) -> list[Chart]:
+def mask_curves(columns: Columns, rules: Sequence[Rule], over: RunAxis = STEPS) -> list[Chart]:
     """Sparsity against its target, the multipliers, and the parameters left; none of a run without masks."""
     charts = []
     for names, labels in (
@@ -164,9 +164,11 @@ def mask_curves(columns: Columns, rules: Sequence[Rule]) -> list[Chart]:
     ):
         there = {column: name for column, name in names.items() if column in columns}
         if there:
-            charts.append(several(columns, there, labels, rules))
+            charts.append(several(columns, there, labels, rules, over))
     if "parameters" in columns and "sparsity" in columns:
-        charts.append(curve(columns, "parameters", ("Parameters left", "as evaluation has them"), rules=rules))
+        charts.append(
+            curve(columns, "parameters", ("Parameters left", "as evaluation has them"), rules=rules, over=over)
+        )
     return charts
 
 

@@ -1,6 +1,7 @@
 """Folders of runs as `clipmill train` writes them, without training: students whose masks are applied in mid-run."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,34 @@ def masked_line(step: int, start: float, end: float) -> dict[str, Any]:
     if step % 20 == 0:
         line["eval"] = {"acc1": 0.2 + step / 100 * end, "acc5": 0.9}
     return line
+
+
+def metrics_line(step: int, loss: float, name: str = "affinity") -> str:
+    """A line of metrics.jsonl of a plain run, whose second loss is called ``name``."""
+    line = {"step": step, "epoch": 0.5, "samples_seen": step * 64, "loss": loss, "lr": 1e-3, "grad_norm": 1.0}
+    line |= {"losses": {"contrastive": loss / 2, name: loss / 2}, "logit_scale": 14.3, "samples_per_s": 100.0}
+    measured = {"eval": {"acc1": step / 200, "image_retrieval_recall@5": 0.1}} if step % 25 == 0 else {}
+    return json.dumps(line | {"seconds": 0.6 * step} | measured)
+
+
+def write_plain_run(run: Path, name: str = "affinity", path: str = "") -> Path:
+    """A run of 100 steps with one loss that is not finite, a checkpoint, and results on two sets.
+
+    ``name`` is text from outside in the names of losses and the config, ``path`` in the environment.
+    """
+    (run / "eval").mkdir(parents=True)
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "step_100.pt").write_bytes(bytes(2_500_000))
+    lines = [metrics_line(step, 5 / step if step != 7 else math.nan, name) for step in range(1, 101)]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    write_json(str(run / "config.json"), {"recipe": "siclip", "optim": {"lr": 0.001, "betas": [0.9, 0.98]}, "x": name})
+    write_json(str(run / "environment.json"), {"torch": "2.7.1", "path": path})
+    recall = {f"{way}_retrieval_recall@{k}": k / 20 for way in ("image", "text") for k in (1, 5, 10)}
+    results = {
+        "cifar": ("zeroshot_classification", {"acc1": 0.615, "acc5": math.nan, "mean_per_class_recall": 0.6}),
+        "coco": ("zeroshot_retrieval", recall),
+    }
+    for dataset, (task, metrics) in results.items():
+        about = {"dataset": dataset, "model": "siclip", "pretrained": None, "task": task, "metrics": metrics}
+        write_json(str(run / "eval" / f"{dataset}.json"), about)
+    return run

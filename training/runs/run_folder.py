@@ -1,7 +1,7 @@
 """Everything a run writes, all below one local folder; a run can be resumed, and its student rebuilt, from it alone.
 
 config.json             recipe and all fields, flat
-environment.json        versions, code revision, device of the newest start
+environment.json        versions, code revision, device of the newest start; parameters of the student by part
 open_clip_config.json   the student's architecture and preprocessing (and bpe.txt.gz when it has its own)
 student.json            sizes of a student whose sizes are learned, layer by layer, and its parameters
 metrics.jsonl           one line per log interval; tensorboard/ has the same curves
@@ -41,6 +41,7 @@ from shards_spec.models import LoadedModel
 from shards_spec.student_table import STUDENT_TABLE
 from training.config import FREE_ON_RESUME
 from training.models.classifier import Classifier, describe_classifier
+from training.models.parameter_count import count_parameters
 from training.runs.checkpoint_files import hash_file, load_checkpoint, save_state, write_checkpoint
 from training.runs.environment import environment
 from training.runs.model_folder import write_open_clip_config
@@ -186,11 +187,16 @@ class RunFolder:
         return config
 
     def describe(self, student: LoadedModel, model: str) -> None:
-        """Write what `load_run` rebuilds the student from; ``model`` is the name it was loaded by."""
+        """Write what `load_run` rebuilds the student from, and count its parameters in environment.json.
+
+        ``model`` is the name it was loaded by.
+        """
         if isinstance(student.model, Classifier):
             describe_classifier(str(self.path), student)
         else:
             write_open_clip_config(str(self.path), student, model)
+        path = str(self.path / "environment.json")
+        write_json(path, read_json(path) | {"parameters": count_parameters(student.model)})
 
     def write_table(self, table: dict[str, Any], step: int) -> None:
         """Write student.json: the sizes of a student, and the step that it has them from.

@@ -18,7 +18,7 @@ import pytest
 from conftest import skip_or_fail
 from PIL import Image
 from report_page import page_of
-from small_runs import write_masked_run
+from small_runs import metrics_line, write_masked_run, write_plain_run
 
 from pipeline.report import ReportConfig, report
 from pipeline.report.axes import linear, logarithmic, percent, short
@@ -144,32 +144,9 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-def metrics_line(step: int, loss: float) -> str:
-    line = {"step": step, "epoch": 0.5, "samples_seen": step * 64, "loss": loss, "lr": 1e-3, "grad_norm": 1.0}
-    line |= {"losses": {"contrastive": loss / 2, EVIL: loss / 2}, "logit_scale": 14.3, "samples_per_s": 100.0}
-    measured = {"eval": {"acc1": step / 200, "image_retrieval_recall@5": 0.1}} if step % 25 == 0 else {}
-    return json.dumps(line | {"seconds": 0.6 * step} | measured)
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    run = tmp_path / "toy-run"
-    (run / "eval").mkdir(parents=True)
-    (run / "checkpoints").mkdir()
-    (run / "checkpoints" / "step_100.pt").write_bytes(bytes(2_500_000))
-    lines = [metrics_line(step, 5 / step if step != 7 else math.nan) for step in range(1, 101)]
-    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    write_json(str(run / "config.json"), {"recipe": "siclip", "optim": {"lr": 0.001, "betas": [0.9, 0.98]}, "x": EVIL})
-    write_json(str(run / "environment.json"), {"torch": "2.7.1", "path": LONG})
-    recall = {f"{way}_retrieval_recall@{k}": k / 20 for way in ("image", "text") for k in (1, 5, 10)}
-    results = {
-        "cifar": ("zeroshot_classification", {"acc1": 0.615, "acc5": math.nan, "mean_per_class_recall": 0.6}),
-        "coco": ("zeroshot_retrieval", recall),
-    }
-    for name, (task, metrics) in results.items():
-        about = {"dataset": name, "model": "siclip", "pretrained": None, "task": task, "metrics": metrics}
-        write_json(str(run / "eval" / f"{name}.json"), about)
-    return run
+    return write_plain_run(tmp_path / "toy-run", EVIL, LONG)
 
 
 @pytest.fixture
