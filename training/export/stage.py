@@ -10,7 +10,7 @@ from rich.table import Table
 
 from shards_spec.display import shown
 from shards_spec.models import LoadedModel
-from training.export import to_onnx, to_open_clip, to_timm
+from training.export import to_onnx, to_open_clip, to_timm, to_transformers
 from training.export.card import ExportedModel, write_card
 from training.export.comparison import (
     Comparison,
@@ -43,6 +43,9 @@ class FormatFunctions(NamedTuple):
 FORMATS: dict[Format, FormatFunctions] = {
     "open_clip": FormatFunctions(to_open_clip.write, to_open_clip.load, to_open_clip.usage, to_open_clip.needed_module),
     "timm": FormatFunctions(to_timm.write, to_timm.load, to_timm.usage, to_timm.needed_module),
+    "transformers": FormatFunctions(
+        to_transformers.write, to_transformers.load, to_transformers.usage, to_transformers.needed_module
+    ),
     "onnx": FormatFunctions(to_onnx.write, to_onnx.load, to_onnx.usage, to_onnx.needed_module),
 }
 

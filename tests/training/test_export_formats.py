@@ -1,0 +1,145 @@
+"""The folders of timm and transformers: what these libraries read from them, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import open_clip
+import pytest
+import timm
+import torch
+from PIL import Image
+from small_training import tiny_clip, train_short
+
+from shards_spec.files import UserError
+from shards_spec.models import load_model
+from training.export import ExportConfig, export, to_timm, to_transformers
+from training.export.comparison import compare, encoders_of
+from training.export.plain_vit import check_plain_text, check_plain_vit
+from training.export.probe import noise
+from training.runs.student import load_run
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
+TEXTS = ["a red ball", "Two CATS, one's asleep…", "naïve café 😀 12", "", "many words " * 30]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return train_short(tmp_path_factory.mktemp("run"))
+
+
+def random_clip(folder, **changes):
+    """A tiny CLIP with other entries in its config; random weights."""
+    name = tiny_clip(folder)
+    path = folder / "open_clip_config.json"
+    described = json.loads(path.read_text())
+    for part, entries in changes.items():
+        if isinstance(entries, dict):
+            described["model_cfg"][part] |= entries
+        else:
+            described["model_cfg"][part] = entries
+    path.write_text(json.dumps(described))
+    return load_model(name, random_weights=True)
+
+
+def moved_export(run, tmp_path, **options):
+    export(ExportConfig(run, str(tmp_path / "to"), **options))
+    return shutil.move(tmp_path / "to", tmp_path / "moved")
+
+
+def test_transformers_computes_the_same_from_images_and_texts(run, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    folder = moved_export(run, tmp_path, format="transformers", check=str(Path(run).parent))
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    student, _ = load_run(run)
+    model = transformers.CLIPModel.from_pretrained(folder).eval()
+    processor = transformers.CLIPProcessor.from_pretrained(folder)
+    images = [Image.effect_noise((50, 40), 80).convert("RGB"), Image.new("RGB", (32, 32), "red")]
+    inputs = processor(text=TEXTS, images=images, padding=True, truncation=True, return_tensors="pt")
+    expected = student.tokenizer(TEXTS)
+    for found, wanted in zip(inputs["input_ids"], expected, strict=True):
+        length = int((wanted > 0).sum())
+        assert found[:length].tolist() == wanted[:length].tolist()
+    preprocess = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(student.model)), is_train=False
+    )
+    pixels = torch.stack([preprocess(image) for image in images])
+    assert (inputs["pixel_values"] - pixels).abs().max() < 0.1  # of a range of 4; torchvision resizes in its own way
+    inputs["pixel_values"] = pixels
+    with torch.no_grad():
+        logits = model(**inputs).logits_per_image
+        image = student.model.encode_image(pixels, normalize=True)
+        text = student.model.encode_text(expected, normalize=True)
+    torch.testing.assert_close(logits, student.model.logit_scale.exp() * image @ text.mT, rtol=1e-4, atol=1e-4)
+    assert all(str(tmp_path) not in file.read_text() for file in folder.glob("*.json"))
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_activations_and_kinds_of_clip(tmp_path, custom_text, quick_gelu):
+    pytest.importorskip("transformers")
+    student = random_clip(tmp_path / "model", custom_text=custom_text, quick_gelu=quick_gelu)
+    config = ExportConfig(str(tmp_path / "model"), str(tmp_path / "to"), format="transformers")
+    to_transformers.write(tmp_path / "to", student, config)
+    exported = to_transformers.load(tmp_path / "to", student, config)
+    assert compare(encoders_of(student), exported, noise(student)).difference < 1e-5
+    timm_config = dataclasses.replace(config, to=str(tmp_path / "timm"), format="timm")
+    to_timm.write(tmp_path / "timm", student, timm_config)
+    same = compare(encoders_of(student), to_timm.load(tmp_path / "timm", student, timm_config), noise(student))
+    assert same.difference < 1e-5
+    assert same.text_cosine is None
+    said = json.loads((tmp_path / "timm" / "config.json").read_text())
+    assert said["architecture"] == f"vit_base_patch16_clip{'_quickgelu' if quick_gelu else ''}_224"
+    assert said["model_args"]["depth"] == 1
+    assert said["model_args"]["img_size"] == [32, 32]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"vision_cfg": {"pool_type": "avg"}}, "pools by avg"),
+        ({"vision_cfg": {"attentional_pool": True, "attn_pooler_heads": 2}}, "pools by attention"),
+        ({"vision_cfg": {"no_ln_pre": True}}, "no LayerNorm before"),
+        ({"vision_cfg": {"ls_init_value": 0.1}}, "layer scales"),
+        ({"vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "patch_size": None}}, "image tower is ModifiedResNet"),
+        ({"text_cfg": {"no_causal_mask": True}}, "no causal mask"),
+        ({"text_cfg": {"pool_type": "last"}}, "pools by last"),
+        ({"init_logit_bias": -10.0}, "logits have a bias"),
+    ],
+)
+def test_what_is_not_plain_is_refused_by_name(tmp_path, changes, reason):
+    student = random_clip(tmp_path / "model", **changes)
+    check = check_plain_text if "text_cfg" in changes or "init_logit_bias" in changes else check_plain_vit
+    with pytest.raises(UserError, match=f"no such model: its .*{reason}.*; use --format"):
+        check(student.model, "transformers")
+
+
+def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
+    pytest.importorskip("transformers")
+    student = random_clip(
+        tmp_path / "model", text_cfg={"tokenizer_kwargs": {"bpe_path": "bpe.txt.gz", "clean": "canonicalize"}}
+    )
+    config = ExportConfig("run", str(tmp_path / "to"), format="transformers")
+    with pytest.raises(UserError, match="its tokenizer has clean"):
+        to_transformers.write(tmp_path / "to", student, config)
+    assert not (tmp_path / "to").exists()
+
+
+def test_timm_reads_the_image_tower(run, tmp_path, monkeypatch):
+    folder = moved_export(run, tmp_path, format="timm")
+    monkeypatch.chdir("/")
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    student, _ = load_run(run)
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels), student.model.encode_image(pixels), rtol=1e-4, atol=1e-5)
+    data = timm.data.resolve_model_data_config(model)
+    assert (tuple(data["mean"]), tuple(data["std"])) == (student.mean, student.std)
+    assert data["input_size"] == (3, 32, 32)
+    image = Image.effect_noise((50, 40), 80).convert("RGB")
+    preprocess = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(student.model)), is_train=False
+    )
+    torch.testing.assert_close(timm.data.create_transform(**data)(image), preprocess(image))
