@@ -10,7 +10,8 @@ positions. What each block has of its own: norms, head maps, iRPE's table (DeiT)
 timm names: ``mini_deit_tiny|small|base_patch16_224``, ``mini_deit_base_patch16_384``,
 ``mini_swin_tiny|small|base_patch4_window7_224``, ``mini_swin_base_patch4_window12_384``; for tests ``mini_deit_test``
 and ``mini_swin_test``, for the study ``mini_swin_study``. Options besides timm's: ``groups``, ``head_maps``, ``irpe``
-(DeiT); ``local`` and ``mask_always`` (Swin).
+(DeiT); ``local`` and ``mask_always`` (Swin). The authors' checkpoints load as they are
+(`training.models.minivit_released`).
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 from training.models.minivit_parts import HeadMaps, Local, MappedAttention, MiniSwinBlock
+from training.models.minivit_released import load_hook
 from training.models.weight_tying import group_map, point_to_first, tie
 
 Groups = int | Sequence[int]
@@ -53,6 +55,7 @@ class MiniDeiT(VisionTransformer):
         for block in self.blocks:
             block.attn = MappedAttention(block.attn, head_maps, grid if irpe else None)
         tie(self.blocks, group_map(len(self.blocks), groups), DEIT_SHARED, "first")
+        self.register_load_state_dict_pre_hook(load_hook)  # type: ignore[no-untyped-call]
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that a recipe exempts from weight decay.
@@ -89,6 +92,7 @@ class MiniSwin(SwinTransformer):
             for index, block in enumerate(blocks):
                 blocks[index] = _mini_block(block, head_maps, local, mask_always)
             tie(blocks, group_map(len(blocks), stage_groups), SWIN_SHARED, "first")
+        self.register_load_state_dict_pre_hook(load_hook)  # type: ignore[no-untyped-call]
 
     def no_weight_decay(self) -> set[str]:
         """As `MiniDeiT.no_weight_decay`; relative positions do not decay either."""
