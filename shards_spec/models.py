@@ -315,8 +315,8 @@ def as_loaded(built: Any) -> LoadedModel:
         tokenizer=None,
         config={key: list(value) if isinstance(value, tuple) else value for key, value in data.items()},
         image_size=data["input_size"][-1],
-        mean=data["mean"],
-        std=data["std"],
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
     )
 
 

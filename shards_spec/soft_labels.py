@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from shards_spec.files import DataError, sha256_json
+from shards_spec.files import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,11 +24,6 @@ Kept = int | Literal["all"]
 MOST_CLASSES = 1 << 16  # that uint16 counts
 LEAST_LOGIT = -65504.0  # float16's
 SUM_TOLERANCE = 2e-3  # of probabilities that were rounded to float16
-
-
-def class_list_sha256(names: list[str]) -> str:
-    """Hash of the names of classes in their order."""
-    return sha256_json(names)
 
 
 @dataclass(frozen=True)

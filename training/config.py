@@ -182,6 +182,15 @@ class LabelledImageConfig:
 
 
 @dataclass(frozen=True)
+class SoftLabelConfig:
+    """A classifier's labels of cached views, in place of a live teacher or of the true labels."""
+
+    soft_labels: str | None = None
+    """folder below teacher/ of the training ROOT that `clipmill cache --soft-labels` filled; its views are trained on,
+    its labels are the targets"""
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """AdamW, its learning rate by the step, and an average of the weights."""
 

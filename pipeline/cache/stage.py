@@ -25,12 +25,12 @@ from pipeline.core.runner import (
     tar_tasks,
     upstream_shards,
 )
+from shards_spec.class_names import class_list_hash
 from shards_spec.embeddings import id_column, write_vectors
 from shards_spec.files import exists, join, remove, sha256_json
 from shards_spec.layout import SHARDS, final_tar, parquet_path, teacher_folder
 from shards_spec.manifest import forget, read_done
 from shards_spec.models import LoadedModel, model_label, pick_devices, weights_sha256
-from shards_spec.soft_labels import class_list_sha256
 from shards_spec.teacher_shard import TeacherShard
 from shards_spec.timm_classifiers import class_names
 from shards_spec.views import parse_view_spec
@@ -127,7 +127,7 @@ def _identity(config: CacheConfig, loaded: LoadedModel) -> dict[str, Any]:
             "dtype": "uint8",
             "soft_labels": soft.kept,
             "classes": soft.classes,
-            "classes_sha256": class_list_sha256(names) if names else None,
+            "classes_sha256": class_list_hash(names) if names else None,
         }
     return identity
 

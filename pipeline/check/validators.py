@@ -9,6 +9,7 @@ import numpy as np
 
 from pipeline.cache.incremental import ShardIndex, plan_column_update
 from pipeline.core.near_duplicates import EXACT_DUPLICATE, NEAR_DUPLICATE
+from shards_spec.class_names import class_list_hash
 from shards_spec.embeddings import EmbeddingFile
 from shards_spec.files import DataError, exists, join, names, read_json, sha256_file
 from shards_spec.layout import (
@@ -32,7 +33,7 @@ from shards_spec.manifest import read_done
 from shards_spec.messages import counted
 from shards_spec.parquet import open_parquet
 from shards_spec.sample import Sample, check_key
-from shards_spec.soft_labels import SoftLabelFormat, class_list_sha256, format_of
+from shards_spec.soft_labels import SoftLabelFormat, format_of
 from shards_spec.tar import read_shard, shard_keys
 from shards_spec.teacher_shard import TeacherShard
 
@@ -208,7 +209,7 @@ def _validate_soft_labels(name: str, cached: TeacherShard, soft: SoftLabelFormat
         if stored != recorded:
             raise DataError(f"{file.path}: its {key} is {stored!r}, its done-record has {recorded!r}; {again}")
     names = file.meta.get("class_names")
-    if names is not None and (len(names), class_list_sha256(names)) != (soft.classes, file.meta["classes_sha256"]):
+    if names is not None and (len(names), class_list_hash(names)) != (soft.classes, file.meta["classes_sha256"]):
         raise DataError(f"{file.path}: its class_names are not the list whose hash is classes_sha256; {again}")
     if file.dim != soft.width:
         raise DataError(f"{file.path}: its rows have {file.dim} bytes, soft labels of its format {soft.width}; {again}")

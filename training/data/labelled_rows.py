@@ -16,6 +16,7 @@ from training.data.batches import Item, Skipped, to_pixels
 from training.data.labelled_images import LabelledImages
 from training.data.order import BatchPlan, Order
 from training.data.paired_views import PairedViews
+from training.data.soft_label_cache import SoftLabelCache
 
 CROP = 224 / 232  # share of the shorter side that the test crop covers: 232 pixels are cut to 224
 
@@ -33,6 +34,7 @@ class LabelledImageRows:
         chosen: (n,) indices of the images that are used.
         repeats: Views of an image that follow each other (repeated augmentation). An epoch remains n views, so that it
             takes ``repeats`` epochs to see all images.
+        soft: Soft labels of the images, a ROOT's, for items that have its ``item_fields``. Its views come in turn.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class LabelledImageRows:
         chosen: np.ndarray,
         *,
         repeats: int = 1,
+        soft: SoftLabelCache | None = None,
     ) -> None:
         self.images = images
         self.student = student
@@ -51,6 +54,7 @@ class LabelledImageRows:
         self.views = views
         self.chosen = chosen
         self.repeats = repeats
+        self.soft = soft
         self.paired: PairedViews | None = None  # set where a teacher sees other pixels than the student
         self.order = images.order(chosen, plan.seed)
         self._starts = np.cumsum(self.order.sizes) - self.order.sizes  # of the order's shards in ``chosen``
@@ -65,6 +69,8 @@ class LabelledImageRows:
     def _item(self, position: int, side: int) -> dict[str, Any] | Skipped:
         location = self.order.locate(position // self.repeats)
         view = location.epoch * self.repeats + position % self.repeats
+        if self.soft is not None:
+            view %= self.soft.num_views
         place = position if self.views is None else int(self._starts[location.shard]) + location.index
         number = int(self.chosen[place])
         name, data = self.images.image(number)
@@ -78,6 +84,7 @@ class LabelledImageRows:
             "epoch": location.epoch,
             **self._render(image, name, view, side),
             "targets": torch.tensor(int(self.images.labels[number])),
+            **(self.soft.item(number, view) if self.soft is not None else {}),
         }
 
     def _render(self, image: Image.Image, name: str, number: int, side: int) -> dict[str, Tensor]:

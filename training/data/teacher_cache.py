@@ -1,7 +1,7 @@
 """The teacher cache, read beside the shards: every file is checked before its rows are used."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -15,8 +15,6 @@ from shards_spec.views import ViewSpec, parse_view_spec
 from training.data.local_copies import LocalFileCache
 from training.data.lru import LRUCache
 
-# metadata that all files of a cache have in common
-SAME = ("model", "pretrained", "weights_sha256", "logit_scale", "views_sha256", "dim")
 AGAIN = "delete it and run `clipmill cache` again"
 
 
@@ -37,11 +35,91 @@ class ShardFeatures:
         return row
 
 
-class TeacherCache:
-    """The cache ``ROOT/teacher/NAME``.
+class CacheReader:
+    """What readers of a cache ``ROOT/teacher/NAME`` have in common.
 
-    ``views``, ``num_views``, ``logit_scale`` (the scale itself, not its logarithm) and ``dim`` come from the first
-    shard's metadata; every other shard must agree.
+    ``views`` and ``num_views`` come from the first shard's metadata, ``meta``; every other shard must agree in what
+    ``same`` names.
+
+    Args:
+        root: The dataset.
+        name: Name of the cache; empty takes the only one there is.
+        shards: Number of shards that the cache must have.
+        file_cache: Where copies of remote files are kept.
+
+    Raises:
+        UserError: There is no such cache, or it does not serve.
+        DataError: A file is damaged.
+    """
+
+    option: ClassVar[str]  # that names the cache
+    same: ClassVar[tuple[str, ...]]  # metadata that all files of a cache have in common
+
+    def __init__(self, root: str, name: str, shards: int, file_cache: LocalFileCache | None = None) -> None:
+        self.root = root
+        self.name = _pick(root, name, self.option)
+        self.file_cache = file_cache or LocalFileCache()
+        present = set(names(join(root, teacher_folder(self.name))))
+        if missing := [shard for shard in range(shards) if f"{shard_name(shard)}.parquet" not in present]:
+            path = self.path(missing[0])
+            deleted = f"{shard_name(missing[0])}_stats.json" in present
+            advice = remake_advice(path) if deleted else f"run `clipmill cache {root}` to its end"
+            raise UserError(f"{path} is not there ({len(missing)} of {counted(shards, 'shard')} missing): {advice}")
+        first = TeacherShard(root, self.name, 0, self.file_cache.get)
+        self.meta = first.files[0].meta
+        self.check_serves(first)
+        if lacking := [field for field in (*self.same, "views") if field not in self.meta]:
+            raise DataError(f"{self.path(0)}: its metadata has no {lacking[0]}; {AGAIN}")
+        self.views = view_spec(self.path(0), self.meta)
+        self.num_views: int = first.config["num_views"]
+
+    def check_serves(self, first: TeacherShard) -> None:
+        """Raise UserError where the cache, of which this is the first shard, holds something else."""
+        raise NotImplementedError
+
+    def path(self, shard: int) -> str:
+        """Return the path or URL of the first Parquet file of a shard."""
+        return teacher_parquet(self.root, self.name, shard)
+
+    def open_shard(self, shard: int) -> TeacherShard:
+        """Open a shard's files. Raises DataError when they are damaged, or of another tar or number of views."""
+        path = self.path(shard)
+        tar = tar_path(SHARDS, shard)
+        if not exists(path):
+            raise DataError(f"{path} is not there any more; {remake_advice(path)}")
+        cached = TeacherShard(self.root, self.name, shard, self.file_cache.get)
+        if cached.config["num_views"] != self.num_views:
+            raise DataError(
+                f"{path}: {counted(cached.config['num_views'], 'view')}, {self.path(0)} has {self.num_views}; "
+                f"run `clipmill cache {self.root}` to its end"
+            )
+        if cached.inputs.get(tar) != file_hash(self.root, SHARDS, shard, tar):
+            raise DataError(f"{path}: made from another {join(self.root, tar)} than the one there; {AGAIN}")
+        return cached
+
+    def columns(self, cached: TeacherShard, names: list[str], keys: list[str]) -> dict[str, EmbeddingFile]:
+        """Return the file of each column.
+
+        Raises DataError when one is not there, or its file is of another teacher or view spec, or has other ``keys``
+        than the shard.
+        """
+        files = {column: cached.file(column) for column in names}
+        for file in {file.path: file for file in files.values()}.values():
+            if different := [field for field in self.same if file.meta.get(field) != self.meta[field]]:
+                raise DataError(
+                    f"{file.path}: its {different[0]} is {file.meta.get(different[0])!r}, {self.path(0)} has "
+                    f"{self.meta[different[0]]!r}; {AGAIN}"
+                )
+            _check_keys(file.path, file.keys, keys)
+        return files
+
+
+class TeacherCache(CacheReader):
+    """A cache of features of images and captions.
+
+    Attributes:
+        logit_scale: The teacher's scale itself, not its logarithm.
+        dim: Numbers of a feature.
 
     Args:
         root: The dataset.
@@ -56,6 +134,9 @@ class TeacherCache:
         DataError: A file is damaged.
     """
 
+    option = "--teacher"
+    same = ("model", "pretrained", "weights_sha256", "logit_scale", "views_sha256", "dim")
+
     def __init__(
         self,
         root: str,
@@ -66,31 +147,17 @@ class TeacherCache:
         original_only: bool = False,
         file_cache: LocalFileCache | None = None,
     ) -> None:
-        self.root = root
-        self.name = _pick(root, name)
+        super().__init__(root, name, shards, file_cache)
         self.original_only = original_only
-        self.file_cache = file_cache or LocalFileCache()
-        present = set(names(join(root, teacher_folder(self.name))))
-        if missing := [shard for shard in range(shards) if f"{shard_name(shard)}.parquet" not in present]:
-            path = self.path(missing[0])
-            deleted = f"{shard_name(missing[0])}_stats.json" in present
-            advice = remake_advice(path) if deleted else f"run `clipmill cache {root}` to its end"
-            raise UserError(f"{path} is not there ({len(missing)} of {counted(shards, 'shard')} missing): {advice}")
-        first = TeacherShard(root, self.name, 0, self.file_cache.get)
-        self.meta = first.files[0].meta
-        if lacking := [field for field in (*SAME, "views") if field not in self.meta]:
-            raise DataError(f"{self.path(0)}: its metadata has no {lacking[0]}; {AGAIN}")
-        if first.find("text_0") is None:
-            raise UserError(f"--teacher {self.name!r} is an image-only teacher's cache; take one that has captions too")
-        self.views = view_spec(self.path(0), self.meta)
-        self.num_views: int = first.config["num_views"]
         self.logit_scale: float = self.meta["logit_scale"]
         self.dim: int = self.meta["dim"]
         self._features: LRUCache[tuple[int, int], ShardFeatures] = LRUCache(capacity)
 
-    def path(self, shard: int) -> str:
-        """Return the path or URL of the first Parquet file of a shard."""
-        return teacher_parquet(self.root, self.name, shard)
+    def check_serves(self, first: TeacherShard) -> None:
+        """Raise UserError where the cache has no features of captions."""
+        if first.find("text_0") is None:
+            held = "an image-only teacher's cache" if first.find("image_0") else "a cache of soft labels"
+            raise UserError(f"--teacher {self.name!r} is {held}; take one that has captions too")
 
     def features(self, shard: int, view: int, keys: list[str]) -> ShardFeatures:
         """Return the features of one view and of the captions of a shard.
@@ -106,40 +173,18 @@ class TeacherCache:
         return self._features.get((shard, view), lambda: self._read(shard, view, keys))
 
     def _read(self, shard: int, view: int, keys: list[str]) -> ShardFeatures:
-        path = self.path(shard)
-        tar = tar_path(SHARDS, shard)
-        if not exists(path):
-            raise DataError(f"{path} is not there any more; {remake_advice(path)}")
-        cached = TeacherShard(self.root, self.name, shard, self.file_cache.get)
-        if cached.config["num_views"] != self.num_views:
-            raise DataError(
-                f"{path}: {counted(cached.config['num_views'], 'view')}, {self.path(0)} has {self.num_views}; "
-                f"run `clipmill cache {self.root}` to its end"
-            )
-        if cached.inputs.get(tar) != file_hash(self.root, SHARDS, shard, tar):
-            raise DataError(f"{path}: made from another {join(self.root, tar)} than the one there; {AGAIN}")
+        cached = self.open_shard(shard)
         texts = [f"text_{i}" for i in range(1 if self.original_only else cached.captions)]
-        files = {column: cached.file(column) for column in (f"image_{view}", *texts)}
-        for file in {file.path: file for file in files.values()}.values():
-            self._check_same(file)
-            _check_keys(file.path, file.keys, keys)
-        return ShardFeatures(path, keys, files)
-
-    def _check_same(self, file: EmbeddingFile) -> None:
-        if different := [field for field in SAME if file.meta.get(field) != self.meta[field]]:
-            raise DataError(
-                f"{file.path}: its {different[0]} is {file.meta.get(different[0])!r}, {self.path(0)} has "
-                f"{self.meta[different[0]]!r}; {AGAIN}"
-            )
+        return ShardFeatures(self.path(shard), keys, self.columns(cached, [f"image_{view}", *texts], keys))
 
 
-def _pick(root: str, name: str) -> str:
+def _pick(root: str, name: str, option: str) -> str:
     """The name of a cache that is there. Raises UserError."""
     found = [entry for entry in names(join(root, TEACHER)) if "." not in entry or name == entry]
     if name in found or (not name and len(found) == 1):
         return name or found[0]
     there = ", ".join(found) or "none"
-    asked = f"--teacher {name!r} is not there" if name else "--teacher is needed"
+    asked = f"{option} {name!r} is not there" if name else f"{option} is needed"
     raise UserError(f"{asked}: teacher caches in {root} are: {there}; make one with `clipmill cache {root}`")
 
 

@@ -129,4 +129,9 @@ def deit_soft_distillation(student_logits: Tensor, teacher_logits: Tensor, tempe
         teacher_logits: (B, K); no gradient reaches them.
         temperature: T, which divides both.
     """
-    return soft_kl(student_logits, teacher_logits, temperature) * temperature**2 / student_logits.shape[-1]
+    return soft_kl(student_logits, teacher_logits, temperature) * deit_factor(temperature, student_logits.shape[-1])
+
+
+def deit_factor(temperature: float, classes: int) -> float:
+    """Return what the released Mini-DeiT's loss is of an image's KL."""
+    return temperature**2 / classes

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.losses.similarity import upcast
+from training.losses.soft_labels import target_cross_entropy
 
 BETA = 2.0  # of smooth L1: errors up to it count squared
 # Numbers of the relation matrices that a block holds; a block has about five such buffers. On a CPU seven matrices of
@@ -49,7 +50,7 @@ def soft_ce(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
     """
     with torch.autocast(student_logits.device.type, enabled=False):
         target = (upcast(teacher_logits.detach()) / temperature).softmax(dim=-1)
-        return -(target * (upcast(student_logits) / temperature).log_softmax(dim=-1)).sum(dim=-1)
+        return target_cross_entropy(student_logits, target, temperature)
 
 
 def soft_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from shards_spec.messages import require
+from training.data.soft_label_cache import SOFT_FIELDS
 
-PARTNER = "partner_images"
+PARTNERS = "partner_"  # before the names of fields of the images that are mixed in
+PARTNER = f"{PARTNERS}images"
 ATTEMPTS = 10  # boxes that timm draws until one fits into the image
 LEAST_AREA, MOST_AREA = 0.02, 1 / 3  # share of the image that is erased
 LEAST_ASPECT = 0.3
@@ -42,8 +44,8 @@ def draw_mix(config: MixConfig, batch: dict[str, Any]) -> dict[str, Any]:
     """Return a batch with what `mixed_images` and `mixed_targets` need, for ``images`` (n, 3, S, S) and ``targets``.
 
     Adds ``share`` (n,), the image's own share; ``mix_box`` (n, 4), top, left, bottom and right of what CutMix takes
-    from the partner, empty for mixup; ``partner_images`` and ``partner_targets``; and ``erased_boxes`` and
-    ``partner_erased`` (n, 4).
+    from the partner, empty for mixup; ``partner_images`` and ``partner_targets``, and soft labels of the partners where
+    images have them; and ``erased_boxes`` and ``partner_erased`` (n, 4).
     """
     images: Tensor = batch["images"]
     count, side = len(images), images.shape[-1]
@@ -57,8 +59,8 @@ def draw_mix(config: MixConfig, batch: dict[str, Any]) -> dict[str, Any]:
             "share": torch.full((count,), share, device=images.device),
             "mix_box": torch.tensor(box, device=images.device).expand(count, 4),
             PARTNER: images.flip(0),
-            "partner_targets": batch["targets"].flip(0),
         }
+        added |= {f"{PARTNERS}{name}": batch[name].flip(0) for name in ("targets", *SOFT_FIELDS) if name in batch}
     return {**batch, **added}
 
 

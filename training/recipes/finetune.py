@@ -8,8 +8,8 @@ sides of 128 to 320 by 32, measured at 224 cut from 232, RangeAugment. AdamW is 
     clipmill train finetune --model RUN --data IMAGES [--class-map classes.tsv]
 """
 
-from training.config import LabelledImageConfig, ModelConfig, OptimConfig, RunConfig, SideConfig, ViewConfig
-from training.recipes.transfer import TransferConfig
+from training.config import LabelledImageConfig, ModelConfig, OptimConfig, RunConfig, SideConfig
+from training.recipes.transfer import VIEWS, TransferConfig
 from training.recipes.transfer import prepare as prepare
 
 
@@ -17,7 +17,7 @@ def config() -> TransferConfig:
     """Return the paper's numbers."""
     return TransferConfig(
         data=LabelledImageConfig(batch_size=512),
-        views=ViewConfig(scale=(0.08, 1.0), flip=0.5),
+        views=VIEWS,
         sides=SideConfig(sides=tuple(range(128, 321, 32))),
         student=ModelConfig(model=""),
         optim=OptimConfig(

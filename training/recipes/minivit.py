@@ -37,7 +37,7 @@ from tyro.conf import OmitArgPrefixes
 from shards_spec.files import UserError
 from shards_spec.messages import require
 from shards_spec.models import TIMM, LoadedModel
-from training.config import LabelledImageConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
+from training.config import LabelledImageConfig, ModelConfig, OptimConfig, RunConfig, SoftLabelConfig, ViewConfig
 from training.data.labelled_images import open_train_and_test
 from training.data.labelled_rows import LabelledImageRows, subset
 from training.data.order import BatchPlan
@@ -46,11 +46,13 @@ from training.evaluation.classification import classification_metrics, plain_row
 from training.losses.hidden_relations import (
     HiddenMode,
     attention_relation_loss,
+    deit_factor,
     deit_soft_distillation,
     hidden_relation_loss,
 )
 from training.losses.relations import soft_ce
 from training.losses.similarity import upcast
+from training.losses.soft_labels import target_cross_entropy, target_kl
 from training.models.block_reader import BlockReader, stage_pairs
 from training.models.class_teacher import load_class_teacher
 from training.models.classifier import Classifier, new_classifier
@@ -58,13 +60,16 @@ from training.models.minivit import MiniDeiT, MiniSwin
 from training.models.minivit_inheritance import inherit_minivit
 from training.models.minivit_parts import HeadMaps, Local
 from training.models.mixing import MixConfig, draw_mix, mixed_images, mixed_targets
+from training.models.soft_targets import mixed_soft_targets
 from training.models.taps import run_with_taps
 from training.models.teacher import FrozenTeacher
 from training.recipes.minivit_analysis import LayerAnalysis
+from training.recipes.soft_labels import open_soft_labels
 from training.runs.student import is_run, load_student
 from training.task import Batch, Features, Losses, Prepared, Task
 
 NO_TEACHER = "none"
+VIEWS = ViewConfig(scale=(0.08, 1.0), flip=0.5, ops=2, op_set="timm-inc", magnitude=9, magnitude_std=0.5, op_prob=0.5)
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,7 @@ class MinivitConfig:
     """Train a model with tied blocks on labelled images, taught by a classifier."""
 
     data: OmitArgPrefixes[LabelledImageConfig] = field(default_factory=LabelledImageConfig)
+    soft: OmitArgPrefixes[SoftLabelConfig] = field(default_factory=SoftLabelConfig)
     views: OmitArgPrefixes[ViewConfig] = field(default_factory=ViewConfig)
     mix: OmitArgPrefixes[MixConfig] = field(default_factory=MixConfig)
     student: OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
@@ -172,9 +178,7 @@ def config() -> MinivitConfig:
     """Return the released code's numbers of Mini-Swin, for ImageNet-1k."""
     return MinivitConfig(
         data=LabelledImageConfig(batch_size=1024, workers=8),
-        views=ViewConfig(
-            scale=(0.08, 1.0), flip=0.5, ops=2, op_set="timm-inc", magnitude=9, magnitude_std=0.5, op_prob=0.5
-        ),
+        views=VIEWS,
         mix=MixConfig(mixup=0.8, cutmix=1.0, erasing=0.25),
         student=ModelConfig(model="timm:mini_swin_tiny_patch4_window7_224"),
         optim=OptimConfig(
@@ -197,9 +201,10 @@ class MinivitTask(Task):
     Args:
         config: The recipe's config.
         student: The classifier.
-        teacher: The model that teaches; gives logits. None where the true labels alone are learnt.
+        teacher: The model that teaches; gives logits. None where the true labels alone are learnt, or soft labels.
         test: The images that the student is measured on.
         pairs: Blocks of student and teacher that are compared.
+        soft_fields: Fields of the samples' soft labels, where they have any.
     """
 
     evaluates = True
@@ -211,8 +216,9 @@ class MinivitTask(Task):
         teacher: FrozenTeacher | None,
         test: LabelledImageRows,
         pairs: list[tuple[int, int]],
+        soft_fields: tuple[str, ...] = (),
     ) -> None:
-        super().__init__(student, ("images", "targets"))
+        super().__init__(student, ("images", "targets", *soft_fields))
         self.config = config
         self.frozen = teacher
         self.test = test
@@ -256,10 +262,20 @@ class MinivitTask(Task):
         if theirs is not None:
             predict = soft_ce if config.prediction == "cross-entropy" else deit_soft_distillation
             features["prediction"] = predict(logits, theirs, config.temperature)
+        elif self.config.soft.soft_labels is not None:
+            features["prediction"] = self._stored_prediction(batch, logits)
         if config.label_weight:
             targets = mixed_targets(batch, logits.shape[-1], config.smoothing)
             features["labels"] = -(targets * upcast(logits).log_softmax(-1)).sum(-1)
         return features
+
+    def _stored_prediction(self, batch: Batch, logits: Tensor) -> Tensor:
+        """(n,) of the batch's soft labels."""
+        config, classes = self.config.distillation, logits.shape[-1]
+        targets = mixed_soft_targets(batch, classes, config.temperature)
+        if config.prediction == "cross-entropy":
+            return target_cross_entropy(logits, targets, config.temperature)
+        return target_kl(logits, targets, config.temperature) * deit_factor(config.temperature, classes)
 
     def _attention(self, own: list[Tensor], theirs: list[Tensor], count: int) -> Tensor:
         """(n,), means over pairs of blocks and windows."""
@@ -324,9 +340,20 @@ def prepare(config: MinivitConfig) -> Prepared:
     train, test = open_train_and_test(config.data.data)
     distillation, seed = config.distillation, config.run.seed
     trust = config.student.trust
+    if config.soft.soft_labels is not None:
+        check_labels_alone(config)
     student = load_tied_student(config, train.classes)
-    frozen = None
-    if distillation.teacher != NO_TEACHER:
+    frozen, cache = None, None
+    if config.soft.soft_labels is not None:
+        cache = open_soft_labels(
+            config.soft.soft_labels,
+            train,
+            views=(config.views, VIEWS),
+            side=student.image_size,
+            temperature=distillation.temperature,
+        )
+        student = replace(student, mean=cache.mean, std=cache.std)
+    elif distillation.teacher != NO_TEACHER:
         teacher = load_class_teacher(distillation.teacher, distillation.teacher_weights, train.classes, seed, trust)
         student = replace(student, mean=teacher.mean, std=teacher.std)
         frozen = teacher.frozen
@@ -335,12 +362,30 @@ def prepare(config: MinivitConfig) -> Prepared:
     pairs = [] if frozen is None else find_pairs(config, student, frozen)
     plan = BatchPlan(config.data.batch_size, seed=seed)
     chosen = subset(train.labels, config.data.fraction, seed)
-    rows = LabelledImageRows(train, student, plan, config.views.spec(seed), chosen, repeats=config.repeats)
+    views = config.views.spec(seed) if cache is None else cache.views
+    rows = LabelledImageRows(train, student, plan, views, chosen, repeats=config.repeats, soft=cache)
+    soft_fields = () if cache is None else cache.item_fields
     try:
-        task = MinivitTask(config, student.model, frozen, plain_rows(test, student), pairs)
+        task = MinivitTask(config, student.model, frozen, plain_rows(test, student), pairs, soft_fields)
     except ValueError as error:
         raise UserError(f"--log-analysis: {error}; leave it out") from error
     return Prepared(student, rows, task)
+
+
+def check_labels_alone(config: MinivitConfig) -> None:
+    """Raise UserError where a config asks for what cached soft labels do not have."""
+    distillation, name = config.distillation, config.soft.soft_labels
+    if distillation.reads_blocks:
+        raise UserError(
+            f"--soft-labels {name!r}: attention and hidden states need a live teacher; give --attention-weight 0 "
+            "--hidden-weight 0, or --teacher in place of --soft-labels"
+        )
+    if config.tied.inherit != "none":
+        raise UserError(f"--inherit {config.tied.inherit}: --soft-labels {name!r} has no weights; leave one out")
+    if distillation.teacher != DistillationConfig.teacher or distillation.teacher_weights is not None:
+        raise UserError(
+            f"--teacher {distillation.teacher!r} would not be used beside --soft-labels {name!r}: leave one out"
+        )
 
 
 def load_tied_student(config: MinivitConfig, classes: list[str]) -> LoadedModel:

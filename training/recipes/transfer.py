@@ -23,6 +23,7 @@ from training.config import (
     OptimConfig,
     RunConfig,
     SideConfig,
+    SoftLabelConfig,
     ViewConfig,
     total_steps,
 )
@@ -32,14 +33,18 @@ from training.data.labelled_rows import FeatureRows, LabelledImageRows, subset
 from training.data.samples import batch_plan
 from training.engine.optim import ParamGroup
 from training.evaluation.classification import batch_ranges, classification_metrics, plain_rows
+from training.losses.soft_labels import target_cross_entropy
 from training.models.classifier import Classifier, init_head, new_classifier
 from training.models.mixing import MixConfig, draw_mix, mixed_images, mixed_targets
 from training.models.range_augment import RangeAugment, curriculum_loss
+from training.models.soft_targets import mixed_soft_targets
+from training.recipes.soft_labels import open_soft_labels
 from training.recipes.tuning import TuningConfig, layer_groups, pool_patches, set_linear_drop_path
 from training.runs.student import is_run, load_student
 from training.task import Batch, Features, Losses, Prepared, Task
 
 log = logging.getLogger(__name__)
+VIEWS = ViewConfig(scale=(0.08, 1.0), flip=0.5)  # of both recipes
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class TransferConfig:
     """Train a classifier of labelled images from a pre-trained image tower."""
 
     data: OmitArgPrefixes[LabelledImageConfig] = field(default_factory=LabelledImageConfig)
+    soft: OmitArgPrefixes[SoftLabelConfig] = field(default_factory=SoftLabelConfig)
     views: OmitArgPrefixes[ViewConfig] = field(default_factory=ViewConfig)
     sides: OmitArgPrefixes[SideConfig] = field(default_factory=SideConfig)
     mix: OmitArgPrefixes[MixConfig] = field(default_factory=MixConfig)
@@ -61,7 +67,7 @@ class TransferConfig:
     range_augment: bool = False
     """brightness, contrast and noise of learned ranges, on the device"""
     smoothing: float = 0.1
-    """label smoothing of the cross-entropy"""
+    """label smoothing of the cross-entropy; soft labels are not smoothed"""
     class_map: str = ""
     """Transfer Init: class map of `clipmill classes`, whose rows of the pre-trained head the classes start from"""
     copy_bias: bool = False
@@ -73,6 +79,8 @@ class TransferConfig:
             raise UserError("--no-augment is for a frozen tower: give --freeze, or leave it out")
         if self.range_augment and not self.augment:
             raise UserError("--range-augment draws views, which --no-augment does not: leave one of them out")
+        if self.soft.soft_labels is not None and not self.augment:
+            raise UserError("--soft-labels are those of views, which --no-augment does not draw: leave one of them out")
         if self.mixes and not self.augment:
             raise UserError("--mixup, --cutmix and --erasing change images, which --no-augment does not draw")
 
@@ -137,7 +145,9 @@ class TransferTask(Task):
                 features = self.student.encode_image(images)
         logits, targets = self.student.head(features).float(), batch["targets"]
         smoothing = self.config.smoothing
-        if "share" in batch:
+        if self.config.soft.soft_labels is not None:
+            outputs["loss"] = target_cross_entropy(logits, mixed_soft_targets(batch, logits.shape[-1]))
+        elif "share" in batch:
             outputs["loss"] = F.cross_entropy(
                 logits, mixed_targets(batch, logits.shape[-1], smoothing), reduction="none"
             )
@@ -181,12 +191,19 @@ def prepare(config: TransferConfig) -> Prepared:
     images, classes = counted(len(train.labels), "image"), counted(len(train.classes), "class", "classes")
     log.info("%d of %s of %s", len(chosen), images, classes)
     total = total_steps(config.run, plan.mean, len(chosen))
+    measured = plain_rows(test, student)
+    if config.soft.soft_labels is not None:
+        views = (config.views, VIEWS)
+        cache = open_soft_labels(config.soft.soft_labels, train, views=views, side=student.image_size)
+        rows = LabelledImageRows(train, student, plan, cache.views, chosen, soft=cache)
+        item_fields = ("images", "targets", *cache.item_fields)
+        return Prepared(student, rows, TransferTask(config, student, measured, total, item_fields))
     if config.augment:
         rows = LabelledImageRows(train, student, plan, config.views.spec(config.run.seed), chosen)
-        return Prepared(student, rows, TransferTask(config, student, plain_rows(test, student), total))
+        return Prepared(student, rows, TransferTask(config, student, measured, total))
     plain = LabelledImageRows(train, student, plan, None, chosen)
     features = feature_rows(plain, config.run.device, config.data.workers)
-    task = TransferTask(config, student, plain_rows(test, student), total, ("features", "targets"))
+    task = TransferTask(config, student, measured, total, ("features", "targets"))
     return Prepared(student, features, task)
 
 

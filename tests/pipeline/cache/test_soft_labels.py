@@ -19,11 +19,12 @@ from pipeline.pack.stage import pack
 from pipeline.report.dataset import dataset_page
 from pipeline.why.config import WhyConfig
 from pipeline.why.stage import why
+from shards_spec.class_names import class_list_hash
 from shards_spec.embeddings import EmbeddingFile, Vectors, write_vectors
 from shards_spec.files import UserError, join
 from shards_spec.images import decode_rgb
 from shards_spec.manifest import read_done
-from shards_spec.soft_labels import SoftLabelFormat, class_list_sha256
+from shards_spec.soft_labels import SoftLabelFormat
 from shards_spec.tar import read_shard
 from shards_spec.timm_classifiers import load_timm_classifier
 from shards_spec.views import ViewSpec, apply_view, draw_view
@@ -95,7 +96,7 @@ def test_labels_are_the_teachers_and_more_views_are_added(root, folder, kept):
     assert (file.names, file.dim) == (["soft_0", "soft_1"], {3: 16, "all": 14}[kept])
     assert file.meta["class_names"] == NAMES
     config = read_done(join(root, "teacher/soft"), 0).config
-    assert (config["soft_labels"], config["classes"], config["classes_sha256"]) == (kept, 7, class_list_sha256(NAMES))
+    assert (config["soft_labels"], config["classes"], config["classes_sha256"]) == (kept, 7, class_list_hash(NAMES))
     truth = expected(root, folder, 1)
     stored = own.distributions(rows)
     if kept == "all":
