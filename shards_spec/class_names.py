@@ -7,10 +7,14 @@ empty one before it is an error. CLIP_benchmark drops such lines, which shifts e
 import re
 from collections.abc import Sequence
 
-from shards_spec.files import DataError, UserError, read_bytes, sha256_json, write_bytes
+from shards_spec.files import DataError, UserError, exists, join, read_bytes, sha256_json, write_bytes
+from shards_spec.layout import class_names_txt
 from shards_spec.library_errors import decode_text
+from shards_spec.manifest import read_dataset
 from shards_spec.sample import Sample
 
+SHARD_COUNT = "nshards.txt"  # CLIP_benchmark's, beside the shards of a split
+CLASS_LIST = "class_names_sha256"  # in the config of `ingest` and `pack`, of labelled images alone
 LINE_END = re.compile(r"\r\n|\n|\r")  # str.splitlines would end lines at characters that names may hold
 NUMBER = re.compile(r"[0-9]{1,9}")  # "²" and "٣" are digits to str.isdigit, too
 
@@ -49,8 +53,28 @@ def write_class_names(path: str, names: Sequence[str]) -> None:
 
 
 def class_list_hash(names: Sequence[str]) -> str:
-    """The identity of a list of classes, in the config of the stages that write labels."""
+    """The identity of a list of classes: `CLASS_LIST` of the config of the stages that write labels."""
     return sha256_json(list(names))
+
+
+def read_labelled_classes(root: str, stage: str) -> list[str] | None:
+    """The classes of a ROOT of labelled images; None for one of image-text pairs.
+
+    Raises UserError where ``classnames.txt`` is not the list by which the shards of a finished stage were labelled.
+    """
+    path = class_names_txt(root)
+    recorded = read_dataset(root)["stages"].get(stage, {}).get("config", {}).get(CLASS_LIST)
+    if recorded is None:
+        if exists(path):
+            raise UserError(f"{path}: the shards of {stage} have no classes; take the file away")
+        return None
+    names = read_class_names(path)
+    if class_list_hash(names) != recorded:
+        raise UserError(
+            f"{path}: not the classes that the shards of {stage} were labelled by; put the list back, or run "
+            f"`clipmill {stage} --overwrite`"
+        )
+    return names
 
 
 def describe_difference(classes: Sequence[str], others: Sequence[str]) -> str:
@@ -69,6 +93,18 @@ def read_shard_count(path: str) -> int:
     if not NUMBER.fullmatch(text):
         raise UserError(f"{path} says {text[:40]!r}: it must be a number")
     return int(text)
+
+
+def numbered_shards(folder: str) -> list[str]:
+    """The paths of CLIP_benchmark's shards, ``0.tar`` …, as many as ``nshards.txt`` says.
+
+    Raises UserError when that file or one of the shards is missing.
+    """
+    count = read_shard_count(join(folder, SHARD_COUNT))
+    paths = [join(folder, f"{shard}.tar") for shard in range(count)]
+    if missing := [path for path in paths if not exists(path)]:
+        raise UserError(f"{missing[0]} is not there, though {SHARD_COUNT} says {count}; copy the missing shards")
+    return paths
 
 
 def label_of(path: str, sample: Sample, classes: int) -> int:

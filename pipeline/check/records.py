@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from shards_spec.class_names import read_labelled_classes
 from shards_spec.files import DataError, UserError, exists, join, json_bytes, names, read_bytes, read_json, sha256_json
 from shards_spec.layout import (
     FILE_PATTERN,
@@ -17,6 +18,7 @@ from shards_spec.layout import (
     SIZES,
     STATS_PATTERN,
     VOCAB,
+    class_names_txt,
     dataset_json,
     remake_advice,
     remake_folder_advice,
@@ -243,6 +245,14 @@ def check_names(root: str, folder: str, findings: Findings) -> list[int]:
         if name.endswith(".json") and not match and f"{folder}/{name}" != SIZES:
             findings.add(f"{join(root, folder, name)}: no file of this format; delete it, readers take it for stats")
     return shards
+
+
+def check_classes(root: str, blocks: dict[str, Any], findings: Findings) -> None:
+    """Validate ``classnames.txt`` of labelled images: it is the list that the shards were labelled by."""
+    for stage in ("ingest", "pack"):
+        if stage in blocks:
+            with findings.of(class_names_txt(root)):
+                read_labelled_classes(root, stage)
 
 
 def check_vocabularies(root: str, blocks: dict[str, Any], findings: Findings) -> None:

@@ -9,6 +9,7 @@ from pipeline.check.config import CheckConfig
 from pipeline.check.records import (
     Findings,
     Totals,
+    check_classes,
     check_dataset,
     check_names,
     check_record,
@@ -54,6 +55,7 @@ def check(config: CheckConfig) -> list[str]:
             _check_kept(root, keys_of[RAW], keys_of[DEDUP], findings)
     with findings.of(sizes_json(root)):
         _check_sizes(root, blocks or {}, findings)
+    check_classes(root, blocks or {}, findings)
     check_vocabularies(root, blocks or {}, findings)
     return findings.problems
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from pipeline.cache.incremental import ShardIndex, plan_column_update
 from pipeline.core.near_duplicates import EXACT_DUPLICATE, NEAR_DUPLICATE
-from shards_spec.class_names import class_list_hash
+from shards_spec.class_names import CLASS_LIST, class_list_hash, parse_label, read_class_names
 from shards_spec.embeddings import EmbeddingFile
-from shards_spec.files import DataError, exists, join, names, read_json, sha256_file
+from shards_spec.files import DataError, exists, join, names, read_buffer, read_json, sha256_file
 from shards_spec.layout import (
     CAPTIONS,
     DEDUP,
@@ -20,6 +20,7 @@ from shards_spec.layout import (
     SHARDS,
     TEACHER,
     captions_folder,
+    class_names_txt,
     dedup_parquet,
     parquet_path,
     raw_tar,
@@ -34,9 +35,10 @@ from shards_spec.messages import counted
 from shards_spec.parquet import open_parquet
 from shards_spec.sample import Sample, check_key
 from shards_spec.soft_labels import SoftLabelFormat, format_of
-from shards_spec.tar import read_shard, shard_keys
+from shards_spec.tar import index_shard, read_shard, shard_keys
 from shards_spec.teacher_shard import TeacherShard
 
+MOST_CLASSES = 1 << 31  # where the list of classes is gone, which is reported once
 Validator = Callable[[str, str, int], Iterator[str]]  # (root, folder below it, shard) -> the shard's keys
 
 
@@ -86,9 +88,10 @@ def _validate_raw(root: str, folder: str, shard: int) -> Iterator[str]:
     base = join(root, folder)
     path, stats_file = parquet_path(base, shard), stats_path(base, shard)
     keys = shard_keys(tar_path(base, shard))
-    rows = read_rows(path, ["key", "status"])
-    successes = [row["key"] for row in rows if row["status"] == "success"]
-    _expect_keys(path, sorted(keys), sorted(successes), "the tar")
+    rows = read_rows(path, ["key", "status"], optional="cls")
+    successes = [row for row in rows if row["status"] == "success"]
+    _expect_keys(path, sorted(keys), sorted(row["key"] for row in successes), "the tar")
+    _check_labels(root, folder, shard, successes)
     stats = read_json(stats_file)
     recorded = (stats["count"], stats["successes"], sum(stats["status_dict"].values()))
     if recorded != (len(rows), len(keys), len(rows)):
@@ -115,8 +118,9 @@ def _validate_captions(root: str, folder: str, shard: int) -> Iterator[str]:
 
 def _validate_final(root: str, folder: str, shard: int) -> Iterator[str]:
     path, tar = parquet_path(join(root, folder), shard), tar_path(join(root, folder), shard)
-    rows = read_rows(path, ["key", "synsets"])
+    rows = read_rows(path, ["key", "synsets"], optional="cls")
     _expect_keys(path, shard_keys(tar), [row["key"] for row in rows], "the tar")
+    _check_labels(root, folder, shard, rows)
     sources = _raw_shards(root, shard)
     raw_tars = [join(root, RAW, f"{source}.tar") for source in sources]
     raw = chain.from_iterable(map(read_shard, raw_tars)) if exists(join(root, RAW)) else None
@@ -125,11 +129,32 @@ def _validate_final(root: str, folder: str, shard: int) -> Iterator[str]:
         synsets = sample.meta.get("synsets")
         if synsets != row["synsets"] or len(synsets) != len(sample.captions):
             raise DataError(f"{tar}: key {sample.key} has synsets that do not fit its captions or its Parquet row")
-        if raw is not None and _find_sample(raw, sample.key, tar).image != sample.image:
-            raise DataError(f"{tar}: key {sample.key} has another image than raw/{' or '.join(sources)}.tar")
+        if raw is not None:
+            ingested = _find_sample(raw, sample.key, tar)
+            if ingested.image != sample.image:
+                raise DataError(f"{tar}: key {sample.key} has another image than raw/{' or '.join(sources)}.tar")
+            if "cls" in sample.members and ingested.members.get("cls") != sample.members["cls"]:
+                raise DataError(f"{tar}: key {sample.key} has another class than raw/{' or '.join(sources)}.tar")
         if sample.key in dropped:
             raise DataError(f"{tar}: key {sample.key} is a duplicate by {DEDUP}/; run `clipmill pack` again")
         yield check_key(sample.key)
+
+
+def _check_labels(root: str, folder: str, shard: int, rows: list[dict[str, Any]]) -> None:
+    """Raise DataError unless each sample of labelled images has a class, the one in its Parquet row; by the record."""
+    done = read_done(join(root, folder), shard)
+    if done is None or CLASS_LIST not in done.config:
+        return
+    names_file, path = class_names_txt(root), tar_path(join(root, folder), shard)
+    classes = len(read_class_names(names_file)) if exists(names_file) else MOST_CLASSES
+    labels = {row["key"]: row.get("cls") for row in rows}
+    with read_buffer(path) as buffer:
+        for key, members in index_shard(buffer, path):
+            if "cls" not in members:
+                raise DataError(f"{path}: key {key} has no class (member cls); {remake_advice(path)}")
+            label = parse_label(members["cls"].read(buffer), classes, f"{path}: key {key}")
+            if labels[key] != label:
+                raise DataError(f"{path}: key {key} has class {label}, its Parquet row {labels[key]}")
 
 
 def _find_sample(raw: Iterator[Sample], key: str, tar: str) -> Sample:

@@ -21,7 +21,6 @@ from pipeline.core.runner import (
     run_stage,
 )
 from pipeline.ingest.additional_columns import ALL_COLUMNS, read_conditions
-from pipeline.ingest.class_folders import source_classes
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.detect import detect
 from pipeline.ingest.downloader import Downloader
@@ -29,11 +28,18 @@ from pipeline.ingest.filters import Selection, read_exclusions
 from pipeline.ingest.http_client import FetchRules
 from pipeline.ingest.images import JPEG_QUALITY, ImageRules
 from pipeline.ingest.img2dataset import import_shard, import_tasks
+from pipeline.ingest.labelled_sources import source_classes
 from pipeline.ingest.listing import Listing, refuse_surplus, remove_surplus
 from pipeline.ingest.raw_shard import RawShardInput, write_raw_shard
 from pipeline.ingest.retry import retry_tasks
 from pipeline.ingest.source_files import Format
-from shards_spec.class_names import class_list_hash, describe_difference, read_class_names, write_class_names
+from shards_spec.class_names import (
+    CLASS_LIST,
+    class_list_hash,
+    describe_difference,
+    read_class_names,
+    write_class_names,
+)
 from shards_spec.files import UserError, exists, free_bytes, is_url, join, remove, sha256_bytes
 from shards_spec.layout import FOLDERS, RAW, class_names_txt
 from shards_spec.manifest import finished_shards
@@ -75,6 +81,8 @@ def _source_form(config: IngestConfig) -> Format:
     else:
         forms = [config.format]
     form = forms[0]
+    if form == "classes" and config.retry_failed:
+        raise UserError("--retry-failed: images of class folders are not downloaded; run the same command without it")
     if len(set(forms)) > 1:
         found = ", ".join(f"{source} is {form}" for source, form in zip(config.sources, forms, strict=True))
         raise UserError(f"--source: lists of several forms ({found}); give lists of one form, or ingest into two ROOTs")
@@ -152,7 +160,7 @@ def _ingest_rows(config: IngestConfig, form: Format, assignment: ShardAssignment
     settings = _output_settings(config, form, selection, image_rules)
     classes = source_classes(config.sources[0]) if form == "classes" else None
     if classes is not None:
-        settings["class_names_sha256"] = class_list_hash(classes)
+        settings[CLASS_LIST] = class_list_hash(classes)
     stage = Stage("ingest", RAW, settings)
     _update_class_names(config, stage, classes)
     listing = Listing(config, form)

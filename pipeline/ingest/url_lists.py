@@ -7,9 +7,9 @@ folder or a glob are read as one list, by name.
 from collections.abc import Iterator
 from itertools import chain
 
-from pipeline.ingest.class_folders import class_rows
 from pipeline.ingest.delimited import CC3M, CC12M
 from pipeline.ingest.image_folder import folder_rows, warn_of_no_caption
+from pipeline.ingest.labelled_sources import class_rows
 from pipeline.ingest.parquet_images import image_parquet_rows
 from pipeline.ingest.parquet_lists import parquet_rows
 from pipeline.ingest.rows import Columns, Row

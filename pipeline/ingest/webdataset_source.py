@@ -35,6 +35,7 @@ from shards_spec.sample import TEXT_EXTENSIONS, parse_object
 from shards_spec.tar_members import Member
 
 MAX_TEXT_BYTES = 1 << 24  # of a member beside an image
+MAX_LABEL_BYTES = 64  # of a number
 REMOTE_TARS = 8  # listed at once
 NO_IMAGE = "no picture"
 NOT_AN_OBJECT = "json member is not a JSON object"
@@ -71,6 +72,19 @@ def _tar_rows(file: SourceFile, columns: Columns, seen: Counter[str]) -> Iterato
             else:
                 kind_of_file = _not_a_tar(file.path) if number == 0 else None
                 yield Row(None, name, kind_of_file or sample.problem, file.stamp)
+
+
+def labelled_tar_rows(files: list[SourceFile]) -> Iterator[tuple[Row, bytes]]:
+    """(a row without caption, the bytes of its member ``cls``) per sample of the tars."""
+    for file in files:
+        with open_tar(file.path) as buffer:
+            for sample in tar_samples(buffer, file.path):
+                name = clean_name(f"{file.below}/{sample.key}" if sample.key else file.below)
+                image, label = image_extension(sample.members), sample.members.get("cls")
+                problem = sample.problem or (NO_IMAGE if image is None else None)
+                image_ref = None if image is None else _image_ref(file.path, sample.members[image])
+                row = Row(None, name, problem, file.stamp, image_ref)
+                yield row, b"" if label is None or label.size > MAX_LABEL_BYTES else label.read(buffer)
 
 
 def _not_a_tar(path: str) -> str | None:

@@ -29,7 +29,7 @@ from pipeline.pack.config import PackConfig
 from pipeline.pack.final_shard import write_final_shard
 from pipeline.pack.reshard import file_hashes_of, final_shard_tasks, forget_plan, plan
 from pipeline.pack.selection import NEED_SIMILARITY, SelectionConfig, ShardRange
-from shards_spec.class_names import class_list_hash, read_class_names
+from shards_spec.class_names import CLASS_LIST, class_list_hash, read_labelled_classes
 from shards_spec.files import DataError, UserError, exists, join, names, write_json
 from shards_spec.layout import (
     CAPTIONS,
@@ -38,7 +38,6 @@ from shards_spec.layout import (
     SHARDS,
     captions_folder,
     captions_parquet,
-    class_names_txt,
     shard_name,
     sizes_json,
     stats_path,
@@ -74,8 +73,8 @@ def _pack(config: PackConfig, assignment: ShardAssignment, shards: list[int]) ->
     load_labeler(wordnet, rule)  # an unusable WordNet or tagger is an error now, not in a worker
     captioner, limits = _selection_record(selection)
     size = {} if config.shard_size is None else {"shard_size": config.shard_size}
-    classes = read_class_names(class_names_txt(root)) if exists(class_names_txt(root)) else None
-    labels = {} if classes is None else {"class_names_sha256": class_list_hash(classes)}
+    classes = read_labelled_classes(root, "ingest")
+    labels = {} if classes is None else {CLASS_LIST: class_list_hash(classes)}
     stage = Stage("pack", SHARDS, {**captioner, **rule.describe(), **limits, **size, **labels})
     if not config.overwrite:
         read_compatible_record(join(root, SHARDS), stage, 0)  # an error now, before a plan is made

@@ -19,12 +19,13 @@ import numpy as np
 import pyarrow.compute as pc
 
 from shards_spec.class_names import (
-    class_list_hash,
+    SHARD_COUNT,
     describe_difference,
     label_of,
+    numbered_shards,
     parse_label,
     read_class_names,
-    read_shard_count,
+    read_labelled_classes,
 )
 from shards_spec.files import DataError, UserError, exists, is_url, join, read_buffer
 from shards_spec.folders import class_folders, walk
@@ -67,8 +68,23 @@ class LabelledImages(Protocol):
         """
         ...
 
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Begin to read these shards of `order`."""
+        ...
 
-class FolderImages:
+
+class _MixedImages:
+    """Images any of which may come next."""
+
+    def order(self, chosen: np.ndarray, seed: int) -> Order:
+        """Return an order that mixes all images."""
+        return Order([len(chosen)], seed, streams=1, window=1)
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Do nothing: all images are in one shard of the order."""
+
+
+class FolderImages(_MixedImages):
     """Image files below ``folder``/CLASS; classes and paths ascend."""
 
     def __init__(self, folder: Path) -> None:
@@ -97,10 +113,6 @@ class FolderImages:
             # any image extension will do: decoders look at the bytes
             yield str(self.folder), Sample(name, {IMAGE_EXTENSIONS[0]: data, "cls": str(label).encode()})
 
-    def order(self, chosen: np.ndarray, seed: int) -> Order:
-        """Return an order that mixes all images."""
-        return _mixed_order(chosen, seed)
-
 
 class _NumberedShardReader(ShardReader):
     """Shards named as CLIP_benchmark names them."""
@@ -109,7 +121,7 @@ class _NumberedShardReader(ShardReader):
         return join(self.root, self.folder, f"{shard}.tar")
 
 
-class ShardImages:
+class ShardImages(_MixedImages):
     """Samples of ``root/split/N.tar`` in file order.
 
     Raises:
@@ -121,7 +133,7 @@ class ShardImages:
         self.root = root
         self.split = split
         self.classes = read_class_names(join(root, "classnames.txt"))
-        self.paths = shard_paths(root, split)
+        self.paths = numbered_shards(join(root, split))
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -140,10 +152,6 @@ class ShardImages:
         for path in self.paths:
             for sample in read_shard(path):
                 yield path, sample
-
-    def order(self, chosen: np.ndarray, seed: int) -> Order:
-        """Return an order that mixes all images."""
-        return _mixed_order(chosen, seed)
 
     @cached_property
     def _labels_per_shard(self) -> list[list[int]]:
@@ -180,22 +188,13 @@ class RootImages:
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self.classes = read_class_names(class_names_txt(root))
         self.folder: Literal["shards", "raw"] = "shards" if exists(sizes_json(root)) else "raw"
+        stage = "pack" if self.folder == SHARDS else "ingest"
+        if stage not in read_dataset(root)["stages"]:
+            raise UserError(f"{root}: `clipmill {stage}` has not finished: run it again")
+        self.classes = read_labelled_classes(root, stage) or []
         self.reader = ShardReader(root, self.folder, dataset_sizes(root, self.folder))
         self._ends = np.cumsum(self.reader.sizes)
-        self._check_classes()
-
-    def _check_classes(self) -> None:
-        stage = "pack" if self.folder == SHARDS else "ingest"
-        block = read_dataset(self.root)["stages"].get(stage)
-        if block is None:
-            raise UserError(f"{self.root}: `clipmill {stage}` has not finished: run it again")
-        if block.get("config", {}).get("class_names_sha256") != class_list_hash(self.classes):
-            raise UserError(
-                f"{class_names_txt(self.root)} has not the classes that {self.folder}/ was made with; put the list "
-                f"back, or run `clipmill {stage} --overwrite`"
-            )
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -226,6 +225,10 @@ class RootImages:
         before = np.searchsorted(chosen, self._ends)
         return Order(np.diff(before, prepend=0).tolist(), seed)
 
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Begin to copy remote shards, and to read local ones into the page cache."""
+        self.reader.file_cache.prefetch([self.reader.path(shard) for shard in shards])
+
     def _read_labels(self, shard: int) -> np.ndarray:
         path = parquet_path(join(self.root, self.folder), shard)
         table = read_table(path, ["cls", "status"] if self.folder == RAW else ["cls"])
@@ -238,19 +241,6 @@ class RootImages:
                 f"{len(self.classes)}; {remake_advice(path)}"
             )
         return labels
-
-
-def _mixed_order(chosen: np.ndarray, seed: int) -> Order:
-    return Order([len(chosen)], seed, streams=1, window=1)
-
-
-def shard_paths(root: str, split: str) -> list[str]:
-    """Return the paths of a split's shards. Raises UserError when nshards.txt or one of the shards is missing."""
-    count = read_shard_count(join(root, split, "nshards.txt"))
-    paths = [join(root, split, f"{shard}.tar") for shard in range(count)]
-    if missing := [path for path in paths if not exists(path)]:
-        raise UserError(f"{missing[0]} is not there, though nshards.txt says {count}; copy the missing shards")
-    return paths
 
 
 def _image_files(folder: Path, other_endings: Counter[str]) -> list[Path]:
@@ -328,7 +318,7 @@ def find_split(root: str, splits: Sequence[str] = TEST_SPLITS) -> str:
     if not is_url(root) and not Path(root).is_dir():
         raise UserError(f"{root} is {'a file, not a folder' if Path(root).exists() else 'not there'}; check the path")
     raise UserError(
-        f"{join(root, splits[0], 'nshards.txt')} is not there, nor is a folder of images per class in "
+        f"{join(root, splits[0], SHARD_COUNT)} is not there, nor is a folder of images per class in "
         f"{' or '.join(join(root, split) for split in splits)}: is {root} a dataset in CLIP_benchmark's WebDataset "
         "layout, of class folders, or of ROOTs by `clipmill ingest --format classes`? "
         f"{_advice_on_class_folders(root, splits)}".rstrip()
@@ -338,7 +328,7 @@ def find_split(root: str, splits: Sequence[str] = TEST_SPLITS) -> str:
 def has_labelled_images(root: str, split: str) -> bool:
     """Whether a split holds labelled images of any kind."""
     folder = join(root, split)
-    return exists(join(folder, "nshards.txt")) or is_labelled_root(folder) or has_class_folders(root, split)
+    return exists(join(folder, SHARD_COUNT)) or is_labelled_root(folder) or has_class_folders(root, split)
 
 
 def _advice_on_class_folders(root: str, splits: Sequence[str]) -> str:
@@ -355,6 +345,6 @@ def _advice_on_class_folders(root: str, splits: Sequence[str]) -> str:
 def has_class_folders(root: str, split: str) -> bool:
     """Whether a split consists of class folders and not of shards."""
     folder = Path(root, split)
-    if is_url(root) or not folder.is_dir() or (folder / "nshards.txt").exists() or is_labelled_root(str(folder)):
+    if is_url(root) or not folder.is_dir() or (folder / SHARD_COUNT).exists() or is_labelled_root(str(folder)):
         return False
     return any(entry.is_dir() and not is_ignored(entry.name) for entry in folder.iterdir())

@@ -14,6 +14,7 @@ from shards_spec.models import LoadedModel
 from shards_spec.views import ViewSpec, apply_view, draw_view
 from training.data.batches import Item, Skipped, to_pixels
 from training.data.labelled_images import LabelledImages
+from training.data.lru import LRUCache
 from training.data.order import BatchPlan, Order
 from training.data.paired_views import PairedViews
 from training.data.soft_label_cache import SoftLabelCache
@@ -57,6 +58,8 @@ class LabelledImageRows:
         self.soft = soft
         self.paired: PairedViews | None = None  # set where a teacher sees other pixels than the student
         self.order = images.order(chosen, plan.seed)
+        # windows of the order whose successors were prefetched; two per stream, as a batch may cross epochs
+        self._prefetched: LRUCache[tuple[int, tuple[int, int]], None] = LRUCache(2 * self.order.streams)
         self._starts = np.cumsum(self.order.sizes) - self.order.sizes  # of the order's shards in ``chosen``
 
     def __getitem__(self, index: int | tuple[int, int | None]) -> Item:
@@ -68,6 +71,8 @@ class LabelledImageRows:
 
     def _item(self, position: int, side: int) -> dict[str, Any] | Skipped:
         location = self.order.locate(position // self.repeats)
+        window = (location.epoch, location.window)
+        self._prefetched.get(window, lambda: self.images.prefetch(self.order.next_shards(location)))
         view = location.epoch * self.repeats + position % self.repeats
         if self.soft is not None:
             view %= self.soft.num_views

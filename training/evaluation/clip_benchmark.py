@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator
 from typing import Literal
 
-from shards_spec.class_names import class_text, read_class_names, read_lines
+from shards_spec.class_names import class_text, numbered_shards, read_class_names, read_lines
 from shards_spec.files import DataError, UserError, exists, join
 from shards_spec.messages import counted
 from shards_spec.sample import Sample
@@ -23,7 +23,6 @@ from training.data.labelled_images import (
     find_split,
     has_class_folders,
     open_split,
-    shard_paths,
 )
 
 log = logging.getLogger(__name__)
@@ -51,7 +50,7 @@ def check_root(root: str) -> None:
     if dataset_task(root) == "zeroshot":
         read_classes(root, open_split(root, split))
     elif not has_class_folders(root, split):
-        shard_paths(root, split)
+        numbered_shards(join(root, split))
 
 
 def read_classes(root: str, images: LabelledImages) -> tuple[list[str], list[str]]:
@@ -90,7 +89,7 @@ def read_prompts(path: str) -> list[str]:
 
 def captioned_samples(root: str) -> Iterator[tuple[str, Sample]]:
     """Yield the shard's path and the sample for each test image of a retrieval dataset. Raises UserError, DataError."""
-    for path in shard_paths(root, find_split(root)):
+    for path in numbered_shards(join(root, find_split(root))):
         for sample in read_shard(path):
             yield path, sample
 
