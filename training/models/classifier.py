@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from shards_spec.files import UserError, exists, join, read_json, write_json
 from shards_spec.library_errors import short
-from shards_spec.models import NO_TRUST, TIMM, LoadedModel, Trust, create_timm_model, load_backbone
+from shards_spec.models import LOCAL_DIR, NO_TRUST, TIMM, LoadedModel, Trust, create_timm_model, load_backbone
 from shards_spec.vocab import Vocabulary, read_vocabulary
 
 DESCRIPTION = "classifier.json"
 VOCABULARY = "vocabulary.tsv"
+FOLDER = f"{TIMM}{LOCAL_DIR}"
 HASH_BYTES = 32
 TOLERANCE = 1e-5  # largest difference of a logit of an exported model, float32 on the same CPU
 
@@ -136,14 +137,15 @@ def new_classifier(
     if not model.startswith(TIMM):
         raise UserError(f"--model {model!r}: a classifier is named {TIMM}NAME, say {TIMM}catlip_vit_base_patch16_224")
     timm = _timm()
+    options = {**stored_options(model), **(options or {})}
     timms_weights = pretrained == "timm"
     try:
         torch.manual_seed(seed)
-        trunk = create_timm_model(model, timms_weights, num_classes=0, dynamic_img_size=True, **(options or {}))
+        trunk = create_timm_model(model, timms_weights, num_classes=0, dynamic_img_size=True, **options)
         is_vit = True
     except TypeError:  # only vision transformers have the option
         torch.manual_seed(seed)
-        trunk = create_timm_model(model, timms_weights, num_classes=0, **(options or {}))
+        trunk = create_timm_model(model, timms_weights, num_classes=0, **options)
         is_vit = False
     if pretrained is not None and not timms_weights:
         load_backbone(trunk, pretrained, trust.trust_checkpoint)
@@ -160,6 +162,19 @@ def new_classifier(
     if not is_vit:
         _check_sides(student, data["input_size"][-1])
     return LoadedModel(student.eval(), None, config, data["input_size"][-1], data["mean"], data["std"])
+
+
+def stored_options(model: str) -> dict[str, Any]:
+    """Return the options of the architecture that a folder's config.json keeps, for ``timm:local-dir:FOLDER``.
+
+    A run keeps them with the architecture's name, since it must be rebuilt without the folder. Whether images of other
+    sizes are taken is not among them: all of our vision transformers take them.
+    """
+    path = join(model.removeprefix(FOLDER), "config.json")
+    if not model.startswith(FOLDER) or not exists(path):
+        return {}
+    options = read_json(path).get("model_args") or {}
+    return {name: value for name, value in options.items() if name != "dynamic_img_size"}
 
 
 @torch.no_grad()

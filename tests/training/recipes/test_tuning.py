@@ -1,6 +1,7 @@
 """Fine-tuning after masked pre-training: rates by layer, drop path, pooling of patches, mixed images."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -175,3 +176,18 @@ def test_by_default_nothing_changes(images):
     assert task.draw(batch) is batch
     assert len(task.param_groups(0.05)) == 2
     assert dataclasses.asdict(finetune.config().tuning)["pooling"] == "own"
+
+
+def test_a_folder_of_timms_keeps_its_options_in_a_run(images, tmp_path):
+    """What config.json says of the architecture goes with the run, which is rebuilt without that folder."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    described = {"architecture": "vit_tiny_patch16_224", "model_args": {"img_size": 48, "embed_dim": 32, "depth": 2}}
+    (folder / "config.json").write_text(json.dumps({**described, "pretrained_cfg": {"input_size": [3, 48, 48]}}))
+    run = train("finetune", small(images, tmp_path / "run", model=f"timm:local-dir:{folder}", steps=1))
+    (folder / "config.json").unlink()
+    loaded, _ = load_run(run)
+    assert (loaded.model.trunk.embed_dim, len(loaded.model.trunk.blocks), loaded.image_size) == (32, 2, 48)
+    export(ExportConfig(run, str(tmp_path / "exported")))
+    again = train("finetune", small(images, tmp_path / "again", model=f"timm:local-dir:{tmp_path}/exported", steps=1))
+    assert load_run(again)[0].model.trunk.patch_embed.grid_size == (3, 3)
