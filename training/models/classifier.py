@@ -21,6 +21,7 @@ from shards_spec.vocab import Vocabulary, read_vocabulary
 DESCRIPTION = "classifier.json"
 VOCABULARY = "vocabulary.tsv"
 FOLDER = f"{TIMM}{LOCAL_DIR}"
+OWN_OPTIONS = ("num_classes", "dynamic_img_size")
 HASH_BYTES = 32
 TOLERANCE = 1e-5  # largest difference of a logit of an exported model, float32 on the same CPU
 
@@ -167,14 +168,14 @@ def new_classifier(
 def stored_options(model: str) -> dict[str, Any]:
     """Return the options of the architecture that a folder's config.json keeps, for ``timm:local-dir:FOLDER``.
 
-    A run keeps them with the architecture's name, since it must be rebuilt without the folder. Whether images of other
-    sizes are taken is not among them: all of our vision transformers take them.
+    A run keeps them with the architecture's name, since it must be rebuilt without the folder. Left out is what every
+    classifier has of its own: the number of classes, and that images of other sizes are taken.
     """
     path = join(model.removeprefix(FOLDER), "config.json")
     if not model.startswith(FOLDER) or not exists(path):
         return {}
     options = read_json(path).get("model_args") or {}
-    return {name: value for name, value in options.items() if name != "dynamic_img_size"}
+    return {name: value for name, value in options.items() if name not in OWN_OPTIONS}
 
 
 @torch.no_grad()

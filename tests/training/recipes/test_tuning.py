@@ -182,12 +182,12 @@ def test_a_folder_of_timms_keeps_its_options_in_a_run(images, tmp_path):
     """What config.json says of the architecture goes with the run, which is rebuilt without that folder."""
     folder = tmp_path / "folder"
     folder.mkdir()
-    described = {"architecture": "vit_tiny_patch16_224", "model_args": {"img_size": 48, "embed_dim": 32, "depth": 2}}
+    described = {"architecture": "vit_tiny_patch16_224", "model_args": {"img_size": 48, "embed_dim": 36, "depth": 2}}
     (folder / "config.json").write_text(json.dumps({**described, "pretrained_cfg": {"input_size": [3, 48, 48]}}))
     run = train("finetune", small(images, tmp_path / "run", model=f"timm:local-dir:{folder}", steps=1))
     (folder / "config.json").unlink()
     loaded, _ = load_run(run)
-    assert (loaded.model.trunk.embed_dim, len(loaded.model.trunk.blocks), loaded.image_size) == (32, 2, 48)
+    assert (loaded.model.trunk.embed_dim, len(loaded.model.trunk.blocks), loaded.image_size) == (36, 2, 48)
     export(ExportConfig(run, str(tmp_path / "exported")))
     again = train("finetune", small(images, tmp_path / "again", model=f"timm:local-dir:{tmp_path}/exported", steps=1))
     assert load_run(again)[0].model.trunk.patch_embed.grid_size == (3, 3)
