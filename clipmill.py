@@ -80,6 +80,11 @@ COMMANDS |= {
         "training.export:export",
     ),
     "report": Command("one HTML page of a dataset or a run", "pipeline.report:ReportConfig", "pipeline.report:report"),
+    "compare": Command(
+        "one HTML page that compares training runs",
+        "pipeline.report.compare:CompareConfig",
+        "pipeline.report.compare:compare",
+    ),
     "check": Command(
         "validate a dataset: files, hashes, keys, totals",
         "pipeline.check.config:CheckConfig",
@@ -228,7 +233,7 @@ def _call(command: str, function: Any, config: Any) -> int:
         return _call_stage(command, function, config)
     if command == "search":
         return _search(function, config)
-    outcome = function(config)
+    outcome = _compare(function, config) if command == "compare" else function(config)
     from shards_spec.messages import counted
 
     if command == "check":
@@ -243,7 +248,7 @@ def _call(command: str, function: Any, config: Any) -> int:
         _print(f"classes: {outcome.summary}")
     if command == "why":
         _print_life(config, outcome)
-    if command in ("evalset", "report", "jobs"):
+    if command in ("compare", "evalset", "report", "jobs"):
         _print(outcome)
     return 0
 
@@ -258,6 +263,17 @@ def _print_life(config: Any, life: Any) -> None:
         lines += [f"train: {config.run}", *(f"  {line}" for line in uses)]
     for line in (life.key, *lines):
         _print(line)
+
+
+def _compare(function: Callable[[Any, Any], Any], config: Any) -> Any:
+    """Compare runs; what they say of images of --data is computed by training/, which pipeline/ does not import."""
+    guesses = None
+    if config.data:
+        from pipeline.report.compare import run_folders
+        from training.evaluation.guesses import guess_images
+
+        guesses = guess_images(run_folders(config.runs), config.data, count=config.images, device=config.device)
+    return function(config, guesses)
 
 
 def _search(function: Callable[[Any, Any], Any], config: Any) -> int:

@@ -39,6 +39,7 @@ EXAMPLES = {
     "search": "runs/clip --images photos --text 'a dog on a beach' --html found.html",
     "export": "runs/clip --to exported",
     "report": "/data/cc3m",
+    "compare": "runs/clip runs/tinyclip --data /data/eval/flickr30k",
     "check": "/data/cc3m",
     "why": "/data/cc3m 000120042 --run runs/tinyclip",
     "jobs": "/data/cc3m",

@@ -73,12 +73,17 @@ def _round_values(low: float, high: float, count: int) -> list[float]:
 
 
 def logarithmic(label: str, low: float, high: float) -> Axis:
-    """A logarithmic axis with marks at powers of ten, and at 2 and 5 times them when there is room."""
+    """A logarithmic axis with marks at powers of ten, and between them when there is room."""
     first = math.floor(math.log10(low))
     decades = range(first, math.ceil(math.log10(max(high, low * 1.0001))) + 1)
     high = max(high, low * 2)
-    values = [factor * 10.0**decade for decade, factor in product(decades, _factors(len(decades)))]
-    return Axis(label, low, high, _label([v for v in values if low * 0.999 <= v <= high * 1.001]), log=True)
+    marks = list[float]()
+    for factors in (_factors(len(decades)), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        values = [factor * 10.0**decade for decade, factor in product(decades, factors)]
+        marks = [value for value in values if low * 0.999 <= value <= high * 1.001]
+        if len(marks) > 2:
+            break
+    return Axis(label, low, high, _label(marks), log=True)
 
 
 def _factors(decades: int) -> tuple[int, ...]:

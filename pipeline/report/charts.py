@@ -19,17 +19,19 @@ TOP = 24
 RIGHT = 14
 BOTTOM = 38
 STRIPS = 40  # hover strips of a line chart
+COLORS = 8  # of series, in the style sheet; further lines are dashed
 POINTS = 300  # vertices of a line at most
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure of the page; ``legend`` names the series in the order of their colours."""
+    """One figure of the page; ``legend`` names the series, which have the ``colors``, by default 0, 1, and so on."""
 
     title: str
     svg: Markup
     note: str = ""
     legend: tuple[str, ...] = ()
+    colors: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,64 @@ def line_chart(title: str, plot: Plot, lines: Sequence[Line], rules: Sequence[Ru
     return Chart(title, plot.draw(Markup("").join(body), summary), note, tuple(line.name for line in named))
 
 
+def overlay_chart(title: str, plot: Plot, lines: Sequence[Line], note: str = "") -> Chart:
+    """Named lines that have x of their own; the value of each that is nearest shows under the pointer."""
+    body = [*(_path(plot, line) for line in lines), _shared_strips(plot, lines)]
+    summary = f"{title}: {'; '.join(map(_summary, lines))}"
+    legend, colors = tuple(line.name for line in lines), tuple(line.color for line in lines)
+    return Chart(title, plot.draw(Markup("").join(body), summary), note, legend, colors)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A point of a scatter chart: its number is written on it, and its name is in the legend."""
+
+    x: float
+    y: float
+    name: str
+    number: int
+    color: int
+
+
+def scatter_chart(title: str, plot: Plot, dots: Sequence[Dot], note: str = "") -> Chart:
+    """Dots, each with its values under the pointer."""
+    parts = [_dot(plot, dot) for dot in dots]
+    values = [f"{dot.name} {short(dot.x)}, {short(dot.y)}" for dot in dots]
+    legend, colors = tuple(dot.name for dot in dots), tuple(dot.color for dot in dots)
+    svg = plot.draw(Markup("").join(parts), f"{title}: {'; '.join(values)}")
+    return Chart(title, svg, note, legend, colors)
+
+
+def _dot(plot: Plot, dot: Dot) -> Markup:
+    x, y = f"{plot.x_at(dot.x):.1f}", plot.y_at(dot.y)
+    circle = Markup('<circle class="c{}" cx="{}" cy="{:.1f}" r="9"><title>{}</title></circle>')
+    number = Markup('<text class="number" x="{}" y="{:.1f}" text-anchor="middle" pointer-events="none">{}</text>')
+    said = f"{dot.name}: {plot.x.label} {short(dot.x, 4)}, {plot.y.label} {short(dot.y, 4)}"
+    return circle.format(dot.color % COLORS, x, y, said) + number.format(x, y + 4, dot.number)
+
+
+def _shared_strips(plot: Plot, lines: Sequence[Line]) -> Markup:
+    """Invisible columns over the whole width; each names the lines' points that are nearest to its middle."""
+    strip = Markup('<rect class="strip" x="{:.1f}" width="{:.1f}" height="{}"><title>{}</title></rect>')
+    each, parts = plot.wide / STRIPS, []
+    for index in range(STRIPS):
+        middle = plot.x.low + (index + 0.5) / STRIPS * (plot.x.high - plot.x.low)
+        values = [f"{line.name} {short(value, 4)}" for line in lines if math.isfinite(value := _near(line, middle))]
+        if values:
+            text = f"{plot.x.label} about {short(middle)}: {'; '.join(values)}"
+            parts.append(strip.format(index * each, each, plot.tall, text))
+    return Markup("").join(parts)
+
+
+def _near(line: Line, x: float) -> float:
+    """The value nearest to ``x`` of a line; NaN behind its end."""
+    places = np.asarray(line.x, float)[np.isfinite(line.y)]
+    values = np.asarray(line.y, float)[np.isfinite(line.y)]
+    if not len(places) or x > places[-1] + (places[-1] - places[0]) / STRIPS:
+        return math.nan
+    return float(values[np.argmin(np.abs(places - x))])
+
+
 def _summary(line: Line) -> str:
     """A line in words."""
     finite = [float(value) for value in line.y if math.isfinite(value)]
@@ -153,9 +213,13 @@ def _path(plot: Plot, line: Line) -> Markup:
             else:
                 stretches.append([])
     dot, path = Markup('<circle class="c{}" cx="{}" cy="{}" r="3"/>'), Markup('<polyline class="{}" points="{}"/>')
-    style = f"faint c{line.color}" if line.faint else f"c{line.color}"
+    style = f"c{line.color % COLORS}"
+    if line.faint or line.color >= COLORS:
+        style = f"{'faint' if line.faint else 'dashed'} {style}"
     return Markup("").join(
-        dot.format(line.color, *points[0].split(",")) if len(points) == 1 else path.format(style, " ".join(points))
+        dot.format(line.color % COLORS, *points[0].split(","))
+        if len(points) == 1
+        else path.format(style, " ".join(points))
         for points in stretches
         if points
     )

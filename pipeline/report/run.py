@@ -21,7 +21,7 @@ from shards_spec.student_table import STUDENT_TABLE
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors")
 PROCESSORS = ("cpu", "x86_64", "aarch64", "arm", "i386")  # how environment.json names one; other names are of GPUs
 RESULT_TILES = 4  # at most
-WHILE_TRAINING = "while training"  # the dataset of a task that measures by itself
+WHILE_TRAINING = "while training"  # what was measured on by a run whose config does not say it
 
 
 @dataclass(frozen=True)
@@ -87,26 +87,30 @@ def run_page(run: RunFiles) -> dict[str, Any]:
 
 
 def results(run: RunFiles) -> dict[tuple[str, str, str], float]:
-    """Every number that was measured, by (dataset, task, metric): those of folder eval, and the last while training."""
+    """Every number that was measured, by (dataset, task, metric): those of folder eval, else the last while training.
+
+    What is measured while training is named as `clipmill eval` would name it.
+    """
     found = dict[tuple[str, str, str], float]()
-    dataset = str(run.config.get("eval_data") or "").rstrip("/").rsplit("/", 1)[-1] or WHILE_TRAINING
+    is_zeroshot = bool(run.config.get("eval_data"))
+    measured_on = str(run.config.get("eval_data") or run.config.get("data") or "")
+    dataset = measured_on.rstrip("/").rsplit("/", 1)[-1] or WHILE_TRAINING
     for name, values in run.columns.items():
         finite = values[np.isfinite(values)]
         if name.startswith("eval.") and len(finite):
-            found[dataset, WHILE_TRAINING, name.removeprefix("eval.")] = float(finite[-1])
-    return found | run.evaluations.values
+            metric = name.removeprefix("eval.")
+            task = "zeroshot_classification" if is_zeroshot else "classification"
+            task = "zeroshot_retrieval" if "retrieval" in metric else task
+            found[dataset, task, metric] = float(finite[-1])
+    return run.evaluations.values | {key: value for key, value in found.items() if key not in run.evaluations.values}
 
 
 def _result_tiles(run: RunFiles) -> list[tuple[str, str]]:
-    """The main results: of folder eval, or where that has none, measured last while training."""
+    """The main results."""
     measured = results(run)
     main = {key: value for key, value in measured.items() if key[2] in HEADLINE and math.isfinite(value)}
-    after = {key: value for key, value in main.items() if key[1] != WHILE_TRAINING}
-    tiles = []
-    for (dataset, _, metric), value in list((after or main).items())[:RESULT_TILES]:
-        where = "" if dataset == WHILE_TRAINING else f", {dataset}"
-        tiles.append((share_text(value), metric_name(metric) + where))
-    return tiles
+    shown = list(main.items())[:RESULT_TILES]
+    return [(share_text(value), f"{metric_name(metric)}, {dataset}") for (dataset, _, metric), value in shown]
 
 
 def facts(run: RunFiles) -> list[tuple[str, str]]:

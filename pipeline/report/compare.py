@@ -1,0 +1,196 @@
+"""`clipmill compare`: one self-contained HTML page about several training runs."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Annotated, Any
+
+import tyro
+
+from pipeline.report import check_page_path, render, write_page
+from pipeline.report.axes import short, total
+from pipeline.report.chain import has_begun, joined, stage_folders
+from pipeline.report.compare_charts import ComparedRun, ResultKey, all_results, curve_views, scatter_charts
+from pipeline.report.results import metric_name, share_text
+from pipeline.report.run import (
+    cost_rows,
+    duration,
+    parameter_counts,
+    read_run,
+    state,
+)
+from pipeline.report.samples import thumbnail
+from pipeline.report.text import flatten
+from shards_spec.files import DataError, UserError, exists, is_url
+from shards_spec.messages import require
+from shards_spec.predictions import Guesses
+
+UNKNOWN = "–"
+ALWAYS_DIFFERENT = ("out",)  # fields of a config that no two runs share
+PARTS = {"total": "Parameters", "image": "image tower", "text": "text tower", "embedding": "token embeddings"}
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Write one self-contained HTML page that compares training runs: curves, results, cost, differences of configs."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN ...")]
+    """RUN folders of any recipes, also unfinished ones, and folders of trainings in stages"""
+    output: str = "compare.html"
+    """where to write the page"""
+    data: str = ""
+    """EVAL root, as `clipmill eval` takes it: the page then shows what the runs say of some of its images"""
+    images: int = 8
+    """images of --data that are shown, evenly over the set"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N, for --data"""
+
+    def __post_init__(self) -> None:
+        require(len(self.runs) >= 1, "runs", self.runs, "one RUN folder or more")
+        require(self.images >= 1, "images", self.images, "1 or more")
+
+
+def compare(config: CompareConfig, guesses: Guesses | None = None) -> str:
+    """Write the page and return its path.
+
+    Args:
+        config: The runs, and where to write.
+        guesses: What the runs say of some images, for `CompareConfig.data`.
+
+    Raises:
+        UserError: A folder is no run, one is named twice, or the page cannot be written.
+    """
+    check_page_path(config.output, "--output")
+    runs = read_runs(config.runs)
+    write_page(config.output, render("compare.html.j2", {"page": compare_page(runs, guesses)}), "--output")
+    return config.output
+
+
+def read_runs(paths: Sequence[str]) -> list[ComparedRun]:
+    """Read the runs; a training in stages counts as one, with the results and the config of its last stage.
+
+    Raises UserError when a folder is no run, or one is named twice.
+    """
+    real = [path if is_url(path) else os.path.realpath(path) for path in paths]
+    for index, path in enumerate(real):
+        if path in real[:index]:
+            raise UserError(
+                f"{paths[index]} is named twice ({paths[real.index(path)]} is the same folder): name it once"
+            )
+    runs = []
+    for index, (path, name) in enumerate(zip(paths, short_names(real), strict=True)):
+        folders = [path] if has_begun(path) else stage_folders(path)
+        if not folders:
+            missing = "is not there" if not exists(path) else "has no config.json, no metrics.jsonl and no stage-1"
+            raise UserError(f"{path} {missing}: give the folders that `clipmill train` wrote")
+        stages = [read_run(folder) for folder in folders]
+        columns = stages[0].columns if len(stages) == 1 else joined(stages)[0]
+        runs.append(ComparedRun(index + 1, name, path, stages[-1], columns))
+    return runs
+
+
+def run_folders(paths: Sequence[str]) -> dict[str, str]:
+    """The folder with the newest checkpoints of each run: of a training in stages that of its last stage."""
+    return {one.path: one.run.path for one in read_runs(paths)}
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The paths without the folders that all of them are in."""
+    parts = [path.rstrip("/").split("/") for path in paths]
+    shared = 0
+    while all(len(own) > shared + 1 and own[shared] == parts[0][shared] for own in parts):
+        shared += 1
+    return ["/".join(own[shared:]) for own in parts]
+
+
+def compare_page(runs: Sequence[ComparedRun], guesses: Guesses | None = None) -> dict[str, Any]:
+    """The variables of the template."""
+    values = all_results(runs)
+    problems = list(chain.from_iterable(one.run.problems for one in runs))
+    return {
+        "runs": [(one, _summary(one)) for one in runs],
+        "results": _result_rows(runs, values),
+        "costs": _cost_table(runs),
+        "scatter": scatter_charts(runs, values),
+        "views": curve_views(runs),
+        "differences": _differences(runs),
+        "guesses": guesses,
+        "images": _images(guesses, problems),
+        "problems": problems,
+    }
+
+
+def _summary(one: ComparedRun) -> list[tuple[str, str]]:
+    """A row of the table of runs: (column, text)."""
+    config = one.run.config
+    last = {name: float(values[-1]) for name, values in one.columns.items() if len(values)}
+
+    def logged(name: str) -> str:
+        return total(round(last[name])) if math.isfinite(last.get(name, math.nan)) else UNKNOWN
+
+    parameters = parameter_counts(one.run).get("total")
+    batch, seconds = config.get("batch_size"), last.get("seconds", math.nan)
+    return [
+        ("Recipe", str(config.get("recipe") or UNKNOWN)),
+        ("Model", str(config.get("model") or UNKNOWN)),
+        ("Parameters", short(parameters) if parameters else UNKNOWN),
+        ("Batch", f"{batch:,}" if isinstance(batch, int) else UNKNOWN),
+        ("Steps", logged("step")),
+        ("Samples seen", logged("samples_seen")),
+        ("Time", duration(seconds) if math.isfinite(seconds) else UNKNOWN),
+        ("State", state(one.run) or UNKNOWN),
+    ]
+
+
+def _result_rows(
+    runs: Sequence[ComparedRun], values: dict[str, dict[ResultKey, float]]
+) -> list[tuple[str, str, list[tuple[str, bool]]]]:
+    """(dataset, metric, per run the text and whether it is the best of several), what most runs have first."""
+    keys = dict.fromkeys(chain.from_iterable(values.values()))
+    rows = []
+    for dataset, task, metric in sorted(keys, key=lambda key: -sum(key in own for own in values.values())):
+        numbers = [values[one.path].get((dataset, task, metric), math.nan) for one in runs]
+        finite = [value for value in numbers if math.isfinite(value)]
+        if finite:
+            best = max(finite) if len(finite) > 1 else math.inf
+            rows.append(
+                (
+                    f"{dataset}, {task.replace('_', ' ')}",
+                    metric_name(metric),
+                    [(share_text(value), value == best) for value in numbers],
+                )
+            )
+    return rows
+
+
+def _cost_table(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
+    """(what, per run the text), of parameters and of what `clipmill eval --cost` measured."""
+    columns = []
+    for one in runs:
+        counts = parameter_counts(one.run)
+        own = {label: short(counts[part], 4) for part, label in PARTS.items() if counts.get(part)}
+        columns.append(own | dict(cost_rows(one.run.evaluations.cost)))
+    rows = dict.fromkeys(chain.from_iterable(columns))
+    return [(row, [own.get(row, UNKNOWN) for own in columns]) for row in rows]
+
+
+def _differences(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
+    """(field, per run the value) of the fields of the configs that differ."""
+    configs = [dict(flatten(one.run.config)) for one in runs]
+    fields = dict.fromkeys(chain.from_iterable(configs))
+    rows = [(field, [own.get(field, UNKNOWN) for own in configs]) for field in fields if field not in ALWAYS_DIFFERENT]
+    return [(field, texts) for field, texts in rows if len(set(texts)) > 1]
+
+
+def _images(guesses: Guesses | None, problems: list[str]) -> list[str | None]:
+    """The images of guesses as data URIs; None, and a problem, for one that does not decode."""
+    drawn = list[str | None]()
+    for one in guesses.images if guesses else []:
+        try:
+            drawn.append(thumbnail(one.image)[0])
+        except DataError as error:
+            problems.append(f"key {one.key}: {error}")
+            drawn.append(None)
+    return drawn
