@@ -288,6 +288,7 @@ def page_text(path: Path) -> str:
     """The words of an HTML report, without figures (times, speeds and losses are among them), its images as hashes."""
     text = re.sub(r"(?s)<(style|svg).*?</\1>", "", path.read_text(encoding="utf-8"))
     text = re.sub(r'(data-label="(?:Seconds|Samples/s)">)[^<]*', rf"\1{MARK}", text)
+    text = re.sub("(<dt>Device</dt><dd>)[^<]*", rf"\1{MARK}", text)
     names = "|".join(sorted(VARYING))
     text = re.sub(rf'(<th scope="row">(?:{names})(?:\.\w+)?</th><td>)[^<]*', rf"\1{MARK}", text)
     text = re.sub(r"[-+]?\d[\d.,:]*(e-?\d+)?([kMG]\b)?", "0", re.sub(r'"data:[^"]*"', _short_hash, text))
