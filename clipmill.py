@@ -53,6 +53,11 @@ class Command(NamedTuple):
 
 COMMANDS = {name: Command(STAGES[name].help, STAGES[name].config, STAGES[name].function) for name in STAGE_COMMANDS}
 COMMANDS |= {
+    "plan": Command(
+        "hours, gigabytes and commands of all stages, from a minute's probe",
+        "pipeline.plan.config:PlanConfig",
+        "pipeline.plan.stage:plan",
+    ),
     "classes": Command(
         "class names -> synsets of a vocabulary, a TSV",
         "pipeline.labels.classes_stage:ClassesConfig",
@@ -229,7 +234,7 @@ def _submit(words: list[str]) -> int:
 
 def _call(command: str, function: Any, config: Any) -> int:
     """Call a command's function, print its outcome and return the exit code."""
-    if command in STAGES and STAGES[command].has_shards:
+    if command in STAGE_COMMANDS and STAGES[command].has_shards:
         return _call_stage(command, function, config)
     if command == "search":
         return _search(function, config)
@@ -248,7 +253,7 @@ def _call(command: str, function: Any, config: Any) -> int:
         _print(f"classes: {outcome.summary}")
     if command == "why":
         _print_life(config, outcome)
-    if command in ("compare", "evalset", "report", "jobs"):
+    if command in ("compare", "evalset", "plan", "report", "jobs"):
         _print(outcome)
     return 0
 

@@ -4,7 +4,7 @@
     python docs/tables.py [--check]
 
 A table stands between ``<!-- tables.py: NAME -->`` and ``<!-- end -->``. `tests/bench/plan.py` computes costs, from
-`tests/gpu/rates.json` where it is there. Figures of a GPU are those of `tests/gpu/figures.jsonl`, the last one of each
+`pipeline/plan/rates.json`. Figures of a GPU are those of `tests/gpu/figures.jsonl`, the last one of each
 name; one that docs/benchmarks.md explains and that is not among them was not run yet (… in the name of an explained one
 stands for any text, or none). Both files are copied from $OUT after `bash tests/gpu/run.sh`. --check writes nothing and
 fails where a page has other tables.

@@ -59,7 +59,7 @@ def ingest(config: IngestConfig, assignment: ShardAssignment = ALL) -> Summary:
     Raises UserError for a source that cannot be used, finished shards of another config or a full disk, ShardsFailed
     for img2dataset's broken shards.
     """
-    form = _source_form(config)
+    form = source_form(config)
     log.info("%s: %s", config.source_text, form)
     if form == "img2dataset":
         return _import_img2dataset(config, assignment)
@@ -68,11 +68,11 @@ def ingest(config: IngestConfig, assignment: ShardAssignment = ALL) -> Summary:
 
 def source_shards(config: IngestConfig) -> int | None:
     """About how many shards a source makes, without reading it; None when only reading it would tell."""
-    form = _source_form(config)
+    form = source_form(config)
     return len(finished_shards(config.sources[0])) if form == "img2dataset" else Listing(config, form).shards
 
 
-def _source_form(config: IngestConfig) -> Format:
+def source_form(config: IngestConfig) -> Format:
     """The one form of all sources. Raises UserError for sources that cannot be read together, and unused options."""
     for source in config.sources:
         _check_outside(config.root, source)

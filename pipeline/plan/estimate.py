@@ -7,6 +7,7 @@ from typing import Literal
 from pipeline.plan.costs import CLAIM, FILE_OPERATIONS, FLOP, STUDENTS, WIDTH, Costs
 from pipeline.plan.rates import MeasuredRates
 
+MEASURED_COSTS = Costs()
 Basis = Literal["measured", "assumed", "partly measured"]
 
 
@@ -37,11 +38,10 @@ class Choices:
     int8: bool = False  # the cache; else float16
     epochs: int = 1
 
-    @property
-    def cached_bytes(self) -> float:
+    def cached_bytes(self, costs: Costs) -> float:
         """Bytes of a cache row: vectors of all views, synthetic captions and the original one, key and identities."""
         vector = WIDTH + 4 if self.int8 else 2 * WIDTH  # int8 has one float32 scale
-        return (self.views + self.captions + 1) * vector + Costs().row_more
+        return (self.views + self.captions + 1) * vector + costs.row_more
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,8 @@ def gpu_jobs(choices: Choices) -> dict[str, dict[str, float]]:
     }
 
 
-def core_ms(choices: Choices) -> dict[str, float]:
+def core_ms(choices: Choices, c: Costs = MEASURED_COSTS) -> dict[str, float]:
     """By stage with a GPU, milliseconds of one core that one image needs beside it; training once."""
-    c = Costs()
     return {
         "caption": c.caption_ms,
         "cache": c.view_ms * choices.views,
@@ -142,18 +141,17 @@ def core_ms(choices: Choices) -> dict[str, float]:
     }
 
 
-def stage_costs(corpus: Corpus, choices: Choices, cores: int) -> list[StageCost]:
-    """All stages of a corpus, in their order; a training per student."""
-    c = Costs()
+def stage_costs(corpus: Corpus, choices: Choices, cores: int, c: Costs = MEASURED_COSTS) -> list[StageCost]:
+    """All stages of a corpus whose samples cost ``c``, in their order; a training per student."""
     n = corpus.samples
     raw = n * (c.image + c.raw_more)
     final = n * (c.image + c.final_more)
     caption = n * c.caption_bytes * choices.captions / 5
-    cached = n * choices.cached_bytes
+    cached = n * choices.cached_bytes(c)
     hours = n / 3.6e6  # of one core, per millisecond of a sample
     listing = 2 * corpus.rows / c.rows_per_s / 3600 * corpus.ingest_tasks  # its own shards, then what others left
     each_jobs = gpu_jobs(choices)
-    each_ms = core_ms(choices)
+    each_ms = core_ms(choices, c)
     row = n * (2 * WIDTH * 2 + c.row_more)  # of one view and one text
 
     def on_gpus(name: str, read: float, written: float, times: int = 1) -> StageCost:

@@ -7,7 +7,7 @@
                                                 real architectures, empty weights, and CoCa's decoding on the CPU
 
 The arithmetic is that of `pipeline/plan`; `CORPORA` is what is known of the lists. A job whose rate was measured on a
-GPU (`tests/gpu/rates.json`, which `tests/gpu/run.sh` writes) keeps up its share of the ceiling on every card. The other
+GPU (`pipeline/plan/rates.json`, as `tests/gpu/run.sh` writes it) keeps up its share of the ceiling on every card. Other
 assumptions: --sustained, the 1e15 operations per second that a GPU keeps up in jobs without a measured rate, and
 --gbit, the site's network. `python docs/tables.py` writes the tables into the pages.
 """
@@ -19,15 +19,13 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from pipeline.plan.costs import FLOP, STUDENTS
+from pipeline.plan.costs import ASSUMED_SHARE, FLOP, STUDENTS
 from pipeline.plan.estimate import Basis, Choices, Corpus, Gpu, Hardware, StageCost, core_ms, gpu_jobs, stage_costs
-from pipeline.plan.rates import MeasuredRates, read_rates
+from pipeline.plan.rates import RATES, MeasuredRates, read_rates
 from shards_spec.files import UserError
 
-RATES = Path(__file__).parents[1] / "gpu" / "rates.json"
 SUSTAINED = 0.2e15  # of a GPU in a cluster, assumed
 PEAK = 165.2e12  # operations per second of an RTX 4090: dense bf16 products, float32 sums (NVIDIA's data sheet)
-SHARE = 0.2  # of that, assumed
 ALONE = Choices(views=8, int8=True, epochs=6)  # README's commands; six epochs are the TinyCLIP recipe's default
 MARKS: dict[Basis, str] = {"measured": "†", "partly measured": "‡", "assumed": ""}
 CORPORA = (
@@ -151,13 +149,13 @@ class Alone:
 
 def one_machine(measured: MeasuredRates | None) -> Hardware:
     """README's machine: a 24 GB GPU by its data sheet, 16 cores and 1 Gbit/s."""
-    return Hardware(Gpu(PEAK, PEAK * SHARE, measured), cores=16, gbit=1.0)
+    return Hardware(Gpu(PEAK, PEAK * ASSUMED_SHARE, measured), cores=16, gbit=1.0)
 
 
 def alone_note(hardware: Hardware) -> str:
     """What the GPU figures of README's machine rest on."""
     ceiling = f"the {PEAK / 1e12:g} TFLOP/s of an RTX 4090's data sheet"
-    return basis_note(hardware.gpu, ceiling, f"{SHARE:g} of {ceiling}")
+    return basis_note(hardware.gpu, ceiling, f"{ASSUMED_SHARE:g} of {ceiling}")
 
 
 def alone_costs(corpus: Corpus, hardware: Hardware) -> dict[str, Alone]:
@@ -275,7 +273,7 @@ def count_flops() -> None:
 def parser() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rates", help="file of measured rates; by default tests/gpu/rates.json, where it is there")
+    parser.add_argument("--rates", help="file of measured rates; by default pipeline/plan/rates.json")
     parser.add_argument(
         "--peak", type=float, help="1e15 operations per second of your GPU, by default the measured one"
     )
