@@ -1,11 +1,10 @@
 """Options of `clipmill plan`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
-from pipeline.core.workers import usable_cores
 from pipeline.ingest.source_files import Format
 from pipeline.plan.costs import STUDENTS
 from shards_spec.files import UserError
@@ -36,8 +35,8 @@ class PlanConfig:
     """of the training"""
     student: str = STUDENTS[0]
     """the model that is trained"""
-    cores: int = field(default_factory=usable_cores)
-    """that the stages may use"""
+    cores: int = 0
+    """that the stages may use; 0: those of this machine"""
     gbit: float = 1.0
     """1e9 bits per second of the network: assumed"""
     device: str = "auto"
@@ -46,9 +45,9 @@ class PlanConfig:
     """also fetch from addresses that are not public, as of `clipmill ingest`"""
 
     def __post_init__(self) -> None:
-        for name in ("views", "epochs", "cores"):
+        for name in ("views", "epochs"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("probe_rows", "captions"):
+        for name in ("probe_rows", "captions", "cores"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(self.gbit > 0, "gbit", self.gbit, "above 0")
         if self.student not in STUDENTS:

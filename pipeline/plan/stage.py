@@ -10,6 +10,7 @@ import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from pipeline.core.workers import usable_cores
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.estimate import estimate_rows
 from pipeline.ingest.stage import source_form
@@ -62,10 +63,11 @@ def plan(config: PlanConfig) -> str:
     milliseconds = view_milliseconds(data.images, config.views)
     costs = Costs()
     slower = 1.0 if milliseconds is None else milliseconds / costs.view_ms
+    cores = config.cores or usable_cores()
     device, ceiling = device_ceiling(config.device)
     gpu = Gpu(ceiling, ASSUMED_SHARE * ceiling, None if device == "CPU" else read_rates(RATES))
     choices = Choices(config.views, config.captions, config.dtype == "int8", config.epochs)
-    stages = stage_costs(data.corpus, choices, config.cores, _on_this_core(data.costs, slower))
+    stages = stage_costs(data.corpus, choices, cores, _on_this_core(data.costs, slower))
     unused = {"caption"} if config.captions == 0 else set[str]()
     trainings = {f"train {config.student}"}
     chosen = [
@@ -76,9 +78,9 @@ def plan(config: PlanConfig) -> str:
     speed = "costs of a core as measured elsewhere" if milliseconds is None else f"a view takes {milliseconds:.2f} ms"
     facts = [
         *data.facts,
-        f"this machine: {counted(config.cores, 'core')}, {speed}; {device}, {ceiling / 1e12:.3g} TFLOP/s",
+        f"this machine: {counted(cores, 'core')}, {speed}; {device}, {ceiling / 1e12:.3g} TFLOP/s",
     ]
-    hardware = Hardware(gpu, config.cores, config.gbit)
+    hardware = Hardware(gpu, cores, config.gbit)
     lines = [*facts, "", *_table(chosen, hardware, data.done), "", *_advice(config, chosen, data.done)]
     return "\n".join([*lines, "", *_commands(config, is_dataset, data.done)])
 
