@@ -2,8 +2,9 @@
 
 The classes are the folders in the source, in the order of their names; images lie at any depth below them. A class is
 called what the line of its folder in ``classnames.txt`` says (in the source or in the folder above it, where
-CLIP_benchmark has it), else as the folder. A split of CLIP_benchmark's layout (``nshards.txt``, ``0.tar`` …) has the
-numbers of classes in its members ``cls``. The name of a class is the caption of its images, underscores as spaces.
+CLIP_benchmark has it); without that file, folders named as ImageNet's get its names and order (`shards_spec.imagenet`),
+and others name themselves. A split of CLIP_benchmark's layout (``nshards.txt``, ``0.tar`` …) has the numbers of classes
+in its members ``cls``. The name of a class is the caption of its images, underscores as spaces.
 
 Rows are shuffled: in the order of the folders a shard would hold one class or two, and training, which reads some
 shards at a time, would see batches of few classes. The order is a pure function of the number of images. Memory: a path
@@ -22,6 +23,7 @@ from pipeline.ingest.image_folder import stamp_and_problem, taken_images
 from pipeline.ingest.rows import FileRef, Row
 from pipeline.ingest.source_files import base_name, source_files
 from pipeline.ingest.webdataset_source import labelled_tar_rows
+from shards_spec import imagenet
 from shards_spec.class_names import (
     LINE_END,
     SHARD_COUNT,
@@ -33,7 +35,7 @@ from shards_spec.class_names import (
 from shards_spec.counter_rng import raw_draws
 from shards_spec.files import DataError, UserError, exists, join
 from shards_spec.folders import class_folders, walk
-from shards_spec.layout import CLASS_NAMES
+from shards_spec.layout import CLASS_NAMES, dataset_json
 from shards_spec.messages import counted
 from shards_spec.names import clean_name, endings_line, file_ending
 
@@ -52,7 +54,7 @@ def source_classes(source: str) -> list[str]:
     """
     if exists(join(source, SHARD_COUNT)):
         return read_class_names(_names_file(source) or join(source, CLASS_NAMES))
-    return _folder_names(source, _source_folders(source))
+    return [name for _, name in _named_folders(source)]
 
 
 def class_rows(source: str) -> Iterator[Row]:
@@ -70,8 +72,9 @@ def _shuffled(count: int) -> list[int]:
 
 
 def _folder_rows(source: str) -> Iterator[Row]:
-    folders = _source_folders(source)
-    captions = [class_text(name) for name in _folder_names(source, folders)]
+    named = _named_folders(source)
+    folders = [folder for folder, _ in named]
+    captions = [class_text(name) for _, name in named]
     paths: list[str] = []
     labels: list[int] = []
     infos: list[dict[str, Any]] = []
@@ -114,6 +117,10 @@ def _source_folders(source: str) -> list[str]:
             f"--source {source} has no class folders: --format classes takes a folder with a folder of images per "
             f"class, or a split of CLIP_benchmark's ({SHARD_COUNT}, 0.tar ...)"
         )
+    if exists(dataset_json(source)):
+        raise UserError(
+            f"--source {source} is a ROOT itself, its folders are no classes: use it as it is, or give its own source"
+        )
     if len(folders) > 1 and SPLITS.issuperset(folders):
         commands = " and ".join(
             f"`clipmill ingest ROOT/{'train' if folder == 'train' else 'test'} --format classes "
@@ -130,22 +137,33 @@ def _names_file(source: str) -> str | None:
     return next(filter(exists, (join(source, CLASS_NAMES), join(above or ".", CLASS_NAMES))), None)
 
 
-def _folder_names(source: str, folders: Sequence[str]) -> list[str]:
-    """The names of the classes of class folders. Raises UserError."""
+def _named_folders(source: str) -> list[tuple[str, str]]:
+    """(folder, name of its class) by the class's number. Raises UserError."""
+    folders = _source_folders(source)
     names_file = _names_file(source)
-    if names_file is None:
-        names = [LINE_END.sub(" ", clean_name(folder)).strip() for folder in folders]
-        if "" in names:
-            folder = folders[names.index("")]
-            raise UserError(f"--source {source}: the folder {folder!r} has no name to call its class by; rename it")
-        return names
-    names = read_class_names(names_file)
-    if len(names) != len(folders):
-        lines, found = counted(len(names), "line"), counted(len(folders), "class folder")
-        raise UserError(
-            f"{names_file} has {lines}, {source} {found}; give a line per folder, in the order of their names"
-        )
-    return names
+    if names_file is not None:
+        names = read_class_names(names_file)
+        if len(names) != len(folders):
+            lines, found = counted(len(names), "line"), counted(len(folders), "class folder")
+            raise UserError(
+                f"{names_file} has {lines}, {source} {found}; give a line per folder, in the order of their names"
+            )
+        return list(zip(folders, names, strict=True))
+    labels = _imagenet_labels(folders)
+    if labels is not None:
+        return [(folder, imagenet.class_names()[labels[folder]]) for folder in sorted(folders, key=labels.__getitem__)]
+    names = [LINE_END.sub(" ", clean_name(folder)).strip() for folder in folders]
+    if "" in names:
+        folder = folders[names.index("")]
+        raise UserError(f"--source {source}: the folder {folder!r} has no name to call its class by; rename it")
+    return list(zip(folders, names, strict=True))
+
+
+def _imagenet_labels(folders: Sequence[str]) -> dict[str, int] | None:
+    try:
+        return imagenet.labels_of_folders(folders, "")
+    except UserError:  # WNIDs of a larger set, such as ImageNet-21k
+        return None
 
 
 def _warn(source: str, folders: Sequence[str], labels: list[int], left_out: Counter[str]) -> None:

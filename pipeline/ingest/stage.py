@@ -81,8 +81,8 @@ def source_form(config: IngestConfig) -> Format:
     else:
         forms = [config.format]
     form = forms[0]
-    if form == "classes" and config.retry_failed:
-        raise UserError("--retry-failed: images of class folders are not downloaded; run the same command without it")
+    if form == "classes":
+        _check_classes_source(config)
     if len(set(forms)) > 1:
         found = ", ".join(f"{source} is {form}" for source, form in zip(config.sources, forms, strict=True))
         raise UserError(f"--source: lists of several forms ({found}); give lists of one form, or ingest into two ROOTs")
@@ -107,6 +107,14 @@ def _check_outside(root: str, source: str) -> None:
             f"--source {source} is ROOT itself, or what its stages write: give another folder as ROOT; shards of "
             f"img2dataset that lie in {join(root, RAW)} are taken as they are by --source {join(root, RAW)}"
         )
+
+
+def _check_classes_source(config: IngestConfig) -> None:
+    """Raises UserError for options that mean nothing for class folders, and a ROOT in one, which would be a class."""
+    if config.retry_failed:
+        raise UserError("--retry-failed: images of class folders are not downloaded; run the same command without it")
+    if f"{_absolute(config.root)}/".startswith(f"{_absolute(config.sources[0])}/"):
+        raise UserError(f"{config.root} is in --source {config.sources[0]}, where its folders are classes: move ROOT")
 
 
 def _absolute(path: str) -> str:

@@ -193,6 +193,19 @@ def test_names_from_a_list(built, tmp_path, where):
         source_classes(str(folder))
 
 
+def test_folders_of_imagenet_get_its_names(tmp_path):
+    for split, folders in {"a": ["n01443537", "n01440764"], "b": ["n01440764", "n00007846"]}.items():
+        for folder in folders:
+            (tmp_path / split / folder).mkdir(parents=True)
+    assert source_classes(str(tmp_path / "a")) == ["tench", "goldfish"]
+    assert source_classes(str(tmp_path / "b")) == ["n00007846", "n01440764"], "of ImageNet-21k"
+    for label in range(1000):
+        (tmp_path / "v2" / str(label)).mkdir(parents=True)
+    (tmp_path / "v2/10/x.jpg").write_bytes(b"")
+    assert source_classes(str(tmp_path / "v2"))[10] == "brambling"
+    assert [(row.label, row.caption) for row in class_rows(str(tmp_path / "v2"))] == [(10, "brambling")]
+
+
 def test_names_of_several_lines_and_of_none(tmp_path):
     (tmp_path / "two\nlines").mkdir()
     (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
@@ -235,6 +248,13 @@ def test_options_that_mean_nothing(tmp_path):
     for options in ({"caption_col": "x"}, {"url_col": "x"}, {"where": ("a > 1",)}, {"retry_failed": True}):
         with pytest.raises(UserError, match=next(iter(options)).replace("_", "-")):
             ingest(config(tmp_path / "D", tmp_path / "in", format="classes", **options))
+
+
+def test_a_root_is_no_source_and_lies_in_none(built, tmp_path):
+    with pytest.raises(UserError, match="is a ROOT itself, its folders are no classes"):
+        ingest(config(tmp_path / "D", built / "root", format="classes"))
+    with pytest.raises(UserError, match="where its folders are classes: move ROOT"):
+        ingest(config(built / "source/new/D", built / "source", format="classes"))
 
 
 # CLIP_benchmark's shards
