@@ -167,7 +167,8 @@ class LabelledImageConfig:
     """Which labelled images, and how many at a time."""
 
     data: str = ""
-    """ROOT with train/ and test/: class folders, or a CLIP_benchmark WebDataset (classnames.txt, train/0.tar ...)"""
+    """folder with train/ and test/: ROOTs by `ingest --format classes`, class folders, or a CLIP_benchmark WebDataset
+    (classnames.txt, train/0.tar ...)"""
     fraction: float = 1.0
     """share of each class's training images that is used, at least one of each"""
     batch_size: int = 256

@@ -30,7 +30,8 @@ class IngestConfig:
     a folder of images, WebDataset tars, or img2dataset's shards; local or an fsspec URL; several lists or tars are
     read as one"""
     format: Literal["auto"] | Format = "auto"
-    """form of the source: cc3m is caption, tab, URL; cc12m is URL, tab, caption"""
+    """form of the source: cc3m is caption, tab, URL; cc12m is URL, tab, caption; classes is a folder of images per
+    class, or CLIP_benchmark's tars with labels"""
     url_col: str | None = None
     """column with the link (or the image's bytes); found by its name when not given"""
     caption_col: str | None = None

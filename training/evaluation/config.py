@@ -18,8 +18,8 @@ class EvalConfig:
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_MODEL")]
     """RUN folder, folder with an open_clip_config.json, or open_clip name"""
     data: tuple[str, ...] = ()
-    """one or more EVAL roots: folders or URLs in CLIP_benchmark's WebDataset layout, or with test/CLASS/*.jpg; needed
-    without --cost"""
+    """one or more EVAL roots: folders or URLs in CLIP_benchmark's WebDataset layout, with test/CLASS/*.jpg, or a ROOT
+    of labelled images; needed without --cost"""
     pretrained: str | None = None
     """open_clip tag or checkpoint file, when model is a name"""
     task: Literal["auto", "zeroshot", "retrieval"] = "auto"
