@@ -181,6 +181,23 @@ class MappedAttention(nn.Module):
         return out
 
 
+@torch.no_grad()
+def resized_table(table: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
+    """Return a Swin's table of relative positions for windows of another size, by bicubic interpolation.
+
+    The release takes its tables from 224 to 384 pixels so; timm's way is another one.
+
+    Args:
+        table: ((2 h - 1) (2 w - 1), M) of windows of h x w.
+        before: h and w.
+        after: Those of the new windows.
+    """
+    height, width = (2 * side - 1 for side in before)
+    plane = table.T.reshape(1, -1, height, width).float()
+    size = [2 * side - 1 for side in after]
+    return F.interpolate(plane, size, mode="bicubic", align_corners=False).flatten(2)[0].T
+
+
 class MappedWindowAttention(WindowAttention):
     """timm's attention of a Swin's window with head maps, which have biases."""
 
@@ -199,16 +216,12 @@ class MappedWindowAttention(WindowAttention):
 
     def set_window_size(self, window_size: tuple[int, int]) -> None:
         """Take windows of another size. The table is resized by bicubic interpolation, as for the released models."""
-        table = self.relative_position_bias_table
-        height, width = (2 * side - 1 for side in self.window_size)
+        table, before = self.relative_position_bias_table, self.window_size
         super().set_window_size(window_size)
         if self.relative_position_bias_table is table:  # the size has not changed
             return
-        size = [2 * side - 1 for side in self.window_size]
-        plane = table.detach().T.reshape(1, -1, height, width).float()
-        resized = F.interpolate(plane, size, mode="bicubic", align_corners=False).flatten(2)[0].T
         with torch.no_grad():
-            self.relative_position_bias_table.copy_(resized)
+            self.relative_position_bias_table.copy_(resized_table(table, before, self.window_size))
 
 
 class DepthwiseTokens(nn.Conv2d):

@@ -65,6 +65,7 @@ from training.models.taps import run_with_taps
 from training.models.teacher import FrozenTeacher
 from training.recipes.minivit_analysis import LayerAnalysis
 from training.recipes.soft_labels import open_soft_labels
+from training.recipes.tuning import exempting_groups
 from training.runs.student import is_run, load_student
 from training.task import Batch, Features, Losses, Prepared, Task
 
@@ -314,15 +315,7 @@ class MinivitTask(Task):
 
     def param_groups(self, weight_decay: float) -> list[ParamGroup]:
         """Return two groups: vectors, positions and head maps do not decay."""
-        trunk = self.student.trunk
-        exempt_names = set(trunk.no_weight_decay()) if hasattr(trunk, "no_weight_decay") else set()
-        decayed = list[torch.nn.Parameter]()
-        exempt = list[torch.nn.Parameter]()
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                is_exempt = parameter.ndim <= 1 or name.removeprefix("student.trunk.") in exempt_names
-                (exempt if is_exempt else decayed).append(parameter)
-        return [ParamGroup(decayed, weight_decay), ParamGroup(exempt, 0.0)]
+        return exempting_groups(self, self.student.trunk, weight_decay)
 
     def evaluate(self, device: str) -> dict[str, float]:
         """Return acc1, acc5 and mean_per_class_recall on the test images."""

@@ -4,15 +4,17 @@ The recipes `probe` and `finetune` are two sets of numbers for what is here.
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
 import torch.nn.functional as F
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from tyro.conf import OmitArgPrefixes
 
 from shards_spec.class_map import ClassMap, read_class_map
+from shards_spec.class_names import describe_difference
 from shards_spec.files import UserError
 from shards_spec.messages import counted, require
 from shards_spec.models import TIMM, LoadedModel, pick_device
@@ -35,11 +37,19 @@ from training.engine.optim import ParamGroup
 from training.evaluation.classification import batch_ranges, classification_metrics, plain_rows
 from training.losses.soft_labels import target_cross_entropy
 from training.models.classifier import Classifier, init_head, new_classifier
+from training.models.minivit import MiniDeiT
 from training.models.mixing import MixConfig, draw_mix, mixed_images, mixed_targets
 from training.models.range_augment import RangeAugment, curriculum_loss
 from training.models.soft_targets import mixed_soft_targets
 from training.recipes.soft_labels import open_soft_labels
-from training.recipes.tuning import TuningConfig, layer_groups, pool_patches, set_linear_drop_path
+from training.recipes.tuning import (
+    TuningConfig,
+    exempting_groups,
+    layer_groups,
+    pool_patches,
+    resize_input,
+    set_linear_drop_path,
+)
 from training.runs.student import is_run, load_student
 from training.task import Batch, Features, Losses, Prepared, Task
 
@@ -72,6 +82,8 @@ class TransferConfig:
     """Transfer Init: class map of `clipmill classes`, whose rows of the pre-trained head the classes start from"""
     copy_bias: bool = False
     """Transfer Init takes the rows' biases, too, which hold how often captions name a synset"""
+    repeats: int = 1
+    """views of an image that a batch has (repeated augmentation); DeiT has 3"""
 
     def __post_init__(self) -> None:
         require(0 <= self.smoothing < 1, "smoothing", self.smoothing, "in [0, 1)")
@@ -83,6 +95,13 @@ class TransferConfig:
             raise UserError("--soft-labels are those of views, which --no-augment does not draw: leave one of them out")
         if self.mixes and not self.augment:
             raise UserError("--mixup, --cutmix and --erasing change images, which --no-augment does not draw")
+        require(self.repeats >= 1, "repeats", self.repeats, "1 or more")
+        size, sides = self.tuning.image_size, self.sides.sides
+        if size is not None and self.augment and sides and size not in sides:
+            raise UserError(
+                f"--image-size {size}: batches of --sides {' '.join(map(str, sides))} never show that size; give "
+                f"--sides {size} --base-side {size}"
+            )
 
     @property
     def mixes(self) -> bool:
@@ -164,10 +183,12 @@ class TransferTask(Task):
 
     def param_groups(self, weight_decay: float) -> list[ParamGroup]:
         """Return two groups, or with a layer decay two of each layer."""
-        decay = self.config.tuning.layer_decay
-        if decay == 1:
-            return super().param_groups(weight_decay)
-        return layer_groups(self, self.student.trunk, decay, weight_decay)
+        decay, trunk = self.config.tuning.layer_decay, self.student.trunk
+        if decay != 1:
+            return layer_groups(self, trunk, decay, weight_decay)
+        if isinstance(trunk, SwinTransformer | MiniDeiT):  # of a plain ViT all matrices decay, as for CatLIP
+            return exempting_groups(self, trunk, weight_decay)
+        return super().param_groups(weight_decay)
 
     def evaluate(self, device: str) -> dict[str, float]:
         """Return acc1, acc5 and mean_per_class_recall on the test images."""
@@ -183,7 +204,9 @@ def prepare(config: TransferConfig) -> Prepared:
     base = load_classifier_base(config.student, config.run.seed)
     if config.tuning.pooling == "mean":
         base = pool_patches(base)
-    if config.tuning.drop_path:
+    if config.tuning.image_size is not None:
+        base = resize_input(base, config.tuning.image_size)
+    if config.tuning.drop_path is not None:
         set_linear_drop_path(base.model.trunk, config.tuning.drop_path)
     student = with_new_head(base, config, train.classes)
     plan = batch_plan(config.data.batch_size, config.sides if config.augment else None, config.run.seed)
@@ -195,11 +218,12 @@ def prepare(config: TransferConfig) -> Prepared:
     if config.soft.soft_labels is not None:
         views = (config.views, VIEWS)
         cache = open_soft_labels(config.soft.soft_labels, train, views=views, side=student.image_size)
-        rows = LabelledImageRows(train, student, plan, cache.views, chosen, soft=cache)
+        rows = LabelledImageRows(train, student, plan, cache.views, chosen, repeats=config.repeats, soft=cache)
         item_fields = ("images", "targets", *cache.item_fields)
         return Prepared(student, rows, TransferTask(config, student, measured, total, item_fields))
     if config.augment:
-        rows = LabelledImageRows(train, student, plan, config.views.spec(config.run.seed), chosen)
+        views = config.views.spec(config.run.seed)
+        rows = LabelledImageRows(train, student, plan, views, chosen, repeats=config.repeats)
         return Prepared(student, rows, TransferTask(config, student, measured, total))
     plain = LabelledImageRows(train, student, plan, None, chosen)
     features = feature_rows(plain, config.run.device, config.data.workers)
@@ -232,7 +256,12 @@ def load_classifier_base(config: ModelConfig, seed: int) -> LoadedModel:
 
 
 def with_new_head(base: LoadedModel, config: TransferConfig, classes: list[str]) -> LoadedModel:
-    """Return a classifier of ``classes`` with the base's trunk; its head is random, or what the class map says."""
+    """Return a classifier of ``classes`` with the base's trunk.
+
+    Its head is random, what the class map says, or the base's. Raises UserError where that has other classes.
+    """
+    if config.tuning.keep_head:
+        return _with_own_head(base, config, classes)
     old = base.model.head
     torch.manual_seed(config.run.seed)
     head = nn.Linear(old.in_features, len(classes))
@@ -247,6 +276,23 @@ def with_new_head(base: LoadedModel, config: TransferConfig, classes: list[str])
     trunk.get_classifier().load_state_dict(head.state_dict())
     student = Classifier(base.model.name, trunk, None, classes, base.model.options)
     return LoadedModel(student.eval(), None, base.config, base.image_size, base.mean, base.std)
+
+
+def _with_own_head(base: LoadedModel, config: TransferConfig, classes: list[str]) -> LoadedModel:
+    """A classifier with the base's own head. Raises UserError where it has other classes, or a class map is given."""
+    if config.class_map:
+        raise UserError(f"--class-map {config.class_map} and --keep-head: both say what the head is; give one of them")
+    if not base.model.names:
+        raise UserError(
+            f"--keep-head: --model {config.student.model!r} has no head of named classes (a RUN of `clipmill train "
+            "finetune` or `minivit` has one, and --pooling mean makes a new one); leave it out"
+        )
+    if base.model.names != classes:
+        difference = describe_difference(base.model.names, classes)
+        raise UserError(
+            f"--keep-head: --model {config.student.model!r} has other classes than --data ({difference}); leave it out"
+        )
+    return replace(base, model=base.model.eval())
 
 
 def load_class_map(path: str, classes: list[str], vocabulary: Vocabulary) -> ClassMap:

@@ -1,17 +1,25 @@
-"""How masked pre-training is fine-tuned (MAE, TinyMIM): rates by layer, drop path, a head on the patches' mean."""
+"""How a transformer is fine-tuned: rates by layer, drop path, another image size, a head on the patches' mean.
 
+MAE and TinyMIM fine-tune so after masked pre-training, MiniViT from 224 to 384 pixels.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from timm.layers.drop import DropPath
+from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from shards_spec.files import UserError
 from shards_spec.messages import require
 from shards_spec.models import LoadedModel
 from training.engine.optim import ParamGroup
 from training.models.classifier import new_classifier
+from training.models.minivit_parts import resized_table
 
 EMBEDDINGS = ("patch_embed.", "cls_token", "dist_token", "reg_token", "pos_embed", "norm_pre.")
 EXEMPT = ("pos_embed", "cls_token", "dist_token", "reg_token")  # from weight decay, as all vectors are
@@ -27,16 +35,22 @@ class TuningConfig:
 
     layer_decay: float = 1.0
     """factor of the learning rate from each block to the one before; the head has the whole rate. MAE: 0.65 to 0.75"""
-    drop_path: float = 0.0
-    """drop path of the last block, growing linearly from 0 at the first"""
+    drop_path: float | None = None
+    """drop path of the last block, growing linearly from 0 at the first; 0: none; None: the model's own"""
+    image_size: int | None = None
+    """pixels a side that the model takes from now on; positions and windows are resized; None: its own"""
     pooling: Literal["own", "mean"] = "own"
     """mean: the head sees the mean of the patches behind a new norm, not what the model's own head would"""
+    keep_head: bool = False
+    """begin with the head of --model, a RUN of the same classes; off: the head is drawn anew"""
     head_std: float = 0.02
     """standard deviation of the head's weights at the start. MAE and TinyMIM: 2e-5"""
 
     def __post_init__(self) -> None:
         require(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "in (0, 1]")
-        require(0 <= self.drop_path < 1, "drop_path", self.drop_path, "in [0, 1)")
+        value = self.drop_path
+        require(value is None or 0 <= value < 1, "drop_path", value, "in [0, 1), or None")
+        require(self.image_size is None or self.image_size >= 1, "image_size", self.image_size, "1 or more, or None")
         require(self.head_std > 0, "head_std", self.head_std, "above 0")
 
 
@@ -58,44 +72,130 @@ def pool_patches(base: LoadedModel) -> LoadedModel:
     return replace(base, model=pooled.model)
 
 
+@torch.no_grad()
+def resize_input(base: LoadedModel, side: int) -> LoadedModel:
+    """Return the base for images of another size; a run rebuilds it so.
+
+    A ViT's positions are resized by bicubic interpolation, as MAE, DeiT and Mini-DeiT have it: timm's is smoothed.
+    iRPE's tables serve any grid. A Swin's windows grow with
+    its grid, 7 to 12 from 224 to 384 pixels, and so do their tables, 13 x 13 to 23 x 23 entries.
+
+    Raises UserError for a model that is neither, or a size that its patches do not divide.
+    """
+    model = base.model
+    trunk: Any = model.trunk
+    if not isinstance(trunk, VisionTransformer | SwinTransformer):
+        raise UserError(
+            f"--image-size {side}: {model.name!r} is no ViT or Swin of timm's; leave it out, and give --sides {side}"
+        )
+    embedding: Any = trunk.patch_embed
+    patch, grid = embedding.patch_size[0], embedding.grid_size
+    if side % patch:
+        raise UserError(f"--image-size {side}: its patches are of {patch} pixels, give a multiple of that")
+    positions = getattr(trunk, "pos_embed", None)
+    windows = [module for module in trunk.modules() if isinstance(module, WindowAttention)]
+    former = [(module.relative_position_bias_table, module.window_size) for module in windows]
+    trunk.set_input_size(img_size=(side, side))
+    options: dict[str, Any] = {"img_size": side}
+    resized: Any = getattr(trunk, "pos_embed", None)
+    if isinstance(positions, Tensor) and resized is not positions:
+        resized.copy_(_resized_positions(positions, grid, embedding.grid_size))
+    if isinstance(trunk, SwinTransformer):
+        stages: Any = trunk.layers
+        options["window_size"] = [list(stage.blocks[0].window_size) for stage in stages]
+        for module, (table, before) in zip(windows, former, strict=True):
+            if module.window_size != before:
+                module.relative_position_bias_table.copy_(resized_table(table, before, module.window_size))
+    model.options = {**model.options, **options}
+    return replace(base, image_size=side)
+
+
+def _resized_positions(positions: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
+    """Positions (1, P + N', C) of another grid, of those (1, P + N, C) with P tokens in front of the grid's."""
+    prefix = positions.shape[1] - before[0] * before[1]
+    plane = positions[:, prefix:].mT.reshape(1, -1, *before)
+    resized = F.interpolate(plane, after, mode="bicubic", align_corners=False).flatten(2).mT
+    return torch.cat([positions[:, :prefix], resized], dim=1)
+
+
+def _lists_of_blocks(trunk: Any, option: str) -> list[Any]:
+    """The blocks of a ViT, or of each stage of a Swin. Raises UserError that names ``option``."""
+    lists: list[Any] = [getattr(trunk, "blocks", ())]
+    if isinstance(trunk, SwinTransformer):
+        lists = [stage.blocks for stage in trunk.layers]
+    if not all(len(blocks) for blocks in lists):
+        raise UserError(f"{option} is for vision transformers and Swins of timm's; leave it out")
+    return lists
+
+
 def set_linear_drop_path(trunk: Any, rate: float) -> None:
     """Give the blocks a drop path that grows linearly with the depth, up to ``rate``. Raises UserError."""
-    blocks = list(getattr(trunk, "blocks", ()))
-    if not blocks or not hasattr(blocks[0], "drop_path1"):
-        raise UserError("--drop-path is for vision transformers of timm's; leave it out")
+    blocks = list[Any]()
+    for stage in _lists_of_blocks(trunk, "--drop-path"):
+        blocks += stage
+    if not hasattr(blocks[0], "drop_path1"):
+        raise UserError("--drop-path is for vision transformers and Swins of timm's; leave it out")
     for index, block in enumerate(blocks):
         own = rate * index / max(1, len(blocks) - 1)
         block.drop_path1 = DropPath(own) if own else nn.Identity()
         block.drop_path2 = DropPath(own) if own else nn.Identity()
 
 
-def layer_of(name: str, depth: int) -> int:
-    """Return the layer of a parameter of a ViT's trunk: 0 embeds, blocks follow from 1, the rest is ``depth`` + 1."""
+def layer_of(name: str, depths: Sequence[int]) -> int:
+    """Return the layer of a parameter: 0 embeds, the blocks of all stages follow from 1, then comes the rest.
+
+    Args:
+        name: Its name in a trunk of timm's, a ViT or a Swin. A Swin's merging of patches belongs to the block before.
+        depths: Blocks of each stage; a ViT is one stage.
+    """
     if name.startswith(EMBEDDINGS):
         return 0
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
-    return depth + 1
+    if name.startswith("layers."):
+        _, stage, kind, number, *_ = name.split(".")
+        before = sum(depths[: int(stage)])
+        return before + int(number) + 1 if kind == "blocks" else before
+    return sum(depths) + 1
 
 
 def layer_groups(task: nn.Module, trunk: Any, decay: float, weight_decay: float) -> list[ParamGroup]:
     """Return a task's trainable parameters by layer of its trunk, each layer's rate ``decay`` times the next one's.
 
-    Vectors, positions and tokens have no weight decay. What is not in the trunk has the whole rate. Raises UserError
-    for a trunk without blocks.
+    Weights that blocks share have the rate of the first of them. Vectors, positions and tokens have no weight decay,
+    nor has what the trunk exempts. What is not in the trunk has the whole rate. Raises UserError for a trunk without
+    blocks.
     """
-    depth = len(getattr(trunk, "blocks", ()))
-    if not depth:
-        raise UserError("--layer-decay is for vision transformers of timm's; leave it out")
+    depths = [len(blocks) for blocks in _lists_of_blocks(trunk, "--layer-decay")]
+    last = sum(depths) + 1
     names = {id(value): name for name, value in trunk.named_parameters()}
+    exempt_names = {*EXEMPT, *_exempt(trunk)}
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for value in task.parameters():
         if not value.requires_grad:
             continue
         name = names.get(id(value), "")
-        is_exempt = value.ndim <= 1 or name in EXEMPT
-        groups.setdefault((layer_of(name, depth), is_exempt), []).append(value)
+        is_exempt = value.ndim <= 1 or name in exempt_names
+        groups.setdefault((layer_of(name, depths), is_exempt), []).append(value)
     return [
-        ParamGroup(values, 0.0 if is_exempt else weight_decay, lr_factor=decay ** (depth + 1 - layer))
+        ParamGroup(values, 0.0 if is_exempt else weight_decay, lr_factor=decay ** (last - layer))
         for (layer, is_exempt), values in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def exempting_groups(task: nn.Module, trunk: Any, weight_decay: float) -> list[ParamGroup]:
+    """Return a task's trainable parameters in two groups: vectors and what the trunk exempts have no weight decay."""
+    names = {id(value): name for name, value in trunk.named_parameters()}
+    exempt_names = _exempt(trunk)
+    decayed = list[nn.Parameter]()
+    exempt = list[nn.Parameter]()
+    for value in task.parameters():
+        if value.requires_grad:
+            is_exempt = value.ndim <= 1 or names.get(id(value)) in exempt_names
+            (exempt if is_exempt else decayed).append(value)
+    return [ParamGroup(decayed, weight_decay), ParamGroup(exempt, 0.0)]
+
+
+def _exempt(trunk: Any) -> set[str]:
+    """What a trunk of timm's exempts from weight decay: positions, tables of windows, head maps."""
+    return set(trunk.no_weight_decay()) if hasattr(trunk, "no_weight_decay") else set()
