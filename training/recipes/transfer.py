@@ -216,8 +216,8 @@ def prepare(config: TransferConfig) -> Prepared:
     total = total_steps(config.run, plan.mean, len(chosen))
     measured = plain_rows(test, student)
     if config.soft.soft_labels is not None:
-        views = (config.views, VIEWS)
-        cache = open_soft_labels(config.soft.soft_labels, train, views=views, side=student.image_size)
+        asked = (config.views, VIEWS)
+        cache = open_soft_labels(config.soft.soft_labels, train, views=asked, side=student.image_size)
         rows = LabelledImageRows(train, student, plan, cache.views, chosen, repeats=config.repeats, soft=cache)
         item_fields = ("images", "targets", *cache.item_fields)
         return Prepared(student, rows, TransferTask(config, student, measured, total, item_fields))
