@@ -10,14 +10,15 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from small_training import tiny_clip, train_short
+from small_training import tiny_clip, train_short, write_retrieval
 
 from shards_spec.files import UserError
 from shards_spec.models import load_model
-from training.export import ExportConfig, export, to_timm, to_transformers
+from training.export import ExportConfig, export, to_open_clip, to_timm, to_transformers
 from training.export.comparison import compare, encoders_of
 from training.export.plain_vit import check_plain_text, check_plain_vit
-from training.export.probe import noise
+from training.export.probe import noise, read_probe
+from training.export.reparameterized import reparameterized
 from training.runs.student import load_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
@@ -143,3 +144,106 @@ def test_timm_reads_the_image_tower(run, tmp_path, monkeypatch):
         open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(student.model)), is_train=False
     )
     torch.testing.assert_close(timm.data.create_transform(**data)(image), preprocess(image))
+
+
+@pytest.mark.parametrize("name", [pytest.param("MobileCLIP-tiny", marks=pytest.mark.slow), "SiCLIP-tiny"])
+def test_fused_branches_compute_the_same(tmp_path, name):
+    student = load_model(name, random_weights=True)
+    spread = torch.Generator().manual_seed(0)
+    for key, buffer in student.model.named_buffers():
+        if key.endswith("running_var"):
+            buffer.uniform_(0.5, 2, generator=spread)
+    fused = reparameterized(student)
+    config = ExportConfig("run", str(tmp_path / "fused"), reparameterize=True)
+    to_open_clip.write(tmp_path / "fused", fused, config)
+    exported = to_open_clip.load(tmp_path / "fused", fused, config)
+    assert compare(encoders_of(student), exported, noise(student)).difference < 1e-5
+    assert len(fused.model.state_dict()) < 0.8 * len(student.model.state_dict())
+    with pytest.raises(UserError, match="timm reads no fused FastViT"):
+        to_timm.write(tmp_path / "timm", fused, config)
+    to_timm.write(tmp_path / "timm", student, config)
+    same = compare(encoders_of(student), to_timm.load(tmp_path / "timm", student, config), noise(student))
+    assert same.difference < 1e-5
+    assert to_timm.needed_module(student) == "training.models.siclip"
+
+
+def test_half_precision_halves_the_file_and_is_close(run, tmp_path):
+    for dtype in ("fp32", "fp16"):
+        export(ExportConfig(run, str(tmp_path / dtype), dtype=dtype))
+    sizes = [(tmp_path / dtype / "open_clip_model.safetensors").stat().st_size for dtype in ("fp32", "fp16")]
+    assert sizes[1] < 0.55 * sizes[0]
+    one, other = (load_model(f"local-dir:{tmp_path / dtype}") for dtype in ("fp32", "fp16"))
+    same = compare(encoders_of(one), encoders_of(other), noise(one))
+    assert 0 < same.difference < 2e-3
+    with pytest.raises(UserError, match=r"--dtype fp16: w has numbers above 65,504"):
+        to_open_clip.as_dtype({"w": torch.tensor([1e5])}, "fp16")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"int8": "dynamic"}, "--int8 dynamic would not be used: it belongs to --format onnx"),
+        ({"format": "timm", "opset": 20}, "--opset 20 would not be used"),
+        ({"format": "onnx", "int8": "static"}, "--int8 static needs --calibrate ROOT"),
+        ({"format": "onnx", "calibrate": "x"}, "--calibrate x would not be used: it belongs to --int8 static"),
+        ({"format": "onnx", "int8": "dynamic", "dtype": "fp16"}, "--int8 dynamic with --dtype fp16: give one"),
+        ({"samples": 0}, "--samples 0: must be 1 or more"),
+        ({"to": "s3://bucket/model"}, "give a local folder"),
+    ],
+)
+def test_options_that_contradict_each_other(options, message):
+    with pytest.raises(UserError, match=message):
+        ExportConfig(**{"run": "run", "to": "to", **options})
+
+
+def test_what_a_run_cannot_do_is_said(run, tmp_path):
+    with pytest.raises(UserError, match="--reparameterize: the student has no parallel branches"):
+        export(ExportConfig(run, str(tmp_path / "to"), reparameterize=True))
+    with pytest.raises(UserError, match="is no RUN folder"):
+        export(ExportConfig(str(tmp_path), str(tmp_path / "to")))
+    with pytest.raises(UserError, match="not there; check the path"):
+        export(ExportConfig(run, str(tmp_path / "to"), check=str(tmp_path / "none")))
+    assert not (tmp_path / "to").exists()
+    export(ExportConfig(run, str(tmp_path / "to"), format="timm"))
+    with pytest.raises(UserError, match=r"has another model \(config.json\)"):
+        export(ExportConfig(run, str(tmp_path / "to")))
+    export(ExportConfig(run, str(tmp_path / "to"), overwrite=True))
+    assert not (tmp_path / "to" / "model.safetensors").exists()  # of timm: both would be found
+
+
+def test_the_card_names_what_the_run_was(run, tmp_path):
+    shutil.copytree(run, tmp_path / "red balls")
+    (tmp_path / "red balls" / "eval").mkdir()
+    for step, value in ((2, 0.25), (1, 0.5)):
+        result = {"dataset": f"flowers{step}", "metrics": {"acc1": value}, "step": step}
+        (tmp_path / "red balls" / "eval" / f"{step}.json").write_text(json.dumps(result))
+    export(ExportConfig(str(tmp_path / "red balls"), str(tmp_path / "to"), license="cc-by-4.0"))
+    text = (tmp_path / "to" / "README.md").read_text()
+    assert text.startswith("---\nlicense: cc-by-4.0\nlibrary_name: open_clip\n")
+    for part in ("step 2 of the run red balls.", "`clipmill train clip`, batch_size 4, steps 2", "samples seen: 8"):
+        assert part in text
+    assert "- flowers2, acc1: 0.2500" in text
+    assert "flowers1" not in text  # of another step
+    assert str(tmp_path) not in text
+    assert str(Path(run).parent) not in text
+
+
+def test_probes_of_datasets(run, tmp_path):
+    student, _ = load_run(run)
+    pairs = read_probe(str(Path(run).parent), student, 3, "check")
+    assert (len(pairs.pixels), len(pairs.texts), pairs.targets.tolist()) == (3, 3, [0, 1, 2])
+    assert len(set(pairs.texts)) == 3
+    retrieval = read_probe(write_retrieval(tmp_path / "eval"), student, 64, "check")
+    assert len(retrieval.texts) == 8
+    for name in ("red", "blue"):
+        (tmp_path / "classes" / "test" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (40, 40), name).save(tmp_path / "classes" / "test" / name / f"{number}.png")
+    (tmp_path / "classes" / "test" / "blue" / "0.png").write_bytes(b"no image")
+    classes = read_probe(str(tmp_path / "classes"), student, 64, "check")
+    assert classes.texts == ["a photo of a blue.", "a photo of a red."]
+    assert classes.targets.tolist() == [0] * 3 + [1] * 4
+    for path in (tmp_path / "classes" / "test").glob("*/*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"--calibrate .* none of its images can be used"):
+        read_probe(str(tmp_path / "classes"), student, 64, "calibrate")

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -10,11 +12,16 @@ import torch
 from PIL import Image
 from small_training import train_short
 
+from shards_spec.files import DataError, UserError
 from shards_spec.models import load_model
 from training.export import ExportConfig, export, to_onnx
 from training.export.comparison import compare, encoders_of
-from training.export.onnx_model import load_onnx
-from training.export.probe import noise
+from training.export.onnx_int8 import quantize
+from training.export.onnx_model import load_onnx, onnxruntime
+from training.export.probe import noise, read_probe
+from training.export.to_onnx import export_graph
+from training.models.text_tower import TextTower
+from training.models.tinyclip_pruned import PrunedTextTower
 from training.runs.student import load_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
@@ -79,3 +86,69 @@ def test_towers_of_mobileclip_have_their_weights_once(name, tmp_path):
     for file, tower in (("image.onnx", student.model.visual), ("text.onnx", student.model.text)):
         stored = sum(np.prod(weight.dims) for weight in onnx.load(tmp_path / file).graph.initializer)
         assert stored < 1.02 * sum(parameter.numel() for parameter in tower.parameters())
+
+
+@pytest.mark.parametrize(("kind", "cosine"), [("dynamic", 0.99), ("static", 0.98)])
+def test_eight_bits_are_smaller_and_close(folder, run, tmp_path, kind, cosine):
+    student, _ = load_run(run)
+    shutil.copytree(folder, tmp_path / "int8")
+    probe = read_probe(str(Path(run).parent), student, 8, "calibrate")
+    quantize(tmp_path / "int8" / "image.onnx", kind, "pixels", probe.pixels)
+    quantize(tmp_path / "int8" / "text.onnx", kind, "tokens", student.tokenizer(probe.texts))
+    close = compare(encoders_of(student), encoders_of(load_onnx(str(tmp_path / "int8"))), probe)
+    assert close.difference > 1e-4
+    assert min(close.image_cosine, close.text_cosine) > cosine
+    weights = onnx.load(tmp_path / "int8" / "text.onnx").graph.initializer
+    assert max(np.prod(weight.dims) for weight in weights if weight.data_type == onnx.TensorProto.INT8) >= 32 * 128
+    assert (tmp_path / "int8" / "text.onnx").stat().st_size < 0.5 * (folder / "text.onnx").stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"int8": "dynamic"}, {"int8": "static", "calibrate": "ROOT"}, {"dtype": "fp16"}])
+def test_smaller_numbers_by_the_command(run, tmp_path, capsys, options):
+    root = str(Path(run).parent)
+    given = {name: root if value == "ROOT" else value for name, value in options.items()}
+    export(ExportConfig(run, str(tmp_path), format="onnx", check=root, opset=19, **given))
+    printed = capsys.readouterr().out
+    assert "own text is best" in printed
+    assert "same best text for" in printed
+    described = json.loads((tmp_path / "onnx_config.json").read_text())
+    assert (described["dtype"], described["opset"]) == ("int8 " + options["int8"] if "int8" in options else "fp16", 19)
+
+
+def test_text_towers_with_other_poolings_and_blocks(tmp_path):
+    tower = TextTower(8, context_length=8, vocab_size=50, width=16, heads=2, layers=2, kernel_size=3, share=2).eval()
+    sizes = {"width": 16, "heads": [1, 0], "neurons": [8, 0], "head_width": 8, "norm_eps": 1e-5, "act_kwargs": None}
+    shared = {"original": {}, "masks": False, "context_length": 8, "vocab_size": 50, "no_causal_mask": False}
+    irregular = PrunedTextTower(8, **sizes, **shared, pool_type="eos", eos_id=49).eval()
+    tokens = torch.randint(0, 49, (4, 8))
+    tokens[torch.arange(4), torch.arange(4) + 2] = 49
+    for name, module in (("mobileclip", tower), ("tinyclip", irregular)):
+        path = tmp_path / f"{name}.onnx"
+        export_graph(module, tokens[:3], "tokens", path)
+        session = onnxruntime().InferenceSession(str(path))
+        with torch.no_grad():
+            for count in (1, 4):
+                found = session.run(None, {"tokens": tokens[:count].numpy()})[0]
+                np.testing.assert_allclose(found, module(tokens[:count]).numpy(), rtol=0, atol=1e-5)
+
+
+def test_what_is_missing_or_damaged_is_named(folder, run, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"onnx_config\.json is not there"):
+        load_onnx(str(tmp_path))
+    with pytest.raises(UserError, match=r"--opset 7: must be 18 to \d+"):
+        export(ExportConfig(run, str(tmp_path / "to"), format="onnx", opset=7))
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "text.onnx").write_bytes(b"no graph")
+    with pytest.raises(DataError, match=r"text.onnx cannot be read by onnxruntime"):
+        load_onnx(str(tmp_path / "copy"))
+    (tmp_path / "copy" / "text.onnx").unlink()
+    with pytest.raises(UserError, match=r"text.onnx is not there; export again"):
+        load_onnx(str(tmp_path / "copy"))
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"a package is missing .*clipmill\[onnx\]"):
+        export(ExportConfig(run, str(tmp_path / "to"), format="onnx"))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"onnxruntime is needed .*clipmill\[onnx\]"):
+        load_onnx(str(folder))
+    assert not (tmp_path / "to").exists()

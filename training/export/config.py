@@ -33,8 +33,8 @@ class ExportConfig:
     dtype: Literal["fp32", "fp16"] = "fp32"
     """of the weights in the files"""
     reparameterize: bool = False
-    """fuse the parallel branches of MobileCLIP's and SiCLIP's convolutions, which computes the same faster; onnx does
-    so by itself"""
+    """fuse the parallel branches of MobileCLIP's and SiCLIP's towers into one convolution each, which computes the same
+    faster and cannot be trained further; always done for onnx"""
     int8: Literal["dynamic", "static"] | None = None
     """onnx: matrix products in 8 bits with scales found at run time (dynamic), or convolutions too with scales from the
     samples of --calibrate (static)"""

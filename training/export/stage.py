@@ -22,6 +22,7 @@ from training.export.comparison import (
 )
 from training.export.config import ExportConfig, Format
 from training.export.probe import Probe, noise, read_probe
+from training.export.reparameterized import has_branches, reparameterized
 from training.models.classifier import Classifier
 from training.models.tinyclip_convert import is_pruned
 from training.models.tinyclip_pruning import masks_of, materialise
@@ -64,19 +65,22 @@ def export(config: ExportConfig) -> None:
     kind: Format = config.format or ("timm" if isinstance(student.model, Classifier) else "open_clip")
     probe = noise(student) if config.check is None else read_probe(config.check, student, config.samples, "check")
     functions = FORMATS[kind]
-    functions.write(folder, student, config)
-    before, after = encoders_of(student), functions.load(folder, student, config)
+    written = student
+    if config.reparameterize or (kind == "onnx" and has_branches(student)):
+        written = reparameterized(student)
+    functions.write(folder, written, config)
+    before, after = encoders_of(student), functions.load(folder, written, config)
     comparison = compare(before, after, probe)
     if config.int8 is None:
         check_same(comparison, folder, config.dtype)
     elif min(comparison.image_cosine, comparison.text_cosine or 1) < MIN_INT8_COSINE:
         log.warning("%s: 8 bits change the features much; see the table, and try the other kind of --int8", folder)
-    write_card(folder, ExportedModel(student, step, kind, functions.usage(student), comparison), config)
+    write_card(folder, ExportedModel(written, step, kind, functions.usage(written), comparison), config)
     if config.check is not None or kind == "onnx":
         print_comparison(comparison, {"student": before, kind: after}, probe)
     difference = comparison.difference
     same = f"features differ by {difference:.2g} at most" if difference else "features are the same"
-    module = functions.needed_module(student)
+    module = functions.needed_module(written)
     needs = "" if module is None else f"; {kind} needs `import {module}` for this architecture"
     log.info("%s: step %d of %s as %s, %s%s", folder, step, config.run, kind, same, needs)
 
@@ -91,5 +95,7 @@ def print_comparison(comparison: Comparison, models: dict[str, Encoders], probe:
         table.add_row(name, "" if share is None else f"{share:.1%}", f"{speed.images:.1f}", texts)
     Console().print(table)
     text = "" if comparison.text_cosine is None else f", of a text {comparison.text_cosine:.6f}"
-    agreement = "" if comparison.agreement is None else f", same best text for {comparison.agreement:.1%} of the images"
+    agreement = ""
+    if comparison.agreement is not None and comparison.accuracy is not None:  # of noise it would mean nothing
+        agreement = f", same best text for {comparison.agreement:.1%} of the images"
     print(shown(f"smallest cosine of an image {comparison.image_cosine:.6f}{text}{agreement}"))

@@ -18,6 +18,7 @@ from training.export.config import ExportConfig
 from training.export.plain_vit import check_plain_vit
 from training.export.to_open_clip import as_dtype
 from training.models.classifier import Classifier, describe_classifier
+from training.models.mobileclip import FUSED
 from training.runs.model_folder import write_model
 
 USAGE = """```python
@@ -116,7 +117,7 @@ def _image_tower(student: LoadedModel) -> TimmTower:
         ],
     }
     if isinstance(visual, TimmModel):
-        trunk, options = _trunk(visual)
+        trunk, options = _trunk(student)
     elif isinstance(visual, VisionTransformer):
         trunk, options = _clip_vit(student)
     else:
@@ -125,9 +126,16 @@ def _image_tower(student: LoadedModel) -> TimmTower:
     return TimmTower(trunk, options, data, {})
 
 
-def _trunk(visual: TimmModel) -> tuple[Any, dict[str, Any]]:
-    """The timm model in open_clip's wrapper, with the wrapper's projection as classifier."""
-    trunk: Any = copy.deepcopy(visual.trunk)
+def _trunk(student: LoadedModel) -> tuple[Any, dict[str, Any]]:
+    """The timm model in open_clip's wrapper, with the wrapper's projection as classifier, and its options."""
+    visual: Any = student.model.visual
+    if _architecture(student).endswith(FUSED):
+        raise UserError(
+            "--format timm with --reparameterize: timm reads no fused FastViT; export it as it is, then fuse the "
+            "loaded model by timm.utils.reparameterize_model"
+        )
+    trunk = copy.deepcopy(visual.trunk)
+    trunk.pretrained_cfg = {**trunk.pretrained_cfg, "architecture": _architecture(student)}
     head = dict(visual.head.named_children())
     unknown = [name for name in head if name not in ("drop", "proj")]
     if unknown:
@@ -218,8 +226,16 @@ def needed_module(student: LoadedModel) -> str | None:
     from timm.models import model_entrypoint
 
     model = student.model
-    trunk = model.trunk if isinstance(model, Classifier) else getattr(model.visual, "trunk", None)
-    if trunk is None:  # CLIP's ViT, which timm has
+    if isinstance(model, Classifier):
+        architecture = model.trunk.pretrained_cfg["architecture"]
+    elif isinstance(model.visual, TimmModel):
+        architecture = _architecture(student)
+    else:  # CLIP's ViT, which timm has
         return None
-    module = str(model_entrypoint(trunk.pretrained_cfg["architecture"]).__module__)
+    module = str(model_entrypoint(architecture).__module__)
     return None if module.startswith("timm.") else module
+
+
+def _architecture(student: LoadedModel) -> str:
+    """The timm name of a CLIP's image tower."""
+    return str(student.config["vision_cfg"]["timm_model_name"]).partition(".")[0]

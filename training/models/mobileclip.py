@@ -9,16 +9,22 @@ How open_clip is made to build them is in `shards_spec/open_clip_plugins.py`.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from timm.models import register_model
+from timm.models.fastvit import FastVit, fastvit_mci0, fastvit_mci1, fastvit_mci2
+from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from shards_spec.open_clip_plugins import ModelPlugin, register_models
+from training.models.siclip import mci_tiny, siclip_mci0, siclip_tiny
 from training.models.text_tower import TextTower
 
 State = dict[str, Tensor]  # a state dict
 CONFIGS = Path(__file__).parent / "configs" / "mobileclip"
+FUSED = "_fused"  # end of the timm names of image towers in inference form
 TOWER = "mct"  # text_cfg's "tower"; the rest of text_cfg is TextTower's
 PREPROCESS = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear", "resize_mode": "shortest"}
 APPLE = "image_encoder.model."  # prefix of the image tower's tensors in Apple's file
@@ -188,8 +194,25 @@ def _first_names(names: list[str]) -> str:
     return f"{len(names)} tensors ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
 
-def _build_text_tower(embed_dim: int, **config: Any) -> nn.Module:
-    return TextTower(embed_dim, **config)
+def _build_text_tower(embed_dim: int, fused: bool = False, **config: Any) -> nn.Module:
+    """A text tower; ``fused`` is an exported one, whose branches are fused to one convolution each."""
+    tower = TextTower(embed_dim, **config)
+    return reparameterize_model(tower, inplace=True) if fused else tower
+
+
+def _register_fused(build: Callable[..., FastVit]) -> None:
+    """Make the timm name ``NAME_fused`` known: an exported image tower in inference form."""
+
+    def fused(pretrained: bool = False, **options: Any) -> FastVit:
+        return build(pretrained, inference_mode=True, **options)
+
+    fused.__name__ = f"{build.__name__}{FUSED}"
+    fused.__module__ = __name__
+    register_model(fused)
+
+
+for _build in (fastvit_mci0, fastvit_mci1, fastvit_mci2, mci_tiny, siclip_mci0, siclip_tiny):
+    _register_fused(_build)
 
 
 def _convert_state_dict(model: nn.Module, state: State) -> State | None:

@@ -11,11 +11,12 @@ SiCLIP's text only this one gives its 14 % fewer parameters in the image tower. 
 `SasStack`, so that state dict, optimizer, gradient all-reduce and safetensors hold them once.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_model
+from timm.models import load_pretrained, register_model
 from timm.models.fastvit import FastVit, fastvit_mci0
 from torch import Tensor, nn
 
@@ -161,26 +162,31 @@ def with_sas(trunk: FastVit, share: int) -> FastVit:
     return trunk
 
 
+def _built(name: str, build: Callable[..., FastVit], pretrained: bool, options: dict[str, Any]) -> FastVit:
+    """A model, with the weights of a folder that timm loads as ``local-dir:``: there are no others."""
+    source = options.get("pretrained_cfg")
+    if pretrained and not (isinstance(source, dict) and source.get("file")):
+        raise ValueError(f"{name} has no published weights")
+    model = build(**options)
+    if pretrained:
+        load_pretrained(model, num_classes=model.num_classes, in_chans=3)
+    return model
+
+
 @register_model
 def siclip_mci0(pretrained: bool = False, share: int = 2, **options: Any) -> FastVit:
     """Build SiCLIP's image tower: MCi0 with SAS-P blocks. With ``share`` 1 each block has its own Wq and Wk."""
-    if pretrained:
-        raise ValueError("siclip_mci0 has no published weights")
-    return with_sas(fastvit_mci0(**options), share)
+    return _built("siclip_mci0", lambda **rest: with_sas(fastvit_mci0(**rest), share), pretrained, options)
 
 
 @register_model
 def mci_tiny(pretrained: bool = False, **options: Any) -> FastVit:
     """Build MCi0 with one RepMixer block per stage and an eighth of the width, for tests and studies on a CPU."""
-    if pretrained:
-        raise ValueError("mci_tiny has no published weights")
-    model: FastVit = fastvit_mci0(layers=(1, 1, 1, 2), embed_dims=(16, 32, 64, 128), **options)
-    return model
+    sizes = {"layers": (1, 1, 1, 2), "embed_dims": (16, 32, 64, 128)}
+    return _built("mci_tiny", lambda **rest: fastvit_mci0(**sizes, **rest), pretrained, options)
 
 
 @register_model
 def siclip_tiny(pretrained: bool = False, share: int = 2, **options: Any) -> FastVit:
     """Build `mci_tiny` with SAS-P blocks."""
-    if pretrained:
-        raise ValueError("siclip_tiny has no published weights")
-    return with_sas(mci_tiny(**options), share)
+    return _built("siclip_tiny", lambda **rest: with_sas(mci_tiny(**rest), share), pretrained, options)
