@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 BATCH = 8
-DYNAMIC = ["MatMul", "Gemm", "Gather"]  # matrix products and the table of tokens
-STATIC = ["MatMul", "Gemm", "Conv"]
+OPERATORS = ["MatMul", "Gemm", "Gather"]  # matrix products and the table of tokens
 
 
 class CalibrationInputs:
@@ -46,12 +45,12 @@ def quantize(path: Path, kind: Literal["dynamic", "static"], input_name: str, in
         quantization.quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
         shared: dict[str, Any] = {"per_channel": True, "weight_type": quantization.QuantType.QInt8}
         if kind == "dynamic":
-            quantization.quantize_dynamic(str(prepared), str(path), op_types_to_quantize=DYNAMIC, **shared)
+            quantization.quantize_dynamic(str(prepared), str(path), op_types_to_quantize=OPERATORS, **shared)
             return
         quantization.quantize_static(
             str(prepared),
             str(path),
             CalibrationInputs(input_name, inputs),
-            op_types_to_quantize=STATIC,
+            op_types_to_quantize=[*OPERATORS, "Conv"],
             **shared,
         )
