@@ -37,7 +37,7 @@ CLIP_VITS = {  # sizes of timm's CLIPs: patch, width, layers, heads
 }
 
 
-class TimmTower(NamedTuple):
+class TimmExport(NamedTuple):
     """A timm model, with what it is rebuilt from besides its architecture's name."""
 
     trunk: Any
@@ -58,7 +58,7 @@ def write(folder: Path, student: LoadedModel, config: ExportConfig) -> None:
         describe_classifier(str(folder), student)
 
 
-def write_tower(folder: Path, tower: TimmTower, config: ExportConfig) -> None:
+def write_tower(folder: Path, tower: TimmExport, config: ExportConfig) -> None:
     """Write a timm model as timm's own export does."""
     import timm
 
@@ -79,7 +79,7 @@ def write_tower(folder: Path, tower: TimmTower, config: ExportConfig) -> None:
             write_bytes(join(str(folder), path.name), path.read_bytes())
 
 
-def _classifier(student: LoadedModel) -> TimmTower:
+def _classifier(student: LoadedModel) -> TimmExport:
     """The model of a classifier, with the names of its classes."""
     model: Classifier = student.model
     synsets = model.vocabulary.rows if model.vocabulary else ()
@@ -91,7 +91,7 @@ def _classifier(student: LoadedModel) -> TimmTower:
     if getattr(model.trunk, "dynamic_img_size", False):
         options["dynamic_img_size"] = True
     crop = {"crop_pct": CROP, "interpolation": "bilinear"}  # what `probe` and `finetune` are measured with
-    return TimmTower(model.trunk, options, _preprocessing(student) | crop, labels)
+    return TimmExport(model.trunk, options, _preprocessing(student) | crop, labels)
 
 
 def _preprocessing(student: LoadedModel) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _preprocessing(student: LoadedModel) -> dict[str, Any]:
     return {"mean": tuple(student.mean), "std": tuple(student.std), "input_size": (3, side, side)}
 
 
-def _image_tower(student: LoadedModel) -> TimmTower:
+def _image_tower(student: LoadedModel) -> TimmExport:
     """The image tower of a CLIP; its classifier is the projection, so that it returns the image's features.
 
     Raises UserError for a tower that is none of timm's.
@@ -123,7 +123,7 @@ def _image_tower(student: LoadedModel) -> TimmTower:
     else:
         kind = type(visual).__name__
         raise UserError(f"--format timm: timm has no such image tower ({kind}); use --format onnx or open_clip")
-    return TimmTower(trunk, options, data, {})
+    return TimmExport(trunk, options, data, {})
 
 
 def _trunk(student: LoadedModel) -> tuple[Any, dict[str, Any]]:
