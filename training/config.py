@@ -22,6 +22,7 @@ FREE_ON_RESUME = frozenset(
         "scratch",
         "scratch_gb",
         "log_every",
+        "report_to",
         "checkpoint_minutes",
         "checkpoint_steps",
         "keep_checkpoints",
@@ -265,6 +266,8 @@ class RunConfig:
     """auto, cpu, cuda or cuda:N"""
     log_every: int = 10
     """steps between lines of metrics.jsonl"""
+    report_to: Literal["tensorboard", "wandb"] = "tensorboard"
+    """tensorboard: curves in RUN/tensorboard; wandb: to Weights & Biases, too, where its package is installed"""
     checkpoint_minutes: float = 10.0
     """minutes between checkpoints"""
     checkpoint_steps: int | None = None

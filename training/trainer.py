@@ -36,6 +36,7 @@ from training.engine.validation import Validation
 from training.evaluation.clip_benchmark import check_root
 from training.recipes import RECIPES, STAGED
 from training.runs.run_folder import RunFolder
+from training.runs.wandb_writer import require_wandb
 from training.task import Batch, Prepared, RecipeConfig
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ def train(recipe: str, config: RecipeConfig) -> str:
     and SystemExit of 128 + the signal's number. Raises UserError and DataError.
     """
     stages = stages_of(recipe, config)
+    if config.run.report_to == "wandb":
+        require_wandb()
     with processes(config.run.device) as (ranks, device):
         if device.startswith("cuda"):
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32, as open_clip's training does

@@ -1,4 +1,4 @@
-"""What a run says of its steps: metrics.jsonl, TensorBoard's curves, and a line on the terminal."""
+"""What a run says of its steps: metrics.jsonl, curves of TensorBoard and wandb, and a line on the terminal."""
 
 import logging
 import math
@@ -14,6 +14,7 @@ from training.engine.memory_estimate import Memory
 from training.engine.updater import Update, Updater
 from training.runs.run_folder import RunFolder
 from training.runs.tensorboard_writer import Curves
+from training.runs.wandb_writer import WandbCurves
 
 log = logging.getLogger(__name__)
 MIB = 2**20
@@ -39,14 +40,18 @@ class MetricsLog:
         self.predicted = predicted
         self.is_main = updater.ranks.is_main
         self._time, self._samples_seen = time.monotonic(), progress.samples_seen
-        self._curves = Curves(str(run.path / "tensorboard"), progress.step + 1) if self.is_main else None
+        self._curves: list[Curves | WandbCurves] = []
+        if self.is_main:
+            self._curves.append(Curves(str(run.path / "tensorboard"), progress.step + 1))
+        if self.is_main and updater.config.run.report_to == "wandb":
+            self._curves.append(WandbCurves(run.path, run.requested))
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._curves is not None:
-            self._curves.__exit__(kind, error, at)
+        for curves in self._curves:
+            curves.__exit__(kind, error, at)
 
     def write(self, progress: Progress, update: Update, metrics: dict[str, float], now: float) -> None:
         """Write one line of metrics.jsonl, the curves and a log record.
@@ -59,7 +64,7 @@ class MetricsLog:
         """
         rate = (progress.samples_seen - self._samples_seen) / max(now - self._time, 1e-9)
         self._time, self._samples_seen = now, progress.samples_seen
-        if self._curves is None:
+        if not self.is_main:
             return
         values = {name: value.item() for name, value in update.losses.items()}
         own = self.updater.task.metrics(progress.step - 1)
@@ -69,7 +74,8 @@ class MetricsLog:
         curves |= {f"eval/{name}": value for name, value in metrics.items()}
         self.run.log(line | ({"eval": metrics} if metrics else {}))
         with self.run.room():
-            self._curves.add(progress.step, curves)
+            for writer in self._curves:
+                writer.add(progress.step, curves)
         total = self.updater.total
         log.info(
             "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  %.0f samples/s  %.0f s left%s",
