@@ -70,7 +70,7 @@ COMMANDS |= {
         "pipeline.evalset.stage:evalset",
     ),
     "eval": Command(
-        "zero-shot classification and retrieval",
+        "zero-shot, retrieval, linear probe, k-NN of models on sets",
         "training.evaluation.config:EvalConfig",
         "training.evaluation.stage:evaluate",
     ),

@@ -5,10 +5,11 @@ are ordered by WNID. ImageNet's val, Sketch, -R and -A have WNID folders, of 1,0
 ImageNet-V2 has folders 0 to 999.
 """
 
+import pkgutil
 import re
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from shards_spec.files import UserError
 from shards_spec.messages import counted
@@ -64,12 +65,20 @@ def prompts() -> tuple[str, ...]:
     return tuple(template("{c}") for template in OPENAI_IMAGENET_TEMPLATES)
 
 
-def labels_of_folders(folders: Sequence[str], where: str) -> dict[str, int] | None:
+@cache
+def labels_of_variant(letter: Literal["a", "r"]) -> tuple[int, ...]:
+    """Return the labels of the 200 classes that ImageNet-A or ImageNet-R has, ascending."""
+    data = pkgutil.get_data("timm.data", f"_info/imagenet_{letter}_indices.txt") or b""
+    return tuple(map(int, data.split()))
+
+
+def labels_of_folders(folders: Sequence[str], where: str, fix: str) -> dict[str, int] | None:
     """Return for each class folder its class of the 1,000; None for folders that are not named as ImageNet's.
 
     Args:
         folders: Names of the folders, without doubles.
         where: The folder that has them, for messages.
+        fix: What to do where they are WNIDs of other classes.
 
     Raises:
         UserError: All folders are WNIDs and some are none of ImageNet's.
@@ -81,8 +90,7 @@ def labels_of_folders(folders: Sequence[str], where: str) -> dict[str, int] | No
         if unknown := sorted({*folders} - number.keys()):
             raise UserError(
                 f"{where}: {counted(len(unknown), 'class folder')} of {len(folders)} ({', '.join(unknown[:3])}) "
-                "named by a WNID that is none of ImageNet's 1,000: give names of the classes, a line per folder in "
-                "alphabetical order"
+                f"named by a WNID that is none of ImageNet's 1,000: {fix}"
             )
         return {name: number[name] for name in folders}
     if {*folders} == {str(label) for label in range(CLASSES)}:  # ImageNet-V2

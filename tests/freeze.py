@@ -72,6 +72,7 @@ VARYING = {
     "threads",
     "command",  # the machine
     "self_sha256",
+    "measured_with",  # of an evaluation: weights, which differ on another processor, and times of files
 }
 MEASURED = ("metrics.jsonl", "eval/*.json")  # their floats belong to floats.json and curves.json
 OF_FLOATS = ("captions/", "teacher/")  # hashes of files there are not the same on another processor

@@ -128,7 +128,7 @@ def _class_order(folder: str, folders: list[str], names_file: str | None) -> _Cl
     ordered = sorted(folders)
     if names_file is not None:
         return _ClassOrder(list(zip(ordered, _given_names(names_file, len(ordered), folder), strict=True)), False)
-    labels = imagenet.labels_of_folders(ordered, f"--classes {folder}")
+    labels = imagenet.labels_of_folders(ordered, f"--classes {folder}", "name them with --class-names")
     if labels is None:
         return _ClassOrder([(name, name.replace("_", " ")) for name in ordered], False)
     names = imagenet.class_names()

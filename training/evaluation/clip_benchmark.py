@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator
 from typing import Literal
 
+from shards_spec import imagenet
 from shards_spec.class_names import class_text, numbered_shards, read_class_names, read_lines
 from shards_spec.files import DataError, UserError, exists, join
 from shards_spec.messages import counted
@@ -56,7 +57,8 @@ def check_root(root: str) -> None:
 def read_classes(root: str, images: LabelledImages) -> tuple[list[str], list[str]]:
     """Return the names of the classes and the prompts of a dataset.
 
-    Class folders may do without a file of either, a ROOT without prompts. Raises UserError.
+    Class folders may do without a file of either: they are named by themselves, those of ImageNet as open_clip names
+    them, with CLIP's 80 prompts. A ROOT may do without prompts. Raises UserError.
     """
     names_file = join(root, "classnames.txt")
     prompts_file = join(root, "zeroshot_classification_templates.txt")
@@ -64,8 +66,12 @@ def read_classes(root: str, images: LabelledImages) -> tuple[list[str], list[str
         return list(map(class_text, images.classes)), read_prompts(prompts_file) if exists(prompts_file) else [PROMPT]
     if not isinstance(images, FolderImages):
         return images.classes, read_prompts(prompts_file)
+    prompts = [PROMPT]
     if exists(names_file):
         names = read_class_names(names_file)
+    elif labels := imagenet.labels_of_folders(images.classes, str(images.folder), f"name them in {names_file}"):
+        names = [imagenet.class_names()[labels[name]] for name in images.classes]
+        prompts = list(imagenet.prompts())
     else:
         names = list(map(class_text, images.classes))
         log.info(
@@ -76,7 +82,7 @@ def read_classes(root: str, images: LabelledImages) -> tuple[list[str], list[str
         raise UserError(
             f"{names_file} has {lines}, {images.folder} {folders}; give a line per folder, in their alphabetical order"
         )
-    return names, read_prompts(prompts_file) if exists(prompts_file) else [PROMPT]
+    return names, read_prompts(prompts_file) if exists(prompts_file) else prompts
 
 
 def read_prompts(path: str) -> list[str]:

@@ -10,27 +10,41 @@ from shards_spec.files import UserError
 from shards_spec.messages import require
 from shards_spec.models import Trust
 
+# tyro takes it for optional, since no word at all makes an empty tuple
+Models = Annotated[
+    tyro.conf.Positional[tuple[str, ...]],
+    tyro.conf.arg(metavar="RUN_OR_MODEL", help_behavior_hint="(required)"),
+]
+
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Measure a run's student or any open_clip model on a CLIP_benchmark WebDataset."""
+    """Measure runs' students or any open_clip models on evaluation sets; what is measured already is not again."""
 
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_MODEL")]
-    """RUN folder, folder with an open_clip_config.json, or open_clip name"""
+    model: Models
+    """one or more of: RUN folder, folder with an open_clip_config.json, open_clip NAME or NAME:TAG_OR_FILE"""
     data: tuple[str, ...] = ()
     """one or more EVAL roots: folders or URLs in CLIP_benchmark's WebDataset layout, with test/CLASS/*.jpg, or a ROOT
     of labelled images; needed without --cost"""
     pretrained: str | None = None
-    """open_clip tag or checkpoint file, when model is a name"""
-    task: Literal["auto", "zeroshot", "retrieval"] = "auto"
-    """auto: what dataset_type.txt says"""
+    """open_clip tag or checkpoint file, when model is one name"""
+    task: Literal["auto", "zeroshot", "retrieval", "retrieval-first-caption", "linear-probe", "knn"] = "auto"
+    """auto: what dataset_type.txt says; retrieval-first-caption: one caption per image, as CLIP-KD; linear-probe, knn:
+    learned from the set's train split"""
+    neighbours: int = 20
+    """training images that vote in knn"""
     raw: bool = False
     """use a run's weights themselves where it kept an average of them"""
     best: bool = False
     """use a run's best checkpoint by its eval_data, not the newest"""
     output: str | None = None
     """folder for the results, DATASET_TASK.json each (DATASET: the EVAL root's name, with its parents' where several
-    have that); by default RUN/eval, and none for a model that is no RUN"""
+    have that), of several models in a folder each, and summary.json; by default RUN/eval, and none for a model that is
+    no RUN"""
+    features: bool = True
+    """keep features of images and captions beside the results, for other tasks on the same set"""
+    overwrite: bool = False
+    """measure again what was measured with the same weights, set and options"""
     batch_size: int = 64
     """images or texts per forward pass"""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -44,6 +58,11 @@ class EvalConfig:
     """auto, cpu, cuda or cuda:N"""
 
     def __post_init__(self) -> None:
+        if isinstance(self.model, str):  # from Python a single model needs no tuple
+            object.__setattr__(self, "model", (self.model,))
+        if not self.model:
+            raise UserError("eval: a RUN or model is needed; for example: clipmill eval runs/clip --data EVAL")
+        require(self.neighbours >= 1, "neighbours", self.neighbours, "1 or more")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         if not self.data and not self.cost:
             raise UserError("eval: --data is needed: one EVAL root or more (--cost alone measures no data)")

@@ -84,7 +84,8 @@ def load_features(
     Raises UserError when there is no such model, or it has no text tower.
     """
     place = pick_device(device)
-    loaded, _ = load_measured(EvalConfig(model, data=("none",), pretrained=pretrained, raw=raw, best=best, trust=trust))
+    config = EvalConfig((model,), data=("none",), pretrained=pretrained, raw=raw, best=best, trust=trust)
+    loaded, _ = load_measured(config, model)
     if loaded.tokenizer is None:
         raise UserError(f"{model} has no text tower, and a search compares images with texts: give a CLIP")
     return TorchFeatures(loaded, model_label(model, pretrained), place, precision == "bf16", batch_size)

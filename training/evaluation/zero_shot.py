@@ -1,15 +1,16 @@
 """Zero-shot classification and retrieval; metrics are named and defined as CLIP_benchmark has them.
 
-Kept in memory are the class embeddings, or the features of all images and captions; similarities only chunk by chunk.
+The features of all images, and of all captions, are in memory; similarities of retrieval only chunk by chunk.
 """
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from shards_spec.class_names import label_of
@@ -17,9 +18,13 @@ from shards_spec.files import DataError, join
 from shards_spec.images import crop_extreme_aspect, decode_rgb
 from shards_spec.models import LoadedModel
 from shards_spec.sample import Sample
-from training.data.labelled_images import find_split, open_split
+from training.data.batches import to_pixels
+from training.data.labelled_images import LabelledImages, find_split, open_split
+from training.data.labelled_rows import plain_crop
 from training.evaluation.accuracy import AccuracyMeter
 from training.evaluation.clip_benchmark import captioned_samples, captions_of, dataset_task, read_classes
+from training.evaluation.feature_cache import NO_CACHE, FeatureCache, data_hash
+from training.models.classifier import Classifier
 
 log = logging.getLogger(__name__)
 RECALL_AT = (1, 5, 10)
@@ -28,7 +33,7 @@ CHUNK = 1024  # queries whose similarities to all candidates are computed at a t
 
 @dataclass
 class Encoder:
-    """Computes unit features of images and texts, and counts the images that had to be left out in ``skipped``."""
+    """Computes features of images and texts, and counts the images that had to be left out in ``skipped``."""
 
     loaded: LoadedModel
     batch_size: int
@@ -43,13 +48,9 @@ class Encoder:
             samples: Where each sample lies, for messages, and the sample.
 
         Yields:
-            The samples of a batch as they came, and their (b, D) float32 features on the CPU.
+            The samples of a batch as they came, and their (b, D) float32 features as the model gives them, on the CPU.
         """
-        import open_clip
-        from open_clip.transform import PreprocessCfg, image_transform_v2
-
-        preprocess = PreprocessCfg(**open_clip.get_model_preprocess_cfg(self.loaded.model))
-        transform = image_transform_v2(preprocess, is_train=False)
+        transform = _transform(self.loaded)
         batch: list[tuple[str, Sample]] = []
         pixels: list[Tensor] = []
         for path, sample in samples:
@@ -66,18 +67,55 @@ class Encoder:
             yield batch, self._encode(self.loaded.model.encode_image, torch.stack(pixels))
 
     def texts(self, texts: list[str]) -> Tensor:
-        """Return the (n, D) float32 features of texts, on the CPU."""
+        """Return the (n, D) unit features of texts, float32, on the CPU."""
         features = []
         for start in range(0, len(texts), self.batch_size):
             tokens = self.loaded.tokenizer(texts[start : start + self.batch_size])
             features.append(self._encode(self.loaded.model.encode_text, tokens))
-        return torch.cat(features)
+        return F.normalize(torch.cat(features), dim=-1)
 
     @torch.no_grad()
     def _encode(self, encode: Callable[..., Tensor], inputs: Tensor) -> Tensor:
         with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=self.bf16):
             features = encode(inputs.to(self.device))
-        return F.normalize(features.float(), dim=-1).cpu()
+        return features.float().cpu()
+
+
+def _transform(loaded: LoadedModel) -> Callable[[Image.Image], Tensor]:
+    """From an image to what the image tower takes, (3, S, S): open_clip's for a CLIP, a classifier's plain crop."""
+    if isinstance(loaded.model, Classifier):
+        return lambda image: loaded.normalise(to_pixels(plain_crop(image, loaded.image_size)))
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    transform: Callable[[Image.Image], Tensor] = image_transform_v2(
+        PreprocessCfg(**preprocessing(loaded)), is_train=False
+    )
+    return transform
+
+
+def preprocessing(loaded: LoadedModel) -> dict[str, Any]:
+    """Return what images become before they are encoded: open_clip's description, a classifier's size and colours."""
+    if isinstance(loaded.model, Classifier):
+        return {"size": loaded.image_size, "mean": list(loaded.mean), "std": list(loaded.std)}
+    import open_clip
+
+    description: dict[str, Any] = open_clip.get_model_preprocess_cfg(loaded.model)
+    return description
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """A set that a model is measured on.
+
+    Attributes:
+        root: Where it lies.
+        name: What results and kept features are called by.
+        cache: Keeps the model's features.
+    """
+
+    root: str
+    name: str = ""
+    cache: FeatureCache = NO_CACHE
 
 
 def measure(
@@ -112,50 +150,129 @@ def zeroshot(encoder: Encoder, root: str) -> tuple[dict[str, float], int]:
     A class is the renormalised mean of its prompts' unit features (CLIP, section 3.1.4). With fewer than five
     classes acc5 counts among those there are. Recall is averaged over the classes that occur.
     """
-    images = open_split(root, find_split(root))
-    names, templates = read_classes(root, images)
+    scores, labels = zeroshot_scores(encoder, EvalSet(root))
+    return class_metrics(scores, labels), len(labels)
+
+
+def zeroshot_scores(encoder: Encoder, data: EvalSet) -> tuple[Tensor, Tensor]:
+    """Return the cosines of images and classes (N, K), and the labels (N,)."""
+    images = open_split(data.root, find_split(data.root))
+    names, templates = read_classes(data.root, images)
     embeddings = []
     for name in names:
         prompts = encoder.texts([template.replace("{c}", name) for template in templates])
         embeddings.append(F.normalize(prompts.mean(dim=0), dim=-1))
     classes = torch.stack(embeddings)
-    meter = AccuracyMeter(len(names))
-    for samples, features in encoder.images(images.samples()):
-        labels = torch.tensor([label_of(path, sample, len(names)) for path, sample in samples])
-        meter.add(features @ classes.T, labels)
-    if not meter.total:
-        raise _no_images(root)
-    return meter.metrics(), meter.total
+    features, labels = labelled_features(encoder, data, images, find_split(data.root))
+    scores = [some @ classes.T for some in torch.split(F.normalize(features, dim=-1), CHUNK)]
+    return torch.cat(scores), labels
+
+
+def class_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return acc1, acc5 and mean_per_class_recall of scores (N, K) and labels (N,)."""
+    meter = AccuracyMeter(scores.shape[1])
+    meter.add(scores, labels)
+    return meter.metrics()
+
+
+def labelled_features(encoder: Encoder, data: EvalSet, images: LabelledImages, split: str) -> tuple[Tensor, Tensor]:
+    """Return the features (N, D), as the model gives them, and the labels (N,) of a split's images that decode.
+
+    Raises:
+        DataError: A shard is damaged, a label is none, or no image decodes.
+    """
+
+    def compute() -> dict[str, Tensor]:
+        features: list[Tensor] = []
+        labels: list[int] = []
+        before = encoder.skipped
+        for samples, some in encoder.images(images.samples()):
+            features.append(some)
+            labels += [label_of(path, sample, len(images.classes)) for path, sample in samples]
+        if not labels:
+            raise _no_images(data.root, split)
+        skipped = encoder.skipped - before
+        encoder.skipped = before
+        return {"images": torch.cat(features), "labels": torch.tensor(labels), "skipped": torch.tensor(skipped)}
+
+    tensors = data.cache.tensors(f"{data.name}_{split or 'images'}", lambda: data_hash(data.root, split), compute)
+    encoder.skipped += int(tensors["skipped"])
+    return tensors["images"], tensors["labels"]
 
 
 def retrieval(encoder: Encoder, root: str) -> tuple[dict[str, float], int]:
-    """Measure retrieval: recall at 1, 5 and 10 both ways over all captions, and the number of images.
+    """Measure retrieval over all captions, see `recalls`; return the metrics and the number of images."""
+    features = captioned_features(encoder, EvalSet(root))
+    return recalls(features.images, features.texts, features.owner), len(features.images)
 
-    ``image_retrieval_recall@k``: share of captions whose image is among the k best images.
-    ``text_retrieval_recall@k``: share of images with any of their captions among the k best captions.
+
+def first_caption_recalls(features: "CaptionedFeatures") -> dict[str, float]:
+    """Return the recalls of each image and its first caption alone.
+
+    So CLIP-KD evaluates (arXiv 2307.12732; its code's ``RetrievalDataset`` takes the first of the captions): there are
+    as many texts as images, which is easier for images and harder for texts than all captions.
     """
-    image_features: list[Tensor] = []
-    captions: list[str] = []
-    owners: list[int] = []  # per caption the index of its image
-    image_count = 0
-    for samples, features in encoder.images(captioned_samples(root)):
-        image_features.append(features)
-        for path, sample in samples:
-            of_image = captions_of(path, sample)
-            captions += of_image
-            owners += [image_count] * len(of_image)
-            image_count += 1
-    if not image_count:
-        raise _no_images(root)
-    return recalls(torch.cat(image_features), encoder.texts(captions), torch.tensor(owners)), image_count
+    images = torch.arange(len(features.images))
+    first = torch.searchsorted(features.owner, images)  # owners ascend
+    return recalls(features.images, features.texts[first], images)
 
 
-def _no_images(root: str) -> DataError:
-    return DataError(f"{join(root, 'test')}: no image that decodes; download it again")
+@dataclass(frozen=True)
+class CaptionedFeatures:
+    """Unit features of images (N, D) and of all their captions (M, D), and each caption's image (M,), ascending."""
+
+    images: Tensor
+    texts: Tensor
+    owner: Tensor
+
+
+def captioned_features(encoder: Encoder, data: EvalSet) -> CaptionedFeatures:
+    """Return the features of a retrieval dataset's images that decode and of their captions.
+
+    Raises:
+        UserError: There is no such dataset.
+        DataError: A shard is damaged, an image has no caption, or no image decodes.
+    """
+    split = find_split(data.root)
+
+    def compute() -> dict[str, Tensor]:
+        image_features: list[Tensor] = []
+        captions: list[str] = []
+        owners: list[int] = []  # per caption the index of its image
+        image_count = 0
+        before = encoder.skipped
+        for samples, features in encoder.images(captioned_samples(data.root)):
+            image_features.append(features)
+            for path, sample in samples:
+                of_image = captions_of(path, sample)
+                captions += of_image
+                owners += [image_count] * len(of_image)
+                image_count += 1
+        if not image_count:
+            raise _no_images(data.root, split)
+        skipped = encoder.skipped - before
+        encoder.skipped = before
+        return {
+            "images": torch.cat(image_features),
+            "texts": encoder.texts(captions),
+            "owner": torch.tensor(owners),
+            "skipped": torch.tensor(skipped),
+        }
+
+    tensors = data.cache.tensors(f"{data.name}_captions", lambda: data_hash(data.root, split), compute)
+    encoder.skipped += int(tensors["skipped"])
+    return CaptionedFeatures(F.normalize(tensors["images"], dim=-1), tensors["texts"], tensors["owner"])
+
+
+def _no_images(root: str, split: str) -> DataError:
+    return DataError(f"{join(root, split or 'test')}: no image that decodes; download it again")
 
 
 def recalls(images: Tensor, texts: Tensor, owner: Tensor) -> dict[str, float]:
     """Return recall at 1, 5 and 10 of image and of text retrieval.
+
+    ``image_retrieval_recall@k``: share of captions whose image is among the k best images.
+    ``text_retrieval_recall@k``: share of images with any of their captions among the k best captions.
 
     Args:
         images: (n, D) unit features of images.

@@ -22,7 +22,7 @@ from training.config import ModelConfig
 from training.data.labelled_images import find_split
 from training.evaluation.clip_benchmark import check_root
 from training.evaluation.config import EvalConfig
-from training.evaluation.stage import dataset_names, evaluate, print_result
+from training.evaluation.stage import distinct_names, evaluate, print_result
 from training.evaluation.zero_shot import Encoder, measure, recalls, retrieval, zeroshot
 from training.export import ExportConfig, export
 from training.runs.student import new_student
@@ -214,7 +214,8 @@ def test_two_roots_of_one_name_are_two_results(run, tmp_path, monkeypatch):
     roots = [write_eval(Path(name), [samples[: n + 1]]) for n, name in enumerate(("a/x", "b/x", "y"))]
     roots[1] += "/"
     results = evaluate(EvalConfig(run, tuple(roots), output="results"))
-    assert {path.name for path in Path("results").iterdir()} == {f"{x}_zeroshot.json" for x in ("a-x", "b-x", "y")}
+    written = {f"{x}_zeroshot.json" for x in ("a-x", "b-x", "y")}
+    assert {path.name for path in Path("results").iterdir()} == {*written, "summary.json", "features"}
     assert [(result["dataset"], result["samples"]) for result in results] == [("a-x", 1), ("b-x", 2), ("y", 3)]
     assert [json.loads(Path(f"results/{result['dataset']}_zeroshot.json").read_text()) for result in results] == results
 
@@ -230,7 +231,7 @@ def test_two_roots_of_one_name_are_two_results(run, tmp_path, monkeypatch):
     ],
 )
 def test_names_of_datasets(roots, names):
-    assert dataset_names(roots) == names
+    assert distinct_names(roots, "data") == names
 
 
 def test_any_model_is_measured(tmp_path):
@@ -354,6 +355,7 @@ def test_what_is_missing_is_named(spoil, error, message, run, tmp_path):
 
 
 def test_folders_that_are_no_model(tmp_path):
+    (tmp_path / "test" / "red").mkdir(parents=True)
     with pytest.raises(UserError, match="neither a RUN folder"):
         evaluate(EvalConfig(str(tmp_path), (str(tmp_path),)))
     with pytest.raises(UserError, match="no-such-model"):

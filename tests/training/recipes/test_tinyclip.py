@@ -333,4 +333,4 @@ def test_the_folder_of_stages_is_no_run_and_the_last_stage_is_named(tmp_path):
     with pytest.raises(UserError, match=f"no RUN folder of .*{hint}$"):
         RunFolder(str(tmp_path / "run")).config()
     with pytest.raises(UserError, match=f"neither a RUN folder .*{hint}$"):
-        load_measured(EvalConfig(str(tmp_path / "run"), data=("unused",)))
+        load_measured(EvalConfig((str(tmp_path / "run"),), data=("unused",)), str(tmp_path / "run"))
