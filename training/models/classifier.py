@@ -56,10 +56,14 @@ class Classifier(nn.Module):
         self.vocabulary_sha256: Tensor
 
     @property
+    def heads(self) -> tuple[nn.Linear, ...]:
+        """The linear layers over the classes: one, or those of the class token and of a distillation token."""
+        return class_heads(self.trunk)
+
+    @property
     def head(self) -> nn.Linear:
-        """The linear layer over the classes."""
-        head: nn.Linear = self.trunk.get_classifier()
-        return head
+        """The linear layer over the classes, of the class token where there are two."""
+        return self.heads[0]
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (B, K) of normalised images (B, 3, S, S)."""
@@ -106,7 +110,8 @@ def _timm() -> Any:
     import timm
 
     import training.models.catlip
-    import training.models.minivit  # noqa: F401  both register them
+    import training.models.minivit
+    import training.models.tinymim_star  # noqa: F401  all register them
 
     return timm
 
@@ -151,10 +156,11 @@ def new_classifier(
     if pretrained is not None and not timms_weights:
         load_backbone(trunk, pretrained, trust.trust_checkpoint)
     trunk.reset_classifier(classes)
-    head = trunk.get_classifier()
-    if not isinstance(head, nn.Linear):
-        raise UserError(f"--model {model!r}: its classifier is no single linear layer; take another network")
-    init_head(head)
+    heads = class_heads(trunk)
+    if not heads:
+        raise UserError(f"--model {model!r}: its classifier is no linear layer; take another network")
+    for head in heads:
+        init_head(head)
     data = timm.data.resolve_model_data_config(trunk)
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
     if ":" in model.removeprefix(TIMM):  # a folder or the Hub: runs and exports must work without it
@@ -163,6 +169,13 @@ def new_classifier(
     if not is_vit:
         _check_sides(student, data["input_size"][-1])
     return LoadedModel(student.eval(), None, config, data["input_size"][-1], data["mean"], data["std"])
+
+
+def class_heads(trunk: Any) -> tuple[nn.Linear, ...]:
+    """Return a timm model's linear layers over the classes: one, two of a distilled one, none of other classifiers."""
+    found = trunk.get_classifier()
+    heads = found if isinstance(found, tuple) else (found,)
+    return heads if all(isinstance(head, nn.Linear) for head in heads) else ()
 
 
 def stored_options(model: str) -> dict[str, Any]:

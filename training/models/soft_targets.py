@@ -40,8 +40,13 @@ def mixed_soft_targets(batch: dict[str, Any], classes: int, temperature: float =
     return mixed
 
 
-def hard_targets(batch: dict[str, Any]) -> Tensor:
-    """Return the teacher's most probable classes (n,) int64, as hard distillation (DeiT) takes them."""
-    logits = batch.get("soft_logits")
-    most_probable: Tensor = batch["soft_classes"][:, 0] if logits is None else logits.argmax(dim=1)
+def hard_targets(batch: dict[str, Any], prefix: str = "") -> Tensor:
+    """Return the teacher's most probable classes (n,) int64, as hard distillation (DeiT) takes them.
+
+    Args:
+        batch: As for `soft_targets`.
+        prefix: Before the names of fields.
+    """
+    logits = batch.get(f"{prefix}soft_logits")
+    most_probable: Tensor = batch[f"{prefix}soft_classes"][:, 0] if logits is None else logits.argmax(dim=1)
     return most_probable

@@ -7,18 +7,24 @@ to 1280 and a GELU lead to the two heads, whose logits are averaged in evaluatio
 from typing import Any
 
 import torch
-from timm.models import register_model
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
-from training.models.vit_teacher import DISTILLATION_TOKEN, HEADS
-
 NECK = 1280
 EPS = 1e-6
+HEADS = ("head.", "head_dist.", "fc_norm.")  # of fine-tuned ones
+DISTILLATION_TOKEN = "dist_token"
+NAME = "tinymim_star_tiny_patch16_224"
+SHAPE = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 12}
 
 
 class TinymimStar(VisionTransformerDistilled):
     """timm's distilled ViT with a neck before its two heads.
+
+    It loads its own weights, and those of an encoder of pre-training, which has neither distillation token nor neck:
+    these stay as they were drawn, and the distillation token's position is the class token's.
 
     Args:
         neck: Numbers of a feature behind it.
@@ -45,37 +51,47 @@ class TinymimStar(VisionTransformerDistilled):
 
         With ``pre_logits`` it is the mean of the two features (B, 1280).
         """
-        features = self.head_drop(self.neck(x[:, :2]))
         if pre_logits:
-            return features.mean(dim=1)
-        logits, distilled = self.head(features[:, 0]), self.head_dist(features[:, 1])
+            return self.head_drop(self.neck(x[:, :2])).mean(dim=1)
+        logits, distilled = self.logits_of_both(x)
         if self.distilled_training and self.training:
             return logits, distilled
         return (logits + distilled) / 2
 
+    def logits_of_both(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits (B, K) of the class head and of the distillation head, of tokens (B, 198, D)."""
+        features = self.head_drop(self.neck(tokens[:, :2]))
+        return self.head(features[:, 0]), self.head_dist(features[:, 1])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Give an encoder's weights the token, its position and the neck that it does not have."""
+        positions = state_dict.get(f"{prefix}pos_embed")
+        if positions is not None and f"{prefix}{DISTILLATION_TOKEN}" not in state_dict:
+            state_dict[f"{prefix}pos_embed"] = torch.cat([positions[:, :1], positions], dim=1)
+            own = self.state_dict()
+            new = [key for key in own if key == DISTILLATION_TOKEN or key.startswith("neck.")]
+            state_dict.update({f"{prefix}{key}": own[key] for key in new})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"{NAME}.untrained": {
+            "url": "",
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "interpolation": "bicubic",
+            "first_conv": "patch_embed.proj",
+            "classifier": ("head", "head_dist"),
+        }
+    }
+)
+
 
 @register_model
 def tinymim_star_tiny_patch16_224(pretrained: bool = False, **options: Any) -> TinymimStar:
-    """Build TinyMIM*-T; there are no weights to fetch. Raises ValueError when they are asked for."""
-    if pretrained:
-        raise ValueError("TinyMIM*-T has no weights to fetch: load the authors' file, or an encoder of `tinymim`")
-    shape = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 12}
-    options = {name: value for name, value in options.items() if not name.startswith(("pretrained", "cache_dir"))}
-    return TinymimStar(**{**shape, **options})
-
-
-@torch.no_grad()
-def start_from_encoder(model: TinymimStar, encoder: dict[str, Tensor]) -> None:
-    """Load an encoder of pre-training, which has neither distillation token nor neck; those keep their random weights.
-
-    Its positions are those of the class token and of the patches; the distillation token's is the class token's.
-
-    Raises:
-        RuntimeError: The encoder is of other shapes, or lacks weights.
-    """
-    weights = {key: value for key, value in encoder.items() if not key.startswith(HEADS)}
-    positions = weights["pos_embed"]
-    weights["pos_embed"] = torch.cat([positions[:, :1], positions], dim=1)
-    own = (DISTILLATION_TOKEN, "neck.", "head")
-    kept = {key: value for key, value in model.state_dict().items() if key.startswith(own)}
-    model.load_state_dict(weights | kept, strict=True)
+    """Build TinyMIM*-T; there are no weights to fetch. Options change its shape."""
+    model: TinymimStar = build_model_with_cfg(TinymimStar, NAME, pretrained, **{**SHAPE, **options})
+    return model

@@ -12,13 +12,12 @@ from shards_spec.models import MAE_DECODER, NO_TRUST, TIMM, LoadedModel, Trust, 
 from training.models.classifier import new_classifier
 from training.models.teacher import FrozenTeacher
 from training.models.tinymim import NoTower, VisionTower, set_heads, tower_of
+from training.models.tinymim_star import DISTILLATION_TOKEN, HEADS
 from training.runs.run_folder import RunFolder
 from training.runs.student import is_run, load_run
 
 RANDOM = "random"
 TARGET_BLOCK = "target_block"  # of a run's task: number and heads of the block whose relations were trained
-HEADS = ("head.", "head_dist.", "fc_norm.")  # of fine-tuned ones
-DISTILLATION_TOKEN = "dist_token"
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,20 @@ from training.data.samples import batch_plan
 from training.engine.optim import ParamGroup
 from training.evaluation.classification import batch_ranges, classification_metrics, plain_rows
 from training.losses.soft_labels import target_cross_entropy
-from training.models.classifier import Classifier, init_head, new_classifier
+from training.models.class_teacher import load_class_teacher
+from training.models.classifier import Classifier, class_heads, init_head, new_classifier
 from training.models.minivit import MiniDeiT
 from training.models.mixing import MixConfig, draw_mix, mixed_images, mixed_targets
 from training.models.range_augment import RangeAugment, curriculum_loss
 from training.models.soft_targets import mixed_soft_targets
+from training.recipes.hard_distillation import (
+    HardDistillationConfig,
+    HardTeacher,
+    cached_loss,
+    check_distillation,
+    is_distilled,
+    logits_of_both,
+)
 from training.recipes.soft_labels import open_soft_labels
 from training.recipes.tuning import (
     TuningConfig,
@@ -67,6 +76,7 @@ class TransferConfig:
     sides: OmitArgPrefixes[SideConfig] = field(default_factory=SideConfig)
     mix: OmitArgPrefixes[MixConfig] = field(default_factory=MixConfig)
     tuning: OmitArgPrefixes[TuningConfig] = field(default_factory=TuningConfig)
+    distillation: OmitArgPrefixes[HardDistillationConfig] = field(default_factory=HardDistillationConfig)
     student: OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
     optim: OmitArgPrefixes[OptimConfig] = field(default_factory=OptimConfig)
     run: OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
@@ -118,6 +128,7 @@ class TransferTask(Task):
         test: The images it is evaluated on.
         total: Steps of the run.
         item_fields: ``images`` or, where they were computed before, ``features``; and ``targets``.
+        hard_teacher: What a distillation head learns from; None where there is none, or the samples have soft labels.
     """
 
     evaluates = True
@@ -129,9 +140,13 @@ class TransferTask(Task):
         test: LabelledImageRows,
         total: int,
         item_fields: tuple[str, ...] = ("images", "targets"),
+        hard_teacher: HardTeacher | None = None,
     ) -> None:
         super().__init__(student.model, item_fields)
         self.config = config
+        self.is_distilled = is_distilled(student)
+        self.hard_teacher = hard_teacher
+        self.frozen = None if hard_teacher is None else hard_teacher.frozen
         self.test = test
         self.total = total
         self.augment = RangeAugment(student.mean, student.std) if config.range_augment else None
@@ -153,30 +168,44 @@ class TransferTask(Task):
         return draw_mix(self.config.mix, batch) if self.config.mixes else batch
 
     def forward(self, batch: Batch) -> Features:
-        """Return (n,) ``loss`` and, with RangeAugment, ``error`` of its images."""
+        """Return (n,) ``loss``, ``distillation`` of a distillation head, and RangeAugment's ``error`` of its images."""
         outputs: Features = {}
         features = batch.get("features")
         if features is None:
             images = mixed_images(batch)
             if self.augment is not None and self.training:
                 images, outputs["error"] = self.augment(images, batch.get("drawn"))
+            if self.is_distilled:
+                logits, distilled = logits_of_both(self.student.trunk, images)
+                if self.hard_teacher is None:
+                    outputs["distillation"] = cached_loss(distilled, batch)
+                else:
+                    taught = self.hard_teacher.classes(images)
+                    outputs["distillation"] = F.cross_entropy(distilled, taught, reduction="none")
+                outputs["loss"] = self._label_loss(logits, batch)
+                return outputs
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze):
                 features = self.student.encode_image(images)
-        logits, targets = self.student.head(features).float(), batch["targets"]
-        smoothing = self.config.smoothing
+        logits = self.student.head(features).float()
         if self.config.soft.soft_labels is not None:
             outputs["loss"] = target_cross_entropy(logits, mixed_soft_targets(batch, logits.shape[-1]))
-        elif "share" in batch:
-            outputs["loss"] = F.cross_entropy(
-                logits, mixed_targets(batch, logits.shape[-1], smoothing), reduction="none"
-            )
         else:
-            outputs["loss"] = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+            outputs["loss"] = self._label_loss(logits, batch)
         return outputs
 
+    def _label_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """(n,) cross-entropy of logits (n, K) with the true labels, mixed as the images are."""
+        smoothing = self.config.smoothing
+        if "share" in batch:
+            targets = mixed_targets(batch, logits.shape[-1], smoothing)
+            return F.cross_entropy(logits, targets, reduction="none")
+        return F.cross_entropy(logits, batch["targets"], reduction="none", label_smoothing=smoothing)
+
     def losses(self, features: Features, step: int) -> Losses:
-        """Return ``classes``, and ``augment`` when there is RangeAugment."""
+        """Return ``classes``, ``augment`` with RangeAugment, and ``distillation``, which has half the weight then."""
         losses = {"classes": features["loss"].mean()}
+        if "distillation" in features:
+            losses = {"classes": losses["classes"] / 2, "distillation": features["distillation"].mean() / 2}
         if "error" in features:
             losses["augment"] = curriculum_loss(features["error"], step, self.total)
         return losses
@@ -186,7 +215,9 @@ class TransferTask(Task):
         decay, trunk = self.config.tuning.layer_decay, self.student.trunk
         if decay != 1:
             return layer_groups(self, trunk, decay, weight_decay)
-        if isinstance(trunk, SwinTransformer | MiniDeiT):  # of a plain ViT all matrices decay, as for CatLIP
+        if self.is_distilled or isinstance(
+            trunk, SwinTransformer | MiniDeiT
+        ):  # of a plain ViT all matrices decay, as for CatLIP
             return exempting_groups(self, trunk, weight_decay)
         return super().param_groups(weight_decay)
 
@@ -209,6 +240,7 @@ def prepare(config: TransferConfig) -> Prepared:
     if config.tuning.drop_path is not None:
         set_linear_drop_path(base.model.trunk, config.tuning.drop_path)
     student = with_new_head(base, config, train.classes)
+    check_distillation(config.distillation, student, config.soft.soft_labels, is_frozen=config.freeze)
     plan = batch_plan(config.data.batch_size, config.sides if config.augment else None, config.run.seed)
     chosen = subset(train.labels, config.data.fraction, config.run.seed)
     images, classes = counted(len(train.labels), "image"), counted(len(train.classes), "class", "classes")
@@ -224,11 +256,24 @@ def prepare(config: TransferConfig) -> Prepared:
     if config.augment:
         views = config.views.spec(config.run.seed)
         rows = LabelledImageRows(train, student, plan, views, chosen, repeats=config.repeats)
-        return Prepared(student, rows, TransferTask(config, student, measured, total))
+        task = TransferTask(config, student, measured, total, hard_teacher=load_hard_teacher(config, student))
+        return Prepared(student, rows, task)
     plain = LabelledImageRows(train, student, plan, None, chosen)
     features = feature_rows(plain, config.run.device, config.data.workers)
     task = TransferTask(config, student, measured, total, ("features", "targets"))
     return Prepared(student, features, task)
+
+
+def load_hard_teacher(config: TransferConfig, student: LoadedModel) -> HardTeacher | None:
+    """Return the live teacher of the distillation head, None without one. Raises UserError, DataError."""
+    name, weights = config.distillation.teacher, config.distillation.teacher_weights
+    if name is None:
+        return None
+    teacher = HardTeacher(
+        load_class_teacher(name, weights, student.model.names, config.run.seed, config.student.trust), student
+    )
+    teacher.check_sides(config.sides.sides or (student.image_size,))
+    return teacher
 
 
 def load_classifier_base(config: ModelConfig, seed: int) -> LoadedModel:
@@ -258,12 +303,22 @@ def load_classifier_base(config: ModelConfig, seed: int) -> LoadedModel:
 def with_new_head(base: LoadedModel, config: TransferConfig, classes: list[str]) -> LoadedModel:
     """Return a classifier of ``classes`` with the base's trunk.
 
-    Its head is random, what the class map says, or the base's. Raises UserError where that has other classes.
+    Its heads are random, what the class map says, or the base's. Raises UserError where those have other classes.
     """
     if config.tuning.keep_head:
         return _with_own_head(base, config, classes)
-    old = base.model.head
     torch.manual_seed(config.run.seed)
+    heads = [new_head(base, old, config, classes) for old in base.model.heads]
+    trunk = base.model.trunk
+    trunk.reset_classifier(len(classes))
+    for own, head in zip(class_heads(trunk), heads, strict=True):
+        own.load_state_dict(head.state_dict())
+    student = Classifier(base.model.name, trunk, None, classes, base.model.options)
+    return LoadedModel(student.eval(), None, base.config, base.image_size, base.mean, base.std)
+
+
+def new_head(base: LoadedModel, old: nn.Linear, config: TransferConfig, classes: list[str]) -> nn.Linear:
+    """Return a head over ``classes`` in place of the base's ``old`` one. Raises UserError."""
     head = nn.Linear(old.in_features, len(classes))
     init_head(head, config.tuning.head_std)
     if config.class_map:
@@ -271,11 +326,7 @@ def with_new_head(base: LoadedModel, config: TransferConfig, classes: list[str])
             raise UserError(f"--class-map {config.class_map}: --model {config.student.model!r} has no vocabulary")
         class_map = load_class_map(config.class_map, classes, base.model.vocabulary)
         transfer_head(head, old, base.model.vocabulary, class_map, copy_bias=config.copy_bias)
-    trunk = base.model.trunk
-    trunk.reset_classifier(len(classes))
-    trunk.get_classifier().load_state_dict(head.state_dict())
-    student = Classifier(base.model.name, trunk, None, classes, base.model.options)
-    return LoadedModel(student.eval(), None, base.config, base.image_size, base.mean, base.std)
+    return head
 
 
 def _with_own_head(base: LoadedModel, config: TransferConfig, classes: list[str]) -> LoadedModel:

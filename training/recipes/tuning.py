@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from timm.layers.drop import DropPath
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -63,6 +64,8 @@ def pool_patches(base: LoadedModel) -> LoadedModel:
     model = base.model
     if not isinstance(model.trunk, VisionTransformer):
         raise UserError(f"--pooling mean: {model.name!r} is no vision transformer of timm's; leave it out")
+    if isinstance(model.trunk, VisionTransformerDistilled):
+        raise UserError(f"--pooling mean: {model.name!r} has heads on its class and distillation tokens; leave it out")
     if model.trunk.global_pool == MEAN_POOLING["global_pool"]:
         return base
     pooled = new_classifier(model.name, 1, options={**model.options, **MEAN_POOLING})

@@ -1,5 +1,6 @@
 """Recipes on cached soft labels: the live teacher's loss, views in turn, mixing, resume, and what is refused."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from small_catlip import write_folders
 from small_training import final_weights, read_metrics, tiny_config
 
@@ -25,9 +27,10 @@ from training.export import to_timm
 from training.export.config import ExportConfig
 from training.losses.relations import soft_ce, soft_kl
 from training.models.classifier import new_classifier
-from training.models.mixing import mixed_images
+from training.models.mixing import mixed_images, mixed_targets
 from training.models.soft_targets import hard_targets, soft_targets
 from training.recipes import finetune, minivit, probe
+from training.recipes.hard_distillation import logits_of_both
 from training.trainer import train
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
@@ -162,6 +165,32 @@ def test_finetune_learns_the_stored_labels(data):
         logits = task.student.eval()(batch["images"])
         expected = -(soft_targets(batch, 3) * logits.log_softmax(1)).sum(1)
         assert torch.allclose(task(batch)["loss"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["plain", "two"])
+def test_a_distillation_head_learns_the_most_probable_classes(data, teacher, tmp_path, name):
+    """DeiT's hard distillation from a cache: the live teacher's classes; of mixed images both, by their shares."""
+    small_star = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 4, "neck": 40}
+    described = {"architecture": "tinymim_star_tiny_patch16_224", "num_classes": 3, "model_args": small_star}
+    (tmp_path / "config.json").write_text(json.dumps({**described, "pretrained_cfg": {"input_size": [3, 32, 32]}}))
+    fields = {"model": f"timm:local-dir:{tmp_path}", "mixup": 0.8}
+    task, rows = (prepared(data, finetune, soft_labels=name, **fields)[part] for part in (2, 1))
+    plain = first_batch(rows, 15)
+    live = load_timm_classifier(teacher)
+    pixels = plain["images"] * torch.tensor(rows.student.std).view(3, 1, 1)
+    pixels = pixels + torch.tensor(rows.student.mean).view(3, 1, 1)
+    seen = (pixels - torch.tensor(live.mean).view(3, 1, 1)) / torch.tensor(live.std).view(3, 1, 1)
+    torch.manual_seed(1)
+    batch = task.draw(plain)
+    share = batch["share"][0]
+    with torch.no_grad():
+        taught = live.model(seen).argmax(1)
+        logits, distilled = logits_of_both(task.student.trunk.eval(), mixed_images(batch))
+        losses = task.losses(task(batch), 0)
+    own, partner = (F.cross_entropy(distilled, classes) for classes in (taught, taught.flip(0)))
+    assert torch.allclose(losses["distillation"], (share * own + (1 - share) * partner) / 2, atol=1e-5)
+    labels = F.cross_entropy(logits, mixed_targets(batch, 3, 0.1))
+    assert torch.allclose(losses["classes"], labels / 2, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_mini_vits_columns_for_384_pixels():
 
 def test_the_pages_flags_are_the_papers():
     """docs/tinymim.md names the numbers of the sheet's section 6."""
-    (config,) = documented("tinymim.md")
+    config, star = documented("tinymim.md")
     optim, tuning, views = config.optim, config.tuning, config.views
     assert optim.lr == pytest.approx(5e-4 * config.data.batch_size / 256)
     assert (config.run.epochs, optim.warmup, optim.final_lr) == (100, 5 * 1_281_167 // 1024, 1e-6)
@@ -81,6 +81,8 @@ def test_the_pages_flags_are_the_papers():
     assert config.mix == MixConfig(0.8, 1.0, 0.25)
     assert (views.ops, views.op_set, views.magnitude, views.magnitude_std) == (2, "timm-inc", 9, 0.5)
     assert (config.smoothing, config.freeze, optim.clip_norm, optim.ema_decay) == (0.1, False, None, None)
+    assert (star.distillation.teacher, star.run.epochs, star.mix) == ("timm:regnety_160.deit_in1k", 1000, config.mix)
+    assert star.optim.lr == pytest.approx(5e-4 * star.data.batch_size / 512)
 
 
 def test_rates_by_layer():
