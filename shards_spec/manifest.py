@@ -30,6 +30,7 @@ from shards_spec.layout import (
     dataset_json,
     remake_advice,
     remake_folder_advice,
+    shard_name,
     sizes_json,
     stats_path,
 )
@@ -251,11 +252,20 @@ def remove_stage(root: str, stage: str) -> None:
 def shard_sizes(root: str) -> list[int]:
     """Samples per final shard, in shard order, from ``shards/sizes.json`` (open_clip's file).
 
-    Raises UserError when `pack` has not finished.
+    Raises UserError when `pack` has not finished, DataError for a damaged file.
     """
     path = sizes_json(root)
+    fix = f"delete it and run `clipmill pack {root}` again"
     try:
-        sizes: dict[str, int] = read_json(path)
+        sizes = read_json(path, fix)
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there: run `clipmill pack {root}` to its end first") from error
-    return [sizes[name] for name in sorted(sizes, key=lambda name: int(name.split(".")[0]))]
+    expected = [f"{shard_name(shard)}.tar" for shard in range(len(sizes))] if isinstance(sizes, dict) else []
+    if not expected or sizes.keys() != {*expected} or not all(map(is_count, sizes.values())):
+        raise DataError(f"{path}: not a number of samples for each of 00000.tar, 00001.tar ...; {fix}")
+    return [sizes[name] for name in expected]
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value of a JSON file can be the number of a shard's samples."""
+    return type(value) is int and 0 <= value < 1 << 31

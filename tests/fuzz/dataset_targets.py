@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fuzz.target import Input, Target, parquet_of, placed, samples, tar_of
-from small_data import write_raw
+from small_data import draw, write_raw
 
 
 class Tree(Target):
@@ -80,6 +80,42 @@ class Dataset(Tree):
                 errors.append(error)
         if errors:
             raise errors[0]
+
+
+class Labelled(Tree):
+    """ROOT of labelled images, and the same as CLIP_benchmark's shards: ``check``, training's reader, ``ingest``."""
+
+    def build(self, valid: Path) -> None:
+        from pipeline.ingest.config import IngestConfig
+        from pipeline.ingest.stage import ingest
+        from pipeline.pack.config import PackConfig
+        from pipeline.pack.stage import pack
+
+        source = valid.with_name("class-folders")
+        for number in range(8):
+            placed(source, f"{'ab'[number % 2]}/{number}.jpg", draw(str(number))[0])
+        root = str(valid / "root")
+        ingest(IngestConfig(root, (str(source),), format="classes", shard_size=4, workers=1))
+        pack(PackConfig(root, workers=1))
+        tar = (valid / "root/raw/00000.tar").read_bytes()
+        for name, data in (("0.tar", tar), ("nshards.txt", b"1\n"), ("classnames.txt", b"a\nb\n")):
+            placed(valid / "bench", name, data)
+
+    def run(self, folder: Path, path: str, data: bytes) -> None:
+        from pipeline.check.config import CheckConfig
+        from pipeline.check.stage import check
+        from pipeline.ingest.url_lists import list_rows
+        from training.data.labelled_images import open_images
+
+        place = self.with_change(folder, path, data)
+        if path.startswith("bench/"):
+            list(list_rows(f"{place}/bench", "classes"))
+            return
+        root = f"{place}/root"
+        check(CheckConfig(root))
+        images = open_images(root, True)
+        for index in range(len(images.labels)):
+            images.image(index)
 
 
 def write_captions(root: str) -> None:

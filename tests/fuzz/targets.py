@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fuzz.dataset_targets import Dataset, Img2datasetFolder, Run
+from fuzz.dataset_targets import Dataset, Img2datasetFolder, Labelled, Run
 from fuzz.source_targets import Folder, ImageFile, List, Parquet, Tar
 from fuzz.target import Input, Target, placed
 
@@ -155,6 +155,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "dataset": Dataset,
     "run": Run,
     "img2dataset": Img2datasetFolder,
+    "labelled": Labelled,
     "checkpoint": Checkpoint,
     "json": Json,
 }

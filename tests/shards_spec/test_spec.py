@@ -324,6 +324,15 @@ def test_another_spec_version_is_refused(tmp_path):
         manifest.shard_sizes(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "text", ["3.5", "[", "{}", '{"00001.tar": 3}', '{"a": 3}', '{"00000.tar": "3"}', '{"00000.tar": -1}']
+)
+def test_damaged_sizes_of_shards_are_named(tmp_path, text):
+    files.write_bytes(str(tmp_path / "shards/sizes.json"), text.encode())
+    with pytest.raises(DataError, match=r"shards/sizes.json.*delete it and run `clipmill pack"):
+        manifest.shard_sizes(str(tmp_path))
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("int8", 5e-3)])
 def test_embeddings_round_trip(root, dtype, tolerance):
     rng = np.random.default_rng(0)

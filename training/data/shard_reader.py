@@ -5,7 +5,7 @@ from typing import Literal
 
 from shards_spec.files import DataError, UserError, join, read_buffer, read_json
 from shards_spec.layout import RAW, SHARDS, remake_advice, stats_path, tar_path
-from shards_spec.manifest import shard_ids, shard_sizes
+from shards_spec.manifest import is_count, shard_ids, shard_sizes
 from shards_spec.messages import counted
 from shards_spec.sample import Sample
 from shards_spec.tar import index_shard, read_sample
@@ -72,10 +72,21 @@ class ShardReader:
 
 
 def dataset_sizes(root: str, folder: Literal["shards", "raw"]) -> list[int]:
-    """Return the number of samples of each shard. Raises UserError when the stage has not finished or made none."""
+    """Return the number of samples of each shard.
+
+    Raises UserError when the stage has not finished or made none, DataError where its records are damaged.
+    """
     if folder == SHARDS:
         return shard_sizes(root)
     shards = shard_ids(join(root, RAW))
     if not shards:
         raise UserError(f"{join(root, RAW)} has no finished shards: run `clipmill ingest {root}` first")
-    return [read_json(stats_path(join(root, RAW), shard))["successes"] for shard in shards]
+    return [_raw_size(stats_path(join(root, RAW), shard)) for shard in shards]
+
+
+def _raw_size(path: str) -> int:
+    stats = read_json(path, remake_advice(path))
+    if not isinstance(stats, dict) or not is_count(stats.get("successes")):
+        raise DataError(f"{path}: says no number of successes; {remake_advice(path)}")
+    size: int = stats["successes"]
+    return size
