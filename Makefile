@@ -12,8 +12,8 @@ SHELL := /bin/bash
 # a process runs whole modules, whose tests share what their fixtures made
 PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadscope
 
-.PHONY: demo study-siclip study-catlip study-tinyclip study-tinymim fast test test-all fuzz gpu-kit lock lint style types \
-	tests wordnet debian clean
+.PHONY: demo study-siclip study-catlip study-tinyclip study-minivit study-tinymim fast test test-all fuzz gpu-kit lock \
+	lint style types tests wordnet debian clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipmill needs Python 3.11 or later")'
@@ -41,6 +41,9 @@ study-catlip: $(VENV)/.done wordnet
 
 study-tinyclip: $(VENV)/.done wordnet
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/study_tinyclip.sh
+
+study-minivit: $(VENV)/.done
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/study_minivit.sh
 
 study-tinymim: $(VENV)/.done
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/study_tinymim.sh

@@ -1,6 +1,7 @@
 """What the studies' tables and charts share: a run's measurements, a table's cell, curves with a legend."""
 
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,12 @@ def cell(values: Sequence[float]) -> str:
     percent = [100 * value for value in values]
     mean = 100 * statistics.mean(values)
     return f"{mean:.1f} ({min(percent):.1f}–{max(percent):.1f})"
+
+
+def fill_block(page: Path, script: str, text: str) -> None:
+    """Replace what stands in a page between the lines ``<!-- SCRIPT -->`` and ``<!-- end -->``."""
+    block = re.compile(rf"(<!-- {re.escape(script)} -->\n).*?(<!-- end -->\n)", re.S)
+    page.write_text(block.sub(lambda match: f"{match[1]}{text}{match[2]}", page.read_text()))
 
 
 def curves(series: dict[str, list[tuple[float, float]]], x: Axis, y: Axis, summary: str) -> str:

@@ -6,12 +6,11 @@ python demo/study_tinyclip.py STUDY OUT     writes OUT.svg, and in OUT.md what s
 """
 
 import json
-import re
 import statistics
 import sys
 from pathlib import Path
 
-from study import cell, curves, lines
+from study import cell, curves, fill_block, lines
 from table import metrics
 
 from pipeline.report.axes import linear
@@ -33,7 +32,6 @@ ENDS = {"stages": "stage-2"}  # where the last student of a row's chain is
 TIMED = ("affinity", "affinity15", "manual", "auto", "large", "feature", "manual_feature")
 REFERENCES = ("scratch", "affinity", "feature")
 DRAWN = ("scratch", "feature", "affinity", "manual", "auto")
-BLOCK = re.compile(r"(<!-- study_tinyclip\.py -->\n).*?(<!-- end -->\n)", re.S)
 METRICS = ("acc1", "text_retrieval_recall@1", "image_retrieval_recall@1")
 
 
@@ -151,8 +149,7 @@ def main() -> None:
     tables = f"{results(study)}\n{speeds(study)}"
     out.with_suffix(".svg").write_text(chart(study))
     print(tables)
-    page = out.with_suffix(".md")
-    page.write_text(BLOCK.sub(lambda match: f"{match[1]}{tables}{match[2]}", page.read_text()))
+    fill_block(out.with_suffix(".md"), Path(__file__).name, tables)
 
 
 if __name__ == "__main__":
