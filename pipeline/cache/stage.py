@@ -170,10 +170,16 @@ def cache_shard(
         ids = {id_column(name): shard.ids[id_column(name)] for name in columns}
         outputs[path] = write_vectors(join(root, path), shard.keys, columns, ids, meta)
     _remove_stale_files(root, stage.folder, task.shard, outputs, previous)
-    captions = sum(map(len, shard.captions)) if has_texts else 0
-    images = "image vectors" if config.soft_labels is None else "soft labels"
-    counters = {images: len(shard.keys) * config.views, "text vectors": captions}
+    counters = _counters(shard, config, has_texts)
     return ShardResult({"success": len(shard.keys)}, outputs, counters=counters, measurements=measurements)
+
+
+def _counters(shard: ShardIndex, config: CacheConfig, has_texts: bool) -> dict[str, int]:
+    """What a shard's cache has, for the dataset's totals."""
+    views = len(shard.keys) * config.views
+    if config.soft_labels is not None:
+        return {"soft labels": views}
+    return {"image vectors": views, "text vectors": sum(map(len, shard.captions)) if has_texts else 0}
 
 
 def _software() -> dict[str, str]:

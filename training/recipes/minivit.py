@@ -14,6 +14,7 @@ Target (ImageNet-1k, the release): Mini-Swin-T 81.3 (12.0 M parameters), -S 83.9
       --model timm:mini_deit_small_patch16_224 --teacher timm:regnety_160.deit_in1k      Mini-DeiT-S, by labels alone
         --attention-weight 0 --hidden-weight 0 --prediction deit --repeats 3
         --warmup 6255 --clip-norm None --ema-decay 0.99996
+      --soft-labels NAME --attention-weight 0 --hidden-weight 0                          a cache's labels, no teacher
 
 From the released code, Mini-Swin's column: batch 1024, AdamW (0.9, 0.999), lr 1e-3 after 20 epochs of warm-up (25,020
 steps of ImageNet-1k) from 1e-6, cosine to 1e-5, weight decay 0.05, clip 5, crops of (0.08, 1), RandAugment
@@ -23,6 +24,7 @@ m9-mstd0.5-inc1, mixup 0.8, CutMix 1, erasing 0.25, smoothing 0.1. Readings:
 - Head maps do not decay, since those that start as the identity would be pulled to 0. With ``--inherit`` they do start
   as the identity.
 - RandAugment takes the place of colour jitter, as in timm.
+- Cached soft labels: mixed images have the mixed labels of both, where a live teacher sees the mixed image.
 - Repeated augmentation: the views of an image stand next to each other, an epoch is as many views as there are images.
 """
 
