@@ -2,7 +2,7 @@
 """What cached soft labels cost and lose: a step beside a plain one and a live teacher's, and students of k labels.
 
     python tests/bench/soft_labels.py steps FOLDER [--batch 4] [--rounds 3]
-    python tests/bench/soft_labels.py gap FOLDER [--seeds 2] [--steps 400]
+    python tests/bench/soft_labels.py gap FOLDER [--seeds 2] [--steps 250] [--teacher-steps 1000]
 
 FOLDER keeps what is made, so that a call goes on where another stopped. Both are on one thread and measure CPU seconds.
 ``steps``: Mini-DeiT-S by true labels, by cached ones and by a live RegNetY-16GF (random weights, 224 pixels): reading a
@@ -13,6 +13,7 @@ against the live teacher's. Accuracy: on test images, of students that learnt fr
 
 import argparse
 import io
+import json
 import statistics
 import time
 from itertools import product
@@ -52,6 +53,8 @@ TINY, SMALL = "timm:mini_deit_test", "timm:mini_deit_small_patch16_224"
 LARGE = "timm:regnety_160"
 VIEWS = ViewConfig(scale=(0.5, 1.0), flip=0.5)
 KEPT = ("all", 100, 10, 1)
+PER_CLASS = {"train": 4, "test": 2}  # images of `gap`
+GROUNDS = ("gray", "navy", "olive", "teal", "pink", "brown", "orange", "purple")
 
 
 def draw(shape: str, colour: str, ground: str, seed: int, size: int) -> bytes:
@@ -105,18 +108,18 @@ def recipe(data: str, model: str, **parts: object) -> minivit.MinivitConfig:
         "optim": OptimConfig(lr=3e-3, weight_decay=0.05, beta2=0.999, warmup=20, clip_norm=5.0),
         "run": RunConfig(device="cpu", precision="fp32"),
     }
-    return minivit.MinivitConfig(**{**given, **parts})  # type: ignore[arg-type]
+    return minivit.MinivitConfig(**{**given, **parts})
 
 
 def labels_alone(**fields: object) -> minivit.DistillationConfig:
-    return minivit.DistillationConfig(attention_weight=0.0, hidden_weight=0.0, **fields)  # type: ignore[arg-type]
+    return minivit.DistillationConfig(attention_weight=0.0, hidden_weight=0.0, **fields)
 
 
 def store(data: str, teacher: str, kept: int | str, views: int) -> str:
     """Name of a cache of the teacher's labels of the training images."""
     spec = ViewSpec(scale=VIEWS.scale, flip=VIEWS.flip)
     name = f"top-{kept}"
-    cache(CacheConfig(f"{data}/train", teacher, name=name, views=views, spec=spec, device="cpu", soft_labels=kept))  # type: ignore[arg-type]
+    cache(CacheConfig(f"{data}/train", teacher, name=name, views=views, spec=spec, device="cpu", soft_labels=kept))
     return name
 
 
@@ -146,7 +149,7 @@ def steps(folder: Path, batch: int, rounds: int) -> None:
         for what, (_, rows, task) in prepared.items():
             start = time.process_time()
             features = task.train()(task.draw(first_batch(rows, batch)))
-            torch.stack([*task.losses(features, 0).values()]).sum().backward()  # type: ignore[no-untyped-call]
+            torch.stack([*task.losses(features, 0).values()]).sum().backward()
             task.zero_grad()
             seconds[what].append(time.process_time() - start)
     medians = {what: statistics.median(own[1:]) for what, own in seconds.items()}
@@ -154,25 +157,24 @@ def steps(folder: Path, batch: int, rounds: int) -> None:
         print(f"{what}: {own:.2f} s per step of {batch}, {own / medians['true labels']:.2f} times", flush=True)
 
 
-def gap(folder: Path, seeds: int, count: int) -> None:
-    """Print what is lost with k labels."""
+def gap(folder: Path, seeds: int, count: int, teacher_steps: int) -> None:
+    """Print what is lost with k labels, of ``seeds`` students of ``count`` steps."""
     data = str(folder)
     if not exists(f"{data}/train/shards/sizes.json"):
-        make_images(folder, ("gray", "navy", "olive", "teal", "pink", "brown", "orange", "purple"), PER_CLASS, 40)
+        make_images(folder, GROUNDS, PER_CLASS, 40)
 
-    def run(out: str, seed: int, **parts: object) -> str:
-        config = RunConfig(str(folder / out), steps=count, seed=seed, device="cpu", precision="fp32")
+    def run(out: str, seed: int, steps: int = count, **parts: object) -> str:
+        config = RunConfig(str(folder / out), steps=steps, seed=seed, device="cpu", precision="fp32")
         return train("minivit", recipe(data, TINY, run=config, **parts))
 
-    taught = load_run(run("teacher", 0))[0]
+    taught = load_run(run("teacher", 0, teacher_steps))[0]
     to_timm.write(folder / "exported", taught, ExportConfig(str(folder / "teacher"), str(folder / "exported")))
     teacher = f"timm:local-dir:{folder / 'exported'}"
     stored = {kept: SoftLabelConfig(store(data, teacher, kept, 4)) for kept in KEPT}
     rows = {kept: {"soft": own, "distillation": labels_alone()} for kept, own in stored.items()}
-    accuracies = {
-        kept: [_accuracy(run(f"top-{kept}-{seed}", seed, **own)) for seed in range(1, seeds + 1)]
-        for kept, own in rows.items()
-    }  # type: ignore[arg-type]
+    accuracies = dict[int | str, list[float]]()
+    for kept, own in rows.items():
+        accuracies[kept] = [_accuracy(run(f"top-{kept}-{seed}", seed, **own)) for seed in range(1, seeds + 1)]
     true = [_accuracy(run(f"true-{seed}", seed)) for seed in range(1, seeds + 1)]
     print(f"teacher {100 * _accuracy(str(folder / 'teacher')):.1f}; true labels {_percent(true)}", flush=True)
     student = load_run(str(folder / "top-all-1"))[0].model.eval()
@@ -188,7 +190,7 @@ def gap(folder: Path, seeds: int, count: int) -> None:
             loss = target_cross_entropy(own, targets)
             moved = (targets - theirs.softmax(1)).abs().sum(1).mean().item() / 2
         path = f"{data}/train/teacher/{soft.soft_labels}/00000.parquet"
-        width = format_of(path, EmbeddingFile(path).meta).width  # type: ignore[union-attr]
+        width = format_of(path, EmbeddingFile(path).meta).width
         print(
             f"{kept}: {width} bytes per view, loss {loss.mean() / expected.mean() - 1:+.2%} "
             f"(largest of a view {((loss - expected).abs() / expected).max():.2%}), probability moved {moved:.2%}, "
@@ -197,12 +199,10 @@ def gap(folder: Path, seeds: int, count: int) -> None:
         )
 
 
-PER_CLASS = {"train": 4, "test": 2}
-
-
 def _accuracy(run: str) -> float:
-    lines = [line for line in Path(run, "metrics.jsonl").read_text().splitlines() if '"eval"' in line]
-    return float(lines[-1].split('"acc1": ')[1].split(",")[0].rstrip("}"))
+    lines = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    accuracy: float = [line["eval"]["acc1"] for line in lines if "eval" in line][-1]
+    return accuracy
 
 
 def _percent(values: list[float]) -> str:
@@ -216,13 +216,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--teacher-steps", type=int, default=1000)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "steps":
         steps(options.folder, options.batch, options.rounds)
     else:
-        gap(options.folder, options.seeds, options.steps)
+        gap(options.folder, options.seeds, options.steps, options.teacher_steps)
 
 
 if __name__ == "__main__":
