@@ -161,7 +161,7 @@ def _named_folders(source: str) -> list[tuple[str, str]]:
 
 def _imagenet_labels(folders: Sequence[str]) -> dict[str, int] | None:
     try:
-        return imagenet.labels_of_folders(folders, "")
+        return imagenet.labels_of_folders(folders, "", "")
     except UserError:  # WNIDs of a larger set, such as ImageNet-21k
         return None
 
