@@ -284,9 +284,9 @@ def _compare(function: Callable[[Any, Any], Any], config: Any) -> Any:
 def _search(function: Callable[[Any, Any], Any], config: Any) -> int:
     """Search with the model that the config names; pipeline/ and training/ do not import each other."""
     from pipeline.search.page import write_search_page
-    from training.evaluation.features import load_features
+    from training.evaluation.features import load_embedding_model
 
-    model = load_features(
+    model = load_embedding_model(
         config.model,
         config.pretrained,
         raw=config.raw,

@@ -14,6 +14,8 @@ class FeatureModel(Protocol):
     """how pages and messages call it"""
     identity: dict[str, Any]
     """every setting that affects a feature of an image, as JSON: an index of another identity is another index"""
+    image_size: int
+    """pixels S of the image tower's input"""
     batch_size: int
     """images per forward pass"""
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pipeline.report import render, write_page
 from pipeline.report.samples import thumbnail
-from pipeline.search.sources import ImageEntry, ImageSource
+from pipeline.search.sources import ImageEntry, ImageSource, ReadImage
 from pipeline.search.stage import QueryResult, SearchResult
 from shards_spec.files import DataError
 
@@ -15,7 +15,7 @@ class FoundImage:
 
     rank: int
     score: float
-    path: str
+    name: str
     image: str | None
     width: int
     height: int
@@ -40,16 +40,16 @@ def write_search_page(path: str, result: SearchResult) -> str:
 def _section(result: QueryResult, source: ImageSource) -> QuerySection:
     """Images of a dataset are read tar by tar, hence sorted by name first."""
     names = sorted(hit.name for hit in result.hits)
-    images = {entry.name: _shown(data) for entry, data in source.read(ImageEntry(name, 0) for name in names)}
+    images = {entry.name: _shown(read) for entry, read in source.read(ImageEntry(name, 0) for name in names)}
     found = [
-        FoundImage(rank, hit.score, source.path(hit.name), *images.get(hit.name, (None, 0, 0)))
+        FoundImage(rank, hit.score, hit.name, *images.get(hit.name, (None, 0, 0)))
         for rank, hit in enumerate(result.hits, start=1)
     ]
-    return QuerySection(result.query, _shown(result.image)[0] if result.image else None, found)
+    return QuerySection(result.query, thumbnail(result.image)[0] if result.image else None, found)
 
 
-def _shown(data: bytes) -> tuple[str | None, int, int]:
+def _shown(read: ReadImage) -> tuple[str | None, int, int]:
     try:
-        return thumbnail(data)
-    except DataError:  # changed since it was embedded
+        return thumbnail(read())
+    except (DataError, OSError):  # changed since it was embedded
         return None, 0, 0

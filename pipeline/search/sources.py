@@ -6,8 +6,9 @@ bytes of a sample. Samples are read for it once; `TarListing` keeps what they we
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 
 import pyarrow as pa
@@ -25,6 +26,9 @@ from shards_spec.tar_members import Member
 log = logging.getLogger(__name__)
 IN_TAR = ".tar:"  # of a sample's name: TAR:KEY
 DATASET_FILES = (".parquet", ".json")  # beside a dataset's tars
+
+
+ReadImage = Callable[[], bytes]
 
 
 @dataclass(frozen=True)
@@ -118,12 +122,12 @@ class ImageSource:
         entries = listing.get(tar, stamp)
         if entries is None:
             entries = []
-            for key, data in self._read_tar(tar):
-                entries.append(ImageEntry(f"{tar}:{key}", content_id(f"{tar}:{key}\0{content_id(data)}".encode())))
+            for key, read in self._read_tar(tar):
+                entries.append(ImageEntry(f"{tar}:{key}", content_id(f"{tar}:{key}\0{content_id(read())}".encode())))
             listing.put(tar, stamp, entries)
         yield from entries
 
-    def _read_tar(self, tar: str, wanted: set[str] | None = None) -> Iterator[tuple[str, bytes]]:
+    def _read_tar(self, tar: str, wanted: set[str] | None = None) -> Iterator[tuple[str, ReadImage]]:
         """Key and image of the samples of a tar, of all without ``wanted``."""
         path = join(self.folder, tar)
         try:
@@ -132,7 +136,7 @@ class ImageSource:
                     if wanted is None or key in wanted:
                         image = _image_member(members)
                         if image is not None:
-                            yield key, image.read(buffer)
+                            yield key, partial(image.read, buffer)
                         else:
                             self.left_out["sample without an image"] += 1
         except DataError as error:
@@ -140,22 +144,18 @@ class ImageSource:
                 self.left_out["damaged tar"] += 1
                 log.warning("%s; what comes before the damage is searched", error)
 
-    def read(self, entries: Iterable[ImageEntry]) -> Iterator[tuple[ImageEntry, bytes]]:
-        """Yield the encoded image of each entry, in order; those that are gone meanwhile are counted."""
+    def read(self, entries: Iterable[ImageEntry]) -> Iterator[tuple[ImageEntry, ReadImage]]:
+        """Yield each entry, in order, with the function that reads its encoded image; it may be called in a thread.
+
+        Samples that left their tar meanwhile are left out; the function raises OSError for a file that is gone.
+        """
         for tar, group in groupby(entries, key=lambda entry: tar_of(entry.name)):
             if not tar:
-                yield from self._read_files(group)
+                yield from ((entry, partial(read_bytes, join(self.folder, entry.name))) for entry in group)
                 continue
             by_key = {entry.name.removeprefix(f"{tar}:"): entry for entry in group}
-            for key, data in self._read_tar(tar, set(by_key)):
-                yield by_key[key], data
-
-    def _read_files(self, entries: Iterable[ImageEntry]) -> Iterator[tuple[ImageEntry, bytes]]:
-        for entry in entries:
-            try:
-                yield entry, read_bytes(join(self.folder, entry.name))
-            except OSError as error:
-                self.left_out[(error.strerror or "cannot be read").lower()] += 1
+            for key, read in self._read_tar(tar, set(by_key)):
+                yield by_key[key], read
 
     def path(self, name: str) -> str:
         """Return how results show an image: the path of its file, or of its tar and the key."""

@@ -14,7 +14,7 @@ from pipeline.report import check_page_path
 from pipeline.search.config import SearchConfig
 from pipeline.search.index import FeatureIndex, Hit
 from pipeline.search.model import FeatureModel
-from pipeline.search.sources import ImageEntry, ImageSource, TarListing, open_source
+from pipeline.search.sources import ImageEntry, ImageSource, ReadImage, TarListing, open_source
 from shards_spec.files import DataError, UserError, join, json_bytes, read_bytes, remove_stale, sha256_json
 from shards_spec.images import crop_extreme_aspect, decode_rgb
 from shards_spec.lock import locked
@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 INDEX = ".clipmill-search"  # below the images; hidden, so that no command takes it for a part of them
 LISTED = 4096  # images of the listing looked up at a time
 WRITE_ROWS = 8192  # images of a new file
+DECODED_SIDES = 2  # a large JPEG is decoded at a part of its size, with at least so many sides of the model's input
+NAMED = 20  # images that do not decode and are named; the others are counted
 WRITE_S = 60.0  # or as many seconds: what a killed search embeds again
 
 
@@ -82,7 +84,7 @@ def search(config: SearchConfig, model: FeatureModel) -> SearchResult:
         raise UserError(_nothing(config, source, folder))
     features = [model.embed_texts(config.text)] if config.text else []
     if queries:
-        features.append(model.embed_images([_prepared(model, path, data) for path, data in queries]))
+        features.append(model.embed_images([_prepared_query(model, path, data) for path, data in queries]))
     images: list[tuple[str, bytes | None]] = [(text, None) for text in config.text]
     images += queries
     found = index.search(np.concatenate(features), config.top) if features else []
@@ -102,9 +104,14 @@ def _read_query(path: str) -> tuple[str, bytes]:
         raise UserError(f"--image {path}: {(error.strerror or 'not there').lower()}; give an image file") from error
 
 
-def _prepared(model: FeatureModel, path: str, data: bytes) -> np.ndarray:
+def _prepared(model: FeatureModel, data: bytes) -> np.ndarray:
+    """An encoded image as the image tower takes it. Raises DataError when it does not decode."""
+    return model.prepare(crop_extreme_aspect(decode_rgb(data, shorter_side=DECODED_SIDES * model.image_size)))
+
+
+def _prepared_query(model: FeatureModel, path: str, data: bytes) -> np.ndarray:
     try:
-        return model.prepare(crop_extreme_aspect(decode_rgb(data)))
+        return _prepared(model, data)
     except DataError as error:
         raise UserError(f"--image {path}: {error}; give an image file") from error
 
@@ -151,12 +158,14 @@ def _embed_missing(source: ImageSource, index: FeatureIndex, model: FeatureModel
             known = index.keep(np.array([entry.id for entry in entries], np.uint64))
             yield from (entry for entry, is_known in zip(entries, known, strict=True) if not is_known)
 
-    def prepare(item: tuple[ImageEntry, bytes]) -> tuple[ImageEntry, np.ndarray | str]:
-        entry, data = item
+    def prepare(item: tuple[ImageEntry, ReadImage]) -> tuple[ImageEntry, np.ndarray | str]:
+        entry, read = item
         try:
-            return entry, model.prepare(crop_extreme_aspect(decode_rgb(data)))
+            return entry, _prepared(model, read())
         except DataError as error:
             return entry, str(error)
+        except OSError as error:  # it is gone, or may not be read
+            return entry, f"cannot be read: {(error.strerror or str(error)).lower()}"
 
     threads = cpu_count() or 1
     prepared = prefetch_map(prepare, source.read(missing()), threads, depth=2 * model.batch_size)
@@ -177,11 +186,14 @@ def _embed_missing(source: ImageSource, index: FeatureIndex, model: FeatureModel
 def _usable(
     prepared: Iterator[tuple[ImageEntry, np.ndarray | str]], source: ImageSource
 ) -> Iterator[tuple[ImageEntry, np.ndarray]]:
-    """The images that decode; the others are named and counted."""
+    """The images that decode; the others are counted, and the first `NAMED` named."""
+    named = 0
     for entry, pixels in prepared:
         if isinstance(pixels, str):
             source.left_out[pixels] += 1
-            log.warning("%s: %s; left out", source.path(entry.name), pixels)
+            named += 1
+            if named <= NAMED:
+                log.warning("%s: %s; left out", source.path(entry.name), pixels)
         else:
             yield entry, pixels
 

@@ -1,6 +1,8 @@
 """A model by any name as `clipmill search` uses it: unit features of images and texts in one space."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,37 +13,39 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 
-from shards_spec.files import UserError
-from shards_spec.models import LoadedModel, Trust, model_label, pick_device, weights_sha256
+from shards_spec.files import UserError, sha256_file
+from shards_spec.models import LOCAL_DIR, NO_TRUST, LoadedModel, Trust, model_label, pick_device, weights_sha256
 from training.evaluation.config import EvalConfig
+from training.evaluation.cost import inference_form
 from training.evaluation.stage import load_measured
+from training.export.onnx_model import IMAGE_FILE, TEXT_FILE, is_onnx, load_onnx
 
 
-class TorchFeatures:
-    """Unit features that a model computes in torch.
+class EmbeddingModel:
+    """A model that gives images and texts unit features, and says what they depend on.
 
     Args:
         loaded: The model with its tokenizer.
         name: How pages and messages call it.
+        weights: A hash of its weights.
         device: Where it computes.
         bf16: Under autocast to bfloat16.
         batch_size: Images or texts per forward pass.
     """
 
-    def __init__(self, loaded: LoadedModel, name: str, device: str, bf16: bool, batch_size: int) -> None:
+    def __init__(
+        self, loaded: LoadedModel, *, name: str, weights: str, device: str, bf16: bool, batch_size: int
+    ) -> None:
         self.name = name
         self.batch_size = batch_size
+        self.image_size = loaded.image_size
         preprocess = open_clip.get_model_preprocess_cfg(loaded.model)
-        self.identity: dict[str, Any] = {
-            "weights_sha256": weights_sha256(loaded.model),
-            "preprocess": preprocess,
-            "precision": "bf16" if bf16 else "fp32",
-        }
+        precision = "bf16" if bf16 else "fp32"
+        self.identity: dict[str, Any] = {"weights_sha256": weights, "preprocess": preprocess, "precision": precision}
         self._loaded = loaded
         self._device = torch.device(device)
         self._bf16 = bf16
         self._transform = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
-        loaded.model.to(device).eval()
 
     def prepare(self, image: Image.Image) -> np.ndarray:
         """Return the input of the image tower, (3, S, S) float32, for an upright RGB image."""
@@ -68,24 +72,44 @@ class TorchFeatures:
         return unit
 
 
-def load_features(
+def load_embedding_model(
     model: str,
     pretrained: str | None = None,
     *,
     raw: bool = False,
     best: bool = False,
-    trust: Trust,
+    trust: Trust = NO_TRUST,
     device: str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
     batch_size: int = 64,
-) -> TorchFeatures:
-    """Load a model for a search, by whatever `clipmill eval` takes.
+) -> EmbeddingModel:
+    """Load a model by whatever `clipmill eval` takes, or a folder of `clipmill export --format onnx`.
 
-    Raises UserError when there is no such model, or it has no text tower.
+    Raises UserError when there is no such model, it has no text tower, or an option does not fit it.
     """
+    folder = model.removeprefix(LOCAL_DIR)
+    name = model_label(str(Path(folder).resolve()) if Path(folder).is_dir() else model, pretrained)
+    if is_onnx(folder):
+        given = {"--pretrained": pretrained, "--raw": raw, "--best": best, "--precision bf16": precision == "bf16"}
+        if unused := [flag for flag, value in given.items() if value]:
+            raise UserError(f"{unused[0]} would not be used: {folder} is an ONNX export, which is used as it is")
+        if device not in ("auto", "cpu"):
+            raise UserError(f"--device {device!r}: {folder} is an ONNX export, which runs on the CPU here")
+        weights = "-".join(sha256_file(str(path)) for path in _graph_files(Path(folder)))
+        loaded = load_onnx(folder)
+        return EmbeddingModel(loaded, name=name, weights=weights, device="cpu", bf16=False, batch_size=batch_size)
     place = pick_device(device)
     config = EvalConfig((model,), data=("none",), pretrained=pretrained, raw=raw, best=best, trust=trust)
     loaded, _ = load_measured(config, model)
     if loaded.tokenizer is None:
         raise UserError(f"{model} has no text tower, and a search compares images with texts: give a CLIP")
-    return TorchFeatures(loaded, model_label(model, pretrained), place, precision == "bf16", batch_size)
+    weights = weights_sha256(loaded.model)
+    loaded = replace(loaded, model=inference_form(loaded.model).to(place))
+    return EmbeddingModel(
+        loaded, name=name, weights=weights, device=place, bf16=precision == "bf16", batch_size=batch_size
+    )
+
+
+def _graph_files(folder: Path) -> list[Path]:
+    """The files of both towers; large weights lie beside their graph."""
+    return sorted(path for file in (IMAGE_FILE, TEXT_FILE) for path in folder.glob(f"{file}*"))

@@ -17,9 +17,8 @@ from pipeline.search.config import SearchConfig
 from pipeline.search.index import FeatureIndex
 from pipeline.search.stage import search
 from shards_spec.files import UserError
-from shards_spec.models import NO_TRUST
 from shards_spec.sample import Sample
-from training.evaluation.features import load_features
+from training.evaluation.features import load_embedding_model
 from training.trainer import train
 
 
@@ -52,7 +51,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(run):
-    return load_features(run, trust=NO_TRUST)
+    return load_embedding_model(run)
 
 
 def write_walls(folder: Path, each: int = 4) -> None:
@@ -192,7 +191,7 @@ def test_a_damaged_file_of_the_index_is_made_again(model, tmp_path, caplog):
 def test_another_model_has_an_index_of_its_own(model, run, tmp_path):
     write_walls(tmp_path, each=1)
     find(model, tmp_path)
-    other = Counting(load_features(run, trust=NO_TRUST, precision="bf16"))
+    other = Counting(load_embedding_model(run, precision="bf16"))
     find(other, tmp_path)
     assert other.embedded == 4
     assert len({path.parent for path in index_files(tmp_path)}) == 2
