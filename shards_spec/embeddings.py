@@ -12,6 +12,7 @@ import json
 import os
 import weakref
 from dataclasses import dataclass
+from functools import cached_property
 from typing import IO, Any, Literal
 
 import numpy as np
@@ -167,7 +168,7 @@ class EmbeddingFile:
             columns = parquet.schema_arrow.names
             self.names = [name for name in columns if _holds_vectors(name)]
             small = parquet.read([name for name in columns if name not in self.names])
-            self.keys: list[str] = small.column("key").to_pylist()
+            self._keys = small.column("key")
             self._small = {name: _as_numpy(small.column(name)) for name in small.column_names[1:]}
             self.dim, self.dtype = self.meta["dim"], STORED[self.meta["dtype"]]
             self._ends = dict[str, int]()  # where each column's vectors end
@@ -179,6 +180,19 @@ class EmbeddingFile:
         if not is_url(self._at):
             self._descriptor = os.open(self._at, os.O_RDONLY)
             weakref.finalize(self, os.close, self._descriptor)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """The key of each row."""
+        keys: list[str] = self._keys.to_pylist()
+        return keys
+
+    def key(self, index: int) -> str:
+        """The key of one row; unlike `keys`, it makes no list of all."""
+        return str(self._keys[index])
 
     def ids(self, name: str) -> np.ndarray | None:
         """Content ids, uint64 (n,), of what each row of a column was made from, 0 where null; None when not known."""
@@ -192,17 +206,23 @@ class EmbeddingFile:
         start = end - int(present.sum()) * self.dim * self.dtype.itemsize
         dense = np.frombuffer(self._read(start, end), self.dtype).reshape(-1, self.dim)
         values = dense
-        if len(dense) != len(self.keys):
-            values = np.zeros((len(self.keys), self.dim), self.dtype)
+        if len(dense) != len(self):
+            values = np.zeros((len(self), self.dim), self.dtype)
             values[present] = dense
         return Vectors(values, self._small.get(f"{name}_scale"), present)
 
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """(stop - start, D) as stored, of consecutive rows of a column without nulls; only they are read."""
+    def read_rows(self, name: str, start: int, into: np.ndarray) -> None:
+        """Fill a C-contiguous (n, D) array of the stored type with rows from ``start`` on of a column without nulls.
+
+        Raises DataError when the file is shorter than that.
+        """
         width = self.dim * self.dtype.itemsize
-        begin = self._ends[name] - len(self.keys) * width
-        data = self._read(begin + start * width, begin + stop * width)
-        return np.frombuffer(data, self.dtype).reshape(-1, self.dim)
+        begin = self._ends[name] - (len(self) - start) * width
+        if is_url(self._at):
+            data = self._read(begin, begin + into.nbytes)
+            into[:] = np.frombuffer(data, self.dtype).reshape(into.shape)
+        elif os.preadv(self._descriptor, [into.data], begin) != into.nbytes:
+            raise DataError(f"{self.path}: shorter than its footer says; {FIX}")
 
     def row(self, name: str, index: int) -> np.ndarray:
         """(D,) float32 of one row; NaN where null. Raises DataError as `vectors` does."""

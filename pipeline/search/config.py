@@ -16,7 +16,8 @@ class SearchConfig:
     """Find images by a text or by another image: cosine of a model's features, kept in an index beside the images."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """RUN folder, open_clip name (with --pretrained), local-dir:FOLDER, or a folder with an open_clip_config.json"""
+    """RUN folder, open_clip name (with --pretrained), local-dir:FOLDER, or a folder that `clipmill export` wrote for
+    open_clip or onnx"""
     images: str
     """folder of images at any depth, tars of samples among them too, or the ROOT of a dataset: its shards/, before
     `pack` its raw/; a path or URL"""

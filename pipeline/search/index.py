@@ -6,20 +6,25 @@ whose identity no image has any more is dead; rows of small files and of those w
 """
 
 import logging
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from pipeline.core.prefetch import prefetch_map
 from shards_spec.embeddings import EmbeddingFile, encode_vectors, write_vectors
 from shards_spec.files import DataError, join, names, remove
 
 log = logging.getLogger(__name__)
 FILE_ROWS = 65_536  # rows of a file at the most
-BLOCK_ROWS = 4096  # compared with the queries at a time: 8 MB of 512 floats, which a cache holds
+BLOCK_ROWS = 4096  # compared with the queries at a time: 8 MB of 512 floats, which stay in a core's cache
 COLUMN = "image_0"
+Row = TypeVar("Row")
 FILE = re.compile(r"(\d{5,})\.parquet")
 
 
@@ -27,7 +32,7 @@ FILE = re.compile(r"(\d{5,})\.parquet")
 class IndexedFile:
     """A file of the index: ``ids`` (n,) uint64 identities, ``alive`` (n,) whether an image of today has them."""
 
-    path: str
+    opened: EmbeddingFile
     ids: np.ndarray
     alive: np.ndarray
 
@@ -56,14 +61,15 @@ class FeatureIndex:
 
     def _open(self, path: str) -> None:
         try:
-            ids = EmbeddingFile(path).ids(COLUMN)
+            opened = EmbeddingFile(path)
+            ids = opened.ids(COLUMN)
             if ids is None:
                 raise DataError(f"{path}: no identities in it")
         except DataError as error:
             log.warning("%s: damaged; its images are embedded again (%s)", path, error)
             remove(path)
             return
-        self.files.append(IndexedFile(path, ids, np.zeros(len(ids), bool)))
+        self.files.append(IndexedFile(opened, ids, np.zeros(len(ids), bool)))
 
     def _sort(self) -> None:
         """Make the table of all rows by identity; of several rows of one identity the first counts."""
@@ -96,7 +102,7 @@ class FeatureIndex:
         path = join(self.folder, f"{self._next:05d}.parquet")
         write_vectors(path, keys, {COLUMN: encode_vectors(features, "float32")}, {"id_image": ids}, self._meta)
         self._next += 1
-        self.files.append(IndexedFile(path, ids, np.ones(len(ids), bool)))
+        self.files.append(IndexedFile(EmbeddingFile(path), ids, np.ones(len(ids), bool)))
 
     def merge(self) -> None:
         """Write the living rows of small files, and of files half dead, to files of `FILE_ROWS`; delete those."""
@@ -115,64 +121,86 @@ class FeatureIndex:
     def _merge(self, files: list[IndexedFile]) -> None:
         keys, features = list[str](), list[np.ndarray]()
         for file in files:
-            opened = EmbeddingFile(file.path)
             rows = np.flatnonzero(file.alive)
-            keys += [opened.keys[row] for row in rows]
-            features.append(opened.vectors(COLUMN).values[rows])
+            keys += [file.opened.key(row) for row in rows.tolist()]
+            features.append(file.opened.vectors(COLUMN).values[rows])
         if keys:
             self.add(keys, np.concatenate([file.ids[file.alive] for file in files]), np.concatenate(features))
         for file in files:  # after the merged file is there: a kill between leaves rows twice, of which one counts
-            remove(file.path)
+            remove(file.opened.path)
 
     def search(self, queries: np.ndarray, top: int) -> list[list[Hit]]:
         """Return for each of the (q, D) unit features the ``top`` images of the highest cosine, best first.
 
-        Equal cosines are in the order of the index.
+        Equal cosines are in the order of the index. Files are compared side by side, each by one thread: a product
+        of a few megabytes that is divided among threads waits for the slowest of them, on a busy machine for long.
         """
-        best = [_Best(top) for _ in queries]
-        for number, file in enumerate(self.files):
-            for start, block in _blocks(file):
-                scores = np.where(file.alive[start : start + len(block), None], block @ queries.T, -np.inf)
-                for query, of_query in enumerate(best):
-                    of_query.add(number, start, scores[:, query])
-        return self._named(best)
+        threads = os.cpu_count() or 1
+        best = [_Best[tuple[int, int]](top) for _ in queries]
+        with _one_thread_each():
+            of_files = prefetch_map(partial(_compare, queries=queries, top=top), self.files, threads, 2 * threads)
+            for number, of_file in enumerate(of_files):
+                for total, own in zip(best, of_file, strict=True):
+                    total.add([(number, row) for row in own.rows], own.scores)
+        return [self._hits(of_query) for of_query in best]
 
-    def _named(self, best: list["_Best"]) -> list[list[Hit]]:
-        """The hits with the names of their images; a file's names are read once."""
-        names_of = dict[tuple[int, int], str]()
-        wanted = set[tuple[int, int]]().union(*(of_query.rows for of_query in best))
-        for number in {number for number, _ in wanted}:
-            keys = EmbeddingFile(self.files[number].path).keys
-            names_of |= {(number, row): keys[row] for own, row in wanted if own == number}
-        return [
-            [Hit(names_of[row], score) for row, score in zip(of_query.rows, of_query.scores.tolist(), strict=True)]
-            for of_query in best
-        ]
+    def _hits(self, best: "_Best[tuple[int, int]]") -> list[Hit]:
+        names = [self.files[file].opened.key(row) for file, row in best.rows]
+        return [Hit(name, score) for name, score in zip(names, best.scores.tolist(), strict=True)]
 
 
-def _blocks(file: IndexedFile) -> Iterator[tuple[int, np.ndarray]]:
-    """The features of a file, `BLOCK_ROWS` at a time, with the number of the first row."""
-    opened = EmbeddingFile(file.path)
-    for start in range(0, len(file.ids), BLOCK_ROWS):
-        yield start, opened.rows(COLUMN, start, min(start + BLOCK_ROWS, len(file.ids)))
-
-
-class _Best:
-    """The best rows of one query so far: ``rows`` (file, row) and ``scores``, best first."""
+class _Best(Generic[Row]):
+    """The best rows of one query so far: ``rows`` and their ``scores``, best first."""
 
     def __init__(self, top: int) -> None:
         self.top = top
-        self.rows = list[tuple[int, int]]()
+        self.rows = list[Row]()
         self.scores = np.empty(0, np.float32)
 
-    def add(self, file: int, start: int, scores: np.ndarray) -> None:
-        """Take the scores (n,) of a file's rows from ``start`` on."""
-        least = self.scores[-1] if len(self.rows) == self.top else -np.inf
-        better = np.flatnonzero(scores > least)
-        if not len(better):
-            return
-        merged = np.concatenate([self.scores, scores[better]])
-        rows = [*self.rows, *((file, start + int(row)) for row in better)]
+    @property
+    def least(self) -> float:
+        """What a further row must exceed."""
+        return float(self.scores[-1]) if len(self.rows) == self.top else -np.inf
+
+    def add(self, rows: Sequence[Row], scores: np.ndarray) -> None:
+        """Take further rows with their (n,) scores; of equal ones the first stay."""
+        merged = np.concatenate([self.scores, scores])
         order = np.argsort(-merged, kind="stable")[: self.top]
+        all_rows = [*self.rows, *rows]
         self.scores = merged[order]
-        self.rows = [rows[place] for place in order]
+        self.rows = [all_rows[place] for place in order]
+
+
+def _compare(file: IndexedFile, queries: np.ndarray, top: int) -> list[_Best[int]]:
+    """The best rows of a file for each query, its features read `BLOCK_ROWS` at a time."""
+    import torch
+
+    best = [_Best[int](top) for _ in queries]
+    transposed = torch.from_numpy(np.ascontiguousarray(queries.T))
+    buffer = np.empty((min(len(file.ids), BLOCK_ROWS), file.opened.dim), file.opened.dtype)
+    for start in range(0, len(file.ids), BLOCK_ROWS):
+        block = buffer[: len(file.ids) - start]
+        file.opened.read_rows(COLUMN, start, block)
+        scores = torch.mm(torch.from_numpy(block), transposed).numpy()
+        scores[~file.alive[start : start + len(block)]] = -np.inf
+        for query, of_query in enumerate(best):
+            own = scores[:, query]
+            rows = np.flatnonzero(own > of_query.least)
+            if len(rows) > top:
+                rows = rows[own[rows] >= np.partition(own[rows], -top)[-top]]
+            if len(rows):
+                of_query.add((start + rows).tolist(), own[rows])
+    return best
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Within, torch divides no operation among threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -5,20 +5,26 @@ import json
 import logging
 import os
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from report_page import Page
 from small_data import COLOURS, write_final
 from small_training import tiny_clip, tiny_config
 
+import clipmill
 from pipeline.search.config import SearchConfig
 from pipeline.search.index import FeatureIndex
+from pipeline.search.page import write_search_page
 from pipeline.search.stage import search
 from shards_spec.files import UserError
+from shards_spec.images import decode_rgb
 from shards_spec.sample import Sample
 from training.evaluation.features import load_embedding_model
+from training.export import ExportConfig, export
 from training.trainer import train
 
 
@@ -283,6 +289,65 @@ def test_output_is_lines_or_json(model, tmp_path):
     assert [(row["query"], row["rank"]) for row in rows[1:3]] == [("a red wall", 2), ("a blue wall", 1)]
     assert rows[2]["image"] == f"{tmp_path}/0/blue-0.png"
     assert rows[2]["score"] == pytest.approx(found.results[1].hits[0].score, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_an_onnx_export_finds_the_same(model, run, tmp_path):
+    folder = str(tmp_path / "onnx")
+    export(ExportConfig(run, to=folder, format="onnx"))
+    images = tmp_path / "images"
+    write_walls(images)
+    exported = load_embedding_model(folder)
+    options = {"text": ("a green wall",), "image": (str(images / "0" / "red-0.png"),), "top": 4}
+    own, other = find(model, images, **options), find(exported, images, **options)
+    for result, counterpart in zip(own.results, other.results, strict=True):
+        assert colours_of(counterpart) == colours_of(result)
+        scores = [[hit.score for hit in one.hits] for one in (result, counterpart)]
+        np.testing.assert_allclose(*scores, atol=1e-4)
+    assert exported.identity["weights_sha256"] != model.identity["weights_sha256"]
+    with pytest.raises(UserError, match="--best would not be used"):
+        load_embedding_model(f"local-dir:{folder}", best=True)
+    with pytest.raises(UserError, match="runs on the CPU here"):
+        load_embedding_model(folder, device="cuda")
+
+
+def test_the_page_shows_queries_and_images_by_themselves(model, tmp_path):
+    write_walls(tmp_path / "walls")
+    query = tmp_path / "query <b>.png"
+    query.write_bytes(wall("blue", 3, "PNG"))
+    found = find(model, tmp_path / "walls", text=("a red wall",), image=(str(query),), top=3)
+    (tmp_path / "walls" / found.results[0].hits[2].name).unlink()  # between search and page
+    page = Page(write_search_page(str(tmp_path / "found.html"), found))
+    assert "a red wall" in page.text
+    assert "query <b>.png" in page.text
+    assert page.text.count("cosine 0.") + page.text.count("cosine 1.") == 6
+    assert page.text.count("no image to show") == 1
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 6
+    assert all((image["src"] or "").startswith("data:image/jpeg;base64,") and image["alt"] for image in images)
+    assert not [tag for tag, _ in page.tags if tag in ("script", "iframe")]
+    assert "http" not in page.source.replace("http-equiv", "")
+
+
+def test_a_large_jpeg_is_decoded_at_a_part_of_its_size():
+    image = Image.effect_noise((1200, 800), 60).convert("RGB").resize((1800, 1200))
+    file = io.BytesIO()
+    image.save(file, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0")
+    assert decode_rgb(file.getvalue(), shorter_side=448).size == (600, 900)
+    assert decode_rgb(file.getvalue(), shorter_side=700).size == (1200, 1800)
+
+
+def test_the_command_prints_what_it_found_and_where_the_page_is(run, tmp_path, monkeypatch, capsys):
+    write_walls(tmp_path / "walls", each=1)
+    words = ["search", run, "--images", str(tmp_path / "walls"), "--text", "a red wall", "--top", "1"]
+    page = str(tmp_path / "found.html")
+    monkeypatch.setattr(sys, "argv", ["clipmill", *words, "--text", "a blue wall", "--html", page])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        clipmill.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines[1::2]] == [f"{tmp_path}/walls/0/{c}-0.png" for c in ("red", "blue")]
+    assert lines[::2] == ["a red wall", "a blue wall", page]
+    assert Path(page).stat().st_size > 2000
 
 
 def test_cosines_are_those_of_the_features(tmp_path):
