@@ -13,7 +13,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 NECK = 1280
-EPS = 1e-6
+AUTHORS_NECK = "conv1x1."  # as the authors' code names it
 HEADS = ("head.", "head_dist.", "fc_norm.")  # of fine-tuned ones
 DISTILLATION_TOKEN = "dist_token"
 NAME = "tinymim_star_tiny_patch16_224"
@@ -23,8 +23,8 @@ SHAPE = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 12}
 class TinymimStar(VisionTransformerDistilled):
     """timm's distilled ViT with a neck before its two heads.
 
-    It loads its own weights, and those of an encoder of pre-training, which has neither distillation token nor neck:
-    these stay as they were drawn, and the distillation token's position is the class token's.
+    It loads its own weights, also by the authors' names, and those of an encoder of pre-training, which has neither
+    distillation token nor neck: these stay as they were drawn, and the token's position is the class token's.
 
     Args:
         neck: Numbers of a feature behind it.
@@ -36,7 +36,7 @@ class TinymimStar(VisionTransformerDistilled):
         widen = nn.Linear(self.embed_dim, neck)
         nn.init.trunc_normal_(widen.weight, std=0.02)
         nn.init.zeros_(widen.bias)
-        self.neck = nn.Sequential(nn.LayerNorm(self.embed_dim, eps=EPS), widen, nn.GELU())
+        self.neck = nn.Sequential(nn.LayerNorm(self.embed_dim), widen, nn.GELU())
         self.num_features = self.head_hidden_size = neck
         self.reset_classifier(self.num_classes)
 
@@ -64,7 +64,9 @@ class TinymimStar(VisionTransformerDistilled):
         return self.head(features[:, 0]), self.head_dist(features[:, 1])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Give an encoder's weights the token, its position and the neck that it does not have."""
+        """Rename the authors' neck; give an encoder's weights the token, its position and the neck that it lacks."""
+        for key in [key for key in state_dict if key.startswith(f"{prefix}{AUTHORS_NECK}")]:
+            state_dict[f"{prefix}neck.{key.removeprefix(f'{prefix}{AUTHORS_NECK}')}"] = state_dict.pop(key)
         positions = state_dict.get(f"{prefix}pos_embed")
         if positions is not None and f"{prefix}{DISTILLATION_TOKEN}" not in state_dict:
             state_dict[f"{prefix}pos_embed"] = torch.cat([positions[:, :1], positions], dim=1)

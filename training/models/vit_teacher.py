@@ -12,11 +12,12 @@ from shards_spec.models import MAE_DECODER, NO_TRUST, TIMM, LoadedModel, Trust, 
 from training.models.classifier import new_classifier
 from training.models.teacher import FrozenTeacher
 from training.models.tinymim import NoTower, VisionTower, set_heads, tower_of
-from training.models.tinymim_star import DISTILLATION_TOKEN, HEADS
+from training.models.tinymim_star import AUTHORS_NECK, DISTILLATION_TOKEN, HEADS
 from training.runs.run_folder import RunFolder
 from training.runs.student import is_run, load_run
 
 RANDOM = "random"
+NECKS = ("neck.", AUTHORS_NECK)  # of TinyMIM*-T
 TARGET_BLOCK = "target_block"  # of a run's task: number and heads of the block whose relations were trained
 
 
@@ -97,9 +98,9 @@ def trained_block(run: str) -> tuple[int, int] | None:
 def load_encoder(model: Any, file: str, trusted: bool = False) -> None:
     """Load a checkpoint of MAE or TinyMIM into a timm ViT, where the names are the same.
 
-    Decoder and mask token are left out, and so is a head of other classes. A distillation token, which stands second
-    among 198 positions, goes with its position where the model has none. A fine-tuned one has no norm behind its
-    blocks, others have no head and no norm behind a pooling: the model keeps its own.
+    Decoder and mask token are left out, and so are a neck and a head of other classes. A distillation token, which
+    stands second among 198 positions, goes with its position where the model has none. A fine-tuned one has no norm
+    behind its blocks, others have no head and no norm behind a pooling: the model keeps its own.
 
     Raises:
         UserError: The file cannot be read, or other weights are missing or left over.
@@ -112,7 +113,7 @@ def load_encoder(model: Any, file: str, trusted: bool = False) -> None:
         if positions is not None and "pos_embed" in own and positions.shape[1] == own["pos_embed"].shape[1] + 1:
             weights["pos_embed"] = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
     is_fine_tuned = any(key.startswith("fc_norm.") for key in weights)
-    for key in [key for key in weights if key.startswith((*MAE_DECODER, *HEADS))]:
+    for key in [key for key in weights if key.startswith((*MAE_DECODER, *HEADS, *NECKS))]:
         if key not in own or weights[key].shape != own[key].shape:
             del weights[key]
     try:

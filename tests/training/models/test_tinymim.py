@@ -378,6 +378,8 @@ def test_checkpoints_of_tinymim(tmp_path):
         "dist_token": torch.full((1, 1, 48), 7.0),
         "head_dist.weight": torch.ones(1000, 48),
         "head_dist.bias": torch.ones(1000),
+        "conv1x1.0.weight": torch.ones(48),
+        "conv1x1.1.weight": torch.ones(1280, 48),
         "pos_embed": torch.cat([state["pos_embed"][:, :1], torch.full((1, 1, 48), 9.0), state["pos_embed"][:, 1:]], 1),
     }
     assert_loads(mae_file(tmp_path / "star.pth", model, **extra), vit(seed=1), state)
@@ -426,6 +428,18 @@ def test_star():  # fact 13
     assert model.eval()(images(side=224)).shape == (2, 10)
     with pytest.raises(RuntimeError, match="No pretrained weights"):
         timm.create_model("tinymim_star_tiny_patch16_224", pretrained=True)
+
+
+def test_star_loads_the_authors_names():
+    """They call the neck conv1x1."""
+    model, other = (timm.create_model("tinymim_star_tiny_patch16_224", num_classes=3) for _ in range(2))
+    theirs = {name.replace("neck.", "conv1x1."): value for name, value in model.state_dict().items()}
+    assert {name for name in theirs if name.startswith("conv1x1.")} == {
+        f"conv1x1.{layer}.{kind}" for layer in (0, 1) for kind in ("weight", "bias")
+    }
+    other.load_state_dict(theirs)
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
 
 
 def test_star_starts_from_an_encoder():

@@ -80,7 +80,9 @@ def test_a_run_resumes_to_the_bit(clip_root, tmp_path):
     assert set(last) - changed == kept
 
 
-@pytest.mark.parametrize("fields", [{}, {"softmax": False, "relations": ("qq", "kk", "vv")}, {"mask_ratio": 0.75}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"softmax": False, "relations": ("qq", "kk", "vv")}, {"target": "qkv", "mask_ratio": 0.75}]
+)
 def test_two_processes_and_chunks_give_the_run_of_one(fields, clip_root, tmp_path):
     fields = {"drop_path": 0.4, "batch_size": 6, **fields}
     one = train("tinymim", tiny(clip_root, tmp_path / "one", **fields))
