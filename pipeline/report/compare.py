@@ -29,6 +29,7 @@ from shards_spec.predictions import Guesses
 
 UNKNOWN = "–"
 ALWAYS_DIFFERENT = ("out",)  # fields of a config that no two runs share
+FieldRows = list[tuple[str, list[str]]]
 PARTS = {"total": "Parameters", "image": "image tower", "text": "text tower", "embedding": "token embeddings"}
 
 
@@ -108,6 +109,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
 def compare_page(runs: Sequence[ComparedRun], guesses: Guesses | None = None) -> dict[str, Any]:
     """The variables of the template."""
     values = all_results(runs)
+    differences, others = _differences(runs)
     problems = list(chain.from_iterable(one.run.problems for one in runs))
     return {
         "runs": [(one, _summary(one)) for one in runs],
@@ -115,7 +117,8 @@ def compare_page(runs: Sequence[ComparedRun], guesses: Guesses | None = None) ->
         "costs": _cost_table(runs),
         "scatter": scatter_charts(runs, values),
         "views": curve_views(runs),
-        "differences": _differences(runs),
+        "differences": differences,
+        "other_fields": others,
         "guesses": guesses,
         "images": _images(guesses, problems),
         "problems": problems,
@@ -176,12 +179,15 @@ def _cost_table(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
     return [(row, [own.get(row, UNKNOWN) for own in columns]) for row in rows]
 
 
-def _differences(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
-    """(field, per run the value) of the fields of the configs that differ."""
-    configs = [dict(flatten(one.run.config)) for one in runs]
-    fields = dict.fromkeys(chain.from_iterable(configs))
-    rows = [(field, [own.get(field, UNKNOWN) for own in configs]) for field in fields if field not in ALWAYS_DIFFERENT]
-    return [(field, texts) for field, texts in rows if len(set(texts)) > 1]
+def _differences(runs: Sequence[ComparedRun]) -> tuple[FieldRows, FieldRows]:
+    """(field, per run the value) of what differs: of fields that all recipes have, and of the others."""
+    configs = [{field: text or UNKNOWN for field, text in flatten(one.run.config)} for one in runs]
+    rows, others = FieldRows(), FieldRows()
+    for field in dict.fromkeys(chain.from_iterable(configs)):
+        texts = [own.get(field, UNKNOWN) for own in configs]
+        if field not in ALWAYS_DIFFERENT and len(set(texts)) > 1:
+            (rows if all(field in own for own in configs) else others).append((field, texts))
+    return rows, others
 
 
 def _images(guesses: Guesses | None, problems: list[str]) -> list[str | None]:

@@ -7,6 +7,7 @@ one by one, a thousand in a row on a CPU, is the protocol of SiCLIP (arXiv 2411.
 """
 
 import copy
+import ctypes
 import platform
 import statistics
 import time
@@ -127,7 +128,7 @@ def _speed(model: nn.Module, passes: dict[str, Pass], device: str, *, in_a_row: 
             rates = speed.setdefault(f"{name}s_per_s", {})
             for batch in (1, BATCH):
                 inputs = make(batch).to(device)
-                with _peak_memory(device) as peak:
+                with _peak_memory(device, model) as peak:
                     if batch == 1:
                         count = in_a_row if name == "image" else min(TEXTS, in_a_row)
                         took = statistics.fmean(_seconds(run, inputs, count, device))
@@ -153,10 +154,11 @@ def _seconds(run: Callable[[Tensor], object], inputs: Tensor, rounds: int, devic
 
 
 @contextmanager
-def _peak_memory(device: str) -> Iterator[list[float]]:
+def _peak_memory(device: str, model: nn.Module) -> Iterator[list[float]]:
     """Within, watch memory; the list then has the peak in MiB, and nothing where the system does not tell.
 
-    On CUDA it is what torch has allocated, on Linux's CPUs the resident memory of the whole process.
+    On CUDA it is what torch has allocated: weights, input and what a pass takes. On Linux's CPUs it is the weights, and
+    by how much the resident memory of the process grows: what Python and torch themselves hold does not count.
     """
     peak: list[float] = []
     if device.startswith("cuda"):
@@ -165,13 +167,27 @@ def _peak_memory(device: str) -> Iterator[list[float]]:
         peak.append(round(torch.cuda.max_memory_allocated(device) / MIB, 1))
         return
     try:
+        _give_back_freed_memory()
         CLEAR_REFS.write_text(RESET_PEAK)
     except OSError:  # another system, or a sandbox
         yield peak
         return
+    before = _resident_mib("VmRSS")
     yield peak
+    peak.append(round(weights_bytes(model) / MIB + max(0.0, _resident_mib("VmHWM") - before), 1))
+
+
+def _resident_mib(field: str) -> float:
+    """MiB of a field of this process's status: resident memory now (VmRSS), or its peak (VmHWM)."""
     lines = [line.split() for line in STATUS.read_text().splitlines()]
-    peak += [round(int(words[1]) / 1024, 1) for words in lines if words[0] == "VmHWM:"]
+    return next((int(words[1]) / 1024 for words in lines if words[0] == f"{field}:"), 0.0)
+
+
+def _give_back_freed_memory() -> None:
+    """Let glibc give back what it keeps for later allocations, which would hide those of a pass."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries keep nothing, or have no such function
+    if trim is not None:
+        trim(0)
 
 
 def cpu_name() -> str:

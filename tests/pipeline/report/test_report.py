@@ -24,6 +24,7 @@ from pipeline.report import ReportConfig, report
 from pipeline.report.axes import linear, logarithmic, percent, short
 from pipeline.report.charts import thin
 from pipeline.report.columns import count_dataset
+from pipeline.report.compare import CompareConfig, compare
 from pipeline.report.curves import smooth
 from pipeline.report.histogram import Scale, bin_counts, histogram
 from pipeline.report.run import read_metrics
@@ -31,6 +32,7 @@ from pipeline.report.samples import evenly
 from shards_spec.embeddings import write_embeddings
 from shards_spec.files import UserError, write_json
 from shards_spec.manifest import Done, write_stage
+from shards_spec.predictions import Guess, GuessedImage, Guesses
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
 from shards_spec.vocab import build_vocabulary
@@ -156,6 +158,15 @@ def stages(tmp_path: Path) -> Path:
     write_masked_run(folder / "stage-1", 1.0, 0.75, x=EVIL)
     write_masked_run(folder / "stage-2", 0.75, 0.5, from_run=str(folder / "stage-1"), environment=LONG)
     return folder
+
+
+@pytest.fixture
+def compared(run: Path, stages: Path, tmp_path: Path) -> str:
+    """The page of both, with an image and long texts."""
+    own = {str(run): (Guess(LONG, 0.5, True), Guess(EVIL, 0.25, False)), str(stages): (Guess("a dog", 1.0, False),)}
+    images = [GuessedImage(f"k{row}", make_image(0, row), (LONG,), own) for row in range(3)]
+    config = CompareConfig((str(run), str(stages)), output=str(tmp_path / "compared.html"))
+    return compare(config, Guesses(LONG, "its probability", images))
 
 
 def all_numbers(text: str) -> list[str]:
@@ -535,13 +546,14 @@ addEventListener("load", () => {
 </script>"""
 
 
-@pytest.mark.parametrize("kind", ["root", "run", "stages"])
+@pytest.mark.parametrize("kind", ["root", "run", "stages", "compared"])
 def test_page_fits_phone_and_desktop_and_asks_no_network(kind, request, tmp_path):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not chromium:
         skip_or_fail("chromium is not installed")
-    path = report(ReportConfig(str(request.getfixturevalue(kind))))
-    if kind == "root":
+    made = str(request.getfixturevalue(kind))
+    path = made if kind == "compared" else report(ReportConfig(made))
+    if kind in ("root", "compared"):
         source = Path(path).read_text()
         Path(path).write_text(source.replace(' loading="lazy"', ""))  # all images decode, also those below the fold
     wrapper = tmp_path / "wrapper.html"

@@ -11,7 +11,15 @@ from torch import nn
 from shards_spec.files import UserError
 from training.config import ModelConfig
 from training.evaluation.config import EvalConfig
-from training.evaluation.cost import BATCH, count_macs, inference_form, measure_cost, weights_bytes
+from training.evaluation.cost import (
+    BATCH,
+    CLEAR_REFS,
+    _peak_memory,
+    count_macs,
+    inference_form,
+    measure_cost,
+    weights_bytes,
+)
 from training.evaluation.stage import evaluate
 from training.models.classifier import new_classifier
 from training.models.parameter_count import count_parameters
@@ -72,7 +80,22 @@ def test_form_for_inference_is_measured_and_the_model_stays(siclip):
     for rates in (speed["images_per_s"], speed["texts_per_s"]):
         assert set(rates) == {"1", str(BATCH)}
         assert min(rates.values()) > 0
-    assert speed["peak_mib"]["1"] > 10
+    weights = weights_bytes(inference_form(siclip.model)) / 2**20
+    if "1" in speed["peak_mib"]:  # Linux tells it
+        assert weights <= round(speed["peak_mib"]["1"] + 0.1, 1)
+
+
+@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="only Linux tells the peak of resident memory")
+def test_memory_of_a_pass_is_seen():
+    class Wide(nn.Module):
+        def forward(self, images):
+            return images.repeat(1, 1, 8, 8).relu()  # twice 64 times the images
+
+    images = torch.ones(BATCH, 3, 32, 32)
+    with torch.inference_mode(), _peak_memory("cpu", Wide()) as peak:
+        Wide()(images)
+    taken = 2 * 64 * images.numel() * 4 / 2**20  # 96 MiB
+    assert 0.8 * taken < peak[0] < 2 * taken
 
 
 def test_classifier_has_images_alone():
