@@ -102,9 +102,12 @@ class FolderImages(_MixedImages):
             log.warning("%s: files that are not taken: %s", folder, endings_line(other_endings))
 
     def image(self, index: int) -> tuple[str, bytes]:
-        """Return the path below the folder and the file's bytes."""
+        """Return the path below the folder and the file's bytes. Raises DataError when it is gone."""
         path = self.paths[index]
-        return path.relative_to(self.folder).as_posix(), path.read_bytes()
+        try:
+            return path.relative_to(self.folder).as_posix(), path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}); put it back, or start the run again") from error
 
     def samples(self) -> Iterator[tuple[str, Sample]]:
         """Yield the folder and a sample for each file."""

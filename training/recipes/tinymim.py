@@ -355,5 +355,5 @@ def open_rows(config: TinymimConfig, student: LoadedModel) -> Samples | Labelled
     if not has_labelled_images(root, "train"):
         return open_samples(config.data, config.views, student, seed)
     images = open_images(root, True)
-    plan = BatchPlan(config.data.batch_size)
+    plan = BatchPlan(config.data.batch_size, seed=seed)
     return LabelledImageRows(images, student, plan, config.views.spec(seed), np.arange(len(images.labels)))

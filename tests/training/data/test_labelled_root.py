@@ -224,6 +224,16 @@ def test_a_damaged_shard_stops_the_run_with_its_name(root, student):
         list(load_batches(fresh, [range(24)]))
 
 
+def test_a_file_that_is_gone_is_named(tmp_path, student):
+    root = write_folders(tmp_path / "folders", 2, 1)
+    rows = plain_rows(open_images(root, True), student)
+    (tmp_path / "folders/train/blue").rename(tmp_path / "blue")
+    with pytest.raises(
+        DataError, match=r"train/blue/\d+.jpg cannot be read \(No such file or directory\); put it back"
+    ):
+        list(load_batches(rows, [range(4)], workers=1))
+
+
 def test_a_table_of_other_labels_is_named(root):
     source = Path(root, "shards/00000.parquet")
     shutil.copy(Path(root, "raw/00000.parquet"), source)

@@ -192,6 +192,7 @@ def test_labelled_images_without_their_labels(tmp_path):
     lines = read_metrics(train("tinymim", tiny(root, tmp_path / "run", mask_ratio=0.5)))
     assert [line["samples_seen"] for line in lines] == [8, 16, 24, 32]
     assert prepared(root).rows.order.total == len(class_images(12, "train"))
+    assert [prepared(root, seed=seed).rows.order.seed for seed in (0, 1)] == [0, 1]
 
 
 def test_raw_shards(tmp_path):
