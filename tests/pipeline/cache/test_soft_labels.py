@@ -21,13 +21,14 @@ from pipeline.why.config import WhyConfig
 from pipeline.why.stage import why
 from shards_spec.class_names import class_list_hash
 from shards_spec.embeddings import EmbeddingFile, Vectors, write_vectors
-from shards_spec.files import UserError, join
+from shards_spec.files import DataError, UserError, join
 from shards_spec.images import decode_rgb
 from shards_spec.manifest import read_done
 from shards_spec.soft_labels import SoftLabelFormat
 from shards_spec.tar import read_shard
 from shards_spec.timm_classifiers import load_timm_classifier
 from shards_spec.views import ViewSpec, apply_view, draw_view
+from training.data.teacher_cache import TeacherCache
 from training.export import to_timm
 from training.export.config import ExportConfig
 from training.models.classifier import new_classifier
@@ -159,6 +160,22 @@ def test_another_number_and_vectors_are_other_caches(root, folder):
         run(root, folder, soft_labels=2)
     with pytest.raises(UserError, match="was made with another config"):
         run(root, folder)
+
+
+def test_rows_are_read_alone_and_from_urls(root, folder):
+    run(root, folder, soft_labels=3)
+    path = join(root, "teacher/soft/00000.parquet")
+    whole = EmbeddingFile(path).vectors("soft_1").values
+    for file in (EmbeddingFile(path), EmbeddingFile(path, f"file://{path}")):
+        assert np.array_equal(file.stored_row("soft_1", 3), whole[3])
+        with pytest.raises(DataError, match="no column soft_2"):
+            file.stored_row("soft_2", 0)
+
+
+def test_recipes_of_pairs_refuse_such_a_cache(root, folder):
+    run(root, folder, soft_labels=3)
+    with pytest.raises(UserError, match="--teacher 'soft' is a cache of soft labels; take one that has captions too"):
+        TeacherCache(root, "soft", 2)
 
 
 def damage(root: str, edit) -> str:
