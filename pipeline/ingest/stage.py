@@ -42,7 +42,7 @@ from shards_spec.class_names import (
 )
 from shards_spec.files import UserError, exists, free_bytes, is_url, join, remove, sha256_bytes
 from shards_spec.layout import FOLDERS, RAW, class_names_txt
-from shards_spec.manifest import finished_shards
+from shards_spec.manifest import finished_shards, read_done
 
 log = logging.getLogger(__name__)
 OTHER_OPEN_FILES = 200  # of this process, beside its downloads
@@ -195,7 +195,8 @@ def _ingest_rows(config: IngestConfig, form: Format, assignment: ShardAssignment
 def _update_class_names(config: IngestConfig, stage: Stage, classes: list[str] | None) -> None:
     """Write the list of classes, or with ``overwrite`` take away that of labelled images that were here before.
 
-    Raises UserError where ROOT has other classes, or finished shards of another config.
+    A list that was edited is as it was then. Raises UserError where ROOT has other classes, or finished shards of
+    another config.
     """
     path = class_names_txt(config.root)
     if config.overwrite and classes is None:
@@ -203,12 +204,15 @@ def _update_class_names(config: IngestConfig, stage: Stage, classes: list[str] |
     if classes is None:
         return
     if not config.overwrite:
-        if exists(path) and (there := read_class_names(path)) != classes:
+        folder = join(config.root, RAW)
+        done = read_done(folder, 0)
+        is_ours = done is not None and done.config.get(CLASS_LIST) == stage.config[CLASS_LIST]
+        if not is_ours and exists(path) and (there := read_class_names(path)) != classes:
             raise UserError(
                 f"{path}: --source {config.source_text} has other classes ({describe_difference(there, classes)}); "
                 "use another ROOT, or make all shards again with --overwrite"
             )
-        read_compatible_record(join(config.root, RAW), stage, 0)
+        read_compatible_record(folder, stage, 0)
     write_class_names(path, classes)
 
 

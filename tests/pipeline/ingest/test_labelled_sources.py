@@ -175,6 +175,14 @@ def test_another_list_of_classes_is_refused(built, root, tmp_path):
     assert not Path(root, "classnames.txt").exists(), "nothing is written before the config is known to fit"
 
 
+def test_a_rerun_puts_an_edited_list_back(built, root):
+    path = Path(root, "classnames.txt")
+    path.write_text("only\n")
+    assert ingest(config(root, built / "source", format="classes", shard_size=6)).made == 0
+    assert path.read_bytes() == (built / "root/classnames.txt").read_bytes()
+    assert check(CheckConfig(root)) == []
+
+
 # names
 
 
