@@ -10,10 +10,12 @@ import onnx
 import pytest
 import torch
 from PIL import Image
-from small_training import train_short
+from small_training import train_short, write_retrieval
 
 from shards_spec.files import DataError, UserError
 from shards_spec.models import load_model
+from training.evaluation.config import EvalConfig
+from training.evaluation.stage import evaluate
 from training.export import ExportConfig, export, to_onnx
 from training.export.comparison import compare, encoders_of
 from training.export.onnx_int8 import quantize
@@ -152,3 +154,9 @@ def test_what_is_missing_or_damaged_is_named(folder, run, tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"onnxruntime is needed .*clipmill\[onnx\]"):
         load_onnx(str(folder))
     assert not (tmp_path / "to").exists()
+
+
+def test_it_is_evaluated_as_the_run_is(folder, run, tmp_path):
+    data = (write_retrieval(tmp_path / "eval"),)
+    found = [evaluate(EvalConfig((str(model),), data, output=str(tmp_path)))[0]["metrics"] for model in (run, folder)]
+    assert found[0] == found[1]

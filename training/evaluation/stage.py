@@ -20,6 +20,7 @@ from training.evaluation.feature_cache import FeatureCache, data_hash
 from training.evaluation.protocols import LEARNING, TASKS, chosen_task, measure_task
 from training.evaluation.summary import MeasuredModel, print_summary, summarise
 from training.evaluation.zero_shot import EvalSet, preprocessing
+from training.export.onnx_model import is_onnx, load_onnx
 from training.runs.run_folder import RunFolder
 from training.runs.student import load_run
 
@@ -175,6 +176,8 @@ def load_measured(config: EvalConfig, model: str) -> tuple[LoadedModel, dict[str
         loaded, step = load_run(model, config.raw, config.best, config.trust)
         run = RunFolder(model).config()
         return loaded, {"model": run["model"], "pretrained": model, "recipe": run["recipe"], "step": step}
+    if is_onnx(model):
+        return load_onnx(model), {"model": model, "pretrained": None}
     name, pretrained = (f"{LOCAL_DIR}{model}", None) if Path(model).is_dir() else _split_tag(config, model)
     return load_model(name, pretrained, trust=config.trust), {"model": name, "pretrained": pretrained}
 

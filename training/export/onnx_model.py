@@ -11,6 +11,7 @@ text.onnx    tokens (B, T) int64
 both         features (B, E) float32 of unit length; a logit is logit_scale times their product, plus logit_bias
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,8 @@ class OnnxModel(nn.Module):
         self.tokenizer = load_tokenizer(f"{LOCAL_DIR}{folder}")
         self.image_session = _session(Path(folder, IMAGE_FILE), threads)
         self.text_session = _session(Path(folder, TEXT_FILE), threads)
+        digest = hashlib.sha256(b"".join(Path(folder, name).read_bytes() for name in (IMAGE_FILE, TEXT_FILE))).digest()
+        self.register_buffer("graphs_sha256", torch.tensor(list(digest), dtype=torch.uint8))  # for `weights_sha256`
         self.logit_scale = torch.tensor(float(self.description["logit_scale"])).log()  # as open_clip keeps it
 
     def encode_image(self, pixels: Tensor, normalize: bool = True) -> Tensor:
