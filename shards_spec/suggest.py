@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from difflib import SequenceMatcher, get_close_matches
 
-SHORT = 16  # names that a message lists in full
+SHORT = 24  # names that a message lists in full
 CLOSE = 0.08  # a name is suggested when its similarity is this close to the highest
 
 

@@ -79,6 +79,7 @@ def _evaluate_model(
         path = join(folder, f"{dataset}_{task}.json") if folder else None
         measured_with = _measured_with(config, root, task, weights, settings) if folder else None
         result = _former(path, measured_with) if path and measured_with and not config.overwrite else None
+        is_former = result is not None
         if result is None:
             measurement = measure_task(config, loaded, EvalSet(root, dataset, cache), task, device)
             result = {
@@ -96,7 +97,7 @@ def _evaluate_model(
             if path:
                 result["measured_with"] = measured_with
                 write_json(path, result)
-        print_result(result, path)
+        print_result(result, path, is_former=is_former)
         results.append(result)
     return results
 
@@ -208,9 +209,11 @@ def _split_tag(config: EvalConfig, model: str) -> tuple[str, str | None]:
     return name, config.pretrained
 
 
-def print_result(result: dict[str, Any], path: str | None) -> None:
-    """Print a result as a table, and the path of its file."""
+def print_result(result: dict[str, Any], path: str | None, *, is_former: bool = False) -> None:
+    """Print a result as a table, and the path of its file; say whether it was measured before."""
     title = shown(f"{result['dataset']} · {result['task']} · {counted(result['samples'], 'image')}")
+    if is_former:
+        title += " · measured before"
     table = Table("metric", "value", title=Text(title))  # Text: brackets in a name are not markup
     for name, value in result["metrics"].items():
         table.add_row(name, f"{value:.4f}")

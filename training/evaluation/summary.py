@@ -117,15 +117,16 @@ def print_summary(summary: dict[str, Any]) -> None:
     """Print the tables, per cent."""
     models = summary["models"]
     console = Console()
-    columns = dict[tuple[str, str, str], None]()
+    rows = dict[tuple[str, str, str], dict[str, float]]()  # (set, task, metric) -> value by model
     for model in models:
-        columns |= dict.fromkeys((one["dataset"], one["task"], one["metric"]) for one in model["sets"])
-    rows = []
-    for model in models:
-        values = {(one["dataset"], one["task"], one["metric"]): one["value"] for one in model["sets"]}
-        rows.append([model["model"], *(_percent(values.get(column)) for column in columns)])
-    heads = [f"{dataset}\n{task.replace('_', ' ')}\n{metric}" for dataset, task, metric in columns]
-    console.print(_table("", ["per cent", *heads], rows))
+        for one in model["sets"]:
+            rows.setdefault((one["dataset"], one["task"], one["metric"]), {})[model["model"]] = one["value"]
+    names = [model["model"] for model in models]
+    cells = [
+        [dataset, f"{task} {metric}".replace("_", " "), *(_percent(values.get(name)) for name in names)]
+        for (dataset, task, metric), values in rows.items()
+    ]
+    console.print(_table("", ["per cent", "", *names], cells))
     _print_robustness(console, models)
     for model in models:
         if (average := model.get("datacomp")) is not None:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from shards_spec.class_names import label_of
-from shards_spec.files import DataError, join
+from shards_spec.files import DataError, join, sha256_json
 from shards_spec.images import crop_extreme_aspect, decode_rgb
 from shards_spec.models import LoadedModel
 from shards_spec.sample import Sample
@@ -157,15 +157,24 @@ def zeroshot(encoder: Encoder, root: str) -> tuple[dict[str, float], int]:
 def zeroshot_scores(encoder: Encoder, data: EvalSet) -> tuple[Tensor, Tensor]:
     """Return the cosines of images and classes (N, K), and the labels (N,)."""
     images = open_split(data.root, find_split(data.root))
-    names, templates = read_classes(data.root, images)
-    embeddings = []
-    for name in names:
-        prompts = encoder.texts([template.replace("{c}", name) for template in templates])
-        embeddings.append(F.normalize(prompts.mean(dim=0), dim=-1))
-    classes = torch.stack(embeddings)
+    classes = class_embeddings(encoder, *read_classes(data.root, images), data.cache)
     features, labels = labelled_features(encoder, data, images, find_split(data.root))
     scores = [some @ classes.T for some in torch.split(F.normalize(features, dim=-1), CHUNK)]
     return torch.cat(scores), labels
+
+
+def class_embeddings(encoder: Encoder, names: list[str], templates: list[str], cache: FeatureCache) -> Tensor:
+    """Return the unit embeddings (K, D) of classes; sets of the same classes and prompts share what is kept."""
+
+    def compute() -> dict[str, Tensor]:
+        embeddings = []
+        for name in names:
+            prompts = encoder.texts([template.replace("{c}", name) for template in templates])
+            embeddings.append(F.normalize(prompts.mean(dim=0), dim=-1))
+        return {"classes": torch.stack(embeddings)}
+
+    content = sha256_json([names, templates])
+    return cache.tensors(f"classes_{content[:16]}", lambda: content, compute)["classes"]
 
 
 def class_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
