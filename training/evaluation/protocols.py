@@ -79,7 +79,7 @@ def measure_task(config: EvalConfig, loaded: LoadedModel, data: EvalSet, task: s
     encoder = Encoder(loaded, config.batch_size, device, bf16)
     if task == "zeroshot":
         scores, labels = zeroshot_scores(encoder, data)
-        details = _on_classes_of_variants(data.name, scores, labels)
+        details = {"classes": scores.shape[1], **_on_classes_of_variants(data.name, scores, labels)}
         return Measurement(class_metrics(scores, labels), len(labels), encoder.skipped, details)
     if task in LEARNING:
         return _learned(config, encoder, data, task)
@@ -93,8 +93,8 @@ def measure_task(config: EvalConfig, loaded: LoadedModel, data: EvalSet, task: s
 
 def _on_classes_of_variants(dataset: str, scores: Tensor, labels: Tensor) -> dict[str, Any]:
     """For ImageNet its acc1 on the classes of -A and of -R, told apart among these alone; nothing for other sets."""
-    task = find_task(dataset)
-    if task is None or task.key != IMAGENET or scores.shape[1] != imagenet.CLASSES:
+    task = find_task(dataset, scores.shape[1])
+    if task is None or task.key != IMAGENET:
         return {}
     found = {}
     for letter in ("a", "r"):
@@ -106,15 +106,24 @@ def _on_classes_of_variants(dataset: str, scores: Tensor, labels: Tensor) -> dic
     return {"acc1_on_classes_of": found}
 
 
+def train_split(root: str, task: str) -> str:
+    """Return the split that a task of `LEARNING` learns from. Raises UserError when there is none."""
+    try:
+        return find_split(root, ("train",))
+    except UserError as error:
+        raise UserError(
+            f"--task {task} learns from a split train (`clipmill evalset EVAL --split train` writes one): {error}"
+        ) from error
+
+
 def _learned(config: EvalConfig, encoder: Encoder, data: EvalSet, task: str) -> Measurement:
     """A classifier of the train split's features, measured on the test split's."""
     train, test = open_train_and_test(data.root)
-    test_split = find_split(data.root)
     classes = len(test.classes)
-    bank, bank_labels = labelled_features(encoder, data, train, find_split(data.root, ("train",)))
+    bank, bank_labels = labelled_features(encoder, data, train, train_split(data.root, task))
     skipped = encoder.skipped
-    features, labels = labelled_features(encoder, data, test, test_split)
-    details: dict[str, Any] = {"train_samples": len(bank_labels), "train_skipped": skipped}
+    features, labels = labelled_features(encoder, data, test, find_split(data.root))
+    details: dict[str, Any] = {"classes": classes, "train_samples": len(bank_labels), "train_skipped": skipped}
     if task == "linear-probe":
         probe = linear_probe(bank, bank_labels, classes, encoder.device)
         scores = probe.scores(features)

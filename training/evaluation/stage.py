@@ -17,7 +17,7 @@ from training.data.labelled_images import find_split
 from training.evaluation.config import EvalConfig
 from training.evaluation.cost import COST_FILE, measure_cost, print_cost
 from training.evaluation.feature_cache import FeatureCache, data_hash
-from training.evaluation.protocols import LEARNING, TASKS, chosen_task, measure_task
+from training.evaluation.protocols import LEARNING, TASKS, chosen_task, measure_task, train_split
 from training.evaluation.summary import MeasuredModel, print_summary, summarise
 from training.evaluation.zero_shot import EvalSet, preprocessing
 from training.export.onnx_model import is_onnx, load_onnx
@@ -106,7 +106,7 @@ def _measured_with(config: EvalConfig, root: str, task: str, weights: str, setti
     """What a result depends on, besides the model's name."""
     data = [data_hash(root, find_split(root))]
     if task in LEARNING:
-        data.append(data_hash(root, find_split(root, ("train",))))
+        data.append(data_hash(root, train_split(root, task)))
     if task == "knn":
         settings = settings | {"neighbours": config.neighbours}
     return {"weights_sha256": weights, "data_sha256": sha256_json(data), **settings}

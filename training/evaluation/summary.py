@@ -17,7 +17,7 @@ from rich.text import Text
 
 from shards_spec.display import shown
 from shards_spec.messages import counted
-from training.evaluation.datacomp import ACC1, RECALL, TASKS, find_task
+from training.evaluation.datacomp import ACC1, RECALL, TASKS, DataCompTask, find_task
 
 Result = dict[str, Any]
 ZEROSHOT = "zeroshot_classification"
@@ -40,9 +40,14 @@ def main_metric(result: Result) -> tuple[str, float]:
     metrics = result["metrics"]
     if "image_retrieval_recall@1" in metrics:
         return RECALL, (metrics["image_retrieval_recall@1"] + metrics["text_retrieval_recall@1"]) / 2
-    task = find_task(result["dataset"]) if result["task"] == ZEROSHOT else None
+    task = _task(result) if result["task"] == ZEROSHOT else None
     metric = task.metric if task is not None and task.metric in metrics else ACC1
     return metric, metrics[metric]
+
+
+def _task(result: Result) -> DataCompTask | None:
+    """DataComp's task of a result, by its set's name and number of classes."""
+    return find_task(result["dataset"], result.get("classes", 0))
 
 
 def summarise(models: Sequence[MeasuredModel]) -> dict[str, Any]:
@@ -68,7 +73,7 @@ def robustness(results: Sequence[Result]) -> dict[str, Any] | None:
     """Return acc1 on ImageNet and its variants, their average and the gaps; None without ImageNet or any variant."""
     by_key = {}
     for result in results:
-        task = find_task(result["dataset"])
+        task = _task(result)
         if task is not None and result["task"] == ZEROSHOT:
             by_key[task.key] = result
     accuracies = {key: by_key[key]["metrics"][ACC1] for key in VARIANTS if key in by_key}
@@ -93,7 +98,7 @@ def datacomp_average(results: Sequence[Result]) -> dict[str, Any] | None:
     values = {}
     unmeasured = []
     for result in results:
-        task = find_task(result["dataset"])
+        task = _task(result)
         if task is None or result["task"] not in (ZEROSHOT, RETRIEVAL):
             continue
         metric, value = main_metric(result)

@@ -81,13 +81,13 @@ def test_sweep_is_the_papers_binary_search():
 
 def test_probe_finds_the_strength_and_fits_all_images():
     """A third of the labels are wrong: a weak penalty learns them by heart."""
-    centres = 3 * F.one_hot(torch.arange(4), 40).float()
-    labels = torch.arange(200) % 4
-    features = centres[labels] + gaussian(1, 200, 40)
+    centres = 3 * F.one_hot(torch.arange(4), 20).float()
+    labels = torch.arange(120) % 4
+    features = centres[labels] + gaussian(1, 120, 20)
     labels[::3] = (labels[::3] + 1) % 4
     probe = linear_probe(features, labels, 4, "cpu")
-    new_labels = torch.arange(2000) % 4
-    new = centres[new_labels] + gaussian(2, 2000, 40)
+    new_labels = torch.arange(1000) % 4
+    new = centres[new_labels] + gaussian(2, 1000, 20)
     found = class_metrics(probe.scores(new), new_labels)["acc1"]
     weak = class_metrics(fit(features, labels, 4, 1e6).scores(new), new_labels)["acc1"]
     assert found > weak + 0.03
@@ -202,7 +202,7 @@ def test_a_set_is_known_by_its_files(labelled):
 @pytest.mark.parametrize("task", ["linear-probe", "knn"])
 def test_what_learns_from_the_train_split(run, labelled, task):
     (result,) = evaluate(EvalConfig(run, (labelled,), task=task, neighbours=5))
-    assert (result["samples"], result["train_samples"]) == (9, 18)
+    assert (result["samples"], result["train_samples"], result["classes"]) == (9, 18, 3)
     assert result["task"] == {"linear-probe": "linear_probe", "knn": "knn_classification"}[task]
     assert result["neighbours"] == 5 if task == "knn" else 1e-6 <= result["C"] <= 1e6
     assert 0 <= result["metrics"]["acc1"] <= result["metrics"]["acc5"] == 1
@@ -237,7 +237,7 @@ def test_many_models_and_many_sets(run, labelled, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("spoil", "fields", "said"),
     [
-        (lambda root: (root / "train").rename(root / "x"), {"task": "knn"}, "train"),
+        (lambda root: (root / "train").rename(root / "x"), {"task": "knn"}, "--task knn learns from a split train"),
         (lambda root: (root / "train" / "cat").rename(root / "train" / "cow"), {"task": "knn"}, "cat, cow"),
         (lambda root: None, {"task": "knn", "neighbours": 0}, "--neighbours 0"),
         (lambda root: None, {"pretrained": "x", "model": ("ViT-B-32", "RN50")}, "say NAME:TAG for each"),
@@ -283,6 +283,7 @@ def test_datacomps_average_is_over_what_is_there_and_says_so():
         result("wilds_iwildcam", 0.3),
         result("my set", 0.9),
         result("cifar100", 0.9, task="linear_probe"),
+        result("cifar100", 0.9, classes=20),
         {
             "dataset": "flickr30k",
             "task": "zeroshot_retrieval",
@@ -294,9 +295,9 @@ def test_datacomps_average_is_over_what_is_there_and_says_so():
     assert average["average"] == pytest.approx(1.3 / 3)
     assert (average["tasks"], average["of"], average["unmeasured"]) == (3, 38, ["iWildCam"])
     assert len(average["missing"]) == 35
-    assert datacomp_average(results[3:5]) is None
+    assert datacomp_average(results[3:6]) is None
     summary = summarise([MeasuredModel("m", [*results, {"task": "cost"}])])
-    assert [one["value"] for one in summary["models"][0]["sets"]] == pytest.approx([0.4, 0.6, 0.3, 0.9, 0.9, 0.3])
+    assert [one["value"] for one in summary["models"][0]["sets"]] == pytest.approx([0.4, 0.6, 0.3, 0.9, 0.9, 0.9, 0.3])
 
 
 @pytest.mark.parametrize(
@@ -314,6 +315,8 @@ def test_datacomps_average_is_over_what_is_there_and_says_so():
 def test_sets_are_known_by_their_folders_names(name, key):
     task = find_task(name)
     assert (task and task.key) == key
+    assert find_task("imagenet", 1000).name == "ImageNet 1k"
+    assert find_task("imagenet", 100) is None
 
 
 def test_imagenet_is_also_measured_on_the_classes_of_its_variants():
