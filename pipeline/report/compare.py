@@ -49,7 +49,8 @@ class CompareConfig:
     """auto, cpu, cuda or cuda:N, for --data"""
 
     def __post_init__(self) -> None:
-        require(len(self.runs) >= 1, "runs", self.runs, "one RUN folder or more")
+        if not self.runs:
+            raise UserError("compare: RUN is needed: one RUN folder or more")
         require(self.images >= 1, "images", self.images, "1 or more")
 
 

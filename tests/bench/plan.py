@@ -241,12 +241,12 @@ def count_flops() -> None:
     import open_clip
     import torch
     from caption import build, count, random_images
-    from torch.utils.flop_counter import FlopCounterMode
 
     from pipeline.caption.coca import Coca
     from pipeline.caption.decoding import Decoding
     from pipeline.caption.sampling import generate
     from shards_spec.models import import_extensions
+    from training.evaluation.cost import count_macs
 
     import_extensions()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -254,13 +254,9 @@ def count_flops() -> None:
         model = open_clip.create_model(name, device="meta").eval()
         size = open_clip.get_model_preprocess_cfg(model)["size"]
         pixels = torch.empty(1, 3, *(size if isinstance(size, tuple) else (size, size)), device="meta")
-        for what, work in (
-            ("image", lambda m=model, p=pixels: m.encode_image(p)),
-            ("text", lambda m=model: m.encode_text(torch.zeros(1, 77, dtype=torch.long, device="meta"))),
-        ):
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                work()
-            print(f"{what}, {name}: {counter.get_total_flops() / 1e9:.2f}")
+        tokens = torch.zeros(1, 77, dtype=torch.long, device="meta")
+        for what, run, inputs in (("image", model.encode_image, pixels), ("text", model.encode_text, tokens)):
+            print(f"{what}, {name}: {2 * count_macs(run, inputs) / 1e9:.2f}")
     model = build("coca_ViT-L-14", "cpu", "fp32")
     coca, image = Coca(model, open_clip.tokenizer.SimpleTokenizer()), random_images(model, 1)
     decoding = Decoding("top_k", top_k=50, min_tokens=28, max_tokens=29)

@@ -139,7 +139,7 @@ def test_bad_input_is_named(runs, tmp_path):
         ([*runs, f"{runs[0]}/"], "is named twice .*name it once"),
         ([runs[0], str(tmp_path / "none")], "none is not there"),
         ([runs[0], str(tmp_path / "empty")], "empty has no config.json.*clipmill train"),
-        ([], "--runs .*one RUN folder or more"),
+        ([], "RUN is needed: one RUN folder or more"),
     ):
         with pytest.raises(UserError, match=message):
             page_of_runs(paths, tmp_path)
