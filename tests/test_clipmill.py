@@ -132,11 +132,11 @@ def test_failed_shards_are_exit_code_one(command, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["clip", "tinyclip", "coca"])
-def test_recipes_show_their_options(recipe):
-    done = subprocess.run([sys.executable, "-m", "clipmill", "train", recipe, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0
+def test_recipes_show_their_options(recipe, command):
+    code, out, _ = command("train", recipe, "--help")
+    assert code == 0
     for option in ("--data", "--out", "--model", "--batch-size", "--lr", "--steps"):
-        assert option in done.stdout
+        assert option in out
 
 
 def demo(out: Path, *more: str) -> dict:

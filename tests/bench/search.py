@@ -4,8 +4,9 @@
     python tests/bench/search.py [--model ViT-B-32] [--photos 192] [--rounds 3] [--vectors 1000000] [--dim 512]
 
 Indexing: the rival is what a script does with open_clip: ``Image.open``, the model's transform, batches of 32 through
-``encode_image``, one after the other. Ours is `clipmill search` on the same files from nothing to the index on disk.
-They take turns; weights are random, photos have sides of 300 to 1,300 pixels, or of 2,000 and more (--large).
+``encode_image``, one after the other. Ours is `clipmill search` on the same files from nothing to the index on disk,
+with the model in its form for inference, as the command loads it. They take turns; weights are random, photos have
+sides of 300 to 1,300 pixels.
 
 Searching: `FeatureIndex.search` over files on disk (in the page cache) against numpy's ``features @ query`` and
 ``argpartition`` of the same vectors in one array in memory, for 1 and 16 queries.
@@ -17,6 +18,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from pipeline.search.config import SearchConfig
 from pipeline.search.index import FILE_ROWS, FeatureIndex
 from pipeline.search.stage import INDEX, search
 from shards_spec.models import load_model, weights_sha256
+from training.evaluation.cost import inference_form
 from training.evaluation.features import EmbeddingModel
 
 RIVAL_BATCH = 32
@@ -36,47 +39,54 @@ TOP = 10
 
 
 @torch.no_grad()
-def plain_loop(model: torch.nn.Module, preprocess, paths: list[Path]) -> float:
-    """Seconds of the loop of open_clip's README over files."""
+def plain_loop(model: torch.nn.Module, preprocess, paths: list[Path]) -> tuple[float, float]:
+    """Seconds, and those of all cores, of the loop of open_clip's README over files."""
     start = time.perf_counter()
+    cpu = time.process_time()
     features = []
     for first in range(0, len(paths), RIVAL_BATCH):
         images = torch.stack([preprocess(Image.open(path)) for path in paths[first : first + RIVAL_BATCH]])
         found = model.encode_image(images)
         features.append(found / found.norm(dim=-1, keepdim=True))
     torch.cat(features)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
-def index_files(model: EmbeddingModel, folder: Path) -> float:
-    """Seconds of a first `clipmill search` of a folder, the model being loaded."""
+def index_files(model: EmbeddingModel, folder: Path) -> tuple[float, float]:
+    """Seconds, and those of all cores, of a first `clipmill search` of a folder, the model being loaded."""
     shutil.rmtree(folder / INDEX, ignore_errors=True)
     start = time.perf_counter()
+    cpu = time.process_time()
     search(SearchConfig("model", images=str(folder)), model)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
 def compare_indexing(options: argparse.Namespace, folder: Path) -> None:
     """Print images/s of both, and the median of their ratios."""
     loaded = load_model(options.model, random_weights=True)
+    merged = replace(loaded, model=inference_form(loaded.model))
     model = EmbeddingModel(
-        loaded, name="bench", weights=weights_sha256(loaded.model), device="cpu", bf16=False, batch_size=options.batch
+        merged, name="bench", weights=weights_sha256(loaded.model), device="cpu", bf16=False, batch_size=options.batch
     )
     preprocess = open_clip.transform.image_transform_v2(
         open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(loaded.model)), is_train=False
     )
     paths = sorted(folder.glob("*.jpg"))
     plain_loop(loaded.model, preprocess, paths[:RIVAL_BATCH])
-    rounds = []
+    plain, own = [], []
     for turn in range(options.rounds):
-        ours = index_files(model, folder) if turn % 2 else 0.0
-        theirs = plain_loop(loaded.model, preprocess, paths)
-        rounds.append((theirs, ours or index_files(model, folder)))
-    plain, own = (statistics.median(seconds) for seconds in zip(*rounds, strict=True))
-    ratio = statistics.median(theirs / ours for theirs, ours in rounds)
+        runs = [
+            lambda: plain.append(plain_loop(loaded.model, preprocess, paths)),
+            lambda: own.append(index_files(model, folder)),
+        ]
+        for run in runs[:: -1 if turn % 2 else 1]:
+            run()
+    ratio = statistics.median(theirs[0] / ours[0] for theirs, ours in zip(plain, own, strict=True))
+    rates = [len(paths) / statistics.median(wall for wall, _ in seconds) for seconds in (plain, own)]
+    cpu = [1000 * statistics.median(cpu for _, cpu in seconds) / len(paths) for seconds in (plain, own)]
     print(
-        f"index {len(paths)} photos with {options.model}: plain loop {len(paths) / plain:.1f}, clipmill search "
-        f"{len(paths) / own:.1f} images/s, {ratio:.2f} times"
+        f"index {len(paths)} photos with {options.model}: plain loop {rates[0]:.1f}, clipmill search {rates[1]:.1f} "
+        f"images/s, {ratio:.2f} times; {cpu[0]:.0f} and {cpu[1]:.0f} ms of CPU per image"
     )
 
 

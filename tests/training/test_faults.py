@@ -6,13 +6,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from small_training import steady_metrics, tiny_config
+from warm_process import WarmProcess
 
 from shards_spec.files import DataError, UserError
 from training.runs.checkpoint_files import hash_file, load_checkpoint
@@ -190,14 +190,7 @@ def start(root, out, *words, first=""):
         *words,
     )
     code = TRAIN.format(tests=str(Path(__file__).parents[1] / "support"), first=first)
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        start_new_session=True,
-    )
+    return WarmProcess(code, *words, cwd=ROOT)
 
 
 def until_logged(process, out, number=1):

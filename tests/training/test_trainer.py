@@ -6,7 +6,6 @@ import math
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from small_training import (
     write_packed,
     write_retrieval,
 )
+from warm_process import WarmProcess
 
 import clipmill
 from shards_spec.files import UserError
@@ -160,9 +160,7 @@ def test_dropout_goes_on_in_its_random_stream(root, tmp_path):
 def start(root, out, **fields):
     code = RUN_IT.format(tests=str(Path(__file__).parents[1] / "support"))
     words = [json.dumps(["tinyclip", root, str(out)]), json.dumps(fields)]
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    return WarmProcess(code, *words)
 
 
 def logged(out):
