@@ -89,7 +89,8 @@ def resize_input(base: LoadedModel, side: int) -> LoadedModel:
     trunk: Any = model.trunk
     if not isinstance(trunk, VisionTransformer | SwinTransformer):
         raise UserError(
-            f"--image-size {side}: {model.name!r} is no ViT or Swin of timm's; leave it out, and give --sides {side}"
+            f"--image-size {side}: {model.name!r} is none of timm's plain ViTs and Swins, whose positions it resizes; "
+            "leave it out. A convolutional network takes any --sides"
         )
     embedding: Any = trunk.patch_embed
     patch, grid = embedding.patch_size[0], embedding.grid_size

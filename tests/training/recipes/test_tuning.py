@@ -337,7 +337,10 @@ def test_an_ordinary_swins_tables_are_resized_as_the_mini_swins():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model": "timm:test_resnet", "image_size": 64}, "--image-size 64: .* is no ViT or Swin of timm's"),
+        (
+            {"model": "timm:test_resnet", "image_size": 64},
+            "--image-size 64: .* is none of timm's plain ViTs and Swins.* takes any --sides",
+        ),
         ({"model": "timm:mini_deit_test", "image_size": 60}, "its patches are of 8 pixels"),
         ({"image_size": 64, "sides": (32, 48)}, "--sides 32 48 never show that size; give --sides 64 --base-side 64"),
         ({"model": "timm:test_resnet", "layer_decay": 0.5}, "--layer-decay is for vision transformers and Swins"),
