@@ -12,7 +12,7 @@ from markupsafe import Markup
 from pipeline.report.axes import Axis
 from pipeline.report.charts import Plot
 
-COLOURS = ("#7f7f7f", "#1f77b4", "#2ca02c", "#d62728", "#9467bd")
+COLOURS = ("#7f7f7f", "#1f77b4", "#2ca02c", "#d62728", "#9467bd", "#ff7f0e")
 WIDTH = 560  # px, of a chart
 HEIGHT = 320  # px, of a chart
 LINE = 18  # px, of a line of the legend

@@ -31,6 +31,7 @@ ROWS = {
     "transformation": "+ transformation",
     "distillation": "+ distillation",
     "all": "+ both (all of MiniViT)",
+    "identity": "+ both, head maps from the identity",
 }
 SIZES = {"1": "no sharing", "2": "pairs", "all": "a stage shares all"}
 DRAWN = {
@@ -39,6 +40,7 @@ DRAWN = {
     ("transformation", "all"): "a stage shares all, + transformation",
     ("distillation", "all"): "a stage shares all, + distillation",
     ("all", "all"): "a stage shares all, + both",
+    ("identity", "all"): "a stage shares all, + both, from the identity",
 }
 SEEDS = 3  # of a finished study
 BATCH = 100  # images of an estimate of CKA
@@ -99,7 +101,7 @@ def results(study: Path) -> str:
         for size in SIZES:
             found_spreads = [spreads(run) for run in runs(study, row, size)]
             means = [statistics.mean(values) for values in zip(*found_spreads, strict=True)]
-            cells.append("; ".join(f"{mean:.2f}" for mean in means))
+            cells.append("; ".join(f"{mean:.2f}" for mean in means) or "not run")
         text.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(text) + "\n"
 

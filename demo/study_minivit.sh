@@ -34,6 +34,7 @@ for seed in $SEEDS; do
     train "rows/transformation-$size-$seed" "${student[@]}" "${labels[@]}"
     train "rows/distillation-$size-$seed" "${student[@]}" "${plain[@]}" --teacher "$STUDY/teacher"
     train "rows/all-$size-$seed" "${student[@]}" --teacher "$STUDY/teacher"
+    train "rows/identity-$size-$seed" "${student[@]}" --teacher "$STUDY/teacher" --head-maps identity
   done
 done
 python demo/study_minivit.py "$STUDY" docs/minivit
