@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from shards_spec.display import shown
+from shards_spec.files import UserError
 from shards_spec.models import LoadedModel
 from training.models.parameter_count import count_parameters
 
@@ -51,7 +52,15 @@ def measure_cost(loaded: LoadedModel, devices: list[str], *, in_a_row: int, bf16
         ``macs`` by tower (one image, one text), ``weights_bytes`` with tied weights once, and ``speed``, an object per
         device: ``device``, ``name``, ``threads``, ``images_per_s`` and ``texts_per_s`` by batch size, ``in_a_row``
         images, ``peak_mib`` by batch size. And ``image_size``, ``precision``.
+
+    Raises:
+        UserError: The model has no parameters in torch: it is run by another library.
     """
+    if next(loaded.model.parameters(), None) is None:
+        raise UserError(
+            "--cost counts what a model does in torch, and this one is run by onnxruntime: give the RUN or the folder "
+            "that it was exported from"
+        )
     model = inference_form(loaded.model)
     passes = _passes(loaded, model)
     return {

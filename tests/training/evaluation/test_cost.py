@@ -1,5 +1,6 @@
 """What `clipmill eval --cost` says, where it can be counted by hand."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -114,6 +115,11 @@ def test_command_writes_the_file_and_prints(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "3 images in a row, cpu" in printed
     assert str(path) in printed
+
+
+def test_a_model_of_another_library_is_refused(clip):
+    with pytest.raises(UserError, match="run by onnxruntime: give the RUN"):
+        measure_cost(dataclasses.replace(clip, model=nn.Module()), ["cpu"], in_a_row=1)
 
 
 @pytest.mark.parametrize(
