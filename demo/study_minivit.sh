@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # MiniViT's ablation at small scale: a Swin of 2 + 6 blocks (width 32 and 64, 48 px) that tells the demo's things apart.
-#   make study-minivit     about half an hour of one core; writes docs/minivit-gradients.svg, docs/minivit-cka.svg and
+#   make study-minivit     about 25 minutes of one core; writes docs/minivit-gradients.svg, docs/minivit-cka.svg and
 #                          the table of docs/minivit.md
 # Weights are shared by no blocks, by pairs or by all of a stage; with and without transformation and distillation. All
 # rows of a seed see the same images, in as many steps; a seed's rows are finished before the next seed begins.
