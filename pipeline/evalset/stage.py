@@ -34,6 +34,7 @@ from shards_spec.files import (
     join,
     read_json,
     remove,
+    remove_stale,
     sha256_json,
     write_bytes,
     write_json,
@@ -81,6 +82,7 @@ def evalset(config: EvalsetConfig) -> str:
     _check_other_split(config, source)
     for name in (RECORD, "nshards.txt"):
         remove(join(folder, name))
+    remove_stale(folder)
     _write_texts(config.out, source)
     record = _write_images(folder, source, config.shard_size)
     record = {"made_from": fingerprint, "split": config.split, "classes": len(source.classes), **record}

@@ -1,6 +1,7 @@
 """Evaluation sets made of what is published, and read back as CLIP_benchmark lays them out."""
 
 import json
+import socket
 from pathlib import Path
 
 import pyarrow as pa
@@ -261,12 +262,13 @@ def test_a_set_is_written_once_and_again_only_when_asked(tmp_path):
     ]
 
 
-def test_an_interrupted_set_is_none_and_is_written_whole(tmp_path, monkeypatch):
+def test_an_interrupted_set_is_none_and_is_written_whole(tmp_path):
     config = EvalsetConfig(str(tmp_path / "out"), classes=write_folders(tmp_path / "set", "abc"), shard_size=1)
     evalset(config)
     whole = tree(config.out)
     for name in ("nshards.txt", "evalset.json", "1.tar"):
         Path(config.out, "test", name).unlink()
+    Path(config.out, "test", f".1.tar.00000000.{socket.gethostname()}.4999999.tmp").write_bytes(b"x")  # of one killed
     evalset(config)
     assert tree(config.out) == whole
 
