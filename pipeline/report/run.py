@@ -194,6 +194,10 @@ def _speed_rows(speed: dict[str, Any]) -> list[tuple[str, str]]:
         by_batch = speed.get(kind)
         for batch, value in by_batch.items() if isinstance(by_batch, dict) else ():
             rows.append((f"{label}, batch {batch}, {device}", short(number(value), 4)))
+    images, rates = number(speed.get("in_a_row")), speed.get("images_per_s")
+    rate = number(rates.get("1")) if isinstance(rates, dict) else math.nan
+    if images > 0 and rate > 0:
+        rows.append((f"{images:,.0f} images one by one, {device}", duration(images / rate)))
     return rows
 
 
