@@ -22,6 +22,7 @@ from training.export.onnx_int8 import quantize
 from training.export.onnx_model import load_onnx, onnxruntime
 from training.export.probe import noise, read_probe
 from training.export.to_onnx import export_graph
+from training.models.classifier import new_classifier
 from training.models.text_tower import TextTower
 from training.models.tinyclip_pruned import PrunedTextTower
 from training.runs.student import load_run
@@ -160,3 +161,16 @@ def test_it_is_evaluated_as_the_run_is(folder, run, tmp_path):
     data = (write_retrieval(tmp_path / "eval"),)
     found = [evaluate(EvalConfig((str(model),), data, output=str(tmp_path)))[0]["metrics"] for model in (run, folder)]
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mini_deit_test", "mini_swin_test"])
+def test_tied_blocks_have_their_weights_once(tmp_path, name):
+    tower = new_classifier(f"timm:{name}", 8).model.trunk
+    images = torch.randn(3, 3, 32, 32)
+    export_graph(tower, images, "pixels", tmp_path / "tower.onnx")
+    found = onnxruntime().InferenceSession(str(tmp_path / "tower.onnx")).run(None, {"pixels": images[:1].numpy()})[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(found, tower(images[:1]).numpy(), rtol=0, atol=1e-5)
+    stored = sum(np.prod(weight.dims) for weight in onnx.load(tmp_path / "tower.onnx").graph.initializer)
+    assert stored < 1.1 * sum(parameter.numel() for parameter in tower.parameters())

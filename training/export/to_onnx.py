@@ -50,6 +50,7 @@ Elsewhere, onnxruntime takes `image.onnx` and `text.onnx`; `onnx_config.json` na
 and the scale of logits. Features are of unit length; the batch size is free.
 """
 MIN_OPSET = 18  # the first that torch's exporter translates to
+LARGEST_WEIGHT = 2**31  # bytes; larger ones are no file of ONNX's
 EXAMPLES = 3  # batch of the example: neither 1, which would stay 1, nor a size of the models
 
 
@@ -151,17 +152,22 @@ def export_graph(tower: nn.Module, inputs: Tensor, input_name: str, path: Path, 
     except Exception as error:  # of torch.export, of the translation, of the optimiser: each has its own classes
         reason = f"torch {torch.__version__} cannot translate the student ({short(error)})"
         raise UserError(f"--format onnx: {reason}; use --format open_clip") from error
+    if isinstance(program.model.graph.inputs[0].shape[0], int):
+        raise UserError(
+            f"--format onnx: torch fixes the batch size to the example's {len(inputs)}, since code of the model "
+            "reads it as a number; use --format open_clip"
+        )
     _strip(program.model)
     program.save(str(path))
     return int(program.model.opset_imports[""])
 
 
 def _strip(model: Any) -> None:
-    """Remove what names files of this machine, and keep each weight once."""
+    """Remove what names files of this machine, and keep each weight once: the exporter transposes shared ones apart."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass, DeduplicateInitializersPass
 
     ClearMetadataAndDocStringPass()(model)
-    DeduplicateInitializersPass()(model)
+    DeduplicateInitializersPass(size_limit=LARGEST_WEIGHT)(model)
 
 
 @contextlib.contextmanager

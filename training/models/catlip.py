@@ -81,7 +81,7 @@ class CatlipViT(VisionTransformer):
         """(B, H, W, D) patches -> (B, 1 + H W, D): positions are added; CLS, which has none, is put in front."""
         positions = resize_positions(self.pos_embed, self.patch_embed.grid_size, x.shape[1:3], self.positions)
         tokens = x.flatten(1, 2) + positions
-        joined: Tensor = self.pos_drop(torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], dim=1))
+        joined: Tensor = self.pos_drop(torch.cat([self.cls_token.expand(x.shape[0], -1, -1), tokens], dim=1))
         return joined
 
 

@@ -241,7 +241,7 @@ class DepthwiseTokens(nn.Conv2d):
         The ``prefix`` P tokens in front (CLS, registers) lie on no map: what is added to them is 0.
         """
         patches = tokens[:, prefix:]
-        on_map = patches.mT.reshape(len(patches), -1, height, width)
+        on_map = patches.mT.reshape(patches.shape[0], -1, height, width)
         convolved = super().forward(on_map).flatten(2).mT
         return F.pad(convolved, (0, 0, prefix, 0)) if prefix else convolved
 
