@@ -138,7 +138,7 @@ def _tell_row(life: SampleLife, root: str, shard: int, number: int, row: Row) ->
             facts.append(f"success, but {raw_tar(root, shard)} does not have it: run `clipmill check {root}`")
         else:
             life.raw = (shard, index)
-            facts.append(f"downloaded: {raw_tar(root, shard)}, sample {index}")
+            facts.append(f"taken: {raw_tar(root, shard)}, sample {index}")
     else:
         facts.append(f"left out: {status}, {row.get('error_message') or 'no reason recorded'}")
     shown = {"key", "url", "caption", "status", "error_message", "exif"}

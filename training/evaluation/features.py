@@ -112,4 +112,4 @@ def load_embedding_model(
 
 def _graph_files(folder: Path) -> list[Path]:
     """The files of both towers; large weights lie beside their graph."""
-    return sorted(path for file in (IMAGE_FILE, TEXT_FILE) for path in folder.glob(f"{file}*"))
+    return sorted([*folder.glob(f"{IMAGE_FILE}*"), *folder.glob(f"{TEXT_FILE}*")])

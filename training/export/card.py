@@ -156,8 +156,10 @@ def _training_lines(path: str, step: int) -> list[str]:
 def _base_name(named: str) -> str:
     """The name of a model or a dataset without the folders it lies in."""
     prefix, _, rest = named.rpartition(":")
-    is_path = "/" in rest and prefix in ("", "local-dir") and not is_url(named)
-    return Path(rest).name if is_path else named.rstrip("/").rsplit("/", 1)[-1] if is_url(named) else named
+    if is_url(named):
+        return named.rstrip("/").rsplit("/", 1)[-1]
+    is_path = "/" in rest and prefix in ("", "local-dir")
+    return Path(rest).name if is_path else named
 
 
 def _counts(root: str) -> str:

@@ -92,7 +92,8 @@ def cached_loss(distilled: Tensor, batch: Batch) -> Tensor:
     if "share" not in batch:
         return loss
     partners = F.cross_entropy(distilled, hard_targets(batch, PARTNERS), reduction="none")
-    return batch["share"] * loss + (1 - batch["share"]) * partners
+    share: Tensor = batch["share"]
+    return share * loss + (1 - share) * partners
 
 
 class HardTeacher(torch.nn.Module):
