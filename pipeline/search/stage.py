@@ -15,7 +15,17 @@ from pipeline.search.config import SearchConfig
 from pipeline.search.index import FeatureIndex, Hit
 from pipeline.search.model import FeatureModel
 from pipeline.search.sources import ImageEntry, ImageSource, ReadImage, TarListing, open_source
-from shards_spec.files import DataError, UserError, join, json_bytes, read_bytes, remove_stale, sha256_json
+from shards_spec.files import (
+    DataError,
+    UserError,
+    is_url,
+    join,
+    json_bytes,
+    read_bytes,
+    remove_stale,
+    sha256_bytes,
+    sha256_json,
+)
 from shards_spec.images import crop_extreme_aspect, decode_rgb
 from shards_spec.lock import locked
 from shards_spec.messages import counted
@@ -74,9 +84,10 @@ def search(config: SearchConfig, model: FeatureModel) -> SearchResult:
         check_page_path(config.html, "--html")
     source = open_source(config.images)
     queries = [_read_query(path) for path in config.image]  # before the work that takes long
-    folder = join(config.index or join(config.images, INDEX), index_name(model))
+    index_root = _index_root(config)
+    folder = join(index_root, index_name(model))
     if config.update:
-        index = _updated(source, folder, model, config.index or join(config.images, INDEX))
+        index = _updated(source, folder, model, index_root)
     else:
         index = FeatureIndex(folder, {})
         index.keep_all()
@@ -90,6 +101,14 @@ def search(config: SearchConfig, model: FeatureModel) -> SearchResult:
     found = index.search(np.concatenate(features), config.top) if features else []
     results = [QueryResult(query, image, hits) for (query, image), hits in zip(images, found, strict=True)]
     return SearchResult(model.name, source, len(index), results)
+
+
+def _index_root(config: SearchConfig) -> str:
+    """The folder of the indexes of these images: below them, or in ``config.index`` under a name of their own."""
+    if config.index is None:
+        return join(config.images, INDEX)
+    images = config.images if is_url(config.images) else str(Path(config.images).resolve())
+    return join(config.index, f"{model_label(images, None)}-{sha256_bytes(images.encode())[:12]}")
 
 
 def index_name(model: FeatureModel) -> str:
@@ -128,7 +147,7 @@ def _nothing(config: SearchConfig, source: ImageSource, folder: str) -> str:
 
 def _updated(source: ImageSource, folder: str, model: FeatureModel, index_root: str) -> FeatureIndex:
     """The index with the features of all images of today; prints what was done."""
-    if "://" not in folder:
+    if not is_url(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
     with locked(join(folder, ".lock"), f"the index {folder}"):
         remove_stale(folder)

@@ -194,6 +194,16 @@ def test_a_damaged_file_of_the_index_is_made_again(model, tmp_path, caplog):
     assert "embedded again" in caplog.text
 
 
+def test_one_index_folder_serves_several_folders_of_images(model, tmp_path):
+    counting = Counting(model)
+    for name in ("one", "two", "one"):
+        write_walls(tmp_path / name, each=1)
+        found = find(counting, tmp_path / name, text=("a red wall",), top=9, index=str(tmp_path / "index"))
+        assert len(found.results[0].hits) == 4
+    assert not list((tmp_path / "one").glob(".clipmill-search"))
+    assert len(list((tmp_path / "index").glob("*/*/*.parquet"))) == 2
+
+
 def test_another_model_has_an_index_of_its_own(model, run, tmp_path):
     write_walls(tmp_path, each=1)
     find(model, tmp_path)
