@@ -80,8 +80,9 @@ class OnnxModel(nn.Module):
         self.config: dict[str, Any] = described["model_cfg"]
         self.visual = _Tower(described["preprocess_cfg"])
         self.tokenizer = load_tokenizer(f"{LOCAL_DIR}{folder}")
-        self.image_session = _session(Path(folder, IMAGE_FILE), threads)
-        self.text_session = _session(Path(folder, TEXT_FILE), threads)
+        is_half = self.description["dtype"] == "fp16"
+        self.image_session = _session(Path(folder, IMAGE_FILE), threads, is_half)
+        self.text_session = _session(Path(folder, TEXT_FILE), threads, is_half)
         digest = hashlib.sha256(b"".join(Path(folder, name).read_bytes() for name in (IMAGE_FILE, TEXT_FILE))).digest()
         self.register_buffer("graphs_sha256", torch.tensor(list(digest), dtype=torch.uint8))  # for `weights_sha256`
         self.logit_scale = torch.tensor(float(self.description["logit_scale"])).log()  # as open_clip keeps it
@@ -127,7 +128,7 @@ def load_onnx(folder: str, threads: int = 0) -> LoadedModel:
     )
 
 
-def _session(path: Path, threads: int) -> Any:
+def _session(path: Path, threads: int, is_half: bool) -> Any:
     """A session of onnxruntime on the CPU."""
     runtime = onnxruntime()
     if not path.is_file():
@@ -135,6 +136,8 @@ def _session(path: Path, threads: int) -> Any:
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # its warnings are about optimisations
+    if is_half:  # its changes of layout crash on a convolution of float16 on a CPU, as of onnxruntime 1.32
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # it has a class of its own for each of its codes
