@@ -188,9 +188,10 @@ def _check_names(model: str, pretrained: str | None, random_weights: bool) -> No
     if name not in known:
         if Path(model, CONFIG_FILE).is_file():
             raise UserError(f"no model {model!r}: the model in that folder is {LOCAL_DIR}{model}")
+        nor_folder = ", nor such a folder" if "/" in model and not Path(model).exists() else ""
         raise UserError(
-            f"no model {model!r}: {did_you_mean(name, known)}; folders are named {LOCAL_DIR}PATH, the Hub's "
-            f"{HUB}ORG/NAME"
+            f"no model {model!r}{nor_folder}: {did_you_mean(name, known)}; folders are named {LOCAL_DIR}PATH, the "
+            f"Hub's {HUB}ORG/NAME"
         )
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None and not random_weights:

@@ -25,10 +25,10 @@ from pipeline.core.runner import (
     tar_tasks,
     upstream_shards,
 )
-from shards_spec.class_names import class_list_hash
+from shards_spec.class_names import class_list_hash, read_class_names
 from shards_spec.embeddings import id_column, write_vectors
 from shards_spec.files import exists, join, remove, sha256_json
-from shards_spec.layout import SHARDS, final_tar, parquet_path, teacher_folder
+from shards_spec.layout import SHARDS, class_names_txt, final_tar, parquet_path, teacher_folder
 from shards_spec.manifest import forget, read_done
 from shards_spec.models import LoadedModel, model_label, pick_devices, weights_sha256
 from shards_spec.teacher_shard import TeacherShard
@@ -60,6 +60,8 @@ def cache(config: CacheConfig, assignment: ShardAssignment = ALL) -> Summary:
         else:
             embedder = at_end.enter_context(closing(Embedder(config, devices[0], devices=1)))
             loaded = embedder.teacher.loaded
+        if config.soft_labels is not None:
+            _warn_of_other_classes(config.root, class_names(loaded.model))
         folder = teacher_folder(config.label)
         if not config.overwrite:
             _check_rendering(join(config.root, folder))
@@ -80,6 +82,16 @@ def cache(config: CacheConfig, assignment: ShardAssignment = ALL) -> Summary:
         share = 100 * summary.measurements["waited_s"] / embedding_s
         log.info("cache: the device waited for views %.1f %% of the time", share)
     return summary
+
+
+def _warn_of_other_classes(root: str, classes: list[str] | None) -> None:
+    """Say before the work that training will refuse these soft labels, where images and teacher have class names."""
+    path = class_names_txt(root)
+    if classes and exists(path) and read_class_names(path) != classes:
+        log.warning(
+            "cache: the teacher's classes are not those of %s: training on these images will refuse its soft labels",
+            path,
+        )
 
 
 def _load_in_worker(config: CacheConfig, devices: int, device: str) -> None:

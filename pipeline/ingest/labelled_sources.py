@@ -33,11 +33,11 @@ from shards_spec.class_names import (
     read_class_names,
 )
 from shards_spec.counter_rng import raw_draws
-from shards_spec.files import DataError, UserError, exists, join
+from shards_spec.files import DataError, UserError, exists, join, names
 from shards_spec.folders import class_folders, walk
 from shards_spec.layout import CLASS_NAMES, dataset_json
 from shards_spec.messages import counted
-from shards_spec.names import clean_name, endings_line, file_ending
+from shards_spec.names import clean_name, endings_line, file_ending, is_image
 
 log = logging.getLogger(__name__)
 SPLITS = frozenset({"train", "val", "test", "validation"})
@@ -179,3 +179,7 @@ def _warn(source: str, folders: Sequence[str], labels: list[int], left_out: Coun
         )
     if left_out:
         log.warning("--source %s: files that are not taken: %s", source, endings_line(left_out))
+    if stray := sum(map(is_image, names(source))):
+        log.warning(
+            "--source %s: %s beside the class folders, in none of them: not taken", source, counted(stray, "image")
+        )

@@ -185,7 +185,8 @@ def _pick(root: str, name: str, option: str) -> str:
         return name or found[0]
     there = ", ".join(found) or "none"
     asked = f"{option} {name!r} is not there" if name else f"{option} is needed"
-    raise UserError(f"{asked}: teacher caches in {root} are: {there}; make one with `clipmill cache {root}`")
+    kind = " --model timm:NAME --soft-labels K" if option == "--soft-labels" else ""
+    raise UserError(f"{asked}: teacher caches in {root} are: {there}; make one with `clipmill cache {root}{kind}`")
 
 
 def _check_keys(path: str, stored: list[str], keys: list[str]) -> None:

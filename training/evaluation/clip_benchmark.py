@@ -23,6 +23,7 @@ from training.data.labelled_images import (
     RootImages,
     find_split,
     has_class_folders,
+    is_labelled_root,
     open_split,
 )
 
@@ -95,7 +96,12 @@ def read_prompts(path: str) -> list[str]:
 
 def captioned_samples(root: str) -> Iterator[tuple[str, Sample]]:
     """Yield the shard's path and the sample for each test image of a retrieval dataset. Raises UserError, DataError."""
-    for path in numbered_shards(join(root, find_split(root))):
+    split = find_split(root)
+    if has_class_folders(root, split) or is_labelled_root(join(root, split)):
+        raise UserError(
+            f"{root} has labelled images and no captions to retrieve: use --task zeroshot, knn or linear-probe"
+        )
+    for path in numbered_shards(join(root, split)):
         for sample in read_shard(path):
             yield path, sample
 

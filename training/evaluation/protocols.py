@@ -1,5 +1,6 @@
 """The tasks of `clipmill eval`: how a model is measured on one set, and what is said of it."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,8 @@ TASKS: dict[str, str] = {
     "knn": "knn_classification",
 }
 LEARNING = ("linear-probe", "knn")  # from the train split
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,11 @@ def _learned(config: EvalConfig, encoder: Encoder, data: EvalSet, task: str) -> 
         scores = probe.scores(features)
         details["C"] = probe.c
     else:
-        scores = neighbour_scores(bank, bank_labels, features, classes, config.neighbours)
-        details["neighbours"] = config.neighbours
+        neighbours = min(config.neighbours, len(bank))
+        if neighbours < config.neighbours:
+            log.warning(
+                "%s: --neighbours %d, there are %d training images: all vote", data.root, config.neighbours, neighbours
+            )
+        scores = neighbour_scores(bank, bank_labels, features, classes, neighbours)
+        details["neighbours"] = neighbours
     return Measurement(class_metrics(scores, labels), len(labels), encoder.skipped - skipped, details)

@@ -73,7 +73,7 @@ def load_class_teacher(
 def _of_run(name: str, classes: list[str], trust: Trust) -> ClassTeacher:
     loaded, _ = load_run(name, trust=trust)
     model = loaded.model
-    if not isinstance(model, Classifier):
+    if not isinstance(model, Classifier) or not model.names:
         raise UserError(f"--teacher {name}: it is no classifier; `clipmill train finetune` makes one of it")
     if model.names != classes:
         differing = ", ".join(sorted({*model.names} ^ {*classes})[:5]) or "in another order"

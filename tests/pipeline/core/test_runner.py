@@ -354,6 +354,8 @@ def test_models_that_are_not_there_are_one_clear_line(root):
         caption(CaptionConfig(root, "local-dir:/nope"))
     with pytest.raises(UserError, match=r"no model 'ViT-NOPE': none of the .* names is like it; folders"):
         cache(CacheConfig(root, "ViT-NOPE"))
+    with pytest.raises(UserError, match=r"no model 'runs/nope', nor such a folder: none of"):
+        cache(CacheConfig(root, "runs/nope"))
 
 
 def test_a_model_without_weights_is_refused(root, tmp_path):

@@ -130,6 +130,15 @@ def test_classes_without_images_and_other_files_are_named(built, caplog):
     list(class_rows(str(built / "source")))
     assert "1 class folder without an image: zebra" in caplog.text
     assert "files that are not taken: 1 .txt" in caplog.text
+    assert "beside the class folders" not in caplog.text
+
+
+def test_images_beside_the_class_folders_are_counted(tmp_path, caplog):
+    (tmp_path / "cat").mkdir()
+    for path in ("cat/1.jpg", "stray.jpg", "other.png"):
+        (tmp_path / path).write_bytes(draw(path)[0])
+    assert [row.url for row in class_rows(str(tmp_path))] == ["cat/1.jpg"]
+    assert "2 images beside the class folders, in none of them: not taken" in caplog.text
 
 
 # again

@@ -209,6 +209,12 @@ def test_what_learns_from_the_train_split(run, labelled, task):
     assert Path(run, "eval", f"set_{task}.json").exists()
 
 
+def test_all_images_vote_where_there_are_fewer_than_asked_for(run, labelled, caplog):
+    (result,) = evaluate(EvalConfig(run, (labelled,), task="knn", neighbours=1000))
+    assert result["neighbours"] == 18
+    assert "--neighbours 1000, there are 18 training images: all vote" in caplog.text
+
+
 def test_a_classifiers_features_are_probed_and_its_texts_are_not_asked_for(labelled):
     classifier = new_classifier("timm:test_vit", 3, pretrained=None, seed=0)
     protocol = EvalConfig("any", (labelled,), task="knn")
@@ -240,6 +246,7 @@ def test_many_models_and_many_sets(run, labelled, tmp_path, capsys):
         (lambda root: (root / "train").rename(root / "x"), {"task": "knn"}, "--task knn learns from a split train"),
         (lambda root: (root / "train" / "cat").rename(root / "train" / "cow"), {"task": "knn"}, "cat, cow"),
         (lambda root: None, {"task": "knn", "neighbours": 0}, "--neighbours 0"),
+        (lambda root: None, {"task": "retrieval"}, "has labelled images and no captions to retrieve: use --task"),
         (lambda root: None, {"pretrained": "x", "model": ("ViT-B-32", "RN50")}, "say NAME:TAG for each"),
         (lambda root: None, {"pretrained": "x", "model": ("ViT-B-32:openai",)}, "say NAME:TAG for each"),
     ],

@@ -226,6 +226,12 @@ def test_a_run_as_teacher_and_other_classes(images, run, tmp_path):
         prepared(other, teacher=run, teacher_weights=None)
     with pytest.raises(UserError, match="brings its own weights"):
         prepared(images, teacher=run)
+    encoder = load_run(run)[0]
+    encoder.model.names = []  # as a run of tinymim has none
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.models.class_teacher.load_run", lambda *_, **__: (encoder, 1))
+        with pytest.raises(UserError, match="it is no classifier"):
+            prepared(images, teacher=run, teacher_weights=None)
 
 
 @pytest.mark.parametrize(

@@ -225,8 +225,8 @@ def test_images_without_a_cache_are_refused(data, tmp_path):
         small(data, recipe="probe", soft_labels="all", augment=False)
 
 
-def test_labels_of_other_classes_are_refused(data, teacher, tmp_path):
-    """By their names where the teacher says them, else by their number."""
+def test_labels_of_other_classes_are_refused(data, teacher, tmp_path, caplog):
+    """By their names where the teacher says them, else by their number; `cache` warns of the former."""
     copy = shutil.copytree(data, tmp_path / "copy")
     root = str(copy / "train")
     for name, classes in (("names", ["cyan", "green", "red"]), ("four", [])):
@@ -235,6 +235,10 @@ def test_labels_of_other_classes_are_refused(data, teacher, tmp_path):
         to_timm.write(tmp_path / name, student, ExportConfig("run", str(tmp_path / name)))
         soft = CacheConfig(root, f"timm:local-dir:{tmp_path / name}", name=name, views=1, soft_labels=1, device="cpu")
         cache(soft)
+    warning = "the teacher's classes are not those of"
+    assert [record.getMessage().count(warning) for record in caplog.records if "cache:" in record.msg].count(1) == 1
+    with pytest.raises(UserError, match=r"make one with `clipmill cache .* --model timm:NAME --soft-labels K`"):
+        prepared(str(copy), soft_labels="none-such")
     with pytest.raises(UserError, match=r"'names': its teacher knows other classes than --data \(blue, cyan\)"):
         prepared(str(copy), soft_labels="names")
     with pytest.raises(UserError, match=r"'four' is of 4 classes, --data has 3: its labels are of another list"):
