@@ -11,6 +11,8 @@ JPEG, PNG and WebP are copied; other formats become PNG with the pixels that eva
 
 import io
 import logging
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -32,6 +34,7 @@ from shards_spec.files import (
     exists,
     is_url,
     join,
+    names,
     read_json,
     remove,
     remove_stale,
@@ -41,6 +44,7 @@ from shards_spec.files import (
 )
 from shards_spec.images import decode_rgb
 from shards_spec.messages import counted, flag
+from shards_spec.names import is_image
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
 
@@ -50,6 +54,8 @@ MAX_IMAGE_BYTES = 1 << 28
 MAX_SHARD_BYTES = 1_000_000_000  # as CLIP_benchmark's own sets have it
 AHEAD = 64  # images that are read and decoded ahead
 COPIED = {"a JPEG image": "jpg", "a PNG image": "png", "a WebP image": "webp"}  # what CLIP_benchmark reads
+SHARD = re.compile(r"\d+\.tar")
+TEXTS = ("dataset_type.txt", "classnames.txt", "zeroshot_classification_templates.txt")  # of EVAL itself
 EXAMPLES = 5  # of what is left out, in the record
 
 
@@ -79,6 +85,7 @@ def evalset(config: EvalsetConfig) -> str:
             return f"{_summary(former)} (there already)"
         if not config.overwrite:
             raise UserError(f"{folder} holds a set that was made from something else; --overwrite, or another EVAL")
+    _check_folder(config, folder, is_known=former is not None)
     _check_other_split(config, source)
     for name in (RECORD, "nshards.txt"):
         remove(join(folder, name))
@@ -111,13 +118,30 @@ def _former(folder: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else {}
 
 
+def _check_folder(config: EvalsetConfig, folder: str, is_known: bool) -> None:
+    """Raise UserError where the set would lie among its own images, or among the files of somebody else."""
+    source = os.path.realpath(config.classes or config.images or "")
+    if f"{os.path.realpath(folder)}/".startswith(f"{source}/") and os.path.isdir(source):
+        raise UserError(f"{folder} is among the images of {source}; give an EVAL elsewhere")
+    if is_known or config.overwrite:
+        return
+    others = [join(config.out, name) for name in names(config.out) if is_image(name)]
+    others += [join(folder, name) for name in names(folder) if not SHARD.fullmatch(name) and not name.startswith(".")]
+    if others:
+        raise UserError(f"{others[0]} is no file of a set; give another EVAL, or --overwrite")
+    splits = (join(config.out, split, "nshards.txt") for split in ("train", "test"))
+    texts = [name for name in TEXTS if exists(join(config.out, name))]
+    if texts and not exists(folder) and not any(map(exists, splits)):
+        raise UserError(f"{join(config.out, texts[0])} is there without a set; give another EVAL, or --overwrite")
+
+
 def _check_other_split(config: EvalsetConfig, source: EvalSource) -> None:
     """Raise UserError where the other split of EVAL is of other classes, or has captions where this one has classes."""
     other = join(config.out, "train" if config.split == "test" else "test")
     if not exists(join(other, "nshards.txt")):
         return
-    names = join(config.out, "classnames.txt")
-    there = read_class_names(names) if exists(names) else []
+    names_file = join(config.out, "classnames.txt")
+    there = read_class_names(names_file) if exists(names_file) else []
     if there != source.classes:
         raise UserError(
             f"{other} is there with {counted(len(there), 'class', 'classes')}, and this split has "
@@ -141,17 +165,19 @@ def _write_images(folder: str, source: EvalSource, shard_size: int) -> dict[str,
     left_out = Counter[str](source.dropped)
     examples = dict[str, list[str]]()
     counts = Counter[str]()
+    present = set[str]()  # answers
 
     def samples() -> Iterator[Sample]:
         for item, read in prefetch_map(_read, source.items, usable_cores(), AHEAD):
             if isinstance(read, str):
                 left_out[read] += 1
-                if len(named := examples.setdefault(read, [])) < EXAMPLES:
-                    named.append(item.name)
+                if len(shown := examples.setdefault(read, [])) < EXAMPLES:
+                    shown.append(item.name)
                 continue
             extension, data = read
             yield Sample(f"s{counts['samples']:07d}", {extension: data, member: item.answer.encode()})
             counts["samples"] += 1
+            present.add(item.answer)
             counts["captions"] += item.answer.count("\n") + 1 if member == "txt" else 0
 
     expected = -(-len(source.items) // shard_size)
@@ -159,8 +185,10 @@ def _write_images(folder: str, source: EvalSource, shard_size: int) -> dict[str,
         shards = _write_shards(folder, samples(), shard_size, show)
     if not counts["samples"]:
         raise UserError(f"{folder}: no image is left ({_reasons(left_out)}); check the images")
-    for reason, names in examples.items():
-        log.warning("%s: %s left out: %s, such as %s", folder, counted(left_out[reason], "image"), reason, names[0])
+    if source.classes and (empty := len(source.classes) - len(present)):
+        log.warning("%s: %s without an image that decodes", folder, counted(empty, "class", "classes"))
+    for reason, named in examples.items():
+        log.warning("%s: %s left out: %s, such as %s", folder, counted(left_out[reason], "image"), reason, named[0])
     return {
         "shards": shards,
         "samples": counts["samples"],

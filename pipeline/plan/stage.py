@@ -6,6 +6,7 @@ The jobs of a GPU keep up the share of the ceiling that they kept up on the card
 """
 
 import os
+import shlex
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -201,17 +202,21 @@ def _advice(config: PlanConfig, stages: list[StageCost], done: dict[str, float])
 
 def _commands(config: PlanConfig, is_dataset: bool, done: dict[str, float]) -> list[str]:
     """The commands that are left, in order."""
-    root = config.source if is_dataset else "ROOT"
+    root = shlex.quote(config.source) if is_dataset else "ROOT"
+    private = " --allow-private" if config.allow_private else ""
     every = {
-        "ingest": f"clipmill ingest {root} --source {config.source}",
+        "ingest": f"clipmill ingest {root} --source {shlex.quote(config.source)}{private}",
         "dedup": f"clipmill dedup {root}",
         "caption": f"clipmill caption {root} --num-captions {config.captions}",
         "pack": f"clipmill pack {root} --download-wordnet",
         "vocab": f"clipmill vocab {root}",
         "cache": f"clipmill cache {root} --views {config.views} --ops 2 --dtype {config.dtype}",
     }
-    left = [command for stage, command in every.items() if stage not in done]
     if not config.captions:
-        left = [command for command in left if "caption " not in command]
+        del every["caption"]
+    due = {stage for stage in every if stage not in done}
+    if due & {"dedup", "caption"}:  # only pack brings what they find into the shards
+        due.add("pack")
+    left = [command for stage, command in every.items() if stage in due]
     train = f"clipmill train tinyclip --data {root} --model {config.student} --epochs {config.epochs}"
-    return [*left, f"clipmill check {root}", f"{train} --out runs/{Path(config.source).stem}"]
+    return [*left, f"clipmill check {root}", f"{train} --out {shlex.quote(f'runs/{Path(config.source).stem}')}"]

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shards_spec.display import shown
-from shards_spec.files import UserError, exists, is_url, join, read_json, sha256_json, write_json
+from shards_spec.files import DataError, UserError, exists, is_url, join, read_json, sha256_json, write_json
 from shards_spec.messages import counted
 from shards_spec.models import CONFIG_FILE, HUB, LOCAL_DIR, LoadedModel, load_model, pick_device, weights_sha256
 from training.data.labelled_images import find_split
@@ -190,11 +190,23 @@ def check_model(config: EvalConfig, model: str) -> None:
         raise UserError(f"--pretrained {config.pretrained!r} would not be used: {model} brings its own weights")
     if is_finished_run(model):
         return
+    if folder.is_dir() and "recipe" in _config_of(folder):
+        raise UserError(f"{model}: the run has no checkpoint yet")
     if config.raw or config.best:
         raise UserError(f"--{'raw' if config.raw else 'best'} would not be used: {model} is no RUN folder")
     if folder.is_dir() and not (folder / CONFIG_FILE).exists():
         hint = RunFolder(model).stages_hint()
         raise UserError(f"{model} is neither a RUN folder (checkpoints/) nor a model ({CONFIG_FILE}){hint}")
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder; empty where there is none, or it is no object."""
+    path = folder / "config.json"
+    try:
+        found = read_json(str(path)) if path.exists() else {}
+    except DataError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _split_tag(config: EvalConfig, model: str) -> tuple[str, str | None]:

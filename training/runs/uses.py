@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from shards_spec.files import UserError, is_url, read_bytes
+from shards_spec.files import UserError, is_url, read_bytes, sha256_json
 from shards_spec.messages import counted
 from shards_spec.sample import Sample, parse_object
 from training.data.order import BatchPlan, Order
@@ -34,9 +34,14 @@ def uses_of(run: str, root: str, places: dict[str, tuple[int, int] | None]) -> l
         raise UserError(f"--run {run} was trained on {config['data']}, not on {root}")
     folder = config["folder"]
     place = places[folder]
+    sizes = dataset_sizes(root, folder)[: config.get("shards")]
+    checkpoint = RunFolder(run).load_newest()
+    if checkpoint is not None and checkpoint["sizes_sha256"] != sha256_json(sizes):
+        return [
+            f"cannot be told: {folder}/ has other sizes than when the run was trained, so its order was another one"
+        ]
     if place is None:
         return [f"not used: it is not in {folder}/"]
-    sizes = dataset_sizes(root, folder)[: config.get("shards")]
     if place[0] >= len(sizes):
         return [f"not used: the run reads the first {counted(len(sizes), 'shard')}"]
     order = Order(sizes, config["seed"], config["streams"], config["window"])

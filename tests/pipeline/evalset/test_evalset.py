@@ -262,6 +262,31 @@ def test_a_set_is_written_once_and_again_only_when_asked(tmp_path):
     ]
 
 
+def test_files_of_others_are_not_written_over(tmp_path):
+    """Those of an interrupted set are: see the next but one."""
+    write_folders(tmp_path / "good", "ab")
+    given = {"classes": str(tmp_path / "good")}
+    for path in ("texts/classnames.txt", "photos/1.jpg", "split/test/notes.md"):
+        file = tmp_path / path
+        file.parent.mkdir(parents=True)
+        file.write_text("mine")
+        with pytest.raises(UserError, match=f"{path} is .*give another EVAL, or --overwrite"):
+            evalset(EvalsetConfig(str(tmp_path / path.split("/")[0]), **given))
+        assert file.read_text() == "mine"
+    for out in ("good", "good/inner"):
+        with pytest.raises(UserError, match=r"is among the images of .*give an EVAL elsewhere"):
+            evalset(EvalsetConfig(str(tmp_path / out), **given))
+    assert sorted(path.name for path in (tmp_path / "good").iterdir()) == ["a", "b"]
+
+
+def test_a_class_of_which_no_image_decodes_is_named(tmp_path, caplog):
+    write_folders(tmp_path / "source", "ab")
+    for image in (tmp_path / "source" / "b").iterdir():
+        image.write_bytes(b"\xff\xd8\xff cut")
+    evalset(EvalsetConfig(str(tmp_path / "out"), classes=str(tmp_path / "source")))
+    assert "1 class without an image that decodes" in caplog.text
+
+
 def test_an_interrupted_set_is_none_and_is_written_whole(tmp_path):
     config = EvalsetConfig(str(tmp_path / "out"), classes=write_folders(tmp_path / "set", "abc"), shard_size=1)
     evalset(config)

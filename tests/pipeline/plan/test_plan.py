@@ -1,5 +1,6 @@
 """`clipmill plan` on a list that a real server serves, and on a dataset of which stages have been run."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from web_server import serve
 import pipeline.plan.stage as stage
 from pipeline.dedup.config import DedupConfig
 from pipeline.dedup.stage import dedup
+from pipeline.pack.config import PackConfig
+from pipeline.pack.stage import pack
 from pipeline.plan.config import PlanConfig
 from pipeline.plan.costs import Costs
 from pipeline.plan.estimate import Choices, Corpus, stage_costs
@@ -45,7 +48,7 @@ def test_a_list_is_tried(tmp_path):
     assert "its first 20 rows: 16 samples (80.0%)" in text
     assert "else most often HTTP 404" in text
     assert "3 cores" in text
-    assert f"clipmill ingest ROOT --source {source}" in text
+    assert f"clipmill ingest ROOT --source {source} --allow-private" in text
     assert "--views 8 --ops 2 --dtype int8" in text
     assert sorted(tmp_path.iterdir()) == [Path(source)]
 
@@ -78,6 +81,19 @@ def test_a_dataset_by_its_records_and_what_is_done_costs_nothing(tmp_path):
     assert hours_of(text, "dedup")[1] == "done"
     assert f"clipmill dedup {root}" not in text
     assert f"clipmill pack {root}" in text
+
+
+def test_a_name_with_spaces_is_quoted_and_pack_follows_what_is_still_to_be_found(tmp_path):
+    root = str(tmp_path / "ds one")
+    write_raw(root, 1)
+    pack(PackConfig(root, captioner=("none",), workers=1))
+    text = plan(PlanConfig(root, captions=0))
+    assert hours_of(text, "pack")[1] == "done"
+    commands = [line for line in text.splitlines() if line.startswith("clipmill ")]
+    assert [shlex.split(line)[1:3] for line in commands[:2]] == [["dedup", root], ["pack", root]]
+    assert commands[-1].endswith("--out 'runs/ds one'")
+    dedup(DedupConfig(root, workers=1))
+    assert "clipmill pack" not in plan(PlanConfig(root, captions=0))
 
 
 def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch):

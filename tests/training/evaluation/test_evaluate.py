@@ -356,6 +356,11 @@ def test_what_is_missing_is_named(spoil, error, message, run, tmp_path):
 
 def test_folders_that_are_no_model(tmp_path):
     (tmp_path / "test" / "red").mkdir(parents=True)
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "config.json").write_text('{"recipe": "clip"}')
+    with pytest.raises(UserError, match="begun: the run has no checkpoint yet"):
+        evaluate(EvalConfig(str(begun), ("x",)))
     with pytest.raises(UserError, match="neither a RUN folder"):
         evaluate(EvalConfig(str(tmp_path), (str(tmp_path),)))
     with pytest.raises(UserError, match="no-such-model"):

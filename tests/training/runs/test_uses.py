@@ -1,6 +1,7 @@
 """When a run used a sample: what is said of it against the samples that the run's reader gives."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,21 @@ def test_steps_views_and_captions_are_those_of_the_reader(run):
             assert len(used) == len(expected[key])
             for line, start in zip(used, sorted(expected[key]), strict=True):
                 assert line.startswith(start)
+
+
+def test_an_order_that_was_another_one_is_said(run, tmp_path):
+    root, out, _ = run
+    copy = tmp_path / "ds"
+    shutil.copytree(root, copy)
+    sizes = json.loads((copy / "shards" / "sizes.json").read_text())
+    (copy / "shards" / "sizes.json").write_text(json.dumps({**sizes, "00002.tar": 5}))
+    moved = tmp_path / "run"
+    shutil.copytree(out, moved)
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps({**config, "data": str(copy)}))
+    for place in ((0, 0), None):
+        (line,) = uses_of(str(moved), str(copy), {"raw": None, "shards": place})
+        assert line.startswith("cannot be told: shards/ has other sizes")
 
 
 def test_what_no_run_could_have_used(run, tmp_path):
