@@ -169,7 +169,7 @@ class LabelledImageConfig:
     """Which labelled images, and how many at a time."""
 
     data: str = ""
-    """folder with train/ and test/: ROOTs by `ingest --format classes`, class folders, or a CLIP_benchmark WebDataset
+    """folder with train/ and test/: ROOTs of labelled images, class folders, or a CLIP_benchmark WebDataset
     (classnames.txt, train/0.tar ...)"""
     fraction: float = 1.0
     """share of each class's training images that is used, at least one of each"""

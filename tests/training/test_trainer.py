@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import re
 import random
 import signal
 import sys
@@ -70,7 +71,8 @@ def test_every_field_is_a_flat_flag_with_help(recipe, capsys):
     assert (flat(config)["data"], flat(config)["batch_size"], flat(config)["lr"]) == ("D", 3, 0.5)
     with pytest.raises(SystemExit):
         tyro.cli(type(module.config()), args=["--help"], default=module.config())
-    flags = " ".join(capsys.readouterr().out.replace("│", " ").split()).split(" --")
+    options = re.split(r"\n│ --", capsys.readouterr().out)  # a line begins with each, help may name others
+    flags = [" ".join(option.replace("│", " ").split()) for option in options]
     for name in flat(config):
         flag = name.replace("_", "-")
         shown = [text for text in flags if text.split()[0] in (flag, f"no-{flag}")]

@@ -145,6 +145,8 @@ def prepare(config: CatlipConfig) -> Prepared:
         seed=seed,
         trust=model.trust,
     )
+    if len(student.model.heads) > 1:
+        raise UserError(f"--model {model.model!r} has a distillation head, which CatLIP does not train; take another")
     embedding = getattr(student.model.trunk, "patch_embed", None)  # convolutional networks have none
     patch = getattr(embedding, "patch_size", (1,))[0]
     if wrong := [side for side in config.sides.sides if side % patch]:

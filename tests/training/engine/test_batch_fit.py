@@ -212,6 +212,7 @@ clipmill.main()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc are Linux's")
+@pytest.mark.slow
 def test_a_real_allocator_without_memory_halves_the_chunk(root, tmp_path):
     """Address space for a third of what a batch of 256 takes, from the second step on."""
     model = tiny_clip(tmp_path / "deep", vision={**TINY_VIT, "layers": 4, "patch_size": 4, "width": 64})

@@ -138,6 +138,7 @@ assert not {"training", "shards_spec", "clipmill"} & set(sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_an_exported_folder_needs_open_clip_alone(student_run, tmp_path):
     folder = tmp_path / "exported"
     export(ExportConfig(student_run, str(folder)))

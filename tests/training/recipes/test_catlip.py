@@ -184,6 +184,8 @@ def test_options(root):
     assert not samples.labels.original_only
     with pytest.raises(UserError, match="--sides 40: must be a multiple of the model's patches of 16"):
         catlip.prepare(small("catlip", data=root, sides=(40,)))
+    with pytest.raises(UserError, match="has a distillation head, which CatLIP does not train"):
+        catlip.prepare(small("catlip", data=root, model="timm:deit_tiny_distilled_patch16_224", sides=()))
     with pytest.raises(UserError, match="--eval-data: CatLIP has no text tower"):
         catlip.prepare(small("catlip", data=root, eval_data="x"))
 
