@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.source_files import Format
 from pipeline.plan.costs import STUDENTS
 from shards_spec.files import UserError
@@ -52,3 +53,14 @@ class PlanConfig:
         require(self.gbit > 0, "gbit", self.gbit, "above 0")
         if self.student not in STUDENTS:
             raise UserError(f"--student {self.student!r}: operations are known of {', '.join(STUDENTS)}")
+
+    def ingest(self, root: str) -> IngestConfig:
+        """How the source would be ingested into a ROOT."""
+        return IngestConfig(
+            root,
+            (self.source,),
+            self.format,
+            self.url_col,
+            self.caption_col,
+            allow_private=self.allow_private,
+        )

@@ -9,8 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pipeline.core.runner import ShardAssignment
-from pipeline.ingest.config import IngestConfig
-from pipeline.ingest.stage import LIST_FORMS, ingest, source_form
+from pipeline.ingest.source_files import Format
+from pipeline.ingest.stage import LIST_FORMS, ingest
 from pipeline.ingest.url_lists import list_rows
 from pipeline.plan.config import PlanConfig
 from shards_spec.files import DataError, json_bytes
@@ -63,26 +63,13 @@ class _FirstShard(ShardAssignment):
         return shard == 0
 
 
-def try_first_rows(config: PlanConfig) -> FirstRows | None:
-    """Ingest the first rows of a source into a temporary folder; None where none of them is asked for.
-
-    Raises UserError for a source that `ingest` would not take.
-    """
+def try_first_rows(config: PlanConfig, form: Format) -> FirstRows | None:
+    """Ingest the first rows of a source of that form into a temporary folder; None where none of them is asked for."""
     if not config.probe_rows:
         return None
     with TemporaryDirectory() as folder:
         root = str(Path(folder, "root"))
-        whole = IngestConfig(
-            root,
-            (config.source,),
-            config.format,
-            config.url_col,
-            config.caption_col,
-            shard_size=config.probe_rows,
-            allow_private=config.allow_private,
-            retries=0,
-        )
-        form = source_form(whole)
+        whole = replace(config.ingest(root), shard_size=config.probe_rows, retries=0)
         start = time.monotonic()
         if form in LIST_FORMS:
             rows = islice(list_rows(config.source, form, whole.columns), config.probe_rows)

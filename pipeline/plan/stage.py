@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.core.workers import usable_cores
-from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.estimate import estimate_rows
 from pipeline.ingest.stage import source_form
 from pipeline.plan.config import PlanConfig
@@ -95,16 +94,14 @@ def _on_this_core(costs: Costs, slower: float) -> Costs:
 
 def _source(config: PlanConfig) -> PlannedData:
     """A source, by its size and its first rows."""
-    form = source_form(
-        IngestConfig("clipmill-plan", (config.source,), config.format, config.url_col, config.caption_col)
-    )
+    form = source_form(config.ingest("clipmill-plan"))
     estimate = estimate_rows(config.source, form)
-    first = try_first_rows(config)
     if estimate is None:
         raise UserError(f"{config.source}: only reading all of it would tell how many rows it has; ingest it first")
     rows, is_exact = estimate
     if not rows:
         raise UserError(f"{config.source} has no row; nothing to plan")
+    first = try_first_rows(config, form)
     facts = [f"{config.source}: {form}, {'' if is_exact else 'about '}{counted(rows, 'row')}"]
     share = 1.0
     costs = Costs()

@@ -6,6 +6,7 @@ at a time; a sample that `pack` dropped is selected again by pack's own rules, a
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ from shards_spec.manifest import finished_shards, read_dataset, read_done, shard
 from shards_spec.messages import counted
 from shards_spec.parquet import open_parquet, read_table
 from shards_spec.soft_labels import SoftLabelFormat, format_of
-from shards_spec.tar import read_shard
+from shards_spec.tar import read_shard, shard_keys
 from shards_spec.teacher_shard import TeacherShard
 from shards_spec.vocab import read_vocabulary
 
@@ -149,10 +150,7 @@ def _tell_row(life: SampleLife, root: str, shard: int, number: int, row: Row) ->
 
 
 def _place_in_tar(root: str, shard: int, key: str) -> int | None:
-    for index, sample in enumerate(read_shard(raw_tar(root, shard))):
-        if sample.key == key:
-            return index
-    return None
+    return next(iter(_places(shard_keys(raw_tar(root, shard)), key)), None)
 
 
 def _tell_duplicate(life: SampleLife, root: str, shard: int) -> None:
@@ -211,12 +209,9 @@ def _reason_of_pack(root: str, key: str, shard: int, index: int) -> str:
         config.get("min_similarity"),
     )
     selector = SampleSelector(root, ShardRange(shard, keys=(key,)), selection)
-    for number, sample in enumerate(read_shard(raw_tar(root, shard))):
-        if number == index:
-            outcome = selector.select(sample)
-            stays = f"stays by pack's rules, but is in no final shard: run `clipmill pack {root}` again"
-            return f"dropped: {outcome}" if isinstance(outcome, str) else stays
-    raise DataError(f"{raw_tar(root, shard)}: key {key} is gone")
+    outcome = selector.select(next(islice(read_shard(raw_tar(root, shard)), index, None)))
+    stays = f"stays by pack's rules, but is in no final shard: run `clipmill pack {root}` again"
+    return f"dropped: {outcome}" if isinstance(outcome, str) else stays
 
 
 def _tell_final(life: SampleLife, root: str, shard: int, index: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from shards_spec.checkpoints import describe_mismatch, load_checkpoint
 from shards_spec.files import UserError
 from shards_spec.messages import counted
-from shards_spec.models import NO_TRUST, TIMM, Trust, create_timm_model, import_extensions
+from shards_spec.models import NO_TRUST, TIMM, Trust, as_loaded, create_timm_model, import_extensions
 from training.models.classifier import Classifier
 from training.models.teacher import FrozenTeacher
 from training.runs.student import is_run, load_run
@@ -63,11 +63,9 @@ def load_class_teacher(
         model = create_timm_model(name, pretrained=False, num_classes=len(classes))
         if weights != RANDOM:
             _load_weights(model, weights, trust)
-    from timm.data.config import resolve_model_data_config
-
-    data = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-    frozen = FrozenTeacher(name, width=len(classes), model=model)
-    return ClassTeacher(frozen, tuple(data["mean"]), tuple(data["std"]))
+    loaded = as_loaded(model)
+    frozen = FrozenTeacher(name, width=len(classes), model=loaded.model)
+    return ClassTeacher(frozen, loaded.mean, loaded.std)
 
 
 def _of_run(name: str, classes: list[str], trust: Trust) -> ClassTeacher:
