@@ -1,6 +1,8 @@
 """tests/gpu/run.sh: its dry run, and that the wheels it carries are all that a GPU machine lacks."""
 
+import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -131,3 +133,12 @@ def test_mistakes_are_said_before_a_step_runs(words, out, message, tmp_path, mon
     assert error.value.code == 2
     assert message.format(tmp=tmp_path) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("live", "epochs"), [(0.75, 1.0), (0.25, math.inf), (0.125, math.inf)])
+def test_a_cache_that_saves_nothing_never_pays(live, epochs, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "bench"))
+    distill = importlib.import_module("distill")
+    taken = {"none": [0.25], "cached": [0.25], "live": [live]}
+    costs = distill.Costs(taken, 0.25 / distill.VIEWS, 0.25 / distill.CAPTIONS, 1)
+    assert costs.epochs == pytest.approx(epochs)

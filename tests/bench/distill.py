@@ -12,6 +12,7 @@ costs per sample, and after how many epochs it has paid for itself.
 """
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -125,8 +126,8 @@ class Costs:
 
     @property
     def epochs(self) -> float:
-        """Epochs after which the cache has paid for itself."""
-        return self.filling / self.saved
+        """Epochs after which the cache has paid for itself; inf where a live teacher was no slower."""
+        return self.filling / self.saved if self.saved > 0 else math.inf
 
 
 def measure(root: str, options: argparse.Namespace) -> Costs:
@@ -186,7 +187,7 @@ def main() -> None:
         f"a cache of {VIEWS} views and {CAPTIONS} texts costs {costs.filling:.3f} s a sample, an epoch saves "
         f"{costs.saved:.3f} s"
     )
-    print(f"it has paid for itself after {costs.epochs:.1f} epochs, and serves any number of students")
+    print(f"it has paid for itself after {costs.epochs:.1f} epochs (inf: never), and serves any number of students")
 
 
 if __name__ == "__main__":

@@ -169,7 +169,9 @@ def run_steps(names: list[str], *, dry: bool, seconds: float, out: Path, work: P
     """
     modules = [ROOT, ROOT / "tests" / "bench", ROOT / "tests" / "support", HERE]  # a measurement reuses the benches
     path = os.pathsep.join([*map(str, modules), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, DEVICE: "cpu" if dry else "cuda", WORK: str(work), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    idle = {"OMP_WAIT_POLICY": "PASSIVE"}  # two steps of a dry run must not spin against each other
+    given = {DEVICE: "cpu" if dry else "cuda", WORK: str(work), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    env = {**idle, **os.environ, **given}
     end = time.monotonic() + seconds
 
     def run(step: Step) -> Outcome:
