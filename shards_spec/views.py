@@ -8,7 +8,7 @@ operations. Rendering is Pillow's, hence bit-identical between machines that hav
 import math
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
 from statistics import NormalDist
 from typing import Any
@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from shards_spec.augment import OP_SETS, ORDERS, OpSet, jitter
 from shards_spec.counter_rng import uniform_draws
 from shards_spec.files import DataError, UserError, sha256_json
+from shards_spec.images import UPRIGHT
 from shards_spec.messages import require
 
 RENDERING = 2  # raised whenever `apply_view` gives other pixels for the same view
@@ -29,6 +30,10 @@ TRIES = 10  # boxes that torchvision's RandomResizedCrop draws until one fits
 _HEAD = struct.Struct(f"<{2 * TRIES + 2}HBB")  # area, aspect, ... left, top, flip + 2 * jittered, number of operations
 _OPERATION = struct.Struct("<Bh")  # index in the set, level
 _JITTER = struct.Struct("<B4H")  # order, brightness, contrast, saturation, hue
+_RECORDED = struct.Struct("<6H3B")  # width, height; left, top, width, height; turn, flip, number of operations
+MOST_RECORDED_OPS = 4  # of a recorded view
+RECORDED_BYTES = _RECORDED.size + MOST_RECORDED_OPS * _OPERATION.size
+_UNDO = {Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270, Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90}
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,20 @@ class ViewSpec(ViewOptions):
         return sha256_json(self.as_json())
 
 
-_DEFAULTS = {field.name: field.default for field in fields(ViewSpec)}
+_DEFAULTS = {option.name: option.default for option in fields(ViewSpec)}
+RECORDED = "recorded"
+
+
+@dataclass(frozen=True)
+class RecordedSpec(ViewSpec):
+    """Stands for views that another program drew: a cache has them, one by one, as columns ``view_0`` ….
+
+    Their operations are torchvision's. Nothing can be drawn from it.
+    """
+
+    def as_json(self) -> dict[str, Any]:
+        """As a cache stores it: that views are recorded, and the versions that render them."""
+        return {RECORDED: True, "rendering": RENDERING, "pillow": PIL.__version__}
 
 
 def parse_view_spec(path: str, stored: dict[str, Any]) -> ViewSpec:
@@ -112,6 +130,7 @@ def parse_view_spec(path: str, stored: dict[str, Any]) -> ViewSpec:
     options = dict(stored)
     pillow = options.pop("pillow", None)
     rendering = options.pop("rendering", None)
+    is_recorded = options.pop(RECORDED, False)
     if (pillow, rendering) != (PIL.__version__, RENDERING):
         install = f"install pillow=={pillow}, or " if rendering == RENDERING else ""
         raise DataError(
@@ -123,7 +142,7 @@ def parse_view_spec(path: str, stored: dict[str, Any]) -> ViewSpec:
         if isinstance(value, list):
             options[name] = tuple(value)
     try:
-        return ViewSpec(**options)
+        return RecordedSpec(**options) if is_recorded else ViewSpec(**options)
     except (TypeError, ValueError, IndexError, UserError) as error:
         raise DataError(
             f"{path}: its view spec is of another version ({error}); delete it and run `clipmill cache` again"
@@ -156,6 +175,67 @@ class View:
         if self.jitter:
             packed += _JITTER.pack(*self.jitter)
         return packed
+
+
+@dataclass(frozen=True)
+class RecordedView:
+    """One view as another program applied it to an image, by its own pixels.
+
+    Attributes:
+        frame: Width and height of the image that the program had.
+        box: Left, top, width and height of the crop in it.
+        turn: EXIF orientation of the file, which the program ignored; 1 is upright.
+        flip: Whether the crop was mirrored.
+        ops: As in `View`, of torchvision's set.
+    """
+
+    frame: tuple[int, int]
+    box: tuple[int, int, int, int]
+    turn: int = 1
+    flip: bool = False
+    ops: tuple[tuple[int, int], ...] = ()
+    jitter: tuple[int, ...] = field(default=(), init=False)  # as `View` has it; none is recorded
+
+    def pack(self) -> bytes:
+        """The view as `RECORDED_BYTES` bytes (SPEC.md section 4)."""
+        packed = _RECORDED.pack(*self.frame, *self.box, self.turn, self.flip, len(self.ops))
+        for operation in self.ops:
+            packed += _OPERATION.pack(*operation)
+        return packed.ljust(RECORDED_BYTES, b"\0")
+
+    def crop(self, image: Image.Image, size: int) -> Image.Image:
+        """The crop of an upright RGB image, resized to ``size`` x ``size`` pixels.
+
+        An image of another size than the frame is the same one, enlarged or reduced: the box is scaled with it.
+        """
+        if self.turn in UPRIGHT:
+            image = image.transpose(_UNDO.get(UPRIGHT[self.turn], UPRIGHT[self.turn]))  # the others undo themselves
+        left, top, width, height = self.box
+        right, bottom = left + width, top + height
+        if image.size == self.frame:
+            return image.crop((left, top, right, bottom)).resize((size, size), Image.Resampling.BICUBIC)
+        x_scale = image.width / self.frame[0]
+        y_scale = image.height / self.frame[1]
+        right_edge = min(right * x_scale, image.width)
+        bottom_edge = min(bottom * y_scale, image.height)
+        box = (left * x_scale, top * y_scale, right_edge, bottom_edge)
+        return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def unpack_recorded(data: bytes) -> RecordedView:
+    """The view that `RecordedView.pack` packed. Raises DataError for bytes that are none."""
+    if len(data) != RECORDED_BYTES:
+        raise DataError(f"a recorded view of {len(data)} bytes, not {RECORDED_BYTES}")
+    width, height, left, top, crop_width, crop_height, turn, flip, count = _RECORDED.unpack_from(data)
+    fits = 0 < crop_width <= width - left and 0 < crop_height <= height - top
+    if not fits or turn not in range(1, 9) or flip > 1 or count > MOST_RECORDED_OPS:
+        raise DataError("a recorded view that has no sense")
+    starts = range(_RECORDED.size, _RECORDED.size + count * _OPERATION.size, _OPERATION.size)
+    ops = tuple(_OPERATION.unpack_from(data, start) for start in starts)
+    most = OP_SETS["torchvision"]
+    if any(index >= len(most.operations) or abs(level) > most.most for index, level in ops):
+        raise DataError("a recorded view that has no sense")
+    return RecordedView((width, height), (left, top, crop_width, crop_height), turn, bool(flip), ops)
 
 
 def unpack_view(data: bytes) -> View:
@@ -241,13 +321,16 @@ def crop_box(spec: ViewSpec, view: View, width: int, height: int) -> tuple[float
     return left, top, left + crop_width, top + crop_height
 
 
-def apply_view(image: Image.Image, spec: ViewSpec, view: View, size: int) -> Image.Image:
+def apply_view(image: Image.Image, spec: ViewSpec, view: View | RecordedView, size: int) -> Image.Image:
     """Render a view of an RGB image at ``size`` x ``size`` pixels, bicubic, antialiased."""
-    box = crop_box(spec, view, *image.size)
-    if spec.scale is None:
-        return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    left, top, right, bottom = map(int, box)
-    rendered = image.crop((left, top, right, bottom)).resize((size, size), Image.Resampling.BICUBIC)
+    if isinstance(view, RecordedView):
+        rendered = view.crop(image, size)
+    else:
+        box = crop_box(spec, view, *image.size)
+        if spec.scale is None:
+            return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        left, top, right, bottom = map(int, box)
+        rendered = image.crop((left, top, right, bottom)).resize((size, size), Image.Resampling.BICUBIC)
     if view.flip:
         rendered = ImageOps.mirror(rendered)
     for operation, level in view.ops:

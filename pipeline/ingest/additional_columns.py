@@ -156,13 +156,16 @@ def read_conditions(texts: tuple[str, ...]) -> tuple[Condition, ...]:
     return tuple(conditions)
 
 
-def check_named(rows: list[Row], conditions: tuple[Condition, ...], wanted: tuple[str, ...]) -> None:
+def check_named(
+    rows: list[Row], conditions: tuple[Condition, ...], wanted: tuple[str, ...], sha256_column: str | None = None
+) -> None:
     """Raises UserError when a column that is named in an option is in none of the first ``rows``."""
     names: dict[str, None] = {}
     for row in rows:
         names |= dict.fromkeys(row.extra)
     asked = [("--where", condition.column) for condition in conditions]
     asked += [("--save-additional-columns", name) for name in wanted if name != ALL_COLUMNS]
+    asked += [("--sha256-col", sha256_column)] if sha256_column is not None else []
     for option, name in asked:
         if name not in names:
             raise UserError(f"{option}: the list has no other column {name!r}; it has {format_names(list(names))}")

@@ -36,6 +36,8 @@ class IngestConfig:
     """column with the link (or the image's bytes); found by its name when not given"""
     caption_col: str | None = None
     """column with the caption; found by its name when not given"""
+    sha256_col: str | None = None
+    """other column with the sha256 of the image's bytes, such as DataComp's; an image with another is left out"""
     shard_size: int = 1000
     """inputs per shard"""
     image_size: int = 256
@@ -104,6 +106,12 @@ class IngestConfig:
         for nameserver in self.nameservers:
             if not is_nameserver(nameserver):
                 raise UserError(f"--nameservers {nameserver}: give IP addresses, with :PORT where it is not 53")
+        kept = self.save_additional_columns
+        if self.sha256_col is not None and self.sha256_col not in kept and ALL_COLUMNS not in kept:
+            raise UserError(
+                f"--save-additional-columns without {self.sha256_col}, which --sha256-col names: raw/ has to keep it, "
+                "because --retry-failed reads it there"
+            )
         if self.retry_failed and self.overwrite:
             raise UserError("--retry-failed adds to finished shards, --overwrite makes them again: give one of them")
 

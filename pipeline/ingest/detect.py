@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
 
+from pipeline.ingest.datacompdr_source import is_datacompdr
 from pipeline.ingest.metadata import METADATA
 from pipeline.ingest.parquet_images import parquet_form
 from pipeline.ingest.rows import Columns
@@ -106,7 +107,7 @@ def _detect_file(path: str, columns: Columns) -> Format:
             raise UserError(
                 f"--source {path}: a tar packed with gzip cannot be read in parts; unpack it first (gunzip)"
             )
-        return "webdataset"
+        return "datacompdr" if is_datacompdr(path) else "webdataset"
     if is_image(path) or image_kind(head):
         raise UserError(f"--source {path}: {image_kind(head) or 'an image'}; give its folder, or a list of links")
     if (packed := packed_kind(head)) is not None:

@@ -25,7 +25,7 @@ def estimate_rows(source: str, form: Format) -> tuple[int, bool] | None:
             return None
         if form in ("parquet", "hf-parquet"):
             return _estimate_parquet(files)
-        if form == "webdataset":
+        if form in ("webdataset", "datacompdr"):
             return _estimate_tars(files)
         return _estimate_text(files, form)
     except UNREADABLE + expected_errors(source):

@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.core.filters import caption_problem
 from pipeline.core.image_match import fingerprint, fingerprints_match
 from pipeline.core.near_duplicates import EXACT_DUPLICATE, NEAR_DUPLICATE, find_duplicates
-from pipeline.ingest.additional_columns import Condition
+from pipeline.ingest.additional_columns import Condition, kept_name
 from pipeline.ingest.images import EncodedImage, Outcome
 from pipeline.ingest.rows import Row
 from pipeline.ingest.source_io import lines
@@ -21,6 +21,8 @@ from shards_spec.images import decode_rgb
 
 EXCLUDED_URL = "excluded address"
 EXCLUDED_IMAGE = "excluded picture"
+NO_SHA256 = "no sha256 in the list"
+OTHER_SHA256 = "other sha256 than the list's"
 SHA256_DIGITS = 64
 Hashes = np.ndarray[tuple[int], np.dtype[np.uint64]]
 
@@ -46,6 +48,19 @@ def _exclusions(paths: Iterable[str]) -> Iterator[str]:
             text = line.decode(errors="surrogateescape").strip()
             if text:
                 yield text.lower() if len(text) == SHA256_DIGITS else text
+
+
+def verify_sha256(row: Row, outcome: Outcome, column: str) -> Outcome:
+    """The outcome, or the reason why a downloaded image is left out: its bytes have another hash than ``column`` says.
+
+    An image that came with the source stays: it may be a reduced copy of what the hash is of.
+    """
+    if not isinstance(outcome, EncodedImage) or row.image_ref is not None:
+        return outcome
+    expected = row.extra.get(column) or row.extra.get(kept_name(column))  # the latter in a row that is tried again
+    if not isinstance(expected, str) or not expected.strip():
+        return NO_SHA256
+    return outcome if expected.strip().lower() == outcome.sha256 else OTHER_SHA256
 
 
 @dataclass(frozen=True)

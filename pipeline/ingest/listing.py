@@ -60,7 +60,7 @@ class Listing:
                     "new rows as a list of their own to another ROOT, or make all shards again with --overwrite"
                 )
             if shard == 0:  # before anything is written under a config that cannot be meant
-                check_named(rows, read_conditions(config.where), config.save_additional_columns)
+                check_named(rows, read_conditions(config.where), config.save_additional_columns, config.sha256_col)
             if assignment.claim(shard):  # asked before the rows are hashed, which takes longer than reading them
                 yield self._task(shard, rows, types)
             self.read += len(rows)

@@ -26,6 +26,7 @@ Format = Literal[
     "classes",
     "hf-parquet",
     "webdataset",
+    "datacompdr",
     "img2dataset",
 ]
 # Kinds of files that are taken from a folder or a glob when its form is not known yet.
@@ -40,6 +41,7 @@ KINDS = {
 ENDINGS = {**KINDS, "txt": (".txt", ".txt.gz")}
 KINDS_OF_FORM = {
     "webdataset": ("tar",),
+    "datacompdr": ("tar",),
     "parquet": ("parquet",),
     "hf-parquet": ("parquet",),
     "jsonl": ("jsonl",),

@@ -22,9 +22,10 @@ from pipeline.core.runner import (
 )
 from pipeline.ingest.additional_columns import ALL_COLUMNS, read_conditions
 from pipeline.ingest.config import IngestConfig
+from pipeline.ingest.datacompdr_source import HASH
 from pipeline.ingest.detect import detect
 from pipeline.ingest.downloader import Downloader
-from pipeline.ingest.filters import Selection, read_exclusions
+from pipeline.ingest.filters import Selection, read_exclusions, verify_sha256
 from pipeline.ingest.http_client import FetchRules
 from pipeline.ingest.images import JPEG_QUALITY, ImageRules
 from pipeline.ingest.img2dataset import import_shard, import_tasks
@@ -48,8 +49,12 @@ log = logging.getLogger(__name__)
 OTHER_OPEN_FILES = 200  # of this process, beside its downloads
 ROWS_BEFORE_WARNING = 2000  # enough to estimate how large the rest will be
 LIST_FORMS: tuple[Format, ...] = ("cc3m", "cc12m", "csv", "jsonl", "parquet", "txt")
-SEVERAL_FILES: tuple[Format, ...] = ("webdataset", "hf-parquet")  # files with images, given one by one by a shell's *
-WITHOUT_COLUMN_NAMES: tuple[Format, ...] = ("cc3m", "cc12m", "txt", "classes", "img2dataset")
+SEVERAL_FILES: tuple[Format, ...] = (
+    "webdataset",
+    "datacompdr",
+    "hf-parquet",
+)  # files with images, given one by one by a shell's *
+WITHOUT_COLUMN_NAMES: tuple[Format, ...] = ("cc3m", "cc12m", "txt", "classes", "datacompdr", "img2dataset")
 OUTPUT_FOLDERS = tuple(folder for folder in FOLDERS if folder != RAW)  # of the stages after this one
 
 
@@ -92,7 +97,11 @@ def source_form(config: IngestConfig) -> Format:
         is_header = form == "txt" and option == "--url-col"  # a .txt list may have the column's name as first line
         if given is not None and form in WITHOUT_COLUMN_NAMES and not is_header:
             raise UserError(f"{option} {given!r} means nothing for a source of form {form}; leave it out")
-    if form not in (*LIST_FORMS, "hf-parquet") and config.where:
+    if form not in (*LIST_FORMS, "hf-parquet") and config.sha256_col is not None:
+        raise UserError(
+            f"--sha256-col means nothing for a source of form {form}, which brings its hashes or none; leave it out"
+        )
+    if form not in (*LIST_FORMS, "hf-parquet", "datacompdr") and config.where:
         raise UserError(f"--where means nothing for a source of form {form}, which has no other columns; leave it out")
     return form
 
@@ -166,6 +175,7 @@ def _ingest_rows(config: IngestConfig, form: Format, assignment: ShardAssignment
         nameservers=config.nameservers,
     )
     settings = _output_settings(config, form, selection, image_rules)
+    sha256_column = HASH if form == "datacompdr" else config.sha256_col
     classes = source_classes(config.sources[0]) if form == "classes" else None
     if classes is not None:
         settings[CLASS_LIST] = class_list_hash(classes)
@@ -179,7 +189,7 @@ def _ingest_rows(config: IngestConfig, form: Format, assignment: ShardAssignment
         decoders=config.decoder_processes,
         decode_timeout_s=config.decode_timeout_s,
     ) as downloader:
-        work = partial(rows_to_shard, downloader=downloader, selection=selection)
+        work = partial(rows_to_shard, downloader=downloader, selection=selection, sha256_column=sha256_column)
         options = RunOptions(
             threads=config.shards_in_progress,
             assignment=assignment,
@@ -225,6 +235,8 @@ def _output_settings(config: IngestConfig, form: Format, selection: Selection, i
         later["where"] = list(config.where)
     if config.save_additional_columns != (ALL_COLUMNS,):
         later["other_columns"] = list(config.save_additional_columns)
+    if config.sha256_col is not None:
+        later["sha256_col"] = config.sha256_col
     return {
         "kind": form,
         "columns": [config.caption_col, config.url_col],
@@ -274,12 +286,17 @@ def _status_text(listing: Listing, downloader: Downloader, root: str) -> str:
     return tally.format(rows_left)
 
 
-def rows_to_shard(root: str, task: ShardTask, *, downloader: Downloader, selection: Selection) -> ShardResult:
+def rows_to_shard(
+    root: str, task: ShardTask, *, downloader: Downloader, selection: Selection, sha256_column: str | None = None
+) -> ShardResult:
     """Download or read, decode and write one shard. Raises UserError when the disk is full."""
     start = time.time()  # img2dataset's time fields are seconds since 1970
     shard_input: RawShardInput = task.payload
     rows = selection.filter_rows(shard_input.rows)
-    outcomes = selection.filter_images(rows, downloader.outcomes(rows))
+    outcomes = downloader.outcomes(rows)
+    if sha256_column is not None:
+        outcomes = [verify_sha256(*pair, sha256_column) for pair in zip(rows, outcomes, strict=True)]
+    outcomes = selection.filter_images(rows, outcomes)
     result = write_raw_shard(root, task.shard, shard_input, outcomes)
     end = time.time()
     return replace(result, extra={"duration": end - start, "start_time": start, "end_time": end})

@@ -7,6 +7,7 @@ folder or a glob are read as one list, by name.
 from collections.abc import Iterator
 from itertools import chain
 
+from pipeline.ingest.datacompdr_source import datacompdr_rows
 from pipeline.ingest.delimited import CC3M, CC12M
 from pipeline.ingest.image_folder import folder_rows, warn_of_no_caption
 from pipeline.ingest.labelled_sources import class_rows
@@ -34,7 +35,7 @@ def list_rows(source: str, form: Format, columns: Columns = (None, None)) -> Ite
     files = source_files(source, form)
     try:
         rows = _file_rows(files, form, columns)
-        if form in ("txt", "webdataset"):  # the former has no captions, the latter warns itself
+        if form in ("txt", "webdataset", "datacompdr"):  # these have no captions, or warn themselves
             yield from rows
         else:
             hint = "the caption's column has none; name another with --caption-col"
@@ -48,6 +49,8 @@ def list_rows(source: str, form: Format, columns: Columns = (None, None)) -> Ite
 def _file_rows(files: list[SourceFile], form: Format, columns: Columns) -> Iterator[Row]:
     if form == "webdataset":
         return webdataset_rows(files, columns)
+    if form == "datacompdr":
+        return datacompdr_rows(files)
     if form == "hf-parquet":
         return image_parquet_rows(files, columns)
     return chain.from_iterable(_list_rows(file.path, form, columns) for file in files)

@@ -70,7 +70,7 @@ def _tar_rows(file: SourceFile, columns: Columns, seen: Counter[str]) -> Iterato
             if sample.problem is None:
                 yield from _sample_rows(buffer, sample.members, name, file, columns)
             else:
-                kind_of_file = _not_a_tar(file.path) if number == 0 else None
+                kind_of_file = not_a_tar(file.path) if number == 0 else None
                 yield Row(None, name, kind_of_file or sample.problem, file.stamp)
 
 
@@ -82,12 +82,12 @@ def labelled_tar_rows(files: list[SourceFile]) -> Iterator[tuple[Row, bytes]]:
                 name = clean_name(f"{file.below}/{sample.key}" if sample.key else file.below)
                 image, label = image_extension(sample.members), sample.members.get("cls")
                 problem = sample.problem or (NO_IMAGE if image is None else None)
-                image_ref = None if image is None else _image_ref(file.path, sample.members[image])
+                image_ref = None if image is None else image_ref_of(file.path, sample.members[image])
                 row = Row(None, name, problem, file.stamp, image_ref)
                 yield row, b"" if label is None or label.size > MAX_LABEL_BYTES else label.read(buffer)
 
 
-def _not_a_tar(path: str) -> str | None:
+def not_a_tar(path: str) -> str | None:
     """What a file is that is no tar, such as a Git LFS pointer or a web page; None where that cannot be told."""
     kind = describe_content(path)
     if kind is None or not kind[0].startswith("is "):
@@ -111,10 +111,11 @@ def _sample_rows(
         problem = caption.problem
         if problem is None and caption.text is None:
             problem = texts.fields_problem
-        yield Row(caption.text, url, problem, file.stamp, _image_ref(file.path, members[image]), caption.note)
+        yield Row(caption.text, url, problem, file.stamp, image_ref_of(file.path, members[image]), caption.note)
 
 
-def _image_ref(path: str, member: Member) -> ImageRef:
+def image_ref_of(path: str, member: Member) -> ImageRef:
+    """Where the image lies that is a member of the tar ``path``."""
     if member.pieces:
         return SparseTarRef(path, member.size, member.pieces)
     return TarRef(path, member.offset, member.size)

@@ -1,0 +1,107 @@
+"""DataCompDR's tars as a source: links are fetched, hashes are proved, captions are kept, damage is named."""
+
+import json
+
+import pytest
+from small_datacompdr import reinforced, write_reinforced
+from small_ingest import config, rows_of, write_list
+from small_tars import rows_of as source_rows
+from web_server import serve
+
+from pipeline.ingest.detect import detect
+from pipeline.ingest.filters import NO_SHA256, OTHER_SHA256
+from pipeline.ingest.stage import ingest
+from shards_spec.files import UserError
+from shards_spec.tar import read_shard
+
+BASE = "http://127.0.0.1:1"
+
+
+def test_rows_have_link_hash_and_captions_in_the_order_of_the_tars(tmp_path):
+    tars = [[reinforced(0, BASE), reinforced(1, BASE, form="pth.gz")], [reinforced(2, BASE)]]
+    source = write_reinforced(tmp_path / "dr", tars)
+    assert detect(source) == "datacompdr"
+    rows = source_rows(source)
+    samples = [sample for tar in tars for sample in tar]
+    assert [row.url for row in rows] == [sample.url for sample in samples]
+    assert [row.extra["uid"] for row in rows] == [sample.uid for sample in samples]
+    assert [row.extra["tar"] for row in rows] == ["00000000.tar", "00000000.tar", "00000001.tar"]
+    assert [row.extra["syn_text"] for row in rows] == [sample.captions for sample in samples]
+    assert all(row.problem is None and row.caption is None and row.image_ref is None for row in rows)
+
+
+def test_a_merged_tar_brings_captions_and_images(tmp_path):
+    sample = reinforced(0, BASE)
+    sample.members |= {"txt": b" the original \n", "jpg": sample.image}
+    (row,) = source_rows(write_reinforced(tmp_path / "dr", [[sample]]) + "/00000000.tar")
+    assert row.caption == "the original" and row.image_ref is not None and row.problem is None
+
+
+@pytest.mark.parametrize(
+    ("member", "content", "problem"),
+    [
+        ("url.txt", None, "no url.txt"),
+        ("json", None, "json member is not a JSON object"),
+        ("json", b"[1]", "json member is not a JSON object"),
+        ("json", b'{"uid": "x"}', "no sha256 in the json member"),
+        ("json", b'{"sha256": 7}', "no sha256 in the json member"),
+        ("syn.json", b"{", "syn.json has no list of texts"),
+        ("syn.json", b'{"syn_text": [1]}', "syn.json has no list of texts"),
+        ("syn.json", None, "syn.json has no list of texts"),
+        ("paug.json", None, "no paug.json"),
+        ("npz", None, "no npz or pth.gz member"),
+        ("url.txt", b"http://\xff", "url.txt is not UTF-8"),
+    ],
+)
+def test_a_bad_member_is_named_and_its_neighbours_stay(tmp_path, member, content, problem):
+    samples = [reinforced(number, BASE) for number in range(3)]
+    if content is None:
+        del samples[1].members[member]
+    else:
+        samples[1].members[member] = content
+    rows = source_rows(write_reinforced(tmp_path / "dr", [samples]))
+    assert [row.problem for row in rows] == [None, problem, None]
+
+
+def test_a_truncated_tar_gives_its_whole_samples(tmp_path):
+    source = tmp_path / "dr" / "00000000.tar"
+    write_reinforced(source.parent, [[reinforced(number, BASE) for number in range(3)]])
+    source.write_bytes(source.read_bytes()[:-9000])
+    assert [row.problem for row in source_rows(source)] == [None, None, "truncated tar"]
+
+
+def test_images_with_another_hash_are_counted_and_captions_kept(tmp_path):
+    with serve() as server:
+        base = f"http://127.0.0.1:{server.server_port}"
+        samples = [reinforced(number, base, form=form) for number, form in enumerate(("npz", "pth.gz", "npz"))]
+        samples[1].members["url.txt"] = f"{base}/good/9".encode()
+        summary = ingest(config(tmp_path / "ds", write_reinforced(tmp_path / "dr", [samples])))
+    assert summary.counts == {"success": 2, OTHER_SHA256: 1}
+    rows = rows_of(tmp_path / "ds")
+    assert [row["status"] for row in rows] == ["success", "failed_to_download", "success"]
+    assert rows[0]["syn_text"] == samples[0].captions
+    assert rows[0]["source_sha256"] == rows[0]["sha256"]
+    meta = next(iter(read_shard(str(tmp_path / "ds/raw/00000.tar")))).meta
+    assert (meta["uid"], meta["tar"]) == (samples[0].uid, "00000000.tar")
+
+
+def test_any_list_may_bring_hashes(tmp_path):
+    with serve() as server:
+        base = f"http://127.0.0.1:{server.server_port}"
+        good = json.loads(reinforced(0, base).members["json"])["sha256"]
+        lines = [{"url": f"{base}/good/{number}", "caption": "c", "hash": good.upper()} for number in range(2)]
+        lines.append({"url": f"{base}/good/0?", "caption": "c", "hash": None})
+        (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        summary = ingest(config(tmp_path / "ds", tmp_path / "list.jsonl", sha256_col="hash"))
+    assert summary.counts == {"success": 1, OTHER_SHA256: 1, NO_SHA256: 1}
+
+
+def test_hashes_that_are_not_there_are_refused(tmp_path):
+    source = tmp_path / "list.csv"
+    source.write_text("url,caption\nhttp://127.0.0.1:1/,c\n")
+    with pytest.raises(UserError, match="--sha256-col: the list has no other column 'hash'"):
+        ingest(config(tmp_path / "ds", source, sha256_col="hash"))
+    with pytest.raises(UserError, match="--sha256-col means nothing for a source of form datacompdr"):
+        ingest(config(tmp_path / "ds", write_reinforced(tmp_path / "dr", [[reinforced(0, BASE)]]), sha256_col="uid"))
+    with pytest.raises(UserError, match="--save-additional-columns without hash"):
+        config(tmp_path, write_list(tmp_path / "l.tsv", []), sha256_col="hash", save_additional_columns=("uid",))
