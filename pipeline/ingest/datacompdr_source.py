@@ -2,15 +2,14 @@
 
 A sample is named by DataComp's uid and has, by its dataset card and by the program that wrote it (apple/ml-mobileclip-dr):
 
-========================  =============================================================================================
-``url.txt``               the image's address
-``json``                  ``uid`` and ``sha256``, of the bytes at that address
-``syn.json``              ``syn_text``: five captions of coca_ViT-L-14
-``paug.json``             ``param_aug``: the parameters of 30 (12M) or 10 (1B) augmentations
-``npz`` or ``pth.gz``     ``image_emb`` (augmentations, 1536), ``text_emb`` (1 + captions, 1536): read by `clipmill cache`
-``txt``, ``jpg``          the original caption and the image, where someone has added them: mlfoundations/DataComp-12M
-                          has these captions, in tars of the same names with the same uids
-========================  =============================================================================================
+- ``url.txt``: the image's address;
+- ``json``: ``uid`` and ``sha256``, of the bytes at that address;
+- ``syn.json``: ``syn_text``, five captions of coca_ViT-L-14;
+- ``paug.json``: ``param_aug``, the parameters of 30 (12M) or 10 (1B) augmentations;
+- ``npz`` or ``pth.gz``: ``image_emb`` (augmentations, 1536) and ``text_emb`` (1 + captions, 1536);
+- ``txt``, ``jpg``: the original caption and the image, where someone has added them. mlfoundations/DataComp-12M has
+  these captions, in tars of the same names with the same uids.
+
 
 No member with embeddings is opened here.
 """
@@ -32,7 +31,10 @@ CAPTIONS = "syn.json"
 ADDRESS = "url.txt"
 FIELDS = "json"
 EMBEDDINGS = ("npz", "pth.gz")
-UID, TAR, SYNTHETIC, HASH = "uid", "tar", "syn_text", "sha256"  # other columns of the rows
+UID = "uid"  # this and the following are other columns of the rows
+TAR = "tar"
+SYNTHETIC = "syn_text"
+HASH = "sha256"
 NO_ADDRESS = "no url.txt"
 NO_HASH = "no sha256 in the json member"
 NO_EMBEDDINGS = "no npz or pth.gz member"
