@@ -1,6 +1,7 @@
 """Rows of Apple's DataCompDR tars (apple/DataCompDR-12M, -12M-bf16, -1B): links, hashes and captions, no images.
 
-A sample is named by DataComp's uid and has, by its dataset card and by the program that wrote it (apple/ml-mobileclip-dr):
+A sample is named by DataComp's uid. Its members, by the dataset card and the program that wrote them
+(apple/ml-mobileclip-dr):
 
 - ``url.txt``: the image's address;
 - ``json``: ``uid`` and ``sha256``, of the bytes at that address;
@@ -9,7 +10,6 @@ A sample is named by DataComp's uid and has, by its dataset card and by the prog
 - ``npz`` or ``pth.gz``: ``image_emb`` (augmentations, 1536) and ``text_emb`` (1 + captions, 1536);
 - ``txt``, ``jpg``: the original caption and the image, where someone has added them. mlfoundations/DataComp-12M has
   these captions, in tars of the same names with the same uids.
-
 
 No member with embeddings is opened here.
 """

@@ -34,7 +34,9 @@ def test_a_merged_tar_brings_captions_and_images(tmp_path):
     sample = reinforced(0, BASE)
     sample.members |= {"txt": b" the original \n", "jpg": sample.image}
     (row,) = source_rows(write_reinforced(tmp_path / "dr", [[sample]]) + "/00000000.tar")
-    assert row.caption == "the original" and row.image_ref is not None and row.problem is None
+    assert row.caption == "the original"
+    assert row.image_ref is not None
+    assert row.problem is None
 
 
 @pytest.mark.parametrize(
