@@ -123,8 +123,33 @@ class ViewConfig(ViewOptions):
 class TeacherCacheConfig:
     """Views and features of a teacher cache; its metadata says how the views were drawn."""
 
-    teacher: str = ""
-    """folder below ROOT/teacher that `clipmill cache` filled; may stay empty when there is only one"""
+    teacher: tuple[str, ...] = ()
+    """folders below ROOT/teacher that `clipmill cache` filled, one for each teacher, of the same views; may stay empty
+    when there is only one"""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The folders' names; a single empty one where the only one there is to be taken."""
+        return teacher_names(self.teacher) or ("",)
+
+
+@dataclass(frozen=True)
+class EnsembleConfig:
+    """Several teachers of one student."""
+
+    ensemble: Literal["mean", "sum"] = "mean"
+    """several teachers: mean: their distributions are averaged, and losses without distributions; sum: each one's
+    losses are added"""
+    teacher_scale: tuple[float, ...] = ()
+    """logit scale of each teacher, in their order, in place of its own"""
+
+    def __post_init__(self) -> None:
+        require(all(scale > 0 for scale in self.teacher_scale), "teacher_scale", self.teacher_scale, "above 0 each")
+
+
+def teacher_names(value: Any) -> tuple[str, ...]:
+    """Return the names of teacher caches as a config has them: several, or one string as configs had before."""
+    return tuple(value) if isinstance(value, tuple | list) else (value,) * bool(value)
 
 
 @dataclass(frozen=True)

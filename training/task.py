@@ -26,7 +26,7 @@ from shards_spec.models import LoadedModel
 from training.config import DataConfig, LabelledImageConfig, ModelConfig, OptimConfig, RunConfig
 from training.data.batches import TrainingRows
 from training.engine.optim import ParamGroup, param_groups
-from training.models.teacher import FrozenTeacher
+from training.models.teacher import FrozenTeacher, TeacherEnsemble
 
 Batch = dict[str, Any]
 Features = dict[str, Tensor]
@@ -60,8 +60,8 @@ class RecipeConfig(Protocol):
 class Task(nn.Module):
     """What a recipe trains: the student, what else is trained with it, and the losses.
 
-    Its state dict is what a checkpoint keeps. Attributes that are a `FrozenTeacher` are moved between devices with the
-    task, but neither trained nor saved.
+    Its state dict is what a checkpoint keeps. Attributes that are a `FrozenTeacher` or a `TeacherEnsemble` are moved
+    between devices with the task, but neither trained nor saved.
 
     Attributes:
         student: The model that is averaged, evaluated and exported.
@@ -159,7 +159,13 @@ class Task(nn.Module):
     @property
     def teachers(self) -> list[FrozenTeacher]:
         """The teachers among the attributes, each once."""
-        return list({id(value): value for value in vars(self).values() if isinstance(value, FrozenTeacher)}.values())
+        found = list[FrozenTeacher]()
+        for value in vars(self).values():
+            if isinstance(value, FrozenTeacher):
+                found.append(value)
+            elif isinstance(value, TeacherEnsemble):
+                found.extend(value.members)
+        return list({id(teacher): teacher for teacher in found}.values())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Task":
         """Take the teachers along when the task moves between devices and dtypes."""

@@ -91,7 +91,10 @@ def _train_run(recipe: str, config: RecipeConfig, ranks: Ranks, device: str) -> 
                     predicted = fitted(config.run, profiles(config, rows, prepared.task, device), ranks.size, device)
             if ranks.is_main:
                 steps_of = partial(_steps, config, rows)
-                resumed_from = run.start(recipe, flat(config), config.run.resume, device, steps_of)
+                defaults = flat(import_module(f"training.recipes.{recipe}").config())
+                resumed_from = run.start(
+                    recipe, flat(config), config.run.resume, device, steps=steps_of, defaults=defaults
+                )
                 run.describe(prepared.student, config.student.model)
                 if resumed_from is None:
                     run.write_table(prepared.task.table(), 0)

@@ -26,12 +26,12 @@ from reader import CAPTIONS, SCALE, VIEWS, write_dataset
 from torch import Tensor, nn
 
 from shards_spec.models import LoadedModel, load_model
-from training.config import DataConfig, ModelConfig, OptimConfig, TeacherCacheConfig, ViewConfig
+from training.config import DataConfig, EnsembleConfig, ModelConfig, OptimConfig, TeacherCacheConfig, ViewConfig
 from training.data.batches import load_batches
 from training.data.order import batch_positions
 from training.data.samples import open_samples
 from training.engine.optim import build_optimizer
-from training.models.teacher import FrozenTeacher
+from training.models.teacher import FrozenTeacher, TeacherEnsemble
 from training.recipes import clip, tinyclip
 from training.runs.student import new_student
 
@@ -143,7 +143,9 @@ def measure(root: str, options: argparse.Namespace) -> Costs:
 
     drawn, cached = ViewConfig(scale=SCALE), TeacherCacheConfig("wide")
     weights = {"affinity": 1.0, "feature": 0.0, "contrastive": 1.0}
-    wide = FrozenTeacher("wide", width=student.config["embed_dim"], logit_scale=100.0)
+    wide = TeacherEnsemble(
+        [FrozenTeacher("wide", width=student.config["embed_dim"], logit_scale=100.0)], EnsembleConfig()
+    )
     taught = tinyclip.TinyclipTask(student.model, weights, None, wide)
     cases: dict[str, tuple[Any, ViewConfig | TeacherCacheConfig]] = {
         "(a) no teacher": (clip.ClipTask(student.model), drawn),

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.plan.costs import FLOP
 from shards_spec.models import LoadedModel
-from training.config import ModelConfig, RunConfig
+from training.config import EnsembleConfig, ModelConfig, RunConfig
 from training.data.batches import load_batches
 from training.data.order import BatchPlan, Order
 from training.engine.batch_fit import fitted, profiles
@@ -35,7 +35,7 @@ from training.engine.updater import Updater
 from training.losses import similarity
 from training.losses.distillation import affinity_loss
 from training.models.mobileclip import forward_shared
-from training.models.teacher import CACHED_FIELDS, FrozenTeacher
+from training.models.teacher import CACHED_FIELDS, FrozenTeacher, TeacherEnsemble
 from training.recipes import clip, siclip, tinyclip
 from training.runs.student import load_student
 
@@ -165,7 +165,7 @@ def affinity_job(where: Options) -> Job:
     """Affinity mimicking from a cache."""
 
     def build(config: tinyclip.TinyclipConfig, student: LoadedModel) -> Any:
-        teacher = FrozenTeacher("drawn", width=TEACHER, logit_scale=100.0)
+        teacher = TeacherEnsemble([FrozenTeacher("drawn", width=TEACHER, logit_scale=50.0)], EnsembleConfig())
         return tinyclip.TinyclipTask(student.model, {"affinity": 1.0}, config.fixed_logit_scale, teacher)
 
     size = Size("MobileCLIP-tiny", 8) if where.dry else Size("ViT-M-32", 1024)

@@ -61,10 +61,10 @@ def wnid(number: int) -> str:
     return f"n{number:08d}"
 
 
-def teacher_rows(keys: list[str], name: str) -> np.ndarray:
-    """(n, DIM) unit features that depend on key and column alone."""
+def teacher_rows(keys: list[str], name: str, dim: int = DIM) -> np.ndarray:
+    """(n, dim) unit features that depend on key and column alone."""
     seeds = [[ord(letter) for letter in f"{key}/{name}"] for key in keys]
-    rows = np.stack([np.random.default_rng(seed).normal(size=DIM) for seed in seeds])
+    rows = np.stack([np.random.default_rng(seed).normal(size=dim) for seed in seeds])
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
@@ -86,14 +86,24 @@ def teacher_meta(root: str, shard: int, views: int, captions: int) -> dict[str, 
     }
 
 
-def write_teacher(root: str, keys: list[list[str]], name: str = "planted", views: int = 2, captions: int = 3) -> None:
-    """ROOT/teacher/NAME as `cache` leaves it."""
+def write_teacher(
+    root: str,
+    keys: list[list[str]],
+    name: str = "planted",
+    *,
+    views: int = 2,
+    captions: int = 3,
+    salt: str = "",
+    dim: int = DIM,
+    meta_fields: dict[str, Any] | None = None,
+) -> None:
+    """ROOT/teacher/NAME as `cache` leaves it; ``salt`` makes it another teacher's, ``meta_fields`` replace metadata."""
     columns = [*(f"image_{i}" for i in range(views)), *(f"text_{i}" for i in range(captions))]
     for shard, own in enumerate(keys):
         path = join(root, "teacher", name, f"{shard_name(shard)}.parquet")
         rows, meta = (
-            {column: teacher_rows(own, column) for column in columns},
-            teacher_meta(root, shard, views, captions),
+            {column: teacher_rows(own, f"{salt}{column}", dim) for column in columns},
+            teacher_meta(root, shard, views, captions) | (meta_fields or {}),
         )
         write_embeddings(path, own, rows, meta)
         inputs = {f"shards/{shard_name(shard)}.tar": meta["shard_sha256"]}

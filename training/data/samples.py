@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import torch
 from torch.utils.data import Dataset
 
 from shards_spec.counter_rng import draw_index
@@ -27,7 +26,7 @@ from training.data.lru import LRUCache
 from training.data.order import BatchPlan, Order, SampleLocation
 from training.data.paired_views import PairedViews
 from training.data.shard_reader import ShardReader, dataset_sizes
-from training.data.teacher_cache import TeacherCache
+from training.data.teacher_cache import TeacherCache, TeacherCaches
 
 
 def draw_caption(seed: int, key: str, epoch: int, count: int) -> int:
@@ -73,8 +72,8 @@ class Samples(Dataset[Item]):
 
     An item has ``key``, ``position``, ``epoch`` and ``images`` (3, S, S) uint8; for a student with a tokenizer
     ``tokens`` (context,) int64 and ``blank``, whether the text is empty; with a teacher cache ``teacher_image`` and
-    ``teacher_text`` (D,) float32; with labels the list ``labels``. An index is a position, or a pair of a position and
-    the side S.
+    ``teacher_text`` (D,) float32, with several caches also ``teacher_image_2`` ...; with labels the list ``labels``. An
+    index is a position, or a pair of a position and the side S.
 
     Args:
         reader: The shards.
@@ -82,7 +81,7 @@ class Samples(Dataset[Item]):
         student: The model; items have its image size unless an index names another.
         views: What views are drawn from.
         captions: Which caption is shown.
-        cache: The teacher's features and views; None draws a new view each epoch.
+        cache: The teachers' features and views; None draws a new view each epoch.
         labels: Which classes a sample has; None leaves labels out.
         plan: Sizes of the batches.
     """
@@ -95,7 +94,7 @@ class Samples(Dataset[Item]):
         *,
         views: ViewSpec,
         captions: CaptionChoice,
-        cache: TeacherCache | None,
+        cache: TeacherCaches | None,
         labels: SampleLabels | None,
         plan: BatchPlan,
     ) -> None:
@@ -146,9 +145,8 @@ class Samples(Dataset[Item]):
             item["tokens"] = self.student.tokenizer([captions[caption]])[0]
             item["blank"] = not captions[caption].strip()
         if self.cache:
-            features = self.cache.features(location.shard, view, self.reader.keys(location.shard))
-            item["teacher_image"] = torch.from_numpy(features.row(f"image_{view}", location.index))
-            item["teacher_text"] = torch.from_numpy(features.row(f"text_{caption}", location.index))
+            keys = self.reader.keys(location.shard)
+            item |= self.cache.features(location.shard, location.index, view, caption, keys)
         return item
 
     def _prefetch_next(self, location: SampleLocation) -> None:
@@ -156,7 +154,8 @@ class Samples(Dataset[Item]):
         shards = self.order.next_shards(location)
         self.reader.file_cache.prefetch([self.reader.path(shard) for shard in shards])
         if self.cache:
-            self.reader.file_cache.prefetch([self.cache.path(shard) for shard in shards])
+            paths = chain.from_iterable(self.cache.paths(shard) for shard in shards)
+            self.reader.file_cache.prefetch(list(paths))
 
 
 def check_data(data: DataConfig) -> list[int]:
@@ -200,13 +199,18 @@ def open_samples(
     if isinstance(views, TeacherCacheConfig):
         if data.folder != SHARDS:
             raise UserError(f"--folder {data.folder!r}: a teacher cache belongs to packed shards; use --folder shards")
-        cache = TeacherCache(
-            data.data,
-            views.teacher,
-            len(sizes),
-            capacity=capacity,
-            original_only=original_only,
-            file_cache=file_cache,
+        cache = TeacherCaches(
+            [
+                TeacherCache(
+                    data.data,
+                    name,
+                    len(sizes),
+                    capacity=capacity,
+                    original_only=original_only,
+                    file_cache=file_cache,
+                )
+                for name in views.names
+            ]
         )
         view_spec = cache.views
     else:

@@ -1,15 +1,18 @@
 """The teacher cache, read beside the shards: every file is checked before its rows are used."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from shards_spec.embeddings import EmbeddingFile
 from shards_spec.files import DataError, UserError, exists, join, names
 from shards_spec.layout import SHARDS, TEACHER, remake_advice, shard_name, tar_path, teacher_folder, teacher_parquet
 from shards_spec.manifest import file_hash
-from shards_spec.messages import counted
+from shards_spec.messages import counted, flag
 from shards_spec.teacher_shard import TeacherShard
 from shards_spec.views import ViewSpec, parse_view_spec
 from training.data.local_copies import LocalFileCache
@@ -176,6 +179,74 @@ class TeacherCache(CacheReader):
         cached = self.open_shard(shard)
         texts = [f"text_{i}" for i in range(1 if self.original_only else cached.captions)]
         return ShardFeatures(self.path(shard), keys, self.columns(cached, [f"image_{view}", *texts], keys))
+
+
+def teacher_fields(number: int) -> tuple[str, str]:
+    """Return the names of the image and text features of a teacher, by its number from 0.
+
+    ``teacher_image`` and ``teacher_text`` of the first one, with ``_2`` of the second.
+    """
+    ending = f"_{number + 1}" if number else ""
+    return f"teacher_image{ending}", f"teacher_text{ending}"
+
+
+class TeacherCaches:
+    """The caches of one or several teachers, of the same views.
+
+    Attributes:
+        members: The caches, in the order of their teachers.
+        views: What the views were drawn from.
+        num_views: Number of views that all of them have.
+
+    Raises:
+        UserError: A cache is named twice, or two are of other views.
+    """
+
+    def __init__(self, members: Sequence[TeacherCache]) -> None:
+        self.members = tuple(members)
+        first = self.members[0]
+        self.views = first.views
+        self.num_views = min(member.num_views for member in self.members)
+        for number, member in enumerate(self.members[1:], 1):
+            if member.name in [other.name for other in self.members[:number]]:
+                raise UserError(f"--teacher {member.name!r} is named twice: name each teacher once")
+            if member.views.sha256 != first.views.sha256:
+                raise UserError(_other_views(first, member))
+
+    def features(self, shard: int, index: int, view: int, caption: int, keys: list[str]) -> dict[str, Tensor]:
+        """Return a sample's features by every teacher, (D,) float32, named by `teacher_fields`.
+
+        Args:
+            shard: The shard.
+            index: The sample's row.
+            view: The view.
+            caption: The caption.
+            keys: The keys of the shard's samples, in the order of its tar.
+
+        Raises:
+            DataError: A cache's files are damaged, or of another shard, teacher or view spec.
+        """
+        fields = {}
+        for number, member in enumerate(self.members):
+            rows = member.features(shard, view, keys)
+            columns = (f"image_{view}", f"text_{caption}")
+            for name, column in zip(teacher_fields(number), columns, strict=True):
+                fields[name] = torch.from_numpy(rows.row(column, index))
+        return fields
+
+    def paths(self, shard: int) -> list[str]:
+        """Return the path or URL of the first file of a shard in each cache."""
+        return [member.path(shard) for member in self.members]
+
+
+def _other_views(first: TeacherCache, other: TeacherCache) -> str:
+    """The message for two caches whose views were drawn in another way, with the option that tells them apart."""
+    one, two = asdict(first.views), asdict(other.views)
+    different = [f"{flag(name)} {one[name]} and {two[name]}" for name in one if one[name] != two[name]]
+    return (
+        f"--teacher {first.name!r} and {other.name!r} are of other views ({', '.join(different)}): teachers must have "
+        "seen the same ones; make one of the caches again with the options of the other"
+    )
 
 
 def _pick(root: str, name: str, option: str) -> str:

@@ -12,6 +12,7 @@ from shards_spec.files import DataError, UserError, is_url, read_json, write_byt
 from shards_spec.manifest import read_dataset
 from shards_spec.messages import counted
 from shards_spec.models import LoadedModel
+from training.config import teacher_names
 from training.export.comparison import Comparison
 from training.export.config import ExportConfig, Format
 from training.models.classifier import Classifier
@@ -140,8 +141,7 @@ def _training_lines(path: str, step: int) -> list[str]:
     lines = [f"- recipe: `clipmill train {run['recipe']}`, {', '.join(settings)}"]
     if run.get("model"):
         lines.append(f"- architecture: {_base_name(str(run['model']))}")
-    teachers = [str(run[name]) for name in ("teacher_weights", "teacher") if run.get(name)]
-    lines += [f"- teacher: {_base_name(name)}" for name in teachers[:1]]
+    lines += _teacher_lines(run)
     data = str(run.get("data") or "")
     if data:
         lines.append(f"- data: {_base_name(data)}{_counts(data)}")
@@ -151,6 +151,17 @@ def _training_lines(path: str, step: int) -> list[str]:
         made_with = read_json(str(Path(path, "environment.json")))["versions"]
         lines.append(f"- trained with: {', '.join(f'{name} {number}' for name, number in made_with.items())}")
     return lines
+
+
+def _teacher_lines(run: dict[str, Any]) -> list[str]:
+    """The teachers: several caches, or the weights that teach or are inherited from, or the one cache."""
+    teachers = teacher_names(run.get("teacher"))
+    if run.get("teacher_weights") and (len(teachers) < 2 or run.get("teacher_from") == "live"):
+        teachers = (run["teacher_weights"], *run.get("more_teachers", ()))
+    if not teachers:
+        return []
+    word = "teachers" if len(teachers) > 1 else "teacher"
+    return [f"- {word}: {', '.join(_base_name(str(name)) for name in teachers)}"]
 
 
 def _base_name(named: str) -> str:

@@ -4,7 +4,8 @@ Shapes: N pairs of the whole batch (gathering is the caller's), D feature dimens
 said otherwise. The teacher's features and scale are constants: only the student gets a gradient.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ def affinity_loss(
     """
     student = Similarity(student_image, student_text, student_scale)
     teacher = Similarity(teacher_image, teacher_text, teacher_scale)
-    return _mean_of_directions(_soft_cross_entropy, student, teacher)
+    return ensemble_affinity_loss(student, [teacher])
 
 
 def relation_loss(
@@ -64,37 +65,66 @@ def relation_loss(
     """
     student = Similarity(student_image, student_text, student_scale)
     teacher = Similarity(teacher_image, teacher_text, teacher_scale)
-    return _mean_of_directions(_kl_divergence, student, teacher)
+    return ensemble_relation_loss(student, [teacher])
 
 
-def _mean_of_directions(loss: Callable[[Tensor, Tensor], Tensor], student: Similarity, teacher: Similarity) -> Tensor:
-    """Mean over both directions of ``loss(student logits, teacher logits)``, itself a mean over rows."""
+def ensemble_affinity_loss(student: Similarity, teachers: Sequence[Similarity]) -> Tensor:
+    """Return `affinity_loss` with the mean of several teachers' distributions as the target.
+
+    That is the mean of the teachers' own losses: cross-entropy is linear in its target. MobileCLIP (arXiv 2311.17049)
+    and MobileCLIP2 (arXiv 2508.20691, scales 70 and 60) average distributions, too.
+    """
+    return _mean_of_directions(_soft_cross_entropy, student, teachers)
+
+
+def ensemble_relation_loss(student: Similarity, teachers: Sequence[Similarity]) -> Tensor:
+    """Return `relation_loss` with the mean of several teachers' distributions as the target.
+
+    It is smaller than the mean of the teachers' own losses by a constant, their Jensen-Shannon divergence: the gradient
+    is the same.
+    """
+    return _mean_of_directions(_kl_divergence, student, teachers)
+
+
+def _mean_of_directions(
+    loss: Callable[[Tensor, list[Tensor]], Tensor], student: Similarity, teachers: Sequence[Similarity]
+) -> Tensor:
+    """Mean over both directions of ``loss(student's, teachers' logits)``, itself a mean over rows."""
     count = len(student.rows)
     if is_whole(count):
         logits = student.logits()  # once for both directions
         with torch.no_grad():
-            targets = teacher.logits()
-        return (loss(logits, targets) + loss(logits.T, targets.T)) / 2
+            targets = [teacher.logits() for teacher in teachers]
+        return (loss(logits, targets) + loss(logits.T, [target.T for target in targets])) / 2
 
-    def one_direction(student: Similarity, teacher: Similarity) -> Tensor:
+    def one_direction(student: Similarity, teachers: Sequence[Similarity]) -> Tensor:
         def of_rows(rows: slice) -> Tensor:
             with torch.no_grad():
-                targets = teacher.logits(rows)
+                targets = [teacher.logits(rows) for teacher in teachers]
             return loss(student.logits(rows), targets)
 
         return mean_over_rows(of_rows, count)
 
-    return (one_direction(student, teacher) + one_direction(student.transposed(), teacher.transposed())) / 2
+    turned = [teacher.transposed() for teacher in teachers]
+    return (one_direction(student, teachers) + one_direction(student.transposed(), turned)) / 2
 
 
-def _soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of rows (N, M) with the softmax of the targets (N, M), averaged."""
-    return F.cross_entropy(logits, targets.softmax(dim=1))
+def _soft_cross_entropy(logits: Tensor, targets: list[Tensor]) -> Tensor:
+    """Cross-entropy of rows (N, M) with the mean of the targets' softmaxes (N, M), averaged."""
+    mean = targets[0].softmax(dim=1)
+    for target in targets[1:]:
+        mean = mean + target.softmax(dim=1)
+    return F.cross_entropy(logits, mean / len(targets))
 
 
-def _kl_divergence(logits: Tensor, targets: Tensor) -> Tensor:
-    """KL(softmax(targets) || softmax(logits)) of rows (N, M), averaged."""
-    return F.kl_div(logits.log_softmax(dim=1), targets.log_softmax(dim=1), reduction="batchmean", log_target=True)
+def _kl_divergence(logits: Tensor, targets: list[Tensor]) -> Tensor:
+    """KL(mean of the targets' softmaxes || softmax(logits)) of rows (N, M), averaged."""
+    mean = targets[0].log_softmax(dim=1)
+    for target in targets[1:]:
+        mean = torch.logaddexp(mean, target.log_softmax(dim=1))
+    if len(targets) > 1:
+        mean = mean - math.log(len(targets))
+    return F.kl_div(logits.log_softmax(dim=1), mean, reduction="batchmean", log_target=True)
 
 
 def interactive_loss(

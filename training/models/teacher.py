@@ -1,17 +1,21 @@
-"""A teacher that is not trained: a model that runs beside the student, or a teacher cache's features."""
+"""Teachers that are not trained: models that run beside the student, or teacher caches' features."""
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shards_spec.files import UserError
+from shards_spec.messages import counted
 from shards_spec.models import LoadedModel
-from training.data.teacher_cache import TeacherCache
+from training.config import EnsembleConfig
+from training.data.teacher_cache import TeacherCache, TeacherCaches, teacher_fields
+from training.losses.similarity import Similarity
 from training.models.taps import Tapped, run_with_taps
 
-CACHED_FIELDS = ("teacher_image", "teacher_text")
+CACHED_FIELDS = teacher_fields(0)
 
 
 class FrozenTeacher:
@@ -95,3 +99,91 @@ class FrozenTeacher:
         """Apply what `torch.nn.Module.to` does to each tensor."""
         if self.model is not None:
             self.model._apply(fn)
+
+
+class TeacherEnsemble:
+    """The teachers of a student, in their order; most students have one.
+
+    Attributes:
+        members: The teachers.
+        scales: The logit scale at which each of them teaches.
+
+    Args:
+        members: The teachers: all live, or all cached.
+        config: How they teach together, and scales in place of their own.
+
+    Raises:
+        UserError: There are not as many scales as teachers.
+    """
+
+    def __init__(self, members: Sequence[FrozenTeacher], config: EnsembleConfig) -> None:
+        self.members = tuple(members)
+        self.is_mean = config.ensemble == "mean"
+        scales = config.teacher_scale
+        if scales and len(scales) != len(self.members):
+            given = " ".join(f"{scale:g}" for scale in scales)
+            raise UserError(
+                f"--teacher-scale {given}: {counted(len(scales), 'number')} for {counted(len(self.members), 'teacher')}"
+                f" ({', '.join(self.names)}); give one for each"
+            )
+        self.scales = tuple(scales) or tuple(member.logit_scale for member in self.members)
+
+    @classmethod
+    def cached(cls, caches: TeacherCaches, config: EnsembleConfig) -> "TeacherEnsemble":
+        """Return teachers whose features come with the samples."""
+        return cls([FrozenTeacher.cached(cache) for cache in caches.members], config)
+
+    @property
+    def names(self) -> list[str]:
+        """The teachers' names."""
+        return [member.name for member in self.members]
+
+    @property
+    def item_fields(self) -> tuple[str, ...]:
+        """Fields that samples must carry for them."""
+        cached = [teacher_fields(number) for number, member in enumerate(self.members) if member.model is None]
+        return tuple(chain.from_iterable(cached))
+
+    @torch.no_grad()
+    def features(
+        self, batch: dict[str, Any], encode: Callable[[Any], tuple[Tensor, Tensor]] | None = None
+    ) -> dict[str, Tensor]:
+        """Return every teacher's features, (n, D) of any length, named by `teacher_fields`.
+
+        Args:
+            batch: Images and tokens for live teachers, the features of cached ones.
+            encode: As `FrozenTeacher.features` takes it.
+        """
+        taught = {name: batch[name] for name in self.item_fields}
+        for number, member in enumerate(self.members):
+            if member.model is not None:
+                taught |= zip(teacher_fields(number), member.features(batch, encode).values(), strict=True)
+        return taught
+
+    def pairs(self, features: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Return the image and text features (N, D) of each teacher among those that `features` gave."""
+        names = [teacher_fields(number) for number in range(len(self.members))]
+        return [(features[image], features[text]) for image, text in names]
+
+    def similarities(self, features: dict[str, Tensor]) -> list[Similarity]:
+        """Return each teacher's similarities of images and texts, from features of unit length."""
+        pairs = zip(self.pairs(features), self.scales, strict=True)
+        return [Similarity(image, text, scale) for (image, text), scale in pairs]
+
+    def relational(self, loss: Callable[[list[Similarity]], Tensor], features: dict[str, Tensor]) -> Tensor:
+        """Return a loss against the teachers' distributions over a batch, from features of unit length.
+
+        Args:
+            loss: Of the similarities of all teachers, whose distributions it averages; for the sum it is called once a
+                teacher.
+            features: Features of the whole batch.
+        """
+        similarities = self.similarities(features)
+        if self.is_mean:
+            return loss(similarities)
+        return torch.stack([loss([similarity]) for similarity in similarities]).sum()
+
+    def combined(self, losses: Sequence[Tensor]) -> Tensor:
+        """Return the mean or the sum of losses that know one teacher each."""
+        stacked = torch.stack(list(losses))
+        return stacked.mean() if self.is_mean else stacked.sum()

@@ -40,6 +40,7 @@ each the default here where sources are silent, the other one being an option wh
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,15 +53,23 @@ from tyro.conf import OmitArgPrefixes
 from shards_spec.files import UserError
 from shards_spec.messages import require
 from shards_spec.models import NO_TRUST, LoadedModel, Trust
-from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TeacherCacheConfig, ViewConfig
-from training.data.teacher_cache import TeacherCache
+from training.config import (
+    DataConfig,
+    EnsembleConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TeacherCacheConfig,
+    ViewConfig,
+)
+from training.data.teacher_cache import TeacherCaches
 from training.losses.contrastive import clip_loss
-from training.losses.distillation import element_feature_loss, interactive_loss, relation_loss
+from training.losses.distillation import element_feature_loss, ensemble_relation_loss, interactive_loss
 from training.losses.pair_matching import PairHead, key_ids, pair_loss, sample_negatives, text_ids
-from training.losses.similarity import upcast
+from training.losses.similarity import Similarity, upcast
 from training.models.inheritance import freeze, inherit_siclip
 from training.models.mobileclip import forward_shared, forward_tail, with_text_tower
-from training.models.teacher import FrozenTeacher
+from training.models.teacher import FrozenTeacher, TeacherEnsemble
 from training.recipes.pairs import MAX_LOGIT_SCALE, check_same_inputs, clamp_logit_scale, open_pairs
 from training.runs.student import is_run, load_student
 from training.task import Batch, Features, Losses, Prepared, Task
@@ -83,6 +92,7 @@ class SiclipConfig:
     data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
     drawn_views: OmitArgPrefixes[ViewConfig] = field(default_factory=ViewConfig)
     cached_views: OmitArgPrefixes[TeacherCacheConfig] = field(default_factory=TeacherCacheConfig)
+    ensemble: OmitArgPrefixes[EnsembleConfig] = field(default_factory=EnsembleConfig)
     student: OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
     optim: OmitArgPrefixes[OptimConfig] = field(default_factory=OptimConfig)
     run: OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
@@ -160,7 +170,7 @@ class SiclipTask(Task):
         width: Numbers of a student's feature.
         base: The model whose layers before the attention blocks the student has inherited: they run once, without a
             graph, for the student and a live teacher. None where nothing is inherited and no live teacher is needed.
-        teacher: The base again, or a cache; None where no term needs one.
+        teacher: The base again, or caches; None where no term needs one.
     """
 
     def __init__(
@@ -169,7 +179,7 @@ class SiclipTask(Task):
         student: Any,
         width: int,
         base: FrozenTeacher | None,
-        teacher: FrozenTeacher | None,
+        teacher: TeacherEnsemble | None,
     ) -> None:
         fields = teacher.item_fields if teacher is not None else ()
         super().__init__(student, ("images", "tokens", *fields))
@@ -184,8 +194,8 @@ class SiclipTask(Task):
     def forward(self, batch: Batch) -> Features:
         """Return features (B, D) of any length and the ids that tell which pairs are no negatives of each other.
 
-        ``image``, ``text``, ``teacher_image``, ``teacher_text``; (B,) int64 ``text_ids`` and ``key_ids``: where they
-        are equal, pairs are no negatives.
+        ``image``, ``text``, ``teacher_image``, ``teacher_text`` and those of further teachers; (B,) int64 ``text_ids``
+        and ``key_ids``: where they are equal, pairs are no negatives.
         """
         images, tokens = batch["images"], batch["tokens"]
         if self.config.inherit:
@@ -200,7 +210,7 @@ class SiclipTask(Task):
         return features
 
     def _from_shared_layers(self, batch: Batch) -> tuple[Tensor, Tensor, Features]:
-        """Return image and text features and the teacher's; what student and base share is computed once."""
+        """Return image and text features and the teachers'; what student and base share is computed once."""
         assert self.base is not None
         tokens = batch["tokens"]
         with torch.no_grad():
@@ -218,24 +228,27 @@ class SiclipTask(Task):
         config, scale = self.config, self.student.logit_scale.exp()
         unit = {name: F.normalize(value, dim=-1) for name, value in features.items() if value.is_floating_point()}
 
-        def four() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            return unit["image"], unit["text"], unit["teacher_image"], unit["teacher_text"]
+        image, text = unit["image"], unit["text"]
+
+        def of_teachers(loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+            assert self.teacher is not None
+            return self.teacher.combined([loss(*pair) for pair in self.teacher.pairs(unit)])
+
+        def relation() -> Tensor:
+            assert self.teacher is not None
+            return self.teacher.relational(partial(ensemble_relation_loss, Similarity(image, text, scale)), unit)
 
         terms: dict[str, tuple[float, Callable[[], Tensor]]] = {
-            "contrastive": (config.clip_weight, lambda: clip_loss(unit["image"], unit["text"], scale)),
-            "feature": (config.fd_weight, lambda: element_feature_loss(*four())),
-            "relation": (
-                config.crd_weight,
-                lambda: relation_loss(*four(), student_scale=scale, teacher_scale=self._teacher_scale()),
+            "contrastive": (config.clip_weight, lambda: clip_loss(image, text, scale)),
+            "feature": (config.fd_weight, lambda: of_teachers(partial(element_feature_loss, image, text))),
+            "relation": (config.crd_weight, relation),
+            "interactive": (
+                config.icl_weight,
+                lambda: of_teachers(partial(interactive_loss, image, text, scale=self._icl_scale())),
             ),
-            "interactive": (config.icl_weight, lambda: interactive_loss(*four(), self._icl_scale())),
             "pairs": (config.pm_weight, lambda: self._pair_loss(features, unit, step)),
         }
         return {name: weight * loss() for name, (weight, loss) in terms.items() if weight}
-
-    def _teacher_scale(self) -> float:
-        assert self.teacher is not None
-        return self.teacher.logit_scale
 
     def _icl_scale(self) -> Tensor:
         return self.icl_logit_scale if self.config.icl_raw_scale else self.icl_logit_scale.exp()
@@ -244,12 +257,18 @@ class SiclipTask(Task):
         """Return the loss of pair matching; what the negatives are drawn by has no gradient."""
         with torch.no_grad(), torch.autocast(unit["image"].device.type, enabled=False):
             if self.config.pm_similarity == "teacher":
-                similarity = self._teacher_scale() * unit["teacher_image"] @ unit["teacher_text"].T
+                similarity = self._teacher_similarity(unit)
             else:
                 similarity = self.student.logit_scale.exp() * unit["image"] @ unit["text"].T
         ids = (features["text_ids"], features["key_ids"])
         negatives = sample_negatives(similarity, ids, self.config.run.seed, step)
         return pair_loss(self.head, features["image"], features["text"], negatives)
+
+    def _teacher_similarity(self, unit: Features) -> Tensor:
+        """Return the teachers' logits (N, N), the mean of several."""
+        assert self.teacher is not None
+        logits = [similarity.logits() for similarity in self.teacher.similarities(unit)]
+        return torch.stack(logits).mean(0) if len(logits) > 1 else logits[0]
 
     def after_step(self, step: int) -> None:
         """Keep both scales at 100 at most."""
@@ -294,25 +313,27 @@ def _need_weights(model: str, weights: str) -> None:
         )
 
 
-def build_task(config: SiclipConfig, student: LoadedModel, cache: TeacherCache | None) -> SiclipTask:
+def build_task(config: SiclipConfig, student: LoadedModel, caches: TeacherCaches | None) -> SiclipTask:
     """Return the task of a config; the student takes the base's weights.
 
     Raises UserError when base, teacher and student do not fit together.
     """
     width = student.config["embed_dim"]
     base, teacher = None, None
-    if config.inherit or (config.taught and cache is None):
+    if config.inherit or (config.taught and caches is None):
         loaded = load_base(config.base, config.base_weights, config.run.seed, config.student.trust)
         check_same_inputs(f"--base {config.base!r}", loaded, student)
         if config.inherit:
             _inherit(config, student, loaded)
-        if cache is None:
+        if caches is None:
             _check_width(config, width, loaded.config["embed_dim"])
         base = FrozenTeacher.live(config.base, replace(loaded, model=reparameterize_model(loaded.model, inplace=True)))
-    if cache is not None:
+    for cache in caches.members if caches is not None else ():
         _check_width(config, width, cache.dim)
-    if config.taught:
-        teacher = base if cache is None else FrozenTeacher.cached(cache)
+    if config.taught and caches is not None:
+        teacher = TeacherEnsemble.cached(caches, config.ensemble)
+    elif config.taught and base is not None:
+        teacher = TeacherEnsemble([base], config.ensemble)
     return SiclipTask(config, student.model, width, base, teacher)
 
 

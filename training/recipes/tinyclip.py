@@ -42,6 +42,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -55,6 +56,7 @@ from shards_spec.models import LoadedModel
 from training.config import (
     SMOKE_MASKS,
     DataConfig,
+    EnsembleConfig,
     MaskConfig,
     ModelConfig,
     OptimConfig,
@@ -65,8 +67,9 @@ from training.config import (
 )
 from training.engine.optim import ParamGroup
 from training.losses.contrastive import clip_loss
-from training.losses.distillation import affinity_loss, feature_loss
-from training.models.teacher import FrozenTeacher
+from training.losses.distillation import ensemble_affinity_loss, feature_loss
+from training.losses.similarity import Similarity
+from training.models.teacher import TeacherEnsemble
 from training.models.tinyclip_table import markdown, model_table, parameters_left
 from training.recipes.pairs import clamp_logit_scale, open_pairs
 from training.recipes.tinyclip_masks import MaskedPhase, check_length, masked_copy
@@ -76,7 +79,7 @@ from training.recipes.tinyclip_weights import (
     NamedModels,
     check_activation,
     inherit_by_hand,
-    open_teacher,
+    open_teachers,
 )
 from training.runs.run_folder import RunFolder
 from training.runs.student import StartWeights, parse_model
@@ -93,6 +96,7 @@ class TinyclipConfig:
     data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
     drawn_views: OmitArgPrefixes[ViewConfig] = field(default_factory=ViewConfig)
     cached_views: OmitArgPrefixes[TeacherCacheConfig] = field(default_factory=TeacherCacheConfig)
+    ensemble: OmitArgPrefixes[EnsembleConfig] = field(default_factory=EnsembleConfig)
     student: OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
     inheritance: OmitArgPrefixes[InheritanceConfig] = field(default_factory=InheritanceConfig)
     masks: OmitArgPrefixes[MaskConfig] = field(default_factory=MaskConfig)
@@ -108,12 +112,23 @@ class TinyclipConfig:
     contrastive_weight: float = 0.0
     """weight of the hard-label loss; 0 in all released TinyCLIP recipes"""
     fixed_logit_scale: float | None = 50.0
-    """scale of student and teacher; None: the student learns its own, the teacher keeps its own"""
+    """scale of student and teacher; None: the student learns its own, the teacher keeps its own; --teacher-scale is
+    stronger for teachers"""
 
     @property
     def views(self) -> ViewConfig | TeacherCacheConfig:
         """Where views, and with a cache the teacher's features, come from."""
         return self.drawn_views if self.teacher_from == "live" else self.cached_views
+
+    @property
+    def taught_by(self) -> EnsembleConfig:
+        """How the teachers teach: at the fixed scale where they were given none of their own."""
+        ensemble, number = self.ensemble, len(self.cached_views.names)
+        if self.teacher_from == "live":
+            number = 1 + len(self.inheritance.more_teachers)
+        if self.fixed_logit_scale is None or ensemble.teacher_scale:
+            return ensemble
+        return replace(ensemble, teacher_scale=(self.fixed_logit_scale,) * number)
 
     def __post_init__(self) -> None:
         weights = ("affinity_weight", "feature_weight", "contrastive_weight")
@@ -199,13 +214,13 @@ def _refuse_given(part: Any, names: Iterable[str], why: str) -> None:
 
 
 class TinyclipTask(Task):
-    """A student that follows a teacher's similarities, and may have masks that are learned with it.
+    """A student that follows its teachers' similarities, and may have masks that are learned with it.
 
     Args:
         student: The student.
         weights: Weights of ``affinity``, ``feature`` and ``contrastive``; a term of weight 0 is not computed.
-        scale: The logit scale of both sides; None: the student learns its own and the teacher keeps its own.
-        teacher: The teacher.
+        scale: The student's logit scale; None: it learns its own.
+        teacher: The teachers, with their scales.
         phase: The masks of a student that has some, until they are applied.
     """
 
@@ -214,14 +229,13 @@ class TinyclipTask(Task):
         student: Any,
         weights: dict[str, float],
         scale: float | None,
-        teacher: FrozenTeacher,
+        teacher: TeacherEnsemble,
         phase: MaskedPhase | None = None,
     ) -> None:
         super().__init__(student, ("images", "tokens", *teacher.item_fields))
         self.weights = weights
         self.scale = scale
         self.teacher = teacher
-        self.teacher_scale = scale or teacher.logit_scale
         self.phase = phase
         self.constraint = None if phase is None else phase.constraint()
         if scale is not None:
@@ -235,7 +249,7 @@ class TinyclipTask(Task):
         return {**batch, "masks": {name: getattr(self.student, name).masks.draw() for name in ("visual", "text")}}
 
     def forward(self, batch: Batch) -> Features:
-        """Return ``image``, ``text`` (n, D), ``teacher_image``, ``teacher_text`` (n, D'), all normalised."""
+        """Return ``image``, ``text`` (n, D) and the teachers' features (n, D'), all normalised."""
         taught = self.teacher.features(batch)
         image, text = self._encode(batch)
         return {
@@ -256,13 +270,14 @@ class TinyclipTask(Task):
     def losses(self, features: Features, step: int) -> Losses:
         """Return ``affinity``, ``feature``, ``contrastive``: those whose weight is not 0; with masks ``sparsity``."""
         image, text = features["image"], features["text"]
-        teacher_image, teacher_text = features["teacher_image"], features["teacher_text"]
         scale = self.student.logit_scale.exp() if self.scale is None else self.scale
         terms = {
-            "affinity": lambda: affinity_loss(
-                image, text, teacher_image, teacher_text, student_scale=scale, teacher_scale=self.teacher_scale
+            "affinity": lambda: self.teacher.relational(
+                partial(ensemble_affinity_loss, Similarity(image, text, scale)), features
             ),
-            "feature": lambda: feature_loss(image, text, teacher_image, teacher_text),
+            "feature": lambda: self.teacher.combined(
+                [feature_loss(image, text, *pair) for pair in self.teacher.pairs(features)]
+            ),
             "contrastive": lambda: clip_loss(image, text, scale),
         }
         losses = {name: weight * terms[name]() for name, weight in self.weights.items() if weight}
@@ -347,7 +362,7 @@ def prepare(config: TinyclipConfig) -> Prepared:
     if is_auto:
         models.keep(inheritance.source, student)
     is_new = RunFolder(config.run.out).newest() is None  # else the weights are the checkpoint's
-    teacher = open_teacher(inheritance, student, samples.cache, models, is_new=is_new)
+    teacher = open_teachers(inheritance, config.taught_by, student, samples.cache, models, is_new=is_new)
     if config.feature_weight:
         _check_width(config, student, teacher)
     phase = None
@@ -365,10 +380,12 @@ def prepare(config: TinyclipConfig) -> Prepared:
     return Prepared(student, samples, TinyclipTask(student.model, weights, config.fixed_logit_scale, teacher, phase))
 
 
-def _check_width(config: TinyclipConfig, student: LoadedModel, teacher: FrozenTeacher) -> None:
+def _check_width(config: TinyclipConfig, student: LoadedModel, teachers: TeacherEnsemble) -> None:
     width = student.config["embed_dim"]
-    if width != teacher.width:
-        raise UserError(
-            f"--feature-weight {config.feature_weight}: the student's features have {width} numbers, those of teacher "
-            f"{teacher.name} have {teacher.width}; use a --model with embed_dim {teacher.width}, or --feature-weight 0"
-        )
+    for teacher in teachers.members:
+        if width != teacher.width:
+            raise UserError(
+                f"--feature-weight {config.feature_weight}: the student's features have {width} numbers, those of "
+                f"teacher {teacher.name} have {teacher.width}; use a --model with embed_dim {teacher.width}, or "
+                "--feature-weight 0"
+            )

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from shards_spec.files import UserError
 from shards_spec.messages import require
 from shards_spec.models import LoadedModel, Trust, weights_sha256
-from training.config import ModelConfig
+from training.config import EnsembleConfig, ModelConfig
 from training.data.batches import load_batches
 from training.data.samples import Samples
-from training.data.teacher_cache import TeacherCache
+from training.data.teacher_cache import TeacherCache, TeacherCaches
 from training.losses.contrastive import clip_loss
-from training.models.teacher import FrozenTeacher
+from training.models.teacher import FrozenTeacher, TeacherEnsemble
 from training.models.tinyclip_convert import State
 from training.models.tinyclip_inheritance import (
     ClipWeights,
@@ -46,6 +46,8 @@ class InheritanceConfig:
     teacher_weights: str = ""
     """the teacher, to inherit from and to run live: NAME:TAG_OR_FILE (ViT-B-32:laion2b_e16), local-dir:PATH,
     hf-hub:ORG/NAME or a RUN folder; NAME:random for a try"""
+    more_teachers: tuple[str, ...] = ()
+    """--teacher-from live: further teachers that run beside it, named in the same way"""
     teacher_weights_text: str = ""
     """manual: source of the text tower where it is another"""
     from_run: str = ""
@@ -95,10 +97,14 @@ class InheritanceConfig:
             "--teacher-weights": (self.teacher_weights, is_live or self.inherit != "none"),
             "--teacher-weights-text": (self.teacher_weights_text, self.inherit == "manual"),
             "--from-run": (self.from_run, self.inherit != "none"),
+            "--more-teachers": (" ".join(self.more_teachers), is_live),
         }
         for option, (value, is_used) in uses.items():
             if value and not is_used:
-                raise UserError(f"{option} {value!r} would not be used with --inherit {self.inherit}")
+                why = "--teacher-from cache" if option == "--more-teachers" else f"--inherit {self.inherit}"
+                raise UserError(f"{option} {value!r} would not be used with {why}")
+        if len({self.teacher_weights, *self.more_teachers}) <= len(self.more_teachers):
+            raise UserError(f"--more-teachers {' '.join(self.more_teachers)}: name each teacher once")
 
     @property
     def source(self) -> str:
@@ -153,40 +159,58 @@ class NamedModels:
         return clip_weights(named.model, named.pretrained, loaded.config, loaded.model.state_dict())
 
 
-def open_teacher(
-    config: InheritanceConfig, student: LoadedModel, cache: TeacherCache | None, models: NamedModels, *, is_new: bool
-) -> FrozenTeacher:
-    """Return the teacher: a cache's features, or the live weights.
+def open_teachers(
+    config: InheritanceConfig,
+    ensemble: EnsembleConfig,
+    student: LoadedModel,
+    caches: TeacherCaches | None,
+    models: NamedModels,
+    *,
+    is_new: bool,
+) -> TeacherEnsemble:
+    """Return the teachers: caches' features, or live weights.
 
-    A new run whose cache is of another teacher than the one that is inherited from gets a warning that names both.
-    Raises UserError where the live teacher takes other images or texts than the student.
+    A new run none of whose caches is of the teacher that is inherited from gets a warning that names both. Raises
+    UserError where a live teacher takes other images or texts than the student, or there are other numbers of scales.
     """
     name = config.teacher_weights
-    if cache is None:
-        check_activation(name)
-        loaded = models.load(name)
-        check_same_inputs(f"--teacher-weights {name!r}", loaded, student)
-        return FrozenTeacher.live(name, loaded)
-    if name and is_new:
-        _warn_of_another(cache, name, models.load(name).model)
-    return FrozenTeacher.cached(cache)
+    if caches is not None:
+        if name and is_new:
+            _warn_of_others(caches, name, models.load(name).model)
+        return TeacherEnsemble.cached(caches, ensemble)
+    members = []
+    for number, source in enumerate((name, *config.more_teachers)):
+        check_activation(source)
+        loaded = models.load(source)
+        check_same_inputs(f"{'--more-teachers' if number else '--teacher-weights'} {source!r}", loaded, student)
+        members.append(FrozenTeacher.live(source, loaded))
+    return TeacherEnsemble(members, ensemble)
 
 
-def _warn_of_another(cache: TeacherCache, name: str, model: nn.Module) -> None:
-    """Warn where a cache is not of these weights, in the precision that it was made in."""
+def _warn_of_others(caches: TeacherCaches, name: str, model: nn.Module) -> None:
+    """Warn where no cache is of these weights."""
+    if not any(_is_of(cache, model) for cache in caches.members):
+        described = [f"{cache.name} is of {_weights_of(cache)}" for cache in caches.members]
+        log.warning(
+            "the teacher cache %s, the student inherits from %s, which has other weights: the paper found a teacher of "
+            "the inherited weights better than a larger one",
+            ", ".join(described),
+            name,
+        )
+
+
+def _weights_of(cache: TeacherCache) -> str:
+    pretrained = cache.meta["pretrained"]
+    model: str = cache.meta["model"]
+    return model if pretrained is None else f"{model} ({pretrained})"
+
+
+def _is_of(cache: TeacherCache, model: nn.Module) -> bool:
+    """Whether a cache is of a model's weights, in the precision that it was made in."""
     dtype = getattr(torch, cache.meta.get("precision", "float32"))
     if dtype != torch.float32:
         model = copy.deepcopy(model).to(dtype)
-    if weights_sha256(model) != cache.meta["weights_sha256"]:
-        pretrained = cache.meta["pretrained"]
-        of = cache.meta["model"] if pretrained is None else f"{cache.meta['model']} ({pretrained})"
-        log.warning(
-            "the teacher cache %s is of %s, the student inherits from %s, which has other weights: the paper found a "
-            "teacher of the inherited weights better than a larger one",
-            cache.name,
-            of,
-            name,
-        )
+    return bool(weights_sha256(model) == cache.meta["weights_sha256"])
 
 
 def inherit_by_hand(

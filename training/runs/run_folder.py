@@ -90,7 +90,14 @@ class RunFolder:
                     self.path.rmdir()
 
     def start(
-        self, recipe: str, config: dict[str, Any], resume: bool, device: str, steps: Callable[[dict[str, Any]], int]
+        self,
+        recipe: str,
+        config: dict[str, Any],
+        resume: bool,
+        device: str,
+        *,
+        steps: Callable[[dict[str, Any]], int],
+        defaults: dict[str, Any],
     ) -> tuple[Path, dict[str, Any]] | None:
         """Make the folder, or check that it is this run's.
 
@@ -100,6 +107,7 @@ class RunFolder:
             resume: Whether the folder may hold checkpoints.
             device: Recorded in environment.json.
             steps: Counts the steps that a flat config asks for: they may grow.
+            defaults: The recipe's flat config, for options that the run's version did not have.
 
         Returns:
             The newest intact checkpoint and the run's config so far, if there is a checkpoint.
@@ -118,7 +126,7 @@ class RunFolder:
                 raise UserError(f"{self.path} has checkpoints (up to {newest.name}): use another --out, or --resume")
             newest = self._newest_intact(set_aside=True)
             recorded = self._recorded_config(newest) or self.requested
-            self._check_same(recorded, steps)
+            self._check_same({**defaults, **recorded}, steps)
         elif self.metrics.exists():
             log.warning("%s: has metrics and no checkpoint; the run starts again from step 0", self.path)
         write_json(str(self.path / "config.json"), self.requested)
@@ -139,7 +147,7 @@ class RunFolder:
         """Raise UserError where the requested config is another than the recorded one, but for a longer run."""
         requested = self.requested
         fields = {*recorded, *requested} - FREE_ON_RESUME
-        different = sorted(field for field in fields if recorded.get(field) != requested.get(field))
+        different = sorted(field for field in fields if not _is_same(recorded.get(field), requested.get(field)))
         is_length = set(different) <= {"steps", "epochs"}
         if is_length and steps(requested) >= steps(recorded):
             return
@@ -330,3 +338,10 @@ def _step_of(line: bytes) -> int | None:
         return None
     step = parsed.get("step") if isinstance(parsed, dict) else None
     return step if isinstance(step, int) and not isinstance(step, bool) else None
+
+
+def _is_same(recorded: Any, requested: Any) -> bool:
+    """Whether two values of a field are the same; older runs have one name where now a list of them stands."""
+    if isinstance(recorded, str) and isinstance(requested, list):
+        recorded = [recorded] if recorded else []
+    return bool(recorded == requested)

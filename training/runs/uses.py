@@ -6,10 +6,11 @@ from typing import Any
 from shards_spec.files import UserError, is_url, read_bytes, sha256_json
 from shards_spec.messages import counted
 from shards_spec.sample import Sample, parse_object
+from training.config import TeacherCacheConfig
 from training.data.order import BatchPlan, Order
 from training.data.samples import CaptionChoice
 from training.data.shard_reader import ShardReader, dataset_sizes
-from training.data.teacher_cache import TeacherCache
+from training.data.teacher_cache import TeacherCache, TeacherCaches
 from training.runs.run_folder import RunFolder
 
 MOST_LINES = 50  # epochs that are listed
@@ -87,7 +88,8 @@ def _cached_views(config: dict[str, Any], root: str, shards: int) -> int | None:
     """Return the number of the cache's views that a run repeats; None where each epoch has a new one."""
     if config.get("teacher_from") != "cache":
         return None
-    return TeacherCache(root, config["teacher"], shards, original_only=True).num_views
+    names = TeacherCacheConfig(config["teacher"]).names
+    return TeacherCaches([TeacherCache(root, name, shards, original_only=True) for name in names]).num_views
 
 
 def _shown(choice: CaptionChoice, sample: Sample, epoch: int, views: int | None) -> str:

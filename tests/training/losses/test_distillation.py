@@ -11,7 +11,14 @@ from shards_spec.files import UserError
 from training.config import OptimConfig
 from training.engine.optim import build_optimizer, learning_rate, param_groups
 from training.losses.contrastive import clip_loss
-from training.losses.distillation import affinity_loss, feature_loss
+from training.losses.distillation import (
+    affinity_loss,
+    ensemble_affinity_loss,
+    ensemble_relation_loss,
+    feature_loss,
+    relation_loss,
+)
+from training.losses.similarity import Similarity
 
 EYE = torch.eye(2)
 
@@ -59,6 +66,41 @@ def test_affinity_gradient_is_the_difference_of_softmaxes():
     columns = (7 * similarity).softmax(0) - target.softmax(0)
     expected = ((rows + columns) / 2 / 6 * similarity).sum()
     assert scale.grad.item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def loss_and_gradient(loss, image, text):
+    """A loss of the student's features and its gradients at them."""
+    image, text = image.clone().requires_grad_(), text.clone().requires_grad_()
+    value = loss(image, text)
+    return value.item(), torch.cat(torch.autograd.grad(value, [image, text]))
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "single"), [(ensemble_affinity_loss, affinity_loss), (ensemble_relation_loss, relation_loss)]
+)
+def test_averaged_distributions_have_the_gradient_of_averaged_losses(ensemble, single):
+    """The cross-entropy is the same, too; the divergence differs by the teachers' own (Jensen-Shannon)."""
+    image, text = features(0, 1)
+    taught = [(*features(2, 3), 7.0), (*features(4, 5, d=9), 3.0)]  # scales and widths of their own
+    teachers = [Similarity(*teacher) for teacher in taught]
+
+    def of_mean(image, text):
+        return ensemble(Similarity(image, text, 5.0), teachers)
+
+    def mean_of(image, text):
+        return sum(single(image, text, *pair, student_scale=5.0, teacher_scale=scale) for *pair, scale in taught) / 2
+
+    (loss, gradient), (other, expected) = (loss_and_gradient(each, image, text) for each in (of_mean, mean_of))
+    assert torch.allclose(gradient, expected, atol=1e-12)
+    targets = [torch.stack([own.logits().softmax(1), own.logits().T.softmax(1)]) for own in teachers]
+    mean = sum(targets) / 2
+    divergence = sum((target * (target / mean).log()).sum(-1).mean() for target in targets).item() / 2
+    assert other - loss == pytest.approx(divergence if single is relation_loss else 0.0, abs=1e-12)
+    assert divergence > 0.1
+    log_student = [(5.0 * image @ text.T).log_softmax(1), (5.0 * text @ image.T).log_softmax(1)]
+    cross = -(mean * torch.stack(log_student)).sum(-1).mean()
+    written_out = cross if single is affinity_loss else cross + (mean * mean.log()).sum(-1).mean()
+    assert loss == pytest.approx(written_out.item(), abs=1e-12)
 
 
 # TinyCLIP's fact 3

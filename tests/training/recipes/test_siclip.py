@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -104,7 +105,7 @@ def test_the_teacher_from_the_shared_prefix_is_the_whole_teacher(base_file):  # 
     assert torch.allclose(features["teacher_text"], texts, atol=1e-5)
     assert torch.allclose(again["image"], mine, atol=1e-4)  # as it is evaluated, without the fused prefix
     assert torch.allclose(again["text"], words, atol=1e-4)
-    assert task.teacher.logit_scale == pytest.approx(40)
+    assert task.teacher.scales == pytest.approx((40,))
 
 
 def test_losses_are_the_weighted_terms(base_file):  # fact 14
@@ -138,7 +139,7 @@ def forbidden(*_):
     [
         ("clip_weight", "clip_loss", "contrastive"),
         ("fd_weight", "element_feature_loss", "feature"),
-        ("crd_weight", "relation_loss", "relation"),
+        ("crd_weight", "ensemble_relation_loss", "relation"),
         ("icl_weight", "interactive_loss", "interactive"),
         ("pm_weight", "sample_negatives", "pairs"),
     ],
@@ -206,6 +207,11 @@ def test_options_of_inheritance(base_file):
     assert torch.allclose(norm(x), x, atol=1e-5)
 
 
+def cache_of(dim):
+    """What a task asks of caches: here, of one."""
+    return SimpleNamespace(members=[SimpleNamespace(logit_scale=40.0, dim=dim, name="made here")])
+
+
 def test_the_base_is_not_saved_and_comes_along(base_file):
     task = task_of(base_file)
     assert all(name.startswith(("student.", "head.", "icl_logit_scale")) for name in task.state_dict())
@@ -220,7 +226,7 @@ def test_cached_and_live_teacher_give_the_same_losses(base_file, tmp_path):
     task, batch = task_of(base_file), batch_of()
     live = task.losses(task(batch), 1)
     config = config_of(base_file, teacher_from="cache")
-    cache = type("Cache", (), {"logit_scale": 40.0, "dim": 64, "name": "made here"})()
+    cache = cache_of(64)
     cached = siclip.build_task(config, new_student(config.student, seed=0), cache).train()
     cached.head.load_state_dict(task.head.state_dict())
     with torch.no_grad():
@@ -381,9 +387,9 @@ def test_fields_are_checked(fields, message):
 
 
 def test_a_teacher_of_another_width_is_refused_where_it_matters(base_file, tmp_path):
-    cache = type("Cache", (), {"logit_scale": 40.0, "dim": 16, "name": "narrow"})()
+    cache = cache_of(16)
     config = config_of(base_file, teacher_from="cache")
     with pytest.raises(UserError, match="the student's features have 64 numbers, the teacher's 16"):
         siclip.build_task(config, new_student(config.student, 0), cache)
     fine = dataclasses.replace(config, fd_weight=0.0, icl_weight=0.0)
-    assert siclip.build_task(fine, new_student(config.student, 0), cache).teacher.logit_scale == 40.0
+    assert siclip.build_task(fine, new_student(config.student, 0), cache).teacher.scales == (40.0,)

@@ -160,7 +160,7 @@ def test_live_and_cached_teacher_teach_the_same_on_equal_views(root, tmp_path):
         losses.append(task.losses(task(batch), 0)["affinity"].item())
         assert ("teacher_image" in batch) == (config is cached)
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
-    assert not [parameter for parameter in tinyclip.prepare(live).task.teacher.tensors() if parameter.requires_grad]
+    assert not [parameter for parameter in tinyclip.prepare(live).task.teachers[0].tensors() if parameter.requires_grad]
 
 
 MISTAKES = [
