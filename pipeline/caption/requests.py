@@ -26,14 +26,14 @@ class CaptionRequest:
 class GeneratedCaption:
     """One caption.
 
-    ``logprob`` is the sum over its ``num_tokens`` tokens and the end token; ``ended``: the model closed it itself,
-    within the longest length. ``similarity`` is the cosine with its image by the captioner's contrastive heads, None
-    when not asked for.
+    ``logprob`` is the sum over its ``num_tokens`` tokens and the end token, both None where who wrote it does not say;
+    ``ended``: the model closed it itself, within the longest length. ``similarity`` is the cosine with its image by the
+    captioner's contrastive heads, None when not asked for.
     """
 
     text: str
-    logprob: float
-    num_tokens: int
+    logprob: float | None
+    num_tokens: int | None
     ended: bool
     similarity: float | None = None
 

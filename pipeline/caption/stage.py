@@ -1,6 +1,5 @@
 """Stage `caption`: N synthetic captions per image of ROOT/raw, one Parquet file per shard."""
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -8,11 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
 from pipeline.caption.config import CaptionConfig
-from pipeline.caption.redraws import CaptionRedrawer, ImageCaptions
+from pipeline.caption.redraws import CaptionRedrawer
 from pipeline.caption.requests import CaptionRequest
+from pipeline.caption.shard_captions import SIMILARITY_FIELDS, ImageCaptions
 from pipeline.core.devices import worker_initializer
 from pipeline.core.prefetch import batches, prefetch_map
 from pipeline.core.runner import (
@@ -33,7 +31,6 @@ from shards_spec.layout import RAW, captions_folder, raw_tar
 from shards_spec.models import load_model, model_label, pick_devices, weights_sha256
 from shards_spec.precision import resolve_precision
 from shards_spec.sample import Sample
-from shards_spec.shard_writer import ShardWriter
 from shards_spec.tar import read_shard
 
 if TYPE_CHECKING:
@@ -42,16 +39,6 @@ if TYPE_CHECKING:
     from pipeline.caption.captioner import Captioner  # it imports torch
 
 log = logging.getLogger(__name__)
-FIELDS = [
-    pa.field("key", pa.string(), nullable=False),
-    pa.field("captions", pa.list_(pa.string())),
-    pa.field("logprobs", pa.list_(pa.float32())),
-    pa.field("num_tokens", pa.list_(pa.int32())),
-]
-SIMILARITY_FIELDS = [
-    pa.field("similarities", pa.list_(pa.float32())),
-    pa.field("original_similarity", pa.float32()),
-]
 _worker_captioner: list["Captioner"] = []  # of a worker process
 
 
@@ -147,7 +134,7 @@ def caption_shard(
             captioner.encode_ahead(batch.images)  # before the next batch is waited for
         upcoming = next(stacked, None)
         for key in batch.keys:
-            redrawer.rows[key] = ImageCaptions()
+            redrawer.shard.rows[key] = ImageCaptions()
         for key, error in batch.errors:
             log.warning("%s: key %s %s; it gets no caption", source, key, error)
             counts["picture does not decode"] += 1
@@ -158,12 +145,8 @@ def caption_shard(
     warning = redrawer.head_check.warning()
     if warning:
         log.warning("%s: %s", source, warning)
-    fields = [*FIELDS, *SIMILARITY_FIELDS] if config.similarity else FIELDS
-    schema = pa.schema(fields, {"clipmill": json.dumps(stage.config)})
-    files = ShardWriter(root, stage.folder, task.shard)
-    columns = redrawer.as_columns()
-    files.write_parquet(pa.Table.from_pydict({name: columns[name] for name in schema.names}, schema=schema))
-    return ShardResult(dict(counts), files.outputs, counters=redrawer.counters())
+    outputs = redrawer.shard.write(root, stage, task.shard, SIMILARITY_FIELDS if config.similarity else [])
+    return ShardResult(dict(counts), outputs, counters=redrawer.shard.counters())
 
 
 def decoded_requests(

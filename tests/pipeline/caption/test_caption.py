@@ -17,8 +17,8 @@ from pipeline.caption.config import CaptionConfig
 from pipeline.caption.cuda_graphs import GraphCache
 from pipeline.caption.decoding import Decoding
 from pipeline.caption.head_check import ContrastiveHeadCheck
-from pipeline.caption.redraws import caption_defect
 from pipeline.caption.requests import CaptionRequest
+from pipeline.caption.shard_captions import caption_defect
 from pipeline.caption.stage import caption
 from pipeline.caption.static_sampling import StaticSampler
 from shards_spec.files import UserError, join
