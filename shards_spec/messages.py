@@ -15,8 +15,8 @@ def counted(number: int, noun: str, plural: str = "", *, style: str = "") -> str
 
 
 def flag(field: str) -> str:
-    """The option that sets a field of a config: ``--batch-size``."""
-    return f"--{field.replace('_', '-')}"
+    """The option that sets a field of a config: ``--batch-size``; ``--from`` of ``from_``, since Python owns that word."""
+    return f"--{field.rstrip('_').replace('_', '-')}"
 
 
 def conversion(encoding: str, path: str) -> str:

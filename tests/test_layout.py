@@ -30,6 +30,7 @@ TESTS = [*sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "demo").rglob(
 MAX_LINES = 500
 # Inside pipeline: a stage's package imports core, and of other stages only what stands here.
 STAGE_IMPORTS = {
+    "caption": {"ingest", "pack"},  # it reads lists of captions as ingest reads lists, cleaned as pack cleans
     "search": {"ingest", "report"},  # it lists a folder as ingest does, and its page is made as report's
     "check": {"cache", "dedup"},  # it validates what they wrote, by their own rules
     "evalset": {"ingest"},  # it reads captions, folders and image Parquet by ingest's rules

@@ -1,21 +1,75 @@
 """Settings of the stage `caption`: what its command line shows."""
 
 import os
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 
 from tyro.conf import OmitArgPrefixes
 
 from pipeline.caption.decoding import Decoding
 from pipeline.core.command_line import Root
 from pipeline.core.model_choice import ModelChoice
-from shards_spec.messages import require
-from shards_spec.models import Trust
+from shards_spec.files import UserError
+from shards_spec.messages import flag, require
+from shards_spec.models import Trust, model_label
+from shards_spec.names import check_name
 from shards_spec.precision import PrecisionOption
 
 
 @dataclass(frozen=True)
+class ListOptions:
+    """Captions of others, from files."""
+
+    from_: tuple[str, ...] = ()
+    """captions of others in place of a model's: Parquet, JSON Lines, CSV or TSV with a header, also .gz; files, folders
+    or globs; a row has an image and its caption, or a list of them"""
+    by: str = "auto"
+    """column of raw/ that says of which image a row is: uid, url, sha256 (of the image's file), key or any other; auto:
+    the first of these four that both have"""
+    by_col: str | None = None
+    """what --from calls that column; by default as raw/ does"""
+    caption_col: tuple[str, ...] = ()
+    """columns of --from with captions; found by its name when not given"""
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Captions by a model that a server runs."""
+
+    server: str | None = None
+    """endpoint that writes the captions, OpenAI-compatible as vLLM's: http://localhost:8000/v1; its key, where it needs
+    one, is in the environment variable CLIPMILL_API_KEY"""
+    server_model: str = ""
+    """name of the server's model"""
+    prompt: str = "Describe this image in one short sentence."
+    """what is asked of every image"""
+    image_side: int = 512
+    """pixels of the longer side of the images that are sent (as JPEG); smaller ones are not enlarged"""
+    concurrency: int = 64
+    """requests in flight"""
+    request_timeout_s: float = 120.0
+    """seconds for one request"""
+    retries: int = 4
+    """further tries, after a growing pause, where one can help: a time-out, a lost connection, an answer 429 or 5xx"""
+
+    def __post_init__(self) -> None:
+        for name in ("image_side", "concurrency"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(self.retries >= 0, "retries", self.retries, "0 or more")
+        require(self.request_timeout_s > 0, "request_timeout_s", self.request_timeout_s, "seconds above 0")
+        if self.server is None:
+            return
+        is_address = re.fullmatch(r"https?://[^/?#@\s]+[^?#@\s]*", self.server) is not None
+        require(
+            is_address, "server", self.server, "http://HOST:PORT/v1 or https://..., without user, password and query"
+        )
+        if not self.server_model:
+            raise UserError("--server: name its model with --server-model (GET /v1/models lists what it serves)")
+
+
+@dataclass(frozen=True)
 class CaptionConfig(ModelChoice):
-    """Write N synthetic captions per image with an open_clip CoCa model."""
+    """Write N synthetic captions per image with an open_clip CoCa model, take them from files, or ask a server."""
 
     DEFAULT = ("coca_ViT-L-14", "mscoco_finetuned_laion2b_s13b_b90k")
 
@@ -26,9 +80,10 @@ class CaptionConfig(ModelChoice):
     pretrained: str | None = None
     """open_clip tag or checkpoint file; of the default model by default mscoco_finetuned_laion2b_s13b_b90k"""
     name: str | None = None
-    """folder below captions/; by default made from model and pretrained; several can stand side by side"""
+    """folder below captions/; by default made from model and pretrained, the name of the first --from, or the server's
+    model; several can stand side by side"""
     num_captions: int = 5
-    """captions per image"""
+    """captions per image; with --from the most that are taken"""
     decoding: OmitArgPrefixes[Decoding] = field(default_factory=Decoding)
     redraws: int = 2
     """top_k, nucleus: how often an empty, looping or repeated caption is sampled again"""
@@ -48,10 +103,55 @@ class CaptionConfig(ModelChoice):
     trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)
     overwrite: bool = False
     """make finished shards again"""
+    lists: OmitArgPrefixes[ListOptions] = field(default_factory=ListOptions)
+    endpoint: OmitArgPrefixes[ServerOptions] = field(default_factory=ServerOptions)
 
     def __post_init__(self) -> None:
-        self.choose_weights()
+        self._check_writer()
+        if self.is_of_others:
+            check_name(self.label)
+        else:
+            self.choose_weights()
         require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         require(self.threads >= 1, "threads", self.threads, "1 or more")
         require(self.redraws >= 0, "redraws", self.redraws, "0 or more")
-        self.decoding.check_num_captions(self.num_captions)
+        require(self.num_captions >= 1, "num_captions", self.num_captions, "1 or more")
+        if not self.lists.from_:
+            self.decoding.check_num_captions(self.num_captions)
+
+    @property
+    def is_of_others(self) -> bool:
+        """Whether no model is run here."""
+        return bool(self.lists.from_) or self.endpoint.server is not None
+
+    @property
+    def label(self) -> str:
+        """The name of the folder below captions/."""
+        if self.name is not None or not self.is_of_others:
+            return super().label
+        if self.endpoint.server is not None:
+            return model_label(self.endpoint.server_model, None)
+        last = self.lists.from_[0].rstrip("/").rpartition("/")[2]
+        return model_label(last.removesuffix(".gz").rpartition(".")[0] or last, None)
+
+    def _check_writer(self) -> None:
+        """Raise UserError unless one of a model, files and a server writes the captions, with its own options alone."""
+        if self.lists.from_ and self.endpoint.server is not None:
+            raise UserError("--from and --server: give one of them, and run caption once for each")
+        for options, owner in ((self.lists, "from_"), (self.endpoint, "server")):
+            given = [own.name for own in fields(options) if getattr(options, own.name) != own.default]
+            if given and owner not in given:
+                raise UserError(f"{flag(given[0])} goes with {flag(owner)}, which is not given")
+        if not self.is_of_others:
+            return
+        owner = "--from" if self.lists.from_ else "--server"
+        if (self.model, self.pretrained) != (self.DEFAULT[0], None):
+            raise UserError(f"--model runs here, {owner} brings captions of others: leave one of them out")
+        if self.similarity:
+            raise UserError(f"--similarity takes the heads of a model that runs here, not {owner}")
+        if self.endpoint.server is not None:
+            is_possible = self.decoding.method != "beam"
+            require(is_possible, "method", self.decoding.method, "greedy, top_k or nucleus with --server")
+            require(
+                not self.decoding.prefix, "prefix", self.decoding.prefix, "left out with --server; say it in --prompt"
+            )

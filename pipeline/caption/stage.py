@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeline.caption.config import CaptionConfig
+from pipeline.caption.listed import caption_from_lists
 from pipeline.caption.redraws import CaptionRedrawer
 from pipeline.caption.requests import CaptionRequest
 from pipeline.caption.shard_captions import SIMILARITY_FIELDS, ImageCaptions
@@ -43,7 +44,12 @@ _worker_captioner: list["Captioner"] = []  # of a worker process
 
 
 def caption(config: CaptionConfig, assignment: ShardAssignment = ALL) -> Summary:
-    """Run the stage. Raises UserError for a model that is no CoCa, ShardsFailed for broken shards."""
+    """Run the stage. Raises UserError for a model that is no CoCa, ShardsFailed for broken shards.
+
+    Captions of others are `pipeline/caption/listed.py`'s and `pipeline/caption/served.py`'s.
+    """
+    if config.lists.from_:
+        return caption_from_lists(config, assignment)
     shards = upstream_shards(config.root, RAW, "ingest")
     devices = pick_devices(config.device)
     is_parallel = len(devices) > 1

@@ -66,11 +66,11 @@ def shard_folders(root: str) -> Iterator[ShardFolder]:
         yield ShardFolder(teacher_folder(name), f"cache/{name}", _validate_cache)
 
 
-def read_rows(path: str, columns: list[str], optional: str = "") -> list[dict[str, Any]]:
-    """These columns of a Parquet file, and an ``optional`` one when it is there, row by row. Raises DataError."""
+def read_rows(path: str, columns: list[str], optional: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """These columns of a Parquet file, and the ``optional`` ones that are there, row by row. Raises DataError."""
     with open_parquet(path) as file:
         present = file.schema_arrow.names
-        rows: list[dict[str, Any]] = file.read([name for name in (*columns, optional) if name in present]).to_pylist()
+        rows: list[dict[str, Any]] = file.read([name for name in (*columns, *optional) if name in present]).to_pylist()
     missing = [name for name in columns if name not in present]
     if rows and missing:  # a file without rows may lack columns
         raise DataError(f"{path}: no column {missing[0]}; {remake_advice(path)}")
@@ -88,7 +88,7 @@ def _validate_raw(root: str, folder: str, shard: int) -> Iterator[str]:
     base = join(root, folder)
     path, stats_file = parquet_path(base, shard), stats_path(base, shard)
     keys = shard_keys(tar_path(base, shard))
-    rows = read_rows(path, ["key", "status"], optional="cls")
+    rows = read_rows(path, ["key", "status"], optional=("cls",))
     successes = [row for row in rows if row["status"] == "success"]
     _expect_keys(path, sorted(keys), sorted(row["key"] for row in successes), "the tar")
     _check_labels(root, folder, shard, successes)
@@ -105,20 +105,25 @@ def _validate_raw(root: str, folder: str, shard: int) -> Iterator[str]:
 
 def _validate_captions(root: str, folder: str, shard: int) -> Iterator[str]:
     path, tar = parquet_path(join(root, folder), shard), tar_path(RAW, shard)
-    rows = read_rows(path, ["key", "captions", "logprobs", "num_tokens"], optional="similarities")
+    rows = read_rows(path, ["key", "captions", "logprobs", "num_tokens"], optional=("similarities", "reason"))
     _expect_keys(path, shard_keys(join(root, tar)), [row["key"] for row in rows], tar)
     for row in rows:
         lists = [row[name] for name in ("captions", "logprobs", "num_tokens", "similarities") if name in row]
-        if len({len(values) for values in lists}) > 1:
+        if len({None if values is None else len(values) for values in lists}) > 1:
             raise DataError(
-                f"{path}: key {row['key']} has {counted(len(row['captions']), 'caption')}, other counts of the rest"
+                f"{path}: key {row['key']} has {counted(len(row['captions'] or ()), 'caption')}, other counts of the "
+                f"rest; {remake_advice(path)}"
+            )
+        if (row["captions"] is None) != (row.get("reason") is not None):
+            raise DataError(
+                f"{path}: key {row['key']} has captions and a reason for having none, or neither; {remake_advice(path)}"
             )
         yield row["key"]
 
 
 def _validate_final(root: str, folder: str, shard: int) -> Iterator[str]:
     path, tar = parquet_path(join(root, folder), shard), tar_path(join(root, folder), shard)
-    rows = read_rows(path, ["key", "synsets"], optional="cls")
+    rows = read_rows(path, ["key", "synsets"], optional=("cls",))
     _expect_keys(path, shard_keys(tar), [row["key"] for row in rows], "the tar")
     _check_labels(root, folder, shard, rows)
     sources = _raw_shards(root, shard)

@@ -92,6 +92,8 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
             "name",
             "num_captions",
             "similarity",
+            "from_",
+            "server",
             "device",
             "batch_size",
             "overwrite",
@@ -187,7 +189,8 @@ class _Option:
     def field(self) -> tuple[str, Any, Any]:
         """As `dataclasses.make_dataclass` takes it."""
         default = dataclasses.field() if self.is_required else dataclasses.field(default=self.default)
-        return self.name, Annotated[self.hint, tyro.conf.arg(help=self.help)], default
+        name = self.name.rstrip("_") if self.name.endswith("_") else None  # tyro would keep the underscore in the flag
+        return self.name, Annotated[self.hint, tyro.conf.arg(help=self.help, name=name)], default
 
     @property
     def shown_name(self) -> str:

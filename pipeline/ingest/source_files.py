@@ -197,7 +197,8 @@ def _folder_files(source: str, form: Format | None) -> list[SourceFile]:
         hint = "; unpack what is packed" if set(PACKED_ENDINGS) & set(left_out) else ""
         _warn_once(f"--source {source}: files that are not taken: {endings_line(left_out)}{hint}")
     if not files:
-        raise UserError(f"--source {source}: the folder has no file for --format {form} ({', '.join(endings)})")
+        what = "of a known kind" if form is None else f"for --format {form}"
+        raise UserError(f"--source {source}: the folder has no file {what} ({', '.join(endings)})")
     return [_source_file(join(source, below), below, info) for below, info in files]
 
 

@@ -72,12 +72,14 @@ class ShardRange:
 class SyntheticCaptions:
     """An image's synthetic captions that stay, in order.
 
-    ``any_written`` is False when no captioner wrote any, ``left_out`` is the number below the least similarity, and
+    ``any_written`` is False when no captioner wrote any, and ``undecodable`` says that one could not decode the image;
+    captions of others may be missing for other reasons. ``left_out`` is the number below the least similarity, and
     ``original_is_similar`` says whether the original caption may stay.
     """
 
     texts: list[str]
     any_written: bool = False
+    undecodable: bool = False
     left_out: int = 0
     original_is_similar: bool = True
 
@@ -125,7 +127,7 @@ class SampleSelector:
         synthetic = self._synthetic(sample.key)
         if reason := self._dropped.pop(sample.key, None):
             return reason
-        if self._captions and not synthetic.any_written:  # caption leaves rows empty for this reason only
+        if synthetic.undecodable and not synthetic.any_written:
             return "picture does not decode"
         try:
             original = read_caption(sample)
@@ -150,6 +152,8 @@ class SampleSelector:
         if dissimilar:
             notes.append("original captions below min_similarity")
         notes += ["synthetic captions below min_similarity"] * synthetic.left_out
+        if self._captions and not synthetic.any_written:
+            notes.append("samples without a synthetic caption")
         return SelectedSample(original, caption, synthetic.texts, meta, notes)
 
     def finish(self) -> None:
@@ -178,6 +182,7 @@ class SampleSelector:
         return SyntheticCaptions(
             texts,
             any_written=any(captions_of_one.any_written for captions_of_one in by_captioner),
+            undecodable=any(captions_of_one.undecodable for captions_of_one in by_captioner),
             left_out=sum(captions_of_one.left_out for captions_of_one in by_captioner),
             original_is_similar=(
                 not by_captioner or any(captions_of_one.original_is_similar for captions_of_one in by_captioner)
@@ -190,6 +195,7 @@ def read_captions(
 ) -> dict[str, SyntheticCaptions]:
     """Key to synthetic captions of one shard, without empty ones; of ``keys`` alone when they are given.
 
+    A captioner leaves a row empty when the image does not decode, and null when there is no caption of it.
     Captions with a cosine below ``min_similarity`` are left out, too. Raises DataError for a file that is no Parquet,
     lacks one of the columns or has a key twice.
     """
@@ -203,9 +209,10 @@ def read_captions(
     columns = [table.column(name).to_pylist() for name in ("key", "captions", *cosine_columns)]
     if min_similarity is None:
         for key, texts in zip(*columns, strict=True):
-            captions[key] = SyntheticCaptions([text for text in texts if text], any_written=bool(texts))
+            written = [text for text in texts or () if text]
+            captions[key] = SyntheticCaptions(written, any_written=bool(texts), undecodable=texts == [])
     else:
-        for key, texts, cosines, original_cosine in zip(*columns, strict=True):
+        for key, texts, cosines, original_cosine in zip(*columns, strict=True):  # of a model here: none is null
             if len(texts) != len(cosines):
                 raise DataError(f"{path}: key {key} has not one similarity per caption; {remake_advice(path)}")
             captions[key] = _similar_captions(texts, cosines, original_cosine, min_similarity)
@@ -224,6 +231,7 @@ def _similar_captions(
     return SyntheticCaptions(
         kept,
         any_written=bool(texts),
+        undecodable=not texts,
         left_out=len(written) - len(kept),
         original_is_similar=original_cosine is None or original_cosine >= min_similarity,
     )

@@ -173,7 +173,7 @@ def _count_captions(counted: Captions, table: dict[str, Any]) -> None:
         total = pc.list_flatten(table["logprobs"]).to_numpy(zero_copy_only=False).astype(float)
         tokens = pc.list_flatten(table["num_tokens"]).to_numpy(zero_copy_only=False).astype(float)
         counted.tokens += int(np.nansum(tokens))
-        mean = total / np.maximum(tokens, 1)
+        mean = (total / np.maximum(tokens, 1))[pc.list_flatten(table["logprobs"]).is_valid().to_numpy(False)]
         finite = np.isfinite(mean)
         counted.not_finite += int((~finite).sum())
         _add(counted.logprobs, np.floor(mean[finite] / LOGPROB_UNIT).astype(np.int64))

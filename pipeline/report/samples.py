@@ -86,7 +86,7 @@ def _shard_rows(root: str, folder: str, name: str, number: int, problems: list[s
         table = table.filter(pc.fill_null(pc.equal(table.column("status"), "success"), False))
     rows = table.take(pa.array(evenly(len(table), number), pa.int64())).to_pylist()
     made = _made_captions(root, name, problems) if folder == RAW else {}
-    return {row["key"]: _captions(row, row.get("synthetic") or made.get(row["key"], [])) for row in rows}
+    return {row["key"]: _captions(row, row.get("synthetic") or made.get(row["key"]) or []) for row in rows}
 
 
 def _captions(row: dict[str, Any], synthetic: list[str]) -> list[tuple[str, list[str]]]:

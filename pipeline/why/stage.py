@@ -178,13 +178,16 @@ def _tell_captions(life: SampleLife, root: str, shard: int) -> None:
 
 
 def _caption_facts(row: Row) -> list[str]:
+    if row.get("reason") is not None:
+        return [f"no captions: {row['reason']}"]
     cosines = row.get("similarities") or [None] * len(row["captions"])
     parts = zip(row["captions"], row["logprobs"], row["num_tokens"], cosines, strict=True)
     facts = []
     for number, (text, logprob, tokens, cosine) in enumerate(parts):
-        measured = f"{logprob / max(tokens, 1):.2f} nats a token"
-        similar = "" if cosine is None else f", cosine {cosine:.3f}"
-        facts.append(f"{number}: {text!r} ({measured}{similar})")
+        measured = [] if logprob is None else [f"{logprob / max(tokens, 1):.2f} nats a token"]
+        similar = [] if cosine is None else [f"cosine {cosine:.3f}"]
+        known = ", ".join([*measured, *similar])
+        facts.append(f"{number}: {text!r}" + (f" ({known})" if known else ""))
     if row.get("original_similarity") is not None:
         facts.append(f"original caption: cosine {row['original_similarity']:.3f}")
     return facts or ["no captions: the image does not decode"]

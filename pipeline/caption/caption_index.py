@@ -1,0 +1,104 @@
+"""The captions of a list by image, on disk: a list of any length is joined with shards one at a time.
+
+SQLite keeps them in a database without a name, which lies in the folder for temporary files, is gone with the process,
+and takes a bounded part of the memory. Only rows of images that are in raw/ are kept.
+"""
+
+import json
+import logging
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+
+import numpy as np
+
+from pipeline.caption.caption_lists import ListedRow
+from pipeline.core.prefetch import batches
+from shards_spec.content_id import content_ids
+from shards_spec.files import UserError
+from shards_spec.messages import counted
+
+log = logging.getLogger(__name__)
+CACHE_KIB = 1 << 16  # of the database in memory
+BATCH_ROWS = 4096
+MOST_NAMES = 500  # in a query: older builds of SQLite take 999
+UNKNOWN = "rows of images that raw/ does not have"
+
+
+class CaptionIndex:
+    """Captions by the names of images.
+
+    ``known``: `content_ids` of the names of all images of raw/, ascending (8 bytes an image).
+    """
+
+    def __init__(self, known: np.ndarray) -> None:
+        self._known = known
+        self._database = sqlite3.connect("")
+        for setting in (f"cache_size=-{CACHE_KIB}", "journal_mode=OFF", "synchronous=OFF", "temp_store=FILE"):
+            self._database.execute(f"PRAGMA {setting}")
+        self._database.execute("CREATE TABLE listed (id INTEGER, place INTEGER, name TEXT, captions TEXT)")
+        self.left_out = Counter[str]()
+
+    def close(self) -> None:
+        """Delete the database."""
+        self._database.close()
+
+    def fill(self, rows: Iterable[ListedRow]) -> None:
+        """Take in the rows of images that are known; others are counted in ``left_out``. Raises UserError."""
+        place = 0
+        with _disk_errors():
+            for batch in batches(rows, BATCH_ROWS):
+                self.left_out.update(row.problem for row in batch if row.name is None)
+                named = [row for row in batch if row.name is not None]
+                ids = content_ids(row.name for row in named)
+                is_known = self._is_known(ids)
+                self.left_out[UNKNOWN] += int((~is_known).sum())
+                kept = [
+                    (own_id, place + number, row.name, json.dumps([row.captions, row.left_out]))
+                    for number, (row, own_id) in enumerate(zip(named, ids.view(np.int64).tolist(), strict=True))
+                    if is_known[number]
+                ]
+                self._database.executemany("INSERT INTO listed VALUES (?, ?, ?, ?)", kept)
+                place += len(batch)
+            self._database.execute("CREATE INDEX by_id ON listed (id, place)")
+        self.left_out += Counter()  # drops zeros
+        for problem, number in self.left_out.items():
+            log.warning("--from: %s left out: %s", f"{number:,}", problem)
+        log.info("--from: %s read", counted(place, "row", style=","))
+
+    def find(self, names: list[str]) -> dict[str, list[ListedRow]]:
+        """The rows of images by their names, each image's in the order of the files. Raises UserError."""
+        found = dict[str, list[ListedRow]]({name: [] for name in names})
+        with _disk_errors():
+            for part in batches(found, MOST_NAMES):
+                ids = content_ids(part).view(np.int64).tolist()
+                marks = ",".join("?" * len(ids))
+                query = f"SELECT name, captions FROM listed WHERE id IN ({marks}) ORDER BY place"
+                with closing(self._database.execute(query, ids)) as rows:
+                    for name, stored in rows:
+                        if name in found:  # another name of the same 64 bits is not
+                            captions, left_out = json.loads(stored)
+                            found[name].append(ListedRow(name, tuple(captions), tuple(left_out)))
+        return found
+
+    def _is_known(self, ids: np.ndarray) -> np.ndarray:
+        """Whether each id is among the known ones: bool [ids]."""
+        places = np.searchsorted(self._known, ids)
+        is_known = places < len(self._known)
+        is_known[is_known] = self._known[places[is_known]] == ids[is_known]
+        return is_known
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """A full disk as a UserError."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if "full" not in str(error) and "disk I/O" not in str(error):
+            raise
+        raise UserError(
+            f"the captions of --from do not fit on the disk of temporary files ({error}): free some space there, or "
+            "name another folder with TMPDIR, and rerun the same command"
+        ) from error

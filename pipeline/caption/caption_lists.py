@@ -1,0 +1,264 @@
+"""Captions that others wrote, from lists: Parquet, JSON Lines, CSV and TSV, read row by row in bounded memory.
+
+The readers are those of `ingest`, so a list that it takes is read here by the same rules.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+from pipeline.caption.config import ListOptions
+from pipeline.ingest.cells import MAX_CELL_BYTES, NO_CAPTION, check_once, format_names
+from pipeline.ingest.delimited import Shape, header_of, split_rows
+from pipeline.ingest.parquet_cells import check_types, read_cells, source_errors
+from pipeline.ingest.rows import CAPTION_NAMES, URL_NAMES, decode_text, find_column, json_bytes, json_captions
+from pipeline.ingest.source_files import SourceFile, source_files
+from pipeline.ingest.source_io import BROKEN_GZIP, expected_errors, lines, open_list, open_parquet, raw_lines
+from pipeline.pack.caption_cleaning import clean_caption
+from shards_spec.files import UserError
+from shards_spec.sample import parse_object
+
+# columns by which captions are joined when none is named, the surest first: keys of two downloads look alike
+ID_NAMES = {"uid": ("uid",), "url": URL_NAMES, "sha256": ("sha256",), "key": ("key", "__key__")}
+# columns with captions when none is named: those of published recaptions before that of the alt-text
+CAPTION_COLUMNS = ("re_caption", "vlm_caption", "syn_text", "captions", *CAPTION_NAMES)
+HEAD_OBJECTS = 1000  # of JSON Lines, that tell its columns
+PARQUET_MAGIC = b"PAR1"
+Form = Literal["parquet", "jsonl", "delimited"]
+
+
+@dataclass(frozen=True)
+class ListColumns:
+    """Which columns of the files are read: the image's, as ``by`` calls it in raw/, and those with captions."""
+
+    by: str
+    by_col: str
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ListedRow:
+    """A row of a list: which image it is about, its captions as they came, and why further ones are left out.
+
+    ``name`` is None where the row cannot be used, for the ``problem``.
+    """
+
+    name: str | None
+    captions: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    problem: str = ""
+
+
+def list_files(sources: tuple[str, ...]) -> list[SourceFile]:
+    """The files of all ``--from``, in the order given. Raises UserError."""
+    files = list[SourceFile]()
+    for source in sources:
+        with _as_from():
+            files += source_files(source)
+    return files
+
+
+def pick_columns(files: list[SourceFile], options: ListOptions, raw_columns: list[str]) -> ListColumns:
+    """The columns that join the files with raw/, by their names in the first file. Raises UserError."""
+    path = files[0].path
+    with _reading(path):
+        names = _column_names(path, options)
+        by, by_col = _pick_by(path, names, options, raw_columns)
+        captions = options.caption_col or _usual_captions(path, names)
+        for name in options.caption_col:
+            if name not in names:
+                raise UserError(
+                    f"--from {path}: no column {name!r}; its columns are {format_names(names)}; change --caption-col"
+                )
+        check_once(path, names, [by_col, *captions])
+    return ListColumns(by, by_col, captions)
+
+
+def listed_rows(path: str, columns: ListColumns) -> Iterator[ListedRow]:
+    """The rows of one file, in order. Raises UserError for a file that cannot be read or lacks a column."""
+    with _reading(path):
+        form = _form(path)
+        if form == "parquet":
+            yield from _parquet_rows(path, columns)
+        elif form == "jsonl":
+            yield from _json_rows(path, columns)
+        else:
+            yield from _delimited_rows(path, columns)
+
+
+def image_name(text: str, by: str) -> str:
+    """What an image is called in both lists: hexadecimal digits of a sha256 in either case."""
+    return text.strip().lower() if by == "sha256" else text.strip()
+
+
+def cleaned(text: str) -> str:
+    """A caption of others as it is stored: one line, cleaned as pack cleans an original caption."""
+    return " ".join(clean_caption(text)[0].split())
+
+
+@contextmanager
+def _as_from() -> Iterator[None]:
+    """Name the option --from in what ingest's readers say of a --source."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error).replace("--source", "--from").replace("--url-col", "--by-col")
+        raise UserError(text.replace(", and --format where it is given", "")) from error
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Errors of reading a file as UserErrors."""
+    with _as_from():
+        try:
+            yield
+        except BROKEN_GZIP as error:
+            raise UserError(f"--from {path}: broken gzip file ({error}); download it again") from error
+        except UserError:
+            raise
+        except expected_errors(path) as error:
+            raise UserError(f"--from {path}: cannot be read ({error})") from error
+
+
+def _form(path: str) -> Form:
+    with open_list(path) as file:
+        head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if head.startswith(PARQUET_MAGIC):
+        return "parquet"
+    return "jsonl" if head.startswith(b"{") else "delimited"
+
+
+def _column_names(path: str, options: ListOptions) -> list[str]:
+    form = _form(path)
+    if form == "parquet":
+        with source_errors(path), open_parquet(path) as table:
+            return list(table.schema_arrow.names)
+    if form == "delimited":
+        return _header(path, options.by_col, options.caption_col)[0]
+    names = dict[str, None]()
+    for line in islice(lines(path), HEAD_OBJECTS):
+        names.update(dict.fromkeys(_object(line) or {}))
+    return list(names)
+
+
+def _header(path: str, by_col: str | None, captions: tuple[str, ...]) -> tuple[list[str], str]:
+    """(names, delimiter) of a delimited file. Raises UserError for an empty file."""
+    first = next(raw_lines(path), None)
+    if first is None:
+        raise UserError(f"--from {path} is empty; leave it out")
+    names, delimiter = header_of(first, (captions[0] if captions else None, by_col))
+    return [name.strip() for name in names], delimiter
+
+
+def _pick_by(path: str, names: list[str], options: ListOptions, raw_columns: list[str]) -> tuple[str, str]:
+    """The column of raw/ and the column of the file that say of which image a row is. Raises UserError."""
+    if options.by == "auto":
+        for by, usual in ID_NAMES.items():
+            found = find_column(options.by_col, usual, names)
+            is_meant = options.by_col is None or options.by_col.lower() in usual
+            if found is not None and by in raw_columns and is_meant:
+                return by, names[found]
+        hint = f"; say --by with --by-col {options.by_col}" if options.by_col is not None else ""
+        raise UserError(
+            f"--from {path}: no column that raw/ has too, of {', '.join(ID_NAMES)}; its columns are "
+            f"{format_names(names)}, those of raw/ {format_names(raw_columns)}; name them with --by and --by-col{hint}"
+        )
+    if options.by not in raw_columns:
+        raise UserError(f"--by {options.by}: raw/ has no such column; its columns are {format_names(raw_columns)}")
+    found = find_column(options.by_col, ID_NAMES.get(options.by, (options.by.lower(),)), names)
+    if found is None:
+        missing = options.by_col or options.by
+        raise UserError(f"--from {path}: no column {missing!r}; its columns are {format_names(names)}; change --by-col")
+    return options.by, names[found]
+
+
+def _usual_captions(path: str, names: list[str]) -> tuple[str, ...]:
+    found = find_column(None, CAPTION_COLUMNS, names)
+    if found is None:
+        raise UserError(
+            f"--from {path}: its columns are {format_names(names)}; which of them has the captions? Name it with "
+            "--caption-col"
+        )
+    return (names[found],)
+
+
+def _require_columns(path: str, names: list[str], columns: ListColumns) -> None:
+    """Raise UserError for a further file that lacks a column of the first one."""
+    if missing := [name for name in (columns.by_col, *columns.captions) if name not in names]:
+        raise UserError(f"--from {path}: no column {missing[0]!r}; its columns are {format_names(names)}")
+
+
+def _parquet_rows(path: str, columns: ListColumns) -> Iterator[ListedRow]:
+    first, *others = columns.captions
+    with source_errors(path), open_parquet(path) as table:
+        schema = table.schema_arrow
+        _require_columns(path, schema.names, columns)
+        for caption in columns.captions:
+            check_types(path, schema, caption, columns.by_col)
+        for cells in read_cells(path, table, first, columns.by_col, others):
+            if cells is None:
+                yield ListedRow(None, problem="rows too large to be read")
+                continue
+            captions = list(cells.captions)
+            for name in others:
+                captions += json_captions(cells.others.get(name))[0]
+            yield _row(decode_text(cells.url)[0], captions, columns)
+
+
+def _delimited_rows(path: str, columns: ListColumns) -> Iterator[ListedRow]:
+    names, delimiter = _header(path, columns.by_col, columns.captions)
+    _require_columns(path, names, columns)
+    by, *indexes = (names.index(name) for name in (columns.by_col, *columns.captions))
+    rows = split_rows(islice(raw_lines(path), 1, None), Shape(delimiter, len(names), indexes[0], by))
+    for _, fields in rows:
+        if len(fields) <= max(by, *indexes):
+            yield ListedRow(None, problem="rows without all columns")
+        else:
+            yield _row(decode_text(fields[by])[0], [fields[index] for index in indexes], columns)
+
+
+def _json_rows(path: str, columns: ListColumns) -> Iterator[ListedRow]:
+    for line in lines(path):
+        fields = _object(line)
+        if fields is None:
+            yield ListedRow(None, problem="rows that are no JSON object")
+            continue
+        captions = list[bytes | None]()
+        for name in columns.captions:
+            captions += json_captions(fields.get(name))[0]
+        image = fields.get(columns.by_col)
+        yield _row(decode_text(json_bytes(image))[0] if isinstance(image, str) else _number(image), captions, columns)
+
+
+def _row(name: str | None, cells: list[bytes | None], columns: ListColumns) -> ListedRow:
+    """The row of an image and its cells with captions; nulls, and what databases write for them, are no captions."""
+    name = image_name(name or "", columns.by)
+    if not name:
+        return ListedRow(None, problem="rows that name no image")
+    captions = list[str]()
+    left_out = list[str]()
+    for cell in cells:
+        if cell is None:
+            continue
+        text, broken = decode_text(cell)
+        if len(cell) > MAX_CELL_BYTES:
+            left_out.append("too long")
+        elif broken or text is None:
+            left_out.append("not UTF-8")
+        elif text not in NO_CAPTION:
+            captions.append(text)
+    return ListedRow(name, tuple(captions), tuple(left_out))
+
+
+def _number(value: Any) -> str | None:
+    """A whole number as text: keys and uids may be written so."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        return parse_object(line)
+    except ValueError:
+        return None
