@@ -15,7 +15,7 @@ def counted(number: int, noun: str, plural: str = "", *, style: str = "") -> str
 
 
 def flag(field: str) -> str:
-    """The option that sets a field of a config: ``--batch-size``; ``--from`` of ``from_``, since Python owns that word."""
+    """The option that sets a field of a config: ``--batch-size``; ``--from`` of ``from_``, as Python owns the word."""
     return f"--{field.rstrip('_').replace('_', '-')}"
 
 

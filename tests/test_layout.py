@@ -17,6 +17,7 @@ import pytest
 import clipmill
 from shards_spec import layout
 from shards_spec.layout import STAGE_COMMANDS, STAGES
+from shards_spec.messages import flag
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
@@ -257,7 +258,7 @@ def test_each_help_shows_every_field_with_default_and_a_line(command, monkeypatc
         inner = field.default_factory  # a group of options is a dataclass of its own
         fields += dataclasses.fields(inner) if dataclasses.is_dataclass(inner) else [field]
     for field in fields:
-        option = "--" + field.name.replace("_", "-")
+        option = flag(field.name)
         positional = field.default is dataclasses.MISSING and option not in flat
         assert positional or option in flat, option
     assert flat.count("(default:") + flat.count("(required)") + flat.count("(repeatable)") >= len(fields)

@@ -60,9 +60,7 @@ class ServerOptions:
         if self.server is None:
             return
         is_address = re.fullmatch(r"https?://[^/?#@\s]+[^?#@\s]*", self.server) is not None
-        require(
-            is_address, "server", self.server, "http://HOST:PORT/v1 or https://..., without user, password and query"
-        )
+        require(is_address, "server", self.server, "http://HOST:PORT/v1 or https://..., without a user or a query")
         if not self.server_model:
             raise UserError("--server: name its model with --server-model (GET /v1/models lists what it serves)")
 
@@ -152,6 +150,4 @@ class CaptionConfig(ModelChoice):
         if self.endpoint.server is not None:
             is_possible = self.decoding.method != "beam"
             require(is_possible, "method", self.decoding.method, "greedy, top_k or nucleus with --server")
-            require(
-                not self.decoding.prefix, "prefix", self.decoding.prefix, "left out with --server; say it in --prompt"
-            )
+            require(not self.decoding.prefix, "prefix", self.decoding.prefix, "said in --prompt with --server")

@@ -26,7 +26,7 @@ from pipeline.core.runner import (
     tar_tasks,
     upstream_shards,
 )
-from shards_spec.files import DataError
+from shards_spec.files import DataError, UserError
 from shards_spec.images import decode_rgb
 from shards_spec.layout import RAW, captions_folder, raw_tar
 from shards_spec.models import load_model, model_label, pick_devices, weights_sha256
@@ -50,6 +50,8 @@ def caption(config: CaptionConfig, assignment: ShardAssignment = ALL) -> Summary
     """
     if config.lists.from_:
         return caption_from_lists(config, assignment)
+    if config.endpoint.server is not None:
+        raise UserError("--server is not there yet in this version")
     shards = upstream_shards(config.root, RAW, "ingest")
     devices = pick_devices(config.device)
     is_parallel = len(devices) > 1

@@ -38,11 +38,11 @@ from shards_spec.messages import counted, flag
 
 log = logging.getLogger(__name__)
 LOOK_AHEAD = 16  # done-records that are asked for at a time from an object store
-RENAMED = {
+RENAMED = {  # settings with an option of another name
     "num_views": "views",
     "other_columns": "save_additional_columns",
     "from": "from_",
-}  # settings with an option of another name
+}
 VERSIONED_PACKAGES = ("clipmill", "numpy", "pillow", "pyarrow")  # whose versions dataset.json records
 
 

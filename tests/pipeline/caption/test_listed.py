@@ -1,4 +1,4 @@
-"""Captions of others, from files: joined by any column, counted when they fit no image, obeyed by every later command."""
+"""Captions of others, from files: joined by any column, counted where they fit no image, obeyed by later commands."""
 
 import csv
 import gzip
@@ -168,7 +168,7 @@ def test_a_shard_made_again_has_its_bytes_and_another_list_is_refused(root, tmp_
     assert caption(config(root, path)).made == 0
     assert set(read_done(join(root, "captions/others"), 0).inputs) == {"raw/00000.tar", "raw/00000.parquet"}
     path.write_text(path.read_text() + "\n")
-    with pytest.raises(UserError, match="--from: .* before, .* now"):
+    with pytest.raises(UserError, match=r"--from: .* before, .* now"):
         caption(config(root, path))
 
 
@@ -194,7 +194,7 @@ def test_columns_are_found_by_their_names_and_named_by_options(root, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "rows, options, said",
+    ("rows", "options", "said"),
     [
         ([{"image": "x", "caption": "y"}], {}, "no column that raw/ has too"),
         ([{"url": "x", "txt": "y"}], {}, "--caption-col"),
@@ -260,9 +260,8 @@ def test_the_index_keeps_known_images_alone_and_their_order():
     index = CaptionIndex(ids)
     index.fill(ListedRow(name, (f"{name} {time}",)) for time in range(3) for name in [*names[::-1], f"other {time}"])
     assert index.left_out == {UNKNOWN: 3}
-    found = index.find(names[:1200] + ["other 0"])
-    assert all(
-        [row.captions for row in found[name]] == [(f"{name} {time}",) for time in range(3)] for name in names[:1200]
-    )
+    found = index.find([*names[:1200], "other 0"])
+    for name in names[:1200]:
+        assert [row.captions for row in found[name]] == [(f"{name} {time}",) for time in range(3)]
     assert found["other 0"] == []
     index.close()
