@@ -16,7 +16,7 @@ from small_data import draw, write_raw
 from small_training import tiny_clip
 
 import clipmill
-from pipeline.core.command_line import EXAMPLES, GROUPS, parse
+from pipeline.core.command_line import EXAMPLES, GROUPS, option_names, parse
 from pipeline.ingest.config import IngestConfig
 from shards_spec.files import UserError, read_json
 from shards_spec.suggest import did_you_mean
