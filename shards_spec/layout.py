@@ -16,14 +16,17 @@ PLAN = "plan"
 SHARDS = "shards"
 VOCAB = "vocab"
 TEACHER = "teacher"
+SELECT = "select"
 LOGS = "logs"
-FOLDERS = (RAW, DEDUP, CAPTIONS, PLAN, SHARDS, VOCAB, TEACHER, LOGS)
+FOLDERS = (RAW, DEDUP, CAPTIONS, PLAN, SHARDS, VOCAB, TEACHER, SELECT, LOGS)
 DATASET = "dataset.json"
 CLASS_NAMES = "classnames.txt"  # of labelled images: a class per line
 SIZES = f"{SHARDS}/sizes.json"  # samples per final shard: open_clip's file
 
 STATS_PATTERN = re.compile(r"(\d+)_stats\.json")
-STAGE_FOLDER = re.compile(rf"(?P<root>.+)/(?P<folder>{RAW}|{DEDUP}|{PLAN}|{SHARDS}|{CAPTIONS}/[^/]+|{TEACHER}/[^/]+)")
+STAGE_FOLDER = re.compile(
+    rf"(?P<root>.+)/(?P<folder>{RAW}|{DEDUP}|{PLAN}|{SHARDS}|{CAPTIONS}/[^/]+|{TEACHER}/[^/]+|{SELECT}/[^/]+)"
+)
 FILE_PATTERN = re.compile(r"(\d+)(\.tar|(-\d+)?\.parquet|_stats\.json)")
 
 
@@ -119,6 +122,15 @@ STAGES = {
             help="teacher embeddings of K views -> ROOT/teacher/NAME",
             array=True,
         ),
+        StageInfo(
+            name="select",
+            reads="pack",
+            writes=SELECT + "/{name}",
+            config="pipeline.select.config:SelectConfig",
+            function="pipeline.select.stage:select",
+            help="which samples and captions are used, by rules -> ROOT/select/NAME",
+            array=True,
+        ),
         StageInfo(name="cache-lists", reads="cache", writes=TEACHER + "/{name}/lists"),  # cache --export-lists
     )
 }
@@ -185,6 +197,11 @@ def teacher_folder(teacher: str) -> str:
     return STAGES["cache"].folder(teacher)
 
 
+def select_folder(name: str) -> str:
+    """Relative to ROOT: which samples `select` chose under a name."""
+    return STAGES["select"].folder(name)
+
+
 def raw_tar(root: str, shard: int) -> str:
     """Images, texts and json members as they were ingested."""
     return tar_path(below(root, RAW), shard)
@@ -223,6 +240,11 @@ def final_parquet(root: str, shard: int) -> str:
 def teacher_parquet(root: str, teacher: str, shard: int) -> str:
     """The first file of a final shard's embeddings."""
     return parquet_path(below(root, teacher_folder(teacher)), shard)
+
+
+def select_parquet(root: str, name: str, shard: int) -> str:
+    """Which of a final shard's samples are selected."""
+    return parquet_path(below(root, select_folder(name)), shard)
 
 
 def vocabulary_tsv(root: str, name: str) -> str:

@@ -54,6 +54,8 @@ class DataConfig:
     """read only the first that many shards; None reads all"""
     captions: Literal["all", "original"] = "all"
     """all: one of original and synthetic captions per epoch, by chance; original: only that"""
+    select: str | None = None
+    """folder below ROOT/select that `clipmill select` filled: an epoch has its samples only; None: all"""
     batch_size: int = 1024
     """pairs per step over all processes together: a global batch (open_clip's --batch-size is per GPU)"""
     workers: int = 2

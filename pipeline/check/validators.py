@@ -17,6 +17,7 @@ from shards_spec.layout import (
     DEDUP,
     PLAN,
     RAW,
+    SELECT,
     SHARDS,
     TEACHER,
     captions_folder,
@@ -25,15 +26,17 @@ from shards_spec.layout import (
     parquet_path,
     raw_tar,
     remake_advice,
+    select_folder,
     shard_name,
     stats_path,
     tar_path,
     teacher_folder,
 )
-from shards_spec.manifest import read_done
+from shards_spec.manifest import read_dataset, read_done
 from shards_spec.messages import counted
 from shards_spec.parquet import open_parquet
 from shards_spec.sample import Sample, check_key
+from shards_spec.selection import COPIES, read_selection, selected_record
 from shards_spec.soft_labels import SoftLabelFormat, format_of
 from shards_spec.tar import index_shard, read_shard, shard_keys
 from shards_spec.teacher_shard import TeacherShard
@@ -64,6 +67,8 @@ def shard_folders(root: str) -> Iterator[ShardFolder]:
         yield ShardFolder(captions_folder(name), f"caption/{name}", _validate_captions)
     for name in names(join(root, TEACHER)):
         yield ShardFolder(teacher_folder(name), f"cache/{name}", _validate_cache)
+    for name in names(join(root, SELECT)):
+        yield ShardFolder(select_folder(name), f"select/{name}", _validate_selection)
 
 
 def read_rows(path: str, columns: list[str], optional: tuple[str, ...] = ()) -> list[dict[str, Any]]:
@@ -119,6 +124,22 @@ def _validate_captions(root: str, folder: str, shard: int) -> Iterator[str]:
                 f"{path}: key {row['key']} has captions and a reason for having none, or neither; {remake_advice(path)}"
             )
         yield row["key"]
+
+
+def _validate_selection(root: str, folder: str, shard: int) -> Iterator[str]:
+    path, name = parquet_path(join(root, folder), shard), folder.removeprefix(f"{SELECT}/")
+    selection = read_selection(root, name, shard)
+    done = read_done(join(root, folder), shard)
+    if done is None or done.counters.get(COPIES, 0) != int(selection.copies.sum(dtype=np.int64)):
+        raise DataError(f"{path}: its copies are not those of its record; {remake_advice(path)}")
+    for key, copies, reason in zip(selection.keys, selection.copies, selection.reasons, strict=True):
+        if (copies == 0) != (reason is not None):
+            raise DataError(f"{path}: key {key} has {copies} copies and the reason {reason!r}; {remake_advice(path)}")
+    if read_dataset(root)["stages"].get("pack", {}).get("config", {}).get("select") != name:
+        selected_record(root, name, shard)
+        tar = tar_path(SHARDS, shard)
+        _expect_keys(path, shard_keys(join(root, tar)), selection.keys, tar)
+    yield from selection.keys
 
 
 def _validate_final(root: str, folder: str, shard: int) -> Iterator[str]:

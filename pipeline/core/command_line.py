@@ -32,6 +32,7 @@ EXAMPLES = {
     "caption": "/data/cc3m --model coca_ViT-L-14 --pretrained mscoco_finetuned_laion2b_s13b_b90k --num-captions 5",
     "pack": "/data/cc3m",
     "vocab": "/data/cc3m --min-count 500",
+    "select": "/data/cc3m --name good --where 'cosine > 0.2 and language == \"en\"' --captions-where 'cosine > 0.18'",
     "plan": "Train_GCC-training.tsv --views 8 --dtype int8",
     "classes": "classnames.txt --vocabulary /data/cc3m/vocab/all.tsv --out imagenet.tsv",
     "cache": "/data/cc3m --model ViT-L-14 --pretrained datacomp_xl_s13b_b90k --views 8 --ops 2",

@@ -20,6 +20,8 @@ class PackConfig:
     """folders below captions/, joined in this order; by default the only one; 'none': original captions only"""
     min_similarity: float | None = None
     """leave out captions, also original ones, whose cosine with the image is lower; needs caption --similarity"""
+    select: str | None = None
+    """folder below select/ that `clipmill select` filled: only its samples and captions become final shards"""
     wordnet: str | None = None
     """folder (or NLTK's zip) with WordNet 3.0's index.noun, data.noun, noun.exc; by default NLTK's or Debian's"""
     download_wordnet: bool = False

@@ -4,7 +4,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from pipeline.core.filters import caption_problem
 from pipeline.dedup.drop_list import read_drop_list
+from pipeline.pack.applied_selection import NOT_SELECTED, AppliedSelection, ChosenSample
 from pipeline.pack.caption_cleaning import EMPTY_AFTER_CLEANING, clean_caption, read_caption
 from shards_spec.files import DataError
 from shards_spec.layout import (
@@ -43,6 +44,7 @@ class SelectionConfig:
     deduplicated: bool
     max_caption_chars: int
     min_similarity: float | None = None
+    applied: AppliedSelection | None = None
 
     def inputs(self, shard: int) -> Iterator[tuple[str, str]]:
         """(folder, path) of the files that belong to a raw shard."""
@@ -52,6 +54,8 @@ class SelectionConfig:
             yield folder, parquet_path(folder, shard)
         if self.deduplicated:
             yield DEDUP, parquet_path(DEDUP, shard)
+        if self.applied is not None:
+            yield from self.applied.inputs(shard)
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,13 @@ class SelectedSample:
     meta: dict[str, Any]
     notes: list[str]
 
+    def with_captions(self, numbers: list[int]) -> "SelectedSample":
+        """The sample with some of its captions: 0 is the original, the synthetic ones are counted from 1."""
+        synthetic = [text for number, text in enumerate(self.synthetic, 1) if number in numbers]
+        if 0 in numbers:
+            return replace(self, synthetic=synthetic)
+        return replace(self, original="", caption="", synthetic=synthetic)
+
 
 class SampleSelector:
     """Selects sample by sample, for one range of a raw shard.
@@ -116,6 +127,7 @@ class SampleSelector:
             dropped = read_drop_list(dedup_parquet(root, shard))
             keys = dropped if shard_range.keys is None else [key for key in shard_range.keys if key in dropped]
             self._dropped = {key: dropped[key] for key in keys}
+        self._choices = selection.applied.choices(root, shard) if selection.applied else None
         paths = [captions_parquet(root, name, shard) for name in selection.captioners]
         self._captions = [read_captions(path, shard_range.keys, selection.min_similarity) for path in paths]
 
@@ -125,10 +137,8 @@ class SampleSelector:
         Raises DataError when the captions do not belong to the raw shard.
         """
         synthetic = self._synthetic(sample.key)
-        if reason := self._dropped.pop(sample.key, None):
+        if reason := self._reason_to_drop(sample.key, synthetic):
             return reason
-        if synthetic.undecodable and not synthetic.any_written:
-            return "picture does not decode"
         try:
             original = read_caption(sample)
             meta = sample.meta
@@ -154,7 +164,23 @@ class SampleSelector:
         notes += ["synthetic captions below min_similarity"] * synthetic.left_out
         if self._captions and not synthetic.any_written:
             notes.append("samples without a synthetic caption")
-        return SelectedSample(original, caption, synthetic.texts, meta, notes)
+        selected = SelectedSample(original, caption, synthetic.texts, meta, notes)
+        captions = self._chosen(sample.key).captions
+        return selected if captions is None else selected.with_captions(captions)
+
+    def _reason_to_drop(self, key: str, synthetic: SyntheticCaptions) -> str | None:
+        """Why a sample goes whatever its caption is, or None."""
+        if reason := self._dropped.pop(key, None):
+            return reason
+        if synthetic.undecodable and not synthetic.any_written:
+            return "picture does not decode"
+        return self._chosen(key).reason
+
+    def _chosen(self, key: str) -> ChosenSample:
+        """What `clipmill select` chose of a sample."""
+        if self._choices is None:
+            return ChosenSample(None, None)
+        return self._choices.get(key, ChosenSample(NOT_SELECTED, None))
 
     def finish(self) -> None:
         """After the last sample: raise DataError if a caption or an entry of dedup's list belongs to no sample."""

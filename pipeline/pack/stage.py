@@ -25,6 +25,7 @@ from pipeline.dedup.drop_list import check_fresh
 from pipeline.labels.labeler import load_labeler
 from pipeline.labels.wordnet import find_wordnet
 from pipeline.pack import caption_cleaning
+from pipeline.pack.applied_selection import find_applied_selection
 from pipeline.pack.config import PackConfig
 from pipeline.pack.final_shard import write_final_shard
 from pipeline.pack.reshard import file_hashes_of, final_shard_tasks, forget_plan, plan
@@ -47,6 +48,7 @@ from shards_spec.lock import locked
 from shards_spec.manifest import finished_shards, read_done
 from shards_spec.messages import counted
 from shards_spec.parquet import column_names
+from shards_spec.selection import captions_of
 
 log = logging.getLogger(__name__)
 LOCK = ".pack.lock"  # below ROOT
@@ -177,7 +179,13 @@ def _selection(config: PackConfig, shards: list[int]) -> SelectionConfig:
     deduplicated = exists(join(config.root, DEDUP))
     if deduplicated:
         check_fresh(config.root, shards)
-    return SelectionConfig(captioners, deduplicated, config.max_caption_chars, config.min_similarity)
+    selection = SelectionConfig(captioners, deduplicated, config.max_caption_chars, config.min_similarity)
+    if config.select is None:
+        return selection
+    captioner, limits = _selection_record(selection)
+    return replace(
+        selection, applied=find_applied_selection(config.root, config.select, captions_of(captioner | limits))
+    )
 
 
 def _selection_record(selection: SelectionConfig) -> tuple[dict[str, object], dict[str, object]]:
@@ -190,6 +198,8 @@ def _selection_record(selection: SelectionConfig) -> tuple[dict[str, object], di
     }
     if selection.min_similarity is not None:
         limits["min_similarity"] = selection.min_similarity
+    if selection.applied is not None:
+        limits["select"] = selection.applied.name
     return {"captioner": captioner}, limits
 
 

@@ -10,14 +10,14 @@ parts, hence different shards, when their number divides ``streams``.
 Permutations sort raw Philox draws, whose stream numpy guarantees; it may change ``Generator.permutation``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
 
 import numpy as np
 
 from shards_spec.counter_rng import raw_draws
-from shards_spec.files import UserError
+from shards_spec.files import UserError, sha256_json
 from training.data.lru import LRUCache
 
 
@@ -49,22 +49,32 @@ class Order:
         seed: Seed of the permutations.
         streams: Parts of an epoch that are read side by side.
         window: Shards that are mixed at a time in each stream.
+        selection: Where the sizes count selected samples only: the sha256 of each shard's selection.
 
     Raises:
         UserError: The dataset has no samples.
     """
 
-    def __init__(self, sizes: list[int], seed: int, streams: int = 8, window: int = 2) -> None:
+    def __init__(
+        self, sizes: list[int], seed: int, streams: int = 8, window: int = 2, selection: Sequence[str] = ()
+    ) -> None:
         self.sizes = np.asarray(sizes, np.int64)
         self.seed = seed
         self.streams = streams
         self.window = window
+        self.selection = list(selection)
         self.total = int(self.sizes.sum())
         if self.total < 1:
             raise UserError("the dataset holds no sample: run the stages that fill it first")
         # twice what is open, since a batch may cross windows or epochs
         self._epochs: LRUCache[int, _Epoch] = LRUCache(2)
         self._windows: LRUCache[tuple[int, int, int], np.ndarray] = LRUCache(2 * streams)
+
+    @property
+    def sha256(self) -> str:
+        """Identity of what the positions stand for, whatever the seed: a run with another cannot be resumed."""
+        sizes = self.sizes.tolist()
+        return sha256_json({"sizes": sizes, "selection": self.selection} if self.selection else sizes)
 
     def locate(self, position: int) -> SampleLocation:
         """Return the sample at ``position`` >= 0 of the endless stream."""

@@ -25,6 +25,7 @@ from training.data.local_copies import LocalFileCache
 from training.data.lru import LRUCache
 from training.data.order import BatchPlan, Order, SampleLocation
 from training.data.paired_views import PairedViews
+from training.data.selected import SamplePlace, SelectionReader, order_of
 from training.data.shard_reader import ShardReader, dataset_sizes
 from training.data.teacher_cache import TeacherCache, TeacherCaches
 
@@ -45,9 +46,10 @@ class CaptionChoice:
         """Return the captions that are drawn from, the original one first. Raises DataError when they are damaged."""
         return [sample.caption] if self.original_only else sample.captions
 
-    def draw(self, captions: list[str], key: str, epoch: int) -> int:
-        """Return the index of the caption; an empty one only where there is no other."""
-        candidates = [index for index, text in enumerate(captions) if text.strip()] or [0]
+    def draw(self, captions: list[str], key: str, epoch: int, allowed: list[int] | None = None) -> int:
+        """Return the index of the caption, one of the ``allowed`` (None: all); an empty one where there is no other."""
+        indices = range(len(captions)) if allowed is None else allowed
+        candidates = [index for index in indices if index < len(captions) and captions[index].strip()] or [0]
         return candidates[draw_caption(self.seed, key, epoch, len(candidates))]
 
 
@@ -106,6 +108,7 @@ class Samples(Dataset[Item]):
         self.cache = cache
         self.labels = labels
         self.plan = plan
+        self.selection: SelectionReader | None = None  # set where ``order`` counts selected samples only
         self.paired: PairedViews | None = None  # set where a teacher sees other pixels than the student
         # windows of the order whose successors were prefetched; two per stream, as a batch may cross epochs
         self._prefetched: LRUCache[tuple[int, tuple[int, int]], None] = LRUCache(2 * order.streams)
@@ -120,20 +123,24 @@ class Samples(Dataset[Item]):
     def _item(self, position: int, side: int) -> dict[str, Any] | Skipped:
         location = self.order.locate(position)
         self._prefetched.get((location.epoch, location.window), lambda: self._prefetch_next(location))
-        sample = self.reader.sample(location.shard, location.index)
+        chosen = SamplePlace(location.index, location.index)
+        if self.selection is not None:
+            chosen = self.selection.sample(location.shard, location.index, self.reader.keys(location.shard))
+        turn = chosen.turn(location.epoch)
+        sample = self.reader.sample(location.shard, chosen.index)
         try:
             image = decode_rgb(sample.image)
             captions = self.captions.captions(sample)
             labels = {"labels": self.labels.class_indices(sample)} if self.labels else {}
         except DataError as error:
             return Skipped(f"{self.reader.path(location.shard)}: key {sample.key}: {error}")
-        view = location.epoch % self.cache.num_views if self.cache else location.epoch
+        view = turn % self.cache.num_views if self.cache else turn
         drawn = draw_view(self.views, sample.key, view)
         if self.paired is None:
             images = {"images": to_pixels(apply_view(image, self.views, drawn, side))}
         else:
-            images = self.paired.render(image, self.views, drawn, side, f"{sample.key}/{location.epoch}")
-        caption = self.captions.draw(captions, sample.key, location.epoch)
+            images = self.paired.render(image, self.views, drawn, side, f"{sample.key}/{turn}")
+        caption = self.captions.draw(captions, sample.key, turn, chosen.captions)
         item = {
             "key": sample.key,
             "position": position,
@@ -146,7 +153,7 @@ class Samples(Dataset[Item]):
             item["blank"] = not captions[caption].strip()
         if self.cache:
             keys = self.reader.keys(location.shard)
-            item |= self.cache.features(location.shard, location.index, view, caption, keys)
+            item |= self.cache.features(location.shard, chosen.index, view, caption, keys)
         return item
 
     def _prefetch_next(self, location: SampleLocation) -> None:
@@ -161,10 +168,12 @@ class Samples(Dataset[Item]):
 def check_data(data: DataConfig) -> list[int]:
     """Return the number of samples of each shard that is read.
 
-    Raises UserError when no dataset is named, or its stage has not finished.
+    Raises UserError when no dataset is named, its stage has not finished, or has no selections.
     """
     if not data.data:
         raise UserError("--data is needed: the ROOT of a dataset, as `clipmill pack` or `clipmill ingest` left it")
+    if data.select is not None and data.folder != SHARDS:
+        raise UserError(f"--folder {data.folder}: a selection belongs to packed shards; use --folder shards")
     return dataset_sizes(data.data, data.folder)[: data.shards]
 
 
@@ -215,9 +224,10 @@ def open_samples(
         view_spec = cache.views
     else:
         view_spec = views.spec(seed)
-    return Samples(
+    selection = open_selection(data, len(sizes), capacity)
+    samples = Samples(
         ShardReader(data.data, data.folder, sizes, capacity, file_cache),
-        Order(sizes, seed, data.streams, data.window),
+        order_of(sizes, selection, seed, data.streams, data.window),
         student,
         views=view_spec,
         captions=CaptionChoice(seed, original_only),
@@ -225,6 +235,15 @@ def open_samples(
         labels=labels,
         plan=batch_plan(data.batch_size, sides, seed),
     )
+    samples.selection = selection
+    return samples
+
+
+def open_selection(data: DataConfig, shards: int, capacity: int) -> SelectionReader | None:
+    """Return the selection of the first so many shards. Raises UserError and DataError as `SelectionReader` does."""
+    if data.select is None:
+        return None
+    return SelectionReader(data.data, data.select, shards, capacity)
 
 
 def batch_plan(batch_size: int, sides: SideConfig | None, seed: int) -> BatchPlan:

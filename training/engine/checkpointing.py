@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from shards_spec.checkpoints import describe_mismatch
-from shards_spec.files import DataError, UserError, sha256_json
+from shards_spec.files import DataError, UserError
 from shards_spec.messages import counted
 from training.data.batches import TrainingRows
 from training.engine.gradients import rng_state, set_rng_state
@@ -61,7 +61,7 @@ class Checkpointing:
         self.updater = updater
         self.ranks, self.device = updater.ranks, updater.device
         self.keep, self.seed = keep, seed
-        self.sizes_sha256 = sha256_json(rows.order.sizes.tolist())
+        self.sizes_sha256 = rows.order.sha256
 
     def save(self, progress: Progress, best: dict[str, Any] | None = None) -> None:
         """Write a checkpoint; with ``best``, also that, as best.pt. All ranks call this, the main one writes."""
@@ -98,8 +98,8 @@ class Checkpointing:
         state = load_checkpoint(checkpoint)
         if state["sizes_sha256"] != self.sizes_sha256:
             raise UserError(
-                f"{checkpoint}: the shards in {self.updater.config.data.data} have other sizes than when it was "
-                "written, so its place in them is lost; restore the dataset, or train anew with another --out"
+                f"{checkpoint}: the shards in {self.updater.config.data.data}, or what is selected of them, are others "
+                "than when it was written, so its place in them is lost; restore them, or train anew with another --out"
             )
         rebuilt = self._load_weights(checkpoint, state)
         self._restore_streams(state)

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from shards_spec.files import UserError, is_url, read_bytes, sha256_json
+from shards_spec.files import UserError, is_url, read_bytes
 from shards_spec.messages import counted
 from shards_spec.sample import Sample, parse_object
 from training.config import TeacherCacheConfig
-from training.data.order import BatchPlan, Order
+from training.data.order import BatchPlan
 from training.data.samples import CaptionChoice
+from training.data.selected import SamplePlace, SelectionReader, order_of
 from training.data.shard_reader import ShardReader, dataset_sizes
 from training.data.teacher_cache import TeacherCache, TeacherCaches
 from training.runs.run_folder import RunFolder
@@ -36,16 +37,21 @@ def uses_of(run: str, root: str, places: dict[str, tuple[int, int] | None]) -> l
     folder = config["folder"]
     place = places[folder]
     sizes = dataset_sizes(root, folder)[: config.get("shards")]
+    selection = SelectionReader(root, config["select"], len(sizes)) if config.get("select") else None
+    order = order_of(sizes, selection, config["seed"], config["streams"], config["window"])
     checkpoint = RunFolder(run).load_newest()
-    if checkpoint is not None and checkpoint["sizes_sha256"] != sha256_json(sizes):
+    if checkpoint is not None and checkpoint["sizes_sha256"] != order.sha256:
         return [
-            f"cannot be told: {folder}/ has other sizes than when the run was trained, so its order was another one"
+            f"cannot be told: {folder}/, or what is selected of it, is another than when the run was trained, so its "
+            "order was another one"
         ]
     if place is None:
         return [f"not used: it is not in {folder}/"]
     if place[0] >= len(sizes):
         return [f"not used: the run reads the first {counted(len(sizes), 'shard')}"]
-    order = Order(sizes, config["seed"], config["streams"], config["window"])
+    chosen = [SamplePlace(place[1], place[1])] if selection is None else selection.copies(*place)
+    if not chosen:
+        return [f"not used: it is not in the selection {config['select']}"]
     sample = ShardReader(root, folder, sizes, 1).sample(*place)
     seen, steps = _progress(Path(run) / "metrics.jsonl")
     plan = _plan(config)
@@ -53,11 +59,13 @@ def uses_of(run: str, root: str, places: dict[str, tuple[int, int] | None]) -> l
     views = _cached_views(config, root, len(sizes))
     lines = [f"seen so far: {counted(seen, 'sample')}, {counted(steps, 'step')}, {seen / order.total:.2f} epochs"]
     for epoch in range(-(-seen // order.total)):
-        position = order.position(epoch, *place)
-        if position >= seen:
-            lines.append(f"epoch {epoch}: not yet")
-        elif epoch < MOST_LINES:
-            lines.append(f"epoch {epoch}: step {_step(plan, position)}, {_shown(choice, sample, epoch, views)}")
+        for copy in chosen:
+            position = order.position(epoch, place[0], copy.place)
+            if position >= seen:
+                lines.append(f"epoch {epoch}: not yet")
+            elif epoch < MOST_LINES:
+                shown = _shown(choice, sample, copy, copy.turn(epoch), views)
+                lines.append(f"epoch {epoch}: step {_step(plan, position)}, {shown}")
     return lines
 
 
@@ -92,11 +100,11 @@ def _cached_views(config: dict[str, Any], root: str, shards: int) -> int | None:
     return TeacherCaches([TeacherCache(root, name, shards, original_only=True) for name in names]).num_views
 
 
-def _shown(choice: CaptionChoice, sample: Sample, epoch: int, views: int | None) -> str:
-    """Return the view and the caption of an epoch."""
+def _shown(choice: CaptionChoice, sample: Sample, chosen: SamplePlace, turn: int, views: int | None) -> str:
+    """Return the view and the caption of a turn."""
     captions = choice.captions(sample)
-    caption = choice.draw(captions, sample.key, epoch)
-    view = epoch if views is None else epoch % views
+    caption = choice.draw(captions, sample.key, turn, chosen.captions)
+    view = turn if views is None else turn % views
     return f"view {view}, text_{caption} {captions[caption]!r}"
 
 

@@ -1,0 +1,1 @@
+"""Stage `select`: which samples and captions of the final shards are used."""

@@ -1,0 +1,197 @@
+"""Conditions such as ``similarity > 0.28 and NSFW == "UNLIKELY"``, over columns of facts.
+
+They have Python's syntax, are parsed by Python's own parser and computed by PyArrow; nothing of them is executed. A
+condition that compares a missing value is neither true nor false, and what is not true does not hold.
+"""
+
+import ast
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from itertools import chain
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from shards_spec.files import UserError
+from shards_spec.suggest import did_you_mean
+
+Columns = Callable[[str], pa.Array]  # name -> its values, one per row; raises KeyError for a name that is not known
+COMPARE: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Eq: pc.equal,
+    ast.NotEq: pc.not_equal,
+    ast.Lt: pc.less,
+    ast.LtE: pc.less_equal,
+    ast.Gt: pc.greater,
+    ast.GtE: pc.greater_equal,
+}
+ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: pc.add,
+    ast.Sub: pc.subtract,
+    ast.Mult: pc.multiply,
+    ast.Div: pc.divide,
+}
+ALLOWED = "names of facts, numbers, texts in quotes, == != < <= > >=, in (...), and, or, not, is None, + - * /"
+
+
+@dataclass(frozen=True)
+class FactCondition:
+    """One condition; ``text`` is how it was written, ``option`` where."""
+
+    text: str
+    option: str
+    tree: ast.expr
+
+    @property
+    def reason(self) -> str:
+        """Why a sample that does not meet it is left out."""
+        return f"not {self.text}"
+
+    def names(self) -> set[str]:
+        """The facts that it needs."""
+        return {node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name)}
+
+    def holds(self, columns: Columns, rows: int) -> pa.BooleanArray:
+        """Whether each of so many rows meets it. Raises UserError for what cannot be compared."""
+        try:
+            value = _evaluate(self.tree, columns)
+        except (pa.ArrowException, TypeError) as error:
+            raise UserError(f"{self.option} {self.text!r}: {str(error).splitlines()[0]}") from error
+        if isinstance(value, pa.Scalar):
+            value = pa.repeat(value, rows)
+        if not pa.types.is_boolean(value.type):
+            raise UserError(
+                f"{self.option} {self.text!r}: is no condition, but a value of type {value.type}; compare it"
+            )
+        return pc.fill_null(value, False)
+
+
+def parse_conditions(texts: tuple[str, ...], option: str) -> tuple[FactCondition, ...]:
+    """Parse the values of an option; those that are joined by ``and`` become conditions of their own.
+
+    Raises UserError naming the text and what is not allowed in it.
+    """
+    return tuple(chain.from_iterable(_parse(text, option) for text in texts))
+
+
+def check_names(conditions: tuple[FactCondition, ...], known: list[str], source: str) -> None:
+    """Raise UserError for a name that is not ``known``; ``source`` says of what."""
+    for condition in conditions:
+        for name in sorted(condition.names() - set(known)):
+            quotes = "; a text needs quotes inside the condition"
+            hint = did_you_mean(name, known) or quotes
+            raise UserError(
+                f"{condition.option} {condition.text!r}: no fact {name!r} {source}; there are: {', '.join(known)}{hint}"
+            )
+
+
+def _parse(text: str, option: str) -> Iterator[FactCondition]:
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        reason = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise UserError(
+            f"{option} {text!r} is no condition ({reason}): write one such as "
+            f"'similarity > 0.28 and NSFW == \"UNLIKELY\"'; allowed are {ALLOWED}"
+        ) from error
+    clauses = tree.values if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else [tree]
+    for clause in clauses:
+        _check_allowed(clause, text, option)
+        yield FactCondition(ast.unparse(clause), option, clause)
+
+
+def _check_allowed(tree: ast.expr, text: str, option: str) -> None:
+    """Raise UserError for a part of an expression that is not one of ours."""
+    plain = (ast.Name, ast.Load, ast.BoolOp, ast.And, ast.Or, ast.Compare, ast.UnaryOp, ast.Not, ast.USub, ast.BinOp)
+    lists = (ast.List, ast.Tuple, ast.In, ast.NotIn, ast.Is, ast.IsNot)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant):
+            is_allowed = node.value is None or isinstance(node.value, str | int | float)
+        else:
+            is_allowed = isinstance(node, (*plain, *lists, *COMPARE, *ARITHMETIC))
+        if not is_allowed:
+            part = ast.unparse(node) if isinstance(node, ast.expr) else type(node).__name__
+            raise UserError(f"{option} {text!r}: {part!r} is not allowed in a condition; allowed are {ALLOWED}")
+
+
+def _evaluate(node: ast.expr, columns: Columns) -> Any:
+    """The value of an expression: an array, or a scalar where no column is in it."""
+    match node:
+        case ast.Name():
+            return columns(node.id)
+        case ast.Constant():
+            return pa.scalar(node.value)
+        case ast.BoolOp():
+            join = pc.and_kleene if isinstance(node.op, ast.And) else pc.or_kleene
+            return reduce(join, [_evaluate(value, columns) for value in node.values])
+        case ast.UnaryOp():
+            value = _evaluate(node.operand, columns)
+            return pc.invert(value) if isinstance(node.op, ast.Not) else pc.negate(value)
+        case ast.BinOp():
+            left, right = _alike(_evaluate(node.left, columns), _evaluate(node.right, columns))
+            if isinstance(node.op, ast.Div):
+                left = pc.cast(left, pa.float64())
+            return ARITHMETIC[type(node.op)](left, right)
+        case ast.Compare():
+            return _compare(node, columns)
+    raise TypeError(f"{ast.unparse(node)!r} has no value of its own")
+
+
+def _compare(node: ast.Compare, columns: Columns) -> Any:
+    """``a < b <= c``, ``a in (...)``, ``a is None``."""
+    results = []
+    left = node.left
+    for sign, right in zip(node.ops, node.comparators, strict=True):
+        results.append(_compare_two(left, sign, right, columns))
+        left = right
+    return reduce(pc.and_kleene, results)
+
+
+def _compare_two(left: ast.expr, sign: ast.cmpop, right: ast.expr, columns: Columns) -> Any:
+    value = _evaluate(left, columns)
+    if isinstance(sign, ast.Is | ast.IsNot):
+        if not (isinstance(right, ast.Constant) and right.value is None):
+            raise TypeError("after `is` only None can stand")
+        return pc.is_null(value) if isinstance(sign, ast.Is) else pc.is_valid(value)
+    if isinstance(sign, ast.In | ast.NotIn):
+        if not isinstance(right, ast.List | ast.Tuple):
+            raise TypeError("after `in` a list must stand, such as ('en', 'de')")
+        found = reduce(pc.or_kleene, [_equal(value, _evaluate(one, columns)) for one in right.elts], pa.scalar(False))
+        return pc.invert(found) if isinstance(sign, ast.NotIn) else found
+    return COMPARE[type(sign)](*_alike(value, _evaluate(right, columns)))
+
+
+def _equal(left: Any, right: Any) -> Any:
+    return pc.equal(*_alike(left, right))
+
+
+def _alike(left: Any, right: Any) -> tuple[Any, Any]:
+    """Two values as they can be compared: a column of text, as a CSV list has it, is read as numbers beside one."""
+    if _is_text(left) and _is_number(right):
+        return _numbers(left), right
+    if _is_text(right) and _is_number(left):
+        return left, _numbers(right)
+    return left, right
+
+
+def _is_text(value: Any) -> bool:
+    return bool(pa.types.is_string(value.type) or pa.types.is_large_string(value.type))
+
+
+def _is_number(value: Any) -> bool:
+    return bool(pa.types.is_integer(value.type) or pa.types.is_floating(value.type))
+
+
+def _numbers(texts: Any) -> Any:
+    """The numbers in a column of text, null where there is none."""
+    if isinstance(texts, pa.Scalar):
+        raise TypeError(f"{texts.as_py()!r} in quotes is a text, and is compared with a number")
+    return pa.array([_number(text) for text in texts.to_pylist()], pa.float64())
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None

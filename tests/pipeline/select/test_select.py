@@ -1,0 +1,94 @@
+"""`select`: rules over facts, what train and pack make of a selection, and what check says of it."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from small_data import build_all, draw, tiny_coca
+
+from pipeline.check.config import CheckConfig
+from pipeline.check.stage import check
+from pipeline.ingest.config import IngestConfig
+from pipeline.ingest.stage import ingest
+from pipeline.pack.config import PackConfig
+from pipeline.pack.stage import pack
+from pipeline.select.config import SelectConfig
+from pipeline.select.facts import ShardFacts, find_sources
+from pipeline.select.stage import select
+from shards_spec.embeddings import read_embeddings
+from shards_spec.files import UserError
+from shards_spec.layout import final_parquet, teacher_parquet
+from shards_spec.parquet import read_table
+from shards_spec.selection import read_selection
+
+pytestmark = pytest.mark.integration
+SHARDS = 2
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> str:
+    """Two shards of a list with columns of its own, captioned, packed and cached."""
+    base = tmp_path_factory.mktemp("select")
+    (base / "images").mkdir()
+    rows = []
+    for index in range(8):
+        data, caption = draw(f"select/{index}")
+        (base / "images" / f"{index}.jpg").write_bytes(data)
+        safe = ["UNLIKELY", "UNSURE"][index % 2]
+        row = {"path": f"images/{index}.jpg", "caption": caption, "similarity": index / 10, "NSFW": safe}
+        rows.append(json.dumps(row))
+    (base / "list.jsonl").write_text("\n".join(rows) + "\n")
+    root = str(base / "ds")
+    ingest(IngestConfig(root, str(base / "list.jsonl"), shard_size=4, workers=1, save_additional_columns=("*",)))
+    build_all(root, tiny_coca(base / "coca"), views=2)
+    return root
+
+
+@pytest.fixture
+def root(built, tmp_path) -> str:
+    return shutil.copytree(built, tmp_path / "ds").as_posix()
+
+
+def keys_of(root: str, name: str = "selected") -> list[str]:
+    selections = [read_selection(root, name, shard) for shard in range(SHARDS)]
+    return [key for one in selections for key, copies in zip(one.keys, one.copies, strict=True) if copies]
+
+
+def test_columns_of_the_list(root):
+    summary = select(SelectConfig(root, where=('similarity > 0.28 and NSFW == "UNLIKELY"',), workers=1))
+    assert keys_of(root) == ["000010000", "000010002"]
+    assert summary.counts == {"success": 2, "not similarity > 0.28": 3, "not NSFW == 'UNLIKELY'": 3}
+    assert check(CheckConfig(root)) == []
+
+
+def test_cosines_are_the_means_over_views(root):
+    facts = ShardFacts(root, 0, find_sources(root, (), None, [0]))
+    _, vectors, _ = read_embeddings(teacher_parquet(root, "tea", 0), ["image_0", "image_1", "text_0", "text_2"])
+    image = (vectors["image_0"].astype(np.float64) + vectors["image_1"]) / 2
+    expected = (image * vectors["text_0"]).sum(1)
+    assert np.allclose(facts.of_samples("cosine").to_numpy(), expected, atol=1e-3)
+    third = facts.of_captions("cosine").to_numpy()[facts.numbers == 2]
+    assert np.allclose(third, (image * vectors["text_2"]).sum(1), atol=1e-3)
+
+
+def test_pack_writes_a_selection(root):
+    best = ShardFacts(root, 0, find_sources(root, (), None, [0])).of_captions("cosine").to_numpy().mean()
+    select(SelectConfig(root, where=("similarity >= 0.2",), captions_where=(f"cosine > {best}",), workers=1))
+    kept = {}
+    for shard in range(SHARDS):
+        one = read_selection(root, "selected", shard)
+        table = read_table(final_parquet(root, shard)).to_pylist()
+        for row, copies, captions in zip(table, one.copies, one.captions, strict=True):
+            texts = [row["caption"], *row["synthetic"]]
+            if copies:
+                kept[row["key"]] = [texts[number] for number in (captions or range(len(texts)))]
+    pack(PackConfig(root, select="selected", workers=1, overwrite=True))
+    found = {
+        row["key"]: [text for text in [row["caption"], *row["synthetic"]] if text]
+        for shard in range(SHARDS)
+        for row in read_table(final_parquet(root, shard)).to_pylist()
+    }
+    assert found == kept
+    with pytest.raises(UserError, match="take another name"):
+        select(SelectConfig(root, where=("width > 1",), workers=1))
