@@ -30,7 +30,7 @@ STORED: dict[str, Any] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "int8": np.dtype("i1"),
-    "uint8": np.dtype("u1"),  # bytes of soft labels
+    "uint8": np.dtype("u1"),  # bytes of soft labels and of recorded views
 }
 FIX = "delete it and run `clipmill cache` again"
 LAYOUT = 2  # of a file; 1 had several pages per column and no identities
@@ -40,7 +40,7 @@ LAYOUT = 2  # of a file; 1 had several pages per column and no identities
 class Vectors:
     """A column as stored: ``values`` (n, D), ``scale`` (n,) float32 for int8, ``present`` (n,) false where null.
 
-    Values of uint8 are the bytes of soft labels.
+    Values of uint8 are the bytes of soft labels or of recorded views.
     """
 
     values: np.ndarray
@@ -81,7 +81,7 @@ def encode_vectors(values: np.ndarray, dtype: Dtype) -> Vectors:
 
 def id_column(name: str) -> str:
     """The column that says what ``image_3``, ``soft_3`` or ``text_0`` was made from; views of an image share one."""
-    return "id_image" if name.startswith(("image_", "soft_")) else f"id_{name}"
+    return "id_image" if name.startswith(("image_", "soft_", "view_")) else f"id_{name}"
 
 
 def write_vectors(
@@ -275,7 +275,7 @@ class EmbeddingFile:
 
 
 def _holds_vectors(name: str) -> bool:
-    return name.startswith(("image_", "text_", "soft_")) and not name.endswith("_scale")
+    return name.startswith(("image_", "text_", "soft_", "view_")) and not name.endswith("_scale")
 
 
 def _as_numpy(column: pa.ChunkedArray) -> np.ndarray:

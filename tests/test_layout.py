@@ -33,6 +33,10 @@ MAX_LINES = 500
 STAGE_IMPORTS = {
     "caption": {"ingest", "pack"},  # it reads lists of captions as ingest reads lists, cleaned as pack cleans
     "search": {"ingest", "report"},  # it lists a folder as ingest does, and its page is made as report's
+    "cache": {
+        "ingest",
+        "pack",
+    },  # it reads the tars of published vectors by ingest's rules, captions as pack cleans them
     "check": {"cache", "dedup"},  # it validates what they wrote, by their own rules
     "evalset": {"ingest"},  # it reads captions, folders and image Parquet by ingest's rules
     "pack": {"dedup", "labels"},  # it drops dedup's duplicates and labels captions with synsets

@@ -9,12 +9,30 @@ from pipeline.core.command_line import Root
 from pipeline.core.model_choice import ModelChoice
 from shards_spec.embeddings import Dtype
 from shards_spec.files import UserError
-from shards_spec.messages import require
+from shards_spec.messages import flag, require
 from shards_spec.models import Trust
 from shards_spec.precision import PrecisionOption
 from shards_spec.soft_labels import Kept
 from shards_spec.timm_classifiers import check_classifier_name
 from shards_spec.views import ViewSpec
+
+
+@dataclass(frozen=True)
+class VectorSource:
+    """Vectors that others published."""
+
+    from_: tuple[str, ...] = ()
+    """embed nothing; take the vectors of DataCompDR, whose tars ROOT was ingested from: --views of its augmentations,
+    which are replayed, and the captions that it knows; --model and --pretrained name one of its two teachers"""
+    part: str = ""
+    """with --from, of other teachers: which part of the stored vectors is this one's, such as 1/2"""
+
+    def __post_init__(self) -> None:
+        part, slash, parts = self.part.partition("/")
+        is_part = not self.part or (slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts))
+        require(bool(is_part), "part", self.part, "N/M, such as 1/2")
+        if self.part and not self.from_:
+            raise UserError("--part goes with --from, which is not given")
 
 
 @dataclass(frozen=True)
@@ -57,6 +75,7 @@ class CacheConfig(ModelChoice):
     export_lists: bool = False
     """embed nothing; write teacher/NAME/lists/, one file per shard with lists of float32, for pandas and DuckDB"""
     trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)
+    source: OmitArgPrefixes[VectorSource] = field(default_factory=VectorSource)
     overwrite: bool = False
     """make finished shards again"""
 
@@ -68,6 +87,8 @@ class CacheConfig(ModelChoice):
         require(self.processes is None or self.processes >= 0, "processes", self.processes, "0 or more")
         if self.soft_labels is not None:
             self._check_soft_labels(self.soft_labels)
+        if self.source.from_:
+            self._check_imported()
         if not self.augment and self.views != 1:
             raise UserError(
                 f"--views {self.views} of the same centre crop would be equal: say --views 1 with --no-augment"
@@ -78,6 +99,14 @@ class CacheConfig(ModelChoice):
         check_classifier_name(self.model)
         if self.dtype != "float16":
             raise UserError(f"--dtype {self.dtype}: soft labels are stored as float16; leave it out")
+
+    def _check_imported(self) -> None:
+        """Raise UserError for what only a teacher that runs here can have."""
+        if self.spec != ViewSpec() or not self.augment:
+            raise UserError("--from brings its own augmentations: leave out the options of views but --views")
+        for name in ("soft_labels", "export_lists"):
+            if getattr(self, name):
+                raise UserError(f"{flag(name)} means nothing with --from; leave one of them out")
 
     @property
     def label(self) -> str:

@@ -13,7 +13,7 @@ from shards_spec.manifest import read_done
 from shards_spec.shard_writer import ShardWriter
 from shards_spec.soft_labels import format_of
 from shards_spec.teacher_shard import TeacherShard
-from shards_spec.views import draw_view, parse_view_spec
+from shards_spec.views import RecordedSpec, draw_view, parse_view_spec
 
 
 def export_lists(root: str, name: str, overwrite: bool) -> Summary:
@@ -46,7 +46,12 @@ def _export_shard(root: str, task: ShardTask, *, stage: Stage, name: str) -> Sha
     keys = cached.files[-1].keys
     table: dict[str, Any] = {"key": pa.array(keys, pa.string())}
     for view in range(cached.config["num_views"]):
-        table[f"view_{view}"] = pa.array([draw_view(spec, key, view).pack() for key in keys], pa.binary())
+        if isinstance(spec, RecordedSpec):
+            recorded = cached.file(f"view_{view}").vectors(f"view_{view}")
+            packed = [values.tobytes() for values in recorded.values]
+            table[f"view_{view}"] = pa.array(packed, pa.binary(), mask=~recorded.present)
+        else:
+            table[f"view_{view}"] = pa.array([draw_view(spec, key, view).pack() for key in keys], pa.binary())
     soft = format_of(cached.path, cached.config)
     for column in _columns(cached):
         vectors = cached.file(column).vectors(column)
@@ -61,7 +66,7 @@ def _export_shard(root: str, task: ShardTask, *, stage: Stage, name: str) -> Sha
 
 def _columns(cached: TeacherShard) -> list[str]:
     """Names of the vectors' columns in all files: images by view, then texts by caption."""
-    columns = set[str]().union(*(file.names for file in cached.files))
+    columns = {name for name in set[str]().union(*(file.names for file in cached.files)) if name[:5] != "view_"}
 
     def order(name: str) -> tuple[str, int]:
         kind, _, number = name.partition("_")

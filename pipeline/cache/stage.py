@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.cache.config import CacheConfig
 from pipeline.cache.export_lists import export_lists
+from pipeline.cache.imported import import_cache
 from pipeline.cache.incremental import ColumnUpdate, ShardIndex, plan_column_update
 from pipeline.core.devices import worker_initializer
 from pipeline.core.runner import (
@@ -48,6 +49,8 @@ def cache(config: CacheConfig, assignment: ShardAssignment = ALL) -> Summary:
     """Run the stage. Raises UserError, ShardsFailed, DataError for views of another Pillow."""
     from pipeline.cache.embedder import Embedder, load_configured_teacher
 
+    if config.source.from_:
+        return import_cache(config, assignment)
     if config.export_lists:
         return export_lists(config.root, config.label, config.overwrite)
     shards = upstream_shards(config.root, SHARDS, "pack")

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ from shards_spec.selection import COPIES, read_selection, selected_record
 from shards_spec.soft_labels import SoftLabelFormat, format_of
 from shards_spec.tar import index_shard, read_shard, shard_keys
 from shards_spec.teacher_shard import TeacherShard
+from shards_spec.views import unpack_recorded
 
 MOST_CLASSES = 1 << 31  # where the list of classes is gone, which is reported once
 Validator = Callable[[str, str, int], Iterator[str]]  # (root, folder below it, shard) -> the shard's keys
@@ -226,9 +228,11 @@ def _validate_cache(root: str, folder: str, shard: int) -> Iterator[str]:
     soft = format_of(path, cached.config)
     has_texts = cached.find("text_0") is not None
     for name in index.column_names(cached.config["num_views"], texts=has_texts, soft_labels=soft is not None):
-        _validate_column(path, tar, name, index, cached.file(name))
+        _validate_column(path, tar, name, index, cached.file(name), may_lack="imported" in cached.config)
         if soft is not None:
             _validate_soft_labels(name, cached, soft)
+    if "imported" in cached.config:
+        _validate_recorded_views(cached)
     if cached.inputs.get(tar) != sha256_file(join(root, tar)):
         raise DataError(
             f"{path}: made from another {tar}, its images and captions are the same; run `clipmill cache` again, it "
@@ -237,9 +241,16 @@ def _validate_cache(root: str, folder: str, shard: int) -> Iterator[str]:
     yield from index.keys
 
 
-def _validate_column(path: str, tar: str, name: str, index: ShardIndex, file: EmbeddingFile) -> None:
-    """Raise DataError unless every row of a column was made from the shard's own content and is finite."""
+def _validate_column(
+    path: str, tar: str, name: str, index: ShardIndex, file: EmbeddingFile, *, may_lack: bool = False
+) -> None:
+    """Raise DataError unless every row of a column was made from the shard's own content and is finite.
+
+    ``may_lack``: a row may be null, where the source of imported vectors had none.
+    """
     update, vectors = plan_column_update(name, index, file), file.vectors(name)
+    if update is not None and may_lack:
+        update = replace(update, new_rows=update.new_rows[vectors.present[update.new_rows]])
     if update is not None and len(update.new_rows):
         raise DataError(
             f"{path}: made from another {tar}: key {index.keys[int(update.new_rows[0])]} has another "
@@ -249,6 +260,20 @@ def _validate_column(path: str, tar: str, name: str, index: ShardIndex, file: Em
     finite = np.isfinite(vectors.as_floats()).all(axis=1) | ~vectors.present
     if not finite.all():
         raise DataError(f"{path}: key {index.keys[int(finite.argmin())]} has no {name}; run `clipmill cache` again")
+
+
+def _validate_recorded_views(cached: TeacherShard) -> None:
+    """Raise DataError unless every image with vectors has its recorded views, and they have sense."""
+    for number in range(cached.config["num_views"]):
+        file = cached.file(f"view_{number}")
+        views = file.vectors(f"view_{number}")
+        if not np.array_equal(views.present, cached.file(f"image_{number}").vectors(f"image_{number}").present):
+            raise DataError(f"{file.path}: its view_{number} and image_{number} are not of the same samples")
+        for row in np.flatnonzero(views.present):
+            try:
+                unpack_recorded(views.values[row].tobytes())
+            except DataError as error:
+                raise DataError(f"{file.path}: key {file.keys[int(row)]} has in view_{number} {error}") from error
 
 
 def _validate_soft_labels(name: str, cached: TeacherShard, soft: SoftLabelFormat) -> None:
