@@ -33,35 +33,20 @@ from pipeline.cache.datacompdr_sample import (
     recorded_views,
 )
 from pipeline.cache.stage import cache
+from pipeline.caption.config import CaptionConfig, ListOptions
+from pipeline.caption.stage import caption
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
 from pipeline.ingest.stage import ingest
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
-from shards_spec.files import DataError, UserError, json_bytes, sha256_file
-from shards_spec.manifest import Done, write_stage
+from shards_spec.files import DataError, UserError, json_bytes
 from shards_spec.sample import Sample
 from shards_spec.teacher_shard import TeacherShard
 from shards_spec.views import RECORDED_BYTES, RecordedSpec, apply_view, unpack_recorded
 
 VIEWS = 3
 NAME = "ViT-L-14-openai"
-
-
-def write_captions(root, texts: dict[str, list[str]]) -> None:
-    """captions/coca of the first raw shard."""
-    folder = root / "captions" / "coca"
-    folder.mkdir(parents=True)
-    rows = [
-        {"key": key, "captions": own, "logprobs": [0.0] * len(own), "num_tokens": [1] * len(own)}
-        for key, own in texts.items()
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "00000.parquet")
-    path = "captions/coca/00000.parquet"
-    hashes = {"raw/00000.tar": sha256_file(str(root / "raw/00000.tar"))}
-    outputs = {path: sha256_file(str(root / path))}
-    Done("caption/coca", 0, {}, {"success": len(rows)}, hashes, outputs).write(str(folder))
-    write_stage(str(root), "caption/coca", {"config": {}, "shards": 1, "counts": {"success": len(rows)}})
 
 
 def final_sample(number: int, sample: Reinforced, captions: list[str], **changes) -> Sample:
@@ -113,9 +98,9 @@ def test_vectors_follow_uids_and_captions(tmp_path, source):
         for view in range(VIEWS):
             expected = np.stack([half(samples[n].image_emb[view], part) for n in order])
             np.testing.assert_allclose(rows_of(tmp_path, name, f"image_{view}"), expected, atol=4e-3)  # bfloat16
-        for caption in (1, 2):  # the last one first
-            expected = np.stack([half(samples[n].text_emb[3 - caption], part) for n in order])
-            np.testing.assert_allclose(rows_of(tmp_path, name, f"text_{caption}"), expected, atol=4e-3)
+        for number in (1, 2):  # the last one first
+            expected = np.stack([half(samples[n].text_emb[3 - number], part) for n in order])
+            np.testing.assert_allclose(rows_of(tmp_path, name, f"text_{number}"), expected, atol=4e-3)
         assert np.isnan(rows_of(tmp_path, name, "text_0")).all()
         assert np.isnan(rows_of(tmp_path, name, "text_3")).all()
     assert cache_problems(tmp_path) == []
@@ -439,9 +424,7 @@ def test_from_download_to_cache(tmp_path):
         folder = write_reinforced(tmp_path / "dr", [samples[:2], samples[2:]])
         root = tmp_path / "ds"
         ingest(ingest_config(root, folder, image_size=32))
-    raw = pq.read_table(root / "raw" / "00000.parquet").to_pylist()
-    texts = {row["key"]: row["syn_text"] for row in raw if row["status"] == "success"}
-    write_captions(root, texts)
+    caption(CaptionConfig(str(root), name="coca", lists=ListOptions((str(root / "raw" / "*.parquet"),))))
     pack(PackConfig(str(root), workers=1))
     summary = imported(root, folder, views=2)
     assert summary.counts == {"success": 3}
