@@ -8,7 +8,7 @@ operations. Rendering is Pillow's, hence bit-identical between machines that hav
 import math
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from statistics import NormalDist
 from typing import Any
@@ -194,7 +194,7 @@ class RecordedView:
     turn: int = 1
     flip: bool = False
     ops: tuple[tuple[int, int], ...] = ()
-    jitter: tuple[int, ...] = field(default=(), init=False)  # as `View` has it; none is recorded
+    jitter: tuple[int, ...] = ()  # as `View` has it; none is recorded
 
     def pack(self) -> bytes:
         """The view as `RECORDED_BYTES` bytes (SPEC.md section 4)."""

@@ -16,6 +16,9 @@ from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import _apply_op
 from web_server import make_image
 
+from shards_spec.files import json_bytes
+from shards_spec.sample import Sample
+
 OPERATIONS = list(RandAugment()._augmentation_space(31, (224, 224)))  # Apple's list has the same order
 SIDE = 224
 DIM = 16  # of both teachers' vectors together
@@ -103,3 +106,12 @@ def write_reinforced(folder: Path, tars: list[list[Reinforced]], names: str = "{
         members = [(f"{sample.uid}.{name}", data) for sample in samples for name, data in sample.members.items()]
         (folder / names.format(number)).write_bytes(tar_bytes(members))
     return str(folder)
+
+
+def final_sample(number: int, sample: Reinforced, captions: list[str], **changes) -> Sample:
+    """A sample as `pack` leaves it."""
+    width, height = Image.open(io.BytesIO(sample.image)).size
+    meta = {"uid": sample.uid, "tar": "00000000.tar", "original_width": width, "original_height": height, "exif": "{}"}
+    meta |= {f"syn_{index}": text for index, text in enumerate(captions)}
+    meta |= {"synsets": [[] for _ in range(1 + len(captions))], **changes}
+    return Sample(f"{number:09d}", {"jpg": sample.image, "txt": b"", "json": json_bytes(meta)})

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shards_spec.augment import jitter
 from shards_spec.counter_rng import uniform_draws
-from shards_spec.views import View, ViewSpec, apply_view
+from shards_spec.views import RecordedView, View, ViewSpec, apply_view
 from training.data.batches import to_pixels
 
 CLEAN = "clean_images"
@@ -42,7 +42,9 @@ class PairedViews:
         used = {CLEAN: has_copy, KEEP: self.mask_ratio > 0, DROPS: self.drops > 0}
         return ("images", *(name for name, is_used in used.items() if is_used))
 
-    def render(self, image: Image.Image, spec: ViewSpec, view: View, side: int, draw_name: str) -> dict[str, Tensor]:
+    def render(
+        self, image: Image.Image, spec: ViewSpec, view: View | RecordedView, side: int, draw_name: str
+    ) -> dict[str, Tensor]:
         """Return ``images``, uint8 (3, S, S), and what `fields` names besides.
 
         Args:

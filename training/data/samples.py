@@ -27,7 +27,7 @@ from training.data.order import BatchPlan, Order, SampleLocation
 from training.data.paired_views import PairedViews
 from training.data.selected import SamplePlace, SelectionReader, order_of
 from training.data.shard_reader import ShardReader, dataset_sizes
-from training.data.teacher_cache import TeacherCache, TeacherCaches
+from training.data.teacher_cache import LackingFeatures, TeacherCache, TeacherCaches
 
 
 def draw_caption(seed: int, key: str, epoch: int, count: int) -> int:
@@ -117,6 +117,8 @@ class Samples(Dataset[Item]):
         position, side = index if isinstance(index, tuple) else (index, None)
         try:
             return self._item(position, side or self.student.image_size)
+        except LackingFeatures as error:
+            return Skipped(str(error))
         except (DataError, UserError) as error:
             return error
 
@@ -135,7 +137,11 @@ class Samples(Dataset[Item]):
         except DataError as error:
             return Skipped(f"{self.reader.path(location.shard)}: key {sample.key}: {error}")
         view = turn % self.cache.num_views if self.cache else turn
-        drawn = draw_view(self.views, sample.key, view)
+        keys = self.reader.keys(location.shard)
+        if self.cache:
+            drawn = self.cache.view(location.shard, chosen.index, view, keys)
+        else:
+            drawn = draw_view(self.views, sample.key, view)
         if self.paired is None:
             images = {"images": to_pixels(apply_view(image, self.views, drawn, side))}
         else:
@@ -152,7 +158,6 @@ class Samples(Dataset[Item]):
             item["tokens"] = self.student.tokenizer([captions[caption]])[0]
             item["blank"] = not captions[caption].strip()
         if self.cache:
-            keys = self.reader.keys(location.shard)
             item |= self.cache.features(location.shard, chosen.index, view, caption, keys)
         return item
 

@@ -14,28 +14,58 @@ from shards_spec.layout import SHARDS, TEACHER, remake_advice, shard_name, tar_p
 from shards_spec.manifest import file_hash
 from shards_spec.messages import counted, flag
 from shards_spec.teacher_shard import TeacherShard
-from shards_spec.views import ViewSpec, parse_view_spec
+from shards_spec.views import (
+    RecordedSpec,
+    RecordedView,
+    View,
+    ViewSpec,
+    draw_view,
+    parse_view_spec,
+    unpack_recorded,
+)
 from training.data.local_copies import LocalFileCache
 from training.data.lru import LRUCache
 
 AGAIN = "delete it and run `clipmill cache` again"
 
 
+class LackingFeatures(DataError):
+    """An imported cache has nothing for a sample or a caption, because its source had none."""
+
+
 @dataclass(frozen=True)
 class ShardFeatures:
-    """One shard's features in the shard's order, read row by row; ``files`` has the file of each column."""
+    """One shard's features in the shard's order, read row by row; ``files`` has the file of each column.
+
+    ``is_imported``: what is null was not there to be taken (`clipmill cache --from`).
+    """
 
     path: str
     keys: list[str]
     files: dict[str, EmbeddingFile]
+    is_imported: bool = False
 
     def row(self, column: str, index: int) -> np.ndarray:
-        """Return a row, (D,) float32. Raises DataError when the cache has no such row."""
+        """Return a row, (D,) float32.
+
+        Raises DataError when the cache has no such row, LackingFeatures where an imported one may have none.
+        """
         file = self.files.get(column)
         row = file.row(column, index) if file else None
         if row is None or np.isnan(row).any():
-            raise DataError(f"{self.path}: key {self.keys[index]} has no {column}; {AGAIN}")
+            raise self._lacking(column, index)
         return row
+
+    def view(self, column: str, index: int) -> bytes:
+        """Return a recorded view, packed. Raises as `row`."""
+        stored = self.files[column].stored_row(column, index)
+        if stored is None:
+            raise self._lacking(column, index)
+        return stored.tobytes()
+
+    def _lacking(self, column: str, index: int) -> DataError:
+        lack = f"{self.path}: key {self.keys[index]} has no {column}"
+        return LackingFeatures(f"{lack} in --from") if self.is_imported else DataError(f"{lack}; {AGAIN}")
 
 
 class CacheReader:
@@ -178,7 +208,12 @@ class TeacherCache(CacheReader):
     def _read(self, shard: int, view: int, keys: list[str]) -> ShardFeatures:
         cached = self.open_shard(shard)
         texts = [f"text_{i}" for i in range(1 if self.original_only else cached.captions)]
-        return ShardFeatures(self.path(shard), keys, self.columns(cached, [f"image_{view}", *texts], keys))
+        files = self.columns(cached, [f"image_{view}", *texts], keys)
+        if isinstance(self.views, RecordedSpec):
+            column = f"view_{view}"
+            files[column] = cached.file(column)
+            _check_keys(files[column].path, files[column].keys, keys)
+        return ShardFeatures(self.path(shard), keys, files, is_imported="imported" in self.meta)
 
 
 def teacher_fields(number: int) -> tuple[str, str]:
@@ -234,6 +269,32 @@ class TeacherCaches:
                 fields[name] = torch.from_numpy(rows.row(column, index))
         return fields
 
+    def view(self, shard: int, index: int, view: int, keys: list[str]) -> View | RecordedView:
+        """Return a sample's view, drawn or as the caches recorded it.
+
+        Args:
+            shard: The shard.
+            index: The sample's row.
+            view: The view.
+            keys: The keys of the shard's samples, in the order of its tar.
+
+        Raises:
+            LackingFeatures: The source of an imported cache had none.
+            DataError: A cache's files are damaged, or two recorded different views.
+        """
+        if not isinstance(self.views, RecordedSpec):
+            return draw_view(self.views, keys[index], view)
+        packed = [member.features(shard, view, keys).view(f"view_{view}", index) for member in self.members]
+        if len(set(packed)) > 1:
+            paths = " and ".join(member.path(shard) for member in self.members)
+            raise DataError(
+                f"{paths}: key {keys[index]} has another view_{view} in each: their sources differ; {AGAIN}"
+            )
+        try:
+            return unpack_recorded(packed[0])
+        except DataError as error:
+            raise DataError(f"{self.members[0].path(shard)}: key {keys[index]}: {error}; {AGAIN}") from error
+
     def paths(self, shard: int) -> list[str]:
         """Return the path or URL of the first file of a shard in each cache."""
         return [member.path(shard) for member in self.members]
@@ -243,6 +304,8 @@ def _other_views(first: TeacherCache, other: TeacherCache) -> str:
     """The message for two caches whose views were drawn in another way, with the option that tells them apart."""
     one, two = asdict(first.views), asdict(other.views)
     different = [f"{flag(name)} {one[name]} and {two[name]}" for name in one if one[name] != two[name]]
+    if isinstance(first.views, RecordedSpec) != isinstance(other.views, RecordedSpec):
+        different = ["recorded ones of `clipmill cache --from`, and drawn ones"]
     return (
         f"--teacher {first.name!r} and {other.name!r} are of other views ({', '.join(different)}): teachers must have "
         "seen the same ones; make one of the caches again with the options of the other"

@@ -14,7 +14,16 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from small_data import tar_bytes, vouch, write_final
-from small_datacompdr import DIM, Reinforced, draw_parameters, packed, reinforced, replay, write_reinforced
+from small_datacompdr import (
+    DIM,
+    Reinforced,
+    draw_parameters,
+    final_sample,
+    packed,
+    reinforced,
+    replay,
+    write_reinforced,
+)
 from small_ingest import config as ingest_config
 from web_server import make_image, serve
 
@@ -40,22 +49,12 @@ from pipeline.check.stage import check
 from pipeline.ingest.stage import ingest
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
-from shards_spec.files import DataError, UserError, json_bytes
-from shards_spec.sample import Sample
+from shards_spec.files import DataError, UserError
 from shards_spec.teacher_shard import TeacherShard
 from shards_spec.views import RECORDED_BYTES, RecordedSpec, apply_view, unpack_recorded
 
 VIEWS = 3
 NAME = "ViT-L-14-openai"
-
-
-def final_sample(number: int, sample: Reinforced, captions: list[str], **changes) -> Sample:
-    """A sample as `pack` leaves it."""
-    width, height = Image.open(io.BytesIO(sample.image)).size
-    meta = {"uid": sample.uid, "tar": "00000000.tar", "original_width": width, "original_height": height, "exif": "{}"}
-    meta |= {f"syn_{index}": text for index, text in enumerate(captions)}
-    meta |= {"synsets": [[] for _ in range(1 + len(captions))], **changes}
-    return Sample(f"{number:09d}", {"jpg": sample.image, "txt": b"", "json": json_bytes(meta)})
 
 
 @pytest.fixture(scope="module")
