@@ -77,6 +77,10 @@ ADVICE = (
         "delete dedup/ to keep every image, or lower --near-bits",
     ),
     (
+        r"not .+ ([<>=!]+|in|is) .*|no caption meets --captions-where",
+        "does the condition say what is meant? `clipmill why ROOT KEY` shows what is known of a sample",
+    ),
+    (
         r"decoding took too long|decoder crashed",
         "--decode-timeout-s gives more time; look at one of the files",
     ),

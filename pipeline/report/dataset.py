@@ -31,7 +31,8 @@ def dataset_page(root: str, samples: int) -> dict[str, Any]:
     if "ingest" not in counts and (foreign := foreign_counts(root)):
         counts = {"ingest": foreign, **counts}
     tally = count_dataset(root)
-    problems = mismatches(counts) + tally.problems
+    by = stages.get("pack", {}).get("config", {}).get("select")
+    problems = mismatches(counts, f"select/{by}") + tally.problems
     vocabularies = _vocabularies(root, problems)
     rows = chain.from_iterable(vocabulary.rows for vocabulary in vocabularies.values())
     lemmas = {wnid: lemma for wnid, lemma, *_ in rows}

@@ -10,7 +10,13 @@ from shards_spec.files import exists, join, names, read_json
 from shards_spec.layout import RAW, STAGE_COMMANDS, STAGES, STATS_PATTERN, stage_log
 from shards_spec.messages import counted
 
-LEAVES = {"ingest": "downloaded and decoded", "caption": "captioned", "pack": "in final shards", "cache": "cached"}
+LEAVES = {
+    "ingest": "downloaded and decoded",
+    "caption": "captioned",
+    "pack": "in final shards",
+    "cache": "cached",
+    "select": "selected",
+}
 REASONS = 15  # rows per stage in the table of losses; the rest goes to one row
 SUMMARY = 80  # characters of a stage's settings in its row
 
@@ -121,10 +127,15 @@ def losses(stage: str, counts: dict[str, int]) -> Losses:
     return Losses(stage, sum(counts.values()), counts.get("success", 0), reasons)
 
 
-def mismatches(counts: dict[str, dict[str, int]]) -> list[str]:
-    """Stages that did not see exactly the samples that the stage before them left."""
+def mismatches(counts: dict[str, dict[str, int]], applied: str = "") -> list[str]:
+    """Stages that did not see exactly the samples that the stage before them left.
+
+    ``applied`` is the selection (``select/NAME``) by which pack made its shards, if any.
+    """
     found = []
     for name, count in counts.items():
+        if name == applied:  # it is of the shards that pack made before
+            continue
         stage = STAGES.get(name.split("/")[0])
         source = stage.reads if stage is not None else None
         if source in counts and sum(count.values()) != counts[source].get("success", 0):

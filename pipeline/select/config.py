@@ -35,6 +35,11 @@ class SelectConfig:
         require(self.workers >= 1, "workers", self.workers, "1 or more")
 
     @property
+    def label(self) -> str:
+        """The folder below select/."""
+        return self.name
+
+    @property
     def conditions(self) -> tuple[FactCondition, ...]:
         """Those of samples. Raises UserError for what is no condition."""
         return parse_conditions(self.where, "--where")

@@ -5,12 +5,13 @@ at a time; a sample that `pack` dropped is selected again by pack's own rules, a
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
+from pipeline.pack.applied_selection import find_applied_selection
 from pipeline.pack.selection import SampleSelector, SelectionConfig, ShardRange
 from pipeline.why.config import WhyConfig
 from shards_spec.files import DataError, UserError, exists, join, names
@@ -18,6 +19,7 @@ from shards_spec.layout import (
     CAPTIONS,
     DEDUP,
     RAW,
+    SELECT,
     SHARDS,
     TEACHER,
     VOCAB,
@@ -36,6 +38,7 @@ from shards_spec.layout import (
 from shards_spec.manifest import finished_shards, read_dataset, read_done, shard_ids
 from shards_spec.messages import counted
 from shards_spec.parquet import open_parquet, read_table
+from shards_spec.selection import captions_of, read_selection
 from shards_spec.soft_labels import SoftLabelFormat, format_of
 from shards_spec.tar import read_shard, shard_keys
 from shards_spec.teacher_shard import TeacherShard
@@ -95,6 +98,7 @@ def why(config: WhyConfig) -> SampleLife:
     if life.final is not None:
         _tell_final(life, root, *life.final)
         _tell_teachers(life, root, *life.final)
+        _tell_selections(life, root, *life.final)
     elif life.raw is not None:
         life.add("pack", _reason_of_pack(root, life.key, *life.raw))
     return life
@@ -211,6 +215,8 @@ def _reason_of_pack(root: str, key: str, shard: int, index: int) -> str:
         config["max_caption_chars"],
         config.get("min_similarity"),
     )
+    if config.get("select") is not None:
+        selection = replace(selection, applied=find_applied_selection(root, config["select"], captions_of(config)))
     selector = SampleSelector(root, ShardRange(shard, keys=(key,)), selection)
     outcome = selector.select(next(islice(read_shard(raw_tar(root, shard)), index, None)))
     stays = f"stays by pack's rules, but is in no final shard: run `clipmill pack {root}` again"
@@ -255,6 +261,26 @@ def _tell_teachers(life: SampleLife, root: str, shard: int, index: int) -> None:
         soft = format_of(cached.path, cached.config)
         facts = _cosines(cached, count, index) if soft is None else _most_probable(cached, soft, count, index)
         life.add(heading, f"row {index} of {cached.path}, {counted(count, 'view')}", *facts)
+
+
+def _tell_selections(life: SampleLife, root: str, shard: int, index: int) -> None:
+    """Whether each selection has it, and with which captions."""
+    for name in names(join(root, SELECT)):
+        heading = f"select/{name}"
+        if read_done(join(root, SELECT, name), shard) is None:
+            life.add(heading, f"not finished: {stats_path(join(root, SELECT, name), shard)} is not there")
+            continue
+        selection = read_selection(root, name, shard)
+        if index >= len(selection.keys) or selection.keys[index] != life.key:
+            life.add(heading, "made from other shards than those there")
+            continue
+        copies = int(selection.copies[index])
+        fact = f"left out: {selection.reasons[index]}" if not copies else "selected"
+        if copies > 1:
+            fact = f"selected, {copies} times an epoch"
+        shown = selection.captions[index]
+        captions = [] if shown is None else [f"shows {', '.join(f'text_{number}' for number in shown)} only"]
+        life.add(heading, fact, *captions)
 
 
 def _cosines(cached: TeacherShard, count: int, index: int) -> list[str]:

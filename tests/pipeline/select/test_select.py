@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from small_data import build_all, draw, tiny_coca
 
+from pipeline.cache.config import CacheConfig
+from pipeline.cache.stage import cache
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
 from pipeline.ingest.config import IngestConfig
@@ -16,6 +18,8 @@ from pipeline.pack.stage import pack
 from pipeline.select.config import SelectConfig
 from pipeline.select.facts import ShardFacts, find_sources
 from pipeline.select.stage import select
+from pipeline.why.config import WhyConfig
+from pipeline.why.stage import why
 from shards_spec.embeddings import read_embeddings
 from shards_spec.files import UserError
 from shards_spec.layout import final_parquet, teacher_parquet
@@ -40,9 +44,15 @@ def built(tmp_path_factory) -> str:
         rows.append(json.dumps(row))
     (base / "list.jsonl").write_text("\n".join(rows) + "\n")
     root = str(base / "ds")
+    model = tiny_coca(base / "coca")
     ingest(IngestConfig(root, str(base / "list.jsonl"), shard_size=4, workers=1, save_additional_columns=("*",)))
-    build_all(root, tiny_coca(base / "coca"), views=2)
+    build_all(root, model, views=2)
     return root
+
+
+@pytest.fixture
+def model(built) -> str:
+    return f"local-dir:{built.removesuffix('ds')}coca"
 
 
 @pytest.fixture
@@ -60,6 +70,8 @@ def test_columns_of_the_list(root):
     assert keys_of(root) == ["000010000", "000010002"]
     assert summary.counts == {"success": 2, "not similarity > 0.28": 3, "not NSFW == 'UNLIKELY'": 3}
     assert check(CheckConfig(root)) == []
+    assert "select/selected\n  selected" in told(root, "000010002")
+    assert "select/selected\n  left out: not NSFW == 'UNLIKELY'" in told(root, "000010001")
 
 
 def test_cosines_are_the_means_over_views(root):
@@ -72,7 +84,11 @@ def test_cosines_are_the_means_over_views(root):
     assert np.allclose(third, (image * vectors["text_2"]).sum(1), atol=1e-3)
 
 
-def test_pack_writes_a_selection(root):
+def told(root: str, key: str) -> str:
+    return "\n".join(why(WhyConfig(root, key)).lines)
+
+
+def test_pack_writes_a_selection(root, model):
     best = ShardFacts(root, 0, find_sources(root, (), None, [0])).of_captions("cosine").to_numpy().mean()
     select(SelectConfig(root, where=("similarity >= 0.2",), captions_where=(f"cosine > {best}",), workers=1))
     kept = {}
@@ -90,5 +106,13 @@ def test_pack_writes_a_selection(root):
         for row in read_table(final_parquet(root, shard)).to_pylist()
     }
     assert found == kept
+    assert "select/selected\n  selected" in told(root, "000010000") or "made from other shards" in told(
+        root, "000010000"
+    )
+    assert "dropped: not similarity >= 0.2" in told(root, "000000000")
+    remade = cache(CacheConfig(root, model, name="tea", views=2))
+    assert remade.made == SHARDS
+    assert not remade.measurements.get("new_image_vectors")
+    assert check(CheckConfig(root)) == []
     with pytest.raises(UserError, match="take another name"):
         select(SelectConfig(root, where=("width > 1",), workers=1))
