@@ -33,6 +33,7 @@ from training.data.samples import open_samples
 from training.engine.optim import build_optimizer
 from training.models.teacher import FrozenTeacher, TeacherEnsemble
 from training.recipes import clip, tinyclip
+from training.recipes.clip_kd import ClipKd, ClipKdConfig
 from training.runs.student import new_student
 
 
@@ -143,10 +144,10 @@ def measure(root: str, options: argparse.Namespace) -> Costs:
 
     drawn, cached = ViewConfig(scale=SCALE), TeacherCacheConfig("wide")
     weights = {"affinity": 1.0, "feature": 0.0, "contrastive": 1.0}
-    wide = TeacherEnsemble(
-        [FrozenTeacher("wide", width=student.config["embed_dim"], logit_scale=100.0)], EnsembleConfig()
-    )
-    taught = tinyclip.TinyclipTask(student.model, weights, None, wide)
+    width = student.config["embed_dim"]
+    wide = TeacherEnsemble([FrozenTeacher("wide", width=width, logit_scale=100.0)], EnsembleConfig())
+    clip_kd = ClipKd(ClipKdConfig(), width, wide, compares=False)
+    taught = tinyclip.TinyclipTask(student.model, weights, None, clip_kd)
     cases: dict[str, tuple[Any, ViewConfig | TeacherCacheConfig]] = {
         "(a) no teacher": (clip.ClipTask(student.model), drawn),
         "(b) cached teacher": (taught, cached),

@@ -37,6 +37,7 @@ from training.losses.distillation import affinity_loss
 from training.models.mobileclip import forward_shared
 from training.models.teacher import CACHED_FIELDS, FrozenTeacher, TeacherEnsemble
 from training.recipes import clip, siclip, tinyclip
+from training.recipes.clip_kd import ClipKd
 from training.runs.student import load_student
 
 CARD = 24e9  # bytes of the card that SiCLIP is to fit
@@ -166,7 +167,8 @@ def affinity_job(where: Options) -> Job:
 
     def build(config: tinyclip.TinyclipConfig, student: LoadedModel) -> Any:
         teacher = TeacherEnsemble([FrozenTeacher("drawn", width=TEACHER, logit_scale=50.0)], EnsembleConfig())
-        return tinyclip.TinyclipTask(student.model, {"affinity": 1.0}, config.fixed_logit_scale, teacher)
+        clip_kd = ClipKd(config.clip_kd, student.config["embed_dim"], teacher, compares=False)
+        return tinyclip.TinyclipTask(student.model, {"affinity": 1.0}, config.fixed_logit_scale, clip_kd)
 
     size = Size("MobileCLIP-tiny", 8) if where.dry else Size("ViT-M-32", 1024)
     return pairs_job("ViT-M-32", tinyclip, size, build, TEACHER)

@@ -25,8 +25,8 @@ class PairedViews:
     student's compares with its rate, by (seed, key, epoch): so samples do not depend on the process that has them.
     """
 
-    teacher_side: int
-    """pixels a side of the teacher's images"""
+    teacher_side: int | None
+    """pixels a side of the teacher's images; None: the teacher has none"""
     patches: int = 0
     """patches of an image"""
     mask_ratio: float = 0.0
@@ -38,7 +38,7 @@ class PairedViews:
 
     def fields(self, jitter_strengths: tuple[float, ...], side: int) -> tuple[str, ...]:
         """Return the fields that `render` gives."""
-        has_copy = any(jitter_strengths) or side != self.teacher_side
+        has_copy = self.teacher_side is not None and (any(jitter_strengths) or side != self.teacher_side)
         used = {CLEAN: has_copy, KEEP: self.mask_ratio > 0, DROPS: self.drops > 0}
         return ("images", *(name for name, is_used in used.items() if is_used))
 
@@ -62,7 +62,7 @@ class PairedViews:
         clean = apply_view(image, spec, plain, side)
         shown = jitter(clean, spec.jitter, view.jitter[0], view.jitter[1:]) if view.jitter else clean
         item = {"images": to_pixels(shown)}
-        if side != self.teacher_side:
+        if self.teacher_side is not None and side != self.teacher_side:
             clean = apply_view(image, spec, plain, self.teacher_side)
         if CLEAN in self.fields(spec.jitter, side):
             item[CLEAN] = to_pixels(clean)

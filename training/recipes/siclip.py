@@ -62,6 +62,7 @@ from training.config import (
     TeacherCacheConfig,
     ViewConfig,
 )
+from training.data.paired_views import KEEP
 from training.data.teacher_cache import TeacherCaches
 from training.losses.contrastive import clip_loss
 from training.losses.distillation import element_feature_loss, ensemble_relation_loss, interactive_loss
@@ -70,6 +71,7 @@ from training.losses.similarity import Similarity, upcast
 from training.models.inheritance import freeze, inherit_siclip
 from training.models.mobileclip import forward_shared, forward_tail, with_text_tower
 from training.models.teacher import FrozenTeacher, TeacherEnsemble
+from training.recipes.clip_kd import ClipKd, ClipKdConfig, MaskedStudent
 from training.recipes.pairs import MAX_LOGIT_SCALE, check_same_inputs, clamp_logit_scale, open_pairs
 from training.runs.student import is_run, load_student
 from training.task import Batch, Features, Losses, Prepared, Task
@@ -96,6 +98,7 @@ class SiclipConfig:
     student: OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
     optim: OmitArgPrefixes[OptimConfig] = field(default_factory=OptimConfig)
     run: OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
+    clip_kd: OmitArgPrefixes[ClipKdConfig] = field(default_factory=ClipKdConfig)
     base: str = "MobileCLIP-S0"
     """open_clip name or local-dir:PATH of the model to inherit from, which is the live teacher, too"""
     base_weights: str = ""
@@ -140,12 +143,18 @@ class SiclipConfig:
     def taught(self) -> bool:
         """Whether any term needs a teacher."""
         by_teacher = self.pm_weight and self.pm_similarity == "teacher"
-        return bool(self.fd_weight or self.crd_weight or self.icl_weight or by_teacher)
+        return bool(self.compares or self.crd_weight or by_teacher or self.clip_kd.is_used)
+
+    @property
+    def compares(self) -> bool:
+        """Whether FD or ICL put a student's feature beside a teacher's."""
+        return bool(self.fd_weight or self.icl_weight)
 
     def __post_init__(self) -> None:
         for name in WEIGHTS:
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(any(getattr(self, name) for name in WEIGHTS), "clip_weight", 0.0, "above 0 when the others are 0")
+        is_any = any(getattr(self, name) for name in WEIGHTS) or self.clip_kd.is_used
+        require(is_any, "clip_weight", 0.0, "above 0 when the others are 0")
         if self.train_tail and not self.inherit:
             raise UserError("--train-tail means nothing with --no-inherit, where all is trained: leave one of them out")
 
@@ -171,6 +180,7 @@ class SiclipTask(Task):
         base: The model whose layers before the attention blocks the student has inherited: they run once, without a
             graph, for the student and a live teacher. None where nothing is inherited and no live teacher is needed.
         teacher: The base again, or caches; None where no term needs one.
+        masked: The student's pass over a part of the patches, where there is one.
     """
 
     def __init__(
@@ -180,9 +190,11 @@ class SiclipTask(Task):
         width: int,
         base: FrozenTeacher | None,
         teacher: TeacherEnsemble | None,
+        *,
+        masked: MaskedStudent | None = None,
     ) -> None:
         fields = teacher.item_fields if teacher is not None else ()
-        super().__init__(student, ("images", "tokens", *fields))
+        super().__init__(student, ("images", "tokens", *fields, *((KEEP,) if masked is not None else ())))
         self.config = config
         self.base = base
         self.teacher = teacher
@@ -190,12 +202,16 @@ class SiclipTask(Task):
             self.icl_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         if config.pm_weight:
             self.head = PairHead(width, config.pm_logits, config.pm_raw)
+        self.clip_kd = None
+        if teacher is not None:
+            self.clip_kd = ClipKd(config.clip_kd, width, teacher, compares=config.compares)
+        self.masked = masked
 
     def forward(self, batch: Batch) -> Features:
         """Return features (B, D) of any length and the ids that tell which pairs are no negatives of each other.
 
         ``image``, ``text``, ``teacher_image``, ``teacher_text`` and those of further teachers; (B,) int64 ``text_ids``
-        and ``key_ids``: where they are equal, pairs are no negatives.
+        and ``key_ids``: where they are equal, pairs are no negatives; ``masked_image`` of a part of the patches.
         """
         images, tokens = batch["images"], batch["tokens"]
         if self.config.inherit:
@@ -205,6 +221,8 @@ class SiclipTask(Task):
             image, text = self.student.encode_image(images), self.student.encode_text(tokens)
         features = {"image": upcast(image), "text": upcast(text)}
         features |= {name: upcast(value) for name, value in taught.items()}
+        if self.masked is not None:
+            features["masked_image"] = upcast(self.masked.encode(self.student, batch))
         if self.config.pm_weight:
             features |= {"text_ids": text_ids(tokens), "key_ids": key_ids(batch["keys"], tokens.device)}
         return features
@@ -224,15 +242,22 @@ class SiclipTask(Task):
         return *encode_tail(self.student), taught
 
     def losses(self, features: Features, step: int) -> Losses:
-        """Return ``contrastive``, ``feature``, ``relation``, ``interactive``, ``pairs``: those of weight above 0."""
+        """Return ``contrastive``, ``feature``, ``relation``, ``interactive``, ``pairs``: those of weight above 0.
+
+        Further ones are those of `ClipKd.losses`.
+        """
         config, scale = self.config, self.student.logit_scale.exp()
         unit = {name: F.normalize(value, dim=-1) for name, value in features.items() if value.is_floating_point()}
 
         image, text = unit["image"], unit["text"]
 
-        def of_teachers(loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-            assert self.teacher is not None
-            return self.teacher.combined([loss(*pair) for pair in self.teacher.pairs(unit)])
+        students = list[tuple[Tensor, Tensor]]()
+        if self.clip_kd is not None:
+            students = self.clip_kd.towards_teachers((image, text), (features["image"], features["text"]))
+
+        def compared(loss: Callable[..., Tensor]) -> Tensor:
+            assert self.clip_kd is not None
+            return self.clip_kd.compared(loss, students, unit)
 
         def relation() -> Tensor:
             assert self.teacher is not None
@@ -240,15 +265,18 @@ class SiclipTask(Task):
 
         terms: dict[str, tuple[float, Callable[[], Tensor]]] = {
             "contrastive": (config.clip_weight, lambda: clip_loss(image, text, scale)),
-            "feature": (config.fd_weight, lambda: of_teachers(partial(element_feature_loss, image, text))),
+            "feature": (config.fd_weight, lambda: compared(element_feature_loss)),
             "relation": (config.crd_weight, relation),
             "interactive": (
                 config.icl_weight,
-                lambda: of_teachers(partial(interactive_loss, image, text, scale=self._icl_scale())),
+                lambda: compared(partial(interactive_loss, scale=self._icl_scale())),
             ),
             "pairs": (config.pm_weight, lambda: self._pair_loss(features, unit, step)),
         }
-        return {name: weight * loss() for name, (weight, loss) in terms.items() if weight}
+        losses = {name: weight * loss() for name, (weight, loss) in terms.items() if weight}
+        if self.clip_kd is not None:
+            losses |= self.clip_kd.losses(features, unit, students, scale)
+        return losses
 
     def _icl_scale(self) -> Tensor:
         return self.icl_logit_scale if self.config.icl_raw_scale else self.icl_logit_scale.exp()
@@ -271,8 +299,10 @@ class SiclipTask(Task):
         return torch.stack(logits).mean(0) if len(logits) > 1 else logits[0]
 
     def after_step(self, step: int) -> None:
-        """Keep both scales at 100 at most."""
+        """Keep the scales at 100 at most."""
         clamp_logit_scale(self.student)
+        if self.clip_kd is not None:
+            self.clip_kd.clamp()
         if self.config.icl_weight and not self.config.icl_raw_scale:
             with torch.no_grad():
                 self.icl_logit_scale.clamp_(max=MAX_LOGIT_SCALE)
@@ -285,7 +315,10 @@ def prepare(config: SiclipConfig) -> Prepared:
     """
     check_base_weights(config)  # before anything is built
     student, samples = open_pairs(config.data, config.views, config.student, config.run.seed)
-    return Prepared(student, samples, build_task(config, student, samples.cache))
+    task = build_task(config, student, samples.cache)
+    if task.masked is not None:
+        task.masked.draw_in(samples, config.run.seed)
+    return Prepared(student, samples, task)
 
 
 def check_base_weights(config: SiclipConfig) -> None:
@@ -325,16 +358,15 @@ def build_task(config: SiclipConfig, student: LoadedModel, caches: TeacherCaches
         check_same_inputs(f"--base {config.base!r}", loaded, student)
         if config.inherit:
             _inherit(config, student, loaded)
-        if caches is None:
-            _check_width(config, width, loaded.config["embed_dim"])
         base = FrozenTeacher.live(config.base, replace(loaded, model=reparameterize_model(loaded.model, inplace=True)))
-    for cache in caches.members if caches is not None else ():
-        _check_width(config, width, cache.dim)
     if config.taught and caches is not None:
         teacher = TeacherEnsemble.cached(caches, config.ensemble)
     elif config.taught and base is not None:
         teacher = TeacherEnsemble([base], config.ensemble)
-    return SiclipTask(config, student.model, width, base, teacher)
+    masked = None
+    if config.clip_kd.mfd_weight:
+        masked = MaskedStudent(config.clip_kd, student.model, config.student.model)
+    return SiclipTask(config, student.model, width, base, teacher, masked=masked)
 
 
 def load_base(model: str, weights: str, seed: int, trust: Trust = NO_TRUST) -> LoadedModel:
@@ -346,14 +378,6 @@ def load_base(model: str, weights: str, seed: int, trust: Trust = NO_TRUST) -> L
     named = ModelConfig(model, None if is_random else weights or None, trust)
     base = load_student(named, seed, random_weights=is_random)
     return replace(base, model=with_text_tower(base.model)) if model == "MobileCLIP2-S0" else base
-
-
-def _check_width(config: SiclipConfig, width: int, teacher_width: int) -> None:
-    if (config.fd_weight or config.icl_weight) and width != teacher_width:
-        raise UserError(
-            f"--fd-weight {config.fd_weight}, --icl-weight {config.icl_weight}: the student's features have {width} "
-            f"numbers, the teacher's {teacher_width}; use a --model with embed_dim {teacher_width}, or 0 for both"
-        )
 
 
 def _inherit(config: SiclipConfig, student: LoadedModel, base: LoadedModel) -> None:

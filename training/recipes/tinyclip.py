@@ -33,7 +33,7 @@ default here where paper and code disagree or have a defect:
 - The target starts at the sparsity that the former stage's student has, not at the one that it was asked for.
 - Teacher features come from a cache and views are the cache's, which costs nothing per step; --teacher-from live runs
   the teacher on the batch, as the scripts do.
-- fp16 is bf16 here. CLIP-KD's feature loss (arXiv 2307.12732) can be added.
+- fp16 is bf16 here. CLIP-KD's losses (arXiv 2307.12732) can be added: see `training.recipes.clip_kd`.
 
 The default student, ViT-M-32, has the image tower of TinyCLIP-ViT-40M/32 and a text tower of 12 layers instead of 6.
 """
@@ -52,7 +52,6 @@ from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
 from shards_spec.messages import flag, require
-from shards_spec.models import LoadedModel
 from training.config import (
     SMOKE_MASKS,
     DataConfig,
@@ -65,12 +64,13 @@ from training.config import (
     ViewConfig,
     total_steps,
 )
+from training.data.paired_views import KEEP
 from training.engine.optim import ParamGroup
 from training.losses.contrastive import clip_loss
 from training.losses.distillation import ensemble_affinity_loss, feature_loss
 from training.losses.similarity import Similarity
-from training.models.teacher import TeacherEnsemble
 from training.models.tinyclip_table import markdown, model_table, parameters_left
+from training.recipes.clip_kd import ClipKd, ClipKdConfig, MaskedStudent
 from training.recipes.pairs import clamp_logit_scale, open_pairs
 from training.recipes.tinyclip_masks import MaskedPhase, check_length, masked_copy
 from training.recipes.tinyclip_stages import StageConfig, stage_starts
@@ -103,12 +103,13 @@ class TinyclipConfig:
     stages: OmitArgPrefixes[StageConfig] = field(default_factory=StageConfig)
     optim: OmitArgPrefixes[OptimConfig] = field(default_factory=OptimConfig)
     run: OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
+    clip_kd: OmitArgPrefixes[ClipKdConfig] = field(default_factory=ClipKdConfig)
     teacher_from: Literal["cache", "live"] = "cache"
     """cache: a teacher cache's features and views; live: the teacher runs on views drawn now"""
     affinity_weight: float = 1.0
     """weight of affinity mimicking"""
     feature_weight: float = 0.0
-    """weight of feature distillation; needs a student with the teacher's embedding width"""
+    """weight of feature distillation, the mean over pairs of 2 - 2 cos; D / 2 of it is CLIP-KD's element mean"""
     contrastive_weight: float = 0.0
     """weight of the hard-label loss; 0 in all released TinyCLIP recipes"""
     fixed_logit_scale: float | None = 50.0
@@ -134,7 +135,8 @@ class TinyclipConfig:
         weights = ("affinity_weight", "feature_weight", "contrastive_weight")
         for name in weights:
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(any(getattr(self, name) for name in weights), "affinity_weight", 0.0, "above 0 when the others are 0")
+        is_any = any(getattr(self, name) for name in weights) or self.clip_kd.is_used
+        require(is_any, "affinity_weight", 0.0, "above 0 when the others are 0")
         scale = self.fixed_logit_scale
         require(scale is None or scale > 0, "fixed_logit_scale", scale, "above 0 or None")
         self.stages.check(self.inheritance.inherit)
@@ -220,8 +222,9 @@ class TinyclipTask(Task):
         student: The student.
         weights: Weights of ``affinity``, ``feature`` and ``contrastive``; a term of weight 0 is not computed.
         scale: The student's logit scale; None: it learns its own.
-        teacher: The teachers, with their scales.
+        clip_kd: The teachers with their scales, linear maps to their widths, and CLIP-KD's losses.
         phase: The masks of a student that has some, until they are applied.
+        masked: The student's pass over a part of the patches, where there is one.
     """
 
     def __init__(
@@ -229,13 +232,18 @@ class TinyclipTask(Task):
         student: Any,
         weights: dict[str, float],
         scale: float | None,
-        teacher: TeacherEnsemble,
+        clip_kd: ClipKd,
+        *,
         phase: MaskedPhase | None = None,
+        masked: MaskedStudent | None = None,
     ) -> None:
-        super().__init__(student, ("images", "tokens", *teacher.item_fields))
+        drawn = (KEEP,) if masked is not None else ()
+        super().__init__(student, ("images", "tokens", *clip_kd.teachers.item_fields, *drawn))
         self.weights = weights
         self.scale = scale
-        self.teacher = teacher
+        self.teacher = clip_kd.teachers
+        self.clip_kd = clip_kd
+        self.masked = masked
         self.phase = phase
         self.constraint = None if phase is None else phase.constraint()
         if scale is not None:
@@ -249,38 +257,48 @@ class TinyclipTask(Task):
         return {**batch, "masks": {name: getattr(self.student, name).masks.draw() for name in ("visual", "text")}}
 
     def forward(self, batch: Batch) -> Features:
-        """Return ``image``, ``text`` (n, D) and the teachers' features (n, D'), all normalised."""
+        """Return ``image``, ``text`` (n, D) and the teachers' features (n, D'), all normalised.
+
+        As they are, ``raw_image`` and ``raw_text`` (n, D) for linear maps to other widths, and ``masked_image`` (n, D)
+        of a part of the patches.
+        """
         taught = self.teacher.features(batch)
         image, text = self._encode(batch)
-        return {
-            "image": image,
-            "text": text,
-            **{name: F.normalize(value.float(), dim=-1) for name, value in taught.items()},
-        }
+        features = {"image": F.normalize(image, dim=-1), "text": F.normalize(text, dim=-1)}
+        features |= {name: F.normalize(value.float(), dim=-1) for name, value in taught.items()}
+        if self.clip_kd.projects:
+            features |= {"raw_image": image, "raw_text": text}
+        if self.masked is not None:
+            features["masked_image"] = self.masked.encode(self.student, batch)
+        return features
 
     def _encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The student's normalised features."""
+        """The student's features, of any length."""
         images, tokens = batch["images"], batch["tokens"]
         if "masks" not in batch:
-            return self.student.encode_image(images, normalize=True), self.student.encode_text(tokens, normalize=True)
-        image = self.student.visual(images, batch["masks"]["visual"])
-        text = self.student.text(tokens, batch["masks"]["text"])
-        return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+            image = self.student.encode_image(images, normalize=False)
+            return image, self.student.encode_text(tokens, normalize=False)
+        return self.student.visual(images, batch["masks"]["visual"]), self.student.text(tokens, batch["masks"]["text"])
 
     def losses(self, features: Features, step: int) -> Losses:
-        """Return ``affinity``, ``feature``, ``contrastive``: those whose weight is not 0; with masks ``sparsity``."""
+        """Return ``affinity``, ``feature``, ``contrastive``: those whose weight is not 0; with masks ``sparsity``.
+
+        Further ones are those of `ClipKd.losses`.
+        """
         image, text = features["image"], features["text"]
         scale = self.student.logit_scale.exp() if self.scale is None else self.scale
+        students = self.clip_kd.towards_teachers(
+            (image, text), (features.get("raw_image", image), features.get("raw_text", text))
+        )
         terms = {
             "affinity": lambda: self.teacher.relational(
                 partial(ensemble_affinity_loss, Similarity(image, text, scale)), features
             ),
-            "feature": lambda: self.teacher.combined(
-                [feature_loss(image, text, *pair) for pair in self.teacher.pairs(features)]
-            ),
+            "feature": lambda: self.clip_kd.compared(feature_loss, students, features),
             "contrastive": lambda: clip_loss(image, text, scale),
         }
         losses = {name: weight * terms[name]() for name, weight in self.weights.items() if weight}
+        losses |= self.clip_kd.losses(features, features, students, scale)
         if self.phase is not None and self.constraint is not None:
             losses["sparsity"] = self.constraint(self.phase.sparsity(self.student), self.phase.target(step))
         return losses
@@ -296,6 +314,7 @@ class TinyclipTask(Task):
         """Keep a learned logit scale at 100 at most and the masks in their range; cut the student when it is time."""
         if self.scale is None:
             clamp_logit_scale(self.student)
+        self.clip_kd.clamp()
         if self.phase is None or self.constraint is None:
             return
         self.phase.clamp(self.student)
@@ -363,8 +382,13 @@ def prepare(config: TinyclipConfig) -> Prepared:
         models.keep(inheritance.source, student)
     is_new = RunFolder(config.run.out).newest() is None  # else the weights are the checkpoint's
     teacher = open_teachers(inheritance, config.taught_by, student, samples.cache, models, is_new=is_new)
-    if config.feature_weight:
-        _check_width(config, student, teacher)
+    clip_kd = ClipKd(config.clip_kd, student.config["embed_dim"], teacher, compares=config.feature_weight > 0)
+    masked = None
+    if config.clip_kd.mfd_weight:
+        if is_auto:
+            raise UserError("--mfd-weight: a student with learned masks cannot leave patches out: leave it out")
+        masked = MaskedStudent(config.clip_kd, student.model, config.student.model)
+        masked.draw_in(samples, seed)
     phase = None
     if is_auto:
         check_length(config.masks, total_steps(config.run, samples.plan.mean, samples.order.total))
@@ -377,15 +401,5 @@ def prepare(config: TinyclipConfig) -> Prepared:
         "feature": config.feature_weight,
         "contrastive": config.contrastive_weight,
     }
-    return Prepared(student, samples, TinyclipTask(student.model, weights, config.fixed_logit_scale, teacher, phase))
-
-
-def _check_width(config: TinyclipConfig, student: LoadedModel, teachers: TeacherEnsemble) -> None:
-    width = student.config["embed_dim"]
-    for teacher in teachers.members:
-        if width != teacher.width:
-            raise UserError(
-                f"--feature-weight {config.feature_weight}: the student's features have {width} numbers, those of "
-                f"teacher {teacher.name} have {teacher.width}; use a --model with embed_dim {teacher.width}, or "
-                "--feature-weight 0"
-            )
+    task = TinyclipTask(student.model, weights, config.fixed_logit_scale, clip_kd, phase=phase, masked=masked)
+    return Prepared(student, samples, task)

@@ -386,10 +386,10 @@ def test_fields_are_checked(fields, message):
     assert message in str(error.value)
 
 
-def test_a_teacher_of_another_width_is_refused_where_it_matters(base_file, tmp_path):
-    cache = cache_of(16)
-    config = config_of(base_file, teacher_from="cache")
-    with pytest.raises(UserError, match="the student's features have 64 numbers, the teacher's 16"):
-        siclip.build_task(config, new_student(config.student, 0), cache)
-    fine = dataclasses.replace(config, fd_weight=0.0, icl_weight=0.0)
-    assert siclip.build_task(fine, new_student(config.student, 0), cache).teacher.scales == (40.0,)
+def test_a_teacher_of_another_width_gets_linear_maps_where_features_are_compared(base_file):
+    config, cache = config_of(base_file, teacher_from="cache"), cache_of(16)
+    task = siclip.build_task(config, new_student(config.student, 0), cache)
+    assert task.clip_kd.projections["0"].image.weight.shape == (16, 64)
+    plain = dataclasses.replace(config, fd_weight=0.0, icl_weight=0.0)
+    task = siclip.build_task(plain, new_student(config.student, 0), cache)
+    assert (task.teacher.scales, task.clip_kd.projects) == ((40.0,), False)

@@ -114,7 +114,6 @@ def test_caches_that_do_not_go_together_are_refused(root, names, message):
             {"teacher_from": "live", "teacher_weights": "x", "more_teachers": ("x",)},
             "--more-teachers x: name each teacher once",
         ),
-        ({"feature_weight": 1.0}, "those of teacher wide have 24"),
     ],
 )
 def test_mistakes(root, fields, message):
