@@ -286,6 +286,8 @@ def _tell_selections(life: SampleLife, root: str, shard: int, index: int) -> Non
 def _cosines(cached: TeacherShard, count: int, index: int) -> list[str]:
     """The mean, least and largest cosine of all views with each caption."""
     views = np.stack([_vector(cached, f"image_{view}", index) for view in range(count)])
+    if np.isnan(views).any():
+        return ["no vectors: the source of this imported cache had none, training leaves the sample out"]
     facts = []
     for number in range(cached.captions):
         text = _vector(cached, f"text_{number}", index)

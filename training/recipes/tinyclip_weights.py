@@ -206,7 +206,9 @@ def _weights_of(cache: TeacherCache) -> str:
 
 
 def _is_of(cache: TeacherCache, model: nn.Module) -> bool:
-    """Whether a cache is of a model's weights, in the precision that it was made in."""
+    """Whether a cache is of a model's weights, in the precision that it was made in; an imported one may be."""
+    if cache.meta["weights_sha256"] is None:
+        return True
     dtype = getattr(torch, cache.meta.get("precision", "float32"))
     if dtype != torch.float32:
         model = copy.deepcopy(model).to(dtype)

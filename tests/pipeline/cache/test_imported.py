@@ -49,6 +49,8 @@ from pipeline.check.stage import check
 from pipeline.ingest.stage import ingest
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
+from pipeline.why.config import WhyConfig
+from pipeline.why.stage import why
 from shards_spec.files import DataError, UserError
 from shards_spec.teacher_shard import TeacherShard
 from shards_spec.views import RECORDED_BYTES, RecordedSpec, apply_view, unpack_recorded
@@ -417,7 +419,8 @@ def test_from_download_to_cache(tmp_path):
     """The whole path: a list of tars, images from a server, captions and vectors of those that are still the same."""
     with serve() as server:
         base = f"http://127.0.0.1:{server.server_port}"
-        samples = [reinforced(n, base, form="pth.gz") for n in range(5)]
+        samples = [reinforced(n, base, form="pth.gz") for n in range(6)]
+        samples[5].members["pth.gz"] = b"damaged"
         samples[1].members["url.txt"] = f"{base}/good/9".encode()
         samples[3].members["url.txt"] = f"{base}/status/404".encode()
         folder = write_reinforced(tmp_path / "dr", [samples[:2], samples[2:]])
@@ -426,10 +429,12 @@ def test_from_download_to_cache(tmp_path):
     caption(CaptionConfig(str(root), name="coca", lists=ListOptions((str(root / "raw" / "*.parquet"),))))
     pack(PackConfig(str(root), workers=1))
     summary = imported(root, folder, views=2)
-    assert summary.counts == {"success": 3}
+    assert summary.counts == {"success": 3, UNREADABLE: 1}
     assert summary.counters == {"image vectors": 6, "text vectors": 6}
+    assert "no vectors: the source of this imported cache had none" in str(why(WhyConfig(str(root), "000000005")))
+    assert "text_2: cosine" in str(why(WhyConfig(str(root), "000000004")))
     assert check(CheckConfig(str(root))) == []
     kept = [samples[n] for n in (0, 2, 4)]
     np.testing.assert_allclose(
-        rows_of(root, NAME, "text_2"), np.stack([half(sample.text_emb[2], 0) for sample in kept]), atol=4e-3
+        rows_of(root, NAME, "text_2")[:3], np.stack([half(sample.text_emb[2], 0) for sample in kept]), atol=4e-3
     )

@@ -87,6 +87,20 @@ def test_images_with_another_hash_are_counted_and_captions_kept(tmp_path):
     assert (meta["uid"], meta["tar"]) == (samples[0].uid, "00000000.tar")
 
 
+def test_a_retried_row_is_still_proved(tmp_path):
+    with serve() as server:
+        base = f"http://127.0.0.1:{server.server_port}"
+        samples = [reinforced(number, base) for number in range(3)]
+        samples[1].members["url.txt"] = f"{base}/flaky/1".encode()  # 503 at first, then the image
+        samples[2].members["url.txt"] = f"{base}/flaky/9".encode()  # then another image
+        source = write_reinforced(tmp_path / "dr", [samples])
+        ingest(config(tmp_path / "ds", source, retries=0))
+        summary = ingest(config(tmp_path / "ds", source, retries=0, retry_failed=True))
+    assert summary.counts == {"success": 2, OTHER_SHA256: 1}
+    retried = next(row for row in rows_of(tmp_path / "ds", 1) if row["status"] == "success")
+    assert (retried["uid"], retried["syn_text"]) == (samples[1].uid, samples[1].captions)
+
+
 def test_any_list_may_bring_hashes(tmp_path):
     with serve() as server:
         base = f"http://127.0.0.1:{server.server_port}"
