@@ -11,6 +11,7 @@ from pipeline.caption.config import CaptionConfig
 from pipeline.caption.listed import caption_from_lists
 from pipeline.caption.redraws import CaptionRedrawer
 from pipeline.caption.requests import CaptionRequest
+from pipeline.caption.served import caption_from_server
 from pipeline.caption.shard_captions import SIMILARITY_FIELDS, ImageCaptions
 from pipeline.core.devices import worker_initializer
 from pipeline.core.prefetch import batches, prefetch_map
@@ -26,7 +27,7 @@ from pipeline.core.runner import (
     tar_tasks,
     upstream_shards,
 )
-from shards_spec.files import DataError, UserError
+from shards_spec.files import DataError
 from shards_spec.images import decode_rgb
 from shards_spec.layout import RAW, captions_folder, raw_tar
 from shards_spec.models import load_model, model_label, pick_devices, weights_sha256
@@ -51,7 +52,7 @@ def caption(config: CaptionConfig, assignment: ShardAssignment = ALL) -> Summary
     if config.lists.from_:
         return caption_from_lists(config, assignment)
     if config.endpoint.server is not None:
-        raise UserError("--server is not there yet in this version")
+        return caption_from_server(config, assignment)
     shards = upstream_shards(config.root, RAW, "ingest")
     devices = pick_devices(config.device)
     is_parallel = len(devices) > 1

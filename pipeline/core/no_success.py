@@ -65,6 +65,14 @@ ADVICE = (
         "the files of --exclude name them",
     ),
     (
+        r"no caption in the list|every caption of the list unusable|nothing in raw to join it by",
+        "is --from a list of this dataset's images, and --by the column that both have?",
+    ),
+    (
+        r"server: .*",
+        "the log has what the server said of each image",
+    ),
+    (
         r"no caption|caption empty.*",
         "run `clipmill caption`, or give ingest the captions (--caption-col, x.txt beside x.jpg)",
     ),

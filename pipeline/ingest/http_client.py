@@ -280,7 +280,7 @@ class Fetcher:
         if not 200 <= response.status < 300:
             retry_after_s = 0.0
             if response.status in (429, 503):
-                retry_after_s = _retry_after_s(response.headers.get("Retry-After", ""))
+                retry_after_s = parse_retry_after(response.headers.get("Retry-After", ""))
             raise FetchError(f"HTTP {response.status}", retry_after_s)
         if not self._rules.ignore_opt_out and opted_out(response.headers.getall("X-Robots-Tag", [])):
             raise FetchError("opted out")
@@ -317,7 +317,7 @@ def _parse_url(url: str) -> yarl.URL:
     return address
 
 
-def _retry_after_s(value: str) -> float:
+def parse_retry_after(value: str) -> float:
     """Seconds asked for by a Retry-After header, which holds seconds or a date; 0 when it makes no sense."""
     try:
         if value.strip().isdecimal():

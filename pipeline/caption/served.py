@@ -1,0 +1,239 @@
+"""`caption --server`: captions by a model that an OpenAI-compatible server runs, such as vLLM.
+
+Every image is sent as a JPEG in a data URL with one prompt. The rules are those of a model that runs here: N captions
+an image, each of which is asked for again when it is empty, looping or the same as another.
+"""
+
+import base64
+import io
+import logging
+import os
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+from PIL import Image
+
+from pipeline.caption.caption_lists import cleaned
+from pipeline.caption.chat_client import KEY_VARIABLE, ChatChoice, ChatClient, ChatError
+from pipeline.caption.config import CaptionConfig
+from pipeline.caption.requests import GeneratedCaption
+from pipeline.caption.shard_captions import REASON_FIELD, ImageCaptions, ShardCaptions
+from pipeline.core.prefetch import prefetch_map
+from pipeline.core.runner import (
+    RunOptions,
+    ShardAssignment,
+    ShardResult,
+    ShardTask,
+    Stage,
+    Summary,
+    run_stage,
+    tar_tasks,
+    upstream_shards,
+)
+from shards_spec.counter_rng import draw_index
+from shards_spec.files import DataError, UserError
+from shards_spec.images import decode_rgb
+from shards_spec.layout import RAW, captions_folder, raw_tar
+from shards_spec.sample import Sample
+from shards_spec.tar import read_shard
+
+log = logging.getLogger(__name__)
+SHARDS_AT_ONCE = 2  # so that the last answers of one shard do not keep the server from the next
+JPEG_QUALITY = 92
+PROBE_SIDE = 224  # pixels of the image that the server is tried with
+SEEDS = 1 << 31
+
+
+def caption_from_server(config: CaptionConfig, assignment: ShardAssignment) -> Summary:
+    """Run the stage with a server's captions.
+
+    Raises UserError when there is no server, it does not have the model or take images, or it is gone; ShardsFailed.
+    """
+    root, options = config.root, config.endpoint
+    shards = upstream_shards(root, RAW, "ingest")
+    stage = Stage(f"caption/{config.label}", captions_folder(config.label), _identity(config))
+    with ChatClient(
+        options.server or "",
+        os.environ.get(KEY_VARIABLE, ""),
+        concurrency=options.concurrency,
+        timeout_s=options.request_timeout_s,
+        retries=options.retries,
+    ) as client:
+        captioner = ServedCaptioner(config, client)
+        work = partial(_caption_shard, stage=stage, captioner=captioner, concurrency=options.concurrency)
+        run = RunOptions(threads=SHARDS_AT_ONCE, assignment=assignment, overwrite=config.overwrite, total=len(shards))
+        return run_stage(root, stage, tar_tasks(root, RAW, shards, assignment), work, run)
+
+
+def _identity(config: CaptionConfig) -> dict[str, Any]:
+    """Every setting that affects the captions; not where the server is, nor how fast it is asked."""
+    decoding = config.decoding
+    return {
+        "server_model": config.endpoint.server_model,
+        "prompt": config.endpoint.prompt,
+        "image_side": config.endpoint.image_side,
+        "num_captions": config.num_captions,
+        "method": decoding.method,
+        **{name: getattr(decoding, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")},
+        "min_tokens": decoding.min_tokens,
+        "max_tokens": decoding.max_tokens,
+        "seed": config.seed,
+        "redraws": config.redraws,
+    }
+
+
+@dataclass(frozen=True)
+class ServedImage:
+    """What became of one sample: its captions (None: the image does not decode), and how many were asked for again."""
+
+    key: str
+    captions: ImageCaptions | None
+    redrawn: int = 0
+
+
+class ServedCaptioner:
+    """Asks a server for the captions of images; to be used by many threads."""
+
+    def __init__(self, config: CaptionConfig, client: ChatClient) -> None:
+        self._config = config
+        self._client = client
+        self._check_lock = threading.Lock()
+        self._is_checked = False
+        self._several_at_once = False
+        self._extras = dict[str, Any]()
+
+    def check(self) -> None:
+        """Try the server with an image, once, before the first shard is begun.
+
+        Raises UserError when there is no server, it does not have the model, or no request with an image succeeds.
+        """
+        with self._check_lock:
+            if not self._is_checked:
+                self._try_server()
+            self._is_checked = True
+
+    def _try_server(self) -> None:
+        """Find out what the server understands: several answers at once, our extra fields."""
+        self._client.check_model(self._config.endpoint.server_model)
+        image = _data_url(Image.linear_gradient("L").resize((PROBE_SIDE, PROBE_SIDE)).convert("RGB"), PROBE_SIDE)
+        refusal: ChatError | None = None
+        extras = {"logprobs": True, "min_tokens": self._config.decoding.min_tokens}
+        numbers = dict.fromkeys((self._config.num_captions, 1))
+        for number, self._extras in product(numbers, (extras, {"logprobs": True}, {})):
+            self._client.probe = self._body(image, number, "probe")
+            try:
+                self._several_at_once = len(self._client.ask(self._client.probe)) == number > 1
+                return
+            except ChatError as error:
+                refusal = error
+        raise UserError(
+            f"--server {self._config.endpoint.server}: {self._config.endpoint.server_model} does not describe an image "
+            f"({refusal}); does it take images?"
+        ) from refusal
+
+    def caption(self, sample: Sample) -> ServedImage:
+        """The captions of a sample. Raises UserError when the server is gone."""
+        try:
+            image = _data_url(decode_rgb(sample.image), self._config.endpoint.image_side)
+        except DataError as error:
+            log.warning("key %s %s; it gets no caption", sample.key, error)
+            return ServedImage(sample.key, None)
+        row = ImageCaptions()
+        unusable = list(range(self._config.num_captions))
+        redrawn = 0
+        for attempt in range(self._attempts):
+            redrawn += len(unusable) if attempt else 0
+            try:
+                answers = self._ask(sample.key, image, unusable, attempt)
+            except ChatError as error:
+                if not attempt:  # else those of the attempt before are kept
+                    row.reason = f"server: {error.reason}"
+                    log.warning("key %s: %s; it gets no caption", sample.key, error)
+                break
+            asked, unusable = unusable, []
+            for index, answer in zip(asked, answers, strict=True):
+                text = cleaned(answer.text)
+                row.captions[index] = GeneratedCaption(text, answer.logprob, answer.num_tokens, answer.ended)
+                if row.defect(index):
+                    unusable.append(index)
+            if not unusable:
+                break
+        return ServedImage(sample.key, row, redrawn)
+
+    @property
+    def _attempts(self) -> int:
+        """How often a caption is asked for at most: without sampling the same would come again."""
+        return 1 + self._config.redraws if self._config.decoding.is_sampling else 1
+
+    def _ask(self, key: str, image: str, indices: list[int], attempt: int) -> list[ChatChoice]:
+        """An answer for each of the captions ``indices``. Raises ChatError, UserError."""
+        answers = list[ChatChoice]()
+        if self._several_at_once and len(indices) > 1:
+            body = self._body(image, len(indices), _random_name(self._config.seed, key, indices[0], attempt))
+            answers = self._client.ask(body)[: len(indices)]
+        for index in indices[len(answers) :]:
+            body = self._body(image, 1, _random_name(self._config.seed, key, index, attempt))
+            answers.append(self._client.ask(body)[0])
+        return answers
+
+    def _body(self, image: str, number: int, name: str) -> dict[str, Any]:
+        """A request for ``number`` captions of an image, whose random numbers belong to ``name``."""
+        decoding = self._config.decoding
+        content = [
+            {"type": "image_url", "image_url": {"url": image}},
+            {"type": "text", "text": self._config.endpoint.prompt},
+        ]
+        body: dict[str, Any] = {
+            "model": self._config.endpoint.server_model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": decoding.max_tokens,
+            "temperature": decoding.temperature if decoding.is_sampling else 0,
+            "seed": draw_index(name, SEEDS),
+            **self._extras,
+        }
+        if number > 1:
+            body["n"] = number
+        if decoding.method == "nucleus":
+            body["top_p"] = decoding.top_p
+        if decoding.method == "top_k":
+            body["top_k"] = decoding.top_k
+        if decoding.repetition_penalty != 1:
+            body["repetition_penalty"] = decoding.repetition_penalty
+        return body
+
+
+def _random_name(seed: int, key: str, index: int, attempt: int) -> str:
+    """The name that a caption's seed belongs to: the one that its random numbers have where a model runs here."""
+    name = f"caption/{seed}/{key}/{index}"
+    return f"{name}/{attempt}" if attempt else name
+
+
+def _data_url(image: Image.Image, side: int) -> str:
+    """The image as a JPEG whose longer side has at most ``side`` pixels."""
+    image.thumbnail((side, side))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=JPEG_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _caption_shard(
+    root: str, task: ShardTask, *, stage: Stage, captioner: ServedCaptioner, concurrency: int
+) -> ShardResult:
+    """Caption one raw shard; an image that does not decode has empty lists, one that the server fails at has nulls."""
+    captioner.check()
+    shard = ShardCaptions()
+    counts = Counter[str]()
+    samples = read_shard(raw_tar(root, task.shard))
+    for image in prefetch_map(captioner.caption, samples, concurrency, 2 * concurrency):
+        shard.rows[image.key] = image.captions or ImageCaptions()
+        shard.redrawn += image.redrawn
+        if image.captions is None:
+            counts["picture does not decode"] += 1
+        else:
+            counts[image.captions.reason or "success"] += 1
+    outputs = shard.write(root, stage, task.shard, [REASON_FIELD])
+    return ShardResult(dict(counts), outputs, counters=shard.counters())
