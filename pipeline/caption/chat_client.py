@@ -13,6 +13,7 @@ import time
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import count
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ LONGEST_PAUSE_S = 60.0
 START_TIMEOUT_S = 20.0  # for the list of models, which costs a server nothing
 MAX_ANSWER_BYTES = 1 << 22
 MESSAGE_CHARS = 300  # of a server's message that are shown
+BUSY = "HTTP 429"
 MALFORMED = "malformed answer"
 TOO_LARGE = "answer too large"  # a reason, as the one before
 RETRIED = TEMPORARY_REASONS | {MALFORMED}
@@ -50,13 +52,14 @@ class ChatError(Exception):
     """No answer to one request, though others may be answered.
 
     ``reason`` is short and fit for counting, the message has what the server said, too. ``pause_s``: seconds that it
-    asked us to wait.
+    asked us to wait. ``began``: when the try that failed was begun (monotonic seconds).
     """
 
-    def __init__(self, reason: str, said: str = "", pause_s: float = 0.0) -> None:
+    def __init__(self, reason: str, said: str = "", pause_s: float = 0.0, began: float = 0.0) -> None:
         super().__init__(f"{reason}: {said}" if said else reason)
         self.reason = reason
         self.pause_s = pause_s
+        self.began = began
 
 
 class ChatClient:
@@ -147,16 +150,9 @@ class ChatClient:
             )
 
     async def _ask(self, body: dict[str, Any]) -> list[ChatChoice]:
-        began = time.monotonic()
-        try:
-            return await self._ask_repeatedly(body)
-        except ChatError as error:
-            if error.reason in RETRIED and self._answered_at < began:
-                await self._check_up(began, error)
-            raise
-
-    async def _ask_repeatedly(self, body: dict[str, Any]) -> list[ChatChoice]:
-        for tries in range(self._retries + 1):
+        failed_at = time.monotonic()
+        failures = 0
+        for tries in count():
             if self._down is not None:
                 raise self._down
             if (wait := self._paused_until - time.monotonic()) > 0:
@@ -164,33 +160,45 @@ class ChatClient:
             try:
                 return await self._try(body)
             except ChatError as error:
-                if error.reason not in RETRIED or tries == self._retries:
+                if error.reason not in RETRIED:
                     raise
-                pause = min(max(error.pause_s, FIRST_PAUSE_S * 2**tries), LONGEST_PAUSE_S)
+                # a server that is busy with others will have time for this one, too
+                is_busy = error.reason == BUSY and self._answered_at > failed_at
+                failures += not is_busy
+                failed_at = time.monotonic()
+                if failures > self._retries:
+                    await self._check_up(error)
+                    raise
+                pause = min(max(error.pause_s, FIRST_PAUSE_S * 2 ** min(tries, 9)), LONGEST_PAUSE_S)
                 if error.pause_s:  # the server itself named a time: all wait as long
                     self._paused_until = max(self._paused_until, time.monotonic() + pause)
                 await asyncio.sleep(pause)
-        raise AssertionError("the last try returns or raises")
+        raise AssertionError("count() does not end")
 
     async def _try(self, body: dict[str, Any]) -> list[ChatChoice]:
         async with self._slots:
+            began = time.monotonic()
             try:
                 answer = await self._request("POST", "/chat/completions", body, self._timeout_s)
             except ChatError as error:
+                error.began = began
                 if error.reason in RETRIED or error.reason in REFUSALS:
                     raise
                 raise UserError(f"--server {self._url} answers {error}; check the address and the model") from error
         try:
             choices = _choices(answer)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ChatError(MALFORMED, self._said(json.dumps(answer).encode())) from error
+            raise ChatError(MALFORMED, self._said(json.dumps(answer).encode()), began=began) from error
         self._answered_at = time.monotonic()
         return choices
 
-    async def _check_up(self, began: float, error: ChatError) -> None:
-        """After a request that failed for good: raise UserError unless the endpoint answers to others."""
+    async def _check_up(self, error: ChatError) -> None:
+        """After a request that failed at every try: raise UserError unless the endpoint answers to others.
+
+        It does when it answered anyone since the last try began; else it is asked about the probe.
+        """
         async with self._probing:  # one of many that fail together probes for all
-            if self._down is None and self._answered_at < began:
+            if self._down is None and self._answered_at < error.began:
                 try:
                     await self._try(self.probe)
                 except ChatError as last:

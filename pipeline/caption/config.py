@@ -15,6 +15,8 @@ from shards_spec.models import Trust, model_label
 from shards_spec.names import check_name
 from shards_spec.precision import PrecisionOption
 
+ONLY_HERE = ("model", "pretrained", "similarity", "precision", "batch_size", "device")  # options of a model run here
+
 
 @dataclass(frozen=True)
 class ListOptions:
@@ -95,7 +97,7 @@ class CaptionConfig(ModelChoice):
     seed: int = 0
     """of the sampling; a caption depends on (seed, key, caption index) only"""
     threads: int = os.cpu_count() or 1
-    """threads per process that decode images ahead of the device"""
+    """threads per process that decode images ahead of the device, or of the server"""
     device: str = "auto"
     """auto (every CUDA device, else the CPU), cpu, cuda, cuda:N, or several with commas, a process each"""
     trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)
@@ -143,10 +145,11 @@ class CaptionConfig(ModelChoice):
         if not self.is_of_others:
             return
         owner = "--from" if self.lists.from_ else "--server"
-        if (self.model, self.pretrained) != (self.DEFAULT[0], None):
-            raise UserError(f"--model runs here, {owner} brings captions of others: leave one of them out")
-        if self.similarity:
-            raise UserError(f"--similarity takes the heads of a model that runs here, not {owner}")
+        changed = [own.name for own in fields(self) if own.name in ONLY_HERE and getattr(self, own.name) != own.default]
+        if self.lists.from_:
+            changed += [own.name for own in fields(Decoding) if getattr(self.decoding, own.name) != own.default]
+        if changed:
+            raise UserError(f"{flag(changed[0])} is of a model that runs here, which {owner} replaces: leave it out")
         if self.endpoint.server is not None:
             is_possible = self.decoding.method != "beam"
             require(is_possible, "method", self.decoding.method, "greedy, top_k or nucleus with --server")

@@ -104,6 +104,7 @@ class ServedCaptioner:
         self._check_lock = threading.Lock()
         self._is_checked = False
         self._several_at_once = False
+        self._decoding = threading.Semaphore(config.threads)  # not as many images at once as there are requests
         self._extras = dict[str, Any]()
 
     def check(self) -> None:
@@ -138,7 +139,8 @@ class ServedCaptioner:
     def caption(self, sample: Sample) -> ServedImage:
         """The captions of a sample. Raises UserError when the server is gone."""
         try:
-            image = _data_url(decode_rgb(sample.image), self._config.endpoint.image_side)
+            with self._decoding:
+                image = _data_url(decode_rgb(sample.image), self._config.endpoint.image_side)
         except DataError as error:
             log.warning("key %s %s; it gets no caption", sample.key, error)
             return ServedImage(sample.key, None)

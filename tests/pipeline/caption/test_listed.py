@@ -15,6 +15,7 @@ from small_data import run_stage, tree, vouch, write_raw
 from pipeline.caption.caption_index import UNKNOWN, CaptionIndex
 from pipeline.caption.caption_lists import ListedRow
 from pipeline.caption.config import CaptionConfig, ListOptions
+from pipeline.caption.decoding import Decoding
 from pipeline.caption.listed import ALL_UNUSABLE, NO_NAME, NOT_LISTED
 from pipeline.caption.stage import caption
 from pipeline.check.config import CheckConfig
@@ -135,6 +136,7 @@ def test_what_is_unusable_or_fits_no_image_is_counted(root, tmp_path):
     assert check(CheckConfig(root)) == []
 
 
+@pytest.mark.integration
 def test_an_image_without_a_foreign_caption_stays_in_the_final_shards(root, tmp_path, model):
     rows = raw_rows(root)
     path = jsonl(tmp_path / "list.jsonl", [{"url": row["url"], "caption": "a red thing"} for row in rows[:3]])
@@ -232,6 +234,8 @@ def test_options_of_two_writers_do_not_go_together(root):
         ({"lists": listed, "similarity": True}, "--similarity"),
         ({"lists": ListOptions(by="key")}, "--by goes with --from"),
         ({"lists": listed, "num_captions": 0}, "--num-captions"),
+        ({"lists": listed, "device": "cpu"}, "--device is of a model"),
+        ({"lists": listed, "decoding": Decoding(max_tokens=9)}, "--max-tokens"),
     ):
         with pytest.raises(UserError, match=said):
             CaptionConfig(root, **wrong)

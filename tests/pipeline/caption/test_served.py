@@ -25,6 +25,7 @@ from shards_spec.manifest import read_dataset, read_done
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, write_shard
 
+pytestmark = pytest.mark.integration
 NUCLEUS = Decoding()
 
 
@@ -200,6 +201,22 @@ def test_an_image_that_keeps_failing_has_a_reason_and_the_others_their_captions(
     final = pq.read_table(join(root, "shards/00000.parquet")).to_pylist()
     assert final[0]["key"] == poison.key, "an image without a foreign caption keeps its own"
     assert final[0]["synthetic"] == []
+
+
+def test_a_server_that_is_busy_with_others_is_waited_for(root, server, monkeypatch):
+    monkeypatch.setattr(chat_client, "LONGEST_PAUSE_S", 0.2)
+    refused = list[bytes]()
+
+    def behave(body, image, time):
+        """The first image is refused more often than there are retries, until nearly all others are answered."""
+        if image.width != 224 and not refused:
+            refused.append(image.tobytes())
+        return "busy" if image.tobytes() in refused and server.answers < 9 else "slow"
+
+    server.behave = behave
+    summary = caption(config(root, server, concurrency=2, retries=3))
+    assert summary.counts == {"success": len(rows_of(root))}
+    assert max(server.times.values()) > 1
 
 
 def test_an_image_that_does_not_decode_is_what_it_is_with_a_model_here(root, server):
