@@ -36,6 +36,9 @@ class IngestConfig:
     """column with the link (or the image's bytes); found by its name when not given"""
     caption_col: str | None = None
     """column with the caption; found by its name when not given"""
+    original_captions: str | None = None
+    """of datacompdr: folder or glob of tars with the original captions, of the same names and uids as those of
+    --source (mlfoundations/DataComp-12M)"""
     sha256_col: str | None = None
     """other column with the sha256 of the image's bytes, such as DataComp's; an image with another is left out"""
     shard_size: int = 1000

@@ -15,13 +15,15 @@ No member with embeddings is opened here.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from pipeline.ingest.rows import Row, captions_of, decode_text, json_text
-from pipeline.ingest.source_files import SourceFile
+from pipeline.ingest.source_files import SourceFile, source_files
 from pipeline.ingest.tar_samples import PEEKED_SAMPLES, TarSample, image_extension, open_tar, tar_samples
 from pipeline.ingest.webdataset_source import MAX_TEXT_BYTES, image_ref_of, not_a_tar
+from shards_spec.files import UserError
 from shards_spec.names import clean_name
 from shards_spec.sample import parse_object
 from shards_spec.tar_members import Member
@@ -42,6 +44,7 @@ NO_AUGMENTATIONS = "no paug.json"
 BAD_FIELDS = "json member is not a JSON object"
 TOO_LARGE = "is too large"
 NOT_UTF8 = "is not UTF-8"
+NO_ORIGINAL = "no caption in --original-captions"
 BAD_CAPTIONS = "syn.json has no list of texts"
 
 
@@ -51,17 +54,51 @@ def is_datacompdr(path: str) -> bool:
         return any(AUGMENTATIONS in sample.members for sample in islice(tar_samples(buffer, path), PEEKED_SAMPLES))
 
 
-def datacompdr_rows(files: list[SourceFile]) -> Iterator[Row]:
-    """A row per sample of the tars; its other columns are ``uid``, ``tar``, ``sha256`` and ``syn_text``."""
+def datacompdr_rows(files: list[SourceFile], original_captions: str | None = None) -> Iterator[Row]:
+    """A row per sample of the tars; its other columns are ``uid``, ``tar``, ``sha256`` and ``syn_text``.
+
+    ``original_captions`` are tars of the same names whose samples have a caption each. Raises UserError when one of
+    them is missing.
+    """
+    captioned = _captioned_tars(original_captions) if original_captions is not None else None
     for file in files:
+        captions = _original_captions(file, captioned, original_captions or "") if captioned is not None else None
         with open_tar(file.path) as buffer:
             for number, sample in enumerate(tar_samples(buffer, file.path)):
                 name = clean_name(f"{file.below}/{sample.key}" if sample.key else file.below)
                 if sample.problem is None:
-                    yield _row(buffer, sample, name, file)
+                    row = _row(buffer, sample, name, file)
+                    yield row if captions is None or row.problem else _with_caption(row, captions)
                 else:
                     kind_of_file = not_a_tar(file.path) if number == 0 else None
                     yield Row(None, name, kind_of_file or sample.problem, file.stamp)
+
+
+def _captioned_tars(source: str) -> dict[str, SourceFile]:
+    try:
+        return {file.below: file for file in source_files(source, "webdataset")}
+    except UserError as error:
+        raise UserError(str(error).replace("--source", "--original-captions")) from error
+
+
+def _original_captions(file: SourceFile, captioned: dict[str, SourceFile], source: str) -> dict[str, str]:
+    """Uid to caption of the tar with the name of ``file``."""
+    tar = captioned.get(file.below)
+    if tar is None:
+        raise UserError(f"--original-captions {source}: no {file.below} is there, which --source has; download it, too")
+    captions = dict[str, str]()
+    with open_tar(tar.path) as buffer:
+        for sample in tar_samples(buffer, tar.path):
+            text, problem = member_text(buffer, sample.members.get("txt"))
+            if text is not None and problem is None:
+                captions[sample.key] = text.strip()
+    return captions
+
+
+def _with_caption(row: Row, captions: dict[str, str]) -> Row:
+    """The row with its original caption, or a note that there is none."""
+    caption = captions.get(row.extra[UID])
+    return replace(row, note=NO_ORIGINAL) if caption is None else replace(row, caption=caption)
 
 
 def _row(buffer: memoryview, sample: TarSample, name: str, file: SourceFile) -> Row:

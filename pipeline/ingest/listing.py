@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Iterator
 from dataclasses import astuple, replace
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -82,7 +83,8 @@ class Listing:
     def _chunks(self) -> Iterator[list[Row]]:
         """The rows of one shard after the other."""
         config = self._config
-        rows = chain.from_iterable(list_rows(source, self._form, config.columns) for source in config.sources)
+        read = partial(list_rows, form=self._form, columns=config.columns, original_captions=config.original_captions)
+        rows = chain.from_iterable(map(read, config.sources))
         size = config.shard_size
         while chunk := list(limit_texts(islice(rows, size), size * MEAN_CHARS)):
             yield chunk

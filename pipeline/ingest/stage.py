@@ -97,6 +97,8 @@ def source_form(config: IngestConfig) -> Format:
         is_header = form == "txt" and option == "--url-col"  # a .txt list may have the column's name as first line
         if given is not None and form in WITHOUT_COLUMN_NAMES and not is_header:
             raise UserError(f"{option} {given!r} means nothing for a source of form {form}; leave it out")
+    if form != "datacompdr" and config.original_captions is not None:
+        raise UserError(f"--original-captions goes with DataCompDR's tars, --source {config.source_text} is {form}")
     if form not in (*LIST_FORMS, "hf-parquet") and config.sha256_col is not None:
         raise UserError(
             f"--sha256-col means nothing for a source of form {form}, which brings its hashes or none; leave it out"

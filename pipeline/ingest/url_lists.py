@@ -21,9 +21,12 @@ from pipeline.ingest.webdataset_source import webdataset_rows
 from shards_spec.files import UserError
 
 
-def list_rows(source: str, form: Format, columns: Columns = (None, None)) -> Iterator[Row]:
+def list_rows(
+    source: str, form: Format, columns: Columns = (None, None), original_captions: str | None = None
+) -> Iterator[Row]:
     """Rows of a source in the order of its files, in bounded memory; warns when none has a caption.
 
+    ``original_captions`` are the tars that DataCompDR's captions come from.
     Raises UserError for a file that cannot be read or lacks a column.
     """
     if form == "folder":
@@ -34,7 +37,10 @@ def list_rows(source: str, form: Format, columns: Columns = (None, None)) -> Ite
         return
     files = source_files(source, form)
     try:
-        rows = _file_rows(files, form, columns)
+        if form == "datacompdr":
+            rows = datacompdr_rows(files, original_captions)
+        else:
+            rows = _file_rows(files, form, columns)
         if form in ("txt", "webdataset", "datacompdr"):  # these have no captions, or warn themselves
             yield from rows
         else:
@@ -49,8 +55,6 @@ def list_rows(source: str, form: Format, columns: Columns = (None, None)) -> Ite
 def _file_rows(files: list[SourceFile], form: Format, columns: Columns) -> Iterator[Row]:
     if form == "webdataset":
         return webdataset_rows(files, columns)
-    if form == "datacompdr":
-        return datacompdr_rows(files)
     if form == "hf-parquet":
         return image_parquet_rows(files, columns)
     return chain.from_iterable(_list_rows(file.path, form, columns) for file in files)

@@ -425,16 +425,20 @@ def test_from_download_to_cache(tmp_path):
         samples[3].members["url.txt"] = f"{base}/status/404".encode()
         folder = write_reinforced(tmp_path / "dr", [samples[:2], samples[2:]])
         root = tmp_path / "ds"
-        ingest(ingest_config(root, folder, image_size=32))
+        (tmp_path / "originals").mkdir()
+        for name, of_tar in (("00000000.tar", samples[:2]), ("00000001.tar", samples[2:])):
+            members = [(f"{sample.uid}.txt", f"original {sample.uid}") for sample in of_tar]
+            (tmp_path / "originals" / name).write_bytes(tar_bytes(members))
+        ingest(ingest_config(root, folder, image_size=32, original_captions=str(tmp_path / "originals")))
     caption(CaptionConfig(str(root), name="coca", lists=ListOptions((str(root / "raw" / "*.parquet"),))))
     pack(PackConfig(str(root), workers=1))
     summary = imported(root, folder, views=2)
     assert summary.counts == {"success": 3, UNREADABLE: 1}
-    assert summary.counters == {"image vectors": 6, "text vectors": 6}
+    assert summary.counters == {"image vectors": 6, "text vectors": 9}
     assert "no vectors: the source of this imported cache had none" in str(why(WhyConfig(str(root), "000000005")))
     assert "text_2: cosine" in str(why(WhyConfig(str(root), "000000004")))
     assert check(CheckConfig(str(root))) == []
     kept = [samples[n] for n in (0, 2, 4)]
-    np.testing.assert_allclose(
-        rows_of(root, NAME, "text_2")[:3], np.stack([half(sample.text_emb[2], 0) for sample in kept]), atol=4e-3
-    )
+    for caption_number in range(3):
+        expected = np.stack([half(sample.text_emb[caption_number], 0) for sample in kept])
+        np.testing.assert_allclose(rows_of(root, NAME, f"text_{caption_number}")[:3], expected, atol=4e-3)

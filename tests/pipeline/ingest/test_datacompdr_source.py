@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from small_datacompdr import reinforced, write_reinforced
+from small_data import tar_bytes
+from small_datacompdr import Reinforced, reinforced, write_reinforced
 from small_ingest import config, rows_of, write_list
 from small_tars import rows_of as source_rows
 from web_server import serve
@@ -11,6 +12,7 @@ from web_server import serve
 from pipeline.ingest.detect import detect
 from pipeline.ingest.filters import NO_SHA256, OTHER_SHA256
 from pipeline.ingest.stage import ingest
+from pipeline.ingest.url_lists import list_rows
 from shards_spec.files import UserError
 from shards_spec.tar import read_shard
 
@@ -121,3 +123,37 @@ def test_hashes_that_are_not_there_are_refused(tmp_path):
         ingest(config(tmp_path / "ds", write_reinforced(tmp_path / "dr", [[reinforced(0, BASE)]]), sha256_col="uid"))
     with pytest.raises(UserError, match="--save-additional-columns without hash"):
         config(tmp_path, write_list(tmp_path / "l.tsv", []), sha256_col="hash", save_additional_columns=("uid",))
+
+
+def write_originals(folder, tars: list[list[Reinforced]]) -> str:
+    """mlfoundations/DataComp-12M's tars: the same uids, with captions."""
+    folder.mkdir()
+    for number, samples in enumerate(tars):
+        members = [(f"{sample.uid}.txt", f" original {sample.uid[:4]}\n") for sample in samples]
+        (folder / f"{number:08d}.tar").write_bytes(tar_bytes(members))
+    return str(folder)
+
+
+def test_original_captions_come_by_tar_and_uid(tmp_path):
+    tars = [[reinforced(0, BASE), reinforced(1, BASE)], [reinforced(2, BASE)]]
+    source = write_reinforced(tmp_path / "dr", tars)
+    originals = write_originals(tmp_path / "originals", [[tars[0][1], reinforced(7, BASE)], [tars[1][0]]])
+    rows = list(list_rows(source, "datacompdr", original_captions=originals))
+    expected = [f"original {tar[-1].uid[:4]}" for tar in tars]
+    assert [row.caption for row in rows] == [None, *expected]
+    assert [row.note for row in rows] == ["no caption in --original-captions", None, None]
+    assert [row.problem for row in rows] == [None, None, None]
+
+
+def test_original_captions_that_are_not_there_are_refused(tmp_path):
+    tars = [[reinforced(0, BASE)], [reinforced(2, BASE)]]
+    source = write_reinforced(tmp_path / "dr", tars)
+    originals = write_originals(tmp_path / "originals", tars[:1])
+    with pytest.raises(UserError, match=r"--original-captions .*: no 00000001\.tar is there, which --source has"):
+        ingest(config(tmp_path / "ds", source, original_captions=originals))
+    with pytest.raises(UserError, match=r"--original-captions .*/nothing: no such file or folder"):
+        ingest(config(tmp_path / "ds", source, original_captions=str(tmp_path / "nothing")))
+    with pytest.raises(UserError, match="--original-captions goes with DataCompDR's tars"):
+        ingest(
+            config(tmp_path / "ds", write_list(tmp_path / "l.tsv", [("http://h/1", "c")]), original_captions=originals)
+        )
