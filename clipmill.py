@@ -238,14 +238,13 @@ def _call(command: str, function: Any, config: Any) -> int:
         return _call_stage(command, function, config)
     if command == "search":
         return _search(function, config)
+    if command == "check" and config.repair:
+        return _repair(config)
     outcome = _compare(function, config) if command == "compare" else function(config)
     from shards_spec.messages import counted
 
     if command == "check":
-        for problem in outcome:
-            _print(problem)
-        _print(f"{config.root}: {counted(len(outcome), 'problem') if outcome else 'all promises hold'}")
-        return 1 if outcome else 0
+        return _print_problems(config.root, outcome)
     if command == "vocab":
         synsets, occurrences = counted(len(outcome), "synset"), counted(outcome.header["occurrences"], "occurrence")
         _print(f"vocab: {synsets} of {occurrences}, sha256 {outcome.sha256[:12]}")
@@ -256,6 +255,23 @@ def _call(command: str, function: Any, config: Any) -> int:
     if command in ("compare", "evalset", "plan", "report", "jobs"):
         _print(outcome)
     return 0
+
+
+def _print_problems(root: str, problems: list[str]) -> int:
+    """Print what `check` found; returns the exit code."""
+    from shards_spec.messages import counted
+
+    for problem in problems:
+        _print(problem)
+    _print(f"{root}: {counted(len(problems), 'problem') if problems else 'all promises hold'}")
+    return 1 if problems else 0
+
+
+def _repair(config: Any) -> int:
+    """Repair a dataset and print every action, then the problems that are left."""
+    from pipeline.repair.stage import repair
+
+    return _print_problems(config.root, repair(config, _print))
 
 
 def _print_life(config: Any, life: Any) -> None:

@@ -3,6 +3,7 @@
 Only what is new is embedded and written: further views, further captions, rows whose image or caption changed.
 """
 
+import json
 import logging
 from contextlib import ExitStack, closing
 from functools import partial
@@ -110,6 +111,15 @@ def _check_rendering(folder: str) -> None:
         parse_view_spec(folder, first.config.get("views", {}))
 
 
+def cache_identity(config: CacheConfig) -> dict[str, Any]:
+    """What the records of a cache of these settings say, with hashes of weights and tokenizer. Raises UserError."""
+    from pipeline.cache.embedder import load_configured_teacher
+
+    loaded = load_configured_teacher(config, pick_devices(config.device)[0])
+    identity: dict[str, Any] = json.loads(json.dumps(_identity(config, loaded)))
+    return identity
+
+
 def _identity(config: CacheConfig, loaded: LoadedModel) -> dict[str, Any]:
     """Every setting that affects a vector, and hashes of weights and tokenizer: a cache with another is refused."""
     from pipeline.cache.embedder import soft_label_format
@@ -181,10 +191,10 @@ def cache_shard(
         meta = {**stage.config, "shard_sha256": shard_hash, "model_config": loaded.config, "software": _software()}
         if config.soft_labels is not None:
             meta["class_names"] = class_names(loaded.model)
-        path = _free_path(stage.folder, task.shard, outputs)
+        path = free_path(stage.folder, task.shard, outputs)
         ids = {id_column(name): shard.ids[id_column(name)] for name in columns}
         outputs[path] = write_vectors(join(root, path), shard.keys, columns, ids, meta)
-    _remove_stale_files(root, stage.folder, task.shard, outputs, previous)
+    remove_stale_files(root, stage.folder, task.shard, outputs, previous)
     counters = _counters(shard, config, has_texts)
     return ShardResult({"success": len(shard.keys)}, outputs, counters=counters, measurements=measurements)
 
@@ -205,13 +215,13 @@ def _software() -> dict[str, str]:
     return {**versions, "libjpeg_turbo": features.version("libjpeg_turbo") or "none"}
 
 
-def _free_path(folder: str, shard: int, taken: dict[str, str]) -> str:
+def free_path(folder: str, shard: int, taken: dict[str, str]) -> str:
     """NNNNN.parquet, or NNNNN-1.parquet … when that stays."""
     paths = (parquet_path(folder, shard, part) for part in range(len(taken) + 1))
     return next(path for path in paths if path not in taken)
 
 
-def _remove_stale_files(root: str, folder: str, shard: int, outputs: dict[str, str], previous: dict[str, str]) -> None:
+def remove_stale_files(root: str, folder: str, shard: int, outputs: dict[str, str], previous: dict[str, str]) -> None:
     """Delete the shard's files that are not among ``outputs``: ``previous`` ones, and those that a killed run left."""
     stale = set(previous)
     part = 1

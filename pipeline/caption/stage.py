@@ -71,6 +71,14 @@ def caption(config: CaptionConfig, assignment: ShardAssignment = ALL) -> Summary
     return run_stage(config.root, stage, tar_tasks(config.root, RAW, shards, assignment), work, options)
 
 
+def caption_identity(config: CaptionConfig) -> dict[str, Any]:
+    """What the records of captions of these settings say, with the hash of the weights. Raises UserError."""
+    device = pick_devices(config.device)[0]
+    config = replace(config, precision=resolve_precision(config.precision, device))
+    identity: dict[str, Any] = json.loads(json.dumps(_identity(config, _load(config, "cpu"))))
+    return identity
+
+
 def _identity(config: CaptionConfig, captioner: "Captioner") -> dict[str, Any]:
     """Every setting that affects the captions, and the weights' hash: a finished shard with another is refused."""
     return {

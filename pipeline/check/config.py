@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from pipeline.core.command_line import Root
+from shards_spec.files import UserError
 
 
 @dataclass(frozen=True)
@@ -11,3 +12,17 @@ class CheckConfig:
 
     root: Root
     """the dataset: a folder or an fsspec URL"""
+    repair: bool = False
+    """make damaged files again, fetch lost images again, drop what cannot be had again; every action is a line"""
+    dry_run: bool = False
+    """with --repair: only say what it would do"""
+    source: str | None = None
+    """with --repair: the source of ingest, where it is not (or no longer) the one in dataset.json"""
+    models: tuple[str, ...] = ()
+    """with --repair: models to caption and embed with, such as local-dir:PATH; records name models without a path"""
+    device: str = "auto"
+    """with --repair: where they run: auto, cpu, cuda or cuda:N"""
+
+    def __post_init__(self) -> None:
+        if not self.repair and (self.dry_run or self.source is not None or self.models or self.device != "auto"):
+            raise UserError("--dry-run, --source, --models and --device belong to --repair; add it, or leave them out")

@@ -240,11 +240,26 @@ def check_names(root: str, folder: str, findings: Findings) -> list[int]:
         )
     for name in present:
         match = FILE_PATTERN.fullmatch(name)
-        if match and int(match[1]) not in shards and int(match[1]) not in missing:
+        if match and int(match[1]) not in missing and is_surplus(root, folder, name, shards):
             findings.add(f"{join(root, folder, name)}: no done-record names it; delete it or run its stage again")
         if name.endswith(".json") and not match and f"{folder}/{name}" != SIZES:
             findings.add(f"{join(root, folder, name)}: no file of this format; delete it, readers take it for stats")
     return shards
+
+
+def is_surplus(root: str, folder: str, name: str, shards: list[int]) -> bool:
+    """Whether a file with a shard's name belongs to none of the finished ``shards``: no record names it."""
+    match = FILE_PATTERN.fullmatch(name)
+    if match is None or match[2] == "_stats.json":
+        return False
+    if int(match[1]) not in shards:
+        return True
+    try:
+        done = read_done(join(root, folder), int(match[1]))
+    except DataError:  # `check_record` reports it
+        return False
+    is_of_shard = done is not None and done.shard == int(match[1]) and any(p.startswith(folder) for p in done.outputs)
+    return done is not None and is_of_shard and f"{folder}/{name}" not in done.outputs
 
 
 def check_classes(root: str, blocks: dict[str, Any], findings: Findings) -> None:

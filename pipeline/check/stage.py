@@ -64,20 +64,47 @@ def _check_folder(
     root: str, shard_folder: ShardFolder, blocks: dict[str, Any] | None, findings: Findings
 ) -> tuple[list[np.ndarray], bool]:
     """Each valid shard's keys as content ids, and whether all shards are valid."""
-    folder, stage, validate = shard_folder
+    folder, stage, _ = shard_folder
     shards = check_names(root, folder, findings)
     keys, totals = list[np.ndarray](), Totals()
     for shard in shards:
-        done: Done | None = None
-        with findings.of(stats_path(join(root, folder), shard)):
-            done = check_record(root, folder, stage, shard)
-            totals.add(shard, done)
-        with findings.of(join(root, folder, shard_name(shard))):
-            _check_hashes(root, shard_folder, shard, done)
-            keys.append(content_ids(validate(root, folder, shard)))
+        shard_keys = _check_shard(root, shard_folder, shard, totals, findings)
+        if shard_keys is not None:
+            keys.append(shard_keys)
     check_totals(root, folder, stage, blocks=blocks, totals=totals, shards=len(shards), findings=findings)
     _check_unique(folder, keys, findings)
     return keys, len(keys) == len(shards)
+
+
+def _check_shard(
+    root: str, shard_folder: ShardFolder, shard: int, totals: Totals, findings: Findings
+) -> np.ndarray | None:
+    """Validate one shard and add its record to ``totals``; its keys as content ids, None when its files are broken."""
+    folder, stage, validate = shard_folder
+    done: Done | None = None
+    with findings.of(stats_path(join(root, folder), shard)):
+        done = check_record(root, folder, stage, shard)
+        totals.add(shard, done)
+    with findings.of(join(root, folder, shard_name(shard))):
+        _check_hashes(root, shard_folder, shard, done)
+        return content_ids(validate(root, folder, shard))
+    return None
+
+
+def shard_problems(root: str, shard_folder: ShardFolder, shard: int) -> list[str]:
+    """What is wrong with one finished shard: its record, its files, or how they fit what they were made from."""
+    findings = Findings()
+    _check_shard(root, shard_folder, shard, Totals(), findings)
+    return findings.problems
+
+
+def shard_damage(root: str, shard_folder: ShardFolder, shard: int) -> list[str]:
+    """As `shard_problems`, of the shard's own files alone: a record that is no more as written, files that differ."""
+    folder, stage, _ = shard_folder
+    findings = Findings()
+    with findings.of(stats_path(join(root, folder), shard)):
+        _check_hashes(root, shard_folder, shard, check_record(root, folder, stage, shard))
+    return findings.problems
 
 
 def _check_hashes(root: str, shard_folder: ShardFolder, shard: int, done: Done | None) -> None:

@@ -14,14 +14,13 @@ from shards_spec.class_names import CLASS_LIST, class_list_hash, parse_label, re
 from shards_spec.embeddings import EmbeddingFile
 from shards_spec.files import DataError, exists, join, names, read_buffer, read_json, sha256_file
 from shards_spec.layout import (
-    CAPTIONS,
     DEDUP,
-    PLAN,
     RAW,
     SELECT,
     SHARDS,
+    STAGES,
     TEACHER,
-    captions_folder,
+    StageInfo,
     class_names_txt,
     dedup_parquet,
     parquet_path,
@@ -31,7 +30,6 @@ from shards_spec.layout import (
     shard_name,
     stats_path,
     tar_path,
-    teacher_folder,
 )
 from shards_spec.manifest import read_dataset, read_done
 from shards_spec.messages import counted
@@ -57,20 +55,26 @@ class ShardFolder(NamedTuple):
 
 def shard_folders(root: str) -> Iterator[ShardFolder]:
     """The folders of a dataset that are there, in the order of the stages."""
-    for single in (
-        ShardFolder(RAW, "ingest", _validate_raw),
-        ShardFolder(DEDUP, "dedup", _validate_dedup),
-        ShardFolder(PLAN, "plan", _validate_plan),
-        ShardFolder(SHARDS, "pack", _validate_final),
-    ):
-        if exists(join(root, single.folder)):
-            yield single
-    for name in names(join(root, CAPTIONS)):
-        yield ShardFolder(captions_folder(name), f"caption/{name}", _validate_captions)
-    for name in names(join(root, TEACHER)):
-        yield ShardFolder(teacher_folder(name), f"cache/{name}", _validate_cache)
-    for name in names(join(root, SELECT)):
-        yield ShardFolder(select_folder(name), f"select/{name}", _validate_selection)
+    for stage in STAGES.values():
+        if stage.name not in VALIDATORS:
+            continue
+        for key in stage_keys(root, stage):
+            shard_folder = shard_folder_of(key)
+            if exists(join(root, shard_folder.folder)):
+                yield shard_folder
+
+
+def stage_keys(root: str, stage: StageInfo) -> list[str]:
+    """The keys in ``dataset.json`` that a stage's folders have: ``pack``, or ``cache/NAME`` for each NAME there is."""
+    if not stage.is_named:
+        return [stage.name]
+    return [f"{stage.name}/{name}" for name in names(join(root, stage.writes.partition("/")[0]))]
+
+
+def shard_folder_of(key: str) -> ShardFolder:
+    """The folder of a stage's key in ``dataset.json``. Raises KeyError for a stage whose shards are not validated."""
+    kind, _, name = key.partition("/")
+    return ShardFolder(STAGES[kind].folder(name), key, VALIDATORS[kind])
 
 
 def read_rows(path: str, columns: list[str], optional: tuple[str, ...] = ()) -> list[dict[str, Any]]:
@@ -303,3 +307,26 @@ def _validate_dedup(root: str, folder: str, shard: int) -> Iterator[str]:
         if row["reason"] not in (EXACT_DUPLICATE, NEAR_DUPLICATE):
             raise DataError(f"{path}: key {row['key']} has reason {row['reason']!r}; run `clipmill dedup` again")
         yield row["key"]
+
+
+def _validate_lists(root: str, folder: str, shard: int) -> Iterator[str]:
+    path, cache = parquet_path(join(root, folder), shard), folder.removesuffix("/lists")
+    cached, done = TeacherShard(root, cache.removeprefix(f"{TEACHER}/"), shard), read_done(join(root, folder), shard)
+    keys = [row["key"] for row in read_rows(path, ["key"])]
+    _expect_keys(path, cached.files[-1].keys, keys, f"{cache}/{shard_name(shard)}")
+    made_of = read_done(join(root, cache), shard)
+    if done is not None and made_of is not None and done.inputs != made_of.outputs:
+        raise DataError(f"{path}: made from another {cache}; run `clipmill cache` with --export-lists again")
+    yield from keys
+
+
+VALIDATORS: dict[str, Validator] = {  # of a stage's shards
+    "ingest": _validate_raw,
+    "dedup": _validate_dedup,
+    "caption": _validate_captions,
+    "plan": _validate_plan,
+    "pack": _validate_final,
+    "select": _validate_selection,
+    "cache": _validate_cache,
+    "cache-lists": _validate_lists,
+}

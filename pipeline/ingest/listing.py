@@ -71,6 +71,13 @@ class Listing:
         self.rows = self.read
         yield from kept_tasks(config.root, shard)
 
+    def tasks_of(self, shards: Container[int]) -> Iterator[ShardTask]:
+        """The tasks of these shards alone, in order, whatever is in ROOT; nothing is deleted or refused."""
+        types = self._column_types()
+        for shard, rows in enumerate(self._chunks()):
+            if shard in shards:
+                yield self._task(shard, rows, types)
+
     def _additional_shards(self) -> Container[int]:
         """Numbers of the shards that earlier retries wrote; ``overwrite`` deletes those, the last one first."""
         additional = additional_shards(self._config.root)
@@ -93,7 +100,7 @@ class Listing:
         """One shard's task; its inputs are hashes of the rows, and of the list's other columns where it has them."""
         config = self._config
         keys = [sample_key(shard, index, config.shard_size) for index in range(len(rows))]
-        hashes = {"rows": sha256_json([_identity(row) for row in rows])}
+        hashes = {"rows": rows_hash(rows)}
         others = [{name: json_value(cell) for name, cell in row.extra.items()} for row in rows]
         other_hashes = {"columns": sha256_json(others)} if any(others) else {}
         shard_input = RawShardInput(keys, rows, column_types=types, kept_columns=config.save_additional_columns)
@@ -129,6 +136,11 @@ def _cut(row: Row) -> Row:
     caption = row.caption and row.caption[:KEPT_CHARS]
     url = row.url and row.url[:KEPT_CHARS]
     return replace(row, caption=caption, url=url, problem=problem, extra={})
+
+
+def rows_hash(rows: list[Row]) -> str:
+    """The identity of a shard's rows, as its done-record has it among the inputs."""
+    return sha256_json([_identity(row) for row in rows])
 
 
 def _identity(row: Row) -> list[Any]:

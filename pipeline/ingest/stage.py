@@ -27,12 +27,13 @@ from pipeline.ingest.detect import detect
 from pipeline.ingest.downloader import Downloader
 from pipeline.ingest.filters import Selection, read_exclusions, verify_sha256
 from pipeline.ingest.http_client import FetchRules
-from pipeline.ingest.images import JPEG_QUALITY, ImageRules
+from pipeline.ingest.images import JPEG_QUALITY, ImageRules, Outcome
 from pipeline.ingest.img2dataset import import_shard, import_tasks
 from pipeline.ingest.labelled_sources import source_classes
 from pipeline.ingest.listing import Listing, refuse_surplus, remove_surplus
 from pipeline.ingest.raw_shard import RawShardInput, write_raw_shard
 from pipeline.ingest.retry import retry_tasks
+from pipeline.ingest.rows import Row
 from pipeline.ingest.source_files import Format
 from shards_spec.class_names import (
     CLASS_LIST,
@@ -151,31 +152,8 @@ def _import_img2dataset(config: IngestConfig, assignment: ShardAssignment) -> Su
 
 def _ingest_rows(config: IngestConfig, form: Format, assignment: ShardAssignment) -> Summary:
     """Everything but img2dataset's shards: rows whose images are downloaded, or read from the source, to shards."""
-    selection = Selection(
-        sane_captions=config.sane_captions,
-        min_caption_chars=config.min_caption_chars,
-        max_caption_chars=config.max_caption_chars,
-        duplicates=config.dedup != "none",
-        near_bits=config.near_bits if config.dedup == "near" else None,
-        where=read_conditions(config.where),
-        exclusions=read_exclusions(config.exclude),
-    )
-    image_rules = ImageRules(
-        image_size=config.image_size,
-        max_pixels=config.max_pixels,
-        min_size=config.min_size,
-        max_aspect_ratio=config.max_aspect_ratio,
-    )
-    fetch_rules = FetchRules(
-        timeout_s=config.timeout_s,
-        max_bytes=config.max_bytes,
-        retries=config.retries,
-        concurrency=_allowed_connections(config.concurrency),
-        per_host=config.per_host,
-        allow_private=config.allow_private,
-        ignore_opt_out=config.ignore_opt_out,
-        nameservers=config.nameservers,
-    )
+    selection = _selection(config)
+    image_rules = _image_rules(config)
     settings = _output_settings(config, form, selection, image_rules)
     sha256_column = HASH if form == "datacompdr" else config.sha256_col
     classes = source_classes(config.sources[0]) if form == "classes" else None
@@ -185,12 +163,7 @@ def _ingest_rows(config: IngestConfig, form: Format, assignment: ShardAssignment
     _update_class_names(config, stage, classes)
     listing = Listing(config, form)
     tasks = retry_tasks(config.root, config.shard_size) if config.retry_failed else listing.tasks(assignment)
-    with Downloader(
-        fetch_rules,
-        image_rules,
-        decoders=config.decoder_processes,
-        decode_timeout_s=config.decode_timeout_s,
-    ) as downloader:
+    with _downloader(config) as downloader:
         work = partial(rows_to_shard, downloader=downloader, selection=selection, sha256_column=sha256_column)
         options = RunOptions(
             threads=config.shards_in_progress,
@@ -202,6 +175,63 @@ def _ingest_rows(config: IngestConfig, form: Format, assignment: ShardAssignment
             source=config.source_text,
         )
         return run_stage(config.root, stage, tasks, work, options)
+
+
+def fetch_missing(config: IngestConfig, rows: list[Row], known: list[Outcome | None]) -> list[Outcome]:
+    """The outcomes of a shard's rows: those that are ``known``, and for None what `ingest` makes of the row now.
+
+    Writes nothing. Raises UserError for a file of --exclude that is not there.
+    """
+    selection = _selection(config)
+    missing = [index for index, outcome in enumerate(known) if outcome is None]
+    with _downloader(config) as downloader:
+        fetched = downloader.outcomes(selection.filter_rows([rows[index] for index in missing]))
+    made = dict(zip(missing, fetched, strict=True))
+    outcomes = [made[index] if outcome is None else outcome for index, outcome in enumerate(known)]
+    return selection.filter_images(rows, outcomes)
+
+
+def _selection(config: IngestConfig) -> Selection:
+    """Which rows and images are wanted. Raises UserError for a file of --exclude that is not there."""
+    return Selection(
+        sane_captions=config.sane_captions,
+        min_caption_chars=config.min_caption_chars,
+        max_caption_chars=config.max_caption_chars,
+        duplicates=config.dedup != "none",
+        near_bits=config.near_bits if config.dedup == "near" else None,
+        where=read_conditions(config.where),
+        exclusions=read_exclusions(config.exclude),
+    )
+
+
+def _image_rules(config: IngestConfig) -> ImageRules:
+    """How images are decoded and shrunk."""
+    return ImageRules(
+        image_size=config.image_size,
+        max_pixels=config.max_pixels,
+        min_size=config.min_size,
+        max_aspect_ratio=config.max_aspect_ratio,
+    )
+
+
+def _downloader(config: IngestConfig) -> Downloader:
+    """What turns rows into images."""
+    fetch_rules = FetchRules(
+        timeout_s=config.timeout_s,
+        max_bytes=config.max_bytes,
+        retries=config.retries,
+        concurrency=_allowed_connections(config.concurrency),
+        per_host=config.per_host,
+        allow_private=config.allow_private,
+        ignore_opt_out=config.ignore_opt_out,
+        nameservers=config.nameservers,
+    )
+    return Downloader(
+        fetch_rules,
+        _image_rules(config),
+        decoders=config.decoder_processes,
+        decode_timeout_s=config.decode_timeout_s,
+    )
 
 
 def _update_class_names(config: IngestConfig, stage: Stage, classes: list[str] | None) -> None:

@@ -109,7 +109,7 @@ def _pack(config: PackConfig, assignment: ShardAssignment, shards: list[int]) ->
     summary = run_stage(root, stage, tasks, work, options)
     if not assignment.is_complete:
         return summary
-    sizes = _sizes(root, summary.shards)
+    sizes = final_sizes(root, summary.shards)
     if config.shard_size is None:
         last = max((shard for shard, size in enumerate(sizes.values()) if size), default=0)
         # a dataset that an earlier version finished with empty shards at its end has sizes.json, and keeps them
@@ -118,7 +118,7 @@ def _pack(config: PackConfig, assignment: ShardAssignment, shards: list[int]) ->
             options = RunOptions(workers=min(config.workers, last + 1), total=last + 1)
             again = run_stage(root, stage, tasks, work, options)
             summary = replace(again, made=min(summary.made, again.shards), seconds=summary.seconds)
-            sizes = _sizes(root, last + 1)
+            sizes = final_sizes(root, last + 1)
         _warn_of_empty(sizes)
     write_json(sizes_json(root), sizes)
     return summary
@@ -229,8 +229,8 @@ def _check_similarities(config: PackConfig, captioners: tuple[str, ...], shards:
                 raise UserError(f"captions/{name} has no column similarities: {NEED_SIMILARITY}")
 
 
-def _sizes(root: str, total: int) -> dict[str, int]:
-    """Number of samples of each final shard, by the name of its tar."""
+def final_sizes(root: str, total: int) -> dict[str, int]:
+    """Number of samples of each final shard, by the name of its tar. Raises UserError for a shard without a record."""
     sizes = dict[str, int]()
     for shard in range(total):
         done = read_done(join(root, SHARDS), shard)

@@ -1,0 +1,194 @@
+"""Stages after `ingest` run again for the shards that are broken or stale, by the settings of their records."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.cache.cut import cut_teacher_shard
+from pipeline.cache.export_lists import export_lists
+from pipeline.cache.stage import cache, cache_identity
+from pipeline.caption.stage import caption, caption_identity
+from pipeline.check.config import CheckConfig
+from pipeline.core.runner import ShardsFailed
+from pipeline.dedup.drop_list import hash_raw_shards
+from pipeline.dedup.stage import dedup
+from pipeline.pack.stage import pack
+from pipeline.repair.folder import Folder
+from pipeline.repair.raw import RefusedError
+from pipeline.repair.recorded import file_sha256, sound_record
+from pipeline.repair.settings import (
+    Record,
+    cache_config,
+    caption_config,
+    command_line,
+    dedup_config,
+    models_of,
+    pack_config,
+)
+from shards_spec.files import DataError, UserError, join
+from shards_spec.layout import RAW, STAGE_FOLDER, parquet_path, stage_output, tar_path
+from shards_spec.manifest import Done, file_hash, finished_shards, forget
+from shards_spec.parquet import read_table, write_table
+from shards_spec.tar import shard_keys
+
+UNPROVEN = ("logit_scale", "logit_bias")  # of a teacher's identity: floats that another device may compute otherwise
+
+
+def stale_shards(root: str, key: str) -> list[int]:
+    """The whole shards of a stage that were made of other files than those that are there now."""
+    shards = finished_shards(join(root, stage_output(key) or ""))
+    records = {shard: done for shard in shards if (done := sound_record(root, key, shard)) is not None}
+    if key == "dedup":
+        inputs = {"raw": hash_raw_shards(root, finished_shards(join(root, RAW)))}
+        return [shard for shard, done in records.items() if done.inputs != inputs]
+    return [shard for shard, done in records.items() if key != "ingest" and _is_stale(root, done)]
+
+
+def _is_stale(root: str, done: Done) -> bool:
+    return any(_hash_now(root, path) != digest for path, digest in done.inputs.items() if "/" in path)
+
+
+def _hash_now(root: str, path: str) -> str | None:
+    """The hash of an input as it is now: by its stage's record, else of its bytes."""
+    folder, _, name = path.rpartition("/")
+    digits = name.partition(".")[0].partition("-")[0]
+    if STAGE_FOLDER.fullmatch(f"{root}/{folder}") and digits.isdigit():
+        with contextlib.suppress(DataError, OSError):
+            return file_hash(root, folder, int(digits), path)
+    return file_sha256(join(root, path))
+
+
+class Remaker:
+    """Runs the stages of one dataset again."""
+
+    def __init__(self, config: CheckConfig, folder: Folder) -> None:
+        self._config = config
+        self._root = config.root
+        self._folder = folder
+
+    def run(self, key: str, record: Record, broken: list[int]) -> None:
+        """Make the broken shards of a stage again, and those that are stale.
+
+        Raises RefusedError when that cannot be done here: nothing is deleted then.
+        """
+        kind, _, name = key.partition("/")
+        runs: dict[str, Callable[[str, Record], Callable[[], Any]]] = {
+            "dedup": self._dedup,
+            "caption": self._caption,
+            "plan": self._pack,
+            "pack": self._pack,
+            "cache": self._cache,
+            "cache-lists": self._lists,
+        }
+        if kind not in runs:
+            raise RefusedError(f"{key}: run its stage again")
+        try:
+            stage = runs[kind](name, record)
+            for shard in broken:
+                forget(join(self._root, stage_output(key) or ""), shard)
+            stage()
+        except (UserError, DataError, ShardsFailed, OSError, KeyError, TypeError, ValueError) as error:
+            raise RefusedError(f"{key}: {str(error) or type(error).__name__}") from error
+
+    def _dedup(self, _: str, record: Record) -> Callable[[], Any]:
+        config = dedup_config(self._root, record)
+        return lambda: dedup(config)
+
+    def _pack(self, _: str, record: Record) -> Callable[[], Any]:
+        config = pack_config(self._root, record, self._folder.path("stop_words.txt"))
+        return lambda: pack(config)
+
+    def _lists(self, name: str, _: Record) -> Callable[[], Any]:
+        return lambda: export_lists(self._root, name, overwrite=False)
+
+    def _caption(self, name: str, record: Record) -> Callable[[], Any]:
+        def make(model: str) -> Any:
+            return caption_config(self._root, name, record, model, self._config.device)
+
+        config = self._with_model("caption", record, make, caption_identity)
+        return lambda: caption(config)
+
+    def _cache(self, name: str, record: Record) -> Callable[[], Any]:
+        def make(model: str) -> Any:
+            return cache_config(self._root, name, record, model, self._config.device)
+
+        config = self._with_model("cache", record, make, cache_identity)
+        return lambda: cache(config)
+
+    def _with_model(
+        self, command: str, record: Record, make: Callable[[str], Any], identify: Callable[[Any], Record]
+    ) -> Any:
+        """The config whose model is the recorded one, by the hash of its weights. Raises UserError."""
+        reasons = list[str]()
+        for model in models_of(record, self._config.models):
+            config = make(model)
+            try:
+                identity = identify(config)
+            except UserError as error:
+                reasons.append(str(error))
+                continue
+            differing = [
+                field for field, value in identity.items() if field not in UNPROVEN and record.get(field) != value
+            ]
+            if not differing:
+                return config
+            reasons.append(f"{model} differs in {', '.join(differing)}")
+        line = command_line(command, make(models_of(record, ())[-1]))
+        raise UserError(
+            f"its model is not at hand ({'; '.join(reasons)}); name it with --models, or delete the shard's record and "
+            f"run `{line}` where it is"
+        )
+
+
+def cut_captions(root: str, key: str, journal: dict[str, Any]) -> list[int]:
+    """Shorten captions of changed raw shards to the samples that stay, where the journal vouches for their images.
+
+    Returns the shards. No model is needed, and the captions that stay are unchanged.
+    """
+    folder = stage_output(key) or ""
+    cut = list[int]()
+    for shard in stale_shards(root, key):
+        done = sound_record(root, key, shard)
+        change = journal.get(str(shard))
+        path, tar = parquet_path(folder, shard), tar_path(RAW, shard)
+        if done is None or change is None or done.inputs.get(tar) not in change["before"]:
+            continue
+        if file_sha256(join(root, path)) != done.outputs.get(path):
+            continue
+        keys = shard_keys(join(root, tar))
+        table = read_table(join(root, path))
+        stored = table.column("key").to_pylist()
+        if set(change["changed"]) & set(keys) or not set(keys) <= set(stored):
+            continue
+        _write_cut(root, done, path, table.take([stored.index(sample) for sample in keys]), tar)
+        cut.append(shard)
+    return cut
+
+
+def _write_cut(root: str, done: Done, path: str, table: pa.Table, tar: str) -> None:
+    """Write the rows that stay and the record that fits them."""
+    folder = path.rpartition("/")[0]
+    forget(join(root, folder), done.shard)
+    digest = write_table(join(root, path), table)
+    captions = table.column("captions")
+    written = pc.sum(pc.list_value_length(captions)).as_py() or 0
+    empty = pc.sum(pc.equal(pc.list_value_length(captions), 0)).as_py() or 0
+    counts = {"success": len(table) - empty, "picture does not decode": empty}
+    counters = {**done.counters, "captions": written}
+    Done(
+        stage=done.stage,
+        shard=done.shard,
+        config=done.config,
+        counts={reason: number for reason, number in counts.items() if number},
+        inputs={tar: file_hash(root, RAW, done.shard, tar)},
+        outputs={path: digest},
+        counters=counters,
+    ).write(join(root, folder))
+
+
+def cut_caches(root: str, key: str) -> list[int]:
+    """Bring caches up to date whose shards lost samples and have nothing new, without a model; returns the shards."""
+    return [shard for shard in stale_shards(root, key) if cut_teacher_shard(root, key.partition("/")[2], shard)]
