@@ -74,7 +74,8 @@ class ForeignRepair:
 
     def _write_rest(self) -> RawOutcome:
         """Write the samples that are left, the rows with the reason of those that are lost, and the stats."""
-        root, shard, folder = self.recorded.root, self.shard, self.folder
+        root, shard = self.recorded.root, self.shard
+        folder = self.folder
         rows, kept = self._rows_and_samples()
         if not rows:
             raise RefusedError(f"{raw_tar(root, shard)}: nothing of the shard can be read; get its three files again")
@@ -105,7 +106,8 @@ class ForeignRepair:
 
     def _write_stats(self, stats: dict[str, Any], counts: Counter[str], outputs: dict[str, str]) -> None:
         """The done-record of an imported shard; img2dataset's stats alone for one that never had a record."""
-        root, shard, record = self.recorded.root, self.shard, stats.get("clipmill")
+        root, shard = self.recorded.root, self.shard
+        record = stats.get("clipmill")
         if record is None and "ingest" not in self.recorded.configs:
             write_json(stats_path(join(root, RAW), shard), stats)
             return

@@ -32,7 +32,7 @@ class Inventory:
 
     ``hashes`` and ``times`` (mtime in ns, of local files) are those of files before the repair. ``damage`` maps a stage
     and a shard to what is wrong with its own files, ``wanted`` a file that is not as it was written to its hash,
-    ``strays`` are files that are not what their names say.
+    ``strays`` are files that are not what their names say, ``assumed_whole`` stages and shards of `take_as_whole`.
     """
 
     root: str
@@ -41,6 +41,7 @@ class Inventory:
     damage: dict[str, dict[int, str]] = field(default_factory=dict)
     wanted: dict[str, str] = field(default_factory=dict)
     strays: set[str] = field(default_factory=set)
+    assumed_whole: set[tuple[str, int]] = field(default_factory=set)
 
     def add(self, path: str) -> str | None:
         """Note a file; returns its hash, None when it is not there or no file."""
@@ -60,16 +61,17 @@ class Inventory:
     def take_as_whole(self, paths: set[str]) -> None:
         """For a dry run: files that would be put back in their places, or make place, are not damaged."""
         self.strays -= paths
-        for key, problems in self.damage.items():
+        for key in self.damage:
             folder = stage_output(key) or ""
             for path in paths:
                 match = FILE_PATTERN.fullmatch(path.removeprefix(f"{folder}/"))
                 if match is not None and path.startswith(folder):
-                    problems.pop(int(match[1]), None)
+                    self.assumed_whole.add((key, int(match[1])))
 
     def damaged(self, key: str) -> dict[int, str]:
         """Shards of a stage to what is wrong with their files."""
-        return self.damage.get(key, {})
+        damage = self.damage.get(key, {})
+        return {shard: problem for shard, problem in damage.items() if (key, shard) not in self.assumed_whole}
 
 
 def take_inventory(recorded: Recorded) -> Inventory:

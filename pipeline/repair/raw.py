@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.core.runner import ShardResult
 from pipeline.ingest.config import IngestConfig
@@ -53,20 +53,21 @@ def ingest_config(recorded: Recorded, config: dict[str, Any], sources: tuple[str
     Raises UserError for values that no version has.
     """
     caption_col, url_col = config.get("columns") or (None, None)
-    options = {name: config[name] for name in RECORDED_OPTIONS if name in config}
-    near_bits = config.get("near_bits")
-    kept = config.get("other_columns")
+    options: dict[str, Any] = {name: config[name] for name in RECORDED_OPTIONS if name in config}
+    if (near_bits := config.get("near_bits")) is not None:
+        options["near_bits"] = near_bits
+    if (kept := config.get("other_columns")) is not None:
+        options["save_additional_columns"] = tuple(kept)
+    duplicates: Literal["exact", "near"] = "exact" if near_bits is None else "near"
     return IngestConfig(
         recorded.root,
         sources or (recorded.root,),
         format=config.get("kind", "auto"),
         caption_col=caption_col,
         url_col=url_col,
-        dedup=("exact" if near_bits is None else "near") if config.get("duplicates") else "none",
+        dedup=duplicates if config.get("duplicates") else "none",
         where=tuple(config.get("where", ())),
         workers=1,
-        **({} if near_bits is None else {"near_bits": near_bits}),
-        **({} if kept is None else {"save_additional_columns": tuple(kept)}),
         **options,
     )
 
@@ -197,7 +198,8 @@ class RawRepair:
 
     def _publish(self, result: ShardResult, outcomes: list[Outcome]) -> "RawOutcome":
         """Put the files that differ in their places, and the record last."""
-        evidence, root, shard = self.evidence, self.evidence.root, self.evidence.shard
+        evidence = self.evidence
+        root, shard = evidence.root, evidence.shard
         changed = self._changed(outcomes)
         done = self._record(result, outcomes)
         before = evidence.done

@@ -98,10 +98,10 @@ class Recorded:
         return sorted(recorded | present)
 
 
-def read_recorded(root: str) -> Recorded:
-    """Read ``dataset.json``, however damaged it is."""
+def read_recorded(root: str, path: str = "") -> Recorded:
+    """Read ``dataset.json``, however damaged it is; ``path`` is where it lies when not in its place."""
     recorded = Recorded(root, root.rstrip("/").rsplit("/", 1)[-1])
-    path = dataset_json(root)
+    path = path or dataset_json(root)
     try:
         data = read_bytes(path)
     except OSError:

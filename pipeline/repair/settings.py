@@ -78,10 +78,13 @@ def pack_config(root: str, record: Record, stop_words: str) -> PackConfig:
 
     Raises UserError when this version makes other shards from these settings.
     """
-    captioner = record["captioner"]
+    captioner = record["captioner"] or "none"
     rule = _label_rule(record)
     words = rule.stop_words
-    if words and words != FUNCTION_WORDS:
+    source = stop_words if words else None
+    if words == FUNCTION_WORDS:
+        source = "function"
+    elif words:
         write_bytes(stop_words, "\n".join(words).encode())
     if rule.describe() != rule_of(record) or record["caption_hygiene"] != RULES_VERSION:
         raise UserError(
@@ -90,13 +93,13 @@ def pack_config(root: str, record: Record, stop_words: str) -> PackConfig:
         )
     return PackConfig(
         root,
-        ("none",) if captioner is None else tuple([captioner] if isinstance(captioner, str) else captioner),
+        (captioner,) if isinstance(captioner, str) else tuple(captioner),
         min_similarity=record.get("min_similarity"),
         nouns_only=rule.nouns_only,
         tagger=rule.tagger,
         collocations=rule.collocations,
         synonyms=rule.synonyms,
-        stop_words="function" if words == FUNCTION_WORDS else (stop_words if words else None),
+        stop_words=source,
         max_caption_chars=record["max_caption_chars"],
         shard_size=record.get("shard_size"),
         workers=1,

@@ -27,6 +27,8 @@ from pipeline.repair.settings import vocab_config
 from pipeline.repair.totals import is_ours, update_block, write_dataset
 from shards_spec.files import DataError, UserError, exists, join, names, read_json, write_json
 from shards_spec.layout import (
+    DATASET,
+    PLAN,
     RAW,
     SHARDS,
     SIZES,
@@ -39,7 +41,7 @@ from shards_spec.layout import (
     vocabulary_tsv,
 )
 from shards_spec.lock import locked
-from shards_spec.manifest import finished_shards
+from shards_spec.manifest import finished_shards, forget
 
 LOCK = ".repair.lock"  # below ROOT
 SHARDS_NAMED = 5  # of those that a stage makes again because what they were made of has changed
@@ -76,7 +78,7 @@ class _Repair:
         self._remaker = Remaker(config, self._folder)
         self._recorded = Recorded(config.root, "")
         self._inventory = Inventory(config.root)
-        self._raw_is_whole = True
+        self._broken_plan = list[int]()
 
     def run(self) -> None:
         """All steps, in the order of the stages."""
@@ -92,6 +94,8 @@ class _Repair:
             if key == "ingest":
                 self._mend_classes()
             if key == "pack":
+                if "plan" in self._recorded.stages():
+                    self._mend_block("plan")
                 self._mend_sizes()
                 self._mend_vocabularies()
         if not self._dry:
@@ -110,6 +114,9 @@ class _Repair:
                 self._say(f"{path}: is {place}; it is moved back there")
             if self._dry:
                 self._inventory.take_as_whole({*places, *places.values()})
+                for path, place in places.items():
+                    if place == DATASET:
+                        self._recorded = read_recorded(self._root, join(self._root, path))
             if not places or self._dry:
                 return
             put_back(self._root, places, self._folder)
@@ -174,7 +181,8 @@ class _Repair:
         broken = dict(self._inventory.damaged("ingest"))
         shard_folder = shard_folder_of("ingest")
         for shard in finished_shards(join(self._root, RAW)):
-            if shard not in broken and (problems := shard_problems(self._root, shard_folder, shard)):
+            is_assumed = ("ingest", shard) in self._inventory.assumed_whole
+            if shard not in broken and not is_assumed and (problems := shard_problems(self._root, shard_folder, shard)):
                 broken[shard] = self._short(problems[0])
         if not broken:
             return
@@ -195,7 +203,6 @@ class _Repair:
                 if not self._dry:
                     self._say(f"{RAW}/{shard_name(shard)}: {work.run().describe()}")
             except (RefusedError, UserError, DataError, OSError) as error:
-                self._raw_is_whole = False
                 self._say(f"{problem}; refused: {error}")
 
     # stages after it
@@ -207,10 +214,13 @@ class _Repair:
             self._cut(key)
             broken = self._still_broken(key, broken)
         stale = [] if self._dry else [shard for shard in stale_shards(self._root, key) if shard not in broken]
-        if not broken and not stale:
+        if not broken and not stale and not (key == "pack" and self._broken_plan):
             return
         for shard in sorted(broken):
             self._say(f"{broken[shard]}; made again")
+        if key == "plan":  # which `pack` makes, when its own shards are known
+            self._broken_plan = sorted(broken)
+            return
         if stale:
             shown = ", ".join(map(shard_name, stale[:SHARDS_NAMED]))
             more = f" and {len(stale) - SHARDS_NAMED} more" if len(stale) > SHARDS_NAMED else ""
@@ -220,6 +230,8 @@ class _Repair:
             self._say(f"{stage_output(key)}: refused: no record says how it was made; run its stage again")
         elif not self._dry:
             try:
+                for shard in self._broken_plan if key == "pack" else []:
+                    forget(join(self._root, PLAN), shard)
                 self._remaker.run(key, record, sorted(broken))
             except RefusedError as error:
                 self._say(f"{stage_output(key)}: refused: {error}")
