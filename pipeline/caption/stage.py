@@ -1,5 +1,6 @@
 """Stage `caption`: N synthetic captions per image of ROOT/raw, one Parquet file per shard."""
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator

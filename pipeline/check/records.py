@@ -254,6 +254,8 @@ def is_surplus(root: str, folder: str, name: str, shards: list[int]) -> bool:
         return False
     if int(match[1]) not in shards:
         return True
+    if match[3]:  # a killed `cache` leaves such a part, and the next one takes it away
+        return False
     try:
         done = read_done(join(root, folder), int(match[1]))
     except DataError:  # `check_record` reports it

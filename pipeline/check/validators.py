@@ -26,7 +26,6 @@ from shards_spec.layout import (
     parquet_path,
     raw_tar,
     remake_advice,
-    select_folder,
     shard_name,
     stats_path,
     tar_path,

@@ -155,7 +155,7 @@ def _ingest_rows(config: IngestConfig, form: Format, assignment: ShardAssignment
     selection = _selection(config)
     image_rules = _image_rules(config)
     settings = _output_settings(config, form, selection, image_rules)
-    sha256_column = HASH if form == "datacompdr" else config.sha256_col
+    sha256_column = _sha256_column(config, form)
     classes = source_classes(config.sources[0]) if form == "classes" else None
     if classes is not None:
         settings[CLASS_LIST] = class_list_hash(classes)
@@ -185,10 +185,24 @@ def fetch_missing(config: IngestConfig, rows: list[Row], known: list[Outcome | N
     selection = _selection(config)
     missing = [index for index, outcome in enumerate(known) if outcome is None]
     with _downloader(config) as downloader:
-        fetched = downloader.outcomes(selection.filter_rows([rows[index] for index in missing]))
+        wanted = selection.filter_rows([rows[index] for index in missing])
+        fetched = _download(downloader, wanted, _sha256_column(config, config.format))
     made = dict(zip(missing, fetched, strict=True))
     outcomes = [made[index] if outcome is None else outcome for index, outcome in enumerate(known)]
     return selection.filter_images(rows, outcomes)
+
+
+def _sha256_column(config: IngestConfig, form: str) -> str | None:
+    """The column with the hash that an image's file must have, if the source has one."""
+    return HASH if form == "datacompdr" else config.sha256_col
+
+
+def _download(downloader: Downloader, rows: list[Row], sha256_column: str | None) -> list[Outcome]:
+    """What became of each row, without images whose hash is not that of their row."""
+    outcomes = downloader.outcomes(rows)
+    if sha256_column is None:
+        return outcomes
+    return [verify_sha256(*pair, sha256_column) for pair in zip(rows, outcomes, strict=True)]
 
 
 def _selection(config: IngestConfig) -> Selection:
@@ -325,10 +339,7 @@ def rows_to_shard(
     start = time.time()  # img2dataset's time fields are seconds since 1970
     shard_input: RawShardInput = task.payload
     rows = selection.filter_rows(shard_input.rows)
-    outcomes = downloader.outcomes(rows)
-    if sha256_column is not None:
-        outcomes = [verify_sha256(*pair, sha256_column) for pair in zip(rows, outcomes, strict=True)]
-    outcomes = selection.filter_images(rows, outcomes)
+    outcomes = selection.filter_images(rows, _download(downloader, rows, sha256_column))
     result = write_raw_shard(root, task.shard, shard_input, outcomes)
     end = time.time()
     return replace(result, extra={"duration": end - start, "start_time": start, "end_time": end})

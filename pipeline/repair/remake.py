@@ -27,7 +27,9 @@ from pipeline.repair.settings import (
     dedup_config,
     models_of,
     pack_config,
+    select_config,
 )
+from pipeline.select.stage import select
 from shards_spec.files import DataError, UserError, join
 from shards_spec.layout import RAW, STAGE_FOLDER, parquet_path, stage_output, tar_path
 from shards_spec.manifest import Done, file_hash, finished_shards, forget
@@ -82,6 +84,7 @@ class Remaker:
             "pack": self._pack,
             "cache": self._cache,
             "cache-lists": self._lists,
+            "select": self._select,
         }
         if kind not in runs:
             raise RefusedError(f"{key}: run its stage again")
@@ -104,7 +107,13 @@ class Remaker:
     def _lists(self, name: str, _: Record) -> Callable[[], Any]:
         return lambda: export_lists(self._root, name, overwrite=False)
 
+    def _select(self, name: str, record: Record) -> Callable[[], Any]:
+        config = select_config(self._root, name, record)
+        return lambda: select(config)
+
     def _caption(self, name: str, record: Record) -> Callable[[], Any]:
+        _refuse_others("caption", name, record)
+
         def make(model: str) -> Any:
             return caption_config(self._root, name, record, model, self._config.device)
 
@@ -112,6 +121,8 @@ class Remaker:
         return lambda: caption(config)
 
     def _cache(self, name: str, record: Record) -> Callable[[], Any]:
+        _refuse_others("cache", name, record)
+
         def make(model: str) -> Any:
             return cache_config(self._root, name, record, model, self._config.device)
 
@@ -140,6 +151,15 @@ class Remaker:
         raise UserError(
             f"its model is not at hand ({'; '.join(reasons)}); name it with --models, or delete the shard's record and "
             f"run `{line}` where it is"
+        )
+
+
+def _refuse_others(command: str, name: str, record: Record) -> None:
+    """Raise UserError for what no model of ours made: its files or its server are not in the record."""
+    if record.get("weights_sha256") is None:
+        raise UserError(
+            f"it is of others; delete the shard's record and run `clipmill {command} --name {name}` again with the "
+            "options that it had (--from or --server)"
         )
 
 

@@ -12,15 +12,18 @@ from pipeline.labels.labeler import FUNCTION_WORDS, LabelRule
 from pipeline.labels.vocab_stage import VocabConfig
 from pipeline.pack.caption_cleaning import RULES_VERSION
 from pipeline.pack.config import PackConfig
+from pipeline.select.config import SelectConfig
 from shards_spec.files import UserError, write_bytes
 from shards_spec.layout import teacher_parquet
 from shards_spec.messages import flag
 from shards_spec.models import TIMM, model_label
+from shards_spec.selection import CAPTIONS_OF
 from shards_spec.views import parse_view_spec
 from shards_spec.vocab import rule_of
 
 Record = dict[str, Any]  # a stage's config as a done-record has it
 NOUNS = "nouns:"
+SELECT_OPTIONS = ("where", "captions_where", "teacher", "captioner", CAPTIONS_OF)
 
 
 def dedup_config(root: str, record: Record) -> DedupConfig:
@@ -102,6 +105,7 @@ def pack_config(root: str, record: Record, stop_words: str) -> PackConfig:
         stop_words=source,
         max_caption_chars=record["max_caption_chars"],
         shard_size=record.get("shard_size"),
+        select=record.get("select"),
         workers=1,
     )
 
@@ -116,6 +120,21 @@ def _label_rule(record: Record) -> LabelRule:
         collocations="collocations" in options,
         synonyms="synonyms" in options,
         stop_words=tuple(record.get("stop_words", ())),
+    )
+
+
+def select_config(root: str, name: str, record: Record) -> SelectConfig:
+    """Of `select`. Raises UserError for rules that only its command line can name."""
+    if unknown := sorted(name for name, value in record.items() if value and name not in SELECT_OPTIONS):
+        raise UserError(f"its rules ({', '.join(unknown)}) have to be given again; run `clipmill select --name {name}`")
+    return SelectConfig(
+        root,
+        name,
+        where=tuple(record["where"]),
+        captions_where=tuple(record["captions_where"]),
+        teacher=tuple(record["teacher"]),
+        captioner=record["captioner"],
+        workers=1,
     )
 
 
