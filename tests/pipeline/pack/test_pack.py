@@ -270,7 +270,7 @@ def test_numbers_that_json_has_no_word_for_are_null(root):
 def test_two_at_once(root):
     """The second one names the first; when that is killed, the next one goes on."""
     slow = (
-        "import time, sys, pipeline.pack.stage as p; p._sizes = lambda *_: time.sleep(600); "
+        "import time, sys, pipeline.pack.stage as p; p.final_sizes = lambda *_: time.sleep(600); "
         "p.pack(p.PackConfig(sys.argv[1]))"
     )
     first = subprocess.Popen([sys.executable, "-c", slow, root], cwd=Path(__file__).parents[3])
@@ -336,7 +336,7 @@ def test_a_finished_dataset_with_empty_shards_at_its_end_stays_as_it_is(root):
     without_captions(root, set(shard_keys(join(root, "raw/00002.tar"))))
     config = PackConfig(root, ("none",), workers=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.pack.stage._sizes", lambda root, total: dict.fromkeys(map(str, range(total)), 1))
+        patch.setattr("pipeline.pack.stage.final_sizes", lambda root, total: dict.fromkeys(map(str, range(total)), 1))
         pack(config)
     write_json(join(root, "shards/sizes.json"), {"00000.tar": 5, "00001.tar": 5, "00002.tar": 0})
     assert check(CheckConfig(root)) == []
@@ -523,7 +523,7 @@ def test_nobody_trains_on_a_mixture_of_two_sizes(equal, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.pack.stage._sizes", die)  # all is made, some of it anew
+        patch.setattr("pipeline.pack.stage.final_sizes", die)  # all is made, some of it anew
         with pytest.raises(KeyboardInterrupt):
             pack(PackConfig(equal, shard_size=3, workers=1, overwrite=True))
     with pytest.raises(UserError, match="run `clipmill pack"):
