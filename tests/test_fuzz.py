@@ -25,7 +25,7 @@ def test_a_slice_of_the_fuzz_run_and_all_that_it_found(tmp_path):
     done = worker("all", 0, 300, tmp_path, INPUTS)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "0 still taken badly" in done.stdout
-    assert done.stdout.count(f": {INPUTS} inputs") == 11
+    assert done.stdout.count(f": {INPUTS} inputs") == 12
 
 
 @pytest.mark.parametrize(

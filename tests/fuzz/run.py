@@ -23,7 +23,20 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 FOUND = HERE / "found"
-NAMES = ("tar", "list", "parquet", "folder", "image", "dataset", "run", "img2dataset", "labelled", "checkpoint", "json")
+NAMES = (
+    "tar",
+    "reinforced",
+    "list",
+    "parquet",
+    "folder",
+    "image",
+    "dataset",
+    "run",
+    "img2dataset",
+    "labelled",
+    "checkpoint",
+    "json",
+)
 MOST = 20  # findings of a target, after which it is given up
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from fuzz.dataset_targets import Dataset, Img2datasetFolder, Labelled, Run
+from fuzz.reinforced_targets import ReinforcedTar
 from fuzz.source_targets import Folder, ImageFile, List, Parquet, Tar
 from fuzz.target import Input, Target, placed
 
@@ -148,6 +149,7 @@ class Json(Target):
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "tar": Tar,
+    "reinforced": ReinforcedTar,
     "list": List,
     "parquet": Parquet,
     "folder": Folder,

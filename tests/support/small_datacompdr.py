@@ -77,7 +77,9 @@ def packed(embeddings: dict[str, np.ndarray], form: str) -> bytes:
     return gzip.compress(file.getvalue())
 
 
-def reinforced(number: int, base: str, *, form: str = "npz", views: int = 3, captions: int = 2) -> Reinforced:
+def reinforced(
+    number: int, base: str, *, form: str = "npz", views: int = 3, captions: int = 2, dim: int = DIM
+) -> Reinforced:
     """Sample ``number``, whose image `web_server` serves under ``base``/good/``number``."""
     generator = np.random.default_rng(number)
     image = make_image(number)
@@ -85,8 +87,8 @@ def reinforced(number: int, base: str, *, form: str = "npz", views: int = 3, cap
     texts = [f"picture {number} says {index}" for index in range(captions)]
     opened = Image.open(io.BytesIO(image))
     parameters = [draw_parameters(opened, generator) for _ in range(views)]
-    image_emb = unit(generator.normal(size=(views, DIM)))
-    text_emb = unit(generator.normal(size=(1 + captions, DIM)))
+    image_emb = unit(generator.normal(size=(views, dim)))
+    text_emb = unit(generator.normal(size=(1 + captions, dim)))
     sample = Reinforced(uid, f"{base}/good/{number}", image, texts, parameters, image_emb, text_emb)
     digest = hashlib.sha256(image).hexdigest()
     sample.members = {
