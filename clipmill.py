@@ -100,6 +100,11 @@ COMMANDS |= {
         "pipeline.why.config:WhyConfig",
         "pipeline.why.stage:why",
     ),
+    "takedown": Command(
+        "samples out of every file of a dataset, with proof",
+        "pipeline.takedown.config:TakedownConfig",
+        "pipeline.takedown.stage:takedown",
+    ),
     "submit": Command("submit STAGE ROOT | train RECIPE | pipeline ROOT: the same commands on Slurm"),
     "jobs": Command(
         "what was submitted for a dataset or a run, and how it goes",
@@ -250,6 +255,9 @@ def _call(command: str, function: Any, config: Any) -> int:
         _print(f"vocab: {synsets} of {occurrences}, sha256 {outcome.sha256[:12]}")
     if command == "classes":
         _print(f"classes: {outcome.summary}")
+    if command == "takedown":
+        for line in outcome.lines:
+            _print(line)
     if command == "why":
         _print_life(config, outcome)
     if command in ("compare", "evalset", "plan", "report", "jobs"):

@@ -259,6 +259,35 @@ def read_json(path: str, fix: str = "") -> Any:
         return parse_json(path, read_bytes(path), fix=fix)
 
 
+def replace_file(path: str, new: str) -> None:
+    """Give the file ``new`` the name ``path``, in place of what is there; nothing happens when ``new`` is gone.
+
+    On object stores the file appears whole too: it is copied, then deleted under its old name. Raises UserError when
+    the store refuses.
+    """
+    if not is_url(path):
+        if os.path.exists(new):
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            os.replace(new, path)
+        return
+    fs, inner = filesystem(path)
+    _, inner_new = filesystem(new)
+    with store_errors(path):
+        if fs.exists(inner_new):
+            fs.mv(inner_new, inner)
+
+
+def remove_tree(folder: str) -> None:
+    """Delete a folder and all in it, if it is there."""
+    if not is_url(folder):
+        if os.path.isdir(folder):
+            shutil.rmtree(folder)
+        return
+    fs, inner = filesystem(folder)
+    with contextlib.suppress(FileNotFoundError), store_errors(folder):
+        fs.rm(inner, recursive=True)
+
+
 def remove(path: str) -> None:
     """Delete a file if it is there."""
     if not is_url(path):

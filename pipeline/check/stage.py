@@ -17,6 +17,7 @@ from pipeline.check.records import (
     check_vocabularies,
 )
 from pipeline.check.validators import ShardFolder, read_rows, shard_folders
+from pipeline.core.taken_down import TAKEN_DOWN_SAMPLES, check_no_takedown, read_takedown_hashes
 from pipeline.dedup.drop_list import check_fresh
 from shards_spec.content_id import content_ids
 from shards_spec.files import DataError, exists, join, read_json, sha256_file
@@ -24,6 +25,7 @@ from shards_spec.layout import (
     DEDUP,
     RAW,
     SHARDS,
+    TAKEDOWN,
     dataset_json,
     dedup_parquet,
     remake_advice,
@@ -42,6 +44,9 @@ NO_KEYS = np.empty(0, np.uint64)
 def check(config: CheckConfig) -> list[str]:
     """Problems found, each naming file and key; empty for a valid dataset. Memory: one shard, 8 bytes a key."""
     root, findings = config.root, Findings()
+    with findings.of(join(root, TAKEDOWN)):
+        check_no_takedown(root)
+        read_takedown_hashes(root)
     if not exists(join(root, RAW)) and not exists(join(root, SHARDS)):
         return [f"{root}: no raw/ and no shards/ in it; it is not a clipmill dataset"]
     keys_of = dict[str, list[np.ndarray]]()  # of raw/ and dedup/
@@ -132,12 +137,15 @@ def _describe_change(root: str, shard_folder: ShardFolder, shard: int, path: str
 def _check_kept(root: str, raw: list[np.ndarray], dropped: list[np.ndarray], findings: Findings) -> None:
     """The lists belong to raw/ as it is; the sample kept for a duplicate is in raw/ and is no duplicate itself."""
     check_fresh(root, shard_ids(join(root, RAW)))
+    takedowns = bool(read_takedown_hashes(root).hashes)
     raw_keys, dropped_keys = (np.sort(np.concatenate([NO_KEYS, *keys])) for keys in (raw, dropped))
     for shard in range(len(dropped)):
         path = dedup_parquet(root, shard)
         rows = read_rows(path, ["key", "kept"])
         kept = content_ids(row["kept"] for row in rows)
         wrong = ~_is_among(kept, raw_keys) | _is_among(kept, dropped_keys)
+        if takedowns:  # what stayed in a duplicate's place may be gone since
+            wrong &= np.array([bool(row["kept"]) for row in rows], bool)
         if wrong.any():
             row = rows[int(wrong.argmax())]
             findings.add(
@@ -188,9 +196,10 @@ def _check_sizes(root: str, blocks: dict[str, Any], findings: Findings) -> None:
 def _check_size(path: str, tar: str, done: Done, *, listed: Any, is_last: bool, findings: Findings) -> None:
     """One final shard: what ``sizes.json`` lists, and the size that `pack --shard-size` asked for."""
     samples = done.successes
+    places = samples + done.counters.get(TAKEN_DOWN_SAMPLES, 0)
     if listed != samples:
         findings.add(f"{path}: {tar} has {counted(samples, 'sample')}, the file says {listed}")
     wanted = done.config.get("shard_size")
-    if not wanted or samples == wanted or (is_last and samples <= wanted):
+    if not wanted or places == wanted or (is_last and places <= wanted):
         return
     findings.add(f"{path}: {tar} has {counted(samples, 'sample')}, not {wanted}; run `clipmill pack` again")

@@ -44,6 +44,7 @@ EXAMPLES = {
     "compare": "runs/clip runs/tinyclip --data /data/eval/flickr30k",
     "check": "/data/cc3m",
     "why": "/data/cc3m 000120042 --run runs/tinyclip",
+    "takedown": "/data/cc3m --list requests.txt",
     "jobs": "/data/cc3m",
     "train clip": "--data /data/cc3m --model ViT-B-32 --out runs/clip",
     "train tinyclip": "--data /data/cc3m --model ViT-M-32 --out runs/tinyclip",

@@ -22,6 +22,7 @@ from typing import Any
 
 from pipeline.core.prefetch import prefetch_map
 from pipeline.core.progress import show_progress
+from pipeline.core.taken_down import check_no_takedown
 from pipeline.core.workers import die_with_parent
 from shards_spec.files import DataError, UserError, is_url, join, read_bytes, remove_stale, sha256_json, write_bytes
 from shards_spec.layout import STAGES, shard_name, stage_log, tar_path
@@ -427,6 +428,7 @@ def upstream_shards(root: str, folder: str, stage: str) -> list[int]:
     Raises UserError when there are none or that stage has not finished. Shards of a foreign img2dataset folder, which
     have no done-record of ours, are used as they are.
     """
+    check_no_takedown(root)
     shards = shard_ids(join(root, folder))
     command = stage.split("/")[0]
     if not shards:

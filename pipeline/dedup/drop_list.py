@@ -1,6 +1,6 @@
 """ROOT/dedup: for each raw shard a Parquet list of the samples that `pack` leaves out, and the ones kept instead."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -16,7 +16,7 @@ SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("ke
 
 
 class DroppedSample(NamedTuple):
-    """One row of a list: ``kept`` is the key of the sample that stays in its place."""
+    """One row of a list: ``kept`` is the key of the sample that stays in its place, empty when it was taken down."""
 
     key: str
     reason: str
@@ -36,12 +36,15 @@ def read_drop_list(path: str) -> dict[str, str]:
     return dict(zip(table.column("key").to_pylist(), table.column("reason").to_pylist(), strict=True))
 
 
-def hash_raw_shards(root: str, shards: list[int]) -> str:
-    """One hash of all raw shards: each list depends on all of them, as an image may repeat one of any shard."""
+def hash_raw_shards(root: str, shards: list[int], renewed: Mapping[str, str] | None = None) -> str:
+    """One hash of all raw shards: each list depends on all of them, as an image may repeat one of any shard.
+
+    ``renewed`` maps hashes of files to those of the files that are about to take their place.
+    """
     hashes = list[str]()
     for shard in shards:
         hashes += file_hashes(root, RAW, shard, [parquet_path(RAW, shard), tar_path(RAW, shard)])
-    return sha256_json(hashes)
+    return sha256_json([(renewed or {}).get(digest, digest) for digest in hashes])
 
 
 def check_fresh(root: str, shards: list[int]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.core.filters import caption_problem
 from pipeline.core.image_match import fingerprint, fingerprints_match
 from pipeline.core.near_duplicates import EXACT_DUPLICATE, NEAR_DUPLICATE, find_duplicates
+from pipeline.core.taken_down import TAKEN_DOWN, TakedownHashes
 from pipeline.ingest.additional_columns import Condition, kept_name
 from pipeline.ingest.images import EncodedImage, Outcome
 from pipeline.ingest.rows import Row
@@ -78,12 +79,15 @@ class Selection:
     near_bits: int | None = None
     where: tuple[Condition, ...] = ()
     exclusions: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
+    taken_down: TakedownHashes = field(default_factory=TakedownHashes)
 
     def filter_rows(self, rows: list[Row]) -> list[Row]:
         """All rows; those that are left out have the reason as their problem, and are not downloaded."""
         return [replace(row, problem=row.problem or self._problem(row)) for row in rows]
 
     def _problem(self, row: Row) -> str | None:
+        if self.taken_down.has_row(row.url, row.caption):
+            return TAKEN_DOWN
         if row.url is not None and self._is_excluded(row.url):
             return EXCLUDED_URL
         for condition in self.where:
@@ -94,7 +98,7 @@ class Selection:
     def filter_images(self, rows: list[Row], outcomes: list[Outcome]) -> list[Outcome]:
         """Outcomes, with a reason in place of images that are excluded or occur earlier in the shard."""
         kept: list[Outcome] = [
-            EXCLUDED_IMAGE if isinstance(outcome, EncodedImage) and self._is_excluded(outcome.sha256) else outcome
+            self._image_problem(outcome) or outcome if isinstance(outcome, EncodedImage) else outcome
             for outcome in outcomes
         ]
         if not self.duplicates:
@@ -115,6 +119,11 @@ class Selection:
         for index, first in repeated.items():
             kept[index] = EXACT_DUPLICATE if sha256s[index] == sha256s[first] else NEAR_DUPLICATE
         return kept
+
+    def _image_problem(self, image: EncodedImage) -> str | None:
+        if self.taken_down.has_image(image.sha256):
+            return TAKEN_DOWN
+        return EXCLUDED_IMAGE if self._is_excluded(image.sha256) else None
 
     def _is_excluded(self, text: str) -> bool:
         if not len(self.exclusions):

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.core.runner import ShardResult
+from pipeline.core.taken_down import TAKEN_DOWN
 from pipeline.ingest.additional_columns import ALL_COLUMNS, json_value, kept_columns
 from pipeline.ingest.images import RESIZE, EncodedImage, Outcome
 from pipeline.ingest.rows import Row
@@ -18,6 +19,7 @@ from shards_spec.layout import RAW, shard_name
 from shards_spec.sample import Sample
 from shards_spec.shard_writer import ShardWriter
 
+TAKEN_DOWN_ROW = Row(None, None, problem=TAKEN_DOWN)
 ROW_GROUP = 100  # rows, as img2dataset writes them
 SPARE_BYTES = 64 << 20  # left free on a disk, for other writers
 BYTES_BESIDE_IMAGE = 8192  # of a sample: text, json, tar headers, its Parquet row
@@ -57,9 +59,13 @@ def sample_key(shard: int, index: int, shard_size: int) -> str:
 def write_raw_shard(root: str, shard: int, shard_input: RawShardInput, outcomes: list[Outcome]) -> ShardResult:
     """Write the tar and the Parquet file of a shard: the images are in the tar, all rows in the Parquet file.
 
-    Raises UserError when the disk has no room for it, before anything is written.
+    Of a row that was taken down there is but its key and that reason. Raises UserError when the disk has no room for
+    the shard, before anything is written.
     """
-    rows = shard_input.rows
+    rows = [
+        TAKEN_DOWN_ROW if outcome == TAKEN_DOWN else row
+        for row, outcome in zip(shard_input.rows, outcomes, strict=True)
+    ]
     records = [_record(*row) for row in zip(shard_input.keys, rows, outcomes, strict=True)]
     other_columns = _labels(rows) | kept_columns(rows, shard_input.column_types, shard_input.kept_columns)
     _check_room(root, outcomes)

@@ -20,6 +20,7 @@ from pipeline.core.runner import (
     read_compatible_record,
     run_stage,
 )
+from pipeline.core.taken_down import read_takedown_hashes
 from pipeline.ingest.additional_columns import ALL_COLUMNS, read_conditions
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.datacompdr_source import HASH
@@ -56,6 +57,7 @@ SEVERAL_FILES: tuple[Format, ...] = (
     "hf-parquet",
 )  # files with images, given one by one by a shell's *
 WITHOUT_COLUMN_NAMES: tuple[Format, ...] = ("cc3m", "cc12m", "txt", "classes", "datacompdr", "img2dataset")
+UNRECORDED = ("exclusions", "where", "taken_down")  # fields of a selection that records do not have under their names
 OUTPUT_FOLDERS = tuple(folder for folder in FOLDERS if folder != RAW)  # of the stages after this one
 
 
@@ -215,6 +217,7 @@ def _selection(config: IngestConfig) -> Selection:
         near_bits=config.near_bits if config.dedup == "near" else None,
         where=read_conditions(config.where),
         exclusions=read_exclusions(config.exclude),
+        taken_down=read_takedown_hashes(config.root),
     )
 
 
@@ -274,7 +277,7 @@ def _update_class_names(config: IngestConfig, stage: Stage, classes: list[str] |
 
 def _output_settings(config: IngestConfig, form: Format, selection: Selection, images: ImageRules) -> dict[str, Any]:
     """Every setting that affects which samples there are and what they hold, by its name on disk."""
-    selected = {name: value for name, value in asdict(selection).items() if name not in ("exclusions", "where")}
+    selected = {name: value for name, value in asdict(selection).items() if name not in UNRECORDED}
     # options that came later are written only when given, so that shards made before stay valid
     later: dict[str, Any] = {}
     if config.where:

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.core.runner import ShardResult, ShardTask
+from pipeline.core.taken_down import TAKEN_DOWN_SAMPLES
 from pipeline.labels.labeler import LabelRule, load_labeler
 from pipeline.pack.caption_cleaning import strict_json
 from pipeline.pack.selection import RESERVED_FIELD, SampleSelector, SelectedSample, SelectionConfig
@@ -64,7 +65,7 @@ def write_final_shard(
         for shard_range in task.payload:
             selector = SampleSelector(root, shard_range, selection)
             samples = read_shard(raw_tar(root, shard_range.shard), shard_range.offset)
-            number = None if shard_range.stop is None else shard_range.stop - shard_range.start
+            number = None if shard_range.keys is None else len(shard_range.keys)
             for sample in islice(samples, number):
                 selected = selector.select(sample)
                 if isinstance(selected, str):
@@ -74,7 +75,7 @@ def write_final_shard(
                 synsets = [synsets_of(text) for text in (selected.original, *selected.synthetic)]
                 for name, value in _row(sample.key, selected, synsets).items():
                     columns[name].append(value)
-                members = _members(sample, selected, synsets)
+                members = final_members(sample, selected, synsets)
                 if classes is not None:
                     label = label_of(raw_tar(root, shard_range.shard), sample, classes)
                     columns["cls"].append(label)
@@ -82,6 +83,8 @@ def write_final_shard(
                 counters.update(selected.notes)
                 yield Sample(sample.key, members)
             selector.finish()
+            if shard_range.taken_down:
+                counters[TAKEN_DOWN_SAMPLES] += shard_range.taken_down
 
     files = ShardWriter(root, SHARDS, task.shard)
     remove(sizes_json(root))  # it says that all shards belong together
@@ -108,7 +111,7 @@ def _pixels(value: Any) -> int | None:
     return value if isinstance(value, int) and 0 <= value < 1 << 31 else None
 
 
-def _members(sample: Sample, selected: SelectedSample, synsets: list[list[str]]) -> dict[str, bytes]:
+def final_members(sample: Sample, selected: SelectedSample, synsets: list[list[str]]) -> dict[str, bytes]:
     """The image as it is, the original caption cleaned, and json with the captions as plain strings and the synsets.
 
     Adds to the notes of ``selected`` what the json member could not keep.

@@ -4,10 +4,13 @@ Stage `plan` writes ``plan/NNNNN.parquet``, a row per sample of the raw shard: `
 ``offset`` (the byte of the tar where it begins). Samples stay in the order of the raw shards. With N samples to a
 shard, final shard j begins at the sample that is number j * N of those that stay (shard 0: at the very first sample)
 and ends where the next one begins, so that every sample that is dropped is counted by exactly one final shard.
+
+A sample that is taken down leaves a row with an empty key, so that no other final shard has to change: its reason is
+`TAKEN_DOWN` when it had stayed, else the one it was dropped for.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -16,6 +19,7 @@ import pyarrow.compute as pc
 
 from pipeline.core.prefetch import prefetch_map
 from pipeline.core.runner import LOOK_AHEAD, RunOptions, ShardResult, ShardTask, Stage, Summary, run_stage
+from pipeline.core.taken_down import TAKEN_DOWN
 from pipeline.pack.selection import SampleSelector, SelectionConfig, ShardRange
 from shards_spec.files import DataError, exists, is_url, join, read_buffer
 from shards_spec.layout import PLAN, parquet_path, raw_tar, remake_advice, shard_name
@@ -24,7 +28,7 @@ from shards_spec.parquet import read_table
 from shards_spec.sample import Sample
 from shards_spec.shard_writer import ShardWriter
 from shards_spec.tar import index_shard
-from shards_spec.tar_members import BLOCK
+from shards_spec.tar_members import BLOCK, Member
 
 SCHEMA = pa.schema(
     [
@@ -74,10 +78,9 @@ def plan_shard(root: str, task: ShardTask, *, selection: SelectionConfig) -> Sha
     keys = list[str]()
     reasons = list[str | None]()
     offsets = list[int]()
-    end = 0
     try:
         with read_buffer(source) as buffer:
-            for key, members in index_shard(buffer, source):
+            for key, members, offset, _ in sample_offsets(buffer, source):
                 texts = {
                     extension: member.read(buffer) if extension in ("txt", "json") else b""
                     for extension, member in members.items()
@@ -85,8 +88,7 @@ def plan_shard(root: str, task: ShardTask, *, selection: SelectionConfig) -> Sha
                 selected = selector.select(Sample(key, texts))
                 keys.append(key)
                 reasons.append(selected if isinstance(selected, str) else None)
-                offsets.append(end)
-                end = max(member.offset + member.size + -member.size % BLOCK for member in members.values())
+                offsets.append(offset)
     except FileNotFoundError as error:
         raise DataError(f"{source}: is not there; {remake_advice(source)}") from error
     selector.finish()
@@ -94,6 +96,18 @@ def plan_shard(root: str, task: ShardTask, *, selection: SelectionConfig) -> Sha
     files.write_parquet(pa.table([keys, reasons, offsets], SCHEMA))
     counts = Counter(reason or "success" for reason in reasons)
     return ShardResult(dict(counts), files.outputs)
+
+
+def sample_offsets(buffer: memoryview, path: str) -> Iterator[tuple[str, Mapping[str, Member], int, int]]:
+    """Key and members of each sample of a tar, the byte where it begins and the one where the next would.
+
+    Raises DataError for a broken tar.
+    """
+    start = 0
+    for key, members in index_shard(buffer, path):
+        end = max(member.offset + member.size + -member.size % BLOCK for member in members.values())
+        yield key, members, start, end
+        start = end
 
 
 def final_shard_tasks(root: str, shards: list[int], selection: SelectionConfig, size: int) -> Iterator[ShardTask]:
@@ -113,7 +127,8 @@ def final_shard_tasks(root: str, shards: list[int], selection: SelectionConfig, 
     inputs = dict[str, str]()
     plans = prefetch_map(read_plan, shards, LOOK_AHEAD, 2 * LOOK_AHEAD) if is_url(root) else map(read_plan, shards)
     for shard, table, files in plans:
-        staying = np.flatnonzero(pc.is_null(table.column("reason")).to_numpy())
+        reasons = table.column("reason")
+        staying = np.flatnonzero(pc.fill_null(pc.equal(reasons, TAKEN_DOWN), True).to_numpy())
         start = 0  # the first row of this raw shard that is in no range yet
         used = 0  # the samples of ``staying`` before ``start``
         while len(staying) - used > size - filled:
@@ -136,8 +151,10 @@ def final_shard_tasks(root: str, shards: list[int], selection: SelectionConfig, 
 
 
 def _shard_range(shard: int, table: pa.Table, start: int, stop: int) -> ShardRange:
-    keys = tuple(table.column("key")[start:stop].to_pylist())
-    return ShardRange(shard, start, stop, table.column("offset")[start].as_py(), keys)
+    rows = table.slice(start, stop - start)
+    keys = tuple(key for key in rows.column("key").to_pylist() if key)
+    taken_down = sum(reason == TAKEN_DOWN for reason in rows.column("reason").to_pylist())
+    return ShardRange(shard, start, stop, rows.column("offset")[0].as_py(), keys, taken_down)
 
 
 def _task(number: int, ranges: list[ShardRange], inputs: dict[str, str]) -> ShardTask:

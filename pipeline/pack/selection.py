@@ -12,9 +12,14 @@ import pyarrow.compute as pc
 
 from pipeline.core.filters import caption_problem
 from pipeline.dedup.drop_list import read_drop_list
-from pipeline.pack.applied_selection import NOT_SELECTED, AppliedSelection, ChosenSample
+from pipeline.pack.applied_selection import (
+    NOT_SELECTED,
+    AppliedSelection,
+    ChosenSample,
+    find_applied_selection,
+)
 from pipeline.pack.caption_cleaning import EMPTY_AFTER_CLEANING, clean_caption, read_caption
-from shards_spec.files import DataError
+from shards_spec.files import DataError, exists, join
 from shards_spec.layout import (
     DEDUP,
     RAW,
@@ -28,6 +33,7 @@ from shards_spec.layout import (
 )
 from shards_spec.parquet import read_table
 from shards_spec.sample import Sample
+from shards_spec.selection import captions_of
 
 log = logging.getLogger(__name__)
 DISSIMILAR = "every caption below min_similarity"  # a reason on disk
@@ -46,6 +52,19 @@ class SelectionConfig:
     min_similarity: float | None = None
     applied: AppliedSelection | None = None
 
+    @classmethod
+    def of_record(cls, root: str, config: dict[str, Any]) -> "SelectionConfig":
+        """The selection of finished shards, by the config in their done-records."""
+        captioner = config.get("captioner") or ()
+        chosen = config.get("select")
+        return cls(
+            (captioner,) if isinstance(captioner, str) else tuple(captioner),
+            exists(join(root, DEDUP)),
+            config["max_caption_chars"],
+            config.get("min_similarity"),
+            None if chosen is None else find_applied_selection(root, chosen, captions_of(config)),
+        )
+
     def inputs(self, shard: int) -> Iterator[tuple[str, str]]:
         """(folder, path) of the files that belong to a raw shard."""
         yield RAW, tar_path(RAW, shard)
@@ -60,9 +79,10 @@ class SelectionConfig:
 
 @dataclass(frozen=True)
 class ShardRange:
-    """Samples ``start`` to ``stop`` (None: the end) of a raw shard; the first one is at byte ``offset`` of the tar.
+    """Rows ``start`` to ``stop`` (None: the end) of a raw shard's plan; the first one is at byte ``offset`` of the tar.
 
-    ``keys`` are those samples' keys, or None for a whole shard.
+    ``keys`` are the keys of the samples that are still there, or None for a whole shard; ``taken_down`` of those that
+    were to stay are not.
     """
 
     shard: int
@@ -70,6 +90,7 @@ class ShardRange:
     stop: int | None = None
     offset: int = 0
     keys: tuple[str, ...] | None = None
+    taken_down: int = 0
 
 
 @dataclass(frozen=True, slots=True)

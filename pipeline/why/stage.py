@@ -5,19 +5,17 @@ at a time; a sample that `pack` dropped is selected again by pack's own rules, a
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from pipeline.pack.applied_selection import find_applied_selection
 from pipeline.pack.selection import SampleSelector, SelectionConfig, ShardRange
 from pipeline.why.config import WhyConfig
 from shards_spec.files import DataError, UserError, exists, join, names
 from shards_spec.layout import (
     CAPTIONS,
-    DEDUP,
     RAW,
     SELECT,
     SHARDS,
@@ -38,7 +36,7 @@ from shards_spec.layout import (
 from shards_spec.manifest import finished_shards, read_dataset, read_done, shard_ids
 from shards_spec.messages import counted
 from shards_spec.parquet import open_parquet, read_table
-from shards_spec.selection import captions_of, read_selection
+from shards_spec.selection import read_selection
 from shards_spec.soft_labels import SoftLabelFormat, format_of
 from shards_spec.tar import read_shard, shard_keys
 from shards_spec.teacher_shard import TeacherShard
@@ -164,8 +162,12 @@ def _tell_duplicate(life: SampleLife, root: str, shard: int) -> None:
         return
     table = read_table(path, ["key", "reason", "kept"])
     rows = [row for row in table.to_pylist() if row["key"] == life.key]
-    facts = [f"{row['reason']}, {row['kept']} stays instead" for row in rows] or ["no duplicate of an earlier sample"]
+    facts = [f"{row['reason']}, {_kept_instead(row['kept'])}" for row in rows] or ["no duplicate of an earlier sample"]
     life.add("dedup", *facts)
+
+
+def _kept_instead(key: str) -> str:
+    return f"{key} stays instead" if key else "what stayed instead was taken down"
 
 
 def _tell_captions(life: SampleLife, root: str, shard: int) -> None:
@@ -207,16 +209,7 @@ def _reason_of_pack(root: str, key: str, shard: int, index: int) -> str:
     done = read_done(join(root, SHARDS), 0) if exists(join(root, SHARDS)) else None
     if done is None:
         return f"not packed yet: `clipmill pack {root}` does it"
-    config = done.config
-    captioner = config.get("captioner") or ()
-    selection = SelectionConfig(
-        (captioner,) if isinstance(captioner, str) else tuple(captioner),
-        exists(join(root, DEDUP)),
-        config["max_caption_chars"],
-        config.get("min_similarity"),
-    )
-    if config.get("select") is not None:
-        selection = replace(selection, applied=find_applied_selection(root, config["select"], captions_of(config)))
+    selection = SelectionConfig.of_record(root, done.config)
     selector = SampleSelector(root, ShardRange(shard, keys=(key,)), selection)
     outcome = selector.select(next(islice(read_shard(raw_tar(root, shard)), index, None)))
     stays = f"stays by pack's rules, but is in no final shard: run `clipmill pack {root}` again"

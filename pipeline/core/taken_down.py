@@ -1,0 +1,128 @@
+"""What was taken down of a dataset: salted hashes in ``takedown/hashes.json``, and rows of raw/ without content.
+
+The file tells whether a link, an image or a row was taken down, and not which ones were: `ingest` leaves those out when
+it makes a shard again, and nobody can read a list of them from the dataset.
+"""
+
+import json
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from shards_spec import SPEC_VERSION
+from shards_spec.files import DataError, exists, join, read_json, sha256_bytes
+from shards_spec.layout import TAKEDOWN
+from shards_spec.manifest import SEAL, seal
+
+TAKEN_DOWN = "taken down"  # a reason on disk
+TAKEN_DOWN_SAMPLES = "samples taken down"  # a counter on disk: places of a final shard of equal size that stay empty
+STATUS = "failed_to_download"  # of a row that was taken down, in img2dataset's words
+HASHES = f"{TAKEDOWN}/hashes.json"
+STAGING = ".takedown"  # below ROOT, while a takedown is at work: new files, and the list of them once all are there
+JOURNAL = f"{STAGING}/journal.json"
+DIGITS = 32  # of a hash that is kept: 128 bits
+FIX = "put it back from a copy: without it `clipmill ingest` would fetch again what was taken down"
+
+
+@dataclass(frozen=True)
+class TakedownHashes:
+    """Salted hashes of links, of images (by the sha256 of their bytes) and of rows (link and caption)."""
+
+    salt: str = field(default_factory=lambda: secrets.token_hex(16))
+    hashes: frozenset[str] = frozenset()
+
+    def has_url(self, url: str | None) -> bool:
+        """Whether this link was taken down."""
+        return bool(self.hashes) and url is not None and self._hash("url", url) in self.hashes
+
+    def has_image(self, sha256: str | None) -> bool:
+        """Whether an image of this sha256 was taken down."""
+        return bool(self.hashes) and sha256 is not None and self._hash("image", sha256) in self.hashes
+
+    def has_row(self, url: str | None, caption: str | None) -> bool:
+        """Whether the link, or this very row of a list, was taken down."""
+        return self.has_url(url) or (bool(self.hashes) and self._hash("row", _row(url, caption)) in self.hashes)
+
+    def extended(
+        self, urls: Iterable[str], images: Iterable[str], rows: Iterable[tuple[str | None, str | None]]
+    ) -> "TakedownHashes":
+        """These and more; ``images`` are sha256, ``rows`` are (link, caption)."""
+        more = {self._hash("url", url) for url in urls}
+        more |= {self._hash("image", image) for image in images}
+        more |= {self._hash("row", _row(*row)) for row in rows}
+        return TakedownHashes(self.salt, self.hashes | more)
+
+    def as_json(self) -> dict[str, Any]:
+        """What the file holds."""
+        content = {"spec_version": SPEC_VERSION, "salt": self.salt, "hashes": sorted(self.hashes)}
+        return {**content, SEAL: seal(content)}
+
+    def _hash(self, kind: str, text: str) -> str:
+        return sha256_bytes(f"{self.salt}\0{kind}\0{text}".encode(errors="surrogatepass"))[:DIGITS]
+
+
+def _row(url: str | None, caption: str | None) -> str:
+    return json.dumps([url, caption])
+
+
+def read_takedown_hashes(root: str) -> TakedownHashes:
+    """What was taken down of a dataset so far; nothing where there is no such file. Raises DataError."""
+    path = join(root, HASHES)
+    if not exists(path):
+        return TakedownHashes()
+    content = read_json(path, FIX)
+    if not isinstance(content, dict) or content.get(SEAL) != seal(content):
+        raise DataError(f"{path}: not as it was written; {FIX}")
+    if content.get("spec_version") != SPEC_VERSION:
+        raise DataError(
+            f"{path}: spec version {content.get('spec_version')}, this clipmill reads {SPEC_VERSION}; use the one "
+            "that wrote it"
+        )
+    return TakedownHashes(content["salt"], frozenset(content["hashes"]))
+
+
+def check_no_takedown(root: str) -> None:
+    """Raise DataError where a takedown was interrupted while it put its files in place."""
+    if exists(join(root, JOURNAL)):
+        raise DataError(
+            f"{join(root, STAGING)}: a takedown was interrupted; run `clipmill takedown {root} --list FILE` again"
+        )
+
+
+def without_content(table: pa.Table, rows: np.ndarray, last: np.ndarray) -> pa.Table:
+    """A table of raw/ in which the ``rows`` (indices) have but their key, status and reason.
+
+    Those of them that are ``last`` (bool, as long as ``rows``) have the reason `TAKEN_DOWN`; the others, earlier tries
+    of a row that a later shard has again, keep the reason of their time.
+    """
+    indices = np.arange(len(table))
+    is_blank = np.zeros(len(table), bool)
+    is_blank[rows] = True
+    blank = table.take(pa.array(indices, mask=is_blank))
+    is_last = np.zeros(len(table), bool)
+    is_last[rows[last]] = True
+    if "error_message" in table.column_names:
+        reasons = table.column("error_message")
+    else:
+        reasons = pa.chunked_array([pa.nulls(len(table), pa.string())])
+    kept = {
+        "key": table.column("key"),
+        "status": _replaced(table.column("status"), is_last, STATUS),
+        "error_message": _replaced(reasons, is_last, TAKEN_DOWN),
+    }
+    for name, column in kept.items():
+        place = blank.schema.get_field_index(name)
+        if place < 0:
+            blank = blank.append_column(name, column)
+        else:
+            blank = blank.set_column(place, blank.schema.field(place), column)
+    return blank
+
+
+def _replaced(column: pa.ChunkedArray, where: np.ndarray, text: str) -> pa.Array:
+    values = [text if taken else value for value, taken in zip(column.to_pylist(), where, strict=True)]
+    return pa.array(values, column.type)

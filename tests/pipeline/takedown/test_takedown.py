@@ -1,0 +1,155 @@
+"""`takedown`: what a list names is gone from every file, what stays is what it was, and no stage runs again."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from small_data import build_all, draw, run_stage, tiny_coca, tree
+
+from pipeline.check.config import CheckConfig
+from pipeline.check.stage import check
+from pipeline.dedup.config import DedupConfig
+from pipeline.dedup.stage import dedup
+from pipeline.ingest.config import IngestConfig
+from pipeline.ingest.stage import ingest
+from pipeline.takedown import staging as staging_module
+from pipeline.takedown.config import TakedownConfig
+from pipeline.takedown.stage import TakedownOutcome, takedown
+from shards_spec.files import DataError, read_json, replace_file
+from shards_spec.manifest import shard_ids
+from shards_spec.parquet import read_table
+from shards_spec.tar import read_shard
+from shards_spec.teacher_shard import TeacherShard
+
+pytestmark = pytest.mark.integration
+
+GONE = {"000000000", "000000005", "000010000"}
+PER_SHARD = 7
+
+
+def make(base: Path, shard_size: int | None) -> None:
+    """A dataset of every stage: an image breaks off, one repeats another, one caption is blank."""
+    images = base / "images"
+    images.mkdir()
+    for index in range(12):
+        data, caption = draw(f"takedown/{index}")
+        (images / f"{index:02}.jpg").write_bytes(data[:100] if index == 2 else data)
+        (images / f"{index:02}.txt").write_text("" if index == 8 else caption)
+    shutil.copy(images / "00.jpg", images / "98.jpg")
+    (images / "98.txt").write_text("the same again")
+    root = str(base / "ds")
+    ingest_again(base / "ds", images)
+    dedup(DedupConfig(root, workers=1))
+    build_all(root, tiny_coca(base / "coca"), views=2, shard_size=shard_size)
+
+
+def ingest_again(root: Path, images: Path, **options) -> None:
+    ingest(IngestConfig(str(root), str(images), shard_size=PER_SHARD, workers=1, **options))
+
+
+@pytest.fixture(scope="module", params=[None, 3], ids=["uneven", "equal"])
+def made(tmp_path_factory, request) -> tuple[Path, int | None]:
+    """The folder of a dataset, and its number of samples in a final shard."""
+    base = tmp_path_factory.mktemp("takedown")
+    make(base, request.param)
+    return base, request.param
+
+
+@pytest.fixture
+def root(made, tmp_path) -> Path:
+    """A copy of the dataset."""
+    return shutil.copytree(made[0] / "ds", tmp_path / "ds")
+
+
+def take(root: Path, *lines: str, **options) -> TakedownOutcome:
+    path = root.parent / "list.txt"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return takedown(TakedownConfig(str(root), str(path), **options))
+
+
+def dataset_tree(root: Path) -> dict[str, str]:
+    return {path: digest for path, digest in tree(str(root)).items() if not path.startswith("takedown/")}
+
+
+def samples(root: Path) -> dict[str, dict[str, bytes]]:
+    return {s.key: s.members for tar in sorted(root.glob("shards/*.tar")) for s in read_shard(str(tar))}
+
+
+def vectors(root: Path) -> dict[str, list[bytes]]:
+    """Key to the bytes of all its vectors."""
+    found = dict[str, list[bytes]]()
+    for shard in shard_ids(f"{root}/teacher/tea"):
+        for file in TeacherShard(str(root), "tea", shard).files:
+            for name in file.names:
+                for key, row in zip(file.keys, file.vectors(name).values, strict=True):
+                    found.setdefault(key, []).append(row.tobytes())
+    return found
+
+
+def test_all_is_gone_and_the_rest_is_as_it_was(made, root):
+    base, shard_size = made
+    before, embedded = samples(root), vectors(root)
+    sha256 = {row["key"]: row["sha256"] for row in read_table(f"{root}/raw/00001.parquet").to_pylist()}["000010000"]
+    outcome = take(root, "000000000", "05.jpg", sha256, "not-here")
+    assert check(CheckConfig(str(root))) == []
+    report = read_json(outcome.report)
+    assert set(report["samples"]) == GONE
+    assert report["lines_without_a_match"] == [4]
+    assert report["left"] == []
+    assert set(before) >= GONE
+    assert samples(root) == {key: members for key, members in before.items() if key not in GONE}
+    assert vectors(root) == {key: rows for key, rows in embedded.items() if key not in GONE}
+    rows = {r["key"]: r for n in (0, 1) for r in read_table(f"{root}/raw/0000{n}.parquet").to_pylist()}
+    for key in GONE:
+        there = {name for name, value in rows[key].items() if value is not None}
+        assert there == {"key", "status", "error_message"}
+        assert rows[key]["error_message"] == "taken down"
+
+    after = dataset_tree(root)
+    ingest_again(root, base / "images")
+    dedup(DedupConfig(str(root), workers=1))
+    for stage in ("caption", "pack", "cache"):
+        run_stage(stage, str(root), f"local-dir:{base}/coca", shard_size=shard_size)
+    assert dataset_tree(root) == after
+
+
+@pytest.mark.parametrize("moment", [0, 1, 5, 12, 1000])
+def test_killed_and_run_again(root, moment, monkeypatch):
+    before = dataset_tree(root)
+    whole = shutil.copytree(root, root.parent / "whole")
+    take(whole, *GONE)
+    calls = iter(range(moment))
+
+    def fails(path: str, new: str) -> None:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        replace_file(path, new)
+
+    monkeypatch.setattr(staging_module, "replace_file", fails)
+    if moment < 1000:
+        with pytest.raises(KeyboardInterrupt):
+            take(root, *GONE)
+        assert any("a takedown was interrupted" in problem for problem in check(CheckConfig(str(root))))
+        with pytest.raises(DataError, match="a takedown was interrupted"):
+            run_stage("pack", str(root))
+    monkeypatch.undo()
+    take(root, *GONE)
+    assert dataset_tree(root) == dataset_tree(whole) != before
+    assert not (root / ".takedown").exists()
+
+
+def test_killed_before_anything_is_put_in_place(root, monkeypatch):
+    before = dataset_tree(root)
+
+    def fails(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(staging_module, "write_json", fails)
+    with pytest.raises(KeyboardInterrupt):
+        take(root, *GONE)
+    there = {path: digest for path, digest in dataset_tree(root).items() if not path.startswith(".takedown/")}
+    assert there == before
+    assert check(CheckConfig(str(root))) == []
+    monkeypatch.undo()
+    take(root, *GONE)
+    assert check(CheckConfig(str(root))) == []
