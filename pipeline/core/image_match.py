@@ -9,8 +9,10 @@ changed by encoding, scaling, crops of up to 5 % a side and tone (`tests/pipelin
 
 import functools
 import math
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 SIDE = 32  # pixels of the small copy
@@ -18,14 +20,47 @@ BLOCK = 4  # pixels of the blocks that are compared one by one
 ROUNDS = 3  # of the alignment
 MAX_MOVE = 0.12  # by which the alignment may move an edge, as a share of the side
 DETAIL = slice(6, 20)  # frequencies that the signature does not have; the finest are the encoder's
-MAX_DETAIL_SHARE = 0.28  # of the details, that may be left
-NOISE = 1.2  # grey levels of details that may be left in any case
-GAIN = (0.5, 2.0)  # of contrast, that may be fitted
 SATURATION = (0.6, 1.7)  # of colours, that may be fitted (less is another image, a grey one say)
-# what may be left of colours on average, of colours and of grey in one block: levels, or a share of the contrast
-COLOUR_LIMIT = (8.0, 0.2)
-COLOUR_BLOCK_LIMIT = (10.0, 0.3)
-GREY_BLOCK_LIMIT = (16.0, 0.3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchLimits:
+    """How far two images may differ that are one.
+
+    Pairs are grey levels, and a share of the image's standard deviation; the larger of both counts.
+    """
+
+    gain: tuple[float, float]
+    """of contrast, that may be fitted"""
+    detail: tuple[float, float]
+    """what may be left of the details: grey levels in any case, a share of the details themselves"""
+    grey_block: tuple[float, float]
+    """what may be left of grey in one block, as a mean"""
+    colour: tuple[float, float]
+    """what may be left of colours on average"""
+    colour_block: tuple[float, float]
+    """what may be left of colours in one block, as a mean"""
+    local: tuple[float, float] | None = None
+    """what may be left in one block, as a root mean square, beyond half of what both images have around it"""
+
+
+# of a listed image and one with a near signature
+DUPLICATE = MatchLimits(
+    gain=(0.5, 2.0),
+    detail=(1.2, 0.28),
+    grey_block=(16.0, 0.3),
+    colour=(8.0, 0.2),
+    colour_block=(10.0, 0.3),
+)
+# of an image and a copy that was cropped, scaled and encoded badly: more is left, but nowhere a thing of its own
+COPY = MatchLimits(
+    gain=(0.8, 1.3),
+    detail=(1.5, 0.45),
+    grey_block=(16.0, 0.3),
+    colour=(9.0, 0.2),
+    colour_block=(16.0, 0.3),
+    local=(6.5, 0.2),
+)
 
 
 def fingerprint(image: Image.Image) -> np.ndarray:
@@ -34,21 +69,26 @@ def fingerprint(image: Image.Image) -> np.ndarray:
     return np.asarray(small.convert("YCbCr").resize((SIDE, SIDE), Image.Resampling.HAMMING))
 
 
-def fingerprints_match(one: np.ndarray, other: np.ndarray) -> bool:
+def fingerprints_match(one: np.ndarray, other: np.ndarray, limits: MatchLimits = DUPLICATE) -> bool:
     """Whether two fingerprints are of one image."""
     first = one.astype(np.float32)
     second = other.astype(np.float32)
     aligned, gain, grey_left = _align(first, second)
-    if not GAIN[0] <= gain <= GAIN[1]:
+    if not limits.gain[0] <= gain <= limits.gain[1]:
         return False
-    if _detail(grey_left) > max(MAX_DETAIL_SHARE * _detail(second[..., 0]), NOISE):
+    levels, share = limits.detail
+    if _detail(grey_left) > max(share * _detail(second[..., 0]), levels):
         return False
-    if np.abs(_block_means(grey_left)).max() > _limit(GREY_BLOCK_LIMIT, second[..., :1]):
+    if np.abs(_block_means(grey_left)).max() > _limit(limits.grey_block, second[..., :1]):
         return False
-    return _colours_match(aligned[..., 1:] - 128, second[..., 1:] - 128)
+    if limits.local is not None:
+        alone = _left_alone(grey_left, gain * aligned[..., 0], second[..., 0])
+        if alone > _limit(limits.local, second[..., :1]):
+            return False
+    return _colours_match(aligned[..., 1:] - 128, second[..., 1:] - 128, limits)
 
 
-def _colours_match(one: np.ndarray, other: np.ndarray) -> bool:
+def _colours_match(one: np.ndarray, other: np.ndarray, limits: MatchLimits) -> bool:
     """Whether colours, [SIDE, SIDE, 2] around 0, are the same but for saturation."""
     energy = float((one**2).sum())
     fitted = float((other * one).sum()) / energy if energy > 1 else 1.0
@@ -56,13 +96,31 @@ def _colours_match(one: np.ndarray, other: np.ndarray) -> bool:
     left = other - saturation * one
     average = math.sqrt((left**2).sum(axis=2).mean())
     blocks = np.hypot(_block_means(left[..., 0]), _block_means(left[..., 1]))
-    return average <= _limit(COLOUR_LIMIT, other) and bool(blocks.max() <= _limit(COLOUR_BLOCK_LIMIT, other))
+    return average <= _limit(limits.colour, other) and bool(blocks.max() <= _limit(limits.colour_block, other))
 
 
 def _limit(limit: tuple[float, float], channels: np.ndarray) -> float:
     """Levels that may be left, of channels [SIDE, SIDE, C]: the first, or the second times their standard deviation."""
     levels, share = limit
     return max(levels, share * math.sqrt(channels.var(axis=(0, 1)).sum()))
+
+
+def _left_alone(left: np.ndarray, one: np.ndarray, other: np.ndarray) -> float:
+    """The most that is left in one block, beyond half of the contrast that both images have in the blocks around it.
+
+    An encoder leaves much beside edges. What is left where one of the images has none is a thing of the other's.
+    """
+    contrasts = np.minimum(_block_contrasts(one), _block_contrasts(other))
+    around = sliding_window_view(np.pad(contrasts, 1, mode="edge"), (3, 3)).max(axis=(2, 3))
+    return float((np.sqrt(_block_means(left**2)) - around / 2).max())
+
+
+def _block_contrasts(grey: np.ndarray) -> np.ndarray:
+    """Standard deviation within each block and half a block around it."""
+    half = BLOCK // 2
+    windows = sliding_window_view(np.pad(grey, half, mode="edge"), (2 * BLOCK, 2 * BLOCK))
+    contrasts: np.ndarray = windows[::BLOCK, ::BLOCK].std(axis=(2, 3))
+    return contrasts
 
 
 def _align(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:

@@ -14,7 +14,7 @@ MIN_STRUCTURE = (
 
 
 @functools.cache
-def _dct_matrix() -> np.ndarray:
+def dct_matrix() -> np.ndarray:
     """The first rows of the orthonormal DCT-II matrix: float64 [LOW_FREQUENCIES, SIDE]."""
     angles = math.pi / SIDE * np.outer(np.arange(LOW_FREQUENCIES), np.arange(SIDE) + 0.5)
     scale = np.sqrt(np.where(np.arange(LOW_FREQUENCIES) == 0, 1, 2) / SIDE)
@@ -33,11 +33,17 @@ def perceptual_hash(image: Image.Image) -> str | None:
     """
     small = image.reduce(max(1, min(image.size) // (2 * SIDE)))  # never below twice the side: cheap, and flips nothing
     grey = small.convert("L").resize((SIDE, SIDE), Image.Resampling.HAMMING)  # half the flipped bits of BOX
-    dct = _dct_matrix()
-    waves = (dct @ np.asarray(grey, np.float64) @ dct.T).ravel()
-    middle = waves.size // 2 - 1  # of the 63 without the constant term
-    if np.sort(np.abs(waves[1:]))[middle] < MIN_STRUCTURE:
-        return None
-    bits = waves > np.sort(waves[1:])[middle]
-    bits[0] = False
-    return np.packbits(bits).tobytes().hex()
+    dct = dct_matrix()
+    bits = int(signatures((dct @ np.asarray(grey, np.float64) @ dct.T)[None])[0])
+    return f"{bits:016x}" if bits else None
+
+
+def signatures(waves: np.ndarray) -> np.ndarray:
+    """The bits of images by their lowest frequencies [n, LOW_FREQUENCIES, LOW_FREQUENCIES]: uint64 [n], 0 if plain."""
+    flat = waves.reshape(len(waves), -1)
+    middle = flat.shape[1] // 2 - 1  # of the 63 without the constant term
+    strengths = np.sort(np.abs(flat[:, 1:]), axis=1)[:, middle]
+    bits = flat > np.sort(flat[:, 1:], axis=1)[:, middle, None]
+    bits[:, 0] = False
+    numbers = np.packbits(bits, axis=1).view(">u8").astype(np.uint64).ravel()
+    return np.where(strengths < MIN_STRUCTURE, np.uint64(0), numbers)
