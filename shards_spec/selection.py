@@ -30,18 +30,24 @@ SCHEMA = pa.schema(
 )
 
 
+PAIR = pa.field("pair", pa.string())  # a further column of selections made with --against
+
+
 @dataclass(frozen=True)
 class ShardSelection:
     """The selection of one final shard, in the order of its tar.
 
     ``copies`` uint8 (n,): times an epoch has the sample, 0 where it is left out. ``reasons``: why it is left out, None
     where it is not. ``captions``: indices of the captions that it may show, 0 the original; None: all of them.
+    ``pairs``: the image of an evaluation set that the sample shows again, None where it shows none; None as a whole
+    where none were looked for.
     """
 
     keys: list[str]
     copies: np.ndarray
     reasons: list[str | None]
     captions: list[list[int] | None]
+    pairs: list[str | None] | None = None
 
     def __post_init__(self) -> None:
         assert len(self.keys) == len(self.copies) == len(self.reasons) == len(self.captions)
@@ -67,18 +73,24 @@ def write_selection(root: str, name: str, shard: int, selection: ShardSelection)
     writer = ShardWriter(root, select_folder(name), shard)
     columns = [selection.keys, selection.copies, selection.reasons, selection.captions]
     arrays = [pa.array(values, field.type) for values, field in zip(columns, SCHEMA, strict=True)]
-    writer.write_parquet(pa.Table.from_arrays(arrays, schema=SCHEMA))
+    table = pa.Table.from_arrays(arrays, schema=SCHEMA)
+    if selection.pairs is not None:
+        table = table.append_column(PAIR, pa.array(selection.pairs, PAIR.type))
+    writer.write_parquet(table)
     return writer.outputs
 
 
 def read_selection(root: str, name: str, shard: int) -> ShardSelection:
     """One shard's selection. Raises DataError when the file is not there, broken or no selection."""
     path = select_parquet(root, name, shard)
-    table = read_table(path, SCHEMA.names, fix=again(root, name))
-    if table.schema.types != SCHEMA.types or any(table.column(i).null_count for i in (0, 1)):
+    table = read_table(path, SCHEMA.names, optional=[PAIR.name], fix=again(root, name))
+    if table.schema.types not in (SCHEMA.types, [*SCHEMA.types, PAIR.type]) or any(
+        table.column(i).null_count for i in (0, 1)
+    ):
         raise DataError(f"{path}: its columns are not those of a selection; {again(root, name)}")
     keys, copies, reasons, captions = (table.column(column) for column in SCHEMA.names)
-    return ShardSelection(keys.to_pylist(), copies.to_numpy(), reasons.to_pylist(), captions.to_pylist())
+    pairs = table.column(PAIR.name).to_pylist() if PAIR.name in table.column_names else None
+    return ShardSelection(keys.to_pylist(), copies.to_numpy(), reasons.to_pylist(), captions.to_pylist(), pairs)
 
 
 def again(root: str, name: str) -> str:

@@ -35,15 +35,13 @@ def crop_hashes(copy: np.ndarray) -> np.ndarray:
     """
     waves = _on_both_axes(_wave_matrices(), copy[..., 0]).reshape(-1, LOW_FREQUENCIES, LOW_FREQUENCIES)
     hashes = np.unique(signatures(np.concatenate([waves, waves * FLIP])))
-    return hashes[hashes != 0]
+    present: np.ndarray = hashes[hashes != 0]
+    return present
 
 
 def is_copy(image: np.ndarray, other: np.ndarray) -> bool:
     """Whether a `fingerprint` is of a copy of the image of which a `small_copy` is given."""
-    for crop in _likeliest_crops(image, other):
-        if fingerprints_match(crop, other, COPY):
-            return True
-    return False
+    return any(fingerprints_match(crop, other, COPY) for crop in _likeliest_crops(image, other))
 
 
 def _likeliest_crops(image: np.ndarray, other: np.ndarray) -> list[np.ndarray]:
@@ -74,7 +72,8 @@ def _on_both_axes(matrices: np.ndarray, grey: np.ndarray) -> np.ndarray:
     count, side, _ = matrices.shape
     whole = matrices.reshape(count * side, -1)
     product = whole @ grey.astype(np.float32) @ whole.T
-    return product.reshape(count, side, count, side).transpose(0, 2, 1, 3)
+    by_crop: np.ndarray = product.reshape(count, side, count, side).transpose(0, 2, 1, 3)
+    return by_crop
 
 
 @functools.cache

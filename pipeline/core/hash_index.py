@@ -78,7 +78,9 @@ class HashIndex:
             before = ends[done - 1] if done else 0
             stop = max(done + 1, int(np.searchsorted(ends, before + COMPARED_AT_ONCE, side="right")))
             part = slice(done, stop)
-            places = np.arange(ends[stop - 1] - before) + np.repeat(firsts[part] - (ends[part] - counts[part] - before), counts[part])
+            places = np.arange(ends[stop - 1] - before) + np.repeat(
+                firsts[part] - (ends[part] - counts[part] - before), counts[part]
+            )
             yield np.repeat(rows[part], counts[part]), self._orders[quarter][places].astype(np.int64)
             done = stop
 

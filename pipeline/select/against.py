@@ -156,28 +156,30 @@ def _open(folder: str) -> EvaluationIndex:
     return EvaluationIndex(folder)
 
 
-def find_copies(root: str, shard: int, keys: list[str], against: Against) -> dict[int, Copied]:
-    """The samples of a final shard that show an image of the index: row to that image.
+def find_copies(root: str, shard: int, keys: list[str], against: Against) -> dict[str, Copied]:
+    """Of these samples of a final shard those that show an image of the index: key to that image.
 
     A sample that does not decode is none. Raises DataError for a broken file.
     """
     index = _open(against.folder)
+    wanted = set(keys)
     hashes = _stored_hashes(root, shard)
     prints = dict[str, np.ndarray]()
     if hashes is None:
         hashes = dict[str, str | None]()
-        for key, image in _images(root, shard):
+        for key, image in _images(root, shard, wanted):
             hashes[key] = perceptual_hash(image)
             prints[key] = fingerprint(image)
-    candidates = index.candidates(parse_hashes([hashes.get(key) for key in keys]))
-    missing = {keys[row] for row in candidates} - prints.keys()
+    rows = index.candidates(parse_hashes([hashes.get(key) for key in keys]))
+    candidates = {keys[row]: images for row, images in rows.items()}
+    missing = candidates.keys() - prints.keys()
     if missing:
         prints |= {key: fingerprint(image) for key, image in _images(root, shard, missing)}
-    found = dict[int, Copied]()
-    for row, images in candidates.items():
-        copied = index.confirm(images, prints[keys[row]]) if keys[row] in prints else None
+    found = dict[str, Copied]()
+    for key, images in candidates.items():
+        copied = index.confirm(images, prints[key]) if key in prints else None
         if copied is not None:
-            found[row] = copied
+            found[key] = copied
     return found
 
 
@@ -195,11 +197,11 @@ def _stored_hashes(root: str, shard: int) -> dict[str, str | None] | None:
     return hashes if raws else None
 
 
-def _images(root: str, shard: int, wanted: set[str] | None = None) -> Iterator[tuple[str, Image.Image]]:
-    """Key and image of a final shard's samples that decode, of all without ``wanted``."""
+def _images(root: str, shard: int, keys: set[str]) -> Iterator[tuple[str, Image.Image]]:
+    """Key and image of those of a final shard's samples that decode."""
     path = final_tar(root, shard)
     with read_buffer(path) as buffer:
         for key, members in index_shard(buffer, path):
-            if wanted is None or key in wanted:
+            if key in keys:
                 with suppress(DataError):
                     yield key, decode_rgb(read_sample(buffer, key, members).image)

@@ -21,6 +21,9 @@ class SelectConfig:
     """conditions that a sample has to meet, such as 'similarity > 0.28 and NSFW == "UNLIKELY"' 'cosine > 0.2'"""
     captions_where: tuple[str, ...] = ()
     """conditions that each caption has to meet to be shown, such as 'cosine > 0.2'; a sample without any goes"""
+    against: tuple[str, ...] = ()
+    """evaluation sets as `clipmill eval` takes them, ROOTs or folders of images: samples that show one of their images
+    again (scaled, encoded anew, mirrored, cropped by up to 10 %) go"""
     teacher: tuple[str, ...] = ()
     """caches below teacher/ whose cosines the conditions name; by default the only one"""
     captioner: str | None = None

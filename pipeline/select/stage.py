@@ -5,7 +5,7 @@ Nothing is rewritten: a selection is a list beside each final shard.
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, compress
 from typing import Any
@@ -23,6 +23,7 @@ from pipeline.core.runner import (
     run_stage,
     upstream_shards,
 )
+from pipeline.select.against import Against, find_copies, index_of
 from pipeline.select.config import SelectConfig
 from pipeline.select.expression import FactCondition, check_names
 from pipeline.select.facts import FactSources, ShardFacts, find_sources, shard_inputs
@@ -41,6 +42,7 @@ class Rules:
     conditions: tuple[FactCondition, ...]
     caption_conditions: tuple[FactCondition, ...]
     sources: FactSources
+    against: Against | None = None
 
     def describe(self) -> dict[str, Any]:
         """What a done-record says of them."""
@@ -49,6 +51,7 @@ class Rules:
             "captions_where": [condition.text for condition in self.caption_conditions],
             "teacher": list(self.sources.teachers),
             "captioner": self.sources.captioner,
+            **({"against": self.against.sets} if self.against else {}),
         }
 
 
@@ -59,24 +62,25 @@ def select(config: SelectConfig, assignment: ShardAssignment = ALL) -> Summary:
     packed = read_dataset(root)["stages"].get("pack", {}).get("config", {})
     if packed.get("select") == name:
         raise UserError(f"--name {name}: `clipmill pack --select {name}` made these shards by it; take another name")
-    rules = _rules(config, shards)
-    identity = {**rules.describe(), CAPTIONS_OF: captions_of(packed)}
-    stage = Stage(f"select/{name}", select_folder(name), identity)
-    tasks = _tasks(root, shards, rules.sources, assignment)
-    work = partial(select_shard, name=name, rules=rules)
-    options = RunOptions(
-        workers=min(config.workers, len(shards)),
-        assignment=assignment,
-        overwrite=config.overwrite,
-        total=len(shards),
-    )
-    return run_stage(root, stage, tasks, work, options)
+    with index_of(config.against, root, config.workers) as against:
+        rules = replace(_rules(config, shards), against=against)
+        identity = {**rules.describe(), CAPTIONS_OF: captions_of(packed)}
+        stage = Stage(f"select/{name}", select_folder(name), identity)
+        tasks = _tasks(root, shards, rules.sources, assignment)
+        work = partial(select_shard, name=name, rules=rules)
+        options = RunOptions(
+            workers=min(config.workers, len(shards)),
+            assignment=assignment,
+            overwrite=config.overwrite,
+            total=len(shards),
+        )
+        return run_stage(root, stage, tasks, work, options)
 
 
 def _rules(config: SelectConfig, shards: list[int]) -> Rules:
     conditions, caption_conditions = config.conditions, config.caption_conditions
-    if not conditions and not caption_conditions:
-        raise UserError("select needs a rule: give --where or --captions-where")
+    if not conditions and not caption_conditions and not config.against:
+        raise UserError("select needs a rule: give --where, --captions-where or --against")
     available = find_sources(config.root, config.teacher, config.captioner, shards)
     check_names(conditions, available.of_samples, "of samples")
     check_names(caption_conditions, available.of_captions, "of captions")
@@ -108,11 +112,17 @@ def apply_rules(facts: ShardFacts, rules: Rules) -> ShardSelection:
     for condition in rules.conditions:
         holds = condition.holds(facts.of_samples, len(facts)).to_pylist()
         reasons = [own or (None if meets else condition.reason) for own, meets in zip(reasons, holds, strict=True)]
+    pairs: list[str | None] | None = None
+    if rules.against is not None:
+        kept = [key for key, reason in zip(facts.keys, reasons, strict=True) if reason is None]
+        copied = find_copies(facts.root, facts.shard, kept, rules.against)
+        reasons = [copied[key].reason if key in copied else own for key, own in zip(facts.keys, reasons, strict=True)]
+        pairs = [copied[key].pair if key in copied else None for key in facts.keys]
     captions = _captions(facts, rules.caption_conditions)
     reasons = [own or (NO_CAPTION if shown == [] else None) for own, shown in zip(reasons, captions, strict=True)]
     captions = [None if own else shown for own, shown in zip(reasons, captions, strict=True)]
     copies = np.array([reason is None for reason in reasons], np.uint8)
-    return ShardSelection(facts.keys, copies, reasons, captions)
+    return ShardSelection(facts.keys, copies, reasons, captions, pairs)
 
 
 def _captions(facts: ShardFacts, conditions: tuple[FactCondition, ...]) -> list[list[int] | None]:

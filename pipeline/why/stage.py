@@ -271,6 +271,8 @@ def _tell_selections(life: SampleLife, root: str, shard: int, index: int) -> Non
         fact = f"left out: {selection.reasons[index]}" if not copies else "selected"
         if copies > 1:
             fact = f"selected, {copies} times an epoch"
+        if selection.pairs and selection.pairs[index]:
+            fact += f": it shows {selection.pairs[index]}"
         shown = selection.captions[index]
         captions = [] if shown is None else [f"shows {', '.join(f'text_{number}' for number in shown)} only"]
         life.add(heading, fact, *captions)
