@@ -120,7 +120,7 @@ class Labelled(Tree):
 
 def write_captions(root: str) -> None:
     """ROOT/captions/cap as ``caption --similarity`` leaves it, without a model."""
-    from pipeline.caption.stage import FIELDS, SIMILARITY_FIELDS
+    from pipeline.caption.shard_captions import FIELDS, SIMILARITY_FIELDS
     from shards_spec.files import join, sha256_file
     from shards_spec.layout import shard_name
     from shards_spec.manifest import Done, write_stage
