@@ -3,6 +3,8 @@
 import io
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +14,10 @@ from small_training import read_metrics, tiny_clip, tiny_config, write_teacher
 
 from pipeline.cache.config import CacheConfig, VectorSource
 from pipeline.cache.stage import cache
+from pipeline.select.config import SelectConfig
+from pipeline.select.stage import select
 from shards_spec.files import DataError, UserError
+from shards_spec.layout import final_parquet
 from shards_spec.manifest import write_stage
 from training.config import DataConfig, ModelConfig, TeacherCacheConfig
 from training.data.batches import Skipped
@@ -44,6 +49,13 @@ def root(tmp_path_factory) -> str:
     source = write_reinforced(folder / "dr", [samples])
     finals = [final_sample(number, sample, sample.captions) for number, sample in enumerate(SAMPLES)]
     write_final(root, [finals[: SIZES[0]], finals[SIZES[0] :]])
+    for shard, samples_of_shard in enumerate((finals[: SIZES[0]], finals[SIZES[0] :])):
+        size = {"width": 96, "height": 64}
+        rows = [
+            {"key": sample.key, "caption": "", "synthetic": sample.captions[1:], "synsets": [["n1"]] * 3, **size}
+            for sample in samples_of_shard
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), final_parquet(root, shard))
     block = {"config": {}, "shards": len(SIZES), "counts": {"success": sum(SIZES)}, "metrics": {}}
     write_stage(root, "pack", block)
     for name in BOTH:
@@ -86,6 +98,16 @@ def test_a_sample_without_vectors_is_left_out_and_named(root):
     skipped = [item for item in map(samples.__getitem__, range(sum(SIZES))) if isinstance(item, Skipped)]
     assert len(skipped) == 1
     assert f"key {LACKING:09d} has no view_0 in --from" in skipped[0].reason
+
+
+def test_a_selection_leaves_out_what_has_no_vectors(root):
+    rules = {"captions_where": ("cosine > -1",), "teacher": (BOTH[0],), "workers": 1}
+    assert select(SelectConfig(root, "known", **rules)).counts["success"] == sum(SIZES) - 1
+    student = new_student(ModelConfig(f"local-dir:{root}/models/clip"), 0)
+    samples = open_samples(DataConfig(root, select="known"), TeacherCacheConfig(BOTH), student, seed=0)
+    items = [samples[position] for position in range(4 * (sum(SIZES) - 1))]
+    assert not [item for item in items if isinstance(item, Skipped | DataError | UserError)]
+    assert f"{LACKING:09d}" not in {item["key"] for item in items}
 
 
 def test_views_that_differ_are_refused(root):
