@@ -100,6 +100,7 @@ def images(tmp_path) -> str:
         (["ingest", "x", "--source", "y", "--shard-size", "many"], "--shard-size: invalid literal for int()"),
         (["ingest", "x", "--source", "y", "--format", "csvv"], "invalid choice 'csvv' for argument '--format'"),
         (["pack", "x", "y"], "Unrecognized options: y"),
+        (["train", "minivit", "--data", "x", "--teacher", "a", "b", "c"], "--teacher a b: b is one value too many"),
         (["ingest", "x", "--source", "x", "--shard-size", "9" * 20], "--shard-size 99999999999999999999 is too large"),
         (["cache", "x", "--jitter", "inf", "0", "0", "0"], "--jitter inf 0.0 0.0 0.0: must be 0 or more each"),
         (["cache", "x", "--ratio", "1", "nan"], "--ratio 1.0 nan: must be 0 < low <= high"),

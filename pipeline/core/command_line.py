@@ -151,6 +151,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 HELP = ("-h", "--help")
+TOO_MANY = re.compile(r"^Unrecognized options: (?P<word>[^-\s,][^\s,]*)(, .*)?$")
 NO_TYPE = re.compile(
     r"Error parsing (?P<flag>--\S+): no type matching (?P<types>.+?) could be instantiated from \[(?P<values>.*?)\]\..*"
 )
@@ -388,7 +389,15 @@ def _mistake(command: str, options: list[_Option], args: list[str], printed: str
     message = next((section for section in sections if re.search(r"\w", section)), "cannot be read")
     line = " ".join(re.sub("[│╮]", " ", message).split()).rstrip(".")
     line = NO_TYPE.sub(_describe_types, line)
+    line = TOO_MANY.sub(lambda found: _describe_surplus(found["word"], args) or found[0], line)
     return f"{command}: {line}; {help_command} shows all options"
+
+
+def _describe_surplus(word: str, args: list[str]) -> str:
+    """``--teacher a b: b is one value too many``; nothing where no option stands before the word."""
+    before = args[: args.index(word)] if word in args else []
+    named = [index for index, arg in enumerate(before) if arg.startswith("--")]
+    return f"{' '.join([*before[named[-1] :], word])}: {word} is one value too many" if named else ""
 
 
 def _describe_types(found: re.Match[str]) -> str:

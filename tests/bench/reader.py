@@ -6,8 +6,9 @@
 The rival is what open_clip trains with: webdataset's shuffle and decode, torchvision's RandomResizedCrop, ToTensor and
 Normalize, open_clip's tokenizer, batches made in the workers. Both end as normalised float32 batches in the main
 process. Images have a shorter side of 256. Prints samples per second of both and their ratio (medians of turns taken
-one after the other), what joining 10 views and 6 captions of a ViT-L/14 teacher costs, the time to the first batch,
-the time to the first batch from the middle of an epoch of 10,000 shards, and the memory of a worker over them.
+one after the other), what joining 10 views and 6 captions of a ViT-L/14 teacher costs and what a second teacher costs
+beside it (CPU time of one process, so that other work on the machine counts less), the time to the first batch, the
+time to the first batch from the middle of an epoch of 10,000 shards, and the memory of a worker over them.
 """
 
 import argparse
@@ -46,6 +47,7 @@ MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 VIEWS = 10
 CAPTIONS = 6
 DIM = 768
+TEACHERS = ("wide", "other")
 SCALE = (0.9, 1.0)
 
 
@@ -55,7 +57,7 @@ def caption(number: int, turn: int) -> str:
 
 
 def write_shard_and_cache(shard: int, root: str, per_shard: int, make: Callable[[int], bytes]) -> None:
-    """ROOT/shards/NNNNN.tar as `pack` leaves it, ROOT/teacher/wide/NNNNN.parquet as `cache` does."""
+    """ROOT/shards/NNNNN.tar as `pack` leaves it, a file in ROOT/teacher/wide and one in .../other as `cache` does."""
     samples = []
     for index in range(per_shard):
         number = shard * per_shard + index
@@ -65,9 +67,16 @@ def write_shard_and_cache(shard: int, root: str, per_shard: int, make: Callable[
     path = f"shards/{shard:05d}.tar"
     count, digest = write_shard(f"{root}/{path}", samples)
     Done("pack", shard, {}, {"success": count}, {}, {path: digest}).write(f"{root}/shards")
-    spec, draw = ViewSpec(seed=0, scale=SCALE, flip=0.0), np.random.default_rng(shard)
+    for number, name in enumerate(TEACHERS):
+        write_cache(root, name, shard, [sample.key for sample in samples], {path: digest}, number)
+
+
+def write_cache(root: str, name: str, shard: int, keys: list[str], inputs: dict[str, str], seed: int) -> None:
+    """ROOT/teacher/NAME/NNNNN.parquet."""
+    count = len(keys)
+    spec, draw = ViewSpec(seed=0, scale=SCALE, flip=0.0), np.random.default_rng([shard, seed])
     meta = {
-        "model": "wide",
+        "model": name,
         "pretrained": None,
         "weights_sha256": "0",
         "logit_scale": 100.0,
@@ -79,10 +88,10 @@ def write_shard_and_cache(shard: int, root: str, per_shard: int, make: Callable[
     columns = [*(f"image_{view}" for view in range(VIEWS)), *(f"text_{turn}" for turn in range(CAPTIONS))]
     rows = {column: encode_vectors(draw.normal(size=(count, DIM)), "float16") for column in columns}
     ids = {id_column(column): np.arange(1, count + 1, dtype=np.uint64) for column in columns}
-    file = f"teacher/wide/{shard:05d}.parquet"
-    write_vectors(f"{root}/{file}", [sample.key for sample in samples], rows, ids, meta)
-    done = Done("cache/wide", shard, meta, {"success": count}, {path: digest}, {file: sha256_file(f"{root}/{file}")})
-    done.write(f"{root}/teacher/wide")
+    file = f"teacher/{name}/{shard:05d}.parquet"
+    write_vectors(f"{root}/{file}", keys, rows, ids, meta)
+    done = Done(f"cache/{name}", shard, meta, {"success": count}, inputs, {file: sha256_file(f"{root}/{file}")})
+    done.write(f"{root}/teacher/{name}")
 
 
 def write_dataset(root: str, samples: int, shards: int, make: Callable[[int], bytes] = small_photo) -> None:
@@ -164,16 +173,30 @@ def memory_over(root: str, shards: int, options: argparse.Namespace) -> list[flo
 def measure_rates(root: str, options: argparse.Namespace) -> dict[str, list[float]]:
     """Samples per second of the rival, of the reader, and of the reader with a cache; by turns."""
     number = max(2, options.samples // options.batch_size - options.workers - 1)
-    drawn, cached = ViewConfig(scale=SCALE), TeacherCacheConfig("wide")
-    rates: dict[str, list[float]] = {"webdataset + torchvision": [], "clipmill": [], "clipmill, cache joined": []}
+    drawn, cached = ViewConfig(scale=SCALE), TeacherCacheConfig(TEACHERS[:1])
+    rates = dict[str, list[float]]()
     for _ in range(options.rounds):
         for name, batches in (
             ("webdataset + torchvision", lambda: plain(root, options.shards, options)),
             ("clipmill", lambda: ours(root, drawn, "original", options)),
             ("clipmill, cache joined", lambda: ours(root, cached, "all", options)),
         ):
-            rates[name].append(rate(batches(), number, options.batch_size))
+            rates.setdefault(name, []).append(rate(batches(), number, options.batch_size))
     return rates
+
+
+def measure_cpu(root: str, options: argparse.Namespace) -> tuple[list[float], list[float]]:
+    """CPU seconds a sample of one process that reads one teacher's cache, and two; batches by turns."""
+    number, alone = 64, argparse.Namespace(**{**vars(options), "workers": 0, "batch_size": 64})
+    readers = [ours(root, TeacherCacheConfig(TEACHERS[:count]), "all", alone) for count in (1, 2)]
+    taken: tuple[list[float], list[float]] = ([], [])
+    for turn in range(2 * options.samples // number):
+        for batches, own in zip(readers, taken, strict=True):
+            start = time.process_time()
+            next(batches)
+            if turn >= options.samples // number:  # all shards are open
+                own.append((time.process_time() - start) / number)
+    return taken
 
 
 def main() -> None:
@@ -200,7 +223,11 @@ def main() -> None:
         turns = [(own / rival, 1 - joined / own) for rival, own, joined in zip(*rates.values(), strict=True)]
         ratio, cost = (statistics.median(turn) for turn in zip(*turns, strict=True))
         print(f"ratio to the plain pipeline {ratio:.2f}; joining views and captions costs {cost:.1%}: medians of turns")
-        drawn, cached = ViewConfig(scale=SCALE), TeacherCacheConfig("wide")
+        one, two = measure_cpu(root, options)
+        share = statistics.median(1 - mine / both for mine, both in zip(one, two, strict=True))
+        took = " and ".join(f"{statistics.median(taken) * 1e6:.0f}" for taken in (one, two))
+        print(f"CPU time with one and two teachers {took} us a sample: the second costs {share:.1%} of the rate")
+        drawn, cached = ViewConfig(scale=SCALE), TeacherCacheConfig(TEACHERS[:1])
         first = [seconds_to_first(lambda: ours(root, cached, "all", options)) for _ in range(3)]
         print(f"first batch of {options.batch_size} after {statistics.median(first):.2f} s")
         many = f"{folder}/many"

@@ -109,7 +109,7 @@ class TinyclipConfig:
     affinity_weight: float = 1.0
     """weight of affinity mimicking"""
     feature_weight: float = 0.0
-    """weight of feature distillation, the mean over pairs of 2 - 2 cos; D / 2 of it is CLIP-KD's element mean"""
+    """weight of feature distillation, the mean over pairs of 2 - 2 cos; CLIP-KD has the element mean, 2 / D of it"""
     contrastive_weight: float = 0.0
     """weight of the hard-label loss; 0 in all released TinyCLIP recipes"""
     fixed_logit_scale: float | None = 50.0
