@@ -20,20 +20,21 @@ from shards_spec.sample import parse_object
 
 log = logging.getLogger(__name__)
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+WAIT_S = 0.5  # between two looks at a lock that is waited for
 ORPHANS_S = 20.0  # how long to wait for worker processes of a killed holder: they share its lock until they end
 
 
 @contextlib.contextmanager
-def locked(path: str, what: str) -> Iterator[None]:
+def locked(path: str, what: str, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock ``path`` (a hidden file of an existing folder) while the block lasts; it is gone afterwards.
 
-    Raises UserError naming the holder (process, host, user, since when) where another process has it. ``what`` is
-    what it writes, for that message.
+    Raises UserError naming the holder (process, host, user, since when) where another process has it; with ``wait``
+    it waits for that one instead. ``what`` is what it writes, for that message.
     """
     if is_url(path):
         yield
         return
-    descriptor = _acquire(path, what)
+    descriptor = _acquire(path, what, wait)
     try:
         yield
     finally:
@@ -42,8 +43,9 @@ def locked(path: str, what: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _acquire(path: str, what: str) -> int:
+def _acquire(path: str, what: str, wait: bool) -> int:
     """Open and lock the file; the descriptor, which holds the lock. Raises UserError."""
+    is_told = False
     deadline = time.monotonic() + ORPHANS_S
     while True:
         try:
@@ -57,6 +59,12 @@ def _acquire(path: str, what: str) -> int:
             os.close(descriptor)
             if _died_here(holder) and time.monotonic() < deadline:
                 time.sleep(0.1)
+                continue
+            if wait:
+                if not is_told:
+                    log.info("%s is being written by %s: waiting for its end", what, _describe_holder(holder))
+                is_told = True
+                time.sleep(WAIT_S)
                 continue
             raise UserError(
                 f"{what} is being written by {_describe_holder(holder)}: wait for its end, or stop it first"

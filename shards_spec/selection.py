@@ -30,7 +30,7 @@ SCHEMA = pa.schema(
 )
 
 
-PAIR = pa.field("pair", pa.string())  # a further column of selections made with --against
+PAIR = pa.field("pair", pa.string())  # a further column, where a rule compares samples with other images
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class ShardSelection:
 
     ``copies`` uint8 (n,): times an epoch has the sample, 0 where it is left out. ``reasons``: why it is left out, None
     where it is not. ``captions``: indices of the captions that it may show, 0 the original; None: all of them.
-    ``pairs``: the image of an evaluation set that the sample shows again, None where it shows none; None as a whole
-    where none were looked for.
+    ``pairs``: the image of an evaluation set that the sample shows again, or the key of the sample that stays for it,
+    None where there is none; None as a whole where none were looked for.
     """
 
     keys: list[str]
@@ -71,22 +71,28 @@ def captions_of(pack: dict[str, Any]) -> dict[str, Any]:
 def write_selection(root: str, name: str, shard: int, selection: ShardSelection) -> dict[str, str]:
     """Write one shard's selection; returns its path below ROOT and its sha256."""
     writer = ShardWriter(root, select_folder(name), shard)
+    writer.write_parquet(selection_table(selection))
+    return writer.outputs
+
+
+def selection_table(selection: ShardSelection) -> pa.Table:
+    """A selection's columns."""
     columns = [selection.keys, selection.copies, selection.reasons, selection.captions]
     arrays = [pa.array(values, field.type) for values, field in zip(columns, SCHEMA, strict=True)]
     table = pa.Table.from_arrays(arrays, schema=SCHEMA)
-    if selection.pairs is not None:
-        table = table.append_column(PAIR, pa.array(selection.pairs, PAIR.type))
-    writer.write_parquet(table)
-    return writer.outputs
+    return table if selection.pairs is None else table.append_column(PAIR, pa.array(selection.pairs, PAIR.type))
 
 
 def read_selection(root: str, name: str, shard: int) -> ShardSelection:
     """One shard's selection. Raises DataError when the file is not there, broken or no selection."""
     path = select_parquet(root, name, shard)
-    table = read_table(path, SCHEMA.names, optional=[PAIR.name], fix=again(root, name))
-    if table.schema.types not in (SCHEMA.types, [*SCHEMA.types, PAIR.type]) or any(
-        table.column(i).null_count for i in (0, 1)
-    ):
+    return selection_of(read_table(path, SCHEMA.names, optional=[PAIR.name], fix=again(root, name)), path, root, name)
+
+
+def selection_of(table: pa.Table, path: str, root: str, name: str) -> ShardSelection:
+    """The selection that `selection_table` made a table of. Raises DataError naming ``path`` when it is none."""
+    is_selection = table.schema.types in (SCHEMA.types, [*SCHEMA.types, PAIR.type])
+    if not is_selection or any(table.column(i).null_count for i in (0, 1)):
         raise DataError(f"{path}: its columns are not those of a selection; {again(root, name)}")
     keys, copies, reasons, captions = (table.column(column) for column in SCHEMA.names)
     pairs = table.column(PAIR.name).to_pylist() if PAIR.name in table.column_names else None

@@ -73,6 +73,14 @@ ADVICE = (
         "the log has what the server said of each image",
     ),
     (
+        r"not in the list of --from|in the list of --drop",
+        "does the list name these samples? A key, URL, sha256 or uid counts, columns that raw/ has",
+    ),
+    (
+        r"no synset in the caption",
+        "--balance draws by synsets; `clipmill pack` labels captions",
+    ),
+    (
         r"no caption|caption empty.*",
         "run `clipmill caption`, or give ingest the captions (--caption-col, x.txt beside x.jpg)",
     ),
@@ -95,6 +103,10 @@ ADVICE = (
     (
         r".*(not an image|decode|format).*",
         "look at one of the files: are they images, of a format that is read?",
+    ),
+    (
+        r"not .*|no caption meets --captions-where",
+        "ease the condition; `clipmill report` counts all reasons",
     ),
 )
 

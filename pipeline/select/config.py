@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from pipeline.core.command_line import Root
 from pipeline.select.expression import FactCondition, parse_conditions
+from shards_spec.files import UserError
 from shards_spec.messages import require
 from shards_spec.names import check_name
 
@@ -28,6 +29,20 @@ class SelectConfig:
     """caches below teacher/ whose cosines the conditions name; by default the only one"""
     captioner: str | None = None
     """folder below captions/ whose similarities the conditions name; by default the only one"""
+    from_: tuple[str, ...] = ()
+    """lists of the samples that may stay, such as published subsets: a key, URL, sha256 or uid per line, a Parquet file
+    with a column uid, url, sha256 or key, or uids as DataComp publishes them (.npy)"""
+    drop: tuple[str, ...] = ()
+    """lists of samples that go, in the same forms"""
+    top: float | None = None
+    """share of the samples that meet the conditions, above 0 up to 1, that stays: the best by the fact of --by"""
+    by: str | None = None
+    """fact of samples that --top is by, larger is better, such as cosine"""
+    balance: int | None = None
+    """thin out frequent synsets as MetaCLIP does (its t): a sample stays with probability min(1, BALANCE / samples of
+    the synset) by each synset of its caption; without any it goes"""
+    seed: int = 0
+    """of the draws of --balance"""
     workers: int = os.cpu_count() or 1
     """worker processes"""
     overwrite: bool = False
@@ -36,6 +51,10 @@ class SelectConfig:
     def __post_init__(self) -> None:
         check_name(self.name)
         require(self.workers >= 1, "workers", self.workers, "1 or more")
+        require(self.top is None or 0 < self.top <= 1, "top", self.top, "above 0, and 1 at most: a share")
+        require(self.balance is None or self.balance >= 1, "balance", self.balance, "1 or more")
+        if (self.top is None) != (self.by is None):
+            raise UserError("--top SHARE and --by FACT belong together, such as --top 0.3 --by cosine")
 
     @property
     def label(self) -> str:

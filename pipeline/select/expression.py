@@ -183,6 +183,12 @@ def _is_number(value: Any) -> bool:
     return bool(pa.types.is_integer(value.type) or pa.types.is_floating(value.type))
 
 
+def numbers_of(column: pa.Array) -> pa.Array:
+    """A column as float64; text is read as numbers, null where there is none. Raises pyarrow.ArrowException."""
+    numbers: pa.Array = _numbers(column) if _is_text(column) else column.cast(pa.float64())
+    return numbers
+
+
 def _numbers(texts: Any) -> Any:
     """The numbers in a column of text, null where there is none."""
     if isinstance(texts, pa.Scalar):

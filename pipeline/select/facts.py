@@ -195,7 +195,7 @@ class ShardFacts:
 
     def _sample_fact(self, name: str) -> pa.Array:
         if name in TEXT_FACTS:
-            return _text_fact(name, [texts[0] for texts in self.texts], [own[:1] for own in self._synsets])
+            return _text_fact(name, [texts[0] for texts in self.texts], [own[:1] for own in self.synsets])
         if name == "key":
             return pa.array(self.keys)
         if name == "captions":
@@ -217,14 +217,14 @@ class ShardFacts:
 
     def _caption_fact(self, name: str) -> pa.Array:
         if name in TEXT_FACTS:
-            synsets = [[one] for one in chain.from_iterable(self._synsets)]
+            synsets = [[one] for one in chain.from_iterable(self.synsets)]
             return _text_fact(name, list(chain.from_iterable(self.texts)), synsets)
         if name == "number":
             return pa.array(self.numbers)
         return _nullable(self._similarities if name == "similarity" else self._cosine(name))
 
     @cached_property
-    def _synsets(self) -> list[list[list[str]]]:
+    def synsets(self) -> list[list[list[str]]]:
         """The synsets of each caption of each sample."""
         stored = self.table.column("synsets").to_pylist()
         padded = []
@@ -295,20 +295,8 @@ def caption_cosines(facts: ShardFacts, teacher: str) -> np.ndarray:
     The mean over all cached views: of one alone it depends on the crop. Raises DataError when the cache is of another
     shard, or broken.
     """
-    root, shard = facts.root, facts.shard
-    cached = TeacherShard(root, teacher, shard)
-    tar = tar_path(SHARDS, shard)
-    if cached.inputs.get(tar) != file_hash(root, SHARDS, shard, tar):
-        raise DataError(f"{cached.path}: made from another {final_tar(root, shard)}; run `clipmill cache {root}` again")
-    if any(file.keys != facts.keys for file in cached.files):
-        raise DataError(
-            f"{cached.path}: its keys are not those of {final_tar(root, shard)}; {remake_advice(cached.path)}"
-        )
-    mean = np.zeros((len(facts), cached.files[0].dim), np.float32)
-    views = cached.config["num_views"]
-    for view in range(views):
-        mean += cached.file(f"image_{view}").vectors(f"image_{view}").as_floats()
-    mean /= views
+    cached = open_cache(facts.root, teacher, facts.shard, facts.keys)
+    mean = mean_views(cached)
     cosines = np.full(len(facts.owners), np.nan)
     for number in range(int(facts.numbers.max(initial=-1)) + 1):
         places = np.flatnonzero(facts.numbers == number)
@@ -316,6 +304,29 @@ def caption_cosines(facts: ShardFacts, teacher: str) -> np.ndarray:
         rows = facts.owners[places]
         cosines[places] = np.einsum("nd,nd->n", mean[rows], vectors[rows].astype(np.float32))
     return cosines
+
+
+def open_cache(root: str, teacher: str, shard: int, keys: list[str]) -> TeacherShard:
+    """A teacher's cache of a final shard with these keys. Raises DataError when it is of another shard, or broken."""
+    cached = TeacherShard(root, teacher, shard)
+    tar = tar_path(SHARDS, shard)
+    if cached.inputs.get(tar) != file_hash(root, SHARDS, shard, tar):
+        raise DataError(f"{cached.path}: made from another {final_tar(root, shard)}; run `clipmill cache {root}` again")
+    if any(file.keys != keys for file in cached.files):
+        raise DataError(
+            f"{cached.path}: its keys are not those of {final_tar(root, shard)}; {remake_advice(cached.path)}"
+        )
+    return cached
+
+
+def mean_views(cached: TeacherShard) -> np.ndarray:
+    """float32 (n, D): the mean of each image's vectors over all cached views; NaN where it has none."""
+    mean = np.zeros((len(cached.files[0]), cached.files[0].dim), np.float32)
+    views = cached.config["num_views"]
+    for view in range(views):
+        mean += cached.file(f"image_{view}").vectors(f"image_{view}").as_floats()
+    mean /= views
+    return mean
 
 
 def _text_fact(name: str, texts: list[str], synsets: list[list[list[str]]]) -> pa.Array:

@@ -3,12 +3,11 @@
 Nothing is rewritten: a selection is a list beside each final shard.
 """
 
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import chain, compress
-from typing import Any
 
 import numpy as np
 
@@ -20,39 +19,26 @@ from pipeline.core.runner import (
     ShardTask,
     Stage,
     Summary,
+    read_compatible_record,
     run_stage,
     upstream_shards,
 )
-from pipeline.select.against import Against, find_copies, index_of
+from pipeline.select.against import index_of
 from pipeline.select.config import SelectConfig
+from pipeline.select.dataset_rules import DatasetRules
 from pipeline.select.expression import FactCondition, check_names
 from pipeline.select.facts import FactSources, ShardFacts, find_sources, shard_inputs
-from shards_spec.files import UserError
+from pipeline.select.sample_lists import NAMES, SampleList, read_sample_list
+from pipeline.select.sample_rules import SampleRules
+from pipeline.select.survey import Survey
+from shards_spec.files import UserError, join, sha256_json
 from shards_spec.layout import SHARDS, select_folder
 from shards_spec.manifest import read_dataset
+from shards_spec.messages import flag
 from shards_spec.selection import CAPTIONS_OF, COPIES, ShardSelection, captions_of, write_selection
+from shards_spec.suggest import did_you_mean
 
-NO_CAPTION = "no caption meets --captions-where"  # a reason on disk
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What a sample and its captions have to meet; sent to worker processes."""
-
-    conditions: tuple[FactCondition, ...]
-    caption_conditions: tuple[FactCondition, ...]
-    sources: FactSources
-    against: Against | None = None
-
-    def describe(self) -> dict[str, Any]:
-        """What a done-record says of them."""
-        return {
-            "where": [condition.text for condition in self.conditions],
-            "captions_where": [condition.text for condition in self.caption_conditions],
-            "teacher": list(self.sources.teachers),
-            "captioner": self.sources.captioner,
-            **({"against": self.against.sets} if self.against else {}),
-        }
+RULES = ("where", "captions_where", "against", "from_", "drop", "top", "balance")  # options of which one is needed
 
 
 def select(config: SelectConfig, assignment: ShardAssignment = ALL) -> Summary:
@@ -62,30 +48,89 @@ def select(config: SelectConfig, assignment: ShardAssignment = ALL) -> Summary:
     packed = read_dataset(root)["stages"].get("pack", {}).get("config", {})
     if packed.get("select") == name:
         raise UserError(f"--name {name}: `clipmill pack --select {name}` made these shards by it; take another name")
-    with index_of(config.against, root, config.workers) as against:
-        rules = replace(_rules(config, shards), against=against)
-        identity = {**rules.describe(), CAPTIONS_OF: captions_of(packed)}
+    with (
+        tempfile.TemporaryDirectory(prefix="clipmill-select-") as folder,
+        index_of(config.against, root, config.workers) as against,
+    ):
+        rules = replace(_sample_rules(config, shards, folder), against=against)
+        dataset_rules = DatasetRules(config.top, config.by, config.balance, config.seed)
+        identity = {**rules.describe(), **dataset_rules.describe(), CAPTIONS_OF: captions_of(packed)}
         stage = Stage(f"select/{name}", select_folder(name), identity)
-        tasks = _tasks(root, shards, rules.sources, assignment)
-        work = partial(select_shard, name=name, rules=rules)
         options = RunOptions(
             workers=min(config.workers, len(shards)),
             assignment=assignment,
             overwrite=config.overwrite,
             total=len(shards),
         )
-        return run_stage(root, stage, tasks, work, options)
+        if not dataset_rules:
+            Survey(root, name).remove()  # of an earlier run that did not end
+            work = partial(select_shard, name=name, rules=rules)
+            return run_stage(root, stage, _tasks(root, shards, rules.sources, assignment), work, options)
+        return _select_by_survey(root, stage, rules, dataset_rules=dataset_rules, shards=shards, options=options)
 
 
-def _rules(config: SelectConfig, shards: list[int]) -> Rules:
+def _select_by_survey(
+    root: str,
+    stage: Stage,
+    rules: SampleRules,
+    *,
+    dataset_rules: DatasetRules,
+    shards: list[int],
+    options: RunOptions,
+) -> Summary:
+    """Run the stage in two passes: what a rule says of one sample depends on all of them."""
+    name = stage.folder.removeprefix(select_folder(""))
+    assignment = options.assignment
+    everything = list(_tasks(root, shards, rules.sources, ALL))
+    fingerprint = sha256_json([stage.config, [task.inputs for task in everything]])
+    survey = Survey(root, name, dataset_rules, sha256_json(stage.config), fingerprint)
+    tasks = [ShardTask(task.shard, task.inputs | {"all samples": fingerprint}) for task in everything]
+    if options.overwrite or any(not _is_finished(root, stage, task) for task in tasks):
+        survey.make(rules, everything, options.workers, wait=assignment is not ALL)
+    summary = run_stage(root, stage, tasks, partial(select_surveyed_shard, survey=survey), options)
+    if assignment.is_complete:
+        survey.remove()
+    return summary
+
+
+def _is_finished(root: str, stage: Stage, task: ShardTask) -> bool:
+    done = read_compatible_record(join(root, stage.folder), stage, task.shard)
+    return done is not None and done.inputs == task.inputs
+
+
+def _sample_rules(config: SelectConfig, shards: list[int], folder: str) -> SampleRules:
+    """The rules for one sample at a time; lists are kept in a folder while the stage runs."""
+    if not any(getattr(config, field) for field in RULES):
+        raise UserError(f"select needs a rule: give one of {', '.join(map(flag, RULES))}; see `clipmill select --help`")
     conditions, caption_conditions = config.conditions, config.caption_conditions
-    if not conditions and not caption_conditions and not config.against:
-        raise UserError("select needs a rule: give --where, --captions-where or --against")
     available = find_sources(config.root, config.teacher, config.captioner, shards)
     check_names(conditions, available.of_samples, "of samples")
     check_names(caption_conditions, available.of_captions, "of captions")
-    sources = available.needed(_names(conditions), _names(caption_conditions))
-    return Rules(conditions, caption_conditions, sources)
+    names = _names(conditions)
+    if config.by is not None:
+        _check_fact("--by", config.by, available)
+        names.add(config.by)
+    if config.from_ or config.drop:
+        names |= {*NAMES} & {*available.columns}
+    return SampleRules(
+        conditions,
+        caption_conditions,
+        available.needed(names, _names(caption_conditions)),
+        only=_list(config.from_, "from_", folder),
+        without=_list(config.drop, "drop", folder),
+    )
+
+
+def _check_fact(option: str, name: str, available: FactSources) -> None:
+    if name not in available.of_samples:
+        raise UserError(
+            f"{option} {name}: no fact of that name; there are: {', '.join(available.of_samples)}; "
+            f"{did_you_mean(name, available.of_samples)}"
+        )
+
+
+def _list(paths: tuple[str, ...], field: str, folder: str) -> SampleList | None:
+    return read_sample_list(paths, flag(field), folder) if paths else None
 
 
 def _names(conditions: tuple[FactCondition, ...]) -> set[str]:
@@ -97,43 +142,18 @@ def _tasks(root: str, shards: list[int], sources: FactSources, assignment: Shard
         yield ShardTask(shard, shard_inputs(root, shard, sources))
 
 
-def select_shard(root: str, task: ShardTask, *, name: str, rules: Rules) -> ShardResult:
+def select_shard(root: str, task: ShardTask, *, name: str, rules: SampleRules) -> ShardResult:
     """Write the selection of one final shard. Raises DataError when a file is broken or of another shard."""
-    selection = apply_rules(ShardFacts(root, task.shard, rules.sources), rules)
-    outputs = write_selection(root, name, task.shard, selection)
+    return _write(root, name, task.shard, rules.apply(ShardFacts(root, task.shard, rules.sources)))
+
+
+def select_surveyed_shard(root: str, task: ShardTask, *, survey: Survey) -> ShardResult:
+    """Write the selection of one final shard from its draft. Raises DataError when that is broken."""
+    return _write(root, survey.name, task.shard, survey.verdict.apply(survey.draft(task.shard), survey.rules))
+
+
+def _write(root: str, name: str, shard: int, selection: ShardSelection) -> ShardResult:
+    outputs = write_selection(root, name, shard, selection)
     counts = Counter(reason for reason in selection.reasons if reason is not None)
     counts["success"] = int((selection.copies > 0).sum())
     return ShardResult(dict(+counts), outputs, counters={COPIES: int(selection.copies.sum(dtype=np.int64))})
-
-
-def apply_rules(facts: ShardFacts, rules: Rules) -> ShardSelection:
-    """Which samples and captions of a shard meet the rules; a reason is the first rule that is not met."""
-    reasons: list[str | None] = [None] * len(facts)
-    for condition in rules.conditions:
-        holds = condition.holds(facts.of_samples, len(facts)).to_pylist()
-        reasons = [own or (None if meets else condition.reason) for own, meets in zip(reasons, holds, strict=True)]
-    pairs: list[str | None] | None = None
-    if rules.against is not None:
-        kept = [key for key, reason in zip(facts.keys, reasons, strict=True) if reason is None]
-        copied = find_copies(facts.root, facts.shard, kept, rules.against)
-        reasons = [copied[key].reason if key in copied else own for key, own in zip(facts.keys, reasons, strict=True)]
-        pairs = [copied[key].pair if key in copied else None for key in facts.keys]
-    captions = _captions(facts, rules.caption_conditions)
-    reasons = [own or (NO_CAPTION if shown == [] else None) for own, shown in zip(reasons, captions, strict=True)]
-    captions = [None if own else shown for own, shown in zip(reasons, captions, strict=True)]
-    copies = np.array([reason is None for reason in reasons], np.uint8)
-    return ShardSelection(facts.keys, copies, reasons, captions, pairs)
-
-
-def _captions(facts: ShardFacts, conditions: tuple[FactCondition, ...]) -> list[list[int] | None]:
-    """The captions of each sample that meet all conditions; None where all do."""
-    if not conditions:
-        return [None] * len(facts)
-    shown = np.array([bool(text.strip()) for text in chain.from_iterable(facts.texts)], bool)
-    for condition in conditions:
-        shown &= condition.holds(facts.of_captions, len(shown)).to_numpy(zero_copy_only=False)
-    by_sample: list[list[int]] = [[] for _ in range(len(facts))]
-    for owner, number in zip(compress(facts.owners, shown), compress(facts.numbers, shown), strict=True):
-        by_sample[int(owner)].append(int(number))
-    written = [sum(bool(text.strip()) for text in texts) for texts in facts.texts]
-    return [None if own and len(own) == all_of else own for own, all_of in zip(by_sample, written, strict=True)]

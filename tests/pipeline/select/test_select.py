@@ -1,18 +1,12 @@
 """`select`: rules over facts, what train and pack make of a selection, and what check says of it."""
 
-import json
-import shutil
-
 import numpy as np
 import pytest
-from small_data import build_all, draw, tiny_coca
 
 from pipeline.cache.config import CacheConfig
 from pipeline.cache.stage import cache
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
-from pipeline.ingest.config import IngestConfig
-from pipeline.ingest.stage import ingest
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
 from pipeline.select.config import SelectConfig
@@ -30,34 +24,9 @@ pytestmark = pytest.mark.integration
 SHARDS = 2
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory) -> str:
-    """Two shards of a list with columns of its own, captioned, packed and cached."""
-    base = tmp_path_factory.mktemp("select")
-    (base / "images").mkdir()
-    rows = []
-    for index in range(8):
-        data, caption = draw(f"select/{index}")
-        (base / "images" / f"{index}.jpg").write_bytes(data)
-        safe = ["UNLIKELY", "UNSURE"][index % 2]
-        row = {"path": f"images/{index}.jpg", "caption": caption, "similarity": index / 10, "NSFW": safe}
-        rows.append(json.dumps(row))
-    (base / "list.jsonl").write_text("\n".join(rows) + "\n")
-    root = str(base / "ds")
-    model = tiny_coca(base / "coca")
-    ingest(IngestConfig(root, str(base / "list.jsonl"), shard_size=4, workers=1, save_additional_columns=("*",)))
-    build_all(root, model, views=2)
-    return root
-
-
 @pytest.fixture
 def model(built) -> str:
     return f"local-dir:{built.removesuffix('ds')}coca"
-
-
-@pytest.fixture
-def root(built, tmp_path) -> str:
-    return shutil.copytree(built, tmp_path / "ds").as_posix()
 
 
 def keys_of(root: str, name: str = "selected") -> list[str]:

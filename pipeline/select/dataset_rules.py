@@ -1,0 +1,162 @@
+"""The rules of `select` that look at all samples at once, and what they found.
+
+They follow the rules that look at one sample at a time, on drafts of the selections that those leave
+(`pipeline.select.survey`): semantic duplicates first, then the best share, then the balance.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.select.balance import EntryCounts, count_entries
+from pipeline.select.expression import numbers_of
+from pipeline.select.facts import ShardFacts
+from pipeline.select.top_share import TopShare, Values, find_top_share
+from shards_spec.files import UserError, read_json
+from shards_spec.selection import ShardSelection
+
+log = logging.getLogger(__name__)
+NOT_BALANCED = "not drawn by --balance"  # reasons on disk
+NO_ENTRY = "no synset in the caption"
+
+
+@dataclass(frozen=True)
+class DatasetRules:
+    """What the options ask for; None where a rule is not asked for. Sent to worker processes."""
+
+    top: float | None = None
+    by: str | None = None
+    balance: int | None = None
+    seed: int = 0
+
+    def __bool__(self) -> bool:
+        return self.top is not None or self.balance is not None
+
+    def describe(self) -> dict[str, Any]:
+        """What a done-record says of them."""
+        top = {} if self.top is None else {"top": self.top, "by": self.by}
+        return top | ({} if self.balance is None else {"balance": self.balance, "seed": self.seed})
+
+    @property
+    def not_best(self) -> str:
+        """A reason on disk."""
+        return f"not in the top {self.top} by {self.by}"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The selection of a shard by the rules of one sample, and what the rules of all samples need.
+
+    ``values`` float64 (n,): the fact that the best share is by, NaN where not known. ``entries``: the synsets of each
+    sample's caption, each once. Both are empty where no rule needs them.
+    """
+
+    selection: ShardSelection
+    values: np.ndarray
+    entries: pa.ListArray
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the rules found in all samples; a rule that is not asked for, or not applied yet, is None."""
+
+    top: TopShare | None = None
+    entries: EntryCounts | None = None
+
+    def apply(self, draft: Draft, rules: DatasetRules) -> ShardSelection:
+        """The selection of a shard."""
+        reasons = list(draft.selection.reasons)
+        rows = _kept_rows(reasons)
+        if self.top is not None:
+            keeps = self.top.keeps(draft.values[rows], [draft.selection.keys[row] for row in rows])
+            _leave_out(reasons, rows[~keeps], rules.not_best)
+            rows = rows[keeps]
+        if self.entries is not None:
+            own = draft.entries.take(pa.array(rows)).to_pylist()
+            keeps = self.entries.keeps(own, [draft.selection.keys[row] for row in rows])
+            _leave_out(reasons, rows[~keeps], NOT_BALANCED)
+            _leave_out(reasons, rows[[not entries for entries in own]], NO_ENTRY)
+        captions = [None if own else shown for own, shown in zip(reasons, draft.selection.captions, strict=True)]
+        copies = np.array([reason is None for reason in reasons], np.uint8)
+        return ShardSelection(draft.selection.keys, copies, reasons, captions, draft.selection.pairs)
+
+    def to_json(self) -> dict[str, Any]:
+        """As `read_verdict` takes it."""
+        return {"top": self.top and asdict(self.top), "entries": self.entries and asdict(self.entries)}
+
+
+def read_verdict(path: str, fingerprint: str) -> Verdict | None:
+    """The verdict in a file; None when it is not there or of other samples or rules."""
+    try:
+        stored = read_json(path, "delete it and run `clipmill select` again")
+    except FileNotFoundError:
+        return None
+    if not isinstance(stored, dict) or stored.get("fingerprint") != fingerprint:
+        return None
+    top, entries = stored["top"], stored["entries"]
+    return Verdict(TopShare(**top) if top else None, EntryCounts(**entries) if entries else None)
+
+
+def judge(rules: DatasetRules, drafts: "DraftReader") -> Verdict:
+    """What the rules find in all drafts, one rule after the other. Raises UserError."""
+    verdict = Verdict()
+    if rules.top is not None:
+        top = find_top_share(rules.top, lambda: _values(drafts))
+        if top.samples and not top.kept:
+            raise UserError(f"--by {rules.by}: no sample has a number there; name a fact that is one")
+        log.info("select: the best %s of %s samples, %s from %s on", top.kept, top.samples, rules.by, top.threshold)
+        verdict = Verdict(top=top)
+    if rules.balance is not None:
+        kept = (_kept_entries(draft, verdict, rules) for draft in drafts.read())
+        verdict = Verdict(verdict.top, EntryCounts(count_entries(kept), rules.balance, rules.seed))
+    return verdict
+
+
+class DraftReader:
+    """All drafts of a dataset, one after the other."""
+
+    def read(self) -> Iterable[Draft]:
+        """The drafts, in the order of their shards."""
+        raise NotImplementedError
+
+
+def _values(drafts: DraftReader) -> Iterator[Values]:
+    for draft in drafts.read():
+        rows = _kept_rows(draft.selection.reasons)
+        yield draft.values[rows], [draft.selection.keys[row] for row in rows]
+
+
+def _kept_entries(draft: Draft, verdict: Verdict, rules: DatasetRules) -> pa.Array:
+    return draft.entries.take(pa.array(_kept_rows(verdict.apply(draft, rules).reasons)))
+
+
+def values_of(facts: ShardFacts, name: str) -> np.ndarray:
+    """float64 (n,): a fact as numbers, NaN where not known. Raises UserError for one that has none."""
+    try:
+        values = numbers_of(facts.of_samples(name))
+    except pa.ArrowException as error:
+        raise UserError(f"--by {name}: no number ({str(error).splitlines()[0]}); name a fact that is one") from error
+    numbers: np.ndarray = values.fill_null(np.nan).to_numpy(zero_copy_only=False)
+    return numbers
+
+
+def entries_of(facts: ShardFacts) -> list[list[str]]:
+    """The synsets of each sample's original caption, or where it has none of its first other one; each once."""
+    entries = []
+    for texts, synsets in zip(facts.texts, facts.synsets, strict=True):
+        first = next((own for text, own in zip(texts, synsets, strict=True) if text.strip()), [])
+        entries.append(sorted(set(first)))
+    return entries
+
+
+def _kept_rows(reasons: list[str | None]) -> np.ndarray:
+    return np.flatnonzero([reason is None for reason in reasons])
+
+
+def _leave_out(reasons: list[str | None], rows: np.ndarray, reason: str) -> None:
+    for row in rows.tolist():
+        reasons[row] = reason

@@ -1,0 +1,144 @@
+"""The first pass of `select` where a rule looks at all samples: drafts of all shards, then what the rules find in them.
+
+Drafts and verdict lie below select/NAME in a hidden folder until the selection is finished. A run that was killed, and
+each job of a Slurm array, takes what is there of the same samples and rules; one process at a time writes.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.core.runner import RunOptions, ShardAssignment, ShardResult, ShardTask, Stage, run_stage
+from pipeline.select.dataset_rules import (
+    DatasetRules,
+    Draft,
+    DraftReader,
+    Verdict,
+    entries_of,
+    judge,
+    read_verdict,
+    values_of,
+)
+from pipeline.select.facts import ShardFacts
+from pipeline.select.sample_rules import SampleRules
+from shards_spec.files import DataError, exists, is_url, join, remove, write_json
+from shards_spec.layout import parquet_path, select_folder
+from shards_spec.lock import locked
+from shards_spec.manifest import remove_shards
+from shards_spec.parquet import read_table
+from shards_spec.selection import selection_of, selection_table
+from shards_spec.shard_writer import ShardWriter
+
+FOLDER = ".survey"  # below select/NAME; hidden files are nobody's
+LOCK = ".survey.lock"
+VERDICT = "verdict.json"
+VALUE = pa.field("value", pa.float64())
+ENTRIES = pa.field("entries", pa.list_(pa.string()))
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Where drafts and verdict of a selection lie, and what they are of. Sent to worker processes.
+
+    ``config`` is a hash of all rules, ``fingerprint`` one of all rules and samples.
+    """
+
+    root: str
+    name: str
+    rules: DatasetRules = field(default_factory=DatasetRules)
+    config: str = ""
+    fingerprint: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Relative to ROOT."""
+        return f"{select_folder(self.name)}/{FOLDER}"
+
+    @property
+    def verdict_path(self) -> str:
+        """The file of the verdict."""
+        return join(self.root, self.folder, VERDICT)
+
+    def make(self, sample_rules: SampleRules, tasks: list[ShardTask], workers: int, *, wait: bool) -> None:
+        """Make what is missing. ``wait``: for another process that makes it. Raises UserError, ShardsFailed."""
+        folder = join(self.root, select_folder(self.name))
+        if not is_url(folder):
+            os.makedirs(folder, exist_ok=True)
+        with locked(join(folder, LOCK), folder, wait=wait):
+            if read_verdict(self.verdict_path, self.fingerprint) is not None:
+                return
+            stage = Stage(f"select/{self.name}", self.folder, {})  # what the rules are is among the inputs
+            rules = {"rules": self.config}
+            work = partial(_draft_shard, survey=self, sample_rules=sample_rules)
+            drafts = (ShardTask(task.shard, task.inputs | rules) for task in tasks)
+            options = RunOptions(workers=min(workers, len(tasks)), assignment=_Drafts(), total=len(tasks))
+            run_stage(self.root, stage, drafts, work, options)
+            verdict = judge(self.rules, _DraftFiles(self, [task.shard for task in tasks]))
+            write_json(self.verdict_path, {"fingerprint": self.fingerprint, **verdict.to_json()})
+
+    def draft(self, shard: int) -> Draft:
+        """The draft of a shard. Raises DataError."""
+        path = join(self.root, parquet_path(self.folder, shard))
+        table = read_table(path, fix=f"delete {join(self.root, self.folder)} and run `clipmill select` again")
+        entries = table.column(ENTRIES.name).combine_chunks()
+        values = table.column(VALUE.name).fill_null(np.nan).to_numpy()
+        plain = table.drop_columns([VALUE.name, ENTRIES.name])
+        return Draft(selection_of(plain, path, self.root, self.name), values, entries)
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the rules found. Raises DataError when it is gone."""
+        return _verdict(self.verdict_path, self.fingerprint)
+
+    def remove(self) -> None:
+        """Delete all that was made."""
+        folder = join(self.root, self.folder)
+        if exists(folder):
+            remove(self.verdict_path)
+            remove_shards(folder, 0)
+        if os.path.isdir(folder):
+            os.rmdir(folder)
+
+
+class _Drafts(ShardAssignment):
+    """All shards, of which no totals are written."""
+
+    @property
+    def is_complete(self) -> bool:
+        return False
+
+
+class _DraftFiles(DraftReader):
+    def __init__(self, survey: Survey, shards: list[int]) -> None:
+        self._survey = survey
+        self._shards = shards
+
+    def read(self) -> Iterator[Draft]:
+        return map(self._survey.draft, self._shards)
+
+
+@lru_cache(1)
+def _verdict(path: str, fingerprint: str) -> Verdict:
+    verdict = read_verdict(path, fingerprint)
+    if verdict is None:
+        raise DataError(f"{path}: gone, or of other rules; run `clipmill select` again")
+    return verdict
+
+
+def _draft_shard(root: str, task: ShardTask, *, survey: Survey, sample_rules: SampleRules) -> ShardResult:
+    """Write the draft of one final shard. Raises DataError when a file is broken or of another shard."""
+    facts = ShardFacts(root, task.shard, sample_rules.sources)
+    rules = survey.rules
+    selection = sample_rules.apply(facts)
+    values = np.full(len(facts), np.nan) if rules.by is None else values_of(facts, rules.by)
+    entries = [None] * len(facts) if rules.balance is None else entries_of(facts)
+    table = selection_table(selection)
+    table = table.append_column(VALUE, pa.array(values, VALUE.type, mask=np.isnan(values)))
+    table = table.append_column(ENTRIES, pa.array(entries, ENTRIES.type))
+    writer = ShardWriter(root, survey.folder, task.shard)
+    writer.write_parquet(table)
+    return ShardResult({"success": len(facts)}, writer.outputs)

@@ -1,0 +1,133 @@
+"""Rules of `select` over all samples at once, and lists of samples: against plain loops, and planted in a dataset."""
+
+import math
+import os
+from fractions import Fraction
+from itertools import chain
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.check.config import CheckConfig
+from pipeline.check.stage import check
+from pipeline.select.balance import EntryCounts, count_entries
+from pipeline.select.config import SelectConfig
+from pipeline.select.facts import ShardFacts, find_sources
+from pipeline.select.stage import select
+from pipeline.select.top_share import find_top_share
+from shards_spec.files import UserError
+from shards_spec.layout import raw_parquet
+from shards_spec.manifest import read_done, remove_shards
+from shards_spec.parquet import read_table
+from shards_spec.selection import read_selection
+
+VALUES = st.sampled_from([math.nan, -1.0, 0.0, 0.25, 0.3, 1.0])
+
+
+@given(st.lists(VALUES, max_size=40), st.sampled_from([0.01, 0.3, 0.5, 0.7, 1.0]), st.integers(1, 7), st.randoms())
+def test_the_top_share_is_that_of_a_sorted_list(values, share, part, rng):
+    keys = [f"{number:03d}" for number in range(len(values))]
+    rng.shuffle(keys)
+    ranked = sorted(
+        (key for key, value in zip(keys, values, strict=True) if not math.isnan(value)),
+        key=lambda key: (-values[keys.index(key)], key),
+    )
+    expected = ranked[: math.ceil(Fraction(str(share)) * len(values))]
+    parts = [(np.array(values[i : i + part]), keys[i : i + part]) for i in range(0, len(values), part)]
+    top = find_top_share(share, lambda: parts)
+    kept = [[key for key, own in zip(keys, top.keeps(values, keys), strict=True) if own] for values, keys in parts]
+    assert sorted(chain.from_iterable(kept)) == sorted(expected)
+    assert (top.kept, top.samples) == (len(expected), len(values))
+
+
+def test_balance_thins_out_frequent_entries():
+    entries = [["dog"]] * 4000 + [["dog", "rare"]] * 50 + [["cat"]] * 1000 + [[]] * 10
+    keys = [f"{number:09d}" for number in range(len(entries))]
+    counts = EntryCounts(count_entries([pa.array(entries[:100]), pa.array(entries[100:])]), wanted=1000, seed=0)
+    assert counts.counts == {"cat": 1000, "dog": 4050, "rare": 50}
+    kept = counts.keeps(entries, keys)
+    assert kept[4000:5050].all()
+    assert not kept[5050:].any()
+    share = 1000 / 4050
+    assert abs(kept[:4000].mean() - share) < 4 * math.sqrt(share * (1 - share) / 4000)
+    assert np.array_equal(kept[100:200], counts.keeps(entries[100:200], keys[100:200]))
+
+
+def test_an_entry_that_misses_leaves_the_others_their_chance():
+    """MetaCLIP's loop: the first entry whose draw succeeds keeps the text."""
+    counts = EntryCounts({"a": 2000, "b": 4000}, wanted=1000, seed=3)
+    kept = counts.keeps([["a", "b"]] * 4000, [str(number) for number in range(4000)])
+    assert kept.mean() == pytest.approx(1 - 0.5 * 0.75, abs=0.03)
+
+
+def selected(root: str, name: str = "selected") -> dict[str, str | None]:
+    """Key to reason of all samples."""
+    selections = [read_selection(root, name, shard) for shard in range(2)]
+    keys = chain.from_iterable(one.keys for one in selections)
+    return dict(zip(keys, chain.from_iterable(one.reasons for one in selections), strict=True))
+
+
+def test_the_best_of_all_shards(root):
+    sources = find_sources(root, (), None, [0])
+    cosines = {}
+    for shard in range(2):
+        facts = ShardFacts(root, shard, sources)
+        cosines |= dict(zip(facts.keys, facts.of_samples("cosine").to_pylist(), strict=True))
+    summary = select(SelectConfig(root, where=("similarity >= 0.1",), top=0.4, by="cosine", workers=1))
+    meeting = [key for key in cosines if key != "000000000"]
+    best = sorted(meeting, key=lambda key: -cosines[key])[:3]  # of 7, rounded up
+    assert {key for key, reason in selected(root).items() if reason is None} == {*best}
+    assert summary.counts == {"success": 3, "not in the top 0.4 by cosine": 4, "not similarity >= 0.1": 1}
+    assert check(CheckConfig(root)) == []
+    assert ".survey" not in os.listdir(f"{root}/select/selected")
+    assert select(SelectConfig(root, where=("similarity >= 0.1",), top=0.4, by="cosine", workers=1)).made == 0
+
+
+def test_a_shard_that_is_made_again_agrees_with_the_others(root):
+    config = SelectConfig(root, top=0.5, by="similarity", workers=1)
+    select(config)
+    whole = selected(root)
+    assert [key for key, reason in whole.items() if reason is None] == [f"00001000{index}" for index in range(4)]
+    remove_shards(f"{root}/select/selected", 1)
+    assert select(config).made == 1
+    assert selected(root) == whole
+
+
+def test_other_rules_under_the_same_name(root):
+    select(SelectConfig(root, top=0.5, by="similarity", workers=1))
+    with pytest.raises(UserError, match=r"--top: 0.5 before, 0.25 now.*--overwrite"):
+        select(SelectConfig(root, top=0.25, by="similarity", workers=1))
+    assert select(SelectConfig(root, top=0.25, by="similarity", workers=1, overwrite=True)).counts["success"] == 2
+    with pytest.raises(UserError, match="--from"):
+        select(SelectConfig(root, from_=(raw_parquet(root, 0),), workers=1))
+
+
+def test_lists_of_others(root, tmp_path):
+    urls = read_table(raw_parquet(root, 0), ["url", "sha256", "key"]).to_pylist()
+    text = tmp_path / "list.txt"
+    text.write_text("\n".join([urls[0]["url"], urls[1]["sha256"].upper(), "000010003", "nobody's"]))
+    summary = select(SelectConfig(root, from_=(str(text),), drop=(raw_parquet(root, 1),), workers=1))
+    assert [key for key, reason in selected(root).items() if reason is None] == ["000000000", "000000001"]
+    assert summary.counts == {"success": 2, "not in the list of --from": 2, "in the list of --drop": 4}
+    hashes = read_done(f"{root}/select/selected", 0).config["from"]
+    assert [len(digest) for digest in hashes] == [64]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top": 1.5, "by": "cosine"}, "--top 1.5"),
+        ({"top": 0.5}, "belong together"),
+        ({"top": 0.5, "by": "cosin"}, "did you mean cosine"),
+        ({"top": 0.5, "by": "NSFW"}, "no sample has a number"),
+        ({"top": 0.5, "by": "caption"}, "no sample has a number"),
+        ({"from_": ("/nowhere",)}, "--from /nowhere: no such file"),
+        ({}, "needs a rule"),
+    ],
+)
+def test_what_cannot_be_selected(root, options, message):
+    with pytest.raises(UserError, match=message):
+        select(SelectConfig(root, workers=1, **options))
