@@ -21,6 +21,8 @@ LOGS = "logs"
 TAKEDOWN = "takedown"
 FOLDERS = (RAW, DEDUP, CAPTIONS, PLAN, SHARDS, VOCAB, TEACHER, SELECT, LOGS, TAKEDOWN)
 DATASET = "dataset.json"
+STAGING = ".takedown"  # new files of a takedown at work
+JOURNAL = f"{STAGING}/journal.json"  # which of them takes which place, once all are there
 CLASS_NAMES = "classnames.txt"  # of labelled images: a class per line
 SIZES = f"{SHARDS}/sizes.json"  # samples per final shard: open_clip's file
 

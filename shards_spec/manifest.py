@@ -15,6 +15,7 @@ from shards_spec.display import hide_secrets
 from shards_spec.files import (
     DataError,
     UserError,
+    exists,
     join,
     names,
     read_json,
@@ -26,6 +27,8 @@ from shards_spec.files import (
 )
 from shards_spec.layout import (
     FILE_PATTERN,
+    JOURNAL,
+    STAGING,
     STATS_PATTERN,
     dataset_json,
     remake_advice,
@@ -249,11 +252,20 @@ def remove_stage(root: str, stage: str) -> None:
         write_json(dataset_json(root), dataset)
 
 
+def check_no_takedown(root: str) -> None:
+    """Raise UserError where a takedown was interrupted while it put its files in place."""
+    if exists(join(root, JOURNAL)):
+        raise UserError(
+            f"{join(root, STAGING)}: a takedown was interrupted; run `clipmill takedown {root} --list FILE` again"
+        )
+
+
 def shard_sizes(root: str) -> list[int]:
     """Samples per final shard, in shard order, from ``shards/sizes.json`` (open_clip's file).
 
-    Raises UserError when `pack` has not finished, DataError for a damaged file.
+    Raises UserError when `pack` or a takedown has not finished, DataError for a damaged file.
     """
+    check_no_takedown(root)
     path = sizes_json(root)
     fix = f"delete it and run `clipmill pack {root}` again"
     try:

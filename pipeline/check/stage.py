@@ -17,7 +17,7 @@ from pipeline.check.records import (
     check_vocabularies,
 )
 from pipeline.check.validators import ShardFolder, read_rows, shard_folders
-from pipeline.core.taken_down import TAKEN_DOWN_SAMPLES, check_no_takedown, read_takedown_hashes
+from pipeline.core.taken_down import TAKEN_DOWN_SAMPLES, read_takedown_hashes
 from pipeline.dedup.drop_list import check_fresh
 from shards_spec.content_id import content_ids
 from shards_spec.files import DataError, exists, join, read_json, sha256_file
@@ -35,7 +35,7 @@ from shards_spec.layout import (
     tar_path,
 )
 from shards_spec.library_errors import short
-from shards_spec.manifest import Done, finished_shards, read_done, shard_ids
+from shards_spec.manifest import Done, check_no_takedown, finished_shards, read_done, shard_ids
 from shards_spec.messages import counted
 
 NO_KEYS = np.empty(0, np.uint64)

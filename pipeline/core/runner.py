@@ -22,12 +22,12 @@ from typing import Any
 
 from pipeline.core.prefetch import prefetch_map
 from pipeline.core.progress import show_progress
-from pipeline.core.taken_down import check_no_takedown
 from pipeline.core.workers import die_with_parent
 from shards_spec.files import DataError, UserError, is_url, join, read_bytes, remove_stale, sha256_json, write_bytes
 from shards_spec.layout import STAGES, shard_name, stage_log, tar_path
 from shards_spec.manifest import (
     Done,
+    check_no_takedown,
     file_hash,
     read_dataset,
     read_done,

@@ -22,8 +22,6 @@ TAKEN_DOWN = "taken down"  # a reason on disk
 TAKEN_DOWN_SAMPLES = "samples taken down"  # a counter on disk: places of a final shard of equal size that stay empty
 STATUS = "failed_to_download"  # of a row that was taken down, in img2dataset's words
 HASHES = f"{TAKEDOWN}/hashes.json"
-STAGING = ".takedown"  # below ROOT, while a takedown is at work: new files, and the list of them once all are there
-JOURNAL = f"{STAGING}/journal.json"
 DIGITS = 32  # of a hash that is kept: 128 bits
 FIX = "put it back from a copy: without it `clipmill ingest` would fetch again what was taken down"
 
@@ -53,7 +51,7 @@ class TakedownHashes:
         """These and more; ``images`` are sha256, ``rows`` are (link, caption)."""
         more = {self._hash("url", url) for url in urls}
         more |= {self._hash("image", image) for image in images}
-        more |= {self._hash("row", _row(*row)) for row in rows}
+        more |= {self._hash("row", _row(url, caption)) for url, caption in rows if url is not None}
         return TakedownHashes(self.salt, self.hashes | more)
 
     def as_json(self) -> dict[str, Any]:
@@ -63,6 +61,9 @@ class TakedownHashes:
 
     def _hash(self, kind: str, text: str) -> str:
         return sha256_bytes(f"{self.salt}\0{kind}\0{text}".encode(errors="surrogatepass"))[:DIGITS]
+
+
+NOTHING = TakedownHashes("")
 
 
 def _row(url: str | None, caption: str | None) -> str:
@@ -83,14 +84,6 @@ def read_takedown_hashes(root: str) -> TakedownHashes:
             "that wrote it"
         )
     return TakedownHashes(content["salt"], frozenset(content["hashes"]))
-
-
-def check_no_takedown(root: str) -> None:
-    """Raise DataError where a takedown was interrupted while it put its files in place."""
-    if exists(join(root, JOURNAL)):
-        raise DataError(
-            f"{join(root, STAGING)}: a takedown was interrupted; run `clipmill takedown {root} --list FILE` again"
-        )
 
 
 def without_content(table: pa.Table, rows: np.ndarray, last: np.ndarray) -> pa.Table:

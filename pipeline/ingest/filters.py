@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.core.filters import caption_problem
 from pipeline.core.image_match import fingerprint, fingerprints_match
 from pipeline.core.near_duplicates import EXACT_DUPLICATE, NEAR_DUPLICATE, find_duplicates
-from pipeline.core.taken_down import TAKEN_DOWN, TakedownHashes
+from pipeline.core.taken_down import NOTHING, TAKEN_DOWN, TakedownHashes
 from pipeline.ingest.additional_columns import Condition, kept_name
 from pipeline.ingest.images import EncodedImage, Outcome
 from pipeline.ingest.rows import Row
@@ -79,7 +79,7 @@ class Selection:
     near_bits: int | None = None
     where: tuple[Condition, ...] = ()
     exclusions: Hashes = field(default_factory=lambda: np.empty(0, np.uint64))
-    taken_down: TakedownHashes = field(default_factory=TakedownHashes)
+    taken_down: TakedownHashes = NOTHING
 
     def filter_rows(self, rows: list[Row]) -> list[Row]:
         """All rows; those that are left out have the reason as their problem, and are not downloaded."""

@@ -7,11 +7,16 @@ import logging
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from pipeline.core.file_edits import write_like, write_without_samples
 from pipeline.core.runner import ShardResult, ShardTask
+from pipeline.core.taken_down import NOTHING, TAKEN_DOWN, TakedownHashes, without_content
 from shards_spec.files import (
     DataError,
     UserError,
@@ -24,7 +29,7 @@ from shards_spec.files import (
     read_json,
     sha256_file,
 )
-from shards_spec.layout import RAW, STATS_PATTERN, shard_name
+from shards_spec.layout import RAW, STATS_PATTERN, parquet_path, shard_name, tar_path
 from shards_spec.manifest import forget
 from shards_spec.messages import counted
 from shards_spec.parquet import read_table
@@ -42,6 +47,7 @@ STATS_FIELDS = (  # of img2dataset's that are kept
     "end_time",
 )
 COPY_BYTES = 1 << 20
+OPTIONAL = ("url", "caption", "sha256", "error_message")  # columns that tell what was taken down
 ADVICE = "delete the shard's three files and let img2dataset make it again"
 
 
@@ -139,8 +145,11 @@ def _keys(path: str) -> list[str]:
     return [row["key"] for row in rows if row["status"] == "success"]
 
 
-def import_shard(root: str, task: ShardTask) -> ShardResult:
-    """Check one shard and copy it. Raises DataError when it is broken or does not fit its stats."""
+def import_shard(root: str, task: ShardTask, *, taken_down: TakedownHashes = NOTHING) -> ShardResult:
+    """Check one shard and copy it, without what was taken down of the dataset.
+
+    Raises DataError when it is broken or does not fit its stats.
+    """
     shard: Img2datasetShard = task.payload
     stats = _read_stats(shard.path)
     listed = sorted(_keys(shard.path))
@@ -151,8 +160,37 @@ def import_shard(root: str, task: ShardTask) -> ShardResult:
             f"{stats['successes']}, or their keys differ; {ADVICE}"
         )
     outputs = dict(_copy_files(root, task.shard, shard))
+    counts = Counter(stats["status_dict"])
     kept_stats = {name: stats[name] for name in STATS_FIELDS if name in stats}
-    return ShardResult(stats["status_dict"], outputs, kept_stats)
+    if gone := leave_out_taken_down(join(root, RAW), task.shard, taken_down):
+        counts.subtract(gone)
+        counts[TAKEN_DOWN] += gone.total()
+        kept_stats["successes"] -= gone["success"]
+        kept_stats["failed_to_download"] = kept_stats.get("failed_to_download", 0) + gone["success"]
+        outputs = {path: sha256_file(join(root, path)) for path in outputs}
+    return ShardResult(dict(+counts), outputs, kept_stats)
+
+
+def leave_out_taken_down(folder: str, shard: int, hashes: TakedownHashes) -> Counter[str]:
+    """Take what was taken down out of a shard's files; returns what the rows were counted as."""
+    path, tar = parquet_path(folder, shard), tar_path(folder, shard)
+    gone = Counter[str]()
+    if not hashes.hashes:
+        return gone
+    table = read_table(path, fix=ADVICE)
+    rows, keys = list[int](), set[str]()
+    columns = ["key", "status", *(name for name in OPTIONAL if name in table.column_names)]
+    for number, row in enumerate(table.select(columns).to_pylist()):
+        if hashes.has_row(row.get("url"), row.get("caption")) or hashes.has_image(row.get("sha256")):
+            rows.append(number)
+            is_success = row["status"] == "success"
+            gone["success" if is_success else str(row.get("error_message"))] += 1
+            if is_success:
+                keys.add(row["key"])
+    if rows:
+        write_without_samples(tar, tar, keys)
+        write_like(path, path, without_content(table, np.array(rows), np.ones(len(rows), bool)))
+    return gone
 
 
 def _read_stats(path: str) -> dict[str, Any]:

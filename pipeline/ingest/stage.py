@@ -149,7 +149,8 @@ def _import_img2dataset(config: IngestConfig, assignment: ShardAssignment) -> Su
         remove_surplus=lambda _, shards: remove_surplus(config, shards),
         source=config.source_text,
     )
-    return run_stage(config.root, Stage("ingest", RAW, {"kind": "img2dataset"}), tasks, import_shard, options)
+    work = partial(import_shard, taken_down=read_takedown_hashes(config.root))
+    return run_stage(config.root, Stage("ingest", RAW, {"kind": "img2dataset"}), tasks, work, options)
 
 
 def _ingest_rows(config: IngestConfig, form: Format, assignment: ShardAssignment) -> Summary:

@@ -1,5 +1,6 @@
 """All files of a dataset without the samples that go, staged: what a stage wrote, folder by folder, and its records."""
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,11 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.core.file_edits import write_like, write_without_rows, write_without_samples, write_without_vectors
 from pipeline.core.taken_down import TAKEN_DOWN, TAKEN_DOWN_SAMPLES, without_content
 from pipeline.dedup.drop_list import hash_raw_shards
 from pipeline.pack.reshard import sample_offsets
-from pipeline.takedown.file_edits import write_like, write_without_rows, write_without_samples
-from pipeline.takedown.file_edits import write_without_vectors as write_vectors_of
 from pipeline.takedown.matches import Matches, RawRow
 from pipeline.takedown.pack_outcomes import pack_outcomes
 from pipeline.takedown.records import SUCCESS, CountChange, renew_block, renew_head, renew_stats
@@ -21,10 +21,10 @@ from shards_spec.embeddings import EmbeddingFile
 from shards_spec.files import DataError, exists, is_url, join, names, read_buffer, read_json, write_json
 from shards_spec.layout import (
     DATASET,
+    DEDUP,
     RAW,
     SIZES,
     STAGES,
-    StageInfo,
     dataset_json,
     parquet_path,
     shard_name,
@@ -75,16 +75,15 @@ class TakedownEdits:
 
     def run(self) -> None:
         """Stage everything that a stage wrote. Raises DataError for a broken file."""
-        for info in STAGES.values():
-            for key, folder in _folders(self._root, info) if info.has_shards else ():
-                self._edit_folder(info, key, folder)
+        for key, folder in stage_folders(self._root):
+            self._edit_folder(key, folder)
         self._edit_sizes()
         self._edit_dataset()
 
-    def _edit_folder(self, info: StageInfo, key: str, folder: str) -> None:
-        edit = self._edits.get(info.name, self._edit_rows)
+    def _edit_folder(self, key: str, folder: str) -> None:
+        edit = self._edits.get(key.partition("/")[0], self._edit_rows)
         total = self._changes.setdefault(key, CountChange())
-        inputs = self._renewed_inputs(info)
+        inputs = self._renewed_inputs(folder)
         for shard in finished_shards(join(self._root, folder)):
             path = stats_path(folder, shard)
             stats = read_json(join(self._root, path))
@@ -96,9 +95,9 @@ class TakedownEdits:
             if renew_stats(stats, change, self._hashes, own):
                 self._staging.stage(path, lambda new, stats=stats: write_json(new, stats))
 
-    def _renewed_inputs(self, info: StageInfo) -> dict[str, tuple[str, str]]:
+    def _renewed_inputs(self, folder: str) -> dict[str, tuple[str, str]]:
         """Inputs of records that are no path: of dedup's, one hash of all raw shards, before and after."""
-        if info.name != "dedup" or not self._hashes:
+        if folder != DEDUP or not self._hashes:
             return {}
         shards = shard_ids(join(self._root, RAW))
         renewed = dict(self._hashes.values())
@@ -256,7 +255,9 @@ class TakedownEdits:
     def _edit_vectors(self, folder: str, shard: int, file: EmbeddingFile) -> None:
         stays = np.flatnonzero(~np.isin(file.keys, list(self._keys)))
         path = file.path.removeprefix(join(self._root, ""))
-        self._stage(folder, shard, path, lambda new: write_vectors_of(file.path, new, stays), len(file) - len(stays))
+        self._stage(
+            folder, shard, path, lambda new: write_without_vectors(file.path, new, stays), len(file) - len(stays)
+        )
 
     def _edit_selection(self, folder: str, shard: int, stats: dict[str, Any]) -> CountChange:
         change = CountChange()
@@ -325,14 +326,14 @@ class TakedownEdits:
             covered["labels"] -= len(labels)
 
 
-def _folders(root: str, info: StageInfo) -> Iterator[tuple[str, str]]:
-    """(key of the block in dataset.json, folder below ROOT) of a stage."""
-    if not info.is_named:
-        yield info.name, info.writes
-        return
-    parent, _, _ = info.writes.partition("/{name}")
-    for name in names(join(root, parent)):
-        yield f"{info.name}/{name}", info.folder(name)
+def stage_folders(root: str) -> Iterator[tuple[str, str]]:
+    """(key of the block in dataset.json, folder below ROOT) of all stages that make shards, in their order."""
+    for info in STAGES.values():
+        if not info.has_shards:
+            continue
+        parent, _, _ = info.writes.partition("/{name}")
+        for name in names(join(root, parent)) if info.is_named else [""]:
+            yield f"{info.name}/{name}" if name else info.name, info.folder(name)
 
 
 def _raw_change(row: RawRow, counts: dict[str, int]) -> CountChange:
@@ -354,8 +355,6 @@ def _synsets(tables: list[pa.Table]) -> Iterator[list[list[str]]]:
 
 def _is_own_source(root: str) -> bool:
     """Whether the dataset's source is its own raw/, where img2dataset's shards lie."""
-    import os
-
     source = str(read_dataset(root).get("source"))
     raw = join(root, RAW)
     if is_url(root):

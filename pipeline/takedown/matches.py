@@ -44,7 +44,7 @@ class Matches:
         rows: Rows of raw/ by shard; a row that was tried again stands in several.
         last_shard: Key to the last raw shard that has a row of it, which counts.
         used: Entries of the list that named something, by kind.
-        gone: Keys of the list whose rows were taken down before.
+        gone: Keys of rows that the list names and that were taken down before.
         shared: Links and image hashes that rows have which stay.
         same_image: Key that stays to the key that goes with whom it shares link or image.
         near_duplicates: Key that stays to the key that goes, of which it is a duplicate by dedup/.

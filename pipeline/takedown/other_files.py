@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from pipeline.takedown.file_edits import write_like, write_without_vectors
+from pipeline.core.file_edits import write_like, write_without_vectors
 from pipeline.takedown.proof import IN_TAR, TakedownSearch, all_files
 from pipeline.takedown.staging import TakedownStaging
 from shards_spec.embeddings import EmbeddingFile

@@ -9,9 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.core.taken_down import STAGING
 from shards_spec.files import filesystem, is_url, join, open_read, read_buffer, sha256_bytes, sha256_file, store_errors
-from shards_spec.layout import RAW, TAKEDOWN
+from shards_spec.layout import RAW, STAGING, TAKEDOWN
 from shards_spec.manifest import STATS_PATTERN
 from shards_spec.names import is_image
 from shards_spec.parquet import open_parquet
@@ -31,7 +30,9 @@ class TakedownSearch:
         self.keys = frozenset(searched["key"])
         self.images = frozenset(searched["sha256"])
         self._texts = frozenset(searched["url"]) | self.images
-        self._words = frozenset(value.encode() for value in (*self._texts, *self.keys))
+        values = [value.encode() for value in (*self._texts, *self.keys)]
+        self._words = frozenset(values)
+        self._phrases = [value for value in values if not WORDS.fullmatch(value)]
         self._text_array = pa.array(sorted(self._texts), pa.string())
         self._key_array = pa.array(sorted(self.keys), pa.string())
         self.files = 0
@@ -59,8 +60,8 @@ class TakedownSearch:
             yield from self._search_text(full)
 
     def names_any(self, text: bytes) -> bool:
-        """Whether a text has one of the values as a word."""
-        return not self._words.isdisjoint(WORDS.findall(text))
+        """Whether a text has one of the values as a word, or anywhere when it is no single word."""
+        return not self._words.isdisjoint(WORDS.findall(text)) or any(phrase in text for phrase in self._phrases)
 
     def _search_tar(self, path: str) -> Iterator[str]:
         with read_buffer(path) as buffer:

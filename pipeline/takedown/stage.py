@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any
 
-from pipeline.core.taken_down import HASHES, read_takedown_hashes
+from pipeline.core.taken_down import HASHES, TakedownHashes, read_takedown_hashes
 from pipeline.takedown.config import TakedownConfig
-from pipeline.takedown.edits import TakedownEdits
+from pipeline.takedown.edits import TakedownEdits, stage_folders
 from pipeline.takedown.matches import Matches, find_matches
 from pipeline.takedown.other_files import stage_other_files
 from pipeline.takedown.proof import TakedownSearch
@@ -18,7 +18,7 @@ from pipeline.takedown.request import TakedownRequest, read_request
 from pipeline.takedown.staging import TakedownJournal, TakedownStaging
 from shards_spec import SPEC_VERSION
 from shards_spec.files import DataError, UserError, exists, join, names, remove_stale, write_json
-from shards_spec.layout import RAW, SHARDS, STAGES, TAKEDOWN, VOCAB
+from shards_spec.layout import RAW, SHARDS, TAKEDOWN, VOCAB
 from shards_spec.lock import locked
 from shards_spec.messages import counted
 
@@ -64,12 +64,14 @@ def takedown(config: TakedownConfig) -> TakedownOutcome:
 def _prepare(config: TakedownConfig, request: TakedownRequest, staging: TakedownStaging) -> TakedownJournal:
     """Stage all new files; nothing of the dataset changes yet."""
     root = config.root
-    for folder in (root, *(join(root, stage.folder()) for stage in STAGES.values() if not stage.is_named)):
-        remove_stale(folder)
+    remove_stale(root)
+    for _, folder in stage_folders(root):
+        remove_stale(join(root, folder))
     matches = find_matches(root, request, config.duplicates)
     searched = _searched(request, matches)
     search = TakedownSearch(root, searched)
-    hashes = read_takedown_hashes(root).extended(
+    known = read_takedown_hashes(root)
+    hashes = known.extended(
         [*request.urls, *_unshared(matches, "url")],
         [*request.images, *_unshared(matches, "sha256")],
         [(row.url, row.caption) for row in matches.last_rows()],
@@ -79,7 +81,9 @@ def _prepare(config: TakedownConfig, request: TakedownRequest, staging: Takedown
     if matches.reasons:
         TakedownEdits(root, matches, staging).run()
         pages = stage_other_files(root, search, staging)
-    return TakedownJournal(staging.changes, _report(root, request, matches, pages), searched)
+    return TakedownJournal(
+        staging.changes, {**_report(root, matches, pages), **_unmatched(request, matches, known)}, searched
+    )
 
 
 def _searched(request: TakedownRequest, matches: Matches) -> dict[str, list[str]]:
@@ -97,17 +101,27 @@ def _unshared(matches: Matches, name: str) -> set[str]:
     return {value for value in values if value and value not in matches.shared}
 
 
-def _report(root: str, request: TakedownRequest, matches: Matches, pages: list[str]) -> dict[str, Any]:
-    """What the report says apart from the files: keys, and no link, no hash of an image."""
-    named = {("key", value): line for value, line in request.keys.items()}
-    named |= {("url", value): line for value, line in request.urls.items()}
-    named |= {("sha256", value): line for value, line in request.images.items()}
+def _unmatched(request: TakedownRequest, matches: Matches, known: TakedownHashes) -> dict[str, Any]:
+    """How many entries the list has, and the lines that name nothing: taken down before, or never there."""
+    entries = {("key", value): line for value, line in request.keys.items()}
+    entries |= {("url", value): line for value, line in request.urls.items()}
+    entries |= {("sha256", value): line for value, line in request.images.items()}
+    before = {("key", key) for key in matches.gone}
+    before |= {("url", url) for url in request.urls if known.has_url(url)}
+    before |= {("sha256", image) for image in request.images if known.has_image(image)}
+    unmatched = {entry: line for entry, line in entries.items() if entry not in matches.used - before}
+    return {
+        "requested": {"keys": len(request.keys), "urls": len(request.urls), "sha256": len(request.images)},
+        "lines_taken_down_before": sorted(line for entry, line in unmatched.items() if entry in before),
+        "lines_without_a_match": sorted(line for entry, line in unmatched.items() if entry not in before),
+    }
+
+
+def _report(root: str, matches: Matches, pages: list[str]) -> dict[str, Any]:
+    """What the report says of samples and pages: keys, and no link, no hash of an image."""
     return {
         "spec_version": SPEC_VERSION,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "requested": {"keys": len(request.keys), "urls": len(request.urls), "sha256": len(request.images)},
-        "lines_without_a_match": sorted(line for entry, line in named.items() if entry not in matches.used),
-        "taken_down_before": sorted(matches.gone),
         "samples": dict(sorted(matches.reasons.items())),
         "rows_without_an_image": sorted(row.key for row in matches.last_rows() if row.status != "success"),
         "same_link_or_image": dict(sorted(matches.same_image.items())),
@@ -144,7 +158,7 @@ def _next_number(root: str) -> int:
 def _lines(root: str, journal: TakedownJournal, searched_files: int) -> list[str]:
     """The outcome for people."""
     report = journal.report
-    samples, before = report["samples"], report["taken_down_before"]
+    samples, before = report["samples"], report["lines_taken_down_before"]
     lines = [f"takedown: {counted(len(samples), 'sample')} or row{'' if len(samples) == 1 else 's'} of {root} gone"]
     removed = Counter[str]()
     for change in journal.changes:
@@ -152,7 +166,7 @@ def _lines(root: str, journal: TakedownJournal, searched_files: int) -> list[str
             removed[change.path.rpartition("/")[0]] += change.removed
     lines += [f"  {folder}: {counted(number, 'entry', 'entries')}" for folder, number in sorted(removed.items())]
     if before:
-        lines.append(f"{len(before)} of the list were taken down before")
+        lines.append(f"taken down before: {counted(len(before), 'line')} of the list ({_some(before)})")
     if unmatched := report["lines_without_a_match"]:
         lines.append(f"not in this dataset: {counted(len(unmatched), 'line')} of the list ({_some(unmatched)})")
     if same := report["same_link_or_image"]:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipeline.core.taken_down import JOURNAL, STAGING
 from shards_spec.files import exists, join, read_json, remove, remove_tree, replace_file, sha256_file, write_json
+from shards_spec.layout import JOURNAL, STAGING
 from shards_spec.messages import counted
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from pipeline.ingest.stage import ingest
 from pipeline.takedown import staging as staging_module
 from pipeline.takedown.config import TakedownConfig
 from pipeline.takedown.stage import TakedownOutcome, takedown
-from shards_spec.files import DataError, read_json, replace_file
+from shards_spec.files import read_json, replace_file
 from shards_spec.manifest import shard_ids
 from shards_spec.parquet import read_table
 from shards_spec.tar import read_shard
@@ -130,7 +130,7 @@ def test_killed_and_run_again(root, moment, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             take(root, *GONE)
         assert any("a takedown was interrupted" in problem for problem in check(CheckConfig(str(root))))
-        with pytest.raises(DataError, match="a takedown was interrupted"):
+        with pytest.raises(UserError, match="a takedown was interrupted"):
             run_stage("pack", str(root))
     monkeypatch.undo()
     take(root, *GONE)
