@@ -163,8 +163,9 @@ def import_shard(root: str, task: ShardTask, *, taken_down: TakedownHashes = NOT
     counts = Counter(stats["status_dict"])
     kept_stats = {name: stats[name] for name in STATS_FIELDS if name in stats}
     if gone := leave_out_taken_down(join(root, RAW), task.shard, taken_down):
-        counts.subtract(gone)
-        counts[TAKEN_DOWN] += gone.total()
+        counted_as = Counter({reason: number for reason, number in gone.items() if counts[reason] >= number})
+        counts.subtract(counted_as)  # img2dataset counts the most frequent reasons alone
+        counts[TAKEN_DOWN] += counted_as.total()
         kept_stats["successes"] -= gone["success"]
         kept_stats["failed_to_download"] = kept_stats.get("failed_to_download", 0) + gone["success"]
         outputs = {path: sha256_file(join(root, path)) for path in outputs}

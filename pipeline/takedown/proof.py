@@ -70,7 +70,8 @@ class TakedownSearch:
                     yield f"the sample {key}"
                     continue
                 sample = read_sample(buffer, key, members)
-                if not self._texts.isdisjoint(_leaves(sample.meta)):
+                fields = {name: value for name, value in sample.meta.items() if name != "key"}
+                if not self._texts.isdisjoint(_leaves(fields)):
                     yield f"a link or hash in the json of sample {key}"
                 if self.images and sha256_bytes(sample.image) in self.images:
                     yield f"the image of sample {key}"
@@ -81,9 +82,10 @@ class TakedownSearch:
             for batch in file.iter_batches(columns=texts) if texts else ():
                 for name in dict.fromkeys(batch.schema.names):
                     column = _flat(batch.column(name))
-                    found = pc.is_in(column, self._text_array).to_numpy(zero_copy_only=False)
                     if name in ("key", "kept"):
-                        found |= self._is_key(column) & _counts(batch, in_raw)
+                        found = self._is_key(column) & _counts(batch, in_raw)
+                    else:
+                        found = pc.is_in(column, self._text_array).to_numpy(zero_copy_only=False)
                     if found.any():
                         yield f"{int(found.sum())} in the column {name}"
 

@@ -6,16 +6,19 @@ from pathlib import Path
 import pytest
 from small_data import build_all, draw, run_stage, tiny_coca, tree
 
+from pipeline.cache.export_lists import export_lists
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
 from pipeline.dedup.config import DedupConfig
 from pipeline.dedup.stage import dedup
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.stage import ingest
+from pipeline.select.config import SelectConfig
+from pipeline.select.stage import select
 from pipeline.takedown import staging as staging_module
 from pipeline.takedown.config import TakedownConfig
 from pipeline.takedown.stage import TakedownOutcome, takedown
-from shards_spec.files import read_json, replace_file
+from shards_spec.files import UserError, read_json, replace_file
 from shards_spec.manifest import shard_ids
 from shards_spec.parquet import read_table
 from shards_spec.tar import read_shard
@@ -41,6 +44,8 @@ def make(base: Path, shard_size: int | None) -> None:
     ingest_again(base / "ds", images)
     dedup(DedupConfig(root, workers=1))
     build_all(root, tiny_coca(base / "coca"), views=2, shard_size=shard_size)
+    export_lists(root, "tea", overwrite=False)
+    select(SelectConfig(root, "wide", where=("width > 52",), workers=1))
 
 
 def ingest_again(root: Path, images: Path, **options) -> None:
@@ -110,7 +115,9 @@ def test_all_is_gone_and_the_rest_is_as_it_was(made, root):
     dedup(DedupConfig(str(root), workers=1))
     for stage in ("caption", "pack", "cache"):
         run_stage(stage, str(root), f"local-dir:{base}/coca", shard_size=shard_size)
-    assert dataset_tree(root) == after
+    export_lists(str(root), "tea", overwrite=False)
+    select(SelectConfig(str(root), "wide", where=("width > 52",), workers=1))
+    assert dataset_tree(root) == after, "no stage had anything to do"
 
 
 @pytest.mark.parametrize("moment", [0, 1, 5, 12, 1000])
