@@ -292,15 +292,17 @@ class _ShardRows:
         norms = np.linalg.norm(own, axis=1, keepdims=True)
         if dim * parts != vectors.shape[1] or not norms.all():
             raise DataError(BAD_PART)
-        return own / norms
+        normalised: np.ndarray = own / norms
+        return normalised
 
 
 def _upright_size(meta: dict[str, Any]) -> tuple[int, int]:
     """Width and height of the image that `ingest` got."""
-    size = (meta.get("original_width"), meta.get("original_height"))
-    if not all(type(side) is int and side > 0 for side in size):
+    width = meta.get("original_width")
+    height = meta.get("original_height")
+    if not isinstance(width, int) or not isinstance(height, int) or min(width, height) < 1:
         raise DataError("no original size in its json member")
-    return size  # type: ignore[return-value]
+    return width, height
 
 
 def _orientation(meta: dict[str, Any]) -> int:
