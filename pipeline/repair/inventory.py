@@ -68,6 +68,13 @@ class Inventory:
                 if match is not None and path.startswith(folder):
                     self.assumed_whole.add((key, int(match[1])))
 
+    def forget_shard_of(self, path: str) -> None:
+        """A record of no shard was moved away: no shard of its number is to be made."""
+        for key, problems in self.damage.items():
+            match = STATS_PATTERN.fullmatch(path.removeprefix(f"{stage_output(key)}/"))
+            if match is not None:
+                problems.pop(int(match[1]), None)
+
     def damaged(self, key: str) -> dict[int, str]:
         """Shards of a stage to what is wrong with their files."""
         damage = self.damage.get(key, {})

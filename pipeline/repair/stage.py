@@ -128,6 +128,7 @@ class _Repair:
         for path in surplus(self._recorded):
             if path in self._inventory.strays or path not in self._inventory.hashes:
                 self._move_away(path, "no record names it")
+                self._inventory.forget_shard_of(path)
 
     def _move_away(self, path: str, why: str) -> None:
         moved = self._folder.target(path) if self._dry else self._folder.move_away(path)
