@@ -1,24 +1,24 @@
 """A teacher cache whose final shard lost samples, brought up to date without its teacher: every vector is copied."""
 
 from pipeline.cache.incremental import ShardIndex, plan_column_update
-from pipeline.cache.stage import free_path, remove_stale_files
+from pipeline.cache.stage import free_path
 from shards_spec.embeddings import Vectors, empty_vectors, id_column, write_vectors
 from shards_spec.files import join
 from shards_spec.layout import SHARDS, final_tar, tar_path, teacher_folder
-from shards_spec.manifest import Done, file_hash, forget, read_done
+from shards_spec.manifest import Done, file_hash, read_done
 from shards_spec.soft_labels import format_of
 from shards_spec.teacher_shard import TeacherShard
 
 
-def cut_teacher_shard(root: str, name: str, shard: int) -> bool:
-    """Write the rows of the samples that are left; False, and nothing is written, when something has to be embedded.
+def cut_teacher_shard(root: str, name: str, shard: int, target: str) -> Done | None:
+    """Write the rows of the samples that are left below ``target``; the done-record that they are to have.
 
-    Raises DataError for a broken shard or cache.
+    None, and nothing is written, when something has to be embedded. Raises DataError for a broken shard or cache.
     """
     folder = teacher_folder(name)
     done = read_done(join(root, folder), shard)
     if done is None:
-        return False
+        return None
     cached = TeacherShard(root, name, shard)
     if "imported" in cached.config:  # may lack rows, and has views beside them: `cache --from` writes it again
         return False
@@ -31,26 +31,24 @@ def cut_teacher_shard(root: str, name: str, shard: int) -> bool:
         file = cached.find(column)
         update = plan_column_update(column, index, file)
         if file is None or (update is not None and len(update.new_rows)):
-            return False
+            return None
         if update is None:
             current.add(file.path)
         else:
             columns[column] = update.merge(len(index.keys), empty_vectors(0, file.dim, file.dtype))
     outputs = {path: digest for path, digest in done.outputs.items() if join(root, path) in current}
-    forget(join(root, folder), shard)
     tar = tar_path(SHARDS, shard)
     shard_hash = file_hash(root, SHARDS, shard, tar)
     if columns:
         path = free_path(folder, shard, outputs)
         ids = {id_column(column): index.ids[id_column(column)] for column in columns}
         meta = {**cached.files[-1].meta, "shard_sha256": shard_hash}
-        outputs[path] = write_vectors(join(root, path), index.keys, columns, ids, meta)
-    remove_stale_files(root, folder, shard, outputs, done.outputs)
+        outputs[path] = write_vectors(join(target, path), index.keys, columns, ids, meta)
     per_sample = {"soft labels": cached.config["num_views"], "image vectors": cached.config["num_views"]}
     counters = {what: len(index.keys) * per_sample[what] for what in done.counters if what in per_sample}
     if "text vectors" in done.counters:
         counters["text vectors"] = sum(map(len, index.captions)) if has_texts else 0
-    Done(
+    return Done(
         stage=done.stage,
         shard=shard,
         config=done.config,
@@ -58,5 +56,4 @@ def cut_teacher_shard(root: str, name: str, shard: int) -> bool:
         inputs={tar: shard_hash},
         outputs=outputs,
         counters=counters,
-    ).write(join(root, folder))
-    return True
+    )

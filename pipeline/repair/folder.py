@@ -5,14 +5,32 @@ shard are still those that its captions were written for.
 """
 
 import contextlib
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from shards_spec.files import DataError, UserError, exists, filesystem, is_url, join, read_json, remove, write_json
+from shards_spec.files import (
+    DataError,
+    UserError,
+    atomic_writer,
+    exists,
+    filesystem,
+    is_url,
+    join,
+    open_read,
+    read_json,
+    remove,
+    sha256_file,
+    write_json,
+)
+from shards_spec.folders import walk
+from shards_spec.layout import stats_path
+from shards_spec.manifest import Done, finished_shards, forget, read_done
 
 HIDDEN = ".repair"
 MOVED = "moved"
+SCRATCH = "scratch"
 JOURNAL = "journal.json"
 LOST_BLOCKS = "lost blocks"
 
@@ -33,6 +51,17 @@ class Folder:
         move(join(self._root, path), join(self._root, target))
         return target
 
+    def copy_away(self, path: str) -> str:
+        """As `move_away`, of a file that stays where it is until another one takes its place."""
+        source, digest = join(self._root, path), sha256_file(join(self._root, path))
+        target = f"{HIDDEN}/{MOVED}/{path}"
+        if exists(join(self._root, target)) and sha256_file(join(self._root, target)) == digest:
+            return target  # by a run that was killed after it
+        target = self.target(path)
+        with open_read(source) as file, atomic_writer(join(self._root, target)) as copy:
+            shutil.copyfileobj(file, copy)
+        return target
+
     def target(self, path: str) -> str:
         """Where `move_away` would move a file."""
         target = f"{HIDDEN}/{MOVED}/{path}"
@@ -42,9 +71,41 @@ class Folder:
             target = f"{HIDDEN}/{MOVED}/{path}.{number}"
         return target
 
-    def put(self, name: str, path: str) -> None:
-        """Let a file of the folder take its place in ROOT."""
-        move(self.path(name), join(self._root, path))
+    @property
+    def scratch(self) -> str:
+        """Where shards are made, laid out as ROOT."""
+        return self.path(SCRATCH)
+
+    def put(self, path: str) -> None:
+        """Let a file of `scratch` take its place in ROOT; a folder that is there is moved away."""
+        if os.path.isdir(join(self._root, path)):
+            self.move_away(path)
+        move(join(self.scratch, path), join(self._root, path))
+
+    def publish(self, done: Done, folder: str) -> None:
+        """Let a shard that was made in `scratch` take its place: from here on a killed run is finished by the next."""
+        done.write(join(self.scratch, folder))
+        self._put_shard(done, folder)
+
+    def finish_killed(self) -> list[str]:
+        """Put the shards in their places that a killed run had made to the end; returns their records' paths."""
+        finished = list[str]()
+        folders = sorted(prefix for prefix, _ in walk(self.scratch)) if exists(self.scratch) else []
+        for folder in (prefix.rstrip("/") for prefix in folders):
+            for shard in finished_shards(join(self.scratch, folder)):
+                done = read_done(join(self.scratch, folder), shard)
+                if done is not None:
+                    self._put_shard(done, folder)
+                    finished.append(stats_path(folder, shard))
+        self.clear(SCRATCH)
+        return finished
+
+    def _put_shard(self, done: Done, folder: str) -> None:
+        forget(join(self._root, folder), done.shard)
+        for path in done.outputs:
+            if exists(join(self.scratch, path)):
+                self.put(path)
+        self.put(stats_path(folder, done.shard))
 
     def journal(self) -> dict[str, Any]:
         """Number of a raw shard to what `note_change` noted of it."""
@@ -69,7 +130,8 @@ class Folder:
     def forget_changes(self) -> None:
         """Delete the journal, and what a killed run left half made; the folder too when nothing was moved there."""
         remove(self.path(JOURNAL))
-        self.clear("scratch")
+        self.clear(SCRATCH)
+        remove(self.path("stop_words.txt"))
         if not is_url(self._root):
             with contextlib.suppress(OSError):
                 Path(self._root, HIDDEN).rmdir()

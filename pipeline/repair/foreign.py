@@ -9,9 +9,9 @@ import pyarrow as pa
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.stage import ingest
 from pipeline.repair.folder import Folder
-from pipeline.repair.raw import LOST, SCRATCH, RawOutcome, RefusedError
+from pipeline.repair.raw import LOST, RawOutcome, RefusedError
 from pipeline.repair.raw_evidence import lenient_json, lenient_table
-from pipeline.repair.recorded import Recorded, file_sha256, is_foreign, sound_record
+from pipeline.repair.recorded import Recorded, is_foreign, sound_record
 from pipeline.repair.salvage import Members, image_of, looks_right, raw_samples, row_of_json
 from shards_spec.files import exists, join, sha256_bytes, write_json
 from shards_spec.layout import RAW, parquet_path, raw_parquet, raw_tar, stats_path, tar_path
@@ -84,17 +84,21 @@ class ForeignRepair:
             row.update(status="failed_to_download", error_message=LOST)
         table = lenient_table(raw_parquet(root, shard))
         rewritten = pa.Table.from_pylist(rows, table.schema if table is not None else None)
-        outputs = {path: f"{SCRATCH}/{path}" for path in (tar_path(RAW, shard), parquet_path(RAW, shard))}
-        write_shard(folder.path(outputs[tar_path(RAW, shard)]), (Sample(*sample) for sample in kept.items()))
-        write_table(folder.path(outputs[parquet_path(RAW, shard)]), rewritten)
+        tar, parquet = tar_path(RAW, shard), parquet_path(RAW, shard)
+        outputs = {
+            tar: write_shard(join(folder.scratch, tar), (Sample(*sample) for sample in kept.items()))[1],
+            parquet: write_table(join(folder.scratch, parquet), rewritten),
+        }
         counts = Counter(str(row["error_message"] or row["status"]) for row in rows if row["status"] != "success")
         counts["success"] = len(kept)
+        moved = [folder.copy_away(path) for path in outputs if exists(join(root, path))]
         stats = self._stats(counts)
-        forget(join(root, RAW), shard)
-        moved = [folder.move_away(path) for path in outputs if exists(join(root, path))]
-        for path, made in outputs.items():
-            folder.put(made, path)
-        self._write_stats(stats, counts, {path: str(file_sha256(join(root, path))) for path in outputs})
+        if "clipmill" in stats or "ingest" in self.recorded.configs:
+            folder.publish(self._done(stats, counts, outputs), RAW)
+        else:  # stats without a done-record, as img2dataset writes them
+            for path in outputs:
+                folder.put(path)
+            write_json(stats_path(join(root, RAW), shard), stats)
         return RawOutcome(is_exact=False, dropped={LOST: len(lost)} if lost else {}, moved=moved)
 
     def _stats(self, counts: Counter[str]) -> dict[str, Any]:
@@ -104,22 +108,18 @@ class ForeignRepair:
         now = {"count": sum(counts.values()), "successes": counts["success"], "failed_to_download": failed}
         return {**stats, **now, "failed_to_resize": 0, "status_dict": dict(sorted(counts.items()))}
 
-    def _write_stats(self, stats: dict[str, Any], counts: Counter[str], outputs: dict[str, str]) -> None:
-        """The done-record of an imported shard; img2dataset's stats alone for one that never had a record."""
-        root, shard = self.recorded.root, self.shard
+    def _done(self, stats: dict[str, Any], counts: Counter[str], outputs: dict[str, str]) -> Done:
+        """The done-record of an imported shard."""
         record = stats.get("clipmill")
-        if record is None and "ingest" not in self.recorded.configs:
-            write_json(stats_path(join(root, RAW), shard), stats)
-            return
-        done = Done(
+        inputs = record.get("inputs") if isinstance(record, dict) else None
+        return Done(
             stage="ingest",
-            shard=shard,
+            shard=self.shard,
             config={"kind": "img2dataset"},
             counts=dict(counts),
-            inputs=record["inputs"] if isinstance(record, dict) and "inputs" in record else {"parquet": "not there"},
+            inputs=inputs if isinstance(inputs, dict) else {"parquet": "not there"},
             outputs=outputs,
         )
-        done.write(join(root, RAW))
 
 
 def _is_right(members: Members, row: dict[str, Any] | None) -> bool:

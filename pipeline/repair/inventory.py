@@ -32,7 +32,7 @@ class Inventory:
 
     ``hashes`` and ``times`` (mtime in ns, of local files) are those of files before the repair. ``damage`` maps a stage
     and a shard to what is wrong with its own files, ``wanted`` a file that is not as it was written to its hash,
-    ``strays`` are files that are not what their names say, ``assumed_whole`` stages and shards of `take_as_whole`.
+    ``strays`` are files that are not what their names say, ``assumed_whole`` stages and shards to pass over.
     """
 
     root: str
@@ -70,10 +70,10 @@ class Inventory:
 
     def forget_shard_of(self, path: str) -> None:
         """A record of no shard was moved away: no shard of its number is to be made."""
-        for key, problems in self.damage.items():
+        for key in self.damage:
             match = STATS_PATTERN.fullmatch(path.removeprefix(f"{stage_output(key)}/"))
             if match is not None:
-                problems.pop(int(match[1]), None)
+                self.assumed_whole.add((key, int(match[1])))
 
     def damaged(self, key: str) -> dict[int, str]:
         """Shards of a stage to what is wrong with their files."""

@@ -20,13 +20,12 @@ from pipeline.ingest.stage import LIST_FORMS, fetch_missing, source_form
 from pipeline.repair.folder import Folder
 from pipeline.repair.raw_evidence import LINK, RawEvidence
 from pipeline.repair.recorded import Recorded, file_sha256
-from shards_spec.files import DataError, UserError, exists, join
-from shards_spec.layout import RAW, parquet_path, raw_parquet, raw_tar, stats_path, tar_path
-from shards_spec.manifest import TIMES, Done, finished_shards, forget
+from shards_spec.files import DataError, UserError, exists, join, remove
+from shards_spec.layout import RAW, raw_parquet, raw_tar
+from shards_spec.manifest import TIMES, Done
 from shards_spec.messages import counted
 
 LOST = "lost in a damaged shard"  # a reason on disk
-SCRATCH = "scratch"  # below the hidden folder: where a shard is made
 DIGEST = re.compile(r"[0-9a-f]{64}")
 RECORDED_OPTIONS = (  # names that ingest's records and its config share
     "shard_size",
@@ -194,7 +193,7 @@ class RawRepair:
         return proven
 
     def _write(self, outcomes: list[Outcome]) -> ShardResult:
-        return write_raw_shard(self.folder.path(SCRATCH), self.evidence.shard, self.shard_input, outcomes)
+        return write_raw_shard(self.folder.scratch, self.evidence.shard, self.shard_input, outcomes)
 
     def _publish(self, result: ShardResult, outcomes: list[Outcome]) -> "RawOutcome":
         """Put the files that differ in their places, and the record last."""
@@ -204,19 +203,21 @@ class RawRepair:
         done = self._record(result, outcomes)
         before = evidence.done
         is_exact = all(digest in evidence.expected[path] for path, digest in result.outputs.items())
-        is_same_record = before is not None and (before.outputs, before.counts) == (done.outputs, done.counts)
         moved = list[str]()
-        if not is_same_record:
-            done.write(join(self.folder.path(SCRATCH), RAW))  # from here on a killed run is finished by the next one
-            self.folder.note_change(shard, evidence.expected[evidence.tar], changed)
-            forget(join(root, RAW), shard)
         for path, digest in result.outputs.items():
-            if file_sha256(join(root, path)) != digest:
-                if not is_exact and exists(join(root, path)):
-                    moved.append(self.folder.move_away(path))
-                self.folder.put(join(SCRATCH, path), path)
-        if not is_same_record:
-            self.folder.put(stats_path(f"{SCRATCH}/{RAW}", shard), stats_path(RAW, shard))
+            is_there = file_sha256(join(root, path))
+            if is_there == digest:
+                remove(join(self.folder.scratch, path))
+            elif not is_exact and path not in evidence.whole and is_there is not None:
+                moved.append(path)
+        if before is not None and (before.outputs, before.counts) == (done.outputs, done.counts):
+            for path in result.outputs:
+                if exists(join(self.folder.scratch, path)):
+                    self.folder.put(path)
+        else:
+            self.folder.note_change(shard, evidence.expected[evidence.tar], changed)
+            moved = [self.folder.copy_away(path) for path in moved]
+            self.folder.publish(done, RAW)
         dropped = Counter(
             outcome
             for key, outcome in zip(self.shard_input.keys, outcomes, strict=True)
@@ -279,19 +280,6 @@ class RawRepair:
         if not DIGEST.fullmatch(sound.get("rows", "")):
             sound["rows"] = rows_hash(self.shard_input.rows)
         return sound, {reason: number for reason, number in retried.items() if type(number) is int}
-
-
-def finish_killed(root: str, folder: Folder) -> list[int]:
-    """Put the shards in their places that a killed run had made to the end; returns their numbers."""
-    scratch = folder.path(SCRATCH)
-    finished = finished_shards(join(scratch, RAW))
-    for shard in finished:
-        forget(join(root, RAW), shard)
-        for path in (tar_path(RAW, shard), parquet_path(RAW, shard), stats_path(RAW, shard)):
-            if exists(join(scratch, path)):
-                folder.put(join(SCRATCH, path), path)
-    folder.clear(SCRATCH)
-    return finished
 
 
 @dataclass(frozen=True)

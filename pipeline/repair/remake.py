@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from pipeline.cache.cut import cut_teacher_shard
 from pipeline.cache.export_lists import export_lists
-from pipeline.cache.stage import cache, cache_identity
+from pipeline.cache.stage import cache, cache_identity, remove_stale_files
 from pipeline.caption.stage import caption, caption_identity
 from pipeline.check.config import CheckConfig
 from pipeline.core.runner import ShardsFailed
@@ -32,7 +32,7 @@ from pipeline.repair.settings import (
 from pipeline.select.stage import select
 from shards_spec.files import DataError, UserError, join
 from shards_spec.layout import RAW, STAGE_FOLDER, parquet_path, stage_output, tar_path
-from shards_spec.manifest import Done, file_hash, finished_shards, forget
+from shards_spec.manifest import Done, file_hash, finished_shards, forget, read_done
 from shards_spec.parquet import read_table, write_table
 from shards_spec.tar import shard_keys
 
@@ -163,12 +163,12 @@ def _refuse_others(command: str, name: str, record: Record) -> None:
         )
 
 
-def cut_captions(root: str, key: str, journal: dict[str, Any]) -> list[int]:
+def cut_captions(root: str, key: str, store: Folder) -> list[int]:
     """Shorten captions of changed raw shards to the samples that stay, where the journal vouches for their images.
 
     Returns the shards. No model is needed, and the captions that stay are unchanged.
     """
-    folder = stage_output(key) or ""
+    folder, journal = stage_output(key) or "", store.journal()
     cut = list[int]()
     for shard in stale_shards(root, key):
         done = sound_record(root, key, shard)
@@ -183,32 +183,39 @@ def cut_captions(root: str, key: str, journal: dict[str, Any]) -> list[int]:
         stored = table.column("key").to_pylist()
         if set(change["changed"]) & set(keys) or not set(keys) <= set(stored):
             continue
-        _write_cut(root, done, path, table.take([stored.index(sample) for sample in keys]), tar)
+        rest = table.take([stored.index(sample) for sample in keys])
+        digest = write_table(join(store.scratch, path), rest)
+        inputs = {tar: file_hash(root, RAW, shard, tar)}
+        store.publish(_cut_record(done, rest, inputs, {path: digest}), folder)
         cut.append(shard)
     return cut
 
 
-def _write_cut(root: str, done: Done, path: str, table: pa.Table, tar: str) -> None:
-    """Write the rows that stay and the record that fits them."""
-    folder = path.rpartition("/")[0]
-    forget(join(root, folder), done.shard)
-    digest = write_table(join(root, path), table)
-    captions = table.column("captions")
-    written = pc.sum(pc.list_value_length(captions)).as_py() or 0
-    empty = pc.sum(pc.equal(pc.list_value_length(captions), 0)).as_py() or 0
+def _cut_record(done: Done, table: pa.Table, inputs: dict[str, str], outputs: dict[str, str]) -> Done:
+    """The record of captions that were cut to the rows of a table; what was counted as they were written stays."""
+    lengths = pc.list_value_length(table.column("captions"))
+    empty = pc.sum(pc.equal(lengths, 0)).as_py() or 0
     counts = {"success": len(table) - empty, "picture does not decode": empty}
-    counters = {**done.counters, "captions": written}
-    Done(
+    return Done(
         stage=done.stage,
         shard=done.shard,
         config=done.config,
         counts={reason: number for reason, number in counts.items() if number},
-        inputs={tar: file_hash(root, RAW, done.shard, tar)},
-        outputs={path: digest},
-        counters=counters,
-    ).write(join(root, folder))
+        inputs=inputs,
+        outputs=outputs,
+        counters={**done.counters, "captions": pc.sum(lengths).as_py() or 0},
+    )
 
 
-def cut_caches(root: str, key: str) -> list[int]:
+def cut_caches(root: str, key: str, store: Folder) -> list[int]:
     """Bring caches up to date whose shards lost samples and have nothing new, without a model; returns the shards."""
-    return [shard for shard in stale_shards(root, key) if cut_teacher_shard(root, key.partition("/")[2], shard)]
+    folder = stage_output(key) or ""
+    cut = list[int]()
+    for shard in stale_shards(root, key):
+        before = read_done(join(root, folder), shard)
+        done = cut_teacher_shard(root, key.partition("/")[2], shard, store.scratch)
+        if before is not None and done is not None:
+            store.publish(done, folder)
+            remove_stale_files(root, folder, shard, done.outputs, before.outputs)
+            cut.append(shard)
+    return cut

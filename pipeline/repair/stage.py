@@ -19,7 +19,7 @@ from pipeline.repair.classes import restore_class_names
 from pipeline.repair.folder import Folder
 from pipeline.repair.foreign import ForeignRepair
 from pipeline.repair.inventory import Inventory, misplaced, put_back, surplus, take_inventory
-from pipeline.repair.raw import RawRepair, RefusedError, find_sources, finish_killed, source_tasks
+from pipeline.repair.raw import RawRepair, RefusedError, find_sources, source_tasks
 from pipeline.repair.raw_evidence import gather_evidence
 from pipeline.repair.recorded import Recorded, is_foreign, read_recorded, recorded_hashes
 from pipeline.repair.remake import Remaker, cut_caches, cut_captions, stale_shards
@@ -83,8 +83,8 @@ class _Repair:
     def run(self) -> None:
         """All steps, in the order of the stages."""
         if not self._dry:
-            for shard in finish_killed(self._root, self._folder):
-                self._say(f"{RAW}/{shard_name(shard)}: finished what a killed repair had made")
+            for path in self._folder.finish_killed():
+                self._say(f"{path}: finished what a killed repair had made")
         self._take_inventory()
         self._put_back()
         self._move_surplus()
@@ -173,8 +173,12 @@ class _Repair:
     def _mend_block(self, key: str) -> None:
         if self._dry and self._inventory.damaged(key):
             return  # its shards are made again first
+        if not self._dry:
+            self._recorded.blocks = read_recorded(self._root).blocks
         if update_block(self._recorded, key, dry_run=self._dry):
-            self._say(f"dataset.json: the block of {key} does not fit its shards; written again from their records")
+            self._say(
+                f"dataset.json: the block of {key} is not the sum of its shards; written again from their records"
+            )
 
     # raw shards
 
@@ -243,9 +247,9 @@ class _Repair:
         cut = list[int]()
         try:
             if kind == "caption":
-                cut = cut_captions(self._root, key, self._folder.journal())
+                cut = cut_captions(self._root, key, self._folder)
             elif kind == "cache":
-                cut = cut_caches(self._root, key)
+                cut = cut_caches(self._root, key, self._folder)
         except (DataError, UserError, OSError) as error:
             self._say(f"{stage_output(key)}: {self._short(str(error))}")
         for shard in cut:

@@ -44,7 +44,7 @@ class _Handler(BaseHTTPRequestHandler):
         kind, _, rest = name.partition("/")
         kind = kind.partition("?")[0]
         answer = getattr(self, f"_{kind}", None)
-        if answer is None:
+        if answer is None or name in self.server.gone:
             self._send(404, b"no such page")
         else:
             answer(rest)
@@ -165,6 +165,7 @@ def serve(host: str = "127.0.0.1"):
     """Yields the server; ``server.url`` is its root, ``server.requests`` counts paths."""
     server = _Server((host, 0), _Handler)
     server.requests, server.lock = Counter(), threading.Lock()
+    server.gone = set()  # paths that are there no more
     server.url = f"http://{host}:{server.server_port}"
     with in_background(server):
         yield server
