@@ -9,7 +9,7 @@ In the released code MFD masks the student's only pass, so that every other loss
 the whole image. A teacher of another width than the student's gets a linear map for FD, ICL, GD and MFD. The maps are
 parts of the task: a checkpoint has them, the student and what is exported of it have not.
 
-Left out: "cross KD", which the released code has and the paper has not.
+Left out: the released code's "cross KD", CRD's divergence of ICL's similarities.
 """
 
 import logging

@@ -23,9 +23,10 @@ from pipeline.cache.config import CacheConfig
 from pipeline.cache.stage import cache
 from shards_spec.files import UserError
 from shards_spec.views import ViewSpec
-from training.config import DataConfig, TeacherCacheConfig
-from training.data.batches import load_batches
+from training.config import DataConfig, ModelConfig, TeacherCacheConfig
+from training.data.batches import first_batch, load_batches
 from training.data.samples import Samples, open_samples
+from training.engine.memory_estimate import predict_memory
 from training.export.card import _teacher_lines
 from training.losses.distillation import affinity_loss
 from training.recipes import tinyclip
@@ -216,6 +217,24 @@ def test_masks_two_teachers_and_two_processes(root, tmp_path):
     for mine, theirs in zip(steady_metrics(one), steady_metrics(tmp_path / "two"), strict=True):
         assert mine["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_predicted_memory_counts_every_teacher(root, tmp_path):
+    def memory(**fields):
+        _, samples, task = tinyclip.prepare(small(root, **fields))
+        return predict_memory(task.train(), first_batch(samples, 8), batch_size=64)
+
+    one, two = memory(teacher=("planted",)), memory(teacher=BOTH)
+    assert two.batch - one.batch == 64 * 2 * 24 * 4  # image and text, 24 numbers of float32
+    assert two.losses == one.losses  # the mean of the distributions is one target
+    summed = memory(teacher=BOTH, ensemble="sum")
+    assert summed.losses == pytest.approx(2 * one.losses, rel=0.1)
+    tiny_clip(tmp_path / "second")
+    models = [f"local-dir:{root}/models/teacher", write_weights(tmp_path / "second")]
+    live = memory(teacher_from="live", teacher_weights=models[0], more_teachers=(models[1],))
+    alone = memory(teacher_from="live", teacher_weights=models[0])
+    second = new_student(ModelConfig(models[1]), 0).model
+    assert live.weights - alone.weights == sum(tensor.nbytes for tensor in [*second.parameters(), *second.buffers()])
 
 
 def test_a_run_of_one_teacher_as_older_versions_wrote_it_is_resumed(root, tmp_path):
