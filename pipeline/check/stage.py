@@ -17,7 +17,7 @@ from pipeline.check.records import (
     check_vocabularies,
 )
 from pipeline.check.validators import ShardFolder, read_rows, shard_folders
-from pipeline.core.taken_down import TAKEN_DOWN_SAMPLES, read_takedown_hashes
+from pipeline.core.taken_down import TAKEN_DOWN_SAMPLES, check_takedown_hashes, read_takedown_hashes
 from pipeline.dedup.drop_list import check_fresh
 from shards_spec.content_id import content_ids
 from shards_spec.files import DataError, exists, join, read_json, sha256_file
@@ -46,7 +46,7 @@ def check(config: CheckConfig) -> list[str]:
     root, findings = config.root, Findings()
     with findings.of(join(root, TAKEDOWN)):
         check_no_takedown(root)
-        read_takedown_hashes(root)
+        check_takedown_hashes(root)
     if not exists(join(root, RAW)) and not exists(join(root, SHARDS)):
         return [f"{root}: no raw/ and no shards/ in it; it is not a clipmill dataset"]
     keys_of = dict[str, list[np.ndarray]]()  # of raw/ and dedup/

@@ -16,7 +16,8 @@ import pyarrow as pa
 from shards_spec import SPEC_VERSION
 from shards_spec.files import DataError, exists, join, read_json, sha256_bytes
 from shards_spec.layout import TAKEDOWN
-from shards_spec.manifest import SEAL, seal
+from shards_spec.manifest import SEAL, read_dataset, seal
+from shards_spec.messages import counted
 
 TAKEN_DOWN = "taken down"  # a reason on disk
 TAKEN_DOWN_SAMPLES = "samples taken down"  # a counter on disk: places of a final shard of equal size that stay empty
@@ -61,6 +62,15 @@ class TakedownHashes:
 
     def _hash(self, kind: str, text: str) -> str:
         return sha256_bytes(f"{self.salt}\0{kind}\0{text}".encode(errors="surrogatepass"))[:DIGITS]
+
+
+def check_takedown_hashes(root: str) -> None:
+    """Raise DataError when the file is damaged, or gone although something was taken down."""
+    counts = read_dataset(root)["stages"].get("ingest", {}).get("counts", {})
+    if not read_takedown_hashes(root).hashes and counts.get(TAKEN_DOWN):
+        raise DataError(
+            f"{join(root, HASHES)} is not there, but {counted(counts[TAKEN_DOWN], 'row')} were taken down; {FIX}"
+        )
 
 
 NOTHING = TakedownHashes("")

@@ -2,19 +2,19 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.pack.final_shard import final_members
 from pipeline.pack.selection import SampleSelector, SelectionConfig, ShardRange
 from pipeline.takedown.records import CountChange
-from shards_spec.files import exists, join
+from shards_spec.files import exists, join, read_buffer
 from shards_spec.layout import PLAN, RAW, SHARDS, plan_parquet, raw_tar
 from shards_spec.manifest import finished_shards, read_done
 from shards_spec.parquet import read_table
 from shards_spec.sample import Sample
-from shards_spec.tar import read_shard
+from shards_spec.tar import index_shard, read_sample
 
 RANGE = re.compile(r"(\d+)\[(\d+):(\d+)\]")  # of a record's input "samples"
 RAW_TAR = re.compile(rf"{RAW}/(\d+)\.tar")
@@ -49,13 +49,19 @@ def pack_outcomes(root: str, keys_by_shard: Mapping[int, set[str]]) -> dict[int,
             continue
         places = _places(root, shard, keys)
         selector = SampleSelector(root, ShardRange(shard, keys=tuple(keys)), selection)
-        for number, sample in enumerate(read_shard(raw_tar(root, shard))):
-            if sample.key not in keys:
-                continue
+        for number, sample in _samples(raw_tar(root, shard), keys):
             final = _final_of(ranges.get(shard, []), places.get(sample.key, number))
             if final is not None:
                 changes.setdefault(final, CountChange()).add(_outcome(selector, sample))
     return changes
+
+
+def _samples(path: str, keys: set[str]) -> Iterator[tuple[int, Sample]]:
+    """Number and content of the samples of some keys in a tar."""
+    with read_buffer(path) as buffer:
+        for number, (key, members) in enumerate(index_shard(buffer, path)):
+            if key in keys:
+                yield number, read_sample(buffer, key, members)
 
 
 def _ranges(root: str) -> dict[int, list[_PackedRange]]:

@@ -14,7 +14,8 @@ from shards_spec.layout import RAW, STAGING, TAKEDOWN
 from shards_spec.manifest import STATS_PATTERN
 from shards_spec.names import is_image
 from shards_spec.parquet import open_parquet
-from shards_spec.tar import index_shard, read_sample
+from shards_spec.sample import parse_object
+from shards_spec.tar import index_shard
 
 WORDS = re.compile(rb"[^\s\"'<>,;\\]+")  # of a text file
 IN_TAR = ".tar:"  # of a name in a search index: TAR:KEY
@@ -69,12 +70,21 @@ class TakedownSearch:
                 if key in self.keys:
                     yield f"the sample {key}"
                     continue
-                sample = read_sample(buffer, key, members)
-                fields = {name: value for name, value in sample.meta.items() if name != "key"}
-                if not self._texts.isdisjoint(_leaves(fields)):
-                    yield f"a link or hash in the json of sample {key}"
-                if self.images and sha256_bytes(sample.image) in self.images:
-                    yield f"the image of sample {key}"
+                for extension, member in members.items():
+                    data = member.read(buffer)
+                    if extension == "json" and self._is_named(data):
+                        yield f"a link or hash in the json of sample {key}"
+                    if self.images and is_image(extension) and sha256_bytes(data) in self.images:
+                        yield f"the image of sample {key}"
+
+    def _is_named(self, data: bytes) -> bool:
+        """Whether a json member has one of the links or hashes; its own key is none."""
+        try:
+            fields = parse_object(data)
+        except ValueError:  # as pack finds it, too
+            return self.names_any(data)
+        fields.pop("key", None)
+        return not self._texts.isdisjoint(_leaves(fields))
 
     def _search_parquet(self, path: str, *, in_raw: bool) -> Iterator[str]:
         with open_parquet(path) as file:

@@ -56,7 +56,11 @@ def takedown(config: TakedownConfig) -> TakedownOutcome:
             staging.follow(journal)
             _finish(root, staging, journal)
         staging.clear()
-        journal = _prepare(config, request, staging)
+        try:
+            journal = _prepare(config, request, staging)
+        except BaseException:
+            staging.clear()  # the files may be large, and the disk full
+            raise
         staging.commit(journal)
         return _finish(root, staging, journal)
 
@@ -159,12 +163,13 @@ def _lines(root: str, journal: TakedownJournal, searched_files: int) -> list[str
     """The outcome for people."""
     report = journal.report
     samples, before = report["samples"], report["lines_taken_down_before"]
-    lines = [f"takedown: {counted(len(samples), 'sample')} or row{'' if len(samples) == 1 else 's'} of {root} gone"]
-    removed = Counter[str]()
-    for change in journal.changes:
-        if change.removed:
-            removed[change.path.rpartition("/")[0]] += change.removed
-    lines += [f"  {folder}: {counted(number, 'entry', 'entries')}" for folder, number in sorted(removed.items())]
+    without = len(report["rows_without_an_image"])
+    rows = f" and {counted(without, 'row')} without an image" if without else ""
+    lines = [f"takedown: {counted(len(samples) - without, 'sample')}{rows} gone from {root}"]
+    changed = Counter(change.path.rpartition("/")[0] for change in journal.changes if change.removed)
+    if changed:
+        folders = ", ".join(f"{number} in {folder}" for folder, number in sorted(changed.items()))
+        lines.append(f"files made without them: {folders}")
     if before:
         lines.append(f"taken down before: {counted(len(before), 'line')} of the list ({_some(before)})")
     if unmatched := report["lines_without_a_match"]:

@@ -230,6 +230,20 @@ def test_pages_logs_and_the_search_index(root):
     ]
 
 
+def test_a_lost_or_damaged_list_of_hashes_is_named(root, made):
+    take(root, "000000003")
+    path = root / "takedown/hashes.json"
+    content = path.read_text()
+    path.write_text(content.replace('"salt": "', '"salt": "0'))
+    assert any("not as it was written; put it back" in problem for problem in check(CheckConfig(str(root))))
+    with pytest.raises(DataError, match="put it back"):
+        ingest_images(root, made / "images")
+    path.unlink()
+    assert any("is not there, but 1 row" in problem for problem in check(CheckConfig(str(root))))
+    path.write_text(content)
+    assert sound(root)
+
+
 @pytest.mark.parametrize("name", ["notes.txt", "copy.parquet", "copy.tar", "photo.jpg"])
 def test_what_is_left_in_other_files_is_said(root, made, name):
     if name == "notes.txt":
