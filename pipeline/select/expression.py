@@ -32,7 +32,10 @@ ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
     ast.Mult: pc.multiply,
     ast.Div: pc.divide,
 }
-ALLOWED = "names of facts, numbers, texts in quotes, == != < <= > >=, in (...), and, or, not, is None, + - * /"
+ALLOWED = (
+    "names of facts, numbers, texts in quotes, == != < <= > >=, in (...), 'text' in NAME, and, or, not, is None, "
+    "+ - * /"
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class FactCondition:
     @property
     def reason(self) -> str:
         """Why a sample that does not meet it is left out."""
-        return f"not {self.text}"
+        return f"not ({self.text})" if isinstance(self.tree, ast.BoolOp | ast.UnaryOp) else f"not {self.text}"
 
     def names(self) -> set[str]:
         """The facts that it needs."""
@@ -55,15 +58,11 @@ class FactCondition:
     def holds(self, columns: Columns, rows: int) -> pa.BooleanArray:
         """Whether each of so many rows meets it. Raises UserError for what cannot be compared."""
         try:
-            value = _evaluate(self.tree, columns)
+            value = _truth(self.tree, columns)
         except (pa.ArrowException, TypeError) as error:
             raise UserError(f"{self.option} {self.text!r}: {str(error).splitlines()[0]}") from error
         if isinstance(value, pa.Scalar):
             value = pa.repeat(value, rows)
-        if not pa.types.is_boolean(value.type):
-            raise UserError(
-                f"{self.option} {self.text!r}: is no condition, but a value of type {value.type}; compare it"
-            )
         return pc.fill_null(value, False)
 
 
@@ -79,10 +78,9 @@ def check_names(conditions: tuple[FactCondition, ...], known: list[str], source:
     """Raise UserError for a name that is not ``known``; ``source`` says of what."""
     for condition in conditions:
         for name in sorted(condition.names() - set(known)):
-            quotes = "; a text needs quotes inside the condition"
-            hint = did_you_mean(name, known) or quotes
             raise UserError(
-                f"{condition.option} {condition.text!r}: no fact {name!r} {source}; there are: {', '.join(known)}{hint}"
+                f"{condition.option} {condition.text!r}: no fact {name!r} {source}; {did_you_mean(name, known)} "
+                f"There are {', '.join(known)}; a text stands in quotes"
             )
 
 
@@ -124,10 +122,11 @@ def _evaluate(node: ast.expr, columns: Columns) -> Any:
             return pa.scalar(node.value)
         case ast.BoolOp():
             join = pc.and_kleene if isinstance(node.op, ast.And) else pc.or_kleene
-            return reduce(join, [_evaluate(value, columns) for value in node.values])
+            return reduce(join, [_truth(value, columns) for value in node.values])
+        case ast.UnaryOp(op=ast.Not()):
+            return pc.invert(_truth(node.operand, columns))
         case ast.UnaryOp():
-            value = _evaluate(node.operand, columns)
-            return pc.invert(value) if isinstance(node.op, ast.Not) else pc.negate(value)
+            return pc.negate(_evaluate(node.operand, columns))
         case ast.BinOp():
             left, right = _alike(_evaluate(node.left, columns), _evaluate(node.right, columns))
             if isinstance(node.op, ast.Div):
@@ -136,6 +135,14 @@ def _evaluate(node: ast.expr, columns: Columns) -> Any:
         case ast.Compare():
             return _compare(node, columns)
     raise TypeError(f"{ast.unparse(node)!r} has no value of its own")
+
+
+def _truth(node: ast.expr, columns: Columns) -> Any:
+    """As `_evaluate`, of what is true or false. Raises TypeError for a number or a text."""
+    value = _evaluate(node, columns)
+    if not pa.types.is_boolean(value.type):
+        raise TypeError(f"{ast.unparse(node)!r} is neither true nor false, but of type {value.type}; compare it")
+    return value
 
 
 def _compare(node: ast.Compare, columns: Columns) -> Any:
@@ -150,16 +157,27 @@ def _compare(node: ast.Compare, columns: Columns) -> Any:
 
 def _compare_two(left: ast.expr, sign: ast.cmpop, right: ast.expr, columns: Columns) -> Any:
     value = _evaluate(left, columns)
+    is_none = isinstance(right, ast.Constant) and right.value is None
     if isinstance(sign, ast.Is | ast.IsNot):
-        if not (isinstance(right, ast.Constant) and right.value is None):
+        if not is_none:
             raise TypeError("after `is` only None can stand")
         return pc.is_null(value) if isinstance(sign, ast.Is) else pc.is_valid(value)
+    if is_none:
+        raise TypeError("a missing value is equal to nothing: write `is None` or `is not None`")
     if isinstance(sign, ast.In | ast.NotIn):
-        if not isinstance(right, ast.List | ast.Tuple):
-            raise TypeError("after `in` a list must stand, such as ('en', 'de')")
-        found = reduce(pc.or_kleene, [_equal(value, _evaluate(one, columns)) for one in right.elts], pa.scalar(False))
+        found = _is_in(value, right, columns)
         return pc.invert(found) if isinstance(sign, ast.NotIn) else found
     return COMPARE[type(sign)](*_alike(value, _evaluate(right, columns)))
+
+
+def _is_in(value: Any, right: ast.expr, columns: Columns) -> Any:
+    """Whether a value is one of a list, or a text is part of another, in the same case."""
+    if isinstance(right, ast.List | ast.Tuple):
+        return reduce(pc.or_kleene, [_equal(value, _evaluate(one, columns)) for one in right.elts], pa.scalar(False))
+    whole = _evaluate(right, columns)
+    if not (isinstance(value, pa.Scalar) and _is_text(value) and _is_text(whole)):
+        raise TypeError("`in` needs a list behind it, such as ('en', 'de'), or a text in quotes before a name of texts")
+    return pc.match_substring(whole, value.as_py())
 
 
 def _equal(left: Any, right: Any) -> Any:
