@@ -11,6 +11,7 @@ from collections.abc import Iterator
 JPEG_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)  # not a stuffed byte, a restart or a fill byte
 JPEG_END = b"\xd9"
 JPEG_SCAN = b"\xda"
+JPEG_FRAMES = tuple(bytes([kind]) for kind in range(0xC0, 0xD0) if kind not in (0xC4, 0xC8, 0xCC))
 JPEG_WITHOUT_LENGTH = (b"\xd8", b"\x01")
 # markers of JPEG 2000
 STREAM_START = b"\xff\x4f\xff\x51"
@@ -23,14 +24,22 @@ TILE_DATA = b"\xff\x93"
 
 def jpeg_scans(data: bytes) -> int:
     """How often a JPEG's decoder goes through the image."""
+    return sum(marker == JPEG_SCAN for marker in _jpeg_markers(data))
+
+
+def jpeg_frame(data: bytes) -> bytes | None:
+    """The first marker of a frame (SOF), which names the way of coding; None without one."""
+    return next((marker for marker in _jpeg_markers(data) if marker in JPEG_FRAMES), None)
+
+
+def _jpeg_markers(data: bytes) -> Iterator[bytes]:
+    """The second bytes of a JPEG's markers, in their order, up to its end."""
     position = 0
-    scans = 0
     while (marker := JPEG_MARKER.search(data, position)) and marker[1] != JPEG_END:
         position = marker.end()
         if marker[1] not in JPEG_WITHOUT_LENGTH:
             position += int.from_bytes(data[position : position + 2], "big")
-        scans += marker[1] == JPEG_SCAN
-    return scans
+        yield marker[1]
 
 
 def jpeg2000_blocks(data: bytes) -> int:

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageFile, PngImagePlugin, TiffImagePlugin, Uni
 
 from shards_spec.decode_cost import jpeg2000_blocks, jpeg_scans
 from shards_spec.files import DataError
+from shards_spec.jpeg import decode_jpeg
 from shards_spec.pixels import BadImage, to_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "MPO", "BMP", "TIFF", "JPEG2000", "PPM", "ICO")
@@ -60,8 +61,8 @@ def decode_rgb(data: bytes, *, as_benchmark: bool = False, shorter_side: int | N
         if shorter_side is not None:
             image.draft(None, (shorter_side, shorter_side))
         if as_benchmark:
-            return _loaded(image, _as_pillow)
-        pixels = load_rgb(image)
+            return _loaded(image, data, _as_pillow)
+        pixels = load_rgb(image, data)
         transpose = upright_transpose(read_exif(image))  # after the pixels: for some formats Pillow decodes here too
     except BadImage as error:
         raise DataError(f"does not decode: {error}") from error
@@ -122,13 +123,22 @@ def _is_unsupported_tiff(data: bytes) -> bool:
     return False
 
 
-def load_rgb(image: ImageFile.ImageFile) -> Image.Image:
-    """All pixels as RGB, not turned (Pillow turns a TIFF); where `draft` was called on the image, at that size."""
-    return _loaded(image, to_rgb)
+def load_rgb(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
+    """All pixels as RGB, not turned (Pillow turns a TIFF); where `draft` was called on the image, at that size.
+
+    ``image`` is `open_image` of ``data``; it need not be loaded afterwards. Raises BadImage.
+    """
+    return _loaded(image, data, to_rgb)
 
 
-def _loaded(image: ImageFile.ImageFile, convert: Callable[[Image.Image, str], Image.Image]) -> Image.Image:
-    """``convert(image, raw_mode)`` of the decoded image. Raises BadImage when it cannot be decoded."""
+def _loaded(image: ImageFile.ImageFile, data: bytes, convert: Callable[[Image.Image, str], Image.Image]) -> Image.Image:
+    """``convert(image, raw_mode)`` of the decoded image, which changes nothing of eight-bit grey and RGB but the mode.
+
+    Raises BadImage when it cannot be decoded.
+    """
+    pixels = decode_jpeg(image, data)
+    if pixels is not None:
+        return pixels
     raw_mode = _raw_mode(image)  # before loading, which discards it
     try:
         image.load()

@@ -71,7 +71,7 @@ def convert(data: bytes, rules: ImageRules) -> EncodedImage:
     if problem := image_problem(*image.size, rules.min_size, rules.max_aspect_ratio or math.inf):
         raise BadImage(problem)
     original_size = image.size
-    pixels, is_scaled = _decode(image, shrunk_size(original_size, rules.image_size))
+    pixels, is_scaled = _decode(image, data, shrunk_size(original_size, rules.image_size))
     if not is_scaled:  # decoding may change it: Pillow turns a TIFF upright, and takes the largest image of an icon
         original_size = pixels.size
     size = shrunk_size(original_size, rules.image_size)
@@ -98,14 +98,14 @@ def convert(data: bytes, rules: ImageRules) -> EncodedImage:
     )
 
 
-def _decode(image: ImageFile.ImageFile, size: tuple[int, int]) -> tuple[Image.Image, bool]:
+def _decode(image: ImageFile.ImageFile, data: bytes, size: tuple[int, int]) -> tuple[Image.Image, bool]:
     """All pixels as RGB, and whether at a smaller scale: of a large JPEG half, quarter or eighth, never below ``size``.
 
     With Pillow's HAMMING filter after it the pixels are 40 dB and more from a full decode and Lanczos
     (`tests/pipeline/ingest/test_images.py` measures), for half the time of a full decode and a bicubic filter.
     """
     is_scaled = image.draft(None, size) is not None
-    return load_rgb(image), is_scaled
+    return load_rgb(image, data), is_scaled
 
 
 def shrunk_size(size: tuple[int, int], image_size: int) -> tuple[int, int]:

@@ -9,13 +9,16 @@ and 64 threads in each. The server is nginx where it is installed, else demo/ser
 
 Two rates per run. `command`: photos by the seconds from the start of the command to its end. `steady`: photos by the
 seconds from the first shard's start to the last one's end, both from the shards' own stats, so without start-up.
-Memory is the largest sum of the proportional set sizes of a command's processes, looked at twice a second. The
-limit is decoding, resizing and encoding alone, our own, in a process per core, without network, tar or Parquet.
+`cpu` is the milliseconds of processor time per photo of all processes of a command, the server's left out; the
+ratio of two does not depend on what else the machine does. Memory is the largest sum of the proportional set sizes of a
+command's processes, looked at twice a second. The limit is decoding, resizing and encoding alone, our own, in a
+process per core, without network, tar or Parquet.
 """
 
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -89,16 +92,25 @@ def resident(pid: int) -> int:
         return 0
 
 
+def cpu_seconds() -> float:
+    """Processor time of all commands that have ended, and of their own ended processes."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def measure(command: list[str], output: Path, photos: int) -> dict[str, float]:
-    """Run a command that fills ``output`` with shards; its rates and its memory."""
+    """Run a command that fills ``output`` with shards; its rates, its processor time and its memory."""
     shutil.rmtree(output.parent if output.name == "raw" else output, ignore_errors=True)
-    start, peak = time.monotonic(), 0
+    peak = 0
+    used = cpu_seconds()
+    start = time.monotonic()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         while process.poll() is None:
             peak = max(peak, sum(map(resident, children(process.pid))))
             time.sleep(0.5)
         seconds = time.monotonic() - start
+        used = cpu_seconds() - used
         log.seek(0)
         if process.returncode:
             sys.exit(f"{command[0]} failed:\n{log.read().decode()[-3000:]}")
@@ -107,7 +119,7 @@ def measure(command: list[str], output: Path, photos: int) -> dict[str, float]:
     if good != photos:
         sys.exit(f"{command[0]}: {good} of {photos} photos")
     span = max(entry["end_time"] for entry in stats) - min(entry["start_time"] for entry in stats)
-    return {"command": photos / seconds, "steady": photos / span, "MiB": peak / 1024}
+    return {"command": photos / seconds, "steady": photos / span, "cpu": 1000 * used / photos, "MiB": peak / 1024}
 
 
 def commands(work: Path, size: int, source: Path) -> dict[str, tuple[list[str], Path]]:
@@ -187,7 +199,9 @@ def main() -> None:
                 sys.exit("the two did not make images of the same sizes")
             print(f"\n{size} inputs per shard; min / median / max of {options.pairs} pairs")
             for name, found in runs.items():
-                print(f"  {name:12}", *(f"{key} {spread([run[key] for run in found], '.0f')}," for key in found[0]))
+                forms = {"cpu": ".2f"}
+                shown = (f"{key} {spread([run[key] for run in found], forms.get(key, '.0f'))}," for key in found[0])
+                print(f"  {name:12}", *shown)
             pairs = list(zip(runs["clipmill"], runs["img2dataset"], strict=True))
             for key in pairs[0][0]:
                 print(f"  ratio, {key}: {spread([ours[key] / theirs[key] for ours, theirs in pairs])}")

@@ -262,8 +262,11 @@ class ImageFile(Target):
         return [*found, ("x.jpeg", file.getvalue())]
 
     def run(self, folder: Path, path: str, data: bytes) -> None:
+        from jpegs import outcome, outcome_of_pillow
+
         from pipeline.ingest.images import ImageRules, to_outcome
         from shards_spec.images import decode_rgb
 
         to_outcome(data, ImageRules(image_size=64))
+        assert outcome(data) == outcome_of_pillow(data)
         decode_rgb(data)

@@ -164,7 +164,7 @@ def test_scaled_decoding_is_near_to_lanczos():
         full = Image.open(io.BytesIO(data))
         size = shrunk_size(full.size, 256)
         reference = np.asarray(full.resize(size, Image.Resampling.LANCZOS), float)
-        scaled = _decode(Image.open(io.BytesIO(data)), size)[0].resize(size, Image.Resampling.HAMMING)
+        scaled = _decode(Image.open(io.BytesIO(data)), data, size)[0].resize(size, Image.Resampling.HAMMING)
         ours.append(fidelity(np.asarray(scaled), reference))
         theirs.append(fidelity(area_resized(np.asarray(full, float), *size), reference))
     print(f"scaled decode and HAMMING {np.mean(ours):.1f} dB, full decode and area filter {np.mean(theirs):.1f} dB")

@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""JPEGs by simplejpeg against Pillow, both behind `decode_rgb`; what the resizing of `ingest` costs and keeps.
+
+    python tests/bench/decode.py [--photos 16] [--rounds 9] [FILE ...]
+
+Milliseconds of processor time per image, the least of all rounds, both by turns; the pixels are compared. Then ways to
+shrink to a shorter side of 256: milliseconds, decoding included, and decibels from a full decode and Lanczos. The
+photos are those of the other benches, or the FILEs.
+"""
+
+import argparse
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import simplejpeg
+from photos import photo
+from PIL import Image
+
+from pipeline.ingest.images import shrunk_size
+from shards_spec.images import decode_rgb
+
+Size = tuple[int, int]
+FILTERS = Image.Resampling
+
+
+def encoded(image: Image.Image, **options: object) -> bytes:
+    """The image as JPEG."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def by_pillow(data: bytes) -> Image.Image:
+    """As `decode_rgb` does without simplejpeg."""
+    with patch("shards_spec.images.decode_jpeg", lambda image, data: None):
+        return decode_rgb(data)
+
+
+def least_ms(ways: dict[str, Callable[[int], object]], number: int, rounds: int) -> dict[str, float]:
+    """Milliseconds of processor time per image, the least of ``rounds`` turns."""
+    least = dict.fromkeys(ways, float("inf"))
+    for _ in range(rounds):
+        for name, way in ways.items():
+            start = time.thread_time()
+            for index in range(number):
+                way(index)
+            least[name] = min(least[name], 1000 * (time.thread_time() - start) / number)
+    return least
+
+
+def compare_decoders(photos: list[bytes], rounds: int) -> None:
+    """Print both decoders' times for photos and for what `ingest` makes of them."""
+    full = [decode_rgb(data) for data in photos]
+    small = [image.resize(shrunk_size(image.size, 256), FILTERS.LANCZOS) for image in full]
+    sets = {
+        "photos": photos,
+        "photos, progressive": [encoded(image, quality=85, progressive=True) for image in full],
+        "256 px, quality 95": [encoded(image, quality=95) for image in small],
+        "256 px, quality 80": [encoded(image, quality=80) for image in small],
+        "256 px, quality 95, 4:4:4": [encoded(image, quality=95, subsampling=0) for image in small],
+        "256 px, grey": [encoded(image.convert("L"), quality=90) for image in small],
+    }
+    for name, files in sets.items():
+        assert all(decode_rgb(data).tobytes() == by_pillow(data).tobytes() for data in files)
+        ways = {
+            "simplejpeg": lambda index, files=files: decode_rgb(files[index]),
+            "Pillow": lambda index, files=files: by_pillow(files[index]),
+        }
+        ours, theirs = least_ms(ways, len(files), rounds).values()
+        print(f"{name:26} {ours:.3f} ms, Pillow {theirs:.3f}, ratio {ours / theirs:.2f}")
+
+
+def drafted(data: bytes, size: Size) -> Image.Image:
+    """At the half, quarter or eighth that is not smaller than ``size``, as `ingest` decodes."""
+    image = Image.open(io.BytesIO(data))
+    image.draft(None, size)
+    return image.convert("RGB")
+
+
+def eighths(data: bytes, size: Size, factor: float = 1) -> Image.Image:
+    """At the least number of eighths that is not smaller than ``factor`` times ``size``."""
+    width, height = (int(factor * side) for side in size)
+    return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", min_width=width, min_height=height))
+
+
+SHRINKING: dict[str, Callable[[bytes, Size], Image.Image]] = {
+    "halves and HAMMING (ingest)": lambda data, size: drafted(data, size).resize(size, FILTERS.HAMMING),
+    "halves and BOX": lambda data, size: drafted(data, size).resize(size, FILTERS.BOX),
+    "halves and BICUBIC": lambda data, size: drafted(data, size).resize(size, FILTERS.BICUBIC),
+    "eighths and BOX": lambda data, size: eighths(data, size).resize(size, FILTERS.BOX),
+    "eighths and HAMMING": lambda data, size: eighths(data, size).resize(size, FILTERS.HAMMING),
+    "eighths and BICUBIC": lambda data, size: eighths(data, size).resize(size, FILTERS.BICUBIC),
+    "eighths x 1.5 and HAMMING": lambda data, size: eighths(data, size, 1.5).resize(size, FILTERS.HAMMING),
+    "all and BOX (area)": lambda data, size: decode_rgb(data).resize(size, FILTERS.BOX),
+    "all and HAMMING": lambda data, size: decode_rgb(data).resize(size, FILTERS.HAMMING),
+}
+
+
+def compare_shrinking(photos: list[bytes], rounds: int) -> None:
+    """Print what each way of `SHRINKING` costs and how near it comes to Lanczos."""
+    full = [decode_rgb(data) for data in photos]
+    sizes = [shrunk_size(image.size, 256) for image in full]
+    references = [
+        np.asarray(image.resize(size, FILTERS.LANCZOS), float) for image, size in zip(full, sizes, strict=True)
+    ]
+    ways = {
+        name: lambda index, shrink=shrink: shrink(photos[index], sizes[index]) for name, shrink in SHRINKING.items()
+    }
+    times = least_ms(ways, len(photos), rounds)
+    for name, shrink in ways.items():
+        errors = [np.mean((np.asarray(shrink(index), float) - one) ** 2) for index, one in enumerate(references)]
+        decibels = 10 * np.log10(255**2 / np.array(errors))
+        print(f"{name:28} {times[name]:.2f} ms, {decibels.mean():.1f} dB, at least {decibels.min():.1f}")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("files", nargs="*", type=Path)
+    options = parser.parse_args()
+    photos = [path.read_bytes() for path in options.files] or [photo(seed) for seed in range(options.photos)]
+    compare_decoders(photos, options.rounds)
+    compare_shrinking(photos, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
