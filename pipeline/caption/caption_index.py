@@ -10,6 +10,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,13 @@ CACHE_KIB = 1 << 16  # of the database in memory
 BATCH_ROWS = 4096
 MOST_NAMES = 500  # in a query: older builds of SQLite take 999
 UNKNOWN = "rows of images that raw/ does not have"
+
+
+class RowCaptions(NamedTuple):
+    """The captions of one row of a list, and why further ones of it are left out."""
+
+    texts: list[str]
+    left_out: list[str]
 
 
 class CaptionIndex:
@@ -54,12 +62,12 @@ class CaptionIndex:
                 ids = content_ids(row.name for row in named)
                 is_known = self._is_known(ids)
                 self.left_out[UNKNOWN] += int((~is_known).sum())
-                kept = [
-                    (own_id, place + number, row.name, json.dumps([row.captions, row.left_out]))
-                    for number, (row, own_id) in enumerate(zip(named, ids.view(np.int64).tolist(), strict=True))
-                    if is_known[number]
-                ]
-                self._database.executemany("INSERT INTO listed VALUES (?, ?, ?, ?)", kept)
+                kept = np.flatnonzero(is_known)
+                rows_kept = [named[number] for number in kept.tolist()]
+                stored = [json.dumps(row.captions()) for row in rows_kept]
+                columns = (ids.view(np.int64)[kept].tolist(), (place + kept).tolist())
+                values = zip(*columns, (row.name for row in rows_kept), stored, strict=True)
+                self._database.executemany("INSERT INTO listed VALUES (?, ?, ?, ?)", values)
                 place += len(batch)
             self._database.execute("CREATE INDEX by_id ON listed (id, place)")
         self.left_out += Counter()  # drops zeros
@@ -67,9 +75,9 @@ class CaptionIndex:
             log.warning("--from: %s left out: %s", f"{number:,}", problem)
         log.info("--from: %s read", counted(place, "row", style=","))
 
-    def find(self, names: list[str]) -> dict[str, list[ListedRow]]:
-        """The rows of images by their names, each image's in the order of the files. Raises UserError."""
-        found = dict[str, list[ListedRow]]({name: [] for name in names})
+    def find(self, names: list[str]) -> dict[str, list[RowCaptions]]:
+        """The captions of images by their names, row by row in the order of the files. Raises UserError."""
+        found = dict[str, list[RowCaptions]]({name: [] for name in names})
         with _disk_errors():
             for part in batches(found, MOST_NAMES):
                 ids = content_ids(part).view(np.int64).tolist()
@@ -78,8 +86,7 @@ class CaptionIndex:
                 with closing(self._database.execute(query, ids)) as rows:
                     for name, stored in rows:
                         if name in found:  # another name of the same 64 bits is not
-                            captions, left_out = json.loads(stored)
-                            found[name].append(ListedRow(name, tuple(captions), tuple(left_out)))
+                            found[name].append(RowCaptions(*json.loads(stored)))
         return found
 
     def _is_known(self, ids: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ The readers are those of `ingest`, so a list that it takes is read here by the s
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
@@ -38,17 +38,32 @@ class ListColumns:
     captions: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ListedRow:
-    """A row of a list: which image it is about, its captions as they came, and why further ones are left out.
+    """A row of a list: which image it is about, and the cells with captions as they came.
 
     ``name`` is None where the row cannot be used, for the ``problem``.
     """
 
     name: str | None
-    captions: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
+    cells: list[bytes | None] = field(default_factory=list)
     problem: str = ""
+
+    def captions(self) -> tuple[list[str], list[str]]:
+        """The captions, and why further ones are left out; nulls, and what databases write for them, are neither."""
+        captions = list[str]()
+        left_out = list[str]()
+        for cell in self.cells:
+            if cell is None:
+                continue
+            text, broken = decode_text(cell)
+            if len(cell) > MAX_CELL_BYTES:
+                left_out.append("too long")
+            elif broken or text is None:
+                left_out.append("not UTF-8")
+            elif text not in NO_CAPTION:
+                captions.append(text)
+        return captions, left_out
 
 
 def list_files(sources: tuple[str, ...]) -> list[SourceFile]:
@@ -233,23 +248,8 @@ def _json_rows(path: str, columns: ListColumns) -> Iterator[ListedRow]:
 
 
 def _row(name: str | None, cells: list[bytes | None], columns: ListColumns) -> ListedRow:
-    """The row of an image and its cells with captions; nulls, and what databases write for them, are no captions."""
     name = image_name(name or "", columns.by)
-    if not name:
-        return ListedRow(None, problem="rows that name no image")
-    captions = list[str]()
-    left_out = list[str]()
-    for cell in cells:
-        if cell is None:
-            continue
-        text, broken = decode_text(cell)
-        if len(cell) > MAX_CELL_BYTES:
-            left_out.append("too long")
-        elif broken or text is None:
-            left_out.append("not UTF-8")
-        elif text not in NO_CAPTION:
-            captions.append(text)
-    return ListedRow(name, tuple(captions), tuple(left_out))
+    return ListedRow(name, cells) if name else ListedRow(None, problem="rows that name no image")
 
 
 def _number(value: Any) -> str | None:

@@ -16,10 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.caption.caption_index import CaptionIndex
+from pipeline.caption.caption_index import CaptionIndex, RowCaptions
 from pipeline.caption.caption_lists import (
     ListColumns,
-    ListedRow,
     cleaned,
     image_name,
     list_files,
@@ -102,7 +101,7 @@ class _Joiner:
         if self._index is not None:
             self._index.close()
 
-    def find(self, shard: int, keys: list[str]) -> Iterator[tuple[str, list[ListedRow] | None]]:
+    def find(self, shard: int, keys: list[str]) -> Iterator[tuple[str, list[RowCaptions] | None]]:
         """Each key with the rows of its image; None where raw/ has nothing to look it up by.
 
         Raises UserError for a file that cannot be read, DataError for a broken raw shard.
@@ -141,7 +140,7 @@ def _join_shard(root: str, task: ShardTask, *, joiner: _Joiner, stage: Stage, mo
         if rows is None:
             row.reason = NO_NAME
         elif not texts:
-            row.reason = ALL_UNUSABLE if any(own.captions or own.left_out for own in rows) else NOT_LISTED
+            row.reason = ALL_UNUSABLE if any(own.texts or own.left_out for own in rows) else NOT_LISTED
         captions.rows[key] = row
         counts[row.reason or "success"] += 1
         notes["further rows of one image"] += max(0, len(rows or []) - 1)
@@ -149,12 +148,12 @@ def _join_shard(root: str, task: ShardTask, *, joiner: _Joiner, stage: Stage, mo
     return ShardResult(dict(counts), outputs, counters=dict(sorted((+notes + Counter(captions.counters())).items())))
 
 
-def _usable(rows: list[ListedRow], most: int, notes: Counter[str]) -> list[str]:
+def _usable(rows: list[RowCaptions], most: int, notes: Counter[str]) -> list[str]:
     """The captions of an image's rows that are stored; ``notes`` counts the others."""
     texts = list[str]()
     for row in rows:
         notes.update(f"{reason}, left out" for reason in row.left_out)
-        for text in map(cleaned, row.captions):
+        for text in map(cleaned, row.texts):
             defect = caption_defect(text, texts)
             if defect is None and len(texts) == most:
                 defect = "above --num-captions"

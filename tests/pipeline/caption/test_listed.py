@@ -256,16 +256,18 @@ def test_rows_without_a_name_in_raw_are_told_apart(root, tmp_path):
 def test_the_index_keeps_known_images_alone_and_their_order():
     names = [f"name {number}" for number in range(5000)]
     index = CaptionIndex(content_ids(sorted(names))[:0])
-    index.fill(ListedRow(name, ("a",)) for name in names)
+    index.fill(ListedRow(name, [b"a"]) for name in names)
     assert index.left_out == {UNKNOWN: 5000}
     index.close()
     ids = content_ids(names)
     ids.sort()
     index = CaptionIndex(ids)
-    index.fill(ListedRow(name, (f"{name} {time}",)) for time in range(3) for name in [*names[::-1], f"other {time}"])
+    index.fill(
+        ListedRow(name, [f"{name} {time}".encode()]) for time in range(3) for name in [*names[::-1], f"other {time}"]
+    )
     assert index.left_out == {UNKNOWN: 3}
     found = index.find([*names[:1200], "other 0"])
     for name in names[:1200]:
-        assert [row.captions for row in found[name]] == [(f"{name} {time}",) for time in range(3)]
+        assert [row.texts for row in found[name]] == [[f"{name} {time}"] for time in range(3)]
     assert found["other 0"] == []
     index.close()
