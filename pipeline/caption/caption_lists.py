@@ -79,7 +79,9 @@ def pick_columns(files: list[SourceFile], options: ListOptions, raw_columns: lis
     """The columns that join the files with raw/, by their names in the first file. Raises UserError."""
     path = files[0].path
     with _reading(path):
-        names = _column_names(path, options)
+        names = _column_names(path, _form(path), options.by_col, options.caption_col)
+        if not names:
+            raise UserError(f"--from {path} is empty, or no list; leave it out")
         by, by_col = _pick_by(path, names, options, raw_columns)
         captions = options.caption_col or _usual_captions(path, names)
         for name in options.caption_col:
@@ -95,12 +97,18 @@ def listed_rows(path: str, columns: ListColumns) -> Iterator[ListedRow]:
     """The rows of one file, in order. Raises UserError for a file that cannot be read or lacks a column."""
     with _reading(path):
         form = _form(path)
+        names = _column_names(path, form, columns.by_col, columns.captions)
+        if not names:
+            return  # an empty part of a list
+        missing = [name for name in (columns.by_col, *columns.captions) if name not in names]
+        if missing and form != "jsonl":  # whose rows may lack any key
+            raise UserError(f"--from {path}: no column {missing[0]!r}; its columns are {format_names(names)}")
         if form == "parquet":
             yield from _parquet_rows(path, columns)
         elif form == "jsonl":
             yield from _json_rows(path, columns)
         else:
-            yield from _delimited_rows(path, columns)
+            yield from _delimited_rows(path, names, columns)
 
 
 def image_name(text: str, by: str) -> str:
@@ -145,13 +153,13 @@ def _form(path: str) -> Form:
     return "jsonl" if head.startswith(b"{") else "delimited"
 
 
-def _column_names(path: str, options: ListOptions) -> list[str]:
-    form = _form(path)
+def _column_names(path: str, form: Form, by_col: str | None, captions: tuple[str, ...]) -> list[str]:
+    """The names of a file's columns; none of an empty one."""
     if form == "parquet":
         with source_errors(path), open_parquet(path) as table:
             return list(table.schema_arrow.names)
     if form == "delimited":
-        return _header(path, options.by_col, options.caption_col)[0]
+        return _header(path, by_col, captions)[0]
     names = dict[str, None]()
     for line in islice(lines(path), HEAD_OBJECTS):
         names.update(dict.fromkeys(_object(line) or {}))
@@ -159,12 +167,10 @@ def _column_names(path: str, options: ListOptions) -> list[str]:
 
 
 def _header(path: str, by_col: str | None, captions: tuple[str, ...]) -> tuple[list[str], str]:
-    """(names, delimiter) of a delimited file. Raises UserError for an empty file."""
-    first = next(raw_lines(path), None)
-    if first is None:
-        raise UserError(f"--from {path} is empty; leave it out")
+    """(names, delimiter) of a delimited file; no names of an empty one."""
+    first = next(raw_lines(path), b"")
     names, delimiter = header_of(first, (captions[0] if captions else None, by_col))
-    return [name.strip() for name in names], delimiter
+    return [name.strip() for name in names] if first.strip() else [], delimiter
 
 
 def _pick_by(path: str, names: list[str], options: ListOptions, raw_columns: list[str]) -> tuple[str, str]:
@@ -199,17 +205,10 @@ def _usual_captions(path: str, names: list[str]) -> tuple[str, ...]:
     return (names[found],)
 
 
-def _require_columns(path: str, names: list[str], columns: ListColumns) -> None:
-    """Raise UserError for a further file that lacks a column of the first one."""
-    if missing := [name for name in (columns.by_col, *columns.captions) if name not in names]:
-        raise UserError(f"--from {path}: no column {missing[0]!r}; its columns are {format_names(names)}")
-
-
 def _parquet_rows(path: str, columns: ListColumns) -> Iterator[ListedRow]:
     first, *others = columns.captions
     with source_errors(path), open_parquet(path) as table:
         schema = table.schema_arrow
-        _require_columns(path, schema.names, columns)
         for caption in columns.captions:
             check_types(path, schema, caption, columns.by_col)
         for cells in read_cells(path, table, first, columns.by_col, others):
@@ -222,9 +221,8 @@ def _parquet_rows(path: str, columns: ListColumns) -> Iterator[ListedRow]:
             yield _row(decode_text(cells.url)[0], captions, columns)
 
 
-def _delimited_rows(path: str, columns: ListColumns) -> Iterator[ListedRow]:
-    names, delimiter = _header(path, columns.by_col, columns.captions)
-    _require_columns(path, names, columns)
+def _delimited_rows(path: str, names: list[str], columns: ListColumns) -> Iterator[ListedRow]:
+    _, delimiter = _header(path, columns.by_col, columns.captions)
     by, *indexes = (names.index(name) for name in (columns.by_col, *columns.captions))
     rows = split_rows(islice(raw_lines(path), 1, None), Shape(delimiter, len(names), indexes[0], by))
     for _, fields in rows:

@@ -29,6 +29,7 @@ FIRST_PAUSE_S = 1.0  # before the second try; doubled for each one after
 LONGEST_PAUSE_S = 60.0
 START_TIMEOUT_S = 20.0  # for the list of models, which costs a server nothing
 MAX_ANSWER_BYTES = 1 << 22
+SHORTEST_SECRET = 6  # characters; what is shorter ("none") says that there is no key, and may be part of any word
 MESSAGE_CHARS = 300  # of a server's message that are shown
 BUSY = "HTTP 429"
 MALFORMED = "malformed answer"
@@ -249,7 +250,8 @@ class ChatClient:
 
     def _said(self, data: bytes) -> str:
         """The message in what a server sent; servers may repeat the key that they refuse."""
-        return _message(data.replace(self._key.encode(), b"***") if self._key else data)
+        is_secret = len(self._key) >= SHORTEST_SECRET
+        return _message(data.replace(self._key.encode(), b"***") if is_secret else data)
 
     # from other threads
 

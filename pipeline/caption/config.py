@@ -22,7 +22,7 @@ ONLY_HERE = ("model", "pretrained", "similarity", "precision", "batch_size", "de
 class ListOptions:
     """Captions of others, from files."""
 
-    from_: tuple[str, ...] = ()
+    from_: tuple[str, ...] | None = None
     """captions of others in place of a model's: Parquet, JSON Lines, CSV or TSV with a header, also .gz; files, folders
     or globs; a row has an image and its caption, or a list of them"""
     by: str = "auto"
@@ -32,6 +32,15 @@ class ListOptions:
     """what --from calls that column; by default as raw/ does"""
     caption_col: tuple[str, ...] = ()
     """columns of --from with captions; found by its name when not given"""
+
+    def __post_init__(self) -> None:
+        is_given = self.from_ is None or ("" not in self.from_ and self.from_ != ())
+        require(is_given, "from_", self.from_, "a file, folder or glob; is a variable of the shell unset?")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What --from names."""
+        return self.from_ or ()
 
 
 @dataclass(frozen=True)
@@ -116,13 +125,13 @@ class CaptionConfig(ModelChoice):
         require(self.threads >= 1, "threads", self.threads, "1 or more")
         require(self.redraws >= 0, "redraws", self.redraws, "0 or more")
         require(self.num_captions >= 1, "num_captions", self.num_captions, "1 or more")
-        if not self.lists.from_:
+        if not self.lists.sources:
             self.decoding.check_num_captions(self.num_captions)
 
     @property
     def is_of_others(self) -> bool:
         """Whether no model is run here."""
-        return bool(self.lists.from_) or self.endpoint.server is not None
+        return bool(self.lists.sources) or self.endpoint.server is not None
 
     @property
     def label(self) -> str:
@@ -131,12 +140,12 @@ class CaptionConfig(ModelChoice):
             return super().label
         if self.endpoint.server is not None:
             return model_label(self.endpoint.server_model, None)
-        last = self.lists.from_[0].rstrip("/").rpartition("/")[2]
+        last = self.lists.sources[0].rstrip("/").rpartition("/")[2]
         return model_label(last.removesuffix(".gz").rpartition(".")[0] or last, None)
 
     def _check_writer(self) -> None:
         """Raise UserError unless one of a model, files and a server writes the captions, with its own options alone."""
-        if self.lists.from_ and self.endpoint.server is not None:
+        if self.lists.sources and self.endpoint.server is not None:
             raise UserError("--from and --server: give one of them, and run caption once for each")
         for options, owner in ((self.lists, "from_"), (self.endpoint, "server")):
             given = [own.name for own in fields(options) if getattr(options, own.name) != own.default]
@@ -144,9 +153,9 @@ class CaptionConfig(ModelChoice):
                 raise UserError(f"{flag(given[0])} goes with {flag(owner)}, which is not given")
         if not self.is_of_others:
             return
-        owner = "--from" if self.lists.from_ else "--server"
+        owner = "--from" if self.lists.sources else "--server"
         changed = [own.name for own in fields(self) if own.name in ONLY_HERE and getattr(self, own.name) != own.default]
-        if self.lists.from_:
+        if self.lists.sources:
             changed += [own.name for own in fields(Decoding) if getattr(self.decoding, own.name) != own.default]
         if changed:
             raise UserError(f"{flag(changed[0])} is of a model that runs here, which {owner} replaces: leave it out")

@@ -56,7 +56,7 @@ def caption_from_lists(config: CaptionConfig, assignment: ShardAssignment) -> Su
     """Run the stage with captions from files. Raises UserError for files that cannot be read, ShardsFailed."""
     root = config.root
     shards = upstream_shards(root, RAW, "ingest")
-    files = list_files(config.lists.from_)
+    files = list_files(config.lists.sources)
     columns = pick_columns(files, config.lists, column_names(raw_parquet(root, shards[0])))
     log.info("--from: column %r is %s of raw/, captions are in %s", columns.by_col, columns.by, list(columns.captions))
     identity = {

@@ -50,7 +50,7 @@ def caption(config: CaptionConfig, assignment: ShardAssignment = ALL) -> Summary
 
     Captions of others are `pipeline/caption/listed.py`'s and `pipeline/caption/served.py`'s.
     """
-    if config.lists.from_:
+    if config.lists.sources:
         return caption_from_lists(config, assignment)
     if config.endpoint.server is not None:
         return caption_from_server(config, assignment)

@@ -14,7 +14,7 @@ from small_data import run_stage, tree, vouch, write_raw
 
 from pipeline.caption.caption_index import UNKNOWN, CaptionIndex
 from pipeline.caption.caption_lists import ListedRow
-from pipeline.caption.config import CaptionConfig, ListOptions
+from pipeline.caption.config import CaptionConfig, ListOptions, ServerOptions
 from pipeline.caption.decoding import Decoding
 from pipeline.caption.listed import ALL_UNUSABLE, NO_NAME, NOT_LISTED
 from pipeline.caption.stage import caption
@@ -177,10 +177,18 @@ def test_a_shard_made_again_has_its_bytes_and_another_list_is_refused(root, tmp_
 def test_columns_are_found_by_their_names_and_named_by_options(root, tmp_path):
     rows = raw_rows(root)
     published = [
-        {"url": row["url"], "key": "000000000", "caption": "the alt-text", "re_caption": f"of {row['key']}"}
+        {
+            "url": row["url"],
+            "re_caption": f"of {row['key']}",
+            "org_caption": "the alt-text",
+            "sha256": "0" * 64,
+            "key": "000000000",
+            "re_clip_score": 0.3,
+            "re_length": 2,
+        }
         for row in rows
-    ]
-    caption(config(root, jsonl(tmp_path / "recap.jsonl", published)))
+    ]  # as Recap-DataComp-1B's dataset card has them
+    caption(config(root, packed(tmp_path / "train-00000.parquet", published, "parquet")))
     assert all(row["captions"] == [f"of {key}"] for key, row in rows_of(root).items())
     odd = [{"n": row["number"], "short": "short one", "long": ["long one", "long two"]} for row in rows]
     options = {"by": "number", "by_col": "n", "caption_col": ("long", "short")}
@@ -193,6 +201,11 @@ def test_columns_are_found_by_their_names_and_named_by_options(root, tmp_path):
     caption(replace(config(root, parts, caption_col=("a", "b")), name="parts"))
     assert all(row["captions"] == ["first", "second"] for row in rows_of(root, "parts").values())
     assert caption(replace(config(root, parts, caption_col=("a", "b")), name="parts")).made == 0
+    (parts / "x.csv").write_text("sha256,a\n1,2\n")
+    with pytest.raises(UserError, match=r"^--from \S+x.csv: no column 'b'"):
+        caption(replace(config(root, parts, caption_col=("a", "b")), name="more"))
+    (parts / "x.csv").write_text("")
+    assert caption(replace(config(root, parts, caption_col=("a", "b")), name="more")).counts == {"success": len(rows)}
 
 
 @pytest.mark.parametrize(
@@ -229,10 +242,14 @@ def test_odd_files_are_refused_by_name(root, tmp_path):
 
 def test_options_of_two_writers_do_not_go_together(root):
     listed = ListOptions(("list.jsonl",))
+    for empty in ((), ("list.jsonl", "")):
+        with pytest.raises(UserError, match="--from"):
+            ListOptions(empty)
     for wrong, said in (
         ({"lists": listed, "model": "coca_ViT-B-32"}, "--model"),
         ({"lists": listed, "similarity": True}, "--similarity"),
         ({"lists": ListOptions(by="key")}, "--by goes with --from"),
+        ({"lists": listed, "endpoint": ServerOptions("http://x/v1", "m")}, "give one of them"),
         ({"lists": listed, "num_captions": 0}, "--num-captions"),
         ({"lists": listed, "device": "cpu"}, "--device is of a model"),
         ({"lists": listed, "decoding": Decoding(max_tokens=9)}, "--max-tokens"),
