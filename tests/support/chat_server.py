@@ -40,7 +40,7 @@ class ChatServer(ThreadingHTTPServer):
         pass  # clients that go away are part of the tests
 
 
-class _Handler(BaseHTTPRequestHandler):
+class ChatHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: ChatServer
 
@@ -51,7 +51,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self._refused_key():
             return
         if self.path == "/v1/models":
-            self._json(200, {"object": "list", "data": [{"id": MODEL, "object": "model"}]})
+            self.send_json(200, {"object": "list", "data": [{"id": MODEL, "object": "model"}]})
         else:
             self._error(404, "no such page")
 
@@ -67,12 +67,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.at_once += 1
             self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
         try:
-            self._complete(body)
+            self.complete(body)
         finally:
             with self.server.lock:
                 self.server.at_once -= 1
 
-    def _complete(self, body: dict[str, Any]) -> None:
+    def complete(self, body: dict[str, Any]) -> None:
         url, prompt = (part for part in body["messages"][0]["content"])
         assert prompt["type"] == "text"
         head, _, data = url["image_url"]["url"].partition(",")
@@ -114,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
             choices.append(choice)
         with self.server.lock:
             self.server.answers += 1
-        self._json(200, {"object": "chat.completion", "model": MODEL, "choices": choices[::-1]})
+        self.send_json(200, {"object": "chat.completion", "model": MODEL, "choices": choices[::-1]})
 
     def _same(self, body: dict[str, Any], image: Image.Image) -> None:
         self._ok(body, image, lambda _: "always the same")
@@ -153,10 +153,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._bytes(200, b'{"choices": [{"message": ')
 
     def _odd(self, body: dict[str, Any], image: Image.Image) -> None:
-        self._json(200, {"choices": [{"message": {"content": 7}}]})
+        self.send_json(200, {"choices": [{"message": {"content": 7}}]})
 
     def _none(self, body: dict[str, Any], image: Image.Image) -> None:
-        self._json(200, {"choices": []})
+        self.send_json(200, {"choices": []})
 
     def _flood(self, body: dict[str, Any], image: Image.Image) -> None:
         self._bytes(200, b" " * (5 << 20))
@@ -172,9 +172,9 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def _error(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        self._json(status, {"error": {"message": message, "type": "error", "code": status}}, headers)
+        self.send_json(status, {"error": {"message": message, "type": "error", "code": status}}, headers)
 
-    def _json(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
+    def send_json(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
         self._bytes(status, json.dumps(value).encode(), headers)
 
     def _bytes(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
@@ -189,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serve_chat() -> Iterator[ChatServer]:
     """The server while the block runs; ``url`` is what --server takes, ``bodies`` are the requests with images."""
-    server = ChatServer(("127.0.0.1", 0), _Handler)
+    server = ChatServer(("127.0.0.1", 0), ChatHandler)
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     server.lock, server.let_go = threading.Lock(), threading.Event()
     server.times, server.bodies = Counter(), []
