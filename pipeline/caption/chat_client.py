@@ -188,7 +188,7 @@ class ChatClient:
                 raise UserError(f"--server {self._url} answers {error}; check the address and the model") from error
         try:
             choices = _choices(answer)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ChatError(MALFORMED, self._said(json.dumps(answer).encode()), began=began) from error
         self._answered_at = time.monotonic()
         return choices
@@ -292,9 +292,10 @@ def _choice(choice: dict[str, Any]) -> ChatChoice:
         raise TypeError(content)
     tokens = (choice.get("logprobs") or {}).get("content")
     ended = choice.get("finish_reason") != "length"
-    if not tokens:
+    logprobs = [token["logprob"] for token in tokens or ()]
+    if not logprobs or not all(isinstance(logprob, int | float) for logprob in logprobs):
         return ChatChoice(content or "", ended)
-    return ChatChoice(content or "", ended, sum(float(token["logprob"]) for token in tokens), len(tokens))
+    return ChatChoice(content or "", ended, float(sum(logprobs)), len(logprobs))
 
 
 def _message(data: bytes) -> str:

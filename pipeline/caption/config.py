@@ -16,6 +16,7 @@ from shards_spec.names import check_name
 from shards_spec.precision import PrecisionOption
 
 ONLY_HERE = ("model", "pretrained", "similarity", "precision", "batch_size", "device")  # options of a model run here
+OF_SAMPLING = ("redraws", "seed", "threads")  # those of a server's model, too
 
 
 @dataclass(frozen=True)
@@ -154,11 +155,14 @@ class CaptionConfig(ModelChoice):
         if not self.is_of_others:
             return
         owner = "--from" if self.lists.sources else "--server"
-        changed = [own.name for own in fields(self) if own.name in ONLY_HERE and getattr(self, own.name) != own.default]
+        meaningless = ONLY_HERE if self.endpoint.server is not None else (*ONLY_HERE, *OF_SAMPLING)
+        changed = [
+            own.name for own in fields(self) if own.name in meaningless and getattr(self, own.name) != own.default
+        ]
         if self.lists.sources:
             changed += [own.name for own in fields(Decoding) if getattr(self.decoding, own.name) != own.default]
         if changed:
-            raise UserError(f"{flag(changed[0])} is of a model that runs here, which {owner} replaces: leave it out")
+            raise UserError(f"{flag(changed[0])} is of a model, whose place {owner} takes: leave it out")
         if self.endpoint.server is not None:
             is_possible = self.decoding.method != "beam"
             require(is_possible, "method", self.decoding.method, "greedy, top_k or nucleus with --server")

@@ -122,6 +122,12 @@ class ChatHandler(BaseHTTPRequestHandler):
     def _loop(self, body: dict[str, Any], image: Image.Image) -> None:
         self._ok(body, image, lambda _: "a dog a dog a dog a dog")
 
+    def _strange(self, body: dict[str, Any], image: Image.Image) -> None:
+        token = {"token": "x", "logprob": None}
+        message = {"content": [{"type": "text", "text": 'a \ud83d\x00 "dog" &amp; cat'}]}
+        choice = {"index": 0, "message": message, "finish_reason": None, "logprobs": {"content": [token]}}
+        self.send_json(200, {"choices": [choice]})
+
     def _silent(self, body: dict[str, Any], image: Image.Image) -> None:
         self._ok(body, image, lambda _: "")
 

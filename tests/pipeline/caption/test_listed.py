@@ -87,7 +87,7 @@ def packed(path: Path, rows: list[dict], form: str) -> Path:
 @pytest.mark.parametrize("form", ["parquet", "jsonl.gz", "csv", "tsv"])
 @pytest.mark.parametrize("by", ["uid", "url", "sha256", "key"])
 def test_captions_of_every_form_are_joined_by_every_column(root, tmp_path, form, by):
-    rows = [{"note": "n", by: row[by], "caption": f'"A", says {row["key"]}, twice'} for row in raw_rows(root)]
+    rows = [{"note": "n", by: row[by], "caption": f'"A", says\n{row["key"]}, twice'} for row in raw_rows(root)]
     summary = caption(config(root, packed(tmp_path / f"list.{form}", rows[::-1], form)))
     assert summary.counts == {"success": len(rows)}
     for key, row in rows_of(root).items():
@@ -240,6 +240,19 @@ def test_odd_files_are_refused_by_name(root, tmp_path):
         assert "--format" not in str(error.value)
 
 
+def test_check_names_a_row_without_captions_and_without_a_reason(root, tmp_path):
+    wanted = jsonl(
+        tmp_path / "list.jsonl", [{"uid": row["uid"], "caption": "a red thing"} for row in raw_rows(root)[1:]]
+    )
+    caption(config(root, wanted))
+    path = "captions/others/00000.parquet"
+    table = pq.read_table(join(root, path))
+    pq.write_table(table.set_column(4, "reason", pa.nulls(len(table), pa.string())), join(root, path))
+    vouch(root, "captions/others", 0, path)
+    (problem,) = check(CheckConfig(root))
+    assert "key 000000000 has captions and a reason for having none, or neither" in problem
+
+
 def test_options_of_two_writers_do_not_go_together(root):
     listed = ListOptions(("list.jsonl",))
     for empty in ((), ("list.jsonl", "")):
@@ -251,7 +264,8 @@ def test_options_of_two_writers_do_not_go_together(root):
         ({"lists": ListOptions(by="key")}, "--by goes with --from"),
         ({"lists": listed, "endpoint": ServerOptions("http://x/v1", "m")}, "give one of them"),
         ({"lists": listed, "num_captions": 0}, "--num-captions"),
-        ({"lists": listed, "device": "cpu"}, "--device is of a model"),
+        ({"lists": listed, "device": "cpu"}, "--device is of a model, whose place --from takes"),
+        ({"lists": listed, "redraws": 1}, "--redraws"),
         ({"lists": listed, "decoding": Decoding(max_tokens=9)}, "--max-tokens"),
     ):
         with pytest.raises(UserError, match=said):

@@ -156,6 +156,14 @@ def test_lengths_and_greedy_decoding(root, server):
     assert {(body["top_k"], "top_p" in body) for body in server.bodies} == {(7, False)}
 
 
+def test_strange_answers_become_captions_that_can_be_stored(root, server):
+    server.behave = lambda body, image, time: "strange"
+    caption(config(root, server, num_captions=1))
+    for row in rows_of(root).values():
+        assert row["captions"] == ['a "dog" & cat']
+        assert row["logprobs"] == row["num_tokens"] == [None]
+
+
 @pytest.mark.parametrize("fault", ["busy", "broken", "reset", "nonsense", "odd", "none", "hang"])
 def test_a_fault_that_passes_costs_no_caption(root, server, fault):
     caption(config(root, server))
