@@ -149,21 +149,26 @@ class CaptionConfig(ModelChoice):
         if self.lists.sources and self.endpoint.server is not None:
             raise UserError("--from and --server: give one of them, and run caption once for each")
         for options, owner in ((self.lists, "from_"), (self.endpoint, "server")):
-            given = [own.name for own in fields(options) if getattr(options, own.name) != own.default]
+            given = _changed(options)
             if given and owner not in given:
                 raise UserError(f"{flag(given[0])} goes with {flag(owner)}, which is not given")
         if not self.is_of_others:
             return
         owner = "--from" if self.lists.sources else "--server"
         meaningless = ONLY_HERE if self.endpoint.server is not None else (*ONLY_HERE, *OF_SAMPLING)
-        changed = [
-            own.name for own in fields(self) if own.name in meaningless and getattr(self, own.name) != own.default
-        ]
+        changed = [name for name in _changed(self) if name in meaningless]
         if self.lists.sources:
-            changed += [own.name for own in fields(Decoding) if getattr(self.decoding, own.name) != own.default]
+            changed += _changed(self.decoding)
+        if self.name is None and "*" in "".join(self.lists.sources[:1]):
+            raise UserError(f"--from {self.lists.sources[0]}: give these captions a name with --name")
         if changed:
             raise UserError(f"{flag(changed[0])} is of a model, whose place {owner} takes: leave it out")
         if self.endpoint.server is not None:
             is_possible = self.decoding.method != "beam"
             require(is_possible, "method", self.decoding.method, "greedy, top_k or nucleus with --server")
             require(not self.decoding.prefix, "prefix", self.decoding.prefix, "said in --prompt with --server")
+
+
+def _changed(options: "CaptionConfig | Decoding | ListOptions | ServerOptions") -> list[str]:
+    """The names of the options that are not as by default."""
+    return [own.name for own in fields(options) if getattr(options, own.name) != own.default]

@@ -241,9 +241,8 @@ def test_odd_files_are_refused_by_name(root, tmp_path):
 
 
 def test_check_names_a_row_without_captions_and_without_a_reason(root, tmp_path):
-    wanted = jsonl(
-        tmp_path / "list.jsonl", [{"uid": row["uid"], "caption": "a red thing"} for row in raw_rows(root)[1:]]
-    )
+    rows = raw_rows(root)[1:]
+    wanted = jsonl(tmp_path / "list.jsonl", [{"uid": row["uid"], "caption": "a red thing"} for row in rows])
     caption(config(root, wanted))
     path = "captions/others/00000.parquet"
     table = pq.read_table(join(root, path))
@@ -266,6 +265,7 @@ def test_options_of_two_writers_do_not_go_together(root):
         ({"lists": listed, "num_captions": 0}, "--num-captions"),
         ({"lists": listed, "device": "cpu"}, "--device is of a model, whose place --from takes"),
         ({"lists": listed, "redraws": 1}, "--redraws"),
+        ({"lists": ListOptions(("parts/*.csv",))}, "--name"),
         ({"lists": listed, "decoding": Decoding(max_tokens=9)}, "--max-tokens"),
     ):
         with pytest.raises(UserError, match=said):
