@@ -9,6 +9,7 @@ of another captioner, a sample whose members are damaged. Reasons are counted.
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,7 @@ from pipeline.core.runner import (
 from pipeline.core.workers import usable_cores
 from pipeline.ingest.datacompdr_source import TAR, UID
 from pipeline.ingest.source_files import SourceFile, source_files
+from pipeline.ingest.source_io import expected_errors
 from pipeline.pack.caption_cleaning import clean_caption
 from shards_spec.embeddings import Vectors, encode_vectors, id_column, write_vectors
 from shards_spec.files import DataError, UserError, exists, join, remove
@@ -65,15 +67,32 @@ class SourceTars:
         self._open = OrderedDict[str, SourceTar]()
 
     def read(self, tar: str, uid: str) -> StoredSample:
-        """A sample's vectors and augmentations. Raises DataError with the reason when they cannot be had."""
-        if tar not in self._open:
-            if tar not in self._files:
-                raise DataError(NO_TAR)
-            while len(self._open) >= OPEN_TARS:
-                self._open.popitem(last=False)[1].close()
-            self._open[tar] = SourceTar(self._files[tar])
-        self._open.move_to_end(tar)
-        return self._open[tar].read(uid)
+        """A sample's vectors and augmentations.
+
+        Raises DataError with the reason when they are not there, UserError when the tar cannot be read.
+        """
+        if tar not in self._files:
+            raise DataError(NO_TAR)
+        with readable(self._files[tar].path):
+            if tar not in self._open:
+                while len(self._open) >= OPEN_TARS:
+                    self._open.popitem(last=False)[1].close()
+                self._open[tar] = SourceTar(self._files[tar])
+            self._open.move_to_end(tar)
+            return self._open[tar].read(uid)
+
+
+@contextmanager
+def readable(path: str) -> Iterator[None]:
+    """Around reading a tar of the source: a disk or a store that fails ends the run, which can be resumed."""
+    try:
+        yield
+    except (UserError, DataError):
+        raise
+    except expected_errors(path) as error:
+        raise UserError(
+            f"--from {path}: cannot be read ({error}); the same command goes on where it stopped"
+        ) from error
 
 
 _worker_tars: list[SourceTars] = []  # of a worker process
@@ -135,7 +154,8 @@ def _source_tars(config: CacheConfig) -> list[SourceFile]:
     twice = [below for below, number in Counter(file.below for file in files).items() if number > 1]
     if twice:
         raise UserError(f"--from: several tars are called {twice[0]} below it; give the folder above them as one")
-    with_vectors = next(_vectors_of(files[0]), None)
+    with readable(files[0].path):
+        with_vectors = next(_vectors_of(files[0]), None)
     if with_vectors is None:
         raise UserError(f"--from {files[0].path}: none of its samples has vectors and augmentations as DataCompDR has")
     if len(with_vectors.augmentations) < config.views:

@@ -73,6 +73,15 @@ ADVICE = (
         "the log has what the server said of each image",
     ),
     (
+        r"its tar is not in --from|not in its tar|no uid or tar in its json member",
+        "--from takes what ROOT was ingested from, named as --source named it",
+    ),
+    (
+        r"(other|no) sha256 .*",
+        "the images are no longer those of the list, or --sha256-col is another hash; without it they are taken as they "
+        "are",
+    ),
+    (
         r"not in the list of --from|in the list of --drop",
         "does the list name these samples? A key, URL, sha256 or uid counts, columns that raw/ has",
     ),

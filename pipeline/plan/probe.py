@@ -71,7 +71,7 @@ def try_first_rows(config: PlanConfig, form: Format) -> FirstRows | None:
         root = str(Path(folder, "root"))
         whole = replace(config.ingest(root), shard_size=config.probe_rows, retries=0)
         start = time.monotonic()
-        if form in LIST_FORMS:
+        if form in (*LIST_FORMS, "datacompdr"):  # not all of its rows are listed first
             rows = islice(list_rows(config.source, form, whole.columns), config.probe_rows)
             head = Path(folder, "head.jsonl")
             head.write_bytes(

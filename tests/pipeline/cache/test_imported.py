@@ -6,14 +6,16 @@ import json
 import os
 import pickle
 import zipfile
+from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image, ImageOps
-from small_data import tar_bytes, vouch, write_final
+from small_data import tar_bytes, tree, vouch, write_final
 from small_datacompdr import (
     DIM,
     Reinforced,
@@ -41,12 +43,16 @@ from pipeline.cache.datacompdr_sample import (
     read_pth_gz,
     recorded_views,
 )
+from pipeline.cache.imported import SourceTars
 from pipeline.cache.stage import cache
 from pipeline.caption.config import CaptionConfig, ListOptions
 from pipeline.caption.stage import caption
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
+from pipeline.ingest.detect import detect
+from pipeline.ingest.source_files import source_files
 from pipeline.ingest.stage import ingest
+from pipeline.ingest.url_lists import list_rows
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
 from pipeline.why.config import WhyConfig
@@ -413,6 +419,43 @@ def test_other_sources_are_refused(tmp_path):
     (plain / "0.tar").write_bytes(tar_bytes([("a.jpg", make_image(1)), ("a.txt", "c")]))
     with pytest.raises(UserError, match="none of its samples has vectors"):
         imported(tmp_path / "ds", str(plain))
+
+
+def test_a_tar_that_cannot_be_read_ends_the_run(tmp_path, source):
+    samples = source[1]
+    folder = write_reinforced(tmp_path / "dr", [samples[:1], samples[1:2]])
+    finals = [final_sample(n, sample, sample.captions, tar=f"0000000{n}.tar") for n, sample in enumerate(samples[:2])]
+    root = tmp_path / "ds"
+    write_final(str(root), [[sample] for sample in finals])
+    gone = tmp_path / "dr" / "00000001.tar"
+    content = gone.read_bytes()
+    files = source_files(folder, "datacompdr")
+    gone.unlink()
+    tars = SourceTars(files)
+    assert len(tars.read("00000000.tar", samples[0].uid).images) == VIEWS
+    with pytest.raises(UserError, match=r"--from .*/00000001\.tar: cannot be read .*; the same command goes on"):
+        tars.read("00000001.tar", samples[1].uid)
+    gone.write_bytes(content)
+    assert len(tars.read("00000001.tar", samples[1].uid).images) == VIEWS
+
+
+def test_a_source_may_be_remote(tmp_path, source):
+    folder, samples = source
+    store = fsspec.filesystem("memory")
+    store.pipe("/dr/00000000.tar", (Path(folder) / "00000000.tar").read_bytes())
+    write_final(str(tmp_path), [[final_sample(n, sample, sample.captions) for n, sample in enumerate(samples)]])
+    assert imported(tmp_path, "memory://dr").counts == {"success": 4}
+    assert len(list(list_rows("memory://dr", detect("memory://dr")))) == 4
+
+
+@pytest.mark.slow
+def test_processes_write_the_same_bytes(tmp_path, source):
+    folder, samples = source
+    finals = [[final_sample(n, sample, sample.captions)] for n, sample in enumerate(samples)]
+    for processes in (1, 2):
+        write_final(str(tmp_path / str(processes)), finals)
+        imported(tmp_path / str(processes), folder, processes=processes)
+    assert tree(tmp_path / "1" / "teacher") == tree(tmp_path / "2" / "teacher")
 
 
 def test_from_download_to_cache(tmp_path):

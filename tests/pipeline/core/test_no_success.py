@@ -58,6 +58,8 @@ def test_images_without_captions(tmp_path):
         "near-duplicate image",
         "file not found",
         "every caption below min_similarity",
+        "other sha256 than the list's",
+        "its tar is not in --from",
         "name not found",
         "caption is not UTF-8",
         "damaged tar",
