@@ -78,8 +78,7 @@ ADVICE = (
     ),
     (
         r"(other|no) sha256 .*",
-        "the images are no longer those of the list, or --sha256-col is another hash; without it they are taken as they "
-        "are",
+        "the images are no longer those of the list, or --sha256-col is another hash; without it all are taken",
     ),
     (
         r"not in the list of --from|in the list of --drop",

@@ -385,6 +385,15 @@ def test_more_views_later_and_another_source_are_told_apart(tmp_path, source):
         imported(tmp_path, folder, part="2/2")
 
 
+def test_a_part_may_be_named(tmp_path, source):
+    folder, samples = source
+    write_final(str(tmp_path), [[final_sample(n, sample, sample.captions) for n, sample in enumerate(samples)]])
+    imported(tmp_path, folder, model="ViT-B-32", pretrained="other", part="3/4", name="third")
+    quarter = np.stack([sample.image_emb[0, DIM // 2 : 3 * DIM // 4] for sample in samples])
+    expected = quarter / np.linalg.norm(quarter, axis=1, keepdims=True)
+    np.testing.assert_allclose(rows_of(tmp_path, "third", "image_0"), expected, atol=8e-3)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_vectors_are_stored_as_asked(tmp_path, source, dtype):
     folder, samples = source
