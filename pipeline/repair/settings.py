@@ -24,6 +24,7 @@ from shards_spec.vocab import rule_of
 Record = dict[str, Any]  # a stage's config as a done-record has it
 NOUNS = "nouns:"
 SELECT_OPTIONS = ("where", "captions_where", "teacher", "captioner", CAPTIONS_OF)
+SELECT_NUMBERS = ("semantic_duplicates", "cells", "top", "by", "balance", "seed")
 
 
 def dedup_config(root: str, record: Record) -> DedupConfig:
@@ -125,7 +126,9 @@ def _label_rule(record: Record) -> LabelRule:
 
 def select_config(root: str, name: str, record: Record) -> SelectConfig:
     """Of `select`. Raises UserError for rules that only its command line can name."""
-    if unknown := sorted(name for name, value in record.items() if value and name not in SELECT_OPTIONS):
+    if unknown := sorted(
+        name for name, value in record.items() if value and name not in {*SELECT_OPTIONS, *SELECT_NUMBERS}
+    ):
         raise UserError(f"its rules ({', '.join(unknown)}) have to be given again; run `clipmill select --name {name}`")
     return SelectConfig(
         root,
@@ -135,6 +138,7 @@ def select_config(root: str, name: str, record: Record) -> SelectConfig:
         teacher=tuple(record["teacher"]),
         captioner=record["captioner"],
         workers=1,
+        **{name: record[name] for name in SELECT_NUMBERS if name in record},
     )
 
 

@@ -34,6 +34,11 @@ class SelectConfig:
     with a column uid, url, sha256 or key, or uids as DataComp publishes them (.npy)"""
     drop: tuple[str, ...] = ()
     """lists of samples that go, in the same forms"""
+    semantic_duplicates: float | None = None
+    """samples whose images have embeddings with a cosine above this are one, of which one stays (SemDeDup), such as
+    0.95; by the mean of the cached views of the first teacher"""
+    cells: int | None = None
+    """k-means cells within which --semantic-duplicates compares; by default the square root of the samples"""
     top: float | None = None
     """share of the samples that meet the conditions, above 0 up to 1, that stays: the best by the fact of --by"""
     by: str | None = None
@@ -51,6 +56,9 @@ class SelectConfig:
     def __post_init__(self) -> None:
         check_name(self.name)
         require(self.workers >= 1, "workers", self.workers, "1 or more")
+        bound = self.semantic_duplicates
+        require(bound is None or 0 < bound < 1, "semantic_duplicates", bound, "a cosine above 0 and below 1")
+        require(self.cells is None or self.cells >= 1, "cells", self.cells, "1 or more")
         require(self.top is None or 0 < self.top <= 1, "top", self.top, "above 0, and 1 at most: a share")
         require(self.balance is None or self.balance >= 1, "balance", self.balance, "1 or more")
         if (self.top is None) != (self.by is None):

@@ -5,7 +5,7 @@ They follow the rules that look at one sample at a time, on drafts of the select
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,12 +15,14 @@ import pyarrow as pa
 from pipeline.select.balance import EntryCounts, count_entries
 from pipeline.select.expression import numbers_of
 from pipeline.select.facts import ShardFacts
+from pipeline.select.semantic_duplicates import DuplicateRule
 from pipeline.select.top_share import TopShare, Values, find_top_share
 from shards_spec.files import UserError, read_json
 from shards_spec.selection import ShardSelection
 
 log = logging.getLogger(__name__)
 NOT_BALANCED = "not drawn by --balance"  # reasons on disk
+SEMANTIC_DUPLICATE = "semantic duplicate"
 NO_ENTRY = "no synset in the caption"
 
 
@@ -28,18 +30,25 @@ NO_ENTRY = "no synset in the caption"
 class DatasetRules:
     """What the options ask for; None where a rule is not asked for. Sent to worker processes."""
 
+    duplicates: DuplicateRule | None = None
     top: float | None = None
     by: str | None = None
     balance: int | None = None
     seed: int = 0
 
     def __bool__(self) -> bool:
-        return self.top is not None or self.balance is not None
+        return self.duplicates is not None or self.top is not None or self.balance is not None
 
     def describe(self) -> dict[str, Any]:
-        """What a done-record says of them."""
-        top = {} if self.top is None else {"top": self.top, "by": self.by}
-        return top | ({} if self.balance is None else {"balance": self.balance, "seed": self.seed})
+        """What a done-record says of them; the duplicates' teacher is the first of its teachers."""
+        about = dict[str, Any]()
+        if self.duplicates is not None:
+            about |= {"semantic_duplicates": self.duplicates.above, "cells": self.duplicates.cells}
+        if self.top is not None:
+            about |= {"top": self.top, "by": self.by}
+        if self.balance is not None:
+            about |= {"balance": self.balance, "seed": self.seed}
+        return about
 
     @property
     def not_best(self) -> str:
@@ -52,12 +61,19 @@ class Draft:
     """The selection of a shard by the rules of one sample, and what the rules of all samples need.
 
     ``values`` float64 (n,): the fact that the best share is by, NaN where not known. ``entries``: the synsets of each
-    sample's caption, each once. Both are empty where no rule needs them.
+    sample's caption, each once; None where no rule needs them. ``repeated``: rows that repeat a sample that stays, and
+    that one's key; empty before they are known.
     """
 
     selection: ShardSelection
     values: np.ndarray
     entries: pa.ListArray
+    repeated: dict[int, str]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The rows that stay, int64 (n,)."""
+        return kept_rows(self.selection.reasons)
 
 
 @dataclass(frozen=True)
@@ -70,7 +86,11 @@ class Verdict:
     def apply(self, draft: Draft, rules: DatasetRules) -> ShardSelection:
         """The selection of a shard."""
         reasons = list(draft.selection.reasons)
-        rows = _kept_rows(reasons)
+        pairs = draft.selection.pairs
+        if rules.duplicates is not None:
+            _leave_out(reasons, np.array([*draft.repeated], np.int64), SEMANTIC_DUPLICATE)
+            pairs = [draft.repeated.get(row, own) for row, own in enumerate(pairs or [None] * len(reasons))]
+        rows = kept_rows(reasons)
         if self.top is not None:
             keeps = self.top.keeps(draft.values[rows], [draft.selection.keys[row] for row in rows])
             _leave_out(reasons, rows[~keeps], rules.not_best)
@@ -82,7 +102,7 @@ class Verdict:
             _leave_out(reasons, rows[[not entries for entries in own]], NO_ENTRY)
         captions = [None if own else shown for own, shown in zip(reasons, draft.selection.captions, strict=True)]
         copies = np.array([reason is None for reason in reasons], np.uint8)
-        return ShardSelection(draft.selection.keys, copies, reasons, captions, draft.selection.pairs)
+        return ShardSelection(draft.selection.keys, copies, reasons, captions, pairs)
 
     def to_json(self) -> dict[str, Any]:
         """As `read_verdict` takes it."""
@@ -101,37 +121,31 @@ def read_verdict(path: str, fingerprint: str) -> Verdict | None:
     return Verdict(TopShare(**top) if top else None, EntryCounts(**entries) if entries else None)
 
 
-def judge(rules: DatasetRules, drafts: "DraftReader") -> Verdict:
-    """What the rules find in all drafts, one rule after the other. Raises UserError."""
+def judge(rules: DatasetRules, read: Callable[[], Iterable[Draft]]) -> Verdict:
+    """What the rules find in all drafts, which ``read`` gives every time it is called. Raises UserError.
+
+    One rule follows the other, on what those before leave; what repeats a sample is known by the drafts.
+    """
     verdict = Verdict()
     if rules.top is not None:
-        top = find_top_share(rules.top, lambda: _values(drafts))
+        top = find_top_share(rules.top, lambda: (_values(draft, verdict, rules) for draft in read()))
         if top.samples and not top.kept:
             raise UserError(f"--by {rules.by}: no sample has a number there; name a fact that is one")
         log.info("select: the best %s of %s samples, %s from %s on", top.kept, top.samples, rules.by, top.threshold)
         verdict = Verdict(top=top)
     if rules.balance is not None:
-        kept = (_kept_entries(draft, verdict, rules) for draft in drafts.read())
+        kept = (draft.entries.take(pa.array(_rows_left(draft, verdict, rules))) for draft in read())
         verdict = Verdict(verdict.top, EntryCounts(count_entries(kept), rules.balance, rules.seed))
     return verdict
 
 
-class DraftReader:
-    """All drafts of a dataset, one after the other."""
-
-    def read(self) -> Iterable[Draft]:
-        """The drafts, in the order of their shards."""
-        raise NotImplementedError
+def _values(draft: Draft, verdict: Verdict, rules: DatasetRules) -> Values:
+    rows = _rows_left(draft, verdict, rules)
+    return draft.values[rows], [draft.selection.keys[row] for row in rows]
 
 
-def _values(drafts: DraftReader) -> Iterator[Values]:
-    for draft in drafts.read():
-        rows = _kept_rows(draft.selection.reasons)
-        yield draft.values[rows], [draft.selection.keys[row] for row in rows]
-
-
-def _kept_entries(draft: Draft, verdict: Verdict, rules: DatasetRules) -> pa.Array:
-    return draft.entries.take(pa.array(_kept_rows(verdict.apply(draft, rules).reasons)))
+def _rows_left(draft: Draft, verdict: Verdict, rules: DatasetRules) -> np.ndarray:
+    return kept_rows(verdict.apply(draft, rules).reasons)
 
 
 def values_of(facts: ShardFacts, name: str) -> np.ndarray:
@@ -153,7 +167,8 @@ def entries_of(facts: ShardFacts) -> list[list[str]]:
     return entries
 
 
-def _kept_rows(reasons: list[str | None]) -> np.ndarray:
+def kept_rows(reasons: list[str | None]) -> np.ndarray:
+    """The rows without a reason to be left out, int64 (n,)."""
     return np.flatnonzero([reason is None for reason in reasons])
 
 

@@ -4,7 +4,7 @@ Nothing is read or computed before a condition asks for it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import chain
 from typing import Any
@@ -65,6 +65,10 @@ class FactSources:
     def of_captions(self) -> list[str]:
         """Names of the facts about captions."""
         return ["number", *TEXT_FACTS, *self.cosines, *(("similarity",) if self.captioner else ())]
+
+    def with_teacher(self, teacher: str) -> "FactSources":
+        """These sources, a teacher's cache before the others."""
+        return self if teacher in self.teachers else replace(self, teachers=(teacher, *self.teachers))
 
     def needed(self, sample_names: set[str], caption_names: set[str]) -> "FactSources":
         """The sources of these names alone."""

@@ -30,6 +30,7 @@ from pipeline.select.expression import FactCondition, check_names
 from pipeline.select.facts import FactSources, ShardFacts, find_sources, shard_inputs
 from pipeline.select.sample_lists import NAMES, SampleList, read_sample_list
 from pipeline.select.sample_rules import SampleRules
+from pipeline.select.semantic_duplicates import DuplicateRule
 from pipeline.select.survey import Survey
 from shards_spec.files import UserError, join, sha256_json
 from shards_spec.layout import SHARDS, select_folder
@@ -38,7 +39,8 @@ from shards_spec.messages import flag
 from shards_spec.selection import CAPTIONS_OF, COPIES, ShardSelection, captions_of, write_selection
 from shards_spec.suggest import did_you_mean
 
-RULES = ("where", "captions_where", "against", "from_", "drop", "top", "balance")  # options of which one is needed
+# options of which one is needed
+RULES = ("where", "captions_where", "against", "from_", "drop", "semantic_duplicates", "top", "balance")
 
 
 def select(config: SelectConfig, assignment: ShardAssignment = ALL) -> Summary:
@@ -48,12 +50,17 @@ def select(config: SelectConfig, assignment: ShardAssignment = ALL) -> Summary:
     packed = read_dataset(root)["stages"].get("pack", {}).get("config", {})
     if packed.get("select") == name:
         raise UserError(f"--name {name}: `clipmill pack --select {name}` made these shards by it; take another name")
+    if not any(getattr(config, field) for field in RULES):
+        raise UserError(f"select needs a rule: give one of {', '.join(map(flag, RULES))}; see `clipmill select --help`")
+    available = find_sources(root, config.teacher, config.captioner, shards)
     with (
         tempfile.TemporaryDirectory(prefix="clipmill-select-") as folder,
         index_of(config.against, root, config.workers) as against,
     ):
-        rules = replace(_sample_rules(config, shards, folder), against=against)
-        dataset_rules = DatasetRules(config.top, config.by, config.balance, config.seed)
+        dataset_rules = _dataset_rules(config, available)
+        rules = replace(_sample_rules(config, available, folder), against=against)
+        if dataset_rules.duplicates is not None:
+            rules = replace(rules, sources=rules.sources.with_teacher(dataset_rules.duplicates.teacher))
         identity = {**rules.describe(), **dataset_rules.describe(), CAPTIONS_OF: captions_of(packed)}
         stage = Stage(f"select/{name}", select_folder(name), identity)
         options = RunOptions(
@@ -98,12 +105,23 @@ def _is_finished(root: str, stage: Stage, task: ShardTask) -> bool:
     return done is not None and done.inputs == task.inputs
 
 
-def _sample_rules(config: SelectConfig, shards: list[int], folder: str) -> SampleRules:
+def _dataset_rules(config: SelectConfig, available: FactSources) -> DatasetRules:
+    duplicates = None
+    if config.semantic_duplicates is not None:
+        teachers = available.teachers
+        if not teachers or (len(teachers) > 1 and not config.teacher):
+            there = ", ".join(teachers) or "none"
+            raise UserError(
+                f"--semantic-duplicates compares the embeddings of one teacher, there are: {there}; say --teacher "
+                f"NAME, or run `clipmill cache {config.root}` first"
+            )
+        duplicates = DuplicateRule(teachers[0], config.semantic_duplicates, config.cells)
+    return DatasetRules(duplicates, config.top, config.by, config.balance, config.seed)
+
+
+def _sample_rules(config: SelectConfig, available: FactSources, folder: str) -> SampleRules:
     """The rules for one sample at a time; lists are kept in a folder while the stage runs."""
-    if not any(getattr(config, field) for field in RULES):
-        raise UserError(f"select needs a rule: give one of {', '.join(map(flag, RULES))}; see `clipmill select --help`")
     conditions, caption_conditions = config.conditions, config.caption_conditions
-    available = find_sources(config.root, config.teacher, config.captioner, shards)
     check_names(conditions, available.of_samples, "of samples")
     check_names(caption_conditions, available.of_captions, "of captions")
     names = _names(conditions)

@@ -5,7 +5,6 @@ each job of a Slurm array, takes what is there of the same samples and rules; on
 """
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
@@ -16,7 +15,6 @@ from pipeline.core.runner import RunOptions, ShardAssignment, ShardResult, Shard
 from pipeline.select.dataset_rules import (
     DatasetRules,
     Draft,
-    DraftReader,
     Verdict,
     entries_of,
     judge,
@@ -25,11 +23,12 @@ from pipeline.select.dataset_rules import (
 )
 from pipeline.select.facts import ShardFacts
 from pipeline.select.sample_rules import SampleRules
+from pipeline.select.semantic_duplicates import ShardRows, find_semantic_duplicates
 from shards_spec.files import DataError, exists, is_url, join, remove, write_json
 from shards_spec.layout import parquet_path, select_folder
 from shards_spec.lock import locked
 from shards_spec.manifest import remove_shards
-from shards_spec.parquet import read_table
+from shards_spec.parquet import read_table, write_table
 from shards_spec.selection import selection_of, selection_table
 from shards_spec.shard_writer import ShardWriter
 
@@ -76,8 +75,11 @@ class Survey:
             work = partial(_draft_shard, survey=self, sample_rules=sample_rules)
             drafts = (ShardTask(task.shard, task.inputs | rules) for task in tasks)
             options = RunOptions(workers=min(workers, len(tasks)), assignment=_Drafts(), total=len(tasks))
+            shards = [task.shard for task in tasks]
+            self._forget_repeated(shards)
             run_stage(self.root, stage, drafts, work, options)
-            verdict = judge(self.rules, _DraftFiles(self, [task.shard for task in tasks]))
+            self._find_repeated(shards, workers)
+            verdict = judge(self.rules, lambda: map(self.draft, shards))
             write_json(self.verdict_path, {"fingerprint": self.fingerprint, **verdict.to_json()})
 
     def draft(self, shard: int) -> Draft:
@@ -87,7 +89,34 @@ class Survey:
         entries = table.column(ENTRIES.name).combine_chunks()
         values = table.column(VALUE.name).fill_null(np.nan).to_numpy()
         plain = table.drop_columns([VALUE.name, ENTRIES.name])
-        return Draft(selection_of(plain, path, self.root, self.name), values, entries)
+        return Draft(selection_of(plain, path, self.root, self.name), values, entries, self._repeated(shard))
+
+    def rows(self, shard: int) -> ShardRows:
+        """The samples of a shard that are compared. Raises DataError."""
+        draft = self.draft(shard)
+        return ShardRows(shard, draft.selection.keys, draft.rows)
+
+    def _find_repeated(self, shards: list[int], workers: int) -> None:
+        rule = self.rules.duplicates
+        if rule is None:
+            return
+        for shard, kept in find_semantic_duplicates(self.root, rule, shards, read=self.rows, workers=workers):
+            table = pa.table({"row": pa.array(kept, pa.int64()), "kept": pa.array(kept.values(), pa.string())})
+            write_table(self._repeated_path(shard), table)
+
+    def _repeated(self, shard: int) -> dict[int, str]:
+        if self.rules.duplicates is None or not exists(self._repeated_path(shard)):
+            return {}
+        table = read_table(self._repeated_path(shard), ["row", "kept"])
+        return dict(zip(table.column("row").to_pylist(), table.column("kept").to_pylist(), strict=True))
+
+    def _repeated_path(self, shard: int) -> str:
+        """The file with the samples that repeat another; not there before they are known, and for a shard of none."""
+        return join(self.root, parquet_path(self.folder, shard, part=1))
+
+    def _forget_repeated(self, shards: list[int]) -> None:
+        for shard in shards:
+            remove(self._repeated_path(shard))
 
     @property
     def verdict(self) -> Verdict:
@@ -110,15 +139,6 @@ class _Drafts(ShardAssignment):
     @property
     def is_complete(self) -> bool:
         return False
-
-
-class _DraftFiles(DraftReader):
-    def __init__(self, survey: Survey, shards: list[int]) -> None:
-        self._survey = survey
-        self._shards = shards
-
-    def read(self) -> Iterator[Draft]:
-        return map(self._survey.draft, self._shards)
 
 
 @lru_cache(1)

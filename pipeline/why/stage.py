@@ -272,7 +272,7 @@ def _tell_selections(life: SampleLife, root: str, shard: int, index: int) -> Non
         if copies > 1:
             fact = f"selected, {copies} times an epoch"
         if selection.pairs and selection.pairs[index]:
-            fact += f": it shows {selection.pairs[index]}"
+            fact += f" ({selection.pairs[index]})"
         shown = selection.captions[index]
         captions = [] if shown is None else [f"shows {', '.join(f'text_{number}' for number in shown)} only"]
         life.add(heading, fact, *captions)

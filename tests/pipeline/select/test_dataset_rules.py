@@ -4,24 +4,32 @@ import math
 import os
 from fractions import Fraction
 from itertools import chain
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_data import vouch
 
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
+from pipeline.select import semantic_duplicates
 from pipeline.select.balance import EntryCounts, count_entries
+from pipeline.select.cells import Embeddings, divide
 from pipeline.select.config import SelectConfig
 from pipeline.select.facts import ShardFacts, find_sources
+from pipeline.select.semantic_duplicates import DuplicateRule, first_alike, repeated_rows
 from pipeline.select.stage import select
 from pipeline.select.top_share import find_top_share
+from pipeline.why.config import WhyConfig
+from pipeline.why.stage import why
+from shards_spec.embeddings import read_embeddings
 from shards_spec.files import UserError
-from shards_spec.layout import raw_parquet
+from shards_spec.layout import raw_parquet, teacher_parquet
 from shards_spec.manifest import read_done, remove_shards
-from shards_spec.parquet import read_table
+from shards_spec.parquet import read_table, write_table
 from shards_spec.selection import read_selection
 
 VALUES = st.sampled_from([math.nan, -1.0, 0.0, 0.25, 0.3, 1.0])
@@ -61,6 +69,54 @@ def test_an_entry_that_misses_leaves_the_others_their_chance():
     counts = EntryCounts({"a": 2000, "b": 4000}, wanted=1000, seed=3)
     kept = counts.keeps([["a", "b"]] * 4000, [str(number) for number in range(4000)])
     assert kept.mean() == pytest.approx(1 - 0.5 * 0.75, abs=0.03)
+
+
+def greedy(embeddings: np.ndarray, rows: list[int], above: float) -> dict[int, int]:
+    """What goes of the rows of a cell, in order, and the first that stays for it."""
+    kept, gone = [], {}
+    for row in rows:
+        for other in kept:
+            if embeddings[row] @ embeddings[other] > above:
+                gone[row] = other
+                break
+        else:
+            kept.append(row)
+    return gone
+
+
+@given(st.integers(0, 60), st.integers(1, 9), st.integers(0, 1000))
+def test_what_is_alike_is_what_a_plain_loop_finds(number, block, seed):
+    rng = np.random.default_rng(seed)
+    vectors = rng.integers(-1, 2, (number, 4)).astype(np.float32)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1)
+    with patch.multiple(semantic_duplicates, BLOCK=block, TILE=max(1, block // 2)):
+        found = first_alike(vectors.__getitem__, number, 0.75)
+    assert {row: int(other) for row, other in enumerate(found) if other >= 0} == greedy(vectors, range(number), 0.75)
+
+
+def test_cells_divide_and_planted_copies_are_found(tmp_path):
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((3000, 16)).astype(np.float32)
+    copies = rng.permutation(3000)[:200].reshape(2, 100)
+    vectors[copies[1]] = vectors[copies[0]] + 0.01 * rng.standard_normal((100, 16))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    embeddings = Embeddings(str(tmp_path / "embeddings"))
+    embeddings.append(vectors[:1000])
+    embeddings.append(vectors[1000:])
+    cells = list(divide(embeddings, 30))
+    assert np.array_equal(np.sort(np.concatenate(cells)), np.arange(3000))
+    assert 20 <= len(cells) <= 30
+    assert max(map(len, cells)) < 600
+    expected = {}
+    for rows in cells:
+        expected |= greedy(embeddings.take(np.arange(3000)), rows.tolist(), 0.99)
+        centre = embeddings.take(rows).sum(0)
+        similarities = embeddings.take(rows) @ centre / np.linalg.norm(centre)
+        assert np.corrcoef(similarities, np.arange(len(rows)))[0, 1] > 0.8  # the most alike come last
+    repeated = repeated_rows(embeddings, DuplicateRule("", 0.99, 30))
+    assert {int(row): int(repeated[row]) for row in np.flatnonzero(repeated >= 0)} == expected
+    pairs = {frozenset(pair) for pair in copies.T.tolist()}
+    assert sum(frozenset(pair) in pairs for pair in expected.items()) >= 90  # others are divided by a cell's border
 
 
 def selected(root: str, name: str = "selected") -> dict[str, str | None]:
@@ -114,6 +170,33 @@ def test_lists_of_others(root, tmp_path):
     assert summary.counts == {"success": 2, "not in the list of --from": 2, "in the list of --drop": 4}
     hashes = read_done(f"{root}/select/selected", 0).config["from"]
     assert [len(digest) for digest in hashes] == [64]
+
+
+def test_semantic_duplicates_across_shards(root):
+    """The images of a key of each shard get the vectors of one of the other."""
+    copied = {"000010001": "000000002", "000010003": "000000000"}
+    path = teacher_parquet(root, "tea", 0)
+    keys, vectors, _ = read_embeddings(path, ["image_0", "image_1"])
+    other = teacher_parquet(root, "tea", 1)
+    table = read_table(other)
+    for view in range(2):
+        column = table.column(f"image_{view}").to_pylist()
+        for key, source in copied.items():
+            column[table.column("key").to_pylist().index(key)] = vectors[f"image_{view}"][keys.index(source)].tobytes()
+        place = table.schema.get_field_index(f"image_{view}")
+        table = table.set_column(place, table.schema.field(place), pa.array(column, table.schema.types[place]))
+    write_table(other, table, compression="none", use_dictionary=False, write_statistics=False)
+    vouch(root, "teacher/tea", 1, "teacher/tea/00001.parquet")
+    summary = select(SelectConfig(root, semantic_duplicates=0.9999, cells=1, workers=1))
+    assert summary.counts == {"success": 6, "semantic duplicate": 2}
+    pairs = {}
+    for shard in range(2):
+        one = read_selection(root, "selected", shard)
+        pairs |= {key: pair for key, pair in zip(one.keys, one.pairs, strict=True) if pair}
+    assert {frozenset(pair) for pair in pairs.items()} == {frozenset(pair) for pair in copied.items()}
+    assert check(CheckConfig(root)) == []
+    gone = min(pairs)
+    assert f"left out: semantic duplicate ({pairs[gone]})" in "\n".join(why(WhyConfig(root, gone)).lines)
 
 
 @pytest.mark.parametrize(
