@@ -118,8 +118,8 @@ class RecordedSpec(ViewSpec):
     """
 
     def as_json(self) -> dict[str, Any]:
-        """As a cache stores it: that views are recorded, and the versions that render them."""
-        return {RECORDED: True, "rendering": RENDERING, "pillow": PIL.__version__}
+        """As a cache stores it. No version: what rendered the teacher's views is not known, and was not this Pillow."""
+        return {RECORDED: True}
 
 
 def parse_view_spec(path: str, stored: dict[str, Any]) -> ViewSpec:
@@ -127,10 +127,11 @@ def parse_view_spec(path: str, stored: dict[str, Any]) -> ViewSpec:
 
     Raises DataError naming both versions when this Pillow or rendering would give other pixels from it.
     """
+    if stored.get(RECORDED) is True:
+        return RecordedSpec()
     options = dict(stored)
     pillow = options.pop("pillow", None)
     rendering = options.pop("rendering", None)
-    is_recorded = options.pop(RECORDED, False)
     if (pillow, rendering) != (PIL.__version__, RENDERING):
         install = f"install pillow=={pillow}, or " if rendering == RENDERING else ""
         raise DataError(
@@ -142,7 +143,7 @@ def parse_view_spec(path: str, stored: dict[str, Any]) -> ViewSpec:
         if isinstance(value, list):
             options[name] = tuple(value)
     try:
-        return RecordedSpec(**options) if is_recorded else ViewSpec(**options)
+        return ViewSpec(**options)
     except (TypeError, ValueError, IndexError, UserError) as error:
         raise DataError(
             f"{path}: its view spec is of another version ({error}); delete it and run `clipmill cache` again"

@@ -18,6 +18,7 @@ from shards_spec.layout import STATS_PATTERN
 from shards_spec.names import PACKED_ENDINGS, endings_line, file_ending, is_image
 
 MAX_NAMES = 10_000  # of a folder that are looked at
+MANIFEST = "manifest.jsonl"  # names and numbers of samples of the tars beside it, as DataCompDR-1B has it
 
 
 def detect(source: str, columns: Columns = (None, None)) -> Format:
@@ -31,6 +32,8 @@ def detect(source: str, columns: Columns = (None, None)) -> Format:
         if form is not None:
             return form
     files = source_files(source)
+    if any(file_kind(file.path) == "tar" for file in files):
+        files = [file for file in files if base_name(file.path) != MANIFEST]
     kinds = sorted({file_kind(file.path) or "other" for file in files})
     if len(kinds) > 1:
         raise UserError(

@@ -23,7 +23,18 @@ from shards_spec import augment, views
 from shards_spec.augment import OP_SETS
 from shards_spec.files import DataError, UserError
 from shards_spec.images import decode_rgb
-from shards_spec.views import View, ViewSpec, apply_view, draw_view, render_views, unpack_view
+from shards_spec.views import (
+    RECORDED_BYTES,
+    RecordedSpec,
+    RecordedView,
+    View,
+    ViewSpec,
+    apply_view,
+    draw_view,
+    render_views,
+    unpack_recorded,
+    unpack_view,
+)
 
 GOLDEN_PILLOW = "13.0.0"
 JITTER = (0.4, 0.4, 0.2, 0.1)
@@ -270,6 +281,20 @@ def test_decoded_pixels_are_the_golden_ones():
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)).save(file, "JPEG", quality=80)
     assert digest(decode_rgb(file.getvalue())) == "4dac3c6ce008a3c2"
+
+
+def test_recorded_views_are_read_back_by_any_version_and_refused_where_they_have_no_sense():
+    assert views.parse_view_spec("f", RecordedSpec().as_json()) == RecordedSpec()
+    view = RecordedView((120, 90), (3, 4, 100, 80), 6, True, ((5, -9), (10, 9), (13, 0), (0, 0)))
+    packed = view.pack()
+    assert len(packed) == RECORDED_BYTES == 27
+    assert unpack_recorded(packed) == view
+    for broken in (b"", packed[:-1], bytes(RECORDED_BYTES), b"\xff" * RECORDED_BYTES):
+        with pytest.raises(DataError, match="a recorded view"):
+            unpack_recorded(broken)
+    for place, value in ((4, 30), (12, 0), (12, 9), (13, 2), (14, 5), (15, 14), (17, 99)):
+        with pytest.raises(DataError, match="a recorded view that has no sense"):
+            unpack_recorded(packed[:place] + bytes([value]) + packed[place + 1 :])
 
 
 def test_another_rendering_is_refused_with_both_named():

@@ -32,6 +32,21 @@ def test_rows_have_link_hash_and_captions_in_the_order_of_the_tars(tmp_path):
     assert all(row.problem is None and row.caption is None and row.image_ref is None for row in rows)
 
 
+def test_a_folder_as_it_is_downloaded(tmp_path):
+    """Folders of tars with a manifest in each, and links to where the files are, as huggingface_hub leaves them."""
+    blobs = tmp_path / "blobs"
+    write_reinforced(blobs, [[reinforced(0, BASE)], [reinforced(1, BASE)]])
+    for number in range(2):
+        folder = tmp_path / "snapshot" / f"0{number}"
+        folder.mkdir(parents=True)
+        (folder / "00000000.tar").symlink_to(blobs / f"0000000{number}.tar")
+        (folder / "manifest.jsonl").write_text('{"shard": "00000000", "num_uids": 1}\n')
+    (tmp_path / "snapshot" / "README.md").write_text("# card")
+    assert detect(str(tmp_path / "snapshot")) == "datacompdr"
+    rows = source_rows(tmp_path / "snapshot")
+    assert [row.extra["tar"] for row in rows] == ["00/00000000.tar", "01/00000000.tar"]
+
+
 def test_a_merged_tar_brings_captions_and_images(tmp_path):
     sample = reinforced(0, BASE)
     sample.members |= {"txt": b" the original \n", "jpg": sample.image}
