@@ -146,7 +146,8 @@ class EnsembleConfig:
     """logit scale of each teacher, in their order, in place of its own"""
 
     def __post_init__(self) -> None:
-        require(all(scale > 0 for scale in self.teacher_scale), "teacher_scale", self.teacher_scale, "above 0 each")
+        is_scale = all(0 < scale < math.inf for scale in self.teacher_scale)
+        require(is_scale, "teacher_scale", self.teacher_scale, "above 0 each")
 
 
 def teacher_names(value: Any) -> tuple[str, ...]:

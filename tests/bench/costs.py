@@ -287,7 +287,7 @@ def parts(work: Path, options: argparse.Namespace) -> None:
     student = LoadedModel(None, tokenizer, {}, 224, (0.5,) * 3, (0.5,) * 3)
 
     def read() -> Iterable[object]:
-        rows = open_samples(DataConfig(data=root), TeacherCacheConfig("wide"), student, 0)
+        rows = open_samples(DataConfig(data=root), TeacherCacheConfig(("wide",)), student, 0)
         return (rows[position] for position in range(len(samples)))
 
     tell("train", "read, crop to 224, tokens, cache row, CPU ms", per_item(read, rounds), "a sample")

@@ -142,7 +142,7 @@ def measure(root: str, options: argparse.Namespace) -> Costs:
         positions = batch_positions(0, 10**6, options.batch_size)
         return load_batches(samples, positions, workers=options.workers, device=options.device)
 
-    drawn, cached = ViewConfig(scale=SCALE), TeacherCacheConfig("wide")
+    drawn, cached = ViewConfig(scale=SCALE), TeacherCacheConfig(("wide",))
     weights = {"affinity": 1.0, "feature": 0.0, "contrastive": 1.0}
     width = student.config["embed_dim"]
     wide = TeacherEnsemble([FrozenTeacher("wide", width=width, logit_scale=100.0)], EnsembleConfig())

@@ -56,8 +56,10 @@ def caption(number: int, turn: int) -> str:
     return f"a photo of thing number {number} as seen {turn} times on a beach beside some large rocks"
 
 
-def write_shard_and_cache(shard: int, root: str, per_shard: int, make: Callable[[int], bytes]) -> None:
-    """ROOT/shards/NNNNN.tar as `pack` leaves it, a file in ROOT/teacher/wide and one in .../other as `cache` does."""
+def write_shard_and_cache(
+    shard: int, root: str, per_shard: int, make: Callable[[int], bytes], teachers: tuple[str, ...]
+) -> None:
+    """ROOT/shards/NNNNN.tar as `pack` leaves it, and a file in ROOT/teacher/NAME of each teacher as `cache` does."""
     samples = []
     for index in range(per_shard):
         number = shard * per_shard + index
@@ -67,7 +69,7 @@ def write_shard_and_cache(shard: int, root: str, per_shard: int, make: Callable[
     path = f"shards/{shard:05d}.tar"
     count, digest = write_shard(f"{root}/{path}", samples)
     Done("pack", shard, {}, {"success": count}, {}, {path: digest}).write(f"{root}/shards")
-    for number, name in enumerate(TEACHERS):
+    for number, name in enumerate(teachers):
         write_cache(root, name, shard, [sample.key for sample in samples], {path: digest}, number)
 
 
@@ -94,9 +96,15 @@ def write_cache(root: str, name: str, shard: int, keys: list[str], inputs: dict[
     done.write(f"{root}/teacher/{name}")
 
 
-def write_dataset(root: str, samples: int, shards: int, make: Callable[[int], bytes] = small_photo) -> None:
+def write_dataset(
+    root: str,
+    samples: int,
+    shards: int,
+    make: Callable[[int], bytes] = small_photo,
+    teachers: tuple[str, ...] = TEACHERS[:1],
+) -> None:
     """ROOT of ``shards`` shards; ``make`` gives the JPEG of a number."""
-    write = partial(write_shard_and_cache, root=root, per_shard=samples // shards, make=make)
+    write = partial(write_shard_and_cache, root=root, per_shard=samples // shards, make=make, teachers=teachers)
     with ProcessPoolExecutor() as pool:
         list(pool.map(write, range(shards)))
     write_json(f"{root}/shards/sizes.json", {f"{shard:05d}.tar": samples // shards for shard in range(shards)})
@@ -215,7 +223,7 @@ def main() -> None:
     torch.set_num_threads(1)  # the rest of the cores belong to the workers
     with tempfile.TemporaryDirectory() as folder:
         root = f"{folder}/few"
-        write_dataset(root, options.samples, options.shards)
+        write_dataset(root, options.samples, options.shards, teachers=TEACHERS)
         rates = measure_rates(root, options)
         middle = {name: statistics.median(values) for name, values in rates.items()}
         for name, values in rates.items():

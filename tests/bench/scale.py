@@ -250,7 +250,9 @@ def _open(root: str, teacher: str = "") -> object:
     from training.data.samples import open_samples
 
     student = LoadedModel(None, open_clip.get_tokenizer("ViT-B-32"), {}, 32, (0.5,) * 3, (0.5,) * 3)
-    samples = open_samples(DataConfig(data=root), TeacherCacheConfig(teacher) if teacher else ViewConfig(), student, 0)
+    samples = open_samples(
+        DataConfig(data=root), TeacherCacheConfig((teacher,)) if teacher else ViewConfig(), student, 0
+    )
     assert isinstance(samples[samples.order.total // 2], dict)
     return samples
 

@@ -75,7 +75,7 @@ class Training:
         config = replace(
             config,
             data=replace(config.data, data=root, batch_size=8 if where.dry else 1024),
-            cached_views=TeacherCacheConfig("wide"),
+            cached_views=TeacherCacheConfig(("wide",)),
             student=ModelConfig("MobileCLIP-tiny" if where.dry else "ViT-M-32"),
             run=replace(config.run, precision="bf16"),
         )

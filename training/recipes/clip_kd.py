@@ -13,6 +13,7 @@ Left out: the released code's "cross KD", CRD's divergence of ICL's similarities
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,7 @@ class ClipKdConfig:
 
     def __post_init__(self) -> None:
         for name in ("gd_weight", "afd_weight", "mfd_weight"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         require(0 < self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "in (0, 1)")
 
     @property

@@ -124,7 +124,7 @@ def test_an_empty_caption_is_never_drawn(root, student):
 
 
 def test_original_captions_only(root, student):
-    samples = open_samples(config(root, captions="original"), TeacherCacheConfig("planted"), student, seed=0)
+    samples = open_samples(config(root, captions="original"), TeacherCacheConfig(("planted",)), student, seed=0)
     source = by_key(root)
     for position in range(15):
         item = samples[position]
@@ -311,7 +311,7 @@ def test_an_edited_view_spec_is_refused(root, student):
 
 def test_caches_that_are_not_there(root, student, tmp_path):
     with pytest.raises(UserError, match=r"--teacher 'other' is not there: teacher caches in .* are: planted"):
-        open_samples(config(root), TeacherCacheConfig("other"), student, seed=0)
+        open_samples(config(root), TeacherCacheConfig(("other",)), student, seed=0)
     os.remove(f"{root}/teacher/planted/00002.parquet")
     with pytest.raises(UserError, match=r"00002\.parquet is not there \(1 of 3 shards missing\)"):
         TeacherCache(root, "", 3)

@@ -1,5 +1,6 @@
 """CLIP-KD's losses in the recipes: what is computed, masked, kept in a checkpoint and left out of a student."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from small_training import (
 )
 
 from shards_spec.files import UserError
+from training.config import ModelConfig
 from training.data.batches import load_batches
 from training.losses.clip_kd import gradient_loss
 from training.losses.distillation import element_feature_loss
@@ -27,6 +29,7 @@ from training.losses.similarity import Similarity
 from training.models.masked_image import encode_kept_patches
 from training.models.tinymim import tower_of
 from training.recipes import siclip, tinyclip
+from training.recipes.clip_kd import ClipKdConfig
 from training.runs.run_folder import RunFolder
 from training.runs.student import load_run, new_student
 from training.trainer import train
@@ -144,6 +147,12 @@ def test_siclip_takes_teachers_of_other_widths(tmp_path):
     }
     assert "clip_kd.projections.0.image.weight" in final_weights(out)
     assert RunFolder(out).config()["afd_weight"] == 1.0
+    config = dataclasses.replace(config, clip_kd=ClipKdConfig(mfd_weight=1.0, mask_ratio=0.5), inherit=False)
+    vit = dataclasses.replace(config, student=ModelConfig(f"local-dir:{tmp_path}/models/clip"))
+    _, samples, task = siclip.prepare(vit)
+    batch = next(load_batches(samples, [range(4)]))
+    assert batch["keep"].shape == (4, 2)
+    assert task.losses(task(batch), 0)["masked"] > 0
     with pytest.raises(UserError, match=r"--mfd-weight 1.0: --model '.*siclip' cannot leave patches out: it is a"):
         siclip.prepare(tiny_config("siclip", str(tmp_path), out, mfd_weight=1.0))
 
