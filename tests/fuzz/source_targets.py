@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from fuzz.mutate import NUMBERS, TEXTS
-from fuzz.target import Input, Target, parquet_of, placed, quoted, read_source, samples, tar_of
+from fuzz.target import Input, Target, parquet_of, placed, quoted, read_captions, read_source, samples, tar_of
 from PIL import Image
 from small_data import draw
+
+from shards_spec.files import UserError
 
 
 class Tar(Target):
@@ -144,7 +146,7 @@ class List(Target):
         )
 
     def run(self, folder: Path, path: str, data: bytes) -> None:
-        read_source(placed(folder, path, data))
+        _read_both_ways(placed(folder, path, data))
 
 
 class Parquet(Target):
@@ -194,7 +196,17 @@ class Parquet(Target):
             return None
 
     def run(self, folder: Path, path: str, data: bytes) -> None:
-        read_source(placed(folder, path, data))
+        _read_both_ways(placed(folder, path, data))
+
+
+def _read_both_ways(path: str) -> None:
+    """As a source of `ingest`, and as a list of captions for `caption --from`."""
+    try:
+        read_source(path)
+    except UserError:
+        read_captions(path)
+        raise
+    read_captions(path)
 
 
 class Folder(Target):

@@ -71,6 +71,18 @@ def read_source(source: str) -> None:
         clear_read_cache()
 
 
+def read_captions(path: str) -> None:
+    """All captions of a list, cleaned: what ``caption --from`` does with a file that is none of ours."""
+    from pipeline.caption.caption_lists import cleaned, list_files, listed_rows, pick_columns
+    from pipeline.caption.config import ListOptions
+
+    files = list_files((path,))
+    columns = pick_columns(files, ListOptions((path,)), ["key", "url", "uid"])
+    for row in listed_rows(path, columns):
+        for text in row.captions()[0]:
+            cleaned(text).encode()
+
+
 def tar_of(
     members: list[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT, pax: dict[str, str] | None = None
 ) -> bytes:
