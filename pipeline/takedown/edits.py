@@ -3,6 +3,7 @@
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from shards_spec.layout import (
     RAW,
     SIZES,
     STAGES,
+    below,
     dataset_json,
     parquet_path,
     shard_name,
@@ -51,6 +53,7 @@ class TakedownEdits:
     def __init__(self, root: str, matches: Matches, staging: TakedownStaging) -> None:
         self._root = root
         self._keys = matches.keys
+        self._key_array = pa.array(sorted(matches.keys), pa.string())
         self._matches = matches
         self._staging = staging
         self._hashes = dict[str, tuple[str, str]]()  # path below ROOT to the hashes before and after
@@ -75,10 +78,19 @@ class TakedownEdits:
 
     def run(self) -> None:
         """Stage everything that a stage wrote. Raises DataError for a broken file."""
-        for key, folder in stage_folders(self._root):
+        for key, folder in self._folders_in_order():
             self._edit_folder(key, folder)
         self._edit_sizes()
         self._edit_dataset()
+
+    def _folders_in_order(self) -> list[tuple[str, str]]:
+        """Each folder after those that its records name as inputs: a selection that pack obeyed is such a one."""
+        folders = list(stage_folders(self._root))
+        applied = read_dataset(self._root)["stages"].get("pack", {}).get("config", {}).get("select")
+        before_pack = [(key, folder) for key, folder in folders if key == f"select/{applied}"]
+        others = [entry for entry in folders if entry not in before_pack]
+        place = next((place for place, (key, _) in enumerate(others) if key in ("plan", "pack")), len(others))
+        return [*others[:place], *before_pack, *others[place:]]
 
     def _edit_folder(self, key: str, folder: str) -> None:
         edit = self._edits.get(key.partition("/")[0], self._edit_rows)
@@ -93,7 +105,7 @@ class TakedownEdits:
             own = {name: new for name, (old, new) in inputs.items() if record.get("inputs", {}).get(name) == old}
             own |= self._in_place_input(folder, shard, record)
             if renew_stats(stats, change, self._hashes, own):
-                self._staging.stage(path, lambda new, stats=stats: write_json(new, stats))
+                self._staging.stage(path, partial(write_json, value=stats))
 
     def _renewed_inputs(self, folder: str) -> dict[str, tuple[str, str]]:
         """Inputs of records that are no path: of dedup's, one hash of all raw shards, before and after."""
@@ -229,8 +241,8 @@ class TakedownEdits:
         change = CountChange()
         name = folder.removeprefix(teacher_folder(""))
         cached = TeacherShard(self._root, name, shard)
-        gone = self._is_gone(pa.chunked_array([pa.array(cached.files[0].keys, pa.string())])) if cached.files else []
-        if not np.any(gone):
+        gone = self._are_gone(cached.files[0].keys if cached.files else [])
+        if not gone.any():
             return change
         kind = "soft" if cached.find("soft_0") is not None else "image"
         columns = [f"{kind}_{number}" for number in range(cached.config["num_views"])]
@@ -253,11 +265,10 @@ class TakedownEdits:
         return change
 
     def _edit_vectors(self, folder: str, shard: int, file: EmbeddingFile) -> None:
-        stays = np.flatnonzero(~np.isin(file.keys, list(self._keys)))
-        path = file.path.removeprefix(join(self._root, ""))
-        self._stage(
-            folder, shard, path, lambda new: write_without_vectors(file.path, new, stays), len(file) - len(stays)
-        )
+        stays = np.flatnonzero(~self._are_gone(file.keys))
+        path = file.path.removeprefix(below(self._root, ""))
+        removed = len(file) - len(stays)
+        self._stage(folder, shard, path, lambda new: write_without_vectors(file.path, new, stays), removed)
 
     def _edit_selection(self, folder: str, shard: int, stats: dict[str, Any]) -> CountChange:
         change = CountChange()
@@ -286,8 +297,11 @@ class TakedownEdits:
 
     def _is_gone(self, column: pa.ChunkedArray) -> np.ndarray:
         """Where a column has the key of a sample that goes, bool (n,)."""
-        found: np.ndarray = pc.is_in(column, pa.array(list(self._keys), column.type)).to_numpy()
+        found: np.ndarray = pc.is_in(column, self._key_array.cast(column.type)).to_numpy()
         return found
+
+    def _are_gone(self, keys: list[str]) -> np.ndarray:
+        return self._is_gone(pa.chunked_array([keys], pa.string()))
 
     def _edit_sizes(self) -> None:
         if not +self._sizes or not exists(sizes_json(self._root)):

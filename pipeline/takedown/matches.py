@@ -13,7 +13,7 @@ from pipeline.core.taken_down import TAKEN_DOWN
 from pipeline.takedown.request import TakedownRequest
 from shards_spec.files import exists, join, sha256_bytes
 from shards_spec.layout import DEDUP, RAW, SHARDS, dedup_parquet, raw_parquet, tar_path
-from shards_spec.manifest import finished_shards, shard_ids
+from shards_spec.manifest import finished_shards
 from shards_spec.parquet import read_table
 from shards_spec.tar import read_shard
 
@@ -83,7 +83,7 @@ def find_matches(root: str, request: TakedownRequest, duplicates: bool) -> Match
     if not exists(join(root, RAW)):
         _match_tars(root, SHARDS, request, matches, images=set(request.images))
         return matches
-    for shard in shard_ids(join(root, RAW)):
+    for shard in finished_shards(join(root, RAW)):
         _match_rows(root, shard, request, matches)
     found = {value for kind, value in matches.used if kind == "sha256"}
     if images := set(request.images) - found:  # those of the bytes as they are stored
@@ -169,7 +169,7 @@ def _match_duplicates(root: str, matches: Matches, duplicates: bool) -> None:
 
 def _collect_rows(root: str, matches: Matches) -> None:
     """All rows of the keys that go, and who shares link or image with them."""
-    shards = shard_ids(join(root, RAW))
+    shards = finished_shards(join(root, RAW))
     for shard in shards:
         table = _columns(root, shard)
         for row in np.flatnonzero(_is_among(table.column("key"), matches.reasons) & ~_is_blank(table)).tolist():

@@ -1,14 +1,16 @@
-"""What lies below ROOT beside the stages' files and may show a sample: pages, logs, a search index."""
+"""What lies below ROOT beside the finished shards and may show a sample: pages, logs, a search index, lost shards."""
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.core.file_edits import write_like, write_without_vectors
+from pipeline.takedown.edits import stage_folders
 from pipeline.takedown.proof import IN_TAR, TakedownSearch, all_files
 from pipeline.takedown.staging import TakedownStaging
 from shards_spec.embeddings import EmbeddingFile
-from shards_spec.files import join, open_read, read_bytes, write_bytes
-from shards_spec.layout import LOGS
+from shards_spec.files import exists, join, open_read, read_bytes, write_bytes
+from shards_spec.layout import FILE_PATTERN, LOGS, stats_path
+from shards_spec.manifest import read_done
 from shards_spec.parquet import column_names, read_table
 
 INDEX = ".clipmill-search/"  # the folder of `clipmill search` below the images
@@ -17,10 +19,18 @@ HEAD_BYTES = 4096
 
 
 def stage_other_files(root: str, search: TakedownSearch, staging: TakedownStaging) -> list[str]:
-    """Stage the pages (deleted), the logs and the index of a dataset; returns the paths of the pages."""
+    """Stage the logs and the index of a dataset, and delete pages and the files of shards that a killed stage left.
+
+    Returns the paths of the pages.
+    """
     pages = list[str]()
+    folders = {folder for _, folder in stage_folders(root)}
     for path in all_files(root):
-        if path.startswith(INDEX) and path.endswith(".parquet"):
+        folder, _, name = path.rpartition("/")
+        if folder in folders:
+            if _is_unfinished(root, folder, name) and any(search.search_file(path)):
+                staging.stage_removal(path)
+        elif path.startswith(INDEX) and path.endswith(".parquet"):
             _stage_index(root, path, search, staging)
         elif path.endswith(".html") and _is_page(join(root, path)):
             staging.stage_removal(path)
@@ -28,6 +38,17 @@ def stage_other_files(root: str, search: TakedownSearch, staging: TakedownStagin
         elif path.startswith(f"{LOGS}/") and any(search.search_file(path)):
             _stage_log(root, path, search, staging)
     return pages
+
+
+def _is_unfinished(root: str, folder: str, name: str) -> bool:
+    """Whether a file is of a shard without a done-record, or one that the record does not name."""
+    match = FILE_PATTERN.fullmatch(name)
+    if match is None or match[2] == "_stats.json":
+        return False
+    if not exists(join(root, stats_path(folder, int(match[1])))):
+        return True
+    done = read_done(join(root, folder), int(match[1]))
+    return done is not None and f"{folder}/{name}" not in done.outputs
 
 
 def _is_page(path: str) -> bool:

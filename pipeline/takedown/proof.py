@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from shards_spec.files import filesystem, is_url, join, open_read, read_buffer, sha256_bytes, sha256_file, store_errors
-from shards_spec.layout import RAW, STAGING, TAKEDOWN
-from shards_spec.manifest import STATS_PATTERN
+from shards_spec.layout import RAW, STAGING, STATS_PATTERN, TAKEDOWN
 from shards_spec.names import is_image
 from shards_spec.parquet import open_parquet
 from shards_spec.sample import parse_object

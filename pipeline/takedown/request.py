@@ -75,7 +75,7 @@ def _text_entries(path: str, by: str) -> Iterator[tuple[int, Kind, str]]:
             continue
         first, tab, rest = text.partition("\t")
         if tab and first in KINDS:
-            yield number, cast(Kind, first), rest.strip()
+            yield number, first, rest.strip()
         elif tab:
             raise UserError(
                 f"--list {path}: line {number} has a tab and does not begin with {', '.join(KINDS)}: write KIND, tab, "
