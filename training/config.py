@@ -150,6 +150,14 @@ class EnsembleConfig:
         require(is_scale, "teacher_scale", self.teacher_scale, "above 0 each")
 
 
+def check_caches_are_read(caches: TeacherCacheConfig, teacher_from: str) -> None:
+    """Raise UserError where several caches are named and none is read."""
+    if teacher_from == "live" and len(caches.names) > 1:
+        raise UserError(
+            f"--teacher {' '.join(caches.names)} would not be used with --teacher-from live: say --teacher-from cache"
+        )
+
+
 def teacher_names(value: Any) -> tuple[str, ...]:
     """Return the names of teacher caches as a config has them: several, or one string as configs had before."""
     return tuple(value) if isinstance(value, tuple | list) else (value,) * bool(value)

@@ -8,10 +8,18 @@ import torch
 import torch.nn.functional as F
 from cuda_only import only_on_cuda
 
+from training.losses.clip_kd import gradient_loss
 from training.losses.contrastive import clip_loss
-from training.losses.distillation import affinity_loss, element_feature_loss, interactive_loss, relation_loss
+from training.losses.distillation import (
+    affinity_loss,
+    element_feature_loss,
+    ensemble_relation_loss,
+    interactive_loss,
+    relation_loss,
+)
 from training.losses.multilabel import pad_labels, sigmoid_loss, softmax_loss
 from training.losses.pair_matching import PairHead, key_ids, pair_loss, sample_negatives, text_ids
+from training.losses.similarity import Similarity
 from training.models.range_augment import RangeAugment
 
 COUNT = 12
@@ -49,6 +57,8 @@ def losses(rows: list[torch.Tensor]) -> list[torch.Tensor]:
         relation_loss(*rows, student_scale=20.0, teacher_scale=30.0),
         interactive_loss(*rows, 20.0),
         element_feature_loss(*rows),
+        gradient_loss(Similarity(*rows[:2], 20.0), Similarity(*rows[2:], 30.0)),
+        ensemble_relation_loss(Similarity(*rows[:2], 20.0), [Similarity(*rows[2:], 30.0)] * 2),
     ]
 
 

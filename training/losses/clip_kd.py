@@ -13,10 +13,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from training.losses.contrastive import clip_loss
-from training.losses.similarity import BLOCK_ROWS, Similarity, is_whole, mean_over_rows, upcast
+from training.losses.similarity import Similarity, for_rows, mean_over_rows, upcast
 
 
 def gradient_loss(student: Similarity, teacher: Similarity) -> Tensor:
@@ -63,25 +62,17 @@ def contrastive_gradients(similarity: Similarity, log_normalisers: Tensor, part:
     """
     rows, columns = upcast(similarity.rows), upcast(similarity.columns)
     with torch.autocast(rows.device.type, enabled=False):
-        share = similarity.scale / len(rows)
-        for_rows = (similarity.logits(part) - log_normalisers[part, None]).exp()
-        at_rows = share * (for_rows @ columns - columns[part])
-        for_columns = (similarity.transposed().logits(part) - log_normalisers).exp()
-        at_columns = share * (for_columns @ rows - rows[part])
+        factor = similarity.scale / len(rows)
+        shares = (similarity.logits(part) - log_normalisers[part, None]).exp()
+        at_rows = factor * (shares @ columns - columns[part])
+        shares = (similarity.transposed().logits(part) - log_normalisers).exp()
+        at_columns = factor * (shares @ rows - rows[part])
     return at_rows, at_columns
 
 
 def _log_normalisers(similarity: Similarity) -> Tensor:
-    """The (N,) logarithms of the rows' softmax denominators, in blocks of rows where there are many."""
-    count = len(similarity.rows)
-    if is_whole(count):
-        return similarity.logits().logsumexp(dim=1)
-
-    def of_rows(rows: slice) -> Tensor:
-        return similarity.logits(rows).logsumexp(dim=1)
-
-    blocks = [slice(start, min(start + BLOCK_ROWS, count)) for start in range(0, count, BLOCK_ROWS)]
-    return torch.cat([checkpoint(of_rows, rows, use_reentrant=False, preserve_rng_state=False) for rows in blocks])
+    """The (N,) logarithms of the rows' softmax denominators."""
+    return for_rows(lambda rows: similarity.logits(rows).logsumexp(dim=1), len(similarity.rows))
 
 
 class FeatureProjection(nn.Module):

@@ -56,12 +56,28 @@ def mean_over_rows(loss: Callable[[slice], Tensor], count: int) -> Tensor:
     """
     if is_whole(count):
         return loss(slice(0, count))
-    terms = []
-    for start in range(0, count, BLOCK_ROWS):
-        rows = slice(start, min(start + BLOCK_ROWS, count))
-        share = (rows.stop - rows.start) / count
-        terms.append(share * checkpoint(loss, rows, use_reentrant=False, preserve_rng_state=False))
-    return torch.stack(terms).sum()
+    shares = [(rows.stop - rows.start) / count for rows in _blocks(count)]
+    return torch.stack([share * term for share, term in zip(shares, _in_blocks(loss, count), strict=True)]).sum()
+
+
+def for_rows(function: Callable[[slice], Tensor], count: int) -> Tensor:
+    """Return what a function gives for ``count`` rows, (count, ...), computed in blocks where there are many.
+
+    Args:
+        function: Gives one entry for each row of a slice.
+        count: The number of rows.
+    """
+    return function(slice(0, count)) if is_whole(count) else torch.cat(_in_blocks(function, count))
+
+
+def _in_blocks(function: Callable[[slice], Tensor], count: int) -> list[Tensor]:
+    """What a function gives for each block of rows; it is computed again for the backward pass."""
+    blocks = _blocks(count)
+    return [checkpoint(function, rows, use_reentrant=False, preserve_rng_state=False) for rows in blocks]
+
+
+def _blocks(count: int) -> list[slice]:
+    return [slice(start, min(start + BLOCK_ROWS, count)) for start in range(0, count, BLOCK_ROWS)]
 
 
 def pair_cross_entropy(similarity: Similarity) -> Tensor:

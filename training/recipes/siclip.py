@@ -61,6 +61,7 @@ from training.config import (
     RunConfig,
     TeacherCacheConfig,
     ViewConfig,
+    check_caches_are_read,
 )
 from training.data.paired_views import KEEP
 from training.data.teacher_cache import TeacherCaches
@@ -313,6 +314,7 @@ def prepare(config: SiclipConfig) -> Prepared:
 
     Raises UserError and DataError, among others when base, teacher and student do not fit together.
     """
+    check_caches_are_read(config.cached_views, config.teacher_from)
     check_base_weights(config)  # before anything is built
     student, samples = open_pairs(config.data, config.views, config.student, config.run.seed)
     task = build_task(config, student, samples.cache)

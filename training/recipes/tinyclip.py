@@ -62,6 +62,7 @@ from training.config import (
     RunConfig,
     TeacherCacheConfig,
     ViewConfig,
+    check_caches_are_read,
     total_steps,
 )
 from training.data.paired_views import KEEP
@@ -371,6 +372,7 @@ def prepare(config: TinyclipConfig) -> Prepared:
     """
     inheritance = config.inheritance
     trust, seed = config.student.trust, config.run.seed
+    check_caches_are_read(config.cached_views, config.teacher_from)
     inheritance.check(config.student, STUDENT, is_live=config.teacher_from == "live")
     is_auto = inheritance.inherit == "auto"
     if is_auto:

@@ -110,16 +110,17 @@ def test_caches_that_do_not_go_together_are_refused(root, names, message):
     [
         ({"teacher_scale": (70.0,)}, "--teacher-scale 70: 1 number for 2 teachers (planted, wide); give one for each"),
         ({"teacher_scale": (70.0, 0.0)}, "--teacher-scale 70.0 0.0: must be above 0 each"),
+        ({"teacher_from": "live"}, "--teacher planted wide would not be used with --teacher-from live: say"),
         ({"more_teachers": ("x",)}, "--more-teachers 'x' would not be used with --teacher-from cache"),
         (
-            {"teacher_from": "live", "teacher_weights": "x", "more_teachers": ("x",)},
+            {"teacher": (), "teacher_from": "live", "teacher_weights": "x", "more_teachers": ("x",)},
             "--more-teachers x: name each teacher once",
         ),
     ],
 )
 def test_mistakes(root, fields, message):
     with pytest.raises(UserError) as error:
-        tinyclip.prepare(small(root, teacher=BOTH, **fields))
+        tinyclip.prepare(small(root, **{"teacher": BOTH, **fields}))
     assert message in str(error.value)
 
 
@@ -165,7 +166,7 @@ def test_live_teachers_beside_each_other_teach_as_their_caches(root, tmp_path):
     edit_text(tmp_path / "second", width=48, heads=3)
     models = [f"local-dir:{root}/models/teacher", write_weights(tmp_path / "second", seed=4)]
     scales = {"fixed_logit_scale": None, "teacher_scale": (70.0, 60.0)}
-    live = small(root, teacher_from="live", teacher_weights=models[0], more_teachers=(models[1],), **scales)
+    live = small(root, teacher=(), teacher_from="live", teacher_weights=models[0], more_teachers=(models[1],), **scales)
     for number, model in enumerate(models):
         spec = live.drawn_views.spec(live.run.seed)
         cache(CacheConfig(root=root, model=model, name=f"of-{number}", views=1, device="cpu", spec=spec))
@@ -209,6 +210,8 @@ def test_masks_two_teachers_and_two_processes(root, tmp_path):
     teacher = f"local-dir:{root}/models/teacher"
     fields = {"teacher": BOTH, "inherit": "auto", "teacher_weights": teacher, "model": "ViT-M-32", "batch_size": 8}
     fields |= {"steps": 3, "prune_step": 2, "teacher_scale": (7.0, 6.0)}
+    chain = tinyclip.stages(config_of(root, "unused", **fields, stages="1,0.5,0.25", stage_prune_steps="2,2"))
+    assert [stage.cached_views.names for stage in chain] == [BOTH] * 2
     masked = train("tinyclip", config_of(root, tmp_path / "masked", **fields))
     assert [line["losses"]["affinity"] > 0 for line in read_metrics(masked)] == [True] * 3
     plain = {"teacher": BOTH, "steps": 2, "batch_size": 8, "chunk_size": 2}
