@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 from pipeline.core.command_line import Root
 from pipeline.select.expression import FactCondition, parse_conditions
@@ -48,6 +49,11 @@ class SelectConfig:
     the synset) by each synset of its caption; without any it goes"""
     seed: int = 0
     """of the draws of --balance"""
+    export_list: str | None = None
+    """also write the samples that stay to this file, which --from takes: .parquet, .npy (uids as DataComp publishes
+    them), or text"""
+    export_by: Literal["key", "url", "sha256", "uid"] = "key"
+    """what the samples are called there; a column of raw/"""
     workers: int = os.cpu_count() or 1
     """worker processes"""
     overwrite: bool = False

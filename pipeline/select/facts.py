@@ -157,6 +157,29 @@ def shard_inputs(root: str, shard: int, sources: FactSources) -> dict[str, str]:
     return hashes
 
 
+class CaptionCosines:
+    """A teacher's cosines of the captions of a final shard with their images, NaN where either is missing.
+
+    Of the mean of an image's vectors over all cached views: that of one alone depends on the crop. Raises DataError
+    when the cache is of another shard, or broken.
+    """
+
+    def __init__(self, root: str, teacher: str, shard: int, keys: list[str]) -> None:
+        self._cached = open_cache(root, teacher, shard, keys)
+        self._means = mean_views(self._cached)
+
+    def of(self, number: int, rows: np.ndarray) -> np.ndarray:
+        """Of the captions ``number`` (0: the original one) of these samples, ascending: float32 (n,)."""
+        column = f"text_{number}"
+        vectors = self._cached.file(column).vectors(column).as_floats()
+        means = self._means
+        if len(rows) < len(means):
+            means = means[rows]
+            vectors = vectors[rows]
+        cosines: np.ndarray = np.einsum("nd,nd->n", means, vectors.astype(np.float32, copy=False))
+        return cosines
+
+
 class ShardFacts:
     """The facts of one final shard.
 
@@ -180,7 +203,7 @@ class ShardFacts:
         self.numbers = np.arange(len(self.owners)) - np.repeat(np.cumsum(counts) - counts, counts)
         self._samples = dict[str, pa.Array]()
         self._captions = dict[str, pa.Array]()
-        self._cosines = dict[str, np.ndarray]()
+        self._teachers = dict[str, CaptionCosines]()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -199,7 +222,8 @@ class ShardFacts:
 
     def _sample_fact(self, name: str) -> pa.Array:
         if name in TEXT_FACTS:
-            return _text_fact(name, [texts[0] for texts in self.texts], [own[:1] for own in self.synsets])
+            synsets = [own[:1] for own in self.synsets] if name == "synsets" else []
+            return _text_fact(name, [texts[0] for texts in self.texts], synsets)
         if name == "key":
             return pa.array(self.keys)
         if name == "captions":
@@ -210,10 +234,9 @@ class ShardFacts:
         if name in SIZE_FACTS:
             return self.table.column(name).combine_chunks()
         if name.removeprefix("synthetic_") in self.sources.cosines:
-            cosines = self._cosine(name.removeprefix("synthetic_"))
-            return (
-                self._best_synthetic(cosines) if name.startswith("synthetic_") else _nullable(self._original(cosines))
-            )
+            if name.startswith("synthetic_"):
+                return self._best_synthetic(self._all_cosines(name.removeprefix("synthetic_")))
+            return _nullable(self._cosines(name).of(0, np.arange(len(self))))
         if name in SIMILARITY_FACTS:
             values = self._similarities
             return _nullable(self._original(values)) if name == "original_similarity" else self._best_synthetic(values)
@@ -221,11 +244,11 @@ class ShardFacts:
 
     def _caption_fact(self, name: str) -> pa.Array:
         if name in TEXT_FACTS:
-            synsets = [[one] for one in chain.from_iterable(self.synsets)]
+            synsets = [[one] for one in chain.from_iterable(self.synsets)] if name == "synsets" else []
             return _text_fact(name, list(chain.from_iterable(self.texts)), synsets)
         if name == "number":
             return pa.array(self.numbers)
-        return _nullable(self._similarities if name == "similarity" else self._cosine(name))
+        return _nullable(self._similarities if name == "similarity" else self._all_cosines(name))
 
     @cached_property
     def synsets(self) -> list[list[list[str]]]:
@@ -249,12 +272,19 @@ class ShardFacts:
         np.maximum.at(best, self.owners[is_synthetic], values[is_synthetic])
         return _nullable(np.where(np.isinf(best), np.nan, best))
 
-    def _cosine(self, name: str) -> np.ndarray:
-        """Cosine of each caption with its image, the mean over all cached views; NaN where there is none."""
+    def _all_cosines(self, name: str) -> np.ndarray:
+        """Cosine of each caption with its image, float64 (captions,); NaN where there is none."""
+        cosines = np.full(len(self.owners), np.nan)
+        for number in range(int(self.numbers.max(initial=-1)) + 1):
+            places = np.flatnonzero(self.numbers == number)
+            cosines[places] = self._cosines(name).of(number, self.owners[places])
+        return cosines
+
+    def _cosines(self, name: str) -> CaptionCosines:
         teacher = self.sources.cosines[name]
-        if teacher not in self._cosines:
-            self._cosines[teacher] = caption_cosines(self, teacher)
-        return self._cosines[teacher]
+        if teacher not in self._teachers:
+            self._teachers[teacher] = CaptionCosines(self.root, teacher, self.shard, self.keys)
+        return self._teachers[teacher]
 
     @cached_property
     def _similarities(self) -> np.ndarray:
@@ -293,23 +323,6 @@ class ShardFacts:
         return whole.column(name).combine_chunks().take(places)
 
 
-def caption_cosines(facts: ShardFacts, teacher: str) -> np.ndarray:
-    """float64 (captions,): the teacher's cosine of each caption with its image, NaN where either is missing.
-
-    The mean over all cached views: of one alone it depends on the crop. Raises DataError when the cache is of another
-    shard, or broken.
-    """
-    cached = open_cache(facts.root, teacher, facts.shard, facts.keys)
-    mean = mean_views(cached)
-    cosines = np.full(len(facts.owners), np.nan)
-    for number in range(int(facts.numbers.max(initial=-1)) + 1):
-        places = np.flatnonzero(facts.numbers == number)
-        vectors = cached.file(f"text_{number}").vectors(f"text_{number}").as_floats()
-        rows = facts.owners[places]
-        cosines[places] = np.einsum("nd,nd->n", mean[rows], vectors[rows].astype(np.float32))
-    return cosines
-
-
 def open_cache(root: str, teacher: str, shard: int, keys: list[str]) -> TeacherShard:
     """A teacher's cache of a final shard with these keys. Raises DataError when it is of another shard, or broken."""
     cached = TeacherShard(root, teacher, shard)
@@ -334,7 +347,7 @@ def mean_views(cached: TeacherShard) -> np.ndarray:
 
 
 def _text_fact(name: str, texts: list[str], synsets: list[list[list[str]]]) -> pa.Array:
-    """A fact of texts; ``synsets`` are those of each text, once."""
+    """A fact of texts; ``synsets`` are those of each text, once, where they are asked for."""
     if name == "caption":
         return pa.array(texts, pa.string())
     if name == "chars":

@@ -27,6 +27,7 @@ NAMES = ("uid", "url", "sha256", "key")  # what a sample is called, the surest f
 UID = re.compile(r"[0-9a-fA-F]{32}")
 SHA256_DIGITS = 64
 HALF = (1 << 64) - 1
+SPREAD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: combines halves of a uid so that patterns in them do not cancel
 NUMPY_MAGIC = b"\x93NUMPY"
 PARQUET_MAGIC = b"PAR1"
 BLOCK = 1 << 20  # names that are read at a time
@@ -78,7 +79,7 @@ def name_ids(texts: Iterable[str | None]) -> np.ndarray:
 
 def uid_ids(halves: np.ndarray) -> np.ndarray:
     """uint64 (n,): the numbers of uids as (n, 2) uint64, upper and lower half."""
-    ids: np.ndarray = np.maximum(halves[:, 0] ^ halves[:, 1], np.uint64(1))
+    ids: np.ndarray = np.maximum(halves[:, 0] * np.uint64(SPREAD) + halves[:, 1], np.uint64(1))
     return ids
 
 
@@ -91,7 +92,7 @@ def uid_halves(uid: str) -> tuple[int, int]:
 def _name_id(text: str) -> int:
     if UID.fullmatch(text):
         upper, lower = uid_halves(text)
-        return max(upper ^ lower, 1)
+        return max((upper * SPREAD + lower) & HALF, 1)
     if len(text) == SHA256_DIGITS:
         text = text.lower()
     return content_id(text.encode(errors="surrogatepass"))

@@ -26,6 +26,7 @@ from pipeline.core.runner import (
 from pipeline.select.against import index_of
 from pipeline.select.config import SelectConfig
 from pipeline.select.dataset_rules import DatasetRules
+from pipeline.select.export_list import check_export, export_list
 from pipeline.select.expression import FactCondition, check_names
 from pipeline.select.facts import FactSources, ShardFacts, find_sources, shard_inputs
 from pipeline.select.sample_lists import NAMES, SampleList, read_sample_list
@@ -53,6 +54,8 @@ def select(config: SelectConfig, assignment: ShardAssignment = ALL) -> Summary:
     if not any(getattr(config, field) for field in RULES):
         raise UserError(f"select needs a rule: give one of {', '.join(map(flag, RULES))}; see `clipmill select --help`")
     available = find_sources(root, config.teacher, config.captioner, shards)
+    if config.export_list is not None:
+        check_export(config.export_list, config.export_by, available)
     with (
         tempfile.TemporaryDirectory(prefix="clipmill-select-") as folder,
         index_of(config.against, root, config.workers) as against,
@@ -69,11 +72,15 @@ def select(config: SelectConfig, assignment: ShardAssignment = ALL) -> Summary:
             overwrite=config.overwrite,
             total=len(shards),
         )
-        if not dataset_rules:
+        if dataset_rules:
+            summary = _select_by_survey(root, stage, rules, dataset_rules=dataset_rules, shards=shards, options=options)
+        else:
             Survey(root, name).remove()  # of an earlier run that did not end
             work = partial(select_shard, name=name, rules=rules)
-            return run_stage(root, stage, _tasks(root, shards, rules.sources, assignment), work, options)
-        return _select_by_survey(root, stage, rules, dataset_rules=dataset_rules, shards=shards, options=options)
+            summary = run_stage(root, stage, _tasks(root, shards, rules.sources, assignment), work, options)
+    if config.export_list is not None and assignment.is_complete:
+        export_list(root, name, shards, path=config.export_list, by=config.export_by)
+    return summary
 
 
 def _select_by_survey(

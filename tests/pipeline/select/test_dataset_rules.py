@@ -19,7 +19,9 @@ from pipeline.select import semantic_duplicates
 from pipeline.select.balance import EntryCounts, count_entries
 from pipeline.select.cells import Embeddings, divide
 from pipeline.select.config import SelectConfig
+from pipeline.select.export_list import write_uids
 from pipeline.select.facts import ShardFacts, find_sources
+from pipeline.select.sample_lists import name_ids, read_sample_list
 from pipeline.select.semantic_duplicates import DuplicateRule, first_alike, repeated_rows
 from pipeline.select.stage import select
 from pipeline.select.top_share import find_top_share
@@ -199,6 +201,27 @@ def test_semantic_duplicates_across_shards(root):
     assert f"left out: semantic duplicate ({pairs[gone]})" in "\n".join(why(WhyConfig(root, gone)).lines)
 
 
+def test_a_list_that_is_published_and_applied(root, tmp_path):
+    for by, name in (("sha256", "list.txt"), ("url", "list.parquet")):
+        path = str(tmp_path / name)
+        select(SelectConfig(root, top=0.3, by="similarity", workers=1, export_list=path, export_by=by, overwrite=True))
+        select(SelectConfig(root, "again", from_=(path,), workers=1, overwrite=True))
+        kept = [key for key, reason in selected(root, "again").items() if reason is None]
+        assert kept == ["000010001", "000010002", "000010003"]
+
+
+def test_uids_as_datacomp_publishes_them(tmp_path):
+    uids = ["0a" * 16, "f" * 32, "1" * 32, "00" * 15 + "01"]
+    path = tmp_path / "subset.npy"
+    write_uids(str(path), iter([uids[:2], uids[2:]]))
+    array = np.load(path)
+    assert array.dtype == np.dtype("u8,u8")
+    assert array["f0"].tolist() == sorted(int(uid[:16], 16) for uid in uids)
+    listed = np.load(read_sample_list((str(path),), "--from", str(tmp_path)).path)
+    assert set(name_ids(uids).tolist()) == set(listed.tolist())
+    assert len(listed) == 4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -208,6 +231,8 @@ def test_semantic_duplicates_across_shards(root):
         ({"top": 0.5, "by": "NSFW"}, "no sample has a number"),
         ({"top": 0.5, "by": "caption"}, "no sample has a number"),
         ({"from_": ("/nowhere",)}, "--from /nowhere: no such file"),
+        ({"top": 0.5, "by": "cosine", "export_list": "x", "export_by": "uid"}, "no such column"),
+        ({"top": 0.5, "by": "cosine", "export_list": "x.npy"}, "--export-by uid"),
         ({}, "needs a rule"),
     ],
 )
