@@ -98,6 +98,30 @@ def retry_tasks(root: str, shard_size: int) -> Iterator[ShardTask]:
         number += 1
 
 
+def task_of_pass(root: str, shard: int, retry_pass: int, shard_size: int) -> ShardTask | None:
+    """The task that an additional shard of a pass had, from the shards before that pass; None when it had none.
+
+    The shard itself is not read. Raises DataError for a broken shard before it.
+    """
+    list_shards = 0
+    passes = list[int]()
+    for number in finished_shards(join(root, RAW)):
+        done = read_done(join(root, RAW), number)
+        if done is not None and RETRY_PASS in done.inputs:
+            passes.append(int(done.inputs[RETRY_PASS]))
+        elif number != shard:
+            list_shards += 1
+    before = [own for own in passes if own < retry_pass]
+    attempts = (
+        attempt
+        for attempt in _last_attempts(root, list_shards, before)
+        if attempt.reason in TEMPORARY_REASONS and attempt.retry_pass < retry_pass
+    )
+    index = shard - list_shards - len(before)
+    chunk = list(islice(attempts, index * shard_size, (index + 1) * shard_size)) if index >= 0 else []
+    return _task(shard, retry_pass, chunk) if chunk else None
+
+
 def _list_tasks(root: str) -> Iterator[ShardTask]:
     """The list's own shards as they are."""
     number = 0

@@ -11,15 +11,15 @@ from pipeline.ingest.stage import ingest
 from pipeline.repair.folder import Folder
 from pipeline.repair.raw import LOST, RawOutcome, RefusedError
 from pipeline.repair.raw_evidence import lenient_json, lenient_table
-from pipeline.repair.recorded import Recorded, is_foreign, sound_record
+from pipeline.repair.recorded import Recorded, file_sha256, is_foreign, sound_record
 from pipeline.repair.salvage import Members, image_of, looks_right, raw_samples, row_of_json
-from shards_spec.files import exists, join, sha256_bytes, write_json
+from shards_spec.files import DataError, UserError, exists, join, sha256_bytes, write_json
 from shards_spec.layout import RAW, parquet_path, raw_parquet, raw_tar, stats_path, tar_path
 from shards_spec.manifest import Done, forget
 from shards_spec.messages import counted
 from shards_spec.parquet import write_table
 from shards_spec.sample import Sample
-from shards_spec.tar import write_shard
+from shards_spec.tar import shard_keys, write_shard
 
 
 @dataclass
@@ -85,18 +85,20 @@ class ForeignRepair:
         table = lenient_table(raw_parquet(root, shard))
         rewritten = pa.Table.from_pylist(rows, table.schema if table is not None else None)
         tar, parquet = tar_path(RAW, shard), parquet_path(RAW, shard)
-        outputs = {
-            tar: write_shard(join(folder.scratch, tar), (Sample(*sample) for sample in kept.items()))[1],
-            parquet: write_table(join(folder.scratch, parquet), rewritten),
-        }
+        outputs = {path: str(file_sha256(join(root, path))) for path in (tar, parquet)}
+        if lost or not _is_readable(raw_tar(root, shard)):
+            outputs[tar] = write_shard(join(folder.scratch, tar), (Sample(*sample) for sample in kept.items()))[1]
+        if lost or table is None:
+            outputs[parquet] = write_table(join(folder.scratch, parquet), rewritten)
+        made = [path for path in outputs if exists(join(folder.scratch, path))]
         counts = Counter(str(row["error_message"] or row["status"]) for row in rows if row["status"] != "success")
         counts["success"] = len(kept)
-        moved = [folder.copy_away(path) for path in outputs if exists(join(root, path))]
+        moved = [folder.copy_away(path) for path in made if exists(join(root, path))]
         stats = self._stats(counts)
         if "clipmill" in stats or "ingest" in self.recorded.configs:
             folder.publish(self._done(stats, counts, outputs), RAW)
         else:  # stats without a done-record, as img2dataset writes them
-            for path in outputs:
+            for path in made:
                 folder.put(path)
             write_json(stats_path(join(root, RAW), shard), stats)
         return RawOutcome(is_exact=False, dropped={LOST: len(lost)} if lost else {}, moved=moved)
@@ -120,6 +122,14 @@ class ForeignRepair:
             inputs=inputs if isinstance(inputs, dict) else {"parquet": "not there"},
             outputs=outputs,
         )
+
+
+def _is_readable(path: str) -> bool:
+    """Whether all of a tar can be read."""
+    try:
+        return bool(shard_keys(path))
+    except (DataError, UserError, OSError):
+        return False
 
 
 def _is_right(members: Members, row: dict[str, Any] | None) -> bool:

@@ -11,19 +11,21 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from pipeline.core.runner import ShardResult
+from pipeline.core.runner import ShardResult, ShardTask
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.images import EncodedImage, Outcome
 from pipeline.ingest.listing import Listing, rows_hash
 from pipeline.ingest.raw_shard import RawShardInput, write_raw_shard
+from pipeline.ingest.retry import RETRY_PASS, task_of_pass
 from pipeline.ingest.stage import LIST_FORMS, fetch_missing, source_form
 from pipeline.repair.folder import Folder
 from pipeline.repair.raw_evidence import LINK, RawEvidence
-from pipeline.repair.recorded import Recorded, file_sha256
+from pipeline.repair.recorded import Recorded, file_sha256, sound_record
 from shards_spec.files import DataError, UserError, exists, join, remove
 from shards_spec.layout import RAW, raw_parquet, raw_tar
-from shards_spec.manifest import TIMES, Done
+from shards_spec.manifest import TIMES, Done, finished_shards
 from shards_spec.messages import counted
+from shards_spec.parquet import read_table
 
 LOST = "lost in a damaged shard"  # a reason on disk
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -95,6 +97,33 @@ def source_tasks(recorded: Recorded, shards: set[int], given: str | None) -> dic
         return {task.shard: task for task in Listing(settings, form).tasks_of(shards)}
     except (UserError, DataError, OSError):
         return {}
+
+
+def retry_task(evidence: RawEvidence) -> ShardTask | None:
+    """The task of an additional shard of `ingest --retry-failed`, from the shards before it; None when it is none.
+
+    It has to have all samples that the shard has.
+    """
+    size = evidence.config.get("shard_size")
+    if evidence.done is not None and RETRY_PASS not in evidence.done.inputs:
+        return None
+    for retry_pass in evidence.passes() if isinstance(size, int) else []:
+        with suppress(DataError, UserError, OSError):
+            task = task_of_pass(evidence.root, evidence.shard, retry_pass, size or 1)
+            keys = set(task.payload.keys) if task is not None else set()
+            if evidence.samples.keys() <= keys and not keys & _keys_of_pass(evidence, retry_pass):
+                return task
+    return None
+
+
+def _keys_of_pass(evidence: RawEvidence, retry_pass: int) -> set[str]:
+    """The inputs that other shards of a pass have: an input is tried once in each."""
+    root, keys = evidence.root, set[str]()
+    for number in finished_shards(join(root, RAW)):
+        done = sound_record(root, "ingest", number)
+        if done is not None and number != evidence.shard and done.inputs.get(RETRY_PASS) == str(retry_pass):
+            keys |= set(read_table(raw_parquet(root, number), ["key"]).column("key").to_pylist())
+    return keys
 
 
 @dataclass
@@ -169,7 +198,13 @@ class RawRepair:
         if self.unproven and result.outputs[tar] not in self.evidence.expected[tar]:
             outcomes = self._prove(outcomes)
             result = self._write(outcomes)
+            self.unproven = {key for key in self.unproven if not self._is_proven(key, outcomes)}
         return self._publish(result, outcomes)
+
+    def _is_proven(self, key: str, outcomes: list[Outcome]) -> bool:
+        """Whether an image was fetched again after all."""
+        index = self.shard_input.keys.index(key)
+        return outcomes[index] is not self.known[index]
 
     def _fetched(self, known: list[Outcome | None]) -> list[Outcome]:
         """The outcomes, those that are None fetched again, or `LOST` where they cannot be."""
@@ -223,7 +258,8 @@ class RawRepair:
             for key, outcome in zip(self.shard_input.keys, outcomes, strict=True)
             if isinstance(outcome, str) and self._was_image(key)
         )
-        return RawOutcome(is_exact=is_exact, dropped=dict(dropped), moved=moved)
+        unproven = 0 if is_exact else len(self.unproven)
+        return RawOutcome(is_exact=is_exact, dropped=dict(dropped), moved=moved, unproven=unproven)
 
     def _was_image(self, key: str) -> bool:
         row = self.values.get(key)
@@ -275,7 +311,7 @@ class RawRepair:
         inputs = inputs if isinstance(inputs, dict) else {}
         retried = retried if isinstance(retried, dict) else {}
         if self.evidence.task is not None:
-            return self.evidence.task.inputs, {}
+            return self.evidence.task.inputs, self.evidence.task.payload.retried
         sound = {name: value for name, value in inputs.items() if isinstance(value, str)}
         if not DIGEST.fullmatch(sound.get("rows", "")):
             sound["rows"] = rows_hash(self.shard_input.rows)
@@ -286,12 +322,13 @@ class RawRepair:
 class RawOutcome:
     """What became of a raw shard: ``is_exact``, its files are as they were; else the ``dropped`` inputs by reason.
 
-    ``moved`` are the damaged files that were moved away, below ROOT.
+    ``moved`` are the damaged files that were moved away, below ROOT, ``unproven`` the images that only look right.
     """
 
     is_exact: bool
     dropped: dict[str, int]
     moved: list[str]
+    unproven: int = 0
 
     def describe(self) -> str:
         """In a few words."""
@@ -299,4 +336,5 @@ class RawOutcome:
             return "as it was written"
         lost = ", ".join(f"{number} {reason}" for reason, number in sorted(self.dropped.items()))
         kept = f"; the damaged files are in {', '.join(self.moved)}" if self.moved else ""
-        return (f"{lost}" if lost else "no sample lost") + kept
+        looks = f"; {counted(self.unproven, 'image')} kept for their looks alone" if self.unproven else ""
+        return (lost or "no sample lost") + looks + kept

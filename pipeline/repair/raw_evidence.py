@@ -6,6 +6,7 @@ list has the rows too, where it is still there. Every input ends as a row with a
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ import pyarrow as pa
 from pipeline.core.runner import ShardTask
 from pipeline.ingest.images import EncodedImage, Outcome
 from pipeline.ingest.raw_shard import SCHEMA, RawShardInput, sample_key
+from pipeline.ingest.retry import RETRY_PASS
 from pipeline.ingest.rows import Row
 from pipeline.repair.recorded import Recorded, file_sha256, hashes_in, sound_record
 from pipeline.repair.salvage import (
@@ -46,6 +48,7 @@ class RawEvidence:
     ``done`` is its record when that is sound, ``stats`` what can be read of it otherwise. ``whole`` has the paths below
     ROOT of files that are as they were written, which ``expected`` tells: path to hashes. ``table`` are the rows as
     they can be read, ``samples`` the members of the samples, ``task`` the shard as its source has it.
+    ``tried_again`` has the reasons of inputs that later shards have too.
     """
 
     root: str
@@ -60,6 +63,7 @@ class RawEvidence:
     task: ShardTask | None = None
     schema: pa.Schema | None = None
     witnesses: ImageWitnesses = field(default_factory=ImageWitnesses)
+    tried_again: dict[str, str] = field(default_factory=dict)
 
     @property
     def tar(self) -> str:
@@ -85,14 +89,28 @@ class RawEvidence:
     def keys(self) -> list[str]:
         """The key of every input, in order."""
         stored = self.table.column("key").to_pylist() if self.table is not None else []
-        if self.rows_are_whole or self._is_additional(stored):
+        if self.rows_are_whole:
             return stored
         if self.task is not None:
             return list(self.task.payload.keys)
+        if self._is_additional(stored):
+            return stored or list(self.samples)
         own = [key for key in self.samples if self._index(key) is not None]
         count = max([len(stored), self._count(), *((self._index(key) or 0) + 1 for key in own)])
         size = int(self.config.get("shard_size", count))
         return [sample_key(self.shard, index, size) for index in range(count)]
+
+    def passes(self) -> list[int]:
+        """The numbers of the pass of `ingest --retry-failed` that may have made it, the likeliest first."""
+        record = self.stats.get("clipmill")
+        inputs = record.get("inputs") if isinstance(record, dict) else None
+        stored = str(inputs.get(RETRY_PASS, "")) if isinstance(inputs, dict) else ""
+        near = {1}
+        for number in finished_shards(join(self.root, RAW)):
+            done = sound_record(self.root, "ingest", number)
+            if done is not None and RETRY_PASS in done.inputs:
+                near |= {int(done.inputs[RETRY_PASS]), int(done.inputs[RETRY_PASS]) + 1}
+        return [*([int(stored)] if stored.isdecimal() else []), *sorted(near)]
 
     def _is_additional(self, keys: list[Any]) -> bool:
         """Whether rows of other shards are tried again here: then the list has no shard of this number."""
@@ -150,13 +168,33 @@ class RawEvidence:
         note = values["error_message"] if values["status"] == "success" else None
         return Row(values["caption"], values["url"], note=note, extra=extra, label=label)
 
+    def _known_to_fail(self, keys: list[str], values: dict[str, dict[str, Any]]) -> dict[str, str]:
+        """Key to reason of inputs whose rows are lost: those that were tried again later, and by elimination the rest.
+
+        By elimination: when the record counts just so many inputs of one reason beside those that are known.
+        """
+        unknown = [key for key in keys if key not in values and key not in self.samples]
+        failed = {key: reason for key, reason in self.tried_again.items() if key in unknown}
+        if self.done is not None:
+            left = Counter(self.done.counts)
+            left.subtract("success" if row["status"] == "success" else row["error_message"] for row in values.values())
+            left.subtract(failed.values())
+            reasons = [reason for reason, number in left.items() if number > 0]
+            rest = [key for key in unknown if key not in failed]
+            if len(reasons) == 1 and reasons[0] != "success" and left[reasons[0]] == len(rest):
+                failed |= dict.fromkeys(rest, reasons[0])
+        return failed
+
     def outcomes(self, keys: list[str], values: dict[str, dict[str, Any]]) -> tuple[list[Outcome | None], set[str]]:
         """What became of each input, None where that is lost, and the keys of images that no hash proves."""
         outcomes = list[Outcome | None]()
         unproven = set[str]()
+        failed = self._known_to_fail(keys, values)
         for key in keys:
             row = values.get(key)
-            if row is None or row["status"] == "success":
+            if key in failed:
+                outcomes.append(failed[key])
+            elif row is None or row["status"] == "success":
                 image, is_proven = self._image(key, row)
                 outcomes.append(image)
                 if image is not None and not is_proven:
@@ -188,6 +226,29 @@ def _is_plausible(row: dict[str, Any], reasons: set[str]) -> bool:
     return isinstance(reason, str) and (not reasons or reason in reasons)
 
 
+def reasons_before_retry(root: str, shard: int) -> dict[str, str]:
+    """Key to an earlier reason of the inputs that additional shards tried again, those of other whole shards excepted.
+
+    Their records count the reasons, without saying which input had which.
+    """
+    keys = list[str]()
+    retried = Counter[str]()
+    known = dict[str, str]()
+    for number in finished_shards(join(root, RAW)):
+        done = sound_record(root, "ingest", number)
+        table = lenient_table(raw_parquet(root, number)) if number != shard else None
+        if done is None or table is None:
+            continue
+        if RETRY_PASS in done.inputs:
+            retried.update(done.retried)
+            keys += table.column("key").to_pylist()
+        rows = zip(table.column("key").to_pylist(), table.column("error_message").to_pylist(), strict=True)
+        known |= {key: reason for key, reason in rows if reason is not None and RETRY_PASS not in done.inputs}
+    retried.subtract(known[key] for key in keys if key in known)
+    reasons = sorted((+retried).elements())
+    return dict(zip((key for key in keys if key not in known), reasons, strict=False))
+
+
 def gather_evidence(recorded: Recorded, shard: int, *, hashes: dict[str, set[str]], keys: list[str]) -> RawEvidence:
     """Read what is left of a raw shard.
 
@@ -213,6 +274,8 @@ def gather_evidence(recorded: Recorded, shard: int, *, hashes: dict[str, set[str
         samples=raw_samples(raw_tar(root, shard)),
         schema=_schema_of_others(root, shard),
     )
+    if evidence.parquet not in whole:
+        evidence.tried_again = reasons_before_retry(root, shard)
     if evidence.tar not in whole:
         wanted = set(evidence.keys())
         tar_hashes = expected[evidence.tar]

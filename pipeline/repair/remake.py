@@ -44,7 +44,10 @@ def stale_shards(root: str, key: str) -> list[int]:
     shards = finished_shards(join(root, stage_output(key) or ""))
     records = {shard: done for shard in shards if (done := sound_record(root, key, shard)) is not None}
     if key == "dedup":
-        inputs = {"raw": hash_raw_shards(root, finished_shards(join(root, RAW)))}
+        try:
+            inputs = {"raw": hash_raw_shards(root, finished_shards(join(root, RAW)))}
+        except (DataError, OSError):
+            return []  # a raw shard is broken, which has been said
         return [shard for shard, done in records.items() if done.inputs != inputs]
     return [shard for shard, done in records.items() if key != "ingest" and _is_stale(root, done)]
 

@@ -2,7 +2,7 @@
 
 A tar has no hashes of its members. An image is proven by the copy in its final shard (whose bytes are untouched since
 `ingest`), by the id that a teacher cache keeps of it, or by the sha256 in its row, where `ingest` kept the bytes.
-Any other one is taken when it decodes and has the size and the perceptual hash of its row.
+Any other one is taken when it decodes and has the size and nearly the perceptual hash of its row.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from pipeline.core.near_duplicates import MAX_NEAR_BITS, parse_hashes
 from pipeline.core.perceptual_hash import perceptual_hash
 from pipeline.ingest.images import EncodedImage
 from pipeline.repair.recorded import file_sha256, sound_record
@@ -142,7 +143,18 @@ def looks_right(image: bytes, row: dict[str, Any]) -> bool:
     sizes = [(row.get("width"), pixels.width), (row.get("height"), pixels.height)]
     if any(recorded is not None and recorded != own for recorded, own in sizes):
         return False
-    return "phash" not in row or row["phash"] == perceptual_hash(pixels)
+    return _look_alike(row.get("phash"), perceptual_hash(pixels))
+
+
+def _look_alike(recorded: Any, own: str | None) -> bool:
+    """Whether two perceptual hashes are near: that of a row was taken before the image was encoded; None is no hash."""
+    if own is None or not isinstance(recorded, str):
+        return True
+    try:
+        one, other = parse_hashes([recorded, own])
+    except ValueError:
+        return True
+    return (int(one) ^ int(other)).bit_count() <= MAX_NEAR_BITS
 
 
 def encoded_image(image: bytes, row: dict[str, Any]) -> EncodedImage | None:

@@ -19,7 +19,7 @@ from pipeline.repair.classes import restore_class_names
 from pipeline.repair.folder import Folder
 from pipeline.repair.foreign import ForeignRepair
 from pipeline.repair.inventory import Inventory, misplaced, put_back, surplus, take_inventory
-from pipeline.repair.raw import RawRepair, RefusedError, find_sources, source_tasks
+from pipeline.repair.raw import RawRepair, RefusedError, find_sources, retry_task, source_tasks
 from pipeline.repair.raw_evidence import gather_evidence
 from pipeline.repair.recorded import Recorded, is_foreign, read_recorded, recorded_hashes
 from pipeline.repair.remake import Remaker, cut_caches, cut_captions, stale_shards
@@ -79,6 +79,7 @@ class _Repair:
         self._recorded = Recorded(config.root, "")
         self._inventory = Inventory(config.root)
         self._broken_plan = list[int]()
+        self._has_refused = False
 
     def run(self) -> None:
         """All steps, in the order of the stages."""
@@ -90,7 +91,10 @@ class _Repair:
         self._move_surplus()
         self._mend_dataset()
         for key in self._recorded.stages():
-            self._mend_stage(key)
+            try:
+                self._mend_stage(key)
+            except (DataError, UserError, OSError) as error:
+                self._refuse(f"{stage_output(key)}: refused: {error}")
             if key == "ingest":
                 self._mend_classes()
             if key == "pack":
@@ -101,6 +105,10 @@ class _Repair:
         if not self._dry:
             self._inventory.keep_times()
             self._folder.forget_changes()
+
+    def _refuse(self, line: str) -> None:
+        self._has_refused = True
+        self._say(line)
 
     def _take_inventory(self) -> None:
         self._recorded = read_recorded(self._root)
@@ -191,7 +199,7 @@ class _Repair:
                 broken[shard] = self._short(problems[0])
         if not broken:
             return
-        config = self._recorded.config("ingest") or {}
+        config = self._recorded.config("ingest") or {"kind": "img2dataset"}  # without any record of ours it is foreign
         sources = find_sources(self._recorded, self._config.source)
         tasks = source_tasks(self._recorded, set(broken), self._config.source)
         keys = self._recorded.stages()
@@ -202,13 +210,13 @@ class _Repair:
                     work: Any = ForeignRepair(self._recorded, self._folder, shard, sources)
                 else:
                     evidence = gather_evidence(self._recorded, shard, hashes=hashes, keys=keys)
-                    evidence.use_task(tasks.get(shard))
+                    evidence.use_task(tasks.get(shard) or retry_task(evidence))
                     work = RawRepair.plan(evidence, self._folder, self._recorded, sources)
                 self._say(f"{problem}; {work.describe()}")
                 if not self._dry:
                     self._say(f"{RAW}/{shard_name(shard)}: {work.run().describe()}")
             except (RefusedError, UserError, DataError, OSError) as error:
-                self._say(f"{problem}; refused: {error}")
+                self._refuse(f"{problem}; refused: {error}")
 
     # stages after it
 
@@ -222,24 +230,24 @@ class _Repair:
         if not broken and not stale and not (key == "pack" and self._broken_plan):
             return
         for shard in sorted(broken):
-            self._say(f"{broken[shard]}; made again")
+            self._say(f"{broken[shard]}; to be made again")
         if key == "plan":  # which `pack` makes, when its own shards are known
             self._broken_plan = sorted(broken)
             return
         if stale:
             shown = ", ".join(map(shard_name, stale[:SHARDS_NAMED]))
             more = f" and {len(stale) - SHARDS_NAMED} more" if len(stale) > SHARDS_NAMED else ""
-            self._say(f"{stage_output(key)}: {shown}{more} were made of what has changed; made again")
+            self._say(f"{stage_output(key)}: {shown}{more} were made of what has changed; to be made again")
         record = self._recorded.config(key)
         if record is None:
-            self._say(f"{stage_output(key)}: refused: no record says how it was made; run its stage again")
+            self._refuse(f"{stage_output(key)}: refused: no record says how it was made; run its stage again")
         elif not self._dry:
             try:
                 for shard in self._broken_plan if key == "pack" else []:
                     forget(join(self._root, PLAN), shard)
                 self._remaker.run(key, record, sorted(broken))
             except RefusedError as error:
-                self._say(f"{stage_output(key)}: refused: {error}")
+                self._refuse(f"{stage_output(key)}: refused: {error}")
 
     def _cut(self, key: str) -> None:
         """Where only rows vanished, shorten what was made of them; no model is needed for that."""
@@ -259,6 +267,8 @@ class _Repair:
         """Shards with damaged files of their own, or that do not fit the shards that they were made of."""
         shard_folder = shard_folder_of(key)
         broken = dict(damaged)
+        if self._has_refused:
+            return broken  # whole shards may fail to fit what is still broken before them
         stale = set(stale_shards(self._root, key))
         for shard in finished_shards(join(self._root, shard_folder.folder)):
             if shard in broken or shard in stale:
@@ -280,6 +290,8 @@ class _Repair:
             return  # they are made again first
         path = sizes_json(self._root)
         total = len(finished_shards(join(self._root, SHARDS)))
+        if total != self._recorded.number_of_shards("pack"):
+            return  # one is still missing, which has been said
         try:
             expected = final_sizes(self._root, total)
         except (DataError, UserError):

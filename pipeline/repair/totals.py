@@ -59,6 +59,8 @@ def update_block(recorded: Recorded, key: str, *, dry_run: bool) -> bool:
     if block is None:
         return False
     before = recorded.blocks.get(key)
+    if before is not None and before.get("shards", 0) > block["shards"]:
+        return False  # a shard is gone and was not made again: that must stay a problem
     names = ("config", "shards", "counts", "facts")
     if before is not None and all(_same(before.get(name), block.get(name)) for name in names if name in before):
         return False
