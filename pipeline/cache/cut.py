@@ -21,7 +21,7 @@ def cut_teacher_shard(root: str, name: str, shard: int, target: str) -> Done | N
         return None
     cached = TeacherShard(root, name, shard)
     if "imported" in cached.config:  # may lack rows, and has views beside them: `cache --from` writes it again
-        return False
+        return None
     index = ShardIndex(final_tar(root, shard))
     has_texts = cached.find("text_0") is not None
     soft = format_of(cached.path, cached.config) is not None

@@ -8,19 +8,23 @@ from pathlib import Path
 
 import pytest
 from small_damage import damage, is_named, states
-from small_data import build_all, draw
+from small_data import build_all, draw, tiny_coca
 from small_ingest import config, write_list
 from web_server import serve
 
+import clipmill
 from pipeline.cache.export_lists import export_lists
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
 from pipeline.dedup.config import DedupConfig
 from pipeline.dedup.stage import dedup
+from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.stage import ingest
+from pipeline.repair.raw import LOST
 from pipeline.repair.stage import repair
 from pipeline.why.config import WhyConfig
 from pipeline.why.stage import why
+from shards_spec.files import read_json, write_json
 from shards_spec.manifest import read_dataset
 
 pytestmark = pytest.mark.integration
@@ -115,13 +119,17 @@ def test_several_damages_at_once_are_repaired(uneven, equal):
         assert_repaired((uneven, equal)[seed % 2], seed, 2 + seed % 3)
 
 
-def spoil_image(root: Path, key: str) -> None:
-    """Overwrite the image of a sample in its raw tar, and delete the final shard that has a copy."""
-    tar = root / "raw" / f"{key[:5]}.tar"
+def spoil(tar: Path, member: str) -> None:
+    """Overwrite part of a member of a tar."""
     data = bytearray(tar.read_bytes())
-    start = data.index(f"{key}.jpg".encode()) + 512
+    start = data.index(member.encode()) + 512
     data[start + 100 : start + 400] = bytes(300)
     tar.write_bytes(data)
+
+
+def spoil_image(root: Path, key: str) -> None:
+    """Overwrite the image of a sample in its raw tar, and delete the final shard that has a copy."""
+    spoil(root / "raw" / f"{key[:5]}.tar", f"{key}.jpg")
     (root / "shards" / f"{key[:5]}.tar").unlink()
 
 
@@ -230,9 +238,131 @@ def assert_a_kill_changes_nothing(dataset: Dataset, server, steps: range) -> Non
 
 
 def test_a_killed_repair_ends_as_if_it_had_not_been_killed(uneven, server):
-    assert_a_kill_changes_nothing(uneven, server, range(4, 24, 9))
+    assert_a_kill_changes_nothing(uneven, server, range(12, 24, 9))
 
 
 @pytest.mark.slow
 def test_a_repair_may_be_killed_at_any_change_of_a_file(uneven, server):
     assert_a_kill_changes_nothing(uneven, server, range(1, 60))
+
+
+def test_without_the_recorded_model_captions_and_caches_are_refused_by_name(uneven, tmp_path):
+    root = uneven.copy()
+    for name in ("captions/cap/00000.parquet", "teacher/tea/00001.parquet"):
+        (root / name).write_bytes(b"")
+    before = states(root)
+    other = tiny_coca(tmp_path / "coca", seed=1)  # of the same name
+    lines, left = uneven.repair(root, models=(other,))
+    assert states(root) == before
+    assert all("captions/cap/00000" in problem or "teacher/tea/00001" in problem for problem in left)
+    for stage, command in (("captions/cap", "caption"), ("teacher/tea", "cache")):
+        (line,) = [line for line in lines if line.startswith(f"{stage}: refused")]
+        assert f"{other} differs in weights_sha256" in line
+        assert f"`clipmill {command} {root} --model coca --name {stage[-3:]} " in line
+    assert uneven.repair(root)[1] == []
+
+
+def folder_dataset(folder: Path) -> Path:
+    """Raw shards of a folder of images that `ingest` shrank, so that no row has the hash of an image's bytes."""
+    source = folder / "images"
+    source.mkdir()
+    for number in range(7):
+        image, caption = draw(f"folder/{number}", 96)
+        (source / f"{number}.jpg").write_bytes(image)
+        (source / f"{number}.txt").write_text(caption)
+    ingest(IngestConfig(str(folder / "whole"), (str(source),), shard_size=4, workers=1, image_size=48))
+    return folder / "whole"
+
+
+def repaired(root: Path, **options) -> list[str]:
+    """The lines of a repair after which nothing is wrong."""
+    lines = list[str]()
+    assert repair(CheckConfig(str(root), repair=True, **options), lines.append) == []
+    return lines
+
+
+def test_images_of_a_folder_are_read_again_or_dropped_with_a_reason(tmp_path):
+    whole = folder_dataset(tmp_path)
+    spoiled = shutil.copytree(whole, tmp_path / "spoiled")
+    spoil(spoiled / "raw/00000.tar", "000000001.jpg")
+    again = shutil.copytree(spoiled, tmp_path / "again")
+    assert "raw/00000: as it was written" in repaired(again)
+    assert hashes(again) == hashes(whole)
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    lost = shutil.copytree(spoiled, tmp_path / "lost")
+    lines = repaired(lost)
+    (line,) = [line for line in lines if line.startswith("raw/00000: ")]
+    assert line.startswith(f"raw/00000: 1 {LOST}; 3 images kept for their looks alone; the damaged files are in ")
+    assert read_dataset(str(lost))["stages"]["ingest"]["counts"] == {LOST: 1, "success": 6}
+    for path in spoiled.glob("raw/00001*"):
+        path.unlink()
+    assert repair(CheckConfig(str(spoiled), repair=True), lines.append)
+    assert "its source is not there; say where it is with --source" in lines[-1]
+    repaired(spoiled, source=str(tmp_path / "elsewhere"))
+    assert states(spoiled).keys() == states(whole).keys()
+
+
+def test_damaged_rows_come_back_from_the_tar_and_the_retries_from_earlier_shards(tmp_path, server):
+    rows = [(f"{server.url}/{'flaky' if number % 3 == 1 else 'scene'}/{number}", "a ball") for number in range(9)]
+    source, whole = write_list(tmp_path / "list.tsv", rows), tmp_path / "whole"
+    for retry_failed in (False, True):
+        ingest(config(whole, source, shard_size=5, retries=0, retry_failed=retry_failed))
+    assert read_dataset(str(whole))["stages"]["ingest"]["shards"] == 3
+    Path(source).unlink()
+    for names in (["00000.parquet"], ["00002.parquet"], ["00002_stats.json"], ["00002.tar", "00002.parquet"]):
+        root = shutil.copytree(whole, tmp_path / names[0])
+        for name in names:
+            (root / "raw" / name).unlink()
+        repaired(root)
+        lossy = {"raw/00002_stats.json"}  # times of the download
+        if names == ["00000.parquet"]:
+            lossy = {"raw/00000.parquet", "raw/00000_stats.json"}  # links of what failed
+        assert {name for name, own in hashes(whole).items() if hashes(root)[name] != own} <= lossy, names
+
+
+def test_shards_of_img2dataset_lose_what_cannot_be_read(tmp_path):
+    root = folder_dataset(tmp_path)
+    for path in root.glob("raw/*_stats.json"):
+        stats = read_json(str(path))
+        del stats["clipmill"]
+        write_json(str(path), stats)
+    (root / "dataset.json").unlink()
+    assert check(CheckConfig(str(root))) == []
+    tar = root / "raw/00000.tar"
+    tar.write_bytes(tar.read_bytes()[: tar.read_bytes().index(b"000000003.jpg") + 600])
+    (root / "raw/00001_stats.json").unlink()
+    lines = repaired(root)
+    assert f"raw/00000: 1 {LOST}; the damaged files are in .repair/moved/raw/00000.tar" in "\n".join(lines)
+    stats = read_json(str(root / "raw/00000_stats.json"))
+    assert (stats["successes"], stats["status_dict"]) == (3, {LOST: 1, "success": 3})
+    assert not (root / "dataset.json").exists()
+
+
+def test_class_names_come_back_from_the_source_or_are_refused(tmp_path):
+    for name in ("red_ball", "box", "void"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(2 * (name != "void")):
+            (tmp_path / "images" / name / f"{number}.jpg").write_bytes(draw(f"{name}{number}")[0])
+    root = tmp_path / "ds"
+    ingest(IngestConfig(str(root), (str(tmp_path / "images"),), format="classes", workers=1))
+    before = (root / "classnames.txt").read_bytes()
+    (root / "classnames.txt").write_text("box\nred_bell\nvoid\n")
+    assert repaired(root) == ["classnames.txt: not the classes that the shards were labelled by; written again"]
+    assert (root / "classnames.txt").read_bytes() == before
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    (root / "classnames.txt").unlink()
+    lines = list[str]()
+    assert len(repair(CheckConfig(str(root), repair=True), lines.append)) == 1
+    assert lines == ["classnames.txt: is not there; refused: no source and no rows tell all classes; put the list back"]
+
+
+def test_the_command_prints_every_action_and_exits_as_check_does(uneven, capsys):
+    root = uneven.copy()
+    (root / "dedup/00001.parquet").write_bytes(b"")
+    assert clipmill._run(["check", str(root), "--repair", "--dry-run"]) == 1
+    said = "dedup/00001.parquet is not the file that was written; to be made again"
+    assert said in capsys.readouterr().out
+    assert clipmill._run(["check", str(root), "--repair"]) == 0
+    assert capsys.readouterr().out == f"{said}\n{root}: all promises hold\n"
+    assert clipmill._run(["check", str(root), "--dry-run"]) == 2
+    assert "belong to --repair" in capsys.readouterr().err
