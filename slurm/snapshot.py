@@ -21,6 +21,7 @@ from slurm.options import JOBS_ADVICE
 
 log = logging.getLogger(__name__)
 CODE = ("clipmill.py", "pipeline", "shards_spec", "slurm", "training")
+SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")  # how the names of variables end that hold secrets
 KEPT = ("CLIPMILL_", "CONDA_", "CUDA_", "LD_LIBRARY_PATH", "MKL_", "NCCL_", "OMP_", "PATH", "PYTHON", "VIRTUAL_ENV")
 
 
@@ -94,7 +95,8 @@ def _files(path: Path) -> list[Path]:
 
 
 def environment() -> dict[str, Any]:
-    """Where a submission was made and with what; of the variables those that change how code runs."""
+    """Where a submission was made and with what; of the variables those that change how code runs, but no secrets."""
+    kept = [name for name in sorted(os.environ) if name.startswith(KEPT) and not name.endswith(SECRET)]
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": socket.gethostname(),
@@ -102,5 +104,5 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "executable": sys.executable,
         "packages": dict(sorted((found.name, found.version) for found in distributions())),
-        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(KEPT)},
+        "variables": {name: os.environ[name] for name in kept},
     }

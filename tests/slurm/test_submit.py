@@ -350,10 +350,11 @@ def test_the_environment_is_written_without_secrets(raw, monkeypatch):
     from slurm.snapshot import environment
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    monkeypatch.setenv("CLIPMILL_API_KEY", "x")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     told = json.loads(json.dumps(environment()))
     assert told["variables"]["OMP_NUM_THREADS"] == "1"
-    assert "AWS_SECRET_ACCESS_KEY" not in told["variables"]
+    assert not {"AWS_SECRET_ACCESS_KEY", "CLIPMILL_API_KEY"} & set(told["variables"])
     assert "numpy" in told["packages"]
 
 

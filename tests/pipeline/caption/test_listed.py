@@ -153,6 +153,10 @@ def test_an_image_without_a_foreign_caption_stays_in_the_final_shards(root, tmp_
     page = Path(report(ReportConfig(root))).read_text()
     assert "caption/others" in page
     assert NOT_LISTED in page
+    pack(PackConfig(root, shard_size=5, workers=1, overwrite=True))
+    equal = [row for shard in range(2) for row in pq.read_table(join(root, f"shards/{shard:05d}.parquet")).to_pylist()]
+    assert equal == final
+    assert check(CheckConfig(root)) == []
     run_stage("caption", root, model)
     pack(PackConfig(root, captioner=("others", "cap"), workers=1, overwrite=True))
     final = pq.read_table(join(root, "shards/00000.parquet")).to_pylist()
