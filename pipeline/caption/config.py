@@ -63,6 +63,8 @@ class ServerOptions:
     """seconds for one request"""
     retries: int = 4
     """further tries, after a growing pause, where one can help: a time-out, a lost connection, an answer 429 or 5xx"""
+    retry_failed: bool = False
+    """after a finished run: ask again about the images that the server failed at"""
 
     def __post_init__(self) -> None:
         for name in ("image_side", "concurrency"):
@@ -152,6 +154,8 @@ class CaptionConfig(ModelChoice):
             given = _changed(options)
             if given and owner not in given:
                 raise UserError(f"{flag(given[0])} goes with {flag(owner)}, which is not given")
+        if self.endpoint.retry_failed and self.overwrite:
+            raise UserError("--retry-failed keeps the captions that are there, --overwrite does not: give one of them")
         if not self.is_of_others:
             return
         owner = "--from" if self.lists.sources else "--server"

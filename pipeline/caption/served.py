@@ -10,7 +10,8 @@ import logging
 import os
 import threading
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -21,7 +22,7 @@ from pipeline.caption.caption_lists import cleaned
 from pipeline.caption.chat_client import KEY_VARIABLE, ChatChoice, ChatClient, ChatError
 from pipeline.caption.config import CaptionConfig
 from pipeline.caption.requests import GeneratedCaption
-from pipeline.caption.shard_captions import REASON_FIELD, ImageCaptions, ShardCaptions
+from pipeline.caption.shard_captions import FIELDS, REASON_FIELD, ImageCaptions, ShardCaptions
 from pipeline.core.prefetch import prefetch_map
 from pipeline.core.runner import (
     RunOptions,
@@ -35,9 +36,11 @@ from pipeline.core.runner import (
     upstream_shards,
 )
 from shards_spec.counter_rng import draw_index
-from shards_spec.files import DataError, UserError
+from shards_spec.files import DataError, UserError, join
 from shards_spec.images import decode_rgb
-from shards_spec.layout import RAW, captions_folder, raw_tar
+from shards_spec.layout import RAW, captions_folder, parquet_path, raw_tar
+from shards_spec.manifest import Done, forget, read_done
+from shards_spec.parquet import read_table
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard
 
@@ -46,6 +49,7 @@ SHARDS_AT_ONCE = 2  # so that the last answers of one shard do not keep the serv
 JPEG_QUALITY = 92
 PROBE_SIDE = 224  # pixels of the image that the server is tried with
 SEEDS = 1 << 31
+FAILED = "server: "  # begins the reasons on disk
 
 
 def caption_from_server(config: CaptionConfig, assignment: ShardAssignment) -> Summary:
@@ -66,7 +70,8 @@ def caption_from_server(config: CaptionConfig, assignment: ShardAssignment) -> S
         captioner = ServedCaptioner(config, client)
         work = partial(_caption_shard, stage=stage, captioner=captioner, concurrency=options.concurrency)
         run = RunOptions(threads=SHARDS_AT_ONCE, assignment=assignment, overwrite=config.overwrite, total=len(shards))
-        return run_stage(root, stage, tar_tasks(root, RAW, shards, assignment), work, run)
+        tasks = tar_tasks(root, RAW, shards, assignment)
+        return run_stage(root, stage, _with_failed(root, stage, tasks) if options.retry_failed else tasks, work, run)
 
 
 def _identity(config: CaptionConfig) -> dict[str, Any]:
@@ -88,10 +93,10 @@ def _identity(config: CaptionConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ServedImage:
-    """What became of one sample: its captions (None: the image does not decode), and how many were asked for again."""
+    """What became of one sample: its captions (none: the image does not decode), and how many were asked for again."""
 
     key: str
-    captions: ImageCaptions | None
+    captions: ImageCaptions
     redrawn: int = 0
 
 
@@ -143,7 +148,7 @@ class ServedCaptioner:
                 image = _data_url(decode_rgb(sample.image), self._config.endpoint.image_side)
         except DataError as error:
             log.warning("key %s %s; it gets no caption", sample.key, error)
-            return ServedImage(sample.key, None)
+            return ServedImage(sample.key, ImageCaptions())
         row = ImageCaptions()
         unusable = list(range(self._config.num_captions))
         redrawn = 0
@@ -153,7 +158,7 @@ class ServedCaptioner:
                 answers = self._ask(sample.key, image, unusable, attempt)
             except ChatError as error:
                 if not attempt:  # else those of the attempt before are kept
-                    row.reason = f"server: {error.reason}"
+                    row.reason = FAILED + error.reason
                     log.warning("key %s: %s; it gets no caption", sample.key, error)
                 break
             asked, unusable = unusable, []
@@ -222,20 +227,58 @@ def _data_url(image: Image.Image, side: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
+def _with_failed(root: str, stage: Stage, tasks: Iterator[ShardTask]) -> Iterator[ShardTask]:
+    """The tasks; a finished shard with images that the server failed at loses its record, which is the payload."""
+    folder = join(root, stage.folder)
+    for task in tasks:
+        done = read_done(folder, task.shard)
+        has_failed = done is not None and any(reason.startswith(FAILED) for reason in done.counts)
+        if done is not None and has_failed and (done.config, done.inputs) == (stage.config, task.inputs):
+            forget(folder, task.shard)
+            yield replace(task, payload=done)
+        else:
+            yield task
+
+
+def _earlier(root: str, stage: Stage, done: Done) -> dict[str, ImageCaptions]:
+    """The images of a shard that has been captioned before, without those that the server failed at."""
+    table = read_table(
+        parquet_path(join(root, stage.folder), done.shard), [*(field.name for field in FIELDS), REASON_FIELD.name]
+    )
+    rows = dict[str, ImageCaptions]()
+    for row in table.to_pylist():
+        if row["reason"] is None:
+            parts = zip(row["captions"], row["logprobs"], row["num_tokens"], strict=True)
+            written = [GeneratedCaption(text, logprob, tokens, True) for text, logprob, tokens in parts]
+            rows[row["key"]] = ImageCaptions(dict(enumerate(written)))
+    return rows
+
+
 def _caption_shard(
     root: str, task: ShardTask, *, stage: Stage, captioner: ServedCaptioner, concurrency: int
 ) -> ShardResult:
     """Caption one raw shard; an image that does not decode has empty lists, one that the server fails at has nulls."""
     captioner.check()
+    done: Done | None = task.payload
+    earlier = {} if done is None else _earlier(root, stage, done)
+
+    def caption(sample: Sample) -> ServedImage:
+        if sample.key in earlier:
+            return ServedImage(sample.key, earlier[sample.key])
+        return captioner.caption(sample)
+
     shard = ShardCaptions()
     counts = Counter[str]()
     samples = read_shard(raw_tar(root, task.shard))
-    for image in prefetch_map(captioner.caption, samples, concurrency, 2 * concurrency):
-        shard.rows[image.key] = image.captions or ImageCaptions()
+    for image in prefetch_map(caption, samples, concurrency, 2 * concurrency):
+        shard.rows[image.key] = image.captions
         shard.redrawn += image.redrawn
-        if image.captions is None:
-            counts["picture does not decode"] += 1
+        if image.captions.captions:
+            counts["success"] += 1
         else:
-            counts[image.captions.reason or "success"] += 1
+            counts[image.captions.reason or "picture does not decode"] += 1
     outputs = shard.write(root, stage, task.shard, [REASON_FIELD])
-    return ShardResult(dict(counts), outputs, counters=shard.counters())
+    counters = Counter(shard.counters())
+    if done is not None:  # the captions themselves do not tell
+        counters += Counter({name: done.counters.get(name, 0) for name in ("redrawn", "cut at max_tokens")})
+    return ShardResult(dict(counts), outputs, counters=dict(sorted(counters.items())))

@@ -227,6 +227,26 @@ def test_a_server_that_is_busy_with_others_is_waited_for(root, server, monkeypat
     assert max(server.times.values()) > 1
 
 
+def test_images_that_failed_are_asked_about_again_and_no_others(root, server):
+    wanted = config(root, server, decoding=Decoding(min_tokens=1, max_tokens=4))
+    calm = replace(wanted, name="calm")
+    expected = caption(calm)
+    widths = sorted({sample.meta["width"] for sample in read_shard(join(root, "raw/00000.tar"))})
+    server.behave = lambda body, image, time: "unwanted" if image.width in widths[:2] else "ok"
+    failed = caption(wanted).counts["server: HTTP 400"]
+    assert failed
+    server.behave = lambda body, image, time: "ok"
+    assert caption(wanted).made == 0
+    server.times.clear()
+    again = replace(wanted, endpoint=replace(wanted.endpoint, retry_failed=True))
+    summary = caption(again)
+    assert len(server.times) == failed + 1, "and the image that tries the server"
+    assert (summary.counts, summary.counters) == (expected.counts, expected.counters)
+    assert rows_of(root) == rows_of(root, "calm")
+    assert caption(again).made == 0
+    assert check(CheckConfig(root)) == []
+
+
 def test_an_image_that_does_not_decode_is_what_it_is_with_a_model_here(root, server):
     path = join(root, "raw/00001.tar")
     samples = list(read_shard(path))
