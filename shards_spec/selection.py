@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from shards_spec.files import DataError, UserError, join, names
+from shards_spec.files import DataError, UserError, join, names, sha256_json
 from shards_spec.layout import SELECT, SHARDS, parquet_path, select_folder, select_parquet, tar_path
 from shards_spec.manifest import Done, file_hash, read_done
 from shards_spec.parquet import read_table
@@ -30,6 +30,7 @@ SCHEMA = pa.schema(
 )
 
 
+ALL_SAMPLES = "all samples"  # an input of a record where a rule looks at all samples: `survey_fingerprint`
 PAIR = pa.field("pair", pa.string())  # a further column, where a rule compares samples with other images
 
 
@@ -66,6 +67,11 @@ class ShardSelection:
 def captions_of(pack: dict[str, Any]) -> dict[str, Any]:
     """The settings of a pack's config by which a sample has its captions."""
     return {"captioner": pack.get("captioner"), "min_similarity": pack.get("min_similarity")}
+
+
+def survey_fingerprint(config: dict[str, Any], inputs: list[dict[str, str]]) -> str:
+    """A hash of a selection's rules and of what all its shards are made from."""
+    return sha256_json([config, inputs])
 
 
 def write_selection(root: str, name: str, shard: int, selection: ShardSelection) -> dict[str, str]:

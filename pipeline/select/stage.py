@@ -37,7 +37,15 @@ from shards_spec.files import UserError, join, sha256_json
 from shards_spec.layout import SHARDS, select_folder
 from shards_spec.manifest import read_dataset
 from shards_spec.messages import flag
-from shards_spec.selection import CAPTIONS_OF, COPIES, ShardSelection, captions_of, write_selection
+from shards_spec.selection import (
+    ALL_SAMPLES,
+    CAPTIONS_OF,
+    COPIES,
+    ShardSelection,
+    captions_of,
+    survey_fingerprint,
+    write_selection,
+)
 from shards_spec.suggest import did_you_mean
 
 # options of which one is needed
@@ -96,9 +104,9 @@ def _select_by_survey(
     name = stage.folder.removeprefix(select_folder(""))
     assignment = options.assignment
     everything = list(_tasks(root, shards, rules.sources, ALL))
-    fingerprint = sha256_json([stage.config, [task.inputs for task in everything]])
+    fingerprint = survey_fingerprint(stage.config, [task.inputs for task in everything])
     survey = Survey(root, name, dataset_rules, sha256_json(stage.config), fingerprint)
-    tasks = [ShardTask(task.shard, task.inputs | {"all samples": fingerprint}) for task in everything]
+    tasks = [ShardTask(task.shard, task.inputs | {ALL_SAMPLES: fingerprint}) for task in everything]
     if options.overwrite or any(not _is_finished(root, stage, task) for task in tasks):
         survey.make(rules, everything, options.workers, wait=assignment is not ALL)
     summary = run_stage(root, stage, tasks, partial(select_surveyed_shard, survey=survey), options)

@@ -16,7 +16,7 @@ from pipeline.dedup.drop_list import hash_raw_shards
 from pipeline.pack.reshard import sample_offsets
 from pipeline.takedown.matches import Matches, RawRow
 from pipeline.takedown.pack_outcomes import pack_outcomes
-from pipeline.takedown.records import SUCCESS, CountChange, renew_block, renew_head, renew_stats
+from pipeline.takedown.records import SUCCESS, CountChange, renew_block, renew_head, renew_stats, renewed_hashes
 from pipeline.takedown.staging import TakedownStaging
 from shards_spec.embeddings import EmbeddingFile
 from shards_spec.files import DataError, exists, is_url, join, names, read_buffer, read_json, write_json
@@ -24,6 +24,7 @@ from shards_spec.layout import (
     DATASET,
     DEDUP,
     RAW,
+    SELECT,
     SIZES,
     STAGES,
     below,
@@ -36,9 +37,9 @@ from shards_spec.layout import (
     teacher_folder,
     vocabulary_tsv,
 )
-from shards_spec.manifest import SEAL, file_hash, finished_shards, head_seal, read_dataset, shard_ids
+from shards_spec.manifest import SEAL, file_hash, finished_shards, head_seal, read_dataset, read_done, shard_ids
 from shards_spec.parquet import read_table
-from shards_spec.selection import COPIES
+from shards_spec.selection import ALL_SAMPLES, COPIES, PAIR, survey_fingerprint
 from shards_spec.tar import shard_keys
 from shards_spec.teacher_shard import TeacherShard
 from shards_spec.vocab import read_vocabulary
@@ -108,12 +109,25 @@ class TakedownEdits:
                 self._staging.stage(path, partial(write_json, value=stats))
 
     def _renewed_inputs(self, folder: str) -> dict[str, tuple[str, str]]:
-        """Inputs of records that are no path: of dedup's, one hash of all raw shards, before and after."""
+        """Inputs of records that are no path, before and after: of dedup and some selections, one hash of all shards."""
+        if folder.startswith(f"{SELECT}/"):
+            return self._renewed_survey(folder)
         if folder != DEDUP or not self._hashes:
             return {}
         shards = shard_ids(join(self._root, RAW))
         renewed = dict(self._hashes.values())
         return {"raw": (hash_raw_shards(self._root, shards), hash_raw_shards(self._root, shards, renewed))}
+
+    def _renewed_survey(self, folder: str) -> dict[str, tuple[str, str]]:
+        """Of a selection that looked at all samples: its hash of what it was made from."""
+        records = [read_done(join(self._root, folder), shard) for shard in finished_shards(join(self._root, folder))]
+        inputs = [record.inputs for record in records if record is not None]
+        if not inputs or ALL_SAMPLES not in inputs[0] or records[0] is None:
+            return {}
+        old = [{name: digest for name, digest in own.items() if name != ALL_SAMPLES} for own in inputs]
+        new = [renewed_hashes(own, self._hashes) for own in old]
+        config = records[0].config
+        return {ALL_SAMPLES: (survey_fingerprint(config, old), survey_fingerprint(config, new))}
 
     def _in_place_input(self, folder: str, shard: int, record: dict[str, Any]) -> dict[str, str]:
         """The input of a shard of img2dataset that is used where it lies: its own Parquet file."""
@@ -271,10 +285,22 @@ class TakedownEdits:
         self._stage(folder, shard, path, lambda new: write_without_vectors(file.path, new, stays), removed)
 
     def _edit_selection(self, folder: str, shard: int, stats: dict[str, Any]) -> CountChange:
+        """Rows go; those that name a sample that goes as the one that stays for them name none."""
+        path = parquet_path(folder, shard)
+        old = join(self._root, path)
+        table = read_table(old)
+        gone = self._is_gone(table.column("key"))
         change = CountChange()
-        for row in self._drop_rows(folder, shard, ["reason", "copies"]).to_pylist():
+        for row in table.select(["reason", "copies"]).filter(pa.array(gone)).to_pylist():
             change.counts[row["reason"] or SUCCESS] -= 1
             change.facts[COPIES] -= row["copies"]
+        new_table = table.filter(pa.array(~gone))
+        if PAIR.name in table.column_names:
+            pairs = new_table.column(PAIR.name)
+            named = pc.if_else(pc.is_in(pairs, self._key_array), None, pairs)
+            new_table = new_table.set_column(table.schema.get_field_index(PAIR.name), PAIR, named)
+        if not new_table.equals(table):
+            self._stage(folder, shard, path, lambda new: write_like(old, new, new_table), int(gone.sum()))
         return change
 
     def _edit_rows(self, folder: str, shard: int, stats: dict[str, Any]) -> CountChange:

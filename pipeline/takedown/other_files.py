@@ -14,6 +14,7 @@ from shards_spec.manifest import read_done
 from shards_spec.parquet import column_names, read_table
 
 INDEX = ".clipmill-search/"  # the folder of `clipmill search` below the images
+SURVEY = ".survey"  # of a `clipmill select` that was killed: it makes it again
 PAGE = b'<meta name="generator" content="clipmill'  # in the head of our pages
 HEAD_BYTES = 4096
 
@@ -27,7 +28,9 @@ def stage_other_files(root: str, search: TakedownSearch, staging: TakedownStagin
     folders = {folder for _, folder in stage_folders(root)}
     for path in all_files(root):
         folder, _, name = path.rpartition("/")
-        if folder in folders:
+        if f"/{SURVEY}/" in path:
+            staging.stage_removal(path)
+        elif folder in folders:
             if _is_unfinished(root, folder, name) and any(search.search_file(path)):
                 staging.stage_removal(path)
         elif path.startswith(INDEX) and path.endswith(".parquet"):

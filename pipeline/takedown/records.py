@@ -49,15 +49,21 @@ def renew_stats(
     stats["failed_to_download"] += change.counts.total() - change.counts[SUCCESS] - resized
     record = stats.get("clipmill")
     if record is not None:
-        for table in (record["inputs"], record["outputs"]):
-            for path, digest in table.items():
-                if path in hashes and hashes[path][0] == digest:
-                    table[path] = hashes[path][1]
+        for table in ("inputs", "outputs"):
+            record[table] = renewed_hashes(record[table], hashes)
         record["inputs"] |= inputs
         _add_facts(record, change.facts, "retried" if "retried" in record else "outputs")
         if SEAL in record:
             record[SEAL] = stats_seal(stats)
     return repr(stats) != before
+
+
+def renewed_hashes(table: Mapping[str, str], hashes: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """Path to hash, with the new hash of each file that had the old one."""
+    return {
+        path: hashes[path][1] if path in hashes and hashes[path][0] == digest else digest
+        for path, digest in table.items()
+    }
 
 
 def renew_block(block: dict[str, Any], change: CountChange) -> None:
@@ -79,17 +85,17 @@ def renew_head(dataset: dict[str, Any], was_sound: bool) -> None:
 
 
 def _add_facts(record: dict[str, Any], change: Counter[str], after: str) -> None:
-    """Add to the facts of a record or a block, which stand behind the field ``after``; without zeros, or not at all."""
+    """Add to the facts of a record or a block, which stand behind the field ``after``; one that is zero now stays."""
     if not any(change.values()):
         return
-    facts = Counter(record.get("facts", {}))
+    facts = dict(record.get("facts", {}))
     for what, number in change.items():
-        facts[what] += number
-    changed = {what: number for what, number in sorted(facts.items()) if number}
+        if number:
+            facts[what] = facts.get(what, 0) + number
     before = dict(record)
     record.clear()
     for name, value in before.items():  # facts stand where the runner writes them
         if name != "facts":
             record[name] = value
-        if name == after and changed:
-            record["facts"] = changed
+        if name == after:
+            record["facts"] = dict(sorted(facts.items()))
