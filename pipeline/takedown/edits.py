@@ -109,7 +109,7 @@ class TakedownEdits:
                 self._staging.stage(path, partial(write_json, value=stats))
 
     def _renewed_inputs(self, folder: str) -> dict[str, tuple[str, str]]:
-        """Inputs of records that are no path, before and after: of dedup and some selections, one hash of all shards."""
+        """Inputs of records that are no path, before and after: one hash of all shards."""
         if folder.startswith(f"{SELECT}/"):
             return self._renewed_survey(folder)
         if folder != DEDUP or not self._hashes:
