@@ -50,10 +50,10 @@ class DatasetRules:
             about |= {"balance": self.balance, "seed": self.seed}
         return about
 
-    @property
-    def not_best(self) -> str:
-        """A reason on disk."""
-        return f"not in the top {self.top} by {self.by}"
+    def not_best(self, top: TopShare) -> str:
+        """A reason on disk, which names the threshold."""
+        begins = "" if top.threshold is None else f", which begins at {top.threshold:.4g}"
+        return f"not in the top {self.top} by {self.by}{begins}"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Verdict:
         rows = kept_rows(reasons)
         if self.top is not None:
             keeps = self.top.keeps(draft.values[rows], [draft.selection.keys[row] for row in rows])
-            _leave_out(reasons, rows[~keeps], rules.not_best)
+            _leave_out(reasons, rows[~keeps], rules.not_best(self.top))
             rows = rows[keeps]
         if self.entries is not None:
             own = draft.entries.take(pa.array(rows)).to_pylist()

@@ -4,7 +4,7 @@ DataComp keeps the 30 % with the best cosines (arXiv 2304.14108, section 3.4: "C
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -52,10 +52,12 @@ def find_top_share(share: float, read: Callable[[], Iterable[Values]]) -> TopSha
         return TopShare(None, "", 0, samples)
     threshold = float(np.partition(known, len(known) - kept)[len(known) - kept])
     equal = kept - int((known > threshold).sum())
-    keys = np.sort(np.fromiter(_keys_at(threshold, read()), object))
-    return TopShare(threshold, keys[equal - 1], kept, samples)
+    keys = np.concatenate([_keys_at(threshold, *part) for part in read()])  # as bytes, whose order is that of texts
+    last = np.partition(keys, equal - 1)[equal - 1]
+    return TopShare(threshold, bytes(last).decode(errors="surrogatepass"), kept, samples)
 
 
-def _keys_at(threshold: float, parts: Iterable[Values]) -> Iterator[str]:
-    for values, keys in parts:
-        yield from (keys[row] for row in np.flatnonzero(values == threshold).tolist())
+def _keys_at(threshold: float, values: np.ndarray, keys: list[str]) -> np.ndarray:
+    """The UTF-8 of the keys whose value is the threshold."""
+    rows = np.flatnonzero(values == threshold).tolist()
+    return np.array([keys[row].encode(errors="surrogatepass") for row in rows], np.bytes_)

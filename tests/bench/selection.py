@@ -198,12 +198,14 @@ def measure_duplicates(folder: Path, options: argparse.Namespace) -> None:
     path = str(folder / "embeddings.npy")
     np.save(path, embeddings_of(options.vectors, options.dim))
     cells = round(options.vectors**0.5)
-    ways = {"plain numpy": plain_way, "select": own_way}
-    for name, way in ways.items():
+    ways = {"select": own_way, "plain numpy": plain_way}
+    for name in options.ways:
+        way = ways[name]
         seconds, cpu, peak, gone = in_a_process(way, path, cells)
         print(
             f"semantic duplicates of {options.vectors:,} x {options.dim} in {cells} cells, {name}: {seconds:.0f} s "
-            f"({cpu:.0f} s of CPU), peak {peak:.2f} GB, {gone:,} go"
+            f"({cpu:.0f} s of CPU), peak {peak:.2f} GB, {gone:,} go",
+            flush=True,
         )
 
 
@@ -214,6 +216,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vectors", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--ways", nargs="*", default=["select", "plain numpy"])
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as work:
