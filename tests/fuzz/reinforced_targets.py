@@ -8,8 +8,7 @@ from typing import Any
 from fuzz.mutate import NUMBERS
 from fuzz.target import Input, Target, placed, read_source
 from PIL import Image
-from small_data import tar_bytes
-from small_datacompdr import packed, reinforced
+from small_datacompdr import packed, reinforced, reinforced_tar
 
 
 class ReinforcedTar(Target):
@@ -19,8 +18,7 @@ class ReinforcedTar(Target):
         found = list[Input]()
         for form in ("npz", "pth.gz"):
             samples = [reinforced(number, "http://h", form=form) for number in range(2)]
-            members = [(f"{sample.uid}.{name}", data) for sample in samples for name, data in sample.members.items()]
-            found += [("x.tar", tar_bytes(members)), (f"x.{form}", samples[0].members[form])]
+            found += [("x.tar", reinforced_tar(samples)), (f"x.{form}", samples[0].members[form])]
             vectors = {"image_emb": samples[0].image_emb, "text_emb": samples[0].text_emb}
             found.append((f"x.{form}", packed(vectors, form)))
             found += [("x.json", json.dumps(sample.parameters).encode()) for sample in samples]

@@ -101,12 +101,19 @@ def reinforced(
     return sample
 
 
-def write_reinforced(folder: Path, tars: list[list[Reinforced]], names: str = "{:08d}.tar") -> str:
+def reinforced_tar(samples: list[Reinforced]) -> bytes:
+    """A tar of samples."""
+    members = list[tuple[str, str | bytes]]()
+    for sample in samples:
+        members += [(f"{sample.uid}.{name}", data) for name, data in sample.members.items()]
+    return tar_bytes(members)
+
+
+def write_reinforced(folder: Path, tars: list[list[Reinforced]]) -> str:
     """The tars in a folder, named as Apple's are; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, samples in enumerate(tars):
-        members = [(f"{sample.uid}.{name}", data) for sample in samples for name, data in sample.members.items()]
-        (folder / names.format(number)).write_bytes(tar_bytes(members))
+        (folder / f"{number:08d}.tar").write_bytes(reinforced_tar(samples))
     return str(folder)
 
 
