@@ -330,7 +330,7 @@ def refused_on_0(rank):
         RunFolder.start = refuse
 
 
-def refuse(*args):
+def refuse(*args, **options):
     raise UserError("another config")
 
 
