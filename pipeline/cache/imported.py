@@ -220,8 +220,9 @@ def import_shard(
             rows.put(row, tars)
             counts["success"] += 1
         except DataError as error:
+            if str(error) not in counts:  # the record counts the others
+                log.warning("%s: key %s has no vectors: %s", path, key, error)
             counts[str(error)] += 1
-            log.warning("%s: key %s has no vectors: %s", path, key, error)
     folder = join(root, stage.folder)
     forget(folder, task.shard)  # a stale record would validate the wrong files
     (shard_hash,) = task.inputs.values()
