@@ -20,6 +20,7 @@ SELECT = "select"
 LOGS = "logs"
 TAKEDOWN = "takedown"
 FOLDERS = (RAW, DEDUP, CAPTIONS, PLAN, SHARDS, VOCAB, TEACHER, SELECT, LOGS, TAKEDOWN)
+REPAIRED = ".repair"  # what a repair moved away, and what it has half made
 DATASET = "dataset.json"
 STAGING = ".takedown"  # new files of a takedown at work
 JOURNAL = f"{STAGING}/journal.json"  # which of them takes which place, once all are there

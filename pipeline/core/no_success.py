@@ -61,6 +61,10 @@ ADVICE = (
         "download the tar again, or give another --format",
     ),
     (
+        r"lost in a damaged shard",
+        "`clipmill check --repair` reads them again where --source says that their source is",
+    ),
+    (
         r"excluded .*",
         "the files of --exclude name them",
     ),

@@ -25,10 +25,9 @@ from shards_spec.files import (
     write_json,
 )
 from shards_spec.folders import walk
-from shards_spec.layout import stats_path
+from shards_spec.layout import REPAIRED, stats_path
 from shards_spec.manifest import Done, finished_shards, forget, read_done
 
-HIDDEN = ".repair"
 MOVED = "moved"
 SCRATCH = "scratch"
 JOURNAL = "journal.json"
@@ -43,7 +42,7 @@ class Folder:
 
     def path(self, name: str) -> str:
         """A path in the folder, to open."""
-        return join(self._root, HIDDEN, name)
+        return join(self._root, REPAIRED, name)
 
     def move_away(self, path: str) -> str:
         """Move a file or folder of ROOT into the folder; returns where it is now. Nothing there is replaced."""
@@ -54,7 +53,7 @@ class Folder:
     def copy_away(self, path: str) -> str:
         """As `move_away`, of a file that stays where it is until another one takes its place."""
         source, digest = join(self._root, path), sha256_file(join(self._root, path))
-        target = f"{HIDDEN}/{MOVED}/{path}"
+        target = f"{REPAIRED}/{MOVED}/{path}"
         if exists(join(self._root, target)) and sha256_file(join(self._root, target)) == digest:
             return target  # by a run that was killed after it
         target = self.target(path)
@@ -64,11 +63,11 @@ class Folder:
 
     def target(self, path: str) -> str:
         """Where `move_away` would move a file."""
-        target = f"{HIDDEN}/{MOVED}/{path}"
+        target = f"{REPAIRED}/{MOVED}/{path}"
         number = 0
         while exists(join(self._root, target)):
             number += 1
-            target = f"{HIDDEN}/{MOVED}/{path}.{number}"
+            target = f"{REPAIRED}/{MOVED}/{path}.{number}"
         return target
 
     @property
@@ -134,7 +133,7 @@ class Folder:
         remove(self.path("stop_words.txt"))
         if not is_url(self._root):
             with contextlib.suppress(OSError):
-                Path(self._root, HIDDEN).rmdir()
+                Path(self._root, REPAIRED).rmdir()
 
     def clear(self, name: str) -> None:
         """Delete a folder in the hidden folder and all that is in it."""

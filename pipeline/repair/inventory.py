@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.check.records import check_record, is_surplus
-from pipeline.repair.folder import HIDDEN, Folder, move
+from pipeline.repair.folder import Folder, move
 from pipeline.repair.recorded import Recorded, file_sha256, is_foreign, sound_record
 from shards_spec.files import DataError, UserError, exists, is_url, join, names, read_bytes
 from shards_spec.layout import (
     CLASS_NAMES,
     DATASET,
     FILE_PATTERN,
+    REPAIRED,
     SIZES,
     STATS_PATTERN,
     VOCAB,
@@ -93,9 +94,9 @@ def take_inventory(recorded: Recorded) -> Inventory:
         inventory.add(f"{VOCAB}/{name}")
     for path in (SIZES, CLASS_NAMES):
         inventory.add(path)
-    for name in names(join(recorded.root, HIDDEN, SWAP)):  # of a run that was killed over them
-        inventory.add(f"{HIDDEN}/{SWAP}/{name}")
-        inventory.strays.add(f"{HIDDEN}/{SWAP}/{name}")
+    for name in names(join(recorded.root, REPAIRED, SWAP)):  # of a run that was killed over them
+        inventory.add(f"{REPAIRED}/{SWAP}/{name}")
+        inventory.strays.add(f"{REPAIRED}/{SWAP}/{name}")
     return inventory
 
 
@@ -183,7 +184,7 @@ def put_back(root: str, places: dict[str, str], folder: Folder) -> None:
     """Move files to their places; those that lie there, when they are not of these, are moved away."""
     waiting = dict[str, str]()
     for number, path in enumerate(places):
-        waiting[path] = f"{HIDDEN}/{SWAP}/{number}"
+        waiting[path] = f"{REPAIRED}/{SWAP}/{number}"
         move(join(root, path), join(root, waiting[path]))
     for path, place in places.items():
         if exists(join(root, place)):

@@ -5,14 +5,16 @@ file whose bytes are as they were written is not touched, and one that has to be
 its time. Nothing is deleted that no stage makes again; it is moved to ``ROOT/.repair/moved``.
 """
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipeline.check.config import CheckConfig
 from pipeline.check.records import Findings, check_vocabularies
 from pipeline.check.stage import check, shard_problems
 from pipeline.check.validators import shard_folder_of
+from pipeline.core.taken_down import check_takedown_hashes
 from pipeline.labels.vocab_stage import vocab
 from pipeline.pack.stage import final_sizes
 from pipeline.repair.classes import restore_class_names
@@ -41,7 +43,7 @@ from shards_spec.layout import (
     vocabulary_tsv,
 )
 from shards_spec.lock import locked
-from shards_spec.manifest import finished_shards, forget
+from shards_spec.manifest import check_no_takedown, finished_shards, forget
 
 LOCK = ".repair.lock"  # below ROOT
 SHARDS_NAMED = 5  # of those that a stage makes again because what they were made of has changed
@@ -57,6 +59,7 @@ def repair(config: CheckConfig, say: Say) -> list[str]:
     root = config.root
     if not exists(join(root, RAW)) and not exists(join(root, SHARDS)):
         raise UserError(f"{root}: no raw/ and no shards/ in it; it is not a clipmill dataset")
+    check_no_takedown(root)
     plain = CheckConfig(root)
     if config.dry_run:
         _Repair(config, say).run()
@@ -90,11 +93,11 @@ class _Repair:
         self._put_back()
         self._move_surplus()
         self._mend_dataset()
+        with self._saying("takedown"):
+            check_takedown_hashes(self._root)
         for key in self._recorded.stages():
-            try:
+            with self._saying(stage_output(key) or key):
                 self._mend_stage(key)
-            except (DataError, UserError, OSError) as error:
-                self._refuse(f"{stage_output(key)}: refused: {error}")
             if key == "ingest":
                 self._mend_classes()
             if key == "pack":
@@ -105,6 +108,14 @@ class _Repair:
         if not self._dry:
             self._inventory.keep_times()
             self._folder.forget_changes()
+
+    @contextlib.contextmanager
+    def _saying(self, what: str) -> Iterator[None]:
+        """Around a step: what it raises over damaged files is a refusal, and the next step follows."""
+        try:
+            yield
+        except (DataError, UserError, OSError) as error:
+            self._refuse(f"{what}: refused: {error}")
 
     def _refuse(self, line: str) -> None:
         self._has_refused = True

@@ -9,7 +9,7 @@ from pipeline.takedown.proof import IN_TAR, TakedownSearch, all_files
 from pipeline.takedown.staging import TakedownStaging
 from shards_spec.embeddings import EmbeddingFile
 from shards_spec.files import exists, join, open_read, read_bytes, write_bytes
-from shards_spec.layout import FILE_PATTERN, LOGS, stats_path
+from shards_spec.layout import FILE_PATTERN, LOGS, REPAIRED, stats_path
 from shards_spec.manifest import read_done
 from shards_spec.parquet import column_names, read_table
 
@@ -20,7 +20,7 @@ HEAD_BYTES = 4096
 
 
 def stage_other_files(root: str, search: TakedownSearch, staging: TakedownStaging) -> list[str]:
-    """Stage the logs and the index of a dataset, and delete pages and the files of shards that a killed stage left.
+    """Stage the logs and the index of a dataset; delete pages, files that a repair or a killed stage left.
 
     Returns the paths of the pages.
     """
@@ -28,7 +28,7 @@ def stage_other_files(root: str, search: TakedownSearch, staging: TakedownStagin
     folders = {folder for _, folder in stage_folders(root)}
     for path in all_files(root):
         folder, _, name = path.rpartition("/")
-        if f"/{SURVEY}/" in path:
+        if f"/{SURVEY}/" in path or path.startswith(f"{REPAIRED}/"):  # what a repair moved away may hold anything
             staging.stage_removal(path)
         elif folder in folders:
             if _is_unfinished(root, folder, name) and any(search.search_file(path)):
