@@ -14,10 +14,10 @@ from pipeline.core.perceptual_hash import LOW_FREQUENCIES, dct_matrix, signature
 
 COPY_SIDE = 48  # pixels of the small copy
 NEAR_BITS = 10  # of 64, in which a copy's hash may differ from that of the crop nearest to it
-# what a crop keeps of one axis; every crop of 10 % or less is within 3 % of one of each list
-HASHED_CROPS = ((0.0, 1.0), (0.02, 0.98), (0.06, 1.0), (0.0, 0.94))
+# what a crop keeps of one axis; the edges of every crop of 10 % or less are within 3.5 % of those of one of each list
+HASHED_CROPS = ((0.0, 1.0), (0.03, 1.0), (0.0, 0.97), (0.065, 1.0), (0.0, 0.935))
 COMPARED_CROPS = ((0.0, 1.0), (0.025, 1.0), (0.0, 0.975), (0.06, 1.0), (0.0, 0.94), (0.03, 0.97))
-MIN_CORRELATION = 0.7  # of grey, with the crop that fits best
+MIN_CORRELATION = 0.5  # of grey, with the crop that fits best
 MAX_ALIGNED = 3  # crops from which the alignment starts, those that fit best
 FLIP = np.where(np.arange(LOW_FREQUENCIES) % 2, -1.0, 1.0)  # of horizontal frequencies, in a mirror image
 

@@ -21,6 +21,7 @@ ROUNDS = 3  # of the alignment
 MAX_MOVE = 0.12  # by which the alignment may move an edge, as a share of the side
 DETAIL = slice(6, 20)  # frequencies that the signature does not have; the finest are the encoder's
 SATURATION = (0.6, 1.7)  # of colours, that may be fitted (less is another image, a grey one say)
+EXPLAINED = 1.5  # of what is left in a block, as a share of the contrast around it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,8 @@ class MatchLimits:
     """what may be left of colours on average"""
     colour_block: tuple[float, float]
     """what may be left of colours in one block, as a mean"""
-    local: tuple[float, float] | None = None
-    """what may be left in one block, as a root mean square, beyond half of what both images have around it"""
+    alone: tuple[float, float] | None = None
+    """what may be left in one block, as a root mean square, beyond what the contrast around it explains"""
 
 
 # of a listed image and one with a near signature
@@ -54,12 +55,12 @@ DUPLICATE = MatchLimits(
 )
 # of an image and a copy that was cropped, scaled and encoded badly: more is left, but nowhere a thing of its own
 COPY = MatchLimits(
-    gain=(0.8, 1.3),
+    gain=(0.7, 1.4),
     detail=(1.5, 0.45),
-    grey_block=(16.0, 0.3),
-    colour=(9.0, 0.2),
-    colour_block=(16.0, 0.3),
-    local=(6.5, 0.2),
+    grey_block=(11.0, 0.2),
+    colour=(10.0, 0.3),
+    colour_block=(18.0, 0.4),
+    alone=(3.0, 0.1),
 )
 
 
@@ -81,9 +82,9 @@ def fingerprints_match(one: np.ndarray, other: np.ndarray, limits: MatchLimits =
         return False
     if np.abs(_block_means(grey_left)).max() > _limit(limits.grey_block, second[..., :1]):
         return False
-    if limits.local is not None:
+    if limits.alone is not None:
         alone = _left_alone(grey_left, gain * aligned[..., 0], second[..., 0])
-        if alone > _limit(limits.local, second[..., :1]):
+        if alone > _limit(limits.alone, second[..., :1]):
             return False
     return _colours_match(aligned[..., 1:] - 128, second[..., 1:] - 128, limits)
 
@@ -106,13 +107,13 @@ def _limit(limit: tuple[float, float], channels: np.ndarray) -> float:
 
 
 def _left_alone(left: np.ndarray, one: np.ndarray, other: np.ndarray) -> float:
-    """The most that is left in one block, beyond half of the contrast that both images have in the blocks around it.
+    """The most that is left in one block, beyond what the contrast explains that both images have around it.
 
-    An encoder leaves much beside edges. What is left where one of the images has none is a thing of the other's.
+    Encoding and scaling leave much beside edges. What is left where one image has none is a thing of the other's.
     """
     contrasts = np.minimum(_block_contrasts(one), _block_contrasts(other))
     around = sliding_window_view(np.pad(contrasts, 1, mode="edge"), (3, 3)).max(axis=(2, 3))
-    return float((np.sqrt(_block_means(left**2)) - around / 2).max())
+    return float((np.sqrt(_block_means(left**2)) - EXPLAINED * around).max())
 
 
 def _block_contrasts(grey: np.ndarray) -> np.ndarray:
