@@ -31,6 +31,7 @@ SCHEMA = pa.schema(
 
 
 ALL_SAMPLES = "all samples"  # an input of a record where a rule looks at all samples: `survey_fingerprint`
+COPY_OF = "near-duplicate of "  # a reason on disk begins so: the name of an evaluation set follows
 PAIR = pa.field("pair", pa.string())  # a further column, where a rule compares samples with other images
 
 

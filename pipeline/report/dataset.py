@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.report.axes import logarithmic, short, total
 from pipeline.report.charts import Chart, Line, Plot, Rule, line_chart
 from pipeline.report.columns import ASPECT_UNIT, COSINE_UNIT, LOGPROB_UNIT, Tally, count_dataset, parquet_files
+from pipeline.report.evaluation_copies import draw_copies
 from pipeline.report.histogram import Scale, histogram
 from pipeline.report.samples import draw_pairs, draw_samples
 from pipeline.report.stages import foreign_counts, funnel, losses, mismatches, ordered, stage_row
@@ -53,6 +54,7 @@ def dataset_page(root: str, samples: int) -> dict[str, Any]:
         "teachers": [_teacher(root, name, problems) for name in names(join(root, TEACHER))],
         "sheet": draw_samples(root, samples, problems),
         "near": draw_pairs(root, samples // 2, problems),
+        "copies": draw_copies(root, samples // 2, problems),
         "problems": problems,
     }
 

@@ -41,12 +41,12 @@ def draw_samples(root: str, number: int, problems: list[str]) -> list[Shown]:
     for done, name in enumerate(chosen):
         share = -(-(number - len(shown)) // (len(chosen) - done))
         rows = _shard_rows(root, folder, name, share, problems)
-        shown += _with_images(join(root, folder, name.replace(".parquet", ".tar")), rows, problems)
+        shown += with_images(join(root, folder, name.replace(".parquet", ".tar")), rows, problems)
     return shown
 
 
 def draw_pairs(root: str, number: int, problems: list[str]) -> list[tuple[Shown, Shown]]:
-    """Near-duplicates that `dedup` left out, each beside the one that is kept, from a few of its lists."""
+    """(image that is kept, near-duplicate that `dedup` left out for it), from a few of its lists."""
     files = parquet_files(join(root, DEDUP))
     rows = list[dict[str, str]]()
     for name in (files[i] for i in evenly(len(files), LISTS)):
@@ -63,11 +63,11 @@ def draw_pairs(root: str, number: int, problems: list[str]) -> list[tuple[Shown,
     for shard, keys in wanted.items():
         path = join(root, RAW, f"{shard}.tar")
         if exists(path):
-            shown |= {one.key: one for one in _with_images(path, keys, problems)}
+            shown |= {one.key: one for one in with_images(path, keys, problems)}
     for row in rows:
         for key in (row["key"], row["kept"]):
             shown.setdefault(key, Shown(key, [], None, 0, 0))
-    return [(shown[row["key"]], shown[row["kept"]]) for row in rows]
+    return [(shown[row["kept"]], shown[row["key"]]) for row in rows]
 
 
 def evenly(total: int, number: int) -> list[int]:
@@ -104,8 +104,8 @@ def _made_captions(root: str, name: str, problems: list[str]) -> dict[str, list[
     return {}
 
 
-def _with_images(path: str, rows: dict[str, Any], problems: list[str]) -> list[Shown]:
-    """Read the images of the given keys only; a sample without a readable one is listed without."""
+def with_images(path: str, rows: dict[str, Any], problems: list[str]) -> list[Shown]:
+    """Read a tar's images of the given keys only; a sample without a readable one is listed without."""
     images: dict[str, tuple[str | None, int, int]] = {}
     try:
         with read_buffer(path) as buffer:

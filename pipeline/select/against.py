@@ -25,11 +25,12 @@ from pipeline.core.perceptual_hash import perceptual_hash
 from pipeline.core.prefetch import prefetch_map
 from pipeline.select.evaluation_images import EvaluationImage, EvaluationSet, images_of, open_sets
 from pipeline.select.facts import raw_shards_of
-from shards_spec.files import DataError, UserError, read_buffer, read_json, write_json
+from shards_spec.files import DataError, UserError, join, read_buffer, read_json, write_json
 from shards_spec.images import decode_rgb
 from shards_spec.layout import final_tar, raw_parquet
 from shards_spec.messages import counted
 from shards_spec.parquet import column_names, read_table
+from shards_spec.selection import COPY_OF
 from shards_spec.tar import index_shard, read_sample
 
 log = logging.getLogger(__name__)
@@ -46,20 +47,15 @@ class Against:
 
 @dataclass(frozen=True)
 class Copied:
-    """The image of an evaluation set that a sample shows: the set's label, and the image's name below the set."""
+    """The image of an evaluation set that a sample shows: the set's label, and where the image is."""
 
     label: str
-    name: str
+    pair: str
 
     @property
     def reason(self) -> str:
         """Why the sample is left out: a reason on disk."""
-        return f"near-duplicate of {self.label}"
-
-    @property
-    def pair(self) -> str:
-        """The image, as the selection's table names it."""
-        return f"{self.label}/{self.name}"
+        return f"{COPY_OF}{self.label}"
 
 
 @dataclass(frozen=True)
@@ -83,43 +79,51 @@ def index_of(paths: tuple[str, ...], root: str, threads: int) -> Iterator[Agains
         return
     sets = open_sets(paths, root)
     with TemporaryDirectory(prefix="clipmill-against-") as folder:
-        names = list[tuple[int, str]]()  # of all images: set, name
-        hashes = list[np.ndarray]()
-        digests = dict[str, str]()
-        with (Path(folder) / "copies").open("wb") as file:
-            for number, one in enumerate(sets):
-                digest = sha256()
-                before = len(names)
-                for image in prefetch_map(_indexed, images_of(one), threads, 4 * threads):
-                    digest.update(f"{image.name}\0{image.digest}\n".encode())
-                    if image.copy is not None:
-                        names.append((number, image.name))
-                        hashes.append(image.hashes)
-                        file.write(image.copy.tobytes())
-                if len(names) == before:
-                    raise UserError(f"--against {one.path} has no image that decodes; give an evaluation set")
-                digests[one.label] = digest.hexdigest()
-                log.info("select: %s against %s", counted(len(names) - before, "image"), one.label)
-        _write_index(Path(folder), sets, names, hashes)
+        digests = _write_index(Path(folder), sets, threads)
         yield Against(folder, digests)
 
 
+def _write_index(folder: Path, sets: list[EvaluationSet], threads: int) -> dict[str, str]:
+    """Write the index of all sets; returns a hash of the names and bytes of each one's images. Raises UserError."""
+    names = list[tuple[int, str]]()  # of all images: set, name
+    hashes = list[np.ndarray]()
+    digests = dict[str, str]()
+    with (folder / "copies").open("wb") as file:
+        for number, one in enumerate(sets):
+            digest = sha256()
+            before = len(names)
+            failed = 0
+            for image in prefetch_map(_indexed, images_of(one), threads, 4 * threads):
+                digest.update(f"{image.name}\0{image.digest}\n".encode())
+                if image.copy is None:
+                    failed += 1
+                    continue
+                names.append((number, image.name))
+                hashes.append(image.hashes)
+                file.write(image.copy.tobytes())
+            if len(names) == before:
+                raise UserError(f"--against {one.path} has no image that decodes; give an evaluation set")
+            digests[one.label] = digest.hexdigest()
+            left_out = f", without {counted(failed, 'image')} that cannot be read" if failed else ""
+            log.info("select: against %s of %s%s", counted(len(names) - before, "image"), one.label, left_out)
+    HashIndex.build(folder, np.concatenate(hashes))
+    np.save(folder / "owners.npy", np.repeat(np.arange(len(hashes), dtype=np.uint32), list(map(len, hashes))))
+    about = {"labels": [one.label for one in sets], "paths": [one.path for one in sets], "names": names}
+    write_json(str(folder / "names.json"), about)
+    return digests
+
+
 def _indexed(image: EvaluationImage) -> _Indexed:
-    data = image.read()
+    try:
+        data = image.read()
+    except OSError:  # a link to nowhere, a file without permission
+        return _Indexed(image.name, "", None, np.empty(0, np.uint64))
     digest = sha256(data).hexdigest()
     try:
         copy = small_copy(decode_rgb(data))
     except DataError:
         return _Indexed(image.name, digest, None, np.empty(0, np.uint64))
     return _Indexed(image.name, digest, copy, crop_hashes(copy))
-
-
-def _write_index(
-    folder: Path, sets: list[EvaluationSet], names: list[tuple[int, str]], hashes: list[np.ndarray]
-) -> None:
-    HashIndex.build(folder, np.concatenate(hashes))
-    np.save(folder / "owners.npy", np.repeat(np.arange(len(hashes), dtype=np.uint32), list(map(len, hashes))))
-    write_json(str(folder / "names.json"), {"labels": [one.label for one in sets], "names": names})
 
 
 class EvaluationIndex:
@@ -132,6 +136,7 @@ class EvaluationIndex:
         self._copies = np.memmap(Path(folder, "copies"), np.uint8, "r").reshape(shape)
         about = read_json(str(Path(folder, "names.json")))
         self._labels: list[str] = about["labels"]
+        self._paths: list[str] = about["paths"]
         self._names: list[tuple[int, str]] = about["names"]
 
     def candidates(self, hashes: np.ndarray) -> dict[int, list[int]]:
@@ -147,7 +152,7 @@ class EvaluationIndex:
         for image in images[:MOST_COMPARED]:
             if is_copy(self._copies[image], sample):
                 number, name = self._names[image]
-                return Copied(self._labels[number], name)
+                return Copied(self._labels[number], join(self._paths[number], name))
         return None
 
 

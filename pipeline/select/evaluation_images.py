@@ -4,8 +4,9 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
-from shards_spec.files import DataError, UserError, exists, join, read_buffer, read_bytes
+from shards_spec.files import DataError, UserError, exists, is_url, join, read_buffer, read_bytes
 from shards_spec.folders import walk
 from shards_spec.layout import RAW, SHARDS, dataset_json
 from shards_spec.names import IMAGE_EXTENSIONS, is_image
@@ -43,6 +44,8 @@ def open_sets(paths: tuple[str, ...], root: str) -> list[EvaluationSet]:
     for path, label in zip(given, labels, strict=True):
         if not exists(path):
             raise UserError(f"--against {path} is not there: give evaluation sets, or folders of images")
+        if not is_url(path) and not Path(path).is_dir():
+            raise UserError(f"--against {path} is a file: give the folder of an evaluation set, or of images")
         if path == root.rstrip("/"):
             raise UserError(f"--against {path} is the dataset itself: every sample would go; give evaluation sets")
         sets.append(EvaluationSet(label if label and labels.count(label) == 1 else path, path, _measured_part(path)))

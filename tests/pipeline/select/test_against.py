@@ -14,12 +14,16 @@ from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.stage import ingest
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
+from pipeline.report import ReportConfig, report
 from pipeline.select.config import SelectConfig
 from pipeline.select.stage import select
+from shards_spec.files import UserError
 from shards_spec.layout import select_parquet
+from shards_spec.sample import Sample
+from shards_spec.tar import write_shard
 
 pytestmark = pytest.mark.integration
-EVALUATED = 20
+EVALUATED = 12
 
 
 def made(base: Path, samples: dict[str, bytes], **options) -> str:
@@ -35,13 +39,16 @@ def made(base: Path, samples: dict[str, bytes], **options) -> str:
     return root
 
 
+def captions_of(root: str) -> list[str]:
+    return pq.read_table(f"{root}/shards/00000.parquet").column("caption").to_pylist()
+
+
 def pairs_of(root: str, name: str = "selected") -> dict[str, str]:
     """Caption of each sample that goes to the evaluation image that it shows."""
-    captions = pq.read_table(f"{root}/shards/00000.parquet").column("caption").to_pylist()
     rows = pq.read_table(select_parquet(root, name, 0)).to_pylist()
     gone = {row["key"] for row in rows if row["copies"] == 0}
     assert gone == {row["key"] for row in rows if row["pair"]}
-    return {caption: row["pair"] for caption, row in zip(captions, rows, strict=True) if row["pair"]}
+    return {caption: row["pair"] for caption, row in zip(captions_of(root), rows, strict=True) if row["pair"]}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +63,7 @@ def built(tmp_path_factory) -> tuple[str, Path, dict[str, str]]:
         (evaluated / f"{number}.jpg").write_bytes(drawn(one))
         for turn in range(2):
             samples[f"copy {number} {turn}"] = copied(drawn(one), rng)
-            truth[f"copy {number} {turn}"] = f"eval/test/{number}.jpg"
+            truth[f"copy {number} {turn}"] = f"{evaluated}/{number}.jpg"
     seen = {shown(one) for one in scenes} | {mirrored(one) for one in scenes}
     for number, one in enumerate(scenes):
         for turn, other in enumerate(alike(one, rng)):
@@ -65,12 +72,71 @@ def built(tmp_path_factory) -> tuple[str, Path, dict[str, str]]:
     return made(base, samples), base / "eval", truth
 
 
-def test_copies_go_and_what_is_alike_stays(built, tmp_path):
-    root, evaluated, truth = built
-    root = shutil.copytree(root, tmp_path / "ds").as_posix()
+@pytest.fixture
+def root(built, tmp_path) -> str:
+    return shutil.copytree(built[0], tmp_path / "ds").as_posix()
+
+
+def test_copies_go_and_what_is_alike_stays(built, root):
+    _, evaluated, truth = built
     summary = select(SelectConfig(root, against=(str(evaluated),), workers=1))
     found = pairs_of(root)
     assert found.items() <= truth.items()
     assert len(found) >= 0.95 * len(truth)
     assert summary.counts["near-duplicate of eval"] == len(found)
     assert check(CheckConfig(root)) == []
+    again = select(SelectConfig(root, against=(str(evaluated),), workers=1))
+    assert (again.made, again.counts) == (0, summary.counts)
+    page = Path(report(ReportConfig(root, samples=200))).read_text()
+    shown = page[page.index("<h2>Evaluation images") : page.index("<h2>Contact sheet")]
+    assert shown.count("<img ") == 2 * len(found)
+    with pytest.raises(UserError, match="against"):
+        select(SelectConfig(root, against=(str(evaluated / "test" / "0.jpg"),), workers=1))
+
+
+def test_images_without_stored_hashes_are_decoded(built, root, monkeypatch):
+    _, evaluated, _ = built
+    select(SelectConfig(root, name="stored", against=(str(evaluated),), workers=1))
+    monkeypatch.setattr("pipeline.select.against._stored_hashes", lambda *_: None)
+    select(SelectConfig(root, name="computed", against=(str(evaluated),), where=("width > 0",), workers=1))
+    stored, computed = pairs_of(root, "stored"), pairs_of(root, "computed")
+    assert len(stored.keys() ^ computed.keys()) <= 1  # the images were encoded once more since
+
+
+def test_the_kinds_of_sets(built, root, tmp_path):
+    """CLIP_benchmark's, of which the test split counts; a ROOT; folders at any depth; several at once."""
+    _, evaluated, _ = built
+    images = {path.stem: path.read_bytes() for path in (evaluated / "test").iterdir()}
+    bench = tmp_path / "bench"
+    for split, names in (("test", ["0", "1"]), ("train", ["2", "3"])):
+        (bench / split).mkdir(parents=True)
+        write_shard(str(bench / split / "0.tar"), [Sample(name, {"jpg": images[name], "cls": b"0"}) for name in names])
+    dataset = made(tmp_path / "made", {name: images[name] for name in ("4", "5")})
+    loose = tmp_path / "loose" / "deep"
+    loose.mkdir(parents=True)
+    (loose / "6.jpg").write_bytes(images["6"])
+    (loose / "broken.jpg").write_bytes(images["7"][:50])
+    (loose / "gone.jpg").symlink_to("nowhere.jpg")
+    select(SelectConfig(root, against=(str(bench), dataset, str(loose.parent)), workers=1))
+    rows = pq.read_table(select_parquet(root, "selected", 0)).to_pylist()
+    reasons = {
+        caption.split()[1]: row["reason"] for caption, row in zip(captions_of(root), rows, strict=True) if row["pair"]
+    }
+    assert reasons == {
+        **dict.fromkeys("01", "near-duplicate of bench"),
+        **dict.fromkeys("45", "near-duplicate of ds"),
+        "6": "near-duplicate of loose",
+    }
+    assert f"{bench}/test/0.tar:1" in {row["pair"] for row in rows}
+
+
+@pytest.mark.parametrize("kind", ["absent", "empty", "broken", "itself"])
+def test_sets_that_do_not_serve(root, tmp_path, kind):
+    path = tmp_path / kind
+    if kind != "absent":
+        path.mkdir()
+    if kind == "broken":
+        (path / "a.jpg").write_bytes(b"no image")
+    named = root if kind == "itself" else str(path)
+    with pytest.raises(UserError, match=f"--against {named} (is|has) "):
+        select(SelectConfig(root, against=(named,), workers=1))
