@@ -134,6 +134,37 @@ def test_all_is_gone_and_the_rest_is_as_it_was(made, root):
     assert dataset_tree(root) == after, "no stage had anything to do"
 
 
+def test_it_is_the_dataset_that_is_made_without_these_rows(made, root):
+    """Tars byte by byte; tables of raw/, dedup/ and shards/; captions; vectors; counts."""
+    base, shard_size = made
+    take(root, "000000005", "000010000")
+    new = root.parent / "new"
+    (new / "takedown").mkdir(parents=True)
+    shutil.copy(root / "takedown/hashes.json", new / "takedown")
+    ingest_again(new, base / "images")
+    dedup(DedupConfig(str(new), workers=1))
+    for stage in ("caption", "pack", "cache"):
+        run_stage(stage, str(new), f"local-dir:{base}/coca", shard_size=shard_size)
+    assert samples(new) == samples(root)
+    assert vectors(new) == vectors(root)
+    for path in sorted(root.glob("captions/cap/*.parquet")):
+        other = str(new / path.relative_to(root))
+        assert read_table(str(path), ["key", "captions"]).equals(read_table(other, ["key", "captions"]))
+    folders = ("raw", "dedup") if shard_size else ("raw", "dedup", "shards")
+    for path in (path for folder in folders for path in root.glob(f"{folder}/*[0-9].*")):
+        other = new / path.relative_to(root)
+        if path.suffix == ".tar":
+            assert path.read_bytes() == other.read_bytes(), path
+        elif path.suffix == ".parquet":
+            assert read_table(str(path)).equals(read_table(str(other))), path
+    one, other = (read_json(str(folder / "dataset.json"))["stages"] for folder in (root, new))
+    for stage in ("ingest", "dedup", "pack", "cache/tea"):
+        assert one[stage]["counts"] == other[stage]["counts"], stage
+        facts = dict(one[stage].get("facts", {}))
+        assert facts.pop("samples taken down", 0) == (2 if shard_size and stage == "pack" else 0)
+        assert facts == other[stage].get("facts", {}), stage
+
+
 @pytest.mark.parametrize("moment", [0, 9, 1000])
 def test_killed_and_run_again(root, moment, monkeypatch):
     before = dataset_tree(root)
