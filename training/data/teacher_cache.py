@@ -303,13 +303,18 @@ class TeacherCaches:
 def _other_views(first: TeacherCache, other: TeacherCache) -> str:
     """The message for two caches whose views were drawn in another way, with the option that tells them apart."""
     one, two = asdict(first.views), asdict(other.views)
-    different = [f"{flag(name)} {one[name]} and {two[name]}" for name in one if one[name] != two[name]]
+    different = [f"{flag(name)} {_shown(one[name])} and {_shown(two[name])}" for name in one if one[name] != two[name]]
     if isinstance(first.views, RecordedSpec) != isinstance(other.views, RecordedSpec):
         different = ["recorded ones of `clipmill cache --from`, and drawn ones"]
     return (
         f"--teacher {first.name!r} and {other.name!r} are of other views ({', '.join(different)}): teachers must have "
         "seen the same ones; make one of the caches again with the options of the other"
     )
+
+
+def _shown(value: Any) -> str:
+    """A value as a command line has it."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _pick(root: str, name: str, option: str) -> str:

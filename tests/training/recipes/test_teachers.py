@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from small_training import (
 
 from pipeline.cache.config import CacheConfig
 from pipeline.cache.stage import cache
-from shards_spec.files import UserError
+from shards_spec.files import DataError, UserError
 from shards_spec.views import ViewSpec
 from training.config import DataConfig, ModelConfig, TeacherCacheConfig
 from training.data.batches import first_batch, load_batches
@@ -161,7 +162,16 @@ def test_mean_and_sum_are_those_of_the_teachers_alone(root):
     assert losses["affinity"] == pytest.approx(written_out.item(), rel=1e-6)
 
 
-def test_live_teachers_beside_each_other_teach_as_their_caches(root, tmp_path):
+def test_a_damaged_file_is_named_with_its_cache(root, tmp_path):
+    copy = shutil.copytree(root, tmp_path / "ds")
+    path = copy / "teacher" / "wide" / "00000.parquet"
+    path.write_bytes(path.read_bytes()[:-900])
+    with pytest.raises(DataError, match=r"teacher/wide/00000\.parquet"):
+        opened(str(copy), *BOTH)
+    opened(str(copy), "planted")
+
+
+def test_live_teachers_beside_each_other_teach_as_their_caches(root, tmp_path, caplog):
     tiny_clip(tmp_path / "second", vision={**TINY_VIT, "width": 48})
     edit_text(tmp_path / "second", width=48, heads=3)
     models = [f"local-dir:{root}/models/teacher", write_weights(tmp_path / "second", seed=4)]
@@ -176,6 +186,10 @@ def test_live_teachers_beside_each_other_teach_as_their_caches(root, tmp_path):
     assert list(features) == list(stored)
     alone = losses_of(small(root, teacher=("of-0",), fixed_logit_scale=None, teacher_scale=(70.0,)))[0]
     assert abs(one["affinity"] - alone["affinity"]) > 1e-2
+    tinyclip.prepare(small(root, teacher=("of-1", "of-0"), inherit="manual", teacher_weights=models[0]))
+    assert "which has other weights" not in caplog.text
+    tinyclip.prepare(small(root, teacher=("of-1",), inherit="manual", teacher_weights=models[0]))
+    assert "the teacher cache of-1 is of " in caplog.text
     task = tinyclip.prepare(live).task
     assert [len(teacher.tensors()) > 0 for teacher in task.teachers] == [True, True]
     assert not any(name.startswith("teacher") for name in task.state_dict())
