@@ -238,30 +238,42 @@ def check_names(root: str, folder: str, findings: Findings) -> list[int]:
             f"{join(root, folder)}: shards {missing[:5]} are missing or unfinished; "
             f"{remake_folder_advice(join(root, folder))}"
         )
+    unnamed = surplus_names(root, folder, present, shards)
     for name in present:
         match = FILE_PATTERN.fullmatch(name)
-        if match and int(match[1]) not in missing and is_surplus(root, folder, name, shards):
+        if match and int(match[1]) not in missing and name in unnamed:
             findings.add(f"{join(root, folder, name)}: no done-record names it; delete it or run its stage again")
         if name.endswith(".json") and not match and f"{folder}/{name}" != SIZES:
             findings.add(f"{join(root, folder, name)}: no file of this format; delete it, readers take it for stats")
     return shards
 
 
-def is_surplus(root: str, folder: str, name: str, shards: list[int]) -> bool:
-    """Whether a file with a shard's name belongs to none of the finished ``shards``: no record names it."""
-    match = FILE_PATTERN.fullmatch(name)
-    if match is None or match[2] == "_stats.json":
-        return False
-    if int(match[1]) not in shards:
-        return True
-    if match[3]:  # a killed `cache` leaves such a part, and the next one takes it away
-        return False
+def surplus_names(root: str, folder: str, present: list[str], shards: list[int]) -> set[str]:
+    """The files with a shard's name that belong to none of the finished ``shards``: no record names them."""
+    surplus = set[str]()
+    named = dict[int, set[str] | None]()
+    for name in present:
+        match = FILE_PATTERN.fullmatch(name)
+        if match is None or match[2] == "_stats.json":
+            continue
+        shard = int(match[1])
+        if shard not in named:
+            named = {shard: _named_files(root, folder, shard) if shard in shards else set()}
+        own = named[shard]
+        # a killed `cache` leaves parts, and the next one takes them away
+        if own is not None and name not in own and not (match[3] and shard in shards):
+            surplus.add(name)
+    return surplus
+
+
+def _named_files(root: str, folder: str, shard: int) -> set[str] | None:
+    """The files of a folder that a shard's record names; None where it names none, or another shard's."""
     try:
-        done = read_done(join(root, folder), int(match[1]))
+        done = read_done(join(root, folder), shard)
     except DataError:  # `check_record` reports it
-        return False
-    is_of_shard = done is not None and done.shard == int(match[1]) and any(p.startswith(folder) for p in done.outputs)
-    return done is not None and is_of_shard and f"{folder}/{name}" not in done.outputs
+        return None
+    outputs = done.outputs if done is not None and done.shard == shard else {}
+    return {path.rpartition("/")[2] for path in outputs if path.rpartition("/")[0] == folder} or None
 
 
 def check_classes(root: str, blocks: dict[str, Any], findings: Findings) -> None:

@@ -71,12 +71,14 @@ class Listing:
         self.rows = self.read
         yield from kept_tasks(config.root, shard)
 
-    def tasks_of(self, shards: Container[int]) -> Iterator[ShardTask]:
+    def tasks_of(self, shards: set[int]) -> Iterator[ShardTask]:
         """The tasks of these shards alone, in order, whatever is in ROOT; nothing is deleted or refused."""
         types = self._column_types()
         for shard, rows in enumerate(self._chunks()):
             if shard in shards:
                 yield self._task(shard, rows, types)
+            if shard >= max(shards):
+                return
 
     def _additional_shards(self) -> Container[int]:
         """Numbers of the shards that earlier retries wrote; ``overwrite`` deletes those, the last one first."""

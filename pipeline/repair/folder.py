@@ -30,6 +30,7 @@ from shards_spec.manifest import Done, finished_shards, forget, read_done
 
 MOVED = "moved"
 SCRATCH = "scratch"
+STOP_WORDS = "stop_words.txt"
 JOURNAL = "journal.json"
 LOST_BLOCKS = "lost blocks"
 
@@ -130,7 +131,7 @@ class Folder:
         """Delete the journal, and what a killed run left half made; the folder too when nothing was moved there."""
         remove(self.path(JOURNAL))
         self.clear(SCRATCH)
-        remove(self.path("stop_words.txt"))
+        remove(self.path(STOP_WORDS))
         if not is_url(self._root):
             with contextlib.suppress(OSError):
                 Path(self._root, REPAIRED).rmdir()

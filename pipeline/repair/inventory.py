@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.check.records import check_record, is_surplus
+from pipeline.check.records import check_record, surplus_names
 from pipeline.repair.folder import Folder, move
 from pipeline.repair.recorded import Recorded, file_sha256, is_foreign, sound_record
 from shards_spec.files import DataError, UserError, exists, is_url, join, names, read_bytes
@@ -113,8 +113,7 @@ def _add_stage(inventory: Inventory, recorded: Recorded, key: str) -> None:
         path = f"{folder}/{name}"
         if path not in inventory.hashes and FILE_PATTERN.fullmatch(name):
             inventory.add(path)
-        if is_surplus(root, folder, name, shards):
-            inventory.strays.add(path)
+    inventory.strays |= {f"{folder}/{name}" for name in surplus_names(root, folder, present, shards)}
 
 
 def _add_shard(inventory: Inventory, key: str, shard: int) -> None:
@@ -200,24 +199,17 @@ def surplus(recorded: Recorded) -> list[str]:
         total = recorded.number_of_shards(key)
         present = names(join(recorded.root, folder))
         shards = sorted(int(match[1]) for name in present if (match := STATS_PATTERN.fullmatch(name)))
+        unnamed = surplus_names(recorded.root, folder, present, shards)
+        missing = set(range(total)) - set(shards)
         for name in present:
             match = FILE_PATTERN.fullmatch(name)
             path = f"{folder}/{name}"
             if match is None:
                 is_foreign_json = name.endswith(".json") and path != SIZES
                 found += [path] if is_foreign_json else []
-            elif _belongs_to_none(recorded, key, name, shards=shards, total=total):
+            elif STATS_PATTERN.fullmatch(name):
+                is_sound = sound_record(recorded.root, key, int(match[1])) is not None
+                found += [path] if int(match[1]) >= total and key in recorded.blocks and not is_sound else []
+            elif name in unnamed and int(match[1]) not in missing:
                 found.append(path)
     return found
-
-
-def _belongs_to_none(recorded: Recorded, key: str, name: str, *, shards: list[int], total: int) -> bool:
-    """Whether a file with a shard's name is of no shard: its record, if any, is another's or does not name it."""
-    folder, match = stage_output(key) or "", FILE_PATTERN.fullmatch(name)
-    assert match is not None
-    number = int(match[1])
-    if STATS_PATTERN.fullmatch(name):
-        return number >= total and sound_record(recorded.root, key, number) is None and key in recorded.blocks
-    if number in shards or number >= total:
-        return is_surplus(recorded.root, folder, name, shards)
-    return False

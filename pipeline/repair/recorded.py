@@ -46,7 +46,7 @@ class Recorded:
     """What ``dataset.json`` says, as far as it is sound.
 
     ``blocks`` are the blocks that are as they were written, ``configs`` the configs of stages (also of blocks of which
-    only another field is damaged). ``is_sound``: the whole file is as it was written.
+    only another field is damaged). ``is_sound``: the whole file is as it was written. ``is_there``: there is a file.
     """
 
     root: str
@@ -55,6 +55,7 @@ class Recorded:
     blocks: dict[str, RecordedBlock] = field(default_factory=dict)
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     is_sound: bool = False
+    is_there: bool = False
 
     def config(self, key: str) -> dict[str, Any] | None:
         """The config of a stage, by its sound records or else by its block; None when neither can be read."""
@@ -106,6 +107,7 @@ def read_recorded(root: str, path: str = "") -> Recorded:
         data = read_bytes(path)
     except OSError:
         return recorded
+    recorded.is_there = True
     try:
         dataset = parse_json(path, data)
     except (DataError, UserError):

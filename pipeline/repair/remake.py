@@ -1,7 +1,8 @@
 """Stages after `ingest` run again for the shards that are broken or stale, by the settings of their records."""
 
 import contextlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -15,8 +16,10 @@ from pipeline.check.config import CheckConfig
 from pipeline.core.runner import ShardsFailed
 from pipeline.dedup.drop_list import hash_raw_shards
 from pipeline.dedup.stage import dedup
+from pipeline.labels.labeler import load_labeler
+from pipeline.labels.wordnet import find_wordnet
 from pipeline.pack.stage import pack
-from pipeline.repair.folder import Folder
+from pipeline.repair.folder import STOP_WORDS, Folder
 from pipeline.repair.raw import RefusedError
 from pipeline.repair.recorded import file_sha256, sound_record
 from pipeline.repair.settings import (
@@ -25,14 +28,15 @@ from pipeline.repair.settings import (
     caption_config,
     command_line,
     dedup_config,
+    label_rule,
     models_of,
     pack_config,
     select_config,
 )
 from pipeline.select.stage import select
-from shards_spec.files import DataError, UserError, join
-from shards_spec.layout import RAW, STAGE_FOLDER, parquet_path, stage_output, tar_path
-from shards_spec.manifest import Done, file_hash, finished_shards, forget, read_done
+from shards_spec.files import DataError, UserError, exists, join, read_bytes, remove, write_bytes
+from shards_spec.layout import RAW, STAGE_FOLDER, parquet_path, stage_output, stats_path, tar_path
+from shards_spec.manifest import Done, file_hash, finished_shards, read_done
 from shards_spec.parquet import read_table, write_table
 from shards_spec.tar import shard_keys
 
@@ -66,6 +70,15 @@ def _hash_now(root: str, path: str) -> str | None:
     return file_sha256(join(root, path))
 
 
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Around work on a stage: its errors are reasons to refuse the repair."""
+    try:
+        yield
+    except (UserError, DataError, ShardsFailed, OSError, KeyError, TypeError, ValueError) as error:
+        raise RefusedError(str(error) or type(error).__name__) from error
+
+
 class Remaker:
     """Runs the stages of one dataset again."""
 
@@ -74,38 +87,58 @@ class Remaker:
         self._root = config.root
         self._folder = folder
 
-    def run(self, key: str, record: Record, broken: list[int]) -> None:
-        """Make the broken shards of a stage again, and those that are stale.
+    def prepare(self, key: str, record: Record) -> Callable[[], Any]:
+        """What runs a stage by the settings of its records; nothing is written yet.
 
-        Raises RefusedError when that cannot be done here: nothing is deleted then.
+        Raises RefusedError when it cannot be run here.
         """
         kind, _, name = key.partition("/")
-        runs: dict[str, Callable[[str, Record], Callable[[], Any]]] = {
+        stages: dict[str, Callable[[str, Record], Callable[[], Any]]] = {
             "dedup": self._dedup,
             "caption": self._caption,
-            "plan": self._pack,
             "pack": self._pack,
             "cache": self._cache,
             "cache-lists": self._lists,
             "select": self._select,
         }
-        if kind not in runs:
-            raise RefusedError(f"{key}: run its stage again")
+        if kind not in stages:
+            raise RefusedError("run its stage again")
+        with _refusals():
+            return stages[kind](name, record)
+
+    def run(self, stage: Callable[[], Any], broken: list[tuple[str, int]]) -> None:
+        """Run a stage that makes the ``broken`` shards (folder and number) again, and those that are stale.
+
+        Raises RefusedError when that fails; records of shards that were not made are there again then.
+        """
+        records = [stats_path(join(self._root, folder), shard) for folder, shard in broken]
+        saved = {path: read_bytes(path) for path in records if exists(path) and not os.path.isdir(path)}
+        for path in records:
+            if os.path.isdir(path):
+                self._folder.move_away(path.removeprefix(f"{self._root.rstrip('/')}/"))
+            remove(path)
         try:
-            stage = runs[kind](name, record)
-            for shard in broken:
-                forget(join(self._root, stage_output(key) or ""), shard)
-            stage()
-        except (UserError, DataError, ShardsFailed, OSError, KeyError, TypeError, ValueError) as error:
-            raise RefusedError(f"{key}: {str(error) or type(error).__name__}") from error
+            with _refusals():
+                stage()
+        finally:
+            for path, data in saved.items():
+                if not exists(path):  # it still says how the shard was made
+                    write_bytes(path, data)
 
     def _dedup(self, _: str, record: Record) -> Callable[[], Any]:
         config = dedup_config(self._root, record)
         return lambda: dedup(config)
 
     def _pack(self, _: str, record: Record) -> Callable[[], Any]:
-        config = pack_config(self._root, record, self._folder.path("stop_words.txt"))
-        return lambda: pack(config)
+        config = pack_config(self._root, record, self._folder.path(STOP_WORDS))
+        load_labeler(str(find_wordnet(config.wordnet, config.download_wordnet)), label_rule(record))
+
+        def run() -> None:
+            if config.stop_words == self._folder.path(STOP_WORDS):
+                write_bytes(config.stop_words, "\n".join(record["stop_words"]).encode())
+            pack(config)
+
+        return run
 
     def _lists(self, name: str, _: Record) -> Callable[[], Any]:
         return lambda: export_lists(self._root, name, overwrite=False)

@@ -13,7 +13,7 @@ from pipeline.labels.vocab_stage import VocabConfig
 from pipeline.pack.caption_cleaning import RULES_VERSION
 from pipeline.pack.config import PackConfig
 from pipeline.select.config import SelectConfig
-from shards_spec.files import UserError, write_bytes
+from shards_spec.files import UserError
 from shards_spec.layout import teacher_parquet
 from shards_spec.messages import flag
 from shards_spec.models import TIMM, model_label
@@ -78,18 +78,16 @@ def models_of(record: Record, given: tuple[str, ...]) -> list[str]:
 
 
 def pack_config(root: str, record: Record, stop_words: str) -> PackConfig:
-    """Of `pack`; ``stop_words`` is where a list of words is written, if it needs one.
+    """Of `pack`; ``stop_words`` is where a list of words will be, if it needs one.
 
     Raises UserError when this version makes other shards from these settings.
     """
     captioner = record["captioner"] or "none"
-    rule = _label_rule(record)
+    rule = label_rule(record)
     words = rule.stop_words
     source = stop_words if words else None
     if words == FUNCTION_WORDS:
         source = "function"
-    elif words:
-        write_bytes(stop_words, "\n".join(words).encode())
     if rule.describe() != rule_of(record) or record["caption_hygiene"] != RULES_VERSION:
         raise UserError(
             f"{root}: its shards were packed by rules of another version ({record['rule']}, captions cleaned by "
@@ -111,7 +109,7 @@ def pack_config(root: str, record: Record, stop_words: str) -> PackConfig:
     )
 
 
-def _label_rule(record: Record) -> LabelRule:
+def label_rule(record: Record) -> LabelRule:
     """The rule of a record, from its name."""
     options = str(record["rule"]).split("+")[1:]
     tagger = next((option.removeprefix(NOUNS) for option in options if option.startswith(NOUNS)), None)

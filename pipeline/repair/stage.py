@@ -43,7 +43,7 @@ from shards_spec.layout import (
     vocabulary_tsv,
 )
 from shards_spec.lock import locked
-from shards_spec.manifest import check_no_takedown, finished_shards, forget
+from shards_spec.manifest import check_no_takedown, finished_shards
 
 LOCK = ".repair.lock"  # below ROOT
 SHARDS_NAMED = 5  # of those that a stage makes again because what they were made of has changed
@@ -83,6 +83,7 @@ class _Repair:
         self._inventory = Inventory(config.root)
         self._broken_plan = list[int]()
         self._has_refused = False
+        self._ingest_is_unfinished = False
 
     def run(self) -> None:
         """All steps, in the order of the stages."""
@@ -158,6 +159,9 @@ class _Repair:
         recorded = self._recorded
         if recorded.is_sound or not is_ours(recorded):
             return
+        self._ingest_is_unfinished = not recorded.is_there and recorded.stages() == ["ingest"]
+        if self._ingest_is_unfinished:
+            return
         known = "its source is not known any more" if recorded.source is None else f"source {recorded.source}"
         self._say(f"{dataset_json('').strip('/')}: damaged or not there; written again from the records, {known}")
         if self._dry:
@@ -181,6 +185,9 @@ class _Repair:
     def _is_unfinished(self, key: str) -> bool:
         """Whether a stage has not ended yet, which is no damage."""
         recorded = self._recorded
+        if self._ingest_is_unfinished:
+            self._refuse(f"{RAW}: refused: without dataset.json `ingest` has not finished; run it again, then repair")
+            return True
         if key in recorded.blocks or not recorded.is_sound or key in self._folder.lost_blocks():
             return False
         command = key.partition("/")[0]
@@ -252,13 +259,15 @@ class _Repair:
         record = self._recorded.config(key)
         if record is None:
             self._refuse(f"{stage_output(key)}: refused: no record says how it was made; run its stage again")
-        elif not self._dry:
-            try:
-                for shard in self._broken_plan if key == "pack" else []:
-                    forget(join(self._root, PLAN), shard)
-                self._remaker.run(key, record, sorted(broken))
-            except RefusedError as error:
-                self._refuse(f"{stage_output(key)}: refused: {error}")
+            return
+        again = [(stage_output(key) or "", shard) for shard in sorted(broken)]
+        again += [(PLAN, shard) for shard in self._broken_plan] if key == "pack" else []
+        try:
+            stage = self._remaker.prepare(key, record)
+            if not self._dry:
+                self._remaker.run(stage, again)
+        except RefusedError as error:
+            self._refuse(f"{stage_output(key)}: refused: {error}")
 
     def _cut(self, key: str) -> None:
         """Where only rows vanished, shorten what was made of them; no model is needed for that."""
