@@ -6,9 +6,10 @@
 The rival is what open_clip trains with: webdataset's shuffle and decode, torchvision's RandomResizedCrop, ToTensor and
 Normalize, open_clip's tokenizer, batches made in the workers. Both end as normalised float32 batches in the main
 process. Images have a shorter side of 256. Prints samples per second of both and their ratio (medians of turns taken
-one after the other), what joining 10 views and 6 captions of a ViT-L/14 teacher costs and what a second teacher costs
-beside it (CPU time of one process, so that other work on the machine counts less), the time to the first batch, the
-time to the first batch from the middle of an epoch of 10,000 shards, and the memory of a worker over them.
+one after the other), the ratio of their CPU time without workers, what joining 10 views and 6 captions of a ViT-L/14
+teacher costs and what a second teacher costs beside it (CPU time of one process, so that other work on the machine
+counts less), the time to the first batch, the time to the first batch from the middle of an epoch of 10,000 shards, and
+the memory of a worker over them.
 """
 
 import argparse
@@ -156,6 +157,24 @@ def rate(batches: Iterator[Any], number: int, batch_size: int) -> float:
     for _ in islice(batches, number):
         pass
     return number * batch_size / (time.perf_counter() - start)
+
+
+def cpu_against_plain(root: str, options: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds of CPU time a sample of the rival and of the reader, all in this process; by turns, medians."""
+    alone = argparse.Namespace(**{**vars(options), "workers": 0})
+    number = max(2, options.samples // options.batch_size - 2)
+    used: dict[str, list[float]] = {"plain": [], "clipmill": []}
+    for _ in range(options.rounds):
+        for name, batches in (
+            ("plain", plain(root, options.shards, alone)),
+            ("clipmill", ours(root, ViewConfig(scale=SCALE), "original", alone)),
+        ):
+            next(batches)
+            start = time.process_time()
+            for _ in islice(batches, number):
+                pass
+            used[name].append(1000 * (time.process_time() - start) / (number * options.batch_size))
+    return {name: statistics.median(values) for name, values in used.items()}
 
 
 def seconds_to_first(make: Callable[[], Iterator[Any]]) -> float:
