@@ -1,8 +1,8 @@
 """CLIP-KD's further losses (Yang et al., arXiv 2307.12732) as functions of features, as its released code has them.
 
-FD, CRD and ICL are in `training.losses.distillation`. Here are GD, gradient distillation (section 3.5), and AFD,
-augmented feature distillation (section 3.6). MFD, masked feature distillation, is FD of a student that sees a part of
-the patches: `training.models.masked_image`.
+FD, CRD and ICL are in `training.losses.distillation`. Here are GD, gradient distillation, and AFD, augmented feature
+distillation. MFD, masked feature distillation, is FD of a student that sees a part of the patches:
+`training.models.masked_image`.
 
 Shapes: N pairs of the whole batch, D numbers of a student's feature, D' of a teacher's. The teacher's features and
 scale are constants.
