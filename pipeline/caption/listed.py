@@ -95,6 +95,7 @@ class _Joiner:
         self._files = files
         self._columns = columns
         self._index: CaptionIndex | None = None
+        self._left_out = dict[str, float]()
 
     def close(self) -> None:
         """Drop the index."""
@@ -110,10 +111,16 @@ class _Joiner:
             known = [content_ids(self._names(shard).values()) for shard in self._shards]
             self._index = CaptionIndex(np.unique(np.concatenate(known)))
             self._index.fill(chain.from_iterable(listed_rows(file.path, self._columns) for file in self._files))
+            self._left_out = dict(self._index.left_out)
         names = self._names(shard)
         rows = self._index.find([names[key] for key in keys if key in names])
         for key in keys:
             yield key, rows[names[key]] if key in names else None
+
+    def take_left_out(self) -> dict[str, float]:
+        """How many rows of the files were left out, by reason; told once, for the log of the run that read them."""
+        left_out, self._left_out = self._left_out, {}
+        return left_out
 
     def _names(self, shard: int) -> dict[str, str]:
         """Key to what the rows of a list call the image, of the images of a raw shard that have such a name."""
@@ -145,7 +152,8 @@ def _join_shard(root: str, task: ShardTask, *, joiner: _Joiner, stage: Stage, mo
         counts[row.reason or "success"] += 1
         notes["further rows of one image"] += max(0, len(rows or []) - 1)
     outputs = captions.write(root, stage, task.shard, [REASON_FIELD])
-    return ShardResult(dict(counts), outputs, counters=dict(sorted((+notes + Counter(captions.counters())).items())))
+    counters = dict(sorted((+notes + Counter(captions.counters())).items()))
+    return ShardResult(dict(counts), outputs, counters=counters, measurements=joiner.take_left_out())
 
 
 def _usable(rows: list[RowCaptions], most: int, notes: Counter[str]) -> list[str]:

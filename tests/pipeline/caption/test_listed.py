@@ -133,6 +133,12 @@ def test_what_is_unusable_or_fits_no_image_is_counted(root, tmp_path):
         "too long, left out": 1,
     }
     assert read_dataset(root)["stages"]["caption/others"]["facts"] == summary.counters
+    logged = json.loads(Path(root, "logs/caption-others.jsonl").read_text())
+    assert {name: logged[name] for name in logged if name.startswith("rows")} == {
+        UNKNOWN: 1,
+        "rows that are no JSON object": 1,
+        "rows that name no image": 1,
+    }
     assert check(CheckConfig(root)) == []
 
 
