@@ -83,11 +83,13 @@ class Selection:
 
     def filter_rows(self, rows: list[Row]) -> list[Row]:
         """All rows; those that are left out have the reason as their problem, and are not downloaded."""
-        return [replace(row, problem=row.problem or self._problem(row)) for row in rows]
+        return [replace(row, problem=self._problem(row)) for row in rows]
 
     def _problem(self, row: Row) -> str | None:
         if self.taken_down.has_row(row.url, row.caption):
             return TAKEN_DOWN
+        if row.problem is not None:
+            return row.problem
         if row.url is not None and self._is_excluded(row.url):
             return EXCLUDED_URL
         for condition in self.where:

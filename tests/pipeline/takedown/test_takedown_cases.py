@@ -45,6 +45,7 @@ def made(tmp_path_factory) -> Path:
         data, caption = draw(f"case/{index}")
         (images / f"{index:02}.jpg").write_bytes(data)
         (images / f"{index:02}.txt").write_text(caption)
+    (images / "99.heic").write_bytes(b"a format that is not decoded")
     shutil.copy(images / "01.jpg", images / "97.jpg")
     (images / "97.txt").write_text("the same again")
     root = str(base / "ds")
@@ -80,12 +81,12 @@ def raw_files(root: Path) -> dict[str, bytes]:
 
 def test_ingest_makes_the_same_again(root, made):
     """All shards anew: what was taken down stays away, and all else is what the takedown left."""
-    take(root, "000000001", "07.jpg", sha256_bytes((made / "images/04.jpg").read_bytes()))
+    take(root, "000000001", "07.jpg", "99.heic", sha256_bytes((made / "images/04.jpg").read_bytes()))
     after = raw_files(root)
     counts = read_dataset(str(root))["stages"]["ingest"]["counts"]
     ingest_images(root, made / "images", overwrite=True)
     assert raw_files(root) == after
-    assert read_dataset(str(root))["stages"]["ingest"]["counts"] == counts == {"success": 7, "taken down": 3}
+    assert read_dataset(str(root))["stages"]["ingest"]["counts"] == counts == {"success": 7, "taken down": 4}
 
 
 def test_an_image_under_another_link_stays_away(root, made, tmp_path):
