@@ -26,6 +26,8 @@ class TakedownConfig:
     of the image's bytes as downloaded or as stored, is every sample of that image"""
     duplicates: bool = False
     """also take down what dedup holds for duplicates or near-duplicates of these"""
+    dry_run: bool = False
+    """only say what would go"""
 
     def __post_init__(self) -> None:
         require(bool(self.list), "list", self.list, "a file of keys, links or sha256")

@@ -83,8 +83,9 @@ def find_matches(root: str, request: TakedownRequest, duplicates: bool) -> Match
     if not exists(join(root, RAW)):
         _match_tars(root, SHARDS, request, matches, images=set(request.images))
         return matches
+    wanted = {name: text_array(values) for name, values in _by_column(request).items() if values}
     for shard in finished_shards(join(root, RAW)):
-        _match_rows(root, shard, request, matches)
+        _match_rows(root, shard, wanted, matches)
     found = {value for kind, value in matches.used if kind == "sha256"}
     if images := set(request.images) - found:  # those of the bytes as they are stored
         _match_tars(root, RAW, TakedownRequest(), matches, images=images)
@@ -97,15 +98,18 @@ def _columns(root: str, shard: int) -> pa.Table:
     return read_table(raw_parquet(root, shard), ["key", "status"], optional=OPTIONAL)
 
 
-def _match_rows(root: str, shard: int, request: TakedownRequest, matches: Matches) -> None:
+def _by_column(request: TakedownRequest) -> dict[str, Collection[str]]:
+    return {"key": request.keys, "uid": request.keys, "url": request.urls, "sha256": request.images}
+
+
+def _match_rows(root: str, shard: int, wanted: dict[str, pa.Array], matches: Matches) -> None:
     table = _columns(root, shard)
-    wanted = {"key": request.keys, "uid": request.keys, "url": request.urls, "sha256": request.images}
     keys = table.column("key")
     blank = _is_blank(table)
-    for name in REASONS:
-        if name not in table.column_names or not wanted[name]:
+    for name, values in wanted.items():
+        if name not in table.column_names:
             continue
-        for row in np.flatnonzero(_is_among(table.column(name), wanted[name])).tolist():
+        for row in np.flatnonzero(_is_among(table.column(name), values)).tolist():
             value, key = table.column(name)[row].as_py(), keys[row].as_py()
             matches.used.add(("key" if name == "uid" else name, value))
             if blank[row]:
@@ -118,14 +122,17 @@ def _is_blank(table: pa.Table) -> np.ndarray:
     """Where a row was taken down before, bool (n,)."""
     if "error_message" not in table.column_names:
         return np.zeros(len(table), bool)
-    return _is_among(table.column("error_message"), [TAKEN_DOWN])
+    return _is_among(table.column("error_message"), text_array([TAKEN_DOWN]))
 
 
-def _is_among(column: pa.ChunkedArray, values: Collection[str]) -> np.ndarray:
+def text_array(values: Collection[str]) -> pa.Array:
+    """The values as Arrow has them."""
+    return pa.array(list(values), pa.string())
+
+
+def _is_among(column: pa.ChunkedArray, values: pa.Array) -> np.ndarray:
     """Where a column has one of the values, bool (n,)."""
-    if not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type):
-        column = column.cast(pa.string())
-    found: np.ndarray = pc.is_in(column, pa.array(list(values), column.type)).to_numpy()
+    found: np.ndarray = pc.is_in(column.cast(pa.string()), values).to_numpy()
     return found
 
 
@@ -170,20 +177,22 @@ def _match_duplicates(root: str, matches: Matches, duplicates: bool) -> None:
 def _collect_rows(root: str, matches: Matches) -> None:
     """All rows of the keys that go, and who shares link or image with them."""
     shards = finished_shards(join(root, RAW))
+    keys = text_array(matches.reasons)
     for shard in shards:
         table = _columns(root, shard)
-        for row in np.flatnonzero(_is_among(table.column("key"), matches.reasons) & ~_is_blank(table)).tolist():
+        for row in np.flatnonzero(_is_among(table.column("key"), keys) & ~_is_blank(table)).tolist():
             raw_row = _raw_row(shard, row, table.slice(row, 1).to_pylist()[0])
             matches.rows[shard].append(raw_row)
             matches.last_shard[raw_row.key] = shard
     urls = {row.url: row.key for row in matches.last_rows() if row.url}
     images = {row.sha256: row.key for row in matches.last_rows() if row.sha256}
+    of_column = [(name, owners, text_array(owners)) for name, owners in (("url", urls), ("sha256", images)) if owners]
     for shard in shards:
         table = _columns(root, shard)
-        for name, owners in (("url", urls), ("sha256", images)):
-            if name not in table.column_names or not owners:
+        for name, owners, values in of_column:
+            if name not in table.column_names:
                 continue
-            for row in np.flatnonzero(_is_among(table.column(name), owners)).tolist():
+            for row in np.flatnonzero(_is_among(table.column(name), values)).tolist():
                 key = table.column("key")[row].as_py()
                 if key not in matches.reasons:
                     value = table.column(name)[row].as_py()

@@ -20,6 +20,7 @@ from shards_spec import SPEC_VERSION
 from shards_spec.files import DataError, UserError, exists, join, names, remove_stale, write_json
 from shards_spec.layout import RAW, SHARDS, TAKEDOWN, VOCAB
 from shards_spec.lock import locked
+from shards_spec.manifest import check_no_takedown
 from shards_spec.messages import counted
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ MOST_NAMED = 20  # keys in a line of the outcome
 
 @dataclass
 class TakedownOutcome:
-    """What a takedown did: the path of its report, and lines for people."""
+    """What a takedown did: the path of its report (empty for a dry run), and lines for people."""
 
     report: str
     lines: list[str] = field(default_factory=list)
@@ -46,6 +47,8 @@ def takedown(config: TakedownConfig) -> TakedownOutcome:
     if not exists(join(root, RAW)) and not exists(join(root, SHARDS)):
         raise UserError(f"{root}: no raw/ and no shards/ in it; it is not a clipmill dataset")
     request = read_request(config.list, config.by)
+    if config.dry_run:
+        return _preview(config, request)
     with ExitStack() as locks:
         for name in LOCKS:
             locks.enter_context(locked(join(root, name), root))
@@ -63,6 +66,16 @@ def takedown(config: TakedownConfig) -> TakedownOutcome:
             raise
         staging.commit(journal)
         return _finish(root, staging, journal)
+
+
+def _preview(config: TakedownConfig, request: TakedownRequest) -> TakedownOutcome:
+    """What would go; nothing is written. Raises UserError where a takedown was interrupted."""
+    root = config.root
+    check_no_takedown(root)
+    matches = find_matches(root, request, config.duplicates)
+    report = {**_report(root, matches, []), **_unmatched(request, matches, read_takedown_hashes(root))}
+    keys = f": {_some(report['samples'])}" if report["samples"] else ""
+    return TakedownOutcome("", [f"takedown: {_counted_samples(report)} would go from {root}{keys}", *_notes(report)])
 
 
 def _prepare(config: TakedownConfig, request: TakedownRequest, staging: TakedownStaging) -> TakedownJournal:
@@ -162,29 +175,14 @@ def _next_number(root: str) -> int:
 def _lines(root: str, journal: TakedownJournal, searched_files: int) -> list[str]:
     """The outcome for people."""
     report = journal.report
-    samples, before = report["samples"], report["lines_taken_down_before"]
-    without = len(report["rows_without_an_image"])
-    rows = f" and {counted(without, 'row')} without an image" if without else ""
-    lines = [f"takedown: {counted(len(samples) - without, 'sample')}{rows} gone from {root}"]
+    lines = [f"takedown: {_counted_samples(report)} gone from {root}"]
     changed = Counter(change.path.rpartition("/")[0] for change in journal.changes if change.removed)
     if changed:
         folders = ", ".join(f"{number} in {folder}" for folder, number in sorted(changed.items()))
         lines.append(f"files made without them: {folders}")
-    if before:
-        lines.append(f"taken down before: {counted(len(before), 'line')} of the list ({_some(before)})")
-    if unmatched := report["lines_without_a_match"]:
-        lines.append(f"not in this dataset: {counted(len(unmatched), 'line')} of the list ({_some(unmatched)})")
-    if same := report["same_link_or_image"]:
-        lines.append(
-            f"still there, with the same link or image: {_some(same)}; give the link or the sha256 in place of the key "
-            "to take them down"
-        )
-    if near := report["near_duplicates"]:
-        lines.append(
-            f"still there, duplicates by dedup/ of what went: {_some(near)}; --duplicates takes them down, too"
-        )
+    lines += _notes(report)
     lines += [f"deleted: {page}; `clipmill report {root}` makes it again" for page in report["pages_deleted"]]
-    if samples and report["vocabularies"]:
+    if report["samples"] and report["vocabularies"]:
         lines.append(
             "vocabularies keep their counts, since models and class maps name their hash; `clipmill vocab` counts again"
         )
@@ -197,6 +195,31 @@ def _lines(root: str, journal: TakedownJournal, searched_files: int) -> list[str
         f"searched {counted(searched_files, 'file')}: no key, link or image hash of these is left; raw/ keeps rows "
         "without content, which say `taken down`, and ingest leaves them out"
     )
+    return lines
+
+
+def _counted_samples(report: dict[str, Any]) -> str:
+    without = len(report["rows_without_an_image"])
+    rows = f" and {counted(without, 'row')} without an image" if without else ""
+    return counted(len(report["samples"]) - without, "sample") + rows
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    """Lines of the list that name nothing, and samples that stay and are like those that go."""
+    lines = list[str]()
+    if before := report["lines_taken_down_before"]:
+        lines.append(f"taken down before: {counted(len(before), 'line')} of the list ({_some(before)})")
+    if unmatched := report["lines_without_a_match"]:
+        lines.append(f"not in this dataset: {counted(len(unmatched), 'line')} of the list ({_some(unmatched)})")
+    if same := report["same_link_or_image"]:
+        lines.append(
+            f"staying, with the same link or image: {_some(same)}; give the link or the sha256 in place of the key to "
+            "take them down"
+        )
+    if near := report["near_duplicates"]:
+        lines.append(
+            f"staying, though dedup/ holds them for duplicates: {_some(near)}; --duplicates takes them down, too"
+        )
     return lines
 
 

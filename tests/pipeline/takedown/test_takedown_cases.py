@@ -171,17 +171,64 @@ def test_a_row_that_failed_and_was_tried_again(tmp_path):
     assert read_dataset(str(root))["stages"]["ingest"]["counts"] == {"success": 6, "taken down": 3}
 
 
+def foreign_raw(root: Path) -> None:
+    """ROOT/raw as img2dataset leaves it."""
+    write_raw(str(root))
+    for path in (root / "raw").glob("*_stats.json"):
+        stats = read_json(str(path))
+        del stats["clipmill"]
+        write_json(str(path), stats)
+    (root / "dataset.json").unlink()
+
+
+def test_shards_of_img2dataset_as_they_are(tmp_path):
+    """Nobody has ingested them: their stats have counts alone."""
+    root = tmp_path / "ds"
+    foreign_raw(root)
+    run_stage("pack", str(root))
+    take(root, "http://h/000000001", "http://h/000010004")
+    assert sound(root)
+    stats = read_json(str(root / "raw/00000_stats.json"))
+    assert (stats["count"], stats["successes"], stats["failed_to_download"]) == (6, 4, 2)
+    assert stats["status_dict"] == {"HTTP 404": 1, "success": 4, "taken down": 1}
+    assert [row["url"] for row in rows_of(root, 1)][3:] == ["http://h/000010003", None, "http://h/000010005"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "cell"),
+    [
+        (pa.string(), "secret"),
+        (pa.large_string(), "secret"),
+        (pa.list_(pa.float32()), [1.5]),
+        (pa.struct({"a": pa.int8()}), {"a": 3}),
+        (pa.binary(2), b"ab"),
+    ],
+    ids=str,
+)
+def test_columns_of_any_type_lose_what_goes(kind, cell, tmp_path):
+    root = tmp_path / "ds"
+    foreign_raw(root)
+    path = root / "raw/00000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("more", pa.array([cell] * len(table), kind)), path)
+    take(root, "http://h/000000001")
+    after = pq.read_table(path)
+    assert after.column("more").type == kind
+    assert after.column("more").null_count == 1
+    assert (
+        after.take([0, 2, 3, 4, 5])
+        .drop_columns("error_message")
+        .drop_columns("more")
+        .equals(table.take([0, 2, 3, 4, 5]))
+    )
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_shards_of_img2dataset(in_place, tmp_path):
     """They are taken over again without what was taken down, or stay as the takedown left them."""
     root = tmp_path / "ds"
     source = root if in_place else tmp_path / "other"
-    write_raw(str(source))
-    for path in (source / "raw").glob("*_stats.json"):
-        stats = read_json(str(path))
-        del stats["clipmill"]
-        write_json(str(path), stats)
-    (source / "dataset.json").unlink()
+    foreign_raw(source)
     run = IngestConfig(str(root), str(source / "raw"), workers=1)
     ingest(run)
     run_stage("pack", str(root))
@@ -337,6 +384,16 @@ def test_lists_that_cannot_be_used(content, by, message, tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_request(str(path), by)
+
+
+def test_a_dry_run_writes_nothing(root):
+    before = tree(str(root))
+    outcome = take(root, "000000001", "99.heic", "none.jpg", dry_run=True)
+    assert tree(str(root)) == before
+    text = "\n".join(outcome.lines)
+    for expected in ("1 sample and 1 row without an image would go", "000000001, 000010004", "1 line of the list (3)"):
+        assert expected in text, text
+    assert "000010003; --duplicates" in text
 
 
 def test_no_dataset_no_list(root, tmp_path):
