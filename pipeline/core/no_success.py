@@ -85,8 +85,12 @@ ADVICE = (
         "the images are no longer those of the list, or --sha256-col is another hash; without it all are taken",
     ),
     (
-        r"not in the list of --from|in the list of --drop",
-        "does the list name these samples? A key, URL, sha256 or uid counts, columns that raw/ has",
+        r"not in the list of --from",
+        "does the list name samples of this dataset, by a key, or a URL, sha256 or uid that raw/ has a column of?",
+    ),
+    (
+        r"in the list of --drop",
+        "the files of --drop name them",
     ),
     (
         r"no synset in the caption",

@@ -15,6 +15,7 @@ ROUNDS = 10  # of k-means
 SEEN_OF_CELL = 64  # embeddings that k-means sees for each centre
 MOST_SEEN = 1 << 18  # embeddings that it sees at the most: 0.5 GB of 512 numbers
 PRODUCTS = 1 << 23  # cosines that are computed at a time
+MAPPED_ROWS = 1024  # embeddings that are taken at a time
 DECIMALS = 4  # of a similarity to the centre: what differs less is a tie, and the first one comes first
 
 
@@ -59,9 +60,11 @@ class Embeddings:
         return values.reshape(-1, self.dim).astype(np.float32)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """These rows, float32. The file is mapped only meanwhile: what was read is no memory of this process then."""
-        mapped = np.memmap(self._path, self.STORED, "r", shape=(self._rows, self.dim))
-        taken: np.ndarray = mapped[rows].astype(np.float32)
+        """These rows, float32."""
+        taken = np.empty((len(rows), self.dim), np.float32)
+        for start in range(0, len(rows), MAPPED_ROWS):  # mapped anew, or all that was read would count as memory
+            mapped = np.memmap(self._path, self.STORED, "r", shape=(self._rows, self.dim))
+            taken[start : start + MAPPED_ROWS] = mapped[rows[start : start + MAPPED_ROWS]]
         return taken
 
     @property

@@ -131,7 +131,7 @@ def judge(rules: DatasetRules, read: Callable[[], Iterable[Draft]]) -> Verdict:
         top = find_top_share(rules.top, lambda: (_values(draft, verdict, rules) for draft in read()))
         if top.samples and not top.kept:
             raise UserError(f"--by {rules.by}: no sample has a number there; name a fact that is one")
-        log.info("select: the best %s of %s samples, %s from %s on", top.kept, top.samples, rules.by, top.threshold)
+        log.info("select: the best %d of %d samples, %s from %s on", top.kept, top.samples, rules.by, top.threshold)
         verdict = Verdict(top=top)
     if rules.balance is not None:
         kept = (draft.entries.take(pa.array(_rows_left(draft, verdict, rules))) for draft in read())

@@ -79,7 +79,8 @@ def name_ids(texts: Iterable[str | None]) -> np.ndarray:
 
 def uid_ids(halves: np.ndarray) -> np.ndarray:
     """uint64 (n,): the numbers of uids as (n, 2) uint64, upper and lower half."""
-    ids: np.ndarray = np.maximum(halves[:, 0] * np.uint64(SPREAD) + halves[:, 1], np.uint64(1))
+    ids: np.ndarray = halves[:, 0] * np.uint64(SPREAD) + halves[:, 1]
+    ids[ids == 0] = HALF
     return ids
 
 
@@ -92,7 +93,7 @@ def uid_halves(uid: str) -> tuple[int, int]:
 def _name_id(text: str) -> int:
     if UID.fullmatch(text):
         upper, lower = uid_halves(text)
-        return max((upper * SPREAD + lower) & HALF, 1)
+        return (upper * SPREAD + lower) & HALF or HALF
     if len(text) == SHA256_DIGITS:
         text = text.lower()
     return content_id(text.encode(errors="surrogatepass"))
@@ -118,6 +119,8 @@ def _file_ids(path: str, option: str) -> Iterator[np.ndarray]:
                 yield name_ids(line.decode(errors="surrogateescape").strip() for line in part)
         except BROKEN_GZIP as error:
             raise UserError(f"{option} {path}: broken gzip file ({error}); download it again") from error
+        except UserError as error:  # of the readers of lists, which name an option of ingest
+            raise UserError(f"{option} {str(error).replace(', and --format where it is given', '')}") from error
 
 
 def _numpy_ids(path: str, option: str) -> Iterator[np.ndarray]:

@@ -15,7 +15,6 @@ which says its seconds and its peak of memory.
 import argparse
 import multiprocessing
 import os
-import resource
 import shutil
 import tempfile
 import time
@@ -150,12 +149,12 @@ def embeddings_of(number: int, dim: int) -> np.ndarray:
 def own_way(path: str, cells: int) -> int:
     """Ours; returns how many go."""
     folder = tempfile.mkdtemp()
-    values = np.load(path, mmap_mode="r")
+    number = len(np.load(path, mmap_mode="r"))
     embeddings = Embeddings(join(folder, "embeddings"))
-    for start in range(0, len(values), 10_000):  # as from shards
-        embeddings.append(np.array(values[start : start + 10_000]))
+    for start in range(0, number, 10_000):  # as from shards; mapped anew, or all that was read would count as memory
+        embeddings.append(np.array(np.load(path, mmap_mode="r")[start : start + 10_000]))
         if start == 0:
-            embeddings.reserve(len(values))
+            embeddings.reserve(number)
     gone = int((repeated_rows(embeddings, DuplicateRule("", ABOVE, cells)) >= 0).sum())
     shutil.rmtree(folder)
     return gone
@@ -189,7 +188,9 @@ def in_a_process(way: Callable[[str, int], int], path: str, cells: int) -> tuple
 def _measured(way: Callable[[str, int], int], path: str, cells: int) -> tuple[float, float, float, int]:
     start, cpu = time.perf_counter(), time.process_time()
     gone = way(path, cells)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    # not getrusage, whose peak begins with that of the process that started this one
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    peak = int(status["VmHWM"].split()[0]) * 1024 / 1e9
     return time.perf_counter() - start, time.process_time() - cpu, peak, gone
 
 

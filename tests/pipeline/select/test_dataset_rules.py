@@ -257,7 +257,7 @@ def test_a_list_that_is_published_and_applied(root, tmp_path):
 
 
 def test_uids_as_datacomp_publishes_them(tmp_path):
-    uids = ["0a" * 16, "f" * 32, "1" * 32, "00" * 15 + "01"]
+    uids = ["0a" * 16, "f" * 32, "1" * 32, "00" * 15 + "01", "0" * 32]
     path = tmp_path / "subset.npy"
     write_uids(str(path), iter([uids[:2], uids[2:]]))
     array = np.load(path)
@@ -265,7 +265,7 @@ def test_uids_as_datacomp_publishes_them(tmp_path):
     assert array["f0"].tolist() == sorted(int(uid[:16], 16) for uid in uids)
     listed = np.load(read_sample_list((str(path),), "--from", str(tmp_path)).path)
     assert set(name_ids(uids).tolist()) == set(listed.tolist())
-    assert len(listed) == 4
+    assert len(listed) == 5
 
 
 @pytest.mark.parametrize(
