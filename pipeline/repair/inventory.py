@@ -17,6 +17,7 @@ from shards_spec.layout import (
     STATS_PATTERN,
     VOCAB,
     dataset_json,
+    shard_name,
     stage_output,
     stats_path,
 )
@@ -43,6 +44,7 @@ class Inventory:
     wanted: dict[str, str] = field(default_factory=dict)
     strays: set[str] = field(default_factory=set)
     assumed_whole: set[tuple[str, int]] = field(default_factory=set)
+    hidden: list[str] = field(default_factory=list)
 
     def add(self, path: str) -> str | None:
         """Note a file; returns its hash, None when it is not there or no file."""
@@ -59,8 +61,12 @@ class Inventory:
             if os.path.isfile(full) and os.stat(full).st_mtime_ns != before and self.hashes[path] == file_sha256(full):
                 os.utime(full, ns=(os.stat(full).st_atime_ns, before))
 
-    def take_as_whole(self, paths: set[str]) -> None:
-        """For a dry run: files that would be put back in their places, or make place, are not damaged."""
+    def take_as_whole(self, places: dict[str, str]) -> None:
+        """For a dry run: files that would be put back in their ``places``, or make place, are not damaged.
+
+        What else is damaged in their shards is in ``hidden``.
+        """
+        paths = {*places, *places.values()}
         self.strays -= paths
         for key in self.damage:
             folder = stage_output(key) or ""
@@ -68,6 +74,10 @@ class Inventory:
                 match = FILE_PATTERN.fullmatch(path.removeprefix(f"{folder}/"))
                 if match is not None and path.startswith(folder):
                     self.assumed_whole.add((key, int(match[1])))
+        passed_over = {f"{stage_output(key)}/{shard_name(shard)}" for key, shard in self.assumed_whole}
+        for path in sorted(self.wanted.keys() - paths):
+            if path.partition(".")[0] in passed_over:
+                self.hidden.append(f"{path} is not the file that was written")
 
     def forget_shard_of(self, path: str) -> None:
         """A record of no shard was moved away: no shard of its number is to be made."""

@@ -4,6 +4,7 @@ Nothing here raises for damage: what cannot be trusted is left out. A record or 
 fits; of older ones, without that hash, what can be derived again has to fit.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -143,14 +144,14 @@ def _read_block(recorded: Recorded, key: str, block: RecordedBlock) -> None:
 
 
 def _read_head_of_bytes(recorded: Recorded, data: bytes) -> None:
-    """Name and source of a file that is no JSON any more: they count when its own hash of them is still in it."""
-    texts = dict[str, Any]()
+    """Name and source of a file that is no JSON any more, where they can still be read."""
+    texts = dict[str, str | None]()
     for name in ("name", "source"):
         found = re.search(HEAD_TEXT % name.encode(), data)
-        texts[name] = _text(parse_json(dataset_json(recorded.root), found[1])) if found else None
-    if head_seal({"spec_version": SPEC_VERSION, **texts}).encode() in data:
-        recorded.name = texts["name"] or recorded.name
-        recorded.source = texts["source"]
+        with contextlib.suppress(DataError, UserError):
+            texts[name] = _text(parse_json(dataset_json(recorded.root), found[1])) if found else None
+    recorded.name = texts.get("name") or recorded.name
+    recorded.source = texts.get("source")
 
 
 def hashes_in(path: str) -> set[str]:

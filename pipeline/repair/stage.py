@@ -94,8 +94,9 @@ class _Repair:
         self._put_back()
         self._move_surplus()
         self._mend_dataset()
-        with self._saying("takedown"):
-            check_takedown_hashes(self._root)
+        if not self._dry or read_recorded(self._root).is_sound:  # a dry run leaves a damaged dataset.json
+            with self._saying("takedown"):
+                check_takedown_hashes(self._root)
         for key in self._recorded.stages():
             with self._saying(stage_output(key) or key):
                 self._mend_stage(key)
@@ -133,7 +134,9 @@ class _Repair:
             for path, place in sorted(places.items()):
                 self._say(f"{path}: is {place}; it is moved back there")
             if self._dry:
-                self._inventory.take_as_whole({*places, *places.values()})
+                self._inventory.take_as_whole(places)
+                for problem in self._inventory.hidden:
+                    self._say(f"{problem}; looked at when its shard's files are in their places")
                 for path, place in places.items():
                     if place == DATASET:
                         self._recorded = read_recorded(self._root, join(self._root, path))
@@ -162,8 +165,10 @@ class _Repair:
         self._ingest_is_unfinished = not recorded.is_there and recorded.stages() == ["ingest"]
         if self._ingest_is_unfinished:
             return
-        known = "its source is not known any more" if recorded.source is None else f"source {recorded.source}"
-        self._say(f"{dataset_json('').strip('/')}: damaged or not there; written again from the records, {known}")
+        source = "its source is not known any more"
+        if recorded.source is not None:
+            source = f"source {recorded.source}, as it can be read"
+        self._say(f"{DATASET}: damaged or not there; written again from the records, {source}")
         if self._dry:
             return
         self._folder.note_lost_blocks([key for key in recorded.stages() if key not in recorded.blocks])
@@ -197,7 +202,7 @@ class _Repair:
         return True
 
     def _mend_block(self, key: str) -> None:
-        if self._dry and self._inventory.damaged(key):
+        if self._dry and self._inventory.damage.get(key):
             return  # its shards are made again first
         if not self._dry:
             self._recorded.blocks = read_recorded(self._root).blocks
@@ -306,7 +311,7 @@ class _Repair:
 
     def _mend_sizes(self) -> None:
         """Write ``sizes.json`` again when it is not what the final shards' records say."""
-        if self._dry and self._inventory.damaged("pack"):
+        if self._dry and self._inventory.damage.get("pack"):
             return  # they are made again first
         path = sizes_json(self._root)
         total = len(finished_shards(join(self._root, SHARDS)))
