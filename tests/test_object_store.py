@@ -29,6 +29,8 @@ from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.stage import ingest
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
+from pipeline.takedown.config import TakedownConfig
+from pipeline.takedown.stage import takedown
 from shards_spec import files
 from shards_spec.files import UserError
 from shards_spec.models import load_model
@@ -148,6 +150,26 @@ def clipmill(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     variables = {name: value for name, value in {**os.environ, **environment}.items() if value}
     command = [sys.executable, "-m", "clipmill", *arguments]
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+
+
+def test_a_takedown_changes_what_it_has_to_and_leaves_nothing_beside(bucket, other, web):
+    root, source = f"s3://{bucket}/ds", put_list(other, bucket, web.url)
+    ingest(config(root, source))
+    pack(PackConfig(root, captioner=("none",), workers=1))
+    before = objects(other, bucket, "ds/")
+    other.put_object(Bucket=bucket, Key="requests.txt", Body=f"{web.url}/good/3\n".encode())
+    takedown(TakedownConfig(root, f"s3://{bucket}/requests.txt"))
+    assert check(CheckConfig(root)) == []
+    after = objects(other, bucket, "ds/")
+    changed = {key for key in {*before, *after} if before.get(key) != after.get(key)}
+    shards = {
+        f"{folder}/00000{ending}" for folder in ("raw", "shards") for ending in (".tar", ".parquet", "_stats.json")
+    }
+    others = {"dataset.json", "shards/sizes.json", "takedown/hashes.json", "takedown/report-1.json"}
+    assert changed == shards | others
+    ingest(config(root, source))
+    pack(PackConfig(root, captioner=("none",), workers=1))
+    assert objects(other, bucket, "ds/") == after
 
 
 # files

@@ -9,8 +9,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from shards_spec.files import filesystem, is_url, join, open_read, read_buffer, sha256_bytes, sha256_file, store_errors
+from shards_spec.files import (
+    DataError,
+    UserError,
+    filesystem,
+    is_url,
+    join,
+    open_read,
+    read_buffer,
+    sha256_bytes,
+    sha256_file,
+    store_errors,
+)
 from shards_spec.layout import RAW, STAGING, STATS_PATTERN, TAKEDOWN
+from shards_spec.library_errors import short
 from shards_spec.names import is_image
 from shards_spec.parquet import open_parquet
 from shards_spec.sample import parse_object
@@ -38,16 +50,18 @@ class TakedownSearch:
         self.files = 0
 
     def findings(self) -> Iterator[tuple[str, str]]:
-        """(path below ROOT, what was found where) of everything that is left. Raises DataError for a broken file."""
+        """(path below ROOT, what was found where) of everything that is left, and of files that cannot be searched."""
         for path in all_files(self._root):
             if path.startswith((f"{STAGING}/", f"{TAKEDOWN}/")):
                 continue  # the journal, hashes, and reports, which name keys alone
             self.files += 1
-            for found in self.search_file(path):
-                yield path, found
+            try:
+                yield from ((path, found) for found in self.search_file(path))
+            except (DataError, UserError, OSError) as error:
+                yield path, f"cannot be searched: {short(error)}"
 
     def search_file(self, path: str) -> Iterator[str]:
-        """What is left in one file."""
+        """What is left in one file. Raises DataError for a broken one."""
         full = join(self._root, path)
         if path.endswith(".tar"):
             yield from self._search_tar(full)

@@ -292,6 +292,16 @@ def test_a_lost_or_damaged_list_of_hashes_is_named(root, made):
     assert sound(root)
 
 
+def test_a_file_that_cannot_be_searched_is_said_and_blocks_nothing(root):
+    (root / "other.parquet").write_bytes(b"none")
+    (root / "other.tar").write_bytes(b"none" * 1000)
+    with pytest.raises(
+        DataError, match=r"2 places.*other\.parquet: cannot be searched.*other\.tar: cannot be searched"
+    ):
+        take(root, "000000003")
+    assert sound(root)
+
+
 @pytest.mark.parametrize("name", ["notes.txt", "copy.parquet", "copy.tar", "photo.jpg"])
 def test_what_is_left_in_other_files_is_said(root, made, name):
     if name == "notes.txt":
