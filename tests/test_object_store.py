@@ -152,6 +152,7 @@ def clipmill(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_takedown_changes_what_it_has_to_and_leaves_nothing_beside(bucket, other, web):
     root, source = f"s3://{bucket}/ds", put_list(other, bucket, web.url)
     ingest(config(root, source))
