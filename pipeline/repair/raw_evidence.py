@@ -95,7 +95,7 @@ class RawEvidence:
             return list(self.task.payload.keys)
         if self._is_additional(stored):
             return stored or list(self.samples)
-        own = [key for key in self.samples if self._index(key) is not None]
+        own = [key for key in (*self.samples, *self.witnesses.rows) if self._index(key) is not None]
         count = max([len(stored), self._count(), *((self._index(key) or 0) + 1 for key in own)])
         size = int(self.config.get("shard_size", count))
         return [sample_key(self.shard, index, size) for index in range(count)]
@@ -143,6 +143,7 @@ class RawEvidence:
             row = row_of_json(self.samples.get(key, {}), key)
             if row is None and key in rows and _is_plausible(rows[key], reasons):
                 row = rows[key]
+            row = self.witnesses.rows.get(key) if row is None else row
             if row is not None:
                 values[key] = row
         return values

@@ -15,11 +15,12 @@ from typing import Any
 from pipeline.core.near_duplicates import MAX_NEAR_BITS, parse_hashes
 from pipeline.core.perceptual_hash import perceptual_hash
 from pipeline.ingest.images import EncodedImage
+from pipeline.pack.selection import RESERVED_FIELD
 from pipeline.repair.recorded import file_sha256, sound_record
 from shards_spec.content_id import content_id
 from shards_spec.files import DataError, UserError, join, read_bytes, sha256_bytes
 from shards_spec.images import decode_rgb
-from shards_spec.layout import RAW, SHARDS, tar_path
+from shards_spec.layout import RAW, SHARDS, shard_name, tar_path
 from shards_spec.manifest import finished_shards
 from shards_spec.names import is_image
 from shards_spec.sample import parse_object, split_name
@@ -85,10 +86,12 @@ def image_of(members: Members) -> bytes | None:
 class ImageWitnesses:
     """What other stages know of the images of a raw shard.
 
-    ``copies`` are the images that whole final shards have, by key, ``ids`` the content ids in whole teacher caches.
+    ``copies`` are the images that whole final shards have, by key, ``rows`` what their json members say of them (the
+    caption cleaned), ``ids`` the content ids in whole teacher caches.
     """
 
     copies: dict[str, bytes] = field(default_factory=dict)
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     ids: dict[str, set[int]] = field(default_factory=dict)
 
     def prove(self, key: str, image: bytes, row: dict[str, Any] | None) -> bool:
@@ -103,8 +106,8 @@ class ImageWitnesses:
 def find_witnesses(root: str, shard: int, *, wanted: set[str], hashes: set[str], keys: list[str]) -> ImageWitnesses:
     """Look for a raw shard's images in the final shards and caches whose files are as they were written.
 
-    ``wanted`` are the keys of samples, ``hashes`` those that the tar had, ``keys`` the stages that are there. Read are
-    the final shards that were made of this tar, and their caches.
+    ``wanted`` are the keys of samples besides those that begin with the shard's number, ``hashes`` those that the tar
+    had, ``keys`` the stages that are there. Read are the final shards that were made of this tar, and their caches.
     """
     witnesses = ImageWitnesses()
     for number in finished_shards(join(root, SHARDS)):
@@ -113,8 +116,11 @@ def find_witnesses(root: str, shard: int, *, wanted: set[str], hashes: set[str],
             continue
         tar = tar_path(SHARDS, number)
         if done is not None and file_sha256(join(root, tar)) == done.outputs.get(tar):
-            own = {sample.key: sample.image for sample in read_shard(join(root, tar)) if sample.key in wanted}
-            witnesses.copies |= own
+            for sample in read_shard(join(root, tar)):
+                if sample.key in wanted or sample.key.startswith(shard_name(shard)):
+                    witnesses.copies[sample.key] = sample.image
+                    row = {name: value for name, value in sample.meta.items() if not RESERVED_FIELD.fullmatch(name)}
+                    witnesses.rows[sample.key] = row
         for key in keys:
             if key.startswith("cache/"):
                 _add_ids(witnesses, root, key, number)

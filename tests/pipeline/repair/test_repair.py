@@ -181,6 +181,17 @@ def test_what_is_lost_for_good_is_cut_out_of_all_that_was_made_of_it(uneven, ser
     assert read_dataset(str(root))["stages"]["ingest"]["counts"] == {"HTTP 404": 2, "success": ROWS - 2}
 
 
+def test_a_raw_shard_that_is_gone_comes_back_from_its_final_shard(uneven, server):
+    root = uneven.copy()
+    for path in root.glob("raw/00000*"):
+        path.unlink()
+    with gone(server, *(f"scene/{number}" for number in range(ROWS))):
+        lines, left = uneven.repair(root, models=())
+    assert left == []
+    assert "raw/00000: no sample lost" in lines
+    assert hashes(root)["raw/00000.tar"] == hashes(uneven.root)["raw/00000.tar"]
+
+
 class KilledError(BaseException):
     """In place of a signal."""
 
