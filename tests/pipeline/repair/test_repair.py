@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from small_damage import damage, is_named, states
 from small_data import build_all, draw, tiny_coca
-from small_ingest import config, write_list
+from small_ingest import config, rows_of, write_list
 from web_server import serve
 
 import clipmill
@@ -24,6 +24,8 @@ from pipeline.repair.raw import LOST
 from pipeline.repair.stage import repair
 from pipeline.select.config import SelectConfig
 from pipeline.select.stage import select
+from pipeline.takedown.config import TakedownConfig
+from pipeline.takedown.stage import takedown
 from pipeline.why.config import WhyConfig
 from pipeline.why.stage import why
 from shards_spec.files import read_json, write_json
@@ -380,3 +382,18 @@ def test_the_command_prints_every_action_and_exits_as_check_does(uneven, capsys)
     assert capsys.readouterr().out == f"{said}\n{root}: all promises hold\n"
     assert clipmill._run(["check", str(root), "--dry-run"]) == 2
     assert "belong to --repair" in capsys.readouterr().err
+
+
+def test_a_takedown_deletes_what_a_repair_moved_away(uneven, tmp_path):
+    root = uneven.copy()
+    shutil.copy(root / "raw/00000.tar", root / "raw/00070.tar")
+    assert uneven.repair(root)[1] == []
+    assert (root / ".repair/moved/raw/00070.tar").exists()
+    (tmp_path / "list.txt").write_text("000000000\n")
+    takedown(TakedownConfig(str(root), str(tmp_path / "list.txt")))
+    assert [path for path in (root / ".repair").rglob("*") if path.is_file()] == []
+    (root / "raw/00000.parquet").unlink()
+    lines, left = uneven.repair(root)
+    assert left == [], lines
+    (row,) = [row for row in rows_of(root) if row["key"] == "000000000"]
+    assert (row["error_message"], row["url"], row["caption"]) == ("taken down", None, None)
