@@ -94,10 +94,9 @@ def _prepare(config: TakedownConfig, request: TakedownRequest, staging: Takedown
         [(row.url, row.caption) for row in matches.last_rows()],
     )
     staging.stage(HASHES, lambda new: write_json(new, hashes.as_json()))
-    pages = list[str]()
     if matches.reasons:
         TakedownEdits(root, matches, staging).run()
-        pages = stage_other_files(root, search, staging)
+    pages = stage_other_files(root, search, staging) if any(searched.values()) else []
     return TakedownJournal(
         staging.changes, {**_report(root, matches, pages), **_unmatched(request, matches, known)}, searched
     )

@@ -278,6 +278,19 @@ def test_pages_logs_and_the_search_index(root):
     ]
 
 
+def test_a_shard_that_a_killed_ingest_left(root, made):
+    """It has no record: its files go, and are made again without what was taken down."""
+    for folder in ("dedup", "shards"):
+        shutil.rmtree(root / folder)
+    (root / "raw/00001_stats.json").unlink()
+    report = read_json(take(root, "07.jpg").report)
+    assert report["lines_without_a_match"] == [1]
+    assert sorted(path.name for path in root.glob("raw/00001*")) == []
+    ingest_images(root, made / "images")
+    assert [row["url"] for row in rows_of(root, 1)] == ["06.jpg", None, "08.jpg", "97.jpg", "99.heic"]
+    assert len(shard_keys(str(root / "raw/00001.tar"))) == 3
+
+
 def test_a_lost_or_damaged_list_of_hashes_is_named(root, made):
     take(root, "000000003")
     path = root / "takedown/hashes.json"
