@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -11,8 +11,9 @@ from shards_spec.files import DISK_FULL, UserError
 from shards_spec.messages import counted
 
 log = logging.getLogger(__name__)
-ROUNDS = 10  # of k-means
-SEEN_OF_CELL = 64  # embeddings that k-means sees for each centre
+ROUNDS = 10  # of k-means, over what it sees
+ROUNDS_OF_ALL = 2  # more of them over all embeddings, where it cannot see enough of them
+SEEN_OF_CELL = 256  # embeddings that k-means sees for each centre; with 64 it finds 5 % less of what is alike
 MOST_SEEN = 1 << 18  # embeddings that it sees at the most: 0.5 GB of 512 numbers
 PRODUCTS = 1 << 23  # cosines that are computed at a time
 MAPPED_ROWS = 1024  # embeddings that are taken at a time
@@ -59,6 +60,11 @@ class Embeddings:
         values = np.fromfile(self._path, self.STORED, number, offset=start * self._row_bytes)
         return values.reshape(-1, self.dim).astype(np.float32)
 
+    def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """All rows, so many at a time, each time with the number of the first one."""
+        for start in range(0, self._rows, size):
+            yield start, self.read(start, min(self._rows, start + size))
+
     def take(self, rows: np.ndarray) -> np.ndarray:
         """These rows, float32."""
         taken = np.empty((len(rows), self.dim), np.float32)
@@ -92,9 +98,9 @@ def divide(embeddings: Embeddings, number: int) -> Iterator[np.ndarray]:
     cells = np.empty(len(embeddings), np.uint32)
     similarities = np.empty(len(embeddings), np.float32)
     step = max(1, PRODUCTS // len(centres))
-    for start in range(0, len(embeddings), step):
-        stop = min(len(embeddings), start + step)
-        cells[start:stop], similarities[start:stop] = _nearest(embeddings.read(start, stop), centres)
+    for start, block in embeddings.blocks(step):
+        stop = start + len(block)
+        cells[start:stop], similarities[start:stop] = _nearest(block, centres)
     order = np.argsort(cells, kind="stable")
     ends = np.cumsum(np.bincount(cells, minlength=len(centres)))
     for start, stop in zip(np.append(0, ends[:-1]), ends, strict=True):
@@ -104,27 +110,38 @@ def divide(embeddings: Embeddings, number: int) -> Iterator[np.ndarray]:
 
 
 def _centres(embeddings: Embeddings, number: int) -> np.ndarray:
-    """Unit centres, float32 (number, D), by k-means over some of the embeddings."""
-    rows = np.arange(len(embeddings))
+    """Unit centres, float32 (number, D), by k-means over some of the embeddings.
+
+    Where memory allows few of them for a centre, the last rounds read all of them from the disk: a centre that is the
+    mean of few is not where the middle of its cell is, and borders then divide more of what is alike.
+    """
     wanted = max(number, min(MOST_SEEN, SEEN_OF_CELL * number))
+    rows = np.arange(len(embeddings))
     if wanted < len(rows):
         rows = np.unique(raw_draws("select/cells", wanted) % np.uint64(len(rows))).astype(np.int64)
     seen = embeddings.take(rows)
     number = min(number, len(seen))
-    centres = seen[np.linspace(0, len(seen) - 1, number).astype(np.int64)]
-    log.info("select: k-means of %s over %s", counted(number, "cell"), counted(len(seen), "embedding", style=","))
     step = max(1, PRODUCTS // number)
+    log.info("select: k-means of %s over %s", counted(number, "cell"), counted(len(seen), "embedding", style=","))
+    centres = seen[np.linspace(0, len(seen) - 1, number).astype(np.int64)]
     for _ in range(ROUNDS):
-        sums = np.zeros_like(centres)
-        for start in range(0, len(seen), step):
-            block = seen[start : start + step]
-            cells, _ = _nearest(block, centres)
-            order = np.argsort(cells, kind="stable")
-            own, first = np.unique(cells[order], return_index=True)
-            sums[own] += np.add.reduceat(block[order], first)
-        lengths = np.linalg.norm(sums, axis=1, keepdims=True)
-        centres = np.where(lengths > 0, sums / np.where(lengths > 0, lengths, 1), centres)
+        centres = _moved(centres, (seen[start : start + step] for start in range(0, len(seen), step)))
+    is_scarce = len(seen) < len(embeddings) and SEEN_OF_CELL * number > MOST_SEEN
+    for _ in range(ROUNDS_OF_ALL if is_scarce else 0):
+        centres = _moved(centres, (block for _, block in embeddings.blocks(step)))
     return centres
+
+
+def _moved(centres: np.ndarray, blocks: Iterable[np.ndarray]) -> np.ndarray:
+    """The centres of what is nearest to each of these ones; one that nothing is nearest to stays."""
+    sums = np.zeros_like(centres)
+    for block in blocks:
+        cells, _ = _nearest(block, centres)
+        order = np.argsort(cells, kind="stable")
+        own, first = np.unique(cells[order], return_index=True)
+        sums[own] += np.add.reduceat(block[order], first)
+    lengths = np.linalg.norm(sums, axis=1, keepdims=True)
+    return np.where(lengths > 0, sums / np.where(lengths > 0, lengths, 1), centres)
 
 
 def _nearest(block: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -18,6 +18,7 @@ from small_data import tree, vouch
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
 from pipeline.core.runner import ShardAssignment
+from pipeline.select import cells as cells_module
 from pipeline.select import semantic_duplicates
 from pipeline.select.balance import EntryCounts, count_entries
 from pipeline.select.cells import Embeddings, divide
@@ -99,7 +100,9 @@ def test_what_is_alike_is_what_a_plain_loop_finds(number, block, seed):
     assert {row: int(other) for row, other in enumerate(found) if other >= 0} == greedy(vectors, range(number), 0.75)
 
 
-def test_cells_divide_and_planted_copies_are_found(tmp_path):
+@pytest.mark.parametrize("seen", [1 << 18, 1000])
+def test_cells_divide_and_planted_copies_are_found(tmp_path, seen, monkeypatch):
+    monkeypatch.setattr(cells_module, "MOST_SEEN", seen)
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((3000, 16)).astype(np.float32)
     copies = rng.permutation(3000)[:200].reshape(2, 100)
