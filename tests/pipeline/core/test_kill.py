@@ -17,7 +17,8 @@ from pipeline.check.stage import check
 
 pytestmark = pytest.mark.integration
 
-KILLS = 20
+KILLS = 5
+MANY_KILLS = 20
 FOLDERS = {"caption": ["captions"], "pack": ["shards"], "vocab": ["vocab"], "cache": ["teacher"]}
 EQUAL = {"equal": ["plan", "shards"]}  # pack with a shard size
 BLOCKS = {"equal": {"plan", "pack"}}  # of dataset.json, where they are not named as the stage is
@@ -72,6 +73,17 @@ def before(stage: str, built: str, to: Path) -> str:
 @pytest.mark.parametrize(("stage", "workers", "kills"), [*((s, 1, KILLS) for s in FOLDERS), ("pack", 2, 3)])
 def test_killed_stage_and_rerun_equal_an_undisturbed_run(stage, workers, kills, built, model, tmp_path):
     kill_and_run_again(stage, workers, kills, built, model, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", FOLDERS)
+def test_stages_killed_twenty_times(stage, built, model, tmp_path):
+    kill_and_run_again(stage, 1, MANY_KILLS, built, model, tmp_path)
+
+
+@pytest.mark.slow
+def test_packing_to_equal_sizes_killed_twenty_times(equal, tmp_path):
+    kill_and_run_again("equal", 1, MANY_KILLS, equal, "", tmp_path)
 
 
 @pytest.mark.parametrize(("workers", "kills"), [(1, KILLS), (2, 3)])

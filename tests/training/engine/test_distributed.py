@@ -223,6 +223,7 @@ def one(root, tmp_path_factory):
     return run(0, root, str(tmp_path_factory.mktemp("one") / "run"), nothing, {})
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_run_of_one_process_and_goes_on_with_one(root, one, tmp_path):
     fields = {"batch_size": 6, "steps": 8, "lr": 1e-3, "checkpoint_steps": 2, "keep_checkpoints": 9, "workers": 0}
     options = [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", str(value))]
