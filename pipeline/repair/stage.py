@@ -53,7 +53,8 @@ Say = Callable[[str], None]
 def repair(config: CheckConfig, say: Say) -> list[str]:
     """Repair a dataset; every action, and everything that is refused, is a line to ``say``.
 
-    Returns the problems that are left, as `check` finds them; with ``dry_run`` nothing is written and all are left.
+    Returns the problems that are left, as `check` finds them, or else what was refused; with ``dry_run`` nothing is
+    written and all are left.
     Raises UserError when ROOT is no dataset, or when another process repairs it.
     """
     root = config.root
@@ -62,11 +63,11 @@ def repair(config: CheckConfig, say: Say) -> list[str]:
     check_no_takedown(root)
     plain = CheckConfig(root)
     if config.dry_run:
-        _Repair(config, say).run()
-        return check(plain)
-    with locked(join(root, LOCK), root):
-        _Repair(config, say).run()
-    return check(plain)
+        refused = _Repair(config, say).run()
+    else:
+        with locked(join(root, LOCK), root):
+            refused = _Repair(config, say).run()
+    return check(plain) or refused  # captions of an image that is another one now are no problem to `check`
 
 
 class _Repair:
@@ -82,11 +83,11 @@ class _Repair:
         self._recorded = Recorded(config.root, "")
         self._inventory = Inventory(config.root)
         self._broken_plan = list[int]()
-        self._has_refused = False
+        self._refused = list[str]()
         self._ingest_is_unfinished = False
 
-    def run(self) -> None:
-        """All steps, in the order of the stages."""
+    def run(self) -> list[str]:
+        """All steps, in the order of the stages; returns the lines of what was refused."""
         if not self._dry:
             for path in self._folder.finish_killed():
                 self._say(f"{path}: finished what a killed repair had made")
@@ -110,6 +111,7 @@ class _Repair:
         if not self._dry:
             self._inventory.keep_times()
             self._folder.forget_changes()
+        return self._refused
 
     @contextlib.contextmanager
     def _saying(self, what: str) -> Iterator[None]:
@@ -120,7 +122,7 @@ class _Repair:
             self._refuse(f"{what}: refused: {error}")
 
     def _refuse(self, line: str) -> None:
-        self._has_refused = True
+        self._refused.append(line)
         self._say(line)
 
     def _take_inventory(self) -> None:
@@ -292,7 +294,7 @@ class _Repair:
         """Shards with damaged files of their own, or that do not fit the shards that they were made of."""
         shard_folder = shard_folder_of(key)
         broken = dict(damaged)
-        if self._has_refused:
+        if self._refused:
             return broken  # whole shards may fail to fit what is still broken before them
         stale = set(stale_shards(self._root, key))
         for shard in finished_shards(join(self._root, shard_folder.folder)):
