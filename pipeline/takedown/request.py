@@ -8,6 +8,7 @@ from typing import cast
 from pipeline.ingest.source_io import lines
 from pipeline.takedown.config import Kind
 from shards_spec.files import UserError, exists
+from shards_spec.library_errors import gzip_errors, no_regular_file
 from shards_spec.messages import counted
 from shards_spec.parquet import column_names, read_table
 from shards_spec.sample import KEY_PATTERN
@@ -49,6 +50,8 @@ def read_request(path: str, by: str) -> TakedownRequest:
     """
     if not exists(path):
         raise UserError(f"--list {path}: no such file; give a text or Parquet file of keys, links or sha256")
+    if reason := no_regular_file(path):
+        raise UserError(f"--list {path} {reason}; give a text or Parquet file of keys, links or sha256")
     request = TakedownRequest()
     entries = _parquet_entries(path, by) if path.lower().endswith(".parquet") else _text_entries(path, by)
     for line, kind, value in entries:
@@ -87,15 +90,16 @@ def _text_entries(path: str, by: str) -> Iterator[tuple[int, Kind, str]]:
 
 def _text_lines(path: str) -> Iterator[tuple[int, str]]:
     """Number and text of the lines that are not empty."""
-    for number, data in enumerate(lines(path), 1):
-        try:
-            text = data.decode().strip()
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"--list {path}: line {number} is not UTF-8 ({error.reason}); save the list as UTF-8"
-            ) from error
-        if text:
-            yield number, text
+    with gzip_errors(path):
+        for number, data in enumerate(lines(path), 1):
+            try:
+                text = data.decode().strip()
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"--list {path}: line {number} is not UTF-8 ({error.reason}); save the list as UTF-8"
+                ) from error
+            if text:
+                yield number, text
 
 
 def _is_header(fields: list[str]) -> bool:

@@ -10,7 +10,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from fuzz.mutate import NUMBERS, TEXTS
-from fuzz.target import Input, Target, parquet_of, placed, quoted, read_captions, read_source, samples, tar_of
+from fuzz.target import (
+    Input,
+    Target,
+    parquet_of,
+    placed,
+    quoted,
+    read_captions,
+    read_source,
+    read_takedown_list,
+    samples,
+    tar_of,
+)
 from PIL import Image
 from small_data import draw
 
@@ -146,7 +157,7 @@ class List(Target):
         )
 
     def run(self, folder: Path, path: str, data: bytes) -> None:
-        _read_both_ways(placed(folder, path, data))
+        _read_as_any_list(placed(folder, path, data))
 
 
 class Parquet(Target):
@@ -196,17 +207,19 @@ class Parquet(Target):
             return None
 
     def run(self, folder: Path, path: str, data: bytes) -> None:
-        _read_both_ways(placed(folder, path, data))
+        _read_as_any_list(placed(folder, path, data))
 
 
-def _read_both_ways(path: str) -> None:
-    """As a source of `ingest`, and as a list of captions for `caption --from`."""
-    try:
-        read_source(path)
-    except UserError:
-        read_captions(path)
-        raise
-    read_captions(path)
+def _read_as_any_list(path: str) -> None:
+    """As a source of `ingest`, as captions for `caption --from`, as what `takedown` is to take down."""
+    refused: UserError | None = None
+    for read in (read_source, read_captions, read_takedown_list):
+        try:
+            read(path)
+        except UserError as error:
+            refused = error
+    if refused is not None:
+        raise refused
 
 
 class Folder(Target):

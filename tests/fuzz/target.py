@@ -83,6 +83,13 @@ def read_captions(path: str) -> None:
             cleaned(text).encode()
 
 
+def read_takedown_list(path: str) -> None:
+    """What ``takedown --list`` reads."""
+    from pipeline.takedown.request import read_request
+
+    read_request(path, "auto")
+
+
 def tar_of(
     members: list[tuple[str, bytes]], form: int = tarfile.USTAR_FORMAT, pax: dict[str, str] | None = None
 ) -> bytes:

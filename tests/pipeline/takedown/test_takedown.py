@@ -20,7 +20,7 @@ from pipeline.takedown import staging as staging_module
 from pipeline.takedown.config import TakedownConfig
 from pipeline.takedown.stage import TakedownOutcome, takedown
 from shards_spec.files import UserError, read_json, replace_file
-from shards_spec.manifest import shard_ids
+from shards_spec.manifest import shard_ids, shard_sizes
 from shards_spec.parquet import read_table
 from shards_spec.tar import read_shard
 from shards_spec.teacher_shard import TeacherShard
@@ -188,6 +188,8 @@ def test_killed_and_run_again(root, moment, monkeypatch):
         assert any("a takedown was interrupted" in problem for problem in check(CheckConfig(str(root))))
         with pytest.raises(UserError, match="a takedown was interrupted"):
             run_stage("pack", str(root))
+        with pytest.raises(UserError, match="a takedown was interrupted"):
+            shard_sizes(str(root))  # training asks first
     monkeypatch.undo()
     take(root, *GONE)
     assert dataset_tree(root) == dataset_tree(whole) != before

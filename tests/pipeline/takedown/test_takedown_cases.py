@@ -399,6 +399,7 @@ def test_a_parquet_list(tmp_path):
         (b"abc\tdef\n", "auto", "line 1 has a tab and does not begin with key, url, sha256"),
         (b"abc\n\xff\xfe\xfd\n", "auto", "line 2 is not UTF-8"),
         (b"key\turl\n1\thttp://a\n", "auto", "has the columns key, url: say --by"),
+        (gzip.compress(b"abc\n" * 99, mtime=0)[:-12], "auto", "l.txt"),
         (b"\x89PNG\r\n\x1a\n" + bytes(range(1, 90)), "auto", "not text"),
     ],
 )
@@ -424,3 +425,5 @@ def test_no_dataset_no_list(root, tmp_path):
         take(tmp_path, "000000003")
     with pytest.raises(UserError, match=r"--list .*no such file"):
         takedown(TakedownConfig(str(root), str(tmp_path / "none.txt")))
+    with pytest.raises(UserError, match=r"--list .*; give a text or Parquet file"):
+        takedown(TakedownConfig(str(root), str(tmp_path)))
