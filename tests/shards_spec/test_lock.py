@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -49,6 +50,15 @@ def test_a_dead_holder_holds_nothing(held, number):
     with locked(path, "the thing"):
         assert str(os.getpid()) in Path(path).read_text()
     assert not os.path.exists(path)
+
+
+def test_a_lock_that_is_waited_for(held, caplog):
+    path, child = held
+    timer = threading.Timer(0.3, child.kill)
+    timer.start()
+    with caplog.at_level("INFO"), locked(path, "the thing", wait=True):
+        assert str(os.getpid()) in Path(path).read_text()
+    assert caplog.text.count(f"the thing is being written by process {child.pid}") == 1
 
 
 def test_garbage_and_links(tmp_path):
