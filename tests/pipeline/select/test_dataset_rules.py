@@ -1,8 +1,12 @@
 """Rules of `select` over all samples at once, and lists of samples: against plain loops, and planted in a dataset."""
 
 import math
+import multiprocessing
 import os
+import random
 import shutil
+import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from itertools import chain
@@ -25,7 +29,7 @@ from pipeline.select.cells import Embeddings, divide
 from pipeline.select.config import SelectConfig
 from pipeline.select.export_list import write_uids
 from pipeline.select.facts import ShardFacts, find_sources
-from pipeline.select.sample_lists import name_ids, read_sample_list
+from pipeline.select.sample_lists import name_ids, read_sample_list, uid_halves, uid_ids
 from pipeline.select.semantic_duplicates import DuplicateRule, first_alike, repeated_rows
 from pipeline.select.stage import select
 from pipeline.select.top_share import find_top_share
@@ -182,6 +186,35 @@ def test_what_a_killed_run_left_counts_for_the_same_rules_alone(root):
     shutil.rmtree(f"{root}/select")
     select(SelectConfig(root, top=0.25, by="similarity", balance=1, workers=1))
     assert tree(f"{root}/select") == left
+
+
+def test_killed_at_random_and_run_again(root):
+    config = SelectConfig(root, semantic_duplicates=0.9, top=0.5, by="similarity", balance=2, workers=1)
+    start = time.monotonic()
+    select(config)
+    duration = time.monotonic() - start
+    undisturbed = tree(f"{root}/select")
+    rng = random.Random(0)
+    for _ in range(5):
+        shutil.rmtree(f"{root}/select")
+        child = multiprocessing.get_context("fork").Process(target=select, args=(config,))
+        child.start()
+        time.sleep(rng.uniform(0, duration))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        select(config)
+        assert tree(f"{root}/select") == undisturbed
+
+
+@given(st.lists(st.text("0123456789abcdefABCDEF", min_size=1, max_size=2).map(lambda text: text * 16), max_size=20))
+def test_names_of_a_list_are_those_of_its_samples(names):
+    ids = name_ids([*names, None, ""])
+    assert ids[len(names) :].tolist() == [0, 0]
+    known = [name.lower() if len(name) == 32 else name for name in names]
+    for name, own in zip(known, ids.tolist(), strict=False):
+        assert {other for other, number in zip(known, ids.tolist(), strict=False) if number == own} == {name}
+    halves = np.array([uid_halves(name) for name in names if len(name) == 32], np.uint64).reshape(-1, 2)
+    assert uid_ids(halves).tolist() == [own for name, own in zip(names, ids.tolist(), strict=False) if len(name) == 32]
 
 
 def test_a_job_of_an_array_waits_for_the_survey_of_another(root):
