@@ -30,6 +30,7 @@ from pipeline.repair.totals import is_ours, update_block, write_dataset
 from shards_spec.files import DataError, UserError, exists, join, names, read_json, write_json
 from shards_spec.layout import (
     DATASET,
+    FILE_PATTERN,
     PLAN,
     RAW,
     SHARDS,
@@ -91,6 +92,7 @@ class _Repair:
         if not self._dry:
             for path in self._folder.finish_killed():
                 self._say(f"{path}: finished what a killed repair had made")
+        self._move_folders()
         self._take_inventory()
         self._put_back()
         self._move_surplus()
@@ -124,6 +126,14 @@ class _Repair:
     def _refuse(self, line: str) -> None:
         self._refused.append(line)
         self._say(line)
+
+    def _move_folders(self) -> None:
+        """Folders in the place of a shard's files."""
+        for key in read_recorded(self._root).stages():
+            folder = stage_output(key) or ""
+            for name in names(join(self._root, folder)):
+                if FILE_PATTERN.fullmatch(name) and os.path.isdir(join(self._root, folder, name)):
+                    self._move_away(f"{folder}/{name}", "a folder in the place of a file")
 
     def _take_inventory(self) -> None:
         self._recorded = read_recorded(self._root)

@@ -397,3 +397,14 @@ def test_a_takedown_deletes_what_a_repair_moved_away(uneven, tmp_path):
     assert left == [], lines
     (row,) = [row for row in rows_of(root) if row["key"] == "000000000"]
     assert (row["error_message"], row["url"], row["caption"]) == ("taken down", None, None)
+
+
+def test_folders_in_the_place_of_files_are_moved_away(uneven):
+    root = uneven.copy()
+    for name in ("raw/00000_stats.json", "shards/00001.tar", "vocab/all.tsv", "dataset.json"):
+        (root / name).unlink()
+        (root / name).mkdir()
+        (root / name / "note").write_text("mine")
+    lines, left = uneven.repair(root)
+    assert left == [], lines
+    assert len(list((root / ".repair/moved").rglob("note"))) == 4
