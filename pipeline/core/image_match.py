@@ -55,8 +55,8 @@ DUPLICATE = MatchLimits(
 )
 # of an image and a copy that was cropped, scaled and encoded badly: more is left, but nowhere a thing of its own
 COPY = MatchLimits(
-    gain=(0.7, 1.4),
-    detail=(1.5, 0.45),
+    gain=(0.8, 1.3),
+    detail=(1.5, 0.42),
     grey_block=(11.0, 0.2),
     colour=(10.0, 0.3),
     colour_block=(18.0, 0.4),

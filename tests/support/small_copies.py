@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from PIL import Image
 
-from demo.scenes import BACKGROUNDS, CELL, CELLS, GRID, SIDE, THINGS, Scene, Thing, _put, draw_scene, make_scene
+from demo.scenes import BACKGROUNDS, CELL, CELLS, GRID, THINGS, Scene, Thing, _apart, _put, draw_scene, make_scene
 
 FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
 
@@ -46,15 +46,14 @@ def drawn(one: Scene) -> bytes:
 
 def shown(one: Scene) -> frozenset:
     """What is seen of a scene, whatever the order of its things."""
-    return frozenset([one.background, *((thing.name, thing.box) for thing in one.things)])
+    return frozenset([one.background, *((thing.name, thing.size, *_cell(thing)) for thing in one.things)])
 
 
 def mirrored(one: Scene) -> frozenset:
     """What would be seen of its mirror image, were all things symmetric, as many glyphs nearly are."""
-    boxes = [
-        (thing.name, (SIDE - thing.box[2], thing.box[1], SIDE - thing.box[0], thing.box[3])) for thing in one.things
-    ]
-    return frozenset([one.background, *boxes])
+    places = [(thing, *_cell(thing)) for thing in one.things]
+    turned = [(thing.name, thing.size, GRID - CELLS[thing.size] - column, row) for thing, column, row in places]
+    return frozenset([one.background, *turned])
 
 
 def alike(one: Scene, rng: random.Random) -> Iterator[Scene]:
@@ -68,11 +67,16 @@ def alike(one: Scene, rng: random.Random) -> Iterator[Scene]:
     names = {other.name for other in one.things}
     name = rng.choice([name for name in THINGS if name not in names])
     yield replace(one, things=(*others, _put(name, thing.size, *_cell(thing))))
-    size = next(size for size in CELLS if size != thing.size)
-    for new in (thing.size, size):
-        last = GRID - CELLS[new]
-        yield replace(one, things=(*others, _put(thing.name, new, rng.randint(0, last), rng.randint(0, last))))
+    for size in CELLS:
+        last = GRID - CELLS[size]
+        moved = _put(thing.name, size, rng.randint(0, last), rng.randint(0, last))
+        squares = [(*_cell(other), CELLS[other.size]) for other in (*others, moved)]
+        if _apart(squares):
+            yield replace(one, things=(*others, moved))
 
 
 def _cell(thing: Thing) -> tuple[int, int]:
-    return thing.box[0] // CELL, thing.box[1] // CELL
+    """Column and row of a thing: it stands in the middle of its cells."""
+    side = CELLS[thing.size] * CELL
+    left, top, right, bottom = thing.box
+    return round((left + right - side) / 2 / CELL), round((top + bottom - side) / 2 / CELL)
