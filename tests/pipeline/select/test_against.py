@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from bench.photos import photo
 from small_copies import alike, copied, drawn, mirrored, scene, shown
 
 from pipeline.check.config import CheckConfig
@@ -128,6 +129,20 @@ def test_the_kinds_of_sets(built, root, tmp_path):
         "6": "near-duplicate of loose",
     }
     assert f"{bench}/test/0.tar:1" in {row["pair"] for row in rows}
+
+
+@pytest.mark.slow
+def test_planted_copies_and_unrelated_images_in_numbers():
+    from bench import against  # it reads icons of Debian where they are
+
+    scenes = [drawn(one) for one in against.demo_scenes(1000)]
+    assert against.share_found(scenes) >= 0.98
+    assert against.share_found([photo(seed, 256, 500) for seed in range(200)]) >= 0.98
+    wrong, number = against.false_drops(1000, 5000)
+    assert wrong == 0
+    assert number > 7000
+    if against.ICONS.is_dir():
+        assert against.wrong_icon_pairs()[0] == []
 
 
 @pytest.mark.parametrize("kind", ["absent", "empty", "broken", "itself"])
