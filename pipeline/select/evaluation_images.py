@@ -39,17 +39,27 @@ def open_sets(paths: tuple[str, ...], root: str) -> list[EvaluationSet]:
     Raises UserError for a path that is not there, or is the dataset itself.
     """
     given = list(dict.fromkeys(path.rstrip("/") or "/" for path in paths))
-    labels = [path.rpartition("/")[2] for path in given]
+    labels = list(map(_label, given))
     sets = []
     for path, label in zip(given, labels, strict=True):
         if not exists(path):
             raise UserError(f"--against {path} is not there: give evaluation sets, or folders of images")
         if not is_url(path) and not Path(path).is_dir():
             raise UserError(f"--against {path} is a file: give the folder of an evaluation set, or of images")
-        if path == root.rstrip("/"):
+        if _real(path) == _real(root):
             raise UserError(f"--against {path} is the dataset itself: every sample would go; give evaluation sets")
         sets.append(EvaluationSet(label if label and labels.count(label) == 1 else path, path, _measured_part(path)))
     return sets
+
+
+def _label(path: str) -> str:
+    """The name of a set: its folder's, with the one above for a split's."""
+    parts = path.split("/")
+    return "/".join(parts[-2:] if parts[-1] in SPLITS else parts[-1:])
+
+
+def _real(path: str) -> str:
+    return path.rstrip("/") if is_url(path) else str(Path(path).resolve())
 
 
 def _measured_part(path: str) -> str:

@@ -82,7 +82,7 @@ def false_drops(number: int, unrelated: int) -> tuple[int, int]:
 
 def icons(sizes: str = "48x48 96x96", coloured: bool = False) -> dict[str, bytes]:
     """Icons on white by their names; ``coloured``: without those of one colour."""
-    paths = {path.resolve() for size in sizes.split() for path in (ICONS / size).rglob("*.png")}
+    paths = {path.resolve() for path in ICONS.rglob("*.png") if path.relative_to(ICONS).parts[0] in sizes.split()}
     images = {}
     for path in sorted(paths):
         if not (coloured and "symbolic" in path.name):

@@ -17,6 +17,7 @@ from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
 from pipeline.report import ReportConfig, report
 from pipeline.select.config import SelectConfig
+from pipeline.select.evaluation_images import open_sets
 from pipeline.select.stage import select
 from shards_spec.files import UserError
 from shards_spec.layout import select_parquet
@@ -143,6 +144,14 @@ def test_planted_copies_and_unrelated_images_in_numbers():
     assert number > 7000
     if against.ICONS.is_dir():
         assert against.wrong_icon_pairs()[0] == []
+
+
+def test_names_of_sets(tmp_path):
+    for name in ("a/test", "b/test", "c/a", "d"):
+        (tmp_path / name).mkdir(parents=True)
+    paths = [f"{tmp_path}/{name}" for name in ("a/test/", "b/test", "c/a", "a", "d", "d/")]
+    labels = [one.label for one in open_sets(tuple(paths), "elsewhere")]
+    assert labels == ["a/test", "b/test", f"{tmp_path}/c/a", f"{tmp_path}/a", "d"], "each once, told apart by its path"
 
 
 @pytest.mark.parametrize("kind", ["absent", "empty", "broken", "itself"])
