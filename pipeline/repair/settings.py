@@ -24,7 +24,7 @@ from shards_spec.vocab import rule_of
 Record = dict[str, Any]  # a stage's config as a done-record has it
 NOUNS = "nouns:"
 SELECT_OPTIONS = ("where", "captions_where", "teacher", "captioner", CAPTIONS_OF)
-SELECT_NUMBERS = ("semantic_duplicates", "cells", "top", "by", "balance", "seed")
+SELECT_NUMBERS = ("semantic_duplicates", "cells", "top", "by", "balance", "weight", "seed")
 
 
 def dedup_config(root: str, record: Record) -> DedupConfig:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.core.command_line import Root
-from pipeline.select.expression import FactCondition, parse_conditions
+from pipeline.select.expression import FactCondition, parse_conditions, parse_number
 from shards_spec.files import UserError
 from shards_spec.messages import require
 from shards_spec.names import check_name
@@ -47,8 +47,11 @@ class SelectConfig:
     balance: int | None = None
     """thin out frequent synsets as MetaCLIP does (its t): a sample stays with probability min(1, BALANCE / samples of
     the synset) by each synset of its caption; without any it goes"""
+    weight: str | None = None
+    """times that an epoch has a sample, a number computed of its facts such as 'cosine / 0.25' or '1 + (synsets > 4)';
+    the part behind the point is drawn: 0.3 keeps 3 of 10 samples"""
     seed: int = 0
-    """of the draws of --balance"""
+    """of the draws of --balance and --weight"""
     export_list: str | None = None
     """also write the samples that stay to this file, which --from takes: .parquet, .npy (uids as DataComp publishes
     them), or text"""
@@ -79,6 +82,11 @@ class SelectConfig:
     def conditions(self) -> tuple[FactCondition, ...]:
         """Those of samples. Raises UserError for what is no condition."""
         return parse_conditions(self.where, "--where")
+
+    @property
+    def weights(self) -> FactCondition | None:
+        """The number of --weight. Raises UserError for what is none."""
+        return None if self.weight is None else parse_number(self.weight, "--weight")
 
     @property
     def caption_conditions(self) -> tuple[FactCondition, ...]:

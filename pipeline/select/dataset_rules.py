@@ -101,7 +101,7 @@ class Verdict:
             _leave_out(reasons, rows[~keeps], NOT_BALANCED)
             _leave_out(reasons, rows[[not entries for entries in own]], NO_ENTRY)
         captions = [None if own else shown for own, shown in zip(reasons, draft.selection.captions, strict=True)]
-        copies = np.array([reason is None for reason in reasons], np.uint8)
+        copies = np.where([reason is None for reason in reasons], draft.selection.copies, 0).astype(np.uint8)
         return ShardSelection(draft.selection.keys, copies, reasons, captions, pairs)
 
     def to_json(self) -> dict[str, Any]:

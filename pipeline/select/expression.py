@@ -11,6 +11,7 @@ from functools import reduce
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -57,13 +58,20 @@ class FactCondition:
 
     def holds(self, columns: Columns, rows: int) -> pa.BooleanArray:
         """Whether each of so many rows meets it. Raises UserError for what cannot be compared."""
+        return pc.fill_null(self._computed(_truth, columns, rows), False)
+
+    def numbers(self, columns: Columns, rows: int) -> np.ndarray:
+        """Its value as a number for each of so many rows, float64, NaN where not known. Raises UserError for none."""
+        values = self._computed(_number_of, columns, rows)
+        numbers: np.ndarray = values.fill_null(np.nan).to_numpy(zero_copy_only=False)
+        return numbers
+
+    def _computed(self, compute: Callable[[ast.expr, Columns], Any], columns: Columns, rows: int) -> Any:
         try:
-            value = _truth(self.tree, columns)
+            value = compute(self.tree, columns)
         except (pa.ArrowException, TypeError) as error:
             raise UserError(f"{self.option} {self.text!r}: {str(error).splitlines()[0]}") from error
-        if isinstance(value, pa.Scalar):
-            value = pa.repeat(value, rows)
-        return pc.fill_null(value, False)
+        return pa.repeat(value, rows) if isinstance(value, pa.Scalar) else value
 
 
 def parse_conditions(texts: tuple[str, ...], option: str) -> tuple[FactCondition, ...]:
@@ -72,6 +80,13 @@ def parse_conditions(texts: tuple[str, ...], option: str) -> tuple[FactCondition
     Raises UserError naming the text and what is not allowed in it.
     """
     return tuple(chain.from_iterable(_parse(text, option) for text in texts))
+
+
+def parse_number(text: str, option: str) -> FactCondition:
+    """Parse the value of an option that is a number for each row, such as ``cosine / 0.25``. Raises UserError."""
+    tree = _tree(text, option)
+    _check_allowed(tree, text, option)
+    return FactCondition(ast.unparse(tree), option, tree)
 
 
 def check_names(conditions: tuple[FactCondition, ...], known: list[str], source: str) -> None:
@@ -85,18 +100,22 @@ def check_names(conditions: tuple[FactCondition, ...], known: list[str], source:
 
 
 def _parse(text: str, option: str) -> Iterator[FactCondition]:
+    tree = _tree(text, option)
+    clauses = tree.values if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else [tree]
+    for clause in clauses:
+        _check_allowed(clause, text, option)
+        yield FactCondition(ast.unparse(clause), option, clause)
+
+
+def _tree(text: str, option: str) -> ast.expr:
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        return ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
         raise UserError(
             f"{option} {text!r} is no condition ({reason}): write one such as "
             f"'similarity > 0.28 and NSFW == \"UNLIKELY\"'; allowed are {ALLOWED}"
         ) from error
-    clauses = tree.values if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And) else [tree]
-    for clause in clauses:
-        _check_allowed(clause, text, option)
-        yield FactCondition(ast.unparse(clause), option, clause)
 
 
 def _check_allowed(tree: ast.expr, text: str, option: str) -> None:
@@ -128,7 +147,7 @@ def _evaluate(node: ast.expr, columns: Columns) -> Any:
         case ast.UnaryOp():
             return pc.negate(_evaluate(node.operand, columns))
         case ast.BinOp():
-            left, right = _alike(_evaluate(node.left, columns), _evaluate(node.right, columns))
+            left, right = _alike(*(_countable(_evaluate(side, columns)) for side in (node.left, node.right)))
             if isinstance(node.op, ast.Div):
                 left = pc.cast(left, pa.float64())
             return ARITHMETIC[type(node.op)](left, right)
@@ -143,6 +162,12 @@ def _truth(node: ast.expr, columns: Columns) -> Any:
     if not pa.types.is_boolean(value.type):
         raise TypeError(f"{ast.unparse(node)!r} is neither true nor false, but of type {value.type}; compare it")
     return value
+
+
+def _number_of(node: ast.expr, columns: Columns) -> Any:
+    """As `_evaluate`, of a number; true is 1, false is 0. Raises TypeError for a text in quotes."""
+    value = _evaluate(node, columns)
+    return numbers_of(value)
 
 
 def _compare(node: ast.Compare, columns: Columns) -> Any:
@@ -191,6 +216,11 @@ def _alike(left: Any, right: Any) -> tuple[Any, Any]:
     if _is_text(right) and _is_number(left):
         return left, _numbers(right)
     return left, right
+
+
+def _countable(value: Any) -> Any:
+    """A value that is computed with: true is 1, false is 0."""
+    return pc.cast(value, pa.int64()) if pa.types.is_boolean(value.type) else value
 
 
 def _is_text(value: Any) -> bool:

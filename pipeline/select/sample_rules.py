@@ -10,11 +10,35 @@ from pipeline.select.against import Against, find_copies
 from pipeline.select.expression import FactCondition
 from pipeline.select.facts import FactSources, ShardFacts
 from pipeline.select.sample_lists import SampleList
-from shards_spec.selection import ShardSelection
+from shards_spec.counter_rng import uniform_draws
+from shards_spec.files import UserError
+from shards_spec.selection import MOST_COPIES, ShardSelection
 
 NO_CAPTION = "no caption meets --captions-where"  # reasons on disk
 NOT_LISTED = "not in the list of --from"
 DROPPED = "in the list of --drop"
+NOT_DRAWN = "not drawn by --weight"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How often an epoch has a sample: a number of its facts, whose part behind the point is drawn by seed and key."""
+
+    number: FactCondition
+    seed: int
+
+    def copies(self, facts: ShardFacts) -> np.ndarray:
+        """Of each sample, uint8 (n,): 0 also for a number that is not known or below 0. Raises UserError above 255."""
+        numbers = np.nan_to_num(self.number.numbers(facts.of_samples, len(facts)), nan=0.0, posinf=np.inf).clip(0)
+        if (numbers > MOST_COPIES).any():
+            row = int((numbers > MOST_COPIES).argmax())
+            raise UserError(
+                f"--weight {self.number.text!r}: {numbers[row]:g} for key {facts.keys[row]}; an epoch can have a "
+                f"sample {MOST_COPIES} times, give smaller weights"
+            )
+        draws = np.array([uniform_draws(f"{self.seed}/weight/{key}", 1)[0] for key in facts.keys])
+        copies: np.ndarray = (np.floor(numbers) + (draws < numbers % 1)).astype(np.uint8)
+        return copies
 
 
 @dataclass(frozen=True)
@@ -27,6 +51,7 @@ class SampleRules:
     only: SampleList | None = None
     without: SampleList | None = None
     against: Against | None = None
+    weights: Weights | None = None
 
     def describe(self) -> dict[str, Any]:
         """What a done-record says of them."""
@@ -38,6 +63,7 @@ class SampleRules:
             "captioner": self.sources.captioner,
             **{name: list(own.hashes) for name, own in lists.items() if own is not None},
             **({"against": self.against.sets} if self.against else {}),
+            **({"weight": self.weights.number.text, "seed": self.weights.seed} if self.weights else {}),
         }
 
     def apply(self, facts: ShardFacts) -> ShardSelection:
@@ -56,8 +82,10 @@ class SampleRules:
             pairs = [copied[key].pair if key in copied else None for key in facts.keys]
         captions = _captions(facts, self.caption_conditions)
         reasons = [own or (NO_CAPTION if shown == [] else None) for own, shown in zip(reasons, captions, strict=True)]
+        copies = np.ones(len(facts), np.uint8) if self.weights is None else self.weights.copies(facts)
+        reasons = [own or (None if times else NOT_DRAWN) for own, times in zip(reasons, copies.tolist(), strict=True)]
         captions = [None if own else shown for own, shown in zip(reasons, captions, strict=True)]
-        copies = np.array([reason is None for reason in reasons], np.uint8)
+        copies[[reason is not None for reason in reasons]] = 0
         return ShardSelection(facts.keys, copies, reasons, captions, pairs)
 
 

@@ -30,7 +30,7 @@ from pipeline.select.export_list import check_export, export_list
 from pipeline.select.expression import FactCondition, check_names
 from pipeline.select.facts import FactSources, ShardFacts, find_sources, shard_inputs
 from pipeline.select.sample_lists import NAMES, SampleList, read_sample_list
-from pipeline.select.sample_rules import SampleRules
+from pipeline.select.sample_rules import SampleRules, Weights
 from pipeline.select.semantic_duplicates import DuplicateRule
 from pipeline.select.survey import Survey
 from shards_spec.files import UserError, join, sha256_json
@@ -49,7 +49,7 @@ from shards_spec.selection import (
 from shards_spec.suggest import did_you_mean
 
 # options of which one is needed
-RULES = ("where", "captions_where", "against", "from_", "drop", "semantic_duplicates", "top", "balance")
+RULES = ("where", "captions_where", "against", "from_", "drop", "semantic_duplicates", "top", "balance", "weight")
 
 
 def select(config: SelectConfig, assignment: ShardAssignment = ALL) -> Summary:
@@ -143,6 +143,10 @@ def _sample_rules(config: SelectConfig, available: FactSources, folder: str) -> 
     if config.by is not None:
         _check_fact("--by", config.by, available)
         names.add(config.by)
+    weights = config.weights
+    if weights is not None:
+        check_names((weights,), available.of_samples, "of samples")
+        names |= weights.names()
     if config.from_ or config.drop:
         names |= {*NAMES} & {*available.columns}
     return SampleRules(
@@ -151,6 +155,7 @@ def _sample_rules(config: SelectConfig, available: FactSources, folder: str) -> 
         available.needed(names, _names(caption_conditions)),
         only=_list(config.from_, "from_", folder),
         without=_list(config.drop, "drop", folder),
+        weights=None if weights is None else Weights(weights, config.seed),
     )
 
 
