@@ -16,6 +16,12 @@ def dtype_of(precision: Precision) -> "torch.dtype":
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
+def precision_of(name: str) -> Precision:
+    """The precision that a torch type's name is of, such as ``bfloat16``: records have those."""
+    precisions: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    return precisions[name]
+
+
 def resolve_precision(
     option: PrecisionOption, device: str, *, before: str | None = None, emulated: bool = True
 ) -> Precision:

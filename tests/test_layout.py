@@ -43,7 +43,8 @@ STAGE_IMPORTS = {
     "pack": {"dedup", "labels"},  # it drops dedup's duplicates and labels captions with synsets
     "plan": {"ingest"},  # it ingests the first rows of a list
     "takedown": {"dedup", "ingest", "pack"},  # it changes what they wrote, by their own rules
-    "select": {"dedup", "ingest"},  # it keeps columns on disk as dedup does, reads lists and folders as ingest does
+    # it keeps columns on disk as dedup does, reads lists and folders as ingest does, embeds images as cache does
+    "select": {"cache", "dedup", "ingest"},
     "why": {"pack"},  # it selects a dropped sample again, by pack's rules
 }
 # Inside training: what a package or module must not import; the rest is free.

@@ -13,6 +13,7 @@ from pipeline.cache.export_lists import export_lists
 from pipeline.cache.stage import cache, cache_identity, remove_stale_files
 from pipeline.caption.stage import caption, caption_identity
 from pipeline.check.config import CheckConfig
+from pipeline.core.model_choice import recorded_models
 from pipeline.core.runner import ShardsFailed
 from pipeline.dedup.drop_list import hash_raw_shards
 from pipeline.dedup.stage import dedup
@@ -29,7 +30,6 @@ from pipeline.repair.settings import (
     command_line,
     dedup_config,
     label_rule,
-    models_of,
     pack_config,
     select_config,
 )
@@ -170,7 +170,7 @@ class Remaker:
     ) -> Any:
         """The config whose model is the recorded one, by the hash of its weights. Raises UserError."""
         reasons = list[str]()
-        for model in models_of(record, self._config.models):
+        for model in recorded_models(record, self._config.models):
             config = make(model)
             try:
                 identity = identify(config)
@@ -183,7 +183,7 @@ class Remaker:
             if not differing:
                 return config
             reasons.append(f"{model} differs in {', '.join(differing)}")
-        line = command_line(command, make(models_of(record, ())[-1]))
+        line = command_line(command, make(recorded_models(record, ())[-1]))
         raise UserError(
             f"its model is not at hand ({'; '.join(reasons)}); name it with --models, or delete the shard's record and "
             f"run `{line}` where it is"

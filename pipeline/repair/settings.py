@@ -16,7 +16,7 @@ from pipeline.select.config import SelectConfig
 from shards_spec.files import UserError
 from shards_spec.layout import teacher_parquet
 from shards_spec.messages import flag
-from shards_spec.models import TIMM, model_label
+from shards_spec.precision import precision_of
 from shards_spec.selection import CAPTIONS_OF
 from shards_spec.views import parse_view_spec
 from shards_spec.vocab import rule_of
@@ -53,7 +53,6 @@ def caption_config(root: str, name: str, record: Record, model: str, device: str
 def cache_config(root: str, name: str, record: Record, model: str, device: str) -> CacheConfig:
     """Of `cache`, with a teacher that may be the recorded one. Raises DataError for views of another Pillow."""
     spec = parse_view_spec(teacher_parquet(root, name, 0), record["views"])
-    precisions = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
     soft = record.get("soft_labels")
     return CacheConfig(
         root,
@@ -65,16 +64,9 @@ def cache_config(root: str, name: str, record: Record, model: str, device: str) 
         dtype="float16" if soft is not None else record["dtype"],
         spec=spec,
         augment=spec.scale is not None,
-        precision=precisions[record["precision"]],  # type: ignore[arg-type]
+        precision=precision_of(record["precision"]),
         device=device,
     )
-
-
-def models_of(record: Record, given: tuple[str, ...]) -> list[str]:
-    """Models that may be the recorded one: those ``given`` that have its name, then what the name itself means."""
-    label = record["model"]
-    named = [model for model in given if model_label(model, None) == label]
-    return [*named, f"{TIMM}{label}" if record.get("library") == "timm" else label]
 
 
 def pack_config(root: str, record: Record, stop_words: str) -> PackConfig:

@@ -5,13 +5,14 @@ hash are decoded and compared; the others are not read where ``raw/`` has their 
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -23,8 +24,9 @@ from pipeline.core.image_match import fingerprint
 from pipeline.core.near_duplicates import parse_hashes
 from pipeline.core.perceptual_hash import perceptual_hash
 from pipeline.core.prefetch import prefetch_map
+from pipeline.select.against_cosine import CosineRule, EvaluationEmbeddings, centre_crop
 from pipeline.select.evaluation_images import EvaluationImage, EvaluationSet, images_of, open_sets
-from pipeline.select.facts import raw_shards_of
+from pipeline.select.facts import mean_views, open_cache, raw_shards_of, unit_rows
 from shards_spec.files import DataError, UserError, join, read_buffer, read_json, write_json
 from shards_spec.images import decode_rgb
 from shards_spec.layout import final_tar, raw_parquet
@@ -34,15 +36,27 @@ from shards_spec.selection import COPY_OF
 from shards_spec.tar import index_shard, read_sample
 
 log = logging.getLogger(__name__)
-MOST_COMPARED = 64  # images with near hashes that one sample is compared with, the nearest first
+MOST_COMPARED = 64  # images with near hashes, and with near embeddings, that one sample is compared with
 
 
 @dataclass(frozen=True)
 class Against:
-    """An index of evaluation images: the folder of its files, and a hash of the images of each set by its label."""
+    """An index of evaluation images: the folder of its files, and a hash of the images of each set by its label.
+
+    ``embeddings`` where samples are looked up by a teacher's, too.
+    """
 
     folder: str
     sets: dict[str, str]
+    embeddings: EvaluationEmbeddings | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """What a done-record says of it; the teacher's weights are those of its cache, which is an input."""
+        described: dict[str, Any] = {"against": self.sets}
+        if self.embeddings is not None:
+            rule = self.embeddings.rule
+            described |= {"against_cosine": rule.least, "against_teacher": rule.teacher}
+        return described
 
 
 @dataclass(frozen=True)
@@ -66,25 +80,33 @@ class _Indexed:
     digest: str
     copy: np.ndarray | None
     hashes: np.ndarray
+    crop: np.ndarray | None = None  # what a teacher sees of it, where one is asked
 
 
 @contextmanager
-def index_of(paths: tuple[str, ...], root: str, threads: int) -> Iterator[Against | None]:
+def index_of(
+    paths: tuple[str, ...], root: str, threads: int, rule: CosineRule | None = None
+) -> Iterator[Against | None]:
     """Make the index of the images of evaluation sets, deleted at the end; None without any.
 
-    Raises UserError for a set that is not there or has no image that decodes.
+    Raises UserError for a set that is not there or has no image that decodes, and where the teacher of ``rule`` is not
+    at hand.
     """
     if not paths:
         yield None
         return
     sets = open_sets(paths, root)
     with TemporaryDirectory(prefix="clipmill-against-") as folder:
-        digests = _write_index(Path(folder), sets, threads)
-        yield Against(folder, digests)
+        embeddings = None if rule is None else EvaluationEmbeddings(folder, root, rule)
+        digests = _write_index(Path(folder), sets, threads, embeddings)
+        yield Against(folder, digests, embeddings)
 
 
-def _write_index(folder: Path, sets: list[EvaluationSet], threads: int) -> dict[str, str]:
+def _write_index(
+    folder: Path, sets: list[EvaluationSet], threads: int, embeddings: EvaluationEmbeddings | None
+) -> dict[str, str]:
     """Write the index of all sets; returns a hash of the names and bytes of each one's images. Raises UserError."""
+    read = partial(_indexed, crop_size=None if embeddings is None else embeddings.image_size)
     names = list[tuple[int, str]]()  # of all images: set, name
     hashes = list[np.ndarray]()
     digests = dict[str, str]()
@@ -93,7 +115,7 @@ def _write_index(folder: Path, sets: list[EvaluationSet], threads: int) -> dict[
             digest = sha256()
             before = len(names)
             failed = 0
-            for image in prefetch_map(_indexed, images_of(one), threads, 4 * threads):
+            for image in prefetch_map(read, images_of(one), threads, 4 * threads):
                 digest.update(f"{image.name}\0{image.digest}\n".encode())
                 if image.copy is None:
                     failed += 1
@@ -101,11 +123,15 @@ def _write_index(folder: Path, sets: list[EvaluationSet], threads: int) -> dict[
                 names.append((number, image.name))
                 hashes.append(image.hashes)
                 file.write(image.copy.tobytes())
+                if embeddings is not None and image.crop is not None:
+                    embeddings.add(image.crop)
             if len(names) == before:
                 raise UserError(f"--against {one.path} has no image that decodes; give an evaluation set")
             digests[one.label] = digest.hexdigest()
             left_out = f", without {counted(failed, 'image')} that cannot be read" if failed else ""
             log.info("select: against %s of %s%s", counted(len(names) - before, "image"), one.label, left_out)
+    if embeddings is not None:
+        embeddings.finish()
     HashIndex.build(folder, np.concatenate(hashes))
     np.save(folder / "owners.npy", np.repeat(np.arange(len(hashes), dtype=np.uint32), list(map(len, hashes))))
     about = {"labels": [one.label for one in sets], "paths": [one.path for one in sets], "names": names}
@@ -113,17 +139,19 @@ def _write_index(folder: Path, sets: list[EvaluationSet], threads: int) -> dict[
     return digests
 
 
-def _indexed(image: EvaluationImage) -> _Indexed:
+def _indexed(image: EvaluationImage, crop_size: int | None) -> _Indexed:
     try:
         data = image.read()
     except OSError:  # a link to nowhere, a file without permission
         return _Indexed(image.name, "", None, np.empty(0, np.uint64))
     digest = sha256(data).hexdigest()
     try:
-        copy = small_copy(decode_rgb(data))
+        pixels = decode_rgb(data)
     except DataError:
         return _Indexed(image.name, digest, None, np.empty(0, np.uint64))
-    return _Indexed(image.name, digest, copy, crop_hashes(copy))
+    copy = small_copy(pixels)
+    crop = None if crop_size is None else centre_crop(pixels, crop_size)
+    return _Indexed(image.name, digest, copy, crop_hashes(copy), crop)
 
 
 class EvaluationIndex:
@@ -149,7 +177,7 @@ class EvaluationIndex:
 
     def confirm(self, images: list[int], sample: np.ndarray) -> Copied | None:
         """The first of the images whose copy a sample is, by its `fingerprint`."""
-        for image in images[:MOST_COMPARED]:
+        for image in images:
             if is_copy(self._copies[image], sample):
                 number, name = self._names[image]
                 return Copied(self._labels[number], join(self._paths[number], name))
@@ -161,30 +189,35 @@ def _open(folder: str) -> EvaluationIndex:
     return EvaluationIndex(folder)
 
 
-def find_copies(root: str, shard: int, keys: list[str], against: Against) -> dict[str, Copied]:
-    """Of these samples of a final shard those that show an image of the index: key to that image.
+def find_copies(root: str, shard: int, keys: list[str], rows: list[int], against: Against) -> dict[int, Copied]:
+    """Of these rows of a final shard, all of whose keys are given, those that show an image of the index: row to image.
 
     A sample that does not decode is none. Raises DataError for a broken file.
     """
     index = _open(against.folder)
-    wanted = set(keys)
+    row_of = {keys[row]: row for row in rows}
     hashes = _stored_hashes(root, shard)
-    prints = dict[str, np.ndarray]()
+    prints = dict[int, np.ndarray]()
     if hashes is None:
         hashes = dict[str, str | None]()
-        for key, image in _images(root, shard, wanted):
+        for key, image in _images(root, shard, row_of.keys()):
             hashes[key] = perceptual_hash(image)
-            prints[key] = fingerprint(image)
-    rows = index.candidates(parse_hashes([hashes.get(key) for key in keys]))
-    candidates = {keys[row]: images for row, images in rows.items()}
-    missing = candidates.keys() - prints.keys()
+            prints[row_of[key]] = fingerprint(image)
+    near = index.candidates(parse_hashes([hashes.get(keys[row]) for row in rows]))
+    candidates = {rows[place]: images[:MOST_COMPARED] for place, images in near.items()}
+    if against.embeddings is not None:
+        cached = open_cache(root, against.embeddings.rule.teacher, shard, keys)
+        near = against.embeddings.candidates(unit_rows(mean_views(cached)[rows]), MOST_COMPARED)
+        for place, images in near.items():
+            candidates[rows[place]] = list(dict.fromkeys([*candidates.get(rows[place], []), *images]))
+    missing = {keys[row] for row in candidates.keys() - prints.keys()}
     if missing:
-        prints |= {key: fingerprint(image) for key, image in _images(root, shard, missing)}
-    found = dict[str, Copied]()
-    for key, images in candidates.items():
-        copied = index.confirm(images, prints[key]) if key in prints else None
+        prints |= {row_of[key]: fingerprint(image) for key, image in _images(root, shard, missing)}
+    found = dict[int, Copied]()
+    for row, images in candidates.items():
+        copied = index.confirm(images, prints[row]) if row in prints else None
         if copied is not None:
-            found[key] = copied
+            found[row] = copied
     return found
 
 
@@ -202,7 +235,7 @@ def _stored_hashes(root: str, shard: int) -> dict[str, str | None] | None:
     return hashes if raws else None
 
 
-def _images(root: str, shard: int, keys: set[str]) -> Iterator[tuple[str, Image.Image]]:
+def _images(root: str, shard: int, keys: Set[str]) -> Iterator[tuple[str, Image.Image]]:
     """Key and image of those of a final shard's samples that decode."""
     path = final_tar(root, shard)
     with read_buffer(path) as buffer:

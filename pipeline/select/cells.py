@@ -82,7 +82,7 @@ class Embeddings:
             return error
         needed = rows * self._row_bytes / 1e9
         return UserError(
-            f"--semantic-duplicates needs {needed:.1f} GB for embeddings in {os.path.dirname(self._path)}, which has "
+            f"select needs {needed:.1f} GB for embeddings in {os.path.dirname(self._path)}, which has "
             "no room for them: name a folder on another disk with TMPDIR, and rerun the same command"
         )
 

@@ -26,6 +26,11 @@ class SelectConfig:
     against: tuple[str, ...] = ()
     """evaluation sets as `clipmill eval` takes them, ROOTs or folders of images: samples that show one of their images
     again (scaled, encoded anew, mirrored, cropped by up to 10 %) go"""
+    against_cosine: float | None = None
+    """also compare samples whose image has an embedding with such a cosine with that of an evaluation image, such as
+    0.8; by the mean of the cached views of the first teacher, whose model runs here; their pixels still decide"""
+    against_model: str | None = None
+    """that teacher, where its cache's record does not name it: local-dir:PATH, or a file of its weights"""
     teacher: tuple[str, ...] = ()
     """caches below teacher/ whose cosines the conditions name; by default the only one"""
     captioner: str | None = None
@@ -67,6 +72,12 @@ class SelectConfig:
         require(self.workers >= 1, "workers", self.workers, "1 or more")
         bound = self.semantic_duplicates
         require(bound is None or 0 < bound < 1, "semantic_duplicates", bound, "a cosine above 0 and below 1")
+        least = self.against_cosine
+        require(least is None or 0 < least < 1, "against_cosine", least, "a cosine above 0 and below 1")
+        if least is not None and not self.against:
+            raise UserError("--against-cosine goes with --against SET, which is not given")
+        if self.against_model is not None and least is None:
+            raise UserError("--against-model goes with --against-cosine C, which is not given")
         require(self.cells is None or self.cells >= 1, "cells", self.cells, "1 or more")
         require(self.top is None or 0 < self.top <= 1, "top", self.top, "above 0, and 1 at most: a share")
         require(self.balance is None or self.balance >= 1, "balance", self.balance, "1 or more")

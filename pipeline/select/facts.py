@@ -346,6 +346,13 @@ def mean_views(cached: TeacherShard) -> np.ndarray:
     return mean
 
 
+def unit_rows(means: np.ndarray) -> np.ndarray:
+    """Rows of vectors (n, D) at length 1; zeros where there is none, or it has no direction."""
+    lengths = np.linalg.norm(means, axis=1, keepdims=True)
+    is_usable = np.isfinite(lengths) & (lengths > 0)
+    return np.where(is_usable, means / np.where(is_usable, lengths, 1), 0)
+
+
 def _text_fact(name: str, texts: list[str], synsets: list[list[list[str]]]) -> pa.Array:
     """A fact of texts; ``synsets`` are those of each text, once, where they are asked for."""
     if name == "caption":

@@ -62,7 +62,7 @@ class SampleRules:
             "teacher": list(self.sources.teachers),
             "captioner": self.sources.captioner,
             **{name: list(own.hashes) for name, own in lists.items() if own is not None},
-            **({"against": self.against.sets} if self.against else {}),
+            **(self.against.describe() if self.against else {}),
             **({"weight": self.weights.number.text, "seed": self.weights.seed} if self.weights else {}),
         }
 
@@ -74,12 +74,10 @@ class SampleRules:
             reasons = [own or (None if meets else condition.reason) for own, meets in zip(reasons, holds, strict=True)]
         pairs: list[str | None] | None = None
         if self.against is not None:
-            kept = [key for key, reason in zip(facts.keys, reasons, strict=True) if reason is None]
-            copied = find_copies(facts.root, facts.shard, kept, self.against)
-            reasons = [
-                copied[key].reason if key in copied else own for key, own in zip(facts.keys, reasons, strict=True)
-            ]
-            pairs = [copied[key].pair if key in copied else None for key in facts.keys]
+            kept = [row for row, reason in enumerate(reasons) if reason is None]
+            copied = find_copies(facts.root, facts.shard, facts.keys, kept, self.against)
+            reasons = [copied[row].reason if row in copied else own for row, own in enumerate(reasons)]
+            pairs = [copied[row].pair if row in copied else None for row in range(len(facts))]
         captions = _captions(facts, self.caption_conditions)
         reasons = [own or (NO_CAPTION if shown == [] else None) for own, shown in zip(reasons, captions, strict=True)]
         copies = np.ones(len(facts), np.uint8) if self.weights is None else self.weights.copies(facts)

@@ -19,7 +19,7 @@ import numpy as np
 from pipeline.core.workers import die_with_parent
 from pipeline.dedup.disk_columns import DiskKeys
 from pipeline.select.cells import Embeddings, divide
-from pipeline.select.facts import mean_views, open_cache
+from pipeline.select.facts import mean_views, open_cache, unit_rows
 from shards_spec.files import join
 from shards_spec.messages import counted
 
@@ -97,9 +97,7 @@ def _shard_embeddings(root: str, teacher: str, read: ReadRows, shard: int) -> np
     """The unit embeddings of a shard's samples that are compared, (n, D); zeros where the cache has none."""
     one = read(shard)
     means = mean_views(open_cache(root, teacher, shard, one.keys))[one.rows]
-    lengths = np.linalg.norm(means, axis=1, keepdims=True)
-    is_usable = np.isfinite(lengths) & (lengths > 0)
-    return np.where(is_usable, means / np.where(is_usable, lengths, 1), 0).astype(Embeddings.STORED)
+    return unit_rows(means).astype(Embeddings.STORED)
 
 
 def repeated_rows(embeddings: Embeddings, rule: DuplicateRule) -> np.ndarray:

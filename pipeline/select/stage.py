@@ -24,6 +24,7 @@ from pipeline.core.runner import (
     upstream_shards,
 )
 from pipeline.select.against import index_of
+from pipeline.select.against_cosine import CosineRule
 from pipeline.select.config import SelectConfig
 from pipeline.select.dataset_rules import DatasetRules
 from pipeline.select.export_list import check_export, export_list
@@ -66,12 +67,14 @@ def select(config: SelectConfig, assignment: ShardAssignment = ALL) -> Summary:
         check_export(config.export_list, config.export_by, available)
     with (
         tempfile.TemporaryDirectory(prefix="clipmill-select-") as folder,
-        index_of(config.against, root, config.workers) as against,
+        index_of(config.against, root, config.workers, _cosine_rule(config, available)) as against,
     ):
         dataset_rules = _dataset_rules(config, available)
         rules = replace(_sample_rules(config, available, folder), against=against)
         if dataset_rules.duplicates is not None:
             rules = replace(rules, sources=rules.sources.with_teacher(dataset_rules.duplicates.teacher))
+        if against is not None and against.embeddings is not None:
+            rules = replace(rules, sources=rules.sources.with_teacher(against.embeddings.rule.teacher))
         identity = {**rules.describe(), **dataset_rules.describe(), CAPTIONS_OF: captions_of(packed)}
         stage = Stage(f"select/{name}", select_folder(name), identity)
         options = RunOptions(
@@ -123,15 +126,28 @@ def _is_finished(root: str, stage: Stage, task: ShardTask) -> bool:
 def _dataset_rules(config: SelectConfig, available: FactSources) -> DatasetRules:
     duplicates = None
     if config.semantic_duplicates is not None:
-        teachers = available.teachers
-        if not teachers or (len(teachers) > 1 and not config.teacher):
-            there = ", ".join(teachers) or "none"
-            raise UserError(
-                f"--semantic-duplicates compares the embeddings of one teacher, there are: {there}; say --teacher "
-                f"NAME, or run `clipmill cache {config.root}` first"
-            )
-        duplicates = DuplicateRule(teachers[0], config.semantic_duplicates, config.cells)
+        teacher = _one_teacher(config, available, "semantic_duplicates")
+        duplicates = DuplicateRule(teacher, config.semantic_duplicates, config.cells)
     return DatasetRules(duplicates, config.top, config.by, config.balance, config.seed)
+
+
+def _cosine_rule(config: SelectConfig, available: FactSources) -> CosineRule | None:
+    if config.against_cosine is None:
+        return None
+    teacher = _one_teacher(config, available, "against_cosine")
+    return CosineRule(teacher, config.against_cosine, config.against_model)
+
+
+def _one_teacher(config: SelectConfig, available: FactSources, field: str) -> str:
+    """The cache whose embeddings a rule compares: the first that was named, or the only one. Raises UserError."""
+    teachers = available.teachers
+    if not teachers or (len(teachers) > 1 and not config.teacher):
+        there = ", ".join(teachers) or "none"
+        raise UserError(
+            f"{flag(field)} compares the embeddings of one teacher, there are: {there}; say --teacher NAME, or run "
+            f"`clipmill cache {config.root}` first"
+        )
+    return teachers[0]
 
 
 def _sample_rules(config: SelectConfig, available: FactSources, folder: str) -> SampleRules:
