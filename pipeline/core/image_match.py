@@ -43,6 +43,8 @@ class MatchLimits:
     """what may be left of colours in one block, as a mean"""
     alone: tuple[float, float] | None = None
     """what may be left in one block, as a root mean square, beyond what the contrast around it explains"""
+    plain: float | None = None
+    """grey levels (root mean square) in which images without details, such as two skies, may differ as they are"""
 
 
 # of a listed image and one with a near signature
@@ -61,6 +63,7 @@ COPY = MatchLimits(
     colour=(10.0, 0.3),
     colour_block=(18.0, 0.4),
     alone=(3.0, 0.1),
+    plain=4.0,
 )
 
 
@@ -78,7 +81,10 @@ def fingerprints_match(one: np.ndarray, other: np.ndarray, limits: MatchLimits =
     if not limits.gain[0] <= gain <= limits.gain[1]:
         return False
     levels, share = limits.detail
-    if _detail(grey_left) > max(share * _detail(second[..., 0]), levels):
+    details = _detail(second[..., 0])
+    if _detail(grey_left) > max(share * details, levels):
+        return False
+    if limits.plain is not None and details < levels and math.sqrt(((aligned - second) ** 2).mean()) > limits.plain:
         return False
     if np.abs(_block_means(grey_left)).max() > _limit(limits.grey_block, second[..., :1]):
         return False

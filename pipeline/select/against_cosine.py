@@ -4,6 +4,7 @@ A teacher sees what a hash does not: an image without structure, a copy of other
 cosine, too, so that these are candidates only, which their pixels have to confirm (`against`).
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from shards_spec.models import HUB, LOCAL_DIR, LoadedModel, load_teacher, pick_d
 from shards_spec.precision import precision_of
 from shards_spec.views import ViewSpec, render_views
 
+log = logging.getLogger(__name__)
 CENTRE_CROP = ViewSpec(scale=None)
 MODEL = flag("against_model")
 ORIENTATIONS = 2  # rows of an image: as it is, mirrored
@@ -110,6 +112,7 @@ class EvaluationEmbeddings:
         self.image_size = loaded.image_size
         self._embeddings = Embeddings(join(folder, "embeddings"))
         self._teacher: Teacher | None = Teacher(loaded)
+        log.info("select: %s embeds the evaluation images on %s", rule.teacher, self._teacher.device)
         self._waiting = list[np.ndarray]()
 
     def add(self, image: np.ndarray) -> None:
@@ -130,38 +133,48 @@ class EvaluationEmbeddings:
         self._waiting.clear()
 
     def candidates(self, samples: np.ndarray, most: int) -> dict[int, list[int]]:
-        """Of unit embeddings (n, D), 0 where there is none, those that may be copies: row to images, nearest first.
-
-        Of each the ``most`` nearest images. Memory: the cosines of `TILE` samples with `BLOCK` rows.
-        """
-        found = dict[int, list[int]]()
-        for start in range(0, len(samples), TILE):
-            nearest = _Nearest(min(TILE, len(samples) - start), most)
-            for first, block in self._embeddings.blocks(BLOCK):
-                cosines = samples[start : start + TILE] @ block.T
-                nearest.add(cosines.reshape(len(cosines), -1, ORIENTATIONS).max(axis=2), first // ORIENTATIONS)
-            found |= {start + row: images for row, images in nearest.above(self.rule.least)}
-        return found
+        """As `near_images`, by the rule's bound."""
+        return near_images(self._embeddings, samples, self.rule.least, most)
 
 
-class _Nearest:
-    """The images of the largest cosines of each sample, as blocks of images come."""
+def near_images(embeddings: Embeddings, samples: np.ndarray, least: float, most: int) -> dict[int, list[int]]:
+    """Of unit embeddings (n, D), 0 where there is none, those near to an image: row to the ``most`` nearest, in order.
 
-    def __init__(self, samples: int, most: int) -> None:
+    ``embeddings`` has two rows of each image. Memory: a few times the cosines of `TILE` samples with `BLOCK` rows.
+    """
+    found = dict[int, list[int]]()
+    for start in range(0, len(samples), TILE):
+        tile = samples[start : start + TILE]
+        nearest = NearestImages(len(tile), most, least)
+        for first, block in embeddings.blocks(BLOCK):
+            cosines = (tile @ block.T).reshape(len(tile), -1, ORIENTATIONS)
+            nearest.add(np.maximum(cosines[..., 0], cosines[..., 1]), first // ORIENTATIONS)
+        found |= {start + row: images for row, images in nearest.found()}
+    return found
+
+
+class NearestImages:
+    """The images of the largest cosines of each sample, from ``least`` on, as blocks of images come."""
+
+    def __init__(self, samples: int, most: int, least: float) -> None:
+        self._most = most
+        self._least = least
         self._cosines = np.full((samples, most), -np.inf, np.float32)
         self._images = np.zeros((samples, most), np.int64)
 
     def add(self, cosines: np.ndarray, first: int) -> None:
         """Add the cosines (samples, images) with images from number ``first`` on."""
-        rows = np.flatnonzero(cosines.max(axis=1) > self._cosines.min(axis=1))
+        largest = cosines.max(axis=1)
+        rows = np.flatnonzero((largest >= self._least) & (largest > self._cosines.min(axis=1)))
         numbers = np.broadcast_to(np.arange(first, first + cosines.shape[1]), (len(rows), cosines.shape[1]))
         both = np.concatenate([self._cosines[rows], cosines[rows]], axis=1)
         images = np.concatenate([self._images[rows], numbers], axis=1)
-        best = np.argsort(-both, axis=1, kind="stable")[:, : self._cosines.shape[1]]
+        best = np.argpartition(-both, self._most - 1, axis=1)[:, : self._most]
         self._cosines[rows] = np.take_along_axis(both, best, axis=1)
         self._images[rows] = np.take_along_axis(images, best, axis=1)
 
-    def above(self, least: float) -> Iterator[tuple[int, list[int]]]:
-        """Rows with images whose cosine is at least so large, and those."""
-        for row in np.flatnonzero(self._cosines.max(axis=1) >= least).tolist():
-            yield row, self._images[row][self._cosines[row] >= least].tolist()
+    def found(self) -> Iterator[tuple[int, list[int]]]:
+        """Rows of samples with images that are near enough, and those, nearest first."""
+        for row in np.flatnonzero(self._cosines.max(axis=1) >= self._least).tolist():
+            order = np.argsort(-self._cosines[row], kind="stable")
+            yield row, self._images[row][order][self._cosines[row][order] >= self._least].tolist()

@@ -28,16 +28,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]
 from bench.photos import photo  # noqa: E402
 from small_copies import alike, copied, drawn, jpeg, mirrored, scene, shown  # noqa: E402
 
-from pipeline.core.cropped_copies import COPY_SIDE, NEAR_BITS, crop_hashes, small_copy  # noqa: E402
+from pipeline.core.cropped_copies import COPY_SIDE, NEAR_BITS, crop_hashes, is_copy, small_copy  # noqa: E402
 from pipeline.core.hash_index import HashIndex  # noqa: E402
 from pipeline.core.image_match import fingerprint  # noqa: E402
 from pipeline.core.near_duplicates import parse_hashes  # noqa: E402
 from pipeline.core.perceptual_hash import perceptual_hash  # noqa: E402
-from pipeline.select.against import EvaluationIndex, index_of  # noqa: E402
+from pipeline.select.against import MOST_COMPARED, EvaluationIndex, index_of  # noqa: E402
+from pipeline.select.against_cosine import near_images  # noqa: E402
+from pipeline.select.cells import Embeddings  # noqa: E402
 from shards_spec.images import decode_rgb  # noqa: E402
 
 ICONS = Path("/usr/share/icons/Adwaita")
 DIFFERENT = 48
+WIDTH = 512  # of embeddings
 
 
 def shown_images(evaluated: list[bytes], samples: Iterable[bytes]) -> list[str | None]:
@@ -60,6 +63,15 @@ def share_found(evaluated: list[bytes], seed: str = "copies") -> float:
     rng = random.Random(seed)
     found = shown_images(evaluated, [copied(data, rng) for data in evaluated])
     return sum(pair is not None for pair in found) / len(found)
+
+
+def share_confirmed(evaluated: list[bytes], seed: str = "copies") -> float:
+    """Of the same copies: the share whose pixels are taken for their image's, so that a cosine can find them."""
+    rng = random.Random(seed)
+    confirmed = [
+        is_copy(small_copy(decode_rgb(data)), fingerprint(decode_rgb(copied(data, rng)))) for data in evaluated
+    ]
+    return sum(confirmed) / len(confirmed)
 
 
 def demo_scenes(number: int) -> list:
@@ -158,12 +170,32 @@ def speed(large: int, samples: int = 200) -> None:
         start = time.process_time()
         index.near(queries, NEAR_BITS)
         looking = (time.process_time() - start) / len(queries) * 1e3
+    by_cosine = cosine_milliseconds(large)
     print(f"decoding a sample           {decoding:8.2f} ms")
     print(
         f"hash and fingerprint        {hashing:8.2f} ms: {hashing / decoding:.2f} times decoding, where raw/ has none"
     )
     print(f"looking one up in {large:7,}   {looking:8.2f} ms: {looking / decoding:.2f} times decoding")
+    print(f"the same by a cosine        {by_cosine:8.2f} ms, of {WIDTH} numbers")
     print(f"an evaluation image         {indexing:8.2f} ms; {large:,} take {size / 1e9:.2f} GB of files")
+
+
+def cosine_milliseconds(large: int, samples: int = 4096) -> float:
+    """CPU time of looking a sample up by its embedding among so many evaluation images."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        embeddings = Embeddings(str(Path(folder, "embeddings")))
+        for start in range(0, 2 * large, 10_000):
+            embeddings.append(_unit(rng, min(10_000, 2 * large - start)))
+        queries = _unit(rng, samples)
+        start = time.process_time()
+        near_images(embeddings, queries, 0.8, MOST_COMPARED)
+        return (time.process_time() - start) / samples * 1e3
+
+
+def _unit(rng: np.random.Generator, rows: int) -> np.ndarray:
+    vectors = rng.standard_normal((rows, WIDTH), np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def main() -> None:
@@ -181,6 +213,7 @@ def main() -> None:
     if ICONS.is_dir():
         some = random.Random(0).sample(list(icons().values()), 500)
         print(f"copies found, icons         {100 * share_found(some):8.1f} %")
+        print(f"confirmed by their pixels   {100 * share_confirmed(some):8.1f} %: what a cosine can find")
         pairs, number = wrong_icon_pairs()
         print(f"icons dropped for another   {len(pairs):8} of {number:,} {pairs or ''}")
     speed(args.large)

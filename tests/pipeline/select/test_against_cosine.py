@@ -15,15 +15,18 @@ from pipeline.cache.config import CacheConfig
 from pipeline.cache.stage import cache
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
+from pipeline.core.cropped_copies import is_copy, small_copy
+from pipeline.core.image_match import fingerprint
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.stage import ingest
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
 from pipeline.select.against import EvaluationIndex
-from pipeline.select.against_cosine import _Nearest
+from pipeline.select.against_cosine import NearestImages
 from pipeline.select.config import SelectConfig
 from pipeline.select.stage import select
 from shards_spec.files import UserError
+from shards_spec.images import decode_rgb
 from shards_spec.layout import select_parquet
 
 pytestmark = pytest.mark.integration
@@ -103,6 +106,16 @@ def test_copies_are_found_without_any_hash(base, root, monkeypatch, teacher):
     assert pairs_of(base, root, against_cosine=0.99999, teacher=(teacher,)) == {}
 
 
+def test_skies_of_other_colours_are_no_copies():
+    """A cosine makes candidates of images without details, in which gain and offset would fit everything."""
+    fades = [np.linspace(low, high, 96) for low, high in ((90, 130), (140, 160), (200, 215))]
+    sky = np.broadcast_to(np.stack(fades, -1)[:, None], (96, 96, 3))
+    copy = small_copy(Image.fromarray(sky.astype("u1")))
+    for shift, is_one in ((0, True), (2, True), (9, False), (-15, False)):
+        other = Image.fromarray((sky + shift).astype("u1"))
+        assert is_copy(copy, fingerprint(decode_rgb(jpeg(other, 60)))) == is_one, shift
+
+
 def test_the_model_has_to_be_the_recorded_one(base, root):
     with pytest.raises(UserError, match="weights_sha256 differ; name that one with --against-model"):
         pairs_of(base, root, against_cosine=LOW, against_model=f"local-dir:{base}/other/coca")
@@ -115,12 +128,12 @@ def test_the_model_has_to_be_the_recorded_one(base, root):
 def test_the_nearest_images_stay_over_blocks():
     rng = np.random.default_rng(0)
     cosines = rng.random((5, 40), np.float32)
-    nearest = _Nearest(5, 3)
-    for first in range(0, 40, 7):
-        nearest.add(cosines[:, first : first + 7], first)
-    expected = np.argsort(-cosines, axis=1)[:, :3].tolist()
-    assert dict(nearest.above(0.0)) == dict(enumerate(expected))
-    assert dict(nearest.above(1.5)) == {}
+    for least in (0.0, 0.95, 1.5):
+        nearest = NearestImages(5, 3, least)
+        for first in range(0, 40, 7):
+            nearest.add(cosines[:, first : first + 7], first)
+        expected = [[image for image in np.argsort(-own)[:3].tolist() if own[image] >= least] for own in cosines]
+        assert dict(nearest.found()) == {row: images for row, images in enumerate(expected) if images}
 
 
 def test_options_that_belong_together(tmp_path):
