@@ -57,6 +57,7 @@ SEVERAL_FILES: tuple[Format, ...] = (
     "hf-parquet",
 )  # files with images, given one by one by a shell's *
 WITHOUT_COLUMN_NAMES: tuple[Format, ...] = ("cc3m", "cc12m", "txt", "classes", "datacompdr", "img2dataset")
+ORIGINAL_CAPTIONS = "original_captions"  # in records: that rows have their captions from --original-captions
 UNRECORDED = ("exclusions", "where", "taken_down")  # fields of a selection that records do not have under their names
 OUTPUT_FOLDERS = tuple(folder for folder in FOLDERS if folder != RAW)  # of the stages after this one
 
@@ -287,6 +288,8 @@ def _output_settings(config: IngestConfig, form: Format, selection: Selection, i
         later["other_columns"] = list(config.save_additional_columns)
     if config.sha256_col is not None:
         later["sha256_col"] = config.sha256_col
+    if config.original_captions is not None and _records_original_captions(config):
+        later[ORIGINAL_CAPTIONS] = True
     return {
         "kind": form,
         "columns": [config.caption_col, config.url_col],
@@ -300,6 +303,14 @@ def _output_settings(config: IngestConfig, form: Format, selection: Selection, i
         "allow_private": config.allow_private,
         "ignore_opt_out": config.ignore_opt_out,
     }
+
+
+def _records_original_captions(config: IngestConfig) -> bool:
+    """Whether records say that captions come from --original-captions; shards made before they did stay valid."""
+    folder = join(config.root, RAW)
+    first = next(iter(finished_shards(folder)), None)
+    done = None if first is None or config.overwrite else read_done(folder, first)
+    return done is None or ORIGINAL_CAPTIONS in done.config
 
 
 def _allowed_connections(concurrency: int) -> int:

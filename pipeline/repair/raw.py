@@ -17,12 +17,12 @@ from pipeline.ingest.images import EncodedImage, Outcome
 from pipeline.ingest.listing import Listing, rows_hash
 from pipeline.ingest.raw_shard import RawShardInput, write_raw_shard
 from pipeline.ingest.retry import RETRY_PASS, task_of_pass
-from pipeline.ingest.stage import LIST_FORMS, fetch_missing, source_form
+from pipeline.ingest.stage import LIST_FORMS, ORIGINAL_CAPTIONS, fetch_missing, source_form
 from pipeline.repair.folder import Folder
 from pipeline.repair.raw_evidence import LINK, RawEvidence
 from pipeline.repair.recorded import Recorded, file_sha256, sound_record
 from shards_spec.files import DataError, UserError, exists, join, remove
-from shards_spec.layout import RAW, raw_parquet, raw_tar
+from shards_spec.layout import RAW, raw_parquet, raw_tar, shard_name
 from shards_spec.manifest import TIMES, Done, finished_shards
 from shards_spec.messages import counted
 from shards_spec.parquet import read_table
@@ -39,9 +39,11 @@ RECORDED_OPTIONS = (  # names that ingest's records and its config share
     "sane_captions",
     "min_caption_chars",
     "max_caption_chars",
+    "sha256_col",
     "allow_private",
     "ignore_opt_out",
 )
+LINKED_FORMS = (*LIST_FORMS, "datacompdr")  # of sources whose rows have links
 
 
 class RefusedError(Exception):
@@ -90,6 +92,8 @@ def source_tasks(recorded: Recorded, shards: set[int], given: str | None) -> dic
     config = recorded.config("ingest")
     sources = find_sources(recorded, given)
     if config is None or not sources or config.get("kind") == "img2dataset":
+        return {}
+    if ORIGINAL_CAPTIONS in config:  # where these are is not recorded, and without them the rows are others
         return {}
     try:
         settings = ingest_config(recorded, config, sources)
@@ -157,12 +161,19 @@ class RawRepair:
         shard_input = evidence.shard_input(keys, values)
         config = ingest_config(recorded, evidence.config, sources) if "kind" in evidence.config else None
         repair = cls(evidence, folder, config, shard_input, values, known, unproven)
-        is_list = evidence.config.get("kind") in LIST_FORMS
+        has_links = evidence.config.get("kind") in LINKED_FORMS
         repair.fetchable = [
-            config is not None and (row.image_ref is not None or bool(is_list and row.url and LINK.match(row.url)))
+            config is not None and (row.image_ref is not None or bool(has_links and row.url and LINK.match(row.url)))
             for row in shard_input.rows
         ]
         unknown = [key for key in keys if key not in values]
+        if unknown and evidence.task is None and sources and evidence.config.get("kind") == "datacompdr":
+            raise RefusedError(
+                f"{raw_parquet(evidence.root, evidence.shard)}: the links of {counted(len(unknown), 'row')} cannot be "
+                "read there, and the rows of the source are not those that it was made of, as when they had their "
+                f"captions from --original-captions: delete the three files of raw/{shard_name(evidence.shard)} and "
+                "run `clipmill ingest` again with the same options"
+            )
         if unknown and evidence.task is not None and evidence.config.get("exclusions") is not None:
             raise RefusedError(
                 f"{raw_parquet(evidence.root, evidence.shard)}: which rows --exclude left out is not known any more; "

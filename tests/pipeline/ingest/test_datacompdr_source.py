@@ -14,6 +14,7 @@ from pipeline.ingest.filters import NO_SHA256, OTHER_SHA256
 from pipeline.ingest.stage import ingest
 from pipeline.ingest.url_lists import list_rows
 from shards_spec.files import UserError
+from shards_spec.manifest import read_dataset
 from shards_spec.tar import read_shard
 
 BASE = "http://127.0.0.1:1"
@@ -172,3 +173,21 @@ def test_original_captions_that_are_not_there_are_refused(tmp_path):
         ingest(
             config(tmp_path / "ds", write_list(tmp_path / "l.tsv", [("http://h/1", "c")]), original_captions=originals)
         )
+
+
+def test_original_captions_are_not_lost_by_a_run_without_them(tmp_path):
+    """Such a run is refused; shards of before this was recorded stay valid."""
+    with serve() as server:
+        tars = [[reinforced(0, f"http://127.0.0.1:{server.server_port}")]]
+        source = write_reinforced(tmp_path / "dr", tars)
+        originals = write_originals(tmp_path / "originals", tars)
+        root = tmp_path / "ds"
+        assert ingest(config(root, source, original_captions=originals)).made == 1
+        with pytest.raises(UserError, match="--original-captions: True before, None now"):
+            ingest(config(root, source))
+        moved = (tmp_path / "originals").rename(tmp_path / "moved")
+        assert ingest(config(root, source, original_captions=str(moved))).made == 0
+        ingest(config(root, source, overwrite=True))
+        assert ingest(config(root, source, original_captions=str(moved))).made == 1  # as a version of before did
+        assert rows_of(root)[0]["caption"].startswith("original")
+        assert "original_captions" not in read_dataset(str(root))["stages"]["ingest"]["config"]

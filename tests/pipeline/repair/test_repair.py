@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from small_damage import damage, is_named, states
-from small_data import build_all, draw, tiny_coca
+from small_data import build_all, draw, tar_bytes, tiny_coca
+from small_datacompdr import reinforced, write_reinforced
 from small_ingest import config, rows_of, write_list
 from web_server import serve
 
@@ -352,6 +353,26 @@ def test_shards_of_img2dataset_lose_what_cannot_be_read(tmp_path):
     stats = read_json(str(root / "raw/00000_stats.json"))
     assert (stats["successes"], stats["status_dict"]) == (3, {LOST: 1, "success": 3})
     assert not (root / "dataset.json").exists()
+
+
+def test_images_of_datacompdr_are_fetched_again_by_their_links(tmp_path, server):
+    """Its rows have original captions, so that the source alone does not give them."""
+    samples = [reinforced(number, server.url) for number in range(3)]
+    source = write_reinforced(tmp_path / "dr", [samples])
+    (tmp_path / "originals").mkdir()
+    members = [(f"{sample.uid}.txt", "an original") for sample in samples]
+    (tmp_path / "originals/00000000.tar").write_bytes(tar_bytes(members))
+    root = tmp_path / "ds"
+    ingest(config(root, source, original_captions=str(tmp_path / "originals")))
+    before = hashes(root)
+    (root / "raw/00000.tar").unlink()
+    assert "raw/00000: as it was written" in repaired(root)
+    assert hashes(root) == before
+    (root / "raw/00000.tar").unlink()
+    (root / "raw/00000.parquet").unlink()
+    lines = list[str]()
+    assert repair(CheckConfig(str(root), repair=True), lines.append)
+    assert "the links of 3 rows cannot be read there" in lines[-1]
 
 
 def test_class_names_come_back_from_the_source_or_are_refused(tmp_path):
