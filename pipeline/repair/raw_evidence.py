@@ -155,6 +155,10 @@ class RawEvidence:
             return task_input
         schema = self.table.schema if self.table is not None else self.schema
         types = {column.name: column.type for column in schema or () if column.name not in SCHEMA.names}
+        if self.config.get("kind") == "datacompdr":  # Parquet calls a list's items elements, `ingest` does not
+            types = {
+                name: pa.list_(kind.value_type) if pa.types.is_list(kind) else kind for name, kind in types.items()
+            }
         has_labels = CLASS_LIST in self.config
         rows = [self._row(values.get(key), list(types), has_labels) for key in keys]
         if has_labels:
