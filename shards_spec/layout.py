@@ -166,14 +166,28 @@ def remake_advice(path: str, otherwise: str = "make the shard again") -> str:
 
 
 def remake_folder_advice(folder: str) -> str:
-    """The command that makes what is missing in a stage's folder below ROOT."""
+    """What makes the missing files of a stage's folder below ROOT: its command, or a repair.
+
+    Of several folders of a stage, such as ``teacher/NAME``, each was made with options of its own, which `check
+    --repair` takes from its records.
+    """
+    match, advice = STAGE_FOLDER.fullmatch(folder), resume_advice(folder)
+    if match is None or "/" not in match["folder"]:
+        return advice
+    return f"{advice}, or `clipmill check {match['root']} --repair`"
+
+
+def resume_advice(folder: str) -> str:
+    """The command that brings a stage's folder below ROOT to its end; with NAME where there are several."""
     match = STAGE_FOLDER.fullmatch(folder)
     if match is None:
         return "run its stage again"
-    head = match["folder"].split("/")[0]
-    makers = [name for name, stage in STAGES.items() if stage.function and stage.writes.split("/")[0] == head]
+    root, (head, _, name) = match["root"], match["folder"].partition("/")
+    makers = [stage.name for stage in STAGES.values() if stage.function and stage.writes.split("/")[0] == head]
     command = makers[0] if makers else "pack"  # whose plan/ is of no command of its own
-    return f"run `clipmill {command} {match['root']}` again"
+    if not name:
+        return f"run `clipmill {command} {root}` again"
+    return f"run `clipmill {command} {root} --name {name}` again with the options it had"
 
 
 def tar_path(folder: str, shard: int) -> str:

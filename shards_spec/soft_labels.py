@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from shards_spec.files import DataError
+from shards_spec.layout import resume_advice
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,7 +124,7 @@ def format_of(path: str, meta: dict[str, Any]) -> SoftLabelFormat | None:
     fits = kept == "all" or (isinstance(kept, int) and isinstance(classes, int) and 1 <= kept < classes)
     if not isinstance(classes, int) or classes < 1 or not fits:
         raise DataError(
-            f"{path}: its metadata says soft_labels {kept!r} of {classes!r} classes; run `clipmill cache` with "
-            "--overwrite"
+            f"{path}: its metadata says soft_labels {kept!r} of {classes!r} classes; "
+            f"{resume_advice(path.rpartition('/')[0])} and --overwrite"
         )
     return SoftLabelFormat(classes, kept)

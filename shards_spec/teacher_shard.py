@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from shards_spec.embeddings import EmbeddingFile
 from shards_spec.files import DataError, exists, join
-from shards_spec.layout import stats_path, teacher_folder, teacher_parquet
+from shards_spec.layout import remake_advice, resume_advice, teacher_folder, teacher_parquet
 from shards_spec.manifest import read_done
 
 
@@ -17,17 +17,16 @@ class TeacherShard:
 
     def __init__(self, root: str, name: str, shard: int, resolve_path: Callable[[str], str] = str) -> None:
         folder = join(root, teacher_folder(name))
+        self._folder = folder
         self.path = teacher_parquet(root, name, shard)
         record = read_done(folder, shard)
         if record is None:
-            raise DataError(f"{self.path}: not finished; rerun `clipmill cache {root}` to resume")
+            raise DataError(f"{self.path}: not finished; {resume_advice(folder)}")
         self.config, self.inputs = record.config, record.inputs
         paths = [join(root, path) for path in record.outputs]
         for path in paths:
             if not exists(path):
-                raise DataError(
-                    f"{path}: is not there any more; delete {stats_path(folder, shard)} and run `clipmill cache {root}`"
-                )
+                raise DataError(f"{path}: is not there any more; {remake_advice(path)}")
         self.files = [EmbeddingFile(path, resolve_path(path)) for path in paths]
 
     @property
@@ -44,7 +43,9 @@ class TeacherShard:
         file = self.find(column)
         if file is None:
             columns = sorted(self._columns())
-            raise DataError(f"{self.path}: no column {column}, it has {columns}; run `clipmill cache` with more views")
+            raise DataError(
+                f"{self.path}: no column {column}, it has {columns}; {resume_advice(self._folder)} and more --views"
+            )
         return file
 
     def _columns(self) -> set[str]:

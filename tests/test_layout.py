@@ -214,8 +214,21 @@ def test_paths_of_a_dataset():
             "s3://b/d/shards/00000.parquet",
             "delete s3://b/d/shards/00000_stats.json and run `clipmill pack s3://b/d` again",
         ),
-        ("d/captions/coca/00001.parquet", "delete d/captions/coca/00001_stats.json and run `clipmill caption d` again"),
-        ("d/teacher/t/00001-2.parquet", "delete d/teacher/t/00001_stats.json and run `clipmill cache d` again"),
+        (
+            "d/captions/coca/00001.parquet",
+            "delete d/captions/coca/00001_stats.json and run `clipmill caption d --name coca` again with the options "
+            "it had, or `clipmill check d --repair`",
+        ),
+        (
+            "d/teacher/t/00001-2.parquet",
+            "delete d/teacher/t/00001_stats.json and run `clipmill cache d --name t` again with the options it had, "
+            "or `clipmill check d --repair`",
+        ),
+        (
+            "d/select/s/00001.parquet",
+            "delete d/select/s/00001_stats.json and run `clipmill select d --name s` again with the options it had, "
+            "or `clipmill check d --repair`",
+        ),
         ("d/plan/00001.parquet", "delete d/plan/00001_stats.json and run `clipmill pack d` again"),
         ("elsewhere/00001.tar", "make the shard again"),
         ("/d/cc3m/raw/notes.txt", "make the shard again"),

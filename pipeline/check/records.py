@@ -22,6 +22,7 @@ from shards_spec.layout import (
     dataset_json,
     remake_advice,
     remake_folder_advice,
+    resume_advice,
     shard_name,
     stage_output,
     stats_path,
@@ -104,10 +105,10 @@ def check_dataset(root: str, findings: Findings) -> dict[str, Any] | None:
 
 def _check_block(root: str, path: str, stage: str, block: dict[str, Any], findings: Findings) -> None:
     folder = stage_output(stage)
-    fix = f"take the block out and run `clipmill {stage.split('/')[0]}` again, it writes it from what is there"
     if folder is None:
         findings.add(f"{path}: unknown stage {stage!r}; take its block out")
         return
+    fix = f"run `clipmill check {root} --repair`, it writes the block again from what is there"
     if not exists(join(root, folder)):
         findings.add(
             f"{join(root, folder)} is not there, but {path} has a block of {stage}; put it back, make it again, or "
@@ -162,7 +163,7 @@ def check_totals(
     if totals.foreign and (block is not None or folder != RAW or len(totals.foreign) < shards):
         findings.add(
             f"{stats_path(join(root, folder), totals.foreign[0])}: no done-record in it "
-            f"({len(totals.foreign)} such of {totals.shards}); delete it and run `clipmill {stage.split('/')[0]}` again"
+            f"({len(totals.foreign)} such of {totals.shards}); delete it and {resume_advice(join(root, folder))}"
         )
     if blocks is None or totals.shards != shards:
         return

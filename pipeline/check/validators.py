@@ -26,6 +26,7 @@ from shards_spec.layout import (
     parquet_path,
     raw_tar,
     remake_advice,
+    resume_advice,
     shard_name,
     stats_path,
     tar_path,
@@ -239,10 +240,14 @@ def _validate_cache(root: str, folder: str, shard: int) -> Iterator[str]:
         _validate_recorded_views(cached)
     if cached.inputs.get(tar) != sha256_file(join(root, tar)):
         raise DataError(
-            f"{path}: made from another {tar}, its images and captions are the same; run `clipmill cache` again, it "
-            "embeds nothing"
+            f"{path}: made from another {tar}, its images and captions are the same; {_resume(path)}, it embeds nothing"
         )
     yield from index.keys
+
+
+def _resume(path: str) -> str:
+    """The command that brings the folder of a shard's file up to date."""
+    return resume_advice(path.rpartition("/")[0])
 
 
 def _validate_column(
@@ -258,12 +263,12 @@ def _validate_column(
     if update is not None and len(update.new_rows):
         raise DataError(
             f"{path}: made from another {tar}: key {index.keys[int(update.new_rows[0])]} has another "
-            f"{'caption' if name.startswith('text_') else 'image'} than {name} was made from; run `clipmill "
-            "cache` again, it embeds what is new"
+            f"{'caption' if name.startswith('text_') else 'image'} than {name} was made from; "
+            f"{_resume(path)}, it embeds what is new"
         )
     finite = np.isfinite(vectors.as_floats()).all(axis=1) | ~vectors.present
     if not finite.all():
-        raise DataError(f"{path}: key {index.keys[int(finite.argmin())]} has no {name}; run `clipmill cache` again")
+        raise DataError(f"{path}: key {index.keys[int(finite.argmin())]} has no {name}; {remake_advice(path)}")
 
 
 def _validate_recorded_views(cached: TeacherShard) -> None:
@@ -283,7 +288,7 @@ def _validate_recorded_views(cached: TeacherShard) -> None:
 def _validate_soft_labels(name: str, cached: TeacherShard, soft: SoftLabelFormat) -> None:
     """Raise DataError unless the rows of a column are soft labels of the class list that the record names."""
     file = cached.file(name)
-    again = "run `clipmill cache` with --overwrite"
+    again = f"{_resume(file.path)} and --overwrite"
     for key in ("soft_labels", "classes", "classes_sha256"):
         stored, recorded = file.meta.get(key), cached.config.get(key)
         if stored != recorded:
@@ -316,7 +321,7 @@ def _validate_lists(root: str, folder: str, shard: int) -> Iterator[str]:
     _expect_keys(path, cached.files[-1].keys, keys, f"{cache}/{shard_name(shard)}")
     made_of = read_done(join(root, cache), shard)
     if done is not None and made_of is not None and done.inputs != made_of.outputs:
-        raise DataError(f"{path}: made from another {cache}; run `clipmill cache` with --export-lists again")
+        raise DataError(f"{path}: made from another {cache}; {resume_advice(join(root, cache))} and --export-lists")
     yield from keys
 
 

@@ -50,13 +50,14 @@ def find_applied_selection(root: str, name: str, captions_of: dict[str, object])
     shards = finished_shards(join(root, select_folder(name)))
     if block is None or block.get("shards") != len(shards):
         raise UserError(
-            f"--select {name}: {join(root, SELECT, name)} is not finished; run `clipmill select {root}` first"
+            f"--select {name}: {join(root, SELECT, name)} is not finished; run `clipmill select {root} --name {name}` "
+            "with its rules first"
         )
     counted_of = block.get("config", {}).get(CAPTIONS_OF)
     if counted_of != captions_of:
         raise UserError(
             f"--select {name} counts the captions of shards packed with {counted_of}, not with {captions_of}: pack "
-            "with those options, or run `clipmill select` again after packing with these"
+            f"with those options, or run `clipmill select {root} --name {name}` again after packing with these"
         )
     by_raw = dict[int, tuple[int, ...]]()
     for shard in shards:
@@ -69,7 +70,7 @@ def find_applied_selection(root: str, name: str, captions_of: dict[str, object])
             if file_hash(root, RAW, raw, tar_path(RAW, raw)) != recorded:
                 raise DataError(
                     f"{select_parquet(root, name, shard)}: made from another {raw_tar(root, raw)} than the one there; "
-                    "pack without --select and run `clipmill select` again"
+                    f"pack without --select and run `clipmill select {root} --name {name}` again"
                 )
             by_raw[raw] = (*by_raw.get(raw, ()), shard)
     return AppliedSelection(name, by_raw)

@@ -38,6 +38,7 @@ from shards_spec.layout import (
     VOCAB,
     class_names_txt,
     dataset_json,
+    resume_advice,
     shard_name,
     sizes_json,
     stage_output,
@@ -207,10 +208,10 @@ class _Repair:
             return True
         if key in recorded.blocks or not recorded.is_sound or key in self._folder.lost_blocks():
             return False
-        command = key.partition("/")[0]
         if key == "ingest" or not finished_shards(join(self._root, stage_output(key) or "")):
             return key != "ingest"
-        self._say(f"{stage_output(key)}: has not been finished; run `clipmill {command}` again, refused here")
+        folder = stage_output(key) or ""
+        self._say(f"{folder}: has not been finished; {resume_advice(join(self._root, folder))}, refused here")
         return True
 
     def _mend_block(self, key: str) -> None:

@@ -112,7 +112,7 @@ class Verdict:
 def read_verdict(path: str, fingerprint: str) -> Verdict | None:
     """The verdict in a file; None when it is not there or of other samples or rules."""
     try:
-        stored = read_json(path, "delete it and run `clipmill select` again")
+        stored = read_json(path, "delete it and run this `clipmill select` again")
     except FileNotFoundError:
         return None
     if not isinstance(stored, dict) or stored.get("fingerprint") != fingerprint:

@@ -26,6 +26,7 @@ from shards_spec.layout import (
     parquet_path,
     raw_parquet,
     remake_advice,
+    resume_advice,
     tar_path,
     teacher_folder,
 )
@@ -151,7 +152,7 @@ def shard_inputs(root: str, shard: int, sources: FactSources) -> dict[str, str]:
         if done is None:
             raise UserError(
                 f"{join(root, parquet_path(teacher_folder(teacher), shard))} is not finished: "
-                f"run `clipmill cache {root}` to its end"
+                f"{resume_advice(join(root, teacher_folder(teacher)))}"
             )
         hashes |= done.outputs
     return hashes
@@ -328,7 +329,8 @@ def open_cache(root: str, teacher: str, shard: int, keys: list[str]) -> TeacherS
     cached = TeacherShard(root, teacher, shard)
     tar = tar_path(SHARDS, shard)
     if cached.inputs.get(tar) != file_hash(root, SHARDS, shard, tar):
-        raise DataError(f"{cached.path}: made from another {final_tar(root, shard)}; run `clipmill cache {root}` again")
+        advice = resume_advice(join(root, teacher_folder(teacher)))
+        raise DataError(f"{cached.path}: made from another {final_tar(root, shard)}; {advice}")
     if any(file.keys != keys for file in cached.files):
         raise DataError(
             f"{cached.path}: its keys are not those of {final_tar(root, shard)}; {remake_advice(cached.path)}"

@@ -85,7 +85,7 @@ class Survey:
     def draft(self, shard: int) -> Draft:
         """The draft of a shard. Raises DataError."""
         path = join(self.root, parquet_path(self.folder, shard))
-        table = read_table(path, fix=f"delete {join(self.root, self.folder)} and run `clipmill select` again")
+        table = read_table(path, fix=f"delete {join(self.root, self.folder)} and run this `clipmill select` again")
         entries = table.column(ENTRIES.name).combine_chunks()
         values = table.column(VALUE.name).fill_null(np.nan).to_numpy()
         plain = table.drop_columns([VALUE.name, ENTRIES.name])
@@ -145,7 +145,7 @@ class _Drafts(ShardAssignment):
 def _verdict(path: str, fingerprint: str) -> Verdict:
     verdict = read_verdict(path, fingerprint)
     if verdict is None:
-        raise DataError(f"{path}: gone, or of other rules; run `clipmill select` again")
+        raise DataError(f"{path}: gone, or of other rules; run this `clipmill select` again")
     return verdict
 
 

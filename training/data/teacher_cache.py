@@ -10,7 +10,17 @@ from torch import Tensor
 
 from shards_spec.embeddings import EmbeddingFile
 from shards_spec.files import DataError, UserError, exists, join, names
-from shards_spec.layout import SHARDS, TEACHER, remake_advice, shard_name, tar_path, teacher_folder, teacher_parquet
+from shards_spec.layout import (
+    SHARDS,
+    TEACHER,
+    remake_advice,
+    remake_folder_advice,
+    resume_advice,
+    shard_name,
+    tar_path,
+    teacher_folder,
+    teacher_parquet,
+)
 from shards_spec.manifest import file_hash
 from shards_spec.messages import counted, flag
 from shards_spec.teacher_shard import TeacherShard
@@ -26,7 +36,7 @@ from shards_spec.views import (
 from training.data.local_copies import LocalFileCache
 from training.data.lru import LRUCache
 
-AGAIN = "delete it and run `clipmill cache` again"
+AGAIN = "delete it and run `clipmill cache` again with the --name and options it had"
 
 
 class LackingFeatures(DataError):
@@ -96,7 +106,8 @@ class CacheReader:
         if missing := [shard for shard in range(shards) if f"{shard_name(shard)}.parquet" not in present]:
             path = self.path(missing[0])
             deleted = f"{shard_name(missing[0])}_stats.json" in present
-            advice = remake_advice(path) if deleted else f"run `clipmill cache {root}` to its end"
+            folder = join(root, teacher_folder(self.name))
+            advice = remake_advice(path) if deleted else remake_folder_advice(folder)
             raise UserError(f"{path} is not there ({len(missing)} of {counted(shards, 'shard')} missing): {advice}")
         first = TeacherShard(root, self.name, 0, self.file_cache.get)
         self.meta = first.files[0].meta
@@ -124,7 +135,7 @@ class CacheReader:
         if cached.config["num_views"] != self.num_views:
             raise DataError(
                 f"{path}: {counted(cached.config['num_views'], 'view')}, {self.path(0)} has {self.num_views}; "
-                f"run `clipmill cache {self.root}` to its end"
+                f"{resume_advice(join(self.root, teacher_folder(self.name)))}"
             )
         if cached.inputs.get(tar) != file_hash(self.root, SHARDS, shard, tar):
             raise DataError(f"{path}: made from another {join(self.root, tar)} than the one there; {AGAIN}")

@@ -91,6 +91,22 @@ def test_a_sample_has_every_teachers_features_of_its_view_and_caption(root):
         assert sum(shown) == 1
 
 
+def test_the_command_for_a_missing_shard_names_its_cache_of_several(root):
+    path = Path(root) / "teacher" / "wide" / "00001.parquet"
+    record = path.with_name("00001_stats.json")
+    away = [(file, file.with_name(f"away-{file.name}")) for file in (path, record)]
+    for file, other in away:
+        file.rename(other)
+    try:
+        with pytest.raises(UserError) as error:
+            opened(root, *BOTH)
+    finally:
+        for file, other in away:
+            other.rename(file)
+    again = f"{path} is not there (1 of 3 shards missing): run `clipmill cache {root} --name wide` again"
+    assert f"{again} with the options it had, or `clipmill check {root} --repair`" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
