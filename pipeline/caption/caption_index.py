@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.caption.caption_lists import ListedRow
+from pipeline.caption.caption_lists import NO_TEXT, ListedRow
 from pipeline.core.prefetch import batches
 from shards_spec.content_id import content_ids
 from shards_spec.files import UserError
@@ -47,21 +47,31 @@ class CaptionIndex:
             self._database.execute(f"PRAGMA {setting}")
         self._database.execute("CREATE TABLE listed (id INTEGER, place INTEGER, name TEXT, captions TEXT)")
         self.left_out = Counter[str]()
+        self.first_unknown: str | None = None  # the first name that no image has
+        self._first = dict[str, str]()  # where each problem comes first
+        self._not_text = 0
 
     def close(self) -> None:
         """Delete the database."""
         self._database.close()
 
     def fill(self, rows: Iterable[ListedRow]) -> None:
-        """Take in the rows of images that are known; others are counted in ``left_out``. Raises UserError."""
+        """Take in the rows of images that are known; others are counted in ``left_out``.
+
+        Warns of what is left out, with the first of each kind. Raises UserError.
+        """
         place = 0
         with _disk_errors():
             for batch in batches(rows, BATCH_ROWS):
-                self.left_out.update(row.problem for row in batch if row.name is None)
+                self._count_problems(batch)
                 named = [row for row in batch if row.name is not None]
                 ids = content_ids(row.name for row in named)
                 is_known = self._is_known(ids)
-                self.left_out[UNKNOWN] += int((~is_known).sum())
+                unknown = np.flatnonzero(~is_known)
+                if len(unknown) and self.first_unknown is None:
+                    self.first_unknown = named[int(unknown[0])].name
+                    self._first[UNKNOWN] = repr(self.first_unknown)
+                self.left_out[UNKNOWN] += len(unknown)
                 kept = np.flatnonzero(is_known)
                 rows_kept = [named[number] for number in kept.tolist()]
                 stored = [json.dumps(row.captions()) for row in rows_kept]
@@ -72,7 +82,10 @@ class CaptionIndex:
             self._database.execute("CREATE INDEX by_id ON listed (id, place)")
         self.left_out += Counter()  # drops zeros
         for problem, number in self.left_out.items():
-            log.warning("--from: %s left out: %s", f"{number:,}", problem)
+            log.warning("--from: %s left out: %s (the first: %s)", f"{number:,}", problem, self._first[problem])
+        if self._not_text:
+            values = counted(self._not_text, "value that is no text", "values that are no text", style=",")
+            log.warning("--from: %s in place of captions (the first: %s)", values, self._first[NO_TEXT])
         log.info("--from: %s read", counted(place, "row", style=","))
 
     def find(self, names: list[str]) -> dict[str, list[RowCaptions]]:
@@ -88,6 +101,15 @@ class CaptionIndex:
                         if name in found:  # another name of the same 64 bits is not
                             found[name].append(RowCaptions(*json.loads(stored)))
         return found
+
+    def _count_problems(self, rows: list[ListedRow]) -> None:
+        for row in rows:
+            if row.name is None:
+                self.left_out[row.problem] += 1
+                self._first.setdefault(row.problem, row.place)
+            elif row.not_text:
+                self._not_text += row.not_text
+                self._first.setdefault(NO_TEXT, row.place)
 
     def _is_known(self, ids: np.ndarray) -> np.ndarray:
         """Whether each id is among the known ones: bool [ids]."""

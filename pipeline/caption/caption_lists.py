@@ -3,11 +3,15 @@
 The readers are those of `ingest`, so a list that it takes is read here by the same rules.
 """
 
+import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
+
+import pyarrow as pa
 
 from pipeline.caption.config import ListOptions
 from pipeline.ingest.cells import MAX_CELL_BYTES, NO_CAPTION, check_once, format_names
@@ -26,6 +30,10 @@ ID_NAMES = {"uid": ("uid",), "url": URL_NAMES, "sha256": ("sha256",), "key": ("k
 CAPTION_COLUMNS = ("re_caption", "vlm_caption", "syn_text", "captions", *CAPTION_NAMES)
 HEAD_OBJECTS = 1000  # of JSON Lines, that tell its columns
 PARQUET_MAGIC = b"PAR1"
+JSON_ARRAY = re.compile(rb"\[\s*(?:[\[{\]]|$)")
+TOO_LONG = "too long"  # why captions are left out
+NOT_UTF8 = "not UTF-8"
+NO_TEXT = "no text"
 Form = Literal["parquet", "jsonl", "delimited"]
 
 
@@ -42,25 +50,28 @@ class ListColumns:
 class ListedRow:
     """A row of a list: which image it is about, and the cells with captions as they came.
 
-    ``name`` is None where the row cannot be used, for the ``problem``.
+    ``name`` is None where the row cannot be used, for the ``problem``. ``not_text`` is the number of values in place of
+    captions that are neither text nor null. ``place`` is the file and the row where there is something to say of it.
     """
 
     name: str | None
     cells: list[bytes | None] = field(default_factory=list)
     problem: str = ""
+    not_text: int = 0
+    place: str = ""
 
     def captions(self) -> tuple[list[str], list[str]]:
         """The captions, and why further ones are left out; nulls, and what databases write for them, are neither."""
         captions = list[str]()
-        left_out = list[str]()
+        left_out = [NO_TEXT] * self.not_text
         for cell in self.cells:
             if cell is None:
                 continue
             text, broken = decode_text(cell)
             if len(cell) > MAX_CELL_BYTES:
-                left_out.append("too long")
+                left_out.append(TOO_LONG)
             elif broken or text is None:
-                left_out.append("not UTF-8")
+                left_out.append(NOT_UTF8)
             elif text not in NO_CAPTION:
                 captions.append(text)
         return captions, left_out
@@ -97,16 +108,15 @@ def listed_rows(path: str, columns: ListColumns) -> Iterator[ListedRow]:
     """The rows of one file, in order. Raises UserError for a file that cannot be read or lacks a column."""
     with _reading(path):
         form = _form(path)
+        if form == "jsonl":  # whose rows may lack any key: the last one tells whether all do
+            yield from _json_rows(path, columns)
+            return
         names = _column_names(path, form, columns.by_col, columns.captions)
         if not names:
             return  # an empty part of a list
-        missing = [name for name in (columns.by_col, *columns.captions) if name not in names]
-        if missing and form != "jsonl":  # whose rows may lack any key
-            raise UserError(f"--from {path}: no column {missing[0]!r}; its columns are {format_names(names)}")
+        _check_columns(path, columns, names)
         if form == "parquet":
             yield from _parquet_rows(path, columns)
-        elif form == "jsonl":
-            yield from _json_rows(path, columns)
         else:
             yield from _delimited_rows(path, names, columns)
 
@@ -150,7 +160,19 @@ def _form(path: str) -> Form:
         head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
     if head.startswith(PARQUET_MAGIC):
         return "parquet"
+    if JSON_ARRAY.match(head):
+        raise UserError(
+            f"--from {path} is one JSON array; `jq -c '.[]' {shlex.quote(path)} > NEW.jsonl` "
+            "makes it JSON Lines, an object a line"
+        )
     return "jsonl" if head.startswith(b"{") else "delimited"
+
+
+def _check_columns(path: str, columns: ListColumns, names: list[str]) -> None:
+    """Raise UserError where a file with these columns lacks one of those that the first file has."""
+    missing = [name for name in (columns.by_col, *columns.captions) if name not in names]
+    if missing:
+        raise UserError(f"--from {path}: no column {missing[0]!r}; its columns are {format_names(names)}")
 
 
 def _column_names(path: str, form: Form, by_col: str | None, captions: tuple[str, ...]) -> list[str]:
@@ -209,45 +231,75 @@ def _parquet_rows(path: str, columns: ListColumns) -> Iterator[ListedRow]:
     first, *others = columns.captions
     with source_errors(path), open_parquet(path) as table:
         schema = table.schema_arrow
+        _check_key_type(path, schema, columns)
         for caption in columns.captions:
             check_types(path, schema, caption, columns.by_col)
-        for cells in read_cells(path, table, first, columns.by_col, others):
+        for number, cells in enumerate(read_cells(path, table, first, columns.by_col, others), start=1):
             if cells is None:
-                yield ListedRow(None, problem="rows too large to be read")
+                yield ListedRow(None, problem="rows too large to be read", place=f"{path}, row {number}")
                 continue
             captions = list(cells.captions)
             for name in others:
                 captions += json_captions(cells.others.get(name))[0]
-            yield _row(decode_text(cells.url)[0], captions, columns)
+            yield _row(decode_text(cells.url)[0], captions, columns, (path, number))
 
 
 def _delimited_rows(path: str, names: list[str], columns: ListColumns) -> Iterator[ListedRow]:
     _, delimiter = _header(path, columns.by_col, columns.captions)
     by, *indexes = (names.index(name) for name in (columns.by_col, *columns.captions))
     rows = split_rows(islice(raw_lines(path), 1, None), Shape(delimiter, len(names), indexes[0], by))
-    for _, fields in rows:
+    for number, (_, fields) in enumerate(rows, start=1):
         if len(fields) <= max(by, *indexes):
-            yield ListedRow(None, problem="rows without all columns")
+            yield ListedRow(None, problem="rows without all columns", place=f"{path}, row {number}")
         else:
-            yield _row(decode_text(fields[by])[0], [fields[index] for index in indexes], columns)
+            cells = [fields[index] for index in indexes]
+            yield _row(decode_text(fields[by])[0], cells, columns, (path, number))
 
 
 def _json_rows(path: str, columns: ListColumns) -> Iterator[ListedRow]:
-    for line in lines(path):
+    names = dict[str, None]()
+    for number, line in enumerate(lines(path), start=1):
         fields = _object(line)
         if fields is None:
-            yield ListedRow(None, problem="rows that are no JSON object")
+            yield ListedRow(None, problem="rows that are no JSON object", place=f"{path}, row {number}")
             continue
+        names.update(dict.fromkeys(fields))
         captions = list[bytes | None]()
+        not_text = 0
         for name in columns.captions:
             captions += json_captions(fields.get(name))[0]
+            not_text += _not_text(fields.get(name))
         image = fields.get(columns.by_col)
-        yield _row(decode_text(json_bytes(image))[0] if isinstance(image, str) else _number(image), captions, columns)
+        text = decode_text(json_bytes(image))[0] if isinstance(image, str) else _number(image)
+        yield _row(text, captions, columns, (path, number), not_text)
+    if names:
+        _check_columns(path, columns, list(names))
 
 
-def _row(name: str | None, cells: list[bytes | None], columns: ListColumns) -> ListedRow:
+def _not_text(value: Any) -> int:
+    """How many values in place of captions are neither text nor null."""
+    values = value if isinstance(value, list) else [value]
+    return sum(not isinstance(own, str | None) for own in values)
+
+
+def _row(
+    name: str | None, cells: list[bytes | None], columns: ListColumns, place: tuple[str, int], not_text: int = 0
+) -> ListedRow:
+    """A row of the file and the number ``place``."""
     name = image_name(name or "", columns.by)
-    return ListedRow(name, cells) if name else ListedRow(None, problem="rows that name no image")
+    if not name:
+        return ListedRow(None, problem="rows that name no image", place=f"{place[0]}, row {place[1]}")
+    return ListedRow(name, cells, not_text=not_text, place=f"{place[0]}, row {place[1]}" if not_text else "")
+
+
+def _check_key_type(path: str, schema: pa.Schema, columns: ListColumns) -> None:
+    """Raise UserError for keys that are numbers: they have lost their zeros."""
+    kind = schema.field(columns.by_col).type
+    if columns.by == "key" and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        raise UserError(
+            f"--from {path}: the column {columns.by_col!r} is {kind}; keys are text, such as 000000000: write "
+            "them with their zeros, or join by another column with --by"
+        )
 
 
 def _number(value: Any) -> str | None:

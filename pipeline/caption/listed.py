@@ -18,6 +18,8 @@ import pyarrow.compute as pc
 
 from pipeline.caption.caption_index import CaptionIndex, RowCaptions
 from pipeline.caption.caption_lists import (
+    NO_TEXT,
+    NOT_UTF8,
     ListColumns,
     cleaned,
     image_name,
@@ -43,6 +45,7 @@ from shards_spec.content_id import content_ids
 from shards_spec.files import UserError, sha256_file, sha256_json
 from shards_spec.layout import RAW, captions_folder, parquet_path, raw_parquet, raw_tar, tar_path
 from shards_spec.manifest import file_hashes
+from shards_spec.messages import counted
 from shards_spec.parquet import column_names, read_table
 from shards_spec.tar import shard_keys
 
@@ -50,6 +53,7 @@ log = logging.getLogger(__name__)
 NO_NAME = "nothing in raw to join it by"  # reasons on disk
 NOT_LISTED = "no caption in the list"
 ALL_UNUSABLE = "every caption of the list unusable"
+ALL_OF_ONE_KIND = {NO_TEXT: "every caption of the list no text", NOT_UTF8: "every caption of the list not UTF-8"}
 
 
 def caption_from_lists(config: CaptionConfig, assignment: ShardAssignment) -> Summary:
@@ -112,10 +116,20 @@ class _Joiner:
             self._index = CaptionIndex(np.unique(np.concatenate(known)))
             self._index.fill(chain.from_iterable(listed_rows(file.path, self._columns) for file in self._files))
             self._left_out = dict(self._index.left_out)
+            if self._columns.by == "key":
+                self._check_zeros(self._index.first_unknown, keys[0])
         names = self._names(shard)
         rows = self._index.find([names[key] for key in keys if key in names])
         for key in keys:
             yield key, rows[names[key]] if key in names else None
+
+    def _check_zeros(self, first_unknown: str | None, key: str) -> None:
+        """Raise UserError for a list of keys that became numbers on the way: none of them would be found."""
+        if first_unknown is not None and first_unknown.isdigit() and len(first_unknown) < len(key) and key.isdigit():
+            raise UserError(
+                f"--from: keys are text of {counted(len(key), 'digit')}, such as {key}; the list has {first_unknown}: "
+                "write them with their zeros, or join by another column with --by"
+            )
 
     def take_left_out(self) -> dict[str, float]:
         """How many rows of the files were left out, by reason; told once, for the log of the run that read them."""
@@ -147,13 +161,23 @@ def _join_shard(root: str, task: ShardTask, *, joiner: _Joiner, stage: Stage, mo
         if rows is None:
             row.reason = NO_NAME
         elif not texts:
-            row.reason = ALL_UNUSABLE if any(own.texts or own.left_out for own in rows) else NOT_LISTED
+            row.reason = _reason(rows)
         captions.rows[key] = row
         counts[row.reason or "success"] += 1
         notes["further rows of one image"] += max(0, len(rows or []) - 1)
     outputs = captions.write(root, stage, task.shard, [REASON_FIELD])
     counters = dict(sorted((+notes + Counter(captions.counters())).items()))
     return ShardResult(dict(counts), outputs, counters=counters, measurements=joiner.take_left_out())
+
+
+def _reason(rows: list[RowCaptions]) -> str:
+    """Why an image with these rows has no caption."""
+    if not any(own.texts or own.left_out for own in rows):
+        return NOT_LISTED
+    kinds = {kind for own in rows for kind in own.left_out}
+    if len(kinds) == 1 and not any(own.texts for own in rows):
+        return ALL_OF_ONE_KIND.get(kinds.pop(), ALL_UNUSABLE)
+    return ALL_UNUSABLE
 
 
 def _usable(rows: list[RowCaptions], most: int, notes: Counter[str]) -> list[str]:

@@ -49,7 +49,7 @@ ADVICE = (
         "--min-caption-chars and --max-caption-chars are the limits; is --caption-col right?",
     ),
     (
-        r"caption is not UTF-8",
+        r"caption is not UTF-8|every caption of the list not UTF-8",
         f"the list has another encoding; if it is latin-1, {conversion('LATIN1', 'LIST')}",
     ),
     (
@@ -67,6 +67,10 @@ ADVICE = (
     (
         r"excluded .*",
         "the files of --exclude name them",
+    ),
+    (
+        r"every caption of the list no text",
+        "captions are texts or lists of texts: is --caption-col right?",
     ),
     (
         r"no caption in the list|every caption of the list unusable|nothing in raw to join it by",

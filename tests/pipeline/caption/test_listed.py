@@ -13,13 +13,14 @@ import pytest
 from small_data import run_stage, tree, vouch, write_raw
 
 from pipeline.caption.caption_index import UNKNOWN, CaptionIndex
-from pipeline.caption.caption_lists import ListedRow
+from pipeline.caption.caption_lists import NO_TEXT, NOT_UTF8, ListedRow
 from pipeline.caption.config import CaptionConfig, ListOptions, ServerOptions
 from pipeline.caption.decoding import Decoding
-from pipeline.caption.listed import ALL_UNUSABLE, NO_NAME, NOT_LISTED
+from pipeline.caption.listed import ALL_OF_ONE_KIND, ALL_UNUSABLE, NO_NAME, NOT_LISTED
 from pipeline.caption.stage import caption
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
+from pipeline.core.no_success import explain_no_success
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
 from pipeline.report import ReportConfig, report
@@ -248,6 +249,58 @@ def test_odd_files_are_refused_by_name(root, tmp_path):
             caption(config(root, tmp_path / name))
         assert "--source" not in str(error.value)
         assert "--format" not in str(error.value)
+
+
+def test_a_json_lines_file_that_lacks_a_column_is_refused_as_a_parquet_file_is(root, tmp_path):
+    keys = [row["key"] for row in raw_rows(root)]
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    jsonl(parts / "a.jsonl", [{"key": keys[0], "caption": "a dog"}])
+    jsonl(parts / "b.jsonl", [{"key": keys[1]}, {"key": keys[2], "caption": "a cat"}])
+    jsonl(parts / "c.jsonl", [])
+    assert caption(config(root, parts)).counts["success"] == 2
+    for lacking, fields in (("caption", {"key": keys[1], "text": "x"}), ("key", {"id": keys[1], "caption": "x"})):
+        jsonl(parts / "d.jsonl", [fields])
+        with pytest.raises(UserError, match=rf"^--from \S+d.jsonl: no column '{lacking}'; its columns are"):
+            caption(replace(config(root, parts), name="more"))
+    assert not list(Path(root).glob("captions/more/*.parquet"))
+
+
+def test_values_that_are_no_text_are_counted_and_told(root, tmp_path, caplog):
+    keys = [row["key"] for row in raw_rows(root)]
+    values = [7, {"a": 1}, [["nested"], "a dog", None, 3.5], None, "a cat"]
+    rows = [{"key": key, "caption": value} for key, value in zip(keys, values, strict=False)]
+    summary = caption(config(root, jsonl(tmp_path / "list.jsonl", rows)))
+    no_text = ALL_OF_ONE_KIND[NO_TEXT]
+    assert summary.counts == {"success": 2, no_text: 2, NOT_LISTED: len(keys) - 4}
+    assert summary.counters["no text, left out"] == 4
+    assert "4 values that are no text in place of captions" in caplog.text
+    assert "list.jsonl, row 1)" in caplog.text
+    assert "texts or lists of texts" in (explain_no_success("caption", {no_text: 3}) or "")
+    assert check(CheckConfig(root)) == []
+
+
+def test_a_latin_1_list_a_json_array_and_keys_without_zeros_are_told(root, tmp_path, caplog):
+    rows = raw_rows(root)
+    latin = tmp_path / "latin.csv"
+    latin.write_bytes("".join(["key,caption\n", *(f"{row['key']},café\n" for row in rows)]).encode("latin-1"))
+    counts = caption(config(root, latin)).counts
+    assert counts == {ALL_OF_ONE_KIND[NOT_UTF8]: len(rows)}
+    assert "iconv -f LATIN1" in (explain_no_success("caption", counts) or "")
+    array = tmp_path / "array.json"
+    array.write_text(json.dumps([{"key": row["key"], "caption": "a dog"} for row in rows], indent=1))
+    with pytest.raises(UserError, match=r"one JSON array.*jq -c"):
+        caption(config(root, array))
+    numbers = [{"key": int(row["key"]), "caption": "a dog"} for row in rows]
+    for form, said in (("csv", "text of 9 digits, such as 000000000; the list has 0"), ("parquet", "is int64; keys")):
+        with pytest.raises(UserError, match=said):
+            caption(replace(config(root, packed(tmp_path / f"numbers.{form}", numbers, form)), name=form))
+    ragged = tmp_path / "ragged.csv"
+    ragged.write_text(f"key,caption\n{rows[0]['key']},a dog\nalone\nother,a cat\n")
+    caption(replace(config(root, ragged), name="ragged"))
+    assert "rows without all columns (the first: " in caplog.text
+    assert "ragged.csv, row 2)" in caplog.text
+    assert f"{UNKNOWN} (the first: 'other')" in caplog.text
 
 
 def test_check_names_a_row_without_captions_and_without_a_reason(root, tmp_path):
