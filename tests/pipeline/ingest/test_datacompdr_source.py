@@ -61,7 +61,7 @@ def test_a_merged_tar_brings_captions_and_images(tmp_path):
     ("member", "content", "problem"),
     [
         ("url.txt", None, "no url.txt"),
-        ("json", None, "json member is not a JSON object"),
+        ("json", None, "no json member"),
         ("json", b"[1]", "json member is not a JSON object"),
         ("json", b'{"uid": "x"}', "no sha256 in the json member"),
         ("json", b'{"sha256": 7}', "no sha256 in the json member"),
@@ -83,11 +83,41 @@ def test_a_bad_member_is_named_and_its_neighbours_stay(tmp_path, member, content
     assert [row.problem for row in rows] == [None, problem, None]
 
 
-def test_a_truncated_tar_gives_its_whole_samples(tmp_path):
+def test_a_truncated_tar_gives_its_whole_samples(tmp_path, caplog):
     source = tmp_path / "dr" / "00000000.tar"
     write_reinforced(source.parent, [[reinforced(number, BASE) for number in range(3)]])
     source.write_bytes(source.read_bytes()[:-9000])
     assert [row.problem for row in source_rows(source)] == [None, None, "truncated tar"]
+    assert "00000000.tar breaks off after 2 whole samples (truncated tar)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "problem", "warning"),
+    [
+        (b"", "empty file", "00000001.tar is an empty file, not a tar"),
+        (b"<html>not found</html>", "a web page, not the file itself", "00000001.tar is a web page"),
+        (b"x" * 1500, "damaged tar", "00000001.tar is not a tar, or breaks off in its first sample"),
+    ],
+)
+def test_a_file_that_is_no_tar_is_named(tmp_path, caplog, content, problem, warning):
+    tars = [[reinforced(0, BASE)], [reinforced(1, BASE)]]
+    source = write_reinforced(tmp_path / "dr", tars)
+    originals = write_originals(tmp_path / "originals", tars)
+    (tmp_path / "originals" / "00000001.tar").write_bytes(content)
+    rows = list(list_rows(source, "datacompdr", original_captions=originals))
+    assert [row.note for row in rows] == [None, "no caption in --original-captions"]
+    assert f"--original-captions {originals}/{warning}" in caplog.text
+    assert "not one caption for the samples of 1 of 2 tars, such as 00000001.tar" in caplog.text
+    (tmp_path / "dr" / "00000001.tar").write_bytes(content)
+    assert [row.problem for row in list_rows(source, "datacompdr")] == [None, problem]
+    assert f"--source {source}/{warning}" in caplog.text
+
+
+def test_captions_of_which_none_matches_are_warned_of(tmp_path, caplog):
+    source = write_reinforced(tmp_path / "dr", [[reinforced(0, BASE)], [reinforced(1, BASE)]])
+    originals = write_originals(tmp_path / "originals", [[reinforced(7, BASE)], [reinforced(8, BASE)]])
+    assert [row.caption for row in list_rows(source, "datacompdr", original_captions=originals)] == [None, None]
+    assert "not one caption for the samples of any tar (2 of 2 tars)" in caplog.text
 
 
 def test_images_with_another_hash_are_counted_and_captions_kept(tmp_path):
