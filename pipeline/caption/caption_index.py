@@ -84,8 +84,8 @@ class CaptionIndex:
         for problem, number in self.left_out.items():
             log.warning("--from: %s left out: %s (the first: %s)", f"{number:,}", problem, self._first[problem])
         if self._not_text:
-            values = counted(self._not_text, "value that is no text", "values that are no text", style=",")
-            log.warning("--from: %s in place of captions (the first: %s)", values, self._first[NO_TEXT])
+            no_texts = counted(self._not_text, "value that is no text", "values that are no text", style=",")
+            log.warning("--from: %s in place of captions (the first: %s)", no_texts, self._first[NO_TEXT])
         log.info("--from: %s read", counted(place, "row", style=","))
 
     def find(self, names: list[str]) -> dict[str, list[RowCaptions]]:

@@ -252,8 +252,8 @@ def _delimited_rows(path: str, names: list[str], columns: ListColumns) -> Iterat
         if len(fields) <= max(by, *indexes):
             yield ListedRow(None, problem="rows without all columns", place=f"{path}, row {number}")
         else:
-            cells = [fields[index] for index in indexes]
-            yield _row(decode_text(fields[by])[0], cells, columns, (path, number))
+            texts: list[bytes | None] = [fields[index] for index in indexes]
+            yield _row(decode_text(fields[by])[0], texts, columns, (path, number))
 
 
 def _json_rows(path: str, columns: ListColumns) -> Iterator[ListedRow]:

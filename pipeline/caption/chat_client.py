@@ -8,6 +8,8 @@ so that no shard is finished without its captions; one image that keeps failing 
 import asyncio
 import json
 import logging
+import os
+import re
 import threading
 import time
 from collections.abc import Coroutine, Mapping
@@ -61,6 +63,17 @@ class ChatError(Exception):
         self.reason = reason
         self.pause_s = pause_s
         self.began = began
+
+
+def api_key() -> str:
+    """The key of the environment, without white space at its ends; empty when there is none. Raises UserError."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if re.fullmatch("[!-~]*", key) is None:
+        raise UserError(
+            f"{KEY_VARIABLE} has a line break, a space or another character inside that no key has: set it to the "
+            "key alone"
+        )
+    return key
 
 
 class ChatClient:
@@ -140,6 +153,8 @@ class ChatClient:
         except ChatError as error:
             if error.reason == "HTTP 404":  # an endpoint without that list
                 return
+            if error.reason == MALFORMED:
+                raise self._no_endpoint(error) from error
             raise UserError(
                 f"--server {self._url} does not answer ({error}); start it (`vllm serve MODEL`), or check the address"
             ) from error
@@ -203,12 +218,34 @@ class ChatClient:
                 try:
                     await self._try(self.probe)
                 except ChatError as last:
-                    self._down = UserError(
-                        f"--server {self._url} does not answer any more ({error}; then, to another image, {last}); "
-                        "rerun the same command to resume"
-                    )
+                    self._down = self._why_down(error, last)
         if self._down is not None:
             raise self._down from error
+
+    def _why_down(self, error: ChatError, last: ChatError) -> UserError:
+        """What to say of an endpoint that gives no caption, ``error`` to an image and ``last`` to the probe."""
+        if last.reason == BUSY:
+            return UserError(
+                f"--server {self._url} refuses every request ({last}): is a quota used up? Rerun the same command "
+                "later to resume, maybe with a lower --concurrency"
+            )
+        if self._answered_at:
+            return UserError(
+                f"--server {self._url} does not answer any more ({error}; then, to another image, {last}); "
+                "rerun the same command to resume"
+            )
+        if last.reason == MALFORMED:
+            return self._no_endpoint(last)
+        return UserError(
+            f"--server {self._url} has answered no request ({last}); check the address, which as a rule ends in /v1, "
+            "and the log of the server, then rerun the same command"
+        )
+
+    def _no_endpoint(self, error: ChatError) -> UserError:
+        return UserError(
+            f"--server {self._url} is no OpenAI-compatible endpoint ({error}); check the address, which as a rule ends "
+            "in /v1"
+        )
 
     async def _request(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
         """The JSON object that the server answers. Raises ChatError, and UserError where no request can succeed."""

@@ -174,7 +174,7 @@ def _reason(rows: list[RowCaptions]) -> str:
     """Why an image with these rows has no caption."""
     if not any(own.texts or own.left_out for own in rows):
         return NOT_LISTED
-    kinds = {kind for own in rows for kind in own.left_out}
+    kinds = set[str]().union(*(own.left_out for own in rows))
     if len(kinds) == 1 and not any(own.texts for own in rows):
         return ALL_OF_ONE_KIND.get(kinds.pop(), ALL_UNUSABLE)
     return ALL_UNUSABLE

@@ -7,7 +7,6 @@ an image, each of which is asked for again when it is empty, looping or the same
 import base64
 import io
 import logging
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -19,10 +18,11 @@ from typing import Any
 from PIL import Image
 
 from pipeline.caption.caption_lists import cleaned
-from pipeline.caption.chat_client import KEY_VARIABLE, ChatChoice, ChatClient, ChatError
+from pipeline.caption.chat_client import ChatChoice, ChatClient, ChatError, api_key
 from pipeline.caption.config import CaptionConfig
 from pipeline.caption.requests import GeneratedCaption
 from pipeline.caption.shard_captions import FIELDS, REASON_FIELD, ImageCaptions, ShardCaptions
+from pipeline.core.no_success import advice_for
 from pipeline.core.prefetch import prefetch_map
 from pipeline.core.runner import (
     RunOptions,
@@ -35,11 +35,12 @@ from pipeline.core.runner import (
     tar_tasks,
     upstream_shards,
 )
+from pipeline.ingest.cells import MAX_CELL_BYTES
 from shards_spec.counter_rng import draw_index
 from shards_spec.files import DataError, UserError, join
 from shards_spec.images import decode_rgb
 from shards_spec.layout import RAW, captions_folder, parquet_path, raw_tar
-from shards_spec.manifest import Done, forget, read_done
+from shards_spec.manifest import Done, forget, read_dataset, read_done
 from shards_spec.parquet import read_table
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard
@@ -50,6 +51,10 @@ JPEG_QUALITY = 92
 PROBE_SIDE = 224  # pixels of the image that the server is tried with
 SEEDS = 1 << 31
 FAILED = "server: "  # begins the reasons on disk
+CARRIED_OVER = ("redrawn", "cut at max_tokens")  # facts of the captions that --retry-failed keeps
+EMPTY = "empty answer"
+TOO_LONG = "caption too long"
+LEFT_OUT = "too long, left out"  # a fact, as of --from
 
 
 def caption_from_server(config: CaptionConfig, assignment: ShardAssignment) -> Summary:
@@ -60,9 +65,11 @@ def caption_from_server(config: CaptionConfig, assignment: ShardAssignment) -> S
     root, options = config.root, config.endpoint
     shards = upstream_shards(root, RAW, "ingest")
     stage = Stage(f"caption/{config.label}", captions_folder(config.label), _identity(config))
+    if options.retry_failed and stage.name not in read_dataset(root)["stages"]:
+        raise UserError(f"{stage.name} has not finished in {root}: run the same command without --retry-failed first")
     with ChatClient(
         options.server or "",
-        os.environ.get(KEY_VARIABLE, ""),
+        api_key(),
         concurrency=options.concurrency,
         timeout_s=options.request_timeout_s,
         retries=options.retries,
@@ -93,17 +100,22 @@ def _identity(config: CaptionConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ServedImage:
-    """What became of one sample: its captions (none: the image does not decode), and how many were asked for again."""
+    """What became of one sample: its captions (none: the image does not decode).
+
+    ``redrawn`` were asked for again, ``too_long`` are left out.
+    """
 
     key: str
     captions: ImageCaptions
     redrawn: int = 0
+    too_long: int = 0
 
 
 class ServedCaptioner:
     """Asks a server for the captions of images; to be used by many threads."""
 
     def __init__(self, config: CaptionConfig, client: ChatClient) -> None:
+        self.num_captions = config.num_captions
         self._config = config
         self._client = client
         self._check_lock = threading.Lock()
@@ -132,7 +144,10 @@ class ServedCaptioner:
         for number, self._extras in product(numbers, (extras, {"logprobs": True}, {})):
             self._client.probe = self._body(image, number, "probe")
             try:
-                self._several_at_once = len(self._client.ask(self._client.probe)) == number > 1
+                answers = self._client.ask(self._client.probe)
+                self._several_at_once = len(answers) == number > 1
+                if not any(cleaned(answer.text) for answer in answers):
+                    log.warning("--server: the answer to a first image is empty; %s", advice_for(FAILED + EMPTY))
                 return
             except ChatError as error:
                 refusal = error
@@ -150,6 +165,7 @@ class ServedCaptioner:
             log.warning("key %s %s; it gets no caption", sample.key, error)
             return ServedImage(sample.key, ImageCaptions())
         row = ImageCaptions()
+        too_long = set[int]()
         unusable = list(range(self._config.num_captions))
         redrawn = 0
         for attempt in range(self._attempts):
@@ -161,15 +177,13 @@ class ServedCaptioner:
                     row.reason = FAILED + error.reason
                     log.warning("key %s: %s; it gets no caption", sample.key, error)
                 break
-            asked, unusable = unusable, []
-            for index, answer in zip(asked, answers, strict=True):
-                text = cleaned(answer.text)
-                row.captions[index] = GeneratedCaption(text, answer.logprob, answer.num_tokens, answer.ended)
-                if row.defect(index):
-                    unusable.append(index)
+            unusable = _take(row, dict(zip(unusable, answers, strict=True)), too_long)
             if not unusable:
                 break
-        return ServedImage(sample.key, row, redrawn)
+        if row.reason is None and not any(caption.text for caption in row.captions.values()):
+            row = ImageCaptions(reason=FAILED + (TOO_LONG if too_long else EMPTY))
+            log.warning("key %s: %s; it gets no caption", sample.key, row.reason)
+        return ServedImage(sample.key, row, redrawn, len(too_long))
 
     @property
     def _attempts(self) -> int:
@@ -211,6 +225,26 @@ class ServedCaptioner:
         if decoding.repetition_penalty != 1:
             body["repetition_penalty"] = decoding.repetition_penalty
         return body
+
+
+def _take(row: ImageCaptions, answers: dict[int, ChatChoice], too_long: set[int]) -> list[int]:
+    """Put answers into an image's row; the numbers of those to ask for again.
+
+    Answers above the limit of a list's captions are in ``too_long`` instead.
+    """
+    unusable = list[int]()
+    for index, answer in answers.items():
+        if len(answer.text.encode(errors="surrogatepass")) > MAX_CELL_BYTES:
+            too_long.add(index)
+            unusable.append(index)
+            continue
+        too_long.discard(index)
+        text = cleaned(answer.text)
+        row.captions[index] = GeneratedCaption(text, answer.logprob, answer.num_tokens, answer.ended)
+        if row.defect(index):
+            unusable.append(index)
+    row.captions = dict(sorted(row.captions.items()))
+    return unusable
 
 
 def _random_name(seed: int, key: str, index: int, attempt: int) -> str:
@@ -264,21 +298,25 @@ def _caption_shard(
 
     def caption(sample: Sample) -> ServedImage:
         if sample.key in earlier:
-            return ServedImage(sample.key, earlier[sample.key])
+            kept = earlier[sample.key]
+            missing = captioner.num_captions - len(kept.captions) if kept.captions else 0
+            return ServedImage(sample.key, kept, too_long=missing)
         return captioner.caption(sample)
 
     shard = ShardCaptions()
     counts = Counter[str]()
+    too_long = 0
     samples = read_shard(raw_tar(root, task.shard))
     for image in prefetch_map(caption, samples, concurrency, 2 * concurrency):
         shard.rows[image.key] = image.captions
         shard.redrawn += image.redrawn
+        too_long += image.too_long
         if image.captions.captions:
             counts["success"] += 1
         else:
             counts[image.captions.reason or "picture does not decode"] += 1
     outputs = shard.write(root, stage, task.shard, [REASON_FIELD])
-    counters = Counter(shard.counters())
+    counters = Counter(shard.counters()) + Counter({LEFT_OUT: too_long})
     if done is not None:  # the captions themselves do not tell
-        counters += Counter({name: done.counters.get(name, 0) for name in ("redrawn", "cut at max_tokens")})
+        counters += Counter({name: done.counters.get(name, 0) for name in CARRIED_OVER})
     return ShardResult(dict(counts), outputs, counters=dict(sorted(counters.items())))

@@ -77,6 +77,15 @@ ADVICE = (
         "is --from a list of this dataset's images, and --by the column that both have?",
     ),
     (
+        r"server: empty answer",
+        "the server answers without text: a model that thinks first needs a higher --max-tokens; --prompt is what it is "
+        "asked",
+    ),
+    (
+        r"server: caption too long",
+        "the answers are no captions: ask for one sentence with --prompt, and lower --max-tokens",
+    ),
+    (
         r"server: .*",
         "the log has what the server said of each image",
     ),

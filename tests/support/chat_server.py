@@ -131,6 +131,14 @@ class ChatHandler(BaseHTTPRequestHandler):
     def _silent(self, body: dict[str, Any], image: Image.Image) -> None:
         self._ok(body, image, lambda _: "")
 
+    def _null(self, body: dict[str, Any], image: Image.Image) -> None:
+        with self.server.lock:
+            self.server.answers += 1
+        self.send_json(200, {"choices": [{"message": {"content": None}}] * body.get("n", 1)})
+
+    def _endless(self, body: dict[str, Any], image: Image.Image) -> None:
+        self.send_json(200, {"choices": [{"message": {"content": "so many words " * 4000}}] * body.get("n", 1)})
+
     def _busy(self, body: dict[str, Any], image: Image.Image) -> None:
         self._error(429, "slow down", {"Retry-After": "0"})
 

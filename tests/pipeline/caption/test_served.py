@@ -18,6 +18,7 @@ from pipeline.caption.decoding import Decoding
 from pipeline.caption.stage import caption
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
+from pipeline.core.no_success import explain_no_success
 from pipeline.why.config import WhyConfig
 from pipeline.why.stage import why
 from shards_spec.files import UserError, join, read_json
@@ -245,6 +246,56 @@ def test_images_that_failed_are_asked_about_again_and_no_others(root, server):
     assert rows_of(root) == rows_of(root, "calm")
     assert caption(again).made == 0
     assert check(CheckConfig(root)) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"), [("null", "server: empty answer"), ("endless", "server: caption too long")]
+)
+def test_answers_that_are_no_captions_have_a_reason_and_are_asked_for_again(root, server, fault, reason, caplog):
+    server.behave = lambda body, image, time: fault
+    wanted = config(root, server, num_captions=2, redraws=1)
+    never_ran = replace(wanted, endpoint=replace(wanted.endpoint, retry_failed=True))
+    with pytest.raises(UserError, match=r"^caption/looker-7b has not finished in .* without --retry-failed first"):
+        caption(never_ran)
+    summary = caption(wanted)
+    rows = rows_of(root)
+    assert summary.counts == {reason: len(rows)}
+    assert {row["reason"] for row in rows.values()} == {reason}
+    assert [row["captions"] for row in rows.values()] == [None] * len(rows)
+    assert summary.counters.get("too long, left out", 0) == (2 * len(rows) if fault == "endless" else 0)
+    assert ("the answer to a first image is empty" in caplog.text) == (fault == "null")
+    assert {"null": "--max-tokens", "endless": "--prompt"}[fault] in (
+        explain_no_success("caption", summary.counts) or ""
+    )
+    assert check(CheckConfig(root)) == []
+    server.behave = lambda body, image, time: "ok"
+    summary = caption(never_ran)
+    assert summary.counts == {"success": len(rows)}
+    assert "too long, left out" not in summary.counters
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("nonsense", "is no OpenAI-compatible endpoint .*ends in /v1"),
+        ("busy", "refuses every request .HTTP 429"),
+        ("broken", "has answered no request .HTTP 500.*/v1"),
+    ],
+)
+def test_a_server_that_never_answers_is_not_one_that_is_gone(root, server, fault, said):
+    server.behave = lambda body, image, time: fault
+    with pytest.raises(UserError, match=said):
+        caption(config(root, server, retries=0))
+
+
+def test_white_space_around_the_key_is_no_part_of_it(root, server, monkeypatch):
+    server.key = "secret-key-1234"
+    monkeypatch.setenv(KEY_VARIABLE, f" {server.key}\r\n")
+    caption(config(root, server, num_captions=1))
+    monkeypatch.setenv(KEY_VARIABLE, "secret\r\nX-Other: 1")
+    with pytest.raises(UserError, match=f"^{KEY_VARIABLE} has a line break") as error:
+        caption(config(root, server, num_captions=1))
+    assert "secret" not in str(error.value)
 
 
 def test_an_image_that_does_not_decode_is_what_it_is_with_a_model_here(root, server):
