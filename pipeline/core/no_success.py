@@ -78,8 +78,8 @@ ADVICE = (
     ),
     (
         r"server: empty answer",
-        "the server answers without text: a model that thinks first needs a higher --max-tokens; --prompt is what it is "
-        "asked",
+        "the server answers without text: a model that thinks first needs a higher --max-tokens; --prompt is what it "
+        "is asked",
     ),
     (
         r"server: caption too long",
