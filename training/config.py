@@ -1,13 +1,14 @@
 """The pieces that recipes compose their configs of. Field names are unique: the command line shows them flat."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
-from shards_spec.messages import require
+from shards_spec.messages import flag, require
 from shards_spec.models import Trust
 from shards_spec.precision import PrecisionOption
 from shards_spec.views import ViewOptions, ViewSpec
@@ -151,11 +152,32 @@ class EnsembleConfig:
 
 
 def check_caches_are_read(caches: TeacherCacheConfig, teacher_from: str) -> None:
-    """Raise UserError where several caches are named and none is read."""
-    if teacher_from == "live" and len(caches.names) > 1:
+    """Raise UserError where caches are named and none is read."""
+    if teacher_from == "live" and any(caches.names):
         raise UserError(
             f"--teacher {' '.join(caches.names)} would not be used with --teacher-from live: say --teacher-from cache"
         )
+
+
+def refuse_given(part: Any, names: Iterable[str], why: str) -> None:
+    """Raise UserError where a field of a config is neither its default nor `smoke`'s, with ``why`` it is not used.
+
+    One that was given as its default is not told from one that was not given.
+    """
+    defaults = type(part)()
+    smoked = SMOKE_MASKS if isinstance(part, MaskConfig) else {}
+    for name in names:
+        value, default = getattr(part, name), getattr(defaults, name)
+        if value not in (default, smoked.get(name, default)):
+            raise UserError(f"{_as_given(name, value)} would not be used {why}")
+
+
+def _as_given(name: str, value: Any) -> str:
+    """An option as a command line has it."""
+    if isinstance(value, bool):
+        return flag(name if value else f"no_{name}")
+    given = " ".join(map(str, value)) if isinstance(value, tuple) else value
+    return f"{flag(name)} {given}"
 
 
 def teacher_names(value: Any) -> tuple[str, ...]:

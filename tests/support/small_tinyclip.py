@@ -54,7 +54,9 @@ def write_tinyclip_root(root: Path) -> str:
 
 def config_of(root: str, out: str | Path, inherit: str = "manual", **fields: Any) -> TinyclipConfig:
     """A small config that inherits from the teacher; with masks of quick learning."""
-    wanted = {"inherit": inherit, "teacher": "planted", "teacher_weights": f"local-dir:{root}/models/teacher", **fields}
+    wanted = {"inherit": inherit, "teacher_weights": f"local-dir:{root}/models/teacher", **fields}
+    if wanted.get("teacher_from") != "live":
+        wanted = {"teacher": "planted"} | wanted
     if inherit == "auto" or "stage_models" in fields:
         wanted = {"model": STUDENT} | wanted
     if inherit == "auto":

@@ -14,7 +14,7 @@ Left out: the released code's "cross KD", CRD's divergence of ICL's similarities
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from shards_spec.files import UserError
-from shards_spec.messages import counted, require
+from shards_spec.messages import counted, flag, require
+from training.config import EnsembleConfig, refuse_given
 from training.data.paired_views import KEEP, PairedViews
 from training.data.samples import Samples
 from training.losses.clip_kd import FeatureFusion, FeatureProjection, gradient_loss
@@ -63,6 +64,27 @@ class ClipKdConfig:
     def is_used(self) -> bool:
         """Whether any of the losses has a weight."""
         return bool(self.gd_weight or self.afd_weight or self.mfd_weight)
+
+
+def check_teaching(ensemble: EnsembleConfig, clip_kd: ClipKdConfig, teachers: int, scaled: Mapping[str, float]) -> None:
+    """Raise UserError for an option of teachers, or of CLIP-KD's losses, that was given and would not be used.
+
+    Args:
+        ensemble: How several teachers teach.
+        clip_kd: CLIP-KD's losses.
+        teachers: How many teachers there are.
+        scaled: The recipe's own weights of losses that take a teacher's logit scale, by their names.
+    """
+    if not clip_kd.mfd_weight:
+        refuse_given(clip_kd, ("mask_ratio",), "with --mfd-weight 0")
+    if not clip_kd.gd_weight:
+        refuse_given(clip_kd, ("gd_inverse_scale",), "with --gd-weight 0")
+    if teachers == 1:
+        refuse_given(ensemble, ("ensemble",), "with one teacher")
+    weights = {**scaled, "gd_weight": clip_kd.gd_weight}
+    if not any(weights.values()):
+        zero = " and ".join(f"{flag(name)} 0" for name in weights)
+        refuse_given(ensemble, ("teacher_scale",), f"with {zero}: no other loss takes a teacher's scale")
 
 
 class ClipKd(nn.Module):

@@ -62,6 +62,7 @@ from training.config import (
     TeacherCacheConfig,
     ViewConfig,
     check_caches_are_read,
+    refuse_given,
 )
 from training.data.paired_views import KEEP
 from training.data.teacher_cache import TeacherCaches
@@ -72,7 +73,7 @@ from training.losses.similarity import Similarity, upcast
 from training.models.inheritance import freeze, inherit_siclip
 from training.models.mobileclip import forward_shared, forward_tail, with_text_tower
 from training.models.teacher import FrozenTeacher, TeacherEnsemble
-from training.recipes.clip_kd import ClipKd, ClipKdConfig, MaskedStudent
+from training.recipes.clip_kd import ClipKd, ClipKdConfig, MaskedStudent, check_teaching
 from training.recipes.pairs import MAX_LOGIT_SCALE, check_same_inputs, clamp_logit_scale, open_pairs
 from training.runs.student import is_run, load_student
 from training.task import Batch, Features, Losses, Prepared, Task
@@ -315,12 +316,30 @@ def prepare(config: SiclipConfig) -> Prepared:
     Raises UserError and DataError, among others when base, teacher and student do not fit together.
     """
     check_caches_are_read(config.cached_views, config.teacher_from)
+    check_used(config)
     check_base_weights(config)  # before anything is built
     student, samples = open_pairs(config.data, config.views, config.student, config.run.seed)
     task = build_task(config, student, samples.cache)
     if task.masked is not None:
         task.masked.draw_in(samples, config.run.seed)
     return Prepared(student, samples, task)
+
+
+def check_used(config: SiclipConfig) -> None:
+    """Raise UserError for an option that was given and would not be used."""
+    scaled = {"crd_weight": config.crd_weight}
+    if config.pm_similarity == "teacher":
+        scaled["pm_weight"] = config.pm_weight
+    teachers = len(config.cached_views.names) if config.teacher_from == "cache" else 1
+    check_teaching(config.ensemble, config.clip_kd, teachers, scaled)
+    if not config.taught:
+        refuse_given(config.ensemble, ("ensemble",), "without a loss of a teacher")
+    if not config.icl_weight:
+        refuse_given(config, ("icl_raw_scale",), "with --icl-weight 0")
+    if not config.pm_weight:
+        refuse_given(config, ("pm_logits", "pm_raw", "pm_similarity"), "with --pm-weight 0")
+    if not config.inherit:
+        refuse_given(config, ("inherit_ffn", "inherit_keys", "exact_norm"), "with --no-inherit")
 
 
 def check_base_weights(config: SiclipConfig) -> None:

@@ -40,7 +40,7 @@ The default student, ViT-M-32, has the image tower of TinyCLIP-ViT-40M/32 and a 
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, Literal
@@ -51,9 +51,8 @@ from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
-from shards_spec.messages import flag, require
+from shards_spec.messages import require
 from training.config import (
-    SMOKE_MASKS,
     DataConfig,
     EnsembleConfig,
     MaskConfig,
@@ -63,6 +62,7 @@ from training.config import (
     TeacherCacheConfig,
     ViewConfig,
     check_caches_are_read,
+    refuse_given,
     total_steps,
 )
 from training.data.paired_views import KEEP
@@ -71,7 +71,7 @@ from training.losses.contrastive import clip_loss
 from training.losses.distillation import ensemble_affinity_loss, feature_loss
 from training.losses.similarity import Similarity
 from training.models.tinyclip_table import markdown, model_table, parameters_left
-from training.recipes.clip_kd import ClipKd, ClipKdConfig, MaskedStudent
+from training.recipes.clip_kd import ClipKd, ClipKdConfig, MaskedStudent, check_teaching
 from training.recipes.pairs import clamp_logit_scale, open_pairs
 from training.recipes.tinyclip_masks import MaskedPhase, check_length, masked_copy
 from training.recipes.tinyclip_stages import StageConfig, stage_starts
@@ -123,14 +123,17 @@ class TinyclipConfig:
         return self.drawn_views if self.teacher_from == "live" else self.cached_views
 
     @property
+    def num_teachers(self) -> int:
+        """How many teachers there are."""
+        return len(self.cached_views.names) if self.teacher_from == "cache" else 1 + len(self.inheritance.more_teachers)
+
+    @property
     def taught_by(self) -> EnsembleConfig:
         """How the teachers teach: at the fixed scale where they were given none of their own."""
-        ensemble, number = self.ensemble, len(self.cached_views.names)
-        if self.teacher_from == "live":
-            number = 1 + len(self.inheritance.more_teachers)
+        ensemble = self.ensemble
         if self.fixed_logit_scale is None or ensemble.teacher_scale:
             return ensemble
-        return replace(ensemble, teacher_scale=(self.fixed_logit_scale,) * number)
+        return replace(ensemble, teacher_scale=(self.fixed_logit_scale,) * self.num_teachers)
 
     def __post_init__(self) -> None:
         weights = ("affinity_weight", "feature_weight", "contrastive_weight")
@@ -185,35 +188,21 @@ def stages(config: TinyclipConfig) -> list[TinyclipConfig]:
 
 
 def check_used(config: TinyclipConfig) -> None:
-    """Raise UserError for an option that was given and would not be used.
-
-    One that was given as its default is not told from one that was not given.
-    """
+    """Raise UserError for an option that was given and would not be used."""
     inherit, chain = config.inheritance.inherit, config.stages
     by_hand = ("layers", "rank", "rank_samples")
-    _refuse_given(config.inheritance, by_hand if inherit != "manual" else (), f"with --inherit {inherit}")
+    refuse_given(config.inheritance, by_hand if inherit != "manual" else (), f"with --inherit {inherit}")
     if config.inheritance.rank != "taylor":
-        _refuse_given(config.inheritance, ("rank_samples",), f"with --rank {config.inheritance.rank}")
+        refuse_given(config.inheritance, ("rank_samples",), f"with --rank {config.inheritance.rank}")
     if inherit != "auto":
-        _refuse_given(config.masks, [option.name for option in fields(config.masks)], f"with --inherit {inherit}")
+        refuse_given(config.masks, [option.name for option in fields(config.masks)], f"with --inherit {inherit}")
     if chain.stages:
-        _refuse_given(config.masks, ("sparsity",), "with --stages, which name each stage's")
+        refuse_given(config.masks, ("sparsity",), "with --stages, which name each stage's")
     if chain.stage_prune_steps:
-        _refuse_given(config.masks, ("prune_step",), "with --stage-prune-steps")
+        refuse_given(config.masks, ("prune_step",), "with --stage-prune-steps")
     if config.teacher_from == "cache":
         views = [option.name for option in fields(config.drawn_views)]
-        _refuse_given(config.drawn_views, views, "with --teacher-from cache: the views are the cache's")
-
-
-def _refuse_given(part: Any, names: Iterable[str], why: str) -> None:
-    """Raise UserError where a field of a config is neither its default nor `smoke`'s."""
-    defaults = type(part)()
-    smoked = SMOKE_MASKS if isinstance(part, MaskConfig) else {}
-    for name in names:
-        value, default = getattr(part, name), getattr(defaults, name)
-        if value not in (default, smoked.get(name, default)):
-            given = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            raise UserError(f"{flag(name)} {given} would not be used {why}")
+        refuse_given(config.drawn_views, views, "with --teacher-from cache: the views are the cache's")
 
 
 class TinyclipTask(Task):
@@ -373,6 +362,7 @@ def prepare(config: TinyclipConfig) -> Prepared:
     inheritance = config.inheritance
     trust, seed = config.student.trust, config.run.seed
     check_caches_are_read(config.cached_views, config.teacher_from)
+    check_teaching(config.ensemble, config.clip_kd, config.num_teachers, {"affinity_weight": config.affinity_weight})
     inheritance.check(config.student, STUDENT, is_live=config.teacher_from == "live")
     is_auto = inheritance.inherit == "auto"
     if is_auto:

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from small_training import teacher_rows, tiny_siclip, write_packed, write_teacher
 
 from shards_spec.files import UserError
-from training.config import DataConfig, ModelConfig, TeacherCacheConfig, ViewConfig
+from training.config import DataConfig, EnsembleConfig, ModelConfig, TeacherCacheConfig, ViewConfig
 from training.data.batches import load_batches
 from training.data.samples import draw_caption, open_samples
 from training.engine.optim import build_optimizer, param_groups
 from training.losses import contrastive, distillation
 from training.losses.pair_matching import pair_loss, sample_negatives
 from training.recipes import siclip
+from training.recipes.clip_kd import ClipKdConfig
 from training.runs.student import new_student
 
 UNTAUGHT = {"fd_weight": 0.0, "crd_weight": 0.0, "icl_weight": 0.0}
@@ -383,6 +384,37 @@ def test_a_base_with_other_tokens_is_refused(tmp_path):
 def test_fields_are_checked(fields, message):
     with pytest.raises(UserError) as error:
         dataclasses.replace(siclip.config(), **fields)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ensemble": EnsembleConfig("sum")}, "--ensemble sum would not be used with one teacher"),
+        (
+            {"ensemble": EnsembleConfig(teacher_scale=(70.0,)), "crd_weight": 0.0},
+            "--teacher-scale 70.0 would not be used with --crd-weight 0 and --gd-weight 0",
+        ),
+        (
+            {
+                **UNTAUGHT,
+                "ensemble": EnsembleConfig("sum"),
+                "teacher_from": "cache",
+                "cached_views": TeacherCacheConfig(("a", "b")),
+            },
+            "--ensemble sum would not be used without a loss of a teacher",
+        ),
+        ({"cached_views": TeacherCacheConfig(("a",))}, "--teacher a would not be used with --teacher-from live"),
+        ({"clip_kd": ClipKdConfig(mask_ratio=0.5)}, "--mask-ratio 0.5 would not be used with --mfd-weight 0"),
+        ({"clip_kd": ClipKdConfig(gd_inverse_scale=True)}, "--gd-inverse-scale would not be used with --gd-weight 0"),
+        ({"icl_weight": 0.0, "icl_raw_scale": True}, "--icl-raw-scale would not be used with --icl-weight 0"),
+        ({"pm_weight": 0.0, "pm_logits": 1}, "--pm-logits 1 would not be used with --pm-weight 0"),
+        ({"inherit": False, "inherit_ffn": False}, "--no-inherit-ffn would not be used with --no-inherit"),
+    ],
+)
+def test_options_that_would_not_be_used_are_refused(fields, message):
+    with pytest.raises(UserError) as error:
+        siclip.prepare(dataclasses.replace(siclip.config(), **fields))
     assert message in str(error.value)
 
 

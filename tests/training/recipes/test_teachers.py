@@ -128,6 +128,14 @@ def test_caches_that_do_not_go_together_are_refused(root, names, message):
         ({"teacher_scale": (70.0,)}, "--teacher-scale 70: 1 number for 2 teachers (planted, wide); give one for each"),
         ({"teacher_scale": (70.0, 0.0)}, "--teacher-scale 70.0 0.0: must be above 0 each"),
         ({"teacher_from": "live"}, "--teacher planted wide would not be used with --teacher-from live: say"),
+        ({"teacher": ("wide",), "teacher_from": "live"}, "--teacher wide would not be used with --teacher-from live"),
+        ({"mask_ratio": 0.5}, "--mask-ratio 0.5 would not be used with --mfd-weight 0"),
+        ({"gd_inverse_scale": True}, "--gd-inverse-scale would not be used with --gd-weight 0"),
+        ({"teacher": ("wide",), "ensemble": "sum"}, "--ensemble sum would not be used with one teacher"),
+        (
+            {"teacher_scale": (70.0, 60.0), "affinity_weight": 0.0, "feature_weight": 1.0},
+            "--teacher-scale 70.0 60.0 would not be used with --affinity-weight 0 and --gd-weight 0: no other loss",
+        ),
         ({"more_teachers": ("x",)}, "--more-teachers 'x' would not be used with --teacher-from cache"),
         (
             {"teacher": (), "teacher_from": "live", "teacher_weights": "x", "more_teachers": ("x",)},
