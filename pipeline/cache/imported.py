@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ from pipeline.pack.caption_cleaning import clean_caption
 from shards_spec.embeddings import Vectors, encode_vectors, id_column, write_vectors
 from shards_spec.files import DataError, UserError, exists, join, remove
 from shards_spec.layout import SHARDS, final_tar, parquet_path, teacher_folder
-from shards_spec.manifest import forget
+from shards_spec.manifest import finished_shards, forget, read_done
 from shards_spec.messages import counted
 from shards_spec.models import model_label
 from shards_spec.sample import Sample, parse_object
@@ -56,6 +57,9 @@ NO_PLACE = "no uid or tar in its json member"
 NO_TAR = "its tar is not in --from"
 FEWER_VIEWS = "fewer augmentations than --views"
 BAD_PART = "vectors do not divide into the teachers"
+OTHER_WIDTH = "vectors of another width than most"
+WIDTH = "dim"  # in records: numbers of this teacher's vectors
+PEEKED_TARS, PEEKED_SAMPLES = 3, 20  # the first ones, whose vectors tell the width
 NO_VECTOR = "captions without a vector"
 
 
@@ -104,7 +108,11 @@ def import_cache(config: CacheConfig, assignment: ShardAssignment = ALL) -> Summ
     files = _source_tars(config)
     shards = upstream_shards(config.root, SHARDS, "pack")
     folder = teacher_folder(config.label)
-    stage = Stage(f"cache/{config.label}", folder, _identity(config, part, parts), extendable=("num_views",))
+    dim = _agreed_width(files, parts)
+    identity = _identity(config, part, parts)
+    if _records_width(config, join(config.root, folder)):
+        identity[WIDTH] = dim
+    stage = Stage(f"cache/{config.label}", folder, identity, extendable=("num_views",))
     workers = min(config.processes or usable_cores(), len(shards))
     tars = None if workers > 1 else SourceTars(files)
     options = RunOptions(
@@ -114,7 +122,7 @@ def import_cache(config: CacheConfig, assignment: ShardAssignment = ALL) -> Summ
         overwrite=config.overwrite,
         total=len(shards),
     )
-    work = partial(import_shard, stage=stage, config=config, tars=tars)
+    work = partial(import_shard, stage=stage, config=config, dim=dim, tars=tars)
     summary = run_stage(config.root, stage, tar_tasks(config.root, SHARDS, shards, assignment), work, options)
     if lacking := summary.counters.get(NO_VECTOR):
         log.warning(
@@ -179,6 +187,33 @@ def _vectors_of(file: SourceFile) -> Iterator[StoredSample]:
         tar.close()
 
 
+def _agreed_width(files: list[SourceFile], parts: int) -> int:
+    """The width of one teacher's vectors: that of most samples of the first tars, as one may be damaged.
+
+    Raises UserError where no sample's vectors divide into the teachers.
+    """
+    widths = Counter[int]()
+    for file in files[:PEEKED_TARS]:
+        with readable(file.path):
+            for sample in islice(_vectors_of(file), PEEKED_SAMPLES):
+                width = sample.images.shape[1]
+                if width == sample.texts.shape[1] and width % parts == 0:
+                    widths[width // parts] += 1
+    if not widths:
+        raise UserError(
+            f"--from {files[0].path}: its vectors do not divide into {counted(parts, 'teacher')} of the same width; "
+            "--part N/M names a part of another number of teachers"
+        )
+    return widths.most_common(1)[0][0]
+
+
+def _records_width(config: CacheConfig, folder: str) -> bool:
+    """Whether records have the width; shards made before they did stay valid."""
+    first = next(iter(finished_shards(folder)), None)
+    done = None if first is None or config.overwrite else read_done(folder, first)
+    return done is None or WIDTH in done.config
+
+
 def _identity(config: CacheConfig, part: int, parts: int) -> dict[str, Any]:
     """As `cache` records a teacher; null is what the source does not tell."""
     spec = RecordedSpec()
@@ -204,16 +239,16 @@ def _identity(config: CacheConfig, part: int, parts: int) -> dict[str, Any]:
 
 
 def import_shard(
-    root: str, task: ShardTask, *, stage: Stage, config: CacheConfig, tars: SourceTars | None = None
+    root: str, task: ShardTask, *, stage: Stage, config: CacheConfig, dim: int, tars: SourceTars | None = None
 ) -> ShardResult:
     """Write the cache of one final shard: its vectors, then the recorded views in a file of their own.
 
-    A sample without vectors has a null row, counted under its reason.
+    ``dim`` is the width of the vectors. A sample without vectors has a null row, counted under its reason.
     """
     tars = tars or _worker_tars[0]
     path = final_tar(root, task.shard)
     shard = ShardIndex(path)
-    rows = _ShardRows(shard, config)
+    rows = _ShardRows(shard, config, dim)
     counts = Counter[str]()
     for row, key in enumerate(shard.keys):
         try:
@@ -246,12 +281,12 @@ class _ShardRows:
         counters: Facts for the shard's record.
     """
 
-    def __init__(self, shard: ShardIndex, config: CacheConfig) -> None:
+    def __init__(self, shard: ShardIndex, config: CacheConfig, dim: int) -> None:
         self._shard = shard
         self._config = config
         self._part = _part(config)
         self._columns = dict[str, np.ndarray]()  # (n, D)
-        self._dim = 0  # D, once it is known
+        self._dim = dim  # D
         self._packed = np.zeros((config.views, len(shard.keys), RECORDED_BYTES), np.uint8)
         self._present = np.zeros(len(shard.keys), bool)
         self.counters = {"image vectors": 0, "text vectors": 0}
@@ -270,9 +305,8 @@ class _ShardRows:
         images = self._teachers(stored.images)
         texts = self._teachers(stored.texts)
         captions = _caption_rows(sample, stored)
-        self._dim = self._dim or images.shape[1]
         if {images.shape[1], texts.shape[1]} != {self._dim}:
-            raise DataError(BAD_PART)
+            raise DataError(OTHER_WIDTH)
         for number, view in enumerate(views):
             self._column(f"image_{number}")[row] = images[number]
             self._packed[number, row] = np.frombuffer(view.pack(), np.uint8)
@@ -302,7 +336,7 @@ class _ShardRows:
 
     def _column(self, name: str) -> np.ndarray:
         if name not in self._columns:
-            self._columns[name] = np.full((len(self._shard.keys), max(self._dim, 1)), np.nan, np.float32)
+            self._columns[name] = np.full((len(self._shard.keys), self._dim), np.nan, np.float32)
         return self._columns[name]
 
     def _teachers(self, vectors: np.ndarray) -> np.ndarray:

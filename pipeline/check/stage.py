@@ -16,7 +16,7 @@ from pipeline.check.records import (
     check_totals,
     check_vocabularies,
 )
-from pipeline.check.validators import ShardFolder, read_rows, shard_folders
+from pipeline.check.validators import ShardFolder, check_widths, read_rows, shard_folders
 from pipeline.core.taken_down import TAKEN_DOWN_SAMPLES, check_takedown_hashes, read_takedown_hashes
 from pipeline.dedup.drop_list import check_fresh
 from shards_spec.content_id import content_ids
@@ -76,6 +76,9 @@ def _check_folder(
         shard_keys = _check_shard(root, shard_folder, shard, totals, findings)
         if shard_keys is not None:
             keys.append(shard_keys)
+    if stage.startswith("cache/"):
+        with findings.of(join(root, folder)):
+            check_widths(root, folder, shards)
     check_totals(root, folder, stage, blocks=blocks, totals=totals, shards=len(shards), findings=findings)
     _check_unique(folder, keys, findings)
     return keys, len(keys) == len(shards)

@@ -1,5 +1,6 @@
 """Validators of one shard, one per stage: each yields the shard's keys and raises DataError at the first broken one."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pipeline.cache.incremental import ShardIndex, plan_column_update
 from pipeline.core.near_duplicates import EXACT_DUPLICATE, NEAR_DUPLICATE
 from shards_spec.class_names import CLASS_LIST, class_list_hash, parse_label, read_class_names
 from shards_spec.embeddings import EmbeddingFile
-from shards_spec.files import DataError, exists, join, names, read_buffer, read_json, sha256_file
+from shards_spec.files import DataError, UserError, exists, join, names, read_buffer, read_json, sha256_file
 from shards_spec.layout import (
     DEDUP,
     RAW,
@@ -243,6 +244,26 @@ def _validate_cache(root: str, folder: str, shard: int) -> Iterator[str]:
             f"{path}: made from another {tar}, its images and captions are the same; {_resume(path)}, it embeds nothing"
         )
     yield from index.keys
+
+
+def check_widths(root: str, folder: str, shards: list[int]) -> None:
+    """Raise DataError naming the shards of a teacher cache whose vectors have another width than most of its shards.
+
+    Shards that cannot be read, or have no vector at all, are left out.
+    """
+    widths = dict[str, int]()  # by file
+    for shard in shards:
+        with contextlib.suppress(DataError, UserError, OSError):
+            file = TeacherShard(root, folder.removeprefix(f"{TEACHER}/"), shard).file("image_0")
+            if file.dim > 1 or file.vectors("image_0").present.any():
+                widths[file.path] = file.dim
+    agreed = Counter(widths.values()).most_common(1)
+    others = [path for path, width in widths.items() if width != agreed[0][0]]
+    if others:
+        raise DataError(
+            f"{others[0]}: its vectors have {widths[others[0]]} numbers, those of most shards of {folder} "
+            f"{agreed[0][0]} ({counted(len(others), 'such shard')}); {remake_advice(others[0])}"
+        )
 
 
 def _resume(path: str) -> str:

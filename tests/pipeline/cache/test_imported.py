@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -367,6 +368,24 @@ def test_check_names_views_and_vectors_that_are_damaged(tmp_path, source):
     vouch(str(tmp_path), f"teacher/{NAME}", 0, f"teacher/{NAME}/00000-1.parquet")
     with pytest.raises(SystemExit) if False else pytest.raises(Exception, match="view_1"):
         assert cache_problems(tmp_path) == []
+
+
+def test_most_samples_tell_the_width_and_check_names_a_shard_of_another(tmp_path):
+    samples = [reinforced(0, "http://h", dim=DIM // 2), *(reinforced(n, "http://h") for n in range(1, 4))]
+    folder = write_reinforced(tmp_path / "dr", [samples])
+    root = tmp_path / "ds"
+    finals = [final_sample(n, sample, sample.captions) for n, sample in enumerate(samples)]
+    write_final(str(root), [finals[:2], finals[2:3], finals[3:]])
+    assert imported(root, folder).counts == {"success": 3, "vectors of another width than most": 1}
+    assert rows_of(root, NAME, "image_0").shape == (2, DIM // 2)
+    assert cache_problems(root) == []
+    other = write_reinforced(tmp_path / "other", [[reinforced(n, "http://h", dim=DIM // 2) for n in range(4)]])
+    with pytest.raises(UserError, match=f"dim: {DIM // 2} before, {DIM // 4} now"):
+        imported(root, other)
+    imported(tmp_path / "ds", other, name="narrow")
+    for file in ("00001.parquet", "00001-1.parquet", "00001_stats.json"):
+        shutil.copy(root / "teacher" / "narrow" / file, root / "teacher" / NAME / file)
+    assert any("its vectors have 4 numbers, those of most shards" in problem for problem in cache_problems(root))
 
 
 # the command
