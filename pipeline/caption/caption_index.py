@@ -50,16 +50,14 @@ class CaptionIndex:
         self.first_unknown: str | None = None  # the first name that no image has
         self._first = dict[str, str]()  # where each problem comes first
         self._not_text = 0
+        self._rows = 0
 
     def close(self) -> None:
         """Delete the database."""
         self._database.close()
 
     def fill(self, rows: Iterable[ListedRow]) -> None:
-        """Take in the rows of images that are known; others are counted in ``left_out``.
-
-        Warns of what is left out, with the first of each kind. Raises UserError.
-        """
+        """Take in the rows of images that are known; others are counted in ``left_out``. Raises UserError."""
         place = 0
         with _disk_errors():
             for batch in batches(rows, BATCH_ROWS):
@@ -81,12 +79,16 @@ class CaptionIndex:
                 place += len(batch)
             self._database.execute("CREATE INDEX by_id ON listed (id, place)")
         self.left_out += Counter()  # drops zeros
+        self._rows = place
+
+    def report(self) -> None:
+        """Log the number of rows, and warn of what is left out, with the first of each kind."""
         for problem, number in self.left_out.items():
             log.warning("--from: %s left out: %s (the first: %s)", f"{number:,}", problem, self._first[problem])
         if self._not_text:
             no_texts = counted(self._not_text, "value that is no text", "values that are no text", style=",")
             log.warning("--from: %s in place of captions (the first: %s)", no_texts, self._first[NO_TEXT])
-        log.info("--from: %s read", counted(place, "row", style=","))
+        log.info("--from: %s read", counted(self._rows, "row", style=","))
 
     def find(self, names: list[str]) -> dict[str, list[RowCaptions]]:
         """The captions of images by their names, row by row in the order of the files. Raises UserError."""

@@ -6,6 +6,7 @@ can be asked for others.
 """
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -29,7 +30,7 @@ from pipeline.caption.caption_lists import (
 )
 from pipeline.caption.config import CaptionConfig
 from pipeline.caption.requests import GeneratedCaption
-from pipeline.caption.shard_captions import REASON_FIELD, ImageCaptions, ShardCaptions, caption_defect
+from pipeline.caption.shard_captions import REASON_FIELD, ImageCaptions, ShardCaptions, caption_defect, check_writer
 from pipeline.core.runner import (
     RunOptions,
     ShardAssignment,
@@ -42,7 +43,7 @@ from pipeline.core.runner import (
 )
 from pipeline.ingest.source_files import SourceFile
 from shards_spec.content_id import content_ids
-from shards_spec.files import UserError, sha256_file, sha256_json
+from shards_spec.files import UserError, is_url, sha256_file, sha256_json
 from shards_spec.layout import RAW, captions_folder, parquet_path, raw_parquet, raw_tar, tar_path
 from shards_spec.manifest import file_hashes
 from shards_spec.messages import counted
@@ -63,18 +64,29 @@ def caption_from_lists(config: CaptionConfig, assignment: ShardAssignment) -> Su
     files = list_files(config.lists.sources)
     columns = pick_columns(files, config.lists, column_names(raw_parquet(root, shards[0])))
     log.info("--from: column %r is %s of raw/, captions are in %s", columns.by_col, columns.by, list(columns.captions))
+    is_raw = _are_raw(root, shards, files)
     identity = {
-        "from": _hash(files),
+        "from": RAW if is_raw else _hash(files),
         "by": columns.by,
         "by_col": columns.by_col,
         "caption_col": list(columns.captions),
         "num_captions": config.num_captions,
     }
     stage = Stage(f"caption/{config.label}", captions_folder(config.label), identity)
-    with closing(_Joiner(root, shards, files, columns)) as joiner:
+    check_writer(root, stage, config.overwrite)
+    with closing(_Joiner(root, shards, None if is_raw else files, columns)) as joiner:
         work = partial(_join_shard, joiner=joiner, stage=stage, most=config.num_captions)
         options = RunOptions(assignment=assignment, overwrite=config.overwrite, total=len(shards))
         return run_stage(root, stage, _tasks(root, shards, assignment), work, options)
+
+
+def _are_raw(root: str, shards: list[int], files: list[SourceFile]) -> bool:
+    """Whether the files are the Parquet files of raw/ itself, all of them: a list that grows with every retry."""
+
+    def resolved(path: str) -> str:
+        return path if is_url(path) else os.path.realpath(path)
+
+    return {resolved(file.path) for file in files} == {resolved(raw_parquet(root, shard)) for shard in shards}
 
 
 def _hash(files: list[SourceFile]) -> str:
@@ -91,9 +103,13 @@ def _tasks(root: str, shards: list[int], assignment: ShardAssignment) -> Iterato
 
 
 class _Joiner:
-    """Finds the captions of a shard's images; the files are read when the first shard needs them."""
+    """Finds the captions of a shard's images; the files are read when the first shard needs them.
 
-    def __init__(self, root: str, shards: list[int], files: list[SourceFile], columns: ListColumns) -> None:
+    Without ``files`` each shard's captions are in its own Parquet file, one of its inputs: what a retry adds to raw/
+    changes nothing for the shards before.
+    """
+
+    def __init__(self, root: str, shards: list[int], files: list[SourceFile] | None, columns: ListColumns) -> None:
         self._root = root
         self._shards = shards
         self._files = files
@@ -111,17 +127,28 @@ class _Joiner:
 
         Raises UserError for a file that cannot be read, DataError for a broken raw shard.
         """
-        if self._index is None:
-            known = [content_ids(self._names(shard).values()) for shard in self._shards]
-            self._index = CaptionIndex(np.unique(np.concatenate(known)))
-            self._index.fill(chain.from_iterable(listed_rows(file.path, self._columns) for file in self._files))
-            self._left_out = dict(self._index.left_out)
-            if self._columns.by == "key":
-                self._check_zeros(self._index.first_unknown, keys[0])
         names = self._names(shard)
-        rows = self._index.find([names[key] for key in keys if key in names])
+        wanted = [names[key] for key in keys if key in names]
+        if self._files is None:
+            with closing(self._filled([shard], [raw_parquet(self._root, shard)])) as own:
+                rows = own.find(wanted)
+        else:
+            if self._index is None:
+                self._index = self._filled(self._shards, [file.path for file in self._files])
+                self._index.report()
+            rows = self._index.find(wanted)
+            if keys and self._columns.by == "key":
+                self._check_zeros(self._index.first_unknown, keys[0])
         for key in keys:
             yield key, rows[names[key]] if key in names else None
+
+    def _filled(self, shards: list[int], paths: list[str]) -> CaptionIndex:
+        """The captions that files have of the images of raw shards."""
+        known = [content_ids(self._names(shard).values()) for shard in shards]
+        index = CaptionIndex(np.unique(np.concatenate(known)))
+        index.fill(chain.from_iterable(listed_rows(path, self._columns) for path in paths))
+        self._left_out = dict(index.left_out)
+        return index
 
     def _check_zeros(self, first_unknown: str | None, key: str) -> None:
         """Raise UserError for a list of keys that became numbers on the way: none of them would be found."""

@@ -21,7 +21,7 @@ from pipeline.caption.caption_lists import cleaned
 from pipeline.caption.chat_client import ChatChoice, ChatClient, ChatError, api_key
 from pipeline.caption.config import CaptionConfig
 from pipeline.caption.requests import GeneratedCaption
-from pipeline.caption.shard_captions import FIELDS, REASON_FIELD, ImageCaptions, ShardCaptions
+from pipeline.caption.shard_captions import FIELDS, REASON_FIELD, ImageCaptions, ShardCaptions, check_writer
 from pipeline.core.no_success import advice_for
 from pipeline.core.prefetch import prefetch_map
 from pipeline.core.runner import (
@@ -67,6 +67,7 @@ def caption_from_server(config: CaptionConfig, assignment: ShardAssignment) -> S
     stage = Stage(f"caption/{config.label}", captions_folder(config.label), _identity(config))
     if options.retry_failed and stage.name not in read_dataset(root)["stages"]:
         raise UserError(f"{stage.name} has not finished in {root}: run the same command without --retry-failed first")
+    check_writer(root, stage, config.overwrite)
     with ChatClient(
         options.server or "",
         api_key(),

@@ -11,6 +11,8 @@ import pyarrow as pa
 
 from pipeline.caption.requests import GeneratedCaption
 from pipeline.core.runner import Stage
+from shards_spec.files import UserError, join
+from shards_spec.manifest import finished_shards, read_done
 from shards_spec.shard_writer import ShardWriter
 
 LOOP = re.compile(r"(?<!\S)(\S+(?: \S+){0,3})(?: \1){2,}(?!\S)")  # up to four words, three times in a row
@@ -25,6 +27,21 @@ SIMILARITY_FIELDS = [
     pa.field("original_similarity", pa.float32()),
 ]
 REASON_FIELD = pa.field("reason", pa.string())
+WRITERS = {"from": "--from", "server_model": "--server", "weights_sha256": "a model"}  # by a setting of each alone
+
+
+def check_writer(root: str, stage: Stage, overwrite: bool) -> None:
+    """Raise UserError where the finished captions of this name came in another way, unless they are made again."""
+    folder = join(root, stage.folder)
+    finished = [] if overwrite else finished_shards(folder)
+    done = read_done(folder, finished[0]) if finished else None
+    if done is None:
+        return
+    before, now = (next((WRITERS[name] for name in WRITERS if name in own), "") for own in (done.config, stage.config))
+    if before and before != now:
+        raise UserError(
+            f"{stage.folder} came from {before}, not from {now}: take another --name, or make it again with --overwrite"
+        )
 
 
 def caption_defect(text: str, others: list[str]) -> str | None:

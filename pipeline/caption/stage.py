@@ -13,7 +13,7 @@ from pipeline.caption.listed import caption_from_lists
 from pipeline.caption.redraws import CaptionRedrawer
 from pipeline.caption.requests import CaptionRequest
 from pipeline.caption.served import caption_from_server
-from pipeline.caption.shard_captions import SIMILARITY_FIELDS, ImageCaptions
+from pipeline.caption.shard_captions import SIMILARITY_FIELDS, ImageCaptions, check_writer
 from pipeline.core.devices import worker_initializer
 from pipeline.core.prefetch import batches, prefetch_map
 from pipeline.core.runner import (
@@ -61,6 +61,7 @@ def caption(config: CaptionConfig, assignment: ShardAssignment = ALL) -> Summary
     # with several devices every worker process loads its own model; the one here only identifies the weights
     captioner = _load(config, "cpu" if is_parallel else devices[0])
     stage = Stage(f"caption/{config.label}", captions_folder(config.label), _identity(config, captioner))
+    check_writer(config.root, stage, config.overwrite)
     work = partial(caption_shard, stage=stage, config=config, captioner=None if is_parallel else captioner)
     options = RunOptions(
         workers=len(devices),

@@ -286,10 +286,12 @@ def read_compatible_record(folder: str, stage: Stage, shard: int) -> Done | None
         different = changed - extended
         before = {name: done.config.get(name) for name in different}
         now = {name: stage.config.get(name) for name in different}
-        differences = "; ".join(_differences(before, now, _flags_of_settings(stage.name)))
+        flags = _flags_of_settings(stage.name)
+        differences = "; ".join(_differences(before, now, flags))
+        other_name = ", another --name" if "name" in flags else ""
         raise UserError(
             f"{folder}/{shard_name(shard)} was made with another config ({differences}); "
-            "use the same config or another ROOT, or make it again with --overwrite"
+            f"use the same config{other_name} or another ROOT, or make it again with --overwrite"
         )
     return done
 

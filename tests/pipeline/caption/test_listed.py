@@ -27,9 +27,10 @@ from pipeline.report import ReportConfig, report
 from pipeline.why.config import WhyConfig
 from pipeline.why.stage import why
 from shards_spec.content_id import content_ids
-from shards_spec.files import UserError, join, sha256_bytes
-from shards_spec.manifest import read_dataset, read_done
-from shards_spec.tar import read_shard, shard_keys
+from shards_spec.files import UserError, join, sha256_bytes, sha256_file
+from shards_spec.manifest import read_dataset, read_done, write_stage
+from shards_spec.sample import Sample
+from shards_spec.tar import read_shard, shard_keys, write_shard
 
 
 @pytest.fixture
@@ -301,6 +302,43 @@ def test_a_latin_1_list_a_json_array_and_keys_without_zeros_are_told(root, tmp_p
     assert "rows without all columns (the first: " in caplog.text
     assert "ragged.csv, row 2)" in caplog.text
     assert f"{UNKNOWN} (the first: 'other')" in caplog.text
+
+
+def test_a_list_in_raw_may_grow_by_a_retry(root):
+    raw = Path(root, "raw")
+    wanted = config(root, f"{root}/raw/*.parquet", by="url")
+    first = caption(wanted)
+    images = len(raw_rows(root))
+    assert first.counts == {"success": images}
+    failed = [row for row in pq.read_table(raw / "00000.parquet").to_pylist() if row["status"] != "success"]
+    sample = next(read_shard(str(raw / "00000.tar")))
+    key = "000020000"
+    _, tar_hash = write_shard(str(raw / "00002.tar"), [Sample(key, sample.members)])
+    pq.write_table(pa.Table.from_pylist([failed[0] | {"key": key, "status": "success"}]), raw / "00002.parquet")
+    outputs = {"raw/00002.tar": tar_hash, "raw/00002.parquet": sha256_file(str(raw / "00002.parquet"))}
+    replace(read_done(str(raw), 0), shard=2, counts={"success": 1}, outputs=outputs, inputs={"retry": "1"}).write(
+        str(raw)
+    )
+    block = read_dataset(root)["stages"]["ingest"]
+    write_stage(root, "ingest", block | {"shards": 3}, "test")
+    grown = caption(wanted)
+    assert grown.made == 1
+    assert grown.counts == {"success": images + 1}
+    assert grown.counters == {"captions": images + 1}, "the row that failed is no second one of the image"
+    assert pq.read_table(join(root, "captions/others/00002.parquet"))["captions"].to_pylist() == [
+        [failed[0]["caption"]]
+    ]
+
+
+def test_captions_that_came_in_another_way_keep_their_name(root, tmp_path):
+    rows = [{"key": row["key"], "caption": "a red thing"} for row in raw_rows(root)]
+    wanted = config(root, jsonl(tmp_path / "list.jsonl", rows))
+    caption(wanted)
+    served = ServerOptions("http://127.0.0.1:9/v1", "m")
+    with pytest.raises(UserError, match=r"^captions/others came from --from, not from --server: take another --name"):
+        caption(CaptionConfig(root, name="others", endpoint=served))
+    with pytest.raises(UserError, match=r"use the same config, another --name or another ROOT"):
+        caption(replace(wanted, num_captions=2))
 
 
 def test_check_names_a_row_without_captions_and_without_a_reason(root, tmp_path):
