@@ -6,10 +6,12 @@ has no vector for is null in the cache, which no other cache has: an original ca
 of another captioner, a sample whose members are damaged. Reasons are counted.
 """
 
+import json
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -39,7 +41,7 @@ from pipeline.ingest.source_io import expected_errors
 from pipeline.pack.caption_cleaning import clean_caption
 from shards_spec.embeddings import Vectors, encode_vectors, id_column, write_vectors
 from shards_spec.files import DataError, UserError, exists, join, remove
-from shards_spec.layout import SHARDS, final_tar, parquet_path, teacher_folder
+from shards_spec.layout import SHARDS, final_tar, parquet_path, tar_path, teacher_folder
 from shards_spec.manifest import finished_shards, forget, read_done
 from shards_spec.messages import counted
 from shards_spec.models import model_label
@@ -58,16 +60,22 @@ NO_TAR = "its tar is not in --from"
 FEWER_VIEWS = "fewer augmentations than --views"
 BAD_PART = "vectors do not divide into the teachers"
 OTHER_WIDTH = "vectors of another width than most"
+SOURCE = "vectors"  # in records, of inputs: JSON of the tars that a shard's vectors are from, and their stamps
 WIDTH = "dim"  # in records: numbers of this teacher's vectors
 PEEKED_TARS, PEEKED_SAMPLES = 3, 20  # the first ones, whose vectors tell the width
 NO_VECTOR = "captions without a vector"
 
 
 class SourceTars:
-    """The tars of a source by their names below it; the last ones used stay open."""
+    """The tars of a source by their names below it; the last ones used stay open.
+
+    Attributes:
+        stamps: Size and time, or version, of each tar by its name.
+    """
 
     def __init__(self, files: list[SourceFile]) -> None:
         self._files = {file.below: file for file in files}
+        self.stamps = {file.below: file.stamp for file in files}
         self._open = OrderedDict[str, SourceTar]()
 
     def read(self, tar: str, uid: str) -> StoredSample:
@@ -123,13 +131,34 @@ def import_cache(config: CacheConfig, assignment: ShardAssignment = ALL) -> Summ
         total=len(shards),
     )
     work = partial(import_shard, stage=stage, config=config, dim=dim, tars=tars)
-    summary = run_stage(config.root, stage, tar_tasks(config.root, SHARDS, shards, assignment), work, options)
+    stamps = SourceTars(files).stamps
+    tasks = (
+        _with_source(task, join(config.root, folder), stamps)
+        for task in tar_tasks(config.root, SHARDS, shards, assignment)
+    )
+    summary = run_stage(config.root, stage, tasks, work, options)
     if lacking := summary.counters.get(NO_VECTOR):
         log.warning(
             "cache: %s: they are not --from's own; training leaves out the samples when it draws them",
             counted(lacking, "caption without a vector", "captions without a vector", style=","),
         )
     return summary
+
+
+def _with_source(task: ShardTask, folder: str, stamps: dict[str, str]) -> ShardTask:
+    """The task with the tars that its finished shard was made of as they are now, so that other vectors are taken.
+
+    A tar that is gone counts as unchanged: what was made of it stays. Shards made before tars were recorded are valid.
+    """
+    done = read_done(folder, task.shard)
+    if done is None or SOURCE not in done.inputs:
+        return task
+    try:
+        made_of = parse_object(done.inputs[SOURCE])
+    except ValueError:  # a damaged record
+        return task
+    now = {tar: stamps.get(tar, stamp) for tar, stamp in made_of.items()}
+    return replace(task, inputs=task.inputs | {SOURCE: json.dumps(now)})
 
 
 def _open_in_worker(files: list[SourceFile]) -> None:
@@ -260,7 +289,7 @@ def import_shard(
             counts[str(error)] += 1
     folder = join(root, stage.folder)
     forget(folder, task.shard)  # a stale record would validate the wrong files
-    (shard_hash,) = task.inputs.values()
+    shard_hash = task.inputs[tar_path(SHARDS, task.shard)]
     meta = {**stage.config, "shard_sha256": shard_hash, "software": {"pillow": PIL.__version__}}
     outputs = dict[str, str]()
     for number, columns in enumerate((rows.vectors(), rows.views())):
@@ -271,7 +300,8 @@ def import_shard(
     while exists(stale := join(root, parquet_path(stage.folder, task.shard, number))):
         remove(stale)
         number += 1
-    return ShardResult(dict(counts), outputs, counters=rows.counters)
+    made_of = {tar: tars.stamps.get(tar, "") for tar in sorted(rows.tars)}
+    return ShardResult(dict(counts), outputs, counters=rows.counters, inputs={SOURCE: json.dumps(made_of)})
 
 
 class _ShardRows:
@@ -279,6 +309,7 @@ class _ShardRows:
 
     Attributes:
         counters: Facts for the shard's record.
+        tars: Names of the source's tars that the rows asked for.
     """
 
     def __init__(self, shard: ShardIndex, config: CacheConfig, dim: int) -> None:
@@ -290,6 +321,7 @@ class _ShardRows:
         self._packed = np.zeros((config.views, len(shard.keys), RECORDED_BYTES), np.uint8)
         self._present = np.zeros(len(shard.keys), bool)
         self.counters = {"image vectors": 0, "text vectors": 0}
+        self.tars = set[str]()
 
     def put(self, row: int, tars: SourceTars) -> None:
         """Put a sample's vectors and views. Raises DataError with the reason when it has none."""
@@ -297,6 +329,7 @@ class _ShardRows:
         meta = sample.meta
         if not isinstance(meta.get(UID), str) or not isinstance(meta.get(TAR), str):
             raise DataError(NO_PLACE)
+        self.tars.add(meta[TAR])
         stored = tars.read(meta[TAR], meta[UID])
         if len(stored.augmentations) < self._config.views:
             raise DataError(FEWER_VIEWS)

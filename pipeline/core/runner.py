@@ -84,6 +84,7 @@ class ShardResult:
     """What ``work`` made of one shard; all but ``measurements`` goes into its done-record (see `Done`).
 
     ``counts`` maps a status (``success`` or a reason) to the number of inputs, ``outputs`` paths below ROOT to sha256.
+    ``inputs`` are those that only the work finds out, beside the task's.
     ``measurements`` (seconds, say) are summed over a run for its line in the stage's log.
     """
 
@@ -93,6 +94,7 @@ class ShardResult:
     retried: dict[str, int] = field(default_factory=dict)
     counters: dict[str, int] = field(default_factory=dict)
     measurements: dict[str, float] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -324,7 +326,7 @@ def _publish(folder: str, stage: Stage, task: ShardTask, result: ShardResult) ->
         shard=task.shard,
         config=stage.config,
         counts=result.counts,
-        inputs=task.inputs,
+        inputs=task.inputs | result.inputs,
         outputs=result.outputs,
         extra=result.extra,
         retried=result.retried,

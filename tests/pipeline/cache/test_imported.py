@@ -1,12 +1,9 @@
 """`cache --from`: published vectors reach the right rows, recorded augmentations are replayed to the pixel."""
 
-import gzip
 import io
 import json
 import os
-import pickle
 import shutil
-import zipfile
 from pathlib import Path
 
 import fsspec
@@ -14,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image, ImageOps
 from small_data import tar_bytes, tree, vouch, write_final
 from small_datacompdr import (
@@ -36,12 +32,8 @@ from pipeline.cache.datacompdr_sample import (
     BAD_VECTORS,
     OTHER_NUMBER,
     OUTSIDE,
-    TOO_LARGE,
     UNREADABLE,
-    UNSAFE,
     parse_augmentations,
-    read_npz,
-    read_pth_gz,
     recorded_views,
 )
 from pipeline.cache.imported import SourceTars
@@ -225,79 +217,6 @@ def test_a_flip_is_replayed():
 # members that are not what they should be
 
 
-class Payload:
-    """A pickle of it runs a command when it is loaded."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def torch_archive(content: object) -> bytes:
-    file = io.BytesIO()
-    torch.save(content, file)
-    return gzip.compress(file.getvalue())
-
-
-def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path):
-    mark = tmp_path / "it_ran"
-    array = np.empty(1, object)
-    array[0] = Payload(str(mark))
-    file = io.BytesIO()
-    np.savez(file, image_emb=array, text_emb=np.zeros((1, 4), np.float32))
-    hidden = {"image_emb": torch.zeros(1, 4), "text_emb": Payload(str(mark))}
-    for read, data in ((read_npz, file.getvalue()), (read_pth_gz, torch_archive(hidden))):
-        with pytest.raises(DataError, match=UNSAFE):
-            read(data)
-    with pytest.raises(DataError, match=UNREADABLE):
-        read_pth_gz(gzip.compress(pickle.dumps(Payload(str(mark)))))  # of before torch 1.6
-    assert not mark.exists()
-    torch.load(io.BytesIO(gzip.decompress(torch_archive(hidden))), weights_only=False)
-    assert mark.exists()  # the payload is a real one
-
-
-def archive_of(names: dict[str, bytes]) -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in names.items():
-            archive.writestr(name, data)
-    return file.getvalue()
-
-
-def claimed(shape: tuple[int, ...]) -> bytes:
-    """An array of 16 bytes whose header claims another shape."""
-    file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    return file.getvalue() + bytes(16)
-
-
-@pytest.mark.parametrize(
-    ("read", "data", "reason"),
-    [
-        (read_npz, b"", UNREADABLE),
-        (read_npz, b"PK\x03\x04" + bytes(40), UNREADABLE),
-        (read_npz, archive_of({"image_emb.npy": bytes(1 << 25)}), TOO_LARGE),
-        (read_npz, archive_of({"image_emb.npy": claimed((10**9, 10**9))}), UNREADABLE),
-        (read_npz, archive_of({"image_emb.npy": claimed((4, 4))}), UNREADABLE),
-        (read_npz, archive_of({"image_emb.npy": b"x"}), UNREADABLE),
-        (read_pth_gz, b"", UNREADABLE),
-        (read_pth_gz, gzip.compress(b"PK"), UNREADABLE),
-        (read_pth_gz, gzip.compress(bytes(1 << 25)), TOO_LARGE),
-        (read_pth_gz, gzip.compress(archive_of({"a/data/0": bytes(1 << 25)})), TOO_LARGE),
-        (read_pth_gz, gzip.compress(archive_of({"a/data.pkl": bytes(1 << 17)})), UNSAFE),
-        (read_pth_gz, torch_archive([1, 2]), BAD_VECTORS),
-        (read_pth_gz, torch_archive({"image_emb": 1}), BAD_VECTORS),
-        (read_pth_gz, torch_archive({"image_emb": torch.zeros(1).expand(10**6, 10**6)}), TOO_LARGE),
-        (read_pth_gz, torch_archive({"image_emb": torch.zeros(3, 4)})[:-20], UNREADABLE),
-    ],
-)
-def test_damage_and_bombs_are_named(read, data, reason):
-    with pytest.raises(DataError, match=reason):
-        read(data)
-
-
 def spoilt(member: str, data: bytes | None):
     def change(sample: Reinforced) -> None:
         if data is None:
@@ -386,6 +305,28 @@ def test_most_samples_tell_the_width_and_check_names_a_shard_of_another(tmp_path
     for file in ("00001.parquet", "00001-1.parquet", "00001_stats.json"):
         shutil.copy(root / "teacher" / "narrow" / file, root / "teacher" / NAME / file)
     assert any("its vectors have 4 numbers, those of most shards" in problem for problem in cache_problems(root))
+
+
+def test_shards_of_changed_tars_are_made_again_and_those_of_gone_ones_stay(tmp_path):
+    samples = [reinforced(n, "http://h") for n in range(3)]
+    folder = Path(write_reinforced(tmp_path / "dr", [samples[:1], samples[1:2]]))
+    root = tmp_path / "ds"
+    tars = [f"{n:08d}.tar" for n in range(3)]  # of which the last one comes later
+    finals = [final_sample(n, sample, sample.captions, tar=tars[n]) for n, sample in enumerate(samples)]
+    write_final(str(root), [[sample] for sample in finals])
+    assert imported(root, str(folder)).made == 3
+    assert imported(root, str(folder)).made == 0
+    write_reinforced(tmp_path / "later", [samples[2:]])
+    (tmp_path / "later" / tars[0]).rename(folder / tars[2])
+    assert imported(root, str(folder)).counts == {"success": 3}
+    samples[0].members["npz"] = vectors(-samples[0].image_emb, samples[0].text_emb)
+    write_reinforced(tmp_path / "other", [samples[:1]])
+    os.replace(tmp_path / "other" / tars[0], folder / tars[0])
+    assert imported(root, str(folder)).made == 1
+    np.testing.assert_allclose(rows_of(root, NAME, "image_0")[0], -half(samples[0].image_emb[0], 0), atol=1e-6)
+    (folder / tars[1]).unlink()
+    assert imported(root, str(folder)).made == 0
+    assert cache_problems(root) == []
 
 
 # the command
