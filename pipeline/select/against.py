@@ -51,11 +51,10 @@ class Against:
     embeddings: EvaluationEmbeddings | None = None
 
     def describe(self) -> dict[str, Any]:
-        """What a done-record says of it; the teacher's weights are those of its cache, which is an input."""
+        """What a done-record says of it; the first ``teacher`` that it names is that of the embeddings."""
         described: dict[str, Any] = {"against": self.sets}
         if self.embeddings is not None:
-            rule = self.embeddings.rule
-            described |= {"against_cosine": rule.least, "against_teacher": rule.teacher}
+            described["against_cosine"] = self.embeddings.rule.least
         return described
 
 

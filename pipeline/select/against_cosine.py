@@ -64,7 +64,7 @@ def _load(cache: str, record: dict[str, Any], model: str | None) -> LoadedModel:
             f"--against-cosine: {cache} holds vectors of others, whose record has no hash of the teacher's weights; "
             "leave it out, or give --teacher NAME of a cache that `clipmill cache` embedded"
         )
-    name, pretrained = _named(record, model)
+    name, pretrained = recorded_or_given(record, model)
     device = pick_devices("auto")[0]
     try:
         loaded = load_teacher(name, pretrained, device=device, precision=precision_of(record["precision"]))
@@ -80,13 +80,13 @@ def _load(cache: str, record: dict[str, Any], model: str | None) -> LoadedModel:
     differing = [field for field, value in found.items() if record.get(field) != value]
     if differing:
         raise UserError(
-            f"--against-cosine: the model {model or name!r} is not the one that made {cache}: its "
-            f"{', '.join(differing)} differ; name that one with {MODEL}"
+            f"--against-cosine: the model {model or name!r} is not the one that made {cache}: it differs in "
+            f"{', '.join(differing)}; name that one with {MODEL}"
         )
     return loaded
 
 
-def _named(record: dict[str, Any], model: str | None) -> tuple[str, str | None]:
+def recorded_or_given(record: dict[str, Any], model: str | None) -> tuple[str, str | None]:
     """Name and weights of a record's model: as recorded, or ``model``, which may be a file of its weights."""
     recorded = recorded_models(record, ())[-1]
     if model is None:

@@ -21,13 +21,15 @@ from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.stage import ingest
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
+from pipeline.repair.settings import select_config
 from pipeline.select.against import EvaluationIndex
-from pipeline.select.against_cosine import NearestImages
+from pipeline.select.against_cosine import NearestImages, recorded_or_given
 from pipeline.select.config import SelectConfig
 from pipeline.select.stage import select
 from shards_spec.files import UserError
 from shards_spec.images import decode_rgb
 from shards_spec.layout import select_parquet
+from shards_spec.manifest import read_done
 
 pytestmark = pytest.mark.integration
 LOW = 0.1  # by a model with random weights every sample is so like an evaluation image
@@ -91,6 +93,10 @@ def test_an_image_without_a_hash_is_found(base, root):
     assert by_hash == {"copy": "1", "mirrored": "1"}
     assert pairs_of(base, root, against_cosine=LOW) == {**by_hash, "ramp": "ramp"}
     assert check(CheckConfig(root)) == []
+    record = read_done(f"{root}/select/selected", 0).config
+    assert (record["against_cosine"], record["teacher"]) == (LOW, ["half"])
+    with pytest.raises(UserError, match=r"against, against_cosine.* have to be given again"):
+        select_config(root, "selected", record)
 
 
 @pytest.mark.parametrize("teacher", ["half", "bytes"])
@@ -117,12 +123,23 @@ def test_skies_of_other_colours_are_no_copies():
 
 
 def test_the_model_has_to_be_the_recorded_one(base, root):
-    with pytest.raises(UserError, match="weights_sha256 differ; name that one with --against-model"):
+    with pytest.raises(UserError, match="differs in weights_sha256; name that one with --against-model"):
         pairs_of(base, root, against_cosine=LOW, against_model=f"local-dir:{base}/other/coca")
     with pytest.raises(UserError, match=r"teacher/half is not at hand .* name it with --against-model"):
         pairs_of(base, root, against_cosine=LOW, against_model=None)
     with pytest.raises(UserError, match="one teacher, there are: bytes, half; say --teacher"):
         pairs_of(base, root, against_cosine=LOW, teacher=())
+
+
+def test_a_model_or_its_weights_can_be_given(tmp_path):
+    weights = tmp_path / "weights.pt"
+    weights.touch()
+    record = {"model": "ViT-S-32-alt", "pretrained": "tag", "library": "open_clip"}
+    assert recorded_or_given(record, None) == ("ViT-S-32-alt", "tag")
+    assert recorded_or_given(record, str(weights)) == ("ViT-S-32-alt", str(weights))
+    assert recorded_or_given(record, "hf-hub:a/b") == ("hf-hub:a/b", None)
+    assert recorded_or_given(record, "local-dir:/a") == ("local-dir:/a", None)
+    assert recorded_or_given(record, "ViT-S/32-alt") == ("ViT-S/32-alt", "tag")
 
 
 def test_the_nearest_images_stay_over_blocks():
