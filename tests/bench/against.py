@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """`select --against`: planted copies found, unrelated images dropped, milliseconds a sample against decoding alone.
 
-    python tests/bench/against.py [--demo 1000] [--photos 300] [--unrelated 5000] [--large 100000]
+    python tests/bench/against.py [--demo 1000] [--photos 300] [--unrelated 5000] [--large 100000] [--pairs]
 
 Copies: cropped by up to 10 % of each side, scaled by 0.5 to 2, half of them mirrored, JPEG quality 40 to 95, all at
 once; of the demo's scenes (96 pixels), of made photographs, and of the icons of Debian's theme Adwaita (48 and 96
@@ -12,6 +12,7 @@ differ, laid over each other at 64 pixels, by more than `DIFFERENT` levels in a 
 """
 
 import argparse
+import itertools
 import random
 import sys
 import tempfile
@@ -82,14 +83,44 @@ def demo_scenes(number: int) -> list:
 
 def false_drops(number: int, unrelated: int) -> tuple[int, int]:
     """Unrelated scenes that are dropped, and how many there were."""
-    evaluated, rng = demo_scenes(number), random.Random("alike")
+    evaluated = demo_scenes(number)
+    others = other_scenes(evaluated, unrelated)
+    found = shown_images(list(map(drawn, evaluated)), others)
+    return sum(pair is not None for pair in found), len(others)
+
+
+def other_scenes(evaluated: list, unrelated: int) -> list[bytes]:
+    """Unrelated scenes, and those that differ from an evaluated one in one thing."""
+    rng = random.Random("alike")
     seen = {shown(one) for one in evaluated} | {mirrored(one) for one in evaluated}
     others = [scene(f"unrelated {i}") for i in range(unrelated)]
     for one in evaluated:
         others += alike(one, rng)
-    others = [one for one in others if shown(one) not in seen]
-    found = shown_images(list(map(drawn, evaluated)), map(drawn, others))
-    return sum(pair is not None for pair in found), len(others)
+    return [drawn(one) for one in others if shown(one) not in seen]
+
+
+def confirmed_pairs(evaluated: list[bytes], samples: list[bytes]) -> list[tuple[int, int]]:
+    """Pairs of an evaluated image and a sample that their pixels take for a copy, of all that there are."""
+    copies = [small_copy(decode_rgb(data)) for data in evaluated]
+    prints = [fingerprint(decode_rgb(data)) for data in samples]
+    places = itertools.product(range(len(copies)), range(len(prints)))
+    return [(one, other) for one, other in places if is_copy(copies[one], prints[other])]
+
+
+def wrong_scene_pairs(number: int, unrelated: int) -> tuple[int, int]:
+    """Pairs of other scenes that their pixels take for one, and how many pairs there are."""
+    evaluated = demo_scenes(number)
+    others = other_scenes(evaluated, unrelated)
+    return len(confirmed_pairs(list(map(drawn, evaluated)), others)), len(evaluated) * len(others)
+
+
+def every_wrong_icon_pair() -> tuple[int, int]:
+    """As `wrong_icon_pairs`, of all pairs of two icons, and how many pairs there are."""
+    images = icons("48x48", coloured=True)
+    names = list(images)
+    encoded = list(images.values())
+    pairs = [(names[one], names[other]) for one, other in confirmed_pairs(encoded, encoded) if one != other]
+    return sum(_is_wrong(images, *pair) for pair in pairs), len(names) * (len(names) - 1)
 
 
 def icons(sizes: str = "48x48 96x96", coloured: bool = False) -> dict[str, bytes]:
@@ -118,9 +149,13 @@ def wrong_icon_pairs() -> tuple[list[tuple[str, str]], int]:
         for other, pair in zip(others, pairs, strict=True):
             if pair is not None:
                 name = names[int(pair)]
-                if ("/face-" in name and "/face-" in other) or _differ(images[name], images[other]):
+                if _is_wrong(images, name, other):
                     wrong.append((name, other))
     return wrong, len(images)
+
+
+def _is_wrong(images: dict[str, bytes], name: str, other: str) -> bool:
+    return ("/face-" in name and "/face-" in other) or _differ(images[name], images[other])
 
 
 def _differ(one: bytes, other: bytes) -> bool:
@@ -204,12 +239,19 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=300)
     parser.add_argument("--unrelated", type=int, default=5000)
     parser.add_argument("--large", type=int, default=100_000)
+    parser.add_argument(
+        "--pairs", action="store_true", help="compare every pair, as a low --against-cosine does: 2 min"
+    )
     args = parser.parse_args()
     print(f"copies found, scenes        {100 * share_found(list(map(drawn, demo_scenes(args.demo)))):8.1f} %")
     photos = [photo(seed, 256, 500) for seed in range(args.photos)]
     print(f"copies found, photographs   {100 * share_found(photos):8.1f} %")
     wrong, number = false_drops(args.demo, args.unrelated)
     print(f"unrelated scenes dropped    {wrong:8} of {number:,}")
+    if args.pairs:
+        print("wrong of all pairs, scenes  {:8} of {:,}".format(*wrong_scene_pairs(100, 500)))
+        if ICONS.is_dir():
+            print("wrong of all pairs, icons   {:8} of {:,}".format(*every_wrong_icon_pair()))
     if ICONS.is_dir():
         some = random.Random(0).sample(list(icons().values()), 500)
         print(f"copies found, icons         {100 * share_found(some):8.1f} %")

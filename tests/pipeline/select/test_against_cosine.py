@@ -122,6 +122,15 @@ def test_skies_of_other_colours_are_no_copies():
         assert is_copy(copy, fingerprint(decode_rgb(jpeg(other, 60)))) == is_one, shift
 
 
+@pytest.mark.slow
+def test_no_pair_of_other_scenes_is_confirmed():
+    from bench import against
+
+    wrong, number = against.wrong_scene_pairs(40, 100)
+    assert wrong == 0
+    assert number > 5000
+
+
 def test_the_model_has_to_be_the_recorded_one(base, root):
     with pytest.raises(UserError, match="differs in weights_sha256; name that one with --against-model"):
         pairs_of(base, root, against_cosine=LOW, against_model=f"local-dir:{base}/other/coca")
