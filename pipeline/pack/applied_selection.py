@@ -74,3 +74,14 @@ def find_applied_selection(root: str, name: str, captions_of: dict[str, object])
                 )
             by_raw[raw] = (*by_raw.get(raw, ()), shard)
     return AppliedSelection(name, by_raw)
+
+
+def require_samples(root: str, name: str) -> None:
+    """Raise UserError unless a finished selection has a sample: shards of none would replace those that are there."""
+    folder = join(root, select_folder(name))
+    records = (read_done(folder, shard) for shard in finished_shards(folder))
+    if not any(done is not None and done.successes for done in records):
+        raise UserError(
+            f"--select {name}: no sample is selected, so that no shard would have one; run `clipmill select {root} "
+            f"--name {name} --overwrite` with weaker rules"
+        )

@@ -25,7 +25,7 @@ from pipeline.dedup.drop_list import check_fresh
 from pipeline.labels.labeler import load_labeler
 from pipeline.labels.wordnet import find_wordnet
 from pipeline.pack import caption_cleaning
-from pipeline.pack.applied_selection import find_applied_selection
+from pipeline.pack.applied_selection import find_applied_selection, require_samples
 from pipeline.pack.config import PackConfig
 from pipeline.pack.final_shard import write_final_shard
 from pipeline.pack.reshard import file_hashes_of, final_shard_tasks, forget_plan, plan
@@ -183,9 +183,9 @@ def _selection(config: PackConfig, shards: list[int]) -> SelectionConfig:
     if config.select is None:
         return selection
     captioner, limits = _selection_record(selection)
-    return replace(
-        selection, applied=find_applied_selection(config.root, config.select, captions_of(captioner | limits))
-    )
+    applied = find_applied_selection(config.root, config.select, captions_of(captioner | limits))
+    require_samples(config.root, config.select)
+    return replace(selection, applied=applied)
 
 
 def _selection_record(selection: SelectionConfig) -> tuple[dict[str, object], dict[str, object]]:

@@ -1,6 +1,7 @@
 """`select --export-list`: what a selection keeps as a list that others apply with `--from`."""
 
 import logging
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,21 +10,33 @@ import pyarrow.parquet as pq
 
 from pipeline.select.facts import FactSources, ShardFacts
 from pipeline.select.sample_lists import UID, UID_PAIR, uid_halves
-from shards_spec.files import UserError, atomic_writer
+from shards_spec.files import UserError, atomic_writer, is_url
 from shards_spec.messages import counted
 from shards_spec.selection import read_selection
 
 log = logging.getLogger(__name__)
 
 
-def check_export(path: str, by: str, available: FactSources) -> None:
-    """Raise UserError for a list that cannot be written."""
+def check_export(path: str, by: str, root: str, available: FactSources) -> None:
+    """Raise UserError for a list that cannot be written, or that would replace what is no list."""
+    place, top = _place(path), _place(root)
+    if place == top or place.startswith(f"{top}/"):
+        raise UserError(
+            f"--export-list {path}: lies in the dataset {root}, whose files it could replace; give a place outside"
+        )
+    if os.path.isdir(path):
+        raise UserError(f"--export-list {path}: is a folder; give a file, such as {os.path.join(path, 'list.txt')}")
     if by != "key" and by not in available.columns:
         raise UserError(
             f"--export-by {by}: raw/ has no such column; give another, or ingest with --save-additional-columns {by}"
         )
     if path.endswith(".npy") and by != "uid":
         raise UserError(f"--export-list {path}: an array of numbers has uids; give --export-by uid, or another ending")
+
+
+def _place(path: str) -> str:
+    """A path by which it can be compared with another: without links and dots, but for that of a store."""
+    return path.rstrip("/") if is_url(path) else os.path.realpath(path)
 
 
 def export_list(root: str, name: str, shards: list[int], *, path: str, by: str) -> int:

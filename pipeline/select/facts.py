@@ -106,8 +106,17 @@ def find_sources(root: str, teachers: tuple[str, ...], captioner: str | None, sh
         )
     only = captioners[0] if len(captioners) == 1 else None
     first = raw_shards_of(root, shards[0])[:1]
-    columns = list(chain.from_iterable(column_names(raw_parquet(root, raw)) for raw in first))
+    columns = list(chain.from_iterable(_raw_columns(raw_parquet(root, raw)) for raw in first))
     return FactSources(teachers or tuple(caches), captioner or only, tuple(columns))
+
+
+def _raw_columns(path: str) -> list[str]:
+    """The columns of a raw shard's table. Raises DataError for another table in its place: no name would match."""
+    columns = column_names(path)
+    for name in ("key", "status"):
+        if name not in columns:
+            raise DataError(f"{path}: no column {name}, so it is no table of a raw shard; {remake_advice(path)}")
+    return columns
 
 
 def _has_captions(root: str, name: str, shard: int) -> bool:

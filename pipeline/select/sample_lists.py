@@ -4,12 +4,14 @@ A sample is known by numbers of 64 bits: the halves of a uid combined, or the fi
 A list of a billion samples is 8 GB of them, in a file that worker processes share.
 """
 
+import csv
 import io
 import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -62,6 +64,8 @@ def read_sample_list(paths: tuple[str, ...], option: str, folder: str) -> Sample
     for path in paths:
         if not exists(path):
             raise UserError(f"{option} {path}: no such file; `clipmill select --help` says what a list can be")
+        if os.path.isdir(path):
+            raise UserError(f"{option} {path}: is a folder; give the file of the list")
         own = np.unique(np.concatenate([np.empty(0, np.uint64), *_file_ids(path, option)]))
         if not len(own):
             raise UserError(f"{option} {path}: no name of a sample in it; is it the right file?")
@@ -115,12 +119,34 @@ def _file_ids(path: str, option: str) -> Iterator[np.ndarray]:
         yield from _parquet_ids(path, option)
     else:
         try:
-            for part in batches(lines(path), BLOCK):
-                yield name_ids(line.decode(errors="surrogateescape").strip() for line in part)
+            for part in batches(_text_names(path, option), BLOCK):
+                yield name_ids(part)
         except BROKEN_GZIP as error:
             raise UserError(f"{option} {path}: broken gzip file ({error}); download it again") from error
         except UserError as error:  # of the readers of lists, which name an option of ingest
             raise UserError(f"{option} {str(error).replace(', and --format where it is given', '')}") from error
+
+
+def _text_names(path: str, option: str) -> Iterator[str]:
+    """The names in a text: a line each, or one column of a table whose first line names its columns."""
+    texts = (line.decode(errors="surrogateescape").strip() for line in lines(path))
+    first = next(texts, "")
+    separator = "\t" if "\t" in first else ","
+    header = [name.strip().strip('"').lower() for name in first.split(separator)]
+    named = [name for name in NAMES if name in header]
+    if len(header) < 2 or not named:
+        if len(header) > 1 and path.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
+            raise UserError(f"{option} {path}: none of the columns {', '.join(NAMES)} in it; rename one of {header}")
+        yield from chain([first], texts)
+        return
+    place = header.index(named[0])
+    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL  # a quote in a TSV is part of the text
+    try:
+        for row in csv.reader(texts, delimiter=separator, quoting=quoting):
+            if len(row) > place:
+                yield row[place].strip().strip('"')
+    except csv.Error as error:
+        raise UserError(f"{option} {path}: no table can be read from it ({error}); give a name per line") from error
 
 
 def _numpy_ids(path: str, option: str) -> Iterator[np.ndarray]:

@@ -64,7 +64,7 @@ def select(config: SelectConfig, assignment: ShardAssignment = ALL) -> Summary:
         raise UserError(f"select needs a rule: give one of {', '.join(map(flag, RULES))}; see `clipmill select --help`")
     available = find_sources(root, config.teacher, config.captioner, shards)
     if config.export_list is not None:
-        check_export(config.export_list, config.export_by, available)
+        check_export(config.export_list, config.export_by, root, available)
     with (
         tempfile.TemporaryDirectory(prefix="clipmill-select-") as folder,
         index_of(config.against, root, config.workers, _cosine_rule(config, available)) as against,

@@ -36,7 +36,7 @@ from pipeline.select.top_share import find_top_share
 from pipeline.why.config import WhyConfig
 from pipeline.why.stage import why
 from shards_spec.embeddings import read_embeddings
-from shards_spec.files import UserError
+from shards_spec.files import DataError, UserError
 from shards_spec.layout import raw_parquet, teacher_parquet
 from shards_spec.manifest import read_done, remove_shards
 from shards_spec.parquet import read_table, write_table
@@ -290,6 +290,47 @@ def test_a_list_that_is_published_and_applied(root, tmp_path):
         select(SelectConfig(root, top=0.3, by="similarity", workers=1, export_list=path, export_by=by, overwrite=True))
         select(SelectConfig(root, "again", from_=(path,), workers=1, overwrite=True))
         assert kept(root, "again") == ["000010001", "000010002", "000010003"]
+
+
+def test_an_exported_list_replaces_no_file_of_the_dataset(root, tmp_path):
+    before = read_table(raw_parquet(root, 0))
+    (tmp_path / "link").symlink_to(root)
+    for path in (raw_parquet(root, 0), f"{tmp_path}/link/raw/00000.parquet", f"{root}/new.txt", root):
+        with pytest.raises(UserError, match=r"--export-list .* lies in the dataset"):
+            select(SelectConfig(root, top=0.3, by="similarity", workers=1, export_list=path))
+    with pytest.raises(UserError, match="is a folder; give a file"):
+        select(SelectConfig(root, top=0.3, by="similarity", workers=1, export_list=str(tmp_path)))
+    assert read_table(raw_parquet(root, 0)).equals(before)
+
+
+def test_another_table_in_the_place_of_a_raw_one_is_named(root, tmp_path):
+    text = tmp_path / "list.txt"
+    text.write_text(f"{read_table(raw_parquet(root, 0), ['url']).column('url')[0].as_py()}\n")
+    write_table(raw_parquet(root, 0), pa.table({"key": ["000000000"]}))
+    with pytest.raises(DataError, match=r"raw/00000.parquet: no column status.*clipmill ingest"):
+        select(SelectConfig(root, from_=(str(text),), workers=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.csv", 'note,key\n"a, b",000000001\n,000010002\n'),
+        ("list.tsv", 'KEY\tnote\n000000001\t"a\n000010002\tb\n'),
+        ("list", '"url","key"\n"","000000001"\n"","000010002"\n'),
+    ],
+)
+def test_a_table_is_known_by_its_header(root, tmp_path, name, text):
+    (tmp_path / name).write_text(text.replace('"url"', '"uri"'))
+    select(SelectConfig(root, from_=(str(tmp_path / name),), workers=1))
+    assert kept(root) == ["000000001", "000010002"]
+
+
+def test_lists_that_are_none(root, tmp_path):
+    (tmp_path / "list.csv").write_text("id,note\n000000001,a\n")
+    with pytest.raises(UserError, match=r"--from .*list.csv: none of the columns uid, url, sha256, key"):
+        select(SelectConfig(root, from_=(str(tmp_path / "list.csv"),), workers=1))
+    with pytest.raises(UserError, match=r"--drop .*: is a folder; give the file of the list"):
+        select(SelectConfig(root, drop=(str(tmp_path),), workers=1))
 
 
 def test_uids_as_datacomp_publishes_them(tmp_path):

@@ -15,8 +15,8 @@ from pipeline.select.stage import select
 from pipeline.why.config import WhyConfig
 from pipeline.why.stage import why
 from shards_spec.embeddings import read_embeddings
-from shards_spec.files import UserError
-from shards_spec.layout import final_parquet, teacher_parquet
+from shards_spec.files import UserError, sha256_file
+from shards_spec.layout import final_parquet, final_tar, teacher_parquet
 from shards_spec.parquet import read_table
 from shards_spec.selection import read_selection
 
@@ -85,3 +85,12 @@ def test_pack_writes_a_selection(root, model):
     assert check(CheckConfig(root)) == []
     with pytest.raises(UserError, match="take another name"):
         select(SelectConfig(root, where=("width > 1",), workers=1))
+
+
+def test_an_empty_selection_replaces_no_shards(root):
+    select(SelectConfig(root, where=("similarity > 2",), workers=1))
+    before = sha256_file(final_tar(root, 0))
+    with pytest.raises(UserError, match=r"--select selected: no sample is selected.*--overwrite` with weaker rules"):
+        pack(PackConfig(root, select="selected", workers=1, overwrite=True))
+    assert sha256_file(final_tar(root, 0)) == before
+    assert check(CheckConfig(root)) == []
