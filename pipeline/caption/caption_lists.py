@@ -297,7 +297,7 @@ def _check_key_type(path: str, schema: pa.Schema, columns: ListColumns) -> None:
     kind = schema.field(columns.by_col).type
     if columns.by == "key" and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         raise UserError(
-            f"--from {path}: the column {columns.by_col!r} is {kind}; keys are text, such as 000000000: write "
+            f"--source {path}: the column {columns.by_col!r} is {kind}; keys are text, such as 000000000: write "
             "them with their zeros, or join by another column with --by"
         )
 

@@ -293,7 +293,10 @@ def test_a_latin_1_list_a_json_array_and_keys_without_zeros_are_told(root, tmp_p
     with pytest.raises(UserError, match=r"one JSON array.*jq -c"):
         caption(config(root, array))
     numbers = [{"key": int(row["key"]), "caption": "a dog"} for row in rows]
-    for form, said in (("csv", "text of 9 digits, such as 000000000; the list has 0"), ("parquet", "is int64; keys")):
+    for form, said in (
+        ("csv", "text of 9 digits, such as 000000000; the list has 0"),
+        ("parquet", r"^--from \S+: the column 'key' is int64; keys"),
+    ):
         with pytest.raises(UserError, match=said):
             caption(replace(config(root, packed(tmp_path / f"numbers.{form}", numbers, form)), name=form))
     ragged = tmp_path / "ragged.csv"

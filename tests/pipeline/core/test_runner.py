@@ -78,7 +78,7 @@ def test_a_deleted_file_comes_back_by_the_advice_of_who_misses_it(root, model, d
     }[reader]
     with pytest.raises((DataError, ShardsFailed)) as error:
         read()
-    advice = re.search(r"delete (\S+_stats\.json) and run `clipmill \w+ \S+` again", str(error.value))
+    advice = re.search(r"delete (\S+_stats\.json) and run `clipmill \w+ \S+(?: --name \S+)?` again", str(error.value))
     assert advice
     Path(advice[1]).unlink()
     build(root, model)
