@@ -148,6 +148,12 @@ def stage_output(key: str) -> str | None:
     return stage.folder(name) if stage is not None and stage.is_named == bool(name) else None
 
 
+def is_named_folder(folder: str) -> bool:
+    """Whether a folder below ROOT is one of several that a stage makes side by side, such as ``teacher/NAME``."""
+    head, _, name = folder.partition("/")
+    return head in (CAPTIONS, TEACHER, SELECT) and bool(name)
+
+
 def shard_name(shard: int) -> str:
     """Five digits, as img2dataset writes them; more when there are more than 100,000 shards."""
     return f"{shard:05d}"

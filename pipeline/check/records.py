@@ -20,6 +20,7 @@ from shards_spec.layout import (
     VOCAB,
     class_names_txt,
     dataset_json,
+    is_named_folder,
     remake_advice,
     remake_folder_advice,
     resume_advice,
@@ -106,13 +107,16 @@ def check_dataset(root: str, findings: Findings) -> dict[str, Any] | None:
 def _check_block(root: str, path: str, stage: str, block: dict[str, Any], findings: Findings) -> None:
     folder = stage_output(stage)
     if folder is None:
-        findings.add(f"{path}: unknown stage {stage!r}; take its block out")
+        findings.add(
+            f"{path}: unknown stage {stage!r}; run `clipmill check {root} --repair`, which takes its block out"
+        )
         return
     fix = f"run `clipmill check {root} --repair`, it writes the block again from what is there"
     if not exists(join(root, folder)):
+        effect = ", which takes the block out" if is_named_folder(folder) else ""
         findings.add(
-            f"{join(root, folder)} is not there, but {path} has a block of {stage}; put it back, make it again, or "
-            "take the block out"
+            f"{join(root, folder)} is not there, but {path} has a block of {stage}; put it back, or run "
+            f"`clipmill check {root} --repair`{effect}"
         )
     config = block.get("config")
     if SEAL in block and block[SEAL] != seal(block):

@@ -14,7 +14,7 @@ from pipeline.check.records import check_record
 from pipeline.check.validators import VALIDATORS, stage_keys
 from shards_spec import SPEC_VERSION
 from shards_spec.files import DataError, UserError, exists, join, names, read_bytes, sha256_file, sha256_json
-from shards_spec.layout import RAW, STAGES, VOCAB, dataset_json, stage_output, stats_path
+from shards_spec.layout import RAW, STAGES, VOCAB, dataset_json, is_named_folder, stage_output, stats_path
 from shards_spec.library_errors import parse_json
 from shards_spec.manifest import SEAL, Done, finished_shards, head_seal, seal
 
@@ -93,6 +93,11 @@ class Recorded:
             keys += sorted(recorded | there) if stage.name in VALIDATORS else []
         return keys
 
+    def forget(self, key: str) -> None:
+        """Leave a stage out."""
+        self.blocks.pop(key, None)
+        self.configs.pop(key, None)
+
     def vocabularies(self) -> list[str]:
         """The names of the vocabularies that are there or were."""
         recorded = {key.removeprefix("vocab/") for key in {*self.blocks, *self.configs} if key.startswith("vocab/")}
@@ -152,6 +157,11 @@ def _read_head_of_bytes(recorded: Recorded, data: bytes) -> None:
             texts[name] = _text(parse_json(dataset_json(recorded.root), found[1])) if found else None
     recorded.name = texts.get("name") or recorded.name
     recorded.source = texts.get("source")
+
+
+def is_gone(root: str, folder: str) -> bool:
+    """Whether a folder below ROOT that a stage made under a name was deleted as a whole, which is no damage."""
+    return is_named_folder(folder) and not names(join(root, folder.removesuffix("/lists")))
 
 
 def hashes_in(path: str) -> set[str]:

@@ -22,7 +22,7 @@ from pipeline.labels.wordnet import find_wordnet
 from pipeline.pack.stage import pack
 from pipeline.repair.folder import STOP_WORDS, Folder
 from pipeline.repair.raw import RefusedError
-from pipeline.repair.recorded import file_sha256, sound_record
+from pipeline.repair.recorded import file_sha256, is_gone, sound_record
 from pipeline.repair.settings import (
     Record,
     cache_config,
@@ -57,7 +57,11 @@ def stale_shards(root: str, key: str) -> list[int]:
 
 
 def _is_stale(root: str, done: Done) -> bool:
-    return any(_hash_now(root, path) != digest for path, digest in done.inputs.items() if "/" in path)
+    inputs = {path: digest for path, digest in done.inputs.items() if "/" in path}
+    gone = {folder for folder in {path.rpartition("/")[0] for path in inputs} if is_gone(root, folder)}
+    return any(
+        _hash_now(root, path) != digest for path, digest in inputs.items() if path.rpartition("/")[0] not in gone
+    )
 
 
 def _hash_now(root: str, path: str) -> str | None:

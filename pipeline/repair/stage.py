@@ -23,7 +23,7 @@ from pipeline.repair.foreign import ForeignRepair
 from pipeline.repair.inventory import Inventory, misplaced, put_back, surplus, take_inventory
 from pipeline.repair.raw import RawRepair, RefusedError, find_sources, retry_task, source_tasks
 from pipeline.repair.raw_evidence import gather_evidence
-from pipeline.repair.recorded import Recorded, is_foreign, read_recorded, recorded_hashes
+from pipeline.repair.recorded import Recorded, is_foreign, is_gone, read_recorded, recorded_hashes, records_of
 from pipeline.repair.remake import Remaker, cut_caches, cut_captions, stale_shards
 from pipeline.repair.settings import vocab_config
 from pipeline.repair.totals import is_ours, update_block, write_dataset
@@ -45,7 +45,7 @@ from shards_spec.layout import (
     vocabulary_tsv,
 )
 from shards_spec.lock import locked
-from shards_spec.manifest import check_no_takedown, finished_shards
+from shards_spec.manifest import check_no_takedown, finished_shards, remove_stage
 
 LOCK = ".repair.lock"  # below ROOT
 SHARDS_NAMED = 5  # of those that a stage makes again because what they were made of has changed
@@ -72,6 +72,12 @@ def repair(config: CheckConfig, say: Say) -> list[str]:
     return check(plain) or refused  # captions of an image that is another one now are no problem to `check`
 
 
+def _shown(shards: list[int]) -> str:
+    """The first names of a list of shards."""
+    more = f" and {len(shards) - SHARDS_NAMED} more" if len(shards) > SHARDS_NAMED else ""
+    return ", ".join(map(shard_name, shards[:SHARDS_NAMED])) + more
+
+
 class _Repair:
     """One run over a dataset."""
 
@@ -96,6 +102,7 @@ class _Repair:
         self._move_folders()
         self._take_inventory()
         self._put_back()
+        self._take_out_gone()
         self._move_surplus()
         self._mend_dataset()
         if not self._dry or read_recorded(self._root).is_sound:  # a dry run leaves a damaged dataset.json
@@ -159,6 +166,32 @@ class _Repair:
             times = {places.get(path, path): time for path, time in self._inventory.times.items()}
             self._take_inventory()
             self._inventory.times = {**self._inventory.times, **times}
+
+    def _take_out_gone(self) -> None:
+        """The blocks of outputs with a name whose whole folder was deleted; what was made of them stays valid."""
+        awaited = {key for key, _ in self._inventory.assumed_whole}  # of a dry run, that would put files back
+        for key in self._recorded.stages():
+            folder = stage_output(key) or ""
+            if key in awaited or not is_gone(self._root, folder):
+                continue
+            self._say(f"{folder} is gone: its block is taken out of {DATASET}{self._made_with(folder)}")
+            if not self._dry and self._recorded.is_sound:  # else it is written again without it
+                remove_stage(self._root, key)
+            self._recorded.forget(key)
+            self._inventory.damage.pop(key, None)
+
+    def _made_with(self, folder: str) -> str:
+        """Which shards say in their records that files of a folder went into them."""
+        told = ""
+        for key in self._recorded.stages():
+            made = [
+                done.shard
+                for done in records_of(self._root, [key])
+                if any(path.startswith(f"{folder}/") for path in done.inputs)
+            ]
+            if made:
+                told += f"; {stage_output(key)}: {_shown(made)}, made with it, stay as they are"
+        return told
 
     def _move_surplus(self) -> None:
         for path in surplus(self._recorded):
@@ -271,9 +304,7 @@ class _Repair:
             self._broken_plan = sorted(broken)
             return
         if stale:
-            shown = ", ".join(map(shard_name, stale[:SHARDS_NAMED]))
-            more = f" and {len(stale) - SHARDS_NAMED} more" if len(stale) > SHARDS_NAMED else ""
-            self._say(f"{stage_output(key)}: {shown}{more} were made of what has changed; to be made again")
+            self._say(f"{stage_output(key)}: {_shown(stale)} were made of what has changed; to be made again")
         record = self._recorded.config(key)
         if record is None:
             self._refuse(f"{stage_output(key)}: refused: no record says how it was made; run its stage again")

@@ -113,6 +113,34 @@ def test_a_dozen_random_damages_are_named_and_repaired(uneven):
         assert_repaired(uneven, seed, 1)
 
 
+def test_the_block_of_a_deleted_folder_is_taken_out(uneven):
+    """What was made with it stays; nothing is made again, with its model at hand or not."""
+    root = uneven.copy()
+    for folder in ("captions/cap", "teacher/tea", "select/some"):
+        shutil.rmtree(root / folder)
+    problems = check(CheckConfig(str(root)))
+    assert len(problems) == 4  # those of the cache and of its lists
+    assert all(f"`clipmill check {root} --repair`, which takes the block out" in problem for problem in problems)
+    before = states(root)
+    said, left = uneven.repair(root, dry_run=True)
+    assert left == problems
+    assert states(root) == before
+    lines, left = uneven.repair(root)
+    assert left == []
+    assert lines == said
+    made = "; shards: 00000, 00001, 00002, made with it, stay as they are"
+    assert lines == [
+        f"captions/cap is gone: its block is taken out of dataset.json{made}",
+        "teacher/tea is gone: its block is taken out of dataset.json",
+        "select/some is gone: its block is taken out of dataset.json",
+        "teacher/tea/lists is gone: its block is taken out of dataset.json",
+    ]
+    assert sorted(read_dataset(str(root))["stages"]) == ["dedup", "ingest", "pack", "vocab/all"]
+    after = states(root)
+    assert {name for name in before if after[name] != before[name]} == {"dataset.json"}
+    assert uneven.repair(root) == ([], [])
+
+
 @pytest.mark.slow
 def test_200_random_damages_are_named_and_repaired(uneven, equal):
     for seed in range(200):
