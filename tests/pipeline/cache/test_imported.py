@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -51,6 +52,7 @@ from pipeline.pack.stage import pack
 from pipeline.why.config import WhyConfig
 from pipeline.why.stage import why
 from shards_spec.files import DataError, UserError
+from shards_spec.manifest import read_done
 from shards_spec.teacher_shard import TeacherShard
 from shards_spec.views import RECORDED_BYTES, RecordedSpec, apply_view, unpack_recorded
 
@@ -327,6 +329,18 @@ def test_shards_of_changed_tars_are_made_again_and_those_of_gone_ones_stay(tmp_p
     (folder / tars[1]).unlink()
     assert imported(root, str(folder)).made == 0
     assert cache_problems(root) == []
+
+
+def test_a_cache_of_before_tars_and_width_were_recorded_stays_valid(tmp_path, source):
+    folder, samples = source
+    write_final(str(tmp_path), [[final_sample(0, samples[0], samples[0].captions)]])
+    assert imported(tmp_path, folder).made == 1
+    cached = str(tmp_path / "teacher" / NAME)
+    done = read_done(cached, 0)
+    config = {name: value for name, value in done.config.items() if name != "dim"}
+    replace(done, config=config, inputs={"shards/00000.tar": done.inputs["shards/00000.tar"]}).write(cached)
+    assert imported(tmp_path, folder).made == 0
+    assert cache_problems(tmp_path) == []
 
 
 # the command
