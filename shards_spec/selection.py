@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from shards_spec.files import DataError, UserError, join, names, sha256_json
 from shards_spec.layout import SELECT, SHARDS, parquet_path, select_folder, select_parquet, tar_path
-from shards_spec.manifest import Done, file_hash, read_done
+from shards_spec.manifest import Done, file_hash, finished_shards, read_done
 from shards_spec.parquet import read_table
 from shards_spec.shard_writer import ShardWriter
 
@@ -111,6 +111,17 @@ def again(root: str, name: str) -> str:
     return f"run `clipmill select {root} --name {name} --overwrite` with its rules again"
 
 
+def check_begun(root: str, name: str) -> None:
+    """Raise UserError, which lists those of which a shard is finished, unless this selection is one."""
+    there = [own for own in names(join(root, SELECT)) if finished_shards(join(root, select_folder(own)))]
+    if name in there:
+        return
+    known = f"there are: {', '.join(there)}" if there else "there are none"
+    raise UserError(
+        f"--select {name!r}: no such selection in {root}; {known}; `clipmill select {root} --name {name}` makes one"
+    )
+
+
 def selected_record(root: str, name: str, shard: int) -> Done:
     """The done-record of a shard's selection, when it belongs to the final shard that is there.
 
@@ -118,13 +129,11 @@ def selected_record(root: str, name: str, shard: int) -> Done:
     """
     done = read_done(join(root, select_folder(name)), shard)
     if done is None:
-        there = names(join(root, SELECT))
-        if name not in there:
-            known = f"there are: {', '.join(there)}" if there else "there are none"
-            raise UserError(
-                f"--select {name!r}: no such selection in {root}; {known}; `clipmill select {root}` makes one"
-            )
-        raise UserError(f"{select_parquet(root, name, shard)} is not finished: run `clipmill select {root}` to its end")
+        check_begun(root, name)
+        raise UserError(
+            f"{select_parquet(root, name, shard)} is not finished: run `clipmill select {root} --name {name}` with its "
+            "rules to its end"
+        )
     tar = tar_path(SHARDS, shard)
     if done.inputs.get(tar) != file_hash(root, SHARDS, shard, tar):
         raise DataError(

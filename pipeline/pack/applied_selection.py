@@ -6,7 +6,7 @@ from typing import NamedTuple
 from shards_spec.files import DataError, UserError, join
 from shards_spec.layout import RAW, SELECT, parquet_path, raw_tar, select_folder, select_parquet, tar_path
 from shards_spec.manifest import file_hash, finished_shards, read_dataset, read_done
-from shards_spec.selection import CAPTIONS_OF, read_selection
+from shards_spec.selection import CAPTIONS_OF, check_begun, read_selection
 
 NOT_SELECTED = "not among the samples that select had"  # a reason on disk
 
@@ -46,6 +46,7 @@ def find_applied_selection(root: str, name: str, captions_of: dict[str, object])
     ``captions_of`` is what decides which captions a sample has (`CAPTIONS_OF`): a selection counts them. Raises
     UserError, and DataError when it is of other raw shards.
     """
+    check_begun(root, name)
     block = read_dataset(root)["stages"].get(f"select/{name}")
     shards = finished_shards(join(root, select_folder(name)))
     if block is None or block.get("shards") != len(shards):

@@ -7,8 +7,11 @@ from typing import Literal
 from pipeline.core.command_line import Root
 from pipeline.select.expression import FactCondition, parse_conditions, parse_number
 from shards_spec.files import UserError
-from shards_spec.messages import require
+from shards_spec.messages import flag, require
 from shards_spec.names import check_name
+
+# options of which one is needed
+RULES = ("where", "captions_where", "against", "from_", "drop", "semantic_duplicates", "top", "balance", "weight")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,15 @@ class SelectConfig:
         require(self.balance is None or self.balance >= 1, "balance", self.balance, "1 or more")
         if (self.top is None) != (self.by is None):
             raise UserError("--top SHARE and --by FACT belong together, such as --top 0.3 --by cosine")
+        self._check_expressions()
+        if not any(getattr(self, field) for field in RULES):
+            raise UserError(
+                f"select needs a rule: give one of {', '.join(map(flag, RULES))}; see `clipmill select --help`"
+            )
+
+    def _check_expressions(self) -> None:
+        """Raise UserError for what is no condition: now, not in a job that was submitted."""
+        _ = self.conditions, self.caption_conditions, self.weights
 
     @property
     def label(self) -> str:

@@ -31,7 +31,7 @@ ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: pc.add,
     ast.Sub: pc.subtract,
     ast.Mult: pc.multiply,
-    ast.Div: pc.divide,
+    ast.Div: pc.divide,  # by `_quotient`
 }
 ALLOWED = (
     "names of facts, numbers, texts in quotes, == != < <= > >=, in (...), 'text' in NAME, and, or, not, is None, "
@@ -94,9 +94,15 @@ def check_names(conditions: tuple[FactCondition, ...], known: list[str], source:
     for condition in conditions:
         for name in sorted(condition.names() - set(known)):
             raise UserError(
-                f"{condition.option} {condition.text!r}: no fact {name!r} {source}; {did_you_mean(name, known)} "
-                f"There are {', '.join(known)}; a text stands in quotes"
+                f"{condition.option} {condition.text!r}: no fact {name!r} {source}; {_suggestion(name, known)}There "
+                f"are {', '.join(known)} (signs in a name of a column or cache as _); a text stands in quotes"
             )
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    """The names most similar to one, as a sentence of its own; all of them follow in any case."""
+    near = did_you_mean(name, known)
+    return f"{near} " if near.endswith("?") else ""
 
 
 def _parse(text: str, option: str) -> Iterator[FactCondition]:
@@ -149,11 +155,19 @@ def _evaluate(node: ast.expr, columns: Columns) -> Any:
         case ast.BinOp():
             left, right = _alike(*(_countable(_evaluate(side, columns)) for side in (node.left, node.right)))
             if isinstance(node.op, ast.Div):
-                left = pc.cast(left, pa.float64())
+                return _quotient(left, right)
             return ARITHMETIC[type(node.op)](left, right)
         case ast.Compare():
             return _compare(node, columns)
     raise TypeError(f"{ast.unparse(node)!r} has no value of its own")
+
+
+def _quotient(left: Any, right: Any) -> Any:
+    """A number by another, float64; missing where that is 0."""
+    divisor = pc.cast(right, pa.float64())
+    return pc.divide(
+        pc.cast(left, pa.float64()), pc.if_else(pc.equal(divisor, 0.0), pa.scalar(None, pa.float64()), divisor)
+    )
 
 
 def _truth(node: ast.expr, columns: Columns) -> Any:

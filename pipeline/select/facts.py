@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import chain
+from keyword import iskeyword
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ class FactSources:
     @property
     def cosines(self) -> dict[str, str]:
         """Name of a column of cosines -> its teacher: ``cosine_NAME``, and ``cosine`` where there is one teacher."""
-        found = {f"cosine_{identifier(teacher)}": teacher for teacher in self.teachers}
+        found = {identifier(f"cosine_{teacher}"): teacher for teacher in self.teachers}
         return found | ({"cosine": self.teachers[0]} if len(self.teachers) == 1 else {})
 
     @property
@@ -60,7 +61,7 @@ class FactSources:
         similarities = SIMILARITY_FACTS if self.captioner else ()
         synthetic = [f"synthetic_{name}" for name in self.cosines]
         own = ["key", *TEXT_FACTS, "captions", *SIZE_FACTS, *self.cosines, *synthetic, *similarities]
-        return own + [name for name in self.columns if name not in own]
+        return own + [name for name in map(identifier, self.columns) if name not in own]
 
     @property
     def of_captions(self) -> list[str]:
@@ -80,13 +81,19 @@ class FactSources:
         return FactSources(
             tuple(teacher for teacher in self.teachers if teacher in used),
             self.captioner if has_similarity else None,
-            tuple(name for name in self.columns if name in sample_names - own),
+            tuple(name for name in self.columns if {name, identifier(name)} & (sample_names - own)),
         )
+
+    def column(self, name: str) -> str:
+        """The column of the list that is meant by its own name or by its `identifier`."""
+        found = (column for column in self.columns if identifier(column) == name)
+        return name if name in self.columns else next(found, name)
 
 
 def identifier(name: str) -> str:
-    """A cache's name as it can stand in a condition."""
-    return "".join(char if char.isalnum() else "_" for char in name)
+    """The name of a cache or column as it can stand in a condition, where it has to be a name of Python."""
+    plain = "".join(char if char.isalnum() else "_" for char in name)
+    return plain if plain.isidentifier() and not iskeyword(plain) else f"_{plain}"
 
 
 def find_sources(root: str, teachers: tuple[str, ...], captioner: str | None, shards: list[int]) -> FactSources:
@@ -316,6 +323,7 @@ class ShardFacts:
 
     def _source_column(self, name: str) -> pa.Array:
         """A column of the list, as the raw shards keep it."""
+        name = self.sources.column(name)
         tables = []
         for raw in raw_shards_of(self.root, self.shard):
             table = read_table(raw_parquet(self.root, raw), ["key", "status"], optional=[name])

@@ -49,9 +49,6 @@ from shards_spec.selection import (
 )
 from shards_spec.suggest import did_you_mean
 
-# options of which one is needed
-RULES = ("where", "captions_where", "against", "from_", "drop", "semantic_duplicates", "top", "balance", "weight")
-
 
 def select(config: SelectConfig, assignment: ShardAssignment = ALL) -> Summary:
     """Run the stage. Raises UserError, ShardsFailed."""
@@ -60,8 +57,6 @@ def select(config: SelectConfig, assignment: ShardAssignment = ALL) -> Summary:
     packed = read_dataset(root)["stages"].get("pack", {}).get("config", {})
     if packed.get("select") == name:
         raise UserError(f"--name {name}: `clipmill pack --select {name}` made these shards by it; take another name")
-    if not any(getattr(config, field) for field in RULES):
-        raise UserError(f"select needs a rule: give one of {', '.join(map(flag, RULES))}; see `clipmill select --help`")
     available = find_sources(root, config.teacher, config.captioner, shards)
     if config.export_list is not None:
         check_export(config.export_list, config.export_by, root, available)
@@ -176,7 +171,7 @@ def _sample_rules(config: SelectConfig, available: FactSources, folder: str) -> 
 
 
 def _check_fact(option: str, name: str, available: FactSources) -> None:
-    if name not in available.of_samples:
+    if name not in available.of_samples and name not in available.columns:
         raise UserError(
             f"{option} {name}: no fact of that name; there are: {', '.join(available.of_samples)}; "
             f"{did_you_mean(name, available.of_samples)}"

@@ -5,6 +5,8 @@ each job of a Slurm array, takes what is there of the same samples and rules; on
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
@@ -24,7 +26,7 @@ from pipeline.select.dataset_rules import (
 from pipeline.select.facts import ShardFacts
 from pipeline.select.sample_rules import SampleRules
 from pipeline.select.semantic_duplicates import ShardRows, find_semantic_duplicates
-from shards_spec.files import DataError, exists, is_url, join, remove, write_json
+from shards_spec.files import DataError, UserError, exists, is_url, join, remove, write_json
 from shards_spec.layout import parquet_path, select_folder
 from shards_spec.lock import locked
 from shards_spec.manifest import remove_shards
@@ -67,7 +69,7 @@ class Survey:
         folder = join(self.root, select_folder(self.name))
         if not is_url(folder):
             os.makedirs(folder, exist_ok=True)
-        with locked(join(folder, LOCK), folder, wait=wait):
+        with _without_empty_folder(folder), locked(join(folder, LOCK), folder, wait=wait):
             if read_verdict(self.verdict_path, self.fingerprint) is not None:
                 return
             stage = Stage(f"select/{self.name}", self.folder, {})  # what the rules are is among the inputs
@@ -77,9 +79,13 @@ class Survey:
             options = RunOptions(workers=min(workers, len(tasks)), assignment=_Drafts(), total=len(tasks))
             shards = [task.shard for task in tasks]
             self._forget_repeated(shards)
-            run_stage(self.root, stage, drafts, work, options)
-            self._find_repeated(shards, workers)
-            verdict = judge(self.rules, lambda: map(self.draft, shards))
+            try:
+                run_stage(self.root, stage, drafts, work, options)
+                self._find_repeated(shards, workers)
+                verdict = judge(self.rules, lambda: map(self.draft, shards))
+            except UserError:  # of a rule that serves no run: nothing would take up what is there
+                self.remove()
+                raise
             write_json(self.verdict_path, {"fingerprint": self.fingerprint, **verdict.to_json()})
 
     def draft(self, shard: int) -> Draft:
@@ -131,6 +137,17 @@ class Survey:
             remove_shards(folder, 0)
         if os.path.isdir(folder):
             os.rmdir(folder)
+
+
+@contextmanager
+def _without_empty_folder(folder: str) -> Iterator[None]:
+    """Where the block is refused, an empty folder is no selection that was begun. Another process' lock keeps it."""
+    try:
+        yield
+    except UserError:
+        if os.path.isdir(folder) and not os.listdir(folder):
+            os.rmdir(folder)
+        raise
 
 
 class _Drafts(ShardAssignment):

@@ -357,8 +357,12 @@ def test_uids_as_datacomp_publishes_them(tmp_path):
         ({"top": 0.5, "by": "cosine", "export_list": "x", "export_by": "uid"}, "no such column"),
         ({"top": 0.5, "by": "cosine", "export_list": "x.npy"}, "--export-by uid"),
         ({}, "needs a rule"),
+        ({"where": ("words >",)}, "is no condition"),
+        ({"captions_where": ("words >",)}, "is no condition"),
+        ({"weight": "words >"}, "is no condition"),
     ],
 )
 def test_what_cannot_be_selected(root, options, message):
     with pytest.raises(UserError, match=message):
         select(SelectConfig(root, workers=1, **options))
+    assert not os.path.exists(f"{root}/select/selected")

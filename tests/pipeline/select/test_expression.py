@@ -108,6 +108,17 @@ def test_names_that_are_not_there():
     (condition,) = parse_conditions(("smilarity > 2",), "--where")
     with pytest.raises(UserError, match="did you mean similarity"):
         check_names((condition,), list(COLUMNS), "of samples")
+    many = [f"fact{number}" for number in range(30)]
+    with pytest.raises(UserError, match=r"no fact 'smilarity' of samples; There are fact0, .*\(signs in a name"):
+        check_names((condition,), many, "of samples")
+
+
+@pytest.mark.parametrize("text", ["a / b > -1", "a / b < 1", "not a / b > 9", "1 / 0 > 1", "a / 0.0 != 1"])
+def test_a_number_divided_by_0_is_missing(text):
+    (condition,) = parse_conditions((text,), "--where")
+    columns = {"a": pa.array([1, 0, -1, 4], pa.int64()), "b": pa.array([0, 0, 0, 8])}
+    expected = [False, False, False, "/ b" in text]
+    assert condition.holds(columns.__getitem__, 4).to_pylist() == expected
 
 
 NUMBERS = st.lists(st.none() | st.floats(-2, 2), min_size=1, max_size=8)

@@ -1,5 +1,7 @@
 """`select`: rules over facts, what train and pack make of a selection, and what check says of it."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -16,9 +18,10 @@ from pipeline.why.config import WhyConfig
 from pipeline.why.stage import why
 from shards_spec.embeddings import read_embeddings
 from shards_spec.files import UserError, sha256_file
-from shards_spec.layout import final_parquet, final_tar, teacher_parquet
-from shards_spec.parquet import read_table
-from shards_spec.selection import read_selection
+from shards_spec.layout import final_parquet, final_tar, raw_parquet, teacher_parquet
+from shards_spec.parquet import read_table, write_table
+from shards_spec.selection import read_selection, selected_sizes
+from slurm.step import parse_steps
 
 pytestmark = pytest.mark.integration
 SHARDS = 2
@@ -94,3 +97,34 @@ def test_an_empty_selection_replaces_no_shards(root):
         pack(PackConfig(root, select="selected", workers=1, overwrite=True))
     assert sha256_file(final_tar(root, 0)) == before
     assert check(CheckConfig(root)) == []
+
+
+@pytest.mark.parametrize("words", [["--where", "words >"], []])
+def test_wrong_rules_are_not_submitted(root, words):
+    with pytest.raises(UserError, match=r"is no condition|needs a rule"):
+        parse_steps(["select", root, *words])
+
+
+def test_selections_that_are_not_there(root):
+    select(SelectConfig(root, "good", where=("similarity > 0.2",), workers=1))
+    os.makedirs(f"{root}/select/begun")
+    for name in ("begun", "nosuch"):
+        with pytest.raises(UserError, match=f"'{name}': no such selection .*; there are: good; .* --name {name}`"):
+            pack(PackConfig(root, select=name, workers=1, overwrite=True))
+        with pytest.raises(UserError, match=f"'{name}': no such selection .*; there are: good; .* --name {name}`"):
+            selected_sizes(root, name, SHARDS)
+    os.remove(f"{root}/select/good/00001_stats.json")
+    with pytest.raises(UserError, match=r"select/good/00001.parquet is not finished: .* --name good`"):
+        selected_sizes(root, "good", SHARDS)
+
+
+def test_columns_whose_names_are_none_of_pythons(root):
+    for shard in range(SHARDS):
+        table = read_table(raw_parquet(root, shard))
+        for name in ("my-col", "2 x", "class"):
+            table = table.append_column(name, table.column("similarity"))
+        write_table(raw_parquet(root, shard), table)
+    select(SelectConfig(root, where=("my_col > 0.2 and _2_x > 0.3", "_class > 0.4"), workers=1))
+    assert keys_of(root) == ["000010001", "000010002", "000010003"]
+    select(SelectConfig(root, "best", top=0.25, by="my-col", workers=1))
+    assert keys_of(root, "best") == ["000010002", "000010003"]
