@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from shards_spec import SPEC_VERSION
-from shards_spec.files import DataError, exists, join, read_json, sha256_bytes
+from shards_spec.files import DataError, join, read_json, sha256_bytes
 from shards_spec.layout import TAKEDOWN
 from shards_spec.manifest import SEAL, read_dataset, seal
 from shards_spec.messages import counted
@@ -83,9 +83,10 @@ def _row(url: str | None, caption: str | None) -> str:
 def read_takedown_hashes(root: str) -> TakedownHashes:
     """What was taken down of a dataset so far; nothing where there is no such file. Raises DataError."""
     path = join(root, HASHES)
-    if not exists(path):
+    try:  # a look whether it is there would not say why a store refuses
+        content = read_json(path, FIX)
+    except FileNotFoundError:
         return TakedownHashes()
-    content = read_json(path, FIX)
     if not isinstance(content, dict) or content.get(SEAL) != seal(content):
         raise DataError(f"{path}: not as it was written; {FIX}")
     if content.get("spec_version") != SPEC_VERSION:

@@ -62,7 +62,7 @@ def test_an_order_that_was_another_one_is_said(run, tmp_path):
     (moved / "config.json").write_text(json.dumps({**config, "data": str(copy)}))
     for place in ((0, 0), None):
         (line,) = uses_of(str(moved), str(copy), {"raw": None, "shards": place})
-        assert line.startswith("cannot be told: shards/ has other sizes")
+        assert line.startswith("cannot be told: shards/, or what is selected of it, is another")
 
 
 def test_what_no_run_could_have_used(run, tmp_path):
