@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from shards_spec import SPEC_VERSION
-from shards_spec.files import DataError, join, read_json, sha256_bytes
+from shards_spec.files import DataError, join, names, read_json, sha256_bytes
 from shards_spec.layout import TAKEDOWN
 from shards_spec.manifest import SEAL, read_dataset, seal
 from shards_spec.messages import counted
@@ -83,10 +83,9 @@ def _row(url: str | None, caption: str | None) -> str:
 def read_takedown_hashes(root: str) -> TakedownHashes:
     """What was taken down of a dataset so far; nothing where there is no such file. Raises DataError."""
     path = join(root, HASHES)
-    try:  # a look whether it is there would not say why a store refuses
-        content = read_json(path, FIX)
-    except FileNotFoundError:
+    if HASHES.removeprefix(f"{TAKEDOWN}/") not in names(join(root, TAKEDOWN)):  # a store says why it refuses to list
         return TakedownHashes()
+    content = read_json(path, FIX)
     if not isinstance(content, dict) or content.get(SEAL) != seal(content):
         raise DataError(f"{path}: not as it was written; {FIX}")
     if content.get("spec_version") != SPEC_VERSION:
