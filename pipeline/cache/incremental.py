@@ -113,7 +113,8 @@ def plan_column_update(name: str, shard: ShardIndex, file: EmbeddingFile | None)
     if file.keys == shard.keys and np.array_equal(stored_ids, ids):
         return None
     row_of_key = {key: row for row, key in enumerate(file.keys)}
-    source_rows = np.array([row_of_key.get(key, -1) for key in shard.keys])
-    is_reused = (source_rows >= 0) & (stored_ids[source_rows] == ids) & (ids != 0)
+    source_rows = np.array([row_of_key.get(key, -1) for key in shard.keys], np.int64)
+    is_reused = (source_rows >= 0) & (ids != 0)  # the shard or the file may have no rows
+    is_reused[is_reused] = stored_ids[source_rows[is_reused]] == ids[is_reused]
     is_new = ~is_reused & (ids != 0)
     return ColumnUpdate(name, np.flatnonzero(is_new), np.flatnonzero(is_reused), source_rows[is_reused], file)

@@ -15,6 +15,7 @@ from small_data import timm_checkpoint, tiny_coca, tree, vouch, write_raw
 
 from pipeline.cache import stage as cache_stage
 from pipeline.cache.config import CacheConfig
+from pipeline.cache.cut import cut_teacher_shard
 from pipeline.cache.stage import cache
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
@@ -114,6 +115,19 @@ def test_more_views_are_added_and_nothing_else_is_made(root, model, tmp_path):
         "image vectors": 50,
         "text vectors": 10,
     }
+
+
+def test_a_shard_without_samples_has_a_cache_without_rows_and_back(root, model, tmp_path):
+    run(root, model)
+    samples = list(read_shard(join(root, "shards/00000.tar")))
+    change(root, lambda sample: None)
+    done = cut_teacher_shard(root, "tea", 0, str(tmp_path / "cut"))
+    assert done is not None
+    assert done.counts == {"success": 0}
+    assert made_now(run(root, model)) == (0, 0)
+    write_shard(join(root, "shards/00000.tar"), samples)
+    vouch(root, "shards", 0, "shards/00000.tar")
+    assert made_now(run(root, model)) == (10, 5)
 
 
 def test_captions_are_added_and_images_are_not_embedded_again(root, model, tmp_path):
