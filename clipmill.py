@@ -7,8 +7,9 @@ import io
 import logging
 import os
 import pkgutil
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any, NamedTuple, TextIO
@@ -249,7 +250,7 @@ def _call(command: str, function: Any, config: Any) -> int:
     from shards_spec.messages import counted
 
     if command == "check":
-        return _print_problems(config.root, outcome)
+        return _print_problems(config.root, outcome, advice=_repair_advice(config.root))
     if command == "vocab":
         synsets, occurrences = counted(len(outcome), "synset"), counted(outcome.header["occurrences"], "occurrence")
         _print(f"vocab: {synsets} of {occurrences}, sha256 {outcome.sha256[:12]}")
@@ -265,21 +266,40 @@ def _call(command: str, function: Any, config: Any) -> int:
     return 0
 
 
-def _print_problems(root: str, problems: list[str]) -> int:
-    """Print what `check` found; returns the exit code."""
+def _print_problems(root: str, problems: list[str], said: Container[str] = (), advice: str = "") -> int:
+    """Print what `check` found, but what was ``said`` before, with ``advice`` on it; returns the exit code."""
     from shards_spec.messages import counted
 
     for problem in problems:
-        _print(problem)
-    _print(f"{root}: {counted(len(problems), 'problem') if problems else 'all promises hold'}")
+        if problem not in said:
+            _print(problem)
+    _print(f"{root}: {counted(len(problems), 'problem') + advice if problems else 'all promises hold'}")
     return 1 if problems else 0
+
+
+def _repair_advice(root: str) -> str:
+    """What the last line of `check` adds to the number of problems; nothing where there is no dataset."""
+    from shards_spec.files import exists, join
+
+    if not any(exists(join(root, folder)) for folder in ("raw", "shards")):
+        return ""
+    return (
+        f"; `clipmill check {shlex.quote(root)} --repair` mends what it can, from the web only what no other file has "
+        "(--dry-run shows what it would do)"
+    )
 
 
 def _repair(config: Any) -> int:
     """Repair a dataset and print every action, then the problems that are left."""
     from pipeline.repair.stage import repair
 
-    return _print_problems(config.root, repair(config, _print))
+    said = list[str]()
+
+    def say(line: str) -> None:
+        said.append(line)
+        _print(line)
+
+    return _print_problems(config.root, repair(config, say), said)
 
 
 def _print_life(config: Any, life: Any) -> None:

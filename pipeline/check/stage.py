@@ -1,6 +1,7 @@
 """`clipmill check`: validates a dataset shard by shard and names the first broken key of every broken file."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,10 @@ from shards_spec.layout import (
     dataset_json,
     dedup_parquet,
     remake_advice,
+    resume_advice,
     shard_name,
     sizes_json,
+    stage_output,
     stats_path,
     tar_path,
 )
@@ -72,8 +75,12 @@ def _check_folder(
     folder, stage, _ = shard_folder
     shards = check_names(root, folder, findings)
     keys, totals = list[np.ndarray](), Totals()
+    outdated = outdated_shards(root, stage, shards, blocks or {})
+    if outdated:
+        findings.add(_describe_outdated(root, stage, len(outdated), len(shards)))
     for shard in shards:
-        shard_keys = _check_shard(root, shard_folder, shard, totals, findings)
+        own = shard_folder._replace(validate=_validate_none) if shard in outdated else shard_folder
+        shard_keys = _check_shard(root, own, shard, totals, findings)
         if shard_keys is not None:
             keys.append(shard_keys)
     if stage.startswith("cache/"):
@@ -82,6 +89,48 @@ def _check_folder(
     check_totals(root, folder, stage, blocks=blocks, totals=totals, shards=len(shards), findings=findings)
     _check_unique(folder, keys, findings)
     return keys, len(keys) == len(shards)
+
+
+def outdated_shards(root: str, stage: str, shards: list[int], blocks: dict[str, Any]) -> set[int]:
+    """Of a cache or selection that `pack` made other final shards after: all that no final shard there is made for.
+
+    A single one that has its final shard, with another content, is none: its validator says what differs.
+    """
+    kind, _, name = stage.partition("/")
+    packed = blocks.get("pack", {})
+    is_applied = kind == "select" and packed.get("config", {}).get("select") == name  # it is of shards before `pack`
+    if kind not in ("cache", "select") or is_applied or not isinstance(packed.get("shards"), int):
+        return set()
+    surplus = {shard for shard in shards if shard >= packed["shards"]}
+    changed = {shard for shard in shards if shard not in surplus and _is_outdated(root, stage, shard)}
+    return surplus | changed if surplus or len(changed) > 1 else set()
+
+
+def _is_outdated(root: str, stage: str, shard: int) -> bool:
+    """Whether the records of a shard and of its final shard name different tars; False where one cannot be read."""
+    tar = tar_path(SHARDS, shard)
+    with contextlib.suppress(Exception):  # damaged records raise anything; `check_record` reports them
+        done, final = read_done(join(root, stage_output(stage) or ""), shard), read_done(join(root, SHARDS), shard)
+        return done is not None and final is not None and done.inputs.get(tar) != final.outputs.get(tar)
+    return False
+
+
+def _describe_outdated(root: str, stage: str, outdated: int, shards: int) -> str:
+    """One line for all shards of a folder that are of other final shards, with what to do."""
+    folder = join(root, stage_output(stage) or "")
+    what = f"{folder}: made from other shards than those in {join(root, SHARDS)} ({outdated} of {shards})"
+    if stage.startswith("cache/"):
+        return f"{what}; {resume_advice(folder)}, it copies the vectors of samples that stay in their shard"
+    name = stage.partition("/")[2]
+    return (
+        f"{what}: it is of the shards before `clipmill pack`; delete the folder, or run "
+        f"`clipmill select {root} --name {name} --overwrite` with its rules again"
+    )
+
+
+def _validate_none(root: str, folder: str, shard: int) -> Iterator[str]:
+    """In place of the validator of a shard whose contents are not compared with anything."""
+    return iter(())
 
 
 def _check_shard(

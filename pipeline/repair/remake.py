@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,7 +36,7 @@ from pipeline.repair.settings import (
 )
 from pipeline.select.stage import select
 from shards_spec.files import DataError, UserError, exists, join, read_bytes, remove, write_bytes
-from shards_spec.layout import RAW, STAGE_FOLDER, parquet_path, stage_output, stats_path, tar_path
+from shards_spec.layout import RAW, STAGE_FOLDER, final_tar, parquet_path, stage_output, stats_path, tar_path
 from shards_spec.manifest import Done, file_hash, finished_shards, read_done
 from shards_spec.parquet import read_table, write_table
 from shards_spec.tar import shard_keys
@@ -44,7 +45,13 @@ UNPROVEN = ("logit_scale", "logit_bias")  # of a teacher's identity: floats that
 
 
 def stale_shards(root: str, key: str) -> list[int]:
-    """The whole shards of a stage that were made of other files than those that are there now."""
+    """The whole shards of a stage that were made of other files than those that are there now.
+
+    None of the selection by which `pack` made the final shards: it is of those that were there before.
+    """
+    packed = sound_record(root, "pack", 0)
+    if packed is not None and key == f"select/{packed.config.get('select')}":
+        return []
     shards = finished_shards(join(root, stage_output(key) or ""))
     records = {shard: done for shard in shards if (done := sound_record(root, key, shard)) is not None}
     if key == "dedup":
@@ -187,7 +194,10 @@ class Remaker:
             if not differing:
                 return config
             reasons.append(f"{model} differs in {', '.join(differing)}")
-        line = command_line(command, make(recorded_models(record, ())[-1]))
+        named = recorded_models(record, ())[-1]
+        if record.get("library", "open_clip") == "open_clip" and record["pretrained"] is None:
+            named = f"local-dir:PATH/{named}"  # a record has no path, and no weights belong to a bare name
+        line = command_line(command, make(named))
         raise UserError(
             f"its model is not at hand ({'; '.join(reasons)}); name it with --models, or delete the shard's record and "
             f"run `{line}` where it is"
@@ -247,11 +257,26 @@ def _cut_record(done: Done, table: pa.Table, inputs: dict[str, str], outputs: di
     )
 
 
+def _stale_with_samples(root: str, key: str) -> list[int]:
+    """The stale shards of a cache whose final shards are there."""
+    return [shard for shard in stale_shards(root, key) if exists(final_tar(root, shard))]
+
+
+def cuttable_caches(root: str, key: str) -> list[int]:
+    """The shards that `cut_caches` would bring up to date; nothing below ROOT is written."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return [
+            shard
+            for shard in _stale_with_samples(root, key)
+            if cut_teacher_shard(root, key.partition("/")[2], shard, scratch) is not None
+        ]
+
+
 def cut_caches(root: str, key: str, store: Folder) -> list[int]:
     """Bring caches up to date whose shards lost samples and have nothing new, without a model; returns the shards."""
     folder = stage_output(key) or ""
     cut = list[int]()
-    for shard in stale_shards(root, key):
+    for shard in _stale_with_samples(root, key):
         before = read_done(join(root, folder), shard)
         done = cut_teacher_shard(root, key.partition("/")[2], shard, store.scratch)
         if before is not None and done is not None:

@@ -24,7 +24,7 @@ from pipeline.repair.inventory import Inventory, misplaced, put_back, surplus, t
 from pipeline.repair.raw import RawRepair, RefusedError, find_sources, retry_task, source_tasks
 from pipeline.repair.raw_evidence import gather_evidence
 from pipeline.repair.recorded import Recorded, is_foreign, is_gone, read_recorded, recorded_hashes, records_of
-from pipeline.repair.remake import Remaker, cut_caches, cut_captions, stale_shards
+from pipeline.repair.remake import Remaker, cut_caches, cut_captions, cuttable_caches, stale_shards
 from pipeline.repair.settings import vocab_config
 from pipeline.repair.totals import is_ours, update_block, write_dataset
 from shards_spec.files import DataError, UserError, exists, join, names, read_json, write_json
@@ -292,10 +292,10 @@ class _Repair:
     def _mend_shards(self, key: str) -> None:
         """A stage that is made of another one."""
         broken = dict(self._inventory.damaged(key))
+        cut = self._cut(key)
         if not self._dry:
-            self._cut(key)
             broken = self._still_broken(key, broken)
-        stale = [] if self._dry else [shard for shard in stale_shards(self._root, key) if shard not in broken]
+        stale = [shard for shard in self._stale(key) if shard not in {*broken, *cut}]
         if not broken and not stale and not (key == "pack" and self._broken_plan):
             return
         for shard in sorted(broken):
@@ -318,19 +318,26 @@ class _Repair:
         except RefusedError as error:
             self._refuse(f"{stage_output(key)}: refused: {error}")
 
-    def _cut(self, key: str) -> None:
-        """Where only rows vanished, shorten what was made of them; no model is needed for that."""
+    def _stale(self, key: str) -> list[int]:
+        """Shards that were made of what has changed; none in a dry run where files are not in their places yet."""
+        return [] if self._dry and self._inventory.assumed_whole else stale_shards(self._root, key)
+
+    def _cut(self, key: str) -> list[int]:
+        """Where only rows vanished, shorten what was made of them; no model is needed for that. Returns the shards."""
         kind = key.partition("/")[0]
         cut = list[int]()
         try:
-            if kind == "caption":
+            if kind == "cache" and self._dry:
+                cut = cuttable_caches(self._root, key)
+            elif kind == "caption" and not self._dry:
                 cut = cut_captions(self._root, key, self._folder)
-            elif kind == "cache":
+            elif kind == "cache" and not self._dry:
                 cut = cut_caches(self._root, key, self._folder)
         except (DataError, UserError, OSError) as error:
             self._say(f"{stage_output(key)}: {self._short(str(error))}")
         for shard in cut:
             self._say(f"{stage_output(key)}/{shard_name(shard)}: brought in line with its shard; nothing computed anew")
+        return cut
 
     def _still_broken(self, key: str, damaged: dict[int, str]) -> dict[int, str]:
         """Shards with damaged files of their own, or that do not fit the shards that they were made of."""

@@ -36,7 +36,7 @@ from shards_spec.views import (
 from training.data.local_copies import LocalFileCache
 from training.data.lru import LRUCache
 
-AGAIN = "delete it and run `clipmill cache` again with the --name and options it had"
+AGAIN = "run `clipmill cache` again with the --name and options it had"  # it copies the vectors that stay
 
 
 class LackingFeatures(DataError):

@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,9 @@ from pipeline.dedup.config import DedupConfig
 from pipeline.dedup.stage import dedup
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.stage import ingest
+from pipeline.pack.stage import pack
 from pipeline.repair.raw import LOST
+from pipeline.repair.settings import pack_config
 from pipeline.repair.stage import repair
 from pipeline.select.config import SelectConfig
 from pipeline.select.stage import select
@@ -457,3 +460,32 @@ def test_folders_in_the_place_of_files_are_moved_away(uneven):
     lines, left = uneven.repair(root)
     assert left == [], lines
     assert len(list((root / ".repair/moved").rglob("note"))) == 4
+
+
+def test_after_pack_by_a_selection_each_cache_and_selection_has_one_line(uneven, capsys):
+    """Other and fewer final shards: no advice per shard, the selection that was applied stays, a dry run says all."""
+    root = uneven.copy()
+    build_config = pack_config(str(root), read_dataset(str(root))["stages"]["pack"]["config"], "")
+    select(SelectConfig(str(root), "other", where=("width > 50",), workers=1))
+    pack(replace(build_config, select="some", shard_size=9, overwrite=True))
+    applied = (root / "select/some/00002_stats.json").read_bytes()
+    problems = [problem for problem in check(CheckConfig(str(root))) if "/lists" not in problem]
+    said = ": made from other shards than those in"
+    assert [problem.partition(said)[0] for problem in problems] == [f"{root}/teacher/tea", f"{root}/select/other"]
+    assert f"run `clipmill cache {root} --name tea` again" in problems[0]
+    assert "before `clipmill pack`; delete the folder" in problems[1]
+    before = states(root)
+    assert clipmill._run(["check", str(root), "--repair", "--dry-run"]) == 1
+    said = capsys.readouterr().out
+    assert "select/other: 00000, 00001, 00002 were made of what has changed" in said
+    assert "refused: its model is not at hand" in said
+    assert "--model local-dir:PATH/coca --name tea" in said
+    assert "select/some" not in said
+    assert len(said.splitlines()) == len(set(said.splitlines()))
+    assert states(root) == before
+    assert uneven.repair(root)[1] == []
+    assert (root / "select/some/00002_stats.json").read_bytes() == applied
+    assert clipmill._run(["check", str(root)]) == 0
+    (root / "shards/00000.tar").unlink()
+    assert clipmill._run(["check", str(root)]) == 1
+    assert f"`clipmill check {root} --repair` mends what it can" in capsys.readouterr().out
