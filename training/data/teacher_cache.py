@@ -36,7 +36,7 @@ from shards_spec.views import (
 from training.data.local_copies import LocalFileCache
 from training.data.lru import LRUCache
 
-AGAIN = "run `clipmill cache` again with the --name and options it had"  # it copies the vectors that stay
+AGAIN = "delete it and run `clipmill cache` again with the --name and options it had"
 
 
 class LackingFeatures(DataError):
@@ -138,7 +138,8 @@ class CacheReader:
                 f"{resume_advice(join(self.root, teacher_folder(self.name)))}"
             )
         if cached.inputs.get(tar) != file_hash(self.root, SHARDS, shard, tar):
-            raise DataError(f"{path}: made from another {join(self.root, tar)} than the one there; {AGAIN}")
+            advice = resume_advice(join(self.root, teacher_folder(self.name)))  # deleting would lose what it copies
+            raise DataError(f"{path}: made from another {join(self.root, tar)} than the one there; {advice}")
         return cached
 
     def columns(self, cached: TeacherShard, names: list[str], keys: list[str]) -> dict[str, EmbeddingFile]:

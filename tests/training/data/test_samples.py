@@ -217,7 +217,7 @@ def test_a_shuffled_row_is_refused(root, student, workers):
         read_all(root, student, workers)
     assert str(error.value) == (
         f"{root}/teacher/planted/00000.parquet: row 1 is key 000000002, the shard has 000000001 there; "
-        "run `clipmill cache` again"
+        "delete it and run `clipmill cache` again with the --name and options it had"
     )
 
 
@@ -236,7 +236,9 @@ def test_another_shard_is_refused(root, student):
     old = teacher_old_hash(root)
     with open(record, "w") as file:
         file.write(text.replace(old, digest))
-    with pytest.raises(DataError, match=r"teacher/planted/00001\.parquet: made from another .*shards/00001\.tar"):
+    with pytest.raises(
+        DataError, match=r"00001\.parquet: made from another .*shards/00001\.tar than the one there; run `clip"
+    ):
         read_all(root, student)
 
 
