@@ -113,11 +113,11 @@ def _write_index(
         for number, one in enumerate(sets):
             digest = sha256()
             before = len(names)
-            failed = 0
+            unread = list[str]()
             for image in prefetch_map(read, images_of(one), threads, 4 * threads):
                 digest.update(f"{image.name}\0{image.digest}\n".encode())
                 if image.copy is None:
-                    failed += 1
+                    unread.append(image.name)
                     continue
                 names.append((number, image.name))
                 hashes.append(image.hashes)
@@ -127,8 +127,14 @@ def _write_index(
             if len(names) == before:
                 raise UserError(f"--against {one.path} has no image that decodes; give an evaluation set")
             digests[one.label] = digest.hexdigest()
-            left_out = f", without {counted(failed, 'image')} that cannot be read" if failed else ""
-            log.info("select: against %s of %s%s", counted(len(names) - before, "image"), one.label, left_out)
+            if unread:
+                log.warning(
+                    "select: --against %s: %s cannot be read (first: %s); samples that show them are not found",
+                    one.path,
+                    counted(len(unread), "image"),
+                    unread[0],
+                )
+            log.info("select: against %s of %s", counted(len(names) - before, "image"), one.label)
     if embeddings is not None:
         embeddings.finish()
     HashIndex.build(folder, np.concatenate(hashes))

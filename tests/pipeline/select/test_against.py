@@ -105,7 +105,7 @@ def test_images_without_stored_hashes_are_decoded(built, root, monkeypatch):
     assert len(stored.keys() ^ computed.keys()) <= 1  # the images were encoded once more since
 
 
-def test_the_kinds_of_sets(built, root, tmp_path):
+def test_the_kinds_of_sets(built, root, tmp_path, caplog):
     """CLIP_benchmark's, of which the test split counts; a ROOT; folders at any depth; several at once."""
     _, evaluated, _ = built
     images = {path.stem: path.read_bytes() for path in (evaluated / "test").iterdir()}
@@ -130,6 +130,7 @@ def test_the_kinds_of_sets(built, root, tmp_path):
         "6": "near-duplicate of loose",
     }
     assert f"{bench}/test/0.tar:1" in {row["pair"] for row in rows}
+    assert f"{loose.parent}: 2 images cannot be read (first: deep/broken.jpg)" in caplog.text
 
 
 @pytest.mark.slow
