@@ -25,7 +25,14 @@ ADVICE = {  # what to do about an error of the operating system
     errno.EISDIR: "a folder is where a file should be: move it away, or give another path",
     errno.EEXIST: "a file is where a folder should be: give another path",
 }
-COUNTED_THINGS = ("captions", "image vectors", "text vectors")  # counters of stages whose names are plural
+# counters of stages whose names are plural, and their singular
+COUNTED_THINGS = {
+    "captions": "caption",
+    "image vectors": "image vector",
+    "text vectors": "text vector",
+    "samples of an epoch": "sample of an epoch",
+    "captions left out by --captions-where": "caption left out by --captions-where",
+}
 INTERRUPTED = "interrupted; rerun the same command to resume"
 
 
@@ -395,7 +402,7 @@ def _counter(what: str, number: int) -> str:
     """``5 captions``, ``1 caption``, ``1 redrawn``: the names of counters are plural, or no nouns."""
     from shards_spec.messages import counted
 
-    return counted(number, what.removesuffix("s"), what) if what in COUNTED_THINGS else f"{number} {what}"
+    return counted(number, COUNTED_THINGS[what], what) if what in COUNTED_THINGS else f"{number} {what}"
 
 
 def _train_usage(recipes: dict[str, str]) -> str:

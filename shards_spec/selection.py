@@ -19,6 +19,7 @@ from shards_spec.shard_writer import ShardWriter
 
 MOST_COPIES = 255
 COPIES = "samples of an epoch"  # a counter on disk: the sum of all copies
+CAPTIONS_LEFT_OUT = "captions left out by --captions-where"  # a counter on disk, of the samples that stay
 CAPTIONS_OF = "captions_of"  # in a selection's config: pack's settings that decide which captions a sample has
 SCHEMA = pa.schema(
     [

@@ -298,14 +298,18 @@ def read_compatible_record(folder: str, stage: Stage, shard: int) -> Done | None
     return done
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any], flags: dict[str, str]) -> Iterator[str]:
-    """What differs in two configs, by the names of settings, or the ``flags`` that set them."""
+def _differences(before: dict[str, Any], now: dict[str, Any], flags: dict[str, str], option: str = "") -> Iterator[str]:
+    """What differs in two configs, by the names of settings, or the ``flags`` that set them.
+
+    ``option`` is the flag that sets a setting of several parts; their names follow it.
+    """
     for name in sorted({*before, *now}):
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, flags)
+            yield from _differences(old, new, flags, flags.get(name, ""))
         elif old != new:
-            yield f"{flags.get(name, name)}: {old!r} before, {new!r} now"
+            part = f"{option} {name}".lstrip()
+            yield f"{flags.get(name, part)}: {old!r} before, {new!r} now"
 
 
 def _flags_of_settings(stage: str) -> dict[str, str]:

@@ -87,7 +87,7 @@ def stage_row(root: str, name: str, block: dict[str, Any]) -> StageRow:
     return StageRow(
         name,
         block.get("shards", 0),
-        counts.get("success"),
+        counts.get("success", 0) if counts else None,
         sum(counts.values()) - counts.get("success", 0),
         seconds,
         made / seconds if seconds and made else None,

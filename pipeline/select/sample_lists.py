@@ -140,9 +140,13 @@ def _text_names(path: str, option: str) -> Iterator[str]:
         yield from chain([first], texts)
         return
     place = header.index(named[0])
-    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL  # a quote in a TSV is part of the text
+    # a quote in a TSV is part of the text
+    if separator == "\t":
+        rows = csv.reader(texts, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        rows = csv.reader(texts)
     try:
-        for row in csv.reader(texts, delimiter=separator, quoting=quoting):
+        for row in rows:
             if len(row) > place:
                 yield row[place].strip().strip('"')
     except csv.Error as error:

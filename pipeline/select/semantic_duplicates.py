@@ -102,6 +102,12 @@ def _shard_embeddings(root: str, teacher: str, read: ReadRows, shard: int) -> np
 
 def repeated_rows(embeddings: Embeddings, rule: DuplicateRule) -> np.ndarray:
     """int64 (n,): the embedding that stays for each one that goes, `NONE` for those that stay."""
+    if rule.cells is not None and 2 * rule.cells > len(embeddings):
+        log.warning(
+            "select: --cells %d of %s: most are alone in their cell, and compared with no other; give fewer",
+            rule.cells,
+            counted(len(embeddings), "sample", style=","),
+        )
     cells = divide(embeddings, rule.cells or max(1, round(len(embeddings) ** 0.5)))
     repeated = np.full(len(embeddings), NONE, np.int64)
     for rows in cells:

@@ -35,11 +35,13 @@ from pipeline.select.sample_rules import SampleRules, Weights
 from pipeline.select.semantic_duplicates import DuplicateRule
 from pipeline.select.survey import Survey
 from shards_spec.files import UserError, join, sha256_json
-from shards_spec.layout import SHARDS, select_folder
+from shards_spec.layout import SHARDS, final_parquet, select_folder
 from shards_spec.manifest import read_dataset
 from shards_spec.messages import flag
+from shards_spec.parquet import read_table
 from shards_spec.selection import (
     ALL_SAMPLES,
+    CAPTIONS_LEFT_OUT,
     CAPTIONS_OF,
     COPIES,
     ShardSelection,
@@ -205,4 +207,20 @@ def _write(root: str, name: str, shard: int, selection: ShardSelection) -> Shard
     outputs = write_selection(root, name, shard, selection)
     counts = Counter(reason for reason in selection.reasons if reason is not None)
     counts["success"] = int((selection.copies > 0).sum())
-    return ShardResult(dict(+counts), outputs, counters={COPIES: int(selection.copies.sum(dtype=np.int64))})
+    counters = {COPIES: int(selection.copies.sum(dtype=np.int64))}
+    if left_out := _captions_left_out(root, shard, selection):
+        counters[CAPTIONS_LEFT_OUT] = left_out
+    return ShardResult(dict(+counts), outputs, counters=counters)
+
+
+def _captions_left_out(root: str, shard: int, selection: ShardSelection) -> int:
+    """The captions of samples that stay that are not shown. Raises DataError for a broken table of the shard."""
+    if all(shown is None for shown in selection.captions):
+        return 0
+    left_out = 0
+    table = read_table(final_parquet(root, shard), ["caption", "synthetic"])
+    for row, shown in zip(table.to_pylist(), selection.captions, strict=True):
+        if shown is not None:
+            texts = [row["caption"] or "", *(row["synthetic"] or [])]
+            left_out += sum(bool(text.strip()) for text in texts) - len(shown)
+    return left_out

@@ -178,7 +178,9 @@ def check_data(data: DataConfig) -> list[int]:
     if not data.data:
         raise UserError("--data is needed: the ROOT of a dataset, as `clipmill pack` or `clipmill ingest` left it")
     if data.select is not None and data.folder != SHARDS:
-        raise UserError(f"--folder {data.folder}: a selection belongs to packed shards; use --folder shards")
+        raise UserError(
+            f"--folder {data.folder}, the default of coca: a selection belongs to packed shards; use --folder shards"
+        )
     return dataset_sizes(data.data, data.folder)[: data.shards]
 
 

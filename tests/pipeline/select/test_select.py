@@ -1,16 +1,22 @@
 """`select`: rules over facts, what train and pack make of a selection, and what check says of it."""
 
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from small_data import draw
 
+from clipmill import _stage_line
 from pipeline.cache.config import CacheConfig
 from pipeline.cache.stage import cache
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
+from pipeline.report import ReportConfig, report
+from pipeline.report.stages import stage_row
 from pipeline.select.config import SelectConfig
 from pipeline.select.facts import ShardFacts, find_sources
 from pipeline.select.stage import select
@@ -19,8 +25,9 @@ from pipeline.why.stage import why
 from shards_spec.embeddings import read_embeddings
 from shards_spec.files import UserError, sha256_file
 from shards_spec.layout import final_parquet, final_tar, raw_parquet, teacher_parquet
+from shards_spec.manifest import read_dataset
 from shards_spec.parquet import read_table, write_table
-from shards_spec.selection import read_selection, selected_sizes
+from shards_spec.selection import CAPTIONS_LEFT_OUT, COPIES, read_selection, selected_sizes
 from slurm.step import parse_steps
 
 pytestmark = pytest.mark.integration
@@ -103,6 +110,39 @@ def test_an_empty_selection_replaces_no_shards(root):
 def test_wrong_rules_are_not_submitted(root, words):
     with pytest.raises(UserError, match=r"is no condition|needs a rule"):
         parse_steps(["select", root, *words])
+
+
+def test_captions_left_out_are_counted(root):
+    """In the line, in the record and in the report, by rules of one sample and of all."""
+    written = sum(len(ShardFacts(root, shard, find_sources(root, (), None, [0])).owners) for shard in range(SHARDS))
+    for rule in ({}, {"top": 1.0, "by": "words"}):
+        summary = select(SelectConfig(root, captions_where=("number == 0",), workers=1, overwrite=True, **rule))
+        assert summary.counters == {CAPTIONS_LEFT_OUT: written - 8, COPIES: 8}
+    assert f"{written - 8} captions left out by --captions-where, 8 samples of an epoch" in _stage_line("x", summary)
+    assert "1 sample of an epoch" in _stage_line("x", replace(summary, counters={COPIES: 1}))
+    assert check(CheckConfig(root)) == []
+    report(ReportConfig(root))
+    assert f"{written - 8} captions left out by --captions-where" in Path(root, "report.html").read_text()
+
+
+def test_a_selection_of_none_in_the_report(root):
+    select(SelectConfig(root, where=("similarity > 2",), workers=1))
+    row = stage_row(root, "select/selected", read_dataset(root)["stages"]["select/selected"])
+    assert (row.samples, row.lost) == (0, 8)
+
+
+def test_another_evaluation_set_is_named(root, tmp_path):
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "a.jpg").write_bytes(draw("other/a")[0])
+    select(SelectConfig(root, against=(str(tmp_path / "sets"),), workers=1))
+    (tmp_path / "sets" / "b.jpg").write_bytes(draw("other/b")[0])
+    with pytest.raises(UserError, match=r"--against sets: '.*' before, '.*' now"):
+        select(SelectConfig(root, against=(str(tmp_path / "sets"),), workers=1))
+
+
+def test_cells_of_hardly_a_sample(root, caplog):
+    select(SelectConfig(root, semantic_duplicates=0.99, cells=5, workers=1))
+    assert "--cells 5 of 8 samples: most are alone in their cell" in caplog.text
 
 
 def test_selections_that_are_not_there(root):
