@@ -170,9 +170,10 @@ class _Repair:
     def _take_out_gone(self) -> None:
         """The blocks of outputs with a name whose whole folder was deleted; what was made of them stays valid."""
         awaited = {key for key, _ in self._inventory.assumed_whole}  # of a dry run, that would put files back
+        named = {*self._recorded.blocks, *self._recorded.configs} - awaited
         for key in self._recorded.stages():
             folder = stage_output(key) or ""
-            if key in awaited or not is_gone(self._root, folder):
+            if key not in named or not is_gone(self._root, folder):
                 continue
             self._say(f"{folder} is gone: its block is taken out of {DATASET}{self._made_with(folder)}")
             if not self._dry and self._recorded.is_sound:  # else it is written again without it

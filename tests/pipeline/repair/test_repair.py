@@ -144,6 +144,15 @@ def test_the_block_of_a_deleted_folder_is_taken_out(uneven):
     assert uneven.repair(root) == ([], [])
 
 
+def test_a_folder_of_another_name_is_moved_back_and_no_block_is_taken_out(uneven):
+    root = uneven.copy()
+    (root / "captions/cap").rename(root / "captions/other")
+    lines, left = uneven.repair(root)
+    assert left == []
+    assert len(lines) == 6
+    assert all(line.endswith("; it is moved back there") for line in lines)
+
+
 @pytest.mark.slow
 def test_200_random_damages_are_named_and_repaired(uneven, equal):
     for seed in range(200):
