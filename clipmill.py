@@ -266,6 +266,7 @@ def _call(command: str, function: Any, config: Any) -> int:
     if command == "takedown":
         for line in outcome.lines:
             _print(line)
+        return 0 if outcome.is_matched else 1
     if command == "why":
         _print_life(config, outcome)
     if command in ("compare", "evalset", "plan", "report", "jobs"):

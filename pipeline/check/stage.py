@@ -111,7 +111,9 @@ def _is_outdated(root: str, stage: str, shard: int) -> bool:
     tar = tar_path(SHARDS, shard)
     with contextlib.suppress(Exception):  # damaged records raise anything; `check_record` reports them
         done, final = read_done(join(root, stage_output(stage) or ""), shard), read_done(join(root, SHARDS), shard)
-        return done is not None and final is not None and done.inputs.get(tar) != final.outputs.get(tar)
+        if done is None or final is None or done.shard != shard:  # one of another shard lies in its place
+            return False
+        return done.inputs.get(tar) != final.outputs.get(tar)
     return False
 
 

@@ -29,7 +29,7 @@ FIX = "put it back from a copy: without it `clipmill ingest` would fetch again w
 
 @dataclass(frozen=True)
 class TakedownHashes:
-    """Salted hashes of links, of images (by the sha256 of their bytes) and of rows (link and caption)."""
+    """Salted hashes of links, of images (by the sha256 of their bytes), of rows (link and caption) and of uids."""
 
     salt: str = field(default_factory=lambda: secrets.token_hex(16))
     hashes: frozenset[str] = frozenset()
@@ -46,11 +46,20 @@ class TakedownHashes:
         """Whether the link, or this very row of a list, was taken down."""
         return self.has_url(url) or (bool(self.hashes) and self._hash("row", _row(url, caption)) in self.hashes)
 
+    def has_uid(self, uid: str) -> bool:
+        """Whether a row of this uid was taken down."""
+        return bool(self.hashes) and self._hash("uid", uid) in self.hashes
+
     def extended(
-        self, urls: Iterable[str], images: Iterable[str], rows: Iterable[tuple[str | None, str | None]]
+        self,
+        urls: Iterable[str],
+        images: Iterable[str],
+        rows: Iterable[tuple[str | None, str | None]],
+        uids: Iterable[str] = (),
     ) -> "TakedownHashes":
-        """These and more; ``images`` are sha256, ``rows`` are (link, caption)."""
-        more = {self._hash("url", url) for url in urls}
+        """These and more; ``images`` are sha256, ``rows`` are (link, caption), ``uids`` of rows that have one."""
+        more = {self._hash("uid", uid) for uid in uids}
+        more |= {self._hash("url", url) for url in urls}
         more |= {self._hash("image", image) for image in images}
         more |= {self._hash("row", _row(url, caption)) for url, caption in rows if url is not None}
         return TakedownHashes(self.salt, self.hashes | more)

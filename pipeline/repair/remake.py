@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from pipeline.cache.cut import cut_teacher_shard
 from pipeline.cache.export_lists import export_lists
 from pipeline.cache.stage import cache, cache_identity, remove_stale_files
+from pipeline.caption.shard_captions import counters_of_rest
 from pipeline.caption.stage import caption, caption_identity
 from pipeline.check.config import CheckConfig
 from pipeline.core.model_choice import recorded_models
@@ -253,7 +254,7 @@ def _cut_record(done: Done, table: pa.Table, inputs: dict[str, str], outputs: di
         counts={reason: number for reason, number in counts.items() if number},
         inputs=inputs,
         outputs=outputs,
-        counters={**done.counters, "captions": pc.sum(lengths).as_py() or 0},
+        counters=counters_of_rest(done.counters, pc.sum(lengths).as_py() or 0),
     )
 
 

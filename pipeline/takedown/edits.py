@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.caption.shard_captions import counters_of_rest
 from pipeline.core.file_edits import write_like, write_without_rows, write_without_samples, write_without_vectors
 from pipeline.core.taken_down import TAKEN_DOWN, TAKEN_DOWN_SAMPLES, without_content
 from pipeline.dedup.drop_list import hash_raw_shards
@@ -204,6 +205,10 @@ class TakedownEdits:
             change.facts["captions"] -= len(row["captions"] or ())
         if not change.facts["captions"]:
             del change.facts["captions"]
+            return change
+        facts = stats.get("clipmill", {}).get("facts", {})
+        rest = counters_of_rest(facts, facts.get("captions", 0) + change.facts["captions"])
+        change.facts.update({name: rest[name] - number for name, number in facts.items() if name != "captions"})
         return change
 
     def _edit_plan(self, folder: str, shard: int, stats: dict[str, Any]) -> CountChange:

@@ -33,6 +33,7 @@ class RawRow:
     url: str | None
     caption: str | None
     sha256: str | None
+    uid: str | None
 
 
 @dataclass
@@ -210,4 +211,5 @@ def _raw_row(shard: int, number: int, row: dict[str, Any]) -> RawRow:
         url=row.get("url"),
         caption=row.get("caption"),
         sha256=row.get("sha256"),
+        uid=None if row.get("uid") is None else str(row["uid"]),
     )

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import cast
 
 from pipeline.ingest.source_io import lines
@@ -14,6 +15,7 @@ from shards_spec.parquet import column_names, read_table
 from shards_spec.sample import KEY_PATTERN
 
 SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+COMMENT = re.compile(r"\s#")
 KINDS: tuple[Kind, ...] = ("key", "url", "sha256")
 COLUMNS: dict[str, Kind] = {"key": "key", "uid": "key", "url": "url", "sha256": "sha256"}  # of a list with columns
 
@@ -66,9 +68,12 @@ def read_request(path: str, by: str) -> TakedownRequest:
 def _text_entries(path: str, by: str) -> Iterator[tuple[int, Kind, str]]:
     column: str | None = None  # that counts, of a list whose first line names columns
     place = 0
-    for number, text in _text_lines(path):
+    numbered = _text_lines(path)
+    first_two = list(islice(numbered, 2))
+    following = first_two[1][1].split("\t") if len(first_two) == 2 else []
+    for number, text in chain(first_two, numbered):
         fields = text.split("\t")
-        if number == 1 and _is_header(fields):
+        if number == 1 and _is_header(fields, following):
             column = _pick_column(path, fields, by)
             place = fields.index(column)
             continue
@@ -85,13 +90,29 @@ def _text_entries(path: str, by: str) -> Iterator[tuple[int, Kind, str]]:
                 "value, or a value alone"
             )
         else:
+            _check_form(path, number, text)
             yield number, _kind_of(text, by), text
+
+
+def _check_form(path: str, number: int, text: str) -> None:
+    """Raise UserError for a line of another form, which would be taken for a link that no row has."""
+    if text[0] in "{[":
+        raise UserError(
+            f"--list {path}: line {number} is JSON; give a TSV or Parquet file with a column, or plain lines"
+        )
+    if COMMENT.search(text):
+        raise UserError(
+            f"--list {path}: line {number} has a comment after its value; leave it out (a link with ` #` in it: write "
+            "url, tab, the link)"
+        )
+    if number == 1 and "," in text and set(re.split(r"[,\s\"]+", text)) & set(COLUMNS):
+        raise UserError(f"--list {path}: line 1 has names of columns with commas; separate columns by tabs (TSV)")
 
 
 def _text_lines(path: str) -> Iterator[tuple[int, str]]:
     """Number and text of the lines that are not empty."""
     with gzip_errors(path):
-        for number, data in enumerate(lines(path), 1):
+        for number, data in enumerate(_lines_of(path), 1):
             try:
                 text = data.decode().strip()
             except UnicodeDecodeError as error:
@@ -102,11 +123,23 @@ def _text_lines(path: str) -> Iterator[tuple[int, str]]:
                 yield number, text
 
 
-def _is_header(fields: list[str]) -> bool:
-    """Whether the fields of a first line are names of columns, and not a kind and its value."""
-    if len(fields) < 2 or not set(fields) & set(COLUMNS):
+def _lines_of(path: str) -> Iterator[bytes]:
+    """The lines of a list. Raises UserError that names the option for a file that is no text."""
+    try:
+        yield from lines(path)
+    except UserError as error:
+        reason = str(error).replace("; check the path, and --format where it is given", "; give a text or Parquet file")
+        raise UserError(f"--list {reason}") from error
+
+
+def _is_header(fields: list[str], following: list[str]) -> bool:
+    """Whether the fields of a first line are names of columns, and not a kind and its value, by the line after it."""
+    if len(fields) < 2:
+        return fields[0] in COLUMNS
+    if not set(fields) & set(COLUMNS):
         return False
-    return fields[0] not in KINDS or len(fields) > 2 or fields[1] in (*COLUMNS, "caption")
+    is_named = fields[0] not in KINDS or len(fields) > 2 or fields[1] in (*COLUMNS, "caption")
+    return is_named or (len(following) == 2 and following[0] not in KINDS)
 
 
 def _kind_of(text: str, by: str) -> Kind:

@@ -30,10 +30,14 @@ MOST_NAMED = 20  # keys in a line of the outcome
 
 @dataclass
 class TakedownOutcome:
-    """What a takedown did: the path of its report (empty for a dry run), and lines for people."""
+    """What a takedown did: the path of its report (empty for a dry run), and lines for people.
+
+    ``is_matched``: a line of the list names something of the dataset, or what was taken down before.
+    """
 
     report: str
     lines: list[str] = field(default_factory=list)
+    is_matched: bool = True
 
 
 def takedown(config: TakedownConfig) -> TakedownOutcome:
@@ -75,7 +79,8 @@ def _preview(config: TakedownConfig, request: TakedownRequest) -> TakedownOutcom
     matches = find_matches(root, request, config.duplicates)
     report = {**_report(root, matches, []), **_unmatched(request, matches, read_takedown_hashes(root))}
     keys = f": {_some(report['samples'])}" if report["samples"] else ""
-    return TakedownOutcome("", [f"takedown: {_counted_samples(report)} would go from {root}{keys}", *_notes(report)])
+    first = f"takedown: {_counted_samples(report)} would go from {root}{keys}"
+    return TakedownOutcome("", [first, *_notes(report)], _is_matched(report))
 
 
 def _prepare(config: TakedownConfig, request: TakedownRequest, staging: TakedownStaging) -> TakedownJournal:
@@ -92,6 +97,7 @@ def _prepare(config: TakedownConfig, request: TakedownRequest, staging: Takedown
         [*request.urls, *_unshared(matches, "url")],
         [*request.images, *_unshared(matches, "sha256")],
         [(row.url, row.caption) for row in matches.last_rows()],
+        [row.uid for row in matches.last_rows() if row.uid],
     )
     staging.stage(HASHES, lambda new: write_json(new, hashes.as_json()))
     if matches.reasons:
@@ -123,6 +129,7 @@ def _unmatched(request: TakedownRequest, matches: Matches, known: TakedownHashes
     entries |= {("url", value): line for value, line in request.urls.items()}
     entries |= {("sha256", value): line for value, line in request.images.items()}
     before = {("key", key) for key in matches.gone}
+    before |= {("key", uid) for uid in request.keys if known.has_uid(uid)}
     before |= {("url", url) for url in request.urls if known.has_url(url)}
     before |= {("sha256", image) for image in request.images if known.has_image(image)}
     unmatched = {entry: line for entry, line in entries.items() if entry not in matches.used - before}
@@ -164,7 +171,8 @@ def _finish(root: str, staging: TakedownStaging, journal: TakedownJournal) -> Ta
             f"writes: {'; '.join(left[:MOST_NAMED])}; delete or edit them, then run the same command again. The report "
             f"is {path}"
         )
-    return TakedownOutcome(path, [*_lines(root, journal, search.files), f"report: {path}"])
+    lines = [*_lines(root, journal, search.files), f"report: {path}"]
+    return TakedownOutcome(path, lines, _is_matched(journal.report))
 
 
 def _next_number(root: str) -> int:
@@ -203,6 +211,11 @@ def _counted_samples(report: dict[str, Any]) -> str:
     return counted(len(report["samples"]) - without, "sample") + rows
 
 
+def _is_matched(report: dict[str, Any]) -> bool:
+    """Whether any line of the list names what is there or was."""
+    return len(report["lines_without_a_match"]) < sum(report["requested"].values())
+
+
 def _notes(report: dict[str, Any]) -> list[str]:
     """Lines of the list that name nothing, and samples that stay and are like those that go."""
     lines = list[str]()
@@ -210,6 +223,11 @@ def _notes(report: dict[str, Any]) -> list[str]:
         lines.append(f"taken down before: {counted(len(before), 'line')} of the list ({_some(before)})")
     if unmatched := report["lines_without_a_match"]:
         lines.append(f"not in this dataset: {counted(len(unmatched), 'line')} of the list ({_some(unmatched)})")
+    if not _is_matched(report):
+        lines.append(
+            "no line of the list names anything here: is it of this dataset, and of the form that --list takes (a key, "
+            "link or sha256 per line, or a TSV or Parquet file with such a column)?"
+        )
     if same := report["same_link_or_image"]:
         lines.append(
             f"staying, with the same link or image: {_some(same)}; give the link or the sha256 in place of the key to "

@@ -13,6 +13,8 @@ from small_data import draw, run_stage, tree, write_raw
 from small_ingest import config, rows_of, write_list
 from web_server import serve
 
+import clipmill
+from pipeline.caption.shard_captions import counters_of_rest
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
 from pipeline.dedup.config import DedupConfig
@@ -370,6 +372,9 @@ SHA = "ab" * 32
         ("l.txt", "000120042\n000120042\nx\n", "url", (0, 2, 0)),
         ("l.tsv", "uid\tcaption\nabc\ta dog\ndef\ta cat\n", "auto", (2, 0, 0)),
         ("l.tsv", "key\turl\n000120042\thttp://a/b\n", "url", (0, 1, 0)),
+        ("l.tsv", "key\treason\n000120042\tasked\n", "auto", (1, 0, 0)),
+        ("l.tsv", "key\tabc\nkey\tdef\n", "auto", (2, 0, 0)),
+        ("l.txt", "key\n000120042\n", "auto", (1, 0, 0)),
     ],
 )
 def test_lists(name, content, by, expected, tmp_path):
@@ -396,6 +401,10 @@ def test_a_parquet_list(tmp_path):
         (b"", "auto", "names nothing"),
         (b"\n\n", "auto", "names nothing"),
         (b"abc\n", "sha256", "line 1 is no sha256"),
+        (b"http://a/b.jpg # asked by mail\n", "auto", "line 1 has a comment"),
+        (b'{"key": "000120042"}\n', "auto", "line 1 is JSON"),
+        (b"key,url\n000120042,http://a/b\n", "auto", "separate columns by tabs"),
+        (b"PK\x03\x04" + bytes(60), "auto", "--list .*l.txt is "),
         (b"abc\tdef\n", "auto", "line 1 has a tab and does not begin with key, url, sha256"),
         (b"abc\n\xff\xfe\xfd\n", "auto", "line 2 is not UTF-8"),
         (b"key\turl\n1\thttp://a\n", "auto", "has the columns key, url: say --by"),
@@ -427,3 +436,25 @@ def test_no_dataset_no_list(root, tmp_path):
         takedown(TakedownConfig(str(root), str(tmp_path / "none.txt")))
     with pytest.raises(UserError, match=r"--list .*; give a text or Parquet file"):
         takedown(TakedownConfig(str(root), str(tmp_path)))
+
+
+def test_a_list_of_nothing_exits_with_1_and_a_uid_is_told_as_taken_down_before(tmp_path, capsys):
+    (tmp_path / "0.jpg").write_bytes(draw("uid")[0])
+    (tmp_path / "1.jpg").write_bytes(draw("other uid")[0])
+    rows = [{"path": f"{number}.jpg", "caption": "a box", "uid": f"u{number}"} for number in range(2)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "source.parquet")
+    root, names = tmp_path / "ds", tmp_path / "names.txt"
+    ingest(IngestConfig(str(root), str(tmp_path / "source.parquet"), workers=1, save_additional_columns=("uid",)))
+    names.write_text("u0\n")
+    assert clipmill._run(["takedown", str(root), "--list", str(names)]) == 0
+    assert clipmill._run(["takedown", str(root), "--list", str(names), "--dry-run"]) == 0
+    assert "taken down before: 1 line of the list (1)" in capsys.readouterr().out
+    names.write_text("u7\n")
+    assert clipmill._run(["takedown", str(root), "--list", str(names)]) == 1
+    assert "no line of the list names anything here" in capsys.readouterr().out
+
+
+def test_counters_of_captions_do_not_exceed_the_captions_that_are_left():
+    counters = {"captions": 600, "cut at max_tokens": 600, "redrawn": 700, "repeated": 3}
+    expected = {"captions": 592, "cut at max_tokens": 592, "redrawn": 700, "repeated": 3}
+    assert counters_of_rest(counters, 592) == expected
