@@ -94,15 +94,15 @@ def check_names(conditions: tuple[FactCondition, ...], known: list[str], source:
     for condition in conditions:
         for name in sorted(condition.names() - set(known)):
             raise UserError(
-                f"{condition.option} {condition.text!r}: no fact {name!r} {source}; {_suggestion(name, known)}There "
+                f"{condition.option} {condition.text!r}: no fact {name!r} {source}; {_suggestion(name, known)}there "
                 f"are {', '.join(known)} (signs in a name of a column or cache as _); a text stands in quotes"
             )
 
 
 def _suggestion(name: str, known: list[str]) -> str:
-    """The names most similar to one, as a sentence of its own; all of them follow in any case."""
+    """The names most similar to one, and the beginning of the sentence of all names; nothing without a similar one."""
     near = did_you_mean(name, known)
-    return f"{near} " if near.endswith("?") else ""
+    return f"{near} In all, " if near.endswith("?") else ""
 
 
 def _parse(text: str, option: str) -> Iterator[FactCondition]:

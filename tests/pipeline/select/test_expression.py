@@ -109,7 +109,7 @@ def test_names_that_are_not_there():
     with pytest.raises(UserError, match="did you mean similarity"):
         check_names((condition,), list(COLUMNS), "of samples")
     many = [f"fact{number}" for number in range(30)]
-    with pytest.raises(UserError, match=r"no fact 'smilarity' of samples; There are fact0, .*\(signs in a name"):
+    with pytest.raises(UserError, match=r"no fact 'smilarity' of samples; there are fact0, .*\(signs in a name"):
         check_names((condition,), many, "of samples")
 
 

@@ -172,6 +172,8 @@ def test_raw_shards_serve_too(tmp_path, student):
     assert len(set(keys)) == 10
     with pytest.raises(UserError, match="belongs to packed shards"):
         open_samples(config(str(tmp_path), folder="raw"), TeacherCacheConfig(), student, seed=0)
+    with pytest.raises(UserError, match="--folder raw, the default of coca: a selection belongs to packed shards"):
+        open_samples(config(str(tmp_path), folder="raw", select="good"), ViewConfig(), student, seed=0)
 
 
 def test_a_image_that_does_not_decode_is_skipped_and_named(tmp_path, student, caplog):
