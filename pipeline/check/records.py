@@ -4,6 +4,7 @@ A record has a hash of itself (`SEAL`); one of an older clipmill has none, and w
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -248,9 +249,24 @@ def check_names(root: str, folder: str, findings: Findings) -> list[int]:
         match = FILE_PATTERN.fullmatch(name)
         if match and int(match[1]) not in missing and name in unnamed:
             findings.add(f"{join(root, folder, name)}: no done-record names it; delete it or run its stage again")
+        if match is None and is_unknown(root, folder, name) and not name.endswith(".json"):
+            findings.add(
+                f"{join(root, folder, name)}: no stage writes it; delete it, or `clipmill check {root} --repair` moves "
+                "it away"
+            )
         if name.endswith(".json") and not match and f"{folder}/{name}" != SIZES:
             findings.add(f"{join(root, folder, name)}: no file of this format; delete it, readers take it for stats")
     return shards
+
+
+def is_unknown(root: str, folder: str, name: str) -> bool:
+    """Whether a name that is no shard's is of a file that no stage writes; raw/ may be another tool's, with its own.
+
+    JSON files count everywhere, since readers take them for stats. Hidden files and folders are nobody's shards.
+    """
+    if name.endswith(".json"):
+        return f"{folder}/{name}" != SIZES
+    return folder != RAW and not name.startswith(".") and os.path.isfile(join(root, folder, name))
 
 
 def surplus_names(root: str, folder: str, present: list[str], shards: list[int]) -> set[str]:

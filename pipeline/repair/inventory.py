@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.check.records import check_record, surplus_names
+from pipeline.check.records import check_record, is_unknown, surplus_names
 from pipeline.repair.folder import Folder, move
 from pipeline.repair.recorded import Recorded, file_sha256, is_foreign, sound_record
 from shards_spec.files import DataError, UserError, exists, is_url, join, names, read_bytes
@@ -202,7 +202,7 @@ def put_back(root: str, places: dict[str, str], folder: Folder) -> None:
 
 
 def surplus(recorded: Recorded) -> list[str]:
-    """Files with a shard's name that belong to no shard, and JSON files that readers would take for stats."""
+    """Files with a shard's name that belong to no shard, and files that no stage writes."""
     found = list[str]()
     for key in recorded.stages():
         folder = stage_output(key) or ""
@@ -215,8 +215,7 @@ def surplus(recorded: Recorded) -> list[str]:
             match = FILE_PATTERN.fullmatch(name)
             path = f"{folder}/{name}"
             if match is None:
-                is_foreign_json = name.endswith(".json") and path != SIZES
-                found += [path] if is_foreign_json else []
+                found += [path] if is_unknown(recorded.root, folder, name) else []
             elif STATS_PATTERN.fullmatch(name):
                 is_sound = sound_record(recorded.root, key, int(match[1])) is not None
                 found += [path] if int(match[1]) >= total and key in recorded.blocks and not is_sound else []

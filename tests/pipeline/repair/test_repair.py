@@ -9,17 +9,15 @@ from pathlib import Path
 
 import pytest
 from small_damage import damage, is_named, states
-from small_data import build_all, draw, tar_bytes, tiny_coca
+from small_data import draw, tar_bytes, tiny_coca
 from small_datacompdr import reinforced, write_reinforced
 from small_ingest import config, rows_of, write_list
+from small_repair import ROWS, Dataset
 from web_server import serve
 
 import clipmill
-from pipeline.cache.export_lists import export_lists
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
-from pipeline.dedup.config import DedupConfig
-from pipeline.dedup.stage import dedup
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.stage import ingest
 from pipeline.pack.stage import pack
@@ -36,37 +34,6 @@ from shards_spec.files import read_json, write_json
 from shards_spec.manifest import read_dataset
 
 pytestmark = pytest.mark.integration
-
-ROWS = 14
-FAILED, COPY = 5, 9  # rows whose link is dead, and whose image is that of row 2
-
-
-class Dataset:
-    """A small dataset of every stage, whose images a server has; ``copy`` gives one to damage."""
-
-    def __init__(self, folder: Path, url: str, model: str, shard_size: int | None) -> None:
-        self.folder, self.model = folder, model
-        rows = [(f"{url}/scene/{number}", draw(str(number))[1]) for number in range(ROWS)]
-        rows[FAILED] = (f"{url}/status/404", "gone")
-        rows[COPY] = (f"{url}/scene/2", "the same again")
-        self.root = folder / "whole"
-        ingest(config(self.root, write_list(folder / "list.tsv", rows), shard_size=5))
-        dedup(DedupConfig(str(self.root), workers=1))
-        build_all(str(self.root), model, views=2, shard_size=shard_size)
-        export_lists(str(self.root), "tea", overwrite=False)
-        select(SelectConfig(str(self.root), "some", where=("cosine > -1 and width > 50",), workers=1))
-        assert check(CheckConfig(str(self.root))) == []
-
-    def copy(self) -> Path:
-        """A copy with the same times."""
-        shutil.rmtree(self.folder / "ds", ignore_errors=True)
-        return shutil.copytree(self.root, self.folder / "ds")
-
-    def repair(self, root: Path, **options) -> tuple[list[str], list[str]]:
-        """The lines of a repair, and the problems that are left."""
-        lines = list[str]()
-        left = repair(CheckConfig(str(root), repair=True, **{"models": (self.model,), **options}), lines.append)
-        return lines, left
 
 
 @pytest.fixture(scope="module")
@@ -498,3 +465,16 @@ def test_after_pack_by_a_selection_each_cache_and_selection_has_one_line(uneven,
     (root / "shards/00000.tar").unlink()
     assert clipmill._run(["check", str(root)]) == 1
     assert f"`clipmill check {root} --repair` mends what it can" in capsys.readouterr().out
+
+
+def test_files_that_no_stage_writes_are_named_and_moved(uneven):
+    root = uneven.copy()
+    extra = ["captions/cap/zz.parquet", "shards/notes.txt", "shards/more.json", "teacher/tea/00000.parquet.bak"]
+    for name in extra:
+        (root / name).write_text("mine")
+    problems = check(CheckConfig(str(root)))
+    assert sorted(problem.partition(": ")[0] for problem in problems) == sorted(f"{root}/{name}" for name in extra)
+    lines, left = uneven.repair(root)
+    assert left == [], lines
+    for name in extra:
+        assert (root / ".repair/moved" / name).read_text() == "mine"
