@@ -61,15 +61,6 @@ def _is_degenerate(text: str) -> bool:
     return not any(letter.isalpha() for letter in text) or LOOP.search(text) is not None
 
 
-def counters_of_rest(counters: dict[str, int], captions: int) -> dict[str, int]:
-    """The counters of a shard of which so many captions are left, whose own ends and defects are not known any more.
-
-    No count of captions exceeds their number; ``redrawn`` is what the run did.
-    """
-    most = {name: min(number, captions) for name, number in counters.items() if name != "redrawn"}
-    return {**counters, **most, "captions": captions}
-
-
 @dataclass
 class ImageCaptions:
     """One image's captions by index, in the order in which the indices were first asked for.

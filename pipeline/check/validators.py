@@ -93,8 +93,8 @@ def _expect_keys(path: str, expected: list[str], found: list[str], other: str) -
     """Raise DataError naming the first row whose key is not the ``expected`` one, that of ``other``."""
     for row, (want, have) in enumerate(zip_longest(expected, found)):
         if want != have:
-            found, expected = ("no row" if key is None else f"key {key}" for key in (have, want))
-            raise DataError(f"{path}: row {row} is {found}, {other} has {expected} there; {remake_advice(path)}")
+            actual, wanted = ("no row" if key is None else f"key {key}" for key in (have, want))
+            raise DataError(f"{path}: row {row} is {actual}, {other} has {wanted} there; {remake_advice(path)}")
 
 
 def _validate_raw(root: str, folder: str, shard: int) -> Iterator[str]:

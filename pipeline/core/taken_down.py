@@ -138,3 +138,12 @@ def without_content(table: pa.Table, rows: np.ndarray, last: np.ndarray) -> pa.T
 def _replaced(column: pa.ChunkedArray, where: np.ndarray, text: str) -> pa.Array:
     values = [text if taken else value for value, taken in zip(column.to_pylist(), where, strict=True)]
     return pa.array(values, column.type)
+
+
+def counters_of_rest(counters: dict[str, int], captions: int) -> dict[str, int]:
+    """The counters of a shard of which so many captions are left, whose own ends and defects are not known any more.
+
+    No count of captions exceeds their number; ``redrawn`` is what the run did.
+    """
+    most = {name: min(number, captions) for name, number in counters.items() if name != "redrawn"}
+    return {**counters, **most, "captions": captions}

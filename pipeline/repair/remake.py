@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 from pipeline.cache.cut import cut_teacher_shard
 from pipeline.cache.export_lists import export_lists
 from pipeline.cache.stage import cache, cache_identity, remove_stale_files
-from pipeline.caption.shard_captions import counters_of_rest
 from pipeline.caption.stage import caption, caption_identity
 from pipeline.check.config import CheckConfig
 from pipeline.core.model_choice import recorded_models
 from pipeline.core.runner import ShardsFailed
+from pipeline.core.taken_down import counters_of_rest
 from pipeline.dedup.drop_list import hash_raw_shards
 from pipeline.dedup.stage import dedup
 from pipeline.labels.labeler import load_labeler

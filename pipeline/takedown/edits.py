@@ -10,9 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.caption.shard_captions import counters_of_rest
 from pipeline.core.file_edits import write_like, write_without_rows, write_without_samples, write_without_vectors
-from pipeline.core.taken_down import TAKEN_DOWN, TAKEN_DOWN_SAMPLES, without_content
+from pipeline.core.taken_down import TAKEN_DOWN, TAKEN_DOWN_SAMPLES, counters_of_rest, without_content
 from pipeline.dedup.drop_list import hash_raw_shards
 from pipeline.pack.reshard import sample_offsets
 from pipeline.takedown.matches import Matches, RawRow

@@ -213,7 +213,8 @@ def _counted_samples(report: dict[str, Any]) -> str:
 
 def _is_matched(report: dict[str, Any]) -> bool:
     """Whether any line of the list names what is there or was."""
-    return len(report["lines_without_a_match"]) < sum(report["requested"].values())
+    requested: int = sum(report["requested"].values())
+    return len(report["lines_without_a_match"]) < requested
 
 
 def _notes(report: dict[str, Any]) -> list[str]:

@@ -14,9 +14,9 @@ from small_ingest import config, rows_of, write_list
 from web_server import serve
 
 import clipmill
-from pipeline.caption.shard_captions import counters_of_rest
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
+from pipeline.core.taken_down import counters_of_rest
 from pipeline.dedup.config import DedupConfig
 from pipeline.dedup.stage import dedup
 from pipeline.ingest.config import IngestConfig
