@@ -282,7 +282,7 @@ def test_without_the_recorded_model_captions_and_caches_are_refused_by_name(unev
     for stage, command in (("captions/cap", "caption"), ("teacher/tea", "cache")):
         (line,) = [line for line in lines if line.startswith(f"{stage}: refused")]
         assert f"{other} differs in weights_sha256" in line
-        assert f"`clipmill {command} {root} --model coca --name {stage[-3:]} " in line
+        assert f"`clipmill {command} {root} --model local-dir:PATH/coca --name {stage[-3:]} " in line
     assert uneven.repair(root)[1] == []
 
 
