@@ -27,7 +27,7 @@ class Payload:
 def torch_archive(content: object) -> bytes:
     file = io.BytesIO()
     torch.save(content, file)
-    return gzip.compress(file.getvalue())
+    return gzip.compress(file.getvalue(), mtime=0)
 
 
 def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path):
@@ -72,10 +72,10 @@ def claimed(shape: tuple[int, ...]) -> bytes:
         (read_npz, archive_of({"image_emb.npy": claimed((4, 4))}), UNREADABLE),
         (read_npz, archive_of({"image_emb.npy": b"x"}), UNREADABLE),
         (read_pth_gz, b"", UNREADABLE),
-        (read_pth_gz, gzip.compress(b"PK"), UNREADABLE),
-        (read_pth_gz, gzip.compress(bytes(1 << 25)), TOO_LARGE),
-        (read_pth_gz, gzip.compress(archive_of({"a/data/0": bytes(1 << 25)})), TOO_LARGE),
-        (read_pth_gz, gzip.compress(archive_of({"a/data.pkl": bytes(1 << 17)})), UNSAFE),
+        (read_pth_gz, gzip.compress(b"PK", mtime=0), UNREADABLE),
+        (read_pth_gz, gzip.compress(bytes(1 << 25), mtime=0), TOO_LARGE),
+        (read_pth_gz, gzip.compress(archive_of({"a/data/0": bytes(1 << 25)}), mtime=0), TOO_LARGE),
+        (read_pth_gz, gzip.compress(archive_of({"a/data.pkl": bytes(1 << 17)}), mtime=0), UNSAFE),
         (read_pth_gz, torch_archive([1, 2]), BAD_VECTORS),
         (read_pth_gz, torch_archive({"image_emb": 1}), BAD_VECTORS),
         (read_pth_gz, torch_archive({"image_emb": torch.zeros(1).expand(10**6, 10**6)}), TOO_LARGE),
