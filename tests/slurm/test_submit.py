@@ -55,7 +55,8 @@ def test_submit_has_the_flags_of_the_command_and_no_name_twice(stage):
 
     own = {field.name for field in dataclasses.fields(pkgutil.resolve_name(STAGES[stage].config))}
     assert not own & {field.name for field in dataclasses.fields(Options)}
-    step = stage_step(stage, ["R", *(["--source", "S"] if stage == "ingest" else [])], Options())
+    needed = {"ingest": ("--source", "S"), "select": ("--where", "words > 1")}
+    step = stage_step(stage, ["R", *needed.get(stage, ())], Options())
     assert step.root == "R"
 
 

@@ -261,13 +261,8 @@ def test_a_clip_tower_can_be_probed(tmp_path):
     assert (student.mean, student.std) == ((0.5,) * 3, (0.25,) * 3)
 
 
-@pytest.mark.parametrize(
-    "projection",
-    [
-        pytest.param("linear", id="behind the tower", marks=pytest.mark.slow),
-        pytest.param(None, id="in the tower's head"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("projection", ["linear", None], ids=["behind the tower", "in the tower's head"])
 def test_a_convolutional_tower_can_be_tuned_measured_and_exported(projection, tmp_path):
     """The projection to the embedding, which some towers have as their own head, does not come along."""
     vision = {"timm_model_name": "resnet18", "image_size": 32, "timm_pool": "avg", "timm_proj": projection}
