@@ -305,7 +305,8 @@ class _Repair:
             self._broken_plan = sorted(broken)
             return
         if stale:
-            self._say(f"{stage_output(key)}: {_shown(stale)} were made of what has changed; to be made again")
+            line = f"{stage_output(key)}: {_shown(stale)} were made of what has changed; to be made again"
+            self._say(line + self._condition)
         record = self._recorded.config(key)
         if record is None:
             self._refuse(f"{stage_output(key)}: refused: no record says how it was made; run its stage again")
@@ -337,8 +338,14 @@ class _Repair:
         except (DataError, UserError, OSError) as error:
             self._say(f"{stage_output(key)}: {self._short(str(error))}")
         for shard in cut:
-            self._say(f"{stage_output(key)}/{shard_name(shard)}: brought in line with its shard; nothing computed anew")
+            line = f"{stage_output(key)}/{shard_name(shard)}: brought in line with its shard; nothing computed anew"
+            self._say(line + self._condition)
         return cut
+
+    @property
+    def _condition(self) -> str:
+        """What a dry run adds where damaged shards may come back as they were: then nothing follows from them."""
+        return "; looked at when the damaged shards are whole" if self._dry and self._inventory.damage else ""
 
     def _still_broken(self, key: str, damaged: dict[int, str]) -> dict[int, str]:
         """Shards with damaged files of their own, or that do not fit the shards that they were made of."""
