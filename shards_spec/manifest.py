@@ -28,6 +28,7 @@ from shards_spec.files import (
 from shards_spec.layout import (
     FILE_PATTERN,
     JOURNAL,
+    RAW,
     STAGING,
     STATS_PATTERN,
     dataset_json,
@@ -82,6 +83,12 @@ class Done:
     def successes(self) -> int:
         """Samples written."""
         return self.counts.get("success", 0)
+
+    @property
+    def raw_shards(self) -> list[int]:
+        """The raw shards whose tars are among the inputs, ascending."""
+        tars = [path.removeprefix(f"{RAW}/").removesuffix(".tar") for path in self.inputs if path.startswith(f"{RAW}/")]
+        return sorted(int(stem) for stem in tars if stem.isdigit())
 
     def write(self, folder: str) -> None:
         """Publish the record as ``folder/NNNNN_stats.json``: img2dataset's fields, then ours."""

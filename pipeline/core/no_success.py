@@ -134,7 +134,7 @@ ADVICE = (
         "look at one of the files: are they images, of a format that is read?",
     ),
     (
-        r"not .*|no caption meets --captions-where",
+        r"not .*",
         "ease the condition; `clipmill report` counts all reasons",
     ),
 )

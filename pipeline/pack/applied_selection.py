@@ -63,12 +63,11 @@ def find_applied_selection(root: str, name: str, captions_of: dict[str, object])
     by_raw = dict[int, tuple[int, ...]]()
     for shard in shards:
         done = read_done(join(root, select_folder(name)), shard)
-        for path, recorded in (done.inputs if done else {}).items():
-            stem = path.removeprefix(f"{RAW}/").removesuffix(".tar")
-            if not stem.isdigit():
-                continue
-            raw = int(stem)
-            if file_hash(root, RAW, raw, tar_path(RAW, raw)) != recorded:
+        if done is None:
+            continue
+        for raw in done.raw_shards:
+            tar = tar_path(RAW, raw)
+            if file_hash(root, RAW, raw, tar) != done.inputs[tar]:
                 raise DataError(
                     f"{select_parquet(root, name, shard)}: made from another {raw_tar(root, raw)} than the one there; "
                     f"pack without --select and run `clipmill select {root} --name {name}` again"

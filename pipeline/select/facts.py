@@ -31,14 +31,13 @@ from shards_spec.layout import (
     tar_path,
     teacher_folder,
 )
-from shards_spec.manifest import Done, file_hash, read_done
+from shards_spec.manifest import file_hash, file_hashes, read_done
 from shards_spec.parquet import column_names, read_table
 from shards_spec.teacher_shard import TeacherShard
 
 TEXT_FACTS = ("caption", "chars", "words", "synsets", "language", "language_confidence")
 SIZE_FACTS = ("width", "height", "aspect")
 SIMILARITY_FACTS = ("original_similarity", "synthetic_similarity")
-MOST_ROWS = 1024  # of vectors that are multiplied at a time
 
 
 @dataclass(frozen=True)
@@ -140,13 +139,7 @@ def _has_similarities(root: str, name: str) -> bool:
 def raw_shards_of(root: str, shard: int) -> list[int]:
     """The raw shards that a final shard was packed from, by its done-record."""
     done = read_done(join(root, SHARDS), shard)
-    return [] if done is None else raw_shards_among(done)
-
-
-def raw_shards_among(done: Done) -> list[int]:
-    """The raw shards among a done-record's inputs, ascending."""
-    stems = [path.removeprefix(f"{RAW}/").removesuffix(".tar") for path in done.inputs if path.startswith(f"{RAW}/")]
-    return sorted(int(stem) for stem in stems if stem.isdigit())
+    return [] if done is None else done.raw_shards
 
 
 def shard_inputs(root: str, shard: int, sources: FactSources) -> dict[str, str]:
@@ -155,14 +148,16 @@ def shard_inputs(root: str, shard: int, sources: FactSources) -> dict[str, str]:
     Raises UserError where a cache has not this shard.
     """
     raws = raw_shards_of(root, shard)
-    tar, table = tar_path(SHARDS, shard), parquet_path(SHARDS, shard)
-    paths = [(SHARDS, shard, tar), (SHARDS, shard, table), *((RAW, raw, tar_path(RAW, raw)) for raw in raws)]
-    if sources.columns:
-        paths += [(RAW, raw, parquet_path(RAW, raw)) for raw in raws]
+    files = [(SHARDS, shard, [tar_path(SHARDS, shard), parquet_path(SHARDS, shard)])]
+    for raw in raws:
+        tables = [parquet_path(RAW, raw)] if sources.columns else []
+        files.append((RAW, raw, [tar_path(RAW, raw), *tables]))
     if sources.captioner:
         folder = captions_folder(sources.captioner)
-        paths += [(folder, raw, parquet_path(folder, raw)) for raw in raws]
-    hashes = {path: file_hash(root, folder, number, path) for folder, number, path in paths}
+        files += [(folder, raw, [parquet_path(folder, raw)]) for raw in raws]
+    hashes = dict[str, str]()
+    for folder, number, paths in files:
+        hashes |= zip(paths, file_hashes(root, folder, number, paths), strict=True)
     for teacher in sources.teachers:
         done = read_done(join(root, teacher_folder(teacher)), shard)
         if done is None:
@@ -308,7 +303,7 @@ class ShardFacts:
         """The captioner's cosine of each caption with its image; NaN where it has none."""
         captioner = self.sources.captioner or ""
         by_key = dict[str, tuple[float | None, dict[str, float | None]]]()
-        for raw in raw_shards_of(self.root, self.shard):
+        for raw in self._raw_shards:
             table = read_table(
                 captions_parquet(self.root, captioner, raw), ["key", "captions", "similarities", "original_similarity"]
             )
@@ -321,15 +316,23 @@ class ShardFacts:
             values += [original, *(own.get(text) for text in texts[1:])]
         return np.array(values, np.float64)
 
+    @cached_property
+    def _raw_shards(self) -> list[int]:
+        return raw_shards_of(self.root, self.shard)
+
+    @cached_property
+    def _raw_tables(self) -> list[pa.Table]:
+        """The keys of the raw shards' samples, with all columns of the list that conditions name."""
+        tables = []
+        for raw in self._raw_shards:
+            table = read_table(raw_parquet(self.root, raw), ["key", "status"], optional=self.sources.columns)
+            tables.append(table.filter(pc.equal(table.column("status"), "success")))
+        return tables
+
     def _source_column(self, name: str) -> pa.Array:
         """A column of the list, as the raw shards keep it."""
         name = self.sources.column(name)
-        tables = []
-        for raw in raw_shards_of(self.root, self.shard):
-            table = read_table(raw_parquet(self.root, raw), ["key", "status"], optional=[name])
-            table = table.filter(pc.equal(table.column("status"), "success"))
-            if name in table.column_names:
-                tables.append(table.select(["key", name]))
+        tables = [table.select(["key", name]) for table in self._raw_tables if name in table.column_names]
         if not tables:
             return pa.nulls(len(self), pa.string())
         try:
