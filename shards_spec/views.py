@@ -2,7 +2,8 @@
 
 A view is a handful of integers from a counter-based generator (Philox keyed by a hash of the three). Everything in
 it is relative to the image, so that a teacher at 336 pixels and a student at 256 see the same crop with the same
-operations. Rendering is Pillow's, hence bit-identical between machines that have the same Pillow.
+operations. A crop is resized by `resize_bicubic`, the rest is Pillow's, hence bit-identical between machines that have
+the same Pillow.
 """
 
 import math
@@ -18,12 +19,15 @@ import PIL
 from PIL import Image, ImageOps
 
 from shards_spec.augment import OP_SETS, ORDERS, OpSet, jitter
+from shards_spec.bicubic import resize_bicubic
 from shards_spec.counter_rng import uniform_draws
 from shards_spec.files import DataError, UserError, sha256_json
 from shards_spec.images import UPRIGHT
 from shards_spec.messages import require
 
-RENDERING = 2  # raised whenever `apply_view` gives other pixels for the same view
+RENDERING = 3  # raised whenever `apply_view` gives other pixels for the same view
+BY_PILLOW = 2  # the rendering before: Pillow resizes crops; caches of it are read on
+RENDERINGS = (BY_PILLOW, RENDERING)
 # options added later: absent from the JSON while at their defaults, so that older specs keep their hashes
 _LATER = ("op_set", "op_prob", "magnitude_std", "jitter", "jitter_prob")
 TRIES = 10  # boxes that torchvision's RandomResizedCrop draws until one fits
@@ -84,10 +88,16 @@ class ViewOptions:
 
 @dataclass(frozen=True)
 class ViewSpec(ViewOptions):
-    """Options and the seed from which views are drawn."""
+    """Options and the seed from which views are drawn, and the rendering of their pixels."""
 
     seed: int = 0
     """seed of the views"""
+    rendering: int = RENDERING
+    """how crops are resized; 2, by Pillow, goes on with a cache of an older clipmill"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.rendering in RENDERINGS, "rendering", self.rendering, f"one of {RENDERINGS}")
 
     def as_json(self) -> dict[str, Any]:
         """The spec and the versions that render it, as every cache stores them.
@@ -98,7 +108,7 @@ class ViewSpec(ViewOptions):
         for name in _LATER:
             if options[name] == _DEFAULTS[name]:
                 del options[name]
-        return {**options, "rendering": RENDERING, "pillow": PIL.__version__}
+        return {**options, "rendering": self.rendering, "pillow": PIL.__version__}
 
     @property
     def sha256(self) -> str:
@@ -131,9 +141,10 @@ def parse_view_spec(path: str, stored: dict[str, Any]) -> ViewSpec:
         return RecordedSpec()
     options = dict(stored)
     pillow = options.pop("pillow", None)
-    rendering = options.pop("rendering", None)
-    if (pillow, rendering) != (PIL.__version__, RENDERING):
-        install = f"install pillow=={pillow}, or " if rendering == RENDERING else ""
+    rendering = options.get("rendering")
+    is_known = rendering in RENDERINGS
+    if pillow != PIL.__version__ or not is_known:
+        install = f"install pillow=={pillow}, or " if is_known else ""
         raise DataError(
             f"{path}: its views were rendered by Pillow {pillow} (rendering {rendering}), here is Pillow "
             f"{PIL.__version__} (rendering {RENDERING}), which may give other pixels: {install}"
@@ -326,12 +337,15 @@ def apply_view(image: Image.Image, spec: ViewSpec, view: View | RecordedView, si
     """Render a view of an RGB image at ``size`` x ``size`` pixels, bicubic, antialiased."""
     if isinstance(view, RecordedView):
         rendered = view.crop(image, size)
+    elif spec.scale is None:  # its box may begin between two pixels
+        return image.resize((size, size), Image.Resampling.BICUBIC, box=crop_box(spec, view, *image.size))
     else:
-        box = crop_box(spec, view, *image.size)
-        if spec.scale is None:
-            return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-        left, top, right, bottom = map(int, box)
-        rendered = image.crop((left, top, right, bottom)).resize((size, size), Image.Resampling.BICUBIC)
+        left, top, right, bottom = map(int, crop_box(spec, view, *image.size))
+        crop = image.crop((left, top, right, bottom))
+        if spec.rendering == BY_PILLOW:
+            rendered = crop.resize((size, size), Image.Resampling.BICUBIC)
+        else:
+            rendered = Image.fromarray(resize_bicubic(np.array(crop), size))
     if view.flip:
         rendered = ImageOps.mirror(rendered)
     for operation, level in view.ops:
