@@ -101,4 +101,8 @@ def test_worker_processes_are_started_from_the_thread(log):
     assert [next(ahead)[0]["number"].tolist() for _ in range(2)] == [[0, 1], [2, 3]]
     with pytest.raises(DataError, match="damaged"):
         next(ahead)
+    for _ in range(100):  # on a busy machine they take a moment to end
+        if not multiprocessing.active_children():
+            break
+        time.sleep(0.1)
     assert not multiprocessing.active_children()
