@@ -247,20 +247,15 @@ def _submit(words: list[str]) -> int:
 
 def _call(command: str, function: Any, config: Any) -> int:
     """Call a command's function, print its outcome and return the exit code."""
-    if command in STAGE_COMMANDS and STAGES[command].has_shards:
+    if command in STAGE_COMMANDS:
         return _call_stage(command, function, config)
     if command == "search":
         return _search(function, config)
     if command == "check" and config.repair:
         return _repair(config)
     outcome = _compare(function, config) if command == "compare" else function(config)
-    from shards_spec.messages import counted
-
     if command == "check":
         return _print_problems(config.root, outcome, advice=_repair_advice(config.root))
-    if command == "vocab":
-        synsets, occurrences = counted(len(outcome), "synset"), counted(outcome.header["occurrences"], "occurrence")
-        _print(f"vocab: {synsets} of {occurrences}, sha256 {outcome.sha256[:12]}")
     if command == "classes":
         _print(f"classes: {outcome.summary}")
     if command == "takedown":
@@ -357,6 +352,7 @@ def _search(function: Callable[[Any, Any], Any], config: Any) -> int:
 
 
 def _call_stage(command: str, function: Callable[[Any], Any], config: Any) -> int:
+    """Call a stage's function and print its totals, or what `vocab` counted."""
     from pipeline.core.no_success import explain_no_success
     from pipeline.core.runner import ShardsFailed
 
@@ -364,9 +360,19 @@ def _call_stage(command: str, function: Callable[[Any], Any], config: Any) -> in
         summary = function(config)
     except ShardsFailed as error:
         return _fail(1, str(error))
+    if command == "vocab":
+        _print(_vocabulary_line(summary))
+        return 0
     _print(_dedup_line(summary) if command == "dedup" else _stage_line(command, summary))
     nothing = explain_no_success(command, summary.counts)
     return _fail(1, nothing) if nothing else 0
+
+
+def _vocabulary_line(vocabulary: Any) -> str:
+    from shards_spec.messages import counted
+
+    occurrences = counted(vocabulary.header["occurrences"], "occurrence")
+    return f"vocab: {counted(len(vocabulary), 'synset')} of {occurrences}, sha256 {vocabulary.sha256[:12]}"
 
 
 def _dedup_line(summary: Any) -> str:

@@ -298,6 +298,17 @@ def remove(path: str) -> None:
         fs.rm_file(inner)
 
 
+def remove_files(paths: list[str]) -> None:
+    """Delete files of one folder, in few requests on an object store. Raises FileNotFoundError where one is gone."""
+    if paths and is_url(paths[0]):
+        fs, _ = filesystem(paths[0])
+        with store_errors(paths[0]):
+            fs.rm([filesystem(path)[1] for path in paths])
+        return
+    for path in paths:
+        os.unlink(path)
+
+
 def remove_stale(folder: str) -> None:
     """Delete temporary files that a dead process of this host left in a folder, or had on their way to a URL."""
     folder = tempfile.gettempdir() if is_url(folder) else folder

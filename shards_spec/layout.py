@@ -42,7 +42,9 @@ class StageInfo:
     ROOT (or a file), with ``{name}`` where there may be several side by side. ``config`` and ``function`` are the
     dataclass of its options and what runs it, as ``package.module:name``; both are empty for a stage that another one
     runs and that has no command. ``help`` is its line of the help page. ``has_shards``: it makes a shard of each shard
-    and returns totals. ``array``: a Slurm array can divide its shards.
+    and returns totals. ``array``: a Slurm array can divide its shards. ``parts`` is a hidden folder below ROOT, as
+    ``writes`` is written, for a stage whose result depends on all shards: it makes a part of each shard there, which an
+    array can divide, then sums the parts up and deletes the folder.
     """
 
     name: str
@@ -53,10 +55,15 @@ class StageInfo:
     help: str = ""
     has_shards: bool = True
     array: bool = False
+    parts: str = ""
 
     def folder(self, name: str = "") -> str:
         """The folder or file below ROOT; ``name`` says which of several."""
         return self.writes.format(name=name)
+
+    def array_folder(self, name: str = "") -> str:
+        """The folder below ROOT whose shards an array makes; ``name`` says which of several."""
+        return (self.parts or self.writes).format(name=name)
 
     @property
     def is_named(self) -> bool:
@@ -88,6 +95,8 @@ STAGES = {
             config="pipeline.dedup.config:DedupConfig",
             function="pipeline.dedup.stage:dedup",
             help="duplicates over all shards -> ROOT/dedup, which pack obeys",
+            array=True,
+            parts=DEDUP + "/.signatures",
         ),
         StageInfo(
             name="caption",
@@ -116,6 +125,8 @@ STAGES = {
             function="pipeline.labels.vocab_stage:vocab",
             help="synsets by frequency -> ROOT/vocab/NAME.tsv",
             has_shards=False,
+            array=True,
+            parts=VOCAB + "/.{name}",
         ),
         StageInfo(
             name="cache",

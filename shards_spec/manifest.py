@@ -20,7 +20,9 @@ from shards_spec.files import (
     names,
     read_json,
     remove,
+    remove_files,
     remove_stale,
+    remove_tree,
     sha256_file,
     sha256_json,
     write_json,
@@ -170,6 +172,12 @@ def remove_shards(folder: str, first: int) -> None:
     for name in sorted(names(folder), key=lambda name: not STATS_PATTERN.fullmatch(name)):
         if (match := FILE_PATTERN.fullmatch(name)) and int(match[1]) >= first:
             remove(join(folder, name))
+
+
+def remove_parts(folder: str) -> None:
+    """Delete a folder of parts (`StageInfo.parts`): no record of a part that is gone is left by a kill."""
+    remove_files([join(folder, name) for name in names(folder) if STATS_PATTERN.fullmatch(name)])
+    remove_tree(folder)
 
 
 def finished_shards(folder: str) -> list[int]:

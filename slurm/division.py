@@ -13,7 +13,7 @@ from slurm.submission import submissions
 
 
 class Division(NamedTuple):
-    """``folder`` is what the array fills below ROOT; None where one job does it all.
+    """``folder`` is what the array fills below ROOT (`StageInfo.array_folder`); None where one job does it all.
 
     ``ranges`` are each task's shards, empty where their number is not known: then the tasks take what they find.
     ``total`` is how many shards there will be, None where it is not known.
@@ -29,7 +29,7 @@ def divide(step: Step, chained: bool, shards: int | None, jobs_dir: Path) -> Div
     folder = output_folder(step)
     if folder is None:
         return Division(None, [()], None)
-    if step.config.overwrite:
+    if getattr(step.config, "overwrite", False):  # not every stage has it
         raise UserError(f"--overwrite is for one process: delete {join(step.root, folder)} first, then submit without")
     if step.command == "ingest":
         total = _source_shards(step.config)
@@ -39,6 +39,8 @@ def divide(step: Step, chained: bool, shards: int | None, jobs_dir: Path) -> Div
         total = _upstream_shards(step, jobs_dir)
     if total is None:
         return Division(folder, [()] * step.options.array, None)
+    if _has_all_results(step, total):
+        return Division(None, [()], total)
     done = set() if step.options.recheck else set(finished_shards(join(step.root, folder)))
     missing = [shard for shard in range(total) if shard not in done]
     if not missing:
@@ -54,14 +56,23 @@ def output_folder(step: Step) -> str | None:
     stage, config = STAGES.get(step.command), step.config
     if stage is None or not stage.array:
         return None
-    depends_on_all_shards = (
-        (stage.name == "cache" and config.export_lists)
+    is_one_job = (
+        (stage.name == "dedup" and config.overwrite)
+        or (stage.name == "cache" and config.export_lists)
         or (stage.name == "pack" and config.shard_size is not None)
         or (stage.name == "ingest" and config.retry_failed)
     )
-    if depends_on_all_shards:
+    if is_one_job:
         return None
-    return stage.folder(config.label if stage.is_named else "")
+    return stage.array_folder(config.label if stage.is_named else "")
+
+
+def _has_all_results(step: Step, total: int) -> bool:
+    """Whether a stage that sums up parts has made its own shards: one job sees that they are as they should be."""
+    stage = STAGES[step.command]
+    if not stage.parts or not stage.has_shards or step.options.recheck:
+        return False
+    return finished_shards(join(step.root, stage.writes)) == list(range(total))
 
 
 def as_ranges(shards: list[int]) -> Ranges:

@@ -162,6 +162,8 @@ class RunOptions:
     """called with a folder and its number of shards before totals are written; deletes shards beyond it, or raises"""
     source: str | None = None
     """where the dataset comes from, for dataset.json"""
+    totals: bool = True
+    """whether totals are written, and surplus shards removed; not for the parts that a stage sums up itself"""
 
 
 def run_stage(
@@ -182,7 +184,7 @@ def run_stage(
     remove_stale(run.folder)  # files of workers that outlived a killed run for a moment
     run.raise_failures()
     summary = run.summary()
-    if options.assignment.is_complete:
+    if options.totals and options.assignment.is_complete:
         options.remove_surplus(run.folder, summary.shards)
         _write_totals(root, stage, summary, options.source)
     return summary

@@ -7,6 +7,7 @@ import sys
 from multiprocessing.process import parent_process
 
 CPU_QUOTA = "/sys/fs/cgroup/cpu.max"  # of a container: microseconds of all cores per microseconds, or "max"
+SHARDS_PER_WORKER = 16  # of a stage that only reads a table; a process takes most of a second to start
 PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that this process gets when its parent dies
 
 
@@ -21,6 +22,11 @@ def die_with_parent() -> None:
         parent = parent_process()
         if parent is not None and os.getppid() != parent.pid:  # the parent died before prctl was called
             os._exit(1)
+
+
+def workers_for(shards: int, workers: int) -> int:
+    """How many of ``workers`` processes are worth their start where a shard takes milliseconds."""
+    return max(1, min(workers, shards // SHARDS_PER_WORKER))
 
 
 def usable_cores() -> int:

@@ -1,26 +1,32 @@
-"""What `dedup` compares of a raw shard: 64-bit hashes of each image's link, file and looks."""
+"""What `dedup` compares of a raw shard, its part: 64-bit hashes of each image's link, file and looks."""
 
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
-from multiprocessing import get_context
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.core.near_duplicates import parse_hashes
 from pipeline.core.perceptual_hash import perceptual_hash
-from pipeline.core.workers import die_with_parent
+from pipeline.core.runner import ShardResult, ShardTask
 from shards_spec.content_id import content_ids
-from shards_spec.files import DataError, sha256_bytes
+from shards_spec.files import DataError, join, sha256_bytes
 from shards_spec.images import decode_rgb
-from shards_spec.layout import raw_parquet, raw_tar, remake_advice, shard_name
+from shards_spec.layout import RAW, parquet_path, raw_parquet, raw_tar, remake_advice, shard_name, tar_path
+from shards_spec.manifest import file_hashes
 from shards_spec.parquet import column_names, read_table
+from shards_spec.shard_writer import ShardWriter
 from shards_spec.tar import read_shard
 
 COLUMNS = ("key", "status", "url", "sha256", "phash")  # those that are used, where a raw shard has them
-SHARDS_PER_WORKER = 3  # read ahead
+SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string()),
+        pa.field("url_hash", pa.uint64()),
+        pa.field("file_hash", pa.uint64()),
+        pa.field("signature", pa.uint64()),
+    ]
+)
 ADVICE = "run ingest again"
 
 
@@ -34,27 +40,6 @@ class RawImages:
     signatures: np.ndarray
 
 
-def read_all_images(root: str, shards: list[int], *, with_signatures: bool, workers: int) -> Iterator[RawImages]:
-    """Every raw shard in order; in worker processes when images must be decoded. Raises DataError."""
-    read = partial(read_raw_images, root, with_signatures)
-    workers = min(workers, len(shards))
-    must_decode = with_signatures and "phash" not in _columns(raw_parquet(root, shards[0]))
-    if workers == 1 or not must_decode:
-        yield from map(read, shards)
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=die_with_parent) as pool:
-        try:
-            rest = iter(shards)
-            running = [pool.submit(read, shard) for shard in islice(rest, SHARDS_PER_WORKER * workers)]
-            while running:
-                first: Future[RawImages] = running.pop(0)
-                yield first.result()
-                running += [pool.submit(read, shard) for shard in islice(rest, 1)]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
 def read_raw_images(root: str, with_signatures: bool, shard: int) -> RawImages:
     """One raw shard; decodes its images when ``with_signatures`` and it has no phash column.
 
@@ -66,9 +51,9 @@ def read_raw_images(root: str, with_signatures: bool, shard: int) -> RawImages:
     if not {"key", "status"} <= set(columns):
         raise DataError(f"{path}: no columns key and status; {remake_advice(path, ADVICE)}")
     rows = [row for row in read_table(path, columns, fix=ADVICE).to_pylist() if row["status"] == "success"]
-    must_decode = with_signatures and "phash" not in columns
-    if "sha256" not in columns or must_decode:
-        hashes = _hash_images(raw_tar(root, shard), must_decode)
+    decode = with_signatures and "phash" not in columns
+    if "sha256" not in columns or decode:
+        hashes = _hash_images(raw_tar(root, shard), decode)
         for row in rows:
             if row["key"] not in hashes:
                 raise DataError(
@@ -87,6 +72,37 @@ def read_raw_images(root: str, with_signatures: bool, shard: int) -> RawImages:
         file_hashes=content_ids([row.get("sha256") for row in rows]),
         signatures=signatures,
     )
+
+
+def must_decode(root: str, shard: int, with_signatures: bool) -> bool:
+    """Whether images of a raw shard have to be decoded: signatures are wanted, and it has no phash column."""
+    return with_signatures and "phash" not in _columns(raw_parquet(root, shard))
+
+
+def signature_tasks(root: str, shards: Iterable[int], *, with_signatures: bool) -> Iterator[ShardTask]:
+    """A task per raw shard, whose inputs are its files, and whether signatures are wanted."""
+    for shard in shards:
+        paths = [parquet_path(RAW, shard), tar_path(RAW, shard)]
+        files = zip(paths, file_hashes(root, RAW, shard, paths), strict=True)
+        yield ShardTask(shard, {**dict(files), "signatures": "of all images" if with_signatures else "none"})
+
+
+def write_signatures(root: str, task: ShardTask, *, folder: str, with_signatures: bool) -> ShardResult:
+    """Write the part of one raw shard into ``folder`` below ROOT: `RawImages` as a table. Raises DataError."""
+    images = read_raw_images(root, with_signatures, task.shard)
+    columns = [images.keys, images.url_hashes, images.file_hashes, images.signatures]
+    arrays = [pa.array(values, field.type) for values, field in zip(columns, SCHEMA, strict=True)]
+    writer = ShardWriter(root, folder, task.shard)
+    writer.write_parquet(pa.table(arrays, schema=SCHEMA), use_dictionary=False)  # nearly every value is another
+    return ShardResult({"success": len(images.keys)}, writer.outputs)
+
+
+def read_signatures(root: str, folder: str, shard: int) -> RawImages:
+    """The part of one raw shard. Raises DataError when it is gone or broken."""
+    advice = f"delete {join(root, folder)} and run `clipmill dedup` again"
+    table = read_table(join(root, parquet_path(folder, shard)), SCHEMA.names, fix=advice)
+    keys, *hashes = (column.combine_chunks() for column in table.columns)
+    return RawImages(keys.to_pylist(), *(column.to_numpy(zero_copy_only=False) for column in hashes))
 
 
 def _columns(path: str) -> list[str]:

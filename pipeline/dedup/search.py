@@ -23,7 +23,7 @@ from pipeline.dedup.config import BYTES_PER_IMAGE, DedupConfig
 from pipeline.dedup.disk_columns import DiskColumn, DiskKeys
 from pipeline.dedup.drop_list import DroppedSample
 from pipeline.dedup.hash_buckets import HashBuckets, NearMinima
-from pipeline.dedup.raw_images import read_all_images
+from pipeline.dedup.raw_images import read_signatures
 from pipeline.dedup.verification import verify_near_duplicates
 from shards_spec.files import UserError, join
 from shards_spec.messages import counted
@@ -35,12 +35,14 @@ MAX_IMAGES = 1 << 32  # an index has 32 bits
 class DuplicateSearch:
     """Finds the images to leave out; use as ``with DuplicateSearch(...) as search``: it removes its files at the end.
 
-    ``images_in_memory`` is how many images are compared at once.
+    ``parts`` is the folder below ROOT of what is compared of each shard, ``images_in_memory`` is how many images are
+    compared at once.
     """
 
-    def __init__(self, config: DedupConfig, shards: list[int], images_in_memory: int) -> None:
+    def __init__(self, config: DedupConfig, shards: list[int], parts: str, images_in_memory: int) -> None:
         self._config = config
         self._shards = shards
+        self._parts = parts
         self._images_in_memory = images_in_memory
 
     def __enter__(self) -> "DuplicateSearch":
@@ -67,7 +69,7 @@ class DuplicateSearch:
         return DiskColumn(join(self._folder.name, name), max(1, self._images_in_memory // 4))
 
     def run(self) -> None:
-        """Compare all images. Raises DataError for a broken raw shard, UserError for too many images."""
+        """Compare all images. Raises DataError for a broken part or tar, UserError for too many images."""
         self._read_images()
         buckets = HashBuckets(max(1, -(-len(self._keys) // self._images_in_memory)), self._images_in_memory)
         self._set_canonical_positions(buckets)
@@ -97,10 +99,8 @@ class DuplicateSearch:
 
     def _read_images(self) -> None:
         config = self._config
-        log.info("dedup: reading %s", counted(len(self._shards), "raw shard"))
-        for images in read_all_images(
-            config.root, self._shards, with_signatures=config.near_bits >= 0, workers=config.workers
-        ):
+        for shard in self._shards:
+            images = read_signatures(config.root, self._parts, shard)
             self._keys.append(images.keys)
             self._url_hashes.append(images.url_hashes)
             self._file_hashes.append(images.file_hashes)

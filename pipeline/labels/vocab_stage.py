@@ -2,26 +2,44 @@
 
 import importlib.util
 import logging
-from collections import Counter
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.compute as pc
+import pyarrow as pa
 
 from pipeline.core.command_line import Root
-from pipeline.core.runner import upstream_shards
+from pipeline.core.runner import (
+    ALL,
+    RunOptions,
+    ShardAssignment,
+    ShardTask,
+    Stage,
+    Summary,
+    run_stage,
+    upstream_shards,
+)
+from pipeline.core.workers import workers_for
 from pipeline.labels.catlip_pickle import catlip_bytes, read_catlip
 from pipeline.labels.labeler import LabelRule
+from pipeline.labels.vocab_parts import (
+    CAPTIONS,
+    COUNT_COLUMNS,
+    COVERAGE_COLUMNS,
+    read_parts,
+    sum_counts,
+    sum_coverage,
+    write_part,
+)
 from pipeline.labels.wordnet import load_wordnet
 from shards_spec.files import DataError, UserError, join, read_bytes, remove_stale, write_bytes
-from shards_spec.layout import SHARDS, VOCAB, final_parquet, vocabulary_tsv
-from shards_spec.manifest import read_dataset, write_stage
+from shards_spec.layout import SHARDS, STAGES, VOCAB, parquet_path, vocabulary_tsv
+from shards_spec.manifest import file_hash, read_dataset, remove_parts, write_stage
 from shards_spec.messages import counted, require
 from shards_spec.names import check_name
-from shards_spec.parquet import open_parquet
 from shards_spec.vocab import Vocabulary, build_vocabulary, rule_of
 
 log = logging.getLogger(__name__)
@@ -47,6 +65,8 @@ class VocabConfig:
     """use CatLIP's own vocabulary, a pickled dictionary from key to count, in its order, instead of counting"""
     export_catlip: str | None = None
     """also write the vocabulary in that form"""
+    workers: int = os.cpu_count() or 1
+    """processes that count"""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -54,39 +74,48 @@ class VocabConfig:
         require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "1 or more")
         is_known = self.source in ("all", "original", "synthetic")
         require(is_known, "source", self.source, "all, original or synthetic")
+        require(self.workers >= 1, "workers", self.workers, "1 or more")
+
+    @property
+    def label(self) -> str:
+        """What the vocabulary is called below vocab/."""
+        return self.name
 
 
-@dataclass(frozen=True, kw_only=True)
-class LabelBatch:
-    """The labels of some rows of a final shard's table.
+def vocab(config: VocabConfig, assignment: ShardAssignment = ALL) -> Vocabulary | Summary:
+    """Count the synsets of each shard of the assignment; then write ``vocab/NAME.tsv`` from all counts and return it.
 
-    ``num_samples`` and ``num_captions`` count rows and chosen captions; ``sample``, ``caption`` and ``code`` are the
-    row, the caption and the index into ``wnids`` of each label: integers [labels].
+    An assignment of some shards returns what it did of them. Memory: a batch of rows, and the counts. Raises UserError,
+    ShardsFailed for broken shards.
     """
-
-    num_samples: int
-    num_captions: int
-    sample: np.ndarray
-    caption: np.ndarray
-    code: np.ndarray
-    wnids: list[str]
-
-
-def vocab(config: VocabConfig) -> Vocabulary:
-    """Write ``vocab/NAME.tsv`` and return it. Memory: a batch of rows and the counts. Raises UserError, DataError."""
-    shards = upstream_shards(config.root, SHARDS, "pack")
-    packed = read_dataset(config.root)["stages"].get("pack", {}).get("config", {})
-    if config.import_catlip:
-        vocabulary = _import_catlip(config, config.import_catlip)
-        vocabulary.check_rule(packed, config.import_catlip)
-    else:
-        vocabulary = _count_labels(config, shards, rule_of(packed))
-    path = vocabulary_tsv(config.root, config.name)
-    remove_stale(join(config.root, VOCAB))
+    root = config.root
+    shards = upstream_shards(root, SHARDS, "pack")
+    packed = read_dataset(root)["stages"].get("pack", {}).get("config", {})
+    imported = _import_catlip(config, config.import_catlip) if config.import_catlip else None
+    if imported is not None:
+        imported.check_rule(packed, f"{config.import_catlip}")
+    parts = Stage(f"vocab/{config.name}", STAGES["vocab"].array_folder(config.name), {})
+    summary = run_stage(
+        root,
+        parts,
+        _tasks(config, shards, assignment),
+        partial(write_part, folder=parts.folder, source=config.source),
+        RunOptions(
+            workers=workers_for(len(shards), config.workers), assignment=assignment, total=len(shards), totals=False
+        ),
+    )
+    if not assignment.is_complete:
+        return summary
+    read = partial(read_parts, root, parts.folder, shards)
+    vocabulary = imported
+    if vocabulary is None:
+        vocabulary = _from_counts(config, rule_of(packed), sum_counts(read(COUNT_COLUMNS)), summary)
+    covered = coverage(read(COVERAGE_COLUMNS), summary.counts.get("success", 0), vocabulary)
+    path = vocabulary_tsv(root, config.name)
+    remove_stale(join(root, VOCAB))
     vocabulary.write(path)
     if config.export_catlip:
         write_bytes(config.export_catlip, catlip_bytes(vocabulary))
-    covered = coverage(config.root, shards, config.source, vocabulary)
     block = {
         "config": vocabulary.header,
         "synsets": len(vocabulary),
@@ -94,9 +123,17 @@ def vocab(config: VocabConfig) -> Vocabulary:
         "shards": len(shards),
         "coverage": covered,
     }
-    write_stage(config.root, f"vocab/{config.name}", block)
+    write_stage(root, parts.name, block)
+    remove_parts(join(root, parts.folder))
     log.info("%s: %s", path, _format_coverage(covered))
     return vocabulary
+
+
+def _tasks(config: VocabConfig, shards: list[int], assignment: ShardAssignment) -> Iterator[ShardTask]:
+    """A task per shard of the assignment: what is counted is among its inputs, so that no part of another run fits."""
+    for shard in filter(assignment.claim, shards):
+        path = parquet_path(SHARDS, shard)
+        yield ShardTask(shard, {path: file_hash(config.root, SHARDS, shard, path), "source": config.source})
 
 
 def _format_coverage(covered: dict[str, int]) -> str:
@@ -110,21 +147,18 @@ def _format_coverage(covered: dict[str, int]) -> str:
     return text
 
 
-def _count_labels(config: VocabConfig, shards: list[int], rule: dict[str, Any]) -> Vocabulary:
-    counts = Counter[str]()
-    documents = Counter[str]()
-    captions = 0
-    for shard in shards:
-        for batch in _label_batches(config.root, shard, config.source):
-            captions += batch.num_captions
-            counts.update(_count_by_wnid(batch.code, batch.wnids))
-            documents.update(_count_by_wnid(_distinct(batch.caption, batch), batch.wnids))
-    if not counts:
+def _from_counts(config: VocabConfig, rule: dict[str, Any], counts: pa.Table, parts: Summary) -> Vocabulary:
+    """The vocabulary of the ``counts`` of all parts (`sum_counts`). Raises UserError when there are none."""
+    if not len(counts):
         kind = "" if config.source == "all" else f"{config.source} "
         raise UserError(f"{config.root}: no {kind}caption has a synset; count others with --source, or pack others")
-    header = {**rule, "source": config.source, "captions": captions, "occurrences": counts.total()}
+    wnids = counts.column("wnid").to_pylist()
+    occurrences = dict(zip(wnids, counts.column("occurrences").to_pylist(), strict=True))
+    documents = dict(zip(wnids, counts.column("documents").to_pylist(), strict=True))
+    captions = parts.counters.get(CAPTIONS, 0)
+    header = {**rule, "source": config.source, "captions": captions, "occurrences": sum(occurrences.values())}
     heads = load_wordnet(config.wordnet).heads
-    return build_vocabulary(counts, documents, heads, header, min_count=config.min_count, top_k=config.top_k)
+    return build_vocabulary(occurrences, documents, heads, header, min_count=config.min_count, top_k=config.top_k)
 
 
 def _import_catlip(config: VocabConfig, path: str) -> Vocabulary:
@@ -148,63 +182,17 @@ def _import_catlip(config: VocabConfig, path: str) -> Vocabulary:
     return Vocabulary(rows, header)
 
 
-def coverage(root: str, shards: list[int], source: str, vocabulary: Vocabulary) -> dict[str, int]:
-    """How much of these shards the vocabulary covers, by the captions of ``source``.
+def coverage(parts: Iterable[pa.Table], samples: int, vocabulary: Vocabulary) -> dict[str, int]:
+    """How much of some shards the vocabulary covers; ``parts`` are their labels, ``samples`` the number of samples.
 
     Keys: ``samples``, ``samples_with_label``, ``labels`` (the sum of the distinct ones of each sample) and, where
     timm's list of them is found, ``imagenet_classes``, the number of ImageNet-1k's classes in the vocabulary.
     """
-    samples = 0
-    samples_with_label = 0
-    total_labels = 0
-    for shard in shards:
-        for batch in _label_batches(root, shard, source):
-            known = np.array([wnid in vocabulary.index for wnid in batch.wnids], bool)
-            distinct = np.unique(batch.sample * len(known) + batch.code)
-            if len(known):
-                distinct = distinct[known[distinct % len(known)]]
-            samples += batch.num_samples
-            total_labels += len(distinct)
-            samples_with_label += len(np.unique(distinct // max(len(known), 1)))
-    covered = {"samples": samples, "samples_with_label": samples_with_label, "labels": total_labels}
+    samples_with_label, labels = sum_coverage(parts, vocabulary.index)
+    covered = {"samples": samples, "samples_with_label": samples_with_label, "labels": labels}
     if classes := imagenet_classes():
         covered["imagenet_classes"] = len(classes & vocabulary.index.keys())
     return covered
-
-
-def _label_batches(root: str, shard: int, source: str) -> Iterator[LabelBatch]:
-    path = final_parquet(root, shard)
-    with open_parquet(path, fix="run pack again") as file:
-        for batch in file.iter_batches(columns=["synsets"]):
-            column = batch.column(0)
-            captions = pc.list_flatten(column)
-            sample_of_caption = pc.list_parent_indices(column).to_numpy()
-            # the first caption of a sample is the original one, SPEC.md §3
-            is_original = np.append(True, sample_of_caption[1:] != sample_of_caption[:-1])[: len(sample_of_caption)]
-            chosen = {"all": np.ones_like(is_original), "original": is_original, "synthetic": ~is_original}[source]
-            wnids = pc.list_flatten(captions).dictionary_encode()
-            caption = pc.list_parent_indices(captions).to_numpy().astype(np.int64)
-            kept = chosen[caption]
-            yield LabelBatch(
-                num_samples=len(column),
-                num_captions=int(chosen.sum()),
-                sample=sample_of_caption[caption][kept].astype(np.int64),
-                caption=caption[kept],
-                code=wnids.indices.to_numpy()[kept],
-                wnids=wnids.dictionary.to_pylist(),
-            )
-
-
-def _distinct(group: np.ndarray, batch: LabelBatch) -> np.ndarray:
-    """Codes of the labels, each once per value of ``group`` [labels]."""
-    pairs = np.unique(group * len(batch.wnids) + batch.code)
-    codes: np.ndarray = pairs % max(len(batch.wnids), 1)
-    return codes
-
-
-def _count_by_wnid(codes: np.ndarray, wnids: list[str]) -> dict[str, int]:
-    numbers = np.bincount(codes, minlength=len(wnids)).tolist()
-    return {wnid: number for wnid, number in zip(wnids, numbers, strict=True) if number}
 
 
 def imagenet_classes() -> frozenset[str]:

@@ -14,6 +14,7 @@ from pipeline.check.config import CheckConfig
 from pipeline.check.records import Findings, check_vocabularies
 from pipeline.check.stage import check, shard_problems
 from pipeline.check.validators import shard_folder_of
+from pipeline.core.runner import ShardsFailed
 from pipeline.core.taken_down import check_takedown_hashes
 from pipeline.labels.vocab_stage import vocab
 from pipeline.pack.stage import final_sizes
@@ -426,7 +427,7 @@ class _Repair:
             if os.path.isdir(vocabulary_tsv(self._root, name)):
                 self._folder.move_away(f"{VOCAB}/{name}.tsv")
             vocab(config)
-        except (UserError, DataError, OSError, KeyError) as error:
+        except (UserError, DataError, ShardsFailed, OSError, KeyError) as error:
             self._say(f"{VOCAB}/{name}.tsv: refused: {error}")
 
     def _short(self, problem: str) -> str:

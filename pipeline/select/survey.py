@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core.runner import RunOptions, ShardAssignment, ShardResult, ShardTask, Stage, run_stage
+from pipeline.core.runner import RunOptions, ShardResult, ShardTask, Stage, run_stage
 from pipeline.select.dataset_rules import (
     DatasetRules,
     Draft,
@@ -29,7 +29,7 @@ from pipeline.select.semantic_duplicates import ShardRows, find_semantic_duplica
 from shards_spec.files import DataError, UserError, exists, is_url, join, remove, write_json
 from shards_spec.layout import parquet_path, select_folder
 from shards_spec.lock import locked
-from shards_spec.manifest import remove_shards
+from shards_spec.manifest import remove_parts
 from shards_spec.parquet import read_table, write_table
 from shards_spec.selection import selection_of, selection_table
 from shards_spec.shard_writer import ShardWriter
@@ -76,7 +76,7 @@ class Survey:
             rules = {"rules": self.config}
             work = partial(_draft_shard, survey=self, sample_rules=sample_rules)
             drafts = (ShardTask(task.shard, task.inputs | rules) for task in tasks)
-            options = RunOptions(workers=min(workers, len(tasks)), assignment=_Drafts(), total=len(tasks))
+            options = RunOptions(workers=min(workers, len(tasks)), total=len(tasks), totals=False)
             shards = [task.shard for task in tasks]
             self._forget_repeated(shards)
             try:
@@ -134,9 +134,7 @@ class Survey:
         folder = join(self.root, self.folder)
         if exists(folder):
             remove(self.verdict_path)
-            remove_shards(folder, 0)
-        if os.path.isdir(folder):
-            os.rmdir(folder)
+            remove_parts(folder)
 
 
 @contextmanager
@@ -148,14 +146,6 @@ def _without_empty_folder(folder: str) -> Iterator[None]:
         if os.path.isdir(folder) and not os.listdir(folder):
             os.rmdir(folder)
         raise
-
-
-class _Drafts(ShardAssignment):
-    """All shards, of which no totals are written."""
-
-    @property
-    def is_complete(self) -> bool:
-        return False
 
 
 @lru_cache(1)

@@ -9,12 +9,12 @@ from pipeline.takedown.proof import IN_TAR, TakedownSearch, all_files
 from pipeline.takedown.staging import TakedownStaging
 from shards_spec.embeddings import EmbeddingFile
 from shards_spec.files import exists, join, open_read, read_bytes, write_bytes
-from shards_spec.layout import FILE_PATTERN, LOGS, REPAIRED, stats_path
+from shards_spec.layout import FILE_PATTERN, LOGS, REPAIRED, STAGES, stats_path
 from shards_spec.manifest import read_done
 from shards_spec.parquet import column_names, read_table
 
 INDEX = ".clipmill-search/"  # the folder of `clipmill search` below the images
-SURVEY = ".survey"  # of a `clipmill select` that was killed: it makes it again
+STAGE_FOLDERS = {stage.writes.split("/")[0] for stage in STAGES.values()}
 PAGE = b'<meta name="generator" content="clipmill'  # in the head of our pages
 HEAD_BYTES = 4096
 
@@ -28,7 +28,7 @@ def stage_other_files(root: str, search: TakedownSearch, staging: TakedownStagin
     folders = {folder for _, folder in stage_folders(root)}
     for path in all_files(root):
         folder, _, name = path.rpartition("/")
-        if f"/{SURVEY}/" in path or path.startswith(f"{REPAIRED}/"):  # what a repair moved away may hold anything
+        if _is_of_parts(path) or path.startswith(f"{REPAIRED}/"):  # what a repair moved away may hold anything
             staging.stage_removal(path)
         elif folder in folders:
             if _is_unfinished(root, folder, name) and any(search.search_file(path)):
@@ -41,6 +41,12 @@ def stage_other_files(root: str, search: TakedownSearch, staging: TakedownStagin
         elif path.startswith(f"{LOGS}/") and any(search.search_file(path)):
             _stage_log(root, path, search, staging)
     return pages
+
+
+def _is_of_parts(path: str) -> bool:
+    """Whether a file lies in a hidden folder of a stage that was killed, which makes it again."""
+    top, *folders = path.split("/")[:-1] or [""]
+    return top in STAGE_FOLDERS and any(folder.startswith(".") for folder in folders)
 
 
 def _is_unfinished(root: str, folder: str, name: str) -> bool:

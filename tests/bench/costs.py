@@ -242,7 +242,7 @@ def counting(work: Path, rounds: int, shards: int = 10, per_shard: int = 20_000)
     config = DedupConfig(root, workers=1, overwrite=True)
     for share in (1, 4, 16):
         fits = counts["success"] // share
-        seconds = min(own_seconds(lambda n=fits: dedup(config, n)) for _ in range(rounds))
+        seconds = min(own_seconds(lambda n=fits: dedup(config, images_in_memory=n)) for _ in range(rounds))
         what = "CPU ms" if share == 1 else f"CPU ms, with memory for one in {share}"
         tell("dedup", what, 1e3 * seconds / counts["success"], "a sample")
     seconds = min(own_seconds(lambda: vocab(VocabConfig(root, min_count=0))) for _ in range(rounds))

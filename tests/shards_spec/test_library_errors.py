@@ -174,7 +174,7 @@ def readers(tmp_path):
     from pipeline.dedup.raw_images import read_raw_images
     from pipeline.ingest.img2dataset import _keys
     from pipeline.ingest.retry import _attempts
-    from pipeline.labels.vocab_stage import _label_batches
+    from pipeline.labels.vocab_parts import count_labels
     from pipeline.pack.selection import read_captions
     from pipeline.report.columns import read_columns
     from shards_spec.embeddings import EmbeddingFile, read_meta
@@ -187,7 +187,7 @@ def readers(tmp_path):
     yield raw, partial(read_raw_images, root, False, 0)
     yield raw, partial(read_captions, str(raw), None, None)
     yield raw, lambda: list(_attempts(root, [0], 0))
-    yield tmp_path / "shards/00000.parquet", lambda: list(_label_batches(root, 0, "all"))
+    yield tmp_path / "shards/00000.parquet", partial(count_labels, root, 0, "all")
     yield raw, partial(EmbeddingFile, str(raw))
     yield raw, partial(read_meta, str(raw))
 

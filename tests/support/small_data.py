@@ -6,6 +6,7 @@ import random
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from shards_spec.files import join, json_bytes, read_json, sha256_file, write_json
 from shards_spec.layout import shard_name
-from shards_spec.manifest import SEAL, Done, stats_seal, write_stage
+from shards_spec.manifest import SEAL, Done, shard_ids, stats_seal, write_stage
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
 
@@ -243,6 +244,15 @@ def run_stage(
             cache(CacheConfig(root, model, name="tea", views=views))
         case _:
             raise ValueError(stage)
+
+
+def covered_by(root: str, source: str, vocabulary: Any) -> dict[str, int]:
+    """What a vocabulary covers of the final shards, whose captions of ``source`` are counted for it."""
+    from pipeline.labels.vocab_parts import count_labels
+    from pipeline.labels.vocab_stage import coverage
+
+    found = [count_labels(root, shard, source) for shard in shard_ids(f"{root}/shards")]
+    return coverage([own.table for own in found], sum(own.samples for own in found), vocabulary)
 
 
 def build_all(root: str, model: str, views: int, shard_size: int | None = None) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_data import tree, vouch, write_raw
 from small_duplicates import expected_drops, jpeg, make_image, opened, random_rows
+from small_parts import finish, kill_task, missing, run_task
 
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
@@ -175,7 +176,7 @@ def test_shards_of_img2dataset_are_read_from_their_images(root, world, tmp_path,
 def test_passes_over_buckets_find_the_same(root, world, images_in_memory):
     run(root)
     expected = tree(join(root, "dedup"))
-    dedup(DedupConfig(root, workers=1, overwrite=True), images_in_memory)
+    dedup(DedupConfig(root, workers=1, overwrite=True), images_in_memory=images_in_memory)
     assert tree(join(root, "dedup")) == expected
 
 
@@ -199,7 +200,7 @@ def test_lists_of_random_rows_follow_the_rule(tmp_path_factory, seed, count, sha
             "pipeline.dedup.verification._fingerprints", lambda *given: ((entry, entry) for entry in given[3].tolist())
         )
         patch.setattr("pipeline.dedup.verification.fingerprints_match", lambda *_: True)
-        dedup(DedupConfig(root, near_bits, workers=1), images_in_memory)
+        dedup(DedupConfig(root, near_bits, workers=1), images_in_memory=images_in_memory)
     limit = near_bits if near_bits >= 0 else None
     found, expected = listed(root), expected_drops(*rows, limit)
     assert {key: reason for key, (reason, _) in found.items()} == {
@@ -229,6 +230,40 @@ def test_a_rerun_makes_nothing_and_a_changed_raw_makes_it_again(root):
     assert len(list(Path(root, "dedup").iterdir())) == 8
     with pytest.raises(UserError, match="--near-bits: 3 before, 2 now"):
         run(root, near_bits=2)
+
+
+def test_tasks_of_an_array_one_of_which_is_killed_make_the_bytes_of_the_plain_command(root, tmp_path):
+    plain = shutil.copytree(root, tmp_path / "plain" / "ds").as_posix()
+    config = DedupConfig(root, workers=1)
+    assert missing("dedup", config) == [((0, 3),), ((3, 6),)]
+    assert run_task(dedup, config, range(3)).made == 3
+    kill_task(dedup, config, range(3, 6))
+    assert missing("dedup", config) == [((4, 5),), ((5, 6),)]
+    assert run_task(dedup, config, [5]).made == 1
+    assert finish(dedup, config, "dedup/.signatures")[1] == [4]
+    assert list(Path(root, "dedup").iterdir()) == [Path(root, "dedup/.signatures")]
+    run_task(dedup, config, [4])
+    outcome, left = finish(dedup, config, "dedup/.signatures")
+    assert left == []
+    assert outcome.counts == run(plain).counts
+    assert tree(root) == tree(plain)
+    assert missing("dedup", config) == [()]  # one job, which sees that the lists are as they should be
+    assert run_task(dedup, config, range(6)).made == 0
+    assert tree(root) == tree(plain)
+
+
+def test_a_part_counts_for_the_very_raw_shard_it_was_made_of(root, tmp_path):
+    shards = planted()[0]
+    run_task(dedup, DedupConfig(root, workers=1), range(SHARDS))
+    shards[2][0] = Item("http://h/other", jpeg(make_image("other")))
+    raw(root, shards)
+    assert run_task(dedup, DedupConfig(root, workers=1), range(SHARDS)).made == 1
+    assert run_task(dedup, DedupConfig(root, near_bits=-1, workers=1), range(SHARDS)).made == SHARDS  # no signatures
+    run(root)
+    plain = str(tmp_path / "plain" / "ds")
+    raw(plain, shards)
+    run(plain)
+    assert tree(root) == tree(plain)
 
 
 def test_it_runs_on_a_url(root):

@@ -13,11 +13,13 @@ import pytest
 from conftest import skip_or_fail
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small_data import write_raw
+from small_data import covered_by, tree, write_raw
+from small_parts import finish, kill_task, missing, run_task
 
 import clipmill
+from pipeline.core.runner import ShardsFailed
 from pipeline.labels.catlip_pickle import catlip_bytes, read_catlip
-from pipeline.labels.vocab_stage import VocabConfig, coverage, vocab
+from pipeline.labels.vocab_stage import VocabConfig, vocab
 from pipeline.labels.wordnet import load_wordnet
 from pipeline.pack.config import PackConfig
 from pipeline.pack.final_shard import SCHEMA
@@ -79,7 +81,7 @@ def test_counts_documents_and_coverage_are_those_of_a_plain_loop(tmp_path, sourc
     assert (made.header["captions"], made.header["occurrences"]) == (len(captions), counts.total())
     small = vocab(VocabConfig(root, min_count=0, source=source, top_k=2, name="small"))
     per_sample = [set(chain(*sample)) & set(small.index) for sample in samples]
-    assert coverage(root, list(range(4)), source, small) == {
+    assert covered_by(root, source, small) == {
         "samples": len(samples),
         "samples_with_label": sum(map(bool, per_sample)),
         "labels": sum(map(len, per_sample)),
@@ -97,6 +99,59 @@ def test_the_order_of_captions_and_shards_does_not_matter(tmp_path):  # fact 15
     again = vocab(VocabConfig(packed(str(tmp_path / "b"), [shuffled[::2], shuffled[1::2]]), min_count=1))
     assert again == first
     assert (tmp_path / "a/vocab/all.tsv").read_bytes() == (tmp_path / "b/vocab/all.tsv").read_bytes()
+
+
+def test_tasks_of_an_array_one_of_which_is_killed_make_the_bytes_of_the_plain_command(tmp_path):
+    shards = made_up(3, shards=5)
+    root, plain = (packed(str(tmp_path / name / "ds"), shards) for name in ("array", "plain"))
+    config = VocabConfig(root, min_count=1)
+    assert missing("vocab", config) == [((0, 2),), ((2, 5),)]
+    assert run_task(vocab, config, range(2)).made == 2
+    kill_task(vocab, config, range(2, 5))
+    assert missing("vocab", config) == [((3, 4),), ((4, 5),)]
+    assert run_task(vocab, config, [4]).made == 1
+    outcome, left = finish(vocab, config, "vocab/.all")
+    assert (outcome.made, left) == (0, [3])
+    assert not Path(root, "vocab/all.tsv").exists()
+    run_task(vocab, config, [3])
+    outcome, left = finish(vocab, config, "vocab/.all")
+    assert left == []
+    assert outcome == vocab(VocabConfig(plain, min_count=1))
+    assert tree(root) == tree(plain)
+    assert [path.name for path in Path(root, "vocab").iterdir()] == ["all.tsv"]
+
+
+def test_parts_that_a_killed_run_left_count_for_the_same_captions_of_the_same_shards_only(tmp_path):
+    shards = made_up(4)
+    root, plain = (packed(str(tmp_path / name / "ds"), shards) for name in ("killed", "plain"))
+    run_task(vocab, VocabConfig(root, min_count=0, source="all"), range(3))
+    Path(root, "shards/00001.parquet").write_bytes(Path(root, "shards/00002.parquet").read_bytes())
+    Path(plain, "shards/00001.parquet").write_bytes(Path(root, "shards/00002.parquet").read_bytes())
+    for source in ("all", "original"):
+        found, expected = (vocab(VocabConfig(one, min_count=0, source=source)) for one in (root, plain))
+        assert found == expected
+    assert tree(root) == tree(plain)
+
+
+@pytest.mark.slow
+def test_worker_processes_count_the_same(tmp_path):
+    shards = made_up(5, shards=32)
+    root, plain = (packed(str(tmp_path / name / "ds"), shards) for name in ("workers", "plain"))
+    vocab(VocabConfig(root, min_count=0, workers=2))
+    vocab(VocabConfig(plain, min_count=0, workers=1))
+    assert tree(root) == tree(plain)
+
+
+def test_a_broken_shard_is_named_and_the_others_are_not_counted_again(tmp_path):
+    root = packed(str(tmp_path / "ds"), made_up(6))
+    good = Path(root, "shards/00002.parquet").read_bytes()
+    Path(root, "shards/00002.parquet").write_bytes(good[:50])
+    said = r"(?s)vocab/all: 1 of 4 shards failed\n  00002: .*00002\.parquet: not a readable Parquet"
+    with pytest.raises(ShardsFailed, match=said):
+        vocab(VocabConfig(root, min_count=0))
+    Path(root, "shards/00002.parquet").write_bytes(good)
+    assert missing("vocab", VocabConfig(root)) == [((2, 3),)]
+    assert len(vocab(VocabConfig(root, min_count=0))) == 4
 
 
 def test_threshold_top_k_and_ties(tmp_path):
@@ -182,7 +237,7 @@ def test_catlips_file_round_trip(tmp_path):
     written = pickle.loads((tmp_path / "out.pkl").read_bytes())
     assert list(written.items()) == list(CATLIP.items())[:3]
     assert read_vocabulary(join(root, "vocab/all.tsv")) == made
-    assert coverage(root, [0], "all", made)["labels"] == 1
+    assert covered_by(root, "all", made)["labels"] == 1
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_data import build_all, draw, run_stage, tiny_coca, tree
+from small_data import build_all, covered_by, draw, run_stage, tiny_coca, tree
 
 from pipeline.cache.export_lists import export_lists
 from pipeline.check.config import CheckConfig
@@ -13,7 +13,6 @@ from pipeline.dedup.config import DedupConfig
 from pipeline.dedup.stage import dedup
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.stage import ingest
-from pipeline.labels.vocab_stage import coverage
 from pipeline.select.config import SelectConfig
 from pipeline.select.stage import select
 from pipeline.takedown import staging as staging_module
@@ -121,7 +120,7 @@ def test_all_is_gone_and_the_rest_is_as_it_was(made, root):
     assert samples(root) == {key: members for key, members in before.items() if key not in GONE}
     assert vectors(root) == {key: rows for key, rows in embedded.items() if key not in GONE}
     assert pairs(root) == {key: None if pair in GONE else pair for key, pair in named.items() if key not in GONE}
-    covered = coverage(str(root), shard_ids(f"{root}/shards"), "original", read_vocabulary(f"{root}/vocab/all.tsv"))
+    covered = covered_by(str(root), "original", read_vocabulary(f"{root}/vocab/all.tsv"))
     assert read_json(f"{root}/dataset.json")["stages"]["vocab/all"]["coverage"] == covered
     rows = {r["key"]: r for n in (0, 1) for r in read_table(f"{root}/raw/0000{n}.parquet").to_pylist()}
     for key in GONE:

@@ -1,0 +1,123 @@
+#!/usr/bin/env python3
+"""Stages that sum up parts, as an array of two tasks on a real Slurm of two nodes on this host: makespan and ideal.
+
+    python tests/bench/arrays.py [--shards 1000] [--per-shard 40] [--rounds 3] [--only vocab dedup]
+
+The dataset is of drawn images, by the real stages. A line per stage and round, in seconds:
+
+    parts, sum    CPU of both in one process here, after imports
+    ideal         parts / 2 + sum
+    start         clock of the same submission's jobs on a dataset of two shards: processes, imports, hardly any work
+    makespan      clock of the jobs from the start of the first task to the end of the last job, less ``start`` and less
+                  the time in which no job ran, which is Slurm's own
+"""
+
+import argparse
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from small_data import write_raw
+from small_slurm import submit
+
+from pipeline.core.runner import ALL, ShardAssignment
+from pipeline.dedup.config import DedupConfig
+from pipeline.dedup.stage import dedup
+from pipeline.labels.vocab_stage import VocabConfig, vocab
+from pipeline.pack.config import PackConfig
+from pipeline.pack.stage import pack
+
+TASKS = 2
+SAID = re.compile(r"^submitit INFO \((\S+ \S+)\) - (Starting|Exiting|Job completed)", re.M)
+STAGES: dict[str, tuple[Callable[..., Any], Callable[[str], Any], tuple[str, ...]]] = {
+    "vocab": (vocab, lambda root: VocabConfig(root, min_count=0, workers=1), ("--min-count", "0", "--workers", "1")),
+    "dedup": (dedup, lambda root: DedupConfig(root, workers=1), ("--workers", "1")),
+}
+
+
+class PartsOnly(ShardAssignment):
+    """All shards, and no sum."""
+
+    @property
+    def is_complete(self) -> bool:
+        return False
+
+
+def made(folder: Path, shards: int, per_shard: int) -> str:
+    """A packed dataset."""
+    root = str(folder / f"{shards}" / "ds")
+    write_raw(root, shards=shards, per_shard=per_shard)
+    pack(PackConfig(root, ("none",), workers=TASKS))
+    return root
+
+
+def cpu_seconds(work: Callable[[], Any]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def spans(root: str, jobs: list[str]) -> list[tuple[float, float]]:
+    """The clock at which the tasks of each job began and at which the last one of them had ended."""
+    found = []
+    for job in jobs:
+        logs = [path.read_text() for path in Path(root, "logs", "jobs").glob(f"*/{job}_*log.out")]
+        times = [datetime.strptime(said, "%Y-%m-%d %H:%M:%S,%f").timestamp() for said, _ in SAID.findall("".join(logs))]
+        found.append((min(times), max(times)))
+    return found
+
+
+def seconds_on_slurm(cluster: Any, root: str, stage: str, words: tuple[str, ...]) -> float:
+    """The clock that the jobs of a submission took, without pauses between them."""
+    [(arrays, last)] = submit(cluster, stage, root, *words, "--array", str(TASKS), "--time", "60")
+    states = cluster.ended(last, 1800)
+    assert set(states.values()) == {"COMPLETED"}, states
+    return sum(end - start for start, end in spans(root, [*arrays, last]))
+
+
+def measure(cluster: Any, stage: str, root: str, tiny: str) -> None:
+    """A line for one stage."""
+    function, config, words = STAGES[stage]
+    output = Path(root, stage)
+    shutil.rmtree(output, ignore_errors=True)
+    parts = cpu_seconds(lambda: function(config(root), PartsOnly()))
+    both = cpu_seconds(lambda: function(config(root), ALL))
+    shutil.rmtree(output)
+    shutil.rmtree(Path(tiny, stage), ignore_errors=True)
+    start = seconds_on_slurm(cluster, tiny, stage, words)
+    makespan = seconds_on_slurm(cluster, root, stage, words) - start
+    ideal = parts / TASKS + both
+    print(
+        f"{stage}: parts {parts:.2f}, sum {both:.2f}, ideal {ideal:.2f}, start {start:.2f}, makespan {makespan:.2f}, "
+        f"{makespan / ideal:.3f} of ideal",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=int, default=1000)
+    parser.add_argument("--per-shard", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
+    options = parser.parse_args()
+    from slurm_cluster import cluster
+
+    with tempfile.TemporaryDirectory(prefix="clipmill-arrays-") as work, cluster() as here:
+        root, tiny = (made(Path(work), shards, options.per_shard) for shards in (options.shards, TASKS))
+        for _ in range(options.rounds):
+            for stage in options.only:
+                measure(here, stage, root, tiny)
+
+
+if __name__ == "__main__":
+    main()
