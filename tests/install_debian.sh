@@ -6,6 +6,10 @@ missing=()
 for package in "$@"; do
   case $package in
     wordnet-base) [ -f /usr/share/wordnet/index.noun ] || missing+=("$package") ;;
+    openclipart-png | openclipart-svg) [ -d "/usr/share/openclipart/${package#*-}" ] || missing+=("$package") ;;
+    tuxpaint-stamps-default) [ -d /usr/share/tuxpaint/stamps ] || missing+=("$package") ;;
+    mate-backgrounds) [ -d /usr/share/backgrounds/mate ] || missing+=("$package") ;;
+    ukui-wallpapers) [ -f /usr/share/backgrounds/calla.png ] || missing+=("$package") ;;
     slurm-client) command -v sbatch >/dev/null || missing+=("$package") ;;
     *) command -v "$package" >/dev/null || [ -x "/usr/sbin/$package" ] || missing+=("$package") ;;
   esac
