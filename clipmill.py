@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import importlib
 import io
 import logging
 import os
@@ -435,14 +434,10 @@ def _train(words: list[str]) -> int:
         from shards_spec.suggest import did_you_mean
 
         return _fail(2, f"no recipe {recipe!r}; {did_you_mean(recipe, RECIPES)}")
-    from pipeline.core.command_line import TrialOptions, parse_several
+    from pipeline.core.command_line import parse_several
+    from training.configs import command_line_parts
 
-    module = importlib.import_module(f"training.recipes.{recipe}")
-    from training.config import smoke
-
-    default = smoke(module.config()) if "--smoke" in words else module.config()
-    parts = {recipe: (type(default), default), "trial": (TrialOptions, None)}
-    config, trial = parse_several(f"train {recipe}", parts, words[1:])
+    config, trial = parse_several(f"train {recipe}", command_line_parts(recipe, words[1:]), words[1:])
     from training.trainer import predict, train
 
     if trial.predict_memory:

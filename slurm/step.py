@@ -1,12 +1,11 @@
 """A command to submit, and how its words are parsed: the flags of the command itself, and those of `Options`."""
 
-import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.core.command_line import EXAMPLES, HELP, Root, TrialOptions, parse_known, parse_several
+from pipeline.core.command_line import EXAMPLES, HELP, Root, parse_known, parse_several
 from shards_spec.files import UserError
 from shards_spec.layout import STAGE_COMMANDS, STAGES
 from shards_spec.suggest import did_you_mean
@@ -45,7 +44,7 @@ class TrainOptions(Options):
 
 @dataclass(frozen=True)
 class Step:
-    """A command to submit; ``function`` and ``config`` of a stage, ``words`` of a training."""
+    """A command to submit; ``config`` has its options, ``function`` is a stage's, ``words`` are a training's."""
 
     command: str
     options: Options
@@ -56,7 +55,8 @@ class Step:
     @property
     def root(self) -> str:
         """The dataset, or the run's folder."""
-        return self.config.root if self.config is not None else find_option(self.words, "--out") or ""
+        root: str = self.config.run.out if self.command == "train" else self.config.root
+        return root
 
 
 def parse_steps(words: list[str]) -> list[Step]:
@@ -80,7 +80,12 @@ def stage_step(command: str, words: list[str], default: Options) -> Step:
 
 
 def _train_step(words: list[str], default: Options) -> Step:
-    """The recipe's own flags go to the job unparsed: checking them takes torch, which takes longer than all else."""
+    """A recipe's own flags and those of submit, whose defaults are ``default``'s. Raises UserError.
+
+    The flags are checked as `clipmill train` checks them before it imports torch; what takes the models and the data
+    to know is found by the job.
+    """
+    from training.configs import command_line_parts
     from training.recipes import RECIPES
 
     recipe, flags = (words[0], words[1:]) if words else ("", [])
@@ -88,37 +93,28 @@ def _train_step(words: list[str], default: Options) -> Step:
         parse_known("submit train", TrainOptions, TrainOptions(), ["--help"], f"Recipes: {', '.join(RECIPES)}.")
     if recipe and recipe not in RECIPES:
         raise UserError(f"no recipe {recipe!r}; {did_you_mean(recipe, RECIPES)}")
-    if any(flag in HELP for flag in flags):
-        _print_help_of_recipe(recipe)
-    options, rest = parse_known("submit train RECIPE", Options, default, flags)
-    if not recipe or not find_option(rest, "--out"):
+    if not recipe or ({*HELP}.isdisjoint(flags) and not find_option(flags, "--out")):
         raise UserError("submit train RECIPE --out RUN: name the recipe and the run's folder, the job's files go there")
-    return Step("train", options, words=(recipe, *rest))
+    parts = {**command_line_parts(recipe, flags), "submit": (Options, default)}
+    config, _, options = parse_several(f"submit train {recipe}", parts, flags)
+    _, own = parse_known(f"submit train {recipe}", Options, default, flags)
+    return Step("train", options, config=config, words=(recipe, *own))
 
 
 def by_stage(step: Step) -> list[Step]:
-    """A training of several stages as a step for each, to start after the one before; any other step as it is.
+    """A TinyCLIP training of several stages as a step for each, to start after the one before; others as they are."""
+    from training.configs.tinyclip import TinyclipConfig
 
-    Raises UserError when the stages are none.
-    """
-    from training.recipes import STAGED
-    from training.recipes.tinyclip_stages import StageConfig
-
-    words = step.words
-    if step.command != "train" or words[0] not in STAGED or find_option(words, "--stage"):
+    if not isinstance(step.config, TinyclipConfig):
         return [step]
-    shares, models = (find_option(words, name) or "" for name in ("--stages", "--stage-models"))
-    number = StageConfig(shares, models).number
-    if number < 2:
+    chain = step.config.stages
+    if chain.stage is not None or chain.number < 2:
         return [step]
-    return [replace(step, words=(*words, "--stage", str(stage))) for stage in range(1, number + 1)]
-
-
-def _print_help_of_recipe(recipe: str) -> None:
-    """Print the recipe's options and submit's own. Raises SystemExit, as all help does."""
-    config = importlib.import_module(f"training.recipes.{recipe}").config()
-    parts = {recipe: (type(config), config), "trial": (TrialOptions, None), "submit": (Options, None)}
-    parse_several(f"submit train {recipe}", parts, ["--help"])
+    steps = list[Step]()
+    for stage in range(1, chain.number + 1):
+        config = replace(step.config, stages=replace(chain, stage=stage))
+        steps.append(replace(step, config=config, words=(*step.words, "--stage", str(stage))))
+    return steps
 
 
 def _pipeline_steps(words: list[str]) -> list[Step]:

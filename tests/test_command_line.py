@@ -121,7 +121,10 @@ def images(tmp_path) -> str:
         (["submit", "pakc", "x"], "cannot submit 'pakc'; did you mean pack?"),
         (["submit", "pack", "x", "--arry", "3"], "submit pack: no option --arry; did you mean --array?"),
         (["submit", "train", "clpi", "--out", "x"], "no recipe 'clpi'; did you mean clip?"),
-        (["submit", "train", "clip", "--out", "x", "--array", "y"], "--array: invalid literal for int()"),
+        (
+            ["submit", "train", "clip", "--data", "x", "--out", "x", "--array", "y"],
+            "--array: invalid literal for int()",
+        ),
     ],
 )
 def test_a_mistake_is_one_short_line_that_says_what_was_meant(here, words, said):

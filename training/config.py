@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import OmitArgPrefixes
@@ -252,6 +253,23 @@ class SoftLabelConfig:
 
 
 @dataclass(frozen=True)
+class MixConfig:
+    """What is done to images on the device."""
+
+    mixup: float = 0.0
+    """mixup: alpha of the Beta distribution of an image's share; 0 leaves it out"""
+    cutmix: float = 0.0
+    """CutMix: alpha of the Beta distribution of an image's share; 0 leaves it out; beside mixup, half the steps each"""
+    erasing: float = 0.0
+    """probability that a box of an image is replaced by noise"""
+
+    def __post_init__(self) -> None:
+        for name in ("mixup", "cutmix"):
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
+        require(0 <= self.erasing <= 1, "erasing", self.erasing, "in [0, 1]")
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """AdamW, its learning rate by the step, and an average of the weights."""
 
@@ -355,6 +373,21 @@ class RunConfig:
         require(self.epochs < math.inf, "epochs", self.epochs, "a number; --steps counts steps instead")
         require(self.fit is None or self.fit > 0, "fit", self.fit, "above 0, or None")
         require(abs(self.seed) < MOST_SEED, "seed", self.seed, "a whole number of less than 63 bits")
+
+
+@dataclass(frozen=True)
+class TrialOptions:
+    """What a recipe can do besides training."""
+
+    smoke: bool = False
+    """train four small steps of eight pairs, to see that all fits together"""
+    predict_memory: bool = False
+    """only say what memory a step takes"""
+
+
+def is_run(path: str) -> bool:
+    """Return whether a path is a RUN folder of `clipmill train`."""
+    return bool(path) and Path(path, "config.json").is_file()
 
 
 def check_stage(stage: int | None, count: int, options: str) -> None:

@@ -1,6 +1,6 @@
 """The contract between a recipe and the trainer.
 
-A recipe is a module of ``training.recipes`` with two functions:
+A recipe is two modules of one name, in ``training.configs`` and in ``training.recipes``:
 
     config() -> Config             the paper's numbers, a frozen dataclass that has the fields of `RecipeConfig`
     prepare(config) -> Prepared    the student, the rows it is trained on, and the task, all on the CPU

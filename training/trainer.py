@@ -23,6 +23,7 @@ from shards_spec.messages import counted
 from shards_spec.models import pick_device
 from shards_spec.precision import resolve_precision
 from training.config import flat, total_steps
+from training.configs import default_config
 from training.data.batches import TrainingRows, lay_out_images, load_batches
 from training.engine.batch_fit import fitted, out_of_memory, profiles
 from training.engine.checkpointing import Checkpointing, Progress
@@ -67,7 +68,7 @@ def stages_of(recipe: str, config: RecipeConfig) -> list[RecipeConfig]:
     """Return the configs of the runs that a config stands for, in their order. Raises UserError."""
     if recipe not in STAGED:
         return [config]
-    stages: list[RecipeConfig] = import_module(f"training.recipes.{recipe}").stages(config)
+    stages: list[RecipeConfig] = import_module(f"training.configs.{recipe}").stages(config)
     return stages
 
 
@@ -91,7 +92,7 @@ def _train_run(recipe: str, config: RecipeConfig, ranks: Ranks, device: str) -> 
                     predicted = fitted(config.run, profiles(config, rows, prepared.task, device), ranks.size, device)
             if ranks.is_main:
                 steps_of = partial(_steps, config, rows)
-                defaults = flat(import_module(f"training.recipes.{recipe}").config())
+                defaults = flat(default_config(recipe))
                 resumed_from = run.start(
                     recipe, flat(config), config.run.resume, device, steps=steps_of, defaults=defaults
                 )

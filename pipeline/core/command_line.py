@@ -159,16 +159,6 @@ REQUIRED = ("data",)  # options that every recipe needs; their default is empty,
 
 
 @dataclasses.dataclass(frozen=True)
-class TrialOptions:
-    """What a recipe can do besides training."""
-
-    smoke: bool = False
-    """train four small steps of eight pairs, to see that all fits together"""
-    predict_memory: bool = False
-    """only say what memory a step takes"""
-
-
-@dataclasses.dataclass(frozen=True)
 class _Option:
     """An option: a field of the config, the group of the help that it is in, and what tyro needs to know."""
 

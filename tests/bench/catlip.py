@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shards_spec.models import TIMM, LoadedModel
 from training.config import OptimConfig
+from training.configs.catlip import CatlipConfig
 from training.engine.optim import build_optimizer
 from training.losses.multilabel import pad_labels, sigmoid_loss
 from training.models.classifier import new_classifier
@@ -49,7 +50,7 @@ def clip_task(options: argparse.Namespace) -> Any:
 def catlip_task(options: argparse.Namespace) -> Any:
     """CatLIP's, with as many classes as it published."""
     student: LoadedModel = new_classifier(f"{TIMM}{options.model}", options.classes)
-    config = catlip.CatlipConfig(range_augment=options.augment)
+    config = CatlipConfig(range_augment=options.augment)
     return catlip.CatlipTask(config, student, 1000).to(options.device).train()
 
 

@@ -27,13 +27,14 @@ from torch import Tensor, nn
 
 from shards_spec.models import LoadedModel, load_model
 from training.config import DataConfig, EnsembleConfig, ModelConfig, OptimConfig, TeacherCacheConfig, ViewConfig
+from training.configs.clip_kd import ClipKdConfig
 from training.data.batches import load_batches
 from training.data.order import batch_positions
 from training.data.samples import open_samples
 from training.engine.optim import build_optimizer
 from training.models.teacher import FrozenTeacher, TeacherEnsemble
 from training.recipes import clip, tinyclip
-from training.recipes.clip_kd import ClipKd, ClipKdConfig
+from training.recipes.clip_kd import ClipKd
 from training.runs.student import new_student
 
 

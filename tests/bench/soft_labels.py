@@ -34,14 +34,22 @@ from shards_spec.files import exists
 from shards_spec.soft_labels import format_of
 from shards_spec.timm_classifiers import load_timm_classifier
 from shards_spec.views import ViewSpec
-from training.config import LabelledImageConfig, ModelConfig, OptimConfig, RunConfig, SoftLabelConfig, ViewConfig
+from training.config import (
+    LabelledImageConfig,
+    MixConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SoftLabelConfig,
+    ViewConfig,
+)
+from training.configs.minivit import DistillationConfig, MinivitConfig
 from training.data.batches import first_batch
 from training.export import to_timm
 from training.export.config import ExportConfig
 from training.losses.relations import soft_ce
 from training.losses.soft_labels import target_cross_entropy
 from training.models.classifier import new_classifier
-from training.models.mixing import MixConfig
 from training.models.soft_targets import soft_targets
 from training.recipes import minivit
 from training.runs.student import load_run
@@ -96,9 +104,9 @@ def make_images(folder: Path, grounds: tuple[str, ...], per_class: dict[str, int
     return str(folder)
 
 
-def recipe(data: str, model: str, **parts: object) -> minivit.MinivitConfig:
+def recipe(data: str, model: str, **parts: object) -> MinivitConfig:
     """A run without mixing, of true labels unless ``parts`` say something else."""
-    alone = minivit.DistillationConfig(teacher="none", label_weight=1.0, attention_weight=0.0, hidden_weight=0.0)
+    alone = DistillationConfig(teacher="none", label_weight=1.0, attention_weight=0.0, hidden_weight=0.0)
     given = {
         "data": LabelledImageConfig(data, batch_size=64, workers=0),
         "views": VIEWS,
@@ -108,11 +116,11 @@ def recipe(data: str, model: str, **parts: object) -> minivit.MinivitConfig:
         "optim": OptimConfig(lr=3e-3, weight_decay=0.05, beta2=0.999, warmup=20, clip_norm=5.0),
         "run": RunConfig(device="cpu", precision="fp32"),
     }
-    return minivit.MinivitConfig(**{**given, **parts})
+    return MinivitConfig(**{**given, **parts})
 
 
-def labels_alone(**fields: object) -> minivit.DistillationConfig:
-    return minivit.DistillationConfig(attention_weight=0.0, hidden_weight=0.0, **fields)
+def labels_alone(**fields: object) -> DistillationConfig:
+    return DistillationConfig(attention_weight=0.0, hidden_weight=0.0, **fields)
 
 
 def store(data: str, teacher: str, kept: int | str, views: int) -> str:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from training.configs import default_config
 from training.losses.relations import Pair, split_heads, token_relation_loss
 from training.models.tinymim import set_drop_path, set_heads
 from training.models.vit_teacher import VitTeacher, load_vit_teacher
@@ -66,7 +67,7 @@ def projections(model: Any, block: int, images: Tensor) -> list[Tensor]:
 
 def build_cases(options: argparse.Namespace) -> tuple[list[Case], tinymim.TinymimTask]:
     """Return the three ways, whose student is the same module, and the recipe's task."""
-    config = replace(tinymim.config(), teacher=options.teacher, teacher_weights="random", drop_path=0.0)
+    config = replace(default_config("tinymim"), teacher=options.teacher, teacher_weights="random", drop_path=0.0)
     teacher: VitTeacher = load_vit_teacher(options.teacher, "random", 0)
     student, tower = tinymim.load_tinymim_student(replace(config.student, model=options.student), 0)
     blocks = tinymim.find_blocks(config, tower, teacher)

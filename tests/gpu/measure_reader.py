@@ -24,6 +24,7 @@ from PIL import Image
 from reader import write_dataset
 
 from training.config import ModelConfig, TeacherCacheConfig
+from training.configs import default_config
 from training.data.batches import load_batches
 from training.engine.distributed import Ranks
 from training.engine.updater import Updater
@@ -71,7 +72,7 @@ class Training:
 
     def __init__(self, root: str, where: Options) -> None:
         self.where = where
-        config = tinyclip.config()
+        config = default_config("tinyclip")
         config = replace(
             config,
             data=replace(config.data, data=root, batch_size=8 if where.dry else 1024),

@@ -27,6 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.plan.costs import FLOP
 from shards_spec.models import LoadedModel
 from training.config import EnsembleConfig, ModelConfig, RunConfig
+from training.configs import default_config
+from training.configs.tinyclip import TinyclipConfig
 from training.data.batches import load_batches
 from training.data.order import BatchPlan, Order
 from training.engine.batch_fit import fitted, profiles
@@ -105,9 +107,9 @@ class Size:
     batch_size: int
 
 
-def pairs_job(name: str, recipe: Any, size: Size, build: Callable[[Any, LoadedModel], Any], width: int = 0) -> Job:
+def pairs_job(name: str, recipe: str, size: Size, build: Callable[[Any, LoadedModel], Any], width: int = 0) -> Job:
     """A recipe's job with its own numbers but for the student and the batch."""
-    config = recipe.config()
+    config = default_config(recipe)
     config = replace(
         config,
         data=replace(config.data, batch_size=size.batch_size),
@@ -129,7 +131,7 @@ def siclip_job(where: Options) -> Job:
     def build(config: Any, student: LoadedModel) -> Any:
         return siclip.build_task(replace(config, base=base, base_weights="random"), student, None)
 
-    job = pairs_job("SiCLIP-S0", siclip, size, build)
+    job = pairs_job("SiCLIP-S0", "siclip", size, build)
     job.operations = siclip_operations(job)
     run = job.with_run(fit=CARD / 1e9)
     task = job.task.to(where.device).train()
@@ -165,19 +167,19 @@ def count(work: Callable[[], object]) -> float:
 def affinity_job(where: Options) -> Job:
     """Affinity mimicking from a cache."""
 
-    def build(config: tinyclip.TinyclipConfig, student: LoadedModel) -> Any:
+    def build(config: TinyclipConfig, student: LoadedModel) -> Any:
         teacher = TeacherEnsemble([FrozenTeacher("drawn", width=TEACHER, logit_scale=50.0)], EnsembleConfig())
         clip_kd = ClipKd(config.clip_kd, student.config["embed_dim"], teacher, compares=False)
         return tinyclip.TinyclipTask(student.model, {"affinity": 1.0}, config.fixed_logit_scale, clip_kd)
 
     size = Size("MobileCLIP-tiny", 8) if where.dry else Size("ViT-M-32", 1024)
-    return pairs_job("ViT-M-32", tinyclip, size, build, TEACHER)
+    return pairs_job("ViT-M-32", "tinyclip", size, build, TEACHER)
 
 
 def clip_job(name: str, where: Options) -> Job:
     """The contrastive loss alone, everything trained."""
     size = Size("MobileCLIP-tiny", 8) if where.dry else Size(name, 256 if name == "MobileCLIP-S0" else 512)
-    return pairs_job(name, clip, size, lambda config, student: clip.ClipTask(student.model))
+    return pairs_job(name, "clip", size, lambda config, student: clip.ClipTask(student.model))
 
 
 def prepare_step(job: Job, where: Options, run: RunConfig) -> tuple[Updater, Callable[[], None]]:

@@ -70,20 +70,21 @@ def test_submit_has_the_flags_of_the_command_and_no_name_twice(stage):
     ],
 )
 def test_stages_of_a_training_are_a_chain(words, stages):
-    (step,) = parse_steps(["train", "tinyclip", "--out", "R", *words])
+    (step,) = parse_steps(["train", "tinyclip", "--data", "D", "--out", "R", *words])
     own = [(*step.words, "--stage", str(stage)) for stage in stages] or [step.words]
     assert [one.words for one in by_stage(step)] == own
-    (plain,) = parse_steps(["train", "clip", "--out", "R"])
+    (plain,) = parse_steps(["train", "clip", "--data", "D", "--out", "R"])
     assert by_stage(plain) == [plain]
 
 
 def test_each_stage_waits_for_the_one_before(tmp_path):
-    out = ("--out", str(tmp_path / "R"), "--nodes", "2", "--after", "7")
+    out = ("--data", "D", "--out", str(tmp_path / "R"), "--nodes", "2", "--after", "7")
     done = command("submit", "train", "tinyclip", *out, "--stage-models", "A,B", "--inherit", "manual", "--dry-run")
     assert re.findall(r"--dependency=(\S+)", done.stdout)[0] == "afterok:7"
     assert len(re.findall(r"--dependency=(\S+)", done.stdout)) == 2
     assert done.stdout.count("#SBATCH --nodes=2\n") == 2
-    wrong = command("submit", "train", "tinyclip", *out, "--stages", "0.5,0.75", "--dry-run", code=2)
+    shares = ("--inherit", "auto", "--stages", "0.5,0.75")
+    wrong = command("submit", "train", "tinyclip", *out, *shares, "--dry-run", code=2)
     assert "--stages '0.5,0.75': must be shares of the parameters" in wrong.stderr
 
 
@@ -120,7 +121,9 @@ def test_dry_run_prints_scripts_and_writes_nothing(raw, tmp_path):
     many = ("submit", "pack", raw, "--captioner", "none", "--array", "3000", "--after", "7", "--dry-run")
     assert re.findall(r"an array of (\d+)", command(*many).stdout) == ["1001", "1001", "998"]
     assert re.findall(r"an array of (\d+)", command(*many, "--parallel", "5").stdout) == ["1001"]
-    train = command("submit", "train", "clip", "--out", "R", "--nodes", "2", "--gpus-per-node", "4", "--dry-run")
+    train = command(
+        "submit", "train", "clip", "--data", "D", "--out", "R", "--nodes", "2", "--gpus-per-node", "4", "--dry-run"
+    )
     for line in ("--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4"):
         assert f"#SBATCH {line}\n" in train.stdout
     stage = command("submit", "caption", raw, "--model", "m", "--array", "4", "--gpus-per-node", "1", "--dry-run")
@@ -145,7 +148,7 @@ def test_dry_run_prints_scripts_and_writes_nothing(raw, tmp_path):
         (["submit", "pack", "s3://b/x", "--dry-run"], 'jobs = "FOLDER" in the site file'),
         (["submit", "pack", "X", "--partition", "a\nb", "--dry-run"], "--partition 'a"),
         (["submit", "pack", "/x/100%j", "--dry-run"], "would misread '%'"),
-        (["submit", "train", "clip", "--out", "a\\\\b", "--dry-run"], "would misread"),
+        (["submit", "train", "clip", "--data", "D", "--out", "a\\\\b", "--dry-run"], "would misread"),
         (["submit", "caption", "/x/%A", "--cluster", "local"], "would misread '%'"),
         (["jobs", "/tmp"], "nothing was submitted for /tmp"),
         (["jobs", "/tmp", "--logs", "-1"], "--logs -1: must be 0 or more"),
@@ -213,7 +216,7 @@ def test_submitting_imports_no_torch_and_pickles_are_small(raw):
         "try: clipmill.main()\nexcept SystemExit: pass\n"
         "print('heavy:', {'torch', 'timm', 'open_clip', 'pandas'} & set(sys.modules))"
     )
-    for words in (["caption", raw], ["train", "clip", "--out", "R"], ["cache", raw, "--after", "3"]):
+    for words in (["caption", raw], ["train", "tinyclip", "--data", "D", "--out", "R"], ["cache", raw, "--after", "3"]):
         start = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-c", code, "submit", *words, "--dry-run"], env=NOWHERE, capture_output=True, text=True

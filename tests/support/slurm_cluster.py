@@ -47,7 +47,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
-MaxArraySize=100
+MaxArraySize={max_array}
 MinJobAge=3600
 FirstJobId={first_job}
 KillWait=3
@@ -70,9 +70,10 @@ class NoClusterError(Exception):
 class Cluster:
     """``run`` asks it something; ``node_pids`` are the processes of a node."""
 
-    def __init__(self, folder: Path, nodes: int = 2) -> None:
+    def __init__(self, folder: Path, nodes: int = 2, max_array: int = 100) -> None:
         self.folder, self.nodes = folder, [f"127.0.0.{11 + node}" for node in range(nodes)]
         self.conf = folder / "slurm.conf"
+        self.max_array = max_array
         self.own = {"SLURM_CONF": str(self.conf), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
         self.environment = {**os.environ, **self.own}
 
@@ -101,6 +102,7 @@ class Cluster:
                 last=10 + count,
                 first_port=port + 1,
                 last_port=port + count,
+                max_array=self.max_array,
                 first_job=port * 613 % 9000 + 1,
             )
         )
@@ -260,11 +262,11 @@ slurm_cluster.Cluster(pathlib.Path(sys.argv[2]), int(sys.argv[3])).stop()
 
 
 @contextlib.contextmanager
-def cluster(nodes: int = 2) -> Iterator[Cluster]:
-    """A running cluster in a short temporary folder (a unix socket's path must fit 107 characters)."""
+def cluster(nodes: int = 2, max_array: int = 100) -> Iterator[Cluster]:
+    """A running cluster in a short temporary folder: a unix socket's path must fit 107 characters."""
     folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))
     folder.chmod(0o755)
-    here = Cluster(folder, nodes)
+    here = Cluster(folder, nodes, max_array)
     try:
         here.start()
         # A process of its own, which stops the cluster when this one is killed.

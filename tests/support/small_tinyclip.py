@@ -11,7 +11,7 @@ from small_training import TINY_RESNET, TINY_VIT, tiny_clip, tiny_config, write_
 
 from shards_spec.manifest import write_stage
 from training.config import ModelConfig
-from training.recipes.tinyclip import STUDENT, TinyclipConfig
+from training.configs.tinyclip import STUDENT, TinyclipConfig
 from training.runs.student import new_student
 
 TEACHER = {"layers": 3, "width": 64}  # heads of width 16 in both towers

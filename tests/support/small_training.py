@@ -1,7 +1,6 @@
 """Small packed datasets with a planted teacher, and tiny students, for the tests of training/."""
 
 import dataclasses
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -20,6 +19,7 @@ from shards_spec.tar import write_shard
 from shards_spec.views import ViewSpec
 from shards_spec.vocab import Vocabulary
 from training.config import smoke
+from training.configs import default_config
 from training.runs.checkpoint_files import load_checkpoint
 from training.runs.run_folder import RunFolder
 
@@ -197,12 +197,11 @@ def write_every_root(root: Path, broken: tuple[str, ...] = ()) -> str:
 
 def tiny_config(recipe, root, out, **fields):
     """A recipe's smoke config on the tiny data; ``fields`` go to whichever part has them."""
-    module = importlib.import_module(f"training.recipes.{recipe}")
     model = f"local-dir:{root}/models/{recipe if recipe in ('coca', 'siclip') else 'clip'}"
     if recipe == "siclip":
         fields = {"base": f"local-dir:{root}/models/base", "base_weights": "random", **fields}
     wanted = {"data": root, "out": out, "model": model, "batch_size": 4, "steps": 12, "lr": 1e-3, **fields}
-    config = smoke(module.config())
+    config = smoke(default_config(recipe))
     for part in dataclasses.fields(config):
         piece = getattr(config, part.name)
         if dataclasses.is_dataclass(piece):

@@ -6,9 +6,10 @@ from types import ModuleType
 import torch
 from torch import nn
 
+from training.configs import clip
 from training.engine.optim import ParamGroup, decays
 from training.losses.contrastive import clip_loss
-from training.recipes import RECIPES, clip
+from training.recipes import RECIPES
 from training.recipes.pairs import open_pairs
 from training.task import Prepared, Task
 
@@ -83,13 +84,14 @@ def prepare(config):
 
 def register():
     """Make the recipe known."""
-    module = ModuleType(f"training.recipes.{NAME}")
-    module.config, module.prepare = clip.config, prepare
+    recipe, configs = (ModuleType(f"training.{package}.{NAME}") for package in ("recipes", "configs"))
+    recipe.prepare, configs.config = prepare, clip.config
     RECIPES[NAME] = "a toy"
-    sys.modules[module.__name__] = module
+    sys.modules.update({module.__name__: module for module in (recipe, configs)})
 
 
 def unregister():
     """Forget it again."""
     RECIPES.pop(NAME, None)
-    sys.modules.pop(f"training.recipes.{NAME}", None)
+    for package in ("recipes", "configs"):
+        sys.modules.pop(f"training.{package}.{NAME}", None)

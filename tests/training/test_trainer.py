@@ -1,6 +1,5 @@
 """Whole runs of tiny students: what a run writes, resuming to the last bit, stopping, errors."""
 
-import importlib
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from warm_process import WarmProcess
 import clipmill
 from shards_spec.files import UserError
 from training.config import ModelConfig, flat
+from training.configs import default_config
 from training.evaluation.config import EvalConfig
 from training.evaluation.stage import evaluate
 from training.recipes import RECIPES
@@ -64,13 +64,11 @@ def root(tmp_path_factory):
 def test_every_field_is_a_flat_flag_with_help(recipe, capsys):
     import tyro
 
-    module = importlib.import_module(f"training.recipes.{recipe}")
-    config = tyro.cli(
-        type(module.config()), args=["--data", "D", "--batch-size", "3", "--lr", "0.5"], default=module.config()
-    )
+    default = default_config(recipe)
+    config = tyro.cli(type(default), args=["--data", "D", "--batch-size", "3", "--lr", "0.5"], default=default)
     assert (flat(config)["data"], flat(config)["batch_size"], flat(config)["lr"]) == ("D", 3, 0.5)
     with pytest.raises(SystemExit):
-        tyro.cli(type(module.config()), args=["--help"], default=module.config())
+        tyro.cli(type(default), args=["--help"], default=default)
     options = re.split(r"\n[│ ]{0,6}--", capsys.readouterr().out)  # its text may name others
     flags = [" ".join(option.replace("│", " ").split()) for option in options]
     for name in flat(config):

@@ -9,16 +9,16 @@ windows, per window: the mean over them is the caller's. At a perfect match a cr
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.choices import HiddenMode
 from training.losses.relations import Pair, soft_kl, token_relation_loss
 from training.losses.similarity import upcast
 
-HiddenMode = Literal["release", "paper"]
 RELEASE_FACTOR = 49  # of the released loss of hidden states
 
 

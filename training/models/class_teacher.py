@@ -9,9 +9,10 @@ from shards_spec.checkpoints import describe_mismatch, load_checkpoint
 from shards_spec.files import UserError
 from shards_spec.messages import counted
 from shards_spec.models import NO_TRUST, TIMM, Trust, as_loaded, create_timm_model, import_extensions
+from training.config import is_run
 from training.models.classifier import Classifier
 from training.models.teacher import FrozenTeacher
-from training.runs.student import is_run, load_run
+from training.runs.student import load_run
 
 RANDOM = "random"
 

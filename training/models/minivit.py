@@ -22,7 +22,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
-from training.models.minivit_parts import HeadMaps, Local, MappedAttention, MiniSwinBlock
+from training.choices import HeadMaps, Local
+from training.models.minivit_parts import MappedAttention, MiniSwinBlock
 from training.models.minivit_released import load_hook
 from training.models.weight_tying import group_map, point_to_first, tie
 

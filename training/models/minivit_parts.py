@@ -9,15 +9,15 @@ Mini-DeiT has image relative position encoding on keys (iRPE, "product") where M
 
 import math
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
-HeadMaps = Literal["random", "identity", "none"]
-Local = Literal["stream", "residual", "none"]
+from training.choices import HeadMaps, Local
+
 STD = 0.02  # of random head maps
 ALPHA = 1.9  # of iRPE's piecewise index, in patches: up to here it is the distance itself
 BETA = 3.8  # its largest value

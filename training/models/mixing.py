@@ -7,13 +7,12 @@ far from the batch's end as it stands from its beginning.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shards_spec.messages import require
+from training.config import MixConfig
 from training.data.soft_label_cache import SOFT_FIELDS
 
 PARTNERS = "partner_"  # before the names of fields of the images that are mixed in
@@ -21,23 +20,6 @@ PARTNER = f"{PARTNERS}images"
 ATTEMPTS = 10  # boxes that timm draws until one fits into the image
 LEAST_AREA, MOST_AREA = 0.02, 1 / 3  # share of the image that is erased
 LEAST_ASPECT = 0.3
-
-
-@dataclass(frozen=True)
-class MixConfig:
-    """What is done to images on the device."""
-
-    mixup: float = 0.0
-    """mixup: alpha of the Beta distribution of an image's share; 0 leaves it out"""
-    cutmix: float = 0.0
-    """CutMix: alpha of the Beta distribution of an image's share; 0 leaves it out; beside mixup, half the steps each"""
-    erasing: float = 0.0
-    """probability that a box of an image is replaced by noise"""
-
-    def __post_init__(self) -> None:
-        for name in ("mixup", "cutmix"):
-            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
-        require(0 <= self.erasing <= 1, "erasing", self.erasing, "in [0, 1]")
 
 
 def draw_mix(config: MixConfig, batch: dict[str, Any]) -> dict[str, Any]:

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from shards_spec.files import UserError
+from training.choices import Layers, Rank
 from training.models.tower_axes import Axes, Fixed, Rules, State, Units, axes_of, resnet_rules, text_rules, vit_rules
 from training.models.unit_importance import Scores, first_order_scores, first_order_terms, magnitude_scores
 
-Layers = Literal["interval", "spread", "first"]
-Rank = Literal["leading", "magnitude", "taylor"]
 Side = Literal["image", "text"]
 
 SIDES: tuple[Side, Side] = ("image", "text")

@@ -5,7 +5,7 @@ computed: timm's ViTs, which MAE's encoders are, and open_clip's image towers. B
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from open_clip.transformer import ResidualAttentionBlock
@@ -15,16 +15,8 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer  
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-Target = Literal[
-    "relations",
-    "qkv",
-    "class-token",
-    "output",
-    "attention-before",
-    "attention-after",
-    "ffn-before",
-    "ffn-after",
-]
+from training.choices import Target
+
 Reading = dict[str, Tensor]
 WITHIN_ATTENTION = ("relations", "qkv")  # targets for which a block is left before its attention is computed
 TEMPERATURE = 10_000.0  # of sine and cosine positions

@@ -9,12 +9,13 @@ from shards_spec.checkpoints import describe_mismatch, load_checkpoint
 from shards_spec.files import UserError
 from shards_spec.messages import counted
 from shards_spec.models import MAE_DECODER, NO_TRUST, TIMM, LoadedModel, Trust, load_model, load_teacher
+from training.config import is_run
 from training.models.classifier import new_classifier
 from training.models.teacher import FrozenTeacher
 from training.models.tinymim import NoTower, VisionTower, set_heads, tower_of
 from training.models.tinymim_star import AUTHORS_NECK, DISTILLATION_TOKEN, HEADS
 from training.runs.run_folder import RunFolder
-from training.runs.student import is_run, load_run
+from training.runs.student import load_run
 
 RANDOM = "random"
 NECKS = ("neck.", AUTHORS_NECK)  # of TinyMIM*-T

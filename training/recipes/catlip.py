@@ -7,7 +7,7 @@ each class of the vocabulary whether it is among them.
 
 Target: the linear probe on ImageNet-1k of a ViT-B/16 (table of section 5): 58.0 from CC3M, 80.1 from DataComp-1.3B,
 where CLIP's fine-tuned 84.4 is CatLIP's 84.3. Cost: 2.7 times fewer GPU hours than CLIP for an epoch of DataComp.
-`config()` is the paper's CC3M column, ViT-B/16 on 4 GPUs; its DataComp columns, of 200,000 steps, are
+The default numbers are the paper's CC3M column, ViT-B/16 on 4 GPUs; its DataComp columns, of 200,000 steps, are
 
     clipmill train catlip --data ROOT --epochs 25                                                        CC3M, to 100
       --steps 200000 --batch-size 65536 --batch-parts 64 --lr 1e-3 --final-lr 1e-5                       B/16
@@ -28,26 +28,14 @@ Readings, each with its other one as an option or noted:
 Any ViT of timm's can be the backbone: --model timm:vit_base_patch16_224.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
-
 import torch
 from torch import Tensor
-from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
 from shards_spec.models import LoadedModel
 from shards_spec.vocab import Vocabulary
-from training.config import (
-    DataConfig,
-    LabelConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    SideConfig,
-    ViewConfig,
-    total_steps,
-)
+from training.config import total_steps
+from training.configs.catlip import CatlipConfig
 from training.data.samples import SampleLabels, find_vocabulary, open_samples
 from training.losses.multilabel import PAD, frequency_bias, mean_loss, sigmoid_loss, softmax_loss
 from training.models.classifier import new_classifier
@@ -55,49 +43,6 @@ from training.models.range_augment import RangeAugment, curriculum_loss
 from training.task import Batch, Features, Losses, Prepared, Task
 
 LOSSES = {"sigmoid": sigmoid_loss, "softmax": softmax_loss}
-SIDES = tuple(range(128, 321, 16))
-
-
-@dataclass(frozen=True)
-class CatlipConfig:
-    """Train CatLIP: classify the synsets of captions."""
-
-    data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
-    labels: OmitArgPrefixes[LabelConfig] = field(default_factory=LabelConfig)
-    views: OmitArgPrefixes[ViewConfig] = field(default_factory=ViewConfig)
-    sides: OmitArgPrefixes[SideConfig] = field(default_factory=SideConfig)
-    student: OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
-    optim: OmitArgPrefixes[OptimConfig] = field(default_factory=OptimConfig)
-    run: OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
-    loss: Literal["sigmoid", "softmax"] = "sigmoid"
-    """sigmoid: binary cross-entropy, summed over the classes; softmax: cross-entropy with the labels' mean"""
-    frequency_bias: bool = False
-    """start the head's biases at the classes' log-odds in the vocabulary's captions, not at 0"""
-    range_augment: bool = True
-    """brightness, contrast and noise of learned ranges, on the device"""
-
-
-def config() -> CatlipConfig:
-    """Return the paper's numbers for CC3M."""
-    return CatlipConfig(
-        data=DataConfig(batch_size=2048, workers=8, captions="original"),
-        views=ViewConfig(scale=(0.08, 1.0), flip=0.5),
-        sides=SideConfig(sides=SIDES, batch_parts=4),
-        student=ModelConfig(model="timm:catlip_vit_base_patch16_224"),
-        optim=OptimConfig(
-            lr=2e-3,
-            final_lr=2e-5,
-            weight_decay=0.2,
-            beta1=0.9,
-            beta2=0.999,
-            eps=1e-8,
-            warmup=10_000,
-            warmup_lr=1e-6,
-            clip_norm=1.0,
-            ema_decay=1 - 5e-4,
-        ),
-        run=RunConfig(out="runs/catlip", epochs=25, sync_bn=False),
-    )
 
 
 class CatlipTask(Task):

@@ -7,33 +7,10 @@ and warm-up 2000 are ours, for sets of CC12M's size. Cost: 32 epochs of 10 milli
     clipmill train clip --data ROOT --out RUN
 """
 
-from dataclasses import dataclass, field
-
-from tyro.conf import OmitArgPrefixes
-
-from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
+from training.configs.clip import ClipConfig
 from training.losses.contrastive import clip_loss
 from training.recipes.pairs import clamp_logit_scale, open_pairs
 from training.task import Batch, Features, Losses, Prepared, Task
-
-
-@dataclass(frozen=True)
-class ClipConfig:
-    """Train a CLIP model with the contrastive loss."""
-
-    data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
-    views: OmitArgPrefixes[ViewConfig] = field(default_factory=ViewConfig)
-    student: OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
-    optim: OmitArgPrefixes[OptimConfig] = field(default_factory=OptimConfig)
-    run: OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
-
-
-def config() -> ClipConfig:
-    """Return the recipe's own numbers."""
-    return ClipConfig(
-        optim=OptimConfig(lr=1e-3, weight_decay=0.1, warmup=2000),
-        run=RunConfig(out="runs/clip", epochs=32),
-    )
 
 
 class ClipTask(Task):

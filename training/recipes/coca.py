@@ -7,49 +7,16 @@ text tower comes on top, over the same tokens.
     clipmill train coca --data ROOT --out RUN
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
-from shards_spec.messages import require
-from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
+from training.configs.coca import CocaConfig
 from training.losses.contrastive import clip_loss
 from training.recipes.pairs import clamp_logit_scale, open_pairs
 from training.task import Batch, Features, Losses, Prepared, Task
-
-
-@dataclass(frozen=True)
-class CocaConfig:
-    """Train a CoCa model: contrastive and captioning loss."""
-
-    data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
-    views: OmitArgPrefixes[ViewConfig] = field(default_factory=ViewConfig)
-    student: OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
-    optim: OmitArgPrefixes[OptimConfig] = field(default_factory=OptimConfig)
-    run: OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
-    clip_weight: float = 1.0
-    """weight of the contrastive loss"""
-    caption_weight: float = 2.0
-    """weight of the captioning loss"""
-
-    def __post_init__(self) -> None:
-        require(self.clip_weight >= 0, "clip_weight", self.clip_weight, "0 or more")
-        require(self.caption_weight >= 0, "caption_weight", self.caption_weight, "0 or more")
-        require(self.clip_weight + self.caption_weight > 0, "clip_weight", 0.0, "above 0 when --caption-weight is 0")
-
-
-def config() -> CocaConfig:
-    """Return the recipe's own numbers."""
-    return CocaConfig(
-        data=DataConfig(folder="raw", captions="original"),
-        student=ModelConfig(model="coca_ViT-B-32"),
-        optim=OptimConfig(lr=1e-3, weight_decay=0.1, warmup=2000),
-        run=RunConfig(out="runs/coca", epochs=32),
-    )
 
 
 class CocaTask(Task):

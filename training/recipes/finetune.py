@@ -8,30 +8,4 @@ sides of 128 to 320 by 32, measured at 224 cut from 232, RangeAugment. AdamW is 
     clipmill train finetune --model RUN --data IMAGES [--class-map classes.tsv]
 """
 
-from training.config import LabelledImageConfig, ModelConfig, OptimConfig, RunConfig, SideConfig
-from training.recipes.transfer import VIEWS, TransferConfig
 from training.recipes.transfer import prepare as prepare
-
-
-def config() -> TransferConfig:
-    """Return the paper's numbers."""
-    return TransferConfig(
-        data=LabelledImageConfig(batch_size=512),
-        views=VIEWS,
-        sides=SideConfig(sides=tuple(range(128, 321, 32))),
-        student=ModelConfig(model=""),
-        optim=OptimConfig(
-            lr=3e-5,
-            final_lr=3e-6,
-            weight_decay=0.05,
-            beta2=0.999,
-            eps=1e-8,
-            warmup=500,
-            warmup_lr=1e-6,
-            clip_norm=1.0,
-            ema_decay=1 - 5e-4,
-        ),
-        run=RunConfig(out="runs/finetune", epochs=10, sync_bn=False),
-        freeze=False,
-        range_augment=True,
-    )

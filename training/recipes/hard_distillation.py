@@ -9,8 +9,6 @@ cache of soft labels has seen neither mixing nor erasing, so of mixed images the
 classes by their shares. Labels of the class head are mixed and smoothed, the teacher's are not smoothed.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from timm.models.deit import VisionTransformerDistilled
@@ -19,26 +17,12 @@ from torch import Tensor
 from shards_spec.files import UserError
 from shards_spec.library_errors import short
 from shards_spec.models import TIMM, LoadedModel
+from training.configs.transfer import HardDistillationConfig
 from training.models.class_teacher import ClassTeacher
 from training.models.mixing import PARTNERS
 from training.models.soft_targets import hard_targets
 from training.models.tinymim_star import TinymimStar
 from training.task import Batch
-
-
-@dataclass(frozen=True)
-class HardDistillationConfig:
-    """Who teaches the second head of a student with a distillation token."""
-
-    teacher: str | None = None
-    """of a student with a distillation token: classifier whose most probable class its second head learns, timm:NAME or
-    RUN folder; --soft-labels takes a cache's in its place"""
-    teacher_weights: str | None = None
-    """checkpoint file of timm's model, or random; None: timm's own, or the RUN's"""
-
-    def __post_init__(self) -> None:
-        if self.teacher is None and self.teacher_weights is not None:
-            raise UserError(f"--teacher-weights {self.teacher_weights!r} is of no teacher: give --teacher, too")
 
 
 def is_distilled(student: LoadedModel) -> bool:

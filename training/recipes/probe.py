@@ -10,18 +10,4 @@ The rate is low: with few labels the head is far from its optimum after 30 epoch
       --no-augment --lr 1e-3 --fraction 0.01                               features computed once; 1 % of the labels
 """
 
-from training.config import LabelledImageConfig, ModelConfig, OptimConfig, RunConfig, SideConfig
-from training.recipes.transfer import VIEWS, TransferConfig
 from training.recipes.transfer import prepare as prepare
-
-
-def config() -> TransferConfig:
-    """Return the paper's numbers."""
-    return TransferConfig(
-        data=LabelledImageConfig(batch_size=256),
-        views=VIEWS,
-        sides=SideConfig(sides=tuple(range(128, 321, 32))),
-        student=ModelConfig(model=""),
-        optim=OptimConfig(lr=3e-5, final_lr=1e-6, weight_decay=0.0, beta2=0.999, eps=1e-8, warmup=0),
-        run=RunConfig(out="runs/probe", epochs=30),
-    )

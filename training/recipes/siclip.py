@@ -39,31 +39,20 @@ each the default here where sources are silent, the other one being an option wh
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
-from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
-from shards_spec.messages import require
 from shards_spec.models import NO_TRUST, LoadedModel, Trust
-from training.config import (
-    DataConfig,
-    EnsembleConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TeacherCacheConfig,
-    ViewConfig,
-    check_caches_are_read,
-    refuse_given,
-)
+from training.config import ModelConfig, check_caches_are_read, is_run
+from training.configs.siclip import SiclipConfig, check_used
 from training.data.paired_views import KEEP
 from training.data.teacher_cache import TeacherCaches
 from training.losses.contrastive import clip_loss
@@ -73,9 +62,9 @@ from training.losses.similarity import Similarity, upcast
 from training.models.inheritance import freeze, inherit_siclip
 from training.models.mobileclip import forward_shared, forward_tail, with_text_tower
 from training.models.teacher import FrozenTeacher, TeacherEnsemble
-from training.recipes.clip_kd import ClipKd, ClipKdConfig, MaskedStudent, check_teaching
+from training.recipes.clip_kd import ClipKd, MaskedStudent
 from training.recipes.pairs import MAX_LOGIT_SCALE, check_same_inputs, clamp_logit_scale, open_pairs
-from training.runs.student import is_run, load_student
+from training.runs.student import load_student
 from training.task import Batch, Features, Losses, Prepared, Task
 
 TAIL = (
@@ -86,90 +75,6 @@ TAIL = (
     "text.text_projection",
 )
 OPEN_CLIPS = "--base MobileCLIP2-S0 --base-weights dfndr2b --model SiCLIP2-S0"
-WEIGHTS = ("clip_weight", "fd_weight", "crd_weight", "icl_weight", "pm_weight")
-
-
-@dataclass(frozen=True)
-class SiclipConfig:
-    """Train SiCLIP: inherited, distilled from MobileCLIP-S0, with pair matching."""
-
-    data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
-    drawn_views: OmitArgPrefixes[ViewConfig] = field(default_factory=ViewConfig)
-    cached_views: OmitArgPrefixes[TeacherCacheConfig] = field(default_factory=TeacherCacheConfig)
-    ensemble: OmitArgPrefixes[EnsembleConfig] = field(default_factory=EnsembleConfig)
-    student: OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
-    optim: OmitArgPrefixes[OptimConfig] = field(default_factory=OptimConfig)
-    run: OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
-    clip_kd: OmitArgPrefixes[ClipKdConfig] = field(default_factory=ClipKdConfig)
-    base: str = "MobileCLIP-S0"
-    """open_clip name or local-dir:PATH of the model to inherit from, which is the live teacher, too"""
-    base_weights: str = ""
-    """its weights: Apple's mobileclip_s0.pt, another checkpoint file or tag, or a RUN folder; random: untrained"""
-    inherit: bool = True
-    """take the base's weights and freeze what is no SAS-P block"""
-    inherit_ffn: bool = True
-    """take the FFNs of the base's attention blocks, too; they are trained"""
-    inherit_keys: bool = False
-    """start each group's Wk from the base's first block of the group"""
-    exact_norm: bool = False
-    """start the image blocks' BatchNorms as the identity, which keeps the base's feature scale for the frozen tail"""
-    train_tail: bool = False
-    """train the inherited layers after the SAS-P blocks, too"""
-    teacher_from: Literal["live", "cache"] = "live"
-    """live: the base teaches, on views drawn now; cache: a teacher cache's features and views"""
-    clip_weight: float = 1.0
-    """weight of the contrastive loss"""
-    fd_weight: float = 4000.0
-    """weight of feature distillation"""
-    crd_weight: float = 1.0
-    """weight of contrastive relational distillation"""
-    icl_weight: float = 1.0
-    """weight of interactive contrastive learning"""
-    icl_raw_scale: bool = False
-    """ICL's scale is its parameter and not the exponential of it, as in CLIP-KD's code"""
-    pm_weight: float = 0.1
-    """weight of pair matching"""
-    pm_logits: Literal[1, 2] = 2
-    """outputs of its head"""
-    pm_raw: bool = False
-    """its head sees features as they are, not of unit length"""
-    pm_similarity: Literal["student", "teacher"] = "student"
-    """whose similarities its negatives are drawn by"""
-
-    @property
-    def views(self) -> ViewConfig | TeacherCacheConfig:
-        """Where views, and with a cache the teacher's features, come from."""
-        return self.drawn_views if self.teacher_from == "live" else self.cached_views
-
-    @property
-    def taught(self) -> bool:
-        """Whether any term needs a teacher."""
-        by_teacher = self.pm_weight and self.pm_similarity == "teacher"
-        return bool(self.compares or self.crd_weight or by_teacher or self.clip_kd.is_used)
-
-    @property
-    def compares(self) -> bool:
-        """Whether FD or ICL put a student's feature beside a teacher's."""
-        return bool(self.fd_weight or self.icl_weight)
-
-    def __post_init__(self) -> None:
-        for name in WEIGHTS:
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        is_any = any(getattr(self, name) for name in WEIGHTS) or self.clip_kd.is_used
-        require(is_any, "clip_weight", 0.0, "above 0 when the others are 0")
-        if self.train_tail and not self.inherit:
-            raise UserError("--train-tail means nothing with --no-inherit, where all is trained: leave one of them out")
-
-
-def config() -> SiclipConfig:
-    """Return the paper's numbers."""
-    return SiclipConfig(
-        data=DataConfig(batch_size=1536, workers=8),
-        drawn_views=ViewConfig(scale=(0.08, 1.0), ops=2, magnitude=9),
-        student=ModelConfig(model="SiCLIP-S0"),
-        optim=OptimConfig(lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.999, eps=1e-8, warmup=10000),
-        run=RunConfig(out="runs/siclip", epochs=32),
-    )
 
 
 class SiclipTask(Task):
@@ -323,23 +228,6 @@ def prepare(config: SiclipConfig) -> Prepared:
     if task.masked is not None:
         task.masked.draw_in(samples, config.run.seed)
     return Prepared(student, samples, task)
-
-
-def check_used(config: SiclipConfig) -> None:
-    """Raise UserError for an option that was given and would not be used."""
-    scaled = {"crd_weight": config.crd_weight}
-    if config.pm_similarity == "teacher":
-        scaled["pm_weight"] = config.pm_weight
-    teachers = len(config.cached_views.names) if config.teacher_from == "cache" else 1
-    check_teaching(config.ensemble, config.clip_kd, teachers, scaled)
-    if not config.taught:
-        refuse_given(config.ensemble, ("ensemble",), "without a loss of a teacher")
-    if not config.icl_weight:
-        refuse_given(config, ("icl_raw_scale",), "with --icl-weight 0")
-    if not config.pm_weight:
-        refuse_given(config, ("pm_logits", "pm_raw", "pm_similarity"), "with --pm-weight 0")
-    if not config.inherit:
-        refuse_given(config, ("inherit_ffn", "inherit_keys", "exact_norm"), "with --no-inherit")
 
 
 def check_base_weights(config: SiclipConfig) -> None:

@@ -41,42 +41,27 @@ The default student, ViT-M-32, has the image tower of TinyCLIP-ViT-40M/32 and a 
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
-from shards_spec.messages import require
-from training.config import (
-    DataConfig,
-    EnsembleConfig,
-    MaskConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TeacherCacheConfig,
-    ViewConfig,
-    check_caches_are_read,
-    refuse_given,
-    total_steps,
-)
+from training.config import check_caches_are_read, total_steps
+from training.configs.clip_kd import check_teaching
+from training.configs.tinyclip import STUDENT, TinyclipConfig
 from training.data.paired_views import KEEP
 from training.engine.optim import ParamGroup
 from training.losses.contrastive import clip_loss
 from training.losses.distillation import ensemble_affinity_loss, feature_loss
 from training.losses.similarity import Similarity
 from training.models.tinyclip_table import markdown, model_table, parameters_left
-from training.recipes.clip_kd import ClipKd, ClipKdConfig, MaskedStudent, check_teaching
+from training.recipes.clip_kd import ClipKd, MaskedStudent
 from training.recipes.pairs import clamp_logit_scale, open_pairs
 from training.recipes.tinyclip_masks import MaskedPhase, check_length, masked_copy
-from training.recipes.tinyclip_stages import StageConfig, stage_starts
 from training.recipes.tinyclip_weights import (
-    InheritanceConfig,
     NamedModels,
     check_activation,
     inherit_by_hand,
@@ -87,122 +72,6 @@ from training.runs.student import StartWeights, parse_model
 from training.task import Batch, Features, Losses, Prepared, Task
 
 log = logging.getLogger(__name__)
-STUDENT = "ViT-M-32"
-
-
-@dataclass(frozen=True)
-class TinyclipConfig:
-    """Distil a student from a teacher, from whose weights it may start: TinyCLIP."""
-
-    data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
-    drawn_views: OmitArgPrefixes[ViewConfig] = field(default_factory=ViewConfig)
-    cached_views: OmitArgPrefixes[TeacherCacheConfig] = field(default_factory=TeacherCacheConfig)
-    ensemble: OmitArgPrefixes[EnsembleConfig] = field(default_factory=EnsembleConfig)
-    student: OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
-    inheritance: OmitArgPrefixes[InheritanceConfig] = field(default_factory=InheritanceConfig)
-    masks: OmitArgPrefixes[MaskConfig] = field(default_factory=MaskConfig)
-    stages: OmitArgPrefixes[StageConfig] = field(default_factory=StageConfig)
-    optim: OmitArgPrefixes[OptimConfig] = field(default_factory=OptimConfig)
-    run: OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
-    clip_kd: OmitArgPrefixes[ClipKdConfig] = field(default_factory=ClipKdConfig)
-    teacher_from: Literal["cache", "live"] = "cache"
-    """cache: a teacher cache's features and views; live: the teacher runs on views drawn now"""
-    affinity_weight: float = 1.0
-    """weight of affinity mimicking"""
-    feature_weight: float = 0.0
-    """weight of feature distillation, the mean over pairs of 2 - 2 cos; CLIP-KD has the element mean, 2 / D of it"""
-    contrastive_weight: float = 0.0
-    """weight of the hard-label loss; 0 in all released TinyCLIP recipes"""
-    fixed_logit_scale: float | None = 50.0
-    """scale of student and teacher; None: the student learns its own, the teacher keeps its own; --teacher-scale is
-    stronger for teachers"""
-
-    @property
-    def views(self) -> ViewConfig | TeacherCacheConfig:
-        """Where views, and with a cache the teacher's features, come from."""
-        return self.drawn_views if self.teacher_from == "live" else self.cached_views
-
-    @property
-    def num_teachers(self) -> int:
-        """How many teachers there are."""
-        return len(self.cached_views.names) if self.teacher_from == "cache" else 1 + len(self.inheritance.more_teachers)
-
-    @property
-    def taught_by(self) -> EnsembleConfig:
-        """How the teachers teach: at the fixed scale where they were given none of their own."""
-        ensemble = self.ensemble
-        if self.fixed_logit_scale is None or ensemble.teacher_scale:
-            return ensemble
-        return replace(ensemble, teacher_scale=(self.fixed_logit_scale,) * self.num_teachers)
-
-    def __post_init__(self) -> None:
-        weights = ("affinity_weight", "feature_weight", "contrastive_weight")
-        for name in weights:
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        is_any = any(getattr(self, name) for name in weights) or self.clip_kd.is_used
-        require(is_any, "affinity_weight", 0.0, "above 0 when the others are 0")
-        scale = self.fixed_logit_scale
-        require(scale is None or scale > 0, "fixed_logit_scale", scale, "above 0 or None")
-        self.stages.check(self.inheritance.inherit)
-
-
-def config() -> TinyclipConfig:
-    """Return the paper's numbers (released scripts)."""
-    return TinyclipConfig(
-        data=DataConfig(batch_size=32768, workers=8),
-        student=ModelConfig(model=STUDENT),
-        optim=OptimConfig(lr=1e-4, weight_decay=0.2, warmup=2000, clip_norm=5.0),
-        run=RunConfig(out="runs/tinyclip", epochs=6),
-    )
-
-
-def stages(config: TinyclipConfig) -> list[TinyclipConfig]:
-    """Return the configs of a chain's runs, each in a folder of its own below the config's RUN, or the one config.
-
-    Raises UserError when a stage's numbers are out of range, or an option was given that would not be used.
-    """
-    check_used(config)
-    starts = stage_starts(config.stages, config.run.out)
-    if not starts:
-        return [config]
-    if config.stages.stage_models and config.student.model != STUDENT:
-        raise UserError(f"--model {config.student.model!r} would not be used: --stage-models names the students")
-    alone = replace(config, stages=StageConfig())
-    runs = []
-    for start in starts:
-        inheritance = config.inheritance if start.from_run is None else config.inheritance.after(start.from_run)
-        masks = config.masks
-        if start.sparsity is not None:
-            masks = replace(masks, sparsity=start.sparsity)
-        if start.prune_step is not None:
-            if config.run.steps is not None and start.prune_step > config.run.steps:
-                raise UserError(
-                    f"--stage-prune-steps {config.stages.stage_prune_steps!r}: a stage has {config.run.steps} steps, "
-                    f"so masks of {start.prune_step} would never be applied; give fewer, or more --steps"
-                )
-            masks = replace(masks, prune_step=start.prune_step)
-        student = config.student if start.model is None else replace(config.student, model=start.model)
-        run = replace(config.run, out=start.out)
-        runs.append(replace(alone, inheritance=inheritance, masks=masks, student=student, run=run))
-    return runs
-
-
-def check_used(config: TinyclipConfig) -> None:
-    """Raise UserError for an option that was given and would not be used."""
-    inherit, chain = config.inheritance.inherit, config.stages
-    by_hand = ("layers", "rank", "rank_samples")
-    refuse_given(config.inheritance, by_hand if inherit != "manual" else (), f"with --inherit {inherit}")
-    if config.inheritance.rank != "taylor":
-        refuse_given(config.inheritance, ("rank_samples",), f"with --rank {config.inheritance.rank}")
-    if inherit != "auto":
-        refuse_given(config.masks, [option.name for option in fields(config.masks)], f"with --inherit {inherit}")
-    if chain.stages:
-        refuse_given(config.masks, ("sparsity",), "with --stages, which name each stage's")
-    if chain.stage_prune_steps:
-        refuse_given(config.masks, ("prune_step",), "with --stage-prune-steps")
-    if config.teacher_from == "cache":
-        views = [option.name for option in fields(config.drawn_views)]
-        refuse_given(config.drawn_views, views, "with --teacher-from cache: the views are the cache's")
 
 
 class TinyclipTask(Task):

@@ -2,17 +2,16 @@
 
 import copy
 import logging
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shards_spec.files import UserError
-from shards_spec.messages import require
 from shards_spec.models import LoadedModel, Trust, weights_sha256
-from training.config import EnsembleConfig, ModelConfig
+from training.config import EnsembleConfig
+from training.configs.tinyclip import InheritanceConfig
 from training.data.batches import load_batches
 from training.data.samples import Samples
 from training.data.teacher_cache import TeacherCache, TeacherCaches
@@ -21,8 +20,6 @@ from training.models.teacher import FrozenTeacher, TeacherEnsemble
 from training.models.tinyclip_convert import State
 from training.models.tinyclip_inheritance import (
     ClipWeights,
-    Layers,
-    Rank,
     Side,
     clip_weights,
     inherit_manual,
@@ -34,82 +31,6 @@ from training.runs.student import load_student, parse_model
 
 log = logging.getLogger(__name__)
 RANKED_AT_ONCE = 32  # pairs of one contrastive loss by whose gradient units are ranked
-
-
-@dataclass(frozen=True)
-class InheritanceConfig:
-    """Which weights the student starts from."""
-
-    inherit: Literal["none", "manual", "auto"] = "none"
-    """none: the student's own or random weights; manual: those layers and units of the teacher that it has room for;
-    auto: all of the teacher, with masks that are learned and then applied"""
-    teacher_weights: str = ""
-    """the teacher, to inherit from and to run live: NAME:TAG_OR_FILE (ViT-B-32:laion2b_e16), local-dir:PATH,
-    hf-hub:ORG/NAME or a RUN folder; NAME:random for a try"""
-    more_teachers: tuple[str, ...] = ()
-    """--teacher-from live: further teachers that run beside it, named in the same way"""
-    teacher_weights_text: str = ""
-    """manual: source of the text tower where it is another"""
-    from_run: str = ""
-    """RUN of the former stage, whose student is inherited from in place of the teacher"""
-    layers: Layers = "interval"
-    """manual: every so-many-th layer as released, evenly spread ones, or the first ones"""
-    rank: Rank = "leading"
-    """manual: heads, neurons and dimensions that are kept: the first ones as released, those of the largest weights, or
-    those that the contrastive loss depends on most"""
-    rank_samples: int = 256
-    """pairs that rank taylor computes that loss of"""
-
-    def __post_init__(self) -> None:
-        least = 2
-        require(self.rank_samples >= least, "rank_samples", self.rank_samples, f"{least} or more")
-
-    def after(self, run: str) -> "InheritanceConfig":
-        """Return the same for the stage after ``run``: both towers are its student's."""
-        return replace(self, from_run=run, teacher_weights_text="")
-
-    def check(self, student: ModelConfig, default_model: str, *, is_live: bool) -> None:
-        """Raise UserError where something is missing, or was named and would not be used.
-
-        Args:
-            student: The student.
-            default_model: Its name where none is given.
-            is_live: Whether the teacher's weights teach.
-        """
-        if self.inherit != "none" and not self.teacher_weights and not self.from_run:
-            raise UserError(
-                f"--inherit {self.inherit} needs --teacher-weights: NAME:TAG_OR_FILE, local-dir:PATH, hf-hub:ORG/NAME "
-                "or a RUN folder"
-            )
-        if is_live and not self.teacher_weights:
-            raise UserError("--teacher-from live needs --teacher-weights, the weights that teach")
-        if self.inherit != "none" and student.pretrained is not None:
-            raise UserError(
-                f"--pretrained {student.pretrained!r} would not be used: with --inherit {self.inherit} the student's "
-                "weights are inherited"
-            )
-        if self.inherit == "auto" and student.model != default_model:
-            raise UserError(
-                f"--model {student.model!r} would not be used: with --inherit auto the student is a copy of "
-                "--teacher-weights, or of --from-run's student"
-            )
-        uses = {
-            "--teacher-weights": (self.teacher_weights, is_live or self.inherit != "none"),
-            "--teacher-weights-text": (self.teacher_weights_text, self.inherit == "manual"),
-            "--from-run": (self.from_run, self.inherit != "none"),
-            "--more-teachers": (" ".join(self.more_teachers), is_live),
-        }
-        for option, (value, is_used) in uses.items():
-            if value and not is_used:
-                why = "--teacher-from cache" if option == "--more-teachers" else f"--inherit {self.inherit}"
-                raise UserError(f"{option} {value!r} would not be used with {why}")
-        if len({self.teacher_weights, *self.more_teachers}) <= len(self.more_teachers):
-            raise UserError(f"--more-teachers {' '.join(self.more_teachers)}: name each teacher once")
-
-    @property
-    def source(self) -> str:
-        """What the student inherits from; of its text tower it may be another."""
-        return self.from_run or self.teacher_weights
 
 
 def check_activation(name: str) -> None:

@@ -4,31 +4,22 @@ The recipes `probe` and `finetune` are two sets of numbers for what is here.
 """
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
-from tyro.conf import OmitArgPrefixes
 
 from shards_spec.class_map import ClassMap, read_class_map
 from shards_spec.class_names import describe_difference
 from shards_spec.files import UserError
-from shards_spec.messages import counted, require
+from shards_spec.messages import counted
 from shards_spec.models import TIMM, LoadedModel, pick_device
 from shards_spec.vocab import Vocabulary
-from training.config import (
-    LabelledImageConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    SideConfig,
-    SoftLabelConfig,
-    ViewConfig,
-    total_steps,
-)
+from training.config import ModelConfig, is_run, total_steps
+from training.configs.transfer import VIEWS, TransferConfig
 from training.data.batches import load_batches
 from training.data.labelled_images import open_train_and_test
 from training.data.labelled_rows import FeatureRows, LabelledImageRows, subset
@@ -39,11 +30,10 @@ from training.losses.soft_labels import target_cross_entropy
 from training.models.class_teacher import load_class_teacher
 from training.models.classifier import Classifier, class_heads, init_head, new_classifier
 from training.models.minivit import MiniDeiT
-from training.models.mixing import MixConfig, draw_mix, mixed_images, mixed_targets
+from training.models.mixing import draw_mix, mixed_images, mixed_targets
 from training.models.range_augment import RangeAugment, curriculum_loss
 from training.models.soft_targets import mixed_soft_targets
 from training.recipes.hard_distillation import (
-    HardDistillationConfig,
     HardTeacher,
     cached_loss,
     check_distillation,
@@ -52,71 +42,16 @@ from training.recipes.hard_distillation import (
 )
 from training.recipes.soft_labels import open_soft_labels
 from training.recipes.tuning import (
-    TuningConfig,
     exempting_groups,
     layer_groups,
     pool_patches,
     resize_input,
     set_linear_drop_path,
 )
-from training.runs.student import is_run, load_student
+from training.runs.student import load_student
 from training.task import Batch, Features, Losses, Prepared, Task
 
 log = logging.getLogger(__name__)
-VIEWS = ViewConfig(scale=(0.08, 1.0), flip=0.5)  # of both recipes
-
-
-@dataclass(frozen=True)
-class TransferConfig:
-    """Train a classifier of labelled images from a pre-trained image tower."""
-
-    data: OmitArgPrefixes[LabelledImageConfig] = field(default_factory=LabelledImageConfig)
-    soft: OmitArgPrefixes[SoftLabelConfig] = field(default_factory=SoftLabelConfig)
-    views: OmitArgPrefixes[ViewConfig] = field(default_factory=ViewConfig)
-    sides: OmitArgPrefixes[SideConfig] = field(default_factory=SideConfig)
-    mix: OmitArgPrefixes[MixConfig] = field(default_factory=MixConfig)
-    tuning: OmitArgPrefixes[TuningConfig] = field(default_factory=TuningConfig)
-    distillation: OmitArgPrefixes[HardDistillationConfig] = field(default_factory=HardDistillationConfig)
-    student: OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
-    optim: OmitArgPrefixes[OptimConfig] = field(default_factory=OptimConfig)
-    run: OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
-    freeze: bool = True
-    """train the head alone, the rest stays as it is, in eval mode"""
-    augment: bool = True
-    """draw views; off, with freeze, features of the plain crops are computed once: much faster, no augmentation"""
-    range_augment: bool = False
-    """brightness, contrast and noise of learned ranges, on the device"""
-    smoothing: float = 0.1
-    """label smoothing of the cross-entropy; soft labels are not smoothed"""
-    class_map: str = ""
-    """Transfer Init: class map of `clipmill classes`, whose rows of the pre-trained head the classes start from"""
-    copy_bias: bool = False
-    """Transfer Init takes the rows' biases, too, which hold how often captions name a synset"""
-    repeats: int = 1
-    """views of an image that a batch has (repeated augmentation); DeiT has 3"""
-
-    def __post_init__(self) -> None:
-        require(0 <= self.smoothing < 1, "smoothing", self.smoothing, "in [0, 1)")
-        if not (self.augment or self.freeze):
-            raise UserError("--no-augment is for a frozen tower: give --freeze, or leave it out")
-        if self.range_augment and not self.augment:
-            raise UserError("--range-augment draws views, which --no-augment does not: leave one of them out")
-        if self.soft.soft_labels is not None and not self.augment:
-            raise UserError("--soft-labels are those of views, which --no-augment does not draw: leave one of them out")
-        if self.mixes and not self.augment:
-            raise UserError("--mixup, --cutmix and --erasing change images, which --no-augment does not draw")
-        require(self.repeats >= 1, "repeats", self.repeats, "1 or more")
-        size, sides = self.tuning.image_size, self.sides.sides
-        if size is not None and self.augment and sides and size not in sides:
-            raise UserError(
-                f"--image-size {size}: batches of --sides {' '.join(map(str, sides))} never show that size; give "
-                f"--sides {size} --base-side {size}"
-            )
-
-    @property
-    def mixes(self) -> bool:
-        """Whether images are mixed or erased."""
-        return bool(self.mix.mixup or self.mix.cutmix or self.mix.erasing)
 
 
 class TransferTask(Task):

@@ -4,8 +4,8 @@ MAE and TinyMIM fine-tune so after masked pre-training, MiniViT from 224 to 384 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from shards_spec.files import UserError
-from shards_spec.messages import require
 from shards_spec.models import LoadedModel
 from training.engine.optim import ParamGroup
 from training.models.classifier import new_classifier
@@ -28,31 +27,6 @@ MEAN_POOLING = {"global_pool": "avg"}  # timm's: the mean of the patches, a norm
 
 LEFT_OUT = ("norm.", "attn_pool.", "fc_norm.", "head.")  # of the model's own pooling
 NEW = ("fc_norm.", "head.")
-
-
-@dataclass(frozen=True)
-class TuningConfig:
-    """What fine-tuning does to a vision transformer besides training it."""
-
-    layer_decay: float = 1.0
-    """factor of the learning rate from each block to the one before; the head has the whole rate. MAE: 0.65 to 0.75"""
-    drop_path: float | None = None
-    """drop path of the last block, growing linearly from 0 at the first; 0: none; None: the model's own"""
-    image_size: int | None = None
-    """pixels a side that the model takes from now on; positions and windows are resized; None: its own"""
-    pooling: Literal["own", "mean"] = "own"
-    """mean: the head sees the mean of the patches behind a new norm, not what the model's own head would"""
-    keep_head: bool = False
-    """begin with the head of --model, a RUN of the same classes; off: the head is drawn anew"""
-    head_std: float = 0.02
-    """standard deviation of the head's weights at the start. MAE and TinyMIM: 2e-5"""
-
-    def __post_init__(self) -> None:
-        require(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "in (0, 1]")
-        value = self.drop_path
-        require(value is None or 0 <= value < 1, "drop_path", value, "in [0, 1), or None")
-        require(self.image_size is None or self.image_size >= 1, "image_size", self.image_size, "1 or more, or None")
-        require(self.head_std > 0, "head_std", self.head_std, "above 0")
 
 
 def pool_patches(base: LoadedModel) -> LoadedModel:

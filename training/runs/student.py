@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 
 from shards_spec.files import UserError
 from shards_spec.models import HUB, LOCAL_DIR, NO_TRUST, TIMM, LoadedModel, Trust, load_model
-from training.config import ModelConfig
+from training.config import ModelConfig, is_run
 from training.models.classifier import is_classifier, load_classifier, new_classifier
 from training.models.tinyclip_convert import is_pruned
 from training.models.tinyclip_pruning import reshape_like
@@ -74,11 +73,6 @@ def parse_model(name: str, trust: Trust = NO_TRUST) -> StartWeights:
         )
     is_random = weights == RANDOM
     return StartWeights(ModelConfig(model, None if is_random else weights, trust), is_random)
-
-
-def is_run(path: str) -> bool:
-    """Return whether a path is a RUN folder of `clipmill train`."""
-    return bool(path) and Path(path, "config.json").is_file()
 
 
 def new_student(config: ModelConfig, seed: int) -> LoadedModel:

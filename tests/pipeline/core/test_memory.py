@@ -70,10 +70,10 @@ def _work(stage: str, root: str, model: str, pipe) -> None:
 def train_clip(root: str, out: str, student: str) -> None:
     """An epoch and more of either dataset, in equally many steps."""
     from training.config import smoke
-    from training.recipes import clip
+    from training.configs import default_config
     from training.trainer import train
 
-    config = smoke(clip.config())
+    config = smoke(default_config("clip"))
     data = replace(config.data, data=root, batch_size=24, streams=2)
     run = replace(config.run, out=out, steps=30, log_every=30)
     train("clip", replace(config, data=data, run=run, student=replace(config.student, model=f"local-dir:{student}")))

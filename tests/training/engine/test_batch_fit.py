@@ -1,7 +1,6 @@
 """Chunks that fit the memory there is: chosen by prediction, exact, halved when the prediction was wrong."""
 
 import dataclasses
-import importlib
 import json
 import logging
 import os
@@ -23,6 +22,7 @@ from small_training import (
 
 from shards_spec.files import UserError
 from shards_spec.vocab import Vocabulary, read_vocabulary
+from training.configs import default_config
 from training.engine import batch_fit as fit
 from training.engine.batch_fit import available_bytes, choose, halved, profiles
 from training.engine.gradients import Gradients
@@ -90,7 +90,7 @@ def test_finetuning_and_catlip_in_chunks_are_the_whole(range_augment, tmp_path):
     data = write_folders(tmp_path / "images")
     found = {}
     for name, fields in (("whole", {}), ("chunks", {"chunk_size": 3})):
-        config = importlib.import_module("training.recipes.finetune").config()
+        config = default_config("finetune")
         config = dataclasses.replace(
             config,
             range_augment=range_augment,
@@ -306,7 +306,7 @@ def test_available_memory_is_the_smallest_that_is_said(tmp_path):
 
 
 def with_data(recipe, root, labelled, images):
-    config = importlib.import_module(f"training.recipes.{recipe}").config()
+    config = default_config(recipe)
     data = {"catlip": labelled, "probe": images, "finetune": images, "minivit": images}.get(recipe, root)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, data=data))
     if recipe in ("probe", "finetune"):  # they have no default: the tower that CatLIP's defaults leave
@@ -327,9 +327,7 @@ def test_every_recipes_defaults_fit_24_gigabytes(recipe, root, tmp_path):
     labelled = tmp_path / "labelled"
     if recipe == "catlip":
         write_labelled(labelled)
-        path = (
-            labelled / "vocab" / f"{importlib.import_module('training.recipes.catlip').config().labels.vocabulary}.tsv"
-        )
+        path = labelled / "vocab" / f"{default_config('catlip').labels.vocabulary}.tsv"
         few = read_vocabulary(str(path))
         more = tuple((f"n9{number:07d}", "made_up", 1, 1) for number in range(24_320 - len(few)))
         Vocabulary(few.rows + more, few.header).write(str(path))

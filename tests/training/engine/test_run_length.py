@@ -1,6 +1,5 @@
 """What a user hears before the first step: batches, datasets and warm-ups that do not fit; runs that are extended."""
 
-import importlib
 import json
 import logging
 import re
@@ -18,6 +17,7 @@ from shards_spec.files import UserError, json_bytes
 from shards_spec.precision import resolve_precision
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
+from training.configs import default_config
 from training.engine.run_length import warn_of_workers
 from training.recipes import RECIPES, siclip
 from training.runs.checkpoint_files import load_checkpoint
@@ -226,7 +226,7 @@ def test_what_the_message_names_is_there():
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ("probe", "finetune")])
 def test_every_recipes_default_model_exists(recipe):
     """probe and finetune have none: they start from a RUN."""
-    model = importlib.import_module(f"training.recipes.{recipe}").config().student.model
+    model = default_config(recipe).student.model
     if model.startswith("timm:"):
         assert model.removeprefix("timm:") in timm.list_models()
     else:

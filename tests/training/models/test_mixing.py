@@ -6,8 +6,9 @@ import timm.data.mixup
 import torch
 
 from shards_spec.files import UserError
+from training.config import MixConfig
 from training.engine.gradients import split
-from training.models.mixing import MixConfig, draw_mix, mixed_images, mixed_targets
+from training.models.mixing import draw_mix, mixed_images, mixed_targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

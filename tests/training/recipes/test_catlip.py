@@ -1,7 +1,6 @@
 """CatLIP's recipes through the trainer: pre-training, resume, several sizes, probe and fine-tuning."""
 
 import dataclasses
-import importlib
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pipeline.labels.vocab_stage import VocabConfig, vocab
 from shards_spec.files import UserError
 from shards_spec.vocab import read_vocabulary
 from training.config import ModelConfig, OptimConfig, smoke
+from training.configs import default_config
 from training.engine.optim import learning_rate
 from training.evaluation.classification import measure_classifier
 from training.export import ExportConfig, export
@@ -37,7 +37,7 @@ SMALL = {"model": TINY, "precision": "fp32", "workers": 0, "steps": 4, "log_ever
 def small(recipe, **fields):
     """A recipe's config on tiny data; ``fields`` go to whichever part has them."""
     config, wanted = (
-        importlib.import_module(f"training.recipes.{recipe}").config(),
+        default_config(recipe),
         {**SMALL, "final_lr": 0.0, **fields},
     )
     for part in dataclasses.fields(config):
@@ -68,14 +68,14 @@ def newest(run):
 
 
 def test_numbers_of_the_paper():  # section 5
-    config = catlip.config()
+    config = default_config("catlip")
     optim = config.optim
     assert (optim.lr, optim.final_lr, optim.weight_decay, optim.beta1, optim.beta2) == (2e-3, 2e-5, 0.2, 0.9, 0.999)
     assert (optim.eps, optim.warmup, optim.clip_norm, optim.ema_decay) == (1e-8, 10_000, 1.0, 1 - 5e-4)
     assert (config.data.batch_size, config.sides.batch_parts) == (2048, 4)
     assert config.sides.sides == tuple(range(128, 321, 16))
     assert (config.views.scale, config.views.flip, config.views.ratio) == ((0.08, 1.0), 0.5, (3 / 4, 4 / 3))
-    probe, fine = (importlib.import_module(f"training.recipes.{name}").config() for name in ("probe", "finetune"))
+    probe, fine = (default_config(name) for name in ("probe", "finetune"))
     assert (probe.run.epochs, probe.optim.lr, probe.optim.final_lr, probe.data.batch_size) == (30, 3e-5, 1e-6, 256)
     assert (fine.run.epochs, fine.optim.lr, fine.optim.final_lr, fine.data.batch_size) == (10, 3e-5, 3e-6, 512)
     assert (probe.optim.weight_decay, fine.optim.weight_decay, fine.optim.warmup) == (0.0, 0.05, 500)
@@ -237,7 +237,7 @@ def clip_run(tmp_path, vision):
     config["model_cfg"]["vision_cfg"] = vision
     path.write_text(json.dumps(config))
     write_packed(str(tmp_path / "root"), [6, 6])
-    clip = smoke(importlib.import_module("training.recipes.clip").config())
+    clip = smoke(default_config("clip"))
     clip = dataclasses.replace(
         clip,
         student=dataclasses.replace(clip.student, model=f"local-dir:{folder}"),

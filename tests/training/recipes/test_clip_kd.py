@@ -22,6 +22,7 @@ from small_training import (
 
 from shards_spec.files import UserError
 from training.config import ModelConfig
+from training.configs.clip_kd import ClipKdConfig
 from training.data.batches import load_batches
 from training.losses.clip_kd import gradient_loss
 from training.losses.distillation import element_feature_loss
@@ -29,7 +30,6 @@ from training.losses.similarity import Similarity
 from training.models.masked_image import encode_kept_patches
 from training.models.tinymim import tower_of
 from training.recipes import siclip, tinyclip
-from training.recipes.clip_kd import ClipKdConfig
 from training.runs.run_folder import RunFolder
 from training.runs.student import load_run, new_student
 from training.trainer import train

@@ -12,6 +12,7 @@ from small_dist import fork
 from small_training import final_weights, read_metrics, steady_metrics, tiny_config
 
 from shards_spec.files import UserError
+from training.configs import default_config
 from training.data.batches import first_batch
 from training.evaluation.classification import measure_classifier
 from training.export import ExportConfig, export
@@ -50,7 +51,7 @@ def prepared(images, **fields):
 
 
 def test_the_papers_numbers():
-    config = minivit.config()
+    config = default_config("minivit")
     assert (config.optim.lr, config.optim.final_lr, config.optim.clip_norm) == (1e-3, 1e-5, 5.0)
     assert (config.mix.mixup, config.mix.cutmix, config.mix.erasing) == (0.8, 1.0, 0.25)
     assert (config.distillation.attention_weight, config.distillation.hidden_weight) == (1.0, 0.1)

@@ -14,13 +14,14 @@ from small_training import teacher_rows, tiny_siclip, write_packed, write_teache
 
 from shards_spec.files import UserError
 from training.config import DataConfig, EnsembleConfig, ModelConfig, TeacherCacheConfig, ViewConfig
+from training.configs import default_config
+from training.configs.clip_kd import ClipKdConfig
 from training.data.batches import load_batches
 from training.data.samples import draw_caption, open_samples
 from training.engine.optim import build_optimizer, param_groups
 from training.losses import contrastive, distillation
 from training.losses.pair_matching import pair_loss, sample_negatives
 from training.recipes import siclip
-from training.recipes.clip_kd import ClipKdConfig
 from training.runs.student import new_student
 
 UNTAUGHT = {"fd_weight": 0.0, "crd_weight": 0.0, "icl_weight": 0.0}
@@ -52,7 +53,7 @@ def batch_of(count=6, seed=0):
 
 def config_of(base_file, model="SiCLIP-tiny", **fields):
     wanted = {"student": ModelConfig(model), "base": "MobileCLIP-tiny", "base_weights": base_file, **fields}
-    return dataclasses.replace(siclip.config(), **wanted)
+    return dataclasses.replace(default_config("siclip"), **wanted)
 
 
 def task_of(base_file, **fields):
@@ -383,7 +384,7 @@ def test_a_base_with_other_tokens_is_refused(tmp_path):
 )
 def test_fields_are_checked(fields, message):
     with pytest.raises(UserError) as error:
-        dataclasses.replace(siclip.config(), **fields)
+        dataclasses.replace(default_config("siclip"), **fields)
     assert message in str(error.value)
 
 
@@ -414,7 +415,7 @@ def test_fields_are_checked(fields, message):
 )
 def test_options_that_would_not_be_used_are_refused(fields, message):
     with pytest.raises(UserError) as error:
-        siclip.prepare(dataclasses.replace(siclip.config(), **fields))
+        siclip.prepare(dataclasses.replace(default_config("siclip"), **fields))
     assert message in str(error.value)
 
 

@@ -22,6 +22,7 @@ from shards_spec.files import DataError, UserError
 from shards_spec.images import decode_rgb
 from shards_spec.timm_classifiers import load_timm_classifier
 from shards_spec.views import ViewSpec, apply_view, draw_view
+from training.configs import default_config
 from training.data.batches import first_batch
 from training.export import to_timm
 from training.export.config import ExportConfig
@@ -29,7 +30,7 @@ from training.losses.relations import soft_ce, soft_kl
 from training.models.classifier import new_classifier
 from training.models.mixing import mixed_images, mixed_targets
 from training.models.soft_targets import hard_targets, soft_targets
-from training.recipes import finetune, minivit, probe
+from training.recipes import finetune, minivit
 from training.recipes.hard_distillation import logits_of_both
 from training.trainer import train
 
@@ -266,4 +267,4 @@ def test_a_frozen_tower_learns_them_too(data, tmp_path):
     fields = {"soft_labels": "plain", "sides": (), "steps": 2, "batch_size": 6}
     run = train("probe", small(data, str(tmp_path), "probe", **fields))
     assert np.isfinite(read_metrics(run)[-1]["losses"]["classes"])
-    assert probe.config().soft.soft_labels is None
+    assert default_config("probe").soft.soft_labels is None

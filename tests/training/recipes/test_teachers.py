@@ -33,7 +33,7 @@ from training.losses.distillation import affinity_loss
 from training.recipes import siclip, tinyclip
 from training.runs.student import new_student
 from training.runs.uses import uses_of
-from training.trainer import train
+from training.trainer import stages_of, train
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 SIZES = [9, 8, 6]
@@ -249,7 +249,7 @@ def test_masks_two_teachers_and_two_processes(root, tmp_path):
     teacher = f"local-dir:{root}/models/teacher"
     fields = {"teacher": BOTH, "inherit": "auto", "teacher_weights": teacher, "model": "ViT-M-32", "batch_size": 8}
     fields |= {"steps": 3, "prune_step": 2, "teacher_scale": (7.0, 6.0)}
-    chain = tinyclip.stages(config_of(root, "unused", **fields, stages="1,0.5,0.25", stage_prune_steps="2,2"))
+    chain = stages_of("tinyclip", config_of(root, "unused", **fields, stages="1,0.5,0.25", stage_prune_steps="2,2"))
     assert [stage.cached_views.names for stage in chain] == [BOTH] * 2
     masked = train("tinyclip", config_of(root, tmp_path / "masked", **fields))
     assert [line["losses"]["affinity"] > 0 for line in read_metrics(masked)] == [True] * 3

@@ -21,7 +21,7 @@ from training.evaluation.stage import load_measured
 from training.recipes import tinyclip
 from training.runs.run_folder import RunFolder
 from training.runs.student import load_run
-from training.trainer import train
+from training.trainer import stages_of, train
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
@@ -314,7 +314,7 @@ def test_stages_by_hand(root, tmp_path):
     assert out == str(tmp_path / "run" / "stage-2")
     first, _ = load_run(str(tmp_path / "run" / "stage-1"))
     assert len(first.model.visual.transformer.resblocks) == 2
-    (_, second) = tinyclip.stages(config)
+    (_, second) = stages_of("tinyclip", config)
     assert second.inheritance.from_run == str(tmp_path / "run" / "stage-1")
     new = dataclasses.replace(second, run=dataclasses.replace(second.run, out="unused"))
     start = tinyclip.prepare(new).student.model.state_dict()
@@ -323,7 +323,7 @@ def test_stages_by_hand(root, tmp_path):
     assert train("tinyclip", config) == out
     assert steady_metrics(out) == before
     alone = dataclasses.replace(config, stages=dataclasses.replace(config.stages, stage=2))
-    assert [one.run.out for one in tinyclip.stages(alone)] == [out]
+    assert [one.run.out for one in stages_of("tinyclip", alone)] == [out]
 
 
 def test_the_folder_of_stages_is_no_run_and_the_last_stage_is_named(tmp_path):

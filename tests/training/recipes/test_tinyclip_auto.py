@@ -17,6 +17,7 @@ from small_training import assert_same_run, read_metrics, steady_metrics, write_
 import clipmill
 from shards_spec.files import UserError
 from shards_spec.models import load_model
+from training.configs import default_config
 from training.engine.checkpointing import Checkpointing
 from training.export import ExportConfig, export, largest_difference
 from training.models.tinyclip_masks import TowerMasks
@@ -27,7 +28,7 @@ from training.recipes.tinyclip import TinyclipTask
 from training.runs.checkpoint_files import load_checkpoint
 from training.runs.run_folder import RunFolder
 from training.runs.student import load_run
-from training.trainer import predict, train
+from training.trainer import predict, stages_of, train
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
@@ -108,7 +109,7 @@ def test_groups_of_the_optimizer(root, whole):
     assert not after["optimizer"]["state"]  # made anew; the logit scale is frozen
     for masks in ("student.visual.masks.dims", "student.text.masks.neurons"):
         assert -4.6052 < before["task"][masks].min() <= before["task"][masks].max() < 4.6052
-    fresh = tinyclip.config().masks
+    fresh = default_config("tinyclip").masks
     assert (fresh.mask_lr, fresh.sparsity, fresh.prune_step, fresh.sparsity_ramp) == (0.02, 0.25, 3000, 1000)
     rates = [line["lr"] for line in read_metrics(whole)]
     assert rates[1:] == sorted(rates[1:], reverse=True)  # the same cosine, without a second warm-up
@@ -298,7 +299,7 @@ def test_two_processes_sample_on_their_own_and_stay_equal(chunk_size, root, tmp_
 
 def test_stages_go_on_from_the_former_student(root, tmp_path):
     config = masked(root, tmp_path / "run", stages="1,0.7,0.4", stage_prune_steps="3,4", keep_checkpoints=1)
-    first, second = tinyclip.stages(config)
+    first, second = stages_of("tinyclip", config)
     assert [one.masks.sparsity for one in (first, second)] == [0.3, 0.6]
     assert [one.masks.prune_step for one in (first, second)] == [3, 4]
     assert first.inheritance.teacher_weights == second.inheritance.teacher_weights
@@ -379,4 +380,4 @@ def test_smoke_applies_the_masks(root, tmp_path, monkeypatch, capsys):
         clipmill.main()
     assert not done.value.code
     assert json.loads((tmp_path / "run" / "student.json").read_text())["masks"] is False
-    assert dataclasses.asdict(tinyclip.config().masks)["prune_step"] == 3000
+    assert dataclasses.asdict(default_config("tinyclip").masks)["prune_step"] == 3000

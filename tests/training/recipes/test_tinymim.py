@@ -11,13 +11,14 @@ from small_dist import fork
 from small_training import assert_same_run, final_weights, read_metrics, steady_metrics, tiny_clip, tiny_config
 
 from shards_spec.files import UserError
+from training.configs import default_config
 from training.export import ExportConfig, export
 from training.models.classifier import new_classifier
 from training.models.tinymim import set_heads
 from training.models.vit_teacher import load_vit_teacher, trained_block
 from training.recipes import tinymim
 from training.runs.student import load_run
-from training.trainer import train
+from training.trainer import stages_of, train
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
@@ -42,7 +43,7 @@ def prepared(root, **fields):
 
 
 def test_numbers_of_the_paper():  # fact 13
-    config = tinymim.config()
+    config = default_config("tinymim")
     optim = config.optim
     assert optim.lr == pytest.approx(1.5e-4 * config.data.batch_size / 256) == 2.4e-3
     assert (config.data.batch_size, config.run.epochs) == (4096, 300)
@@ -227,7 +228,7 @@ def test_a_chain_in_one_command(clip_root, tmp_path):
     chain = "timm:test_vit3,timm:test_vit,timm:test_vit"
     config = tiny(clip_root, tmp_path / "run", chain=chain, teacher_block=3, steps=2, checkpoint_steps=1)
     assert train("tinymim", config) == str(tmp_path / "run" / "stage-3")
-    one, two, three = tinymim.stages(config)
+    one, two, three = stages_of("tinymim", config)
     assert [stage.run.out for stage in (one, two, three)] == [f"{tmp_path}/run/stage-{number}" for number in (1, 2, 3)]
     assert (one.teacher, one.teacher_block, one.teacher_weights) == ("timm:test_vit2", 3, "random")
     assert (three.teacher, three.teacher_block, three.teacher_weights) == (two.run.out, None, None)
@@ -238,9 +239,9 @@ def test_a_chain_in_one_command(clip_root, tmp_path):
     for stage, weights in zip((one, two, three), before, strict=True):
         assert all(torch.equal(value, weights[name]) for name, value in final_weights(stage.run.out).items())
     alone = dataclasses.replace(config, stage=3)
-    assert tinymim.stages(alone) == [three]
+    assert stages_of("tinymim", alone) == [three]
     with pytest.raises(UserError, match=r"nowhere/stage-2 is no RUN; train --stage 2 first"):
-        tinymim.stages(dataclasses.replace(alone, run=dataclasses.replace(alone.run, out="nowhere")))
+        stages_of("tinymim", dataclasses.replace(alone, run=dataclasses.replace(alone.run, out="nowhere")))
     for stage, said in ((4, "must be from 1 to 3"), (0, "must be from 1 to 3")):
         with pytest.raises(UserError, match=f"--stage {stage}: {said}"):
             dataclasses.replace(config, stage=stage)
@@ -280,7 +281,7 @@ def test_blocks():
     student, teacher = (load_vit_teacher(name, "random", 0) for name in ("timm:test_vit", "timm:test_vit2"))
 
     def blocks(**fields):
-        return tinymim.find_blocks(dataclasses.replace(tinymim.config(), **fields), student.tower, teacher)
+        return tinymim.find_blocks(dataclasses.replace(default_config("tinymim"), **fields), student.tower, teacher)
 
     assert blocks() == (6, 6)
     assert blocks(target="output") == blocks(target="class-token") == (6, 8)
@@ -330,7 +331,7 @@ def test_a_clip_of_convolutions_cannot_teach(clip_root, tmp_path):
 )
 def test_values_out_of_range(field, value):
     with pytest.raises(UserError, match=f"--{field.replace('_', '-')}"):
-        dataclasses.replace(tinymim.config(), **{field: value})
+        dataclasses.replace(default_config("tinymim"), **{field: value})
 
 
 def test_heads_of_a_tower_are_one_rule():

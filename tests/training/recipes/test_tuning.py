@@ -17,9 +17,11 @@ from torch import nn
 
 from pipeline.core.command_line import parse_several
 from shards_spec.files import UserError
+from training.config import MixConfig
+from training.configs import default_config
 from training.export import ExportConfig, export
 from training.models.classifier import new_classifier
-from training.models.mixing import MixConfig, draw_mix, mixed_targets
+from training.models.mixing import draw_mix, mixed_targets
 from training.models.weight_tying import check_tied
 from training.recipes import finetune
 from training.recipes.transfer import TransferTask
@@ -45,7 +47,7 @@ def small(images, out, **fields):
 def documented(page):
     """The configs of the page's `clipmill train finetune` commands: every flag is one of the recipe's."""
     commands = re.findall(r"clipmill train finetune (.*?[^\\])\n", (DOCS / page).read_text(), re.DOTALL)
-    default = finetune.config()
+    default = default_config("finetune")
     return [
         parse_several("train finetune", {"finetune": (type(default), default)}, command.replace("\\\n", " ").split())[0]
         for command in commands
@@ -240,7 +242,7 @@ def test_by_default_nothing_changes(images):
     batch = {"images": torch.zeros(2, 3, 160, 160), "keys": ["a", "b"]}
     assert task.draw(batch) is batch
     assert len(task.param_groups(0.05)) == 2
-    assert dataclasses.asdict(finetune.config().tuning)["pooling"] == "own"
+    assert dataclasses.asdict(default_config("finetune").tuning)["pooling"] == "own"
 
 
 def test_a_folder_of_timms_keeps_its_options_in_a_run(images, tmp_path):
