@@ -26,6 +26,7 @@ from shards_spec.models import LoadedModel
 from training.config import DataConfig, LabelledImageConfig, ModelConfig, OptimConfig, RunConfig
 from training.data.batches import TrainingRows
 from training.engine.optim import ParamGroup, param_groups
+from training.losses.similarity import ALL_ROWS
 from training.models.teacher import FrozenTeacher, TeacherEnsemble
 
 Batch = dict[str, Any]
@@ -67,6 +68,8 @@ class Task(nn.Module):
         student: The model that is averaged, evaluated and exported.
         item_fields: Tensors that the samples must carry, the keys of a batch that `forward` reads.
         evaluates: Whether `evaluate` measures the student. Otherwise ``--eval-data`` names what it is measured on.
+        row_share: Which rows of the similarities of all pairs this process computes: `losses` hands it to every loss
+            that takes one. The trainer sets it where several processes share a batch.
         rebuilt: Set by `after_step` or `reshape_like` when parameters were added, removed or reshaped. The trainer then
             makes optimizer, average and DDP anew, describes the student in the run folder again, saves a checkpoint and
             resets it.
@@ -79,6 +82,7 @@ class Task(nn.Module):
         super().__init__()
         self.student = student
         self.item_fields = item_fields
+        self.row_share = ALL_ROWS
         self.rebuilt = False
 
     def draw(self, batch: Batch) -> Batch:
@@ -96,7 +100,8 @@ class Task(nn.Module):
     def losses(self, features: Features, step: int) -> Losses:
         """Return named, weighted losses of the global batch; their sum is minimised.
 
-        Every process computes all of them, so nothing may come from a process's own random stream.
+        Every process has the features of all of them and returns the same numbers: nothing may come from a process's
+        own random stream. A loss is computed whole by each process, or as its share of rows where it takes `row_share`.
 
         Args:
             features: Those of `forward` for the global batch, (N, ...), in the order of positions.

@@ -89,7 +89,8 @@ def _train_run(recipe: str, config: RecipeConfig, ranks: Ranks, device: str) -> 
             with out_of_memory(device):
                 prepared = prepared._replace(task=prepared.task.to(device).train())
                 if ranks.is_main:
-                    predicted = fitted(config.run, profiles(config, rows, prepared.task, device), ranks.size, device)
+                    measured = profiles(config, rows, prepared.task, device, ranks=ranks.size)
+                    predicted = fitted(config.run, measured, ranks.size, device)
             if ranks.is_main:
                 steps_of = partial(_steps, config, rows)
                 defaults = flat(default_config(recipe))
@@ -159,7 +160,7 @@ def predict(recipe: str, config: RecipeConfig) -> dict[str, Memory]:
         _, rows, task = prepare(recipe, config)
 
         def of_phase() -> Memory:
-            measured = profiles(config, rows, task.to(device), device)
+            measured = profiles(config, rows, task.to(device), device, ranks=ranks.size)
             return fitted(config.run, measured, ranks.size, device, warn_only=config.run.fit is None)
 
         memory = of_phase()

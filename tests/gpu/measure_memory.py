@@ -120,7 +120,7 @@ def measure(job: Job, root: str, out: Path, device: str) -> None:
         prepared = prepare(job.recipe, config)
         on_cpu = predict_on_cpu(config, prepared.rows, prepared.task)
         task = prepared.task.to(device).train()
-        on_device = profiles(config, prepared.rows, task, device, meter)
+        on_device = profiles(config, prepared.rows, task, device, meter=meter)
         for chunk in job.chunks:
             asked = min(chunk, config.data.batch_size // 2) if chunk and dry else chunk
             run = replace(config.run, chunk_size=asked, fit=1e3)

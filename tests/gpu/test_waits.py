@@ -83,7 +83,8 @@ def test_negatives_are_those_of_the_cpu(device):
         sent = tokens.to(place)
         with no_waits(place):
             ids = (text_ids(sent), key_ids(keys, sent.device))
-            negatives = sample_negatives(20 * image @ text.T, ids, 7, 3)
+            logits = 20 * image @ text.T
+            negatives = sample_negatives(logits, logits.T, ids, seed=7, step=3)
             loss = pair_loss(moved, image, text, negatives)
         return [one.tolist() for one in negatives], loss.item()
 

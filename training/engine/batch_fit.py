@@ -71,12 +71,18 @@ def available_bytes(proc: str = "/proc", cgroup: str = "/sys/fs/cgroup") -> floa
 
 
 def profiles(
-    config: RecipeConfig, rows: TrainingRows, task: Task, device: str = "cpu", meter: Meter | None = None
+    config: RecipeConfig,
+    rows: TrainingRows,
+    task: Task,
+    device: str = "cpu",
+    *,
+    meter: Meter | None = None,
+    ranks: int = 1,
 ) -> list[SizedProfile]:
     """Measure what the smallest and the largest images of a run take.
 
-    On CUDA, or with a meter, by passes on the device where the task is; otherwise by what a CPU saves. Raises UserError
-    where the samples lack a field that the task reads.
+    On CUDA, or with a meter, by passes on the device where the task is, of one of ``ranks`` processes; otherwise by
+    what a CPU saves. Raises UserError where the samples lack a field that the task reads.
     """
     if device.startswith("cuda"):
         meter = CudaMeter(device)
@@ -87,7 +93,9 @@ def profiles(
         check_item_fields(task, batch)
         one: Profile | DeviceProfile
         if meter is not None:
-            one = _measured_on_device(config, task, batch, batch_size=batch_size, device=device, meter=meter)
+            one = _measured_on_device(
+                config, task, batch, batch_size=batch_size, device=device, meter=meter, ranks=ranks
+            )
         else:
             few = split(batch, max(1, len(batch["keys"]) // 4))[0]
             one = profile(task, few, config.run.precision, config.optim.ema_decay is not None)
@@ -96,7 +104,7 @@ def profiles(
 
 
 def _measured_on_device(
-    config: RecipeConfig, task: Task, batch: Batch, *, batch_size: int, device: str, meter: Meter
+    config: RecipeConfig, task: Task, batch: Batch, *, batch_size: int, device: str, meter: Meter, ranks: int
 ) -> DeviceProfile:
     """Measure with as many samples as the device has room for, up to the batch and to `MOST_MEASURED`."""
     run = config.run
@@ -109,7 +117,7 @@ def _measured_on_device(
     most = max(2, min(MOST_MEASURED, batch_size))
     while True:
         try:
-            return measure(task, moved, batch_size, meter, precision=precision, average=average, most=most)
+            return measure(task, moved, batch_size, meter, precision=precision, average=average, most=most, ranks=ranks)
         except (RuntimeError, MemoryError) as error:
             if most == 2 or not is_out_of_memory(error):
                 raise

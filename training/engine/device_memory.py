@@ -5,7 +5,8 @@ workspaces while they run. So nothing is worked out on paper: the task runs forw
 trained, and the allocator tells the most it had given in each span of these passes, from one module's end or one
 parameter's gradient to the next. A span's peak is a line in the number of samples: gradients do not depend on it,
 activations are proportional to it. The lines cross, so the worst span of a few samples need not be that of a batch, and
-each is extrapolated by itself. The losses, which hold matrices of all pairs, run with as many features as a batch has.
+each is extrapolated by itself. The losses, which hold matrices of all pairs, run with as many features as a batch has,
+and over the rows that one process computes.
 
 Left out: the allocator's rounding, up to 1 MiB of a tensor above 1 MiB, its fragments, and what torch.compile saves.
 """
@@ -23,6 +24,7 @@ from shards_spec.precision import Precision, dtype_of
 from training.engine.gradients import total
 from training.engine.memory_estimate import Memory, bytes_of, bytes_per_sample
 from training.engine.sync_batch_norm import kept_statistics
+from training.losses.similarity import ALL_ROWS, RowShare
 from training.task import Batch, Features, Task
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -125,7 +127,7 @@ class DeviceProfile:
         pixels: Bytes of a sample's images as floats.
         others: Bytes of the rest of a sample.
         features: Bytes of a sample's features.
-        losses: The most that the losses of the whole batch and their backward pass hold.
+        losses: The most that one process's share of the whole batch's losses and their backward pass hold.
         first: Passes that begin without gradients.
         later: Passes that add to gradients which are there already.
     """
@@ -148,7 +150,7 @@ class DeviceProfile:
 
         Args:
             batch_size: Samples of the global batch, the number that was measured with.
-            ranks: Processes that share it.
+            ranks: Processes that share it, as measured, too.
             chunk_size: Samples per forward pass of a process; None: its whole share.
             as_bytes: Images are kept as uint8 until their chunk's turn.
         """
@@ -192,6 +194,7 @@ def measure(
     precision: Precision = "fp32",
     average: bool = False,
     most: int = 64,
+    ranks: int = 1,
 ) -> DeviceProfile:
     """Measure a task on its device, in training mode.
 
@@ -205,6 +208,7 @@ def measure(
         precision: That of the forward pass.
         average: Whether an average of the weights is kept.
         most: Samples of the larger of the two passes, at least 2.
+        ranks: Processes that share the batch.
     """
     device = next(task.parameters()).device
     given = sum(value.nbytes for value in batch.values() if isinstance(value, Tensor))
@@ -223,7 +227,11 @@ def measure(
         task.zero_grad(set_to_none=True)
         (first, _), (later, features) = (_run_pass(task, more, meter, autocast) for _ in range(2))
         task.zero_grad(set_to_none=True)
-        losses = _peak_of_losses(task, features, batch_size, meter, autocast)
+        task.row_share = RowShare(size=ranks)  # alone: what the others would add to sums takes no memory
+        try:
+            losses = _peak_of_losses(task, features, batch_size, meter, autocast)
+        finally:
+            task.row_share = ALL_ROWS
     pixels, others = bytes_per_sample(batch)
     trained = bytes_of(parameter for parameter in task.parameters() if parameter.requires_grad)
     averaged = bytes_of(value for value in task.student.state_dict().values() if value.is_floating_point())

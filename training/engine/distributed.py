@@ -19,6 +19,7 @@ from torch import Tensor
 
 from shards_spec.files import DataError, UserError
 from shards_spec.models import pick_device
+from training.losses.similarity import ALL_ROWS, RowShare, upcast
 
 TIMEOUT = timedelta(hours=1)  # the others wait while rank 0 evaluates; a process that dies is noticed at once
 T = TypeVar("T")
@@ -36,6 +37,10 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this process is the main one, which writes the run folder."""
         return self.rank == 0
+
+    def row_share(self) -> RowShare:
+        """Return which rows of the similarities of a gathered batch this process computes."""
+        return ALL_ROWS if self.size == 1 else RowShare(self.rank, self.size, sum_over_ranks)
 
     def sizes(self, own: int) -> list[int]:
         """Return ``own`` of every rank."""
@@ -131,9 +136,11 @@ def _from_environment() -> Ranks:
 def gather(features: dict[str, Tensor], ranks: Ranks, sizes: list[int]) -> dict[str, Tensor]:
     """Return the features of all ranks, in rank order, by one collective.
 
-    The gradient reaches this rank's rows alone, multiplied by the number of ranks: every rank differentiates the same
-    full loss, and DDP's mean over the ranks then is the sum over their rows. What the loss uses beside the features (a
-    logit scale) has its full gradient on every rank, which the mean leaves as it is.
+    A rank's own rows get the sum of the gradients that all ranks have at them. What a rank has, at features and at
+    what the loss uses beside them (a logit scale), is to be right in the mean over the ranks. It is so for a loss that
+    all ranks compute whole, and for parts that `sum_over_ranks` adds up, whose gradient is multiplied by the number of
+    ranks W. The sum then is W times the gradient, and DDP's mean over the ranks, each of which goes on with its own
+    rows alone, is the sum over all rows.
 
     Args:
         features: Tensors (n, ...) of this rank.
@@ -146,7 +153,6 @@ def gather(features: dict[str, Tensor], ranks: Ranks, sizes: list[int]) -> dict[
     if ranks.size == 1:
         return features
     own = sizes[ranks.rank]
-    start = sum(sizes[: ranks.rank])
     parts = [value.detach().reshape(own, -1).contiguous().view(torch.uint8) for value in features.values()]
     packed = F.pad(torch.cat(parts, dim=1), (0, 0, 0, max(sizes) - own))
     everyone = packed.new_empty(ranks.size * len(packed), packed.shape[1])
@@ -157,23 +163,34 @@ def gather(features: dict[str, Tensor], ranks: Ranks, sizes: list[int]) -> dict[
     gathered = {}
     for (name, value), column in zip(features.items(), columns, strict=True):
         whole = column.contiguous().view(value.dtype).reshape(-1, *value.shape[1:])
-        if value.requires_grad:
-            whole = torch.cat([whole[:start], _Scaled.apply(value, ranks.size), whole[start + own :]])
-        gathered[name] = whole
+        gathered[name] = _Gathered.apply(value, whole, sizes) if value.requires_grad else whole
     return gathered
 
 
-class _Scaled(torch.autograd.Function):
-    """The tensor itself; its gradient times a factor."""
+class _Gathered(torch.autograd.Function):
+    """The rows of all ranks, as they were gathered; the gradient of a rank's own is summed over the ranks."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, factor: int) -> Tensor:
-        ctx.factor = factor
-        return tensor.view_as(tensor)
+    def forward(ctx: Any, own: Tensor, whole: Tensor, sizes: list[int]) -> Tensor:
+        ctx.sizes = sizes
+        ctx.shape = own.shape
+        ctx.dtype = own.dtype
+        return whole.view_as(whole)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.factor, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        most = max(ctx.sizes)  # every rank's part has one size on its way
+        by_rank = upcast(gradients[0]).reshape(sum(ctx.sizes), -1).split(ctx.sizes)
+        padded = torch.cat([F.pad(part, (0, 0, 0, most - len(part))) for part in by_rank])
+        total = padded.new_empty(most, padded.shape[1])
+        dist.reduce_scatter_tensor(total, padded)
+        return total[: ctx.shape[0]].reshape(ctx.shape).to(ctx.dtype), None, None
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Return a tensor summed over the ranks, with the sum of the ranks' gradients at it as its gradient."""
+    total: Tensor = SumOverRanks.apply(tensor)
+    return total
 
 
 class SumOverRanks(torch.autograd.Function):

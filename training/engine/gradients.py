@@ -88,6 +88,7 @@ class Gradients:
         self.normalise = normalise
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=precision == "fp16")
         self.whole: nn.Module
+        task.row_share = ranks.row_share()
         self.wrap()
 
     def wrap(self) -> None:

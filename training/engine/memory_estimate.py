@@ -20,7 +20,7 @@ from shards_spec.messages import counted
 from shards_spec.precision import PrecisionOption
 from training.engine.gradients import split
 from training.engine.sync_batch_norm import kept_statistics
-from training.losses.similarity import BLOCK_ROWS, MAX_WHOLE
+from training.losses.similarity import BLOCK_ROWS, is_whole
 from training.task import Batch, Features, Losses, Task
 
 MIB = 2**20
@@ -83,7 +83,7 @@ class Profile:
         share = batch_size // ranks
         at_once = min(chunk_size or share, share)
         activations = max(0, round(_line(self.activations)(at_once)))
-        losses = max(0, round(self._losses_at(batch_size)))
+        losses = max(0, round(self._losses_at(batch_size, share)))
         if at_once < share:  # the losses' graph is gone before the chunks' second pass
             activations, losses = max(activations, losses), 0
         images = self.pixels / 4 * share + self.pixels * at_once if as_bytes else self.pixels * share
@@ -98,11 +98,12 @@ class Profile:
             chunk_size=chunk_size,
         )
 
-    def _losses_at(self, size: int) -> float:
-        """Matrices of all pairs above `MAX_WHOLE` rows are there a block of `BLOCK_ROWS` at a time."""
+    def _losses_at(self, size: int, share: int) -> float:
+        """A process has ``share`` rows of the matrices of all pairs, a block of `BLOCK_ROWS` at a time if they are large."""
         sizes, measured = np.array(self.losses, float).T
         squared, linear, constant = np.polyfit(sizes, measured, 2)
-        return float(squared * size * (size if size <= MAX_WHOLE else BLOCK_ROWS) + linear * size + constant)
+        rows = share if is_whole(share, size) else BLOCK_ROWS
+        return float(squared * size * rows + linear * size + constant)
 
 
 def predict_memory(

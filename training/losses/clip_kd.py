@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.losses.contrastive import clip_loss
-from training.losses.similarity import Similarity, for_rows, mean_over_rows, upcast
+from training.losses.similarity import ALL_ROWS, RowShare, Similarity, for_rows, mean_over_rows, upcast
 
 
-def gradient_loss(student: Similarity, teacher: Similarity) -> Tensor:
+def gradient_loss(student: Similarity, teacher: Similarity, share: RowShare = ALL_ROWS) -> Tensor:
     """Return GD: how far apart the contrastive losses' gradients at the student's and the teacher's features are.
 
     For each direction, image to text and text to image, the gradients of its cross-entropy (a mean over N) at both
@@ -29,16 +29,18 @@ def gradient_loss(student: Similarity, teacher: Similarity) -> Tensor:
     Args:
         student: Unit features (N, D) of images and texts, and the scale.
         teacher: Those of a teacher of the same width (N, D).
+        share: The rows that this process computes.
     """
-    return _one_direction(student, teacher) + _one_direction(student.transposed(), teacher.transposed())
+    back = _one_direction(student.transposed(), teacher.transposed(), share)
+    return _one_direction(student, teacher, share) + back
 
 
-def _one_direction(student: Similarity, teacher: Similarity) -> Tensor:
+def _one_direction(student: Similarity, teacher: Similarity, share: RowShare) -> Tensor:
     """The loss of the gradients of the rows' cross-entropy."""
     count = len(student.rows)
-    ours = _log_normalisers(student)
+    ours = _log_normalisers(student, share)
     with torch.no_grad():
-        theirs = _log_normalisers(teacher)
+        theirs = _log_normalisers(teacher, share)
 
     def of_rows(rows: slice) -> Tensor:
         with torch.no_grad():
@@ -46,7 +48,7 @@ def _one_direction(student: Similarity, teacher: Similarity) -> Tensor:
         pairs = zip(contrastive_gradients(student, ours, rows), targets, strict=True)
         return torch.stack([F.mse_loss(own, target) for own, target in pairs]).sum()
 
-    return mean_over_rows(of_rows, count)
+    return mean_over_rows(of_rows, count, share)
 
 
 def contrastive_gradients(similarity: Similarity, log_normalisers: Tensor, part: slice) -> tuple[Tensor, Tensor]:
@@ -70,9 +72,9 @@ def contrastive_gradients(similarity: Similarity, log_normalisers: Tensor, part:
     return at_rows, at_columns
 
 
-def _log_normalisers(similarity: Similarity) -> Tensor:
+def _log_normalisers(similarity: Similarity, share: RowShare) -> Tensor:
     """The (N,) logarithms of the rows' softmax denominators."""
-    return for_rows(lambda rows: similarity.logits(rows).logsumexp(dim=1), len(similarity.rows))
+    return for_rows(lambda rows: similarity.logits(rows).logsumexp(dim=1), len(similarity.rows), share)
 
 
 class FeatureProjection(nn.Module):
@@ -114,10 +116,15 @@ class FeatureFusion(nn.Module):
         self.text = nn.Linear(width + teacher_width, width)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def forward(self, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the contrastive loss of fused features, of unit image and text features (N, D) and (N, D')."""
+    def forward(
+        self, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], share: RowShare = ALL_ROWS
+    ) -> Tensor:
+        """Return the contrastive loss of fused features, of unit image and text features (N, D) and (N, D').
+
+        Of its similarities this process computes its share of rows.
+        """
         with torch.autocast(student[0].device.type, enabled=False):
             image = self.image(torch.cat([upcast(student[0]), upcast(teacher[0].detach())], dim=-1))
             text = self.text(torch.cat([upcast(student[1]), upcast(teacher[1].detach())], dim=-1))
             unit = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-        return clip_loss(*unit, self.logit_scale.exp())
+        return clip_loss(*unit, self.logit_scale.exp(), share)

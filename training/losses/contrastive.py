@@ -1,23 +1,23 @@
 """CLIP's contrastive loss."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from training.losses.similarity import Similarity, is_whole, pair_cross_entropy
+from training.losses.similarity import ALL_ROWS, RowShare, Similarity, hard_cross_entropy, mean_of_directions
 
 
-def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
+def clip_loss(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, share: RowShare = ALL_ROWS
+) -> Tensor:
     """Return the contrastive loss of CLIP (arXiv 2103.00020, figure 3): the mean cross-entropy of both directions.
 
     Args:
         image_features: (N, D), of unit length.
         text_features: (N, D), of unit length.
         logit_scale: The scale itself, not its logarithm.
+        share: The rows that this process computes.
     """
-    similarity = Similarity(image_features, text_features, logit_scale)
-    if not is_whole(len(image_features)):
-        return (pair_cross_entropy(similarity) + pair_cross_entropy(similarity.transposed())) / 2
-    logits = similarity.logits()  # once for both directions
-    labels = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+    def loss(logits: Tensor, _: list[Tensor], rows: slice) -> Tensor:
+        return hard_cross_entropy(logits, rows)
+
+    return mean_of_directions(loss, Similarity(image_features, text_features, logit_scale), share=share)

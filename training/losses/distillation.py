@@ -1,17 +1,26 @@
 """Losses that teach a student the features and similarities of a teacher.
 
 Shapes: N pairs of the whole batch (gathering is the caller's), D feature dimensions. Features have unit length unless
-said otherwise. The teacher's features and scale are constants: only the student gets a gradient.
+said otherwise. The teacher's features and scale are constants: only the student gets a gradient. Losses over the
+similarities of all pairs take the `RowShare` that this process computes; FD costs little, and each process computes all
+of it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.losses.similarity import Similarity, is_whole, mean_over_rows, pair_cross_entropy, upcast
+from training.losses.similarity import (
+    ALL_ROWS,
+    RowShare,
+    Similarity,
+    mean_of_directions,
+    pair_cross_entropy,
+    upcast,
+)
 
 
 def affinity_loss(
@@ -68,48 +77,25 @@ def relation_loss(
     return ensemble_relation_loss(student, [teacher])
 
 
-def ensemble_affinity_loss(student: Similarity, teachers: Sequence[Similarity]) -> Tensor:
+def ensemble_affinity_loss(student: Similarity, teachers: Sequence[Similarity], share: RowShare = ALL_ROWS) -> Tensor:
     """Return `affinity_loss` with the mean of several teachers' distributions as the target.
 
     That is the mean of the teachers' own losses: cross-entropy is linear in its target. MobileCLIP (arXiv 2311.17049)
     and MobileCLIP2 (arXiv 2508.20691, scales 70 and 60) average distributions, too.
     """
-    return _mean_of_directions(_soft_cross_entropy, student, teachers)
+    return mean_of_directions(_soft_cross_entropy, student, teachers, share)
 
 
-def ensemble_relation_loss(student: Similarity, teachers: Sequence[Similarity]) -> Tensor:
+def ensemble_relation_loss(student: Similarity, teachers: Sequence[Similarity], share: RowShare = ALL_ROWS) -> Tensor:
     """Return `relation_loss` with the mean of several teachers' distributions as the target.
 
     It is smaller than the mean of the teachers' own losses by a constant, their Jensen-Shannon divergence: the gradient
     is the same.
     """
-    return _mean_of_directions(_kl_divergence, student, teachers)
+    return mean_of_directions(_kl_divergence, student, teachers, share)
 
 
-def _mean_of_directions(
-    loss: Callable[[Tensor, list[Tensor]], Tensor], student: Similarity, teachers: Sequence[Similarity]
-) -> Tensor:
-    """Mean over both directions of ``loss(student's, teachers' logits)``, itself a mean over rows."""
-    count = len(student.rows)
-    if is_whole(count):
-        logits = student.logits()  # once for both directions
-        with torch.no_grad():
-            targets = [teacher.logits() for teacher in teachers]
-        return (loss(logits, targets) + loss(logits.T, [target.T for target in targets])) / 2
-
-    def one_direction(student: Similarity, teachers: Sequence[Similarity]) -> Tensor:
-        def of_rows(rows: slice) -> Tensor:
-            with torch.no_grad():
-                targets = [teacher.logits(rows) for teacher in teachers]
-            return loss(student.logits(rows), targets)
-
-        return mean_over_rows(of_rows, count)
-
-    turned = [teacher.transposed() for teacher in teachers]
-    return (one_direction(student, teachers) + one_direction(student.transposed(), turned)) / 2
-
-
-def _soft_cross_entropy(logits: Tensor, targets: list[Tensor]) -> Tensor:
+def _soft_cross_entropy(logits: Tensor, targets: list[Tensor], _: slice) -> Tensor:
     """Cross-entropy of rows (N, M) with the mean of the targets' softmaxes (N, M), averaged."""
     mean = targets[0].softmax(dim=1)
     for target in targets[1:]:
@@ -117,7 +103,7 @@ def _soft_cross_entropy(logits: Tensor, targets: list[Tensor]) -> Tensor:
     return F.cross_entropy(logits, mean / len(targets))
 
 
-def _kl_divergence(logits: Tensor, targets: list[Tensor]) -> Tensor:
+def _kl_divergence(logits: Tensor, targets: list[Tensor], _: slice) -> Tensor:
     """KL(mean of the targets' softmaxes || softmax(logits)) of rows (N, M), averaged."""
     mean = targets[0].log_softmax(dim=1)
     for target in targets[1:]:
@@ -128,16 +114,21 @@ def _kl_divergence(logits: Tensor, targets: list[Tensor]) -> Tensor:
 
 
 def interactive_loss(
-    student_image: Tensor, student_text: Tensor, teacher_image: Tensor, teacher_text: Tensor, scale: Tensor | float
+    student_image: Tensor,
+    student_text: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    scale: Tensor | float,
+    share: RowShare = ALL_ROWS,
 ) -> Tensor:
     """Return the interactive contrastive loss (ICL of CLIP-KD, arXiv 2307.12732).
 
     Student anchors among teacher candidates: the mean of the cross-entropies of student image to teacher text and of
-    student text to teacher image, with hard labels. Four times (N, D), and the scale itself.
+    student text to teacher image, with hard labels. Four times (N, D), the scale itself, and the rows to compute.
     """
     image_to_text = Similarity(student_image, teacher_text.detach(), scale)
     text_to_image = Similarity(student_text, teacher_image.detach(), scale)
-    return (pair_cross_entropy(image_to_text) + pair_cross_entropy(text_to_image)) / 2
+    return (pair_cross_entropy(image_to_text, share) + pair_cross_entropy(text_to_image, share)) / 2
 
 
 def feature_loss(student_image: Tensor, student_text: Tensor, teacher_image: Tensor, teacher_text: Tensor) -> Tensor:

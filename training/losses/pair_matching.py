@@ -1,10 +1,11 @@
 """Pair matching (SiCLIP, arXiv 2411.14789): does this image belong to this text? Hard negatives, a linear head.
 
-N pairs of the whole batch, D feature dimensions. Each image is paired with one wrong text and each text with one wrong
-image, drawn by the softmax of their similarities. A hyperplane over the product of the two features then separates the
-N matching pairs from the 2N others. The paper's formulas were not available: the combination by product, the
-normalisation and the draw by the student's own similarity are interpretations. (A hyperplane over [image; text] would
-be additive, g(i) + h(t): it would give two swapped pairs together the same sum as the two matching ones.)
+N pairs of the whole batch, n of which a process computes (its `RowShare`), D feature dimensions. Each image is paired
+with one wrong text and each text with one wrong image, drawn by the softmax of their similarities. A hyperplane over
+the product of the two features then separates the N matching pairs from the 2N others. The paper's formulas were not
+available: the combination by product, the normalisation and the draw by the student's own similarity are
+interpretations. (A hyperplane over [image; text] would be additive, g(i) + h(t): it would give two swapped pairs
+together the same sum as the two matching ones.)
 """
 
 from collections.abc import Sequence
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 
 from shards_spec.content_id import content_ids
 from shards_spec.counter_rng import raw_draws, uniform_draws
-from training.losses.similarity import upcast
+from training.losses.similarity import ALL_ROWS, RowShare, upcast
 
 
 class Negatives(NamedTuple):
-    """Per pair the index of a wrong text for its image and of a wrong image for its text, (N,) int64 each.
+    """Per pair the index of a wrong text for its image and of a wrong image for its text, (n,) int64 each.
 
     -1 means that there is none: every other pair of the batch is a duplicate.
     """
@@ -58,51 +59,59 @@ class PairHead(nn.Module):
             return logits
 
 
-def pair_loss(head: PairHead, image: Tensor, text: Tensor, negatives: Negatives) -> Tensor:
+def pair_loss(head: PairHead, image: Tensor, text: Tensor, negatives: Negatives, share: RowShare = ALL_ROWS) -> Tensor:
     """Return the mean cross-entropy over 3N pairs: N matching ones, N with a wrong text, N with a wrong image.
 
     Args:
         head: The classifier of pairs.
         image: (N, D) features of any length.
         text: (N, D) features of any length.
-        negatives: The wrong texts and images; missing ones do not count.
+        negatives: The wrong texts and images of this process's pairs; missing ones do not count.
+        share: Which pairs these are.
     """
-    count = len(image)
+    own = share.rows(len(image))
     exists = torch.cat([torch.ones_like(negatives.texts), *negatives]) >= 0
     wrong_texts = negatives.texts.clamp(min=0)
     wrong_images = negatives.images.clamp(min=0)
     logits = head(
-        torch.cat([image, image, image[wrong_images]]),
-        torch.cat([text, text[wrong_texts], text]),
+        torch.cat([image[own], image[own], image[wrong_images]]),
+        torch.cat([text[own], text[wrong_texts], text[own]]),
     )
-    labels = (torch.arange(3 * count, device=image.device) < count).long()
+    labels = (torch.arange(len(logits), device=image.device) < len(wrong_texts)).long()
     if logits.shape[1] == 1:
         losses = F.binary_cross_entropy_with_logits(logits[:, 0], labels.to(logits.dtype), reduction="none")
     else:
         losses = F.cross_entropy(logits, labels, reduction="none")
-    return (losses * exists).sum() / exists.sum()
+    total = share.sum_over_processes((losses * exists).sum())
+    return total / share.sum_over_processes(exists.sum())
 
 
 @torch.no_grad()
-def sample_negatives(similarity: Tensor, ids: Sequence[Tensor], seed: int, step: int) -> Negatives:
-    """Draw the wrong texts and images of a whole batch, by the softmax over rows and over columns.
+def sample_negatives(
+    by_image: Tensor, by_text: Tensor, ids: Sequence[Tensor], *, seed: int, step: int, start: int = 0
+) -> Negatives:
+    """Draw the wrong texts and images of some pairs of a batch, by the softmax over all texts and over all images.
 
-    A pure function of its arguments: pair n uses the draws 2n and 2n + 1 of (seed, step), so all processes that hold
-    the whole batch agree.
+    A pure function of its arguments: pair n of the batch uses the draws 2n and 2n + 1 of (seed, step), whichever
+    process computes it.
 
     Args:
-        similarity: (N, N) logits; rows are images.
+        by_image: (n, N) logits of the pairs' images with all texts.
+        by_text: (n, N) logits of the pairs' texts with all images.
         ids: (N,) int64 each; two pairs with the same id in any of them are no negatives of each other.
         seed: Seed of the run.
         step: The step.
+        start: Which pair of the batch the first one is.
     """
-    count = len(similarity)
-    blocked = torch.eye(count, dtype=torch.bool, device=similarity.device)
+    count = by_image.shape[1]
+    rows = slice(start, start + len(by_image))
+    pairs = torch.arange(count, device=by_image.device)
+    blocked = pairs[rows, None] == pairs
     for same in ids:
-        blocked |= same[:, None] == same[None, :]
-    uniforms = torch.from_numpy(uniform_draws(f"pairs/{seed}/{step}", 2 * count)).view(count, 2)
-    uniforms = uniforms.to(similarity.device, non_blocking=True)  # a copy that blocks waits for the forward pass
-    return Negatives(_draw(similarity, blocked, uniforms[:, 0]), _draw(similarity.T, blocked, uniforms[:, 1]))
+        blocked |= same[rows, None] == same
+    uniforms = torch.from_numpy(uniform_draws(f"pairs/{seed}/{step}", 2 * count)).view(count, 2)[rows]
+    uniforms = uniforms.to(by_image.device, non_blocking=True)  # a copy that blocks waits for the forward pass
+    return Negatives(_draw(by_image, blocked, uniforms[:, 0]), _draw(by_text, blocked, uniforms[:, 1]))
 
 
 def _draw(logits: Tensor, blocked: Tensor, uniforms: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ class ClipTask(Task):
 
     def losses(self, features: Features, step: int) -> Losses:
         """Return ``contrastive``."""
-        return {"contrastive": clip_loss(features["image"], features["text"], self.student.logit_scale.exp())}
+        scale = self.student.logit_scale.exp()
+        return {"contrastive": clip_loss(features["image"], features["text"], scale, self.row_share)}
 
     def after_step(self, step: int) -> None:
         """Keep the logit scale at 100 at most."""

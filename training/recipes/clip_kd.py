@@ -26,7 +26,7 @@ from training.data.paired_views import KEEP, PairedViews
 from training.data.samples import Samples
 from training.losses.clip_kd import FeatureFusion, FeatureProjection, gradient_loss
 from training.losses.distillation import element_feature_loss
-from training.losses.similarity import Similarity
+from training.losses.similarity import ALL_ROWS, RowShare, Similarity
 from training.models.masked_image import encode_kept_patches
 from training.models.teacher import TeacherEnsemble
 from training.models.tinymim import NoTower, VisionTower, tower_of
@@ -96,7 +96,15 @@ class ClipKd(nn.Module):
         pairs = zip(students, self.teachers.pairs(taught), strict=True)
         return self.teachers.combined([loss(*student, *teacher) for student, teacher in pairs])
 
-    def losses(self, features: Features, unit: Features, students: Sequence[Pair], scale: Tensor | float) -> Features:
+    def losses(
+        self,
+        features: Features,
+        unit: Features,
+        students: Sequence[Pair],
+        scale: Tensor | float,
+        *,
+        share: RowShare = ALL_ROWS,
+    ) -> Features:
         """Return ``gradient``, ``augmented`` and ``masked``, weighted: those of weight above 0.
 
         Args:
@@ -104,29 +112,33 @@ class ClipKd(nn.Module):
             unit: Its features of unit length.
             students: What `towards_teachers` returned.
             scale: The student's logit scale.
+            share: The rows of similarities that this process computes.
         """
         config = self.config
         losses = {}
         if config.gd_weight:
-            losses["gradient"] = config.gd_weight * self._gradient_loss(unit, students, scale)
+            losses["gradient"] = config.gd_weight * self._gradient_loss(unit, students, scale, share)
         if config.afd_weight:
             pairs = zip(self.fusions, self.teachers.pairs(unit), strict=True)
             own = (unit["image"], unit["text"])
-            losses["augmented"] = config.afd_weight * self.teachers.combined([fuse(own, pair) for fuse, pair in pairs])
+            fused = [fuse(own, pair, share) for fuse, pair in pairs]
+            losses["augmented"] = config.afd_weight * self.teachers.combined(fused)
         if config.mfd_weight:
             masked = (features["masked_image"], features.get("raw_text", features["text"]))
             seen = self.towards_teachers(masked, masked)
             losses["masked"] = config.mfd_weight * self.compared(element_feature_loss, seen, unit)
         return losses
 
-    def _gradient_loss(self, unit: Features, students: Sequence[Pair], scale: Tensor | float) -> Tensor:
+    def _gradient_loss(
+        self, unit: Features, students: Sequence[Pair], scale: Tensor | float, share: RowShare
+    ) -> Tensor:
         def at(scale: Tensor | float) -> Tensor | float:
             return 1 / scale if self.config.gd_inverse_scale else scale
 
         losses = []
         for student, teacher in zip(students, self.teachers.similarities(unit), strict=True):
             own = Similarity(*student, at(scale))
-            losses.append(gradient_loss(own, teacher._replace(scale=at(teacher.scale))))
+            losses.append(gradient_loss(own, teacher._replace(scale=at(teacher.scale)), share))
         return self.teachers.combined(losses)
 
     @torch.no_grad()

@@ -49,7 +49,8 @@ class CocaTask(Task):
         losses = {}
         if self.clip_weight:
             scale = self.student.logit_scale.exp()
-            losses["contrastive"] = self.clip_weight * clip_loss(features["image"], features["text"], scale)
+            pairs = features["image"], features["text"]
+            losses["contrastive"] = self.clip_weight * clip_loss(*pairs, scale, self.row_share)
         if self.caption_weight:
             losses["caption"] = self.caption_weight * features["caption"].sum() / features["words"].sum()
         return losses

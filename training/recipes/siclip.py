@@ -168,21 +168,22 @@ class SiclipTask(Task):
 
         def relation() -> Tensor:
             assert self.teacher is not None
-            return self.teacher.relational(partial(ensemble_relation_loss, Similarity(image, text, scale)), unit)
+            loss = partial(ensemble_relation_loss, Similarity(image, text, scale), share=self.row_share)
+            return self.teacher.relational(loss, unit)
 
         terms: dict[str, tuple[float, Callable[[], Tensor]]] = {
-            "contrastive": (config.clip_weight, lambda: clip_loss(image, text, scale)),
+            "contrastive": (config.clip_weight, lambda: clip_loss(image, text, scale, self.row_share)),
             "feature": (config.fd_weight, lambda: compared(element_feature_loss)),
             "relation": (config.crd_weight, relation),
             "interactive": (
                 config.icl_weight,
-                lambda: compared(partial(interactive_loss, scale=self._icl_scale())),
+                lambda: compared(partial(interactive_loss, scale=self._icl_scale(), share=self.row_share)),
             ),
             "pairs": (config.pm_weight, lambda: self._pair_loss(features, unit, step)),
         }
         losses = {name: weight * loss() for name, (weight, loss) in terms.items() if weight}
         if self.clip_kd is not None:
-            losses |= self.clip_kd.losses(features, unit, students, scale)
+            losses |= self.clip_kd.losses(features, unit, students, scale, share=self.row_share)
         return losses
 
     def _icl_scale(self) -> Tensor:
@@ -190,20 +191,24 @@ class SiclipTask(Task):
 
     def _pair_loss(self, features: Features, unit: Features, step: int) -> Tensor:
         """Return the loss of pair matching; what the negatives are drawn by has no gradient."""
-        with torch.no_grad(), torch.autocast(unit["image"].device.type, enabled=False):
-            if self.config.pm_similarity == "teacher":
-                similarity = self._teacher_similarity(unit)
-            else:
-                similarity = self.student.logit_scale.exp() * unit["image"] @ unit["text"].T
+        own = self.row_share.rows(len(unit["image"]))
+        by_image, by_text = self._pair_logits(unit, own)
         ids = (features["text_ids"], features["key_ids"])
-        negatives = sample_negatives(similarity, ids, self.config.run.seed, step)
-        return pair_loss(self.head, features["image"], features["text"], negatives)
+        seed = self.config.run.seed
+        negatives = sample_negatives(by_image, by_text, ids, seed=seed, step=step, start=own.start)
+        return pair_loss(self.head, features["image"], features["text"], negatives, self.row_share)
 
-    def _teacher_similarity(self, unit: Features) -> Tensor:
-        """Return the teachers' logits (N, N), the mean of several."""
+    @torch.no_grad()
+    def _pair_logits(self, unit: Features, rows: slice) -> tuple[Tensor, Tensor]:
+        """Return logits (n, N) of some pairs' images, and of their texts: the student's, or the mean of its teachers'."""
+        if self.config.pm_similarity == "student":
+            return Similarity(unit["image"], unit["text"], self.student.logit_scale.exp()).both_directions(rows)
         assert self.teacher is not None
-        logits = [similarity.logits() for similarity in self.teacher.similarities(unit)]
-        return torch.stack(logits).mean(0) if len(logits) > 1 else logits[0]
+        logits = [similarity.both_directions(rows) for similarity in self.teacher.similarities(unit)]
+        if len(logits) == 1:
+            return logits[0]
+        by_image = torch.stack([both[0] for both in logits]).mean(0)
+        return by_image, torch.stack([both[1] for both in logits]).mean(0)
 
     def after_step(self, step: int) -> None:
         """Keep the scales at 100 at most."""

@@ -151,13 +151,13 @@ class TinyclipTask(Task):
         )
         terms = {
             "affinity": lambda: self.teacher.relational(
-                partial(ensemble_affinity_loss, Similarity(image, text, scale)), features
+                partial(ensemble_affinity_loss, Similarity(image, text, scale), share=self.row_share), features
             ),
             "feature": lambda: self.clip_kd.compared(feature_loss, students, features),
-            "contrastive": lambda: clip_loss(image, text, scale),
+            "contrastive": lambda: clip_loss(image, text, scale, self.row_share),
         }
         losses = {name: weight * terms[name]() for name, weight in self.weights.items() if weight}
-        losses |= self.clip_kd.losses(features, features, students, scale)
+        losses |= self.clip_kd.losses(features, features, students, scale, share=self.row_share)
         if self.phase is not None and self.constraint is not None:
             losses["sparsity"] = self.constraint(self.phase.sparsity(self.student), self.phase.target(step))
         return losses

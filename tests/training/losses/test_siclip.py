@@ -97,7 +97,7 @@ def test_gradient_reaches_the_student_alone(loss):
 
 def test_losses_are_float32_under_autocast():
     features = [torch.from_numpy(unit(seed)).float() for seed in range(4)]
-    head, negatives = PairHead(5), sample_negatives(10 * features[0] @ features[1].T, [], seed=0, step=0)
+    head, negatives = PairHead(5), negatives_of(10 * features[0] @ features[1].T, [])
 
     def losses():
         return (
@@ -205,6 +205,11 @@ def test_a_product_can_tell_pairs_and_a_sum_cannot():  # fact 12
     assert pair_loss(head, EYE, EYE, Negatives(swapped, swapped)).item() < 1e-6
 
 
+def negatives_of(logits, ids, seed=0, step=0):
+    """Negatives of a whole batch, whose rows are images."""
+    return sample_negatives(logits, logits.T, ids, seed=seed, step=step)
+
+
 def test_negatives_are_never_the_anchor():  # fact 12
     features = F.normalize(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)), dim=1).half()
     logits = 100 * (features @ features.T)  # the right pair is the most similar by far
@@ -212,7 +217,7 @@ def test_negatives_are_never_the_anchor():  # fact 12
     after = logits.softmax(dim=1).fill_diagonal_(0)
     assert (after.sum(dim=1) == 0).any()  # what masking after the softmax would leave
     for step in range(200):
-        for index in sample_negatives(logits, [], seed=0, step=step):
+        for index in negatives_of(logits, [], step=step):
             assert ((index >= 0) & (index < 64) & (index != torch.arange(64))).all()
 
 
@@ -221,7 +226,7 @@ def test_duplicates_are_no_negatives():
     texts, keys = text_ids(tokens), key_ids(["a", "b", "c", "b"], torch.device("cpu"))
     assert (texts == texts[0]).tolist() == [True, False, True, False]
     assert (keys == keys[1]).tolist() == [False, True, False, True]
-    drawn = [sample_negatives(torch.zeros(4, 4), [texts, keys], 0, step) for step in range(100)]
+    drawn = [negatives_of(torch.zeros(4, 4), [texts, keys], step=step) for step in range(100)]
     allowed = [{1, 3}, {0, 2}, {1, 3}, {0, 2}]
     for part in (0, 1):
         assert [{int(negatives[part][n]) for negatives in drawn} for n in range(4)] == allowed
@@ -230,9 +235,9 @@ def test_duplicates_are_no_negatives():
 def test_pairs_without_a_negative_leave_the_mean():
     image, text, _ = random_pairs(3)
     same = torch.tensor([4, 4, 9])
-    negatives = sample_negatives(image @ text.T, [same], seed=0, step=0)
+    negatives = negatives_of(image @ text.T, [same])
     assert negatives.texts.tolist()[:2] == [2, 2]
-    alone = sample_negatives(image @ text.T, [torch.zeros(3, dtype=torch.long)], seed=0, step=0)
+    alone = negatives_of(image @ text.T, [torch.zeros(3, dtype=torch.long)])
     assert alone.texts.tolist() == alone.images.tolist() == [-1] * 3
     head = PairHead(5).double()
     loss = pair_loss(head, image, text, alone)
@@ -245,7 +250,7 @@ def test_frequencies_follow_the_masked_softmax():  # fact 13
     logits = torch.from_numpy(np.random.default_rng(5).normal(size=(8, 8)) * 2)
     counts, steps = np.zeros((2, 8, 8)), 6250  # 100,000 draws
     for step in range(steps):
-        for part, index in enumerate(sample_negatives(logits, [], seed=3, step=step)):
+        for part, index in enumerate(negatives_of(logits, [], seed=3, step=step)):
             counts[part, np.arange(8), index.numpy()] += 1
     for found, similarity in zip(counts, (logits.numpy(), logits.numpy().T), strict=True):
         expected = np.exp(similarity) * (1 - np.eye(8))
@@ -257,9 +262,13 @@ def test_frequencies_follow_the_masked_softmax():  # fact 13
 
 def test_draws_belong_to_seed_step_and_anchor():
     logits = torch.zeros(6, 6)
-    one, again = sample_negatives(logits, [], 1, 2), sample_negatives(logits, [], 1, 2)
+    one, again = negatives_of(logits, [], seed=1, step=2), negatives_of(logits, [], seed=1, step=2)
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
-    others = [sample_negatives(logits, [], 1, 3), sample_negatives(logits, [], 2, 2), Negatives(one.images, one.texts)]
+    others = [
+        negatives_of(logits, [], seed=1, step=3),
+        negatives_of(logits, [], seed=2, step=2),
+        Negatives(one.images, one.texts),
+    ]
     assert not any(torch.equal(one.texts, other.texts) for other in others)
 
 
@@ -272,7 +281,7 @@ def whole_batch(count=12, dim=6):
 
 def loss_and_gradients(image, text, ids, head):
     image, text = image.requires_grad_(), text.requires_grad_()
-    negatives = sample_negatives(10 * image @ text.T, [ids], seed=7, step=11)
+    negatives = negatives_of(10 * image @ text.T, [ids], seed=7, step=11)
     loss = pair_loss(head, image, text, negatives)
     loss.backward()
     return {"loss": loss.detach(), "image": image.grad, "text": text.grad, "head": head.linear.weight.grad} | {
