@@ -99,7 +99,7 @@ class Profile:
         )
 
     def _losses_at(self, size: int, share: int) -> float:
-        """A process has ``share`` rows of the matrices of all pairs, a block of `BLOCK_ROWS` at a time if they are large."""
+        """A process has ``share`` rows of the matrices of all pairs; of large ones `BLOCK_ROWS` are there at a time."""
         sizes, measured = np.array(self.losses, float).T
         squared, linear, constant = np.polyfit(sizes, measured, 2)
         rows = share if is_whole(share, size) else BLOCK_ROWS

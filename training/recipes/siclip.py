@@ -200,7 +200,7 @@ class SiclipTask(Task):
 
     @torch.no_grad()
     def _pair_logits(self, unit: Features, rows: slice) -> tuple[Tensor, Tensor]:
-        """Return logits (n, N) of some pairs' images, and of their texts: the student's, or the mean of its teachers'."""
+        """Return logits (n, N) of some pairs' images, and of their texts: the student's, or its teachers' mean."""
         if self.config.pm_similarity == "student":
             return Similarity(unit["image"], unit["text"], self.student.logit_scale.exp()).both_directions(rows)
         assert self.teacher is not None

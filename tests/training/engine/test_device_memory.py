@@ -136,6 +136,8 @@ def test_the_losses_are_the_worst_of_a_large_batch(root):
     _, rows, task = prepare("tinyclip", config)
     with AllocationMeter() as meter:
         one = measure(task.train(), first_batch(rows, 4), 2048, meter, most=4)
+        shared = measure(task, first_batch(rows, 4), 2048, meter, most=4, ranks=8)
+    assert shared.losses < one.losses / 5, "a process has an eighth of the rows"
     memory = one.at(2048, chunk_size=1)
     assert 3 * 4 * 2048**2 < memory.losses < 12 * 4 * 2048**2
     assert memory.gradients == 0, "of the towers, whose backward pass comes after that of the losses"
