@@ -35,7 +35,7 @@ def measure(pairs: int, width: int, share: RowShare) -> tuple[float, int]:
     student = [value.requires_grad_() for value in features[:2]]
 
     def both_passes() -> None:
-        loss = ensemble_affinity_loss(Similarity(*student, 50.0), [Similarity(*features[2:], 50.0)], share)
+        loss = ensemble_affinity_loss(Similarity(*student, 50.0), [Similarity(*features[2:], 50.0)], share=share)
         torch.autograd.grad(loss, student)
 
     start = time.process_time()

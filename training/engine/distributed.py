@@ -180,7 +180,7 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         most = max(ctx.sizes)  # every rank's part has one size on its way
-        by_rank = upcast(gradients[0]).reshape(sum(ctx.sizes), -1).split(ctx.sizes)
+        by_rank = torch.split(upcast(gradients[0]).reshape(sum(ctx.sizes), -1), ctx.sizes)
         padded = torch.cat([F.pad(part, (0, 0, 0, most - len(part))) for part in by_rank])
         total = padded.new_empty(most, padded.shape[1])
         dist.reduce_scatter_tensor(total, padded)

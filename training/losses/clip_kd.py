@@ -18,7 +18,7 @@ from training.losses.contrastive import clip_loss
 from training.losses.similarity import ALL_ROWS, RowShare, Similarity, for_rows, mean_over_rows, upcast
 
 
-def gradient_loss(student: Similarity, teacher: Similarity, share: RowShare = ALL_ROWS) -> Tensor:
+def gradient_loss(student: Similarity, teacher: Similarity, *, share: RowShare = ALL_ROWS) -> Tensor:
     """Return GD: how far apart the contrastive losses' gradients at the student's and the teacher's features are.
 
     For each direction, image to text and text to image, the gradients of its cross-entropy (a mean over N) at both
@@ -117,7 +117,7 @@ class FeatureFusion(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(
-        self, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], share: RowShare = ALL_ROWS
+        self, student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], *, share: RowShare = ALL_ROWS
     ) -> Tensor:
         """Return the contrastive loss of fused features, of unit image and text features (N, D) and (N, D').
 
@@ -127,4 +127,4 @@ class FeatureFusion(nn.Module):
             image = self.image(torch.cat([upcast(student[0]), upcast(teacher[0].detach())], dim=-1))
             text = self.text(torch.cat([upcast(student[1]), upcast(teacher[1].detach())], dim=-1))
             unit = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-        return clip_loss(*unit, self.logit_scale.exp(), share)
+        return clip_loss(*unit, self.logit_scale.exp(), share=share)

@@ -6,7 +6,7 @@ from training.losses.similarity import ALL_ROWS, RowShare, Similarity, hard_cros
 
 
 def clip_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, share: RowShare = ALL_ROWS
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, *, share: RowShare = ALL_ROWS
 ) -> Tensor:
     """Return the contrastive loss of CLIP (arXiv 2103.00020, figure 3): the mean cross-entropy of both directions.
 

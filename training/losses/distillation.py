@@ -77,22 +77,26 @@ def relation_loss(
     return ensemble_relation_loss(student, [teacher])
 
 
-def ensemble_affinity_loss(student: Similarity, teachers: Sequence[Similarity], share: RowShare = ALL_ROWS) -> Tensor:
+def ensemble_affinity_loss(
+    student: Similarity, teachers: Sequence[Similarity], *, share: RowShare = ALL_ROWS
+) -> Tensor:
     """Return `affinity_loss` with the mean of several teachers' distributions as the target.
 
     That is the mean of the teachers' own losses: cross-entropy is linear in its target. MobileCLIP (arXiv 2311.17049)
     and MobileCLIP2 (arXiv 2508.20691, scales 70 and 60) average distributions, too.
     """
-    return mean_of_directions(_soft_cross_entropy, student, teachers, share)
+    return mean_of_directions(_soft_cross_entropy, student, teachers, share=share)
 
 
-def ensemble_relation_loss(student: Similarity, teachers: Sequence[Similarity], share: RowShare = ALL_ROWS) -> Tensor:
+def ensemble_relation_loss(
+    student: Similarity, teachers: Sequence[Similarity], *, share: RowShare = ALL_ROWS
+) -> Tensor:
     """Return `relation_loss` with the mean of several teachers' distributions as the target.
 
     It is smaller than the mean of the teachers' own losses by a constant, their Jensen-Shannon divergence: the gradient
     is the same.
     """
-    return mean_of_directions(_kl_divergence, student, teachers, share)
+    return mean_of_directions(_kl_divergence, student, teachers, share=share)
 
 
 def _soft_cross_entropy(logits: Tensor, targets: list[Tensor], _: slice) -> Tensor:
@@ -119,6 +123,7 @@ def interactive_loss(
     teacher_image: Tensor,
     teacher_text: Tensor,
     scale: Tensor | float,
+    *,
     share: RowShare = ALL_ROWS,
 ) -> Tensor:
     """Return the interactive contrastive loss (ICL of CLIP-KD, arXiv 2307.12732).

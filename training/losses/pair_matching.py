@@ -59,7 +59,9 @@ class PairHead(nn.Module):
             return logits
 
 
-def pair_loss(head: PairHead, image: Tensor, text: Tensor, negatives: Negatives, share: RowShare = ALL_ROWS) -> Tensor:
+def pair_loss(
+    head: PairHead, image: Tensor, text: Tensor, negatives: Negatives, *, share: RowShare = ALL_ROWS
+) -> Tensor:
     """Return the mean cross-entropy over 3N pairs: N matching ones, N with a wrong text, N with a wrong image.
 
     Args:

@@ -85,6 +85,7 @@ def mean_of_directions(
     loss: Callable[[Tensor, list[Tensor], slice], Tensor],
     student: Similarity,
     teachers: Sequence[Similarity] = (),
+    *,
     share: RowShare = ALL_ROWS,
 ) -> Tensor:
     """Return the mean of a loss over both directions, rows to columns and columns to rows.

@@ -26,7 +26,7 @@ class ClipTask(Task):
     def losses(self, features: Features, step: int) -> Losses:
         """Return ``contrastive``."""
         scale = self.student.logit_scale.exp()
-        return {"contrastive": clip_loss(features["image"], features["text"], scale, self.row_share)}
+        return {"contrastive": clip_loss(features["image"], features["text"], scale, share=self.row_share)}
 
     def after_step(self, step: int) -> None:
         """Keep the logit scale at 100 at most."""

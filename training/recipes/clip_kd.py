@@ -121,7 +121,7 @@ class ClipKd(nn.Module):
         if config.afd_weight:
             pairs = zip(self.fusions, self.teachers.pairs(unit), strict=True)
             own = (unit["image"], unit["text"])
-            fused = [fuse(own, pair, share) for fuse, pair in pairs]
+            fused = [fuse(own, pair, share=share) for fuse, pair in pairs]
             losses["augmented"] = config.afd_weight * self.teachers.combined(fused)
         if config.mfd_weight:
             masked = (features["masked_image"], features.get("raw_text", features["text"]))
@@ -138,7 +138,7 @@ class ClipKd(nn.Module):
         losses = []
         for student, teacher in zip(students, self.teachers.similarities(unit), strict=True):
             own = Similarity(*student, at(scale))
-            losses.append(gradient_loss(own, teacher._replace(scale=at(teacher.scale)), share))
+            losses.append(gradient_loss(own, teacher._replace(scale=at(teacher.scale)), share=share))
         return self.teachers.combined(losses)
 
     @torch.no_grad()

@@ -50,7 +50,7 @@ class CocaTask(Task):
         if self.clip_weight:
             scale = self.student.logit_scale.exp()
             pairs = features["image"], features["text"]
-            losses["contrastive"] = self.clip_weight * clip_loss(*pairs, scale, self.row_share)
+            losses["contrastive"] = self.clip_weight * clip_loss(*pairs, scale, share=self.row_share)
         if self.caption_weight:
             losses["caption"] = self.caption_weight * features["caption"].sum() / features["words"].sum()
         return losses

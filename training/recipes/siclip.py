@@ -172,7 +172,7 @@ class SiclipTask(Task):
             return self.teacher.relational(loss, unit)
 
         terms: dict[str, tuple[float, Callable[[], Tensor]]] = {
-            "contrastive": (config.clip_weight, lambda: clip_loss(image, text, scale, self.row_share)),
+            "contrastive": (config.clip_weight, lambda: clip_loss(image, text, scale, share=self.row_share)),
             "feature": (config.fd_weight, lambda: compared(element_feature_loss)),
             "relation": (config.crd_weight, relation),
             "interactive": (
@@ -196,7 +196,7 @@ class SiclipTask(Task):
         ids = (features["text_ids"], features["key_ids"])
         seed = self.config.run.seed
         negatives = sample_negatives(by_image, by_text, ids, seed=seed, step=step, start=own.start)
-        return pair_loss(self.head, features["image"], features["text"], negatives, self.row_share)
+        return pair_loss(self.head, features["image"], features["text"], negatives, share=self.row_share)
 
     @torch.no_grad()
     def _pair_logits(self, unit: Features, rows: slice) -> tuple[Tensor, Tensor]:

@@ -154,7 +154,7 @@ class TinyclipTask(Task):
                 partial(ensemble_affinity_loss, Similarity(image, text, scale), share=self.row_share), features
             ),
             "feature": lambda: self.clip_kd.compared(feature_loss, students, features),
-            "contrastive": lambda: clip_loss(image, text, scale, self.row_share),
+            "contrastive": lambda: clip_loss(image, text, scale, share=self.row_share),
         }
         losses = {name: weight * terms[name]() for name, weight in self.weights.items() if weight}
         losses |= self.clip_kd.losses(features, features, students, scale, share=self.row_share)

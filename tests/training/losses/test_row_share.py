@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import chain
 
 import pytest
 import torch
@@ -23,7 +24,9 @@ from training.task import Task
 
 # Forked processes must find no pool of threads.
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
-WIDTH, TEACHER, OTHER = 5, 3, 4
+WIDTH = 5
+TEACHER = 3
+OTHER = 4
 UNEVEN = [4, 3, 5, 2]  # samples of each process, 14 together; of their similarities it has 3, 4, 3 and 4 rows
 
 
@@ -61,12 +64,12 @@ class OneTerm(Task):
 
 def gradient(task, student, teachers, ids):
     projected = Similarity(*task.projection(student.rows, student.columns), student.scale)
-    return 100 * gradient_loss(projected, teachers[0], task.row_share)
+    return 100 * gradient_loss(projected, teachers[0], share=task.row_share)
 
 
 def interactive(task, student, teachers, ids):
     projected = task.projection(student.rows, student.columns)
-    return interactive_loss(*projected, *teachers[0][:2], task.icl_logit_scale.exp(), task.row_share)
+    return interactive_loss(*projected, *teachers[0][:2], task.icl_logit_scale.exp(), share=task.row_share)
 
 
 def pair_matching(task, student, teachers, ids):
@@ -74,16 +77,16 @@ def pair_matching(task, student, teachers, ids):
     with torch.no_grad():
         logits = student.both_directions(own)
     negatives = sample_negatives(*logits, [ids], seed=3, step=5, start=own.start)
-    return pair_loss(task.head, *student[:2], negatives, task.row_share)
+    return pair_loss(task.head, *student[:2], negatives, share=task.row_share)
 
 
 TERMS = {
-    "contrastive": lambda task, student, teachers, ids: clip_loss(*student, task.row_share),
-    "affinity": lambda task, student, teachers, ids: ensemble_affinity_loss(student, teachers, task.row_share),
-    "relation": lambda task, student, teachers, ids: ensemble_relation_loss(student, teachers, task.row_share),
+    "contrastive": lambda task, student, teachers, ids: clip_loss(*student, share=task.row_share),
+    "affinity": lambda task, student, teachers, ids: ensemble_affinity_loss(student, teachers, share=task.row_share),
+    "relation": lambda task, student, teachers, ids: ensemble_relation_loss(student, teachers, share=task.row_share),
     "interactive": interactive,
     "gradient": gradient,
-    "augmented": lambda task, student, teachers, ids: task.fusion(student[:2], teachers[0][:2], task.row_share),
+    "augmented": lambda task, student, teachers, ids: task.fusion(student[:2], teachers[0][:2], share=task.row_share),
     "pairs": pair_matching,
 }
 OF_THE_TERM = {
@@ -196,7 +199,7 @@ def test_no_process_has_a_matrix_of_all_pairs(term):
 def test_shares_of_rows_are_all_rows_once():
     for count, size in ((14, 4), (8, 3), (5, 5), (7, 1)):
         rows = [RowShare(rank, size).rows(count) for rank in range(size)]
-        assert [row for part in rows for row in range(count)[part]] == list(range(count))
+        assert [*chain.from_iterable(range(count)[part] for part in rows)] == list(range(count))
         lengths = {part.stop - part.start for part in rows}
         assert max(lengths) - min(lengths) <= 1
 
