@@ -3,11 +3,11 @@
 
     python docs/tables.py [--check]
 
-A table stands between ``<!-- tables.py: NAME -->`` and ``<!-- end -->``. `tests/bench/plan.py` computes costs, from
-`pipeline/plan/rates.json`. Figures of a GPU are those of `tests/gpu/figures.jsonl`, the last one of each
-name; one that docs/benchmarks.md explains and that is not among them was not run yet (… in the name of an explained one
-stands for any text, or none). Both files are copied from $OUT after `bash tests/gpu/run.sh`. --check writes nothing and
-fails where a page has other tables.
+A table stands between ``<!-- tables.py: NAME -->`` and ``<!-- end -->``. `tests/bench/plan.py` and
+`tests/bench/recipes.py` compute costs, from `pipeline/plan/rates.json`. Figures of a GPU are those of
+`tests/gpu/figures.jsonl`, the last one of each name; one that docs/benchmarks.md explains and that is not among them
+was not run yet (… in the name of an explained one stands for any text, or none). These files are copied from $OUT after
+`bash tests/gpu/run.sh`. --check writes nothing and fails where a page has other tables.
 """
 
 import argparse
@@ -20,10 +20,16 @@ from typing import Any
 sys.path.extend(str(Path(__file__).resolve().parents[1] / folder) for folder in (".", "tests/bench", "tests/gpu"))
 
 import plan
+import recipes
 import runner
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/scale.md", "docs/benchmarks.md")
+PAGES = (
+    "README.md",
+    "docs/scale.md",
+    "docs/benchmarks.md",
+    *(f"docs/recipes/{name}.md" for name in recipes.PAGES),
+)
 FIGURES = ROOT / "tests" / "gpu" / "figures.jsonl"
 BLOCK = re.compile(r"(<!-- tables\.py: (?P<name>[^>]+) -->\n).*?(<!-- end -->\n)", re.S)
 EXPLAINED = re.compile(r"^\| figure \| what it is \| goal \|\n\|[-|]+\|\n(?P<rows>(?:\|.*\n)+)", re.M)
@@ -68,7 +74,7 @@ def tables() -> dict[str, str]:
     """All tables by name."""
     lines = FIGURES.read_text().splitlines() if FIGURES.exists() else []
     explained = explained_rows((ROOT / "docs" / "benchmarks.md").read_text())
-    return {**plan.blocks(plan.parser().parse_args([])), "on a GPU": gpu_table(lines, explained)}
+    return {**plan.blocks(plan.parser().parse_args([])), **recipes.blocks(), "on a GPU": gpu_table(lines, explained)}
 
 
 def filled(page: str, by_name: dict[str, str]) -> str:

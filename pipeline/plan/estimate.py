@@ -37,10 +37,11 @@ class Choices:
     captions: int = 5
     int8: bool = False  # the cache; else float16
     epochs: int = 1
+    width: int = WIDTH  # numbers of a teacher's vector
 
     def cached_bytes(self, costs: Costs) -> float:
         """Bytes of a cache row: vectors of all views, synthetic captions and the original one, key and identities."""
-        vector = WIDTH + 4 if self.int8 else 2 * WIDTH  # int8 has one float32 scale
+        vector = self.width + 4 if self.int8 else 2 * self.width  # int8 has one float32 scale
         return (self.views + self.captions + 1) * vector + costs.row_more
 
 
@@ -152,7 +153,7 @@ def stage_costs(corpus: Corpus, choices: Choices, cores: int, c: Costs = MEASURE
     listing = 2 * corpus.rows / c.rows_per_s / 3600 * corpus.ingest_tasks  # its own shards, then what others left
     each_jobs = gpu_jobs(choices)
     each_ms = core_ms(choices, c)
-    row = n * (2 * WIDTH * 2 + c.row_more)  # of one view and one text
+    row = n * (2 * choices.width * 2 + c.row_more)  # of one view and one text
 
     def on_gpus(name: str, read: float, written: float, times: int = 1) -> StageCost:
         jobs = {job: times * n * samples for job, samples in each_jobs[name].items()}

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.plan.costs import FLOP, STUDENTS
+from pipeline.plan.costs import FLOP, STUDENTS, Costs
 from pipeline.plan.estimate import Choices, Corpus, Gpu, Hardware, StageCost, gpu_jobs, stage_costs
 from pipeline.plan.rates import MeasuredRates
 
@@ -78,3 +78,12 @@ def test_an_array_claims_its_shards():
     assert stages["pack"].file_operations(12) == 12 * 29  # one task
     assert stages["caption"].file_operations(12) == 12 * (18 + 5)
     assert stages["train ViT-M-32"].file_operations(12) == 0
+
+
+def test_a_cache_of_narrower_vectors_is_smaller():
+    costs = Costs()
+    wide, narrow = Choices(views=4, captions=0), Choices(views=4, captions=0, width=512)
+    assert wide.cached_bytes(costs) == 5 * 2 * 768 + costs.row_more
+    assert narrow.cached_bytes(costs) == 5 * 2 * 512 + costs.row_more
+    read = {width: by_name(Choices(width=width))["train ViT-M-32"].read for width in (512, 768)}
+    assert read[768] - read[512] == 1_000 * 2 * 2 * 256

@@ -1,0 +1,174 @@
+"""runs/clipkd.sh: every command is one that the product takes, it stops at the first failure, and it runs on scenes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command_words import parse_command
+from slurm_cluster import until
+from small_data import tiny_coca
+from small_training import tiny_clip
+
+from slurm.submit import submit
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "runs" / "clipkd.sh"
+# in place of `clipmill`: writes its words to $RECORD, a line each command, and fails at the command $FAILS
+RECORDER = """#!/usr/bin/env bash
+(IFS=$'\\t'; echo "$*" >>"$RECORD")
+[ "$1" != "${FAILS:-}" ]
+"""
+TORCHRUN = """#!/usr/bin/env bash
+[ "$1 $3 $4" = "--nproc_per_node -m clipmill" ] && shift 4 && clipmill "$@"
+"""
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """Runs the script with a recorder as `clipmill`; returns the outcome and the words of all commands."""
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name, script in (("clipmill", RECORDER), ("torchrun", TORCHRUN)):
+        commands.joinpath(name).write_text(script)
+        commands.joinpath(name).chmod(0o755)
+    (tmp_path / "cc3m.tsv").write_text("a dog\thttp://host/0.jpg\n")
+    (tmp_path / "cc12m.tsv").write_text("http://host/1.jpg\ta cat\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CLIPMILL_SITE", raising=False)
+
+    def run(**variables: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+        record = tmp_path / "record.tsv"
+        record.unlink(missing_ok=True)
+        given = {"CC3M": "cc3m.tsv", "CC12M": "cc12m.tsv", "IMAGENET": "val", "ROOT": "both", "EVAL": "eval"}
+        path = {"PATH": f"{commands}:{os.environ['PATH']}", "RECORD": str(record)}
+        done = subprocess.run(
+            ["bash", SCRIPT], env={**os.environ, **path, **given, **variables}, capture_output=True, text=True
+        )
+        lines = record.read_text().splitlines() if record.exists() else []
+        return done, [line.split("\t") for line in lines]
+
+    return run
+
+
+@pytest.mark.parametrize(("where", "gpus"), [("here", "1"), ("here", "2"), ("slurm", "8")])
+def test_every_command_of_the_script_parses(where, gpus, recorded, capsys):
+    done, commands = recorded(WHERE=where, GPUS=gpus)
+    assert done.returncode == 0, done.stderr
+    names = [words[1] if words[0] == "submit" else words[0] for words in commands]
+    assert names == ["evalset", "eval", "ingest", "pack", "cache", "train", "train", "eval", "compare"]
+    for words in commands:
+        parse_command(words)
+    assert {words[0] == "submit" for words in commands[2:7]} == {where == "slurm"}
+    for words in commands if where == "slurm" else ():
+        if words[:2] in (["submit", "ingest"], ["submit", "train"]):  # the others look at what is there
+            assert submit([*words[1:], "--dry-run"], lambda step: 0) == 0
+            assert "#SBATCH --gpus-per-node=8" in capsys.readouterr().out or words[1] == "ingest"
+
+
+def test_both_lists_have_the_columns_of_one(recorded):
+    recorded()
+    assert Path("both.lists/cc3m.tsv").read_text() == "http://host/0.jpg\ta dog\n"
+
+
+def test_the_script_stops_at_the_first_failure(recorded):
+    done, commands = recorded(FAILS="pack")
+    assert done.returncode == 1
+    assert commands[-1][0] == "pack"
+
+
+@pytest.mark.parametrize("variable", ["CC3M", "CC12M", "IMAGENET"])
+def test_what_is_not_given_is_named(variable, recorded):
+    done, commands = recorded(**{variable: ""})
+    assert done.returncode != 0
+    assert f"{variable}: give " in done.stderr
+    assert commands == []
+
+
+def test_another_place_is_refused(recorded):
+    done, commands = recorded(WHERE="cloud")
+    assert (done.returncode, commands) == (2, [])
+    assert "WHERE=cloud: here or slurm" in done.stderr
+
+
+@pytest.fixture
+def web(tmp_path) -> Iterator[Path]:
+    """The demo's scenes as CC3M's list, CC12M's and folders of classes, and their server."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path / "web"
+    words = ("--count", "120", "--base-url", f"http://127.0.0.1:{port}", "--eval-count", "40")
+    subprocess.run([sys.executable, ROOT / "demo" / "scenes.py", folder, *words], check=True, capture_output=True)
+    rows = [line.split("\t") for line in (folder / "list.tsv").read_text().splitlines()]
+    (folder / "cc3m.tsv").write_text("".join(f"{caption}\t{url}\n" for caption, url in rows[:60]))
+    (folder / "cc12m.tsv").write_text("".join(f"{url}\t{caption}\n" for caption, url in rows[60:]))
+    classes = (folder / "eval" / "zeroshot" / "classnames.txt").read_text().splitlines()
+    with tarfile.open(folder / "eval" / "zeroshot" / "test" / "0.tar") as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar.getmembers()}
+    for name, data in members.items():
+        if name.endswith(".jpg"):
+            image = folder / "val" / classes[int(members[name.replace(".jpg", ".cls")])] / name
+            image.parent.mkdir(parents=True, exist_ok=True)
+            image.write_bytes(data)
+    server = subprocess.Popen([sys.executable, ROOT / "demo" / "serve.py", folder, str(port)])
+    try:
+        until(lambda: _answers(port), 30)
+        yield folder
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as knock:
+        return knock.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_the_script_runs_on_the_demos_scenes(web, tmp_path):
+    """From two lists to two accuracies; stopped before `pack`, the same line resumes."""
+    commands, once = tmp_path / "commands", tmp_path / "failed"
+    commands.mkdir()
+    fails = f'[ -e {once} ] || [ "$1" != pack ] || {{ touch {once}; exit 3; }}'
+    (commands / "clipmill").write_text(f'#!/bin/sh\n{fails}\nexec {sys.executable} -m clipmill "$@"\n')
+    (commands / "clipmill").chmod(0o755)
+    variables = {
+        "CC3M": str(web / "cc3m.tsv"),
+        "CC12M": str(web / "cc12m.tsv"),
+        "IMAGENET": str(web / "val"),
+        "ROOT": str(tmp_path / "both"),
+        "EVAL": str(tmp_path / "eval"),
+        "OUT": str(tmp_path / "runs"),
+        "TEACHER": tiny_coca(tmp_path / "teacher"),
+        "TEACHER_WEIGHTS": "",
+        "STUDENT": tiny_clip(tmp_path / "student"),
+        "EPOCHS": "1",
+        "BATCH": "16",
+        "WARMUP": "2",
+        "VIEWS": "2",
+        "INGEST_OPTIONS": "--allow-private --workers 1",
+        "CACHE_OPTIONS": "--threads 1",
+        "TRAIN_OPTIONS": "--workers 0 --log-every 1",
+    }
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{commands}:{os.environ['PATH']}", **variables}
+    for code in (3, 0):
+        done = subprocess.run(["bash", SCRIPT], env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == code, done.stderr[-3000:]
+    assert "ingest: 120 samples in 1 shard (0 made now" in done.stdout
+    for run, losses in (
+        ("scratch", {"contrastive"}),
+        ("distilled", {"contrastive", "feature", "relation", "interactive"}),
+    ):
+        lines = [json.loads(line) for line in (tmp_path / "runs" / run / "metrics.jsonl").read_text().splitlines()]
+        assert set(lines[-1]["losses"]) == losses
+        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+        result = json.loads((tmp_path / "runs" / run / "eval" / "eval_zeroshot.json").read_text())
+        assert 0 <= result["metrics"]["acc1"] <= 1
+    assert (tmp_path / "runs" / "compare.html").exists()
