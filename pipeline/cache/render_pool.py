@@ -74,7 +74,8 @@ class RenderPool:
         shape = (slots, views, size, size, 3)
         self._executor: Executor
         if processes:
-            context = multiprocessing.get_context("spawn")
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["torch"])  # it resizes: 300 MB that all of them share, loaded once
             memory = context.RawArray(ctypes.c_uint8, math.prod(shape))
             self.slots = _as_slots(memory, shape)
             self._executor = ProcessPoolExecutor(

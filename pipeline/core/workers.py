@@ -4,7 +4,8 @@ import ctypes
 import os
 import signal
 import sys
-from multiprocessing.process import parent_process
+import threading
+from multiprocessing.process import BaseProcess, parent_process
 
 CPU_QUOTA = "/sys/fs/cgroup/cpu.max"  # of a container: microseconds of all cores per microseconds, or "max"
 SHARDS_PER_WORKER = 16  # of a stage that only reads a table; a process takes most of a second to start
@@ -20,8 +21,13 @@ def die_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         parent = parent_process()
-        if parent is not None and os.getppid() != parent.pid:  # the parent died before prctl was called
-            os._exit(1)
+        if parent is not None and os.getppid() != parent.pid:  # it is dead, or this is the child of its fork server
+            threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+
+
+def _exit_after(parent: BaseProcess) -> None:
+    parent.join()  # a process of a fork server has a pipe to the parent
+    os._exit(1)
 
 
 def workers_for(shards: int, workers: int) -> int:

@@ -1,7 +1,12 @@
 """Views rendered ahead into memory that is reused: the right ones, in order, in bounded memory."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,3 +76,31 @@ def test_a_queue_that_is_left_early_writes_nothing_later(monkeypatch):
     found = [views.copy() for views in RenderQueue(pool, asked, SPEC)]
     assert all(np.array_equal(views, rendered(job)) for job, views in zip(asked, found, strict=True))
     pool.shutdown()
+
+
+KILLED = """
+import os, signal
+from pipeline.cache.render_pool import RenderPool
+
+if __name__ == "__main__":
+    pool = RenderPool(2, 0, rows=1, views=1, size=8)
+    pool._executor.submit(int).result()
+    print(*pool._executor._processes, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_rendering_processes_end_with_a_killed_parent(tmp_path):
+    """They belong to a fork server, which would outlive it as long as they do."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    here = Path(__file__).parents[3]
+    command = [sys.executable, str(tmp_path / "killed.py")]
+    environment = {**os.environ, "PYTHONPATH": str(here)}
+    killed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    workers = [Path("/proc", pid) for pid in killed.stdout.decode().split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 60
+    while any(worker.exists() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(worker.exists() for worker in workers)
