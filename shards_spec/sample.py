@@ -2,10 +2,12 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from shards_spec.files import DataError
+from shards_spec.messages import counted
 from shards_spec.names import IMAGE_EXTENSIONS, is_image
 
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_\-]+(/[A-Za-z0-9_\-]+)*")
@@ -99,6 +101,25 @@ def check_key(key: str) -> str:
             f"key {key!r}: use letters, digits, '_', '-' and '/', no dots, {MAX_NAME_BYTES - 6} bytes at most"
         )
     return key
+
+
+def check_keys(path: str, stored: Sequence[str], keys: Sequence[str], advice: str) -> None:
+    """Raise DataError, which tells the first row that differs, unless the keys of a file are those of its shard.
+
+    Args:
+        path: The file.
+        stored: Its keys, row by row.
+        keys: Those of the shard, in the order of its tar.
+        advice: What to do about it.
+    """
+    for row, (ours, theirs) in enumerate(zip(stored, keys, strict=False)):
+        if ours != theirs:
+            raise DataError(f"{path}: row {row} is key {ours}, the shard has {theirs} there; {advice}")
+    if len(stored) != len(keys):
+        first = (stored if len(stored) > len(keys) else keys)[min(len(stored), len(keys))]
+        raise DataError(
+            f"{path}: {counted(len(stored), 'row')}, the shard has {len(keys)}, first odd key {first}; {advice}"
+        )
 
 
 def split_name(name: str) -> tuple[str, str]:

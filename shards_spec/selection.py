@@ -3,7 +3,6 @@
 One Parquet file per final shard, whose rows are the shard's samples in the order of its tar (SPEC.md, section 10).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -155,9 +154,3 @@ def selected_sizes(root: str, name: str, shards: int) -> tuple[list[int], list[s
         sizes.append(done.counters.get(COPIES, 0))
         hashes.append(done.outputs.get(parquet_path(select_folder(name), shard), ""))
     return sizes, hashes
-
-
-def check_keys(path: str, selected: Sequence[str], keys: Sequence[str], advice: str) -> None:
-    """Raise DataError unless a selection's keys are the shard's, in order."""
-    if list(selected) != list(keys):
-        raise DataError(f"{path}: its keys are not those of the shard; {advice}")

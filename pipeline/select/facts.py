@@ -33,6 +33,7 @@ from shards_spec.layout import (
 )
 from shards_spec.manifest import file_hash, file_hashes, read_done
 from shards_spec.parquet import column_names, read_table
+from shards_spec.sample import check_keys
 from shards_spec.teacher_shard import TeacherShard
 
 TEXT_FACTS = ("caption", "chars", "words", "synsets", "language", "language_confidence")
@@ -351,10 +352,8 @@ def open_cache(root: str, teacher: str, shard: int, keys: list[str]) -> TeacherS
     if cached.inputs.get(tar) != file_hash(root, SHARDS, shard, tar):
         advice = resume_advice(join(root, teacher_folder(teacher)))
         raise DataError(f"{cached.path}: made from another {final_tar(root, shard)}; {advice}")
-    if any(file.keys != keys for file in cached.files):
-        raise DataError(
-            f"{cached.path}: its keys are not those of {final_tar(root, shard)}; {remake_advice(cached.path)}"
-        )
+    for file in cached.files:
+        check_keys(file.path, file.keys, keys, remake_advice(file.path))
     return cached
 
 

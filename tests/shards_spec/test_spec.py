@@ -18,7 +18,7 @@ from small_data import draw
 from shards_spec import embeddings, files, manifest, tar, views, vocab
 from shards_spec.files import DataError, UserError
 from shards_spec.images import decode_rgb
-from shards_spec.sample import Sample, check_key, split_name
+from shards_spec.sample import Sample, check_key, check_keys, split_name
 from shards_spec.tar import _header
 
 
@@ -270,6 +270,21 @@ def test_damaged_header_is_found(tmp_path):
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"damaged tar header after member 000000000\.jpg"):
         list(tar.read_shard(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("stored", "found"),
+    [
+        (["a", "c", "b"], "row 1 is key c, the shard has b there"),
+        (["a", "b"], "2 rows, the shard has 3, first odd key c"),
+        (["a", "b", "c", "d"], "4 rows, the shard has 3, first odd key d"),
+    ],
+)
+def test_keys_of_another_shard_are_told_by_their_row(stored, found):
+    with pytest.raises(DataError) as error:
+        check_keys("D/x.parquet", stored, ["a", "b", "c"], "make it again")
+    assert str(error.value) == f"D/x.parquet: {found}; make it again"
+    check_keys("D/x.parquet", ("a", "b"), ["a", "b"], "make it again")
 
 
 def test_bad_and_repeated_keys_are_refused(tmp_path):

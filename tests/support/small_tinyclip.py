@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from small_pruned import shake
-from small_training import TINY_RESNET, TINY_VIT, tiny_clip, tiny_config, write_packed, write_teacher
+from small_training import SIZES, TINY_RESNET, TINY_VIT, tiny_clip, tiny_config, write_packed, write_teacher
 
 from shards_spec.manifest import write_stage
 from training.config import ModelConfig
@@ -36,9 +36,8 @@ def write_weights(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float3
 
 def write_tinyclip_root(root: Path) -> str:
     """A packed dataset with a planted cache, models teacher, resnet (with weights), clip and half (without)."""
-    sizes = [9, 8, 6]
-    write_teacher(str(root), write_packed(str(root), sizes))
-    block = {"config": {}, "shards": len(sizes), "counts": {"success": sum(sizes)}, "metrics": {}}
+    write_teacher(str(root), write_packed(str(root), SIZES))
+    block = {"config": {}, "shards": len(SIZES), "counts": {"success": sum(SIZES)}, "metrics": {}}
     write_stage(str(root), "pack", block)
     models = root / "models"
     tiny_clip(models / "teacher", vision={**TINY_VIT, **TEACHER})
@@ -65,3 +64,9 @@ def config_of(root: str, out: str | Path, inherit: str = "manual", **fields: Any
         wanted = ({} if "stage_prune_steps" in fields else {"prune_step": 4}) | wanted
     config: TinyclipConfig = tiny_config("tinyclip", root, str(out), **wanted)
     return config
+
+
+def plain_config(root: str, out: str | Path = "unused", student: str = "clip", **fields: Any) -> TinyclipConfig:
+    """A config of the small student models/STUDENT that inherits nothing."""
+    model = f"local-dir:{root}/models/{student}"
+    return config_of(root, out, **{"inherit": "none", "teacher_weights": "", "model": model, **fields})

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from training.runs.checkpoint_files import load_checkpoint
 from training.runs.run_folder import RunFolder
 
 DIM = 16
+SIZES = (9, 8, 6)  # of the shards of the small roots
 SPEC = ViewSpec(seed=3, scale=(0.5, 1.0))
 
 
 def write_packed(
-    root: str, sizes: list[int], synthetic: int = 2, broken: tuple[str, ...] = (), classes: int = 0
+    root: str, sizes: Sequence[int], synthetic: int = 2, broken: tuple[str, ...] = (), classes: int = 0
 ) -> list[list[str]]:
     """ROOT/shards as `pack` leaves it; returns the keys per shard. Images of ``broken`` keys do not decode.
 
@@ -37,11 +39,10 @@ def write_packed(
     if classes:
         rows = tuple((wnid(number), f"thing_{number}", 1, 1) for number in range(classes))
         Vocabulary(rows, {"source": "original"}).write(vocabulary_tsv(root, "all"))
-    keys = []
+    keys = shard_keys(sizes)
     for shard, size in enumerate(sizes):
         samples = []
-        for index in range(size):
-            key = f"{shard:05d}{index:04d}"
+        for index, key in enumerate(keys[shard]):
             image, caption = draw(key)
             meta = {"key": key, "caption": caption, **{f"syn_{i}": f"{caption} {i}" for i in range(synthetic)}}
             if classes:
@@ -51,9 +52,13 @@ def write_packed(
         path = f"shards/{shard_name(shard)}.tar"
         _, digest = write_shard(join(root, path), samples)
         Done("pack", shard, {}, {"success": size}, {}, {path: digest}).write(join(root, "shards"))
-        keys.append([sample.key for sample in samples])
     write_json(join(root, "shards", "sizes.json"), {f"{shard_name(s)}.tar": n for s, n in enumerate(sizes)})
     return keys
+
+
+def shard_keys(sizes: Sequence[int] = SIZES) -> list[list[str]]:
+    """The keys of each shard of `write_packed`."""
+    return [[f"{shard:05d}{index:04d}" for index in range(size)] for shard, size in enumerate(sizes)]
 
 
 def wnid(number: int) -> str:
@@ -179,14 +184,14 @@ def tiny_siclip(folder: Path, name: str = "SiCLIP-tiny") -> str:
 
 def write_clip_root(root: Path) -> str:
     """A packed dataset of 3 shards with a student models/clip."""
-    write_packed(str(root), [9, 8, 6])
+    write_packed(str(root), SIZES)
     tiny_clip(root / "models" / "clip")
     return str(root)
 
 
 def write_every_root(root: Path, broken: tuple[str, ...] = ()) -> str:
     """A dataset for every recipe of pairs: 3 packed shards, a teacher, students clip, coca and siclip with its base."""
-    write_teacher(str(root), write_packed(str(root), [9, 8, 6], broken=broken, classes=7))
+    write_teacher(str(root), write_packed(str(root), SIZES, broken=broken, classes=7))
     tiny_clip(root / "models" / "clip")
     bare_coca(root / "models" / "coca")
     tiny_siclip(root / "models" / "siclip")

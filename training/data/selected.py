@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from shards_spec.files import UserError
 from shards_spec.layout import select_parquet
-from shards_spec.selection import ShardSelection, again, check_keys, read_selection, selected_sizes
+from shards_spec.sample import check_keys
+from shards_spec.selection import ShardSelection, again, read_selection, selected_sizes
 from training.data.lru import LRUCache
 from training.data.order import Order
 

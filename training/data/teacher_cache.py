@@ -23,6 +23,7 @@ from shards_spec.layout import (
 )
 from shards_spec.manifest import file_hash
 from shards_spec.messages import counted, flag
+from shards_spec.sample import check_keys
 from shards_spec.teacher_shard import TeacherShard
 from shards_spec.views import (
     RecordedSpec,
@@ -155,7 +156,7 @@ class CacheReader:
                     f"{file.path}: its {different[0]} is {file.meta.get(different[0])!r}, {self.path(0)} has "
                     f"{self.meta[different[0]]!r}; {AGAIN}"
                 )
-            _check_keys(file.path, file.keys, keys)
+            check_keys(file.path, file.keys, keys, AGAIN)
         return files
 
 
@@ -224,7 +225,7 @@ class TeacherCache(CacheReader):
         if isinstance(self.views, RecordedSpec):
             column = f"view_{view}"
             files[column] = cached.file(column)
-            _check_keys(files[column].path, files[column].keys, keys)
+            check_keys(files[column].path, files[column].keys, keys, AGAIN)
         return ShardFeatures(self.path(shard), keys, files, is_imported="imported" in self.meta)
 
 
@@ -338,17 +339,6 @@ def _pick(root: str, name: str, option: str) -> str:
     asked = f"{option} {name!r} is not there" if name else f"{option} is needed"
     kind = " --model timm:NAME --soft-labels K" if option == "--soft-labels" else ""
     raise UserError(f"{asked}: teacher caches in {root} are: {there}; make one with `clipmill cache {root}{kind}`")
-
-
-def _check_keys(path: str, stored: list[str], keys: list[str]) -> None:
-    for row, (ours, theirs) in enumerate(zip(stored, keys, strict=False)):
-        if ours != theirs:
-            raise DataError(f"{path}: row {row} is key {ours}, the shard has {theirs} there; {AGAIN}")
-    if len(stored) != len(keys):
-        first = (stored if len(stored) > len(keys) else keys)[min(len(stored), len(keys))]
-        raise DataError(
-            f"{path}: {counted(len(stored), 'row')}, the shard has {len(keys)}, first odd key {first}; {AGAIN}"
-        )
 
 
 def view_spec(path: str, meta: dict[str, Any]) -> ViewSpec:

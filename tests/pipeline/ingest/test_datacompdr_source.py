@@ -1,6 +1,7 @@
 """DataCompDR's tars as a source: links are fetched, hashes are proved, captions are kept, damage is named."""
 
 import json
+from itertools import chain
 
 import pytest
 from small_data import tar_bytes
@@ -25,7 +26,7 @@ def test_rows_have_link_hash_and_captions_in_the_order_of_the_tars(tmp_path):
     source = write_reinforced(tmp_path / "dr", tars)
     assert detect(source) == "datacompdr"
     rows = source_rows(source)
-    samples = [sample for tar in tars for sample in tar]
+    samples = list(chain.from_iterable(tars))
     assert [row.url for row in rows] == [sample.url for sample in samples]
     assert [row.extra["uid"] for row in rows] == [sample.uid for sample in samples]
     assert [row.extra["tar"] for row in rows] == ["00000000.tar", "00000000.tar", "00000001.tar"]

@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_dist import fork
-from small_tinyclip import config_of, write_tinyclip_root
+from small_tinyclip import plain_config, write_tinyclip_root
 from small_training import (
     TINY_VIT,
     final_weights,
     read_metrics,
+    shard_keys,
     steady_metrics,
     tiny_clip,
     tiny_config,
@@ -35,7 +36,6 @@ from training.runs.student import load_run, new_student
 from training.trainer import train
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
-SIZES = [9, 8, 6]
 ALL = {"gd_weight": 1e3, "afd_weight": 1.0, "mfd_weight": 5.0, "mask_ratio": 0.5, "feature_weight": 1.0}
 TIMM = {"timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": "avg", "image_size": 160}
 
@@ -44,15 +44,13 @@ TIMM = {"timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_poo
 def root(tmp_path_factory):
     """Caches planted (16 dimensions, as the student) and wide (24); students clip and many (16 patches)."""
     root = write_tinyclip_root(tmp_path_factory.mktemp("data"))
-    keys = [[f"{shard:05d}{index:04d}" for index in range(size)] for shard, size in enumerate(SIZES)]
-    write_teacher(root, keys, "wide", salt="wide/", dim=24)
+    write_teacher(root, shard_keys(), "wide", salt="wide/", dim=24)
     tiny_clip(Path(root, "models", "many"), vision={**TINY_VIT, "patch_size": 8})
     return root
 
 
 def small(root, out="unused", **fields):
-    model = f"local-dir:{root}/models/many"
-    return config_of(root, out, **{"inherit": "none", "teacher_weights": "", "model": model, **fields})
+    return plain_config(root, out, "many", **fields)
 
 
 def test_terms_are_weighted_functions_of_the_features(root):
@@ -134,8 +132,7 @@ def test_maps_are_resumed_and_left_out_of_the_student_and_ranks_agree(root, tmp_
 
 def test_siclip_takes_teachers_of_other_widths(tmp_path):
     write_every_root(tmp_path)
-    keys = [[f"{shard:05d}{index:04d}" for index in range(size)] for shard, size in enumerate(SIZES)]
-    write_teacher(str(tmp_path), keys, "wide", dim=96)
+    write_teacher(str(tmp_path), shard_keys(), "wide", dim=96)
     weights = {"gd_weight": 1.0, "gd_inverse_scale": True, "afd_weight": 1.0}
     out = str(tmp_path / "run")
     config = tiny_config("siclip", str(tmp_path), out, teacher_from="cache", teacher=("wide",), steps=2, **weights)

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from small_dist import fork
-from small_tinyclip import config_of, edit_text, write_tinyclip_root, write_weights
+from small_tinyclip import config_of, edit_text, plain_config, write_tinyclip_root, write_weights
 from small_training import (
     TINY_VIT,
     read_metrics,
+    shard_keys,
     steady_metrics,
     teacher_rows,
     tiny_clip,
@@ -36,7 +37,6 @@ from training.runs.uses import uses_of
 from training.trainer import stages_of, train
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
-SIZES = [9, 8, 6]
 BOTH = ("planted", "wide")
 
 
@@ -44,7 +44,7 @@ BOTH = ("planted", "wide")
 def root(tmp_path_factory):
     """Caches planted (2 views, scale 20, 16 dimensions), wide (3 views, scale 30, 24 dimensions) and flipped."""
     root = write_tinyclip_root(tmp_path_factory.mktemp("data"))
-    keys = [[f"{shard:05d}{index:04d}" for index in range(size)] for shard, size in enumerate(SIZES)]
+    keys = shard_keys()
     write_teacher(root, keys, "wide", views=3, salt="wide/", dim=24, meta_fields={"logit_scale": 30.0})
     flipped = ViewSpec(seed=3, scale=(0.5, 1.0), flip=0.25)
     of_views = {"views": flipped.as_json(), "views_sha256": flipped.sha256}
@@ -52,14 +52,8 @@ def root(tmp_path_factory):
     return root
 
 
-def small(root, out="unused", **fields):
-    """A config of the small student that inherits nothing."""
-    fields = {"inherit": "none", "teacher_weights": "", "model": f"local-dir:{root}/models/clip", **fields}
-    return config_of(root, out, **fields)
-
-
 def opened(root, *names) -> Samples:
-    student = new_student(small(root).student, 0)
+    student = new_student(plain_config(root).student, 0)
     return open_samples(DataConfig(root), TeacherCacheConfig(names), student, seed=0)
 
 
@@ -145,13 +139,13 @@ def test_caches_that_do_not_go_together_are_refused(root, names, message):
 )
 def test_mistakes(root, fields, message):
     with pytest.raises(UserError) as error:
-        tinyclip.prepare(small(root, **{"teacher": BOTH, **fields}))
+        tinyclip.prepare(plain_config(root, **{"teacher": BOTH, **fields}))
     assert message in str(error.value)
 
 
 def test_each_teacher_has_its_own_scale_unless_it_is_given(root):
     def scales(**fields):
-        return tinyclip.prepare(small(root, teacher=BOTH, **fields)).task.teacher.scales
+        return tinyclip.prepare(plain_config(root, teacher=BOTH, **fields)).task.teacher.scales
 
     assert scales() == (50.0, 50.0)
     assert scales(fixed_logit_scale=None) == pytest.approx((20.0, 30.0))
@@ -162,12 +156,12 @@ def test_each_teacher_has_its_own_scale_unless_it_is_given(root):
 def test_mean_and_sum_are_those_of_the_teachers_alone(root):
     scales = (70.0, 60.0)
     alone = [
-        losses_of(small(root, teacher=(name,), teacher_scale=(scale,)))
+        losses_of(plain_config(root, teacher=(name,), teacher_scale=(scale,)))
         for name, scale in zip(BOTH, scales, strict=True)
     ]
     for ensemble, share in (("mean", 0.5), ("sum", 1.0)):
         losses, gradients, features = losses_of(
-            small(root, teacher=BOTH, teacher_scale=scales, ensemble=ensemble, contrastive_weight=0.0)
+            plain_config(root, teacher=BOTH, teacher_scale=scales, ensemble=ensemble, contrastive_weight=0.0)
         )
         assert losses["affinity"] == pytest.approx(share * sum(loss["affinity"] for loss, *_ in alone), rel=1e-5)
         for name, gradient in gradients.items():
@@ -200,19 +194,20 @@ def test_live_teachers_beside_each_other_teach_as_their_caches(root, tmp_path, c
     edit_text(tmp_path / "second", width=48, heads=3)
     models = [f"local-dir:{root}/models/teacher", write_weights(tmp_path / "second", seed=4)]
     scales = {"fixed_logit_scale": None, "teacher_scale": (70.0, 60.0)}
-    live = small(root, teacher=(), teacher_from="live", teacher_weights=models[0], more_teachers=(models[1],), **scales)
+    weights = {"teacher_weights": models[0], "more_teachers": (models[1],)}
+    live = plain_config(root, teacher=(), teacher_from="live", **weights, **scales)
     for number, model in enumerate(models):
         spec = live.drawn_views.spec(live.run.seed)
         cache(CacheConfig(root=root, model=model, name=f"of-{number}", views=1, device="cpu", spec=spec))
-    cached = small(root, teacher=("of-0", "of-1"), **scales)
+    cached = plain_config(root, teacher=("of-0", "of-1"), **scales)
     (one, _, features), (other, _, stored) = losses_of(live), losses_of(cached)
     assert one["affinity"] == pytest.approx(other["affinity"], rel=1e-3)  # the caches are float16
     assert list(features) == list(stored)
-    alone = losses_of(small(root, teacher=("of-0",), fixed_logit_scale=None, teacher_scale=(70.0,)))[0]
+    alone = losses_of(plain_config(root, teacher=("of-0",), fixed_logit_scale=None, teacher_scale=(70.0,)))[0]
     assert abs(one["affinity"] - alone["affinity"]) > 1e-2
-    tinyclip.prepare(small(root, teacher=("of-1", "of-0"), inherit="manual", teacher_weights=models[0]))
+    tinyclip.prepare(plain_config(root, teacher=("of-1", "of-0"), inherit="manual", teacher_weights=models[0]))
     assert "which has other weights" not in caplog.text
-    tinyclip.prepare(small(root, teacher=("of-1",), inherit="manual", teacher_weights=models[0]))
+    tinyclip.prepare(plain_config(root, teacher=("of-1",), inherit="manual", teacher_weights=models[0]))
     assert "the teacher cache of-1 is of " in caplog.text
     task = tinyclip.prepare(live).task
     assert [len(teacher.tensors()) > 0 for teacher in task.teachers] == [True, True]
@@ -222,7 +217,7 @@ def test_live_teachers_beside_each_other_teach_as_their_caches(root, tmp_path, c
 def test_siclip_learns_from_several_caches(tmp_path):
     write_every_root(tmp_path)
     root = str(tmp_path)
-    keys = [[f"{shard:05d}{index:04d}" for index in range(size)] for shard, size in enumerate(SIZES)]
+    keys = shard_keys()
     for name in ("one", "two"):
         write_teacher(root, keys, name, salt=name, dim=64)
 
@@ -242,7 +237,7 @@ def test_siclip_learns_from_several_caches(tmp_path):
 
 
 def run_of_ranks(rank, root, out, fields):
-    train("tinyclip", small(root, out, **fields))
+    train("tinyclip", plain_config(root, out, **fields))
 
 
 def test_masks_two_teachers_and_two_processes(root, tmp_path):
@@ -254,7 +249,7 @@ def test_masks_two_teachers_and_two_processes(root, tmp_path):
     masked = train("tinyclip", config_of(root, tmp_path / "masked", **fields))
     assert [line["losses"]["affinity"] > 0 for line in read_metrics(masked)] == [True] * 3
     plain = {"teacher": BOTH, "steps": 2, "batch_size": 8, "chunk_size": 2}
-    one = train("tinyclip", small(root, tmp_path / "one", **plain))
+    one = train("tinyclip", plain_config(root, tmp_path / "one", **plain))
     fork(2, run_of_ranks, root, str(tmp_path / "two"), plain)
     for mine, theirs in zip(steady_metrics(one), steady_metrics(tmp_path / "two"), strict=True):
         assert mine["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
@@ -263,7 +258,7 @@ def test_masks_two_teachers_and_two_processes(root, tmp_path):
 
 def test_predicted_memory_counts_every_teacher(root, tmp_path):
     def memory(**fields):
-        _, samples, task = tinyclip.prepare(small(root, **fields))
+        _, samples, task = tinyclip.prepare(plain_config(root, **fields))
         return predict_memory(task.train(), first_batch(samples, 8), batch_size=64)
 
     one, two = memory(teacher=("planted",)), memory(teacher=BOTH)
@@ -280,7 +275,7 @@ def test_predicted_memory_counts_every_teacher(root, tmp_path):
 
 
 def test_a_run_of_one_teacher_as_older_versions_wrote_it_is_resumed(root, tmp_path):
-    config = small(root, tmp_path / "run", steps=2, teacher=("planted",))
+    config = plain_config(root, tmp_path / "run", steps=2, teacher=("planted",))
     out = train("tinyclip", config)
     path = Path(out, "config.json")
     recorded = json.loads(path.read_text())
