@@ -7,6 +7,7 @@ so that only costs time. A process that was frozen and resumes restarts itself, 
 """
 
 import contextlib
+import math
 import multiprocessing
 import os
 import sys
@@ -21,7 +22,8 @@ from shards_spec.layout import shard_name
 from shards_spec.manifest import finished_shards
 
 BEATS = 6  # heartbeats in the time after which a claim is stale
-LIST_AGE_S = 5.0  # how old a list of finished shards may be
+LIST_AGE_S = 5.0  # how old a list of finished shards may be; older where listing takes long:
+LIST_SHARE = 0.05  # of a task's time, at most, goes into listing
 
 
 def restart_process() -> None:
@@ -211,14 +213,15 @@ class WorkStealing(Assigned):
         super().__init__(claims, failures, ())
         self._folder = folder
         self._done = frozenset[int]()  # or failed
-        self._listed_at = -LIST_AGE_S
+        self._listed_at = -math.inf
+        self._max_age_s = LIST_AGE_S
 
     def wait(self, total: int) -> bool:
         """Whether a shard of the first ``total`` is free; waits until it is clear whether the holders are alive."""
         start, beat = time.monotonic(), self._claims.beat_s
         pause = 0.1
         while True:
-            self._listed_at = -LIST_AGE_S
+            self._listed_at = -math.inf
             self._list()
             left = [shard for shard in range(total) if shard not in self._done]
             if any(self._claims.is_available(shard) for shard in left):
@@ -234,9 +237,11 @@ class WorkStealing(Assigned):
         return shard not in self._done and self._acquire(shard)
 
     def _list(self) -> None:
-        if time.monotonic() - self._listed_at > LIST_AGE_S:
+        start = time.monotonic()
+        if start - self._listed_at > self._max_age_s:
             self._done = frozenset(finished_shards(self._folder)) | self._failures.all()
             self._listed_at = time.monotonic()
+            self._max_age_s = max(LIST_AGE_S, (self._listed_at - start) / LIST_SHARE)
 
 
 class Finished(ShardAssignment):

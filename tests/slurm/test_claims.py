@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -200,3 +201,23 @@ def test_threads_of_one_owner_may_ask_at_once(tmp_path):
         for thread in threads:
             thread.join()
         assert any(got)
+
+
+def test_a_folder_that_takes_long_to_list_is_listed_less_often(tmp_path, monkeypatch):
+    """Listing 100,000 shards every five seconds was most of what a task at its end did."""
+    clock = 1000.0
+    listings = list[float]()
+
+    def list_shards(folder: str) -> list[int]:
+        nonlocal clock
+        listings.append(clock)
+        clock += 1.5
+        return list(range(100))
+
+    monkeypatch.setattr("slurm.claims.finished_shards", list_shards)
+    monkeypatch.setattr("slurm.claims.time", SimpleNamespace(monotonic=lambda: clock))
+    stealing = WorkStealing(claims(tmp_path, "a"), Failures(str(tmp_path), "1"), str(tmp_path))
+    for shard in range(100):
+        assert not stealing.claim(shard)
+        clock += 1.0
+    assert listings == [1000.0, 1032.5, 1065.0, 1097.5]
