@@ -2,7 +2,10 @@
 
 import re
 import shlex
+import sys
 from collections.abc import Iterator
+from itertools import chain
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from test_docs import blocks
 
 from pipeline.plan.rates import RATES, read_rates
 from shards_spec.files import UserError, read_json
+from shards_spec.vocab import Vocabulary
 from slurm.submit import submit
 
 ROOT = Path(__file__).parents[1]
@@ -122,6 +126,7 @@ def test_hours_of_a_counted_step_are_those_of_its_kind(recipes):
     assert hours(recipes, "tinymim", 1, "train tinymim, 300 epochs") == pytest.approx(on_64)
 
 
+@pytest.mark.integration
 def test_operations_are_those_of_the_architectures(recipes):
     """`--flops` counts all of them; these two take no second."""
     import open_clip
@@ -145,6 +150,92 @@ def test_every_table_has_all_its_rows_and_their_sum(recipes):
     for name in recipes.PAGES:
         lines = recipes.page_table(name, MEASURED).split("\n\n")[0].splitlines()
         settings = recipes.PAGES[name](MEASURED)
-        assert len(lines) == 3 + len({row.name for setting in settings for row in setting.rows})
+        rows = chain.from_iterable(setting.rows for setting in settings)
+        assert len(lines) == 3 + len({row.name for row in rows})
         assert {line.count("|") for line in lines[2:]} == {2 + 2 * len(settings)}
         assert lines[-1].startswith("| together |")
+
+
+# what to see after an hour
+
+
+def said(page: str, value: float, form: str) -> None:
+    """Assert that a page has a value."""
+    text = (ROOT / "docs" / "recipes" / f"{page}.md").read_text()
+    assert re.search(rf"(?<![\d.,]){re.escape(format(value, form))}(?![\d]|[.,]\d)", text), format(value, form)
+
+
+def unrelated(count: int) -> tuple[Any, Any]:
+    """Unit features of a student and of a teacher (count, 512), each at a right angle to the other's."""
+    import torch
+
+    axes = torch.eye(512)
+    return axes[:1].expand(count, -1), axes[1:2].expand(count, -1)
+
+
+@pytest.mark.integration
+def test_values_of_pairs_follow_from_the_losses():
+    import torch
+
+    from training.losses.contrastive import clip_loss
+    from training.losses.distillation import element_feature_loss, interactive_loss, relation_loss
+
+    for page, count, weight, digits in (("siclip", 1536, 4000, ".2f"), ("clipkd", 1024, 2000, ".2f")):
+        mine, theirs = unrelated(count)
+        said(page, clip_loss(mine, mine, 14.3).item(), digits)
+        said(page, weight * element_feature_loss(mine, mine, theirs, theirs).item(), ".1f")
+        assert relation_loss(mine, mine, theirs, theirs, student_scale=14.3, teacher_scale=50).item() < 1e-5
+        alike = torch.eye(count)  # the best that there is: the student's features are the teacher's, no two alike
+        said(page, interactive_loss(alike, alike, alike, alike, log(1 / 0.07)).item(), digits)
+        even = relation_loss(
+            alike[:1].expand(count, -1), alike[:1].expand(count, -1), alike, alike, student_scale=1, teacher_scale=100
+        )
+        assert even.item() == pytest.approx(log(count), abs=0.01)  # of a sure teacher; a softer one is below
+
+
+def test_values_of_tinyclip_follow_from_its_losses():
+    import torch
+
+    from training.losses.distillation import affinity_loss
+    from training.losses.sparsity import target_sparsity
+
+    for count in (4096, 32768):
+        said("tinyclip", log(count), ".2f")
+    same, alike = torch.eye(64)[:1].expand(64, -1), torch.eye(64)
+    assert affinity_loss(same, same, alike, alike).item() == pytest.approx(log(64))  # even rows, any teacher
+    assert target_sparsity(500, 0.0, 0.25) == 0.125
+
+
+def test_values_of_classifiers_follow_from_their_losses():
+    import torch
+
+    from training.losses.hidden_relations import attention_relation_loss
+    from training.losses.multilabel import sigmoid_loss
+    from training.losses.relations import soft_ce
+
+    zeros = torch.zeros(1, 24_320)
+    said("catlip", sigmoid_loss(zeros, torch.tensor([[3, 5]])).item(), ",.0f")
+    logits = torch.randn(1, 24_320, generator=torch.Generator().manual_seed(0)) * (768 * 0.02**2) ** 0.5
+    start = sigmoid_loss(torch.cat([logits, -logits]), torch.full((2, 1), -1)).mean().item()
+    assert start == pytest.approx(17_750, rel=1e-3)
+    said("catlip", 17_750, ",.0f")
+    said("catlip", 24_320**0.5 / 2, ".0f")
+    said("minivit", soft_ce(torch.zeros(1, 1000), torch.randn(1, 1000)).item(), ".2f")
+    tokens = torch.zeros(1, 49, 96), torch.randn(1, 49, 128)  # projections of nothing attend evenly
+    said(
+        "minivit", attention_relation_loss(torch.cat([tokens[0]] * 3, -1), torch.cat([tokens[1]] * 3, -1)).item(), ".2f"
+    )
+    said("tinymim", log(197), ".2f")
+
+
+def test_the_loss_of_frequencies_is_computed_as_the_page_says(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "recipes" / "catlip.md").read_text()
+    code = re.search(r'^python -c "\n(.*?)^" /data', page, re.S | re.M)[1]
+    path = tmp_path / "all.tsv"
+    Vocabulary((("n1", "dog", 30, 25), ("n2", "cat", 10, 10)), {"source": "original", "captions": 100}).write(str(path))
+    monkeypatch.setattr(sys, "argv", ["-c", str(path)])
+    exec(code, {})
+    at_zero, of_frequencies = map(float, capsys.readouterr().out.split())
+    assert at_zero == pytest.approx(2 * log(2))
+    parts = [-p * log(p) - (1 - p) * log(1 - p) for p in (0.25, 0.1)]
+    assert of_frequencies == pytest.approx(sum(parts))

@@ -36,7 +36,9 @@ CARD, KIND, GUESS = "†", "‡", "§"  # how a rate is known: measured, as a jo
 NODES = 8
 GPUS_PER_NODE = 8
 
-CC3M, CC12M, DATACOMP = plan.CORPORA
+CC3M = plan.CORPORA[0]
+CC12M = plan.CORPORA[1]
+DATACOMP = plan.CORPORA[2]
 BOTH = Corpus("CC3M + CC12M", CC3M.rows + CC12M.rows, CC3M.samples + CC12M.samples, 10_000)
 LAION = Corpus("LAION-400M", 400_000_000, 400_000_000, 10_000)  # as TinyCLIP counts it; by now links are dead
 IMAGENET = Corpus("ImageNet-1k", 1_281_167, 1_281_167, 1_000)
@@ -317,7 +319,7 @@ def hours_cell(row: Row, machine: Machine) -> tuple[float, str]:
 
 def cost_table(settings: Sequence[Setting]) -> str:
     """The table of a page: a line per command, and their sums."""
-    names = dict.fromkeys(row.name for setting in settings for row in setting.rows)
+    names = dict.fromkeys(row.name for row in chain.from_iterable(setting.rows for setting in settings))
     lines = {name: [f"`{name}`" if "," not in name else name] for name in names}
     total = ["together"]
     head = [""]
