@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,9 @@ from small_slurm import (
     undisturbed,
 )
 
+from pipeline.dedup.config import DedupConfig
+from pipeline.dedup.stage import dedup
+from pipeline.labels.vocab_stage import VocabConfig, vocab
 from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
 from shards_spec.manifest import finished_shards
@@ -62,6 +66,26 @@ def test_a_stage_has_the_bytes_of_the_local_run_and_a_second_submission_finds_no
     told = clipmill(slurm, "jobs", raw)
     assert f"shards: {SHARDS} of {SHARDS} shards" in told
     assert "3 completed" in told
+
+
+@pytest.mark.slow
+def test_stages_that_sum_up_parts_have_the_bytes_of_the_local_run(slurm, raw, tmp_path):
+    """dedup, pack and vocab in a chain; submitted again, dedup finds its lists and vocab counts once more."""
+    plain = shutil.copytree(raw, tmp_path / "plain" / "ds").as_posix()
+    dedup(DedupConfig(plain, workers=1))
+    pack(PackConfig(plain, ("none",), nouns_only=True, tagger="slow_tagger:tag", workers=1))
+    vocab(VocabConfig(plain, min_count=1, workers=1))
+    stages = ("--", "dedup", "--workers", "1", "--", "pack", *TAGGED, "--", "vocab", "--min-count", "1")
+    for tasks in ([2, 2, 2], [0, 0, 2]):
+        made = submit(slurm, "pipeline", raw, "--array", "2", "--time", "5", *stages)
+        assert [sum(len(slurm.states(array)) for array in arrays) for arrays, _ in made] == tasks
+        for arrays, last in made:
+            assert set(slurm.ended(last, 120).values()) == {"COMPLETED"}, log_of(raw, last)
+            assert all(set(slurm.states(array).values()) == {"COMPLETED"} for array in arrays)
+        assert tree(raw) == tree(plain)
+    told = clipmill(slurm, "jobs", raw)
+    assert "vocab/.all: summed up and deleted" in told
+    assert "missing" not in told
 
 
 def test_a_wrong_partition_is_one_clear_line(slurm, raw):
