@@ -1,20 +1,26 @@
 #!/usr/bin/env python3
 """Stages that sum up parts, as an array of two tasks on a real Slurm of two nodes on this host: makespan and ideal.
 
-    python tests/bench/arrays.py [--shards 1000] [--per-shard 40] [--rounds 3] [--only vocab dedup]
+    python tests/bench/arrays.py [--shards 1000] [--per-shard 40] [--rounds 5] [--only vocab dedup]
 
 The dataset is of drawn images, by the real stages. A line per stage and round, in seconds:
 
     parts, sum    CPU of both in one process here, after imports
-    ideal         parts / 2 + sum
+    ideal         parts / 2 + sum: what two idle cores take
+    plain         clock of the same work in two processes of half the shards each, then the sum: no Slurm, no claims.
+                  Other work on the machine takes from it what it takes from the jobs, so it stands for the ideal there
     start         clock of the same submission's jobs on a dataset of two shards: processes, imports, hardly any work
     makespan      clock of the jobs from the start of the first task to the end of the last job, less ``start`` and less
                   the time in which no job ran, which is Slurm's own
+
+and at the end the medians.
 """
 
 import argparse
+import multiprocessing
 import re
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -28,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from small_data import write_raw
 from small_slurm import submit
 
-from pipeline.core.runner import ALL, ShardAssignment
+from pipeline.core.runner import ShardAssignment
 from pipeline.dedup.config import DedupConfig
 from pipeline.dedup.stage import dedup
 from pipeline.labels.vocab_stage import VocabConfig, vocab
@@ -43,8 +49,14 @@ STAGES: dict[str, tuple[Callable[..., Any], Callable[[str], Any], tuple[str, ...
 }
 
 
-class PartsOnly(ShardAssignment):
-    """All shards, and no sum."""
+class PartsOf(ShardAssignment):
+    """The shards of one of so many tasks, and no sum."""
+
+    def __init__(self, task: int, tasks: int, shards: int) -> None:
+        self._own = range(shards * task // tasks, shards * (task + 1) // tasks)
+
+    def claim(self, shard: int) -> bool:
+        return shard in self._own
 
     @property
     def is_complete(self) -> bool:
@@ -83,23 +95,48 @@ def seconds_on_slurm(cluster: Any, root: str, stage: str, words: tuple[str, ...]
     return sum(end - start for start, end in spans(root, [*arrays, last]))
 
 
-def measure(cluster: Any, stage: str, root: str, tiny: str) -> None:
-    """A line for one stage."""
+def plain_seconds(stage: str, root: str, shards: int) -> float:
+    """The clock of the parts in as many processes as there are tasks, and of the sum in this one."""
+    function, config, _ = STAGES[stage]
+    context = multiprocessing.get_context("fork")
+    assignments = [PartsOf(task, TASKS, shards) for task in range(TASKS)]
+    tasks = [context.Process(target=function, args=(config(root), own)) for own in assignments]
+    start = time.monotonic()
+    for task in tasks:
+        task.start()
+    for task in tasks:
+        task.join()
+        assert task.exitcode == 0
+    function(config(root))
+    return time.monotonic() - start
+
+
+def measure(cluster: Any, stage: str, root: str, tiny: str, shards: int) -> dict[str, float]:
+    """The seconds of one stage, by the names above."""
     function, config, words = STAGES[stage]
-    output = Path(root, stage)
-    shutil.rmtree(output, ignore_errors=True)
-    parts = cpu_seconds(lambda: function(config(root), PartsOnly()))
-    both = cpu_seconds(lambda: function(config(root), ALL))
-    shutil.rmtree(output)
-    shutil.rmtree(Path(tiny, stage), ignore_errors=True)
-    start = seconds_on_slurm(cluster, tiny, stage, words)
-    makespan = seconds_on_slurm(cluster, root, stage, words) - start
-    ideal = parts / TASKS + both
-    print(
-        f"{stage}: parts {parts:.2f}, sum {both:.2f}, ideal {ideal:.2f}, start {start:.2f}, makespan {makespan:.2f}, "
-        f"{makespan / ideal:.3f} of ideal",
-        flush=True,
-    )
+    found = dict[str, float]()
+
+    def forget(folder: str) -> None:
+        shutil.rmtree(Path(folder, stage), ignore_errors=True)
+
+    forget(root)
+    found["parts"] = cpu_seconds(lambda: function(config(root), PartsOf(0, 1, shards)))
+    found["sum"] = cpu_seconds(lambda: function(config(root)))
+    found["ideal"] = found["parts"] / TASKS + found["sum"]
+    forget(root)
+    found["plain"] = plain_seconds(stage, root, shards)
+    forget(root)
+    forget(tiny)
+    found["start"] = seconds_on_slurm(cluster, tiny, stage, words)
+    found["makespan"] = seconds_on_slurm(cluster, root, stage, words) - found["start"]
+    print(f"{stage}: {described(found)}", flush=True)
+    return found
+
+
+def described(found: dict[str, float]) -> str:
+    seconds = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+    makespan = found["makespan"]
+    return f"{seconds}; {makespan / found['ideal']:.2f} of ideal, {makespan / found['plain']:.2f} of plain"
 
 
 def main() -> None:
@@ -107,16 +144,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=1000)
     parser.add_argument("--per-shard", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
     options = parser.parse_args()
     from slurm_cluster import cluster
 
     with tempfile.TemporaryDirectory(prefix="clipmill-arrays-") as work, cluster() as here:
         root, tiny = (made(Path(work), shards, options.per_shard) for shards in (options.shards, TASKS))
+        rounds: dict[str, list[dict[str, float]]] = {stage: [] for stage in options.only}
         for _ in range(options.rounds):
-            for stage in options.only:
-                measure(here, stage, root, tiny)
+            for stage, own in rounds.items():
+                own.append(measure(here, stage, root, tiny, options.shards))
+        for stage, own in rounds.items():
+            medians = {name: statistics.median(one[name] for one in own) for name in own[0]}
+            print(f"median of {options.rounds}, {stage}: {described(medians)}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from small_data import draw, run_stage, tree, write_raw
 from small_ingest import config, rows_of, write_list
+from small_parts import run_task
 from web_server import serve
 
 import clipmill
@@ -89,6 +90,15 @@ def test_ingest_makes_the_same_again(root, made):
     ingest_images(root, made / "images", overwrite=True)
     assert raw_files(root) == after
     assert read_dataset(str(root))["stages"]["ingest"]["counts"] == counts == {"success": 7, "taken down": 4}
+
+
+def test_what_a_killed_dedup_left_goes(root):
+    """Its parts name the keys of all images; what is not searched cannot stay."""
+    run_task(dedup, DedupConfig(str(root), workers=1, overwrite=True), [0])
+    assert len(list((root / "dedup/.signatures").iterdir())) == 2
+    take(root, "000000001")
+    assert not list((root / "dedup").glob(".signatures/*"))
+    assert sound(root)
 
 
 def test_an_image_under_another_link_stays_away(root, made, tmp_path):
