@@ -13,7 +13,7 @@ import os
 import weakref
 from dataclasses import dataclass
 from functools import cached_property
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -152,13 +152,15 @@ class EmbeddingFile:
     """One file of the cache, opened: metadata, keys and identities in memory, vectors when asked for.
 
     Of a local file only the bytes of the rows asked for are read, of a URL whole columns, which are kept. ``at`` is
-    where its bytes are when not under ``path``. Raises DataError when it is no teacher cache, broken or of another
-    layout, FileNotFoundError.
+    where its bytes are when not under ``path``: another file, or memory. Raises DataError when it is no teacher cache,
+    broken or of another layout, FileNotFoundError.
     """
 
-    def __init__(self, path: str, at: str | None = None) -> None:
-        self.path, self._at = path, at or path
-        with parquet_errors(path, fix=FIX), open_read(self._at) as file:
+    def __init__(self, path: str, at: str | memoryview | None = None) -> None:
+        self.path = path
+        self._data = at if isinstance(at, memoryview) else None
+        self._at = at if isinstance(at, str) else path
+        with parquet_errors(path, fix=FIX), self._open() as file:
             parquet, self.meta = _open_cache(path, file)
             if self.meta.get("layout") != LAYOUT:
                 raise DataError(
@@ -177,7 +179,7 @@ class EmbeddingFile:
                 self._ends = {chunk.path: chunk.data_page + chunk.packed for chunk in chunks}
         self._whole = dict[str, Vectors]()
         self._valid = dict[str, np.ndarray]()
-        if not is_url(self._at):
+        if self._data is None and not is_url(self._at):
             self._descriptor = os.open(self._at, os.O_RDONLY)
             weakref.finalize(self, os.close, self._descriptor)
 
@@ -218,7 +220,7 @@ class EmbeddingFile:
         """
         width = self.dim * self.dtype.itemsize
         begin = self._ends[name] - (len(self) - start) * width
-        if is_url(self._at):
+        if self._data is not None or is_url(self._at):
             data = self._read(begin, begin + into.nbytes)
             into[:] = np.frombuffer(data, self.dtype).reshape(into.shape)
         elif os.preadv(self._descriptor, [into.data], begin) != into.nbytes:
@@ -255,15 +257,23 @@ class EmbeddingFile:
         if name not in self._valid:
             known = self.ids(name)
             if known is None:  # a file without identities: the column itself says where it is null
-                with parquet_errors(self.path, fix=FIX), open_read(self._at) as file:
+                with parquet_errors(self.path, fix=FIX), self._open() as file:
                     known = open_table(self.path, file).read(columns=[name]).column(name).is_valid().to_numpy()
             self._valid[name] = known != 0
         return self._valid[name]
 
-    def _read(self, start: int, end: int) -> bytes:
+    def _open(self) -> IO[bytes]:
+        if self._data is None:
+            return open_read(self._at)
+        return cast(IO[bytes], pa.BufferReader(pa.py_buffer(self._data)))
+
+    def _read(self, start: int, end: int) -> bytes | memoryview:
+        data: bytes | memoryview
         if start < 0:
             raise DataError(f"{self.path}: shorter than its columns; {FIX}")
-        if not is_url(self._at):
+        if self._data is not None:
+            data = self._data[start:end]
+        elif not is_url(self._at):
             data = os.pread(self._descriptor, end - start, start)
         else:
             with open_read(self._at) as file:

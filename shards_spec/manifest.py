@@ -129,6 +129,11 @@ def read_done(folder: str, shard: int) -> Done | None:
         stats = read_json(path)
     except FileNotFoundError:
         return None
+    return done_of(path, stats)
+
+
+def done_of(path: str, stats: Any) -> Done | None:
+    """The done-record in the JSON of the stats file ``path``, as `read_done` gives it."""
     record = stats.get("clipmill") if isinstance(stats, dict) else None
     if record is None:
         return None

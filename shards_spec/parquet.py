@@ -4,7 +4,7 @@
 it), and what to do about a broken one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -32,26 +32,34 @@ def open_table(path: str, file: IO[bytes], given: bool = False) -> pq.ParquetFil
 
 
 @contextmanager
-def open_parquet(path: str, given: bool = False, fix: str = "") -> Iterator[pq.ParquetFile]:
-    """An opened Parquet file, in a block whose reading errors are the product's own.
+def open_parquet(
+    path: str, given: bool = False, fix: str = "", opener: Callable[[str], IO[bytes]] = open_read
+) -> Iterator[pq.ParquetFile]:
+    """An opened Parquet file, in a block whose reading errors are the product's own; ``opener`` reads its bytes.
 
     Raises UserError or DataError when it is not there, is no Parquet, is damaged or has a column twice.
     """
     try:
-        with parquet_errors(path, given, fix), open_read(path) as file:
+        with parquet_errors(path, given, fix), opener(path) as file:
             yield open_table(path, file, given)
     except FileNotFoundError as error:
         raise product_error(path, error, "Parquet file", given, fix) from error
 
 
 def read_table(
-    path: str, columns: Sequence[str] | None = None, *, optional: Sequence[str] = (), given: bool = False, fix: str = ""
+    path: str,
+    columns: Sequence[str] | None = None,
+    *,
+    optional: Sequence[str] = (),
+    given: bool = False,
+    fix: str = "",
+    opener: Callable[[str], IO[bytes]] = open_read,
 ) -> pa.Table:
     """These columns of a Parquet file and those ``optional`` ones that it has; all without ``columns``.
 
     Raises UserError or DataError as `open_parquet` does, and when a column is not there.
     """
-    with open_parquet(path, given, fix) as file:
+    with open_parquet(path, given, fix, opener) as file:
         if columns is None:
             return validated(file.read())
         there = file.schema_arrow.names

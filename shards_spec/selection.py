@@ -3,14 +3,15 @@
 One Parquet file per final shard, whose rows are the shard's samples in the order of its tar (SPEC.md, section 10).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 
-from shards_spec.files import DataError, UserError, join, names, sha256_json
+from shards_spec.files import DataError, UserError, join, names, open_read, sha256_json
 from shards_spec.layout import SELECT, SHARDS, parquet_path, select_folder, select_parquet, tar_path
 from shards_spec.manifest import Done, file_hash, finished_shards, read_done
 from shards_spec.parquet import read_table
@@ -90,10 +91,11 @@ def selection_table(selection: ShardSelection) -> pa.Table:
     return table if selection.pairs is None else table.append_column(PAIR, pa.array(selection.pairs, PAIR.type))
 
 
-def read_selection(root: str, name: str, shard: int) -> ShardSelection:
-    """One shard's selection. Raises DataError when the file is not there, broken or no selection."""
+def read_selection(root: str, name: str, shard: int, opener: Callable[[str], IO[bytes]] = open_read) -> ShardSelection:
+    """One shard's selection; ``opener`` reads its bytes. Raises DataError for a file that is not there or is none."""
     path = select_parquet(root, name, shard)
-    return selection_of(read_table(path, SCHEMA.names, optional=[PAIR.name], fix=again(root, name)), path, root, name)
+    table = read_table(path, SCHEMA.names, optional=[PAIR.name], fix=again(root, name), opener=opener)
+    return selection_of(table, path, root, name)
 
 
 def selection_of(table: pa.Table, path: str, root: str, name: str) -> ShardSelection:

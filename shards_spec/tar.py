@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import tarfile
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 
 from shards_spec.files import DataError, atomic_writer, read_buffer
@@ -107,6 +108,49 @@ def shard_keys(path: str) -> list[str]:
     """Keys in file order; no image is copied. Raises DataError as `read_shard` does."""
     with _opened(path) as buffer:
         return [key for key, _ in index_shard(buffer, path)]
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """The bytes of a tar and where its samples lie, as far as it is whole; ``error`` is what ends it before its time.
+
+    Iterating over it is iterating over `index_shard`, any number of times and without reading the headers again.
+    """
+
+    buffer: memoryview
+    entries: list[tuple[str, dict[str, Member]]]
+    error: Exception | None = None
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Member]]]:
+        yield from self.entries
+        if self.error is not None:
+            raise self.error
+
+    def keys(self) -> list[str]:
+        """Keys in file order. Raises DataError as `index_shard` does."""
+        return [key for key, _ in self]
+
+    def samples(self) -> Iterator[Sample]:
+        """As `read_shard`."""
+        for key, members in self:
+            yield read_sample(self.buffer, key, members)
+
+
+def index_tar(buffer: memoryview, path: str) -> TarIndex:
+    """`index_shard` of a whole tar; what is wrong with the tar is raised where the index is iterated over."""
+    entries = list[tuple[str, dict[str, Member]]]()
+    try:
+        for entry in index_shard(buffer, path):
+            entries.append(entry)
+    except Exception as error:  # damaged bytes raise anything
+        return TarIndex(buffer, entries, error)
+    return TarIndex(buffer, entries)
+
+
+def open_tar(path: str) -> TarIndex:
+    """`index_tar` of a file. Raises DataError when it is not there."""
+    with _opened(path) as buffer:
+        return index_tar(buffer, path)
 
 
 def index_shard(buffer: memoryview, path: str, start: int = 0) -> Iterator[tuple[str, dict[str, Member]]]:

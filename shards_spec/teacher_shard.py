@@ -11,11 +11,11 @@ from shards_spec.manifest import read_done
 class TeacherShard:
     """The files of ``ROOT/teacher/NAME`` that a shard's done-record names. ``config`` and ``inputs`` are the record's.
 
-    ``resolve_path`` maps a file's path to where its bytes are read (a local copy of a remote file). Raises DataError
-    when the shard is unfinished, or a file broken or gone.
+    ``resolve_path`` maps a file's path to that of a local copy, or to the bytes where they are in memory. Raises
+    DataError when the shard is unfinished, or a file broken or gone.
     """
 
-    def __init__(self, root: str, name: str, shard: int, resolve_path: Callable[[str], str] = str) -> None:
+    def __init__(self, root: str, name: str, shard: int, resolve_path: Callable[[str], str | memoryview] = str) -> None:
         folder = join(root, teacher_folder(name))
         self._folder = folder
         self.path = teacher_parquet(root, name, shard)

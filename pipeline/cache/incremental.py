@@ -6,25 +6,21 @@ import numpy as np
 
 from shards_spec.content_id import content_id
 from shards_spec.embeddings import EmbeddingFile, Vectors, empty_vectors, id_column
-from shards_spec.files import DataError, read_buffer
-from shards_spec.layout import remake_advice
+from shards_spec.files import DataError
 from shards_spec.sample import Sample
-from shards_spec.tar import index_shard, read_sample
+from shards_spec.tar import TarIndex, open_tar, read_sample
 
 
 class ShardIndex:
     """A final shard: keys, captions and content ids of all samples in memory; the images stay in the file.
 
     ``ids`` maps ``id_image``, ``id_text_0`` … to uint64 (n,), 0 where a sample has no such caption. Raises DataError
-    naming the file when it is broken or missing.
+    naming the file when it is broken or missing. ``tar`` is the file where it was read already.
     """
 
-    def __init__(self, path: str) -> None:
-        try:
-            with read_buffer(path) as self._buffer:
-                self._index = list(index_shard(self._buffer, path))
-        except FileNotFoundError as error:
-            raise DataError(f"{path}: is not there; {remake_advice(path)}") from error
+    def __init__(self, path: str, tar: TarIndex | None = None) -> None:
+        tar = tar or open_tar(path)
+        self._buffer, self._index = tar.buffer, list(tar)
         self.path = path
         self.keys = [key for key, _ in self._index]
         self.captions = list[list[str]]()

@@ -1,9 +1,11 @@
 """Options of `clipmill check`."""
 
+import os
 from dataclasses import dataclass
 
 from pipeline.core.command_line import Root
 from shards_spec.files import UserError
+from shards_spec.messages import require
 
 
 @dataclass(frozen=True)
@@ -12,6 +14,8 @@ class CheckConfig:
 
     root: Root
     """the dataset: a folder or an fsspec URL"""
+    workers: int = os.cpu_count() or 1
+    """processes that check shards; a small dataset has one"""
     repair: bool = False
     """make damaged files again, fetch lost images again, drop what cannot be had again; every action is a line"""
     dry_run: bool = False
@@ -24,5 +28,6 @@ class CheckConfig:
     """with --repair: where they run: auto, cpu, cuda or cuda:N"""
 
     def __post_init__(self) -> None:
+        require(self.workers >= 1, "workers", self.workers, "1 or more")
         if not self.repair and (self.dry_run or self.source is not None or self.models or self.device != "auto"):
             raise UserError("--dry-run, --source, --models and --device belong to --repair; add it, or leave them out")

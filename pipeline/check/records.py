@@ -6,11 +6,13 @@ A record has a hash of itself (`SEAL`); one of an older clipmill has none, and w
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.check.files import DatasetFiles
+from pipeline.check.listing import FolderListing
 from shards_spec.class_names import read_labelled_classes
 from shards_spec.files import DataError, UserError, exists, join, json_bytes, names, read_bytes, read_json, sha256_json
 from shards_spec.layout import (
@@ -37,7 +39,6 @@ from shards_spec.manifest import (
     Done,
     head_seal,
     read_dataset,
-    read_done,
     seal,
     stats_seal,
 )
@@ -188,14 +189,14 @@ def check_totals(
         findings.add(f"{path}: the config of {stage} is not that of {folder}/{shard_name(shard)}; run it again")
 
 
-def check_record(root: str, folder: str, stage: str, shard: int) -> Done | None:
-    """The validated done-record of a shard; None for another tool's. Raises DataError."""
-    path = stats_path(join(root, folder), shard)
-    stats, done = read_json(path), read_done(join(root, folder), shard)
+def check_record(files: DatasetFiles, folder: str, stage: str, shard: int) -> Done | None:
+    """The validated done-record of a shard; None for another tool's. Raises DataError, OSError."""
+    path = stats_path(join(files.root, folder), shard)
+    (data, stats), done = files.stats(folder, shard), files.done(folder, shard)
     if done is None:
         return None
     record = stats["clipmill"]
-    if SEAL in record and not _is_as_written(path, stats):
+    if SEAL in record and not _is_as_written(data, stats):
         raise DataError(f"{path}: not as it was written; {remake_advice(path, REMAKE)}")
     if SEAL not in record and (unknown := sorted(set(record) - RECORD)):
         raise DataError(f"{path}: its done-record has an unknown field {unknown[0]!r}; {remake_advice(path, REMAKE)}")
@@ -206,12 +207,12 @@ def check_record(root: str, folder: str, stage: str, shard: int) -> Done | None:
     return done
 
 
-def _is_as_written(path: str, stats: dict[str, Any]) -> bool:
+def _is_as_written(data: bytes, stats: dict[str, Any]) -> bool:
     """Whether a record with a hash of itself is unchanged to the byte; no hash covers the times, but their sum fits."""
     times = [stats[name] for name in TIMES if name in stats]
     return (
         stats["clipmill"][SEAL] == stats_seal(stats)
-        and json_bytes(stats) == read_bytes(path)
+        and json_bytes(stats) == data
         and (not times or times[2] == times[1] - times[0])
     )
 
@@ -235,19 +236,20 @@ def _check_counts(path: str, stats: dict[str, Any], done: Done) -> None:
         )
 
 
-def check_names(root: str, folder: str, findings: Findings) -> list[int]:
-    """The numbers of a folder's finished shards; gaps and files that no done-record names are problems."""
-    present = names(join(root, folder))
-    shards = sorted(int(match[1]) for name in present if (match := STATS_PATTERN.fullmatch(name)))
-    if missing := sorted(set(range(shards[-1] + 1 if shards else 0)) - set(shards)):
+def check_names(root: str, listing: FolderListing, unnamed: Iterable[str], findings: Findings) -> None:
+    """Gaps in a folder's numbers, and files that no done-record names, are problems.
+
+    ``unnamed`` are those files of finished shards that their records do not name (`unnamed_files`).
+    """
+    folder = listing.folder
+    if missing := listing.first_missing(5):
         findings.add(
-            f"{join(root, folder)}: shards {missing[:5]} are missing or unfinished; "
+            f"{join(root, folder)}: shards {missing} are missing or unfinished; "
             f"{remake_folder_advice(join(root, folder))}"
         )
-    unnamed = surplus_names(root, folder, present, shards)
-    for name in present:
+    for name in sorted([*listing.others, *unnamed]):
         match = FILE_PATTERN.fullmatch(name)
-        if match and int(match[1]) not in missing and name in unnamed:
+        if match and not listing.is_missing(int(match[1])):
             findings.add(f"{join(root, folder, name)}: no done-record names it; delete it or run its stage again")
         if match is None and is_unknown(root, folder, name) and not name.endswith(".json"):
             findings.add(
@@ -256,7 +258,6 @@ def check_names(root: str, folder: str, findings: Findings) -> list[int]:
             )
         if name.endswith(".json") and not match and f"{folder}/{name}" != SIZES:
             findings.add(f"{join(root, folder, name)}: no file of this format; delete it, readers take it for stats")
-    return shards
 
 
 def is_unknown(root: str, folder: str, name: str) -> bool:
@@ -271,30 +272,30 @@ def is_unknown(root: str, folder: str, name: str) -> bool:
 
 def surplus_names(root: str, folder: str, present: list[str], shards: list[int]) -> set[str]:
     """The files with a shard's name that belong to none of the finished ``shards``: no record names them."""
-    surplus = set[str]()
-    named = dict[int, set[str] | None]()
+    files, finished = DatasetFiles(root), {*shards}
+    of_shards = dict[int, list[str]]()
     for name in present:
-        match = FILE_PATTERN.fullmatch(name)
-        if match is None or match[2] == "_stats.json":
-            continue
-        shard = int(match[1])
-        if shard not in named:
-            named = {shard: _named_files(root, folder, shard) if shard in shards else set()}
-        own = named[shard]
-        # a killed `cache` leaves parts, and the next one takes them away
-        if own is not None and name not in own and not (match[3] and shard in shards):
-            surplus.add(name)
+        if match := FILE_PATTERN.fullmatch(name):
+            of_shards.setdefault(int(match[1]), []).append(name)
+    surplus = set[str]()
+    for shard, own in of_shards.items():
+        surplus |= {*unnamed_files(files, folder, shard, own)} if shard in finished else {*own}
     return surplus
 
 
-def _named_files(root: str, folder: str, shard: int) -> set[str] | None:
-    """The files of a folder that a shard's record names; None where it names none, or another shard's."""
+def unnamed_files(files: DatasetFiles, folder: str, shard: int, present: Iterable[str]) -> list[str]:
+    """Those of the files with a finished shard's number that its record does not name; none where it names none.
+
+    A killed `cache` leaves parts, and the next one takes them away.
+    """
     try:
-        done = read_done(join(root, folder), shard)
-    except DataError:  # `check_record` reports it
-        return None
+        done = files.done(folder, shard)
+    except (DataError, OSError):  # `check_record` reports it
+        return []
     outputs = done.outputs if done is not None and done.shard == shard else {}
-    return {path.rpartition("/")[2] for path in outputs if path.rpartition("/")[0] == folder} or None
+    named = {path.rpartition("/")[2] for path in outputs if path.rpartition("/")[0] == folder}
+    own = [(name, FILE_PATTERN.fullmatch(name)) for name in present if not STATS_PATTERN.fullmatch(name)]
+    return [name for name, match in own if named and name not in named and not (match and match[3])]
 
 
 def check_classes(root: str, blocks: dict[str, Any], findings: Findings) -> None:

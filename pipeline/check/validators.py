@@ -4,16 +4,17 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pipeline.cache.incremental import ShardIndex, plan_column_update
+from pipeline.check.files import DatasetFiles
 from pipeline.core.near_duplicates import EXACT_DUPLICATE, NEAR_DUPLICATE
 from shards_spec.class_names import CLASS_LIST, class_list_hash, parse_label, read_class_names
 from shards_spec.embeddings import EmbeddingFile
-from shards_spec.files import DataError, UserError, exists, join, names, read_buffer, read_json, sha256_file
+from shards_spec.files import DataError, UserError, exists, join, names
 from shards_spec.layout import (
     DEDUP,
     RAW,
@@ -32,18 +33,16 @@ from shards_spec.layout import (
     stats_path,
     tar_path,
 )
-from shards_spec.manifest import read_dataset, read_done
+from shards_spec.manifest import read_dataset
 from shards_spec.messages import counted
-from shards_spec.parquet import open_parquet
 from shards_spec.sample import Sample, check_key
 from shards_spec.selection import COPIES, read_selection, selected_record
 from shards_spec.soft_labels import SoftLabelFormat, format_of
-from shards_spec.tar import index_shard, read_shard, shard_keys
 from shards_spec.teacher_shard import TeacherShard
 from shards_spec.views import unpack_recorded
 
 MOST_CLASSES = 1 << 31  # where the list of classes is gone, which is reported once
-Validator = Callable[[str, str, int], Iterator[str]]  # (root, folder below it, shard) -> the shard's keys
+Validator = Callable[[DatasetFiles, str, int], Iterator[str]]  # (files, folder, shard) -> the shard's keys
 
 
 class ShardFolder(NamedTuple):
@@ -78,17 +77,6 @@ def shard_folder_of(key: str) -> ShardFolder:
     return ShardFolder(STAGES[kind].folder(name), key, VALIDATORS[kind])
 
 
-def read_rows(path: str, columns: list[str], optional: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """These columns of a Parquet file, and the ``optional`` ones that are there, row by row. Raises DataError."""
-    with open_parquet(path) as file:
-        present = file.schema_arrow.names
-        rows: list[dict[str, Any]] = file.read([name for name in (*columns, *optional) if name in present]).to_pylist()
-    missing = [name for name in columns if name not in present]
-    if rows and missing:  # a file without rows may lack columns
-        raise DataError(f"{path}: no column {missing[0]}; {remake_advice(path)}")
-    return rows
-
-
 def _expect_keys(path: str, expected: list[str], found: list[str], other: str) -> None:
     """Raise DataError naming the first row whose key is not the ``expected`` one, that of ``other``."""
     for row, (want, have) in enumerate(zip_longest(expected, found)):
@@ -97,15 +85,15 @@ def _expect_keys(path: str, expected: list[str], found: list[str], other: str) -
             raise DataError(f"{path}: row {row} is {actual}, {other} has {wanted} there; {remake_advice(path)}")
 
 
-def _validate_raw(root: str, folder: str, shard: int) -> Iterator[str]:
-    base = join(root, folder)
+def _validate_raw(files: DatasetFiles, folder: str, shard: int) -> Iterator[str]:
+    base = join(files.root, folder)
     path, stats_file = parquet_path(base, shard), stats_path(base, shard)
-    keys = shard_keys(tar_path(base, shard))
-    rows = read_rows(path, ["key", "status"], optional=("cls",))
+    keys = files.tar(tar_path(base, shard)).keys()
+    rows = files.rows(path, ["key", "status"], optional=("cls",))
     successes = [row for row in rows if row["status"] == "success"]
     _expect_keys(path, sorted(keys), sorted(row["key"] for row in successes), "the tar")
-    _check_labels(root, folder, shard, successes)
-    stats = read_json(stats_file)
+    _check_labels(files, folder, shard, successes)
+    _, stats = files.stats(folder, shard)
     recorded = (stats["count"], stats["successes"], sum(stats["status_dict"].values()))
     if recorded != (len(rows), len(keys), len(rows)):
         raise DataError(
@@ -116,10 +104,10 @@ def _validate_raw(root: str, folder: str, shard: int) -> Iterator[str]:
         yield check_key(key)
 
 
-def _validate_captions(root: str, folder: str, shard: int) -> Iterator[str]:
-    path, tar = parquet_path(join(root, folder), shard), tar_path(RAW, shard)
-    rows = read_rows(path, ["key", "captions", "logprobs", "num_tokens"], optional=("similarities", "reason"))
-    _expect_keys(path, shard_keys(join(root, tar)), [row["key"] for row in rows], tar)
+def _validate_captions(files: DatasetFiles, folder: str, shard: int) -> Iterator[str]:
+    path, tar = parquet_path(join(files.root, folder), shard), tar_path(RAW, shard)
+    rows = files.rows(path, ["key", "captions", "logprobs", "num_tokens"], optional=("similarities", "reason"))
+    _expect_keys(path, files.tar(join(files.root, tar)).keys(), [row["key"] for row in rows], tar)
     for row in rows:
         lists = [row[name] for name in ("captions", "logprobs", "num_tokens", "similarities") if name in row]
         if len({None if values is None else len(values) for values in lists}) > 1:
@@ -134,10 +122,10 @@ def _validate_captions(root: str, folder: str, shard: int) -> Iterator[str]:
         yield row["key"]
 
 
-def _validate_selection(root: str, folder: str, shard: int) -> Iterator[str]:
-    path, name = parquet_path(join(root, folder), shard), folder.removeprefix(f"{SELECT}/")
-    selection = read_selection(root, name, shard)
-    done = read_done(join(root, folder), shard)
+def _validate_selection(files: DatasetFiles, folder: str, shard: int) -> Iterator[str]:
+    root, name = files.root, folder.removeprefix(f"{SELECT}/")
+    path = parquet_path(join(root, folder), shard)
+    selection, done = read_selection(root, name, shard, files.open), files.done(folder, shard)
     if done is None or done.counters.get(COPIES, 0) != int(selection.copies.sum(dtype=np.int64)):
         raise DataError(f"{path}: its copies are not those of its record; {remake_advice(path)}")
     for key, copies, reason in zip(selection.keys, selection.copies, selection.reasons, strict=True):
@@ -146,20 +134,21 @@ def _validate_selection(root: str, folder: str, shard: int) -> Iterator[str]:
     if read_dataset(root)["stages"].get("pack", {}).get("config", {}).get("select") != name:
         selected_record(root, name, shard)
         tar = tar_path(SHARDS, shard)
-        _expect_keys(path, shard_keys(join(root, tar)), selection.keys, tar)
+        _expect_keys(path, files.tar(join(root, tar)).keys(), selection.keys, tar)
     yield from selection.keys
 
 
-def _validate_final(root: str, folder: str, shard: int) -> Iterator[str]:
+def _validate_final(files: DatasetFiles, folder: str, shard: int) -> Iterator[str]:
+    root = files.root
     path, tar = parquet_path(join(root, folder), shard), tar_path(join(root, folder), shard)
-    rows = read_rows(path, ["key", "synsets"], optional=("cls",))
-    _expect_keys(path, shard_keys(tar), [row["key"] for row in rows], "the tar")
-    _check_labels(root, folder, shard, rows)
-    sources = _raw_shards(root, shard)
+    rows = files.rows(path, ["key", "synsets"], optional=("cls",))
+    _expect_keys(path, files.tar(tar).keys(), [row["key"] for row in rows], "the tar")
+    _check_labels(files, folder, shard, rows)
+    sources = _raw_shards(files, shard)
     raw_tars = [join(root, RAW, f"{source}.tar") for source in sources]
-    raw = chain.from_iterable(map(read_shard, raw_tars)) if exists(join(root, RAW)) else None
-    dropped = set[str]().union(*(_dropped_keys(root, int(source)) for source in sources))
-    for sample, row in zip(read_shard(tar), rows, strict=True):
+    raw = _samples_of(files, raw_tars) if exists(join(root, RAW)) else None
+    dropped = set[str]().union(*(_dropped_keys(files, int(source)) for source in sources))
+    for sample, row in zip(files.tar(tar).samples(), rows, strict=True):
         synsets = sample.meta.get("synsets")
         if synsets != row["synsets"] or len(synsets) != len(sample.captions):
             raise DataError(f"{tar}: key {sample.key} has synsets that do not fit its captions or its Parquet row")
@@ -174,21 +163,27 @@ def _validate_final(root: str, folder: str, shard: int) -> Iterator[str]:
         yield check_key(sample.key)
 
 
-def _check_labels(root: str, folder: str, shard: int, rows: list[dict[str, Any]]) -> None:
+def _samples_of(files: DatasetFiles, tars: list[str]) -> Iterator[Sample]:
+    """The samples of several tars, one after the other."""
+    for tar in tars:
+        yield from files.tar(tar).samples()
+
+
+def _check_labels(files: DatasetFiles, folder: str, shard: int, rows: list[dict[str, Any]]) -> None:
     """Raise DataError unless each sample of labelled images has a class, the one in its Parquet row; by the record."""
-    done = read_done(join(root, folder), shard)
+    done = files.done(folder, shard)
     if done is None or CLASS_LIST not in done.config:
         return
-    names_file, path = class_names_txt(root), tar_path(join(root, folder), shard)
+    names_file, path = class_names_txt(files.root), tar_path(join(files.root, folder), shard)
     classes = len(read_class_names(names_file)) if exists(names_file) else MOST_CLASSES
     labels = {row["key"]: row.get("cls") for row in rows}
-    with read_buffer(path) as buffer:
-        for key, members in index_shard(buffer, path):
-            if "cls" not in members:
-                raise DataError(f"{path}: key {key} has no class (member cls); {remake_advice(path)}")
-            label = parse_label(members["cls"].read(buffer), classes, f"{path}: key {key}")
-            if labels[key] != label:
-                raise DataError(f"{path}: key {key} has class {label}, its Parquet row {labels[key]}")
+    tar = files.tar(path)
+    for key, members in tar:
+        if "cls" not in members:
+            raise DataError(f"{path}: key {key} has no class (member cls); {remake_advice(path)}")
+        label = parse_label(members["cls"].read(tar.buffer), classes, f"{path}: key {key}")
+        if labels[key] != label:
+            raise DataError(f"{path}: key {key} has class {label}, its Parquet row {labels[key]}")
 
 
 def _find_sample(raw: Iterator[Sample], key: str, tar: str) -> Sample:
@@ -199,26 +194,26 @@ def _find_sample(raw: Iterator[Sample], key: str, tar: str) -> Sample:
     raise DataError(f"{tar}: key {key} is not in its raw shard, or not in that order")
 
 
-def _raw_shards(root: str, shard: int) -> list[str]:
+def _raw_shards(files: DatasetFiles, shard: int) -> list[str]:
     """Names of the raw shards that a final shard was made of, by its done-record; without one it has their number."""
-    done = read_done(join(root, SHARDS), shard)
+    done = files.done(SHARDS, shard)
     if done is None:
         return [shard_name(shard)]
     tars = [path for path in done.inputs if path.startswith(f"{RAW}/") and path.endswith(".tar")]
     return [path.removeprefix(f"{RAW}/").removesuffix(".tar") for path in tars]
 
 
-def _dropped_keys(root: str, shard: int) -> set[str]:
-    path = dedup_parquet(root, shard)
-    return {row["key"] for row in read_rows(path, ["key"])} if exists(path) else set()
+def _dropped_keys(files: DatasetFiles, shard: int) -> set[str]:
+    path = dedup_parquet(files.root, shard)
+    return {row["key"] for row in files.rows(path, ["key"])} if exists(path) else set()
 
 
-def _validate_plan(root: str, folder: str, shard: int) -> Iterator[str]:
-    path, tar = parquet_path(join(root, folder), shard), raw_tar(root, shard)
-    rows, done = read_rows(path, ["key", "reason"]), read_done(join(root, folder), shard)
+def _validate_plan(files: DatasetFiles, folder: str, shard: int) -> Iterator[str]:
+    path, tar = parquet_path(join(files.root, folder), shard), raw_tar(files.root, shard)
+    rows, done = files.rows(path, ["key", "reason"]), files.done(folder, shard)
     rows = [row for row in rows if row["key"]]  # others are places of samples that were taken down
-    if exists(join(root, RAW)):
-        _expect_keys(path, shard_keys(tar), [row["key"] for row in rows], tar)
+    if exists(join(files.root, RAW)):
+        _expect_keys(path, files.tar(tar).keys(), [row["key"] for row in rows], tar)
     counts = Counter(row["reason"] or "success" for row in rows)
     if done is not None and done.counts != counts:
         raise DataError(f"{path}: {dict(counts)}, its done-record says {done.counts}; run `clipmill pack` again")
@@ -226,10 +221,10 @@ def _validate_plan(root: str, folder: str, shard: int) -> Iterator[str]:
         yield row["key"]
 
 
-def _validate_cache(root: str, folder: str, shard: int) -> Iterator[str]:
-    path, tar = parquet_path(join(root, folder), shard), tar_path(SHARDS, shard)
-    cached = TeacherShard(root, folder.removeprefix(f"{TEACHER}/"), shard)
-    index = ShardIndex(join(root, tar))
+def _validate_cache(files: DatasetFiles, folder: str, shard: int) -> Iterator[str]:
+    path, tar = parquet_path(join(files.root, folder), shard), tar_path(SHARDS, shard)
+    cached = files.teacher_shard(folder.removeprefix(f"{TEACHER}/"), shard)
+    index = files.shard_index(join(files.root, tar))
     for file in cached.files:
         _expect_keys(file.path, index.keys, file.keys, tar)
     soft = format_of(path, cached.config)
@@ -240,31 +235,23 @@ def _validate_cache(root: str, folder: str, shard: int) -> Iterator[str]:
             _validate_soft_labels(name, cached, soft)
     if "imported" in cached.config:
         _validate_recorded_views(cached)
-    if cached.inputs.get(tar) != sha256_file(join(root, tar)):
+    if cached.inputs.get(tar) != files.sha256(join(files.root, tar)):
         raise DataError(
             f"{path}: made from another {tar}, its images and captions are the same; {_resume(path)}, it embeds nothing"
         )
     yield from index.keys
 
 
-def check_widths(root: str, folder: str, shards: list[int]) -> None:
-    """Raise DataError naming the shards of a teacher cache whose vectors have another width than most of its shards.
+def vector_width(files: DatasetFiles, folder: str, shard: int) -> tuple[str, int] | None:
+    """Of a shard of a teacher cache: the file of its first view, and how many numbers a vector of it has.
 
-    Shards that cannot be read, or have no vector at all, are left out.
+    None where the shard cannot be read, or has no vector at all.
     """
-    widths = dict[str, int]()  # by file
-    for shard in shards:
-        with contextlib.suppress(DataError, UserError, OSError):
-            file = TeacherShard(root, folder.removeprefix(f"{TEACHER}/"), shard).file("image_0")
-            if file.dim > 1 or file.vectors("image_0").present.any():
-                widths[file.path] = file.dim
-    agreed = Counter(widths.values()).most_common(1)
-    others = [path for path, width in widths.items() if width != agreed[0][0]]
-    if others:
-        raise DataError(
-            f"{others[0]}: its vectors have {widths[others[0]]} numbers, those of most shards of {folder} "
-            f"{agreed[0][0]} ({counted(len(others), 'such shard')}); {remake_advice(others[0])}"
-        )
+    with contextlib.suppress(DataError, UserError, OSError):
+        file = files.teacher_shard(folder.removeprefix(f"{TEACHER}/"), shard).file("image_0")
+        if file.dim > 1 or file.vectors("image_0").present.any():
+            return file.path, file.dim
+    return None
 
 
 def _resume(path: str) -> str:
@@ -325,10 +312,10 @@ def _validate_soft_labels(name: str, cached: TeacherShard, soft: SoftLabelFormat
         raise DataError(f"{file.path}: key {file.keys[row]} has in {name} {reason}; {again}")
 
 
-def _validate_dedup(root: str, folder: str, shard: int) -> Iterator[str]:
-    path, tar = parquet_path(join(root, folder), shard), raw_tar(root, shard)
-    keys = set(shard_keys(tar)) if exists(join(root, RAW)) else None
-    for row in read_rows(path, ["key", "reason", "kept"]):
+def _validate_dedup(files: DatasetFiles, folder: str, shard: int) -> Iterator[str]:
+    path, tar = parquet_path(join(files.root, folder), shard), raw_tar(files.root, shard)
+    keys = set(files.tar(tar).keys()) if exists(join(files.root, RAW)) else None
+    for row in files.rows(path, ["key", "reason", "kept"]):
         if keys is not None and row["key"] not in keys:
             raise DataError(f"{path}: key {row['key']} is not in {tar}; run `clipmill dedup` again")
         if row["reason"] not in (EXACT_DUPLICATE, NEAR_DUPLICATE):
@@ -336,14 +323,15 @@ def _validate_dedup(root: str, folder: str, shard: int) -> Iterator[str]:
         yield row["key"]
 
 
-def _validate_lists(root: str, folder: str, shard: int) -> Iterator[str]:
-    path, cache = parquet_path(join(root, folder), shard), folder.removesuffix("/lists")
-    cached, done = TeacherShard(root, cache.removeprefix(f"{TEACHER}/"), shard), read_done(join(root, folder), shard)
-    keys = [row["key"] for row in read_rows(path, ["key"])]
+def _validate_lists(files: DatasetFiles, folder: str, shard: int) -> Iterator[str]:
+    path, cache = parquet_path(join(files.root, folder), shard), folder.removesuffix("/lists")
+    cached, done = files.teacher_shard(cache.removeprefix(f"{TEACHER}/"), shard), files.done(folder, shard)
+    keys = [row["key"] for row in files.rows(path, ["key"])]
     _expect_keys(path, cached.files[-1].keys, keys, f"{cache}/{shard_name(shard)}")
-    made_of = read_done(join(root, cache), shard)
+    made_of = files.done(cache, shard)
     if done is not None and made_of is not None and done.inputs != made_of.outputs:
-        raise DataError(f"{path}: made from another {cache}; {resume_advice(join(root, cache))} and --export-lists")
+        advice = f"{resume_advice(join(files.root, cache))} and --export-lists"
+        raise DataError(f"{path}: made from another {cache}; {advice}")
     yield from keys
 
 

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.check.files import DatasetFiles
 from pipeline.check.records import check_record, is_unknown, surplus_names
 from pipeline.repair.folder import Folder, move
 from pipeline.repair.recorded import Recorded, file_sha256, is_foreign, sound_record
@@ -133,7 +134,7 @@ def _add_shard(inventory: Inventory, key: str, shard: int) -> None:
     inventory.add(stats)
     problem = ""
     try:
-        done = check_record(root, folder, key, shard)
+        done = check_record(DatasetFiles(root), folder, key, shard)
     except (DataError, UserError) as error:
         problem, done = str(error).removeprefix(f"{root}/").partition("; ")[0], None
         inventory.strays.add(stats)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.check.files import DatasetFiles
 from pipeline.check.records import check_record
 from pipeline.check.validators import VALIDATORS, stage_keys
 from shards_spec import SPEC_VERSION
@@ -27,7 +28,7 @@ RecordedBlock = dict[str, Any]
 def sound_record(root: str, key: str, shard: int) -> Done | None:
     """The done-record of a shard of a stage's ``key``; None when it is damaged, absent or another tool's."""
     try:
-        return check_record(root, stage_output(key) or "", key, shard)
+        return check_record(DatasetFiles(root), stage_output(key) or "", key, shard)
     except (DataError, UserError, OSError, KeyError, TypeError, ValueError, AttributeError):
         return None
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from pipeline.check.config import CheckConfig
 from pipeline.check.records import Findings, check_vocabularies
-from pipeline.check.stage import check, shard_problems
+from pipeline.check.shard import shard_problems
+from pipeline.check.stage import check
 from pipeline.check.validators import shard_folder_of
 from pipeline.core.runner import ShardsFailed
 from pipeline.core.taken_down import check_takedown_hashes

@@ -19,7 +19,7 @@ import pyarrow as pa
 from pipeline.core.prefetch import batches
 from pipeline.ingest.source_io import BROKEN_GZIP, lines
 from pipeline.select.facts import ShardFacts
-from shards_spec.content_id import content_id
+from shards_spec.content_id import content_id, is_among
 from shards_spec.files import UserError, exists, is_url, open_read, read_bytes, sha256_file
 from shards_spec.messages import counted
 from shards_spec.parquet import open_parquet
@@ -54,7 +54,7 @@ class SampleList:
         for name in NAMES:
             if name == "key" or name in facts.sources.columns:
                 ids = name_ids(facts.of_samples(name).cast(pa.string()).to_pylist())
-                found |= _is_among(ids, listed)
+                found |= is_among(ids, listed)
         return found
 
 
@@ -101,12 +101,6 @@ def _name_id(text: str) -> int:
     if len(text) == SHA256_DIGITS:
         text = text.lower()
     return content_id(text.encode(errors="surrogatepass"))
-
-
-def _is_among(ids: np.ndarray, ascending: np.ndarray) -> np.ndarray:
-    places = np.searchsorted(ascending, ids).clip(max=len(ascending) - 1)
-    found: np.ndarray = (ascending[places] == ids) & (ids != 0)
-    return found
 
 
 def _file_ids(path: str, option: str) -> Iterator[np.ndarray]:

@@ -9,14 +9,12 @@ from where it began.
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 
 import numpy as np
 
-from pipeline.core.workers import die_with_parent
+from pipeline.core.process_map import map_in_order
 from pipeline.dedup.disk_columns import DiskKeys
 from pipeline.select.cells import Embeddings, divide
 from pipeline.select.facts import mean_views, open_cache, unit_rows
@@ -68,7 +66,7 @@ def find_semantic_duplicates(
                 keys.append([one.keys[row] for row in one.rows.tolist()])
             embeddings = Embeddings(join(folder, "embeddings"))
             work = partial(_shard_embeddings, root, rule.teacher, read)
-            for number, unit in enumerate(_in_order(work, shards, workers)):
+            for number, unit in enumerate(map_in_order(work, shards, min(workers, len(shards)))):
                 embeddings.append(unit)
                 if number == 0:
                     embeddings.reserve(len(keys))
@@ -82,15 +80,6 @@ def find_semantic_duplicates(
                     yield shard, dict(zip(rows.tolist(), kept, strict=True))
         finally:
             keys.close()
-
-
-def _in_order(work: Callable[[int], np.ndarray], shards: list[int], workers: int) -> Iterator[np.ndarray]:
-    if min(workers, len(shards)) < 2:
-        yield from map(work, shards)
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=die_with_parent) as pool:
-        for start in range(0, len(shards), 2 * workers):  # so that few results wait
-            yield from pool.map(work, shards[start : start + 2 * workers])
 
 
 def _shard_embeddings(root: str, teacher: str, read: ReadRows, shard: int) -> np.ndarray:

@@ -1,0 +1,75 @@
+"""One shard of one folder: its record, the hashes of its files, and how its contents fit what they were made from."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.check.files import DatasetFiles
+from pipeline.check.records import Findings, check_record
+from pipeline.check.validators import ShardFolder
+from shards_spec.content_id import content_ids
+from shards_spec.files import DataError, exists, join
+from shards_spec.layout import remake_advice, shard_name, stats_path
+from shards_spec.library_errors import short
+from shards_spec.manifest import Done
+
+
+class CheckedShard(NamedTuple):
+    """``done`` is its record, None for another tool's, or where the record is broken (then it has no ``has_record``).
+
+    ``ids`` are the content ids of its keys, uint64, None where its files are broken.
+    """
+
+    has_record: bool
+    done: Done | None
+    ids: np.ndarray | None
+
+
+def check_shard(files: DatasetFiles, shard_folder: ShardFolder, shard: int, findings: Findings) -> CheckedShard:
+    """Validate one shard."""
+    folder, stage, validate = shard_folder
+    done: Done | None = None
+    has_record = False
+    with findings.of(stats_path(join(files.root, folder), shard)):
+        done = check_record(files, folder, stage, shard)
+        has_record = True
+    with findings.of(join(files.root, folder, shard_name(shard))):
+        _check_hashes(files, shard_folder, shard, done)
+        return CheckedShard(has_record, done, content_ids(validate(files, folder, shard)))
+    return CheckedShard(has_record, done, None)
+
+
+def shard_problems(root: str, shard_folder: ShardFolder, shard: int) -> list[str]:
+    """What is wrong with one finished shard: its record, its files, or how they fit what they were made from."""
+    findings = Findings()
+    check_shard(DatasetFiles(root), shard_folder, shard, findings)
+    return findings.problems
+
+
+def validate_none(files: DatasetFiles, folder: str, shard: int) -> Iterator[str]:
+    """In place of the validator of a shard whose contents are not compared with anything."""
+    return iter(())
+
+
+def _check_hashes(files: DatasetFiles, shard_folder: ShardFolder, shard: int, done: Done | None) -> None:
+    """Raise DataError for a file that is not the one in the done-record."""
+    for path, expected in (done.outputs if done else {}).items():
+        if not exists(join(files.root, path)):
+            raise DataError(f"{join(files.root, path)}: is not there; {remake_advice(join(files.root, path))}")
+        if files.sha256(join(files.root, path)) != expected:
+            raise DataError(_describe_change(files, shard_folder, shard, path))
+
+
+def _describe_change(files: DatasetFiles, shard_folder: ShardFolder, shard: int, path: str) -> str:
+    """The message for a file that is not what was written; it says where the file breaks first."""
+    full = join(files.root, path)
+    where = "its content changed"
+    try:
+        for _ in shard_folder.validate(files, shard_folder.folder, shard):
+            pass
+    except DataError as error:
+        where = str(error).removeprefix(full).lstrip(": ").partition("; ")[0]  # the advice follows
+    except Exception as error:  # over damaged bytes readers raise anything
+        where = f"it cannot be read any more ({short(error)})"
+    return f"{full}: not the file that was written: {where}; {remake_advice(full)}"
