@@ -67,7 +67,7 @@ def cut_out(drawing: Drawing) -> Image.Image | None:
                 return None
             image.thumbnail((4 * SIDE, 4 * SIDE))
             rgba = image.convert("RGBA")
-    except OSError:
+    except (OSError, Image.DecompressionBombError):
         return None
     box = rgba.getchannel("A").getbbox()
     return rgba.crop(box) if box else None
