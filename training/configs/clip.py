@@ -1,6 +1,7 @@
 """Options and numbers of the recipe clip (`training.recipes.clip`)."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from tyro.conf import OmitArgPrefixes
 
@@ -16,6 +17,8 @@ class ClipConfig:
     student: OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
     optim: OmitArgPrefixes[OptimConfig] = field(default_factory=OptimConfig)
     run: OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
+    lock: Literal["none", "image", "text"] = "none"
+    """tower that keeps the weights it starts with: the other one learns to match it (LiT)"""
 
 
 def config() -> ClipConfig:

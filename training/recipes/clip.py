@@ -5,7 +5,13 @@ CLIP's table 19 (ViT); random crops of (0.9, 1.0) and a learned logit scale clam
 and warm-up 2000 are ours, for sets of CC12M's size. Cost: 32 epochs of 10 million pairs are 320 million samples seen.
 
     clipmill train clip --data ROOT --out RUN
+
+With --lock a tower stays as it is, which is LiT (Zhai et al., arXiv 2111.07991): an image tower trained on labels is
+locked, and a text tower learns to match it; or the other way round. The locked tower is in eval mode, so its BatchNorms
+keep their statistics and nothing is dropped.
 """
+
+from typing import Any, Literal, Self
 
 from training.configs.clip import ClipConfig
 from training.losses.contrastive import clip_loss
@@ -13,8 +19,39 @@ from training.recipes.pairs import clamp_logit_scale, open_pairs
 from training.task import Batch, Features, Losses, Prepared, Task
 
 
+def tower_of(name: str) -> Literal["image", "text"] | None:
+    """Return the tower of a part or parameter of an open_clip model; None for scale and bias of the logits.
+
+    A text tower is one part, ``text``, or stands as several parts in the model itself.
+    """
+    part = name.partition(".")[0]
+    if part in ("logit_scale", "logit_bias"):
+        return None
+    return "image" if part == "visual" else "text"
+
+
 class ClipTask(Task):
-    """A student and its learned logit scale."""
+    """A student and its learned logit scale.
+
+    Args:
+        student: The student.
+        lock: The tower that is not trained.
+    """
+
+    def __init__(self, student: Any, lock: Literal["none", "image", "text"] = "none") -> None:
+        super().__init__(student)
+        self.lock = lock
+        for name, parameter in student.named_parameters():
+            if tower_of(name) == lock:
+                parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Put the student into training mode, but for the locked tower."""
+        super().train(mode)
+        for name, module in self.student.named_children():
+            if tower_of(name) == self.lock:
+                module.eval()
+        return self
 
     def forward(self, batch: Batch) -> Features:
         """Return ``image`` and ``text`` features (n, D), normalised."""
@@ -36,4 +73,4 @@ class ClipTask(Task):
 def prepare(config: ClipConfig) -> Prepared:
     """Return student, samples and task. Raises UserError and DataError."""
     student, samples = open_pairs(config.data, config.views, config.student, config.run.seed)
-    return Prepared(student, samples, ClipTask(student.model))
+    return Prepared(student, samples, ClipTask(student.model, config.lock))

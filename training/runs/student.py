@@ -116,7 +116,7 @@ def _rebuild(path: str, trust: Trust) -> LoadedModel:
         return load_classifier(path)
     logging.disable(logging.WARNING)  # open_clip would say that the weights are random
     try:
-        return load_model(f"local-dir:{path}", random_weights=True, trust=trust)
+        return load_model(f"local-dir:{path}", random_weights=True, trust=trust, text_weights=False)
     finally:
         logging.disable(logging.NOTSET)
 
