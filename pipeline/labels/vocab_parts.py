@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.core.distinct import distinct
 from pipeline.core.runner import ShardResult, ShardTask
 from shards_spec.files import join
 from shards_spec.layout import final_parquet, parquet_path
@@ -73,14 +74,15 @@ def _count_batch(column: pa.Array, source: str, first: int) -> tuple[pa.Table, i
     code = wnids.indices.to_numpy()[kept].astype(np.int64)
     caption = caption[kept]
     present = np.bincount(code, minlength=len(wnids.dictionary)) > 0
-    samples_of_code = np.unique(code * len(column) + sample_of_caption[caption])  # each once, by code
+    samples_of_code = distinct(code * len(column) + sample_of_caption[caption])
+    captions_of_code = distinct(code * len(captions) + caption)
     sizes = np.bincount(samples_of_code // max(len(column), 1), minlength=len(present))[present]
     ends = np.append(0, np.cumsum(sizes)).astype(np.int32)
     table = pa.table(
         [
             wnids.dictionary.filter(pa.array(present)),
             np.bincount(code, minlength=len(present))[present],
-            np.bincount(_once_per_caption(caption, code, len(captions)), minlength=len(present))[present],
+            np.bincount(captions_of_code // max(len(captions), 1), minlength=len(present))[present],
             pa.ListArray.from_arrays(ends, (samples_of_code % max(len(column), 1) + first).astype(np.int32)),
         ],
         schema=SCHEMA,
@@ -88,17 +90,11 @@ def _count_batch(column: pa.Array, source: str, first: int) -> tuple[pa.Table, i
     return table, int(chosen.sum())
 
 
-def _once_per_caption(caption: np.ndarray, code: np.ndarray, captions: int) -> np.ndarray:
-    """The codes [labels], each once for every caption that has it."""
-    codes: np.ndarray = np.unique(code * captions + caption) // max(captions, 1)
-    return codes
-
-
 def write_part(root: str, task: ShardTask, *, folder: str, source: str) -> ShardResult:
     """Count a final shard and write its part into ``folder`` below ROOT. Raises DataError."""
     labels = count_labels(root, task.shard, source)
     writer = ShardWriter(root, folder, task.shard)
-    writer.write_parquet(labels.table)
+    writer.write_parquet(labels.table, use_dictionary=False, compression="zstd")  # read ten times as fast
     return ShardResult({"success": labels.samples}, writer.outputs, counters={CAPTIONS: labels.captions})
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.core.distinct import distinct
 from shards_spec.files import DataError, UserError, join, names
 from shards_spec.layout import CAPTIONS, RAW, SHARDS, captions_folder
 from shards_spec.parquet import open_parquet, validated
@@ -168,7 +169,7 @@ def _count_captions(counted: Captions, table: dict[str, Any]) -> None:
         counted.images += len(column)
         counted.captions += len(texts)
         counted.distinct_per_shard += len(texts.dictionary)
-        counted.distinct_per_image += len(np.unique(row.astype(np.int64) * max(1, len(texts.dictionary)) + code))
+        counted.distinct_per_image += len(distinct(row.astype(np.int64) * max(1, len(texts.dictionary)) + code))
     if "logprobs" in table and "num_tokens" in table:
         total = pc.list_flatten(table["logprobs"]).to_numpy(zero_copy_only=False).astype(float)
         tokens = pc.list_flatten(table["num_tokens"]).to_numpy(zero_copy_only=False).astype(float)
