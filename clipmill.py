@@ -239,6 +239,11 @@ def _submit(words: list[str]) -> int:
     def run_here(step: Step) -> int:
         if step.command == "train":
             return _train(list(step.words))
+        if step.command == "check":
+            from pipeline.check.config import CheckConfig
+            from pipeline.check.stage import check
+
+            return _call("check", check, CheckConfig(step.root, workers=step.config.workers))
         return _call(step.command, step.function, step.config)
 
     return submit(words, run_here)

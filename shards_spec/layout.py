@@ -150,6 +150,18 @@ STAGES = {
     )
 }
 STAGE_COMMANDS = tuple(name for name, stage in STAGES.items() if stage.function)
+# What an array of `check` makes below ROOT, a folder of parts for each submission; it is deleted when they are summed
+# up. It is no stage: no block of dataset.json is of it, and nothing else reads what it writes.
+CHECK = StageInfo(
+    name="check",
+    reads=None,
+    writes=".check/{name}",
+    config="pipeline.check.config:CheckJobConfig",
+    function="pipeline.check.divided:check_array",
+    has_shards=False,
+    array=True,
+)
+SUBMITTED = {**{name: STAGES[name] for name in STAGE_COMMANDS}, CHECK.name: CHECK}  # that `submit` takes, beside train
 
 
 def stage_output(key: str) -> str | None:

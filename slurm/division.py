@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shards_spec.files import UserError, join
-from shards_spec.layout import STAGES
+from shards_spec.layout import CHECK, SUBMITTED
 from shards_spec.manifest import finished_shards
 from slurm.jobs import Ranges
 from slurm.step import Step
@@ -33,6 +33,8 @@ def divide(step: Step, chained: bool, shards: int | None, jobs_dir: Path) -> Div
         raise UserError(f"--overwrite is for one process: delete {join(step.root, folder)} first, then submit without")
     if step.command == "ingest":
         total = _source_shards(step.config)
+    elif step.command == CHECK.name:
+        total = None if chained or step.options.after else _checked_shards(step.root)
     elif chained:
         total = shards
     else:
@@ -53,7 +55,7 @@ def divide(step: Step, chained: bool, shards: int | None, jobs_dir: Path) -> Div
 
 def output_folder(step: Step) -> str | None:
     """The folder below ROOT whose shards an array makes; None for what one job does."""
-    stage, config = STAGES.get(step.command), step.config
+    stage, config = SUBMITTED.get(step.command), step.config
     if stage is None or not stage.array:
         return None
     is_one_job = (
@@ -69,7 +71,7 @@ def output_folder(step: Step) -> str | None:
 
 def _has_all_results(step: Step, total: int) -> bool:
     """Whether a stage that sums up parts has made its own shards: one job sees that they are as they should be."""
-    stage = STAGES[step.command]
+    stage = SUBMITTED[step.command]
     if not stage.parts or not stage.has_shards or step.options.recheck:
         return False
     return finished_shards(join(step.root, stage.writes)) == list(range(total))
@@ -92,12 +94,28 @@ def _source_shards(config: Any) -> int | None:
     return source_shards(config)
 
 
+def upstream_folder(step: Step, division: Division) -> str | None:
+    """The folder whose shards an array takes; None where only the stage itself knows how many there are."""
+    stage = SUBMITTED[step.command]
+    if stage is CHECK and division.total is not None:
+        from pipeline.check.divided import longest_folder
+
+        return longest_folder(step.root)[0]
+    return join(step.root, stage.reads_folder) if stage.reads else None
+
+
+def _checked_shards(root: str) -> int:
+    from pipeline.check.divided import longest_folder
+
+    return longest_folder(root)[1]
+
+
 def _upstream_shards(step: Step, jobs_dir: Path) -> int | None:
     """How many shards the stage before has made, or will have when the jobs that this step waits for have ended."""
     from pipeline.core.runner import upstream_shards
 
-    stage = STAGES[step.command]
-    assert stage.reads is not None, "only ingest reads no other stage"
+    stage = SUBMITTED[step.command]
+    assert stage.reads is not None, "only ingest and check read no other stage"
     if step.options.after:
         before = submissions(jobs_dir)
         known = [one.shards for one in before if one.folder == stage.reads_folder and one.shards is not None]

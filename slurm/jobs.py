@@ -22,7 +22,7 @@ from pipeline.core.no_success import explain_no_success
 from pipeline.core.runner import ShardAssignment, ShardsFailed
 from shards_spec.display import log_to_stderr
 from shards_spec.files import DataError, UserError
-from shards_spec.layout import STAGES, shard_name
+from shards_spec.layout import STAGES, SUBMITTED, shard_name
 from shards_spec.manifest import finished_shards
 from shards_spec.messages import counted
 from slurm.claims import Assigned, Claims, Failures, Finished, WorkStealing
@@ -78,7 +78,7 @@ class StageJob(Job):
 
     def need_samples(self, outcome: Any) -> None:
         """Raise JobFailedError after a stage that made no sample, so that what follows does not start."""
-        reason = explain_no_success(self.command, outcome.counts) if STAGES[self.command].has_shards else None
+        reason = explain_no_success(self.command, outcome.counts) if SUBMITTED[self.command].has_shards else None
         if reason:
             raise JobFailedError(reason)
 
@@ -157,7 +157,7 @@ class FinishJob(StageJob):
             some = ", ".join(map(shard_name, assignment.missing[:8])) + (" …" if len(assignment.missing) > 8 else "")
             raise JobFailedError(
                 f"{self.command}: {counted(len(assignment.missing), 'shard')} missing ({some}); "
-                "submit it again to make only those"
+                f"submit it again{' to make only those' if self.command in STAGES else ''}"
             )
         self.need_samples(outcome)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.core.command_line import Root
 from shards_spec.files import UserError, join
-from shards_spec.layout import STAGES, shard_name
+from shards_spec.layout import CHECK, STAGES, shard_name
 from shards_spec.manifest import finished_shards
 from shards_spec.messages import counted, require
 from slurm.options import read_site
@@ -89,11 +89,14 @@ def format_submission(
     lines += _format_states("array", submission.arrays, state_of)
     lines += _format_states("then" if submission.arrays else "job", [submission.last], state_of)
     array_folder = _array_folder(submission)
-    has_parts = submission.command in STAGES and bool(STAGES[submission.command].parts)
-    if has_parts and array_folder is not None and state_of.get(submission.last) == "COMPLETED":
+    done = finished.get(array_folder or "", frozenset())
+    is_check, last = submission.command == CHECK.name, state_of.get(submission.last)
+    has_parts = is_check or (submission.command in STAGES and bool(STAGES[submission.command].parts))
+    if has_parts and array_folder is not None and last == "COMPLETED":
         lines.append(f"  {submission.folder}: summed up and deleted")
+    elif is_check and last == "FAILED" and not done:
+        pass  # it has found problems, which are the reason that it failed
     elif array_folder is not None and submission.shards is not None:
-        done = finished[array_folder]
         missing = [shard for shard in range(submission.shards) if shard not in done]
         some = ", ".join(map(shard_name, missing[:10])) + (" …" if len(missing) > 10 else "")
         line = f"  {submission.folder}: {len(done)} of {counted(submission.shards, 'shard')}"

@@ -7,11 +7,11 @@ from typing import Any
 
 from pipeline.core.command_line import EXAMPLES, HELP, Root, parse_known, parse_several
 from shards_spec.files import UserError
-from shards_spec.layout import STAGE_COMMANDS, STAGES
+from shards_spec.layout import SUBMITTED
 from shards_spec.suggest import did_you_mean
 from slurm.options import Options
 
-COMMANDS = (*STAGE_COMMANDS, "train")  # that can be submitted
+COMMANDS = (*SUBMITTED, "train")  # that can be submitted
 USAGE = """usage: clipmill submit STAGE ROOT ...          a stage as an array over its shards
        clipmill submit train RECIPE --out RUN ...   nodes x GPUs, one process each
        clipmill submit pipeline ROOT [options] -- ingest --source LIST -- caption ... -- pack -- vocab -- cache ...
@@ -26,8 +26,8 @@ class Pipeline:
     """Submit several commands, each of which starts when the one before has succeeded.
 
     Each stands behind a -- of its own, without ROOT, after the options of all: ingest, dedup, caption, pack, vocab,
-    cache, or train RECIPE with an --out, whose --data is ROOT if it has none. clipmill submit COMMAND --help shows
-    the options of one.
+    cache, check, or train RECIPE with an --out, whose --data is ROOT if it has none. clipmill submit COMMAND --help
+    shows the options of one.
     """
 
     root: Root
@@ -66,14 +66,14 @@ def parse_steps(words: list[str]) -> list[Step]:
         return _pipeline_steps(rest)
     if target == "train":
         return [_train_step(rest, Options())]
-    if target in STAGE_COMMANDS:
+    if target in SUBMITTED:
         return [stage_step(target, rest, Options())]
     raise UserError(f"cannot submit {target!r}; {did_you_mean(target, [*COMMANDS, 'pipeline'])}")
 
 
 def stage_step(command: str, words: list[str], default: Options) -> Step:
     """A stage's own flags and those of submit, whose defaults are ``default``'s. Raises UserError."""
-    stage = STAGES[command]
+    stage = SUBMITTED[command]
     parts = {"": (pkgutil.resolve_name(stage.config), None), "submit": (Options, default)}
     config, options = parse_several(f"submit {command}", parts, words)
     return Step(command, options, pkgutil.resolve_name(stage.function), config)
@@ -135,7 +135,7 @@ def _pipeline_steps(words: list[str]) -> list[Step]:
         if command == "train":
             data = [] if find_option(rest, "--data") else ["--data", pipeline.root]
             steps.append(_train_step([*rest, *data], options))
-        elif command in STAGE_COMMANDS:
+        elif command in SUBMITTED:
             steps.append(stage_step(command, [pipeline.root, *rest], options))
         else:
             raise UserError(f"cannot submit {command!r}; {did_you_mean(command, COMMANDS)}")

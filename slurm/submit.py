@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from shards_spec.files import UserError, join
-from shards_spec.layout import STAGES
-from slurm.division import Division, divide, output_folder
+from shards_spec.layout import CHECK, STAGES
+from slurm.division import Division, divide, output_folder, upstream_folder
 from slurm.jobs import ArrayJob, ChainJob, FinishJob, Job, StageJob, TrainJob
 from slurm.options import Options, Site, read_site
 from slurm.scheduler import DEFAULT_ARRAY, SlurmQueue, executor_parameters, max_array_size, need_slurm, wait_for
@@ -44,7 +44,7 @@ def _submit_chain(steps: list[Step]) -> int:
         step = dataclasses.replace(step, options=dataclasses.replace(step.options, after=after))
         submission = submit_step(step, chained=len(submitted) > 0, shards=shards)
         submitted.append(submission)
-        if step.command not in STAGES or STAGES[step.command].array:  # the others leave the number of shards as it is
+        if step.command in STAGES and STAGES[step.command].array:  # the others leave the number of shards as it is
             shards = submission.shards
         after = (submission.last,)
         if not step.options.dry_run:
@@ -59,6 +59,8 @@ def submit_step(step: Step, *, chained: bool = False, shards: int | None = None)
     jobs_dir = jobs_folder(step.root, site)
     code = jobs_dir / "code" if options.dry_run else snapshot(jobs_dir / "code")
     name = new_id(step.command)
+    if step.command == CHECK.name:
+        step = dataclasses.replace(step, config=step.config.of_run(name))
     if not options.dry_run:
         make_folder(jobs_dir, name)
     queue = SlurmQueue(jobs_dir / name, options, site, executor_parameters(step.command, options, site, str(code)))
@@ -113,7 +115,7 @@ def _array_jobs(step: Step, division: Division, submission: str, claims: Path) -
     """A job for each task of an array, and the one that adds it up, which does not know the arrays' numbers yet."""
     assert division.folder is not None
     assert step.function is not None
-    stage = STAGES[step.command]
+    upstream = upstream_folder(step, division)
     finish = FinishJob(
         max_requeue=step.options.max_requeue,
         command=step.command,
@@ -133,7 +135,7 @@ def _array_jobs(step: Step, division: Division, submission: str, claims: Path) -
             folder=finish.folder,
             claims=finish.claims,
             submission=submission,
-            upstream=join(step.root, stage.reads_folder) if stage.reads else None,
+            upstream=upstream,
             ranges=ranges,
             claim_s=step.options.claim_s,
         )

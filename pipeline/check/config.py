@@ -9,6 +9,35 @@ from shards_spec.messages import require
 
 
 @dataclass(frozen=True)
+class CheckJobConfig:
+    """Validate a dataset against SPEC.md; the last job fails and names the problems when there are any."""
+
+    root: Root
+    """the dataset: a folder or an fsspec URL"""
+    workers: int = os.cpu_count() or 1
+    """processes of each task that check shards; of a small dataset one"""
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 1, "workers", self.workers, "1 or more")
+
+    def of_run(self, run: str) -> "CheckRunConfig":
+        """The config of the jobs of one submission."""
+        return CheckRunConfig(self.root, self.workers, run)
+
+
+@dataclass(frozen=True)
+class CheckRunConfig(CheckJobConfig):
+    """The jobs of one submission, whose parts are not those of another one."""
+
+    run: str = ""
+
+    @property
+    def label(self) -> str:
+        """What the folder of its parts is called."""
+        return self.run
+
+
+@dataclass(frozen=True)
 class CheckConfig:
     """Validate a dataset against SPEC.md; exit 1 and name the first broken key of each broken file."""
 

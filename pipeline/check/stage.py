@@ -2,14 +2,14 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from pipeline.check.config import CheckConfig
 from pipeline.check.listing import FolderListing
-from pipeline.check.parts import PartCheck, PartNames
+from pipeline.check.parts import Part, PartCheck, PartNames
 from pipeline.check.records import Findings, check_classes, check_dataset, check_vocabularies
 from pipeline.check.total import Total
 from pipeline.check.validators import shard_folders
@@ -30,46 +30,64 @@ def check(config: CheckConfig) -> list[str]:
     Memory: a few numbers a shard and, in each process, the shards of one number in all folders. Keys of more than two
     million samples are compared in a temporary folder, 16 to 32 bytes each.
     """
-    root, findings = config.root, Findings()
+    root = config.root
+    if not exists(join(root, RAW)) and not exists(join(root, SHARDS)):
+        return [f"{root}: no raw/ and no shards/ in it; it is not a clipmill dataset"]
+    findings, blocks = begin(root)
+    whole = DatasetParts(root, blocks)
+    sum_up(whole, map_in_order(whole.check, whole.names(), whole.processes(config.workers)), findings)
+    return findings.problems
+
+
+def begin(root: str) -> tuple[Findings, dict[str, Any] | None]:
+    """What is found before any shard, and the blocks of ``dataset.json`` as `check_dataset` gives them."""
+    findings = Findings()
     with findings.of(join(root, TAKEDOWN)):
         check_no_takedown(root)
         check_takedown_hashes(root)
-    if not exists(join(root, RAW)) and not exists(join(root, SHARDS)):
-        return [f"{root}: no raw/ and no shards/ in it; it is not a clipmill dataset"]
-    blocks = check_dataset(root, findings)
-    whole = DatasetParts(root, blocks)
+    return findings, check_dataset(root, findings)
+
+
+def sum_up(whole: "DatasetParts", parts: Iterable[Part], findings: Findings) -> None:
+    """Add what is found out of all parts of a dataset, in ascending order, and of the files that are no shard's."""
+    root, blocks = whole.check.root, whole.blocks
     with tempfile.TemporaryDirectory(prefix="clipmill-check-") as scratch:
         total = Total(whole.check.folders, scratch)
-        for part in map_in_order(whole.check, whole.names(), whole.processes(config.workers)):
+        for part in parts:
             total.add(part)
         total.report(root, whole.listings, blocks, findings)
     with findings.of(sizes_json(root)):
         _check_sizes(root, blocks or {}, findings)
     check_classes(root, blocks or {}, findings)
     check_vocabularies(root, blocks or {}, findings)
-    return findings.problems
 
 
 class DatasetParts:
-    """What a dataset is checked in: ``shards`` are all numbers that a folder has a finished shard of."""
+    """What a dataset is checked in: ``shards`` are all numbers that a folder has a finished shard of.
+
+    ``blocks`` are those of its ``dataset.json``, {} where there is none, None where it is broken.
+    """
 
     def __init__(self, root: str, blocks: dict[str, Any] | None) -> None:
         folders = tuple(shard_folders(root))
-        self._blocks = blocks or {}
+        self.blocks = blocks
         self.listings = {folder: FolderListing(root, folder) for folder, _, _ in folders}
-        self.check = PartCheck(root, folders, self._blocks.get("pack", {}))
+        self.check = PartCheck(root, folders, (blocks or {}).get("pack", {}))
         numbers = [listing.shards for listing in self.listings.values()]
         self.shards: list[int] = np.unique(np.concatenate([np.empty(0, np.int64), *numbers])).tolist()
 
     def names(self) -> Iterator[PartNames]:
         """The names of each part's files."""
-        for shard in self.shards:
-            has_it = {folder: listing for folder, listing in self.listings.items() if listing.has(shard)}
-            yield PartNames(shard, {folder: listing.names_of(shard) for folder, listing in has_it.items()})
+        return map(self.names_of, self.shards)
+
+    def names_of(self, shard: int) -> PartNames:
+        """The names of one part's files."""
+        has_it = {folder: listing for folder, listing in self.listings.items() if listing.has(shard)}
+        return PartNames(shard, {folder: listing.names_of(shard) for folder, listing in has_it.items()})
 
     def processes(self, workers: int) -> int:
         """How many of ``workers`` processes are worth their start."""
-        counts = [sum(block.get("counts", {}).values()) for block in self._blocks.values()]
+        counts = [sum(block.get("counts", {}).values()) for block in (self.blocks or {}).values()]
         samples = max(counts, default=0) or ASSUMED_SAMPLES * len(self.shards)
         return max(1, min(workers, len(self.shards), samples // SAMPLES_PER_WORKER))
 
