@@ -33,7 +33,7 @@ PAGES = [
 ]
 FOLDERS = ("pipeline", "training", "shards_spec", "slurm", "tests", "demo", "docs", ".github")
 SUBCOMMANDS = ("train", "submit")  # commands whose flags depend on the word after them
-FOREIGN_FLAGS = {"--train-data"}  # of open_clip's training
+FOREIGN_FLAGS = {"--train-data", "--local-loss", "--gather-with-grad"}  # of open_clip's training
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 SPAN = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9_-]+")

@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Annotated, Any
 
@@ -13,8 +13,10 @@ from pipeline.report import check_page_path, render, write_page
 from pipeline.report.axes import short, total
 from pipeline.report.chain import has_begun, joined, stage_folders
 from pipeline.report.compare_charts import ComparedRun, ResultKey, all_results, curve_views, scatter_charts
-from pipeline.report.results import metric_name, share_text
+from pipeline.report.methods import MethodTable, method_table
+from pipeline.report.results import Evaluations, metric_name, results_of_runs, share_text
 from pipeline.report.run import (
+    RunFiles,
     cost_rows,
     duration,
     parameter_counts,
@@ -41,6 +43,13 @@ class CompareConfig:
     """RUN folders of any recipes, also unfinished ones, and folders of trainings in stages"""
     output: str = "compare.html"
     """where to write the page"""
+    baseline: str = ""
+    """the run, or the name that runs of several seeds share, whose accuracy at the end the others' samples are counted
+    to"""
+    results: tuple[str, ...] = ()
+    """folders of `clipmill eval --output`, whose results of these runs count where RUN/eval has none"""
+    markdown: str = ""
+    """file for the table of methods, in Markdown"""
     data: str = ""
     """EVAL root, as `clipmill eval` takes it: the page then shows what the runs say of some of its images"""
     images: int = 8
@@ -65,16 +74,30 @@ def compare(config: CompareConfig, guesses: Guesses | None = None) -> str:
         UserError: A folder is no run, one is named twice, or the page cannot be written.
     """
     check_page_path(config.output, "--output")
-    runs = read_runs(config.runs)
-    write_page(config.output, render("compare.html.j2", {"page": compare_page(runs, guesses)}), "--output")
+    if config.markdown:
+        check_page_path(config.markdown, "--markdown")
+    problems = list[str]()
+    runs = read_runs(config.runs, results_of_runs(config.results, problems))
+    methods = method_table(runs, config.baseline)
+    if config.markdown and methods is None:
+        raise UserError(
+            "--markdown: each run is a method of its own; name runs of several seeds (NAME-0 NAME-1) or a --baseline"
+        )
+    page = compare_page(runs, guesses, methods)
+    page["problems"] += problems
+    write_page(config.output, render("compare.html.j2", {"page": page}), "--output")
+    if methods is not None and config.markdown:
+        write_page(config.markdown, methods.markdown(), "--markdown")
     return config.output
 
 
-def read_runs(paths: Sequence[str]) -> list[ComparedRun]:
+def read_runs(paths: Sequence[str], more: Mapping[str, Evaluations] | None = None) -> list[ComparedRun]:
     """Read the runs; a training in stages counts as one, with the results and the config of its last stage.
 
-    Raises UserError when a folder is no run, or one is named twice.
+    ``more`` has results by the real paths of runs, which count where a run's own folder has none. Raises UserError when
+    a folder is no run, or one is named twice.
     """
+    more = more or {}
     real = [path if is_url(path) else os.path.realpath(path) for path in paths]
     for index, path in enumerate(real):
         if path in real[:index]:
@@ -87,10 +110,18 @@ def read_runs(paths: Sequence[str]) -> list[ComparedRun]:
         if not folders:
             missing = "is not there" if not exists(path) else "has no config.json, no metrics.jsonl and no stage-1"
             raise UserError(f"{path} {missing}: give the folders that `clipmill train` wrote")
-        stages = [read_run(folder) for folder in folders]
+        stages = [with_results(read_run(folder), more.get(os.path.realpath(folder))) for folder in folders]
         columns = stages[0].columns if len(stages) == 1 else joined(stages)[0]
         runs.append(ComparedRun(index + 1, name, path, stages[-1], columns))
     return runs
+
+
+def with_results(run: RunFiles, more: Evaluations | None) -> RunFiles:
+    """A run with results from elsewhere, where its own folder has none of them."""
+    if more is None:
+        return run
+    own = run.evaluations
+    return replace(run, evaluations=own._replace(values=more.values | own.values, cost=own.cost or more.cost))
 
 
 def run_folders(paths: Sequence[str]) -> dict[str, str]:
@@ -107,7 +138,9 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return ["/".join(own[shared:]) for own in parts]
 
 
-def compare_page(runs: Sequence[ComparedRun], guesses: Guesses | None = None) -> dict[str, Any]:
+def compare_page(
+    runs: Sequence[ComparedRun], guesses: Guesses | None = None, methods: MethodTable | None = None
+) -> dict[str, Any]:
     """The variables of the template."""
     values = all_results(runs)
     differences, others = _differences(runs)
@@ -115,6 +148,7 @@ def compare_page(runs: Sequence[ComparedRun], guesses: Guesses | None = None) ->
     return {
         "runs": [(one, _summary(one)) for one in runs],
         "results": _result_rows(runs, values),
+        "methods": methods,
         "costs": _cost_table(runs),
         "scatter": scatter_charts(runs, values),
         "views": curve_views(runs),

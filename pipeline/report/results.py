@@ -1,6 +1,9 @@
 """What a run's folder ``eval`` says: a table per task, the main results, and what the student costs."""
 
 import math
+import os
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from pipeline.report.text import number
@@ -45,13 +48,37 @@ def json_or_empty(path: str, problems: list[str]) -> dict[str, Any]:
 
 def read_evaluations(folder: str, problems: list[str]) -> Evaluations:
     """Read a run's folder ``eval``; a file that is broken is named in ``problems``."""
+    return _evaluations(_json_files(folder, problems))
+
+
+def results_of_runs(folders: Sequence[str], problems: list[str]) -> dict[str, Evaluations]:
+    """What `clipmill eval RUN … --output FOLDER` wrote, by the real path of the RUN; other models are left out.
+
+    A folder that has none is named in ``problems``.
+    """
+    by_run = dict[str, list[tuple[str, dict[str, Any]]]]()
+    for folder in folders:
+        places = [folder, *(join(folder, name) for name in names(folder) if not name.endswith(".json"))]
+        files = list(chain.from_iterable(_json_files(place, problems) for place in places))
+        of_runs = [(str(result["pretrained"]), name, result) for name, result in files if result.get("recipe")]
+        for run, name, result in of_runs:
+            by_run.setdefault(os.path.realpath(run), []).append((name, result))
+        if not of_runs:
+            problems.append(f"{folder} has no results of runs: name the folder that `clipmill eval --output` was given")
+    return {run: _evaluations(files) for run, files in by_run.items()}
+
+
+def _json_files(folder: str, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Name and object of each JSON file in a folder; a broken one is named in ``problems``, and empty."""
+    found = [name for name in names(folder) if name.endswith(".json")]
+    return [(name, json_or_empty(join(folder, name), problems)) for name in found]
+
+
+def _evaluations(files: Iterable[tuple[str, dict[str, Any]]]) -> Evaluations:
     tables: dict[str, dict[str, Any]] = {}
     values: dict[tuple[str, str, str], float] = {}
     cost, unread = dict[str, Any](), 0
-    for name in names(folder):
-        if not name.endswith(".json"):
-            continue
-        result = json_or_empty(join(folder, name), problems)
+    for name, result in files:
         metrics, task = result.get("metrics"), str(result.get("task", "other"))
         if task == COST:
             cost = result
