@@ -63,7 +63,9 @@ def group_methods(runs: Sequence[ComparedRun]) -> list[Method]:
         if measured[id(one)] is None:
             key = (method_of(one), one.run.config.get("recipe"))
             methods.setdefault(key, Method(key[0], [], [])).runs.append(one)
-    owners = {id(one): method for method in methods.values() for one in method.runs}
+    owners = dict[int, Method]()
+    for method in methods.values():
+        owners |= {id(one): method for one in method.runs}
     for one in runs:
         if (student := measured[id(one)]) is not None and id(student) in owners:
             owners[id(student)].tuned.append(one)
