@@ -16,7 +16,7 @@ from shards_spec.views import ViewOptions, ViewSpec
 
 MOST_SEED = 1 << 62  # torch takes 64 bits, of which the number of a process and a step take some
 # What may change when a run is resumed, beside the number of processes: another machine may have less memory. The last
-# four change roundings only, unless a trained BatchNorm normalises over each chunk: then the chunk's size is maths.
+# five change roundings only, unless a trained BatchNorm normalises over each chunk: then the chunk's size is maths.
 FREE_ON_RESUME = frozenset(
     {
         "out",
@@ -38,6 +38,7 @@ FREE_ON_RESUME = frozenset(
         "trust_remote_code",
         "chunk_size",
         "checkpoint_activations",
+        "frozen_precision",
         "compile",
         "channels_last",
     }
@@ -331,8 +332,11 @@ class RunConfig:
     """gigabytes that a process may take, say 24: chunk_size is chosen by prediction; None: what the device has free"""
     checkpoint_activations: bool = False
     """keep only each block's input for the backward pass and compute the rest again"""
-    compile: bool = False
-    """torch.compile of the forward pass"""
+    frozen_precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: weights that are not trained (a live teacher's, inherited layers') take half the memory; with --precision
+    bf16 or fp16; what is saved stays fp32"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the forward pass; auto: on a GPU, for recipes that were measured to gain by it (none so far)"""
     channels_last: bool = False
     """images and convolutions with the channels innermost: faster in convolutional towers on CUDA"""
     sync_bn: bool = True

@@ -73,6 +73,8 @@ class Task(nn.Module):
         rebuilt: Set by `after_step` or `reshape_like` when parameters were added, removed or reshaped. The trainer then
             makes optimizer, average and DDP anew, describes the student in the run folder again, saves a checkpoint and
             resets it.
+        exact_weights: Where frozen weights compute in bf16, their values in fp32 on the CPU, by the names of the state
+            dict (`training.engine.frozen_weights`).
     """
 
     evaluates: ClassVar[bool] = False
@@ -84,9 +86,17 @@ class Task(nn.Module):
         self.item_fields = item_fields
         self.row_share = ALL_ROWS
         self.rebuilt = False
+        self.exact_weights = dict[str, Tensor]()
+
+    @property
+    def changes_shape(self) -> bool:
+        """Whether `after_step` may set `rebuilt` in this run."""
+        return False
 
     def draw(self, batch: Batch) -> Batch:
         """Return the batch with random numbers that belong to all of it, before it is cut into chunks.
+
+        What `forward` is to know of the samples' keys is added here, too: it sees no lists.
 
         Called once per step, with images that may still be bytes. What it adds is cut with the batch where it has one
         entry per sample, and normalised where it is images of bytes.

@@ -27,7 +27,9 @@ from training.configs import default_config
 from training.data.batches import TrainingRows, lay_out_images, load_batches
 from training.engine.batch_fit import fitted, out_of_memory, profiles
 from training.engine.checkpointing import Checkpointing, Progress
+from training.engine.compilation import resolve_compile
 from training.engine.distributed import Ranks, processes
+from training.engine.frozen_weights import halve_frozen_weights
 from training.engine.memory_estimate import Memory
 from training.engine.metrics_log import MetricsLog
 from training.engine.run_length import extension, warn_of_lengths, warn_of_workers
@@ -102,7 +104,8 @@ def _train_run(recipe: str, config: RecipeConfig, ranks: Ranks, device: str) -> 
                     run.write_table(prepared.task.table(), 0)
         resumed_from, predicted = ranks.broadcast((resumed_from, predicted))
         log.info("%s", predicted)
-        config = _with_run(config, chunk_size=predicted.chunk_size)
+        compiles = resolve_compile(config.run.compile, recipe, prepared.task, device)
+        config = _with_run(config, chunk_size=predicted.chunk_size, compile=compiles)
         trainer = Trainer(config, prepared, run, ranks=ranks, device=device, predicted=predicted)
         with ranks.raise_on_all():
             if resumed_from is not None:
@@ -128,7 +131,10 @@ def _steps(config: RecipeConfig, rows: TrainingRows, fields: dict[str, Any]) -> 
 
 
 def prepare(recipe: str, config: RecipeConfig) -> Prepared:
-    """Return student, rows and task of a recipe, on the CPU. Raises UserError and DataError."""
+    """Return student, rows and task of a recipe, on the CPU; the config's precision is one that was picked.
+
+    Raises UserError and DataError.
+    """
     if recipe not in RECIPES:
         raise UserError(f"recipe {recipe!r}: there are {', '.join(RECIPES)}")
     if config.run.eval_data:
@@ -139,6 +145,8 @@ def prepare(recipe: str, config: RecipeConfig) -> Prepared:
         if not hasattr(student, "set_grad_checkpointing"):
             raise UserError(f"--checkpoint-activations: model {config.student.model!r} has no set_grad_checkpointing")
         student.set_grad_checkpointing(True)
+    if config.run.frozen_precision == "bf16":
+        halve_frozen_weights(prepared.task, config.run.precision)
     return prepared
 
 

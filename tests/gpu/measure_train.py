@@ -124,28 +124,31 @@ def pairs_job(name: str, recipe: str, size: Size, build: Callable[[Any, LoadedMo
 
 
 def siclip_job(where: Options) -> Job:
-    """SiCLIP as its recipe has it, with random weights; chunks as --fit 24 chooses them."""
+    """SiCLIP as its recipe has it, with random weights."""
     size = Size("SiCLIP-tiny", 8) if where.dry else Size("SiCLIP-S0", 1536)
     base = size.model.replace("SiCLIP", "MobileCLIP")
 
     def build(config: Any, student: LoadedModel) -> Any:
         return siclip.build_task(replace(config, base=base, base_weights="random"), student, None)
 
-    job = pairs_job("SiCLIP-S0", "siclip", size, build)
+    return pairs_job("SiCLIP-S0", "siclip", size, build)
+
+
+def fit_siclip(job: Job, where: Options) -> None:
+    """Count SiCLIP's operations, and choose its chunks as --fit 24 does."""
     job.operations = siclip_operations(job)
     run = job.with_run(fit=CARD / 1e9)
     task = job.task.to(where.device).train()
     memory = fitted(run, profiles(replace(job.config, run=run), job.rows, task, where.device), 1, where.device)
     figure("train: SiCLIP-S0, memory predicted", memory.total / 1e9, "GB", **{"chunk size": str(memory.chunk_size)})
     job.config = replace(job.config, run=replace(run, chunk_size=memory.chunk_size))
-    return job
 
 
 def siclip_operations(job: Job) -> float:
     """Of a sample's step: all of the forward pass, and twice what of it belongs to the student alone."""
     task, batch = copy.deepcopy(job.task).to("meta"), on_meta(job, 2)
     base = task.base.model
-    forward = count(lambda: task(batch))
+    forward = count(lambda: task(task.draw(batch)))
     teacher = count(lambda: (base.encode_image(batch["images"]), base.encode_text(batch["tokens"])))
     return (forward + 2 * (forward - teacher)) / 2
 
@@ -341,6 +344,7 @@ def measure_cudnn_benchmark(job: Job, where: Options) -> None:
 def measure_siclip(where: Options) -> None:
     """Report SiCLIP, whose goal is a card of 24 GB."""
     job = siclip_job(where)
+    fit_siclip(job, where)
     measure(job, where, card=CARD)
     measure_kernels(job, where)
     measure_frozen_layers(job, where)
@@ -348,14 +352,11 @@ def measure_siclip(where: Options) -> None:
 
 
 def measure_affinity(where: Options) -> None:
-    """Report the TinyCLIP recipe's student, last with --compile, which changes its task for good."""
+    """Report the TinyCLIP recipe's student."""
     job = affinity_job(where)
     measure(job, where)
-    if where.dry:
-        torch.compiler.set_stance("force_eager")  # a compiler needs longer than the rest together
-    else:
+    if not where.dry:
         measure_kernels(job, where)
-    measure_variant(job, where, "compile", job.with_run(compile=True))
 
 
 def measure_mobileclip(where: Options) -> None:

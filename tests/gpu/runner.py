@@ -56,7 +56,8 @@ STEPS = (
     Step("tests", TESTS, 100),
     measurement("cache", 80),
     measurement("caption", 90),
-    measurement("train", 100),
+    measurement("train", 90),
+    measurement("loop", 70),
     measurement("reader", 90),
     measurement("memory", 60),
 )

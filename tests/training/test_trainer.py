@@ -274,7 +274,7 @@ def test_another_dataset_is_refused(root, tmp_path):
         {"chunk_size": 3},
         {"checkpoint_activations": True},
         {"channels_last": True},
-        pytest.param({"compile": True}, marks=pytest.mark.slow),
+        pytest.param({"compile": "on"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

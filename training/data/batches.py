@@ -76,6 +76,7 @@ def load_batches(
     device: str = "cpu",
     sides: Iterable[int | None] | None = None,
     as_bytes: bool = False,
+    prefetch: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Yield one batch per range of positions, in order.
 
@@ -89,6 +90,7 @@ def load_batches(
         device: Where the tensors go.
         sides: Side of each batch's images in pixels; None is the student's own.
         as_bytes: Leave images as uint8 instead of normalised floats.
+        prefetch: On CUDA, copy each batch while the one before it is used.
 
     Yields:
         ``images`` (B, 3, S, S) float32 normalised, or uint8; ``positions`` (B,); ``keys`` and ``epochs``; the other
@@ -101,7 +103,7 @@ def load_batches(
         UserError: A file or folder cannot be used.
     """
     lists_of_pieces = _read_batches(rows, zip(positions, sides or repeat(None), strict=False), workers, device)
-    if device.startswith("cuda"):
+    if prefetch and device.startswith("cuda"):
         lists_of_pieces = _copied_ahead(lists_of_pieces, device)
     for pieces in lists_of_pieces:
         batch = _join(pieces, rows.student, as_bytes)

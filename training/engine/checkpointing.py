@@ -11,6 +11,7 @@ from shards_spec.checkpoints import describe_mismatch
 from shards_spec.files import DataError, UserError
 from shards_spec.messages import counted
 from training.data.batches import TrainingRows
+from training.engine.frozen_weights import exact_state, load_exact_state
 from training.engine.gradients import rng_state, set_rng_state
 from training.engine.optim import load_optimizer
 from training.engine.updater import Updater
@@ -74,7 +75,7 @@ class Checkpointing:
                 "progress": vars(progress),
                 "epoch": progress.samples_seen // self.rows.order.total,
                 "sizes_sha256": self.sizes_sha256,
-                "task": updater.task.state_dict(),
+                "task": exact_state(updater.task),
                 "ema": updater.average.weights if updater.average is not None else None,
                 "optimizer": updater.optimizer.state_dict(),
                 "scaler": updater.gradients.scaler.state_dict(),
@@ -122,7 +123,7 @@ class Checkpointing:
         if rebuilt:
             updater.rebuild()
         try:
-            updater.task.load_state_dict(state["task"])
+            load_exact_state(updater.task, state["task"])
             load_optimizer(updater.optimizer, state["optimizer"])
         except (RuntimeError, ValueError) as error:  # a name or a shape; a group of parameters
             raise DataError(

@@ -1,11 +1,13 @@
 """An exponential moving average of the student's weights (Polyak averaging)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+NONE_FIXED: Mapping[str, Tensor] = {}
 
 
 class ModelEma:
@@ -13,19 +15,29 @@ class ModelEma:
 
     It starts as a copy of the first weights. Tied weights come under each of their names.
 
+    Args:
+        student: The student.
+        decay: Share of the former average.
+        fixed: Weights that do not move, and are their own average, by the names of the student's state dict.
+
     Attributes:
-        weights: The averages by the names of the student's state dict.
+        weights: The averages by these names.
     """
 
-    def __init__(self, student: nn.Module, decay: float) -> None:
+    def __init__(self, student: nn.Module, decay: float, fixed: Mapping[str, Tensor] = NONE_FIXED) -> None:
         self._update_all = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-        self._live = floating_state(student)
-        self.weights = {name: value.clone() for name, value in self._live.items()}
+        self._fixed = fixed
+        self._live = self._moving(student)
+        self.weights = {name: value.clone() for name, value in self._live.items()} | dict(fixed)
+
+    def _moving(self, student: nn.Module) -> dict[str, Tensor]:
+        return {name: value for name, value in floating_state(student).items() if name not in self._fixed}
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
         """Take in the weights after a step."""
-        self._update_all(list(self.weights.values()), list(floating_state(student).values()), 0)
+        live = self._moving(student)
+        self._update_all([self.weights[name] for name in live], list(live.values()), 0)
 
     def keep_from(self, before: "ModelEma") -> None:
         """Take the averages of a former student's tensors, where the new student has the same ones.
@@ -41,8 +53,8 @@ class ModelEma:
 
     @contextmanager
     def swap_in(self, student: nn.Module) -> Iterator[None]:
-        """Within, the student has the averaged weights."""
-        live = floating_state(student)
+        """Within, the student has the averaged weights; fixed ones stay as they are."""
+        live = self._moving(student)
         original = {name: value.clone() for name, value in live.items()}
         _copy(self.weights, live)
         try:

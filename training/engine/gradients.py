@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shards_spec.precision import Precision, dtype_of
-from training.data.batches import is_pixels
+from training.data.batches import LISTS, is_pixels
 from training.engine.distributed import Ranks, gather
 from training.engine.sync_batch_norm import kept_statistics
 from training.task import Batch, Features, Losses, Task
@@ -189,11 +189,14 @@ class Gradients:
             torch.autograd.backward(list(outputs.values()), [wanted[name] for name in outputs])
 
     def _normalised(self, batch: Batch) -> Batch:
-        """Return a batch, or a chunk of one, whose images are no longer bytes."""
-        if self.normalise is None:
-            return batch
-        pixels = {name: self.normalise(value) for name, value in batch.items() if is_pixels(value)}
-        return {**batch, **pixels} if pixels else batch
+        """Return what a forward pass sees of a batch, or of a chunk of one, with images that are no longer bytes.
+
+        Lists such as the keys are left out: a compiled pass would be compiled anew for each of their values.
+        """
+        seen = {name: value for name, value in batch.items() if name not in LISTS}
+        if self.normalise is not None:
+            seen |= {name: self.normalise(value) for name, value in seen.items() if is_pixels(value)}
+        return seen
 
     def _autocast(self) -> torch.autocast:
         """A fresh one per pass: casts made without a graph must not be found again by a pass with one."""

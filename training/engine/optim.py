@@ -7,12 +7,13 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from training.config import OptimConfig
 
 UNDECAYED = ("bn", "ln", "bias", "logit_scale", "layer_scale")  # by name: open_clip's rule, and timm's 3-d scales
 RANGES = ".ranges."  # of `RangeAugment`
+FUSED_DEVICES = ("cuda", "cpu")
 
 
 @dataclass(frozen=True)
@@ -91,19 +92,36 @@ def learning_rate(step: int, config: OptimConfig, total: int) -> float:
 
 
 def build_optimizer(
-    module: nn.Module, config: OptimConfig, groups: Sequence[ParamGroup] | None = None
+    module: nn.Module, config: OptimConfig, groups: Sequence[ParamGroup] | None = None, *, fused: bool = True
 ) -> torch.optim.AdamW:
     """Return AdamW over ``groups``, by default the two groups of `param_groups`.
 
-    On CUDA it is the fused one: one kernel for many parameters, and no copies of them all during a step.
+    Where device and types allow it, it is the fused one: one kernel reads and writes each number once, without copies
+    of parameters during a step.
+
+    Args:
+        module: Has the parameters.
+        config: Rates, betas and eps.
+        groups: The parameters.
+        fused: Whether it may be the fused one.
     """
     if groups is None:
         groups = param_groups(module, config.weight_decay)
     options = [group.as_dict() for group in groups]
-    on_cuda = all(parameter.is_cuda for parameter in chain.from_iterable(group.params for group in groups))
+    parameters = list(chain.from_iterable(group.params for group in groups))
+    is_fused = fused and all(map(can_fuse, parameters))
     return torch.optim.AdamW(
-        options, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=on_cuda or None
+        options, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=is_fused or None
     )
+
+
+def can_fuse(parameter: Tensor) -> bool:
+    """Return whether torch's fused AdamW takes a parameter: real numbers without gaps, on a device that has the kernel.
+
+    Gradients and state of a parameter with gaps are laid out otherwise, which the kernel for CPUs does not see.
+    """
+    is_dense = torch.empty_like(parameter, device="meta").stride() == parameter.stride()
+    return parameter.device.type in FUSED_DEVICES and parameter.is_floating_point() and is_dense
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

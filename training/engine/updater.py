@@ -12,6 +12,7 @@ from shards_spec.library_errors import is_out_of_memory, short
 from shards_spec.messages import counted
 from shards_spec.precision import resolve_precision
 from training.engine.batch_fit import halved, warn_of_norms
+from training.engine.compilation import compile_task, give_up_compiling, is_compile_failure
 from training.engine.distributed import Ranks
 from training.engine.ema import ModelEma
 from training.engine.gradients import Gradients, rng_state, set_rng_state, total
@@ -20,6 +21,7 @@ from training.engine.sync_batch_norm import SavedStatistics, synchronise
 from training.task import Batch, Losses, RecipeConfig, Task
 
 log = logging.getLogger(__name__)
+STUDENT = "student."  # begins the names of the student's weights in the task's state dict
 
 
 class Update(NamedTuple):
@@ -66,15 +68,14 @@ class Updater:
         self.device = device
         run = config.run
         self._prepare_modules()
-        if run.compile:
-            task.compile()  # its forward, in place: names of weights stay
+        if run.compile == "on":
+            compile_task(task)
         self._build_optimizer()
         precision = resolve_precision(run.precision, device, emulated=False)
         self.gradients = Gradients(
             task, ranks, device, precision=precision, chunk_size=run.chunk_size, normalise=normalise
         )
-        decay = config.optim.ema_decay
-        self.average = ModelEma(task.student, decay) if decay is not None else None
+        self.average = self._build_average()
         self.statistics = SavedStatistics(task)
         warn_of_norms(task, run.chunk_size)
 
@@ -92,6 +93,14 @@ class Updater:
         self.groups = self.task.param_groups(self.config.optim.weight_decay)
         self.optimizer = build_optimizer(self.task, self.config.optim, self.groups)
 
+    def _build_average(self) -> ModelEma | None:
+        decay = self.config.optim.ema_decay
+        if decay is None:
+            return None
+        exact = self.task.exact_weights.items()
+        fixed = {name.removeprefix(STUDENT): weight for name, weight in exact if name.startswith(STUDENT)}
+        return ModelEma(self.task.student, decay, fixed)
+
     def rebuild(self) -> None:
         """Make optimizer, DDP and average anew after the task changed its shape; what still fits is kept.
 
@@ -104,8 +113,8 @@ class Updater:
         self._build_optimizer()
         keep_state(optimizer, self.optimizer)
         self.gradients.wrap()
-        if average is not None and self.config.optim.ema_decay is not None:
-            self.average = ModelEma(self.task.student, self.config.optim.ema_decay)
+        self.average = self._build_average()
+        if self.average is not None and average is not None:
             self.average.keep_from(average)
         self.statistics = SavedStatistics(self.task)
         self.task.rebuilt = False
@@ -140,19 +149,24 @@ class Updater:
     def _compute_gradients(self, batch: Batch, step: int, sizes: list[int]) -> Losses:
         """Return the losses, after their backward pass.
 
-        Chunks that do not fit the memory are halved, and the step begins again.
+        Chunks that do not fit the memory are halved, and the step begins again; so it does where it cannot be compiled.
         """
         streams = rng_state(self.device)
         while True:
             try:
                 return self._try_gradients(batch, step, sizes)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                reason = None
+                if is_out_of_memory(error):
+                    reason = short(error)
+                elif self.config.run.compile == "on" and is_compile_failure(error):
+                    give_up_compiling(error, self.ranks.size)
+                else:
                     raise
-                reason = short(error)
             # out here the error, and with it the graph, is gone
-            self.gradients.chunk_size = halved(self.gradients.chunk_size, max(sizes), self.ranks.size, reason)
-            warn_of_norms(self.task, self.gradients.chunk_size)
+            if reason is not None:
+                self.gradients.chunk_size = halved(self.gradients.chunk_size, max(sizes), self.ranks.size, reason)
+                warn_of_norms(self.task, self.gradients.chunk_size)
             self.optimizer.zero_grad(set_to_none=True)
             set_rng_state(streams, self.device)
             self.statistics.restore()

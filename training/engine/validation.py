@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from shards_spec.models import LoadedModel
 from training.data.batches import TrainingRows
 from training.engine.checkpointing import Checkpointing, Progress
+from training.engine.frozen_weights import exact_weights
 from training.engine.updater import Updater
 from training.evaluation.zero_shot import Encoder, measure, score
 
@@ -59,7 +60,7 @@ class Validation:
     def _measure(self) -> dict[str, float]:
         task, average = self.updater.task, self.updater.average
         student = task.student.eval()
-        with average.swap_in(student) if average is not None else nullcontext():
+        with exact_weights(task), average.swap_in(student) if average is not None else nullcontext():
             if task.evaluates:
                 metrics = task.evaluate(self.updater.device)
             else:

@@ -145,7 +145,6 @@ def text_ids(tokens: Tensor) -> Tensor:
     return (tokens.long() * torch.from_numpy(factors).to(tokens.device, non_blocking=True)).sum(dim=1)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # hashes are computed by Python and NumPy
 def key_ids(keys: Sequence[str], device: torch.device) -> Tensor:
     """Return a number per sample key, (B,) int64."""
     return torch.from_numpy(content_ids(keys).view(np.int64)).to(device, non_blocking=True)

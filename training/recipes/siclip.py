@@ -114,6 +114,12 @@ class SiclipTask(Task):
             self.clip_kd = ClipKd(config.clip_kd, width, teacher, compares=config.compares)
         self.masked = masked
 
+    def draw(self, batch: Batch) -> Batch:
+        """Return the batch with ``key_ids`` (B,), by which pairs of equal keys are no negatives of each other."""
+        if not self.config.pm_weight:
+            return batch
+        return {**batch, "key_ids": key_ids(batch["keys"], batch["tokens"].device)}
+
     def forward(self, batch: Batch) -> Features:
         """Return features (B, D) of any length and the ids that tell which pairs are no negatives of each other.
 
@@ -131,7 +137,7 @@ class SiclipTask(Task):
         if self.masked is not None:
             features["masked_image"] = upcast(self.masked.encode(self.student, batch))
         if self.config.pm_weight:
-            features |= {"text_ids": text_ids(tokens), "key_ids": key_ids(batch["keys"], tokens.device)}
+            features |= {"text_ids": text_ids(tokens), "key_ids": batch["key_ids"]}
         return features
 
     def _from_shared_layers(self, batch: Batch) -> tuple[Tensor, Tensor, Features]:

@@ -109,6 +109,11 @@ class TinyclipTask(Task):
             with torch.no_grad():
                 self.student.logit_scale.fill_(math.log(scale)).requires_grad_(False)
 
+    @property
+    def changes_shape(self) -> bool:
+        """Whether the student is cut to its masks in this run."""
+        return self.phase is not None
+
     def draw(self, batch: Batch) -> Batch:
         """Return the batch with the random numbers of the step's masks: one sample for all of a process's pairs."""
         if self.constraint is None:

@@ -353,15 +353,13 @@ def test_an_error_on_one_rank_ends_all(spoil, failing, kind, text, root, tmp_pat
 
 
 def nan_on_1(rank):
-    forward = tinyclip.TinyclipTask.forward
+    draw = tinyclip.TinyclipTask.draw
 
     def poisoned(self, batch):
-        features = forward(self, batch)
-        if rank == 1 and "000010003" in batch["keys"]:
-            features["text"] = features["text"] * math.nan
-        return features
+        is_poisoned = rank == 1 and "000010003" in batch["keys"]
+        return draw(self, {**batch, "images": batch["images"] * math.nan} if is_poisoned else batch)
 
-    tinyclip.TinyclipTask.forward = poisoned
+    tinyclip.TinyclipTask.draw = poisoned
 
 
 def test_a_loss_that_is_not_finite_is_skipped_by_all(root, tmp_path):

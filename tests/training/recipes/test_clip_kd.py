@@ -147,7 +147,7 @@ def test_siclip_takes_teachers_of_other_widths(tmp_path):
     config = dataclasses.replace(config, clip_kd=ClipKdConfig(mfd_weight=1.0, mask_ratio=0.5), inherit=False)
     vit = dataclasses.replace(config, student=ModelConfig(f"local-dir:{tmp_path}/models/clip"))
     _, samples, task = siclip.prepare(vit)
-    batch = next(load_batches(samples, [range(4)]))
+    batch = task.draw(next(load_batches(samples, [range(4)])))
     assert batch["keep"].shape == (4, 2)
     assert task.losses(task(batch), 0)["masked"] > 0
     with pytest.raises(UserError, match=r"--mfd-weight 1.0: --model '.*siclip' cannot leave patches out: it is a"):

@@ -66,7 +66,7 @@ def train(task, steps=3, lr=1e-3):
     optimizer = build_optimizer(task, dataclasses.replace(task.config.optim, lr=lr))
     sums = []
     for step in range(steps):
-        loss = torch.stack(list(task.losses(task(batch_of(6, step % 2)), step).values())).sum()
+        loss = torch.stack(list(task.losses(task(task.draw(batch_of(6, step % 2))), step).values())).sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -95,14 +95,14 @@ def test_frozen_tensors_stay_and_trained_ones_move(base_file):  # fact 6
 
 def test_the_teacher_from_the_shared_prefix_is_the_whole_teacher(base_file):  # fact 7
     task, batch = task_of(base_file), batch_of()
-    features, teacher = task(batch), siclip.load_base("MobileCLIP-tiny", base_file, 0).model
+    features, teacher = task(task.draw(batch)), siclip.load_base("MobileCLIP-tiny", base_file, 0).model
     base = task.base.model
     with torch.no_grad():
         assert torch.equal(features["teacher_image"], base.encode_image(batch["images"]))
         assert torch.equal(features["teacher_text"], base.encode_text(batch["tokens"]))
         whole, texts = teacher.encode_image(batch["images"]), teacher.encode_text(batch["tokens"])
         mine, words = task.eval().student.encode_image(batch["images"]), task.student.encode_text(batch["tokens"])
-        again = task(batch)
+        again = task(task.draw(batch))
     assert torch.allclose(features["teacher_image"], whole, atol=1e-5)
     assert torch.allclose(features["teacher_text"], texts, atol=1e-5)
     assert torch.allclose(again["image"], mine, atol=1e-4)  # as it is evaluated, without the fused prefix
@@ -112,7 +112,7 @@ def test_the_teacher_from_the_shared_prefix_is_the_whole_teacher(base_file):  # 
 
 def test_losses_are_the_weighted_terms(base_file):  # fact 14
     task = task_of(base_file)
-    features = task(batch_of())
+    features = task(task.draw(batch_of()))
     image, text, teacher_image, teacher_text = four = [
         F.normalize(features[name], dim=-1) for name in ("image", "text", "teacher_image", "teacher_text")
     ]
@@ -150,7 +150,7 @@ def forbidden(*_, **__):
 def test_a_weight_of_zero_takes_the_terms_work_away(weight, function, name, base_file, monkeypatch):  # fact 14
     task = task_of(base_file, **{weight: 0.0})
     monkeypatch.setattr(siclip, function, forbidden)
-    assert set(task.losses(task(batch_of()), 0)) == set(WEIGHTS) - {name}
+    assert set(task.losses(task(task.draw(batch_of())), 0)) == set(WEIGHTS) - {name}
     assert hasattr(task, "head") == (name != "pairs")
     assert hasattr(task, "icl_logit_scale") == (name != "interactive")
 
@@ -170,7 +170,7 @@ def test_rows_of_table_5(fields, terms, trains_stem, base_file, monkeypatch):
     task = task_of(base_file, **fields)
     if "feature" not in terms:
         monkeypatch.setattr(siclip, "forward_tail", count := Counting(siclip.forward_tail))
-    features = task(batch_of())
+    features = task(task.draw(batch_of()))
     assert set(task.losses(features, 0)) == terms
     assert ("teacher_image" in features) == ("feature" in terms)
     if "feature" not in terms:
@@ -222,11 +222,12 @@ def test_the_base_is_not_saved_and_comes_along(base_file):
     task.double()
     assert next(task.base.model.parameters()).dtype == torch.float64
     batch = batch_of() | {"images": batch_of()["images"].double()}
-    assert task(batch)["teacher_image"].dtype == torch.float64
+    assert task(task.draw(batch))["teacher_image"].dtype == torch.float64
 
 
 def test_cached_and_live_teacher_give_the_same_losses(base_file, tmp_path):
-    task, batch = task_of(base_file), batch_of()
+    task = task_of(base_file)
+    batch = task.draw(batch_of())
     live = task.losses(task(batch), 1)
     config = config_of(base_file, teacher_from="cache")
     cache = cache_of(64)
@@ -267,7 +268,7 @@ def test_decay_is_for_the_matrices(base_file):
 @pytest.mark.parametrize("similarity", ["student", "teacher"])
 def test_whose_similarity_draws_the_negatives(similarity, base_file, monkeypatch):
     task = task_of(base_file, pm_similarity=similarity, pm_logits=1, pm_raw=True)
-    features = task(batch_of())
+    features = task(task.draw(batch_of()))
     seen = Counting(sample_negatives)
     monkeypatch.setattr(siclip, "sample_negatives", seen)
     task.losses(features, 0)
@@ -287,7 +288,7 @@ def test_it_learns(base_file):
 def test_forward_in_bf16(base_file):
     task = task_of(base_file)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        features = task(batch_of())
+        features = task(task.draw(batch_of()))
         losses = task.losses(features, 0)
     assert all(value.dtype in (torch.float32, torch.int64) for value in features.values())
     assert all(loss.dtype == torch.float32 for loss in losses.values())
@@ -340,7 +341,7 @@ def test_a_live_teacher_has_views_drawn_now(captions, root):
     assert (samples.views.op_set, samples.views.flip, samples.cache) == ("torchvision", 0.0, None)
     task = siclip.build_task(config, student, samples.cache).train()
     (batch,) = load_batches(samples, [range(8)])
-    losses = task.losses(task(batch), 0)
+    losses = task.losses(task(task.draw(batch)), 0)
     assert set(losses) == set(WEIGHTS)
     assert all(loss.isfinite() for loss in losses.values())
 

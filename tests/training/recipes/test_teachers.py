@@ -224,7 +224,7 @@ def test_siclip_learns_from_several_caches(tmp_path):
     def losses(*names, **fields):
         fields = {"teacher": names, "teacher_from": "cache", "inherit": False, "pm_weight": 0.0, **fields}
         _, samples, task = siclip.prepare(tiny_config("siclip", root, "unused", **fields))
-        features = task.train()(next(load_batches(samples, [range(4)])))
+        features = task.train()(task.draw(next(load_batches(samples, [range(4)]))))
         return {name: value.item() for name, value in task.losses(features, 0).items()}
 
     one, two, both = losses("one"), losses("two"), losses("one", "two")
