@@ -32,7 +32,7 @@ from random import Random
 import pyarrow as pa
 import pyarrow.parquet as pq
 from drawings import Drawing, openclipart, stamps
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
 SIDE = 144  # px, width and height of a composed image
 COMPOSED = 3  # images made of a drawing for the list
@@ -42,6 +42,8 @@ MOST_PIXELS = 20_000_000  # of a drawing that is composed
 MOST_LABELLED = {"train": 60, "test": 30}  # drawings of a class
 FEWEST_TEST = 5  # held-out drawings of a class, so that it is one
 PAIRS = 0.3  # share of composed images with a second drawing
+SEEN = 40  # grey levels by which a cut-out differs from what it lies on, in the mean
+TRIES = 8
 FOREIGN = 0.15  # share of the stamps' composed images whose caption is in another language
 PACKAGES = {"openclipart": "CC0-1.0", "stamps": "GPL-2.0-or-later"}
 
@@ -73,26 +75,36 @@ def cut_out(drawing: Drawing) -> Image.Image | None:
     return rgba.crop(box) if box else None
 
 
-def _paste(scene: Image.Image, cut: Image.Image, side: int, centre: tuple[float, float]) -> None:
-    """Lay a cut-out on the scene, its longer side ``side`` px, around ``centre`` and within the scene."""
+def _paste(scene: Image.Image, cut: Image.Image, side: int, centre: tuple[float, float]) -> bool:
+    """Lay a cut-out on the scene, its longer side ``side`` px, around ``centre``; return whether it shows there."""
     scale = side / max(cut.size)
     width, height = (max(1, round(length * scale)) for length in cut.size)
     left = min(max(0, round(centre[0] * SIDE - width / 2)), SIDE - width)
     top = min(max(0, round(centre[1] * SIDE - height / 2)), SIDE - height)
     small = cut.resize((width, height), Image.Resampling.LANCZOS)
+    before = scene.crop((left, top, left + width, top + height))
     scene.paste(small, (left, top), small)
+    change = ImageChops.difference(before, small.convert("RGB")).convert("L")
+    return ImageStat.Stat(change, small.getchannel("A")).mean[0] >= SEEN
 
 
 def compose(cuts: list[Image.Image], backgrounds: list[Path], rng: Random) -> Image.Image:
-    """Return one or two cut-outs, from left to right, on a part of a background: RGB, SIDE x SIDE px."""
-    background = _background(rng.choice(backgrounds))
-    side = round(min(background.size) * rng.uniform(0.3, 1))
-    left, top = rng.randint(0, background.width - side), rng.randint(0, background.height - side)
-    scene = background.resize((SIDE, SIDE), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
-    for number, cut in enumerate(cuts, start=1):
-        longest = rng.uniform(0.55, 0.95) if len(cuts) == 1 else rng.uniform(0.4, 0.5)
-        centre = (number / (len(cuts) + 1) + rng.uniform(-0.06, 0.06), rng.uniform(0.35, 0.65))
-        _paste(scene, cut, round(longest * SIDE), centre)
+    """Return one or two cut-outs, from left to right, on a part of a background: RGB, SIDE x SIDE px.
+
+    Other backgrounds are tried where one hides a cut-out, as a black one does with a black drawing.
+    """
+    for _ in range(TRIES):
+        background = _background(rng.choice(backgrounds))
+        side = round(min(background.size) * rng.uniform(0.3, 1))
+        left, top = rng.randint(0, background.width - side), rng.randint(0, background.height - side)
+        scene = background.resize((SIDE, SIDE), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+        are_seen = []
+        for number, cut in enumerate(cuts, start=1):
+            longest = rng.uniform(0.55, 0.95) if len(cuts) == 1 else rng.uniform(0.4, 0.5)
+            centre = (number / (len(cuts) + 1) + rng.uniform(-0.06, 0.06), rng.uniform(0.35, 0.65))
+            are_seen.append(_paste(scene, cut, round(longest * SIDE), centre))
+        if all(are_seen):
+            break
     return scene
 
 
