@@ -1,0 +1,50 @@
+"""A Penn tagger for `clipmill pack --nouns-only --tagger tagger:tag`: NLTK's perceptron with textblob-aptagger's weights.
+
+    PYTHONPATH=demo/real PACKAGES=demo-run/packages clipmill pack ROOT --nouns-only --tagger tagger:tag
+
+NLTK's own weights come from a download that is not everywhere at hand. NLTK's code is a port of the package's
+(Matthew Honnibal's averaged perceptron, MIT), so its weights fit. They are a pickle, of which nothing but containers
+of numbers and texts is read.
+"""
+
+import collections
+import io
+import os
+import pickle
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from nltk.tag.perceptron import PerceptronTagger
+
+FILE = "textblob_aptagger/trontagger-0.1.0.pickle"
+
+
+class _DataUnpickler(pickle.Unpickler):
+    """Refuses everything but plain containers."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed: dict[tuple[str, str], Any] = {
+            ("collections", "defaultdict"): collections.defaultdict,
+            ("__builtin__", "set"): set,
+            ("__builtin__", "int"): int,
+            ("__builtin__", "float"): float,
+        }
+        if (module, name) not in allowed:
+            raise pickle.UnpicklingError(f"{FILE} wants {module}.{name}")
+        return allowed[module, name]
+
+
+@cache
+def _tagger() -> PerceptronTagger:
+    data = Path(os.environ.get("PACKAGES", "demo-run/packages"), FILE).read_bytes()
+    weights, tags, classes = _DataUnpickler(io.BytesIO(data), encoding="utf-8").load()
+    tagger = PerceptronTagger(load=False)
+    tagger.model.weights, tagger.tagdict, tagger.classes = weights, tags, classes
+    tagger.model.classes = classes
+    return tagger
+
+
+def tag(words: list[str]) -> list[str]:
+    """Return the Penn tag of each word of a caption."""
+    return [found for _, found in _tagger().tag(words)]
