@@ -30,7 +30,8 @@ step() { # step NAME COMMAND...: print the command, run it, record its seconds
 PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 [ -f "$WEB/port" ] && PORT=$(cat "$WEB/port") # the list of an earlier run names its port
 [ -f "$WEB/port" ] || {
-  step world python demo/real/world.py "$WEB" --base-url "http://127.0.0.1:$PORT" ${DRAWINGS:+--drawings $DRAWINGS} \
+  step world python demo/real/world.py "$WEB" --base-url "http://127.0.0.1:$PORT" \
+    ${DRAWINGS:+--drawings $DRAWINGS --fewest 1} \
     --backgrounds /usr/share/backgrounds "$PACKAGES"/skimage/data/{astronaut,brick,chelsea,coffee,grass,gravel}.png
   echo "$PORT" >"$WEB/port"
 }

@@ -40,7 +40,6 @@ COPIES = 2  # images made of a drawing for the labelled set, beside the drawing 
 COLLECTION = 20  # drawings of one title; more of them bear a collection's name, which says nothing of each
 MOST_PIXELS = 20_000_000  # of a drawing that is composed
 MOST_LABELLED = {"train": 60, "test": 30}  # drawings of a class
-FEWEST_TEST = 5  # held-out drawings of a class, so that it is one
 PAIRS = 0.3  # share of composed images with a second drawing
 SEEN = 40  # grey levels by which a cut-out differs from what it lies on, in the mean
 TRIES = 8
@@ -264,13 +263,13 @@ def draw_labelled(item: tuple[Path, Drawing], backgrounds: list[Path]) -> int:
     return 1 + COPIES
 
 
-def write_labelled(out: Path, drawings: list[Drawing], backgrounds: list[Path]) -> dict[str, int]:
-    """Write the folders of classes; return the number of classes and of images in each split."""
+def write_labelled(out: Path, drawings: list[Drawing], fewest: int, backgrounds: list[Path]) -> dict[str, int]:
+    """Write folders of classes with ``fewest`` held-out drawings; return how many, and the images in each split."""
     by_class: dict[str, dict[str, list[Drawing]]] = {split: defaultdict(list) for split in MOST_LABELLED}
     for drawing in sorted(drawings, key=lambda drawing: sha256(drawing.name.encode()).digest()):
         if drawing.label:
             by_class["test" if drawing.is_held_out else "train"][drawing.label].append(drawing)
-    classes = [name for name in by_class["train"] if len(by_class["test"][name]) >= FEWEST_TEST]
+    classes = [name for name in by_class["train"] if len(by_class["test"][name]) >= fewest]
     totals = {"classes": len(classes)}
     for split, most in MOST_LABELLED.items():
         items = []
@@ -288,6 +287,7 @@ def main() -> None:
     parser.add_argument("--base-url", default="http://127.0.0.1:8000", help="where the folders will be served")
     parser.add_argument("--backgrounds", type=Path, nargs="+", required=True, help="photographs, or folders of them")
     parser.add_argument("--drawings", type=int, help="only so many, chosen by a hash of their names")
+    parser.add_argument("--fewest", type=int, default=5, help="held-out drawings that make a folder a class")
     args = parser.parse_args()
     backgrounds = [path for path in args.backgrounds if path.is_file()]
     for folder in args.backgrounds:
@@ -306,7 +306,7 @@ def main() -> None:
     summary = {"drawings": len(drawings), "backgrounds": len(backgrounds)}
     summary["rows"] = write_list(args.out, kept, titles, args.base_url.rstrip("/"), backgrounds)
     summary["held_out"] = write_held_out(args.out, drawings, titles)
-    summary |= write_labelled(args.out, drawings, backgrounds)
+    summary |= write_labelled(args.out, drawings, args.fewest, backgrounds)
     text = json.dumps(summary, indent=2)
     (args.out / "summary.json").write_text(text + "\n")
     print(text)
