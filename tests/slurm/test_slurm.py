@@ -88,6 +88,27 @@ def test_stages_that_sum_up_parts_have_the_bytes_of_the_local_run(slurm, raw, tm
     assert "missing" not in told
 
 
+@pytest.mark.slow
+def test_a_check_fails_where_it_finds_problems_and_jobs_tells_them(slurm, raw):
+    """As the last step of a chain, which does not know how many shards there will be, and alone, as an array of 3."""
+    stages = ("--", "pack", *TAGGED, "--", "check", "--workers", "1")
+    (_, packed), (arrays, last) = submit(slurm, "pipeline", raw, "--array", "2", "--time", "5", *stages)
+    assert set(slurm.ended(last, 120).values()) == {"COMPLETED"}, log_of(raw, last)
+    assert "all promises hold" in log_of(raw, last)
+    assert not Path(raw, ".check").exists()
+    Path(raw, "shards/00003.tar").write_bytes(b"")
+    Path(raw, "raw/00005.parquet").unlink()
+    [(arrays, last)] = submit(slurm, "check", raw, "--array", "3", "--time", "5")
+    assert set(slurm.ended(last, 120).values()) == {"FAILED"}
+    assert [len(slurm.states(array)) for array in arrays] == [3]
+    told = clipmill(slurm, "jobs", raw)
+    plain = clipmill(slurm, "check", raw, code=1).splitlines()[:-1]
+    assert len(plain) > 1
+    for number, problem in enumerate(plain, 1):
+        assert f"{number}: {problem}" in told, told
+    assert not Path(raw, ".check").exists()
+
+
 def test_a_wrong_partition_is_one_clear_line(slurm, raw):
     said = clipmill(slurm, "submit", "pack", raw, *TAGGED, "--partition", "nowhere", code=2)
     assert said.count("\n") == 1
