@@ -120,7 +120,7 @@ class Total:
         tables = range(0, len(folders), FOLDERS_PER_TABLE)
         self._keys = [KeyRanges(f"{scratch}/keys-{first}", KEYS) for first in tables]
         self._kept = KeyRanges(f"{scratch}/kept", KEPT)
-        self._repeated = [0] * len(folders)
+        self.repeated = [0] * len(folders)
         self._wrong = dict[int, int]()  # shards of dedup/ to the first row whose key that stays is not there
 
     def add(self, part: Part) -> None:
@@ -143,8 +143,8 @@ class Total:
         takedowns = False
         with contextlib.suppress(Exception):  # `_report_kept` reports it
             takedowns = bool(read_takedown_hashes(root).hashes)
-        self._compare_keys(ignore_none=takedowns)
-        for total, repeated in zip(self._folders, self._repeated, strict=True):
+        self.compare_keys(ignore_none=takedowns)
+        for total, repeated in zip(self._folders, self.repeated, strict=True):
             check_names(root, listings[total.folder], total.unnamed, findings)
             total.report(root, findings)
             if total.stage.startswith("cache/"):
@@ -168,7 +168,7 @@ class Total:
             with findings.of(join(root, DEDUP)):
                 self._report_kept(root, findings)
 
-    def _compare_keys(self, ignore_none: bool) -> None:
+    def compare_keys(self, ignore_none: bool) -> None:
         """Count keys that a folder has more than once, and find rows of dedup's lists whose kept key is not there.
 
         ``ignore_none``: rows without a key that stays are right, since it was taken down.
@@ -178,7 +178,7 @@ class Total:
         for *tables, kept in ranges(*self._keys, self._kept):
             for table, keys in enumerate(tables):
                 for place, repeated in count_repeated(keys).items():
-                    self._repeated[table * FOLDERS_PER_TABLE + place] += repeated
+                    self.repeated[table * FOLDERS_PER_TABLE + place] += repeated
             if not len(kept):
                 continue
             raw, dropped = (tables[0]["id"][tables[0]["mask"] & mask != 0] for mask in masks)

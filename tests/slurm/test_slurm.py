@@ -92,7 +92,7 @@ def test_stages_that_sum_up_parts_have_the_bytes_of_the_local_run(slurm, raw, tm
 def test_a_check_fails_where_it_finds_problems_and_jobs_tells_them(slurm, raw):
     """As the last step of a chain, which does not know how many shards there will be, and alone, as an array of 3."""
     stages = ("--", "pack", *TAGGED, "--", "check", "--workers", "1")
-    (_, packed), (arrays, last) = submit(slurm, "pipeline", raw, "--array", "2", "--time", "5", *stages)
+    _, (_, last) = submit(slurm, "pipeline", raw, "--array", "2", "--time", "5", *stages)
     assert set(slurm.ended(last, 120).values()) == {"COMPLETED"}, log_of(raw, last)
     assert "all promises hold" in log_of(raw, last)
     assert not Path(raw, ".check").exists()
