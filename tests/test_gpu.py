@@ -10,10 +10,12 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
+from typing import IO
 
 import pytest
 import runner
 from page_tables import unexplained
+from warm_process import WarmProcess
 
 from pipeline.plan.costs import FLOP
 
@@ -57,16 +59,36 @@ def test_every_package_that_clipmill_needs_is_carried_or_provided():
     assert kit <= seen, f"not needed any more: {kit - seen}"
 
 
+RUN_STEP = """
+import os, runpy, sys
+sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)
+sys.argv = sys.argv[1:]
+if sys.argv[0] == "-m":
+    sys.argv = sys.argv[1:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start_warm(command: list[str], env: dict[str, str], out: IO[str]) -> WarmProcess:
+    """A step of the runner in a fork of a process that has imported torch, which takes longer than most steps."""
+    return WarmProcess(RUN_STEP, *command[1:], cwd=ROOT, env=env, log=out.name)
+
+
 @pytest.mark.integration
-def test_the_dry_run_runs_every_step_and_prints_a_table_last(tmp_path):
-    env = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable}
-    done = subprocess.run(["bash", str(GPU / "run.sh"), "--dry"], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.rstrip().endswith("all steps done")
+def test_the_dry_run_runs_every_step_and_prints_a_table_last(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["runner.py", "--dry"])
+    monkeypatch.setattr(runner, "start_process", start_warm)
+    code = runner.main()
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    assert printed.rstrip().endswith("all steps done")
     figures = [json.loads(line) for line in (tmp_path / "figures.jsonl").read_text().splitlines()]
     assert {figure["step"] for figure in figures} == {step.name for step in runner.STEPS}
     assert all(figure["value"] >= 0 and figure["card"] == "CPU, dry run" for figure in figures)
-    assert runner.markdown(figures) in done.stdout
+    assert runner.markdown(figures) in printed
     assert unexplained(figures) == []
     rates = json.loads((tmp_path / "rates.json").read_text())
     assert rates["ceiling"] > 0
@@ -87,16 +109,21 @@ def test_a_step_over_its_limit_is_stopped_and_keeps_its_figures(tmp_path):
 
 
 @pytest.mark.integration
-def test_a_step_without_time_left_fails_the_run(tmp_path):
+def test_the_script_runs_a_step_on_the_cpu(tmp_path):
+    """The steps themselves are those of the test above."""
     env = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable, "CLIPMILL_GPU_DEVICE": "cuda"}
-    done = subprocess.run(
-        ["bash", str(GPU / "run.sh"), "--dry", "--only", "limits", "--seconds", "0"],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert "limits: no time left" in done.stdout
+    command = ["bash", str(GPU / "run.sh"), "--dry", "--only", "limits"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = [json.loads(line) for line in (tmp_path / "figures.jsonl").read_text().splitlines()]
+    assert {figure["card"] for figure in figures} == {"CPU, dry run"}
+
+
+def test_a_step_without_time_left_fails_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["runner.py", "--dry", "--only", "limits", "--seconds", "0"])
+    assert runner.main() == 1
+    assert "limits: no time left" in capsys.readouterr().out
 
 
 @pytest.mark.integration

@@ -9,7 +9,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
-if ! "$python" -c 'import importlib.metadata as m, open_clip, webdataset, tyro; m.version("clipmill")' 2> /dev/null; then
+are_there='import importlib.metadata as m, importlib.util as u, sys
+m.version("clipmill"); sys.exit(not all(map(u.find_spec, ("open_clip", "webdataset", "tyro"))))'
+if ! "$python" -c "$are_there" 2> /dev/null; then
     kit=(tests/gpu/kit/*.whl)
     [ -e "${kit[0]}" ] || { echo "tests/gpu/kit has no wheels: run 'make gpu-kit' where there is a network" >&2; exit 2; }
     site=$(mktemp -d /tmp/clipmill-gpu-site.XXXXXX)

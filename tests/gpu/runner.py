@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from figures import DEVICE, PREFIX, WORK
 
@@ -82,9 +82,7 @@ def run_step(step: Step, *, dry: bool, limit: float, env: dict[str, str], log: P
     start = time.monotonic()
     fault = ""
     with log.open("w") as out:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process = start_process(command, env, out)
         try:
             code = process.wait(timeout=limit)
             fault = f"exit code {code}" if code else ""
@@ -104,6 +102,11 @@ def run_step(step: Step, *, dry: bool, limit: float, env: dict[str, str], log: P
     elif not figures and not fault:
         fault = "no figure"
     return Outcome(step.name, figures, seconds, fault)
+
+
+def start_process(command: list[str], env: dict[str, str], out: IO[str]) -> subprocess.Popen[bytes]:
+    """A process in a session of its own, whose output goes to ``out``."""
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -19,14 +19,18 @@ PRELOADED = ["torch", "open_clip", "training.trainer", "training.recipes.clip", 
 class WarmProcess:
     """A process in a session of its own, with the part of `subprocess.Popen` that tests need.
 
-    ``words`` are its ``sys.argv[1:]``; its output goes to files, which `communicate` reads.
+    ``words`` are its ``sys.argv[1:]``, ``env`` its environment; its output goes to files, which `communicate` reads, or
+    all of it to the file ``log``.
     """
 
-    def __init__(self, code: str, *words: str, cwd: Path | None = None) -> None:
+    def __init__(
+        self, code: str, *words: str, cwd: Path | None = None, env: dict[str, str] | None = None, log: str = ""
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        arguments = (code, words, self._folder.name, str(cwd or Path.cwd()), dict(os.environ))
+        outputs = [log or os.path.join(self._folder.name, name) for name in ("out", "err")]
+        arguments = (code, words, outputs, str(cwd or Path.cwd()), dict(env or os.environ))
         self._process = context.Process(target=_run, args=arguments)
         self._process.start()
         self.pid = self._process.pid
@@ -64,15 +68,15 @@ class WarmProcess:
         return out, errors
 
 
-def _run(code: str, words: tuple[str, ...], folder: str, cwd: str, environment: dict[str, str]) -> None:
+def _run(code: str, words: tuple[str, ...], outputs: list[str], cwd: str, environment: dict[str, str]) -> None:
     """Run code in the forked child as ``python -c CODE WORDS`` does."""
     multiprocessing.set_start_method("fork", force=True)  # as in a process of its own; it inherits the server's
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    for number, name in ((1, "out"), (2, "err")):
-        descriptor = os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT, 0o600)
+    for number, path in enumerate(outputs, 1):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(descriptor, number)
         os.close(descriptor)
     sys.argv = ["-c", *words]
