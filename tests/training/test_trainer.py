@@ -169,7 +169,7 @@ def logged(out):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def kill_often(root, tmp_path, kills, steps):
+def kill_often(root, tmp_path, kills, steps, longest_s):
     fields = {"steps": steps, "checkpoint_steps": 3, "workers": 1}
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "killed"
     rng, done = random.Random(0), 0
@@ -177,7 +177,7 @@ def kill_often(root, tmp_path, kills, steps):
         process, before = start(root, out, **fields), logged(out)
         while process.poll() is None and logged(out) <= before:
             time.sleep(0.005)
-        time.sleep(rng.random() * 0.3)
+        time.sleep(rng.random() * longest_s)
         process.kill()
         done += process.wait() == -signal.SIGKILL
     assert done, "every process had finished before it was killed"
@@ -189,12 +189,12 @@ def kill_often(root, tmp_path, kills, steps):
 
 
 def test_killed_and_run_again_gives_the_same_losses(root, tmp_path):
-    kill_often(root, tmp_path, kills=2, steps=80)
+    kill_often(root, tmp_path, kills=2, steps=40, longest_s=0.1)
 
 
 @pytest.mark.slow
 def test_killed_twenty_times(root, tmp_path):
-    kill_often(root, tmp_path, kills=20, steps=1500)
+    kill_often(root, tmp_path, kills=20, steps=1500, longest_s=0.3)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
