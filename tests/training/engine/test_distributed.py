@@ -252,6 +252,7 @@ def test_a_run_in_chunks_by_two_processes(root, tmp_path):
 
 def siclip(rank, root, out):
     fields = {"batch_size": 6, "steps": 8, "lr": 1e-3, "precision": "fp32", "pm_weight": 1.0}
+    fields |= {"gd_weight": 100.0, "afd_weight": 1.0}
     return train("siclip", tiny_config("siclip", root, out, **fields))
 
 
@@ -262,7 +263,8 @@ def test_two_processes_draw_the_hard_negatives_of_one(root, tmp_path):
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     fork(2, siclip, root, two)
     siclip(0, root, one)
-    assert {"pairs", "relation", "interactive", "feature", "contrastive"} == set(steady_metrics(one)[0]["losses"])
+    terms = {"pairs", "relation", "interactive", "feature", "contrastive", "gradient", "augmented"}
+    assert set(steady_metrics(one)[0]["losses"]) == terms
     assert_close_runs(two, one, tolerance=1e-3)
 
 
