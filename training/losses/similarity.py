@@ -44,7 +44,10 @@ class RowShare:
     """adds up a tensor of each process, and in the backward pass their gradients at the sum"""
 
     def rows(self, count: int) -> slice:
-        """Return this process's rows of ``count``; the shares of any two processes differ by one row at most."""
+        """Return this process's rows of ``count``, which are as many as there are processes at least.
+
+        The shares of any two processes differ by one row at most.
+        """
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
 
@@ -97,14 +100,13 @@ def mean_of_directions(
         share: The rows that this process computes.
     """
     count = len(student.rows)
-    own = share.rows(count)
-    if is_whole(own.stop - own.start, count):
-        ours = student.both_directions(own)
+    if share.size == 1 and is_whole(count, count):  # one matrix for both directions
+        rows = slice(0, count)
+        ours = student.both_directions(rows)
         with torch.no_grad():
-            theirs = [teacher.both_directions(own) for teacher in teachers]
-        forth = loss(ours[0], [both[0] for both in theirs], own)
-        back = loss(ours[1], [both[1] for both in theirs], own)
-        return _mean_over_shares((forth + back) / 2, count, share)
+            theirs = [teacher.both_directions(rows) for teacher in teachers]
+        forth = loss(ours[0], [both[0] for both in theirs], rows)
+        return (forth + loss(ours[1], [both[1] for both in theirs], rows)) / 2
 
     def one_direction(student: Similarity, teachers: Sequence[Similarity]) -> Tensor:
         def of_rows(rows: slice) -> Tensor:
