@@ -121,7 +121,10 @@ def with_results(run: RunFiles, more: Evaluations | None) -> RunFiles:
     if more is None:
         return run
     own = run.evaluations
-    return replace(run, evaluations=own._replace(values=more.values | own.values, cost=own.cost or more.cost))
+    both = own._replace(
+        values=more.values | own.values, cost=own.cost or more.cost, onnx_cost=own.onnx_cost or more.onnx_cost
+    )
+    return replace(run, evaluations=both)
 
 
 def run_folders(paths: Sequence[str]) -> dict[str, str]:
@@ -209,7 +212,8 @@ def _cost_table(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
     for one in runs:
         counts = parameter_counts(one.run)
         own = {label: short(counts[part], 4) for part, label in PARTS.items() if counts.get(part)}
-        columns.append(own | dict(cost_rows(one.run.evaluations.cost)))
+        measured = one.run.evaluations
+        columns.append(own | dict(cost_rows(measured.cost) + cost_rows(measured.onnx_cost)))
     rows = dict.fromkeys(chain.from_iterable(columns))
     return [(row, [own.get(row, UNKNOWN) for own in columns]) for row in rows]
 

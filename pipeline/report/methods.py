@@ -138,18 +138,24 @@ def _method_costs(method: Method) -> dict[str, float]:
 
 def _run_costs(one: ComparedRun) -> dict[str, float]:
     """What the student of a run costs, by the heads of columns; nothing that is not known."""
-    measured = one.run.evaluations.cost
-    macs = measured.get("macs")
+    measured = one.run.evaluations
+    macs = measured.cost.get("macs")
     costs = {"parameters": parameter_counts(one.run).get("total", math.nan)}
     if isinstance(macs, dict):
         costs |= {f"MACs, {tower}": number(count) for tower, count in macs.items()}
-    speeds = measured.get("speed")
-    for speed in speeds if isinstance(speeds, list) else []:
-        rates = speed.get("images_per_s") if isinstance(speed, dict) else None
-        if isinstance(rates, dict):
-            device = speed.get("device")
-            costs |= {f"images/s, batch {batch}, {device}": number(rate) for batch, rate in rates.items()}
+    costs |= _rates(measured.cost) | _rates(measured.onnx_cost)
     return {head: value for head, value in costs.items() if math.isfinite(value)}
+
+
+def _rates(cost: dict[str, Any]) -> dict[str, float]:
+    """Images per second by device and batch."""
+    speeds, rates = cost.get("speed"), dict[str, float]()
+    for speed in speeds if isinstance(speeds, list) else []:
+        by_batch = speed.get("images_per_s") if isinstance(speed, dict) else None
+        if isinstance(by_batch, dict):
+            device = f"ONNX {cost.get('precision')}" if cost.get("runtime") else speed.get("device")
+            rates |= {f"images/s, batch {batch}, {device}": number(rate) for batch, rate in by_batch.items()}
+    return rates
 
 
 def _mean_duration(runs: Sequence[ComparedRun]) -> str:

@@ -19,19 +19,22 @@ METRICS = {
 }
 HEADLINE = ("acc1", "mean_average_precision", "image_retrieval_recall@1", "text_retrieval_recall@1")  # of all metrics
 COST = "cost"  # the task of the file that `clipmill eval --cost` writes
+ONNX_COST = "cost_onnx"  # the same of an ONNX export
 
 
 class Evaluations(NamedTuple):
     """The folder ``eval`` of a run.
 
     ``tables`` has one per task: metric columns and a row per file; ``values`` each number by (dataset, task, metric);
-    ``cost`` is what the newest cost.json says; ``unread`` counts files that are none of these.
+    ``cost`` is what cost.json says, ``onnx_cost`` what cost_onnx.json says of an export; ``unread`` counts files that
+    are none of these.
     """
 
     tables: list[dict[str, Any]]
     values: dict[tuple[str, str, str], float]
     cost: dict[str, Any]
     unread: int
+    onnx_cost: dict[str, Any] = {}
 
 
 def json_or_empty(path: str, problems: list[str]) -> dict[str, Any]:
@@ -77,11 +80,11 @@ def _json_files(folder: str, problems: list[str]) -> list[tuple[str, dict[str, A
 def _evaluations(files: Iterable[tuple[str, dict[str, Any]]]) -> Evaluations:
     tables: dict[str, dict[str, Any]] = {}
     values: dict[tuple[str, str, str], float] = {}
-    cost, unread = dict[str, Any](), 0
+    costs, unread = dict[str, dict[str, Any]](), 0
     for name, result in files:
         metrics, task = result.get("metrics"), str(result.get("task", "other"))
-        if task == COST:
-            cost = result
+        if task in (COST, ONNX_COST):
+            costs[task] = result
             continue
         if not isinstance(metrics, dict):
             unread += 1
@@ -93,7 +96,7 @@ def _evaluations(files: Iterable[tuple[str, dict[str, Any]]]) -> Evaluations:
         texts = {metric: share_text(value) for metric, value in metrics.items()}
         table["rows"].append({"file": name, "dataset": dataset, "model": _model(result), "metrics": texts})
     listed = [{"task": task.replace("_", " "), **table} for task, table in tables.items()]
-    return Evaluations(listed, values, cost, unread)
+    return Evaluations(listed, values, costs.get(COST, {}), unread, costs.get(ONNX_COST, {}))
 
 
 def _model(result: dict[str, Any]) -> str:

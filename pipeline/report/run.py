@@ -77,7 +77,7 @@ def run_page(run: RunFiles) -> dict[str, Any]:
         "layers": layer_charts(run.columns),
         "student": student_part(run.table, run.described, _start_description(run)),
         "evaluations": run.evaluations.tables,
-        "cost": cost_rows(run.evaluations.cost),
+        "cost": cost_rows(run.evaluations.cost) + cost_rows(run.evaluations.onnx_cost),
         "unread": run.evaluations.unread,
         "config": flatten(run.config),
         "environment": flatten(run.environment),
@@ -174,22 +174,24 @@ def state(run: RunFiles) -> str:
 def cost_rows(cost: dict[str, Any]) -> list[tuple[str, str]]:
     """What `clipmill eval --cost` measured, as rows of a table; none for another file."""
     macs, speeds = cost.get("macs"), cost.get("speed")
+    runtime = f"ONNX {cost.get('precision')}, " if cost.get("runtime") else ""
     rows = []
     if isinstance(macs, dict):
         rows += [(f"MACs, one {tower}", short(number(count), 4)) for tower, count in macs.items()]
     if math.isfinite(number(cost.get("weights_bytes"))):
-        rows.append(("Weights", f"{short(number(cost['weights_bytes']))}B"))
+        kind = f", {runtime.removesuffix(', ')}" if runtime else ""
+        rows.append((f"Weights{kind}", f"{short(number(cost['weights_bytes']))}B"))
     for speed in speeds if isinstance(speeds, list) else []:
         if isinstance(speed, dict):
-            rows += _speed_rows(speed)
+            rows += _speed_rows(speed, runtime)
     return rows
 
 
-def _speed_rows(speed: dict[str, Any]) -> list[tuple[str, str]]:
-    """Rows of one device."""
+def _speed_rows(speed: dict[str, Any], runtime: str) -> list[tuple[str, str]]:
+    """Rows of one device; ``runtime`` stands before its name where it is not torch."""
     rows = []
     name, threads = str(speed.get("name", "?")), speed.get("threads") if speed.get("device") == "cpu" else None
-    device = _processor(name, threads)
+    device = runtime + _processor(name, threads)
     for kind, label in (("images_per_s", "images/s"), ("texts_per_s", "texts/s"), ("peak_mib", "peak memory, MiB")):
         by_batch = speed.get(kind)
         for batch, value in by_batch.items() if isinstance(by_batch, dict) else ():

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from small_training import train_short, write_retrieval
 
+from pipeline.report.results import read_evaluations
 from shards_spec.files import DataError, UserError
 from shards_spec.models import load_model
 from training.evaluation.config import EvalConfig
@@ -174,3 +175,19 @@ def test_tied_blocks_have_their_weights_once(tmp_path, name):
         np.testing.assert_allclose(found, tower(images[:1]).numpy(), rtol=0, atol=1e-5)
     stored = sum(np.prod(weight.dims) for weight in onnx.load(tmp_path / "tower.onnx").graph.initializer)
     assert stored < 1.1 * sum(parameter.numel() for parameter in tower.parameters())
+
+
+def test_the_cost_of_an_export_stands_beside_the_runs(run, folder, capsys):
+    out = Path(run, "eval")
+    (result,) = evaluate(EvalConfig(str(folder), cost=True, cost_images=2, output=str(out), device="cpu"))
+    assert json.loads((out / "cost_onnx.json").read_text()) == result
+    assert (result["task"], result["precision"], result["runtime"]) == ("cost_onnx", "fp32", "onnxruntime")
+    files = [Path(folder, name) for name in ("image.onnx", "text.onnx")]
+    assert result["weights_bytes"] == sum(file.stat().st_size for file in files)
+    [speed] = result["speed"]
+    assert (speed["device"], speed["threads"], speed["peak_mib"]) == ("cpu", torch.get_num_threads(), {})
+    assert set(speed["images_per_s"]) == set(speed["texts_per_s"]) == {"1", "64"}
+    assert min(speed["images_per_s"].values()) > 0
+    assert "2 images in a row, cpu" in capsys.readouterr().out
+    read = read_evaluations(str(out), [])
+    assert (read.onnx_cost, read.unread) == (result, 0)

@@ -50,7 +50,8 @@ class EvalConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is autocast"""
     cost: bool = False
-    """measure what the model costs, too (or alone, without data): parameters, MACs, speed, memory -> cost.json"""
+    """measure what the model costs, too (or alone, without data): parameters, MACs, speed, memory -> cost.json; of
+    an ONNX export speed and bytes -> cost_onnx.json"""
     cost_images: int = 1000
     """images that cost takes one by one; SiCLIP's table 3 has 1000"""
     trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)

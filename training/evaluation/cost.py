@@ -26,9 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from shards_spec.display import shown
 from shards_spec.files import UserError
 from shards_spec.models import LoadedModel
+from training.export.onnx_model import IMAGE_FILE, TEXT_FILE, OnnxModel, load_onnx
 from training.models.parameter_count import count_parameters
 
 COST_FILE = "cost.json"
+ONNX_COST_FILE = "cost_onnx.json"  # of the towers of an export, beside the student's own
 BATCH = 64  # besides batches of one
 ROUNDS = 3  # of a batch, after one that warms up; the median counts
 TEXTS = 100  # texts one by one at most
@@ -54,12 +56,12 @@ def measure_cost(loaded: LoadedModel, devices: list[str], *, in_a_row: int, bf16
         images, ``peak_mib`` by batch size. And ``image_size``, ``precision``.
 
     Raises:
-        UserError: The model has no parameters in torch: it is run by another library.
+        UserError: The model has no parameters in torch: it is run by another library (see `measure_onnx_cost`).
     """
     if next(loaded.model.parameters(), None) is None:
         raise UserError(
-            "--cost counts what a model does in torch, and this one is run by onnxruntime: give the RUN or the folder "
-            "that it was exported from"
+            "--cost counts what a model does in torch, and this one has no parameters there: give the RUN or the "
+            "folder that it was exported from"
         )
     model = inference_form(loaded.model)
     passes = _passes(loaded, model)
@@ -70,6 +72,31 @@ def measure_cost(loaded: LoadedModel, devices: list[str], *, in_a_row: int, bf16
         "image_size": loaded.image_size,
         "precision": "bf16" if bf16 else "fp32",
         "speed": [_speed(model.to(device), passes, device, in_a_row=in_a_row, bf16=bf16) for device in devices],
+    }
+
+
+def measure_onnx_cost(model: OnnxModel, *, in_a_row: int) -> dict[str, Any]:
+    """Return what the towers of an ONNX export cost on the CPU, with as many threads as torch has.
+
+    Args:
+        model: The export; its graphs are read once more.
+        in_a_row: Images taken one by one.
+
+    Returns:
+        As `measure_cost`, without what a graph does not say: no parameters, no MACs, no peak of memory.
+        ``precision`` is that of the export, such as "int8 dynamic", ``runtime`` names the library.
+    """
+    loaded = load_onnx(model.folder, torch.get_num_threads())
+    speed = _speed(loaded.model, _passes(loaded, loaded.model), "cpu", in_a_row=in_a_row, bf16=False)
+    files = (Path(model.folder, name) for name in (IMAGE_FILE, TEXT_FILE))
+    return {
+        "parameters": {},
+        "macs": {},
+        "weights_bytes": sum(file.stat().st_size for file in files),
+        "image_size": loaded.image_size,
+        "precision": model.description["dtype"],
+        "runtime": "onnxruntime",
+        "speed": [speed | {"peak_mib": {}}],  # onnxruntime took its memory before
     }
 
 
@@ -221,7 +248,7 @@ def print_cost(result: dict[str, Any], path: str | None) -> None:
 def cost_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the rows of the table: what, and how much."""
     parts = {part: count for part, count in result["parameters"].items() if count}
-    if parts.get("inference") == parts["total"]:
+    if "inference" in parts and parts["inference"] == parts["total"]:
         del parts["inference"]
     rows = [(f"parameters, {part}", f"{count:,}") for part, count in parts.items()]
     rows += [(f"MACs, one {name}", f"{count / 1e6:,.1f} M") for name, count in result["macs"].items()]

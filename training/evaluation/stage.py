@@ -15,12 +15,12 @@ from shards_spec.messages import counted
 from shards_spec.models import CONFIG_FILE, HUB, LOCAL_DIR, LoadedModel, load_model, pick_device, weights_sha256
 from training.data.labelled_images import find_split
 from training.evaluation.config import EvalConfig
-from training.evaluation.cost import COST_FILE, measure_cost, print_cost
+from training.evaluation.cost import COST_FILE, ONNX_COST_FILE, measure_cost, measure_onnx_cost, print_cost
 from training.evaluation.feature_cache import FeatureCache, data_hash
 from training.evaluation.protocols import LEARNING, TASKS, chosen_task, measure_task, train_split
 from training.evaluation.summary import MeasuredModel, print_summary, summarise
 from training.evaluation.zero_shot import EvalSet, preprocessing
-from training.export.onnx_model import is_onnx, load_onnx
+from training.export.onnx_model import OnnxModel, is_onnx, load_onnx
 from training.runs.run_folder import RunFolder
 from training.runs.student import load_run
 
@@ -124,11 +124,18 @@ def _former(path: str, measured_with: dict[str, Any]) -> dict[str, Any] | None:
 def _cost(
     config: EvalConfig, loaded: LoadedModel, description: dict[str, Any], folder: str | None, device: str
 ) -> dict[str, Any]:
-    """Measure what the model costs on a CPU, and on the device where that is another; print it, write cost.json."""
-    devices = list(dict.fromkeys(("cpu", device)))
-    cost = measure_cost(loaded, devices, in_a_row=config.cost_images, bf16=config.precision == "bf16")
-    result = {"task": "cost", **description, **cost}
-    path = join(folder, COST_FILE) if folder else None
+    """Measure what the model costs on a CPU, and on the device where that is another; print it, write cost.json.
+
+    An ONNX export runs on the CPU alone, and has a file of its own.
+    """
+    if isinstance(loaded.model, OnnxModel):
+        cost, name = measure_onnx_cost(loaded.model, in_a_row=config.cost_images), ONNX_COST_FILE
+    else:
+        devices = list(dict.fromkeys(("cpu", device)))
+        cost = measure_cost(loaded, devices, in_a_row=config.cost_images, bf16=config.precision == "bf16")
+        name = COST_FILE
+    result = {"task": Path(name).stem, **description, **cost}
+    path = join(folder, name) if folder else None
     if path:
         write_json(path, result)
     print_cost(result, path)

@@ -10,6 +10,7 @@ from small_runs import write_masked_run
 from pipeline.report.compare import CompareConfig, compare, read_runs
 from pipeline.report.methods import MethodTable, group_methods, method_table
 from pipeline.report.results import results_of_runs
+from pipeline.report.run import cost_rows
 from shards_spec.files import UserError, write_json
 
 BATCH = 64
@@ -55,6 +56,9 @@ def study(tmp_path) -> list[str]:
     ]
     cost = {"macs": {"image": 4.4e9}, "speed": [{"device": "cpu", "images_per_s": {"1": 25.0}}]}
     write_json(f"{paths[3]}/eval/cost.json", {"task": "cost", "parameters": {"total": 151_000_000}, **cost})
+    onnx = {"precision": "int8 dynamic", "runtime": "onnxruntime", "weights_bytes": 40_000_000}
+    speed = {"device": "cpu", "name": "EPYC", "threads": 2, "images_per_s": {"1": 50.0}}
+    write_json(f"{paths[3]}/eval/cost_onnx.json", {"task": "cost_onnx", "parameters": {}, **onnx, "speed": [speed]})
     for seed in (0, 1):
         tuned = {"recipe": "finetune", "model": paths[seed], "eval_data": "", "data": "/d/pets", "seed": seed}
         paths.append(write_run(tmp_path / "tuned" / str(seed), [0.5, 0.6 + 0.2 * seed], **tuned))
@@ -79,6 +83,16 @@ def test_seeds_are_one_row_with_mean_and_range(study):
     assert scratch["training"] == "2 min"
     assert (scratch["parameters"], distilled["parameters"]) == ("–", "151M")
     assert (distilled["MACs, image"], distilled["images/s, batch 1, cpu"]) == ("4.4G", "25")
+    assert distilled["images/s, batch 1, ONNX int8 dynamic"] == "50"
+
+
+def test_an_exports_cost_has_rows_of_its_own(study):
+    run = read_runs([study[3]])[0].run
+    assert cost_rows(run.evaluations.onnx_cost) == [
+        ("Weights, ONNX int8 dynamic", "40MB"),
+        ("images/s, batch 1, ONNX int8 dynamic, EPYC, 2 threads", "50"),
+    ]
+    assert ("MACs, one image", "4.4G") in cost_rows(run.evaluations.cost)
 
 
 def test_probes_and_fine_tunings_stand_beside_their_towers(study):

@@ -118,7 +118,7 @@ def test_command_writes_the_file_and_prints(tmp_path, capsys):
 
 
 def test_a_model_of_another_library_is_refused(clip):
-    with pytest.raises(UserError, match="run by onnxruntime: give the RUN"):
+    with pytest.raises(UserError, match="no parameters there: give the RUN"):
         measure_cost(dataclasses.replace(clip, model=nn.Module()), ["cpu"], in_a_row=1)
 
 
