@@ -35,7 +35,8 @@ from training.engine.batch_fit import fitted, profiles
 from training.engine.distributed import Ranks
 from training.engine.updater import Updater
 from training.losses import similarity
-from training.losses.distillation import affinity_loss
+from training.losses.distillation import ensemble_affinity_loss
+from training.losses.similarity import RowShare, Similarity
 from training.models.mobileclip import forward_shared
 from training.models.teacher import CACHED_FIELDS, FrozenTeacher, TeacherEnsemble
 from training.recipes import clip, siclip, tinyclip
@@ -413,22 +414,29 @@ def measure_catlip(where: Options) -> None:
 
 
 def measure_losses(where: Options) -> None:
-    """Report the affinity loss of large batches, with the matrices of all pairs whole or in blocks of rows."""
-    for pairs, largest in (
-        ((64, 64), (64, 16)) if where.dry else ((8192, 8192), (16384, 8192), (16384, 16384), (32768, 8192))
-    ):
+    """Report the affinity loss of large batches, with the matrices of all pairs whole or in blocks of rows.
+
+    The last one is the share of one of eight processes.
+    """
+    cases = ((8192, 8192, 1), (16384, 8192, 1), (16384, 16384, 1), (32768, 8192, 1), (32768, 8192, 8))
+    for pairs, largest, processes in ((64, 64, 1), (64, 16, 1), (64, 16, 8)) if where.dry else cases:
+        share = RowShare(size=processes)
         student = [torch.randn(pairs, 512, device=where.device, requires_grad=True) for _ in range(2)]
         teacher = [torch.randn(pairs, TEACHER, device=where.device) for _ in range(2)]
+        sides = Similarity(student[0], student[1], 50.0), Similarity(teacher[0], teacher[1], 50.0)
 
-        def step(student: list[Tensor] = student, teacher: list[Tensor] = teacher) -> None:
-            affinity_loss(*student, *teacher).backward()
+        def step(sides: tuple[Similarity, Similarity] = sides, share: RowShare = share) -> None:
+            ensemble_affinity_loss(sides[0], sides[1:], share=share).backward()
 
         if where.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
         similarity.MAX_WHOLE = largest
         seconds = seconds_of(step, where.device, repeat=3)
         peak = torch.cuda.max_memory_allocated() / 1e9 if where.device.startswith("cuda") else 0.0
-        how = "whole" if pairs <= largest else "in blocks"
+        own = share.rows(pairs)
+        how = "whole" if similarity.is_whole(own.stop - own.start, pairs) else "in blocks"
+        if processes > 1:
+            how = f"{how}, one of {processes} processes"
         figure(f"train: affinity loss of {pairs:,} pairs, {how}", 1e3 * seconds, "ms", **{"peak GB": peak})
 
 
