@@ -61,9 +61,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def no_regular_file(path: str) -> str | None:
     """Why a local path cannot be read as a file (it is a folder, a pipe, ...); None when it can, or for a URL."""
-    if is_url(path) or not os.path.exists(path):
+    if is_url(path):
         return None
-    mode = os.stat(path).st_mode
+    try:
+        mode = os.stat(path).st_mode  # once: on a network file system it is a round trip
+    except (OSError, ValueError):  # not there; no path at all
+        return None
     if stat.S_ISDIR(mode):
         return "is a folder, not a file"
     return None if stat.S_ISREG(mode) else "is no regular file (a pipe, a socket or a device)"

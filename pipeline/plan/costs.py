@@ -8,10 +8,12 @@ class Costs:
     """Of a sample: milliseconds of one core and bytes, as `costs.py` prints them, on 2 vCPU of an AMD EPYC (Zen 4)."""
 
     ingest_ms: float = 6.8
-    dedup_ms: float = 0.0046  # with memory for all; see docs/scale.md
+    dedup_ms: float = 0.0042  # with memory for all; see docs/scale.md
+    dedup_sum_ms: float = 0.0018  # of that the search, which is one process
     caption_ms: float = 2.8  # decode and resize; what the GPU does is in FLOP
     pack_ms: float = 0.35
-    vocab_ms: float = 0.0315
+    vocab_ms: float = 0.0012  # original captions
+    vocab_sum_ms: float = 0.00014  # of that the sum of all shards' counts, which is one process
     view_ms: float = 1.04  # decoding included, which ten views share
     train_ms: float = 2.2
     check_ms: float = 0.33  # from the page cache

@@ -99,6 +99,8 @@ class StageCost:
     tasks: int
     cores: int
     jobs: Mapping[str, float] = field(default_factory=dict)
+    sum_hours: float = 0.0
+    """of the core-hours those of one process after the tasks, which sums up what they made"""
 
     @property
     def peta_hours(self) -> float:
@@ -108,7 +110,7 @@ class StageCost:
     def hours(self, hardware: Hardware) -> tuple[float, str]:
         """Of the clock, and what sets them: the slowest of cores, GPU and network."""
         limits = {
-            "cores": self.core_hours / self.cores / self.tasks,
+            "cores": (self.core_hours - self.sum_hours) / self.cores / self.tasks + self.sum_hours,
             "GPU": hardware.gpu.seconds(self.jobs) / 3600 / self.tasks,
             "network": self.read / (hardware.gbit / 8 * 1e9) / 3600 if self.name == "ingest" else 0.0,
         }
@@ -159,12 +161,16 @@ def stage_costs(corpus: Corpus, choices: Choices, cores: int, c: Costs = MEASURE
         jobs = {job: times * n * samples for job, samples in each_jobs[name].items()}
         return StageCost(name, times * hours * each_ms[name], times * read, written, corpus.gpu_tasks, cores, jobs)
 
+    def on_cores(name: str, each: float, sum_ms: float, read: float, written: float) -> StageCost:
+        tasks = corpus.pack_tasks
+        return StageCost(name, hours * each, read, written, tasks, cores, sum_hours=hours * sum_ms)
+
     return [
         StageCost("ingest", hours * c.ingest_ms + listing, n * c.downloaded, raw, corpus.ingest_tasks, cores),
-        StageCost("dedup", hours * c.dedup_ms, n * 190, n * 32, 1, 1),
+        on_cores("dedup", c.dedup_ms, c.dedup_sum_ms, n * 190, n * 32),
         on_gpus("caption", raw, caption),
-        StageCost("pack", hours * c.pack_ms, raw + caption, final, corpus.pack_tasks, cores),
-        StageCost("vocab", hours * c.vocab_ms, 2 * n * 320, 1e6, 1, 1),
+        on_cores("pack", c.pack_ms, 0.0, raw + caption, final),
+        on_cores("vocab", c.vocab_ms, c.vocab_sum_ms, n * 320, 1e6),
         on_gpus("cache", final, cached),
         StageCost("check", hours * c.check_ms, 2 * raw + 4 * final + 2 * cached, 0, 1, 1),
         *(on_gpus(f"train {name}", final + row, 0, choices.epochs) for name in STUDENTS),

@@ -32,6 +32,7 @@ import numpy as np
 import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
+from arrays import PartsOf
 from ingest import PORT, served
 from labels import made_up
 from photos import write_photos
@@ -245,8 +246,22 @@ def counting(work: Path, rounds: int, shards: int = 10, per_shard: int = 20_000)
         seconds = min(own_seconds(lambda n=fits: dedup(config, images_in_memory=n)) for _ in range(rounds))
         what = "CPU ms" if share == 1 else f"CPU ms, with memory for one in {share}"
         tell("dedup", what, 1e3 * seconds / counts["success"], "a sample")
-    seconds = min(own_seconds(lambda: vocab(VocabConfig(root, min_count=0))) for _ in range(rounds))
-    tell("vocab", "CPU ms", 1e3 * seconds / counts["success"], "a sample")
+    for source in ("original", "all"):
+        words = VocabConfig(root, min_count=0, source=source, workers=1)
+        seconds = min(own_seconds(lambda c=words: vocab(c)) for _ in range(rounds))
+        tell("vocab", f"CPU ms, {source} captions", 1e3 * seconds / counts["success"], "a sample")
+        seconds = min(sum_seconds(vocab, words, shards) for _ in range(rounds))
+        tell("vocab", f"CPU ms, {source} captions, the sum alone", 1e3 * seconds / counts["success"], "a sample")
+    lists = DedupConfig(root, workers=1)
+    seconds = min(sum_seconds(dedup, lists, shards) for _ in range(rounds))
+    tell("dedup", "CPU ms, the search alone", 1e3 * seconds / counts["success"], "a sample")
+
+
+def sum_seconds(stage: Callable[..., object], config: DedupConfig | VocabConfig, shards: int) -> float:
+    """CPU of a stage whose parts are there."""
+    shutil.rmtree(f"{config.root}/dedup", ignore_errors=True)
+    stage(config, PartsOf(0, 1, shards))
+    return own_seconds(lambda: stage(config))
 
 
 def list_rows_cost(work: Path, rounds: int, number: int = 200_000) -> None:
