@@ -15,6 +15,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from typing import Annotated, Any, cast, get_type_hints
 
@@ -311,11 +312,19 @@ def _field_docstrings(kind: type) -> dict[str, str]:
     """The strings below the fields of a dataclass and of its bases, by field."""
     docstrings = dict[str, str]()
     for base in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        lines = definition.body if isinstance(definition, ast.ClassDef) else []
-        for line, after in pairwise(lines):
-            if isinstance(line, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(line.target, ast.Name):
-                docstrings[line.target.id] = inspect.cleandoc(ast.literal_eval(after.value)).replace("\n", " ")
+        docstrings |= _own_docstrings(base)
+    return docstrings
+
+
+@cache
+def _own_docstrings(kind: type) -> dict[str, str]:
+    """The strings below a dataclass's own fields, by field; each time its whole file would be parsed."""
+    docstrings = dict[str, str]()
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    lines = definition.body if isinstance(definition, ast.ClassDef) else []
+    for line, after in pairwise(lines):
+        if isinstance(line, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(line.target, ast.Name):
+            docstrings[line.target.id] = inspect.cleandoc(ast.literal_eval(after.value)).replace("\n", " ")
     return docstrings
 
 
