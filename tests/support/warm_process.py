@@ -10,10 +10,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 PRELOADED = ["torch", "open_clip", "training.trainer", "training.recipes.clip", "training.recipes.tinyclip"]
+_LOCK = threading.Lock()
+_FORKSERVER = multiprocessing.get_context("forkserver")
+_server_pid: int | None = None  # of the server that has imported these
 
 
 class WarmProcess:
@@ -27,8 +32,7 @@ class WarmProcess:
         self, code: str, *words: str, cwd: Path | None = None, env: dict[str, str] | None = None, log: str = ""
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context = warm_context()
         outputs = [log or os.path.join(self._folder.name, name) for name in ("out", "err")]
         arguments = (code, words, outputs, str(cwd or Path.cwd()), dict(env or os.environ))
         self._process = context.Process(target=_run, args=arguments)
@@ -66,6 +70,22 @@ class WarmProcess:
         self.wait(timeout)
         out, errors = (Path(self._folder.name, name).read_text() for name in ("out", "err"))
         return out, errors
+
+
+def warm_context() -> multiprocessing.context.ForkServerContext:
+    """The context of processes forked from the server.
+
+    The server takes the place of one with other imports, such as that of the cache's rendering processes.
+    """
+    global _server_pid
+    with _LOCK:
+        server = forkserver._forkserver  # the process has one
+        if _server_pid is None or server._forkserver_pid != _server_pid:
+            server._stop()
+            server.set_forkserver_preload(PRELOADED)
+            server.ensure_running()
+            _server_pid = server._forkserver_pid
+    return _FORKSERVER
 
 
 def _run(code: str, words: tuple[str, ...], outputs: list[str], cwd: str, environment: dict[str, str]) -> None:

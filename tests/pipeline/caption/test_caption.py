@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from small_data import narrow_coca, tiny_coca, tree, write_coca, write_raw
+from warm_process import warm_context
 
 from pipeline.caption.captioner import Captioner
 from pipeline.caption.coca import Coca
@@ -85,7 +86,9 @@ def test_a_resumed_run_leaves_the_bytes_of_an_undisturbed_one(root, model, tmp_p
     assert tree(root) == before
 
 
-def test_a_process_per_device_leaves_the_same_captions(root, model):
+def test_a_process_per_device_leaves_the_same_captions(root, model, monkeypatch):
+    """They are forked from one that has torch; a test of `cache` has processes that start as usual."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: warm_context())
     caption(config(root, model))
     one = texts(root)
     summary = caption(config(root, model, name="two", device="cpu,cpu"))
