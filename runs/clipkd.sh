@@ -15,12 +15,13 @@ here=$(cd "$(dirname "$0")" && pwd)
 CC3M=${CC3M:?give the list of CC3M: Train_GCC-training.tsv}
 CC12M=${CC12M:?give the list of CC12M: cc12m.tsv}
 IMAGENET=${IMAGENET:?give the folder of the validation images of ImageNet, a folder per WNID in it}
-ROOT=${ROOT:-/data/cc3m-cc12m}      # the dataset that is made, about 550 GB
+ROOT=${ROOT:-/data/cc3m-cc12m}      # the dataset that is made, about 1 TB
 EVAL=${EVAL:-/data/eval/imagenet}   # the evaluation set that is made of IMAGENET
 OUT=${OUT:-runs/clipkd}             # the runs
 # Where: this machine with GPUS GPUs, or Slurm with a GPU per task of an array and NODES x GPUS for the trainings.
 WHERE=${WHERE:-here}                # here or slurm
 GPUS=${GPUS:-1} NODES=${NODES:-1} ARRAY=${ARRAY:-32} TIME=${TIME:-1-00:00:00}
+DOWNLOADERS=${DOWNLOADERS:-8}       # tasks of ingest, each of which reads both lists
 ON_GPU=${ON_GPU:-}                  # before `clipmill eval` where this machine has no GPU, such as "srun --gpus=1"
 # The setting of CLIP-KD
 TEACHER=${TEACHER:-ViT-B-16} TEACHER_WEIGHTS=${TEACHER_WEIGHTS-laion400m_e32}
@@ -32,14 +33,14 @@ SEED=${SEED:-0}
 INGEST_OPTIONS=${INGEST_OPTIONS:-} CACHE_OPTIONS=${CACHE_OPTIONS:-} TRAIN_OPTIONS=${TRAIN_OPTIONS:-}
 
 say() { printf '\n[%(%F %T)T] %s\n' -1 "$*"; }
-stage() { # stage GPUS COMMAND ROOT OPTION...: a stage, as an array on Slurm
-  local gpus=(--gpus-per-node "$1")
-  [ "$1" -gt 0 ] || gpus=()
-  shift
+stage() { # stage TASKS GPUS COMMAND ROOT OPTION...: a stage, on Slurm as an array of so many tasks with so many GPUs
+  local array=(--array "$1") gpus=(--gpus-per-node "$2")
+  [ "$2" -gt 0 ] || gpus=()
+  shift 2
   say "clipmill $*"
   case $WHERE in
     here) clipmill "$@" ;;
-    slurm) clipmill submit "$@" --array "$ARRAY" "${gpus[@]}" --time "$TIME" --wait ;;
+    slurm) clipmill submit "$@" "${array[@]}" "${gpus[@]}" --time "$TIME" --wait ;;
   esac
 }
 train() { # train RECIPE OPTION...: a training on all GPUs
@@ -59,7 +60,7 @@ weights=() teacher=${TEACHER#local-dir:}
 # 1. The evaluation set, and the teacher on it: 67.1 says that folders, names and prompts are right
 say "clipmill evalset, and the teacher on it"
 clipmill evalset "$EVAL" --classes "$IMAGENET"
-$ON_GPU clipmill eval "$teacher" --data "$EVAL"
+$ON_GPU clipmill eval "$teacher" --data "$EVAL" --output "$OUT/teacher"
 
 # 2. One list of both corpora, in the order of CC12M's columns, becomes shards with their original captions
 mkdir -p "$ROOT.lists"
@@ -67,12 +68,13 @@ mkdir -p "$ROOT.lists"
   awk -F '\t' -v OFS='\t' '{ print $2, $1 }' "$CC3M" >"$ROOT.lists/cc3m.part"
   mv "$ROOT.lists/cc3m.part" "$ROOT.lists/cc3m.tsv"
 }
-stage 0 ingest "$ROOT" --source "$ROOT.lists/cc3m.tsv" "$CC12M" --format cc12m --shard-size 10000 "${ingest_options[@]}"
-stage 0 pack "$ROOT" --captioner none --download-wordnet
+stage "$DOWNLOADERS" 0 ingest "$ROOT" --source "$ROOT.lists/cc3m.tsv" "$CC12M" --format cc12m --shard-size 10000 \
+  "${ingest_options[@]}"
+stage "$ARRAY" 0 pack "$ROOT" --captioner none --download-wordnet
 
 # 3. The teacher's embeddings of VIEWS crops of each image and of its caption
-stage 1 cache "$ROOT" --model "$TEACHER" "${weights[@]}" --name clipkd-teacher --views "$VIEWS" --scale 0.9 1 --flip 0 \
-  "${cache_options[@]}"
+stage "$ARRAY" 1 cache "$ROOT" --model "$TEACHER" "${weights[@]}" --name clipkd-teacher --views "$VIEWS" \
+  --scale 0.9 1 --flip 0 "${cache_options[@]}"
 
 # 4. The student alone, then with CLIP-KD's losses: CLIP's + 2000 FD + CRD + ICL. The optimizer is CLIP-KD's for ViTs.
 common=(--data "$ROOT" --model "$STUDENT" --batch-size "$BATCH" --lr 1e-3 --weight-decay 0.1 --beta2 0.98 --eps 1e-6

@@ -130,16 +130,10 @@ def _answers(port: int) -> bool:
         return knock.connect_ex(("127.0.0.1", port)) == 0
 
 
-@pytest.mark.slow
-@pytest.mark.integration
-def test_the_script_runs_on_the_demos_scenes(web, tmp_path):
-    """From two lists to two accuracies; stopped before `pack`, the same line resumes."""
-    commands, once = tmp_path / "commands", tmp_path / "failed"
-    commands.mkdir()
-    fails = f'[ -e {once} ] || [ "$1" != pack ] || {{ touch {once}; exit 3; }}'
-    (commands / "clipmill").write_text(f'#!/bin/sh\n{fails}\nexec {sys.executable} -m clipmill "$@"\n')
-    (commands / "clipmill").chmod(0o755)
-    variables = {
+@pytest.fixture
+def small(web, tmp_path) -> dict[str, str]:
+    """The script's variables for the scenes, with models of a layer."""
+    return {
         "CC3M": str(web / "cc3m.tsv"),
         "CC12M": str(web / "cc12m.tsv"),
         "IMAGENET": str(web / "val"),
@@ -154,21 +148,55 @@ def test_the_script_runs_on_the_demos_scenes(web, tmp_path):
         "WARMUP": "2",
         "VIEWS": "2",
         "INGEST_OPTIONS": "--allow-private --workers 1",
-        "CACHE_OPTIONS": "--threads 1",
-        "TRAIN_OPTIONS": "--workers 0 --log-every 1",
+        "CACHE_OPTIONS": "--threads 1 --device cpu",
+        "TRAIN_OPTIONS": "--workers 0 --log-every 1 --device cpu",
     }
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{commands}:{os.environ['PATH']}", **variables}
+
+
+def command(folder: Path, before: str = "") -> str:
+    """A PATH that has `clipmill` of this checkout; ``before`` is run first."""
+    folder.mkdir()
+    (folder / "clipmill").write_text(f'#!/bin/sh\n{before}\nexec {sys.executable} -m clipmill "$@"\n')
+    (folder / "clipmill").chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def check_outcome(folder: Path) -> None:
+    """Both runs have their losses, step by step, and an accuracy."""
+    distilled = {"contrastive", "feature", "relation", "interactive"}
+    for run, losses in (("scratch", {"contrastive"}), ("distilled", distilled)):
+        lines = [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+        assert set(lines[-1]["losses"]) == losses
+        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+        result = json.loads((folder / run / "eval" / "eval_zeroshot.json").read_text())
+        assert 0 <= result["metrics"]["acc1"] <= 1
+    assert (folder / "compare.html").exists()
+    assert (folder / "teacher" / "eval_zeroshot.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_the_script_runs_on_the_demos_scenes(small, tmp_path):
+    """From two lists to two accuracies; stopped before `pack`, the same line resumes."""
+    once = tmp_path / "failed"
+    path = command(tmp_path / "commands", f'[ -e {once} ] || [ "$1" != pack ] || {{ touch {once}; exit 3; }}')
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, **small}
     for code in (3, 0):
         done = subprocess.run(["bash", SCRIPT], env=environment, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == code, done.stderr[-3000:]
     assert "ingest: 120 samples in 1 shard (0 made now" in done.stdout
-    for run, losses in (
-        ("scratch", {"contrastive"}),
-        ("distilled", {"contrastive", "feature", "relation", "interactive"}),
-    ):
-        lines = [json.loads(line) for line in (tmp_path / "runs" / run / "metrics.jsonl").read_text().splitlines()]
-        assert set(lines[-1]["losses"]) == losses
-        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-        result = json.loads((tmp_path / "runs" / run / "eval" / "eval_zeroshot.json").read_text())
-        assert 0 <= result["metrics"]["acc1"] <= 1
-    assert (tmp_path / "runs" / "compare.html").exists()
+    check_outcome(tmp_path / "runs")
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_the_script_runs_on_slurm(slurm, small, tmp_path):
+    own = {**slurm.own, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}", "OMP_NUM_THREADS": "1"}
+    where = {"WHERE": "slurm", "GPUS": "1", "ARRAY": "2", "DOWNLOADERS": "2", "TIME": "11"}
+    path = command(tmp_path / "commands")
+    environment = {**os.environ, **own, "PATH": path, **small, **where}
+    done = subprocess.run(["bash", SCRIPT], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    check_outcome(tmp_path / "runs")
+    for stage in ("ingest", "pack", "cache"):
+        assert f"\n{stage}: job " in done.stdout

@@ -113,6 +113,10 @@ def test_hours_of_a_measured_step_are_those_of_its_rate(recipes):
     seconds = 32 * 10_968_539 / recipes.figure_rate("train: SiCLIP-S0, batch 1,536 bf16")
     assert hours(recipes, "siclip", 0, "train siclip, 32 epochs") == pytest.approx(seconds * SLOWER / 3600)
     assert hours(recipes, "siclip", 1, "train siclip, 32 epochs") == pytest.approx(seconds / 8 / 3600)
+    rate = recipes.figure_rate("train: SiCLIP-S0, batch 1,536 bf16") / SLOWER
+    assert f"| steps an hour, train siclip, 32 epochs | {3600 * rate / 1536:,.0f} |" in recipes.page_table(
+        "siclip", MEASURED
+    )
 
 
 def test_hours_of_a_counted_step_are_those_of_its_kind(recipes):
@@ -124,6 +128,16 @@ def test_hours_of_a_counted_step_are_those_of_its_kind(recipes):
     assert hours(recipes, "tinymim", 0, "train tinymim, 300 epochs") == pytest.approx(one_gpu)
     on_64 = images * whole * 1e9 / (share * MEASURED.ceiling) / 64 / 3600
     assert hours(recipes, "tinymim", 1, "train tinymim, 300 epochs") == pytest.approx(on_64)
+
+
+def test_catlips_steps_have_as_many_pixels_whatever_their_sides(recipes):
+    """The batches of its paper's sampler, of 1024 nominal images, and the steps of 25 epochs of CC3M."""
+    assert recipes.mean_batch(range(128, 321, 16)) == pytest.approx(1.27, abs=0.005)
+    rate = recipes.figure_rate("train: CatLIP B/16, batch 512 bf16") / SLOWER * 3 / 4  # in chunks
+    images = 25 * 2_905_954 / recipes.mean_batch(range(128, 321, 16))
+    assert hours(recipes, "catlip", 0, "train catlip") == pytest.approx(images / rate / 3600)
+    steps = 200_000 * 65_536 / recipes.figure_rate("train: CatLIP B/16, batch 512 bf16") / 64
+    assert hours(recipes, "catlip", 1, "train catlip") == pytest.approx(steps / 3600)
 
 
 @pytest.mark.integration
@@ -151,9 +165,10 @@ def test_every_table_has_all_its_rows_and_their_sum(recipes):
         lines = recipes.page_table(name, MEASURED).split("\n\n")[0].splitlines()
         settings = recipes.PAGES[name](MEASURED)
         rows = chain.from_iterable(setting.rows for setting in settings)
-        assert len(lines) == 3 + len({row.name for row in rows})
+        commands = {row.name: row.steps > 0 for row in rows}
+        assert len(lines) == 3 + len(commands) + sum(commands.values())
         assert {line.count("|") for line in lines[2:]} == {2 + 2 * len(settings)}
-        assert lines[-1].startswith("| together |")
+        assert lines[2 + len(commands)].startswith("| together |")
 
 
 # what to see after an hour

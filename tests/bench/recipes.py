@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, NamedTuple
 
 import plan
@@ -35,6 +36,7 @@ UNIT = "step of ViT-B-16"  # a measured job, in whose samples the time of the ot
 CARD, KIND, GUESS = "†", "‡", "§"  # how a rate is known: measured, as a job of its kind, assumed
 NODES = 8
 GPUS_PER_NODE = 8
+SIDE = 224  # pixels a side of the images whose batch is the nominal one
 
 CC3M = plan.CORPORA[0]
 CC12M = plan.CORPORA[1]
@@ -102,12 +104,13 @@ class Machine(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A command, what it costs, the marks of its GPU's hours, and its jobs that the plan does not know."""
+    """A command, what it costs, the marks of its GPU's hours, its jobs that the plan does not know, and its steps."""
 
     name: str
     cost: StageCost
     marks: str = ""
     jobs: tuple[str, ...] = ()
+    steps: float = 0.0
 
 
 class Setting(NamedTuple):
@@ -129,6 +132,7 @@ class Work:
         gpus: At most, where the batch is too small for more.
         fits: Whether the batch fits one 24 GB GPU; else it is computed in chunks there.
         row_bytes: What is written per image, where that is not the plan's cache.
+        batch: Samples of a step, where the page says how many steps an hour has.
     """
 
     name: str
@@ -137,6 +141,7 @@ class Work:
     gpus: int | None = None
     fits: bool = True
     row_bytes: float | None = None
+    batch: float | None = None
 
 
 def one_gpu(measured: MeasuredRates) -> Machine:
@@ -200,7 +205,9 @@ def working(corpus: Corpus, machine: Machine, work: Work, measured: MeasuredRate
         jobs={UNIT: corpus.samples * work.epochs * each},
     )
     marks = {JOBS[job].mark for job in work.jobs}
-    return Row(work.name, cost, "".join(mark for mark in (CARD, KIND, GUESS) if mark in marks), tuple(work.jobs))
+    known_by = "".join(mark for mark in (CARD, KIND, GUESS) if mark in marks)
+    steps = corpus.samples * work.epochs / work.batch if work.batch else 0.0
+    return Row(work.name, cost, known_by, tuple(work.jobs), steps)
 
 
 def training(corpus: Corpus, machine: Machine, work: Work, measured: MeasuredRates) -> Row:
@@ -216,7 +223,7 @@ def cached(corpus: Corpus, machine: Machine, work: Work, measured: MeasuredRates
 
 def siclip(measured: MeasuredRates) -> list[Setting]:
     """CC12M with five synthetic captions, 32 epochs of batch 1,536."""
-    train = Work("train siclip, 32 epochs", {"step of SiCLIP-S0": 1}, 32, gpus=GPUS_PER_NODE)
+    train = Work("train siclip, 32 epochs", {"step of SiCLIP-S0": 1}, 32, gpus=GPUS_PER_NODE, batch=1536)
     settings = []
     for machine in (one_gpu(measured), eight_nodes(measured)):
         stages = known(CC12M, machine, Choices(captions=5), "ingest", "dedup", "caption", "pack")
@@ -237,23 +244,37 @@ def tinyclip(measured: MeasuredRates) -> list[Setting]:
         teacher = Work("cache", {"image of ViT-B/32": views, "text of ViT-B": 1})
         rows = [*known(corpus, machine, choices, "ingest", "pack"), cached(corpus, machine, teacher, measured, choices)]
         for stage, size in enumerate(("61M", "40M"), 1):
-            work = Work(f"train tinyclip, stage {stage}", {f"step of TinyCLIP-ViT-{size}/32": 1}, epochs, fits=False)
+            job = {f"step of TinyCLIP-ViT-{size}/32": 1.0}
+            batch = 32_768 if corpus is LAION else 4_096
+            work = Work(f"train tinyclip, stage {stage}", job, epochs, fits=False, batch=batch)
             rows.append(training(corpus, machine, work, measured))
         settings.append(Setting(f"{corpus.name}, {machine.name}", machine, rows))
     return settings
 
 
+def mean_batch(sides: Sequence[int]) -> float:
+    """Images of a step over the nominal batch, the mean where a step has one of these sides and as many pixels."""
+    return mean((SIDE / side) ** 2 for side in sides)
+
+
 def catlip(measured: MeasuredRates) -> list[Setting]:
-    """CC3M for 25 epochs on one GPU, DataComp-1B for 200,000 steps of 65,536 on eight nodes; then ImageNet."""
+    """CC3M for 25 epochs on one GPU, DataComp-1B for 200,000 steps of 65,536 on eight nodes; then ImageNet.
+
+    Jobs are counted in images of 224 pixels a side.
+    """
+    seen, tuned = mean_batch(range(128, 321, 16)), mean_batch(range(128, 321, 32))
     settings = []
-    for corpus, machine, epochs in (
-        (CC3M, one_gpu(measured), 25.0),
-        (DATACOMP, eight_nodes(measured), 200_000 * 65_536 / DATACOMP.samples),
+    for corpus, machine, epochs, batch in (
+        (CC3M, one_gpu(measured), 25.0, 2_048 * seen),
+        (DATACOMP, eight_nodes(measured), 200_000 * 65_536 * seen / DATACOMP.samples, 65_536 * seen),
     ):
         works = [
-            (corpus, Work("train catlip", {"step of CatLIP B/16": 1}, epochs, fits=False)),
-            (IMAGENET, Work("train probe, 30 epochs", {"probe of ViT-B/16": 1}, 30, gpus=GPUS_PER_NODE)),
-            (IMAGENET, Work("train finetune, 10 epochs", {"fine-tuning of ViT-B/16": 1}, 10, GPUS_PER_NODE, False)),
+            (corpus, Work("train catlip", {"step of CatLIP B/16": 1 / seen}, epochs, fits=False, batch=batch)),
+            (IMAGENET, Work("train probe, 30 epochs", {"probe of ViT-B/16": 1 / tuned}, 30, gpus=GPUS_PER_NODE)),
+            (
+                IMAGENET,
+                Work("train finetune, 10 epochs", {"fine-tuning of ViT-B/16": 1 / tuned}, 10, GPUS_PER_NODE, False),
+            ),
         ]
         rows = known(corpus, machine, Choices(captions=0), "ingest", "pack", "vocab")
         rows += [training(images, machine, work, measured) for images, work in works]
@@ -264,7 +285,7 @@ def catlip(measured: MeasuredRates) -> list[Setting]:
 def tinymim(measured: MeasuredRates) -> list[Setting]:
     """ViT-B from MAE's ViT-L, 300 epochs of batch 4,096, and 100 epochs of fine-tuning."""
     works = [
-        Work("train tinymim, 300 epochs", {"step of TinyMIM-B": 1}, 300, fits=False),
+        Work("train tinymim, 300 epochs", {"step of TinyMIM-B": 1}, 300, fits=False, batch=4_096),
         Work("train finetune, 100 epochs", {"fine-tuning of ViT-B/16": 1}, 100, GPUS_PER_NODE, False),
     ]
     return [on_imagenet(machine, works, measured) for machine in (one_gpu(measured), eight_nodes(measured))]
@@ -280,8 +301,15 @@ def minivit(measured: MeasuredRates) -> list[Setting]:
     """Mini-DeiT-S from cached soft labels and Mini-Swin-T from a live Swin-B, 300 epochs of batch 1,024 each."""
     labels = Work("cache --soft-labels", {"image of RegNetY-16GF": 8}, row_bytes=8 * (4 * 100 + 4))
     works = [
-        Work("train minivit, Mini-DeiT-S", {"step of Mini-DeiT-S": 1}, 300, GPUS_PER_NODE, False),
-        Work("train minivit, Mini-Swin-T", {"step of Mini-Swin-T, teacher Swin-B": 1}, 300, GPUS_PER_NODE, False),
+        Work("train minivit, Mini-DeiT-S", {"step of Mini-DeiT-S": 1}, 300, GPUS_PER_NODE, False, batch=1_024),
+        Work(
+            "train minivit, Mini-Swin-T",
+            {"step of Mini-Swin-T, teacher Swin-B": 1},
+            300,
+            GPUS_PER_NODE,
+            False,
+            batch=1_024,
+        ),
     ]
     settings = []
     for machine in (one_gpu(measured), eight_nodes(measured)):
@@ -296,7 +324,7 @@ def clipkd(measured: MeasuredRates) -> list[Setting]:
     choices = Choices(views=4, captions=0, width=512)
     teacher = Work("cache", {"image of ViT-B/16": 4, "text of ViT-B": 1})
     works = [
-        Work(f"train {recipe}, 32 epochs", {"step of ViT-T/16": 1}, 32, GPUS_PER_NODE, False)
+        Work(f"train {recipe}, 32 epochs", {"step of ViT-T/16": 1}, 32, GPUS_PER_NODE, False, batch=1_024)
         for recipe in ("clip", "siclip")
     ]
     settings = []
@@ -318,10 +346,11 @@ def hours_cell(row: Row, machine: Machine) -> tuple[float, str]:
 
 
 def cost_table(settings: Sequence[Setting]) -> str:
-    """The table of a page: a line per command, and their sums."""
+    """The table of a page: a line per command, their sums, and the steps that an hour of the trainings has."""
     names = dict.fromkeys(row.name for row in chain.from_iterable(setting.rows for setting in settings))
     lines = {name: [f"`{name}`" if "," not in name else name] for name in names}
     total = ["together"]
+    steps = {row.name: [f"steps an hour, {row.name}"] for row in settings[0].rows if row.steps}
     head = [""]
     for setting in settings:
         head += [f"{setting.title}: hours", "GB"]
@@ -331,8 +360,10 @@ def cost_table(settings: Sequence[Setting]) -> str:
             hours, text = hours_cell(by_name[name], setting.machine)
             spent += hours
             cells += [text, plan.rounded(by_name[name].cost.written / 1e9, "–")]
+            if name in steps:
+                steps[name] += [f"{by_name[name].steps / hours:,.0f}", ""]
         total += [plan.rounded(spent, "<0.1"), plan.rounded(sum(row.cost.written for row in setting.rows) / 1e9, "–")]
-    return plan.markdown([head, *lines.values(), total])
+    return plan.markdown([head, *lines.values(), total, *steps.values()])
 
 
 def counted_jobs(jobs: Iterable[str]) -> str:
