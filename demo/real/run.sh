@@ -46,7 +46,8 @@ step evalset clipmill evalset "$EVAL/kinds" --classes "$WEB/labelled/test"
 step evalset clipmill evalset "$EVAL/kinds" --classes "$WEB/labelled/train" --split train
 
 # 2. The list becomes raw shards; the models: others' weights, and descriptions of small ones
-step ingest clipmill ingest "$ROOT" --source "$WEB/list.parquet" --shard-size 1000 --image-size 144 --allow-private
+step ingest clipmill ingest "$ROOT" --source "$WEB/list.parquet" --shard-size 1000 --image-size 144 \
+  --min-caption-chars 3 --allow-private
 step dedup clipmill dedup "$ROOT"
 MODELS=$RUN/models
 [ -f "$MODELS/student/open_clip_config.json" ] ||
@@ -80,7 +81,7 @@ student=(--data "$ROOT" --select clean --model "local-dir:$MODELS/student" "${ru
   --warmup 30 --clip-norm 1)
 for seed in $SEEDS; do
   step scratch clipmill train clip "${student[@]}" "${views[@]}" --out "$RUN/scratch-$seed" --seed "$seed"
-  step distilled clipmill train tinyclip "${student[@]}" --teacher teacher --fixed-logit-scale None \
+  step distilled clipmill train tinyclip "${student[@]}" --teacher teacher --fixed-logit-scale None --feature-weight 2 \
     --out "$RUN/distilled-$seed" --seed "$seed"
 done
 
@@ -90,3 +91,7 @@ for model in "$RUN/captioner" "$RUN/teacher" "$RUN"/scratch-* "$RUN"/distilled-*
 done
 step report clipmill report "$ROOT"
 step report clipmill report "$RUN/distilled-${SEEDS%% *}"
+step compare clipmill compare "$RUN/teacher" "$RUN"/scratch-* "$RUN"/distilled-* --data "$EVAL/kinds" \
+  --baseline scratch --output "$RUN/compare.html" --markdown "$RUN/compare.md"
+cat "$RUN/compare.md"
+awk -F'\t' '{ sum += $2 } END { printf "\n%.0f s in all, %s has them by step\n", sum, FILENAME }' "$RUN/seconds.tsv"
