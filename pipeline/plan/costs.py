@@ -16,7 +16,8 @@ class Costs:
     vocab_sum_ms: float = 0.00014  # of that the sum of all shards' counts, which is one process
     view_ms: float = 1.04  # decoding included, which ten views share
     train_ms: float = 2.2
-    check_ms: float = 0.33  # from the page cache
+    check_ms: float = 0.22  # from the page cache
+    check_sum_ms: float = 0.00016  # of that the sum of all parts, which is one process: `check_sum.py`
     rows_per_s: float = 518_000  # of a list of links, that are read to be left to others
     downloaded: float = 125_000  # assumed: the photos of the benches
     image: float = 29_900  # img2dataset's documentation: 1 M images at 256 px are 29.9 GB

@@ -172,6 +172,6 @@ def stage_costs(corpus: Corpus, choices: Choices, cores: int, c: Costs = MEASURE
         on_cores("pack", c.pack_ms, 0.0, raw + caption, final),
         on_cores("vocab", c.vocab_ms, c.vocab_sum_ms, n * 320, 1e6),
         on_gpus("cache", final, cached),
-        StageCost("check", hours * c.check_ms, 2 * raw + 4 * final + 2 * cached, 0, 1, 1),
+        on_cores("check", c.check_ms, c.check_sum_ms, raw + caption + final + cached, 0),
         *(on_gpus(f"train {name}", final + row, 0, choices.epochs) for name in STUDENTS),
     ]
