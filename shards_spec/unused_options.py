@@ -53,11 +53,15 @@ def field_values(config: Any) -> dict[str, Any]:
 
 
 def changed_fields(config: Any, *defaults: Any) -> set[str]:
-    """Return the names of the fields whose value is that of none of the defaults, which are configs of the same kind.
+    """Return the names of the fields that have no default's value: neither that of their class nor of ``defaults``.
 
     What is given as its default is not told from what is not given: a command line knows that.
+
+    Args:
+        config: A dataclass, maybe composed of others.
+        defaults: Configs of the same kind.
     """
-    usual = [field_values(default) for default in defaults]
+    usual = [_class_defaults(config), *map(field_values, defaults)]
     return {name for name, value in field_values(config).items() if all(value != one[name] for one in usual)}
 
 
@@ -77,3 +81,12 @@ def _unused(config: Any) -> Iterator[Unused]:
         value = getattr(config, field.name)
         if is_dataclass(value):
             yield from _unused(value)
+
+
+def _class_defaults(config: Any) -> dict[str, Any]:
+    """The defaults of the classes of a config and of those that it is composed of, by field."""
+    values = dict[str, Any]()
+    for field in fields(config):
+        value = getattr(config, field.name)
+        values |= _class_defaults(value) if is_dataclass(value) else {field.name: field.default}
+    return values

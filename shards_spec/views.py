@@ -24,6 +24,7 @@ from shards_spec.counter_rng import uniform_draws
 from shards_spec.files import DataError, UserError, sha256_json
 from shards_spec.images import UPRIGHT
 from shards_spec.messages import require
+from shards_spec.unused_options import Unused
 
 RENDERING = 3  # raised whenever `apply_view` gives other pixels for the same view
 BY_PILLOW = 2  # the rendering before: Pillow resizes crops; caches of it are read on
@@ -84,6 +85,17 @@ class ViewOptions:
         require(is_drawn, "magnitude_std", self.magnitude_std, "0, or more with one of timm's --op-set")
         is_strength = all(0 <= strength < math.inf for strength in self.jitter) and self.jitter[3] <= 0.5
         require(is_strength, "jitter", self.jitter, "0 or more each, hue at most 0.5")
+
+    def unused(self) -> Iterator[Unused]:
+        """Yield the options of what is not drawn."""
+        operations = ("magnitude", "op_set", "op_prob", "magnitude_std")
+        if self.scale is None:
+            names = ("ratio", "flip", "ops", *operations, "jitter", "jitter_prob")
+            yield Unused([name for name in names if getattr(self, name)], "with --scale None, the plain centre crop")
+        if not self.ops:
+            yield Unused(operations, "with --ops 0")
+        if not any(self.jitter):
+            yield Unused(("jitter_prob",), "with --jitter 0 0 0 0")
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """A command to submit, and how its words are parsed: the flags of the command itself, and those of `Options`."""
 
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.core.command_line import EXAMPLES, HELP, Root, parse_known, parse_several
+from pipeline.core.command_line import EXAMPLES, HELP, Root, parse_several, print_help, words_of_others
 from shards_spec.files import UserError
 from shards_spec.layout import SUBMITTED
 from shards_spec.suggest import did_you_mean
+from shards_spec.unused_options import Unused
 from slurm.options import Options
 
 COMMANDS = (*SUBMITTED, "train")  # that can be submitted
@@ -40,6 +41,19 @@ class TrainOptions(Options):
 
     clipmill submit train RECIPE --help shows the recipe's options, too.
     """
+
+    def unused(self) -> Iterator[Unused]:
+        """Yield the options of arrays."""
+        yield Unused(("array", "parallel", "recheck", "claim_s"), "by a training, which is one job")
+
+
+@dataclass(frozen=True)
+class StageOptions(Options):
+    """Submit a stage as an array over its shards."""
+
+    def unused(self) -> Iterator[Unused]:
+        """Yield the options of trainings."""
+        yield Unused(("nodes", "tasks_per_node"), "by a stage, whose tasks are one process each; say --array")
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,7 @@ def parse_steps(words: list[str]) -> list[Step]:
 def stage_step(command: str, words: list[str], default: Options) -> Step:
     """A stage's own flags and those of submit, whose defaults are ``default``'s. Raises UserError."""
     stage = SUBMITTED[command]
-    parts = {"": (pkgutil.resolve_name(stage.config), None), "submit": (Options, default)}
+    parts = {"": (pkgutil.resolve_name(stage.config), None), "submit": (StageOptions, default)}
     config, options = parse_several(f"submit {command}", parts, words)
     return Step(command, options, pkgutil.resolve_name(stage.function), config)
 
@@ -90,15 +104,14 @@ def _train_step(words: list[str], default: Options) -> Step:
 
     recipe, flags = (words[0], words[1:]) if words else ("", [])
     if recipe in HELP:
-        parse_known("submit train", TrainOptions, TrainOptions(), ["--help"], f"Recipes: {', '.join(RECIPES)}.")
+        print_help("submit train", TrainOptions, f"Recipes: {', '.join(RECIPES)}.")
     if recipe and recipe not in RECIPES:
         raise UserError(f"no recipe {recipe!r}; {did_you_mean(recipe, RECIPES)}")
     if not recipe or ({*HELP}.isdisjoint(flags) and not find_option(flags, "--out")):
         raise UserError("submit train RECIPE --out RUN: name the recipe and the run's folder, the job's files go there")
-    parts = {**command_line_parts(recipe, flags), "submit": (Options, default)}
+    parts = {**command_line_parts(recipe, flags), "submit": (TrainOptions, default)}
     config, _, options = parse_several(f"submit train {recipe}", parts, flags)
-    _, own = parse_known(f"submit train {recipe}", Options, default, flags)
-    return Step("train", options, config=config, words=(recipe, *own))
+    return Step("train", options, config=config, words=(recipe, *words_of_others(flags, TrainOptions)))
 
 
 def by_stage(step: Step) -> list[Step]:

@@ -1,7 +1,7 @@
 """The pieces that recipes compose their configs of. Field names are unique: the command line shows them flat."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +9,10 @@ from typing import Any, Literal
 from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
-from shards_spec.messages import flag, require
+from shards_spec.messages import require
 from shards_spec.models import Trust
 from shards_spec.precision import PrecisionOption
+from shards_spec.unused_options import Unused
 from shards_spec.views import ViewOptions, ViewSpec
 
 MOST_SEED = 1 << 62  # torch takes 64 bits, of which the number of a process and a step take some
@@ -109,6 +110,11 @@ class SideConfig:
         require(self.base_side >= 1, "base_side", self.base_side, "1 or more")
         require(self.batch_parts >= 1, "batch_parts", self.batch_parts, "1 or more")
 
+    def unused(self) -> Iterator[Unused]:
+        """Yield the options that only several sides make use of."""
+        if not self.sides:
+            yield Unused(("base_side",), "without --sides")
+
 
 @dataclass(frozen=True)
 class ViewConfig(ViewOptions):
@@ -153,35 +159,6 @@ class EnsembleConfig:
         require(is_scale, "teacher_scale", self.teacher_scale, "above 0 each")
 
 
-def check_caches_are_read(caches: TeacherCacheConfig, teacher_from: str) -> None:
-    """Raise UserError where caches are named and none is read."""
-    if teacher_from == "live" and any(caches.names):
-        raise UserError(
-            f"--teacher {' '.join(caches.names)} would not be used with --teacher-from live: say --teacher-from cache"
-        )
-
-
-def refuse_given(part: Any, names: Iterable[str], why: str) -> None:
-    """Raise UserError where a field of a config is neither its default nor `smoke`'s, with ``why`` it is not used.
-
-    One that was given as its default is not told from one that was not given.
-    """
-    defaults = type(part)()
-    smoked = SMOKE_MASKS if isinstance(part, MaskConfig) else {}
-    for name in names:
-        value, default = getattr(part, name), getattr(defaults, name)
-        if value not in (default, smoked.get(name, default)):
-            raise UserError(f"{_as_given(name, value)} would not be used {why}")
-
-
-def _as_given(name: str, value: Any) -> str:
-    """An option as a command line has it."""
-    if isinstance(value, bool):
-        return flag(name if value else f"no_{name}")
-    given = " ".join(map(str, value)) if isinstance(value, tuple) else value
-    return f"{flag(name)} {given}"
-
-
 def teacher_names(value: Any) -> tuple[str, ...]:
     """Return the names of teacher caches as a config has them: several, or one string as configs had before."""
     return tuple(value) if isinstance(value, tuple | list) else (value,) * bool(value)
@@ -197,9 +174,6 @@ class ModelConfig:
     pretrained: str | None = None
     """open_clip tag or checkpoint file to start from; None starts from random weights"""
     trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)
-
-
-SMOKE_MASKS: dict[str, Any] = {"prune_step": 2, "sparsity_ramp": 1}  # of `smoke`
 
 
 @dataclass(frozen=True)
@@ -311,6 +285,13 @@ class OptimConfig:
         require(decay is None or 0 < decay < 1, "ema_decay", decay, "in (0, 1), or None")
         require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0 or None")
 
+    def unused(self) -> Iterator[Unused]:
+        """Yield what the schedule does not come to."""
+        if not self.warmup:
+            yield Unused(("warmup_lr",), "with --warmup 0")
+        if self.schedule == "constant":
+            yield Unused(("final_lr",), "with --schedule constant")
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -378,6 +359,18 @@ class RunConfig:
         require(self.fit is None or self.fit > 0, "fit", self.fit, "above 0, or None")
         require(abs(self.seed) < MOST_SEED, "seed", self.seed, "a whole number of less than 63 bits")
 
+    def unused(self) -> Iterator[Unused]:
+        """Yield what another way to say the same takes the place of."""
+        if self.steps is not None:
+            yield Unused(("epochs",), "with --steps")
+        if self.eval_every_steps is not None:
+            yield Unused(("eval_every_epochs",), "with --eval-every-steps")
+
+    def unused_without_eval_data(self) -> Iterator[Unused]:
+        """Yield what only a measured run makes use of; for recipes that measure nothing of themselves."""
+        if not self.eval_data:
+            yield Unused(("eval_every_epochs", "eval_every_steps"), "without --eval-data")
+
 
 @dataclass(frozen=True)
 class TrialOptions:
@@ -407,7 +400,7 @@ def smoke(config: Any) -> Any:
     The model stays; with a small one it runs in seconds on a CPU. Masks are applied half way.
     """
     masks = getattr(config, "masks", None)
-    parts = {"masks": replace(masks, **SMOKE_MASKS)} if isinstance(masks, MaskConfig) else {}
+    parts = {"masks": replace(masks, prune_step=2, sparsity_ramp=1)} if isinstance(masks, MaskConfig) else {}
     return replace(
         config,
         data=replace(config.data, batch_size=8, workers=0),

@@ -22,7 +22,8 @@ from shards_spec.files import UserError
 from shards_spec.messages import counted
 from shards_spec.models import pick_device
 from shards_spec.precision import resolve_precision
-from training.config import flat, total_steps
+from shards_spec.unused_options import changed_fields, refuse_unused
+from training.config import flat, smoke, total_steps
 from training.configs import default_config
 from training.data.batches import TrainingRows, lay_out_images, load_batches
 from training.engine.batch_fit import fitted, out_of_memory, profiles
@@ -67,7 +68,12 @@ def train(recipe: str, config: RecipeConfig) -> str:
 
 
 def stages_of(recipe: str, config: RecipeConfig) -> list[RecipeConfig]:
-    """Return the configs of the runs that a config stands for, in their order. Raises UserError."""
+    """Return the configs of the runs that a config stands for, in their order.
+
+    Raises UserError for stages that cannot be, and for an option that is not its default and has no effect.
+    """
+    default = default_config(recipe)
+    refuse_unused(config, changed_fields(config, default, smoke(default)))
     if recipe not in STAGED:
         return [config]
     stages: list[RecipeConfig] = import_module(f"training.configs.{recipe}").stages(config)

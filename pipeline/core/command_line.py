@@ -10,20 +10,21 @@ import dataclasses
 import errno
 import inspect
 import io
+import linecache
 import os
 import re
 import sys
-import textwrap
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
-from typing import Annotated, Any, cast, get_type_hints
+from typing import Annotated, Any, NoReturn, cast, get_type_hints
 
 import tyro
 
 from shards_spec.files import UserError
 from shards_spec.messages import flag
 from shards_spec.suggest import did_you_mean
+from shards_spec.unused_options import refuse_unused
 
 Root = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ROOT")]  # the first field of a stage's config
 # command (of a recipe: "train RECIPE") to the arguments that its help shows; those of "submit STAGE" are the stage's
@@ -204,7 +205,8 @@ def parse_several(command: str, parts: dict[str, tuple[Any, Any]], args: list[st
     """Several configs from one command line: ``parts`` maps a name to (dataclass, default or None).
 
     The fields of a named part are in a group of that name, unless one of the command's groups has them. Raises
-    UserError, one line, for arguments that make no config, and PermissionError for a folder that cannot be read.
+    UserError, one line, for arguments that make no config or have no effect, and PermissionError for a folder that
+    cannot be read.
     """
     if not {*HELP}.isdisjoint(args):
         args = ["--help"]  # after other arguments tyro's help would leave out what they gave
@@ -225,7 +227,17 @@ def parse_several(command: str, parts: dict[str, tuple[Any, Any]], args: list[st
         _check_value(command, option, values[option.name])
     for name in ("root", "data", "out") if is_recipe else ("root",):
         _check_folder(name, values.get(name, ""))
-    return [_build(kind, default, values) for kind, default in parts.values()]
+    configs = [_build(kind, default, values) for kind, default in parts.values()]
+    words = _flags_of(args)
+    given = {option.name for option in options if not words.keys().isdisjoint(option.flags)}
+    for config in configs:
+        refuse_unused(config, given)
+    return configs
+
+
+def _flags_of(args: list[str]) -> dict[str, None]:
+    """The options among arguments, as their help writes them, in the order of the arguments."""
+    return {arg.partition("=")[0].replace("_", "-"): None for arg in args if arg.startswith("--")}
 
 
 def _description(command: str, kind: Any) -> str:
@@ -261,20 +273,25 @@ def option_names(kind: Any) -> list[str]:
     return [option.name for option in _options(kind, None, "")]
 
 
-def parse_known(command: str, kind: Any, default: Any, args: list[str], note: str = "") -> tuple[Any, list[str]]:
-    """The config that some of the arguments make, and the other arguments; the help ends its description with ``note``.
+def print_help(command: str, kind: Any, note: str) -> NoReturn:
+    """Print the options of a config; ``note`` ends its description. Raises SystemExit, as all help does."""
+    description = f"{_description(command, kind)}\n\n{note}"
+    tyro.cli(kind, args=["--help"], prog=f"clipmill {command}", description=description)
+    raise SystemExit(0)
 
-    Raises UserError.
-    """
-    with _mistakes_in_one_line(command, [], args):
-        return tyro.cli(
-            kind,
-            args=args,
-            prog=f"clipmill {command}",
-            description=f"{_description(command, kind)}\n\n{note}",
-            default=default,
-            return_unknown_args=True,
-        )
+
+def words_of_others(args: list[str], kind: Any) -> list[str]:
+    """The arguments that are none of the options of a config, nor their values; all are known to be right."""
+    flags = set[str]()
+    for option in _options(kind, None, ""):
+        flags.update(option.flags)
+    words, is_others = list[str](), True
+    for arg in args:
+        if arg.startswith("--"):
+            is_others = flags.isdisjoint(_flags_of([arg]))
+        if is_others:
+            words.append(arg)
+    return words
 
 
 @contextlib.contextmanager
@@ -308,24 +325,22 @@ def _default(field: Any, default: Any) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
+@cache
 def _field_docstrings(kind: type) -> dict[str, str]:
     """The strings below the fields of a dataclass and of its bases, by field."""
     docstrings = dict[str, str]()
     for base in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):
-        docstrings |= _own_docstrings(base)
+        for line, after in pairwise(_class_bodies(inspect.getfile(base))[base.__qualname__]):
+            if isinstance(line, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(line.target, ast.Name):
+                docstrings[line.target.id] = inspect.cleandoc(ast.literal_eval(after.value)).replace("\n", " ")
     return docstrings
 
 
 @cache
-def _own_docstrings(kind: type) -> dict[str, str]:
-    """The strings below a dataclass's own fields, by field; each time its whole file would be parsed."""
-    docstrings = dict[str, str]()
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    lines = definition.body if isinstance(definition, ast.ClassDef) else []
-    for line, after in pairwise(lines):
-        if isinstance(line, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(line.target, ast.Name):
-            docstrings[line.target.id] = inspect.cleandoc(ast.literal_eval(after.value)).replace("\n", " ")
-    return docstrings
+def _class_bodies(path: str) -> dict[str, list[ast.stmt]]:
+    """The statements of the classes of a file: it is parsed once, however many configs it has."""
+    statements = ast.parse("".join(linecache.getlines(path))).body
+    return {one.name: one.body for one in statements if isinstance(one, ast.ClassDef)}
 
 
 def _with_required(option: _Option) -> _Option:
@@ -353,7 +368,8 @@ def _grouped(options: list[_Option], groups: dict[str, tuple[str, ...]]) -> Any:
             group_class = dataclasses.make_dataclass(group, [option.field for option in required_first])
             group_class.__doc__ = ""
             fields.append((group, without_prefix[group_class]))
-    return dataclasses.make_dataclass("Options", fields)
+    without_comments = cast(Any, tyro.conf.HelptextFromCommentsOff)  # tyro would look for the source of these classes
+    return without_comments[dataclasses.make_dataclass("Options", fields)]
 
 
 def _build(kind: Any, default: Any, values: dict[str, Any]) -> Any:
@@ -371,7 +387,7 @@ def _mistake(command: str, options: list[_Option], args: list[str], printed: str
     known = list[str]()
     for own in options:
         known += own.flags
-    given = [arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")]
+    given = _flags_of(args)
     for option in given:
         if known and option not in known:
             near = did_you_mean(option, known)

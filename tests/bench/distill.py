@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from shards_spec.models import LoadedModel, load_model
 from training.config import DataConfig, EnsembleConfig, ModelConfig, OptimConfig, TeacherCacheConfig, ViewConfig
-from training.configs.clip_kd import ClipKdConfig
+from training.configs.teaching import ClipKdConfig
 from training.data.batches import load_batches
 from training.data.order import batch_positions
 from training.data.samples import open_samples

@@ -1,10 +1,12 @@
 """Options and numbers of the recipe catlip (`training.recipes.catlip`)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from tyro.conf import OmitArgPrefixes
 
+from shards_spec.unused_options import Unused
 from training.config import DataConfig, LabelConfig, ModelConfig, OptimConfig, RunConfig, SideConfig, ViewConfig
 
 SIDES = tuple(range(128, 321, 16))
@@ -27,6 +29,10 @@ class CatlipConfig:
     """start the head's biases at the classes' log-odds in the vocabulary's captions, not at 0"""
     range_augment: bool = True
     """brightness, contrast and noise of learned ranges, on the device"""
+
+    def unused(self) -> Iterator[Unused]:
+        """Yield the options without effect."""
+        yield from self.run.unused_without_eval_data()
 
 
 def config() -> CatlipConfig:

@@ -1,10 +1,12 @@
 """Options and numbers of the recipe clip (`training.recipes.clip`)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from tyro.conf import OmitArgPrefixes
 
+from shards_spec.unused_options import Unused
 from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
 
 
@@ -19,6 +21,10 @@ class ClipConfig:
     run: OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
     lock: Literal["none", "image", "text"] = "none"
     """tower that keeps the weights it starts with: the other one learns to match it (LiT)"""
+
+    def unused(self) -> Iterator[Unused]:
+        """Yield the options without effect."""
+        yield from self.run.unused_without_eval_data()
 
 
 def config() -> ClipConfig:

@@ -1,10 +1,12 @@
 """Options and numbers of the recipe coca (`training.recipes.coca`)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tyro.conf import OmitArgPrefixes
 
 from shards_spec.messages import require
+from shards_spec.unused_options import Unused
 from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
 
 
@@ -26,6 +28,10 @@ class CocaConfig:
         require(self.clip_weight >= 0, "clip_weight", self.clip_weight, "0 or more")
         require(self.caption_weight >= 0, "caption_weight", self.caption_weight, "0 or more")
         require(self.clip_weight + self.caption_weight > 0, "clip_weight", 0.0, "above 0 when --caption-weight is 0")
+
+    def unused(self) -> Iterator[Unused]:
+        """Yield the options without effect."""
+        yield from self.run.unused_without_eval_data()
 
 
 def config() -> CocaConfig:

@@ -1,5 +1,6 @@
 """Options and numbers of the recipe minivit (`training.recipes.minivit`)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -7,6 +8,7 @@ from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
 from shards_spec.messages import require
+from shards_spec.unused_options import Unused
 from training.choices import HeadMaps, HiddenMode, Local
 from training.config import (
     LabelledImageConfig,
@@ -93,6 +95,20 @@ class DistillationConfig:
         if counts[0] != counts[1]:
             raise UserError(f"--student-blocks {counts[0]} and --teacher-blocks {counts[1]}: give as many of both")
 
+    def unused(self) -> Iterator[Unused]:
+        """Yield the options of losses that there are not."""
+        if self.teacher == NO_TEACHER:
+            weights = [name for name in ("attention_weight", "hidden_weight") if getattr(self, name)]
+            yield Unused(("teacher_weights", *weights), f"with --teacher {NO_TEACHER}")
+        if not (self.reads_blocks and self.attention_weight):
+            yield Unused(("relation_heads",), "without the loss of --attention-weight")
+        if not (self.reads_blocks and self.hidden_weight):
+            yield Unused(("hidden_mode",), "without the loss of --hidden-weight")
+        if not self.reads_blocks:
+            yield Unused(("student_blocks", "teacher_blocks"), "without a loss of blocks")
+        if not self.label_weight:
+            yield Unused(("smoothing",), "with --label-weight 0")
+
     @property
     def reads_blocks(self) -> bool:
         """Whether something other than the labels is taught."""
@@ -122,6 +138,14 @@ class MinivitConfig:
         every, log_every = self.log_analysis, self.run.log_every
         is_logged = every is None or (every >= 1 and every % log_every == 0)
         require(is_logged, "log_analysis", every, f"a multiple of --log-every {log_every}, or None")
+
+    def unused(self) -> Iterator[Unused]:
+        """Yield the options of teachers that there are not."""
+        soft_labels = self.soft.soft_labels
+        if soft_labels is not None:
+            yield Unused(("teacher", "teacher_weights"), f"beside --soft-labels {soft_labels}: leave one out")
+        elif self.distillation.teacher == NO_TEACHER:
+            yield Unused(("prediction", "temperature"), f"with --teacher {NO_TEACHER}")
 
 
 def config() -> MinivitConfig:

@@ -1,5 +1,6 @@
 """Options and numbers of the recipe siclip (`training.recipes.siclip`)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -7,6 +8,7 @@ from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
 from shards_spec.messages import require
+from shards_spec.unused_options import Unused
 from training.config import (
     DataConfig,
     EnsembleConfig,
@@ -15,9 +17,8 @@ from training.config import (
     RunConfig,
     TeacherCacheConfig,
     ViewConfig,
-    refuse_given,
 )
-from training.configs.clip_kd import ClipKdConfig, check_teaching
+from training.configs.teaching import ClipKdConfig, unused_of_source, unused_of_teachers
 
 WEIGHTS = ("clip_weight", "fd_weight", "crd_weight", "icl_weight", "pm_weight")
 
@@ -93,6 +94,27 @@ class SiclipConfig:
         if self.train_tail and not self.inherit:
             raise UserError("--train-tail means nothing with --no-inherit, where all is trained: leave one of them out")
 
+    def unused(self) -> Iterator[Unused]:
+        """Yield the options without effect beside --teacher-from and the weights of the losses."""
+        is_live = self.teacher_from == "live"
+        yield from unused_of_source(self.teacher_from, self.drawn_views)
+        yield from self.run.unused_without_eval_data()
+        if not (self.inherit or (self.taught and is_live)):
+            yield Unused(("base", "base_weights"), "with --no-inherit and without a live teacher")
+        if not self.taught:
+            yield Unused(("ensemble",), "without a loss of a teacher")
+        weights = {"crd_weight": self.crd_weight}
+        if self.pm_similarity == "teacher":
+            weights["pm_weight"] = self.pm_weight
+        weights["gd_weight"] = self.clip_kd.gd_weight
+        yield from unused_of_teachers(1 if is_live else len(self.cached_views.names), weights)
+        if not self.icl_weight:
+            yield Unused(("icl_raw_scale",), "with --icl-weight 0")
+        if not self.pm_weight:
+            yield Unused(("pm_logits", "pm_raw", "pm_similarity"), "with --pm-weight 0")
+        if not self.inherit:
+            yield Unused(("inherit_ffn", "inherit_keys", "exact_norm"), "with --no-inherit")
+
 
 def config() -> SiclipConfig:
     """Return the paper's numbers."""
@@ -103,20 +125,3 @@ def config() -> SiclipConfig:
         optim=OptimConfig(lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.999, eps=1e-8, warmup=10000),
         run=RunConfig(out="runs/siclip", epochs=32),
     )
-
-
-def check_used(config: SiclipConfig) -> None:
-    """Raise UserError for an option that was given and would not be used."""
-    scaled = {"crd_weight": config.crd_weight}
-    if config.pm_similarity == "teacher":
-        scaled["pm_weight"] = config.pm_weight
-    teachers = len(config.cached_views.names) if config.teacher_from == "cache" else 1
-    check_teaching(config.ensemble, config.clip_kd, teachers, scaled)
-    if not config.taught:
-        refuse_given(config.ensemble, ("ensemble",), "without a loss of a teacher")
-    if not config.icl_weight:
-        refuse_given(config, ("icl_raw_scale",), "with --icl-weight 0")
-    if not config.pm_weight:
-        refuse_given(config, ("pm_logits", "pm_raw", "pm_similarity"), "with --pm-weight 0")
-    if not config.inherit:
-        refuse_given(config, ("inherit_ffn", "inherit_keys", "exact_norm"), "with --no-inherit")

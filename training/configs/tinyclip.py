@@ -1,6 +1,7 @@
 """Options and numbers of the recipe tinyclip (`training.recipes.tinyclip`), and the runs that one config stands for."""
 
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -9,6 +10,7 @@ from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
 from shards_spec.messages import counted, require
+from shards_spec.unused_options import Unused, field_values
 from training.choices import Layers, Rank
 from training.config import (
     DataConfig,
@@ -20,9 +22,8 @@ from training.config import (
     TeacherCacheConfig,
     ViewConfig,
     check_stage,
-    refuse_given,
 )
-from training.configs.clip_kd import ClipKdConfig
+from training.configs.teaching import ClipKdConfig, unused_of_source, unused_of_teachers
 
 STUDENT = "ViT-M-32"
 
@@ -59,43 +60,31 @@ class InheritanceConfig:
         """Return the same for the stage after ``run``: both towers are its student's."""
         return replace(self, from_run=run, teacher_weights_text="")
 
-    def check(self, student: ModelConfig, default_model: str, *, is_live: bool) -> None:
-        """Raise UserError where something is missing, or was named and would not be used.
+    def check(self, *, is_live: bool) -> None:
+        """Raise UserError where something is missing, or named twice.
 
         Args:
-            student: The student.
-            default_model: Its name where none is given.
             is_live: Whether the teacher's weights teach.
         """
-        if self.inherit != "none" and not self.teacher_weights and not self.from_run:
+        if self.inherit != "none" and not self.source:
             raise UserError(
                 f"--inherit {self.inherit} needs --teacher-weights: NAME:TAG_OR_FILE, local-dir:PATH, hf-hub:ORG/NAME "
                 "or a RUN folder"
             )
         if is_live and not self.teacher_weights:
             raise UserError("--teacher-from live needs --teacher-weights, the weights that teach")
-        if self.inherit != "none" and student.pretrained is not None:
-            raise UserError(
-                f"--pretrained {student.pretrained!r} would not be used: with --inherit {self.inherit} the student's "
-                "weights are inherited"
-            )
-        if self.inherit == "auto" and student.model != default_model:
-            raise UserError(
-                f"--model {student.model!r} would not be used: with --inherit auto the student is a copy of "
-                "--teacher-weights, or of --from-run's student"
-            )
-        uses = {
-            "--teacher-weights": (self.teacher_weights, is_live or self.inherit != "none"),
-            "--teacher-weights-text": (self.teacher_weights_text, self.inherit == "manual"),
-            "--from-run": (self.from_run, self.inherit != "none"),
-            "--more-teachers": (" ".join(self.more_teachers), is_live),
-        }
-        for option, (value, is_used) in uses.items():
-            if value and not is_used:
-                why = "--teacher-from cache" if option == "--more-teachers" else f"--inherit {self.inherit}"
-                raise UserError(f"{option} {value!r} would not be used with {why}")
         if len({self.teacher_weights, *self.more_teachers}) <= len(self.more_teachers):
             raise UserError(f"--more-teachers {' '.join(self.more_teachers)}: name each teacher once")
+
+    def unused(self) -> Iterator[Unused]:
+        """Yield the options of other ways to inherit."""
+        why = f"with --inherit {self.inherit}"
+        if self.inherit != "manual":
+            yield Unused(("layers", "rank", "rank_samples", "teacher_weights_text"), why)
+        if self.inherit == "none":
+            yield Unused(("from_run",), why)
+        if self.rank != "taylor":
+            yield Unused(("rank_samples",), f"with --rank {self.rank}")
 
     @property
     def source(self) -> str:
@@ -224,6 +213,33 @@ class TinyclipConfig:
         scale = self.fixed_logit_scale
         require(scale is None or scale > 0, "fixed_logit_scale", scale, "above 0 or None")
         self.stages.check(self.inheritance.inherit)
+        self.inheritance.check(is_live=self.teacher_from == "live")
+
+    def unused(self) -> Iterator[Unused]:
+        """Yield the options without effect beside --teacher-from, --inherit and the stages."""
+        inherit, chain = self.inheritance.inherit, self.stages
+        with_inherit = f"with --inherit {inherit}"
+        yield from unused_of_source(self.teacher_from, self.drawn_views)
+        yield from self.run.unused_without_eval_data()
+        if self.teacher_from == "cache":
+            yield Unused(("more_teachers",), "with --teacher-from cache")
+            if inherit == "none":
+                yield Unused(("teacher_weights",), with_inherit)
+        if inherit != "none":
+            yield Unused(("pretrained",), f"{with_inherit}: the student's weights are inherited")
+        if inherit == "auto":
+            copied = "the student is a copy of --teacher-weights, or of --from-run's student"
+            yield Unused(("model",), f"{with_inherit}: {copied}")
+        else:
+            yield Unused(field_values(self.masks), with_inherit)
+        if chain.stage_models:
+            yield Unused(("model",), "with --stage-models, which names the students")
+        if chain.stages:
+            yield Unused(("sparsity",), "with --stages, which name each stage's")
+        if chain.stage_prune_steps:
+            yield Unused(("prune_step",), "with --stage-prune-steps")
+        weights = {"affinity_weight": self.affinity_weight, "gd_weight": self.clip_kd.gd_weight}
+        yield from unused_of_teachers(self.num_teachers, weights)
 
 
 def config() -> TinyclipConfig:
@@ -239,14 +255,11 @@ def config() -> TinyclipConfig:
 def stages(config: TinyclipConfig) -> list[TinyclipConfig]:
     """Return the configs of a chain's runs, each in a folder of its own below the config's RUN, or the one config.
 
-    Raises UserError when a stage's numbers are out of range, or an option was given that would not be used.
+    Raises UserError when a stage's numbers are out of range.
     """
-    check_used(config)
     starts = stage_starts(config.stages, config.run.out)
     if not starts:
         return [config]
-    if config.stages.stage_models and config.student.model != STUDENT:
-        raise UserError(f"--model {config.student.model!r} would not be used: --stage-models names the students")
     alone = replace(config, stages=StageConfig())
     runs = []
     for start in starts:
@@ -265,24 +278,6 @@ def stages(config: TinyclipConfig) -> list[TinyclipConfig]:
         run = replace(config.run, out=start.out)
         runs.append(replace(alone, inheritance=inheritance, masks=masks, student=student, run=run))
     return runs
-
-
-def check_used(config: TinyclipConfig) -> None:
-    """Raise UserError for an option that was given and would not be used."""
-    inherit, chain = config.inheritance.inherit, config.stages
-    by_hand = ("layers", "rank", "rank_samples")
-    refuse_given(config.inheritance, by_hand if inherit != "manual" else (), f"with --inherit {inherit}")
-    if config.inheritance.rank != "taylor":
-        refuse_given(config.inheritance, ("rank_samples",), f"with --rank {config.inheritance.rank}")
-    if inherit != "auto":
-        refuse_given(config.masks, [option.name for option in fields(config.masks)], f"with --inherit {inherit}")
-    if chain.stages:
-        refuse_given(config.masks, ("sparsity",), "with --stages, which name each stage's")
-    if chain.stage_prune_steps:
-        refuse_given(config.masks, ("prune_step",), "with --stage-prune-steps")
-    if config.teacher_from == "cache":
-        views = [option.name for option in fields(config.drawn_views)]
-        refuse_given(config.drawn_views, views, "with --teacher-from cache: the views are the cache's")
 
 
 class StageStart(NamedTuple):

@@ -1,5 +1,6 @@
 """Options and numbers of the recipe tinymim (`training.recipes.tinymim`), and the runs that one config stands for."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -8,6 +9,7 @@ from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
 from shards_spec.messages import require
+from shards_spec.unused_options import Unused
 from training.choices import Target
 from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig, check_stage, is_run
 
@@ -55,6 +57,14 @@ class TinymimConfig:
         require(0 <= self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "in [0, 1)")
         require(0 <= self.drop_path < 1, "drop_path", self.drop_path, "in [0, 1)")
         check_stage(self.stage, len(self.students()), "--chain")
+
+    def unused(self) -> Iterator[Unused]:
+        """Yield the options without effect beside --target and --chain."""
+        yield from self.run.unused_without_eval_data()
+        if self.target != "relations":
+            yield Unused(("relations", "softmax"), f"with --target {self.target}")
+        if self.chain:
+            yield Unused(("model",), "with --chain, which names the students")
 
     def students(self) -> list[str]:
         """Return the names of the chain's students; empty without ``--chain``."""

@@ -1,5 +1,6 @@
 """Options of the recipes probe and finetune (`training.recipes.transfer`), which differ in their numbers."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -7,6 +8,7 @@ from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
 from shards_spec.messages import require
+from shards_spec.unused_options import Unused, field_values
 from training.config import (
     LabelledImageConfig,
     MixConfig,
@@ -107,6 +109,18 @@ class TransferConfig:
                 f"--image-size {size}: batches of --sides {' '.join(map(str, sides))} never show that size; give "
                 f"--sides {size} --base-side {size}"
             )
+
+    def unused(self) -> Iterator[Unused]:
+        """Yield the options without effect on a frozen tower, on plain crops, or on the head that is asked for."""
+        if not self.augment:
+            names = (*field_values(self.views), *field_values(self.sides), "repeats")
+            yield Unused(names, "with --no-augment")
+        if self.freeze:
+            yield Unused(("layer_decay", "drop_path"), "with --freeze: the head alone is trained")
+        if not self.class_map:
+            yield Unused(("copy_bias",), "without --class-map")
+        if self.tuning.keep_head:
+            yield Unused(("head_std",), "with --keep-head")
 
     @property
     def mixes(self) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from shards_spec.files import UserError
 from shards_spec.messages import counted
-from training.configs.clip_kd import ClipKdConfig
+from training.configs.teaching import ClipKdConfig
 from training.data.paired_views import KEEP, PairedViews
 from training.data.samples import Samples
 from training.losses.clip_kd import FeatureFusion, FeatureProjection, gradient_loss

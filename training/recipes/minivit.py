@@ -38,7 +38,7 @@ from torch import Tensor
 from shards_spec.files import UserError
 from shards_spec.models import TIMM, LoadedModel
 from training.config import is_run
-from training.configs.minivit import NO_TEACHER, VIEWS, DistillationConfig, MinivitConfig
+from training.configs.minivit import NO_TEACHER, VIEWS, MinivitConfig
 from training.data.labelled_images import open_train_and_test
 from training.data.labelled_rows import LabelledImageRows, subset
 from training.data.order import BatchPlan
@@ -248,10 +248,6 @@ def check_labels_alone(config: MinivitConfig) -> None:
         )
     if config.tied.inherit != "none":
         raise UserError(f"--inherit {config.tied.inherit}: --soft-labels {name!r} has no weights; leave one out")
-    if distillation.teacher != DistillationConfig.teacher or distillation.teacher_weights is not None:
-        raise UserError(
-            f"--teacher {distillation.teacher!r} would not be used beside --soft-labels {name!r}: leave one out"
-        )
 
 
 def load_tied_student(config: MinivitConfig, classes: list[str]) -> LoadedModel:

@@ -51,8 +51,8 @@ from torch import Tensor, nn
 
 from shards_spec.files import UserError
 from shards_spec.models import NO_TRUST, LoadedModel, Trust
-from training.config import ModelConfig, check_caches_are_read, is_run
-from training.configs.siclip import SiclipConfig, check_used
+from training.config import ModelConfig, is_run
+from training.configs.siclip import SiclipConfig
 from training.data.paired_views import KEEP
 from training.data.teacher_cache import TeacherCaches
 from training.losses.contrastive import clip_loss
@@ -231,8 +231,6 @@ def prepare(config: SiclipConfig) -> Prepared:
 
     Raises UserError and DataError, among others when base, teacher and student do not fit together.
     """
-    check_caches_are_read(config.cached_views, config.teacher_from)
-    check_used(config)
     check_base_weights(config)  # before anything is built
     student, samples = open_pairs(config.data, config.views, config.student, config.run.seed)
     task = build_task(config, student, samples.cache)

@@ -49,9 +49,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shards_spec.files import UserError
-from training.config import check_caches_are_read, total_steps
-from training.configs.clip_kd import check_teaching
-from training.configs.tinyclip import STUDENT, TinyclipConfig
+from training.config import total_steps
+from training.configs.tinyclip import TinyclipConfig
 from training.data.paired_views import KEEP
 from training.engine.optim import ParamGroup
 from training.losses.contrastive import clip_loss
@@ -235,9 +234,6 @@ def prepare(config: TinyclipConfig) -> Prepared:
     """
     inheritance = config.inheritance
     trust, seed = config.student.trust, config.run.seed
-    check_caches_are_read(config.cached_views, config.teacher_from)
-    check_teaching(config.ensemble, config.clip_kd, config.num_teachers, {"affinity_weight": config.affinity_weight})
-    inheritance.check(config.student, STUDENT, is_live=config.teacher_from == "live")
     is_auto = inheritance.inherit == "auto"
     if is_auto:
         check_activation(inheritance.source)

@@ -23,7 +23,7 @@ from small_training import (
 
 from shards_spec.files import UserError
 from training.config import ModelConfig
-from training.configs.clip_kd import ClipKdConfig
+from training.configs.teaching import ClipKdConfig
 from training.data.batches import load_batches
 from training.losses.clip_kd import gradient_loss
 from training.losses.distillation import element_feature_loss

@@ -15,7 +15,7 @@ from small_training import teacher_rows, tiny_siclip, write_packed, write_teache
 from shards_spec.files import UserError
 from training.config import DataConfig, EnsembleConfig, ModelConfig, TeacherCacheConfig, ViewConfig
 from training.configs import default_config
-from training.configs.clip_kd import ClipKdConfig
+from training.configs.teaching import ClipKdConfig
 from training.data.batches import load_batches
 from training.data.samples import draw_caption, open_samples
 from training.engine.optim import build_optimizer, param_groups
@@ -23,6 +23,7 @@ from training.losses import contrastive, distillation
 from training.losses.pair_matching import pair_loss, sample_negatives
 from training.recipes import siclip
 from training.runs.student import new_student
+from training.trainer import stages_of
 
 UNTAUGHT = {"fd_weight": 0.0, "crd_weight": 0.0, "icl_weight": 0.0}
 WEIGHTS = {"contrastive": 1.0, "feature": 4000.0, "relation": 1.0, "interactive": 1.0, "pairs": 0.1}
@@ -413,11 +414,19 @@ def test_fields_are_checked(fields, message):
         ({"icl_weight": 0.0, "icl_raw_scale": True}, "--icl-raw-scale would not be used with --icl-weight 0"),
         ({"pm_weight": 0.0, "pm_logits": 1}, "--pm-logits 1 would not be used with --pm-weight 0"),
         ({"inherit": False, "inherit_ffn": False}, "--no-inherit-ffn would not be used with --no-inherit"),
+        (
+            {"teacher_from": "cache", "drawn_views": ViewConfig(scale=(0.08, 1.0), flip=0.5)},
+            "--flip 0.5 would not be used with --teacher-from cache",
+        ),
+        (
+            {"teacher_from": "cache", "inherit": False, "base_weights": "x"},
+            "--base-weights x would not be used with --no-inherit and without a live teacher",
+        ),
     ],
 )
 def test_options_that_would_not_be_used_are_refused(fields, message):
     with pytest.raises(UserError) as error:
-        siclip.prepare(dataclasses.replace(default_config("siclip"), **fields))
+        stages_of("siclip", dataclasses.replace(default_config("siclip"), **fields))
     assert message in str(error.value)
 
 

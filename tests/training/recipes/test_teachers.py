@@ -34,7 +34,7 @@ from training.losses.distillation import affinity_loss
 from training.recipes import siclip, tinyclip
 from training.runs.student import new_student
 from training.runs.uses import uses_of
-from training.trainer import stages_of, train
+from training.trainer import predict, stages_of, train
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 BOTH = ("planted", "wide")
@@ -130,7 +130,7 @@ def test_caches_that_do_not_go_together_are_refused(root, names, message):
             {"teacher_scale": (70.0, 60.0), "affinity_weight": 0.0, "feature_weight": 1.0},
             "--teacher-scale 70.0 60.0 would not be used with --affinity-weight 0 and --gd-weight 0: no other loss",
         ),
-        ({"more_teachers": ("x",)}, "--more-teachers 'x' would not be used with --teacher-from cache"),
+        ({"more_teachers": ("x",)}, "--more-teachers x would not be used with --teacher-from cache"),
         (
             {"teacher": (), "teacher_from": "live", "teacher_weights": "x", "more_teachers": ("x",)},
             "--more-teachers x: name each teacher once",
@@ -139,7 +139,7 @@ def test_caches_that_do_not_go_together_are_refused(root, names, message):
 )
 def test_mistakes(root, fields, message):
     with pytest.raises(UserError) as error:
-        tinyclip.prepare(plain_config(root, **{"teacher": BOTH, **fields}))
+        predict("tinyclip", plain_config(root, **{"teacher": BOTH, **fields}))
     assert message in str(error.value)
 
 
