@@ -24,7 +24,7 @@ run=(--workers 0 --precision fp32 --warmup 20)
 scenes=(--data "$ROOT" --folder raw --batch-size 128)
 small=timm:local-dir:demo/models/tinymim_student
 middle=timm:local-dir:demo/models/tinymim_middle
-mim=(tinymim "${scenes[@]}" "${views[@]}" "${run[@]}" --model "$small" --teacher "local-dir:$STUDY/models/teacher"
+mim=(tinymim "${scenes[@]}" "${views[@]}" "${run[@]}" --teacher "local-dir:$STUDY/models/teacher"
   --lr 2e-3 --drop-path 0 --steps "$STEPS")
 
 if [ ! -d "$STUDY/models/teacher" ]; then
@@ -34,15 +34,15 @@ if [ ! -d "$STUDY/models/teacher" ]; then
 fi
 
 student() { # student ROW SEED: pre-training, then a probe and fine-tuning of what it gave
-  local out=$STUDY/rows/$1-$2 words=() base
+  local out=$STUDY/rows/$1-$2 words=(--model "$small") base
   [ ! -f "$out/done" ] || return 0
   base=$out/encoder
   case $1 in
-    class) words=(--target class-token) ;;
-    output) words=(--target output) ;;
-    ffn) words=(--target ffn-before) ;;
+    class) words+=(--target class-token) ;;
+    output) words+=(--target output) ;;
+    ffn) words+=(--target ffn-before) ;;
     relations) ;;
-    masked) words=(--mask-ratio 0.75) ;;
+    masked) words+=(--mask-ratio 0.75) ;;
     chain) words=(--chain "$middle,$small") base=$out/encoder/stage-2 ;;
     scratch) base=$small ;;
   esac

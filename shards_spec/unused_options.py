@@ -65,6 +65,11 @@ def changed_fields(config: Any, *defaults: Any) -> set[str]:
     return {name for name, value in field_values(config).items() if all(value != one[name] for one in usual)}
 
 
+def asking(config: Any, names: Iterable[str]) -> list[str]:
+    """Return the names of those fields of a config that ask for something, which 0, None and the like do not."""
+    return [name for name in names if getattr(config, name)]
+
+
 def as_given(name: str, value: Any) -> str:
     """Return an option as a command line has it."""
     if isinstance(value, bool):

@@ -24,7 +24,7 @@ from shards_spec.counter_rng import uniform_draws
 from shards_spec.files import DataError, UserError, sha256_json
 from shards_spec.images import UPRIGHT
 from shards_spec.messages import require
-from shards_spec.unused_options import Unused
+from shards_spec.unused_options import Unused, asking
 
 RENDERING = 3  # raised whenever `apply_view` gives other pixels for the same view
 BY_PILLOW = 2  # the rendering before: Pillow resizes crops; caches of it are read on
@@ -91,7 +91,7 @@ class ViewOptions:
         operations = ("magnitude", "op_set", "op_prob", "magnitude_std")
         if self.scale is None:
             names = ("ratio", "flip", "ops", *operations, "jitter", "jitter_prob")
-            yield Unused([name for name in names if getattr(self, name)], "with --scale None, the plain centre crop")
+            yield Unused(asking(self, names), "with --scale None, the plain centre crop")
         if not self.ops:
             yield Unused(operations, "with --ops 0")
         if not any(self.jitter):

@@ -359,13 +359,6 @@ class RunConfig:
         require(self.fit is None or self.fit > 0, "fit", self.fit, "above 0, or None")
         require(abs(self.seed) < MOST_SEED, "seed", self.seed, "a whole number of less than 63 bits")
 
-    def unused(self) -> Iterator[Unused]:
-        """Yield what another way to say the same takes the place of."""
-        if self.steps is not None:
-            yield Unused(("epochs",), "with --steps")
-        if self.eval_every_steps is not None:
-            yield Unused(("eval_every_epochs",), "with --eval-every-steps")
-
     def unused_without_eval_data(self) -> Iterator[Unused]:
         """Yield what only a measured run makes use of; for recipes that measure nothing of themselves."""
         if not self.eval_data:

@@ -85,7 +85,6 @@ def test_a_submission_knows_which_of_the_words_are_the_recipes():
         ("clip --scale None --flip 0.5", "--flip 0.5 would not be used with --scale None, the plain centre crop"),
         ("clip --magnitude 9", "--magnitude 9 would not be used with --ops 0"),
         ("clip --jitter-prob 0.5", "--jitter-prob 0.5 would not be used with --jitter 0 0 0 0"),
-        ("clip --steps 3 --epochs 32", "--epochs 32.0 would not be used with --steps"),
         ("clip --eval-every-epochs 1", "--eval-every-epochs 1.0 would not be used without --eval-data"),
         ("clip --schedule constant --final-lr 0", "--final-lr 0.0 would not be used with --schedule constant"),
         ("catlip --warmup 0 --warmup-lr 1e-6", "--warmup-lr 1e-06 would not be used with --warmup 0"),
@@ -118,10 +117,11 @@ def test_an_option_without_effect_is_refused_even_at_its_default(words, message)
     "words",
     [
         "clip --scale None --flip 0",
-        "clip --steps 3 --eval-data E --eval-every-steps 2",
+        "clip --epochs 32 --steps 3 --eval-data E --eval-every-steps 2",
         "tinyclip --smoke --inherit auto --teacher-weights x --prune-step 3",
         "siclip --flip 0.5 --pm-weight 0",
         "minivit --teacher none --label-weight 1 --attention-weight 0 --hidden-weight 0",
+        "minivit --smoothing 0",
         "probe --eval-every-epochs 2 --no-augment --lr 1e-3",
     ],
 )

@@ -8,7 +8,7 @@ from tyro.conf import OmitArgPrefixes
 
 from shards_spec.files import UserError
 from shards_spec.messages import require
-from shards_spec.unused_options import Unused
+from shards_spec.unused_options import Unused, asking
 from training.choices import HeadMaps, HiddenMode, Local
 from training.config import (
     LabelledImageConfig,
@@ -98,8 +98,8 @@ class DistillationConfig:
     def unused(self) -> Iterator[Unused]:
         """Yield the options of losses that there are not."""
         if self.teacher == NO_TEACHER:
-            weights = [name for name in ("attention_weight", "hidden_weight") if getattr(self, name)]
-            yield Unused(("teacher_weights", *weights), f"with --teacher {NO_TEACHER}")
+            names = ("teacher_weights", "attention_weight", "hidden_weight")
+            yield Unused(asking(self, names), f"with --teacher {NO_TEACHER}")
         if not (self.reads_blocks and self.attention_weight):
             yield Unused(("relation_heads",), "without the loss of --attention-weight")
         if not (self.reads_blocks and self.hidden_weight):
@@ -107,7 +107,7 @@ class DistillationConfig:
         if not self.reads_blocks:
             yield Unused(("student_blocks", "teacher_blocks"), "without a loss of blocks")
         if not self.label_weight:
-            yield Unused(("smoothing",), "with --label-weight 0")
+            yield Unused(asking(self, ("smoothing",)), "with --label-weight 0")
 
     @property
     def reads_blocks(self) -> bool:

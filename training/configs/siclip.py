@@ -99,8 +99,6 @@ class SiclipConfig:
         is_live = self.teacher_from == "live"
         yield from unused_of_source(self.teacher_from, self.drawn_views)
         yield from self.run.unused_without_eval_data()
-        if not (self.inherit or (self.taught and is_live)):
-            yield Unused(("base", "base_weights"), "with --no-inherit and without a live teacher")
         if not self.taught:
             yield Unused(("ensemble",), "without a loss of a teacher")
         weights = {"crd_weight": self.crd_weight}

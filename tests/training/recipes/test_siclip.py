@@ -418,10 +418,6 @@ def test_fields_are_checked(fields, message):
             {"teacher_from": "cache", "drawn_views": ViewConfig(scale=(0.08, 1.0), flip=0.5)},
             "--flip 0.5 would not be used with --teacher-from cache",
         ),
-        (
-            {"teacher_from": "cache", "inherit": False, "base_weights": "x"},
-            "--base-weights x would not be used with --no-inherit and without a live teacher",
-        ),
     ],
 )
 def test_options_that_would_not_be_used_are_refused(fields, message):
