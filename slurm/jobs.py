@@ -6,6 +6,7 @@ and checkpoints on disk say how far it is. One task alone calls ``checkpoint``, 
 
 import logging
 import os
+import pkgutil
 import re
 import signal
 import subprocess
@@ -61,6 +62,17 @@ class Job:
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         if restarts > self.max_requeue:
             raise JobFailedError(f"requeued {counted(restarts, 'time')}, --max-requeue is {self.max_requeue}")
+
+
+@dataclass(frozen=True)
+class StageFunction:
+    """A stage's function by its name, ``package.module:function``: who submits it need not import the stage."""
+
+    name: str
+
+    def __call__(self, config: Any, *assignment: ShardAssignment) -> Any:
+        """Import the stage and call it."""
+        return pkgutil.resolve_name(self.name)(config, *assignment)
 
 
 @dataclass(frozen=True)

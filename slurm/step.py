@@ -10,6 +10,7 @@ from shards_spec.files import UserError
 from shards_spec.layout import SUBMITTED
 from shards_spec.suggest import did_you_mean
 from shards_spec.unused_options import Unused
+from slurm.jobs import StageFunction
 from slurm.options import Options
 
 COMMANDS = (*SUBMITTED, "train")  # that can be submitted
@@ -90,7 +91,7 @@ def stage_step(command: str, words: list[str], default: Options) -> Step:
     stage = SUBMITTED[command]
     parts = {"": (pkgutil.resolve_name(stage.config), None), "submit": (StageOptions, default)}
     config, options = parse_several(f"submit {command}", parts, words)
-    return Step(command, options, pkgutil.resolve_name(stage.function), config)
+    return Step(command, options, StageFunction(stage.function), config)
 
 
 def _train_step(words: list[str], default: Options) -> Step:
