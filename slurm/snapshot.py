@@ -96,6 +96,7 @@ def _files(path: Path) -> list[Path]:
 
 def environment() -> dict[str, Any]:
     """Where a submission was made and with what; of the variables those that change how code runs, but no secrets."""
+    packages = [found.metadata for found in distributions()]  # read here, once: a name alone takes as long
     kept = [name for name in sorted(os.environ) if name.startswith(KEPT) and not name.endswith(SECRET)]
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -103,6 +104,6 @@ def environment() -> dict[str, Any]:
         "folder": os.getcwd(),
         "python": platform.python_version(),
         "executable": sys.executable,
-        "packages": dict(sorted((found.name, found.version) for found in distributions())),
+        "packages": dict(sorted((one["Name"], one["Version"]) for one in packages)),
         "variables": {name: os.environ[name] for name in kept},
     }

@@ -70,7 +70,7 @@ def test_submit_has_the_flags_of_the_command_and_no_name_twice(stage):
     ],
 )
 def test_stages_of_a_training_are_a_chain(words, stages):
-    (step,) = parse_steps(["train", "tinyclip", "--data", "D", "--out", "R", *words])
+    (step,) = parse_steps(["train", "tinyclip", "--data", "D", "--out", "R", "--teacher-weights", "W", *words])
     own = [(*step.words, "--stage", str(stage)) for stage in stages] or [step.words]
     assert [one.words for one in by_stage(step)] == own
     (plain,) = parse_steps(["train", "clip", "--data", "D", "--out", "R"])
@@ -78,7 +78,7 @@ def test_stages_of_a_training_are_a_chain(words, stages):
 
 
 def test_each_stage_waits_for_the_one_before(tmp_path):
-    out = ("--data", "D", "--out", str(tmp_path / "R"), "--nodes", "2", "--after", "7")
+    out = ("--data", "D", "--out", str(tmp_path / "R"), "--teacher-weights", "W", "--nodes", "2", "--after", "7")
     done = command("submit", "train", "tinyclip", *out, "--stage-models", "A,B", "--inherit", "manual", "--dry-run")
     assert re.findall(r"--dependency=(\S+)", done.stdout)[0] == "afterok:7"
     assert len(re.findall(r"--dependency=(\S+)", done.stdout)) == 2
