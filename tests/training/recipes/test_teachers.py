@@ -121,8 +121,15 @@ def test_caches_that_do_not_go_together_are_refused(root, names, message):
     [
         ({"teacher_scale": (70.0,)}, "--teacher-scale 70: 1 number for 2 teachers (planted, wide); give one for each"),
         ({"teacher_scale": (70.0, 0.0)}, "--teacher-scale 70.0 0.0: must be above 0 each"),
-        ({"teacher_from": "live"}, "--teacher planted wide would not be used with --teacher-from live: say"),
-        ({"teacher": ("wide",), "teacher_from": "live"}, "--teacher wide would not be used with --teacher-from live"),
+        (
+            {"teacher_from": "live", "teacher_weights": "x"},
+            "--teacher planted wide would not be used with --teacher-from live: say",
+        ),
+        (
+            {"teacher": ("wide",), "teacher_from": "live", "teacher_weights": "x"},
+            "--teacher wide would not be used with --teacher-from live",
+        ),
+        ({"teacher": (), "teacher_from": "live"}, "--teacher-from live needs --teacher-weights"),
         ({"mask_ratio": 0.5}, "--mask-ratio 0.5 would not be used with --mfd-weight 0"),
         ({"gd_inverse_scale": True}, "--gd-inverse-scale would not be used with --gd-weight 0"),
         ({"teacher": ("wide",), "ensemble": "sum"}, "--ensemble sum would not be used with one teacher"),

@@ -191,7 +191,7 @@ MISTAKES = [
     ),
     ({"pretrained": "x"}, "--pretrained x would not be used with --inherit manual"),
     ({"inherit": "auto", "teacher_weights": ""}, "--inherit auto needs --teacher-weights"),
-    ({"inherit": "auto", "model": "ViT-B-32"}, "--model ViT-B-32 would not be used with --inherit auto"),
+    ({"inherit": "auto", "model": "ViT-B-16"}, "--model ViT-B-16 would not be used with --inherit auto"),
     (
         {"inherit": "auto", "teacher_weights_text": "x"},
         "--teacher-weights-text x would not be used with --inherit auto",
@@ -224,7 +224,10 @@ MISTAKES = [
         "--prune-step 5 would not be used with --stage-prune-steps",
     ),
     ({"inherit": "auto", "layers": "first"}, "--layers first would not be used with --inherit auto"),
-    ({"inherit": "none", "rank": "taylor"}, "--rank taylor would not be used with --inherit none"),
+    (
+        {"inherit": "none", "teacher_weights": "", "rank": "taylor"},
+        "--rank taylor would not be used with --inherit none",
+    ),
     ({"rank_samples": 8}, "--rank-samples 8 would not be used with --rank leading"),
     ({"sparsity": 0.5}, "--sparsity 0.5 would not be used with --inherit manual"),
     ({"prune_step": 5}, "--prune-step 5 would not be used with --inherit manual"),
