@@ -116,17 +116,20 @@ def _train_step(words: list[str], default: Options) -> Step:
 
 
 def by_stage(step: Step) -> list[Step]:
-    """A TinyCLIP training of several stages as a step for each, to start after the one before; others as they are."""
-    from training.configs.tinyclip import TinyclipConfig
+    """A TinyCLIP training of several stages as a step for each, to start after the one before; others as they are.
+
+    Raises UserError for stages that cannot be.
+    """
+    from training.configs.tinyclip import TinyclipConfig, stages
 
     if not isinstance(step.config, TinyclipConfig):
         return [step]
-    chain = step.config.stages
-    if chain.stage is not None or chain.number < 2:
+    number = len(stages(step.config))
+    if number == 1:
         return [step]
     steps = list[Step]()
-    for stage in range(1, chain.number + 1):
-        config = replace(step.config, stages=replace(chain, stage=stage))
+    for stage in range(1, number + 1):
+        config = replace(step.config, stages=replace(step.config.stages, stage=stage))
         steps.append(replace(step, config=config, words=(*step.words, "--stage", str(stage))))
     return steps
 

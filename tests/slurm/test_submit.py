@@ -73,6 +73,7 @@ def test_stages_of_a_training_are_a_chain(words, stages):
     (step,) = parse_steps(["train", "tinyclip", "--data", "D", "--out", "R", "--teacher-weights", "W", *words])
     own = [(*step.words, "--stage", str(stage)) for stage in stages] or [step.words]
     assert [one.words for one in by_stage(step)] == own
+    assert [one.config.stages.stage for one in by_stage(step)] == (stages or [step.config.stages.stage])
     (plain,) = parse_steps(["train", "clip", "--data", "D", "--out", "R"])
     assert by_stage(plain) == [plain]
 
@@ -86,6 +87,10 @@ def test_each_stage_waits_for_the_one_before(tmp_path):
     shares = ("--inherit", "auto", "--stages", "0.5,0.75")
     wrong = command("submit", "train", "tinyclip", *out, *shares, "--dry-run", code=2)
     assert "--stages '0.5,0.75': must be shares of the parameters" in wrong.stderr
+    short = ("--inherit", "auto", "--stages", "1,0.5,0.25", "--stage-prune-steps", "5,20", "--steps", "12")
+    (step,) = parse_steps(["train", "tinyclip", *out, *short])
+    with pytest.raises(UserError, match="--stage-prune-steps '5,20': a stage has 12 steps"):
+        by_stage(step)
 
 
 def test_without_a_cluster_there_is_one_clear_line(raw):
