@@ -195,7 +195,7 @@ def test_transfer_learns_colours(recipe, fields, run, tmp_path):
     images = write_folders(tmp_path / "images", train=24, test=12)
     fields = {"batch_size": 16, "sides": (), "ema_decay": None, "steps": None, **fields}
     fields |= {"lr": 1e-3, "epochs": 30} if recipe == "finetune" else {"lr": 2e-2, "epochs": 40}
-    fields |= {"scale": (0.7, 1.0)}
+    fields |= {"scale": (0.7, 1.0)} if fields.get("augment", True) else {}
     out = train(recipe, small(recipe, data=images, model=run, out=str(tmp_path / recipe), **fields))
     assert read_metrics(out)[-1]["eval"]["acc1"] >= 0.8
     assert measure_classifier(load_run(out)[0], images, "cpu", False) == (read_metrics(out)[-1]["eval"], 24)
