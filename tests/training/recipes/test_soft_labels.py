@@ -32,7 +32,7 @@ from training.models.mixing import mixed_images, mixed_targets
 from training.models.soft_targets import hard_targets, soft_targets
 from training.recipes import finetune, minivit
 from training.recipes.hard_distillation import logits_of_both
-from training.trainer import train
+from training.trainer import predict, train
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 CLASSES = ["blue", "green", "red"]
@@ -206,12 +206,12 @@ def test_a_distillation_head_learns_the_most_probable_classes(data, teacher, tmp
         ),
         ({"soft_labels": "all", "attention_weight": 1.0}, r"'all': attention and hidden states need a live teacher"),
         ({"soft_labels": "all", "inherit": "mean"}, r"--inherit mean: --soft-labels 'all' has no weights"),
-        ({"soft_labels": "all", "teacher": "timm:test_vit"}, r"--teacher 'timm:test_vit' would not be used beside"),
+        ({"soft_labels": "all", "teacher": "timm:test_vit"}, r"--teacher timm:test_vit would not be used beside"),
     ],
 )
 def test_what_is_refused(data, fields, message):
     with pytest.raises(UserError, match=message):
-        prepared(data, **fields)
+        predict("minivit", small(data, **fields))
 
 
 def test_the_caches_views_take_the_place_of_the_recipes_own(data):

@@ -226,7 +226,8 @@ def test_a_chain_keeps_the_heads_that_were_trained(clip_root, tmp_path):
 
 def test_a_chain_in_one_command(clip_root, tmp_path):
     chain = "timm:test_vit3,timm:test_vit,timm:test_vit"
-    config = tiny(clip_root, tmp_path / "run", chain=chain, teacher_block=3, steps=2, checkpoint_steps=1)
+    model = default_config("tinymim").student.model  # what the chain takes the place of
+    config = tiny(clip_root, tmp_path / "run", model=model, chain=chain, teacher_block=3, steps=2, checkpoint_steps=1)
     assert train("tinymim", config) == str(tmp_path / "run" / "stage-3")
     one, two, three = stages_of("tinymim", config)
     assert [stage.run.out for stage in (one, two, three)] == [f"{tmp_path}/run/stage-{number}" for number in (1, 2, 3)]
