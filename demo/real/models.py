@@ -115,7 +115,9 @@ def check_texts(folder: Path, minilm: Path) -> None:
 def byte_pairs(captions: list[str]) -> str:
     """Return CLIP's merges that the frequent words of captions and other common words need, in its file's form."""
     tokenizer = SimpleTokenizer()
-    words = Counter(word for caption in captions for word in tokenizer.pat.findall(caption.lower()))
+    words = Counter[str]()
+    for caption in captions:
+        words.update(tokenizer.pat.findall(caption.lower()))
     needed = needed_merges(tokenizer, {word for word, times in words.items() if times >= FEWEST})
     kept = [pair for rank, pair in enumerate(tokenizer.bpe_ranks) if rank < COMMON or pair in needed]
     return "\n".join(["#version: 0.2", *(" ".join(pair) for pair in kept)])

@@ -31,10 +31,12 @@ class _DataUnpickler(pickle.Unpickler):
 @cache
 def _tagger() -> PerceptronTagger:
     data = Path(os.environ.get("PACKAGES", "demo-run/packages"), FILE).read_bytes()
-    weights, tags, classes = _DataUnpickler(io.BytesIO(data), encoding="utf-8").load()
     tagger = PerceptronTagger(load=False)
-    tagger.model.weights, tagger.tagdict, tagger.classes = weights, tags, classes
-    tagger.model.classes = classes
+    trained = _DataUnpickler(io.BytesIO(data), encoding="utf-8").load()
+    tagger.model.weights = trained[0]
+    tagger.tagdict = trained[1]
+    tagger.model.classes = trained[2]
+    tagger.classes = tagger.model.classes
     return tagger
 
 

@@ -2,9 +2,12 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
+from pipeline.labels.wordnet import load_wordnet
 from pipeline.report.axes import logarithmic, short, total
 from pipeline.report.charts import Chart, Line, Plot, Rule, line_chart
 from pipeline.report.columns import ASPECT_UNIT, COSINE_UNIT, LOGPROB_UNIT, Tally, count_dataset, parquet_files
@@ -35,8 +38,7 @@ def dataset_page(root: str, samples: int) -> dict[str, Any]:
     by = stages.get("pack", {}).get("config", {}).get("select")
     problems = mismatches(counts, f"select/{by}") + tally.problems
     vocabularies = _vocabularies(root, problems)
-    rows = chain.from_iterable(vocabulary.rows for vocabulary in vocabularies.values())
-    lemmas = {wnid: lemma for wnid, lemma, *_ in rows}
+    lemmas = _lemmas(tally.synsets, vocabularies)
     return {
         "dataset": dataset,
         "headline": _headline(root, tally),
@@ -57,6 +59,18 @@ def dataset_page(root: str, samples: int) -> dict[str, Any]:
         "copies": draw_copies(root, samples // 2, problems),
         "problems": problems,
     }
+
+
+def _lemmas(synsets: Iterable[str], vocabularies: dict[str, Vocabulary]) -> dict[str, str]:
+    """Names of synsets: the vocabularies', and WordNet's own, where it is at hand, for rare ones that none has."""
+    rows = chain.from_iterable(vocabulary.rows for vocabulary in vocabularies.values())
+    lemmas = {wnid: lemma for wnid, lemma, *_ in rows}
+    unnamed = set(synsets) - set(lemmas)
+    if unnamed:
+        with suppress(UserError):
+            heads = load_wordnet().heads
+            lemmas |= {wnid: heads[wnid] for wnid in unnamed if wnid in heads}
+    return lemmas
 
 
 def _headline(root: str, tally: Tally) -> list[tuple[str, str]]:

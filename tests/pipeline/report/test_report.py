@@ -20,6 +20,7 @@ from PIL import Image
 from report_page import page_of
 from small_runs import metrics_line, write_masked_run, write_plain_run
 
+from pipeline.labels.wordnet import load_wordnet
 from pipeline.report import ReportConfig, report
 from pipeline.report.axes import linear, logarithmic, percent, short
 from pipeline.report.charts import thin
@@ -244,6 +245,15 @@ def test_dataset_page_shows_captions_synsets_and_cache(root):
         "Cosine with the image, by toy itself",
     ]
     assert [title for title in titles if title not in page.text] == []
+
+
+def test_synsets_that_no_vocabulary_has_are_named_by_wordnet(root):
+    try:
+        load_wordnet()
+    except UserError as error:
+        skip_or_fail(str(error))
+    shutil.rmtree(root / "vocab")
+    assert f'<span title="{DOG}">dog</span>' in page_of(root).source
 
 
 def test_contact_sheet_is_drawn_evenly_and_stays_the_same(root):
