@@ -50,7 +50,13 @@ train() { # train RECIPE OPTION...: a training on all GPUs
     slurm) clipmill submit train "$@" --nodes "$NODES" --gpus-per-node "$GPUS" --time "$TIME" --wait ;;
   esac
 }
-[ "$WHERE" = here ] || [ "$WHERE" = slurm ] || { echo "WHERE=$WHERE: here or slurm" >&2; exit 2; }
+refuse() { # refuse MESSAGE
+  echo "clipkd.sh: $1" >&2
+  exit 2
+}
+[ "$WHERE" = here ] || [ "$WHERE" = slurm ] || refuse "WHERE=$WHERE: here or slurm"
+for list in "$CC3M" "$CC12M"; do [ -f "$list" ] || refuse "$list is no file: give the list as it was published"; done
+[ -d "$IMAGENET" ] || refuse "IMAGENET=$IMAGENET is no folder: give the one with a folder per WNID"
 read -ra ingest_options <<<"$INGEST_OPTIONS"
 read -ra cache_options <<<"$CACHE_OPTIONS"
 read -ra train_options <<<"$TRAIN_OPTIONS"
@@ -65,7 +71,7 @@ $ON_GPU clipmill eval "$teacher" --data "$EVAL" --output "$OUT/teacher"
 # 2. One list of both corpora, in the order of CC12M's columns, becomes shards with their original captions
 mkdir -p "$ROOT.lists"
 [ -s "$ROOT.lists/cc3m.tsv" ] || {
-  awk -F '\t' -v OFS='\t' '{ print $2, $1 }' "$CC3M" >"$ROOT.lists/cc3m.part"
+  gzip -cdf "$CC3M" | awk -F '\t' -v OFS='\t' '{ print $2, $1 }' >"$ROOT.lists/cc3m.part" # gzip passes plain text on
   mv "$ROOT.lists/cc3m.part" "$ROOT.lists/cc3m.tsv"
 }
 stage "$DOWNLOADERS" 0 ingest "$ROOT" --source "$ROOT.lists/cc3m.tsv" "$CC12M" --format cc12m --shard-size 10000 \

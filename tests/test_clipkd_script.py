@@ -1,5 +1,6 @@
 """runs/clipkd.sh: every command is one that the product takes, it stops at the first failure, and it runs on scenes."""
 
+import gzip
 import json
 import os
 import socket
@@ -39,6 +40,7 @@ def recorded(tmp_path, monkeypatch):
         commands.joinpath(name).chmod(0o755)
     (tmp_path / "cc3m.tsv").write_text("a dog\thttp://host/0.jpg\n")
     (tmp_path / "cc12m.tsv").write_text("http://host/1.jpg\ta cat\n")
+    (tmp_path / "val").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CLIPMILL_SITE", raising=False)
 
@@ -71,9 +73,14 @@ def test_every_command_of_the_script_parses(where, gpus, recorded, capsys):
             assert "#SBATCH --gpus-per-node=8" in capsys.readouterr().out or words[1] == "ingest"
 
 
-def test_both_lists_have_the_columns_of_one(recorded):
-    recorded()
-    assert Path("both.lists/cc3m.tsv").read_text() == "http://host/0.jpg\ta dog\n"
+@pytest.mark.parametrize("name", ["cc3m.tsv", "cc3m.tsv.gz"])
+def test_both_lists_have_the_columns_of_one(name, recorded):
+    Path("cc3m.tsv.gz").write_bytes(gzip.compress(Path("cc3m.tsv").read_bytes()))
+    done, commands = recorded(CC3M=name, ROOT="two lists", OUT="my runs")
+    assert done.returncode == 0, done.stderr
+    assert Path("two lists.lists/cc3m.tsv").read_text() == "http://host/0.jpg\ta dog\n"
+    assert commands[2][:5] == ["ingest", "two lists", "--source", "two lists.lists/cc3m.tsv", "cc12m.tsv"]
+    assert commands[-1] == ["compare", "my runs/scratch", "my runs/distilled", "--output", "my runs/compare.html"]
 
 
 def test_the_script_stops_at_the_first_failure(recorded):
@@ -90,10 +97,19 @@ def test_what_is_not_given_is_named(variable, recorded):
     assert commands == []
 
 
-def test_another_place_is_refused(recorded):
-    done, commands = recorded(WHERE="cloud")
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("WHERE", "cloud", "WHERE=cloud: here or slurm"),
+        ("CC3M", "none.tsv", "none.tsv is no file: give the list"),
+        ("CC12M", "val", "val is no file"),
+        ("IMAGENET", "cc3m.tsv", "IMAGENET=cc3m.tsv is no folder"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_first_command(variable, value, message, recorded):
+    done, commands = recorded(**{variable: value})
     assert (done.returncode, commands) == (2, [])
-    assert "WHERE=cloud: here or slurm" in done.stderr
+    assert f"clipkd.sh: {message}" in done.stderr
 
 
 @pytest.fixture
