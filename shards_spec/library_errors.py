@@ -28,6 +28,7 @@ GZIP = b"\x1f\x8b"
 GZIPPED = "is packed with gzip"
 # what a file of a kind may be seen to be; the other ones of `file_kinds` are not of that kind
 OWN_KINDS = {"Parquet file": ("a Parquet file",), "checkpoint": ("a zip file (or a spreadsheet)",)}
+NO_JSON = (ValueError, RecursionError)  # what json raises: no JSON, no UTF-8, nested too deep, too many digits
 FETCH = "download it again"
 REMAKE = "delete it and run its stage again"
 # how full memory is told by RuntimeErrors: of torch's allocators, C++, cuBLAS and cuDNN; oneDNN gives no reason
@@ -127,9 +128,17 @@ def product_error(path: str, error: BaseException, kind: str, given: bool, fix: 
 
 @contextmanager
 def _errors(path: str, kind: str, caught: tuple[type[Exception], ...], given: bool, fix: str) -> Iterator[None]:
-    kinds: tuple[type[Exception], ...] = (OSError, *caught)
+    """Around opening a file and reading it."""
     if (reason := no_regular_file(path)) is not None:  # reading a pipe would wait for ever
         raise (UserError if given else DataError)(f"{path} {reason}; name {'a' if given else 'the'} {kind}")
+    with _content_errors(path, kind, caught, given, fix):
+        yield
+
+
+@contextmanager
+def _content_errors(path: str, kind: str, caught: tuple[type[Exception], ...], given: bool, fix: str) -> Iterator[None]:
+    """Around reading a file that is open, or its bytes: the path is not looked up again."""
+    kinds: tuple[type[Exception], ...] = (OSError, *caught)
     try:
         yield
     except (UserError, DataError):
@@ -145,23 +154,33 @@ def _errors(path: str, kind: str, caught: tuple[type[Exception], ...], given: bo
 @contextmanager
 def parquet_errors(path: str, given: bool = False, fix: str = "") -> Iterator[None]:
     """Around reading a Parquet file by pyarrow, whose exceptions are of six built-in kinds."""
+    with _errors(path, "Parquet file", _parquet_kinds(), given, fix):
+        yield
+
+
+@contextmanager
+def open_parquet_errors(path: str, given: bool = False) -> Iterator[None]:
+    """`parquet_errors` around reading a Parquet file that is open."""
+    with _content_errors(path, "Parquet file", _parquet_kinds(), given, ""):
+        yield
+
+
+def _parquet_kinds() -> tuple[type[Exception], ...]:
     import pyarrow as pa
 
-    kinds = (pa.ArrowException, ValueError, KeyError, NotImplementedError, OverflowError, MemoryError)
-    with _errors(path, "Parquet file", kinds, given, fix):
-        yield
+    return (pa.ArrowException, ValueError, KeyError, NotImplementedError, OverflowError, MemoryError)
 
 
 @contextmanager
 def json_errors(path: str, given: bool = False, fix: str = "") -> Iterator[None]:
     """Around parsing JSON: no JSON, no UTF-8, nested too deep, a number of more digits than Python converts."""
-    with _errors(path, "JSON file", (ValueError, RecursionError), given, fix):
+    with _errors(path, "JSON file", NO_JSON, given, fix):
         yield
 
 
 def parse_json(path: str, data: bytes, given: bool = False, fix: str = "") -> Any:
     """A JSON document in any Unicode encoding, with or without a BOM. Raises UserError and DataError."""
-    with json_errors(path, given, fix):
+    with _content_errors(path, "JSON file", NO_JSON, given, fix):
         value = json.loads(data)
         check_depth(data, value)
         return value

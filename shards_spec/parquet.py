@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from shards_spec.files import DataError, UserError, atomic_writer, open_read, sha256_file
 from shards_spec.layout import remake_advice
-from shards_spec.library_errors import FETCH, REMAKE, parquet_errors, product_error
+from shards_spec.library_errors import FETCH, REMAKE, open_parquet_errors, parquet_errors, product_error
 
 
 def check_columns(path: str, names: list[str], given: bool = False) -> None:
@@ -25,7 +25,7 @@ def check_columns(path: str, names: list[str], given: bool = False) -> None:
 
 def open_table(path: str, file: IO[bytes], given: bool = False) -> pq.ParquetFile:
     """A Parquet file of an opened file, whose column names differ. Raises UserError and DataError."""
-    with parquet_errors(path, given):
+    with open_parquet_errors(path, given):
         table = pq.ParquetFile(file)
         check_columns(path, table.schema_arrow.names, given)
         return table

@@ -28,13 +28,13 @@ class Costs:
 
 
 FILE_OPERATIONS = {  # of a shard, as `costs.py` counts them by strace: opened, looked up, flushed, renamed or removed
-    "ingest": 5 + 3 + 3 + 7,
-    "dedup": 7 + 2 + 2 + 5,
-    "caption": 6 + 5 + 2 + 5,
-    "pack": 14 + 4 + 3 + 8,
-    "vocab": 2,
-    "cache": 7 + 6 + 2 + 5,
-    "check": 39 + 18,
+    "ingest": 5 + 4 + 3 + 7,
+    "dedup": 13 + 13 + 4 + 12,
+    "caption": 6 + 7 + 2 + 5,
+    "pack": 14 + 13 + 3 + 8,
+    "vocab": 8 + 9 + 2 + 7,
+    "cache": 7 + 9 + 2 + 5,
+    "check": 25 + 38,
 }
 CLAIM = 5  # more per shard where an array makes it: linked, looked up, moved aside, opened, removed
 WIDTH = 768  # numbers in an embedding of ViT-L/14

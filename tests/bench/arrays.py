@@ -45,7 +45,8 @@ TASKS = 2
 SAID = re.compile(r"^submitit INFO \((\S+ \S+)\) - (Starting|Exiting|Job completed)", re.M)
 STAGES: dict[str, tuple[Callable[..., Any], Callable[[str], Any], tuple[str, ...]]] = {
     "vocab": (vocab, lambda root: VocabConfig(root, min_count=0, workers=1), ("--min-count", "0", "--workers", "1")),
-    "dedup": (dedup, lambda root: DedupConfig(root, workers=1), ("--workers", "1")),
+    # equal files only: drawn images are so alike that comparing them would be all of it
+    "dedup": (dedup, lambda root: DedupConfig(root, -1, workers=1), ("--near-bits", "-1", "--workers", "1")),
 }
 
 
