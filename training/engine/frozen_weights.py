@@ -8,6 +8,7 @@ on the CPU (`Task.exact_weights`): checkpoints, averages and measurements have t
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -27,21 +28,22 @@ def halve_frozen_weights(task: Task, precision: PrecisionOption) -> None:
         precision: That of the forward pass.
 
     Raises:
-        UserError: The forward pass computes in fp32, which does not mix with bf16.
+        UserError: The forward pass computes in fp32, which does not mix with bf16, or nothing is frozen.
     """
     if precision == "fp32":
         raise UserError(
             "--frozen-precision bf16: this run computes in fp32, which takes weights of fp32 alone: train with "
             "--precision bf16, or leave it out"
         )
-    for teacher in task.teachers:
-        if teacher.model is not None:
-            for _, weight in _frozen_weights(teacher.model):
-                weight.data = weight.data.bfloat16()
-    exact = {name: weight.data for name, weight in _frozen_weights(task)}
-    task.exact_weights = exact
-    for name, weight in _frozen_weights(task):
-        weight.data = exact[name].bfloat16()
+    live = [teacher.model for teacher in task.teachers if teacher.model is not None]
+    of_teachers = [weight for _, weight in chain.from_iterable(map(_frozen_weights, live))]
+    task.exact_weights = {name: weight.data for name, weight in _frozen_weights(task)}
+    if not of_teachers and not task.exact_weights:
+        raise UserError(
+            "--frozen-precision bf16 would not be used: this run trains all its weights and has no live teacher"
+        )
+    for weight in [*of_teachers, *(weight for _, weight in _frozen_weights(task))]:
+        weight.data = weight.data.bfloat16()
 
 
 def _frozen_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -7,9 +7,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from small_training import assert_same_run, tiny_config
 
 from shards_spec.files import DataError
+from training import trainer
 from training.data import batches as module
+from training.trainer import train
 
 
 class Stream:
@@ -80,6 +83,26 @@ def test_leaving_early_ends_the_reader(log):
     del ahead
     assert closed == [True]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+def test_a_run_counts_the_batches_that_it_used(log, clip_root, tmp_path, monkeypatch):
+    """Its checkpoint of step 2 was written while the third batch was there already."""
+    fields = {"steps": 4, "checkpoint_steps": 2, "keep_checkpoints": 9}
+    usual = train("clip", tiny_config("clip", clip_root, str(tmp_path / "usual"), **fields))
+
+    def ahead(*words, **options):
+        one_by_one = ([batch] for batch in module.load_batches(*words, **options))
+        for [batch] in module._copied_ahead(one_by_one, "cuda"):
+            yield batch
+
+    monkeypatch.setattr(trainer, "load_batches", ahead)
+    out = tmp_path / "ahead"
+    train("clip", tiny_config("clip", clip_root, str(out), **fields))
+    assert log.count("wait") == 4
+    (out / "checkpoints" / "step_000004.pt").unlink()
+    train("clip", tiny_config("clip", clip_root, str(out), **fields))
+    assert log.count("wait") == 6
+    assert_same_run(out, usual)
 
 
 class Rows:

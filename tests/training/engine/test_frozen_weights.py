@@ -138,7 +138,14 @@ def test_the_prediction_counts_them(root):
     assert halved < 0.75 * whole
 
 
-def test_fp32_does_not_mix_with_bf16(root):
-    config = siclip(root, "unused", precision="fp32", frozen_precision="bf16")
-    with pytest.raises(UserError, match="train with --precision bf16, or leave it out"):
-        prepare("siclip", config)
+@pytest.mark.parametrize(
+    ("recipe", "precision", "message"),
+    [
+        ("siclip", "fp32", "train with --precision bf16, or leave it out"),
+        ("clip", "bf16", "would not be used: this run trains all its weights and has no live teacher"),
+    ],
+)
+def test_where_it_does_not_help_it_is_refused(recipe, precision, message, root):
+    config = tiny_config(recipe, root, "unused", precision=precision, frozen_precision="bf16")
+    with pytest.raises(UserError, match=message):
+        prepare(recipe, config)
