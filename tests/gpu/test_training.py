@@ -19,6 +19,7 @@ from small_training import (
 )
 
 from shards_spec.models import load_model
+from training.data.batches import load_batches
 from training.engine.batch_fit import profiles
 from training.engine.distributed import Ranks
 from training.export import ExportConfig, export, largest_difference
@@ -238,6 +239,34 @@ def test_a_step_waits_once(recipe, root, device, tmp_path):
             torch.cuda.set_sync_debug_mode("default")
     places = [f"{wait.filename}:{wait.lineno}" for wait in waits if "synchronizing" in str(wait.message)]
     assert len(places) == 1, places
+
+
+def test_batches_copied_ahead_are_those_that_are_not(root, device, tmp_path):
+    """A step waits for the copy of its batch, and the next copy does not take its memory."""
+    only_on_cuda(device)
+    rows = prepare("tinyclip", config_of("tinyclip", root, tmp_path / "run", device)).rows
+    ahead, plain = (
+        load_batches(rows, rows.plan.positions(0, 0, 6), workers=2, device=device, prefetch=prefetch)
+        for prefetch in (True, False)
+    )
+    for one, other in zip(ahead, plain, strict=True):
+        busy = torch.randn(2048, 2048, device=device)
+        for _ in range(20):  # the step that the next copy runs beside
+            busy = busy @ busy.T / 2048
+        assert one["keys"] == other["keys"]
+        for name, value in one.items():
+            assert not isinstance(value, torch.Tensor) or torch.equal(value, other[name]), name
+
+
+def test_frozen_weights_in_bf16(root, device, usual, tmp_path):
+    only_on_cuda(device)
+    fields = {"precision": "bf16", "frozen_precision": "bf16", "ema_decay": 0.9}
+    out = tmp_path / "run"
+    found = read_metrics(train("siclip", config_of("siclip", root, out, device, **fields)))
+    assert_close(found[:1], usual("siclip")[:1], rel=0.3)
+    saved = load_checkpoint(RunFolder(str(out)).newest())
+    for state in (saved["task"], saved["ema"]):
+        assert not [name for name, value in state.items() if value.dtype == torch.bfloat16]
 
 
 def test_compiled(root, device, usual, tmp_path):
