@@ -61,10 +61,10 @@ def placed(words: list[str], folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_of_recipe_pages_parse(page, here):
-    found = [placed(words, here) for words in commands(page)]
+    found = [placed(words, here) for words in commands(page) if words[0] != "submit"]  # the next test has these
     for words in found:
         parse_command(words)
-    assert len(found) >= 5 or page.stem == "clipkd"
+    assert len(found) >= 4 or page.stem == "clipkd"
 
 
 def test_a_wrong_command_of_a_page_is_found(tmp_path):
@@ -140,9 +140,9 @@ def test_catlips_steps_have_as_many_pixels_whatever_their_sides(recipes):
     assert hours(recipes, "catlip", 1, "train catlip") == pytest.approx(steps / 3600)
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_operations_are_those_of_the_architectures(recipes):
-    """`--flops` counts all of them; these two take no second."""
+    """Two of those that `--flops` counts."""
     import open_clip
     import timm
     import torch
@@ -199,13 +199,14 @@ def test_values_of_pairs_follow_from_the_losses():
         mine, theirs = unrelated(count)
         said(page, clip_loss(mine, mine, 14.3).item(), digits)
         said(page, weight * element_feature_loss(mine, mine, theirs, theirs).item(), ".1f")
-        assert relation_loss(mine, mine, theirs, theirs, student_scale=14.3, teacher_scale=50).item() < 1e-5
         alike = torch.eye(count)  # the best that there is: the student's features are the teacher's, no two alike
         said(page, interactive_loss(alike, alike, alike, alike, log(1 / 0.07)).item(), digits)
-        even = relation_loss(
-            alike[:1].expand(count, -1), alike[:1].expand(count, -1), alike, alike, student_scale=1, teacher_scale=100
-        )
-        assert even.item() == pytest.approx(log(count), abs=0.01)  # of a sure teacher; a softer one is below
+    alike = torch.eye(64)
+    even = [alike[:1].expand(64, -1)] * 2  # rows of a student that knows nothing
+    sure = relation_loss(*even, alike, alike, student_scale=14.3, teacher_scale=100)
+    unsure = relation_loss(*even, alike, alike, student_scale=14.3, teacher_scale=5)
+    assert sure.item() == pytest.approx(log(64), abs=0.01)
+    assert 0 < unsure.item() < log(64) - 1
 
 
 def test_values_of_tinyclip_follow_from_its_losses():

@@ -13,7 +13,7 @@ from pipeline.report import check_page_path, render, write_page
 from pipeline.report.axes import short, total
 from pipeline.report.chain import has_begun, joined, stage_folders
 from pipeline.report.compare_charts import ComparedRun, ResultKey, all_results, curve_views, scatter_charts
-from pipeline.report.methods import MethodTable, method_table
+from pipeline.report.methods import MethodTable, group_methods, mean_runs, method_table
 from pipeline.report.results import Evaluations, metric_name, results_of_runs, share_text
 from pipeline.report.run import (
     RunFiles,
@@ -153,7 +153,7 @@ def compare_page(
         "results": _result_rows(runs, values),
         "methods": methods,
         "costs": _cost_table(runs),
-        "scatter": scatter_charts(runs, values),
+        "scatter": scatter_charts(*(mean_runs(group_methods(runs)) if methods else (runs, values))),
         "views": curve_views(runs),
         "differences": differences,
         "other_fields": others,

@@ -139,7 +139,16 @@ def _samples(one: ComparedRun) -> float:
 
 def latency(one: ComparedRun) -> float:
     """Milliseconds for one image on the CPU that `clipmill eval --cost` was run on; NaN where it was not."""
-    speeds: Any = one.run.evaluations.cost.get("speed")
+    return _latency(one.run.evaluations.cost)
+
+
+def onnx_latency(one: ComparedRun) -> float:
+    """The same of the run's ONNX export."""
+    return _latency(one.run.evaluations.onnx_cost)
+
+
+def _latency(cost: Mapping[str, Any]) -> float:
+    speeds = cost.get("speed")
     for speed in speeds if isinstance(speeds, list) else []:
         if isinstance(speed, dict) and speed.get("device") == "cpu" and isinstance(speed.get("images_per_s"), dict):
             rate = number(speed["images_per_s"].get("1"))
@@ -151,6 +160,7 @@ COSTS: tuple[tuple[str, str, Callable[[ComparedRun], float]], ...] = (
     ("parameters", "parameters", _parameters),
     ("data", "samples seen", _samples),
     ("latency", "ms per image, CPU", latency),
+    ("latency as ONNX", "ms per image, ONNX", onnx_latency),
 )
 
 

@@ -104,6 +104,23 @@ def method_table(runs: Sequence[ComparedRun], baseline: str = "") -> MethodTable
     return MethodTable(["method", *kept], rows)
 
 
+def mean_runs(methods: Sequence[Method]) -> tuple[list[ComparedRun], dict[str, dict[ResultKey, float]]]:
+    """A run for each method, by its name, and the mean of its runs' results by the path of that run.
+
+    It is the first whose cost was measured, where one was.
+    """
+    ones = list[ComparedRun]()
+    values = dict[str, dict[ResultKey, float]]()
+    for number_on_page, method in enumerate(methods, 1):
+        measured = [one for one in method.runs if one.run.evaluations.cost or one.run.evaluations.onnx_cost]
+        one = (measured or method.runs)[0]._replace(name=method.name, number=number_on_page)
+        found = [results(run.run) for run in method.runs]
+        keys = dict.fromkeys(chain.from_iterable(found))
+        ones.append(one)
+        values[one.path] = {key: mean(own[key] for own in found if key in own) for key in keys}
+    return ones, values
+
+
 def _named(methods: Sequence[Method], name: str) -> Method:
     """A method by its name, or by the path or name of one of its runs. Raises UserError."""
     for method in methods:

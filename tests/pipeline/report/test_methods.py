@@ -1,6 +1,7 @@
 """The table of methods: seeds as one row, probes and fine-tunings beside their towers, samples to reach a baseline."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from small_runs import write_masked_run
 
 from pipeline.report.compare import CompareConfig, compare, read_runs
+from pipeline.report.compare_charts import onnx_latency
 from pipeline.report.methods import MethodTable, group_methods, method_table
 from pipeline.report.results import results_of_runs
 from pipeline.report.run import cost_rows
@@ -122,6 +124,20 @@ def test_what_did_not_reach_the_baseline_is_said(study, tmp_path):
     assert cells(table, "slow")[head] == "128, 1 of 2"
     assert cells(table, "never")[head] == "not reached"
     assert cells(table, "blind")[head] == "–"
+
+
+def test_a_dot_is_the_mean_of_a_methods_seeds(study, tmp_path):
+    write_json(f"{study[1]}/eval/cost.json", {"task": "cost", "parameters": {"total": 40_000_000}, "macs": {}})
+    page = tmp_path / "page.html"
+    compare(CompareConfig(tuple(study), str(page)))
+    source = page.read_text()
+    chart = source[source.index("top-1, birds, against parameters") :].split("</figure>")[0]
+    assert re.findall(r"<title>(.*?)</title>", chart) == [
+        "1 rows/scratch: parameters 40M, per cent 40",
+        "2 rows/distilled: parameters 151M, per cent 65",
+    ]
+    one, *_ = group_methods(read_runs(study[2:4]))
+    assert [onnx_latency(run) for run in one.runs[1:]] == [20.0]
 
 
 def test_only_the_student_that_is_left_counts(study, tmp_path):
