@@ -9,7 +9,7 @@ from pipeline.check.files import DatasetFiles
 from pipeline.check.records import Findings, check_record
 from pipeline.check.validators import ShardFolder
 from shards_spec.content_id import content_ids
-from shards_spec.files import DataError, exists, join
+from shards_spec.files import DataError, join
 from shards_spec.layout import remake_advice, shard_name, stats_path
 from shards_spec.library_errors import short
 from shards_spec.manifest import Done
@@ -55,9 +55,12 @@ def validate_none(files: DatasetFiles, folder: str, shard: int) -> Iterator[str]
 def _check_hashes(files: DatasetFiles, shard_folder: ShardFolder, shard: int, done: Done | None) -> None:
     """Raise DataError for a file that is not the one in the done-record."""
     for path, expected in (done.outputs if done else {}).items():
-        if not exists(join(files.root, path)):
-            raise DataError(f"{join(files.root, path)}: is not there; {remake_advice(join(files.root, path))}")
-        if files.sha256(join(files.root, path)) != expected:
+        full = join(files.root, path)
+        try:
+            found = files.sha256(full)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(f"{full}: is not there; {remake_advice(full)}") from error
+        if found != expected:
             raise DataError(_describe_change(files, shard_folder, shard, path))
 
 
