@@ -22,7 +22,7 @@ from shards_spec.manifest import Done, forget
 FOLDERS_PER_TABLE = 64  # bits of a mask
 KEYS = np.dtype([("id", "<u8"), ("mask", "<u8")])  # of a key, and the folders that have it: a bit each
 SUMMED = ("shard", "config", "counts", "retried", "counters")  # fields of a record
-READ_AGAIN = (RAW, SHARDS)  # folders whose tars other folders are compared with
+READ_AGAIN = (RAW, DEDUP, SHARDS)  # folders whose files other folders are compared with
 
 
 @dataclass(frozen=True)

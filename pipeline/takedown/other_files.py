@@ -9,12 +9,13 @@ from pipeline.takedown.proof import IN_TAR, TakedownSearch, all_files
 from pipeline.takedown.staging import TakedownStaging
 from shards_spec.embeddings import EmbeddingFile
 from shards_spec.files import exists, join, open_read, read_bytes, write_bytes
-from shards_spec.layout import FILE_PATTERN, LOGS, REPAIRED, STAGES, stats_path
+from shards_spec.layout import CHECK, FILE_PATTERN, LOGS, REPAIRED, STAGES, stats_path
 from shards_spec.manifest import read_done
 from shards_spec.parquet import column_names, read_table
 
 INDEX = ".clipmill-search/"  # the folder of `clipmill search` below the images
 STAGE_FOLDERS = {stage.writes.split("/")[0] for stage in STAGES.values()}
+CHECKED = CHECK.writes.split("/")[0]  # folders of parts of its arrays
 PAGE = b'<meta name="generator" content="clipmill'  # in the head of our pages
 HEAD_BYTES = 4096
 
@@ -44,9 +45,9 @@ def stage_other_files(root: str, search: TakedownSearch, staging: TakedownStagin
 
 
 def _is_of_parts(path: str) -> bool:
-    """Whether a file lies in a hidden folder of a stage that was killed, which makes it again."""
+    """Whether a file lies in a hidden folder of a stage or a check that was killed, which makes it again."""
     top, *folders = path.split("/")[:-1] or [""]
-    return top in STAGE_FOLDERS and any(folder.startswith(".") for folder in folders)
+    return top == CHECKED or (top in STAGE_FOLDERS and any(folder.startswith(".") for folder in folders))
 
 
 def _is_unfinished(root: str, folder: str, name: str) -> bool:

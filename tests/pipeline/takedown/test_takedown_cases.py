@@ -15,7 +15,8 @@ from small_parts import run_task
 from web_server import serve
 
 import clipmill
-from pipeline.check.config import CheckConfig
+from pipeline.check.config import CheckConfig, CheckJobConfig
+from pipeline.check.divided import check_array
 from pipeline.check.stage import check
 from pipeline.core.taken_down import counters_of_rest
 from pipeline.dedup.config import DedupConfig
@@ -92,12 +93,15 @@ def test_ingest_makes_the_same_again(root, made):
     assert read_dataset(str(root))["stages"]["ingest"]["counts"] == counts == {"success": 7, "taken down": 4}
 
 
-def test_what_a_killed_dedup_left_goes(root):
-    """Its parts name the keys of all images; what is not searched cannot stay."""
+def test_what_a_killed_dedup_and_a_killed_check_left_goes(root):
+    """Their parts name the keys of all images; what is not searched cannot stay."""
     run_task(dedup, DedupConfig(str(root), workers=1, overwrite=True), [0])
     assert len(list((root / "dedup/.signatures").iterdir())) == 2
+    run_task(check_array, CheckJobConfig(str(root), 1).of_run("killed"), [0])
+    assert len(list((root / ".check/killed").iterdir())) == 2
     take(root, "000000001")
     assert not list((root / "dedup").glob(".signatures/*"))
+    assert not list(root.glob(".check/*/*"))
     assert sound(root)
 
 
