@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Stages that sum up parts, as an array of two tasks on a real Slurm of two nodes on this host: makespan and ideal.
 
-    python tests/bench/arrays.py [--shards 1000] [--per-shard 40] [--rounds 5] [--only vocab dedup]
+    python tests/bench/arrays.py [--shards 1000] [--per-shard 40] [--rounds 5] [--only vocab dedup check]
 
 The dataset is of drawn images, by the real stages. A line per stage and round, in seconds:
 
@@ -26,7 +26,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from small_data import write_raw
 from small_slurm import submit
 
+from pipeline.check.config import CheckJobConfig
+from pipeline.check.divided import check_array
 from pipeline.core.runner import ShardAssignment
 from pipeline.dedup.config import DedupConfig
 from pipeline.dedup.stage import dedup
@@ -44,11 +45,19 @@ from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
 
 TASKS = 2
+FORK = multiprocessing.get_context("fork")
 SAID = re.compile(r"^submitit INFO \((\S+ \S+)\) - (Starting|Exiting|Job completed)", re.M)
-STAGES: dict[str, tuple[Callable[..., Any], Callable[[str], Any], tuple[str, ...]]] = {
-    "vocab": (vocab, lambda root: VocabConfig(root, min_count=0, workers=1), ("--min-count", "0", "--workers", "1")),
+# function, config of a ROOT, words of the submission, folder of what it makes
+STAGES: dict[str, tuple[Callable[..., Any], Callable[[str], Any], tuple[str, ...], str]] = {
+    "vocab": (
+        vocab,
+        lambda root: VocabConfig(root, min_count=0, workers=1),
+        ("--min-count", "0", "--workers", "1"),
+        "vocab",
+    ),
     # equal files only: drawn images are so alike that comparing them would be all of it
-    "dedup": (dedup, lambda root: DedupConfig(root, -1, workers=1), ("--near-bits", "-1", "--workers", "1")),
+    "dedup": (dedup, lambda root: DedupConfig(root, -1, workers=1), ("--near-bits", "-1", "--workers", "1"), "dedup"),
+    "check": (check_array, lambda root: CheckJobConfig(root, 1).of_run("bench"), ("--workers", "1"), ".check"),
 }
 
 
@@ -71,6 +80,7 @@ def made(folder: Path, shards: int, per_shard: int) -> str:
     root = str(folder / f"{shards}" / "ds")
     write_raw(root, shards=shards, per_shard=per_shard)
     pack(PackConfig(root, ("none",), workers=TASKS))
+    shutil.copy(Path(root, "dataset.json"), Path(root).parent)
     return root
 
 
@@ -100,17 +110,16 @@ def seconds_on_slurm(cluster: Any, root: str, stage: str, words: tuple[str, ...]
 
 def plain_seconds(stage: str, root: str, shards: int) -> float:
     """The clock of the parts in as many processes as there are tasks, and of the sum in one."""
-    function, config, _ = STAGES[stage]
-    context = multiprocessing.get_context("fork")
+    function, config, *_ = STAGES[stage]
     assignments = [PartsOf(task, TASKS, shards) for task in range(TASKS)]
-    tasks = [context.Process(target=function, args=(config(root), own)) for own in assignments]
+    tasks = [FORK.Process(target=function, args=(config(root), own)) for own in assignments]
     start = time.monotonic()
     for task in tasks:
         task.start()
     for task in tasks:
         task.join()
         assert task.exitcode == 0
-    last = context.Process(target=function, args=(config(root),))
+    last = FORK.Process(target=function, args=(config(root),))
     last.start()
     last.join()
     assert last.exitcode == 0
@@ -119,11 +128,12 @@ def plain_seconds(stage: str, root: str, shards: int) -> float:
 
 def measure(cluster: Any, stage: str, root: str, tiny: str, shards: int) -> dict[str, float]:
     """The seconds of one stage, by the names above."""
-    function, config, words = STAGES[stage]
+    function, config, words, output = STAGES[stage]
     found, copy = dict[str, float](), f"{root}-copy"
 
     def forget(folder: str) -> None:
-        shutil.rmtree(Path(folder, stage), ignore_errors=True)
+        shutil.rmtree(Path(folder, output), ignore_errors=True)
+        shutil.copy(Path(folder).parent / "dataset.json", folder)
 
     forget(root)
     found["parts"] = cpu_seconds(lambda: function(config(root), PartsOf(0, 1, shards)))
@@ -133,10 +143,15 @@ def measure(cluster: Any, stage: str, root: str, tiny: str, shards: int) -> dict
     for folder in (root, copy, tiny):
         forget(folder)
     found["start"] = seconds_on_slurm(cluster, tiny, stage, words)
-    with ThreadPoolExecutor(1) as pool:
-        plain = pool.submit(plain_seconds, stage, copy, shards)
-        found["makespan"] = seconds_on_slurm(cluster, root, stage, words) - found["start"]
-        found["plain"] = plain.result()
+    plain: Any = FORK.SimpleQueue()
+    beside = FORK.Process(target=lambda: plain.put(plain_seconds(stage, copy, shards)))
+    beside.start()
+    found["makespan"] = seconds_on_slurm(cluster, root, stage, words) - found["start"]
+    beside.join()
+    assert beside.exitcode == 0
+    found["plain"] = plain.get()
+    for folder in (root, copy, tiny):
+        forget(folder)
     print(f"{stage}: {described(found)}", flush=True)
     return found
 
