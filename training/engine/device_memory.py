@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from shards_spec.precision import Precision, dtype_of
 from training.engine.gradients import total
-from training.engine.memory_estimate import Memory, bytes_of, bytes_per_sample
+from training.engine.memory_estimate import Memory, bytes_of, bytes_of_average, bytes_per_sample
 from training.engine.sync_batch_norm import kept_statistics
 from training.losses.similarity import ALL_ROWS, RowShare
 from training.task import Batch, Features, Task
@@ -234,9 +234,8 @@ def measure(
             task.row_share = ALL_ROWS
     pixels, others = bytes_per_sample(batch)
     trained = bytes_of(parameter for parameter in task.parameters() if parameter.requires_grad)
-    averaged = bytes_of(value for value in task.student.state_dict().values() if value.is_floating_point())
     return DeviceProfile(
-        memory=Memory(weights=resident, optimizer=2 * trained, average=averaged if average else 0),
+        memory=Memory(weights=resident, optimizer=2 * trained, average=bytes_of_average(task) if average else 0),
         trained=trained,
         workspaces=workspaces,
         pixels=pixels,

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from shards_spec.messages import counted
 from shards_spec.precision import PrecisionOption
+from training.engine.ema import floating_state
 from training.engine.gradients import split
 from training.engine.sync_batch_norm import kept_statistics
 from training.losses.similarity import BLOCK_ROWS, is_whole
+from training.runs.student import STUDENT
 from training.task import Batch, Features, Losses, Task
 
 MIB = 2**20
@@ -150,11 +152,10 @@ def profile(task: Task, batch: Batch, precision: PrecisionOption = "fp32", avera
         of_losses = [saved_bytes(partial(_losses, task, features, times), kept)[0] for times in (1, 2, 3)]
     pixels, others = bytes_per_sample(batch)
     of_teachers = chain.from_iterable(teacher.tensors() for teacher in task.teachers)
-    averaged = bytes_of(value for value in task.student.state_dict().values() if value.is_floating_point())
     return Profile(
         weights=bytes_of([*task.parameters(), *task.buffers(), *of_teachers]),
         trained=trained,
-        average=averaged if average else 0,
+        average=bytes_of_average(task) if average else 0,
         pixels=pixels,
         others=others,
         activations=((len(few["keys"]), few_saved), (count, saved)),
@@ -201,6 +202,12 @@ def bytes_per_sample(batch: Batch) -> tuple[float, float]:
     per_sample = {id(value): value.nbytes / count for value in inputs.values() if len(value) == count}
     pixels = per_sample.pop(id(batch.get("images")), 0.0)
     return pixels, sum(per_sample.values())
+
+
+def bytes_of_average(task: Task) -> int:
+    """Return the bytes that an average of the student takes; frozen weights in bf16 have none of their own."""
+    state = floating_state(task.student)
+    return bytes_of(value for name, value in state.items() if f"{STUDENT}{name}" not in task.exact_weights)
 
 
 def bytes_of(tensors: Any) -> int:

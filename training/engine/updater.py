@@ -18,10 +18,10 @@ from training.engine.ema import ModelEma
 from training.engine.gradients import Gradients, rng_state, set_rng_state, total
 from training.engine.optim import build_optimizer, keep_state, learning_rate, set_lr
 from training.engine.sync_batch_norm import SavedStatistics, synchronise
+from training.runs.student import STUDENT
 from training.task import Batch, Losses, RecipeConfig, Task
 
 log = logging.getLogger(__name__)
-STUDENT = "student."  # begins the names of the student's weights in the task's state dict
 
 
 class Update(NamedTuple):
