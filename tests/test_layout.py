@@ -38,6 +38,7 @@ STAGE_IMPORTS = {
         "pack",
     },  # it reads the tars of published vectors by ingest's rules, captions as pack cleans them
     "check": {"cache", "dedup"},  # it validates what they wrote, by their own rules
+    "report": {"labels"},  # it names synsets that no vocabulary has as WordNet does
     "repair": {"cache", "caption", "check", "dedup", "ingest", "labels", "pack", "select"},  # it runs them again
     "evalset": {"ingest"},  # it reads captions, folders and image Parquet by ingest's rules
     "pack": {"dedup", "labels"},  # it drops dedup's duplicates and labels captions with synsets

@@ -388,7 +388,8 @@ def note(measured: MeasuredRates, settings: Sequence[Setting]) -> str:
     said.append(
         f"One GPU: {plan.PEAK / 1e12:g} TFLOP/s (an RTX 4090's data sheet), 16 cores, 1 Gbit/s; a batch that 24 GB do "
         f"not hold takes each forward pass twice. {NODES} nodes: {GPUS_PER_NODE} GPUs of {measured.ceiling / 1e12:.0f} "
-        "TFLOP/s and 128 cores each, 10 Gbit/s together. Checkpoints, start-up and queues are not in it."
+        "TFLOP/s and 128 cores each, 10 Gbit/s together. What GPUs send each other, checkpoints, start-up and queues "
+        "are not in it."
     )
     return textwrap.fill(" ".join(said), 120, break_on_hyphens=False)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.plan.costs import FLOP, STUDENTS, Costs
+from pipeline.plan.costs import CLAIM, FILE_OPERATIONS, FLOP, STUDENTS, Costs
 from pipeline.plan.estimate import Choices, Corpus, Gpu, Hardware, StageCost, gpu_jobs, stage_costs
 from pipeline.plan.rates import MeasuredRates
 
@@ -75,8 +75,8 @@ def test_views_captions_and_epochs_count():
 
 def test_an_array_claims_its_shards():
     stages = by_name()
-    assert stages["pack"].file_operations(12) == 12 * 29  # one task
-    assert stages["caption"].file_operations(12) == 12 * (18 + 5)
+    assert stages["pack"].file_operations(12) == 12 * FILE_OPERATIONS["pack"]  # one task
+    assert stages["caption"].file_operations(12) == 12 * (FILE_OPERATIONS["caption"] + CLAIM)
     assert stages["train ViT-M-32"].file_operations(12) == 0
 
 
