@@ -3,10 +3,9 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import TypeVar
 
-from pipeline.core.workers import die_with_parent
+from pipeline.core.workers import die_with_parent, spawn_context
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -22,7 +21,7 @@ def map_in_order(work: Callable[[T], R], items: Iterable[T], workers: int) -> It
         yield from map(work, items)
         return
     waiting: deque[Future[R]] = deque()
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=die_with_parent) as pool:
+    with ProcessPoolExecutor(workers, spawn_context(), initializer=die_with_parent) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(work, item))

@@ -7,7 +7,6 @@ again.
 
 import json
 import logging
-import multiprocessing
 import os
 import pkgutil
 import platform
@@ -22,7 +21,7 @@ from typing import Any
 
 from pipeline.core.prefetch import prefetch_map
 from pipeline.core.progress import show_progress
-from pipeline.core.workers import die_with_parent
+from pipeline.core.workers import die_with_parent, spawn_context
 from shards_spec.files import DataError, UserError, is_url, join, read_bytes, remove_stale, sha256_json, write_bytes
 from shards_spec.layout import STAGES, shard_name, stage_log, tar_path
 from shards_spec.manifest import (
@@ -353,8 +352,9 @@ def _outcomes(
     if options.threads:
         yield from _outcomes_of_pool(ThreadPoolExecutor(options.threads), options.threads, tasks, work)
     elif options.workers > 1:
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(options.workers, context, initializer=_init_worker, initargs=(options.worker_init,))
+        pool = ProcessPoolExecutor(
+            options.workers, spawn_context(), initializer=_init_worker, initargs=(options.worker_init,)
+        )
         # a shard that is claimed and waits here for a worker could meanwhile be made by another process
         waiting = options.workers + 1 if options.assignment is ALL else 0
         yield from _outcomes_of_pool(pool, options.workers + waiting, tasks, work)

@@ -1,15 +1,28 @@
 """What every worker process does first. Imports next to nothing, because workers start with it."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
 import threading
+from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess, parent_process
 
 CPU_QUOTA = "/sys/fs/cgroup/cpu.max"  # of a container: microseconds of all cores per microseconds, or "max"
 SHARDS_PER_WORKER = 16  # of a stage that only reads a table; a process takes most of a second to start
+BLAS_THREADS = "OPENBLAS_NUM_THREADS"  # of the BLAS that numpy brings
 PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that this process gets when its parent dies
+
+
+def spawn_context() -> SpawnContext:
+    """How the processes of a stage start, of which there is one per core.
+
+    Each has one thread in numpy's BLAS, unless the environment says otherwise: by default it would have one per core,
+    and on a busy machine they take most of the time for waiting for each other.
+    """
+    os.environ.setdefault(BLAS_THREADS, "1")
+    return multiprocessing.get_context("spawn")
 
 
 def die_with_parent() -> None:

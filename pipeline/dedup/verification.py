@@ -4,13 +4,12 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import numpy as np
 
 from pipeline.core.image_match import SIDE, fingerprint, fingerprints_match
 from pipeline.core.near_duplicates import INDEX_BITS, NO_ROW, confirm_duplicates
-from pipeline.core.workers import die_with_parent
+from pipeline.core.workers import die_with_parent, spawn_context
 from pipeline.dedup.disk_columns import DiskColumn, DiskKeys
 from shards_spec.files import DataError, read_buffer
 from shards_spec.images import decode_rgb
@@ -86,7 +85,7 @@ def _fingerprints(
         for path, wanted in jobs:
             yield from _fingerprints_of_shard(path, wanted)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=die_with_parent) as pool:
+    with ProcessPoolExecutor(workers, spawn_context(), initializer=die_with_parent) as pool:
         for prints in pool.map(_fingerprints_of_shard, *zip(*jobs, strict=True)):
             yield from prints
 

@@ -6,7 +6,6 @@ never waits for the next one.
 
 import asyncio
 import gc
-import multiprocessing
 import pickle
 import socket
 import struct
@@ -16,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
 
-from pipeline.core.workers import die_with_parent
+from pipeline.core.workers import die_with_parent, spawn_context
 from shards_spec.files import UserError
 
 IMAGES_PER_PROCESS = 2  # the one it works on, and the next
@@ -146,7 +145,7 @@ def _start(work: Work) -> tuple[BaseProcess, socket.socket]:
     ours, theirs = socket.socketpair()
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
-    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, work), daemon=True)
+    process = spawn_context().Process(target=_serve, args=(theirs, work), daemon=True)
     process.start()
     theirs.close()
     ours.setblocking(False)

@@ -5,7 +5,8 @@ import os
 import pytest
 
 from pipeline.core import workers
-from pipeline.core.workers import usable_cores
+from pipeline.core.process_map import map_in_order
+from pipeline.core.workers import BLAS_THREADS, usable_cores
 
 
 @pytest.mark.parametrize(
@@ -27,3 +28,12 @@ def test_a_containers_quota_bounds_them(quota, cores, tmp_path, monkeypatch):
     assert usable_cores() == cores
     file.unlink()
     assert usable_cores() == 8, "no container"
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("given", "found"), [(None, "1"), ("3", "3")])
+def test_a_worker_has_one_thread_in_blas_unless_told_otherwise(given, found, monkeypatch):
+    monkeypatch.setenv(BLAS_THREADS, given or "")
+    if given is None:
+        monkeypatch.delenv(BLAS_THREADS)
+    assert list(map_in_order(os.getenv, [BLAS_THREADS], 2)) == [found]
