@@ -50,7 +50,7 @@ def test_more_tasks_than_shards(slurm, tmp_path):
     """200 tasks over 50 shards, in two arrays of 100: their number is not known, as in a chain after an ingest."""
     root = str(tmp_path / "ds")
     write_raw(root, shards=50, per_shard=2)
-    [(_, first)] = submit(slurm, "vocab", root, "--time", "9")  # fails: nothing is packed
+    [(_, first)] = submit(slurm, "pack", root, "--captioner", "nobody", "--shard-size", "2", "--time", "9")  # fails
     packs_in_arrays_of([100, 100], slurm, root, "--array", "200", "--after", first, "--incomplete")
 
 
