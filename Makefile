@@ -13,7 +13,7 @@ SHELL := /bin/bash
 # a process runs whole modules, whose tests share what their fixtures made
 PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadscope
 
-.PHONY: demo real real-data study-siclip study-catlip study-tinyclip study-minivit study-tinymim \
+.PHONY: demo real real-data study-siclip study-catlip study-tinyclip study-minivit study-tinymim study-all \
 	fast test test-all fuzz gpu-kit lock lint style types tests wordnet debian clean
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -48,6 +48,9 @@ study-minivit: $(VENV)/.done
 
 study-tinymim: $(VENV)/.done
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/study_tinymim.sh
+
+study-all: $(VENV)/.done real-data
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/study_all.sh
 
 # in a folder of their own: only their data is read, not their code
 demo-run/packages: | $(VENV)/.done

@@ -20,10 +20,14 @@ from shards_spec.suggest import did_you_mean
 UNKNOWN = "–"
 MEASURES_ANOTHER = ("probe", "finetune")  # recipes whose run says how good another run's tower is
 TOLD = {  # tasks that the name of a column says
+    "classification": "trained on its labels",
     "linear_probe": "linear probe",
     "knn_classification": "nearest neighbours",
     "zeroshot_retrieval_first_caption": "first captions",
 }
+
+
+TRAINED = f" ({TOLD['classification']})"
 
 
 class Method(NamedTuple):
@@ -190,7 +194,9 @@ def _result_columns(methods: Sequence[Method]) -> dict[str, list[str]]:
     for recipe in MEASURES_ANOTHER:
         tuned = [[one for one in method.tuned if one.run.config.get("recipe") == recipe] for method in methods]
         for head, key in _heads(chain.from_iterable(tuned)).items():
-            columns[f"{recipe}: {head}"] = [spread([_result(one, key) for one in own]) for own in tuned]
+            columns[f"{recipe}: {head.removesuffix(TRAINED)}"] = [
+                spread([_result(one, key) for one in own]) for own in tuned
+            ]
     return columns
 
 

@@ -197,3 +197,17 @@ def test_no_table_is_no_markdown(study, tmp_path):
     with pytest.raises(UserError, match="--markdown: each run is a method of its own"):
         compare(config)
     assert not (tmp_path / "page.html").exists()
+
+
+def test_accuracy_of_a_classifier_is_not_mixed_with_zero_shot_accuracy(tmp_path):
+    clip = write_run(tmp_path / "rows/scratch-0", [0.2], seed=0, eval_data="/e/toys")
+    classifier = write_run(tmp_path / "rows/tied-0", [0.7], seed=0, recipe="minivit", eval_data="", data="/e/toys")
+    tuned = write_run(
+        tmp_path / "tuned/tied-0", [0.8], seed=0, recipe="finetune", eval_data="", data="/e/toys", model=classifier
+    )
+    table = method_table(read_runs([clip, classifier, tuned]), clip)
+    assert table is not None
+    shown = dict(zip(table.heads, zip(*table.rows, strict=True), strict=True))
+    assert shown["top-1, toys"] == ("20.0", "–")
+    assert shown["top-1, toys (trained on its labels)"] == ("–", "70.0")
+    assert shown["finetune: top-1, toys"] == ("–", "80.0")
