@@ -65,8 +65,12 @@ def write_raw(
     size: int = 48,
     lost: int | None = None,
     captions: bool = True,
+    padding: int = 0,
 ) -> None:
-    """ROOT/raw as `ingest` leaves it, images of ``size`` pixels, every fifth input failed, all of shard ``lost``."""
+    """ROOT/raw as `ingest` leaves it, images of ``size`` pixels, every fifth input failed, all of shard ``lost``.
+
+    An image has ``padding`` random bytes more, at most 65,533, in a comment, which decoders skip.
+    """
     totals: dict[str, int] = {}
     config = {"image_size": 256, "shard_size": per_shard}
     for shard in range(shards):
@@ -74,6 +78,7 @@ def write_raw(
         for index in range(per_shard):
             key = f"{shard:05d}{index:04d}"
             image, caption = draw(f"{seed}/{key}", size)
+            image = padded(image, key, padding)
             caption = caption if captions else ""
             status = "failed_to_download" if index % 5 == 4 or shard == lost else "success"
             rows.append({"url": f"http://h/{key}", "caption": caption, "key": key, "status": status})
@@ -91,6 +96,14 @@ def write_raw(
         for reason, number in counts.items():
             totals[reason] = totals.get(reason, 0) + number
     write_stage(root, "ingest", {"config": config, "shards": shards, "counts": dict(sorted(totals.items()))}, "test")
+
+
+def padded(image: bytes, seed: str, padding: int) -> bytes:
+    """A JPEG with so many random bytes in a comment behind its first marker."""
+    if not padding:
+        return image
+    comment = b"\xff\xfe" + (padding + 2).to_bytes(2, "big") + random.Random(seed).randbytes(padding)
+    return image[:2] + comment + image[2:]
 
 
 def write_final(root: str, shards: list[list[Sample]]) -> None:

@@ -27,7 +27,8 @@ from pipeline.pack.stage import pack
 pytestmark = pytest.mark.integration
 
 MIB = 1024  # ru_maxrss is in KiB
-SIZE = 384  # pixels: a shard of 12 drawn images is about 1 MB with noise on top
+SIZE = 128  # pixels, which take 50 kB as they are decoded
+PADDING = 65_000  # bytes of an encoded image besides: a shard of 12 is about 0.8 MB
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def roots(tmp_path_factory) -> dict[int, str]:
     roots = {}
     for shards in (5, 50):
         root = str(tmp_path_factory.mktemp("data") / f"ds{shards}")
-        write_raw(root, shards, per_shard=15, size=SIZE)
+        write_raw(root, shards, per_shard=15, size=SIZE, padding=PADDING)
         roots[shards] = root
     return roots
 
@@ -57,13 +58,13 @@ def _work(stage: str, root: str, model: str, pipe) -> None:
     elif stage == "pack":
         pack(PackConfig(root, workers=1))
     elif stage == "vocab":
-        vocab(VocabConfig(root, min_count=1))
+        vocab(VocabConfig(root, min_count=1, workers=1))
     elif stage == "cache":
         cache(CacheConfig(root, model, name="tea", views=1, threads=1))
     elif stage == "train":
         train_clip(root, str(Path(root, "run")), str(Path(model.removeprefix("local-dir:")).parent / "student"))
     else:
-        assert check(CheckConfig(root)) == []
+        assert check(CheckConfig(root, workers=1)) == []
     pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)
 
 
