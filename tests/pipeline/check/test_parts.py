@@ -231,7 +231,8 @@ def test_every_file_is_read_once_for_a_shard(whole, monkeypatch):
     names = {folder: FolderListing(root, folder).names_of(2) for folder in ("raw", "dedup", "shards")}
     part = parts(PartNames(2, names))
     assert [own.problems for own in part.folders.values()] == [[]] * 3
-    data = [f"{root}/{folder}/{name}" for folder, own in names.items() for name in own if "stats" not in name]
+    data = [f"{root}/raw/00002.tar", f"{root}/shards/00002.tar"]
+    data += [f"{root}/{folder}/00002.parquet" for folder in names]
     assert sorted(hashed) == sorted(data)
     assert sorted(mapped) == sorted(data)
     files = DatasetFiles(root)
