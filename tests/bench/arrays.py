@@ -7,18 +7,19 @@ The dataset is of drawn images, by the real stages. A line per stage and round, 
 
     parts, sum    CPU of both in one process here, after imports
     ideal         parts / 2 + sum: what two idle cores take
-    plain         clock of the same work in two processes of half the shards each, then the sum, on a copy and at the
-                  same time: no Slurm, no claims. Other work on the machine takes from it what it takes from the jobs,
-                  so it stands for the ideal there
     start         clock of the same submission's jobs on a dataset of two shards: processes, imports, hardly any work
     makespan      clock of the jobs from the start of the first task to the end of the last job, less ``start`` and less
-                  the time in which no job ran, which is Slurm's own
+                  the time in which no job ran, which is Slurm's own. It includes waiting for the disk, to which each
+                  part is flushed, and for other work on the machine
+    start CPU, CPU  of the jobs' processes: of those of ``start``, and of all shards, less ``start CPU``. CPU less
+                  parts and sum is what claims and listings cost, whatever else the machine does
 
 and at the end the medians.
 """
 
 import argparse
-import multiprocessing
+import contextlib
+import os
 import re
 import shutil
 import statistics
@@ -45,7 +46,6 @@ from pipeline.pack.config import PackConfig
 from pipeline.pack.stage import pack
 
 TASKS = 2
-FORK = multiprocessing.get_context("fork")
 SAID = re.compile(r"^submitit INFO \((\S+ \S+)\) - (Starting|Exiting|Job completed)", re.M)
 # function, config of a ROOT, words of the submission, folder of what it makes
 STAGES: dict[str, tuple[Callable[..., Any], Callable[[str], Any], tuple[str, ...], str]] = {
@@ -100,36 +100,30 @@ def spans(root: str, jobs: list[str]) -> list[tuple[float, float]]:
     return found
 
 
-def seconds_on_slurm(cluster: Any, root: str, stage: str, words: tuple[str, ...]) -> float:
-    """The clock that the jobs of a submission took, without pauses between them."""
+def seconds_on_slurm(cluster: Any, root: str, stage: str, words: tuple[str, ...]) -> tuple[float, float]:
+    """The clock that the jobs of a submission took, without pauses between them, and the CPU of their processes."""
     [(arrays, last)] = submit(cluster, stage, root, *words, "--array", str(TASKS), "--time", "60")
-    states = cluster.ended(last, 1800)
-    assert set(states.values()) == {"COMPLETED"}, states
-    return sum(end - start for start, end in spans(root, [*arrays, last]))
+    cpu = dict[int, float]()
+    while "COMPLETED" not in (states := cluster.states(last)).values():
+        assert not {"FAILED", "CANCELLED"} & {*states.values()}, states
+        for _ in range(5):
+            for pid in cluster.job_pids():
+                with contextlib.suppress(OSError, IndexError):  # it has ended
+                    cpu[pid] = own_cpu(pid)
+            time.sleep(0.2)
+    return sum(end - start for start, end in spans(root, [*arrays, last])), sum(cpu.values())
 
 
-def plain_seconds(stage: str, root: str, shards: int) -> float:
-    """The clock of the parts in as many processes as there are tasks, and of the sum in one."""
-    function, config, *_ = STAGES[stage]
-    assignments = [PartsOf(task, TASKS, shards) for task in range(TASKS)]
-    tasks = [FORK.Process(target=function, args=(config(root), own)) for own in assignments]
-    start = time.monotonic()
-    for task in tasks:
-        task.start()
-    for task in tasks:
-        task.join()
-        assert task.exitcode == 0
-    last = FORK.Process(target=function, args=(config(root),))
-    last.start()
-    last.join()
-    assert last.exitcode == 0
-    return time.monotonic() - start
+def own_cpu(pid: int) -> float:
+    """Seconds of a process's own."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(cluster: Any, stage: str, root: str, tiny: str, shards: int) -> dict[str, float]:
     """The seconds of one stage, by the names above."""
     function, config, words, output = STAGES[stage]
-    found, copy = dict[str, float](), f"{root}-copy"
+    found = dict[str, float]()
 
     def forget(folder: str) -> None:
         shutil.rmtree(Path(folder, output), ignore_errors=True)
@@ -140,26 +134,21 @@ def measure(cluster: Any, stage: str, root: str, tiny: str, shards: int) -> dict
     found["sum"] = cpu_seconds(lambda: function(config(root)))
     found["ideal"] = found["parts"] / TASKS + found["sum"]
     forget(root)
-    for folder in (root, copy, tiny):
-        forget(folder)
-    found["start"] = seconds_on_slurm(cluster, tiny, stage, words)
-    plain: Any = FORK.SimpleQueue()
-    beside = FORK.Process(target=lambda: plain.put(plain_seconds(stage, copy, shards)))
-    beside.start()
-    found["makespan"] = seconds_on_slurm(cluster, root, stage, words) - found["start"]
-    beside.join()
-    assert beside.exitcode == 0
-    found["plain"] = plain.get()
-    for folder in (root, copy, tiny):
-        forget(folder)
+    forget(tiny)
+    found["start"], found["start CPU"] = seconds_on_slurm(cluster, tiny, stage, words)
+    seconds, cpu = seconds_on_slurm(cluster, root, stage, words)
+    found["makespan"] = seconds - found["start"]
+    found["CPU"] = cpu - found["start CPU"]
+    forget(root)
+    forget(tiny)
     print(f"{stage}: {described(found)}", flush=True)
     return found
 
 
 def described(found: dict[str, float]) -> str:
     seconds = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
-    makespan = found["makespan"]
-    return f"{seconds}; {makespan / found['ideal']:.2f} of ideal, {makespan / found['plain']:.2f} of plain"
+    work = found["parts"] + found["sum"]
+    return f"{seconds}; makespan {found['makespan'] / found['ideal']:.2f} of ideal, CPU {found['CPU'] / work:.2f} of it"
 
 
 def main() -> None:
@@ -174,7 +163,6 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="clipmill-arrays-") as work, cluster() as here:
         root, tiny = (made(Path(work), shards, options.per_shard) for shards in (options.shards, TASKS))
-        shutil.copytree(root, f"{root}-copy")
         rounds: dict[str, list[dict[str, float]]] = {stage: [] for stage in options.only}
         for _ in range(options.rounds):
             for stage, own in rounds.items():
