@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Writes the computed tables of the pages: what a dataset costs, and what was measured on a GPU.
+"""Writes the tables of the pages: what a dataset costs, what was measured on a GPU, what many shards cost.
 
     python docs/tables.py [--check]
 
 A table stands between ``<!-- tables.py: NAME -->`` and ``<!-- end -->``. `tests/bench/plan.py` and
-`tests/bench/recipes.py` compute costs, from `pipeline/plan/rates.json`. Figures of a GPU are those of
+`tests/bench/recipes.py` compute costs, from `pipeline/plan/rates.json`. Figures of many shards are those of one run of
+`python tests/bench/scale.py --work /dev/shm --out tests/bench/scale.json`. Figures of a GPU are those of
 `tests/gpu/figures.jsonl`, the last one of each name; one that docs/benchmarks.md explains and that is not among them
-was not run yet (… in the name of an explained one stands for any text, or none). These files are copied from $OUT after
-`bash tests/gpu/run.sh`. --check writes nothing and fails where a page has other tables.
+was not run yet (… in the name of an explained one stands for any text, or none). That file and the rates are copied
+from $OUT after `bash tests/gpu/run.sh`. --check writes nothing and fails where a page has other tables.
 """
 
 import argparse
@@ -22,6 +23,7 @@ sys.path.extend(str(Path(__file__).resolve().parents[1] / folder) for folder in 
 import plan
 import recipes
 import runner
+from scale_table import scale_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
@@ -31,6 +33,7 @@ PAGES = (
     *(f"docs/recipes/{name}.md" for name in recipes.PAGES),
 )
 FIGURES = ROOT / "tests" / "gpu" / "figures.jsonl"
+MANY_SHARDS = ROOT / "tests" / "bench" / "scale.json"
 BLOCK = re.compile(r"(<!-- tables\.py: (?P<name>[^>]+) -->\n).*?(<!-- end -->\n)", re.S)
 EXPLAINED = re.compile(r"^\| figure \| what it is \| goal \|\n\|[-|]+\|\n(?P<rows>(?:\|.*\n)+)", re.M)
 
@@ -74,7 +77,12 @@ def tables() -> dict[str, str]:
     """All tables by name."""
     lines = FIGURES.read_text().splitlines() if FIGURES.exists() else []
     explained = explained_rows((ROOT / "docs" / "benchmarks.md").read_text())
-    return {**plan.blocks(plan.parser().parse_args([])), **recipes.blocks(), "on a GPU": gpu_table(lines, explained)}
+    return {
+        **plan.blocks(plan.parser().parse_args([])),
+        **recipes.blocks(),
+        "on a GPU": gpu_table(lines, explained),
+        "many shards": scale_table(json.loads(MANY_SHARDS.read_text())),
+    }
 
 
 def filled(page: str, by_name: dict[str, str]) -> str:

@@ -1,7 +1,9 @@
 """The tables that docs/tables.py writes into the pages, with and without figures of a GPU."""
 
 import ast
+import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -164,3 +166,69 @@ def literal_rates(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", sorted((ROOT / "tests" / "gpu").glob("measure_*.py")), ids=lambda path: path.stem)
 def test_measurements_name_jobs_that_are_known(path):
     assert literal_rates(path) <= set(FLOP)
+
+
+def many_shards(**cells: list[tuple[float, float]]) -> dict:
+    """A report of the bench of many shards; CPU seconds and MiB of each row at 1,000, 10,000 and 100,000 shards."""
+    sizes = [1_000, 10_000, 100_000]
+    rows = []
+    for title, own in cells.items():
+        measured = {
+            str(size): {"CPU": cpu, "seconds": 2 * cpu, "MiB": mib, "worker MiB": 0.0}
+            for size, (cpu, mib) in zip(sizes, own, strict=True)
+        }
+        rows.append({"name": title, "title": title, "measured": measured, "operations": {"open": 2.0, "list": 0.001}})
+    return {"machine": "2 cores of a Some CPU", "date": "2026-12-01", "sizes": sizes, "rows": rows}
+
+
+def test_rows_of_many_shards_that_grow_more_than_linearly_are_named(tables):
+    def note(**cells: list[tuple[float, float]]) -> str:
+        return " ".join(tables["scale_table"](many_shards(**cells)).rpartition("\n\n")[2].split())
+
+    flat, steep = [(0.1, 20), (1.0, 21), (10.0, 30)], [(0.1, 20), (1.0, 21), (16.0, 30)]
+    figures = row(tables["scale_table"](many_shards(flat=flat)), "flat")[1:]
+    assert figures == ["0.10, 0.20, 20", "1.00, 2.00, 21", "10.00, 20.00, 30", "2 open"]
+    start = "Measured by one run with `--shards 1000 10000 100000` on 2 cores of a Some CPU, 2026-12-01. All is flat: "
+    assert note(flat=flat).startswith(start)
+    said = note(flat=flat, steep=steep)
+    assert said.endswith("Not flat: steep (CPU time per shard, 1.6 times from 10,000 to 100,000).")
+    said = note(heavy=[(0.1, 20), (1.0, 28), (10.0, 208)])
+    assert said.endswith("Not flat: heavy (memory, 2.1 kB per shard from 10,000 to 100,000).")
+    assert "All is flat" in note(start_up=[(0.001, 1), (0.1, 18), (0.9, 35)])
+
+
+def test_the_folder_of_a_killed_bench_is_removed_and_that_of_a_running_one_stays(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "bench"))
+    scale = importlib.import_module("scale")
+    left, other = tmp_path / f"{scale.PREFIX}left", tmp_path / "other"
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / scale.LOCK).write_text("")
+    with scale.work_folder(str(tmp_path)) as running:
+        assert not left.exists()
+        with scale.work_folder(str(tmp_path)) as second:
+            assert {running, second, other} == set(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [other]
+
+
+@pytest.mark.slow
+def test_the_bench_of_many_shards_runs_from_nothing_and_leaves_nothing(tables, tmp_path):
+    work, out = tmp_path / "work", tmp_path / "scale.json"
+    work.mkdir()
+    words = ["--shards", "20", "30", "--only", "sizes", "pack", "dedup", "vocab", "check"]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "bench" / "scale.py"),
+        *words,
+        "--work",
+        str(work),
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert tables["scale_table"](report) == done.stdout.strip()
+    assert [row["name"] for row in report["rows"]] == words[4:]
+    assert all(row["measured"]["30"]["CPU"] > 0 for row in report["rows"])
+    assert list(work.iterdir()) == []
