@@ -75,9 +75,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_images(web: Path, out: Path) -> None:
-    """Write copies as PNG under the same names, of the pixels that are evaluated; the originals take ten times as long.
+    """Write copies as PNG under the same names, of the pixels that are evaluated.
 
-    They are read in every measurement, some of them with millions of pixels.
+    They are read in every measurement, and some originals have millions of pixels.
     """
     for folder in ("labelled", "heldout"):
         for path in sorted((web / folder).rglob("*.*")):
