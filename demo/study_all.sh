@@ -10,7 +10,7 @@ RUN=${RUN:-demo-run/real} STUDY=${STUDY:-$RUN/all}
 OUT=${OUT:-$([ -z "${STEPS:-}${SEEDS:-}${ROWS:-}" ] && echo docs/methods || echo "$STUDY/methods")}
 SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-400} LANES=${LANES:-2}
 TEACHER_STEPS=${TEACHER_STEPS:-$((STEPS * 3 / 2))} TUNE_STEPS=${TUNE_STEPS:-$((STEPS / 2))}
-ROWS=${ROWS:-scratch synthetic siclip manual auto stages cached live two catlip tinymim untied tied multiplexed distilled}
+ROWS=${ROWS:-scratch synthetic siclip manual auto stages lit cached live two catlip tinymim untied tied multiplexed distilled}
 ROOT=$RUN/dataset KINDS=$STUDY/eval/kinds TITLES=$STUDY/eval/titles
 export CLIPMILL_LOG=${CLIPMILL_LOG:-WARNING} PYTHONWARNINGS=ignore OMP_NUM_THREADS=1
 [ -f "$ROOT/teacher/teacher/dataset.json" ] || [ -d "$ROOT/teacher/teacher" ] || RUN=$RUN bash demo/real/run.sh
@@ -53,10 +53,11 @@ row() { # row NAME: the options of `clipmill train` for a row
         --prune-step $((HALF * 3 / 8)) --sparsity-ramp $((HALF / 5)))
       steps=$HALF
       ;;
-    cached) words=(tinyclip "${student[@]}" "${pairs[@]}" --captions original --teacher teacher "${affine[@]}" --lr 1e-3) ;;
-    live)
+    lit) words=(tinyclip "${student[@]}" "${pairs[@]}" --captions original --teacher teacher "${affine[@]}" --lr 1e-3) ;;
+    cached) words=(tinyclip "${student[@]}" "${pairs[@]}" --captions original --teacher large "${affine[@]}" --lr 1e-3) ;;
+    live) # a live teacher's images are the student's, so it is not the LiT teacher with its 96 px
       words=(tinyclip "${student[@]}" "${pairs[@]}" "${views[@]}" --captions original --teacher-from live
-        --teacher-weights "local-dir:$RUN/models/teacher" "${affine[@]}" --lr 1e-3)
+        --teacher-weights "local-dir:$STUDY/models/large-trained" "${affine[@]}" --lr 1e-3)
       ;;
     two) words=(tinyclip "${student[@]}" "${pairs[@]}" --captions original --teacher teacher large "${affine[@]}" --lr 1e-3) ;;
     catlip)
