@@ -13,6 +13,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import chain, product
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from pipeline.report.compare import read_runs
 from pipeline.report.compare_charts import latency
 from pipeline.report.methods import UNKNOWN, Method, group_methods, method_table, spread
 from pipeline.report.run import parameter_counts, results
+from training.evaluation.cost import cpu_name
 
 NAMES = {  # and what a row begins with or learns from, besides the dataset
     "scratch": ("CLIP from scratch", ""),
@@ -279,6 +281,14 @@ def compared(methods: Sequence[Method], baseline: str) -> dict[str, dict[str, st
     return {line[0]: dict(zip(table.heads, line, strict=True)) for line in table.rows}
 
 
+def provenance(row: Row) -> str:
+    """Return where, when and on how much a row was trained, as all are."""
+    config = row.method.runs[0].run.config
+    pairs = f"{config['steps']} steps of {config['batch_size']} pairs"
+    seeds = ", ".join(str(one.run.config["seed"]) for one in row.method.runs)
+    return f"Seeds {seeds}, {pairs} (MiniViT: 64 images), written on {date.today()}; {cpu_name()}, a thread a run.\n"
+
+
 def read_methods(study: Path, names: list[str], seeds: list[str]) -> list[Method]:
     """Return the rows' methods, of the runs that there are."""
     names_of_runs = [f"{name}-{seed}" for name, seed in product(names, seeds)]
@@ -302,6 +312,7 @@ def main() -> None:
     texts = compared(methods, rows["scratch"].method.name)
     to_scratch = {name: cells[f"samples to {rows['scratch'].method.name}'s end"] for name, cells in texts.items()}
     parts = [
+        provenance(rows["scratch"]),
         quality_table(list(rows.values()), to_scratch),
         costs_table(list(rows.values()), texts),
         cached_and_live(rows, {name: cells["training"] for name, cells in texts.items()}),

@@ -19,6 +19,7 @@ from shards_spec.suggest import did_you_mean
 
 UNKNOWN = "–"
 MEASURES_ANOTHER = ("probe", "finetune")  # recipes whose run says how good another run's tower is
+CLASSIFIERS = (*MEASURES_ANOTHER, "minivit")  # recipes whose accuracy while training is that of labels
 TOLD = {  # tasks that the name of a column says
     "classification": "trained on its labels",
     "linear_probe": "linear probe",
@@ -268,5 +269,6 @@ def _curve(one: ComparedRun) -> _Curve | None:
         values = one.columns.get(f"eval.{metric}", np.array([]))
         counted = np.isfinite(values) & counts if len(values) else np.array([], bool)
         if counted.any():
-            return _Curve(metric, samples[counted], values[counted])
+            kind = "of labels" if one.run.config.get("recipe") in CLASSIFIERS else "zero-shot"
+            return _Curve(f"{metric} {kind}", samples[counted], values[counted])
     return None
