@@ -251,7 +251,7 @@ def scatter(rows: list[Row], cost: dict[str, float], label: str) -> str:
         body += (
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{plot.y_at(min(values)):.1f}" y2="{plot.y_at(max(values)):.1f}" '
             f'style="stroke:{colour}"/><circle cx="{x:.1f}" cy="{y:.1f}" r="3" style="fill:{colour}"/>'
-            f'<text x="{x + 5:.1f}" y="{y - 4:.1f}">{number}</text>'
+            f'<text x="{x + (5 if number % 2 else -17):.1f}" y="{y - 4:.1f}">{number}</text>'
         )
         legend += (
             f'<text x="40" y="{HEIGHT + 22 + LINE * place}" style="fill:{colour}">{number} {row.title}: {metric}</text>'

@@ -22,7 +22,7 @@ HALF = [0.5, 0.5, 0.5]
 PLAIN = {"student": ((4, 96), (2, 96)), "large": ((6, 128), (2, 128))}
 HEAD = 32  # dimensions of an attention head
 TOWERS = {"mobileclip": ("mci_tiny", 0), "siclip": ("siclip_tiny", 4)}  # image tower, text blocks that share attention
-TIMM = {  # towers of the student's shape for methods without a text tower
+TIMM: dict[str, tuple[str, dict[str, Any]]] = {  # towers of the student's shape for methods without a text tower
     "tower": ("vit_tiny_patch16_224", {}),
     "mini": ("mini_deit_tiny_patch16_224", {}),
 }
