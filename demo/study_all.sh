@@ -14,7 +14,7 @@ ROWS=${ROWS:-scratch synthetic siclip manual auto stages lit cached live two cat
   distilled}
 ROOT=$RUN/dataset KINDS=$STUDY/eval/kinds TITLES=$STUDY/eval/titles
 export CLIPMILL_LOG=${CLIPMILL_LOG:-WARNING} PYTHONWARNINGS=ignore OMP_NUM_THREADS=1
-[ -f "$ROOT/teacher/teacher/dataset.json" ] || [ -d "$ROOT/teacher/teacher" ] || RUN=$RUN bash demo/real/run.sh
+[ -f "$RUN/compare.md" ] || RUN=$RUN bash demo/real/run.sh
 mkdir -p "$STUDY"/{done,logs}
 
 run=(--workers 0 --precision fp32 --warmup $((STEPS < 60 ? 2 : 30)))
