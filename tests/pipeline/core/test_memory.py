@@ -10,6 +10,7 @@ import pytest
 import torch
 from small_data import tiny_coca, write_raw
 from small_training import tiny_clip
+from warm_process import warm_context
 
 from pipeline.cache.config import CacheConfig
 from pipeline.cache.stage import cache
@@ -81,9 +82,12 @@ def train_clip(root: str, out: str, student: str) -> None:
 
 
 def peak(stage: str, root: str, model: str) -> float:
-    """MiB that the stage adds to a forked process's resident set at its worst moment."""
+    """MiB that the stage adds to a process's resident set at its worst moment.
+
+    The process is no fork of this one, whose freed memory it would take first, at another moment each time.
+    """
     receive, send = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(target=_work, args=(stage, root, model, send))
+    child = warm_context().Process(target=_work, args=(stage, root, model, send))
     child.start()
     send.close()  # so that a child that dies ends the wait
     grown = receive.recv() / MIB
