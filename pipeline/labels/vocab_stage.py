@@ -58,7 +58,8 @@ class VocabConfig:
     top_k: int | None = None
     """keep at most this many synsets"""
     source: str = "original"
-    """captions that count: original (as CatLIP does), all or synthetic; training's --label-captions must be the same"""
+    """captions that count: original (as CatLIP does) or all, with training's --label-captions the same; synthetic: no
+    training takes it"""
     wordnet: str | None = None
     """folder with WordNet 3.0, for the lemmas; by default NLTK's or Debian's"""
     import_catlip: str | None = None
