@@ -175,14 +175,11 @@ def _check_names(model: str, pretrained: str | None, random_weights: bool) -> No
     """
     import open_clip
 
-    if model.startswith((LOCAL_DIR, HUB)) and pretrained is not None:
-        raise UserError(
-            f"--pretrained {pretrained!r} would not be used: {model!r} brings its own weights; drop one of them"
-        )
     if model.startswith(LOCAL_DIR):
-        _check_folder(Path(model.removeprefix(LOCAL_DIR)), random_weights)
-        return
-    if model.startswith(HUB):
+        _check_folder(Path(model.removeprefix(LOCAL_DIR)), random_weights or pretrained is not None)
+    if model.startswith((LOCAL_DIR, HUB)):
+        if pretrained is not None:
+            raise UserError(_other_weights_advice(model, pretrained))
         return
     known = open_clip.list_models()
     name = model.replace("/", "-")
@@ -214,6 +211,26 @@ def _check_names(model: str, pretrained: str | None, random_weights: bool) -> No
     raise UserError(f"--pretrained {pretrained!r} is no tag of {model} and no file: {tagged}")
 
 
+def names_weights(model: str, pretrained: str | None = None) -> bool:
+    """Whether weights of a whole model are named: by ``pretrained``, or by a folder that has them, or the Hub's."""
+    if model.startswith(LOCAL_DIR):
+        folder = Path(model.removeprefix(LOCAL_DIR))
+        return any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES)
+    return pretrained is not None or model.startswith(HUB)
+
+
+def _other_weights_advice(model: str, pretrained: str) -> str:
+    """What to do where weights are named beside a folder, which may have none, or a model of the Hub."""
+    if names_weights(model):
+        return f"--pretrained {pretrained!r} would not be used: {model!r} brings its own weights; drop one of them"
+    run = pretrained if (Path(pretrained) / "checkpoints").is_dir() else "RUN"
+    return (
+        f"--pretrained {pretrained!r} would not be used: a model {LOCAL_DIR}FOLDER has the weights of its folder, and "
+        f"{model!r} has none there; for a run's weights say `clipmill export {run} --to FOLDER`, then --model "
+        f"{LOCAL_DIR}FOLDER; a file of weights goes into the folder, as one of {', '.join(WEIGHT_FILES)}"
+    )
+
+
 def _tags_in_words(tags: list[str]) -> str:
     if not tags:
         return "it has no tags"
@@ -237,7 +254,7 @@ def _check_folder(folder: Path, random_weights: bool) -> None:
         missing = [part for part in ("embed_dim", "vision_cfg", "text_cfg") if part not in config]
     if missing:
         raise UserError(f"{path}: no description of an open_clip model; it lacks {', '.join(missing)}")
-    if not random_weights and not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+    if not random_weights and not names_weights(f"{LOCAL_DIR}{folder}"):
         if (folder / "checkpoints").is_dir():
             raise UserError(
                 f"{LOCAL_DIR}{folder}: a RUN folder holds checkpoints, no model; name the one that `clipmill export "

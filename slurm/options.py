@@ -14,6 +14,7 @@ from shards_spec.files import UserError
 from shards_spec.messages import require
 
 JOBS_ADVICE = 'name another folder for job files as jobs = "FOLDER" in the site file'
+SAVE_S = 90  # before the limit
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # a line break in a value would be a line of the job's script
 
 
@@ -35,8 +36,8 @@ class Options:
     """tasks that run at once at most; by default all"""
     time: str = "12:00:00"
     """limit for one task, minutes or [D-]HH:MM:SS; what is not finished by then is requeued and resumes"""
-    save_s: int = 90
-    """seconds before the limit at which training saves and is requeued"""
+    save_s: int | None = None
+    """seconds before the limit at which training saves and is requeued; by default 90, or half of a limit below 180"""
     after: tuple[str, ...] = ()
     """jobs that must have succeeded before"""
     incomplete: bool = False
@@ -57,16 +58,20 @@ class Options:
     """print the sbatch scripts and submit nothing"""
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "array", "save_s"):
+        for name in ("nodes", "array"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("tasks_per_node", "parallel"):
+        for name in ("tasks_per_node", "parallel", "save_s"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "1 or more")
         gpus = self.gpus_per_node
         require(gpus is None or gpus >= 0, "gpus_per_node", gpus, "0 or more")
         require(self.max_requeue >= 0, "max_requeue", self.max_requeue, "0 or more")
         require(self.claim_s > 0, "claim_s", self.claim_s, "above 0")
-        _ = self.minutes
+        limit_s = 60 * self.minutes
+        if self.save_s is not None and self.save_s >= limit_s:
+            raise UserError(
+                f"--save-s {self.save_s}: must be less than the time limit, --time {self.time} is {limit_s} seconds"
+            )
         if CONTROL.search(self.partition or ""):
             raise UserError(f"--partition {self.partition!r}: one line, without control characters")
         if bad := [job for job in self.after if not job.isdigit()]:
@@ -80,6 +85,11 @@ class Options:
             raise UserError(f"--time {self.time!r}: say minutes, HH:MM:SS or D-HH:MM:SS")
         days, hours, minutes, seconds, alone = (int(part or 0) for part in match.groups())
         return max(1, alone + 1440 * days + 60 * hours + minutes + (seconds > 0))
+
+    @property
+    def signal_s(self) -> int:
+        """Seconds before the limit at which the tasks get a signal."""
+        return self.save_s if self.save_s is not None else min(SAVE_S, 30 * self.minutes)
 
     @property
     def processes(self) -> int:

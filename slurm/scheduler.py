@@ -105,7 +105,7 @@ def executor_parameters(command: str, options: Options, site: Site, snapshot: st
         "partition": options.partition or site.partition,
         "account": site.account,
         "qos": site.qos,
-        "signal_delay_s": options.save_s,
+        "signal_delay_s": options.signal_s,
         "setup": site.script_lines(snapshot),
         "array_parallelism": options.parallel or 100_000,
         "srun_args": ["--kill-on-bad-exit=1", *cpus],

@@ -55,6 +55,17 @@ class StageOptions(Options):
     def unused(self) -> Iterator[Unused]:
         """Yield the options of trainings."""
         yield Unused(("nodes", "tasks_per_node"), "by a stage, whose tasks are one process each; say --array")
+        yield Unused(("save_s",), "by a stage, whose finished shards are saved at once; it is for trainings")
+
+
+@dataclass(frozen=True)
+class SummaryOptions(StageOptions):
+    """Submit a stage as an array over its shards."""
+
+    def unused(self) -> Iterator[Unused]:
+        """Yield what only stages that leave shards make use of, too."""
+        yield from super().unused()
+        yield Unused(("recheck",), "by a stage that leaves no shards: each time it looks at all that it is made from")
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,8 @@ def parse_steps(words: list[str]) -> list[Step]:
 def stage_step(command: str, words: list[str], default: Options) -> Step:
     """A stage's own flags and those of submit, whose defaults are ``default``'s. Raises UserError."""
     stage = SUBMITTED[command]
-    parts = {"": (pkgutil.resolve_name(stage.config), None), "submit": (StageOptions, default)}
+    options_class = StageOptions if stage.has_shards else SummaryOptions
+    parts = {"": (pkgutil.resolve_name(stage.config), None), "submit": (options_class, default)}
     config, options = parse_several(f"submit {command}", parts, words)
     return Step(command, options, StageFunction(stage.function), config)
 

@@ -16,6 +16,7 @@ from slurm.scheduler import DEFAULT_ARRAY, SlurmQueue, executor_parameters, max_
 from slurm.snapshot import snapshot
 from slurm.step import COMMANDS, USAGE, Step, by_stage, parse_steps
 from slurm.submission import Submission, command_words, jobs_folder, make_folder, new_id
+from slurm.submitit_parts import error_logs, failure_message
 
 
 def submit(words: list[str], run_here: Callable[[Step], int]) -> int:
@@ -24,6 +25,7 @@ def submit(words: list[str], run_here: Callable[[Step], int]) -> int:
         print(USAGE)
         return 0
     steps = parse_steps(words)
+    _refuse_incomplete(steps)
     cluster = steps[0].options.cluster
     if cluster == "debug":
         return next((code for step in steps if (code := run_here(step))), 0)
@@ -32,6 +34,13 @@ def submit(words: list[str], run_here: Callable[[Step], int]) -> int:
     if not steps[0].options.dry_run:
         need_slurm()
     return _submit_chain(steps)
+
+
+def _refuse_incomplete(steps: list[Step]) -> None:
+    """Raise UserError for ``--incomplete`` where no job comes before."""
+    options = steps[0].options
+    if options.incomplete and not options.after and len(steps) == len(by_stage(steps[0])) == 1:
+        raise UserError("--incomplete would not be used without --after JOB: nothing runs before")
 
 
 def _submit_chain(steps: list[Step]) -> int:
@@ -194,7 +203,8 @@ def _submit_locally(steps: list[Step]) -> int:
         return 0
     error = job.exception()
     if error is not None:
-        print(str(error), file=sys.stderr)
+        logs = error_logs(jobs_dir / name, submission.last)
+        print("\n".join([failure_message(error, logs), *map(str, logs)]), file=sys.stderr)
     return int(error is not None)
 
 

@@ -6,11 +6,16 @@ tests the installed version.
 """
 
 import pickle
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 HEAD = 64  # bytes of a result that say how the job ended
 OUTCOMES = {b"\x07success": True, b"\x05error": False}  # as pickle writes these words, length first
+# the last line of a traceback, with what follows up to the line that submitit puts behind it
+SAID = re.compile(r"^clipmill: .*?(?=^submitit ERROR|\Z)", re.M | re.S)  # as `clipmill` ends
+RAISED = re.compile(r"^slurm\.jobs\.JobFailedError: (.*?)^-{22}$", re.M | re.S)
 
 
 def dry_executor(folder: Path, max_requeue: int, python: str | None) -> Any:
@@ -42,6 +47,16 @@ def submission_errors() -> tuple[type[Exception], ...]:
 
     names = ("FailedJobError", "FailedSubmissionError")
     return tuple(getattr(utils, name) for name in names if hasattr(utils, name)) or (RuntimeError,)
+
+
+def failure_message(error: Exception, logs: Iterable[Path]) -> str:
+    """What a job raised, without the traceback that submitit puts around it; a lost job's error as it is.
+
+    What a training said before it ended is in the job's ``logs``; the last word of them follows.
+    """
+    raised = RAISED.findall(str(error))
+    said = [text for log in logs for text in SAID.findall(log.read_text(errors="replace"))]
+    return "\n".join(text.strip() for text in [raised[-1] if raised else str(error), *said[-1:]])
 
 
 def result_path(folder: Path, job: str) -> Path:

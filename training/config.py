@@ -364,6 +364,11 @@ class RunConfig:
         if not self.eval_data:
             yield Unused(("eval_every_epochs", "eval_every_steps"), "without --eval-data")
 
+    def unused_without_frozen_weights(self, why: str) -> Iterator[Unused]:
+        """Yield what only a run with weights that are not trained makes use of; ``why`` this one has none."""
+        if self.frozen_precision != "fp32":
+            yield Unused(("frozen_precision",), why)
+
 
 @dataclass(frozen=True)
 class TrialOptions:

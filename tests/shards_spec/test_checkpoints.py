@@ -402,10 +402,25 @@ def test_code_maps_of_a_folder_count_only_where_transformers_reads_them(tmp_path
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["local-dir:/some/where", "hf-hub:some/where"])
-def test_weights_that_would_not_be_used_are_refused(name):
+@pytest.mark.parametrize("where", ["local-dir", "hf-hub"])
+def test_weights_that_would_not_be_used_are_refused(where, tmp_path):
+    name = "hf-hub:some/where"
+    if where == "local-dir":
+        name = tiny_clip(tmp_path / "clip")
+        (tmp_path / "clip" / "open_clip_model.safetensors").touch()
     with pytest.raises(UserError, match=rf"--pretrained 'F.pt' would not be used: '{name}' brings its own weights"):
         load_model(name, "F.pt")
+
+
+def test_weights_beside_a_folder_without_any_are_refused_with_the_way_to_them(tmp_path):
+    name, run = tiny_clip(tmp_path / "clip"), tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"'{name}' has none there; .* `clipmill export {run} --to FOLDER`"):
+        load_model(name, str(run), random_weights=True)
+    with pytest.raises(UserError, match=r"`clipmill export RUN --to FOLDER`.*a file of weights goes into the folder"):
+        load_model(name, "F.pt")
+    with pytest.raises(UserError, match="the folder is not there"):
+        load_model("local-dir:/some/where", "F.pt", random_weights=True)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ from slurm.jobs import ArrayJob
 from slurm.options import Options, read_site
 from slurm.snapshot import CODE, snapshot
 from slurm.step import Step, by_stage, parse_steps, stage_step
+from slurm.submit import submit
+from slurm.submitit_parts import failure_message
 
 pytestmark = pytest.mark.integration
 
@@ -139,6 +141,33 @@ def test_dry_run_prints_scripts_and_writes_nothing(raw, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ("vocab X --save-s 30", "--save-s 30 would not be used by a stage"),
+        ("vocab X --recheck", "--recheck would not be used by a stage that leaves no shards"),
+        ("check X --recheck", "--recheck would not be used by a stage that leaves no shards"),
+        ("pack X --incomplete", "--incomplete would not be used without --after JOB"),
+        ("train clip --data X --out R --incomplete", "--incomplete would not be used without --after JOB"),
+        (
+            "train clip --data X --out R --save-s 600 --time 10",
+            "--save-s 600: must be less .* --time 10 is 600 seconds",
+        ),
+    ],
+)
+def test_an_option_without_effect_is_refused(words, said):
+    with pytest.raises(UserError, match=said):
+        submit([*words.split(), "--dry-run"], lambda step: 0)
+
+
+def test_options_with_an_effect_are_taken():
+    assert [Options(time=time).signal_s for time in ("1", "2", "3", "12:00:00")] == [30, 60, 90, 90]
+    assert Options(time="1", save_s=59).signal_s == 59
+    assert stage_step("pack", ["X", "--recheck"], Options()).options.recheck
+    steps = parse_steps(["pipeline", "X", "--incomplete", "--save-s", "30", "--", "pack", "--", "vocab"])
+    assert [(step.options.incomplete, step.options.save_s) for step in steps] == [(True, 30)] * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
         (["submit", "report", "X"], "cannot submit 'report'"),
         (["submit", "pack", "X", "--time", "soon"], "--time 'soon'"),
         (["submit", "pack", "X", "--array", "0"], "--array 0"),
@@ -213,6 +242,28 @@ def test_local_runs_a_chain_in_the_background(raw):
     assert "clipmill jobs" in done.stdout
     assert os.path.exists(f"{raw}/vocab/all.tsv")
     assert "1 completed" in command("jobs", raw).stdout
+
+
+def test_a_local_jobs_failure_is_its_own_message_and_the_log(raw):
+    words = ("submit", "check", raw, "--cluster", "local", "--wait", "--time", "2")
+    Path(raw, "raw/00001.tar").write_bytes(b"damaged")
+    done = command(*words, code=1, PATH=os.environ["PATH"])
+    assert "Traceback" not in done.stderr
+    assert "-----" not in done.stderr
+    first, *_, log = done.stderr.strip().splitlines()
+    assert first.startswith(f"{raw}: ")
+    assert "raw/00001.tar" in done.stderr
+    assert Path(log).read_text()
+
+
+def test_a_local_trainings_failure_has_its_last_word_from_the_log(tmp_path):
+    job = "Job (task=0) failed during processing with trace:\n----------------------\nTraceback (most recent ...\n"
+    job += f"slurm.jobs.JobFailedError: clipmill train clip ended with exit code 2\n\n{'-' * 22}\nYou can check"
+    log = tmp_path / "7_0_log.err"
+    log.write_text("INFO step 1\nclipmill: D is not there\nsubmitit ERROR (now) - Submitted job\nTraceback\n")
+    said = failure_message(RuntimeError(job), [log])
+    assert said == "clipmill train clip ended with exit code 2\nclipmill: D is not there"
+    assert failure_message(RuntimeError("Job 7 is lost"), []) == "Job 7 is lost"
 
 
 def test_submitting_imports_no_torch_and_pickles_are_small(raw):

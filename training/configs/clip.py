@@ -6,8 +6,9 @@ from typing import Literal
 
 from tyro.conf import OmitArgPrefixes
 
+from shards_spec.files import UserError
 from shards_spec.unused_options import Unused
-from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig
+from training.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ViewConfig, is_run
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,27 @@ class ClipConfig:
     lock: Literal["none", "image", "text"] = "none"
     """tower that keeps the weights it starts with: the other one learns to match it (LiT)"""
 
+    def __post_init__(self) -> None:
+        name = self.student.model
+        is_plain_name = not {":", "/"} & set(name) and not is_run(
+            name
+        )  # open_clip's, whose images have no other weights
+        if self.lock == "image" and is_plain_name and self.student.pretrained is None:
+            raise UserError(random_tower_advice(self.lock, name))
+
     def unused(self) -> Iterator[Unused]:
         """Yield the options without effect."""
         yield from self.run.unused_without_eval_data()
+        if self.lock == "none":
+            yield from self.run.unused_without_frozen_weights("with --lock none: all weights are trained")
+
+
+def random_tower_advice(lock: str, model: str) -> str:
+    """Return what to do where a tower of random weights would be locked."""
+    return (
+        f"--lock {lock}: {model!r} has no weights for its {lock} tower, which would stay random: give --pretrained "
+        "TAG_OR_FILE with an open_clip name, or --model local-dir:FOLDER as `clipmill export RUN --to FOLDER` writes it"
+    )
 
 
 def config() -> ClipConfig:

@@ -32,6 +32,7 @@ class CocaConfig:
     def unused(self) -> Iterator[Unused]:
         """Yield the options without effect."""
         yield from self.run.unused_without_eval_data()
+        yield from self.run.unused_without_frozen_weights("by this recipe, which trains all weights")
 
 
 def config() -> CocaConfig:

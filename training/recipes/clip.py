@@ -13,7 +13,10 @@ keep their statistics and nothing is dropped.
 
 from typing import Any, Literal, Self
 
-from training.configs.clip import ClipConfig
+from shards_spec.files import UserError
+from shards_spec.models import HUB, names_weights
+from training.config import is_run
+from training.configs.clip import ClipConfig, random_tower_advice
 from training.losses.contrastive import clip_loss
 from training.recipes.pairs import clamp_logit_scale, open_pairs
 from training.task import Batch, Features, Losses, Prepared, Task
@@ -72,5 +75,14 @@ class ClipTask(Task):
 
 def prepare(config: ClipConfig) -> Prepared:
     """Return student, samples and task. Raises UserError and DataError."""
-    student, samples = open_pairs(config.data, config.views, config.student, config.run.seed)
+    is_locked, named = config.lock != "none", config.student
+    # a model of the Hub may have none, which loading it alone finds
+    random_weights = not (is_locked and named.model.startswith(HUB))
+    seed = config.run.seed
+    student, samples = open_pairs(config.data, config.views, named, seed, random_weights=random_weights)
+    has_weights = is_run(named.model) or names_weights(named.model, named.pretrained)
+    if config.lock == "text":  # transformers' text towers take the weights of their own name
+        has_weights = has_weights or bool(student.config["text_cfg"].get("hf_model_name"))
+    if is_locked and not has_weights:
+        raise UserError(random_tower_advice(config.lock, named.model))
     return Prepared(student, samples, ClipTask(student.model, config.lock))

@@ -141,7 +141,7 @@ def test_the_prediction_counts_them(root):
     ("recipe", "precision", "message"),
     [
         ("siclip", "fp32", "train with --precision bf16, or leave it out"),
-        ("clip", "bf16", "would not be used: this run trains all its weights and has no live teacher"),
+        ("tinyclip", "bf16", "would not be used: this run trains all its weights and has no live teacher"),
     ],
 )
 def test_where_it_does_not_help_it_is_refused(recipe, precision, message, root):

@@ -1,14 +1,17 @@
 """The clip recipe's own option: a tower that is locked."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from small_data import write_roberta
 from small_training import TINY_RESNET, final_weights, tiny_clip, tiny_config, write_packed
 
+from shards_spec.files import UserError
 from training.config import ModelConfig
-from training.recipes.clip import ClipTask, tower_of
+from training.recipes.clip import ClipTask, prepare, tower_of
 from training.runs.student import load_run, new_student
 from training.trainer import train
 
@@ -27,11 +30,17 @@ def root(tmp_path_factory):
     said = json.loads(description.read_text())
     said["model_cfg"]["text_cfg"] = {**text, "context_length": 16}
     description.write_text(json.dumps(said))
+    shutil.copytree(root / "models/roberta", root / "models/roberta-weights")
+    shutil.copytree(root / "models/resnet", root / "models/bare")
+    for model in ("resnet", "roberta-weights"):
+        folder = root / "models" / model
+        weights = new_student(ModelConfig(f"local-dir:{folder}"), 0).model.state_dict()
+        save_file(weights, folder / "open_clip_model.safetensors")
     return root
 
 
 @pytest.mark.parametrize(("lock", "trained"), [("image", "text"), ("text", "image")])
-@pytest.mark.parametrize("model", ["resnet", "roberta"])
+@pytest.mark.parametrize("model", ["resnet", "roberta-weights"])
 def test_a_locked_tower_keeps_weights_and_statistics(model, lock, trained, root, tmp_path):
     name = f"local-dir:{root}/models/{model}"
     before = new_student(ModelConfig(name), 0).model.state_dict()
@@ -39,6 +48,19 @@ def test_a_locked_tower_keeps_weights_and_statistics(model, lock, trained, root,
     after = final_weights(out)
     changed = {tower_of(key) for key, value in before.items() if not torch.equal(value, after[f"student.{key}"])}
     assert changed == {trained, None}
+
+
+@pytest.mark.parametrize(("model", "lock"), [("bare", "image"), ("bare", "text"), ("roberta", "image")])
+def test_a_tower_of_random_weights_is_not_locked(model, lock, root):
+    name = f"local-dir:{root}/models/{model}"
+    with pytest.raises(UserError, match=rf"--lock {lock}: '{name}' has no weights for its {lock} tower.*--pretrained"):
+        prepare(tiny_config("clip", str(root), "unused", model=name, lock=lock))
+
+
+def test_a_text_tower_with_weights_of_its_own_name_is_locked_beside_a_random_image_tower(root):
+    name = f"local-dir:{root}/models/roberta"
+    task = prepare(tiny_config("clip", str(root), "unused", model=name, lock="text")).task
+    assert {tower_of(key) for key, value in task.student.named_parameters() if not value.requires_grad} == {"text"}
 
 
 def test_a_locked_tower_stays_in_eval_mode(root):
