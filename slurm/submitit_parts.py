@@ -55,7 +55,7 @@ def failure_message(error: Exception, logs: Iterable[Path]) -> str:
     What a training said before it ended is in the job's ``logs``; the last word of them follows.
     """
     raised = RAISED.findall(str(error))
-    said = [text for log in logs for text in SAID.findall(log.read_text(errors="replace"))]
+    said = SAID.findall("".join(log.read_text(errors="replace") for log in logs))
     return "\n".join(text.strip() for text in [raised[-1] if raised else str(error), *said[-1:]])
 
 
