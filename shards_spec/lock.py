@@ -25,25 +25,30 @@ ORPHANS_S = 20.0  # how long to wait for worker processes of a killed holder: th
 
 
 @contextlib.contextmanager
-def locked(path: str, what: str, *, wait: bool = False) -> Iterator[None]:
+def locked(path: str, what: str, *, wait: bool = False, shared: bool = False) -> Iterator[None]:
     """Hold the lock ``path`` (a hidden file of an existing folder) while the block lasts; it is gone afterwards.
 
     Raises UserError naming the holder (process, host, user, since when) where another process has it; with ``wait``
-    it waits for that one instead. ``what`` is what it writes, for that message.
+    it waits for that one instead. ``what`` is what it writes, for that message. Holders that are ``shared`` exclude no
+    other such one, as the tasks of an array, which claims keep apart.
     """
     if is_url(path):
         yield
         return
-    descriptor = _acquire(path, what, wait)
+    descriptor = _acquire(path, what, wait, shared)
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
+            if shared:
+                fcntl.flock(
+                    descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB
+                )  # fails while others hold it: the last deletes it
             os.unlink(path)  # while it is held: a process that opened it meanwhile sees in `_acquire` that it is gone
         os.close(descriptor)
 
 
-def _acquire(path: str, what: str, wait: bool) -> int:
+def _acquire(path: str, what: str, wait: bool, shared: bool) -> int:
     """Open and lock the file; the descriptor, which holds the lock. Raises UserError."""
     is_told = False
     deadline = time.monotonic() + ORPHANS_S
@@ -53,7 +58,7 @@ def _acquire(path: str, what: str, wait: bool) -> int:
         except OSError as error:
             raise UserError(f"{path}: the lock file of {what} cannot be opened ({error.strerror})") from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(descriptor, 4096, 0)
             os.close(descriptor)

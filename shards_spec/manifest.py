@@ -132,6 +132,23 @@ def read_done(folder: str, shard: int) -> Done | None:
     return done_of(path, stats)
 
 
+def read_intact(root: str, folder: str, shard: int) -> Done | None:
+    """The done-record of a shard in ``root/folder`` if it, and the files that it names, are as they were written.
+
+    Reads these files. None for anything else: no record, a damaged one, that of another shard, other bytes.
+    """
+    path = stats_path(join(root, folder), shard)
+    try:
+        stats = read_json(path)
+        done = done_of(path, stats)
+        if done is None or done.shard != shard or stats["clipmill"].get(SEAL) != stats_seal(stats):
+            return None
+        is_same = all(sha256_file(join(root, name)) == digest for name, digest in done.outputs.items())
+    except (OSError, DataError):
+        return None
+    return done if done.outputs and is_same else None
+
+
 def done_of(path: str, stats: Any) -> Done | None:
     """The done-record in the JSON of the stats file ``path``, as `read_done` gives it."""
     record = stats.get("clipmill") if isinstance(stats, dict) else None

@@ -22,14 +22,25 @@ from typing import Any
 from pipeline.core.prefetch import prefetch_map
 from pipeline.core.progress import show_progress
 from pipeline.core.workers import die_with_parent, spawn_context
-from shards_spec.files import DataError, UserError, is_url, join, read_bytes, remove_stale, sha256_json, write_bytes
-from shards_spec.layout import STAGES, shard_name, stage_log, tar_path
+from shards_spec.files import (
+    DataError,
+    UserError,
+    exists,
+    is_url,
+    join,
+    read_bytes,
+    remove_stale,
+    sha256_json,
+    write_bytes,
+)
+from shards_spec.layout import STAGES, shard_name, stage_log, stats_path, tar_path
 from shards_spec.manifest import (
     Done,
     check_no_takedown,
     file_hash,
     read_dataset,
     read_done,
+    read_intact,
     remove_shards,
     shard_ids,
     write_stage,
@@ -162,7 +173,8 @@ class RunOptions:
     source: str | None = None
     """where the dataset comes from, for dataset.json"""
     totals: bool = True
-    """whether totals are written, and surplus shards removed; not for the parts that a stage sums up itself"""
+    """whether totals are written, and surplus shards removed; not for the parts that a stage sums up itself. What is
+    there of these is taken only if its bytes are those that its record names"""
 
 
 def run_stage(
@@ -193,6 +205,7 @@ class _StageRun:
     """The shards of one run of a stage: finished before, made now, failed."""
 
     def __init__(self, root: str, stage: Stage, options: RunOptions) -> None:
+        self._root = root
         self.folder = join(root, stage.folder)
         self._stage = stage
         self._options = options
@@ -221,10 +234,14 @@ class _StageRun:
 
     def _with_valid_record(self, tasks: Iterable[ShardTask]) -> Iterator[tuple[ShardTask, Done | None]]:
         """Each task of the assignment with the done-record that makes it unnecessary."""
-        assignment = self._options.assignment
+        assignment, root = self._options.assignment, self._root
 
         def look_up(task: ShardTask) -> tuple[ShardTask, Done | None]:
-            return task, None if self._options.overwrite else _valid_record(self.folder, self._stage, task)
+            if self._options.overwrite:
+                return task, None
+            if self._options.totals:
+                return task, _valid_record(self.folder, self._stage, task)
+            return task, _valid_part(root, self._stage, task)
 
         claimed = (task for task in tasks if assignment.claim(task.shard))
         if is_url(self.folder) and assignment is ALL:  # no other process waits for what is claimed early
@@ -272,6 +289,18 @@ def _valid_record(folder: str, stage: Stage, task: ShardTask) -> Done | None:
     if done is None or done.config != stage.config:  # to be extended
         return None
     return done if done.inputs in (task.inputs, task.former) else None
+
+
+def _valid_part(root: str, stage: Stage, task: ShardTask) -> Done | None:
+    """The record of a part, whose bytes are compared too: it is cheap to make, and nobody checks or repairs it."""
+    done = read_intact(root, stage.folder, task.shard)
+    if done is not None:
+        is_same = (done.stage, done.config, done.inputs) == (stage.name, stage.config, task.inputs)
+        return done if is_same else None
+    path = stats_path(join(root, stage.folder), task.shard)
+    if exists(path):
+        log.warning("%s: the part that it records is damaged; it is made again", path)
+    return None
 
 
 def read_compatible_record(folder: str, stage: Stage, shard: int) -> Done | None:

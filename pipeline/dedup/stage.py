@@ -29,8 +29,10 @@ from pipeline.dedup.raw_images import must_decode, signature_tasks, write_signat
 from pipeline.dedup.search import DuplicateSearch
 from shards_spec.files import DataError, join
 from shards_spec.layout import DEDUP, RAW, STAGES
+from shards_spec.lock import locked
 from shards_spec.manifest import finished_shards, remove_parts
 
+LOCK = ".dedup.lock"  # below ROOT
 VERIFICATION = 1  # version of the rules by which images confirm what signatures say (`fingerprints_match`)
 
 
@@ -40,10 +42,16 @@ def dedup(config: DedupConfig, assignment: ShardAssignment = ALL, *, images_in_m
     An assignment of some shards returns what it did of them. Memory: that of ``images_in_memory`` images (by default as
     many as the config allows) and three numbers a shard.
 
-    Raises UserError, ShardsFailed.
+    Raises UserError, also when another process runs the stage on this ROOT, and ShardsFailed.
     """
+    shards = upstream_shards(config.root, RAW, "ingest")
+    path = join(config.root, LOCK)
+    with locked(path, join(config.root, DEDUP), shared=not assignment.is_complete):
+        return _dedup(config, assignment, shards, images_in_memory or config.images_in_memory)
+
+
+def _dedup(config: DedupConfig, assignment: ShardAssignment, shards: list[int], images_in_memory: int) -> Summary:
     root = config.root
-    shards = upstream_shards(root, RAW, "ingest")
     rule = {"second_check": VERIFICATION} if config.near_bits >= 0 else {}
     stage = Stage("dedup", DEDUP, {"near_bits": config.near_bits, **rule})
     listed = [] if config.overwrite else _listed(root, stage)
@@ -55,7 +63,7 @@ def dedup(config: DedupConfig, assignment: ShardAssignment = ALL, *, images_in_m
         return hashed
     tasks = (ShardTask(shard, inputs) for shard in shards)
     options = RunOptions(total=len(shards), overwrite=config.overwrite)
-    with DuplicateSearch(config, shards, parts.folder, images_in_memory or config.images_in_memory) as search:
+    with DuplicateSearch(config, shards, parts.folder, images_in_memory) as search:
         summary = run_stage(root, stage, tasks, _ListWriter(search), options)
     remove_parts(join(root, parts.folder))
     return summary

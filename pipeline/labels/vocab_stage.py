@@ -37,6 +37,7 @@ from pipeline.labels.vocab_parts import (
 from pipeline.labels.wordnet import load_wordnet
 from shards_spec.files import DataError, UserError, join, read_bytes, remove_stale, write_bytes
 from shards_spec.layout import SHARDS, STAGES, VOCAB, parquet_path, vocabulary_tsv
+from shards_spec.lock import locked
 from shards_spec.manifest import file_hash, read_dataset, remove_parts, write_stage
 from shards_spec.messages import counted, require
 from shards_spec.names import check_name
@@ -87,10 +88,16 @@ def vocab(config: VocabConfig, assignment: ShardAssignment = ALL) -> Vocabulary 
     """Count the synsets of each shard of the assignment; then write ``vocab/NAME.tsv`` from all counts and return it.
 
     An assignment of some shards returns what it did of them. Memory: a batch of rows, and the counts. Raises UserError,
-    ShardsFailed for broken shards.
+    also when another process makes the same vocabulary, ShardsFailed for broken shards.
     """
+    shards = upstream_shards(config.root, SHARDS, "pack")
+    path = vocabulary_tsv(config.root, config.name)
+    with locked(join(config.root, f".vocab.{config.name}.lock"), path, shared=not assignment.is_complete):
+        return _vocab(config, assignment, shards)
+
+
+def _vocab(config: VocabConfig, assignment: ShardAssignment, shards: list[int]) -> Vocabulary | Summary:
     root = config.root
-    shards = upstream_shards(root, SHARDS, "pack")
     packed = read_dataset(root)["stages"].get("pack", {}).get("config", {})
     imported = _import_catlip(config, config.import_catlip) if config.import_catlip else None
     if imported is not None:

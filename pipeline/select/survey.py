@@ -29,7 +29,7 @@ from pipeline.select.semantic_duplicates import ShardRows, find_semantic_duplica
 from shards_spec.files import DataError, UserError, exists, is_url, join, remove, write_json
 from shards_spec.layout import parquet_path, select_folder
 from shards_spec.lock import locked
-from shards_spec.manifest import remove_parts
+from shards_spec.manifest import read_intact, remove_parts
 from shards_spec.parquet import read_table, write_table
 from shards_spec.selection import selection_of, selection_table
 from shards_spec.shard_writer import ShardWriter
@@ -70,14 +70,15 @@ class Survey:
         if not is_url(folder):
             os.makedirs(folder, exist_ok=True)
         with _without_empty_folder(folder), locked(join(folder, LOCK), folder, wait=wait):
-            if read_verdict(self.verdict_path, self.fingerprint) is not None:
+            shards = [task.shard for task in tasks]
+            is_judged = read_verdict(self.verdict_path, self.fingerprint) is not None
+            if is_judged and (wait or all(map(self._is_intact, shards))):  # a job of an array looks at its own drafts
                 return
             stage = Stage(f"select/{self.name}", self.folder, {})  # what the rules are is among the inputs
             rules = {"rules": self.config}
             work = partial(_draft_shard, survey=self, sample_rules=sample_rules)
             drafts = (ShardTask(task.shard, task.inputs | rules) for task in tasks)
             options = RunOptions(workers=min(workers, len(tasks)), total=len(tasks), totals=False)
-            shards = [task.shard for task in tasks]
             self._forget_repeated(shards)
             try:
                 run_stage(self.root, stage, drafts, work, options)
@@ -91,11 +92,17 @@ class Survey:
     def draft(self, shard: int) -> Draft:
         """The draft of a shard. Raises DataError."""
         path = join(self.root, parquet_path(self.folder, shard))
-        table = read_table(path, fix=f"delete {join(self.root, self.folder)} and run this `clipmill select` again")
+        fix = f"delete {join(self.root, self.folder)} and run this `clipmill select` again"
+        if not self._is_intact(shard):
+            raise DataError(f"{path}: not the file that was written; {fix}")
+        table = read_table(path, fix=fix)
         entries = table.column(ENTRIES.name).combine_chunks()
         values = table.column(VALUE.name).fill_null(np.nan).to_numpy()
         plain = table.drop_columns([VALUE.name, ENTRIES.name])
         return Draft(selection_of(plain, path, self.root, self.name), values, entries, self._repeated(shard))
+
+    def _is_intact(self, shard: int) -> bool:
+        return read_intact(self.root, self.folder, shard) is not None
 
     def rows(self, shard: int) -> ShardRows:
         """The samples of a shard that are compared. Raises DataError."""

@@ -42,6 +42,18 @@ def test_the_holder_is_named(held):
     assert os.path.exists(path), "a refused one takes nothing away"
 
 
+def test_shared_holders_exclude_the_others_and_the_last_one_deletes_the_file(tmp_path):
+    path = str(tmp_path / ".lock")
+    with locked(path, "the thing", shared=True):
+        with locked(path, "the thing", shared=True):
+            pass
+        with pytest.raises(UserError, match="being written by"), locked(path, "the thing"):
+            pass
+    assert not os.path.exists(path)
+    with locked(path, "the thing"), pytest.raises(UserError), locked(path, "the thing", shared=True):
+        pass
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_dead_holder_holds_nothing(held, number):
     path, child = held

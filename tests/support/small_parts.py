@@ -45,6 +45,34 @@ def missing(command: str, config: Any) -> list[Ranges]:
     return divide(Step(command, Options(array=2), config=config), False, None, Path(config.root, "logs/jobs")).ranges
 
 
+def copied(folder: Path, ending: str) -> None:
+    """Put the part of shard 2 in the place of that of shard 1: its file, its record or both."""
+    for path in folder.glob(f"00002*{ending}"):
+        path.with_name(path.name.replace("00002", "00001", 1)).write_bytes(path.read_bytes())
+
+
+def flipped(path: Path) -> None:
+    """Flip a bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+# what may befall the part of shard 1 in the folder of a run that was killed
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a bit of the file": lambda folder: flipped(next(folder.glob("00001.*"))),
+    "a number of the record": lambda folder: (folder / "00001_stats.json").write_text(
+        (folder / "00001_stats.json").read_text().replace('"success": ', '"success": 7')
+    ),
+    "file of another": lambda folder: copied(folder, "t"),
+    "record of another": lambda folder: copied(folder, "_stats.json"),
+    "both of another": lambda folder: copied(folder, ""),
+    "file is gone": lambda folder: next(folder.glob("00001.*")).unlink(),
+    "empty file": lambda folder: next(folder.glob("00001.*")).write_bytes(b""),
+    "empty record": lambda folder: (folder / "00001_stats.json").write_bytes(b""),
+}
+
+
 def finish(function: Function, config: Any, folder: str) -> tuple[Any, list[int]]:
     """The job after an array: what the stage returns, and the shards that are missing."""
     assignment = Finished(f"{config.root}/{folder}")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_data import tree, vouch, write_raw
 from small_duplicates import expected_drops, jpeg, make_image, opened, random_rows
-from small_parts import finish, kill_task, missing, run_task
+from small_parts import DAMAGES, finish, kill_task, missing, run_task
 
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
@@ -30,6 +30,7 @@ from pipeline.pack.stage import pack
 from pipeline.report.stages import mismatches, ordered
 from shards_spec.files import UserError, join, json_bytes, read_bytes, read_json, sha256_bytes, sha256_file, write_bytes
 from shards_spec.layout import shard_name
+from shards_spec.lock import locked
 from shards_spec.manifest import Done, write_stage
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, shard_keys, write_shard
@@ -250,6 +251,28 @@ def test_tasks_of_an_array_one_of_which_is_killed_make_the_bytes_of_the_plain_co
     assert missing("dedup", config) == [()]  # one job, which sees that the lists are as they should be
     assert run_task(dedup, config, range(6)).made == 0
     assert tree(root) == tree(plain)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_part_is_made_again(damage, root, tmp_path, caplog):
+    plain = shutil.copytree(root, tmp_path / "plain" / "ds").as_posix()
+    config = DedupConfig(root, workers=1)
+    run_task(dedup, config, range(SHARDS))
+    DAMAGES[damage](Path(root, "dedup/.signatures"))
+    finish(dedup, config, "dedup/.signatures")
+    assert "dedup/.signatures/00001_stats.json: the part that it records is damaged; it is made again" in caplog.text
+    run(plain)
+    assert tree(root) == tree(plain)
+
+
+def test_a_second_run_is_refused_and_tasks_of_an_array_are_not(root):
+    lock, refused = join(root, ".dedup.lock"), "/dedup is being written by process .*: wait for its end"
+    with locked(lock, "the lists"), pytest.raises(UserError, match=refused):
+        run(root)
+    with locked(lock, "the lists", shared=True):
+        assert run_task(dedup, DedupConfig(root, workers=1), range(2)).made == 2
+        with pytest.raises(UserError, match=refused):
+            run(root)
 
 
 def test_a_part_counts_for_the_very_raw_shard_it_was_made_of(root, tmp_path):

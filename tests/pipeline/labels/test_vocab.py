@@ -14,7 +14,7 @@ from conftest import skip_or_fail
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_data import covered_by, tree, write_raw
-from small_parts import finish, kill_task, missing, run_task
+from small_parts import DAMAGES, finish, kill_task, missing, run_task
 
 import clipmill
 from pipeline.core.runner import ShardsFailed
@@ -26,6 +26,7 @@ from pipeline.pack.final_shard import SCHEMA
 from pipeline.pack.stage import pack
 from shards_spec.files import DataError, UserError, join, read_json
 from shards_spec.layout import shard_name
+from shards_spec.lock import locked
 from shards_spec.manifest import Done, write_stage
 from shards_spec.vocab import Vocabulary, build_vocabulary, read_vocabulary, rule_of
 
@@ -131,6 +132,43 @@ def test_parts_that_a_killed_run_left_count_for_the_same_captions_of_the_same_sh
         found, expected = (vocab(VocabConfig(one, min_count=0, source=source)) for one in (root, plain))
         assert found == expected
     assert tree(root) == tree(plain)
+
+
+@pytest.mark.parametrize("is_array", [False, True])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_part_is_made_again(damage, is_array, tmp_path, caplog):
+    shards = made_up(4)
+    root, plain = (packed(str(tmp_path / name / "ds"), shards) for name in ("killed", "plain"))
+    config = VocabConfig(root, min_count=0)
+    run_task(vocab, config, range(4))
+    DAMAGES[damage](Path(root, "vocab/.all"))
+    if is_array:
+        assert finish(vocab, config, "vocab/.all")[1] == []
+    else:
+        vocab(config)
+    assert "vocab/.all/00001_stats.json: the part that it records is damaged; it is made again" in caplog.text
+    assert len(caplog.records) == 1, "the others are taken as they are"
+    vocab(VocabConfig(plain, min_count=0))
+    assert tree(root) == tree(plain)
+
+
+def test_a_second_run_of_a_name_is_refused_and_tasks_of_an_array_are_not(tmp_path):
+    config = VocabConfig(packed(str(tmp_path / "ds"), made_up()), min_count=0)
+    lock, refused = join(config.root, ".vocab.all.lock"), "vocab/all.tsv is being written by process .*: wait for its"
+    with locked(lock, "the vocabulary"):
+        with pytest.raises(UserError, match=refused):
+            vocab(config)
+        with pytest.raises(UserError, match=refused):
+            finish(vocab, config, "vocab/.all")
+        with pytest.raises(UserError, match=refused):
+            run_task(vocab, config, [0])
+        vocab(VocabConfig(config.root, min_count=0, name="other"))
+    with locked(lock, "the vocabulary", shared=True):
+        assert run_task(vocab, config, range(2)).made == 2
+        with pytest.raises(UserError, match=refused):
+            vocab(config)
+    vocab(config)
+    assert not Path(lock).exists()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from itertools import chain
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -18,10 +19,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from small_data import tree, vouch
+from small_parts import run_task
 
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
-from pipeline.core.runner import ShardAssignment
+from pipeline.core.runner import ShardAssignment, ShardsFailed
 from pipeline.select import cells as cells_module
 from pipeline.select import semantic_duplicates
 from pipeline.select.balance import EntryCounts, count_entries
@@ -186,6 +188,24 @@ def test_what_a_killed_run_left_counts_for_the_same_rules_alone(root):
     shutil.rmtree(f"{root}/select")
     select(SelectConfig(root, top=0.25, by="similarity", balance=1, workers=1))
     assert tree(f"{root}/select") == left
+
+
+def test_a_draft_that_was_damaged_after_a_kill_is_made_again(root):
+    config = SelectConfig(root, semantic_duplicates=0.9, top=0.5, by="similarity", workers=1)
+    select(config)
+    undisturbed = tree(f"{root}/select")
+    shutil.rmtree(f"{root}/select")
+    with (
+        patch("pipeline.select.stage.write_selection", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        select(config)
+    drafts = Path(root, "select/selected/.survey")
+    shutil.copy(drafts / "00000.parquet", drafts / "00001.parquet")
+    with pytest.raises(ShardsFailed, match=r"00001.parquet: not the file that was written; delete .*\.survey and run"):
+        run_task(select, config, [1])
+    select(config)
+    assert tree(f"{root}/select") == undisturbed
 
 
 def test_killed_at_random_and_run_again(root):
