@@ -29,9 +29,10 @@ def _resize_by_torch(pixels: np.ndarray, size: int) -> np.ndarray:
     import torch  # here: most of what imports this module renders nothing
     from torch.nn.functional import interpolate
 
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    # channels innermost: so is the result, and nothing is copied by several threads, which wait for each other
+    image = torch.from_numpy(pixels[None]).permute(0, 3, 1, 2)
     resized = interpolate(image, size=(size, size), mode="bicubic", antialias=True)
-    rows: np.ndarray = resized[0].permute(1, 2, 0).contiguous().numpy()
+    rows: np.ndarray = resized[0].permute(1, 2, 0).numpy()
     return rows
 
 

@@ -69,3 +69,19 @@ def test_a_pytorch_with_other_pixels_does_not_serve(monkeypatch, caplog):
         assert len(caplog.records) == 1
     finally:
         bicubic._torch_agrees.cache_clear()
+
+
+def test_one_thread_resizes():
+    """Several would wait for each other, which on a busy machine takes many times as long."""
+    torch = pytest.importorskip("torch")
+    pixels = noise(250, 300)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            bicubic._resize_by_torch(pixels, 224)
+    finally:
+        torch.set_num_threads(threads)
+    used = {event.key for event in profile.key_averages()}
+    assert "aten::_upsample_bicubic2d_aa" in used
+    assert not used & {"aten::copy_", "aten::contiguous", "aten::clone"}
