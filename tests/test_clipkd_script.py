@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import socket
 import subprocess
 import sys
 import tarfile
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from command_words import parse_command
-from slurm_cluster import until
+from served_scenes import served_scenes
 from small_data import tiny_coca
 from small_training import tiny_clip
 
@@ -115,35 +114,20 @@ def test_what_cannot_be_is_refused_before_the_first_command(variable, value, mes
 @pytest.fixture
 def web(tmp_path) -> Iterator[Path]:
     """The demo's scenes as CC3M's list, CC12M's and folders of classes, and their server."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     folder = tmp_path / "web"
-    words = ("--count", "120", "--base-url", f"http://127.0.0.1:{port}", "--eval-count", "40")
-    subprocess.run([sys.executable, ROOT / "demo" / "scenes.py", folder, *words], check=True, capture_output=True)
-    rows = [line.split("\t") for line in (folder / "list.tsv").read_text().splitlines()]
-    (folder / "cc3m.tsv").write_text("".join(f"{caption}\t{url}\n" for caption, url in rows[:60]))
-    (folder / "cc12m.tsv").write_text("".join(f"{url}\t{caption}\n" for caption, url in rows[60:]))
-    classes = (folder / "eval" / "zeroshot" / "classnames.txt").read_text().splitlines()
-    with tarfile.open(folder / "eval" / "zeroshot" / "test" / "0.tar") as tar:
-        members = {member.name: tar.extractfile(member).read() for member in tar.getmembers()}
-    for name, data in members.items():
-        if name.endswith(".jpg"):
-            image = folder / "val" / classes[int(members[name.replace(".jpg", ".cls")])] / name
-            image.parent.mkdir(parents=True, exist_ok=True)
-            image.write_bytes(data)
-    server = subprocess.Popen([sys.executable, ROOT / "demo" / "serve.py", folder, str(port)])
-    try:
-        until(lambda: _answers(port), 30)
+    with served_scenes(folder, count=120, eval_count=40):
+        rows = [line.split("\t") for line in (folder / "list.tsv").read_text().splitlines()]
+        (folder / "cc3m.tsv").write_text("".join(f"{caption}\t{url}\n" for caption, url in rows[:60]))
+        (folder / "cc12m.tsv").write_text("".join(f"{url}\t{caption}\n" for caption, url in rows[60:]))
+        classes = (folder / "eval" / "zeroshot" / "classnames.txt").read_text().splitlines()
+        with tarfile.open(folder / "eval" / "zeroshot" / "test" / "0.tar") as tar:
+            members = {member.name: tar.extractfile(member).read() for member in tar.getmembers()}
+        for name, data in members.items():
+            if name.endswith(".jpg"):
+                image = folder / "val" / classes[int(members[name.replace(".jpg", ".cls")])] / name
+                image.parent.mkdir(parents=True, exist_ok=True)
+                image.write_bytes(data)
         yield folder
-    finally:
-        server.kill()
-        server.wait()
-
-
-def _answers(port: int) -> bool:
-    with socket.socket() as knock:
-        return knock.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture

@@ -3,13 +3,12 @@
 import contextlib
 import logging
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 
 from pipeline.core.image_match import SIDE, fingerprint, fingerprints_match
 from pipeline.core.near_duplicates import INDEX_BITS, NO_ROW, confirm_duplicates
-from pipeline.core.workers import die_with_parent, spawn_context
+from pipeline.core.process_map import map_in_order
 from pipeline.dedup.disk_columns import DiskColumn, DiskKeys
 from shards_spec.files import DataError, read_buffer
 from shards_spec.images import decode_rgb
@@ -81,17 +80,14 @@ def _fingerprints(
     for shard, low, high in zip(shards, bounds[:-1], bounds[1:], strict=True):
         if high > low:
             jobs.append((raw_tar(root, shard), {keys[index]: index for index in images[low:high].tolist()}))
-    if min(workers, len(jobs)) < 2 or len(images) < MIN_IMAGES_FOR_PROCESSES:
-        for path, wanted in jobs:
-            yield from _fingerprints_of_shard(path, wanted)
-        return
-    with ProcessPoolExecutor(workers, spawn_context(), initializer=die_with_parent) as pool:
-        for prints in pool.map(_fingerprints_of_shard, *zip(*jobs, strict=True)):
-            yield from prints
+    processes = min(workers, len(jobs)) if len(images) >= MIN_IMAGES_FOR_PROCESSES else 1
+    for prints in map_in_order(_fingerprints_of_shard, jobs, processes):
+        yield from prints
 
 
-def _fingerprints_of_shard(path: str, wanted: dict[str, int]) -> list[tuple[int, np.ndarray]]:
-    """(index, fingerprint) of the images of a tar whose keys are ``wanted`` and that decode."""
+def _fingerprints_of_shard(job: tuple[str, dict[str, int]]) -> list[tuple[int, np.ndarray]]:
+    """(index, fingerprint) of the images of a tar that decode and whose keys are wanted: of (path, index by key)."""
+    path, wanted = job
     prints = list[tuple[int, np.ndarray]]()
     try:
         with read_buffer(path) as buffer:

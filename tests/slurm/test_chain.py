@@ -2,16 +2,13 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm_cluster import until
+from served_scenes import served_scenes
 from small_data import tiny_coca, tree
-from small_slurm import ROOT, clipmill, log_of, losses, submit
+from small_slurm import clipmill, log_of, losses, submit
 from small_training import tiny_clip
 
 pytestmark = pytest.mark.integration
@@ -22,24 +19,8 @@ SCENES = 90
 @pytest.fixture
 def web(tmp_path) -> Iterator[Path]:
     """The demo's scenes, their list and its faults, served as the demo serves them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path / "web"
-    words = ("--count", str(SCENES), "--base-url", f"http://127.0.0.1:{port}", "--eval-count", "0")
-    subprocess.run([sys.executable, ROOT / "demo" / "scenes.py", folder, *words], check=True, capture_output=True)
-    server = subprocess.Popen([sys.executable, ROOT / "demo" / "serve.py", folder, str(port)])
-    try:
-        until(lambda: _answers(port), 30)
-        yield folder
-    finally:
-        server.kill()
-        server.wait()
-
-
-def _answers(port: int) -> bool:
-    with socket.socket() as knock:
-        return knock.connect_ex(("127.0.0.1", port)) == 0
+    with served_scenes(tmp_path / "web", count=SCENES, eval_count=0):
+        yield tmp_path / "web"
 
 
 @pytest.mark.slow
