@@ -29,6 +29,7 @@ SCHEMA = pa.schema(
 COUNT_COLUMNS = ["wnid", "occurrences", "documents"]
 COVERAGE_COLUMNS = ["wnid", "samples"]
 ROWS_AT_ONCE = 1 << 20  # that are summed up together: 30 MB
+TABLES_AT_ONCE = 1_000  # an open table takes 5 kB, however few its rows are
 CAPTIONS = "captions"  # the counter of a part's record: captions that count
 
 
@@ -113,7 +114,7 @@ def sum_counts(parts: Iterable[pa.Table]) -> pa.Table:
     for part in parts:
         waiting.append(part)
         rows += len(part)
-        if rows > ROWS_AT_ONCE:
+        if rows > ROWS_AT_ONCE or len(waiting) > TABLES_AT_ONCE:
             waiting = [_sum_rows(waiting)]
             rows = 0
     return _sum_rows(waiting)

@@ -18,7 +18,9 @@ from small_parts import DAMAGES, finish, kill_task, missing, run_task
 
 import clipmill
 from pipeline.core.runner import ShardsFailed
+from pipeline.labels import vocab_parts
 from pipeline.labels.catlip_pickle import catlip_bytes, read_catlip
+from pipeline.labels.vocab_parts import sum_counts
 from pipeline.labels.vocab_stage import VocabConfig, vocab
 from pipeline.labels.wordnet import load_wordnet
 from pipeline.pack.config import PackConfig
@@ -89,6 +91,21 @@ def test_counts_documents_and_coverage_are_those_of_a_plain_loop(tmp_path, sourc
         "imagenet_classes": int(TENCH in small.index),
     }
     assert read_json(join(root, "dataset.json"))["stages"]["vocab/small"]["coverage"]["samples"] == len(samples)
+
+
+def test_counts_are_summed_up_a_few_tables_or_rows_at_once(monkeypatch):
+    names = ["wnid", "occurrences", "documents"]
+    parts = [pa.table([[DOG, f"n{i:08}"], [i, 1], [1, 1]], names=names) for i in range(50)]
+    whole = sum_counts(parts)
+    summed = []
+    rows = vocab_parts._sum_rows
+    monkeypatch.setattr(vocab_parts, "_sum_rows", lambda tables: summed.append(len(tables)) or rows(tables))
+    monkeypatch.setattr(vocab_parts, "TABLES_AT_ONCE", 7)
+    assert sorted(sum_counts(iter(parts)).to_pylist(), key=str) == sorted(whole.to_pylist(), key=str)
+    assert max(summed) == 8
+    monkeypatch.setattr(vocab_parts, "ROWS_AT_ONCE", 3)
+    assert sorted(sum_counts(iter(parts)).to_pylist(), key=str) == sorted(whole.to_pylist(), key=str)
+    assert {"wnid": DOG, "occurrences": sum(range(50)), "documents": 50} in whole.to_pylist()
 
 
 def test_the_order_of_captions_and_shards_does_not_matter(tmp_path):  # fact 15
