@@ -10,8 +10,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
-# a process runs whole modules, whose tests share what their fixtures made
-PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadscope
+# a process runs whole modules, whose tests share what their fixtures made; one more than cores, as some tests wait
+PYTEST := $(BIN)/python -m pytest --numprocesses=$$(($$(getconf _NPROCESSORS_ONLN) + 1)) --maxprocesses=4 --dist=loadscope
 
 .PHONY: demo real real-data study-siclip study-catlip study-tinyclip study-minivit study-tinymim study-all \
 	fast test test-all fuzz gpu-kit lock lint style types tests wordnet debian clean
