@@ -359,6 +359,13 @@ class RunConfig:
         require(self.fit is None or self.fit > 0, "fit", self.fit, "above 0, or None")
         require(abs(self.seed) < MOST_SEED, "seed", self.seed, "a whole number of less than 63 bits")
 
+    def unused(self) -> Iterator[Unused]:
+        """Yield the lengths in epochs that a number of steps takes the place of."""
+        if self.steps is not None:
+            yield Unused(("epochs",), f"with --steps {self.steps} (--smoke sets 4): leave one of them out")
+        if self.eval_every_steps is not None:
+            yield Unused(("eval_every_epochs",), f"with --eval-every-steps {self.eval_every_steps}: leave one of them out")
+
     def unused_without_eval_data(self) -> Iterator[Unused]:
         """Yield what only a measured run makes use of; for recipes that measure nothing of themselves."""
         if not self.eval_data:
