@@ -364,7 +364,9 @@ class RunConfig:
         if self.steps is not None:
             yield Unused(("epochs",), f"with --steps {self.steps} (--smoke sets 4): leave one of them out")
         if self.eval_every_steps is not None:
-            yield Unused(("eval_every_epochs",), f"with --eval-every-steps {self.eval_every_steps}: leave one of them out")
+            yield Unused(
+                ("eval_every_epochs",), f"with --eval-every-steps {self.eval_every_steps}: leave one of them out"
+            )
 
     def unused_without_eval_data(self) -> Iterator[Unused]:
         """Yield what only a measured run makes use of; for recipes that measure nothing of themselves."""
