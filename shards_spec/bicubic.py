@@ -21,7 +21,7 @@ LARGEST_WEIGHT = 1 << 15  # a weight has 16 bits, one of which is its sign
 
 
 def resize_bicubic(pixels: np.ndarray, size: int) -> np.ndarray:
-    """(H, W, 3) uint8, writable, as (size, size, 3) uint8."""
+    """(H, W, C) uint8, contiguous and writable, as (size, size, C) uint8, contiguous."""
     return _resize_by_torch(pixels, size) if _torch_agrees() else resize_exactly(pixels, size)
 
 
@@ -29,8 +29,9 @@ def _resize_by_torch(pixels: np.ndarray, size: int) -> np.ndarray:
     import torch  # here: most of what imports this module renders nothing
     from torch.nn.functional import interpolate
 
-    # channels innermost: so is the result, and nothing is copied by several threads, which wait for each other
-    image = torch.from_numpy(pixels[None]).permute(0, 3, 1, 2)
+    # Channels innermost: so is the result, and nothing is copied, least of all by several threads, which wait for each
+    # other. The new axis is PyTorch's, since NumPy's has a stride of 0, in which PyTorch does not see such an image.
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     resized = interpolate(image, size=(size, size), mode="bicubic", antialias=True)
     rows: np.ndarray = resized[0].permute(1, 2, 0).numpy()
     return rows
@@ -40,11 +41,11 @@ def resize_exactly(pixels: np.ndarray, size: int) -> np.ndarray:
     """As `resize_bicubic`, by definition: rows first, then columns, each rounded to eight bits."""
     _, width, _ = pixels.shape
     rows = _weighted(pixels.astype(np.int64).transpose(1, 0, 2), width, size).transpose(1, 0, 2)
-    return _weighted(rows, len(pixels), size).astype(np.uint8)
+    return np.ascontiguousarray(_weighted(rows, len(pixels), size), np.uint8)
 
 
 def _weighted(samples: np.ndarray, length: int, size: int) -> np.ndarray:
-    """(length, other, 3) int64 as (size, other, 3): each place the weighted sum of those that it covers."""
+    """(length, other, C) int64 as (size, other, C): each place the weighted sum of those that it covers."""
     starts, weights, bits = _weights(length, size)
     resized = np.full((size, *samples.shape[1:]), 1 << (bits - 1), np.int64)
     for tap in range(weights.shape[1]):
@@ -93,7 +94,7 @@ def _torch_agrees() -> bool:
         from torch import __version__
     except ImportError:
         return False
-    noise = np.random.Generator(np.random.Philox(7)).integers(0, 256, (61, 83, 3), np.uint8)
+    noise = np.random.Generator(np.random.Philox(7)).integers(0, 256, (61, 83, 4), np.uint8)
     for (height, width), size in product([(61, 83), (40, 17), (3, 29)], [16, 35, 48]):
         pixels = noise[:height, :width].copy()
         if not np.array_equal(_resize_by_torch(pixels, size), resize_exactly(pixels, size)):

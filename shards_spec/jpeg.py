@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image, ImageFile, JpegImagePlugin, __version__
 
 from shards_spec.decode_cost import jpeg_frame
+from shards_spec.pixels import from_rgbx
 
 try:
     import simplejpeg
@@ -61,8 +61,7 @@ def _decode(image: ImageFile.ImageFile, data: bytes) -> Image.Image | None:
         return None
     if pixels.shape != (height, width, 4):
         return None
-    samples = pa.Array.from_buffers(pa.uint8(), pixels.size, [None, pa.py_buffer(pixels)])
-    return Image.fromarrow(samples, "RGB", (width, height))  # not copied
+    return from_rgbx(pixels)
 
 
 @cache

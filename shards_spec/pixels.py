@@ -1,4 +1,4 @@
-"""All that Pillow decodes as eight-bit RGB: other depths scaled by their range, transparency on white.
+"""All that Pillow decodes as eight-bit RGB: other depths scaled by their range, transparency on white; as arrays, too.
 
 A file seldom declares its black and white when its samples have more than eight bits. They are, in this order: what a
 TIFF declares (BitsPerSample, MinSampleValue, MaxSampleValue), the smallest usual depth that holds the largest
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from shards_spec.files import DataError
@@ -30,6 +31,19 @@ BLOCK_SAMPLES = 1 << 20  # converted to float64 at a time: large images are not 
 
 class BadImage(DataError):
     """The bytes are no usable image; the message is a short, stable reason that can be counted."""
+
+
+def from_rgbx(samples: np.ndarray) -> Image.Image:
+    """(H, W, 4) uint8, contiguous, as the RGB image that has this memory: Pillow keeps a fourth sample, unused."""
+    height, width, _ = samples.shape
+    flat = pa.Array.from_buffers(pa.uint8(), samples.size, [None, pa.py_buffer(samples)])
+    return Image.fromarrow(flat, "RGB", (width, height))
+
+
+def to_rgbx(image: Image.Image) -> np.ndarray:
+    """An RGB image's samples as Pillow keeps them, (H, W, 4) uint8, copied: a third of the time of (H, W, 3)."""
+    samples = bytearray(image.tobytes("raw", "RGBX"))  # unlike bytes writable, as PyTorch wants arrays
+    return np.frombuffer(samples, np.uint8).reshape(image.height, image.width, 4)
 
 
 def to_rgb(image: Image.Image, raw_mode: str) -> Image.Image:
