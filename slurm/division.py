@@ -26,7 +26,7 @@ class Division(NamedTuple):
 
 def divide(step: Step, chained: bool, shards: int | None, jobs_dir: Path) -> Division:
     """Divide what is missing; a step that is ``chained`` comes after one of ``shards`` shards. Raises UserError."""
-    folder = output_folder(step)
+    folder = step.array_folder
     if folder is None:
         return Division(None, [()], None)
     if getattr(step.config, "overwrite", False):  # not every stage has it
@@ -51,22 +51,6 @@ def divide(step: Step, chained: bool, shards: int | None, jobs_dir: Path) -> Div
     tasks = min(step.options.array, len(missing))
     cuts = [len(missing) * task // tasks for task in range(tasks + 1)]
     return Division(folder, [as_ranges(missing[start:stop]) for start, stop in pairwise(cuts)], total)
-
-
-def output_folder(step: Step) -> str | None:
-    """The folder below ROOT whose shards an array makes; None for what one job does."""
-    stage, config = SUBMITTED.get(step.command), step.config
-    if stage is None or not stage.array:
-        return None
-    is_one_job = (
-        (stage.name == "dedup" and config.overwrite)
-        or (stage.name == "cache" and config.export_lists)
-        or (stage.name == "pack" and config.shard_size is not None)
-        or (stage.name == "ingest" and config.retry_failed)
-    )
-    if is_one_job:
-        return None
-    return stage.array_folder(config.label if stage.is_named else "")
 
 
 def _has_all_results(step: Step, total: int) -> bool:

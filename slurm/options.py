@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from shards_spec.files import UserError
 from shards_spec.messages import require
+from shards_spec.unused_options import Unused
 
 JOBS_ADVICE = 'name another folder for job files as jobs = "FOLDER" in the site file'
 SAVE_S = 90  # before the limit
@@ -76,6 +77,12 @@ class Options:
             raise UserError(f"--partition {self.partition!r}: one line, without control characters")
         if bad := [job for job in self.after if not job.isdigit()]:
             raise UserError(f"--after {' '.join(bad)}: give the numbers that `clipmill submit` printed")
+
+    def unused(self) -> Iterator[Unused]:
+        """Yield the options of Slurm's queue where it runs on this machine."""
+        if self.cluster != "slurm":
+            yield Unused(("after", "incomplete"), f"with --cluster {self.cluster}, which waits for no job")
+            yield Unused(("dry_run",), f"with --cluster {self.cluster}, which has no scripts to print")
 
     @property
     def minutes(self) -> int:

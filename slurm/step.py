@@ -8,12 +8,17 @@ from typing import Any
 from pipeline.core.command_line import EXAMPLES, HELP, Root, parse_several, print_help, words_of_others
 from shards_spec.files import UserError
 from shards_spec.layout import SUBMITTED
+from shards_spec.messages import flag
 from shards_spec.suggest import did_you_mean
 from shards_spec.unused_options import Unused
 from slurm.jobs import StageFunction
 from slurm.options import Options
 
 COMMANDS = (*SUBMITTED, "train")  # that can be submitted
+# the option that makes a stage one job: what it does is not divided by shard
+ONE_JOB = {"ingest": "retry_failed", "dedup": "overwrite", "pack": "shard_size", "cache": "export_lists"}
+OF_ARRAYS = ("array", "parallel", "recheck", "claim_s")  # fields of `Options`
+OF_PIPELINES = ("cluster", "after", "wait", "dry_run")  # fields of `Options` that hold for all commands of a pipeline
 USAGE = """usage: clipmill submit STAGE ROOT ...          a stage as an array over its shards
        clipmill submit train RECIPE --out RUN ...   nodes x GPUs, one process each
        clipmill submit pipeline ROOT [options] -- ingest --source LIST -- caption ... -- pack -- vocab -- cache ...
@@ -44,8 +49,9 @@ class TrainOptions(Options):
     """
 
     def unused(self) -> Iterator[Unused]:
-        """Yield the options of arrays."""
-        yield Unused(("array", "parallel", "recheck", "claim_s"), "by a training, which is one job")
+        """Yield the options of arrays, too."""
+        yield from super().unused()
+        yield Unused(OF_ARRAYS, "by a training, which is one job")
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ class StageOptions(Options):
     """Submit a stage as an array over its shards."""
 
     def unused(self) -> Iterator[Unused]:
-        """Yield the options of trainings."""
+        """Yield the options of trainings, too."""
+        yield from super().unused()
         yield Unused(("nodes", "tasks_per_node"), "by a stage, whose tasks are one process each; say --array")
         yield Unused(("save_s",), "by a stage, whose finished shards are saved at once; it is for trainings")
 
@@ -66,6 +73,17 @@ class SummaryOptions(StageOptions):
         """Yield what only stages that leave shards make use of, too."""
         yield from super().unused()
         yield Unused(("recheck",), "by a stage that leaves no shards: each time it looks at all that it is made from")
+
+
+@dataclass(frozen=True)
+class OneJobOptions(StageOptions):
+    """Submit a stage as one job."""
+
+    def unused(self) -> Iterator[Unused]:
+        """Yield the options of arrays, too."""
+        yield from super().unused()
+        forms = ", ".join(f"{command} {flag(field)}" for command, field in ONE_JOB.items())
+        yield Unused(OF_ARRAYS, f"by a stage that is one job, as these are: {forms}")
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,19 @@ class Step:
         """The dataset, or the run's folder."""
         root: str = self.config.run.out if self.command == "train" else self.config.root
         return root
+
+    @property
+    def array_folder(self) -> str | None:
+        """The folder below ROOT whose shards an array makes; None for what one job does. Of a check: of its run."""
+        stage = SUBMITTED.get(self.command)
+        if stage is None or not stage.array or self.is_one_job:
+            return None
+        return stage.array_folder(self.config.label if stage.is_named else "")
+
+    @property
+    def is_one_job(self) -> bool:
+        """Whether an option makes the stage one job."""
+        return self.command in ONE_JOB and bool(getattr(self.config, ONE_JOB[self.command]))
 
 
 def parse_steps(words: list[str]) -> list[Step]:
@@ -103,7 +134,10 @@ def stage_step(command: str, words: list[str], default: Options) -> Step:
     options_class = StageOptions if stage.has_shards else SummaryOptions
     parts = {"": (pkgutil.resolve_name(stage.config), None), "submit": (options_class, default)}
     config, options = parse_several(f"submit {command}", parts, words)
-    return Step(command, options, StageFunction(stage.function), config)
+    step = Step(command, options, StageFunction(stage.function), config)
+    if step.is_one_job:  # which only its options say; once more, to see that none of an array's is given
+        parse_several(f"submit {command}", parts | {"submit": (OneJobOptions, default)}, words)
+    return step
 
 
 def _train_step(words: list[str], default: Options) -> Step:
@@ -168,6 +202,11 @@ def _pipeline_steps(words: list[str]) -> list[Step]:
             steps.append(stage_step(command, [pipeline.root, *rest], options))
         else:
             raise UserError(f"cannot submit {command!r}; {did_you_mean(command, COMMANDS)}")
+        for name in OF_PIPELINES:
+            if getattr(steps[-1].options, name) != getattr(options, name):
+                raise UserError(
+                    f"{flag(name)} behind -- {command}: it holds for all commands, say it before the first --"
+                )
     return steps
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from shards_spec.files import UserError, join
 from shards_spec.layout import CHECK, STAGES
-from slurm.division import Division, divide, output_folder, upstream_folder
+from slurm.division import Division, divide, upstream_folder
 from slurm.jobs import ArrayJob, ChainJob, FinishJob, Job, StageJob, TrainJob
 from slurm.options import Options, Site, read_site
 from slurm.scheduler import DEFAULT_ARRAY, SlurmQueue, executor_parameters, max_array_size, need_slurm, wait_for
@@ -74,7 +74,7 @@ def submit_step(step: Step, *, chained: bool = False, shards: int | None = None)
         make_folder(jobs_dir, name)
     queue = SlurmQueue(jobs_dir / name, options, site, executor_parameters(step.command, options, site, str(code)))
     size = DEFAULT_ARRAY
-    if options.array > 1 and output_folder(step) is not None and not options.dry_run:
+    if options.array > 1 and step.array_folder is not None and not options.dry_run:
         size = max_array_size()
     if options.parallel:  # Slurm's limit is one of an array, so there is one
         step = dataclasses.replace(step, options=dataclasses.replace(options, array=min(options.array, size)))
@@ -168,8 +168,8 @@ def _submit_locally(steps: list[Step]) -> int:
     first, last = steps[0], steps[-1]
     options, site = last.options, _site_of(last)
     jobs_dir = jobs_folder(first.root, site)
-    if options.dry_run or (len(steps) > 1 and options.processes > 1):
-        raise UserError("--cluster local: --dry-run has nothing to print, and a chain has one process per step")
+    if len(steps) > 1 and options.processes > 1:
+        raise UserError("--cluster local: a chain has one process per step")
     code, name = snapshot(jobs_dir / "code"), new_id(first.command)
     executor = submitit.AutoExecutor(
         make_folder(jobs_dir, name), cluster="local", local_max_num_timeout=options.max_requeue

@@ -147,6 +147,25 @@ def test_dry_run_prints_scripts_and_writes_nothing(raw, tmp_path):
         ("pack X --incomplete", "--incomplete would not be used without --after JOB"),
         ("train clip --data X --out R --incomplete", "--incomplete would not be used without --after JOB"),
         (
+            "pack X --shard-size 9 --array 32",
+            "--array 32 would not be used by a stage that is one job, as these are: ing",
+        ),
+        ("cache X --export-lists --recheck", "--recheck would not be used by a stage that is one job"),
+        ("ingest X --source S --retry-failed --parallel 2", "--parallel 2 would not be used by a stage that is one"),
+        ("dedup X --overwrite --claim-s 9", "--claim-s 9.0 would not be used by a stage that is one job"),
+        (
+            "pack X --after 7 --cluster local",
+            "--after 7 would not be used with --cluster local, which waits for no job",
+        ),
+        (
+            "train clip --data X --out R --cluster debug --incomplete",
+            "--incomplete would not be used with --cluster deb",
+        ),
+        ("pack X --cluster debug --dry-run", "--dry-run would not be used with --cluster debug"),
+        ("pipeline X --cluster debug --after 7 -- pack", "--after 7 would not be used with --cluster debug"),
+        ("pipeline X -- pack -- vocab --after 7", "--after behind -- vocab: it holds for all commands, say it before"),
+        ("pipeline X -- pack --cluster local -- vocab", "--cluster behind -- pack: it holds for all"),
+        (
             "train clip --data X --out R --save-s 600 --time 10",
             "--save-s 600: must be less .* --time 10 is 600 seconds",
         ),
@@ -154,13 +173,17 @@ def test_dry_run_prints_scripts_and_writes_nothing(raw, tmp_path):
 )
 def test_an_option_without_effect_is_refused(words, said):
     with pytest.raises(UserError, match=said):
-        submit([*words.split(), "--dry-run"], lambda step: 0)
+        submit(words.split(), lambda step: 0)
 
 
 def test_options_with_an_effect_are_taken():
     assert [Options(time=time).signal_s for time in ("1", "2", "3", "12:00:00")] == [30, 60, 90, 90]
     assert Options(time="1", save_s=59).signal_s == 59
     assert stage_step("pack", ["X", "--recheck"], Options()).options.recheck
+    assert stage_step("pack", ["X", "--shard-size", "9", "--time", "9"], Options(array=64)).array_folder is None
+    assert (
+        stage_step("cache", ["X", "--array", "4"], Options()).array_folder == "teacher/ViT-L-14-datacomp_xl_s13b_b90k"
+    )
     steps = parse_steps(["pipeline", "X", "--incomplete", "--save-s", "30", "--", "pack", "--", "vocab"])
     assert [(step.options.incomplete, step.options.save_s) for step in steps] == [(True, 30)] * 2
 
