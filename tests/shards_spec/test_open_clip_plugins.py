@@ -1,8 +1,10 @@
 """open_clip's private parts that we replace: they are there and called as we expect, and what happens without them."""
 
 import inspect
+import json
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import open_clip
@@ -19,6 +21,32 @@ from shards_spec.open_clip_plugins import MODEL_PARTS, READING_PARTS, TOWER_PART
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
+BARE = """
+import json, os, sys
+import open_clip
+for line in sys.stdin:
+    if not os.fork():
+        exec(json.loads(line), {"__name__": "__main__"})
+        print("done")
+        sys.exit()
+    os.wait()
+    print("end", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def run_bare():
+    """Runs code in a fork of a process that has imported open_clip and nothing of ours; returns the lines it prints."""
+    command = [sys.executable, "-c", BARE]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server:
+
+        def run(code: str) -> list[str]:
+            print(json.dumps(code), file=server.stdin, flush=True)
+            *lines, last = (line.rstrip("\n") for line in takewhile(lambda line: line != "end\n", server.stdout))
+            assert last == "done", "the traceback is on stderr"
+            return lines
+
+        yield run
 
 
 def test_the_installed_open_clip_has_every_part_that_is_replaced():
@@ -27,7 +55,7 @@ def test_the_installed_open_clip_has_every_part_that_is_replaced():
     assert open_clip_plugins.unavailable == {}
 
 
-def test_open_clip_calls_the_parts_as_we_expect():
+def test_open_clip_calls_the_parts_as_we_expect(run_bare):
     """In a process of its own, where nothing has been replaced yet."""
     code = """
 import inspect, open_clip
@@ -39,8 +67,7 @@ for part in (open_clip.model._build_text_tower, open_clip.model._build_vision_to
 print(inspect.signature(open_clip.factory.load_state_dict).parameters["weights_only"].default)
 print("force_preprocess_cfg" in inspect.signature(open_clip.factory.create_model).parameters)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.splitlines() == [
+    assert run_bare(code) == [
         "load_checkpoint model checkpoint_path",
         "load_state_dict checkpoint_path device",
         "create_model model_name pretrained",
@@ -103,7 +130,7 @@ def test_without_its_reading_parts_open_clip_reads_checkpoints_itself(tmp_path, 
         assert torch.equal(alone.model.state_dict()[key], value), key
 
 
-def test_without_its_model_parts_our_architectures_are_refused_by_name_and_others_load(tmp_path):
+def test_without_its_model_parts_our_architectures_are_refused_by_name_and_others_load(run_bare, tmp_path):
     code = f"""
 from shards_spec import open_clip_plugins
 open_clip_plugins.MODEL_PARTS = ("model._gone", "factory.create_model")
@@ -116,13 +143,21 @@ for name in ("MobileCLIP-tiny", "SiCLIP-S0"):
         print(error)
 print(load_model({tiny_coca(tmp_path / "coca")!r}).image_size)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     reason = f"open_clip {open_clip.__version__} has no model._gone; install open_clip_torch>=3.1,<4"
-    assert done.stdout.splitlines() == [
+    assert run_bare(code) == [
         f"model 'MobileCLIP-tiny' cannot be built: {reason}",
         f"model 'SiCLIP-S0' cannot be built: {reason}",
         "32",
     ]
+
+
+def test_models_of_ours_are_found_by_name_without_importing_training(run_bare):
+    """As `cache` and others do."""
+    code = """
+from shards_spec.models import load_model
+print(load_model("MobileCLIP-tiny", random_weights=True).mean)
+"""
+    assert run_bare(code) == ["(0.0, 0.0, 0.0)"]
 
 
 def test_transformers_answer_for_remote_code_is_restored(monkeypatch):
