@@ -182,3 +182,19 @@ def register_towers(tower: str, build_image_tower: Callable[..., Any], build_tex
     for part, build in zip(TOWER_PARTS, (build_image_tower, build_text_tower), strict=True):
         name = part.partition(".")[2]
         setattr(open_clip.model, name, building(build, getattr(open_clip.model, name)))
+
+
+def build_image_tower(embed_dim: int, vision_cfg: Mapping[str, Any], quick_gelu: bool) -> Any:
+    """Return the image tower alone of open_clip's description of a CLIP, with random weights.
+
+    Raises UserError where open_clip lacks the part that builds it.
+    """
+    import open_clip
+
+    missing = missing_parts(TOWER_PARTS)
+    if missing:
+        raise UserError(
+            f"an image tower alone cannot be built: open_clip {version('open_clip_torch')} has no "
+            f"{', '.join(missing)}; install {TRIED_VERSIONS}"
+        )
+    return open_clip.model._build_vision_tower(embed_dim, dict(vision_cfg), quick_gelu)

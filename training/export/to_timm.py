@@ -19,6 +19,7 @@ from training.export.plain_vit import check_plain_vit
 from training.export.to_open_clip import as_dtype
 from training.models.classifier import Classifier, describe_classifier
 from training.models.mobileclip import FUSED
+from training.models.plain_vit import timm_clip_vit
 from training.runs.model_folder import write_model
 
 USAGE = """```python
@@ -30,11 +31,6 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
 {output}
 """
-CLIP_VITS = {  # sizes of timm's CLIPs: patch, width, layers, heads
-    "vit_base_patch32_clip": (32, 768, 12, 12),
-    "vit_base_patch16_clip": (16, 768, 12, 12),
-    "vit_large_patch14_clip": (14, 1024, 24, 16),
-}
 
 
 class TimmExport(NamedTuple):
@@ -119,7 +115,8 @@ def _image_tower(student: LoadedModel) -> TimmExport:
     if isinstance(visual, TimmModel):
         trunk, options = _trunk(student)
     elif isinstance(visual, VisionTransformer):
-        trunk, options = _clip_vit(student)
+        check_plain_vit(student.model, "timm")
+        trunk, options = timm_clip_vit(visual)
     else:
         kind = type(visual).__name__
         raise UserError(f"--format timm: timm has no such image tower ({kind}); use --format onnx or open_clip")
@@ -148,46 +145,6 @@ def _trunk(student: LoadedModel) -> tuple[Any, dict[str, Any]]:
         trunk.reset_classifier(projection.out_features)
         _set_linear(trunk.get_classifier(), projection.weight, projection.bias)
     return trunk, {}
-
-
-def _clip_vit(student: LoadedModel) -> tuple[Any, dict[str, Any]]:
-    """Timm's ViT with the weights of open_clip's, and the options it is built with."""
-    import timm
-
-    visual: Any = student.model.visual
-    vit = check_plain_vit(student.model, "timm")
-    sizes = (vit.patch_size, vit.width, vit.layers, vit.heads)
-    stem = next((name for name, found in CLIP_VITS.items() if found == sizes), None)
-    name = f"{stem or 'vit_base_patch16_clip'}{'_quickgelu' if vit.quick_gelu else ''}_224"
-    options: dict[str, Any] = {} if vit.image_size == 224 else {"img_size": vit.image_size}
-    if stem is None:
-        options |= {"patch_size": vit.patch_size, "embed_dim": vit.width, "depth": vit.layers, "num_heads": vit.heads}
-    if vit.mlp_width != 4 * vit.width:
-        options["mlp_ratio"] = vit.mlp_width / vit.width
-    trunk = timm.create_model(name, num_classes=visual.output_dim, **options)
-    trunk.load_state_dict(_clip_weights(visual))
-    return trunk, options
-
-
-def _clip_weights(visual: Any) -> dict[str, Tensor]:
-    """The state dict of timm's ViT from open_clip's."""
-    state = visual.state_dict()
-    converted = {
-        "cls_token": state["class_embedding"][None, None],
-        "pos_embed": state["positional_embedding"][None],
-        "patch_embed.proj.weight": state["conv1.weight"],
-        "head.weight": state["proj"].mT,
-        "head.bias": torch.zeros(state["proj"].shape[1]),
-    }
-    for ours, theirs in (("ln_pre", "norm_pre"), ("ln_post", "norm")):
-        converted |= {f"{theirs}.{part}": state[f"{ours}.{part}"] for part in ("weight", "bias")}
-    names = {"ln_1.": "norm1.", "attn.in_proj_": "attn.qkv.", "attn.out_proj.": "attn.proj.", "ln_2.": "norm2."}
-    names |= {"mlp.c_fc.": "mlp.fc1.", "mlp.c_proj.": "mlp.fc2."}
-    for layer in range(len(visual.transformer.resblocks)):
-        for ours, theirs in names.items():
-            for part in ("weight", "bias"):
-                converted[f"blocks.{layer}.{theirs}{part}"] = state[f"transformer.resblocks.{layer}.{ours}{part}"]
-    return converted
 
 
 @torch.no_grad()

@@ -110,6 +110,7 @@ def _timm() -> Any:
     import timm
 
     import training.models.catlip
+    import training.models.clip_image_tower
     import training.models.minivit
     import training.models.tinymim_star  # noqa: F401  all register them
 

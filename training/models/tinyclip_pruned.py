@@ -309,10 +309,10 @@ class PrunedImageTower(PrunedTower):
             self.attn_pool = PrunedPooler(width, embed_dim, **pooler)
         pooled = width if pooler is None else embed_dim
         self.ln_post = nn.LayerNorm(pooled, description["norm_eps"])
-        self.proj = nn.Parameter(torch.randn(pooled, embed_dim) * pooled**-0.5)
+        self.proj: nn.Parameter | None = nn.Parameter(torch.randn(pooled, embed_dim) * pooled**-0.5)
 
     def forward(self, pixels: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """Return features (B, E), not normalised.
+        """Return features (B, E), not normalised; without the projection ``proj``, what it is of.
 
         Args:
             pixels: (B, 3, S, S).
@@ -326,11 +326,16 @@ class PrunedImageTower(PrunedTower):
         if self.ln_pre is not None:
             x = normed(x, self.ln_pre, kept)
         x = self.transformer(x, False, layers)
+        pooled = self._pooled(x, kept)
+        return pooled if self.proj is None else pooled @ self.proj
+
+    def _pooled(self, x: Tensor, kept: KeptDims | None) -> Tensor:
+        """Return the normed and pooled tokens: (B, T, D) -> (B, D), or (B, E) of an attentional pooling."""
         if self.attn_pool is not None:
-            return self._pool(normed(self.attn_pool(x, kept), self.ln_post, None)) @ self.proj
+            return self._pool(normed(self.attn_pool(x, kept), self.ln_post, None))
         if self.description["pool_type"] == "tok" or self.description["final_ln_after_pool"]:
-            return normed(self._pool(x), self.ln_post, kept) @ self.proj
-        return self._pool(normed(x, self.ln_post, kept)) @ self.proj
+            return normed(self._pool(x), self.ln_post, kept)
+        return self._pool(normed(x, self.ln_post, kept))
 
     def _pool(self, x: Tensor) -> Tensor:
         """Return the first token, or the mean of the others: (B, T, D) -> (B, D)."""

@@ -16,7 +16,7 @@ from shards_spec.class_map import ClassMap, read_class_map
 from shards_spec.class_names import describe_difference
 from shards_spec.files import UserError
 from shards_spec.messages import counted
-from shards_spec.models import TIMM, LoadedModel, pick_device
+from shards_spec.models import LoadedModel, pick_device
 from shards_spec.vocab import Vocabulary
 from training.config import ModelConfig, is_run, total_steps
 from training.configs.transfer import VIEWS, TransferConfig
@@ -28,7 +28,8 @@ from training.engine.optim import ParamGroup
 from training.evaluation.classification import batch_ranges, classification_metrics, plain_rows
 from training.losses.soft_labels import target_cross_entropy
 from training.models.class_teacher import load_class_teacher
-from training.models.classifier import Classifier, class_heads, init_head, new_classifier
+from training.models.classifier import Classifier, class_heads, init_head
+from training.models.clip_classifier import classifier_of_clip
 from training.models.minivit import MiniDeiT
 from training.models.mixing import draw_mix, mixed_images, mixed_targets
 from training.models.range_augment import RangeAugment, curriculum_loss
@@ -48,6 +49,7 @@ from training.recipes.tuning import (
     resize_input,
     set_linear_drop_path,
 )
+from training.runs.run_folder import RunFolder
 from training.runs.student import load_student
 from training.task import Batch, Features, Losses, Prepared, Task
 
@@ -212,27 +214,16 @@ def load_hard_teacher(config: TransferConfig, student: LoadedModel) -> HardTeach
 
 
 def load_classifier_base(config: ModelConfig, seed: int) -> LoadedModel:
-    """Return the classifier that one starts from, of a RUN folder of `clipmill train` or ``timm:NAME``.
+    """Return the classifier that one starts from: a run's, timm's, or a CLIP's image tower, which has no classes then.
 
-    Of a CLIP run it is the image tower, which must be one of timm's; it has no classes then. Raises UserError.
+    The CLIP is a RUN of `clipmill train`, or open_clip's by a folder or by a name with its weights. Raises UserError.
     """
-    if not config.model.startswith(TIMM) and not is_run(config.model):
-        raise UserError(f"--model {config.model!r}: give a RUN folder of `clipmill train`, or {TIMM}NAME")
-    loaded = load_student(config, seed)
-    if isinstance(loaded.model, Classifier):
-        return loaded
-    trunk = getattr(loaded.model.visual, "trunk", None)
-    if trunk is None:
-        raise UserError(f"--model {config.model!r}: its image tower is none of timm's, which a classifier needs")
-    name = f"{TIMM}{loaded.config['vision_cfg']['timm_model_name']}"
-    base = new_classifier(name, 1)
-    head = {name for name, part in base.model.trunk.named_modules() if part is base.model.head}
-    weights = {key: value for key, value in trunk.state_dict().items() if key.rpartition(".")[0] not in head}
-    wanted = {key for key in base.model.trunk.state_dict() if key.rpartition(".")[0] not in head}
-    if differing := sorted(set(weights) ^ wanted):  # the head is not there, or projects to the embedding
-        raise UserError(f"--model {config.model!r}: its image tower is not {name} ({differing[:3]})")
-    base.model.trunk.load_state_dict(weights, strict=False)
-    return LoadedModel(base.model, None, base.config, loaded.image_size, loaded.mean, loaded.std)
+    if not config.model:
+        raise UserError("--model: name what to start from, a RUN of `clipmill train`, local-dir:PATH or timm:NAME")
+    if not is_run(config.model) and (hint := RunFolder(config.model).stages_hint()):
+        raise UserError(f"--model {config.model!r} is no RUN{hint}")
+    loaded = load_student(config, seed, random_weights=False)
+    return loaded if isinstance(loaded.model, Classifier) else classifier_of_clip(loaded, config.model)
 
 
 def with_new_head(base: LoadedModel, config: TransferConfig, classes: list[str]) -> LoadedModel:
