@@ -14,9 +14,10 @@ from shards_spec.library_errors import short
 from shards_spec.models import LoadedModel
 from training.export.comparison import Encoders
 from training.export.config import ExportConfig
-from training.export.plain_vit import PlainTransformer, check_plain_text, check_plain_vit
+from training.export.plain_vit import check_plain_text, check_plain_vit
 from training.export.to_open_clip import as_dtype
 from training.models.classifier import Classifier
+from training.models.plain_vit import PlainTransformer
 from training.runs.model_folder import write_model
 
 TARGET = "transformers"

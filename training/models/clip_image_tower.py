@@ -53,18 +53,20 @@ class PooledAttention(nn.Module):
             self._by_head(self.k_proj(tokens)),
             self._by_head(self.v_proj(tokens)),
         )
-        return found.transpose(1, 2).flatten(1)
+        pooled: Tensor = found.transpose(1, 2).flatten(1)
+        return pooled
 
     def _by_head(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, H, N, C / H)."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
 
 
 def resized(positions: Tensor, before: tuple[int, int], after: tuple[int, int]) -> Tensor:
     """Return positions (1 + N', D) of another grid, of those (1 + N, D) of one; the first token's stays."""
     if before == after:
         return positions
-    return resample_abs_pos_embed(positions.unsqueeze(0), list(after), list(before), num_prefix_tokens=1)[0]
+    other: Tensor = resample_abs_pos_embed(positions.unsqueeze(0), list(after), list(before), num_prefix_tokens=1)
+    return other[0]
 
 
 class ClipImageTower(nn.Module):

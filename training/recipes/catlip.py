@@ -40,6 +40,7 @@ from training.data.samples import SampleLabels, find_vocabulary, open_samples
 from training.losses.multilabel import PAD, frequency_bias, mean_loss, sigmoid_loss, softmax_loss
 from training.models.classifier import new_classifier
 from training.models.range_augment import RangeAugment, curriculum_loss
+from training.recipes.tuning import check_sides
 from training.task import Batch, Features, Losses, Prepared, Task
 
 LOSSES = {"sigmoid": sigmoid_loss, "softmax": softmax_loss}
@@ -92,10 +93,7 @@ def prepare(config: CatlipConfig) -> Prepared:
     )
     if len(student.model.heads) > 1:
         raise UserError(f"--model {model.model!r} has a distillation head, which CatLIP does not train; take another")
-    embedding = getattr(student.model.trunk, "patch_embed", None)  # convolutional networks have none
-    patch = getattr(embedding, "patch_size", (1,))[0]
-    if wrong := [side for side in config.sides.sides if side % patch]:
-        raise UserError(f"--sides {wrong[0]}: must be a multiple of the model's patches of {patch} pixels")
+    check_sides(student.model, config.sides.sides)
     if config.frequency_bias:
         with torch.no_grad():
             student.model.head.bias.copy_(start_bias(vocabulary))

@@ -43,6 +43,7 @@ from training.recipes.hard_distillation import (
 )
 from training.recipes.soft_labels import open_soft_labels
 from training.recipes.tuning import (
+    check_sides,
     exempting_groups,
     layer_groups,
     pool_patches,
@@ -176,6 +177,8 @@ def prepare(config: TransferConfig) -> Prepared:
         base = resize_input(base, config.tuning.image_size)
     if config.tuning.drop_path is not None:
         set_linear_drop_path(base.model.trunk, config.tuning.drop_path)
+    if config.augment:
+        check_sides(base.model, config.sides.sides)
     student = with_new_head(base, config, train.classes)
     check_distillation(config.distillation, student, config.soft.soft_labels, is_frozen=config.freeze)
     plan = batch_plan(config.data.batch_size, config.sides if config.augment else None, config.run.seed)

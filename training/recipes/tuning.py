@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from shards_spec.files import UserError
 from shards_spec.models import LoadedModel
 from training.engine.optim import ParamGroup
-from training.models.classifier import new_classifier
+from training.models.classifier import Classifier, new_classifier
 from training.models.minivit_parts import resized_table
 
 EMBEDDINGS = ("patch_embed.", "cls_token", "dist_token", "reg_token", "pos_embed", "norm_pre.")
@@ -49,6 +49,13 @@ def pool_patches(base: LoadedModel) -> LoadedModel:
     return replace(base, model=pooled.model)
 
 
+def check_sides(model: Classifier, sides: Sequence[int]) -> None:
+    """Raise UserError for a side of images that the model's patches, or its smallest map, do not divide."""
+    patch = getattr(getattr(model.trunk, "patch_embed", model.trunk), "patch_size", (1,))[0]
+    if wrong := [side for side in sides if side % patch]:
+        raise UserError(f"--sides {wrong[0]}: must be a multiple of the model's patches of {patch} pixels")
+
+
 @torch.no_grad()
 def resize_input(base: LoadedModel, side: int) -> LoadedModel:
     """Return the base for images of another size; a run rebuilds it so.
@@ -64,7 +71,7 @@ def resize_input(base: LoadedModel, side: int) -> LoadedModel:
     if not isinstance(trunk, VisionTransformer | SwinTransformer):
         raise UserError(
             f"--image-size {side}: {model.name!r} is none of timm's plain ViTs and Swins, whose positions it resizes; "
-            "leave it out. A convolutional network takes any --sides"
+            "leave it out. A convolutional network or a CLIP's tower takes any --sides"
         )
     embedding: Any = trunk.patch_embed
     patch, grid = embedding.patch_size[0], embedding.grid_size
