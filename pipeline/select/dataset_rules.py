@@ -6,7 +6,7 @@ They follow the rules that look at one sample at a time, on drafts of the select
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from pipeline.select.expression import numbers_of
 from pipeline.select.facts import ShardFacts
 from pipeline.select.semantic_duplicates import DuplicateRule
 from pipeline.select.top_share import TopShare, Values, find_top_share
-from shards_spec.files import UserError, read_json
+from shards_spec.files import DataError, UserError, read_json
+from shards_spec.manifest import SEAL, seal
 from shards_spec.selection import ShardSelection
 
 log = logging.getLogger(__name__)
@@ -78,10 +79,14 @@ class Draft:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the rules found in all samples; a rule that is not asked for, or not applied yet, is None."""
+    """What the rules found in all samples; a rule that is not asked for, or not applied yet, is None.
+
+    ``repeated`` maps paths below ROOT, of the files with the samples that repeat another, to their sha256.
+    """
 
     top: TopShare | None = None
     entries: EntryCounts | None = None
+    repeated: dict[str, str] = field(default_factory=dict)
 
     def apply(self, draft: Draft, rules: DatasetRules) -> ShardSelection:
         """The selection of a shard."""
@@ -104,21 +109,27 @@ class Verdict:
         copies = np.where([reason is None for reason in reasons], draft.selection.copies, 0).astype(np.uint8)
         return ShardSelection(draft.selection.keys, copies, reasons, captions, pairs)
 
-    def to_json(self) -> dict[str, Any]:
-        """As `read_verdict` takes it."""
-        return {"top": self.top and asdict(self.top), "entries": self.entries and asdict(self.entries)}
+    def to_json(self, fingerprint: str) -> dict[str, Any]:
+        """As `read_verdict` takes it; ``fingerprint`` is of the rules and the samples."""
+        stored = {
+            "fingerprint": fingerprint,
+            "top": self.top and asdict(self.top),
+            "entries": self.entries and asdict(self.entries),
+            "repeated": self.repeated,
+        }
+        return stored | {SEAL: seal(stored)}
 
 
 def read_verdict(path: str, fingerprint: str) -> Verdict | None:
-    """The verdict in a file; None when it is not there or of other samples or rules."""
+    """The verdict in a file; None when it is not there, damaged, or of other samples or rules."""
     try:
-        stored = read_json(path, "delete it and run this `clipmill select` again")
-    except FileNotFoundError:
+        stored = read_json(path)
+    except (FileNotFoundError, DataError):
         return None
-    if not isinstance(stored, dict) or stored.get("fingerprint") != fingerprint:
+    if not isinstance(stored, dict) or stored.get(SEAL) != seal(stored) or stored.get("fingerprint") != fingerprint:
         return None
     top, entries = stored["top"], stored["entries"]
-    return Verdict(TopShare(**top) if top else None, EntryCounts(**entries) if entries else None)
+    return Verdict(TopShare(**top) if top else None, EntryCounts(**entries) if entries else None, stored["repeated"])
 
 
 def judge(rules: DatasetRules, read: Callable[[], Iterable[Draft]]) -> Verdict:

@@ -200,7 +200,9 @@ def select_shard(root: str, task: ShardTask, *, name: str, rules: SampleRules) -
 
 def select_surveyed_shard(root: str, task: ShardTask, *, survey: Survey) -> ShardResult:
     """Write the selection of one final shard from its draft. Raises DataError when that is broken."""
-    return _write(root, survey.name, task.shard, survey.verdict.apply(survey.draft(task.shard), survey.rules))
+    verdict = survey.verdict
+    draft = survey.draft(task.shard, verdict.repeated)
+    return _write(root, survey.name, task.shard, verdict.apply(draft, survey.rules))
 
 
 def _write(root: str, name: str, shard: int, selection: ShardSelection) -> ShardResult:

@@ -7,8 +7,9 @@ each job of a Slurm array, takes what is there of the same samples and rules; on
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from itertools import starmap
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +27,7 @@ from pipeline.select.dataset_rules import (
 from pipeline.select.facts import ShardFacts
 from pipeline.select.sample_rules import SampleRules
 from pipeline.select.semantic_duplicates import ShardRows, find_semantic_duplicates
-from shards_spec.files import DataError, UserError, exists, is_url, join, remove, write_json
+from shards_spec.files import DataError, UserError, exists, is_url, join, remove, sha256_file, write_json
 from shards_spec.layout import parquet_path, select_folder
 from shards_spec.lock import locked
 from shards_spec.manifest import read_intact, remove_parts
@@ -71,65 +72,81 @@ class Survey:
             os.makedirs(folder, exist_ok=True)
         with _without_empty_folder(folder), locked(join(folder, LOCK), folder, wait=wait):
             shards = [task.shard for task in tasks]
-            is_judged = read_verdict(self.verdict_path, self.fingerprint) is not None
-            if is_judged and (wait or all(map(self._is_intact, shards))):  # a job of an array looks at its own drafts
-                return
+            former = read_verdict(self.verdict_path, self.fingerprint)
+            if former is not None and (wait or self._all_intact(shards, former)):
+                return  # a job of an array looks at its own drafts, when it takes them
             stage = Stage(f"select/{self.name}", self.folder, {})  # what the rules are is among the inputs
             rules = {"rules": self.config}
             work = partial(_draft_shard, survey=self, sample_rules=sample_rules)
             drafts = (ShardTask(task.shard, task.inputs | rules) for task in tasks)
             options = RunOptions(workers=min(workers, len(tasks)), total=len(tasks), totals=False)
-            self._forget_repeated(shards)
             try:
                 run_stage(self.root, stage, drafts, work, options)
-                self._find_repeated(shards, workers)
-                verdict = judge(self.rules, lambda: map(self.draft, shards))
+                repeated = self._find_repeated(shards, workers)
+                verdict = judge(self.rules, lambda: (self.draft(shard, repeated) for shard in shards))
             except UserError:  # of a rule that serves no run: nothing would take up what is there
                 self.remove()
                 raise
-            write_json(self.verdict_path, {"fingerprint": self.fingerprint, **verdict.to_json()})
+            write_json(self.verdict_path, replace(verdict, repeated=repeated).to_json(self.fingerprint))
 
-    def draft(self, shard: int) -> Draft:
-        """The draft of a shard. Raises DataError."""
+    def draft(self, shard: int, repeated: dict[str, str]) -> Draft:
+        """The draft of a shard; ``repeated`` as `Verdict` has it, empty before it is known. Raises DataError."""
         path = join(self.root, parquet_path(self.folder, shard))
-        fix = f"delete {join(self.root, self.folder)} and run this `clipmill select` again"
         if not self._is_intact(shard):
-            raise DataError(f"{path}: not the file that was written; {fix}")
-        table = read_table(path, fix=fix)
+            raise DataError(f"{path}: not the file that was written; {self._fix}")
+        table = read_table(path, fix=self._fix)
         entries = table.column(ENTRIES.name).combine_chunks()
         values = table.column(VALUE.name).fill_null(np.nan).to_numpy()
         plain = table.drop_columns([VALUE.name, ENTRIES.name])
-        return Draft(selection_of(plain, path, self.root, self.name), values, entries, self._repeated(shard))
+        return Draft(selection_of(plain, path, self.root, self.name), values, entries, self._repeated(shard, repeated))
+
+    @property
+    def _fix(self) -> str:
+        return f"delete {join(self.root, self.folder)} and run this `clipmill select` again"
 
     def _is_intact(self, shard: int) -> bool:
         return read_intact(self.root, self.folder, shard) is not None
 
+    def _all_intact(self, shards: list[int], verdict: Verdict) -> bool:
+        """Whether drafts and the files that belong to the verdict are as they were written; reads them."""
+        return all(map(self._is_intact, shards)) and all(starmap(self._has_hash, verdict.repeated.items()))
+
+    def _has_hash(self, path: str, digest: str) -> bool:
+        try:
+            return sha256_file(join(self.root, path)) == digest
+        except OSError:
+            return False
+
     def rows(self, shard: int) -> ShardRows:
         """The samples of a shard that are compared. Raises DataError."""
-        draft = self.draft(shard)
+        draft = self.draft(shard, {})
         return ShardRows(shard, draft.selection.keys, draft.rows)
 
-    def _find_repeated(self, shards: list[int], workers: int) -> None:
+    def _find_repeated(self, shards: list[int], workers: int) -> dict[str, str]:
+        """Write the samples that repeat another; return the files, of shards that have some, as `Verdict` does."""
         rule = self.rules.duplicates
         if rule is None:
-            return
+            return {}
+        written = dict[str, str]()
         for shard, kept in find_semantic_duplicates(self.root, rule, shards, read=self.rows, workers=workers):
             table = pa.table({"row": pa.array(kept, pa.int64()), "kept": pa.array(kept.values(), pa.string())})
-            write_table(self._repeated_path(shard), table)
+            path = self._repeated_path(shard)
+            written[path] = write_table(join(self.root, path), table)
+        return written
 
-    def _repeated(self, shard: int) -> dict[int, str]:
-        if self.rules.duplicates is None or not exists(self._repeated_path(shard)):
+    def _repeated(self, shard: int, files: dict[str, str]) -> dict[int, str]:
+        path = self._repeated_path(shard)
+        if path not in files:
             return {}
-        table = read_table(self._repeated_path(shard), ["row", "kept"])
+        file = join(self.root, path)
+        if not self._has_hash(path, files[path]):
+            raise DataError(f"{file}: not the file that was written; {self._fix}")
+        table = read_table(file, ["row", "kept"], fix=self._fix)
         return dict(zip(table.column("row").to_pylist(), table.column("kept").to_pylist(), strict=True))
 
     def _repeated_path(self, shard: int) -> str:
-        """The file with the samples that repeat another; not there before they are known, and for a shard of none."""
-        return join(self.root, parquet_path(self.folder, shard, part=1))
-
-    def _forget_repeated(self, shards: list[int]) -> None:
-        for shard in shards:
-            remove(self._repeated_path(shard))
+        """Relative to ROOT: the file with a shard's samples that repeat another."""
+        return parquet_path(self.folder, shard, part=1)
 
     @property
     def verdict(self) -> Verdict:

@@ -1,5 +1,6 @@
 """Rules of `select` over all samples at once, and lists of samples: against plain loops, and planted in a dataset."""
 
+import json
 import math
 import multiprocessing
 import os
@@ -190,7 +191,38 @@ def test_what_a_killed_run_left_counts_for_the_same_rules_alone(root):
     assert tree(f"{root}/select") == left
 
 
-def test_a_draft_that_was_damaged_after_a_kill_is_made_again(root):
+def copy_draft(survey: Path) -> None:
+    shutil.copy(survey / "00000.parquet", survey / "00001.parquet")
+
+
+def lose_repeated(survey: Path) -> None:
+    file = max(survey.glob("*-1.parquet"))
+    write_table(str(file), read_table(str(file)).slice(1))
+
+
+def raise_threshold(survey: Path) -> None:
+    file = survey / "verdict.json"
+    verdict = json.loads(file.read_text())
+    verdict["top"]["threshold"] += 0.01
+    file.write_text(json.dumps(verdict))
+
+
+def truncate_verdict(survey: Path) -> None:
+    file = survey / "verdict.json"
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (copy_draft, "00001.parquet: not the file that was written; delete .*\\.survey and run"),
+        (lose_repeated, "-1.parquet: not the file that was written; delete .*\\.survey and run"),
+        (raise_threshold, None),
+        (truncate_verdict, None),
+    ],
+)
+def test_a_survey_that_was_damaged_after_a_kill_is_made_again(root, damage, message):
+    """An array's job looks at its own shards alone: what is damaged there is a message."""
     config = SelectConfig(root, semantic_duplicates=0.9, top=0.5, by="similarity", workers=1)
     select(config)
     undisturbed = tree(f"{root}/select")
@@ -200,10 +232,11 @@ def test_a_draft_that_was_damaged_after_a_kill_is_made_again(root):
         pytest.raises(KeyboardInterrupt),
     ):
         select(config)
-    drafts = Path(root, "select/selected/.survey")
-    shutil.copy(drafts / "00000.parquet", drafts / "00001.parquet")
-    with pytest.raises(ShardsFailed, match=r"00001.parquet: not the file that was written; delete .*\.survey and run"):
-        run_task(select, config, [1])
+    survey = Path(root, "select/selected/.survey")
+    damage(survey)
+    if message is not None:
+        with pytest.raises(ShardsFailed, match=message):
+            run_task(select, config, [0, 1])
     select(config)
     assert tree(f"{root}/select") == undisturbed
 
