@@ -21,7 +21,7 @@ def classification_metrics(
     classifier: Classifier, rows: LabelledImageRows, *, device: str, workers: int, bf16: bool
 ) -> dict[str, float]:
     """Return acc1, acc5 and mean_per_class_recall (of the classes that occur) of a classifier in eval mode."""
-    meter = AccuracyMeter(classifier.head.out_features)
+    meter = AccuracyMeter(classifier.classes)
     for batch in load_batches(rows, batch_ranges(len(rows.chosen)), workers=workers, device=device):
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             logits = classifier(batch["images"])

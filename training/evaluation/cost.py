@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from shards_spec.display import shown
 from shards_spec.files import UserError
 from shards_spec.models import LoadedModel
-from training.export.onnx_model import IMAGE_FILE, TEXT_FILE, OnnxModel, load_onnx
+from training.export.onnx_model import OnnxClassifier, OnnxModel, graph_files, load_onnx
 from training.models.parameter_count import count_parameters
 
 COST_FILE = "cost.json"
@@ -75,7 +75,7 @@ def measure_cost(loaded: LoadedModel, devices: list[str], *, in_a_row: int, bf16
     }
 
 
-def measure_onnx_cost(model: OnnxModel, *, in_a_row: int) -> dict[str, Any]:
+def measure_onnx_cost(model: OnnxModel | OnnxClassifier, *, in_a_row: int) -> dict[str, Any]:
     """Return what the towers of an ONNX export cost on the CPU, with as many threads as torch has.
 
     Args:
@@ -88,11 +88,10 @@ def measure_onnx_cost(model: OnnxModel, *, in_a_row: int) -> dict[str, Any]:
     """
     loaded = load_onnx(model.folder, torch.get_num_threads())
     speed = _speed(loaded.model, _passes(loaded, loaded.model), "cpu", in_a_row=in_a_row, bf16=False)
-    files = (Path(model.folder, name) for name in (IMAGE_FILE, TEXT_FILE))
     return {
         "parameters": {},
         "macs": {},
-        "weights_bytes": sum(file.stat().st_size for file in files),
+        "weights_bytes": sum(file.stat().st_size for file in graph_files(model.folder)),
         "image_size": loaded.image_size,
         "precision": model.description["dtype"],
         "runtime": "onnxruntime",

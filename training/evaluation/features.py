@@ -18,7 +18,7 @@ from shards_spec.models import LOCAL_DIR, NO_TRUST, LoadedModel, Trust, model_la
 from training.evaluation.config import EvalConfig
 from training.evaluation.cost import inference_form
 from training.evaluation.stage import load_measured
-from training.export.onnx_model import IMAGE_FILE, TEXT_FILE, is_onnx, load_onnx
+from training.export.onnx_model import graph_files, is_onnx, load_onnx
 
 
 class EmbeddingModel:
@@ -95,14 +95,14 @@ def load_embedding_model(
             raise UserError(f"{unused[0]} would not be used: {folder} is an ONNX export, which is used as it is")
         if device not in ("auto", "cpu"):
             raise UserError(f"--device {device!r}: {folder} is an ONNX export, which runs on the CPU here")
-        weights = "-".join(sha256_file(str(path)) for path in _graph_files(Path(folder)))
         loaded = load_onnx(folder)
+        _check_has_texts(model, loaded)
+        weights = "-".join(sha256_file(str(path)) for path in graph_files(folder))
         return EmbeddingModel(loaded, name=name, weights=weights, device="cpu", bf16=False, batch_size=batch_size)
     place = pick_device(device)
     config = EvalConfig((model,), data=("none",), pretrained=pretrained, raw=raw, best=best, trust=trust)
     loaded, _ = load_measured(config, model)
-    if loaded.tokenizer is None:
-        raise UserError(f"{model} has no text tower, and a search compares images with texts: give a CLIP")
+    _check_has_texts(model, loaded)
     weights = weights_sha256(loaded.model)
     loaded = replace(loaded, model=inference_form(loaded.model).to(place))
     return EmbeddingModel(
@@ -110,6 +110,7 @@ def load_embedding_model(
     )
 
 
-def _graph_files(folder: Path) -> list[Path]:
-    """The files of both towers; large weights lie beside their graph."""
-    return sorted([*folder.glob(f"{IMAGE_FILE}*"), *folder.glob(f"{TEXT_FILE}*")])
+def _check_has_texts(model: str, loaded: LoadedModel) -> None:
+    """Raise UserError for a model without a text tower."""
+    if loaded.tokenizer is None:
+        raise UserError(f"{model} has no text tower, and a search compares images with texts: give a CLIP")

@@ -20,7 +20,7 @@ from training.evaluation.feature_cache import FeatureCache, data_hash
 from training.evaluation.protocols import LEARNING, TASKS, chosen_task, measure_task, train_split
 from training.evaluation.summary import MeasuredModel, print_summary, summarise
 from training.evaluation.zero_shot import EvalSet, preprocessing
-from training.export.onnx_model import OnnxModel, is_onnx, load_onnx
+from training.export.onnx_model import OnnxClassifier, OnnxModel, is_onnx, load_onnx
 from training.runs.run_folder import RunFolder
 from training.runs.student import load_run
 
@@ -128,7 +128,7 @@ def _cost(
 
     An ONNX export runs on the CPU alone, and has a file of its own.
     """
-    if isinstance(loaded.model, OnnxModel):
+    if isinstance(loaded.model, OnnxModel | OnnxClassifier):
         cost, name = measure_onnx_cost(loaded.model, in_a_row=config.cost_images), ONNX_COST_FILE
     else:
         devices = list(dict.fromkeys(("cpu", device)))
@@ -201,7 +201,7 @@ def check_model(config: EvalConfig, model: str) -> None:
         raise UserError(f"{model}: the run has no checkpoint yet")
     if config.raw or config.best:
         raise UserError(f"--{'raw' if config.raw else 'best'} would not be used: {model} is no RUN folder")
-    if folder.is_dir() and not (folder / CONFIG_FILE).exists():
+    if folder.is_dir() and not (folder / CONFIG_FILE).exists() and not is_onnx(model):
         hint = RunFolder(model).stages_hint()
         raise UserError(f"{model} is neither a RUN folder (checkpoints/) nor a model ({CONFIG_FILE}){hint}")
 

@@ -42,14 +42,14 @@ class ExportedModel:
 
     Attributes:
         student: As it is in the folder.
-        step: Of the checkpoint.
+        step: Of the checkpoint; None of a timm model.
         format: Of the folder.
         usage: How to load it, in Markdown.
         comparison: With the student of the run.
     """
 
     student: LoadedModel
-    step: int
+    step: int | None
     format: Format
     usage: str
     comparison: Comparison
@@ -68,34 +68,35 @@ def write_card(folder: Path, exported: ExportedModel, config: ExportConfig) -> N
 def card(name: str, exported: ExportedModel, config: ExportConfig) -> str:
     """Return the text of README.md."""
     student = exported.student
-    is_classifier = isinstance(student.model, Classifier)
+    is_classifier = isinstance(student.model, Classifier) and student.model.has_classes
+    is_image_only = isinstance(student.model, Classifier) or exported.format == "timm"
     run_name = Path(config.run).resolve().name
-    is_image_only = is_classifier or exported.format == "timm"
+    origin = f"the timm model {run_name}" if exported.step is None else f"step {exported.step} of the run {run_name}"
     parts = [
         "---",
         f"license: {config.license}",
         f"library_name: {exported.format}",
         f"pipeline_tag: {_task(is_classifier, is_image_only)}",
-        "tags: [clipmill]" if is_classifier else "tags: [clip, clipmill]",
+        "tags: [clipmill]" if isinstance(student.model, Classifier) else "tags: [clip, clipmill]",
         "---",
         f"# {name}",
         "",
-        f"{_kind(is_classifier, is_image_only)}, made by `clipmill export` from step {exported.step} of the run "
-        f"{run_name}.",
+        f"{_kind(student, is_image_only)}, made by `clipmill export` from {origin}.",
     ]
     if is_pruned(student.model):
         parts.append(PRUNED.format(table=markdown(student.model)).rstrip())
     parts += ["", "## Use", "", exported.usage.strip(), "", "## Model", "", *_model_lines(exported, config)]
-    parts += ["", "## Training", "", *_training_lines(config.run, exported.step)]
-    parts += ["", "## Results", "", *_result_lines(config.run, exported.step)]
+    if exported.step is not None:
+        parts += ["", "## Training", "", *_training_lines(config.run, exported.step)]
+        parts += ["", "## Results", "", *_result_lines(config.run, exported.step)]
     parts += ["", "## Checked", "", *_comparison_lines(exported.comparison, config)]
     parts += ["", "## License", "", f"{config.license}"]
     return "\n".join(parts) + "\n"
 
 
-def _kind(is_classifier: bool, is_image_only: bool) -> str:
-    if is_classifier:
-        return "An image classifier"
+def _kind(student: LoadedModel, is_image_only: bool) -> str:
+    if isinstance(student.model, Classifier):
+        return "An image classifier" if student.model.has_classes else "An image tower without classes"
     return "The image tower of a CLIP" if is_image_only else "A CLIP"
 
 

@@ -24,12 +24,14 @@ TIMED_SECONDS = 0.5  # the passes that a speed is the median of
 
 
 class Encoders(NamedTuple):
-    """A model as two functions; features are of unit length, but a classifier's are its logits."""
+    """A model as two functions; features are of unit length, but those of a model with classes are its logits."""
 
     image: Callable[[Tensor], Tensor]
     """(B, 3, S, S) normalised pixels -> (B, E)"""
     text: Callable[[list[str]], Tensor] | None
     """texts -> (N, E); None without a text tower"""
+    is_classifier: bool = False
+    """whether the images' features are logits"""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ def encoders_of(loaded: LoadedModel) -> Encoders:
     """Return the encoders of a model as `load_model`, `load_run` and `load_onnx` return them."""
     model = loaded.model
     if isinstance(model, Classifier):
-        return Encoders(model, None)
+        if model.has_classes:
+            return Encoders(model, None, is_classifier=True)
+        return Encoders(lambda pixels: model.encode_image(pixels, normalize=True), None)
     return Encoders(
         lambda pixels: model.encode_image(pixels, normalize=True),
         lambda texts: model.encode_text(loaded.tokenizer(texts), normalize=True),
@@ -88,8 +92,8 @@ def compare(student: Encoders, export: Encoders, probe: Probe) -> Comparison:
     if texts is not None and their_texts is not None:
         difference = max(difference, float((texts - their_texts).abs().max()))
         text_cosine = float(F.cosine_similarity(texts, their_texts).min())
-    scores = images if student.text is None else _scores(images, texts)
-    their_scores = their_images if student.text is None else _scores(their_images, their_texts)
+    scores = images if student.is_classifier else _scores(images, texts)
+    their_scores = their_images if student.is_classifier else _scores(their_images, their_texts)
     agreement = accuracy = None
     if scores is not None and their_scores is not None:
         best, their_best = scores.argmax(1), their_scores.argmax(1)

@@ -18,7 +18,7 @@ class ExportConfig:
     """Write a run's student for others to load."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """RUN folder of `clipmill train`"""
+    """RUN folder of `clipmill train`, or timm:local-dir:FOLDER of a timm model"""
     to: str
     """folder to write, which can be moved; load it with open_clip or timm as local-dir:FOLDER (a student with byte
     pairs of its own: open_clip.get_tokenizer(..., bpe_path='FOLDER/bpe.txt.gz'))"""
@@ -28,8 +28,8 @@ class ExportConfig:
     """take the run's best checkpoint by its eval_data, not the newest"""
     format: Format | None = None
     """open_clip: open_clip_config.json and open_clip_model.safetensors; timm: the image tower alone, or a classifier;
-    transformers: CLIPModel and CLIPProcessor, for plain CLIPs; onnx: image.onnx and text.onnx. By default timm for an
-    image classifier, else open_clip"""
+    transformers: CLIPModel and CLIPProcessor, for plain CLIPs; onnx: image.onnx and, of a CLIP, text.onnx. By default
+    timm for an image classifier, else open_clip"""
     dtype: Literal["fp32", "fp16"] = "fp32"
     """of the weights in the files"""
     reparameterize: bool = False

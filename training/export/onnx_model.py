@@ -1,4 +1,4 @@
-"""A folder that `clipmill export --format onnx` wrote, as a model: the two towers run in onnxruntime.
+"""A folder that `clipmill export --format onnx` wrote, as a model: its towers run in onnxruntime.
 
     model = load_onnx("exported")                      # a LoadedModel, as `load_model` returns it
     model.model.embed_images([Image.open("cat.jpg")])  # (1, E) float32 of unit length
@@ -9,6 +9,11 @@
 image.onnx   pixels (B, 3, S, S) float32: RGB in [0, 1], resized and cropped by the preprocessing, minus mean, by std
 text.onnx    tokens (B, T) int64
 both         features (B, E) float32 of unit length; a logit is logit_scale times their product, plus logit_bias
+
+An image tower without a text tower is a folder without text.onnx, loaded as a `Classifier`; its image.onnx gives
+
+logits       (B, K) float32 over the classes, where it has any
+features     (B, D) float32 that the classes are told from, not of unit length
 """
 
 import hashlib
@@ -21,9 +26,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from shards_spec.files import DataError, UserError, read_json
+from shards_spec.files import DataError, UserError, exists, read_json
 from shards_spec.library_errors import short
 from shards_spec.models import CONFIG_FILE, LOCAL_DIR, LoadedModel, load_tokenizer
+from shards_spec.vocab import read_vocabulary
+from training.models.classifier import DESCRIPTION as CLASSIFIER
+from training.models.classifier import VOCABULARY, Classifier
 
 DESCRIPTION = "onnx_config.json"
 IMAGE_FILE = "image.onnx"
@@ -31,12 +39,34 @@ TEXT_FILE = "text.onnx"
 PIXELS = "pixels"
 TOKENS = "tokens"
 FEATURES = "features"
+LOGITS = "logits"
 INSTALL = "install them with `pip install -c constraints.txt -e .[onnx]` (the extra clipmill[onnx])"
 
 
 def is_onnx(folder: str) -> bool:
-    """Whether a folder holds the towers of a CLIP as ONNX."""
+    """Whether a folder holds towers as ONNX."""
     return Path(folder, DESCRIPTION).is_file()
+
+
+def graph_files(folder: str) -> list[Path]:
+    """Return the graphs of an ONNX folder, that of images first. Raises UserError where the folder is none."""
+    description = _description(folder)
+    return [Path(folder, description[tower]["file"]) for tower in ("image", "text") if tower in description]
+
+
+def _description(folder: str) -> dict[str, Any]:
+    """What the folder says of its graphs. Raises UserError where it says nothing."""
+    path = Path(folder, DESCRIPTION)
+    if not path.is_file():
+        raise UserError(f"{path} is not there: {folder} is no folder of `clipmill export --format onnx`")
+    described: dict[str, Any] = read_json(str(path))
+    return described
+
+
+def _graphs_sha256(folder: str) -> Tensor:
+    """A hash of the graphs as a tensor, which `weights_sha256` finds in a model's buffers."""
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in graph_files(folder))).digest()
+    return torch.tensor(list(digest), dtype=torch.uint8)
 
 
 def onnxruntime() -> Any:
@@ -71,11 +101,8 @@ class OnnxModel(nn.Module):
 
     def __init__(self, folder: str, threads: int = 0) -> None:
         super().__init__()
-        path = Path(folder, DESCRIPTION)
-        if not path.is_file():
-            raise UserError(f"{path} is not there: {folder} is no folder of `clipmill export --format onnx`")
         self.folder = folder
-        self.description: dict[str, Any] = read_json(str(path))
+        self.description = _description(folder)
         described = read_json(str(Path(folder, CONFIG_FILE)))
         self.config: dict[str, Any] = described["model_cfg"]
         self.visual = _Tower(described["preprocess_cfg"])
@@ -83,17 +110,16 @@ class OnnxModel(nn.Module):
         is_half = self.description["dtype"] == "fp16"
         self.image_session = _session(Path(folder, IMAGE_FILE), threads, is_half)
         self.text_session = _session(Path(folder, TEXT_FILE), threads, is_half)
-        digest = hashlib.sha256(b"".join(Path(folder, name).read_bytes() for name in (IMAGE_FILE, TEXT_FILE))).digest()
-        self.register_buffer("graphs_sha256", torch.tensor(list(digest), dtype=torch.uint8))  # for `weights_sha256`
+        self.register_buffer("graphs_sha256", _graphs_sha256(folder))
         self.logit_scale = torch.tensor(float(self.description["logit_scale"])).log()  # as open_clip keeps it
 
     def encode_image(self, pixels: Tensor, normalize: bool = True) -> Tensor:
         """Return the features (B, E) of normalised images (B, 3, S, S); they are of unit length in any case."""
-        return self._run(self.image_session, {PIXELS: pixels.float().cpu().numpy()})
+        return _run(self.image_session, FEATURES, {PIXELS: pixels.float().cpu().numpy()})
 
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
         """Return the features (B, E) of tokens (B, T) int64; they are of unit length in any case."""
-        return self._run(self.text_session, {TOKENS: tokens.long().cpu().numpy()})
+        return _run(self.text_session, FEATURES, {TOKENS: tokens.long().cpu().numpy()})
 
     def embed_images(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Return the features (N, E), float32 of unit length, of images of any size and mode."""
@@ -108,13 +134,64 @@ class OnnxModel(nn.Module):
         """Return the features (N, E), float32 of unit length, of texts."""
         return self.encode_text(self.tokenizer(list(texts))).numpy()
 
-    @staticmethod
-    def _run(session: Any, inputs: dict[str, np.ndarray]) -> Tensor:
-        return torch.from_numpy(session.run([FEATURES], inputs)[0])
+
+class OnnxClassifier(Classifier):
+    """An image tower in onnxruntime, with or without classes. Arguments and errors are those of `OnnxModel`.
+
+    Its ``trunk`` is empty: nothing of it can be trained.
+    """
+
+    def __init__(self, folder: str, threads: int = 0) -> None:
+        described = read_json(str(Path(folder, CLASSIFIER)))
+        stored = str(Path(folder, VOCABULARY))
+        vocabulary = read_vocabulary(stored) if exists(stored) else None
+        super().__init__(described["model"], nn.Identity(), vocabulary, described["names"], described.get("options"))
+        self.folder = folder
+        self.described: dict[str, Any] = described
+        self.description = _description(folder)
+        is_half = self.description["dtype"] == "fp16"
+        self.image_session = _session(Path(folder, IMAGE_FILE), threads, is_half)
+        self.register_buffer("graphs_sha256", _graphs_sha256(folder))
+
+    @property
+    def classes(self) -> int:
+        """The number of logits."""
+        return int(self.described["classes"])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits (B, K) of normalised images (B, 3, S, S), or their features (B, D) without classes."""
+        return self._compute(self.description["image"]["output"], images)
+
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        """Return the features (B, D) that the head sees, of normalised images (B, 3, S, S)."""
+        features = self._compute(FEATURES, images)
+        return nn.functional.normalize(features, dim=-1) if normalize else features
+
+    def _compute(self, output: str, images: Tensor) -> Tensor:
+        return _run(self.image_session, output, {PIXELS: images.float().cpu().numpy()})
+
+
+def _run(session: Any, output: str, inputs: dict[str, np.ndarray]) -> Tensor:
+    return torch.from_numpy(session.run([output], inputs)[0])
 
 
 def load_onnx(folder: str, threads: int = 0) -> LoadedModel:
-    """Return the model of an ONNX folder, with tokenizer and preprocessing. Raises as `OnnxModel` does."""
+    """Return the model of an ONNX folder, with tokenizer and preprocessing.
+
+    It is an `OnnxModel`, or an `OnnxClassifier` without a tokenizer where the folder has no text tower. Raises as
+    `OnnxModel` does.
+    """
+    if "text" not in _description(folder):
+        classifier = OnnxClassifier(folder, threads)
+        described = classifier.described
+        return LoadedModel(
+            model=classifier.eval(),
+            tokenizer=None,
+            config={},
+            image_size=described["image_size"],
+            mean=tuple(described["mean"]),
+            std=tuple(described["std"]),
+        )
     model = OnnxModel(folder, threads)
     preprocess = model.visual.preprocess_cfg
     size = preprocess["size"]

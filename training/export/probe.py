@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ class Probe:
     Attributes:
         pixels: (N, 3, S, S) float32, normalised.
         texts: Captions, or a prompt per class.
-        targets: (N,) int64 index of each image's text or class; None for noise.
+        targets: (N,) int64 index of each image's text or class; None for noise, and where the model has other classes.
     """
 
     pixels: Tensor
@@ -61,9 +61,9 @@ def read_probe(root: str, student: LoadedModel, count: int, field: str) -> Probe
         DataError: A shard is damaged.
     """
     if _is_pairs(root):
-        if isinstance(student.model, Classifier):
-            raise UserError(f"{flag(field)} {root} has pairs without classes; give an EVAL root for a classifier")
         probe = _read_pairs(root, student, count)
+        if isinstance(student.model, Classifier):  # a caption is no class
+            probe = replace(probe, targets=None)
     else:
         probe = _read_classes(root, student, count)
     if not len(probe.pixels):
@@ -119,7 +119,12 @@ def _read_classes(root: str, student: LoadedModel, count: int) -> Probe:
         pixels += _decoded(*images.image(index), student)
         if len(pixels) > len(targets):
             targets.append(int(images.labels[index]))
-    return Probe(_stacked(pixels, student), [prompts[0].format(c=name) for name in names], torch.tensor(targets))
+    is_of_others = isinstance(student.model, Classifier) and student.model.names != images.classes
+    return Probe(
+        _stacked(pixels, student),
+        [prompts[0].format(c=name) for name in names],
+        None if is_of_others else torch.tensor(targets),
+    )
 
 
 def _decoded(where: str, image: bytes, student: LoadedModel) -> list[Tensor]:

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from shards_spec.display import shown
-from shards_spec.models import LoadedModel
+from shards_spec.files import UserError
+from shards_spec.models import TIMM, LoadedModel
 from training.export import to_onnx, to_open_clip, to_timm, to_transformers
 from training.export.card import ExportedModel, write_card
 from training.export.comparison import (
@@ -23,7 +24,7 @@ from training.export.comparison import (
 from training.export.config import ExportConfig, Format
 from training.export.probe import Probe, noise, read_probe
 from training.export.reparameterized import has_branches, reparameterized
-from training.models.classifier import Classifier
+from training.models.classifier import Classifier, load_timm_classifier
 from training.models.tinyclip_convert import is_pruned
 from training.models.tinyclip_pruning import masks_of, materialise
 from training.runs.student import load_run
@@ -57,10 +58,11 @@ def export(config: ExportConfig) -> None:
     Raises UserError when the run has no checkpoint, its student does not fit the format, the folder has another model,
     or the loaded copy computes something else.
     """
-    student, step = load_run(config.run, config.raw, config.best, config.trust)
+    student, step = _load(config)
+    origin = config.run if step is None else f"step {step} of {config.run}"
     folder = Path(config.to).resolve()
     if is_pruned(student.model) and masks_of(student.model):
-        log.info("step %d of %s still has masks: what is exported is the student cut to them", step, config.run)
+        log.info("%s still has masks: what is exported is the student cut to them", origin)
         materialise(student.model, student.config)
     kind: Format = config.format or ("timm" if isinstance(student.model, Classifier) else "open_clip")
     probe = noise(student) if config.check is None else read_probe(config.check, student, config.samples, "check")
@@ -82,7 +84,17 @@ def export(config: ExportConfig) -> None:
     same = f"features differ by {difference:.2g} at most" if difference else "features are the same"
     module = functions.needed_module(written)
     needs = "" if module is None else f"; {kind} needs `import {module}` for this architecture"
-    log.info("%s: step %d of %s as %s, %s%s", folder, step, config.run, kind, same, needs)
+    log.info("%s: %s as %s, %s%s", folder, origin, kind, same, needs)
+
+
+def _load(config: ExportConfig) -> tuple[LoadedModel, int | None]:
+    """The student, and the step of a run's. Raises UserError."""
+    if not config.run.startswith(TIMM):
+        return load_run(config.run, config.raw, config.best, config.trust)
+    for name in ("raw", "best"):
+        if getattr(config, name):
+            raise UserError(f"--{name} would not be used: {config.run} is no RUN folder")
+    return load_timm_classifier(config.run), None
 
 
 def print_comparison(comparison: Comparison, models: dict[str, Encoders], probe: Probe) -> None:

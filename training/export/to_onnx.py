@@ -1,21 +1,23 @@
-"""ONNX: the towers of a CLIP as two graphs with a free batch size, checked in onnxruntime."""
+"""ONNX: the towers of a CLIP, or an image tower alone, as graphs with a free batch size, checked in onnxruntime."""
 
 import contextlib
 import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from shards_spec.files import UserError, write_json
 from shards_spec.library_errors import short
 from shards_spec.models import LoadedModel
+from training.data.labelled_rows import CROP
 from training.export.comparison import Encoders, encoders_of
 from training.export.config import ExportConfig
 from training.export.onnx_int8 import quantize
@@ -24,14 +26,15 @@ from training.export.onnx_model import (
     FEATURES,
     IMAGE_FILE,
     INSTALL,
+    LOGITS,
     PIXELS,
     TEXT_FILE,
     TOKENS,
     load_onnx,
     onnxruntime,
 )
-from training.export.probe import noise, read_probe
-from training.models.classifier import Classifier
+from training.export.probe import Probe, noise, read_probe
+from training.models.classifier import Classifier, describe_classifier
 from training.runs.model_folder import write_models, write_open_clip_config
 
 USAGE = """Where Clipmill is installed:
@@ -48,6 +51,18 @@ print(images @ texts.T)
 
 Elsewhere, onnxruntime takes `image.onnx` and `text.onnx`; `onnx_config.json` names inputs, outputs, the preprocessing
 and the scale of logits. Features are of unit length; the batch size is free.
+"""
+CLASSIFIER_USAGE = """Where Clipmill is installed, `clipmill eval FOLDER` measures it, and in Python:
+
+```python
+from training.export.onnx_model import load_onnx
+
+loaded = load_onnx("FOLDER")  # loaded.normalise takes RGB pixels from 0 to 1
+{outputs} = loaded.model{method}(loaded.normalise(pixels))
+```
+
+Elsewhere, onnxruntime takes `image.onnx`; `onnx_config.json` names input, outputs and the preprocessing. {meaning} The
+batch size is free.
 """
 MIN_OPSET = 18  # the first that torch's exporter translates to
 LARGEST_WEIGHT = 2**31  # bytes; larger ones are no file of ONNX's
@@ -76,40 +91,100 @@ class UnitFeatures(nn.Module):
         return nn.functional.normalize(features, dim=-1)
 
 
-def write(folder: Path, student: LoadedModel, config: ExportConfig) -> None:
-    """Write image.onnx, text.onnx, what they take and give (onnx_config.json), tokenizer and preprocessing.
+class ImageOutputs(nn.Module):
+    """A classifier with the outputs of its graph.
 
-    Raises UserError when a package is missing, the student has no towers, or the folder has another model.
+    Args:
+        model: The classifier.
+        half: Whether it computes in float16; inputs and outputs stay float32.
     """
-    _check(student, config)
+
+    def __init__(self, model: Classifier, half: bool) -> None:
+        super().__init__()
+        self.trunk = model.trunk
+        self.has_classes = model.has_classes
+        self.half_inputs = half
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Return logits (B, K), where there are classes, and features (B, D), both float32, of pixels (B, 3, S, S)."""
+        hidden = self.trunk.forward_features(pixels.half() if self.half_inputs else pixels)
+        features: Tensor = self.trunk.forward_head(hidden, pre_logits=True).float()
+        if not self.has_classes:
+            return (features,)
+        logits: Tensor = self.trunk.forward_head(hidden).float()
+        return logits, features
+
+
+class Graph(NamedTuple):
+    """A graph to write."""
+
+    tower: nn.Module
+    input_name: str
+    outputs: tuple[str, ...]
+    inputs: Callable[[Probe], Tensor]
+    """what goes in, of a probe"""
+
+
+def write(folder: Path, student: LoadedModel, config: ExportConfig) -> None:
+    """Write the graphs, what they take and give (onnx_config.json), and how inputs are made.
+
+    Of a CLIP these are image.onnx, text.onnx, tokenizer and preprocessing; of an image tower alone image.onnx, and what
+    its classes are (classifier.json, vocabulary.tsv).
+
+    Raises UserError when a package is missing, torch cannot translate the student, or the folder has another model.
+    """
+    _check_packages(config)
     probe = noise(student)
-    half = config.dtype == "fp16"
-    model = copy.deepcopy(student.model).half() if half else student.model
+    graphs = _graphs(student, half=config.dtype == "fp16")
     with TemporaryDirectory() as local:
-        graphs = {
-            IMAGE_FILE: (UnitFeatures(model, "encode_image", half), probe.pixels[:EXAMPLES], PIXELS),
-            TEXT_FILE: (UnitFeatures(model, "encode_text", half), student.tokenizer(probe.texts[:EXAMPLES]), TOKENS),
-        }
         opset = 0
-        for name, (tower, inputs, input_name) in graphs.items():
-            opset = export_graph(tower.eval(), inputs, input_name, Path(local, name), config.opset)
+        for name, graph in graphs.items():
+            inputs = graph.inputs(probe)[:EXAMPLES]
+            path = Path(local, name)
+            opset = export_graph(graph.tower.eval(), inputs, graph.input_name, path, config.opset, graph.outputs)
         if config.int8 is not None:
             calibration = probe
             if config.calibrate is not None:
                 calibration = read_probe(config.calibrate, student, config.samples, "calibrate")
-            inputs_of = {IMAGE_FILE: calibration.pixels, TEXT_FILE: student.tokenizer(calibration.texts)}
-            for name, (_, _, input_name) in graphs.items():
-                quantize(Path(local, name), config.int8, input_name, inputs_of[name])
+            for name, graph in graphs.items():
+                quantize(Path(local, name), config.int8, graph.input_name, graph.inputs(calibration))
         weights = {name: Path(local, name).read_bytes() for name in graphs}
     write_models(str(folder), weights, config.overwrite)
-    write_open_clip_config(str(folder), student, f"local-dir:{config.run}")
-    write_json(str(folder / DESCRIPTION), _describe(student, config, opset))
-
-
-def _check(student: LoadedModel, config: ExportConfig) -> None:
-    """Raise UserError for what cannot be exported, before anything takes time."""
+    description: dict[str, Any] = {"dtype": f"int8 {config.int8}" if config.int8 else config.dtype, "opset": opset}
     if isinstance(student.model, Classifier):
-        raise UserError(f"--format onnx: {config.run} is an image classifier without a text tower; use --format timm")
+        describe_classifier(str(folder), student)
+        description |= _describe_image_tower(student)
+    else:
+        write_open_clip_config(str(folder), student, f"local-dir:{config.run}")
+        description |= _describe_clip(student)
+    write_json(str(folder / DESCRIPTION), description)
+
+
+def _graphs(student: LoadedModel, half: bool) -> dict[str, Graph]:
+    """The graphs of a student by the names of their files."""
+
+    def pixels(probe: Probe) -> Tensor:
+        return probe.pixels
+
+    def tokens(probe: Probe) -> Tensor:
+        made: Tensor = student.tokenizer(probe.texts)
+        return made
+
+    model: Any = student.model
+    if isinstance(model, Classifier):
+        merged: Any = reparameterize_model(model)  # a copy
+        outputs = (LOGITS, FEATURES) if model.has_classes else (FEATURES,)
+        return {IMAGE_FILE: Graph(ImageOutputs(merged.half() if half else merged, half), PIXELS, outputs, pixels)}
+    if half:
+        model = copy.deepcopy(model).half()
+    return {
+        IMAGE_FILE: Graph(UnitFeatures(model, "encode_image", half), PIXELS, (FEATURES,), pixels),
+        TEXT_FILE: Graph(UnitFeatures(model, "encode_text", half), TOKENS, (FEATURES,), tokens),
+    }
+
+
+def _check_packages(config: ExportConfig) -> None:
+    """Raise UserError for a package that is missing or too old, before anything takes time."""
     onnxruntime()
     try:
         import onnx
@@ -121,17 +196,25 @@ def _check(student: LoadedModel, config: ExportConfig) -> None:
         raise UserError(f"--opset {config.opset}: must be {MIN_OPSET} to {newest}, the newest that this onnx knows")
 
 
-def export_graph(tower: nn.Module, inputs: Tensor, input_name: str, path: Path, opset: int | None = None) -> int:
+def export_graph(
+    tower: nn.Module,
+    inputs: Tensor,
+    input_name: str,
+    path: Path,
+    opset: int | None = None,
+    outputs: Sequence[str] = (FEATURES,),
+) -> int:
     """Write a tower as one file; return the version of its operators.
 
     Shared weights are in it once, and nothing tells where it was made.
 
     Args:
-        tower: In eval mode, from inputs to features (B, E).
+        tower: In eval mode, from inputs to features (B, E), or to several outputs.
         inputs: An example, with a batch size that the graph leaves free.
         input_name: The name of the input.
         path: The file.
         opset: Version of the operators; None is torch's.
+        outputs: The names of the outputs.
 
     Raises:
         UserError: torch cannot translate the tower.
@@ -145,7 +228,7 @@ def export_graph(tower: nn.Module, inputs: Tensor, input_name: str, path: Path, 
                 dynamo=True,
                 dynamic_shapes=({0: batch},),
                 input_names=[input_name],
-                output_names=[FEATURES],
+                output_names=list(outputs),
                 opset_version=opset,
                 verbose=False,
             )
@@ -183,15 +266,13 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _describe(student: LoadedModel, config: ExportConfig, opset: int) -> dict[str, Any]:
-    """The content of onnx_config.json."""
+def _describe_clip(student: LoadedModel) -> dict[str, Any]:
+    """What onnx_config.json says of a CLIP."""
     import open_clip
 
     bias = getattr(student.model, "logit_bias", None)
     preprocess = open_clip.get_model_preprocess_cfg(student.model)
     return {
-        "dtype": f"int8 {config.int8}" if config.int8 else config.dtype,
-        "opset": opset,
         "embed_dim": student.config["embed_dim"],
         "logit_scale": float(student.model.logit_scale.detach().exp()),
         "logit_bias": None if bias is None else float(bias.detach()),
@@ -205,6 +286,28 @@ def _describe(student: LoadedModel, config: ExportConfig, opset: int) -> dict[st
     }
 
 
+def _describe_image_tower(student: LoadedModel) -> dict[str, Any]:
+    """What onnx_config.json says of an image tower alone."""
+    model: Classifier = student.model
+    return {
+        "embed_dim": model.head.in_features,
+        "classes": model.class_names if model.has_classes else None,
+        "image": {
+            "file": IMAGE_FILE,
+            "input": PIXELS,
+            "output": LOGITS if model.has_classes else FEATURES,
+            "features": FEATURES,
+            "preprocess": {
+                "size": student.image_size,
+                "crop_pct": CROP,
+                "interpolation": "bilinear",
+                "mean": list(student.mean),
+                "std": list(student.std),
+            },
+        },
+    }
+
+
 def load(folder: Path, student: LoadedModel, config: ExportConfig) -> Encoders:
     """Return the encoders of the folder in onnxruntime, with as many threads as torch has."""
     return encoders_of(load_onnx(str(folder), torch.get_num_threads()))
@@ -212,7 +315,14 @@ def load(folder: Path, student: LoadedModel, config: ExportConfig) -> Encoders:
 
 def usage(student: LoadedModel) -> str:
     """Return how to load the folder, for its card."""
-    return USAGE
+    model = student.model
+    if not isinstance(model, Classifier):
+        return USAGE
+    features = "`features` are what a classifier is learned from, not of unit length."
+    if not model.has_classes:
+        return CLASSIFIER_USAGE.format(outputs="features", method=".encode_image", meaning=features)
+    logits = "`logits` are over the `classes` that it names; "
+    return CLASSIFIER_USAGE.format(outputs="logits", method="", meaning=logits + features)
 
 
 def needed_module(student: LoadedModel) -> str | None:

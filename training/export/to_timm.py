@@ -1,6 +1,7 @@
 """timm: the image tower of a CLIP, or a classifier, as a folder that timm loads as ``local-dir:FOLDER``."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from shards_spec.files import UserError, join, write_bytes
 from shards_spec.models import LoadedModel, import_extensions
 from training.data.labelled_rows import CROP
-from training.export.comparison import Encoders
+from training.export.comparison import Encoders, encoders_of
 from training.export.config import ExportConfig
 from training.export.plain_vit import check_plain_vit
 from training.export.to_open_clip import as_dtype
@@ -80,7 +81,7 @@ def _classifier(student: LoadedModel) -> TimmExport:
     model: Classifier = student.model
     synsets = model.vocabulary.rows if model.vocabulary else ()
     labels = {
-        "label_names": [wnid for wnid, *_ in synsets] or model.names,
+        "label_names": model.class_names,
         "label_descriptions": {wnid: lemma for wnid, lemma, *_ in synsets},
     }
     options = dict(model.options)
@@ -155,13 +156,14 @@ def _set_linear(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def load(folder: Path, student: LoadedModel, config: ExportConfig) -> Encoders:
-    """Return the encoder of the folder's model: logits of a classifier, features of unit length of a CLIP's tower."""
+    """Return the encoder of the folder's model: a classifier's, or features of unit length of a CLIP's tower."""
     import timm
 
     import_extensions()
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     if isinstance(student.model, Classifier):
-        return Encoders(model, None)
+        ours = student.model
+        return encoders_of(replace(student, model=Classifier(ours.name, model, ours.vocabulary, ours.names)))
     return Encoders(lambda pixels: nn.functional.normalize(model(pixels), dim=-1), None)
 
 

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from shards_spec.files import UserError, exists, join, read_json, write_json
 from shards_spec.library_errors import short
-from shards_spec.models import LOCAL_DIR, NO_TRUST, TIMM, LoadedModel, Trust, create_timm_model, load_backbone
+from shards_spec.models import (
+    LOCAL_DIR,
+    NO_TRUST,
+    TIMM,
+    LoadedModel,
+    Trust,
+    as_loaded,
+    create_timm_model,
+    load_backbone,
+)
 from shards_spec.vocab import Vocabulary, read_vocabulary
 
 DESCRIPTION = "classifier.json"
@@ -64,6 +73,21 @@ class Classifier(nn.Module):
     def head(self) -> nn.Linear:
         """The linear layer over the classes, of the class token where there are two."""
         return self.heads[0]
+
+    @property
+    def classes(self) -> int:
+        """The number of logits."""
+        return self.head.out_features
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether logits mean anything: not those of a student that was trained without labels, over one class."""
+        return bool(self.names) or self.vocabulary is not None or self.classes > 1
+
+    @property
+    def class_names(self) -> list[str]:
+        """WordNet ids of a vocabulary, else the names of the classes."""
+        return [wnid for wnid, *_ in self.vocabulary.rows] if self.vocabulary else self.names
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (B, K) of normalised images (B, 3, S, S)."""
@@ -172,6 +196,37 @@ def new_classifier(
     return LoadedModel(student.eval(), None, config, data["input_size"][-1], data["mean"], data["std"])
 
 
+def load_timm_classifier(model: str) -> LoadedModel:
+    """Return a timm model with its own weights, head and preprocessing.
+
+    Names of classes, or their vocabulary, are those that lie in the folder. A model without a head gets one over one
+    class, as a student has that was trained without labels.
+
+    Args:
+        model: ``timm:local-dir:FOLDER``, or ``timm:NAME``.
+
+    Raises:
+        UserError: There is no such model, its weights are missing, or its head is no linear layer.
+    """
+    _timm()
+    trunk = create_timm_model(model, pretrained=True)
+    if not trunk.num_classes:
+        trunk.reset_classifier(1)
+    if not class_heads(trunk):
+        raise UserError(f"{model!r}: its classifier is no linear layer; take another network")
+    folder = model.removeprefix(FOLDER)
+    vocabulary = None
+    names = list[str]()
+    if model.startswith(FOLDER):
+        stored = join(folder, VOCABULARY)
+        vocabulary = read_vocabulary(stored) if exists(stored) else None
+        named = read_json(join(folder, "config.json")).get("label_names")
+        names = named if isinstance(named, list) and vocabulary is None else []
+    name = f"{TIMM}{trunk.pretrained_cfg['architecture']}"
+    loaded = as_loaded(trunk)
+    return replace(loaded, model=Classifier(name, trunk, vocabulary, names, stored_options(model)).eval())
+
+
 def class_heads(trunk: Any) -> tuple[nn.Linear, ...]:
     """Return a timm model's linear layers over the classes: one, two of a distilled one, none of other classifiers."""
     found = trunk.get_classifier()
@@ -231,7 +286,7 @@ def describe_classifier(folder: str, student: LoadedModel) -> None:
             )
     description = {
         "model": model.name,
-        "classes": model.head.out_features,
+        "classes": model.classes,
         "names": model.names,
         "image_size": student.image_size,
         "mean": list(student.mean),

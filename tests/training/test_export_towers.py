@@ -1,0 +1,166 @@
+"""ONNX of image towers without a text tower: with classes, with a vocabulary, with tied weights, without a head."""
+
+import dataclasses
+import json
+
+import numpy as np
+import onnx
+import pytest
+from small_catlip import TINY, write_folders
+from small_training import tiny_config, write_packed
+
+from shards_spec.files import UserError
+from shards_spec.vocab import Vocabulary
+from training.evaluation.config import EvalConfig
+from training.evaluation.features import load_embedding_model
+from training.evaluation.stage import evaluate
+from training.export import ExportConfig, export, to_onnx, to_timm
+from training.export.comparison import compare, encoders_of
+from training.export.onnx_int8 import quantize
+from training.export.onnx_model import load_onnx
+from training.export.probe import noise, read_probe
+from training.models.classifier import new_classifier
+from training.trainer import train
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
+SMALL = {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32}
+
+
+def small_vit(classes: int):
+    student = new_classifier("timm:vit_tiny_patch16_224", classes, options=SMALL)
+    return dataclasses.replace(student, image_size=SMALL["img_size"])
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_folders(tmp_path_factory.mktemp("images"), train=8, test=4)
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "probe"
+    train("probe", tiny_config("probe", images, str(out), model="timm:test_vit", sides=(), steps=2, batch_size=4))
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def folder(run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("exports") / "probe"
+    export(ExportConfig(run, str(path), format="onnx"))
+    return path
+
+
+def test_a_classifier_is_measured_as_its_run_is(run, folder, images, tmp_path):
+    """Its own classes, and what its features give neighbours."""
+    for task in ("auto", "knn"):
+        config = EvalConfig((run, str(folder)), (images,), task=task, output=str(tmp_path), device="cpu")
+        student, exported = evaluate(config)
+        assert exported["metrics"] == student["metrics"], task
+    assert {path.name for path in folder.iterdir()} == {
+        "image.onnx",
+        "onnx_config.json",
+        "classifier.json",
+        "README.md",
+    }
+
+
+def test_it_says_what_it_gives(folder):
+    described = json.loads((folder / "onnx_config.json").read_text())
+    assert described["classes"] == ["blue", "red"]
+    assert described["image"].items() >= {"output": "logits", "features": "features"}.items()
+    graph = onnx.load(folder / "image.onnx").graph
+    assert [output.name for output in graph.output] == ["logits", "features"]
+    assert [output.type.tensor_type.shape.dim[0].dim_param for output in graph.output] == ["batch", "batch"]
+    card = (folder / "README.md").read_text()
+    assert "An image classifier, made by `clipmill export` from step 2 of the run probe." in card
+    assert "pipeline_tag: image-classification" in card
+
+
+def test_its_cost_has_images_only(folder, tmp_path):
+    (result,) = evaluate(EvalConfig(str(folder), cost=True, cost_images=2, output=str(tmp_path), device="cpu"))
+    assert json.loads((tmp_path / "cost_onnx.json").read_text()) == result
+    assert result["weights_bytes"] == (folder / "image.onnx").stat().st_size
+    [speed] = result["speed"]
+    assert set(speed["images_per_s"]) == {"1", "64"}
+    assert "texts_per_s" not in speed
+
+
+def test_what_needs_texts_or_other_options_is_refused(folder, images, tmp_path):
+    with pytest.raises(UserError, match=r"has no text tower, and a search compares"):
+        load_embedding_model(str(folder))
+    with pytest.raises(UserError, match=r"--task zeroshot needs texts"):
+        evaluate(EvalConfig((str(folder),), (images,), task="zeroshot"))
+    with pytest.raises(UserError, match=r"--raw would not be used: timm:local-dir:x is no RUN"):
+        export(ExportConfig("timm:local-dir:x", str(tmp_path / "to"), raw=True, format="onnx"))
+    with pytest.raises(UserError, match=r"local-dir:nowhere"):
+        export(ExportConfig("timm:local-dir:nowhere", str(tmp_path / "to"), format="onnx"))
+    (tmp_path / "moved").mkdir()
+    for name in ("classifier.json", "onnx_config.json"):
+        (tmp_path / "moved" / name).write_bytes((folder / name).read_bytes())
+    with pytest.raises(UserError, match=r"image.onnx is not there; export again"):
+        load_onnx(str(tmp_path / "moved"))
+
+
+def test_a_student_without_labels_gives_features_alone(tmp_path):
+    """As TinyMIM leaves it: its head was never trained."""
+    student = small_vit(1)
+    to_onnx.write(tmp_path, student, ExportConfig("run", str(tmp_path), format="onnx"))
+    exported = load_onnx(str(tmp_path))
+    same = compare(encoders_of(student), encoders_of(exported), noise(student))
+    assert same.difference < 1e-5
+    assert same.image_cosine > 0.9999
+    assert same.agreement is None
+    assert json.loads((tmp_path / "onnx_config.json").read_text())["classes"] is None
+    assert not exported.model.has_classes
+    assert exported.model(noise(student).pixels).shape == (8, 32)
+    assert ".encode_image(loaded" in to_onnx.usage(student)
+
+
+def test_a_folder_of_timms_with_a_vocabulary(tmp_path):
+    """CatLIP's classes are synsets, which lie in its folders."""
+    rows = tuple((f"n{number:08d}", f"thing_{number}", 1, 1) for number in range(5))
+    vocabulary = Vocabulary(rows, {"source": "original"})
+    student = new_classifier(TINY, 5, vocabulary=vocabulary, options={"embed_dim": 64, "num_heads": 2, "depth": 2})
+    student = dataclasses.replace(student, image_size=48)  # positions are interpolated
+    config = ExportConfig("run", str(tmp_path / "timm"), format="timm")
+    to_timm.write(tmp_path / "timm", student, config)
+    name = f"timm:local-dir:{tmp_path / 'timm'}"
+    export(ExportConfig(name, str(tmp_path / "onnx"), format="onnx"))
+    exported = load_onnx(str(tmp_path / "onnx"))
+    assert exported.model.class_names == [wnid for wnid, *_ in rows]
+    assert exported.model.vocabulary.sha256 == vocabulary.sha256
+    same = compare(encoders_of(student), encoders_of(exported), noise(student))
+    assert (same.agreement, same.accuracy) == (1, None)
+    assert same.difference < 1e-5
+    assert "from the timm model timm." in (tmp_path / "onnx" / "README.md").read_text()
+
+
+def test_tied_weights_are_stored_once(tmp_path):
+    """Of MiniViT, in eight bits too."""
+    student = new_classifier("timm:mini_deit_test", 6, options={"depth": 2, "groups": 1})
+    tied = sum(parameter.numel() for parameter in student.model.parameters())
+    to_onnx.write(tmp_path, student, ExportConfig("run", str(tmp_path), format="onnx"))
+    path = tmp_path / "image.onnx"
+    for cosine in (0.9999, 0.98):
+        stored = sum(np.prod(weight.dims) for weight in onnx.load(path).graph.initializer)
+        assert stored < 1.1 * tied
+        same = compare(encoders_of(student), encoders_of(load_onnx(str(tmp_path))), noise(student))
+        assert same.image_cosine > cosine
+        quantize(path, "dynamic", "pixels", noise(student).pixels)
+    assert same.difference > 1e-5
+
+
+def test_pairs_calibrate_and_check_images_alone(tmp_path):
+    """A caption is no class."""
+    write_packed(str(tmp_path), [4])
+    probe = read_probe(str(tmp_path), small_vit(2), 3, "calibrate")
+    assert probe.pixels.shape == (3, 3, 32, 32)
+    assert probe.targets is None
+
+
+def test_other_classes_are_no_truth(images):
+    for names, truth in ((["blue", "red"], [0, 1]), (["red", "blue"], None)):
+        student = small_vit(2)
+        student.model.names = names
+        targets = read_probe(images, student, 2, "check").targets
+        assert (targets if targets is None else sorted(set(targets.tolist()))) == truth
