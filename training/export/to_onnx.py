@@ -141,7 +141,9 @@ def write(folder: Path, student: LoadedModel, config: ExportConfig) -> None:
         for name, graph in graphs.items():
             inputs = graph.inputs(probe)[:EXAMPLES]
             path = Path(local, name)
-            opset = export_graph(graph.tower.eval(), inputs, graph.input_name, path, config.opset, graph.outputs)
+            opset = export_graph(
+                graph.tower.eval(), inputs, graph.input_name, path, opset=config.opset, outputs=graph.outputs
+            )
         if config.int8 is not None:
             calibration = probe
             if config.calibrate is not None:
@@ -201,6 +203,7 @@ def export_graph(
     inputs: Tensor,
     input_name: str,
     path: Path,
+    *,
     opset: int | None = None,
     outputs: Sequence[str] = (FEATURES,),
 ) -> int:
