@@ -22,6 +22,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from shards_spec.pixels import from_rgbx, to_rgbx
+
 OpSet = Literal["torchvision", "timm", "timm-inc", "timm-3a"]
 Operation = Callable[[Image.Image, int], Image.Image]
 
@@ -31,6 +33,7 @@ _TRANSLATE = 150 / 331  # of the width, torchvision's RandAugment
 _BLACK = (0, 0, 0)
 _GREY = (128, 128, 128)
 _TIMM_SIDE = 224  # pixels at which timm's blur has timm's radius
+_STRIP = 16  # rows at a time: their memory is used again, a whole image's is asked from the system
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,32 @@ class OperationSet:
 def _enhance(image: Image.Image, kind: Any, factor: float) -> Image.Image:
     enhanced: Image.Image = kind(image).enhance(factor)
     return enhanced
+
+
+class _Sharpness(ImageEnhance.Sharpness):
+    """Pillow's, whose filter sums up floats, four times as long: between the image and a smooth one."""
+
+    def __init__(self, image: Image.Image) -> None:
+        self.image = image
+        self.degenerate = _smooth(image)
+
+
+def _smooth(image: Image.Image) -> Image.Image:
+    """`ImageFilter.SMOOTH` to the bit: thirteenths of the nine pixels around, five of the middle one; borders stay."""
+    samples = to_rgbx(image)
+    height, width, bands = samples.shape
+    rows = samples.reshape(height, width * bands)  # in which a pixel's neighbour is ``bands`` further
+    before = rows.copy()
+    for top in range(1, height - 1, _STRIP):
+        wide = before[top - 1 : top + _STRIP + 1].astype(np.uint16)  # sums are 13 * 255 at the most
+        columns = wide[:-2] + wide[1:-1]
+        columns += wide[2:]
+        sums = columns[:, : -2 * bands] + columns[:, bands:-bands]
+        sums += columns[:, 2 * bands :]
+        sums += 4 * wide[1:-1, bands:-bands]
+        sums += 6  # rounds: a whole number of thirteenths is never a half
+        rows[top : top + len(sums), bands:-bands] = sums // 13
+    return from_rgbx(samples)
 
 
 def _magnitude(most: float, level: int) -> float:
@@ -89,7 +118,7 @@ _TORCHVISION: tuple[tuple[str, Operation], ...] = (  # ranges of RandAugment._au
     ("Brightness", _stronger(ImageEnhance.Brightness)),  # factor 1 +- 0.9
     ("Color", _stronger(ImageEnhance.Color)),
     ("Contrast", _stronger(ImageEnhance.Contrast)),
-    ("Sharpness", _stronger(ImageEnhance.Sharpness)),
+    ("Sharpness", _stronger(_Sharpness)),
     ("Posterize", lambda image, level: ImageOps.posterize(image, 8 - round(4 * abs(level) / _LAST))),  # 8 to 4 bits
     ("Solarize", _solarize),
     ("AutoContrast", lambda image, level: ImageOps.autocontrast(image)),
@@ -167,7 +196,7 @@ _TIMM: tuple[tuple[str, Operation], ...] = (  # auto_augment._RAND_TRANSFORMS
     ("Color", _timm_enhance(ImageEnhance.Color)),
     ("Contrast", _timm_enhance(ImageEnhance.Contrast)),
     ("Brightness", _timm_enhance(ImageEnhance.Brightness)),
-    ("Sharpness", _timm_enhance(ImageEnhance.Sharpness)),
+    ("Sharpness", _timm_enhance(_Sharpness)),
     *_GEOMETRY,
 )
 _TIMM_INCREASING: tuple[tuple[str, Operation], ...] = (  # auto_augment._RAND_INCREASING_TRANSFORMS
@@ -178,7 +207,7 @@ _TIMM_INCREASING: tuple[tuple[str, Operation], ...] = (  # auto_augment._RAND_IN
     ("ColorIncreasing", _timm_increasing(ImageEnhance.Color)),
     ("ContrastIncreasing", _timm_increasing(ImageEnhance.Contrast)),
     ("BrightnessIncreasing", _timm_increasing(ImageEnhance.Brightness)),
-    ("SharpnessIncreasing", _timm_increasing(ImageEnhance.Sharpness)),
+    ("SharpnessIncreasing", _timm_increasing(_Sharpness)),
     *_GEOMETRY,
 )
 _TIMM_3A: tuple[tuple[str, Operation], ...] = (  # auto_augment._RAND_3A

@@ -13,7 +13,7 @@ import torch
 import torchvision.transforms.functional as TF
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, features
+from PIL import Image, ImageEnhance, features
 from small_data import draw
 from timm.data import auto_augment
 from torchvision.transforms import InterpolationMode, RandAugment, RandomResizedCrop
@@ -150,6 +150,13 @@ def test_timms_operations_give_timms_pixels(square, op_set, magnitude, monkeypat
         for name, operation in ours:
             theirs = auto_augment.AugmentOp(name, prob=1.0, magnitude=magnitude, hparams=hparams)
             assert same(operation(square, sign * magnitude * 100), theirs(square)), name
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 17, 18, 40])
+def test_small_images_are_sharpened_as_by_pillow(side):
+    noise = Image.fromarray(np.random.default_rng(side).integers(0, 256, (side, side + 1, 3), np.uint8))
+    by_pillow = ImageEnhance.Sharpness(noise).enhance(1.9)
+    assert same(TORCHVISION["Sharpness"](noise, 30), by_pillow)
 
 
 def test_posterize_to_no_bits_is_black(square):

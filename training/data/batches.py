@@ -65,7 +65,8 @@ class TrainingRows(Protocol):
 
 def to_pixels(image: Image.Image) -> Tensor:
     """Return an RGB image as (3, S, S) uint8."""
-    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+    lines = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8)  # Pillow takes each row's colours apart
+    return torch.from_numpy(lines.reshape(image.height, 3, image.width).transpose(1, 0, 2).copy())
 
 
 def load_batches(
