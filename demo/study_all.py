@@ -95,7 +95,7 @@ AIMS = (  # an aim, the rows that serve it, by which metric
     ),
     (
         "Only classification",
-        ("siclip", "catlip", "tinymim", "untied", "tied", "multiplexed", "distilled"),
+        tuple(NAMES),
         "fine-tuned",
     ),
 )

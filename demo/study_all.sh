@@ -129,7 +129,7 @@ tune() { # tune probe|finetune ROW SEED: what labels make of the image tower
   clipmill train "$1" --model "$(last_stage "$2" "$3")" "${images[@]}" "${run[@]}" "${words[@]}" --final-lr 0 \
     --eval-every-epochs 10000 --seed "$3" --out "$STUDY/$1/$2-$3"
 }
-make_row() { # make_row ROW SEED: train a row's student and measure it; fine-tuning takes image towers of timm
+make_row() { # make_row ROW SEED: train a row's student, measure it, and fine-tune its image tower
   local model
   model=$(last_stage "$1" "$2")
   once "$1-$2" train_row "$1" "$2" || return 255
@@ -141,9 +141,7 @@ make_row() { # make_row ROW SEED: train a row's student and measure it; fine-tun
       once "$1-$2-probe" clipmill eval "$model" --data "$KINDS" --task linear-probe || return 255
       ;;
   esac
-  case $1 in
-    catlip | tinymim | siclip) once "$1-$2-finetune" tune finetune "$1" "$2" ;;
-  esac
+  once "$1-$2-finetune" tune finetune "$1" "$2"
 }
 cost() { # cost ROW SEED: speeds, with nothing beside them; an ONNX export has both towers
   local model

@@ -169,8 +169,8 @@ class ModelConfig:
     """The student."""
 
     model: str = "ViT-B-32"
-    """open_clip name, local-dir:PATH or hf-hub:ORG/NAME; catlip, minivit, tinymim: timm:NAME; probe, finetune: RUN
-    folder or timm:NAME"""
+    """open_clip name, local-dir:PATH or hf-hub:ORG/NAME; catlip, minivit, tinymim: timm:NAME; probe, finetune: any of
+    these or a RUN"""
     pretrained: str | None = None
     """open_clip tag or checkpoint file to start from; None starts from random weights"""
     trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)
