@@ -143,17 +143,12 @@ make_row() { # make_row ROW SEED: train a row's student, measure it, and fine-tu
   esac
   once "$1-$2-finetune" tune finetune "$1" "$2"
 }
-cost() { # cost ROW SEED: speeds, with nothing beside them; an ONNX export has both towers
+cost() { # cost ROW SEED: speeds, with nothing beside them
   local model
   model=$(last_stage "$1" "$2")
-  clipmill eval "$model" --cost --cost-images 200 || return
-  case $1 in
-    catlip | tinymim | untied | tied | multiplexed | distilled) ;;
-    *)
-      clipmill export "$model" --format onnx --int8 dynamic --to "$STUDY/onnx/$1" --overwrite &&
-        clipmill eval "$STUDY/onnx/$1" --cost --cost-images 200 --output "$model/eval"
-      ;;
-  esac
+  clipmill eval "$model" --cost --cost-images 200 &&
+    clipmill export "$model" --format onnx --int8 dynamic --to "$STUDY/onnx/$1" --overwrite &&
+    clipmill eval "$STUDY/onnx/$1" --cost --cost-images 200 --output "$model/eval"
 }
 in_parallel() { xargs -P "$LANES" -I@ bash -c 'set -euo pipefail; eval "$SHARED"; @'; }
 SHARED=$(

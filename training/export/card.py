@@ -68,7 +68,7 @@ def write_card(folder: Path, exported: ExportedModel, config: ExportConfig) -> N
 def card(name: str, exported: ExportedModel, config: ExportConfig) -> str:
     """Return the text of README.md."""
     student = exported.student
-    is_classifier = isinstance(student.model, Classifier) and student.model.has_classes
+    is_classifier = isinstance(student.model, Classifier) and bool(student.model.class_names)
     is_image_only = isinstance(student.model, Classifier) or exported.format == "timm"
     run_name = Path(config.run).resolve().name
     origin = f"the timm model {run_name}" if exported.step is None else f"step {exported.step} of the run {run_name}"
@@ -96,7 +96,7 @@ def card(name: str, exported: ExportedModel, config: ExportConfig) -> str:
 
 def _kind(student: LoadedModel, is_image_only: bool) -> str:
     if isinstance(student.model, Classifier):
-        return "An image classifier" if student.model.has_classes else "An image tower without classes"
+        return "An image classifier" if student.model.class_names else "An image tower"
     return "The image tower of a CLIP" if is_image_only else "A CLIP"
 
 

@@ -294,7 +294,7 @@ def _describe_image_tower(student: LoadedModel) -> dict[str, Any]:
     model: Classifier = student.model
     return {
         "embed_dim": model.head.in_features,
-        "classes": model.class_names if model.has_classes else None,
+        "classes": model.class_names or None,
         "image": {
             "file": IMAGE_FILE,
             "input": PIXELS,
@@ -324,7 +324,7 @@ def usage(student: LoadedModel) -> str:
     features = "`features` are what a classifier is learned from, not of unit length."
     if not model.has_classes:
         return CLASSIFIER_USAGE.format(outputs="features", method=".encode_image", meaning=features)
-    logits = "`logits` are over the `classes` that it names; "
+    logits = f"`logits` are {'over the `classes` that it names' if model.class_names else 'what its head gives'}; "
     return CLASSIFIER_USAGE.format(outputs="logits", method="", meaning=logits + features)
 
 
