@@ -2,22 +2,26 @@
 """Filling a teacher cache against the plain loop, in one run: the same images, views, captions and teacher.
 
     python tests/bench/cache.py [--model ViT-B-32] [--samples 64] [--views 10] [--captions 5] [--ops 2] [--processes 2]
+    python tests/bench/cache.py --rendering-only [--views 10] [--ops 2]
 
 The rival does what a script does: per sample decode, K times torchvision's RandomResizedCrop, flip and RandAugment,
 normalise, the teacher on these K images and on the texts, one npz at the end. Ours is `clipmill cache`. Weights are
 random (the time does not depend on them), images have a shorter side of 256. Prints the seconds of both, their ratio,
-the share of time that the device waited, milliseconds per view on one core of both, what the host hands over to a
-teacher that does nothing, and how far apart rows are when the forward passes have other numbers of rows.
+the share of time that the device waited, milliseconds per view on one core of both and of Pillow's resizing, without
+operations and with them, what the host hands over to a teacher that does nothing, and how far apart rows are when the
+forward passes have other numbers of rows.
 """
 
 import argparse
 import io
+import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from unittest.mock import patch
@@ -42,7 +46,7 @@ from shards_spec.images import decode_rgb
 from shards_spec.models import LoadedModel, load_model
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard
-from shards_spec.views import ViewSpec, render_views
+from shards_spec.views import BY_PILLOW, ViewSpec, render_views
 
 
 def write_dataset(root: str, samples: int, captions: int, photos: list[bytes] | None = None) -> None:
@@ -143,27 +147,47 @@ def embed_shard(embedder: Embedder, shard: int, kinds: tuple[str, ...]) -> dict[
     return embedder.embed_columns(index, updates)[1]
 
 
-def rendering_times(root: str, size: int, options: argparse.Namespace) -> tuple[float, float]:
-    """Milliseconds per view on one core: ours, torchvision's; decoding counted once per sample in both."""
+def rendering_times(root: str, size: int, views: int, ops: int) -> dict[str, float]:
+    """Milliseconds of CPU time per view on one core, the fewest of five turns; decoding counts once per sample."""
     samples = list(islice(samples_of(root), 20))
-    spec = ViewSpec(ops=options.ops)
     transform = T.Compose(
         [
             T.RandomResizedCrop(size, (0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC),
             T.RandomHorizontalFlip(),
-            *([T.RandAugment(options.ops, 9)] if options.ops else []),
+            *([T.RandAugment(ops, 9)] if ops else []),
         ]
     )
-    start = time.process_time()
-    for sample in samples:
-        render_views(decode_rgb(sample.image), spec, sample.key, range(options.views), size)
-    ours, start = time.process_time() - start, time.process_time()
-    for sample in samples:
-        image = Image.open(io.BytesIO(sample.image)).convert("RGB")
-        for _ in range(options.views):
-            np.asarray(transform(image))
-    theirs = time.process_time() - start
-    return tuple(1e3 * seconds / len(samples) / options.views for seconds in (ours, theirs))
+
+    def render(spec: ViewSpec) -> None:
+        for sample in samples:
+            render_views(decode_rgb(sample.image), spec, sample.key, range(views), size)
+
+    def transform_plainly() -> None:
+        for sample in samples:
+            image = Image.open(io.BytesIO(sample.image)).convert("RGB")
+            for _ in range(views):
+                np.asarray(transform(image))
+
+    ways: dict[str, Callable[[], None]] = {
+        "clipmill": partial(render, ViewSpec(ops=ops)),
+        "the same with Pillow's resizing (rendering 2)": partial(render, ViewSpec(ops=ops, rendering=BY_PILLOW)),
+        "torchvision": transform_plainly,
+    }
+    taken = dict.fromkeys(ways, math.inf)
+    for name, way in [*ways.items()] * 5:
+        start = time.process_time()
+        way()
+        taken[name] = min(taken[name], 1e3 * (time.process_time() - start) / len(samples) / views)
+    return taken
+
+
+def print_rendering(root: str, size: int, views: int, ops: int) -> None:
+    """Print `rendering_times` without operations and with ``ops``."""
+    for number in sorted({0, ops}):
+        times = rendering_times(root, size, views, number)
+        ours = times["clipmill"]
+        said = "; ".join(f"{name} {taken:.2f} ({ours / taken:.2f})" for name, taken in times.items())
+        print(f"rendering with {number} operations, ms of one core a view (our share of it): {said}")
 
 
 def batch_effect(loaded: LoadedModel) -> str:
@@ -190,16 +214,21 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=5, help="synthetic ones per image")
     parser.add_argument("--ops", type=int, default=2, help="RandAugment operations per view")
     parser.add_argument("--processes", type=int, default=None, help="that render; the stage's own default")
+    parser.add_argument("--rendering-only", action="store_true", help="milliseconds per view, nothing else")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="auto")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
+        if options.rendering_only:
+            torch.set_num_threads(1)
+            write_dataset(root, options.samples, options.captions)
+            print_rendering(root, 224, options.views, options.ops)
+            return
         torch.manual_seed(0)
         torch.save(open_clip.create_model(options.model).state_dict(), f"{root}/teacher.pt")
         write_dataset(root, options.samples, options.captions)
         loaded = load_model(options.model, f"{root}/teacher.pt", device=options.device)
-        ours, theirs = rendering_times(root, loaded.image_size, options)
-        print(f"rendering on one core: {ours:.2f} ms a view, torchvision {theirs:.2f}")
+        print_rendering(root, loaded.image_size, options.views, options.ops)
         plain_loop(root, loaded, views=1, ops=options.ops)  # warm up
         plain = plain_loop(root, loaded, views=options.views, ops=options.ops)
         config = CacheConfig(
