@@ -15,6 +15,7 @@ from small_training import tiny_clip, train_short, write_retrieval
 from shards_spec.files import UserError
 from shards_spec.models import load_model
 from training.export import ExportConfig, export, to_open_clip, to_timm, to_transformers
+from training.export.card import result_lines
 from training.export.comparison import compare, encoders_of
 from training.export.plain_vit import check_plain_text, check_plain_vit
 from training.export.probe import noise, read_probe
@@ -226,6 +227,31 @@ def test_the_card_names_what_the_run_was(run, tmp_path):
     assert "flowers1" not in text  # of another step
     assert str(tmp_path) not in text
     assert str(Path(run).parent) not in text
+
+
+def test_the_card_has_the_results_that_eval_wrote_elsewhere(run, tmp_path):
+    """Of several models there is a folder each; another run's, and another step's, are not this model's."""
+    of_run = {"dataset": "birds", "metrics": {"acc1": 0.75}, "step": 2, "pretrained": run, "recipe": "clip"}
+    written = {
+        "one/birds.json": of_run,
+        "several/a/birds.json": of_run | {"dataset": "fish"},
+        "several/b/birds.json": of_run | {"dataset": "trees", "pretrained": str(tmp_path)},
+        "several/a/old.json": of_run | {"dataset": "stones", "step": 1},
+        "several/summary.json": {"rows": []},
+        "others/birds.json": of_run | {"step": 1},
+    }
+    for name, result in written.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result))
+    folders = (str(tmp_path / "one"), str(tmp_path / "several"))
+    lines = result_lines(ExportConfig(run, str(tmp_path / "to"), results=folders), 2)
+    assert lines == ["- birds, acc1: 0.7500", "- fish, acc1: 0.7500"]
+    with pytest.raises(UserError, match=r"--results .*others: no result of step 2 of "):
+        export(ExportConfig(run, str(tmp_path / "to"), results=(*folders, str(tmp_path / "others"))))
+    assert not (tmp_path / "to").exists()
+    export(ExportConfig(run, str(tmp_path / "to"), results=folders))
+    assert "- fish, acc1: 0.7500\n" in (tmp_path / "to" / "README.md").read_text()
 
 
 def test_probes_of_datasets(run, tmp_path):

@@ -2,13 +2,15 @@
 
 import json
 import logging
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from shards_spec.files import DataError, UserError, is_url, read_json, write_bytes
+from shards_spec.files import DataError, UserError, is_url, join, names, read_json, write_bytes
 from shards_spec.manifest import read_dataset
 from shards_spec.messages import counted
 from shards_spec.models import LoadedModel
@@ -28,6 +30,7 @@ LIBRARIES = {
     "onnx": ("onnx", "onnxruntime"),
 }
 SETTINGS = ("batch_size", "steps", "epochs", "lr", "schedule", "precision", "seed")  # of a run's config
+ResultRow = tuple[str, str, float]  # dataset, metric, value
 PRUNED = """
 Its layers have their own numbers of heads and neurons (TinyCLIP, arXiv 2309.12314). D is the width, H the heads and F
 the neurons of the MLP.
@@ -45,6 +48,7 @@ class ExportedModel:
         step: Of the checkpoint; None of a timm model.
         format: Of the folder.
         usage: How to load it, in Markdown.
+        results: What it scored, in Markdown; nothing of a timm model.
         comparison: With the student of the run.
     """
 
@@ -52,6 +56,7 @@ class ExportedModel:
     step: int | None
     format: Format
     usage: str
+    results: list[str]
     comparison: Comparison
 
 
@@ -88,7 +93,7 @@ def card(name: str, exported: ExportedModel, config: ExportConfig) -> str:
     parts += ["", "## Use", "", exported.usage.strip(), "", "## Model", "", *_model_lines(exported, config)]
     if exported.step is not None:
         parts += ["", "## Training", "", *_training_lines(config.run, exported.step)]
-        parts += ["", "## Results", "", *_result_lines(config.run, exported.step)]
+        parts += ["", "## Results", "", *exported.results]
     parts += ["", "## Checked", "", *_comparison_lines(exported.comparison, config)]
     parts += ["", "## License", "", f"{config.license}"]
     return "\n".join(parts) + "\n"
@@ -184,20 +189,43 @@ def _counts(root: str) -> str:
     return ""
 
 
-def _result_lines(path: str, step: int) -> list[str]:
-    """A table of what this step's weights scored: by the run itself, and by `clipmill eval`."""
-    rows = list[tuple[str, str, float]]()
-    for line in _metrics(path):
+def result_lines(config: ExportConfig, step: int) -> list[str]:
+    """Return what this step's weights scored, by the run itself and by `clipmill eval`, in Markdown.
+
+    Raises UserError for a folder of ``--results`` that has nothing of this step.
+    """
+    rows = list[ResultRow]()
+    for line in _metrics(config.run):
         if line.get("step") == step:
             rows += [("eval_data", name, value) for name, value in line.get("eval", {}).items()]
-    for file in sorted(Path(path, "eval").glob("*.json")):
-        with suppress(OSError, DataError, UserError, KeyError, TypeError, AttributeError):
-            found = read_json(str(file))
-            if found["step"] == step:
-                rows += [(found["dataset"], name, value) for name, value in found["metrics"].items()]
+    rows += _read_results(join(config.run, "eval"), step)
+    for folder in config.results:
+        places = [folder, *(join(folder, name) for name in names(folder) if not name.endswith(".json"))]
+        own = list(chain.from_iterable(_read_results(place, step, config.run) for place in places))
+        if not own:
+            raise UserError(
+                f"--results {folder}: no result of step {step} of {config.run} in it; name the folder that `clipmill "
+                "eval --output` was given"
+            )
+        rows += own
     if not rows:
-        return ["This step was not evaluated; `clipmill eval RUN --data EVAL` before the export puts results here."]
+        return [
+            "This step was not evaluated; `clipmill eval RUN --data EVAL` before the export puts results here, and "
+            "--results FOLDER those of `eval --output FOLDER`."
+        ]
     return [f"- {dataset}, {metric}: {value:.4f}" for dataset, metric, value in dict.fromkeys(rows)]
+
+
+def _read_results(folder: str, step: int, run: str | None = None) -> list[ResultRow]:
+    """Dataset, metric and value of the results of a step in a folder; where a run is named, of no other one."""
+    rows = list[ResultRow]()
+    for name in names(folder):
+        with suppress(OSError, DataError, UserError, KeyError, TypeError, AttributeError):
+            found = read_json(join(folder, name)) if name.endswith(".json") else {}
+            is_runs = run is None or os.path.realpath(found["pretrained"]) == os.path.realpath(run)
+            if is_runs and found["step"] == step:
+                rows += [(found["dataset"], metric, value) for metric, value in found["metrics"].items()]
+    return rows
 
 
 def _metrics(path: str) -> list[dict[str, Any]]:

@@ -49,6 +49,8 @@ class ExportConfig:
     """onnx: version of the operators; by default the one that this torch recommends"""
     license: str = "unknown"
     """of the weights, for the model card; an identifier of the Hub, say apache-2.0"""
+    results: tuple[str, ...] = ()
+    """folders of `clipmill eval --output`, whose results of this step stand in the model card, too, beside RUN/eval"""
     overwrite: bool = False
     """replace another model in the folder"""
     trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)

@@ -12,7 +12,7 @@ from shards_spec.display import shown
 from shards_spec.files import UserError
 from shards_spec.models import TIMM, LoadedModel
 from training.export import to_onnx, to_open_clip, to_timm, to_transformers
-from training.export.card import ExportedModel, write_card
+from training.export.card import ExportedModel, result_lines, write_card
 from training.export.comparison import (
     Comparison,
     Encoders,
@@ -55,11 +55,12 @@ FORMATS: dict[Format, FormatFunctions] = {
 def export(config: ExportConfig) -> None:
     """Write the folder, load it back, compare features, and write the card.
 
-    Raises UserError when the run has no checkpoint, its student does not fit the format, the folder has another model,
-    or the loaded copy computes something else.
+    Raises UserError when the run has no checkpoint, its step none of the results that are named, its student does not
+    fit the format, the folder has another model, or the loaded copy computes something else.
     """
     student, step = _load(config)
     origin = config.run if step is None else f"step {step} of {config.run}"
+    results = [] if step is None else result_lines(config, step)
     folder = Path(config.to).resolve()
     if is_pruned(student.model) and masks_of(student.model):
         log.info("%s still has masks: what is exported is the student cut to them", origin)
@@ -77,7 +78,7 @@ def export(config: ExportConfig) -> None:
         check_same(comparison, folder, config.dtype)
     elif min(comparison.image_cosine, comparison.text_cosine or 1) < MIN_INT8_COSINE:
         log.warning("%s: 8 bits change the features much; see the table, and try the other kind of --int8", folder)
-    write_card(folder, ExportedModel(written, step, kind, functions.usage(written), comparison), config)
+    write_card(folder, ExportedModel(written, step, kind, functions.usage(written), results, comparison), config)
     if config.check is not None or kind == "onnx":
         print_comparison(comparison, {"student": before, kind: after}, probe)
     difference = comparison.difference
@@ -91,7 +92,7 @@ def _load(config: ExportConfig) -> tuple[LoadedModel, int | None]:
     """The student, and the step of a run's. Raises UserError."""
     if not config.run.startswith(TIMM):
         return load_run(config.run, config.raw, config.best, config.trust)
-    for name in ("raw", "best"):
+    for name in ("raw", "best", "results"):
         if getattr(config, name):
             raise UserError(f"--{name} would not be used: {config.run} is no RUN folder")
     return load_timm_classifier(config.run), None
