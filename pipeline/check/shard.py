@@ -1,5 +1,6 @@
 """One shard of one folder: its record, the hashes of its files, and how its contents fit what they were made from."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from pipeline.check.records import Findings, check_record
 from pipeline.check.validators import ShardFolder
 from shards_spec.content_id import content_ids
 from shards_spec.files import DataError, join
-from shards_spec.layout import remake_advice, shard_name, stats_path
+from shards_spec.layout import FILE_PATTERN, RAW, remake_advice, shard_name, stats_path, tar_path
 from shards_spec.library_errors import short
 from shards_spec.manifest import Done
 
@@ -27,7 +28,7 @@ class CheckedShard(NamedTuple):
 
 
 def check_shard(files: DatasetFiles, shard_folder: ShardFolder, shard: int, findings: Findings) -> CheckedShard:
-    """Validate one shard."""
+    """Validate one shard. What does not fit a damaged file of another shard is no problem of its own."""
     folder, stage, validate = shard_folder
     done: Done | None = None
     has_record = False
@@ -36,7 +37,11 @@ def check_shard(files: DatasetFiles, shard_folder: ShardFolder, shard: int, find
         has_record = True
     with findings.of(join(files.root, folder, shard_name(shard))):
         _check_hashes(files, shard_folder, shard, done)
-        return CheckedShard(has_record, done, content_ids(validate(files, folder, shard)))
+        try:
+            return CheckedShard(has_record, done, content_ids(validate(files, folder, shard)))
+        except Exception:  # as `Findings.of` takes it
+            if done is None or not _has_damaged_input(files, done):
+                raise
     return CheckedShard(has_record, done, None)
 
 
@@ -62,6 +67,27 @@ def _check_hashes(files: DatasetFiles, shard_folder: ShardFolder, shard: int, do
             raise DataError(f"{full}: is not there; {remake_advice(full)}") from error
         if found != expected:
             raise DataError(_describe_change(files, shard_folder, shard, path))
+
+
+def _has_damaged_input(files: DatasetFiles, done: Done) -> bool:
+    """Whether a file that a shard was made from is not the one in its own record: that file's shard is reported."""
+    of_raw = [tar_path(RAW, done.shard)] if RAW in done.inputs else []  # dedup's records have one hash of all of raw/
+    for path in (*done.inputs, *of_raw):
+        folder, _, name = path.rpartition("/")
+        if (match := FILE_PATTERN.fullmatch(name)) is None:
+            continue  # a hash of something else
+        with contextlib.suppress(DataError, OSError):  # of the record, which is reported
+            made = files.done(folder, int(match[1]))
+            if made is not None and path in made.outputs and not _is_same(files, path, made.outputs[path]):
+                return True
+    return False
+
+
+def _is_same(files: DatasetFiles, path: str, digest: str) -> bool:
+    try:
+        return files.sha256(join(files.root, path)) == digest
+    except OSError:
+        return False
 
 
 def _describe_change(files: DatasetFiles, shard_folder: ShardFolder, shard: int, path: str) -> str:

@@ -166,6 +166,41 @@ def test_a_damaged_file_is_named_once_with_what_brings_it_back(whole, tmp_path, 
     assert all(problem.count(advice) <= 1 for problem in problems)
 
 
+@pytest.mark.parametrize(
+    "path", ["raw/00000.tar", "dedup/00000.parquet", "shards/00000.tar", "teacher/tea/00000.parquet"]
+)
+def test_a_damaged_file_has_one_line_whoever_reads_it(whole, path):
+    """What was made from it does not fit it, and is as it was written."""
+    file = whole / path
+    before = file.read_bytes()
+    middle = len(before) // 2
+    try:
+        for damaged in (b"", before[:-9], before[:middle] + bytes([before[middle] ^ 1]) + before[middle + 1 :]):
+            file.write_bytes(damaged)
+            (problem,) = check(CheckConfig(str(whole)))
+            assert problem.startswith(f"{file}: not the file that was written: ")
+        file.unlink()
+        (problem,) = check(CheckConfig(str(whole)))
+        assert problem.startswith(f"{file}: is not there; ")
+    finally:
+        file.write_bytes(before)
+
+
+def test_what_does_not_fit_a_sound_file_is_named(whole, tmp_path):
+    """Another raw shard in the place of one, with a record that fits it: what was made from the first says so."""
+    root = Path(shutil.copytree(whole, tmp_path / "ds"))
+    (tmp_path / "images").mkdir()
+    for index in range(7):
+        data, caption = draw(f"others/{index}")
+        (tmp_path / "images" / f"{index:02}.jpg").write_bytes(data)
+        (tmp_path / "images" / f"{index:02}.txt").write_text(caption)
+    ingest(IngestConfig(str(tmp_path / "other"), str(tmp_path / "images"), shard_size=7, workers=1))
+    for name in ("00000.tar", "00000.parquet", "00000_stats.json"):
+        shutil.copy(tmp_path / "other/raw" / name, root / "raw" / name)
+    problems = check(CheckConfig(str(root)))
+    assert any("shards/00000.tar: key 000000000 has another image than raw/00000" in one for one in problems), problems
+
+
 def test_old_records_get_seals_when_they_are_written_again(whole, tmp_path):
     root = unsealed(whole, tmp_path)
     dedup(DedupConfig(str(root), workers=1))
