@@ -1,6 +1,8 @@
 """Image towers of open_clip's as classifiers: their features, other sides, gradients, what is refused."""
 
 import json
+import tomllib
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 from shards_spec.files import UserError
 from shards_spec.models import LoadedModel
 from training.models.clip_classifier import classifier_of_clip
-from training.models.clip_image_tower import ClipImageTower
+from training.models.clip_image_tower import NAME, ClipImageTower
 from training.models.tinyclip_convert import from_open_clip
 from training.models.tinyclip_pruning import materialise
 
@@ -116,6 +118,13 @@ def test_timm_rebuilds_it_from_its_options():
     assert fixed(images).shape == (1, 48)
     with pytest.raises(ValueError, match="dynamic_img_size is off"):
         fixed(torch.zeros(1, 3, 64, 64))
+
+
+def test_other_stages_know_it_by_its_entry_point():
+    """`cache --soft-labels` loads an export by timm, without this package's recipes."""
+    described = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
+    points = described["project"]["entry-points"]["clipmill.models"]
+    assert timm.models.model_entrypoint(NAME).__module__ == points[NAME]
 
 
 def test_what_is_refused():
