@@ -250,6 +250,8 @@ def main() -> None:
         turns = [(own / rival, 1 - joined / own) for rival, own, joined in zip(*rates.values(), strict=True)]
         ratio, cost = (statistics.median(turn) for turn in zip(*turns, strict=True))
         print(f"ratio to the plain pipeline {ratio:.2f}; joining views and captions costs {cost:.1%}: medians of turns")
+        plain_ms, own_ms = cpu_against_plain(root, options).values()
+        print(f"CPU time of one process {own_ms:.2f} against {plain_ms:.2f} ms a sample, ratio {plain_ms / own_ms:.2f}")
         one, two = measure_cpu(root, options)
         share = statistics.median(1 - mine / both for mine, both in zip(one, two, strict=True))
         took = " and ".join(f"{statistics.median(taken) * 1e6:.0f}" for taken in (one, two))
