@@ -121,6 +121,7 @@ def load_model(
     _check_names(model, pretrained, random_weights)
     try:
         config = open_clip.get_model_config(model)
+        own_text = _text_of_folder(model, config, text_weights)
         code = remote_code(model, config)
         if code and not trust.trust_remote_code:
             raise UserError(
@@ -135,6 +136,7 @@ def load_model(
                 precision=precision if precision == "fp32" else f"pure_{precision}",
                 require_pretrained=not random_weights,
                 pretrained_text=text_weights,
+                **own_text,
             )
             tokenizer = load_tokenizer(model, trust.trust_remote_code)
     except UserError:
@@ -143,6 +145,7 @@ def load_model(
         reason = _build_failure(error)
         weights = f" with --pretrained {pretrained!r}" if pretrained is not None else ""
         raise UserError(f"model {model!r}{weights} cannot be loaded: {reason}") from error
+    config |= own_text
     for part, tower in (("vision_cfg", "visual"), ("text_cfg", "text")):  # one may have taken a checkpoint's sizes
         config[part] |= getattr(getattr(built, tower, None), "description", {})
     preprocess = open_clip.get_model_preprocess_cfg(built)
@@ -155,6 +158,23 @@ def load_model(
         mean=tuple(preprocess["mean"]),
         std=tuple(preprocess["std"]),
     )
+
+
+def _text_of_folder(model: str, config: Any, text_weights: bool) -> dict[str, Any]:
+    """``text_cfg`` of a folder whose text tower of transformers' is described in it; {} for any other.
+
+    open_clip would look for a relative ``hf_model_name`` in the current folder, then on the Hub. Whether the tower's
+    own weights are loaded is as open_clip has it: not where the whole model has some.
+    """
+    text = (config or {}).get("text_cfg") or {}
+    named = text.get("hf_model_name")
+    if not named or not model.startswith(LOCAL_DIR):
+        return {}
+    folder = Path(model.removeprefix(LOCAL_DIR), named).resolve()
+    if Path(named).is_absolute() or not (folder / "config.json").is_file():
+        return {}
+    weights = text_weights and not names_weights(model)
+    return {"text_cfg": text | {"hf_model_name": str(folder), "hf_model_pretrained": weights}}
 
 
 def _build_failure(error: Exception) -> str:

@@ -15,7 +15,7 @@ from shards_spec.models import load_model
 from training.config import ModelConfig
 from training.export import ExportConfig, export, largest_difference
 from training.export.comparison import Comparison
-from training.runs.model_folder import write_model
+from training.runs.model_folder import write_model, write_open_clip_config
 from training.runs.student import load_run, new_student
 from training.trainer import train
 
@@ -75,6 +75,42 @@ def test_a_tokenizer_of_transformers_travels_with_run_and_export(tmp_path, monke
     moved = shutil.move(tmp_path / "to", tmp_path / "moved")
     assert str(tmp_path) not in (moved / "open_clip_config.json").read_text()
     assert torch.equal(open_clip.get_tokenizer(f"local-dir:{moved}")(texts), wanted)
+
+
+def test_a_text_tower_of_transformers_travels_with_run_and_export(tmp_path, monkeypatch):
+    """The folder that described it is gone, and so is the one that it was written to."""
+    pytest.importorskip("transformers")
+    from small_data import write_roberta
+
+    source = tmp_path / "source"
+    name = tiny_clip(source)
+    said = json.loads((source / "open_clip_config.json").read_text())
+    text = write_roberta(source, width=32, layers=1, heads=2, wide=64)
+    said["model_cfg"]["text_cfg"] = {**text, "context_length": 16}
+    (source / "open_clip_config.json").write_text(json.dumps(said))
+    write_packed(str(tmp_path / "data"), [8])
+    (tmp_path / "data" / "models").mkdir()
+    config = tiny_config("clip", str(tmp_path / "data"), str(tmp_path / "out"), steps=1, model=name)
+    run = shutil.move(train("clip", config), tmp_path / "run")
+    shutil.rmtree(source)
+    monkeypatch.chdir("/")
+    student, _ = load_run(str(run))
+    export(ExportConfig(str(run), str(tmp_path / "to")))
+    moved = shutil.copytree(tmp_path / "to", tmp_path / "moved")
+    shutil.rmtree(tmp_path / "to")
+    assert str(tmp_path) not in (moved / "open_clip_config.json").read_text()
+    loaded = load_model(f"local-dir:{moved}")
+    assert largest_difference(student, loaded) == 0
+    again = tmp_path / "again"
+    write_open_clip_config(str(again), loaded, f"local-dir:{moved}")  # as a run that starts from it
+    assert (again / "text_tower/config.json").read_bytes() == (moved / "text_tower/config.json").read_bytes()
+    card = (moved / "README.md").read_text()
+    usage = card.partition("```python\n")[2].partition("```")[0].replace("FOLDER", str(moved))
+    spoken: dict = {}
+    exec(usage, spoken)  # open_clip alone, as the card says
+    tokens = spoken["tokenizer"](["a red ball"])
+    with torch.no_grad():
+        assert torch.equal(spoken["model"].eval().encode_text(tokens), student.model.encode_text(tokens))
 
 
 def test_a_run_lives_without_its_source(run, tmp_path):

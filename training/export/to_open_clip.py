@@ -16,9 +16,17 @@ from training.runs.model_folder import write_model, write_open_clip_config
 USAGE = """```python
 import open_clip
 {imports}
-model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER"{text})
 tokenizer = {tokenizer}
 ```
+"""
+
+# open_clip looks for the folder of a text tower in the current folder, whatever folder its own name is in
+TEXT_USAGE = """import json
+
+with open("FOLDER/open_clip_config.json") as file:
+    text = json.load(file)["model_cfg"]["text_cfg"]
+text |= {"hf_model_name": "FOLDER/text_tower", "hf_model_pretrained": False}
 """
 
 
@@ -65,7 +73,12 @@ def usage(student: LoadedModel) -> str:
     module = needed_module(student)
     needs = "" if module is None else "It loads in open_clip where Clipmill is installed:\n\n"
     imports = "" if module is None else f"import {module}  # makes its towers known\n"
-    return needs + USAGE.format(imports=imports, tokenizer=f'open_clip.get_tokenizer("local-dir:FOLDER"{own})')
+    has_text = Path(text.get("hf_model_name") or "").is_absolute()
+    return needs + USAGE.format(
+        imports=imports + TEXT_USAGE if has_text else imports,
+        text=", text_cfg=text" if has_text else "",
+        tokenizer=f'open_clip.get_tokenizer("local-dir:FOLDER"{own})',
+    )
 
 
 def needed_module(student: LoadedModel) -> str | None:

@@ -11,6 +11,7 @@ from shards_spec.files import UserError, read_bytes, write_bytes, write_json
 from shards_spec.models import LoadedModel
 
 BPE = "bpe.txt.gz"
+TEXT_TOWER = "text_tower"  # with the description of a text tower of transformers'
 
 # of which a folder has those of one model: open_clip's, timm's or transformers', ONNX graphs
 MODEL_FILES = (
@@ -50,7 +51,7 @@ def write_models(folder: str, weights: Mapping[str, bytes], overwrite: bool) -> 
 
 
 def write_open_clip_config(folder: str, student: LoadedModel, model: str) -> None:
-    """Write ``open_clip_config.json`` of a student, with the tokenizer files of one that has its own.
+    """Write ``open_clip_config.json`` of a student, with tokenizer and text tower's description if it has its own.
 
     ``model`` is the name it was loaded by. Nothing in it names another folder, so that this one can be moved.
     """
@@ -64,13 +65,21 @@ def write_open_clip_config(folder: str, student: LoadedModel, model: str) -> Non
         text["tokenizer_kwargs"]["bpe_path"] = BPE
     if text.get("hf_tokenizer_name"):  # open_clip takes the files beside its config, whatever the name says
         text["hf_tokenizer_name"] = Path(text["hf_tokenizer_name"]).name
-        with TemporaryDirectory() as near:
-            student.tokenizer.tokenizer.save_pretrained(near)
-            for path in sorted(Path(near).rglob("*")):
-                if path.is_file():
-                    write_bytes(str(Path(folder) / path.relative_to(near)), path.read_bytes())
+        _write_saved(student.tokenizer.tokenizer, Path(folder))
+    if Path(text.get("hf_model_name") or "").is_absolute():  # else it is a name of the Hub
+        text["hf_model_name"] = TEXT_TOWER
+        _write_saved(student.model.text.config, Path(folder, TEXT_TOWER))
     preprocess = open_clip.get_model_preprocess_cfg(student.model)
     write_json(str(Path(folder) / "open_clip_config.json"), {"model_cfg": config, "preprocess_cfg": preprocess})
+
+
+def _write_saved(part: Any, folder: Path) -> None:
+    """Write what ``save_pretrained`` of a part of transformers' writes, each file whole."""
+    with TemporaryDirectory() as near:
+        part.save_pretrained(near)
+        for path in sorted(Path(near).rglob("*")):
+            if path.is_file():
+                write_bytes(str(folder / path.relative_to(near)), path.read_bytes())
 
 
 def with_absolute_bpe(student: LoadedModel, model: str) -> LoadedModel:
