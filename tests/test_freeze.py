@@ -6,14 +6,13 @@ wanted, see the head of `freeze.py`.
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import freeze
 import pytest
 from conftest import skip_or_fail
+from warm_process import WarmProcess
 
 pytestmark = pytest.mark.integration
 
@@ -26,10 +25,12 @@ ATOL = {"teacher/int/": 0.01, "runs/": 0.1}  # a step of int8; a sample of an ev
 def made(tmp_path_factory) -> Path:
     """What `freeze.py` writes, in a process of its own: it changes the folder and the environment."""
     out = tmp_path_factory.mktemp("freeze")
-    done = subprocess.run([sys.executable, freeze.__file__, out], capture_output=True, text=True)
-    if "WordNet 3.0 is not in" in done.stderr:
+    code = f"import runpy, torch; torch.set_num_threads(1); runpy.run_path({freeze.__file__!r}, {{}}, '__main__')"
+    process = WarmProcess(code, str(out))
+    errors = process.communicate()[1]
+    if "WordNet 3.0 is not in" in errors:
         skip_or_fail("WordNet is not there")
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert process.returncode == 0, errors[-3000:]
     return out
 
 

@@ -4,7 +4,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 from fuzz import targets as fuzz_targets
 from fuzz import worker as fuzz_worker
+from warm_process import WarmProcess
 
 from shards_spec.files import UserError
 
@@ -22,19 +22,13 @@ FUZZ = Path(__file__).parent / "fuzz"
 INPUTS = 30  # of each target
 
 
-def worker(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, FUZZ / "worker.py", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, errors="replace", timeout=600, env=environment
-    )
-
-
 def test_a_slice_of_the_fuzz_run_and_all_that_it_found(tmp_path):
-    done = worker("all", 0, 300, tmp_path, INPUTS)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert "0 still taken badly" in done.stdout
-    assert done.stdout.count(f": {INPUTS} inputs") == 12
+    worker = f"import runpy; runpy.run_path({str(FUZZ / 'worker.py')!r}, {{}}, '__main__')"
+    process = WarmProcess(worker, "all", "0", "300", str(tmp_path), str(INPUTS))
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, output + errors[-3000:]
+    assert "0 still taken badly" in output
+    assert output.count(f": {INPUTS} inputs") == 12
 
 
 def busy(seconds: float) -> None:
