@@ -50,7 +50,7 @@ class Job:
 
 
 CATLIP = {"model": "timm:catlip_vit_base_patch16_224", "sides": (224,), "base_side": 224}
-TINY_CATLIP = {"model": "timm:catlip_vit_tiny", "sides": (32,), "base_side": 32, "batch_size": 8}
+TINY_CATLIP = {"model": "timm:catlip_vit_tiny", "sides": (32,), "base_side": 32, "batch_size": 4}
 SICLIP = {"model": "SiCLIP-S0", "base": "MobileCLIP-S0", "base_weights": "random"}
 JOBS = (
     Job(
@@ -59,14 +59,14 @@ JOBS = (
         {"batch_size": 1536, **SICLIP},
         (None, 384),
         f"< {CARD:.0f} GB, predicted within 10 %",
-        {"batch_size": 32, "model": "SiCLIP-tiny", "base": "MobileCLIP-tiny"},
+        {"batch_size": 4, "model": "SiCLIP-tiny", "base": "MobileCLIP-tiny"},
     ),
     Job(
         "affinity ViT-B-32, batch 1024",
         "tinyclip",
         {"batch_size": 1024, "model": "ViT-B-32"},
         (None, 256),
-        dry={"batch_size": 32, "model": "local-dir:{root}/models/clip"},
+        dry={"batch_size": 8, "model": "local-dir:{root}/models/clip"},
     ),
     Job("CatLIP B/16, batch 256", "catlip", {"batch_size": 256, **CATLIP}, (None, 64), dry=TINY_CATLIP),
 )

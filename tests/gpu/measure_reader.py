@@ -61,7 +61,7 @@ def dataset(where: Options) -> str:
     root = where.work / "reader"
     if not Path(root, "shards", "sizes.json").exists():
         if where.dry:
-            write_dataset(str(root), 64, 2, tiny_image)
+            write_dataset(str(root), 32, 2, tiny_image)
         else:
             write_dataset(str(root), 16_384, 16, repeated_photo)
     return str(root)
@@ -75,7 +75,7 @@ class Training:
         config = default_config("tinyclip")
         config = replace(
             config,
-            data=replace(config.data, data=root, batch_size=8 if where.dry else 1024),
+            data=replace(config.data, data=root, batch_size=4 if where.dry else 1024),
             cached_views=TeacherCacheConfig(("wide",)),
             student=ModelConfig("MobileCLIP-tiny" if where.dry else "ViT-M-32"),
             run=replace(config.run, precision="bf16"),
@@ -142,7 +142,7 @@ def measure_workers(training: Training, workers: int, held: float) -> None:
 def measure_teachers(root: str, where: Options) -> None:
     """Report a cached teacher against a live one."""
     full = ["--batch-size", "256", "--steps", "6", "--rounds", "2", "--workers", "16"]
-    tiny = ["--student", "MobileCLIP-tiny", "--teacher", "MobileCLIP-tiny", "--batch-size", "8", "--steps", "1"]
+    tiny = ["--student", "MobileCLIP-tiny", "--teacher", "MobileCLIP-tiny", "--batch-size", "4", "--steps", "1"]
     sizes = [*tiny, "--rounds", "1", "--workers", "0"] if where.dry else full
     chosen = distill.parse([*sizes, "--device", where.device, "--precision", "bf16"])
     costs = distill.measure(root, chosen)

@@ -126,7 +126,7 @@ def pairs_job(name: str, recipe: str, size: Size, build: Callable[[Any, LoadedMo
 
 def siclip_job(where: Options) -> Job:
     """SiCLIP as its recipe has it, with random weights."""
-    size = Size("SiCLIP-tiny", 8) if where.dry else Size("SiCLIP-S0", 1536)
+    size = Size("SiCLIP-tiny", 4) if where.dry else Size("SiCLIP-S0", 1536)
     base = size.model.replace("SiCLIP", "MobileCLIP")
 
     def build(config: Any, student: LoadedModel) -> Any:
@@ -176,13 +176,13 @@ def affinity_job(where: Options) -> Job:
         clip_kd = ClipKd(config.clip_kd, student.config["embed_dim"], teacher, compares=False)
         return tinyclip.TinyclipTask(student.model, {"affinity": 1.0}, config.fixed_logit_scale, clip_kd)
 
-    size = Size("MobileCLIP-tiny", 8) if where.dry else Size("ViT-M-32", 1024)
+    size = Size("MobileCLIP-tiny", 4) if where.dry else Size("ViT-M-32", 1024)
     return pairs_job("ViT-M-32", "tinyclip", size, build, TEACHER)
 
 
 def clip_job(name: str, where: Options) -> Job:
     """The contrastive loss alone, everything trained."""
-    size = Size("MobileCLIP-tiny", 8) if where.dry else Size(name, 256 if name == "MobileCLIP-S0" else 512)
+    size = Size("MobileCLIP-tiny", 4) if where.dry else Size(name, 256 if name == "MobileCLIP-S0" else 512)
     return pairs_job(name, "clip", size, lambda config, student: clip.ClipTask(student.model))
 
 
