@@ -10,6 +10,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
+# set, every process would compile all packages anew
+unexport PYTHONDONTWRITEBYTECODE
 # a process runs whole modules, whose tests share what their fixtures made; one more than cores, as some tests wait
 PYTEST := $(BIN)/python -m pytest --numprocesses=$$(($$(getconf _NPROCESSORS_ONLN) + 1)) --maxprocesses=4 --dist=loadscope
 
