@@ -9,6 +9,7 @@ import pytest
 from small_catlip import TINY, write_folders
 from small_training import tiny_config, write_packed
 
+from pipeline.report.results import read_evaluations
 from shards_spec.files import UserError
 from shards_spec.vocab import Vocabulary
 from training.evaluation.config import EvalConfig
@@ -164,3 +165,34 @@ def test_other_classes_are_no_truth(images):
         student.model.names = names
         targets = read_probe(images, student, 2, "check").targets
         assert (targets if targets is None else sorted(set(targets.tolist()))) == truth
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["catlip", "tinymim", "minivit", "finetune"])
+def test_a_run_of_every_recipe_in_eight_bits(recipe, images, labelled_root, clip_root, tmp_path):
+    """What the recipe trained, its vocabulary and its speed beside the run's own."""
+    fields = {
+        "catlip": {"data": labelled_root, "model": TINY, "sides": (32,), "base_side": 32},
+        "tinymim": {
+            "data": clip_root,
+            "model": "timm:test_vit",
+            "teacher": "timm:test_vit",
+            "teacher_weights": "random",
+        },
+        "minivit": {"model": "timm:mini_swin_test", "teacher": "none", "label_weight": 1.0, "warmup_lr": None},
+        "finetune": {"model": f"local-dir:{clip_root}/models/clip", "sides": (32,), "base_side": 32},
+    }[recipe]
+    if recipe == "finetune":
+        fields["model"] = train("clip", tiny_config("clip", clip_root, str(tmp_path / "clip"), steps=1))
+    run = train(recipe, tiny_config(recipe, images, str(tmp_path / "run"), **{"steps": 2, "warmup": 0, **fields}))
+    to = tmp_path / "onnx"
+    export(ExportConfig(run, str(to), format="onnx", int8="dynamic"))
+    for model, output in ((run, None), (str(to), f"{run}/eval")):
+        evaluate(EvalConfig((model,), cost=True, cost_images=2, output=output, device="cpu"))
+    read = read_evaluations(f"{run}/eval", [])
+    assert read.onnx_cost["precision"] == "int8 dynamic"
+    assert set(read.onnx_cost["speed"][0]["images_per_s"]) == set(read.cost["speed"][0]["images_per_s"]) == {"1", "64"}
+    assert (to / "vocabulary.tsv").exists() == (recipe == "catlip")
+    if recipe in ("minivit", "finetune"):
+        (result,) = evaluate(EvalConfig((str(to),), (images,), output=str(tmp_path)))
+        assert result["samples"] == 8
