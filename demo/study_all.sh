@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 RUN=${RUN:-demo-run/real} STUDY=${STUDY:-$RUN/all}
 OUT=${OUT:-$([ -z "${STEPS:-}${SEEDS:-}${ROWS:-}" ] && echo docs/methods || echo "$STUDY/methods")}
-SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-800} LANES=${LANES:-2}
+SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-600} LANES=${LANES:-2}
 TEACHER_STEPS=${TEACHER_STEPS:-$((STEPS * 3 / 2))} TUNE_STEPS=${TUNE_STEPS:-$((STEPS / 2))}
 ROWS=${ROWS:-scratch synthetic siclip manual auto stages lit cached live two catlip tinymim untied tied multiplexed
   distilled}
