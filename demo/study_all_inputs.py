@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from shards_spec.files import DataError
 from shards_spec.images import decode_rgb
 
 SIDE = 64  # px of all models but the teacher of `make real`
@@ -84,11 +85,15 @@ def write_images(web: Path, out: Path) -> None:
             copy = out / path.relative_to(web)
             if copy.exists():
                 continue
-            image = decode_rgb(path.read_bytes(), as_benchmark=True)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                image = decode_rgb(path.read_bytes(), as_benchmark=True)
+            except DataError:  # `clipmill evalset` leaves it out, and counts why
+                shutil.copyfile(path, copy)
+                continue
             scale = MEASURED_SIDE / min(image.size)
             if scale < 1:
                 image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-            copy.parent.mkdir(parents=True, exist_ok=True)
             image.save(copy, "PNG")
 
 
