@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,15 @@ def cell(values: Sequence[float]) -> str:
 
 
 def fill_block(page: Path, script: str, text: str) -> None:
-    """Replace what stands in a page between the lines ``<!-- SCRIPT -->`` and ``<!-- end -->``."""
+    """Replace what stands in a page between the lines ``<!-- SCRIPT -->`` and ``<!-- end -->``.
+
+    Raises SystemExit where the page has no such lines.
+    """
     block = re.compile(rf"(<!-- {re.escape(script)} -->\n).*?(<!-- end -->\n)", re.S)
-    page.write_text(block.sub(lambda match: f"{match[1]}{text}{match[2]}", page.read_text()))
+    filled, found = block.subn(lambda match: f"{match[1]}{text}{match[2]}", page.read_text())
+    if found != 1:
+        sys.exit(f"{page} must have the lines <!-- {script} --> and <!-- end --> once, not {found} times")
+    page.write_text(filled)
 
 
 def curves(series: dict[str, list[tuple[float, float]]], x: Axis, y: Axis, summary: str) -> str:

@@ -3,7 +3,7 @@
 
     python demo/study_all.py STUDY OUT --teacher RUN --rows scratch manual --seeds 0 1 2
 
-Writes OUT.svg, OUT-latency.svg and OUT.md: where that is not there it begins as demo/study_all.md, and what stands
+Writes OUT.svg, OUT-latency.svg and OUT.md: where that is not there it begins as docs/methods.md, and what stands
 between the lines <!-- study_all.py --> and <!-- end --> is replaced. Numbers are means and ranges over the seeds.
 """
 
@@ -99,6 +99,7 @@ AIMS = (  # an aim, the rows that serve it, by which metric
         "fine-tuned",
     ),
 )
+PAGE = Path(__file__).parents[1] / "docs/methods.md"
 TEACHERS = {"large": "large CLIP", "mobileclip": "MobileCLIP", "classifier": "classifier"}
 ROOM = 1.15  # factor of room beside the outermost dots
 ZERO_SHOT, FINE_TUNED = "#1f77b4", "#d62728"
@@ -311,10 +312,12 @@ def main() -> None:
     rows = {row.name: row for row in map(read_row, methods)}
     texts = compared(methods, rows["scratch"].method.name)
     to_scratch = {name: cells[f"samples to {rows['scratch'].method.name}'s end"] for name, cells in texts.items()}
+    charts = {"parameters": args.out.with_suffix(".svg"), "latency": Path(f"{args.out}-latency.svg")}
     parts = [
         provenance(rows["scratch"]),
         quality_table(list(rows.values()), to_scratch),
         costs_table(list(rows.values()), texts),
+        "".join(f"![accuracy against {name}]({chart.name})\n" for name, chart in charts.items()),
         cached_and_live(rows, {name: cells["training"] for name, cells in texts.items()}),
         teacher_table(args.study, args.teacher),
         "## As in the papers?\n",
@@ -325,13 +328,13 @@ def main() -> None:
     block = "\n".join(filter(None, parts))
     page = args.out.with_suffix(".md")
     if not page.exists():
-        page.write_text((Path(__file__).parent / "study_all.md").read_text())
+        page.write_text(PAGE.read_text())
     fill_block(page, Path(__file__).name, block)
     print(block)
     parameters = {name: row.parameters for name, row in rows.items()}
-    args.out.with_suffix(".svg").write_text(scatter(list(rows.values()), parameters, "parameters"))
+    charts["parameters"].write_text(scatter(list(rows.values()), parameters, "parameters"))
     times = {name: latency(row.method.runs[0]) for name, row in rows.items()}
-    Path(f"{args.out}-latency.svg").write_text(scatter(list(rows.values()), times, "ms per image, one thread"))
+    charts["latency"].write_text(scatter(list(rows.values()), times, "ms per image, one thread"))
 
 
 if __name__ == "__main__":

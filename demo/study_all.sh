@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All papers side by side on the images of `make real`: one dataset, one budget of steps, one size of student.
-#   make study-all      runs `make real` first where needed; under three hours on two cores; writes docs/methods.md,
+#   make study-all      runs `make real` first where needed; under three hours on two cores; writes into docs/methods.md,
 #                       .svg and -latency.svg, and the page methods.html in its folder; run it again to resume
 #   STEPS=10 SEEDS=0 bash demo/study_all.sh      every row's command once; writes nothing to docs
 # All rows of a seed see as many pairs or images; a seed's rows are finished before the next seed begins.
