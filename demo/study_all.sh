@@ -8,8 +8,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 RUN=${RUN:-demo-run/real} STUDY=${STUDY:-$RUN/all}
 OUT=${OUT:-$([ -z "${STEPS:-}${SEEDS:-}${ROWS:-}" ] && echo docs/methods || echo "$STUDY/methods")}
-SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-600} LANES=${LANES:-2}
-TEACHER_STEPS=${TEACHER_STEPS:-$((STEPS * 3 / 2))} TUNE_STEPS=${TUNE_STEPS:-$((STEPS / 2))}
+SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-1200} LANES=${LANES:-2}
+TEACHER_STEPS=${TEACHER_STEPS:-$((STEPS * 4))} TUNE_STEPS=${TUNE_STEPS:-$((STEPS / 2))}
 ROWS=${ROWS:-scratch synthetic siclip manual auto stages lit cached live two catlip tinymim untied tied multiplexed
   distilled}
 ROOT=$RUN/dataset KINDS=$STUDY/eval/kinds TITLES=$STUDY/eval/titles
@@ -17,11 +17,11 @@ export CLIPMILL_LOG=${CLIPMILL_LOG:-WARNING} PYTHONWARNINGS=ignore OMP_NUM_THREA
 [ -f "$RUN/compare.md" ] || RUN=$RUN bash demo/real/run.sh
 mkdir -p "$STUDY"/{done,logs}
 
-run=(--workers 0 --precision fp32 --warmup $((STEPS < 60 ? 2 : 30)))
+run=(--workers 0 --precision fp32 --warmup $((STEPS < 60 ? 2 : 50)))
 views=(--scale 0.7 1 --ratio 0.9 1.1) # those of the teachers' caches
-pairs=(--data "$ROOT" --select clean --batch-size 128 --clip-norm 1)
+pairs=(--data "$ROOT" --select clean --batch-size 64 --clip-norm 1)
 titles=("${pairs[@]}" --captions original) # what people wrote
-measured=(--eval-data "$KINDS" --eval-every-steps $((STEPS < 8 ? 1 : STEPS / 8)))
+measured=(--eval-data "$KINDS" --eval-every-steps $((STEPS < 6 ? 1 : STEPS / 6)))
 student=(--model "local-dir:$STUDY/models/student")
 large=(--teacher large --teacher-weights "local-dir:$STUDY/models/large-trained")
 images=(--data "$KINDS" --batch-size 64)
@@ -64,7 +64,7 @@ row() { # row NAME: the options of `clipmill train` for a row
       ;;
     two) words=(tinyclip "${student[@]}" "${titles[@]}" --teacher teacher large "${affine[@]}" --lr 1e-3) ;;
     catlip)
-      words=(catlip "${tower[@]}" "${pairs[@]}" "${views[@]}" --flip 0 --sides 64 --base-side 64 --batch-parts 1
+      words=(catlip "${tower[@]}" "${pairs[@]}" "${views[@]}" --flip 0 --sides 48 --base-side 48 --batch-parts 1
         --no-range-augment --ema-decay None --warmup-lr None --frequency-bias --lr 2e-3)
       ;;
     tinymim)
@@ -122,7 +122,7 @@ tune() { # tune probe|finetune ROW SEED: what labels make of the image tower
   case $1 in
     probe) words=(--no-augment --steps 500 --lr 1e-2) ;;
     finetune)
-      words=("${views[@]}" --flip 0 --sides 64 --base-side 64 --no-range-augment --ema-decay None --clip-norm None
+      words=("${views[@]}" --flip 0 --sides 48 --base-side 48 --no-range-augment --ema-decay None --clip-norm None
         --warmup-lr None --steps "$TUNE_STEPS" --lr 1e-3)
       ;;
   esac

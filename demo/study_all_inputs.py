@@ -2,7 +2,7 @@
 """What `make study-all` trains and measures on: descriptions of its models, and small copies of the labelled images.
 
 python demo/study_all_inputs.py models REAL OUT     descriptions below OUT/models, with the byte pairs of `make real`
-python demo/study_all_inputs.py images WEB OUT      OUT/labelled and OUT/heldout, the shorter side 96 px
+python demo/study_all_inputs.py images WEB OUT      OUT/labelled and OUT/heldout, the shorter side 64 px
 """
 
 import json
@@ -14,10 +14,11 @@ from typing import Any
 from shards_spec.files import DataError
 from shards_spec.images import decode_rgb
 
-SIDE = 64  # px of all models but the teacher of `make real`
-PATCH = 16
+SIDE = 48  # px of transformers
+PATCH = 8
+CONVOLVED_SIDE = 64  # px of MobileCLIP and SiCLIP, which halve it five times
 EMBED = 128
-MEASURED_SIDE = 96  # px of the shorter side of images that are measured on, as the largest model of the study takes
+MEASURED_SIDE = 64  # px of the shorter side of images that are measured on, as the largest model of the study takes
 HALF = [0.5, 0.5, 0.5]
 # layers and width of a CLIP's image tower and of its text tower; the student is what TinyCLIP makes of the large one
 PLAIN = {"student": ((4, 96), (2, 96)), "large": ((6, 128), (2, 128))}
@@ -46,7 +47,7 @@ def mobile_clip(name: str, text: dict[str, Any]) -> dict[str, Any]:
     tower, share = TOWERS[name]
     image = {"timm_model_name": tower, "timm_model_pretrained": False, "timm_pool": "avg", "timm_proj": None}
     sizes = {"tower": "mct", "width": 96, "heads": 3, "layers": 4, "kernel_size": 11, "share": share}
-    dropped = {"timm_drop": 0.0, "timm_drop_path": 0.0, "image_size": SIDE}
+    dropped = {"timm_drop": 0.0, "timm_drop_path": 0.0, "image_size": CONVOLVED_SIDE}
     return {"embed_dim": EMBED, "vision_cfg": image | dropped, "text_cfg": text | sizes, "custom_text": True}
 
 
@@ -62,7 +63,7 @@ def write_models(real: Path, out: Path) -> None:
         write_json(out / name / "open_clip_config.json", config)
         shutil.copyfile(real / "models/bpe.txt.gz", out / name / "bpe.txt.gz")
     (depth, width), _ = PLAIN["student"]
-    sizes = {"img_size": SIDE, "embed_dim": width, "depth": depth, "num_heads": width // HEAD}
+    sizes = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": width, "depth": depth, "num_heads": width // HEAD}
     views = {"input_size": [3, SIDE, SIDE], "mean": HALF, "std": HALF, "crop_pct": 1.0, "interpolation": "bicubic"}
     for name, (architecture, options) in TIMM.items():
         model = {"architecture": architecture, "num_classes": 0, "model_args": sizes | options, "pretrained_cfg": views}
