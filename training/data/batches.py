@@ -78,6 +78,7 @@ def load_batches(
     sides: Iterable[int | None] | None = None,
     as_bytes: bool = False,
     prefetch: bool = True,
+    skip_empty: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yield one batch per range of positions, in order.
 
@@ -92,6 +93,8 @@ def load_batches(
         sides: Side of each batch's images in pixels; None is the student's own.
         as_bytes: Leave images as uint8 instead of normalised floats.
         prefetch: On CUDA, copy each batch while the one before it is used.
+        skip_empty: Leave out a batch of which no row can be used, which is an error otherwise: a measurement goes on,
+            a training step needs its batch.
 
     Yields:
         ``images`` (B, 3, S, S) float32 normalised, or uint8; ``positions`` (B,); ``keys`` and ``epochs``; the other
@@ -100,13 +103,15 @@ def load_batches(
         ``blank``, the keys of rows with an empty text, of which the first is logged.
 
     Raises:
-        DataError: A file is damaged, or no row of a batch can be used.
+        DataError: A file is damaged, or no row of a batch can be used without ``skip_empty``.
         UserError: A file or folder cannot be used.
     """
     lists_of_pieces = _read_batches(rows, zip(positions, sides or repeat(None), strict=False), workers, device)
     if prefetch and device.startswith("cuda"):
         lists_of_pieces = _copied_ahead(lists_of_pieces, device)
     for pieces in lists_of_pieces:
+        if skip_empty and not any("positions" in piece for piece in pieces):
+            continue
         batch = _join(pieces, rows.student, as_bytes)
         pieces.clear()  # joined they are copies: the step has their memory
         yield batch

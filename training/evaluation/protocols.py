@@ -77,8 +77,7 @@ def measure_task(config: EvalConfig, loaded: LoadedModel, data: EvalSet, task: s
     """
     bf16 = config.precision == "bf16"
     if task == "classification":
-        metrics, samples = measure_classifier(loaded, data.root, device, bf16)
-        return Measurement(metrics, samples, skipped=0)
+        return Measurement(*measure_classifier(loaded, data.root, device, bf16, config.batch_size))
     encoder = Encoder(loaded, config.batch_size, device, bf16)
     if task == "zeroshot":
         scores, labels = zeroshot_scores(encoder, data)

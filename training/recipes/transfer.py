@@ -25,7 +25,7 @@ from training.data.labelled_images import open_train_and_test
 from training.data.labelled_rows import FeatureRows, LabelledImageRows, subset
 from training.data.samples import batch_plan
 from training.engine.optim import ParamGroup
-from training.evaluation.classification import batch_ranges, classification_metrics, plain_rows
+from training.evaluation.classification import batch_ranges, classification_metrics, no_image_decodes, plain_rows
 from training.losses.soft_labels import target_cross_entropy
 from training.models.class_teacher import load_class_teacher
 from training.models.classifier import Classifier, class_heads, init_head
@@ -325,13 +325,19 @@ def transfer_head(
 
 @torch.no_grad()
 def feature_rows(rows: LabelledImageRows, device: str, workers: int) -> FeatureRows:
-    """Return the features of the plain crops of all ``rows``, in fp32. Images that do not decode are left out."""
+    """Return the features of the plain crops of all ``rows``, in fp32. Images that do not decode are left out.
+
+    Raises DataError when none decodes.
+    """
     device = pick_device(device)
     features = list[Tensor]()
     labels = list[Tensor]()
     model = rows.student.model.to(device)
-    for batch in load_batches(rows, batch_ranges(len(rows.chosen)), workers=workers, device=device):
+    positions = batch_ranges(len(rows.chosen))
+    for batch in load_batches(rows, positions, workers=workers, device=device, skip_empty=True):
         features.append(model.encode_image(batch["images"]).float().cpu())
         labels.append(batch["targets"].cpu())
     model.to("cpu")
+    if not labels:
+        raise no_image_decodes(rows)
     return FeatureRows(torch.cat(features), torch.cat(labels), rows.student, rows.plan)

@@ -11,7 +11,7 @@ from small_data import draw, tiny_coca
 from small_training import train_short, write_retrieval
 
 from shards_spec import imagenet
-from shards_spec.files import UserError
+from shards_spec.files import DataError, UserError
 from training.data.labelled_images import open_images
 from training.evaluation import protocols
 from training.evaluation.clip_benchmark import read_classes
@@ -223,6 +223,29 @@ def test_a_classifiers_features_are_probed_and_its_texts_are_not_asked_for(label
     assert protocols.chosen_task(EvalConfig("any", ("x",)), classifier, labelled) == "classification"
     with pytest.raises(UserError, match="--task zeroshot needs texts"):
         protocols.chosen_task(EvalConfig("any", ("x",), task="zeroshot"), classifier, labelled)
+
+
+def test_images_that_do_not_decode_are_left_out_of_a_classifiers_measurement_and_counted(labelled):
+    """Even where they are the whole of a batch, as every other protocol has it."""
+    classifier = new_classifier("timm:test_vit", 3, pretrained=None, seed=0)
+    classifier.model.names = ["apple", "bear", "cat"]
+    config = EvalConfig("any", (labelled,), batch_size=3)
+
+    def measured(task):
+        return protocols.measure_task(config, classifier, protocols.EvalSet(labelled, "set"), task, "cpu")
+
+    whole = measured("classification")
+    assert (whole.samples, whole.skipped) == (9, 0)
+    for number in range(3):
+        Path(labelled, "test", "apple", f"{number}.jpg").write_bytes(b"no image")
+    for task in ("classification", "knn"):
+        some = measured(task)
+        assert (some.samples, some.skipped) == (6, 3), task
+        assert 6 * some.metrics["acc1"] == pytest.approx(round(6 * some.metrics["acc1"])), task
+    for path in Path(labelled, "test").glob("*/*.jpg"):
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"none of 9 images decodes, first .*apple.0.jpg; download the set again"):
+        measured("classification")
 
 
 def test_many_models_and_many_sets(run, labelled, tmp_path, capsys):

@@ -198,7 +198,7 @@ def test_transfer_learns_colours(recipe, fields, run, tmp_path):
     fields |= {"scale": (0.7, 1.0)} if fields.get("augment", True) else {}
     out = train(recipe, small(recipe, data=images, model=run, out=str(tmp_path / recipe), **fields))
     assert read_metrics(out)[-1]["eval"]["acc1"] >= 0.8
-    assert measure_classifier(load_run(out)[0], images, "cpu", False) == (read_metrics(out)[-1]["eval"], 24)
+    assert measure_classifier(load_run(out)[0], images, "cpu", False) == (read_metrics(out)[-1]["eval"], 24, 0)
     with pytest.raises(UserError, match="has other classes than the model"):
         measure_classifier(load_run(run)[0], images, "cpu", False)
     before, after = load_run(run)[0].model.state_dict(), load_run(out, raw=True)[0].model

@@ -56,7 +56,7 @@ def test_it_is_tuned_resumed_measured_and_exported(name, images, models, tmp_pat
     assert_same_run(out, again)
     loaded, _ = load_run(out)
     assert loaded.model.name == f"timm:{TUNED[name]}"
-    assert measure_classifier(loaded, images, "cpu", False) == (read_metrics(out)[-1]["eval"], 8)
+    assert measure_classifier(loaded, images, "cpu", False) == (read_metrics(out)[-1]["eval"], 8, 0)
     export(ExportConfig(out, str(tmp_path / "to")))
     exported = timm.create_model(f"local-dir:{tmp_path}/to", pretrained=True).eval()
     for side in (32, 64):
