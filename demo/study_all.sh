@@ -27,7 +27,7 @@ large=(--teacher large --teacher-weights "local-dir:$STUDY/models/large-trained"
 images=(--data "$KINDS" --batch-size 64)
 tower=(--model "timm:local-dir:$STUDY/models/tower")
 # what a teacher that is not as small as its student says: features as they are, at the scale that it learned
-affine=(--fixed-logit-scale None --feature-weight 2)
+affine=(--fixed-logit-scale None --feature-weight 10)
 # Masks overshoot what is asked for, which is meant to end at the student's 58 % fewer weights in blocks, as the stages
 masks=(--inherit auto --mask-lr 0.05)
 HALF=$(((STEPS + 1) / 2))
