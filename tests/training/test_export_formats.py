@@ -13,9 +13,9 @@ from PIL import Image
 from small_training import tiny_clip, train_short, write_retrieval
 
 from shards_spec.files import UserError
-from shards_spec.models import load_model
+from shards_spec.models import load_model, weights_sha256
 from training.export import ExportConfig, export, to_open_clip, to_timm, to_transformers
-from training.export.card import result_lines
+from training.export.card import ExportedWeights, result_lines
 from training.export.comparison import compare, encoders_of
 from training.export.plain_vit import check_plain_text, check_plain_vit
 from training.export.probe import noise, read_probe
@@ -245,13 +245,46 @@ def test_the_card_has_the_results_that_eval_wrote_elsewhere(run, tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result))
     folders = (str(tmp_path / "one"), str(tmp_path / "several"))
-    lines = result_lines(ExportConfig(run, str(tmp_path / "to"), results=folders), 2)
+    weights = ExportedWeights(2, "sha")
+    lines = result_lines(ExportConfig(run, str(tmp_path / "to"), results=folders), weights)
     assert lines == ["- birds, acc1: 0.7500", "- fish, acc1: 0.7500"]
-    with pytest.raises(UserError, match=r"--results .*others: no result of step 2 of "):
+    with pytest.raises(UserError, match=r"--results .*others: no result of these weights \(step 2 of "):
         export(ExportConfig(run, str(tmp_path / "to"), results=(*folders, str(tmp_path / "others"))))
     assert not (tmp_path / "to").exists()
     export(ExportConfig(run, str(tmp_path / "to"), results=folders))
     assert "- fish, acc1: 0.7500\n" in (tmp_path / "to" / "README.md").read_text()
+
+
+def test_the_card_has_the_scores_of_its_own_weights_wherever_they_were_measured(run, tmp_path, monkeypatch):
+    """An average's, not the raw weights' of the same step; of a run that was named by another path since."""
+    moved = shutil.copytree(run, tmp_path / "moved")
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(config | {"ema_decay": 0.5}))
+    path = moved / "checkpoints" / "step_000002.pt"
+    state = torch.load(path, weights_only=False)
+    state["ema"] = {"logit_scale": torch.tensor(1.0)}
+    torch.save(state, path)
+    Path(f"{path}.sha256").unlink()
+    of_step = json.dumps({"step": 2, "eval": {"acc1": 0.9}})
+    (moved / "metrics.jsonl").write_text(of_step + "\n")
+    measured = {}
+    for name, value in (("average", 0.75), ("raw", 0.25)):
+        student, step = load_run(str(moved), raw=name == "raw")
+        measured[name] = ExportedWeights(step, weights_sha256(student.model))
+        result = {"dataset": "birds", "metrics": {"acc1": value}, "step": 2, "pretrained": "elsewhere/run"}
+        result["measured_with"] = {"weights_sha256": measured[name].sha256}
+        for folder in (moved / "eval", tmp_path / "out" / name):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.json").write_text(json.dumps(result))
+    assert measured["average"].sha256 != measured["raw"].sha256
+    options = {"results": (str(tmp_path / "out"),)}
+    lines = result_lines(ExportConfig(str(moved), "to", **options), measured["average"])
+    assert lines == ["- eval_data, acc1: 0.9000", "- birds, acc1: 0.7500"]
+    assert result_lines(ExportConfig(str(moved), "to", raw=True, **options), measured["raw"]) == [
+        "- birds, acc1: 0.2500"
+    ]
+    with pytest.raises(UserError, match="no result of these weights"):
+        result_lines(ExportConfig(str(moved), "to", results=(str(tmp_path / "out" / "raw"),)), measured["average"])
 
 
 def test_probes_of_datasets(run, tmp_path):

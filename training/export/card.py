@@ -94,7 +94,7 @@ def card(name: str, exported: ExportedModel, config: ExportConfig) -> str:
     if exported.step is not None:
         parts += ["", "## Training", "", *_training_lines(config.run, exported.step)]
         parts += ["", "## Results", "", *exported.results]
-    parts += ["", "## Checked", "", *_comparison_lines(exported.comparison, config)]
+    parts += ["", "## Checked", "", *_comparison_lines(exported, config)]
     parts += ["", "## License", "", f"{config.license}"]
     return "\n".join(parts) + "\n"
 
@@ -189,41 +189,62 @@ def _counts(root: str) -> str:
     return ""
 
 
-def result_lines(config: ExportConfig, step: int) -> list[str]:
-    """Return what this step's weights scored, by the run itself and by `clipmill eval`, in Markdown.
+@dataclass(frozen=True)
+class ExportedWeights:
+    """What is exported, as results of evaluations know it.
 
-    Raises UserError for a folder of ``--results`` that has nothing of this step.
+    Attributes:
+        step: Of its checkpoint.
+        sha256: Of the run's student, see `weights_sha256`, before anything is fused or cut.
+    """
+
+    step: int
+    sha256: str
+
+
+def result_lines(config: ExportConfig, weights: ExportedWeights) -> list[str]:
+    """Return what these weights scored, by the run itself and by `clipmill eval`, in Markdown.
+
+    Raises UserError for a folder of ``--results`` that has nothing of them.
     """
     rows = list[ResultRow]()
-    for line in _metrics(config.run):
-        if line.get("step") == step:
-            rows += [("eval_data", name, value) for name, value in line.get("eval", {}).items()]
-    rows += _read_results(join(config.run, "eval"), step)
+    if not (config.raw and RunFolder(config.run).config().get("ema_decay")):  # a run measures its average
+        for line in _metrics(config.run):
+            if line.get("step") == weights.step:
+                rows += [("eval_data", name, value) for name, value in line.get("eval", {}).items()]
+    rows += _read_results(join(config.run, "eval"), weights)
     for folder in config.results:
         places = [folder, *(join(folder, name) for name in names(folder) if not name.endswith(".json"))]
-        own = list(chain.from_iterable(_read_results(place, step, config.run) for place in places))
+        own = list(chain.from_iterable(_read_results(place, weights, config.run) for place in places))
         if not own:
             raise UserError(
-                f"--results {folder}: no result of step {step} of {config.run} in it; name the folder that `clipmill "
-                "eval --output` was given"
+                f"--results {folder}: no result of these weights (step {weights.step} of {config.run}) in it; name the "
+                "folder that `clipmill eval --output` was given, with --raw or --best as here"
             )
         rows += own
     if not rows:
         return [
-            "This step was not evaluated; `clipmill eval RUN --data EVAL` before the export puts results here, and "
-            "--results FOLDER those of `eval --output FOLDER`."
+            "These weights were not evaluated; `clipmill eval RUN --data EVAL` before the export puts results here, "
+            "and --results FOLDER those of `eval --output FOLDER`."
         ]
     return [f"- {dataset}, {metric}: {value:.4f}" for dataset, metric, value in dict.fromkeys(rows)]
 
 
-def _read_results(folder: str, step: int, run: str | None = None) -> list[ResultRow]:
-    """Dataset, metric and value of the results of a step in a folder; where a run is named, of no other one."""
+def _read_results(folder: str, weights: ExportedWeights, run: str | None = None) -> list[ResultRow]:
+    """Dataset, metric and value of the results of these weights in a folder.
+
+    Results know the hash of their weights, wherever the run lies; those of earlier versions, only step and run.
+    """
     rows = list[ResultRow]()
     for name in names(folder):
         with suppress(OSError, DataError, UserError, KeyError, TypeError, AttributeError):
             found = read_json(join(folder, name)) if name.endswith(".json") else {}
-            is_runs = run is None or os.path.realpath(found["pretrained"]) == os.path.realpath(run)
-            if is_runs and found["step"] == step:
+            if sha256 := found.get("measured_with", {}).get("weights_sha256"):
+                is_own = sha256 == weights.sha256
+            else:
+                is_runs = run is None or os.path.realpath(found["pretrained"]) == os.path.realpath(run)
+                is_own = is_runs and found["step"] == weights.step
+            if is_own:
                 rows += [(found["dataset"], metric, value) for metric, value in found["metrics"].items()]
     return rows
 
@@ -237,8 +258,10 @@ def _metrics(path: str) -> list[dict[str, Any]]:
     return lines
 
 
-def _comparison_lines(comparison: Comparison, config: ExportConfig) -> list[str]:
+def _comparison_lines(exported: ExportedModel, config: ExportConfig) -> list[str]:
     """How the export, loaded back, compares with the student."""
+    comparison = exported.comparison
+    answer = "class" if isinstance(exported.student.model, Classifier) else "text"
     probe = "noise" if config.check is None else f"samples of {_base_name(config.check)}"
     lines = [f"Loaded back and compared with the student on {probe}:", ""]
     lines.append(f"- smallest cosine of an image's features: {comparison.image_cosine:.4f}")
@@ -246,6 +269,6 @@ def _comparison_lines(comparison: Comparison, config: ExportConfig) -> list[str]
         lines.append(f"- smallest cosine of a text's features: {comparison.text_cosine:.4f}")
     if comparison.agreement is not None and comparison.accuracy is not None:
         before, after = comparison.accuracy
-        lines.append(f"- same best text: {comparison.agreement:.1%}")
-        lines.append(f"- own text is the best: {before:.1%} before, {after:.1%} after")
+        lines.append(f"- same best {answer}: {comparison.agreement:.1%}")
+        lines.append(f"- own {answer} is the best: {before:.1%} before, {after:.1%} after")
     return lines

@@ -10,9 +10,9 @@ from rich.table import Table
 
 from shards_spec.display import shown
 from shards_spec.files import UserError
-from shards_spec.models import TIMM, LoadedModel
+from shards_spec.models import TIMM, LoadedModel, weights_sha256
 from training.export import to_onnx, to_open_clip, to_timm, to_transformers
-from training.export.card import ExportedModel, result_lines, write_card
+from training.export.card import ExportedModel, ExportedWeights, result_lines, write_card
 from training.export.comparison import (
     Comparison,
     Encoders,
@@ -55,12 +55,12 @@ FORMATS: dict[Format, FormatFunctions] = {
 def export(config: ExportConfig) -> None:
     """Write the folder, load it back, compare features, and write the card.
 
-    Raises UserError when the run has no checkpoint, its step none of the results that are named, its student does not
-    fit the format, the folder has another model, or the loaded copy computes something else.
+    Raises UserError when the run has no checkpoint, its weights none of the results that are named, its student does
+    not fit the format, the folder has another model, or the loaded copy computes something else.
     """
     student, step = _load(config)
     origin = config.run if step is None else f"step {step} of {config.run}"
-    results = [] if step is None else result_lines(config, step)
+    results = [] if step is None else result_lines(config, ExportedWeights(step, weights_sha256(student.model)))
     folder = Path(config.to).resolve()
     if is_pruned(student.model) and masks_of(student.model):
         log.info("%s still has masks: what is exported is the student cut to them", origin)
@@ -100,7 +100,9 @@ def _load(config: ExportConfig) -> tuple[LoadedModel, int | None]:
 
 def print_comparison(comparison: Comparison, models: dict[str, Encoders], probe: Probe) -> None:
     """Print speeds of both models, and what they differ by."""
-    table = Table("model", "own text is best", "images/s", "texts/s", title="one image or text at a time, in this run")
+    answer = "class" if any(encoders.is_classifier for encoders in models.values()) else "text"
+    heads = ("model", f"own {answer} is best", "images/s", "texts/s")
+    table = Table(*heads, title="one image or text at a time, in this run")
     shares = comparison.accuracy or (None, None)
     for (name, encoders), share in zip(models.items(), shares, strict=True):
         speed = measure_speed(encoders, probe)
@@ -110,5 +112,5 @@ def print_comparison(comparison: Comparison, models: dict[str, Encoders], probe:
     text = "" if comparison.text_cosine is None else f", of a text {comparison.text_cosine:.6f}"
     agreement = ""
     if comparison.agreement is not None and comparison.accuracy is not None:  # of noise it would mean nothing
-        agreement = f", same best text for {comparison.agreement:.1%} of the images"
+        agreement = f", same best {answer} for {comparison.agreement:.1%} of the images"
     print(shown(f"smallest cosine of an image {comparison.image_cosine:.6f}{text}{agreement}"))
