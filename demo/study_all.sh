@@ -103,7 +103,8 @@ teacher() { # teacher NAME, of which students inherit or by which they are taugh
 }
 cache_of_large() {
   clipmill export "$STUDY/teachers/large" --to "$STUDY/models/large-trained" &&
-    clipmill cache "$ROOT" --model "local-dir:$STUDY/models/large-trained" --name large --views 2 "${views[@]}" --flip 0
+    clipmill cache "$ROOT" --model "local-dir:$STUDY/models/large-trained" --name large --views 2 "${views[@]}" --flip 0 \
+      --overwrite # of an earlier study
 }
 last_stage() { # last_stage ROW SEED: the RUN of its student
   echo "$STUDY/rows/$1-$2$([ "$1" = stages ] && echo /stage-2)"
