@@ -127,6 +127,10 @@ def test_an_export_that_computes_something_else_is_an_error(run, tmp_path, monke
     monkeypatch.setattr("training.export.stage.compare", lambda *_: Comparison(1e-3, 1.0, 1.0, 1.0, None))
     with pytest.raises(UserError, match=r"differ by 0\.001"):
         export(ExportConfig(run, str(tmp_path / "to")))
+    assert not (tmp_path / "to" / "open_clip_config.json").exists()  # it loads as nothing
+    monkeypatch.undo()
+    export(ExportConfig(run, str(tmp_path / "to")))
+    assert largest_difference(load_run(run)[0], load_model(f"local-dir:{tmp_path / 'to'}")) == 0
 
 
 def test_compare_sees_another_model(run, tmp_path):

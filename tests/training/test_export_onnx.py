@@ -142,6 +142,10 @@ def test_what_is_missing_or_damaged_is_named(folder, run, tmp_path, monkeypatch)
         load_onnx(str(tmp_path))
     with pytest.raises(UserError, match=r"--opset 7: must be 18 to \d+"):
         export(ExportConfig(run, str(tmp_path / "to"), format="onnx", opset=7))
+    newest = onnx.defs.onnx_opset_version()
+    with pytest.raises(UserError, match=rf"--opset {newest}: onnxruntime .* does not read it .*; give a lower --opset"):
+        export(ExportConfig(run, str(tmp_path / "to"), format="onnx", opset=newest))
+    assert not (tmp_path / "to").exists()
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / "text.onnx").write_bytes(b"no graph")
     with pytest.raises(DataError, match=r"text.onnx cannot be read by onnxruntime"):

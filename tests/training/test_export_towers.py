@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import onnx
 import pytest
+import timm
+import torch
 from small_catlip import TINY, write_folders
 from small_training import tiny_config, write_packed
 
@@ -16,11 +19,11 @@ from training.evaluation.config import EvalConfig
 from training.evaluation.features import load_embedding_model
 from training.evaluation.stage import evaluate
 from training.export import ExportConfig, export, to_onnx, to_timm
-from training.export.comparison import compare, encoders_of
+from training.export.comparison import Encoders, compare, encoders_of
 from training.export.onnx_int8 import quantize
 from training.export.onnx_model import load_onnx
-from training.export.probe import noise, read_probe
-from training.models.classifier import new_classifier
+from training.export.probe import Probe, noise, read_probe
+from training.models.classifier import load_timm_classifier, new_classifier
 from training.trainer import train
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
@@ -134,6 +137,88 @@ def test_a_folder_of_timms_with_a_vocabulary(tmp_path):
     assert (same.agreement, same.accuracy) == (1, None)
     assert same.difference < 1e-5
     assert "from the timm model timm." in (tmp_path / "onnx" / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def timm_folders(tmp_path_factory):
+    """Folders of timm's: with a vocabulary of five synsets, and without labels."""
+    folder = tmp_path_factory.mktemp("timm")
+    rows = tuple((f"n{number:08d}", f"thing_{number}", 1, 1) for number in range(5))
+    options = {"embed_dim": 64, "num_heads": 2, "depth": 2}
+    catlip = new_classifier(TINY, 5, vocabulary=Vocabulary(rows, {"source": "original"}), options=options)
+    for name, student in (("catlip", catlip), ("mim", small_vit(1))):
+        to_timm.write(folder / name, student, ExportConfig("run", str(folder / name), format="timm"))
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_overwrite_leaves_nothing_of_the_former_model(timm_folders, tmp_path):
+    """Its classes would be taken for those of the new one."""
+    to = shutil.copytree(timm_folders / "catlip", tmp_path / "to")
+    (to / "README.md").write_text("of CatLIP")
+    former = contents(to)
+    config = ExportConfig(f"timm:local-dir:{timm_folders / 'mim'}", str(to), format="timm")
+    for kind in ("timm", "onnx"):
+        with pytest.raises(UserError, match=r"is vocabulary"):
+            export(dataclasses.replace(config, format=kind))
+    assert contents(to) == former
+    export(dataclasses.replace(config, overwrite=True))
+    assert set(contents(to)) == {"config.json", "model.safetensors", "classifier.json", "README.md"}
+    assert "of CatLIP" not in (to / "README.md").read_text()
+
+
+def test_a_vocabulary_of_another_model_is_refused(timm_folders, tmp_path):
+    folder = shutil.copytree(timm_folders / "mim", tmp_path / "mim")
+    shutil.copy(timm_folders / "catlip" / "vocabulary.tsv", folder)
+    with pytest.raises(UserError, match=r"vocabulary.tsv has 5 synsets, and the model beside it 1 class: .*delete it"):
+        load_timm_classifier(f"timm:local-dir:{folder}")
+
+
+def test_the_models_own_folder_and_a_run_are_never_written_to(timm_folders, run, tmp_path):
+    source = timm_folders / "mim"
+    (tmp_path / "link").symlink_to(source)
+    former = contents(source)
+    for to in (source, tmp_path / "link"):
+        with pytest.raises(UserError, match=r"is the folder of the model itself"):
+            export(ExportConfig(f"timm:local-dir:{source}", str(to), format="onnx", overwrite=True))
+    with pytest.raises(UserError, match=r"is the folder of the model itself"):
+        export(ExportConfig(run, run, overwrite=True))
+    assert contents(source) == former
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "config.json").write_text('{"recipe": "clip"}')
+    (tmp_path / "stages" / "stage-1").mkdir(parents=True)
+    for to in (unfinished, tmp_path / "stages"):
+        with pytest.raises(UserError, match=r"is a RUN; name a folder of its own"):
+            export(ExportConfig(f"timm:local-dir:{source}", str(to), overwrite=True))
+    assert set(contents(unfinished)) == {"config.json"}
+
+
+@pytest.mark.parametrize("size", [(1, 160, 160), (3, 64, 32)])
+def test_images_that_are_not_square_or_not_rgb_are_refused(size, tmp_path):
+    """Before torch translates anything."""
+    trunk = timm.create_model("test_vit", num_classes=2, in_chans=size[0])
+    trunk.pretrained_cfg = trunk.pretrained_cfg | {"input_size": size}
+    timm.models.save_for_hf(trunk, tmp_path / "model", model_args={"in_chans": size[0]}, safe_serialization=True)
+    reason = r"its input is {} x {} x {}".format(*size)
+    with pytest.raises(UserError, match=rf"does not take square RGB images \({reason}\)"):
+        export(ExportConfig(f"timm:local-dir:{tmp_path / 'model'}", str(tmp_path / "to"), format="onnx"))
+    assert not (tmp_path / "to").exists()
+
+
+def test_large_logits_are_compared_by_their_size():
+    """Rounding grows with them; a difference of another kind does not pass."""
+    student = small_vit(3)
+    pixels = noise(student).pixels
+    for scale, expected in ((1e4, 1e-6), (0.5, 5e-7)):
+        logits = torch.nn.functional.normalize(torch.randn(len(pixels), 3)) * scale
+        logits[0] = torch.tensor([scale, 0, 0])
+        ours, theirs = ((lambda images, found=found: found[: len(images)]) for found in (logits, logits * (1 + 1e-6)))
+        found = compare(Encoders(ours, None, True), Encoders(theirs, None, True), Probe(pixels, []))
+        assert found.difference == pytest.approx(expected, rel=0.2)
 
 
 def test_tied_weights_are_stored_once(tmp_path):

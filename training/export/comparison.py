@@ -16,7 +16,7 @@ from shards_spec.models import LoadedModel
 from training.export.probe import Probe, noise
 from training.models.classifier import Classifier
 
-# per dtype: largest difference of a feature of unit length (of a logit for a classifier), smallest cosine
+# per dtype: largest difference of a feature of unit length (of a logit, as `Comparison` has it), smallest cosine
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2}
 MIN_COSINE = {"fp32": 0.9999, "fp16": 0.999}
 BATCH = 16
@@ -39,7 +39,8 @@ class Comparison:
     """What a student and its export differ by.
 
     Attributes:
-        difference: The largest absolute difference of a feature.
+        difference: The largest absolute difference of a feature. That of a classifier's logits, which can be of any
+            size, is divided by the largest one where it is above 1.
         image_cosine: The smallest cosine of two features of one image.
         text_cosine: The same of a text; None without a text tower.
         agreement: The share of the images whose best text (or class) is the same; None without both.
@@ -88,6 +89,8 @@ def compare(student: Encoders, export: Encoders, probe: Probe) -> Comparison:
     images, texts = features(student, probe)
     their_images, their_texts = features(export, probe)
     difference = float((images - their_images).abs().max())
+    if student.is_classifier:
+        difference /= max(1.0, float(images.abs().max()))
     text_cosine = None
     if texts is not None and their_texts is not None:
         difference = max(difference, float((texts - their_texts).abs().max()))
@@ -112,7 +115,7 @@ def _scores(images: Tensor, texts: Tensor | None) -> Tensor | None:
 
 def check_same(comparison: Comparison, folder: Path, dtype: str) -> None:
     """Raise UserError when an export computes something else than its student."""
-    what = f"{folder}: loaded back, its features differ"
+    what = f"{folder}: loaded back, its outputs differ"
     if not comparison.difference <= TOLERANCE[dtype]:  # NaN is not
         raise UserError(f"{what} by {comparison.difference:.2g} (more than {TOLERANCE[dtype]:g}); do not use it")
     cosine = min(comparison.image_cosine, 1 if comparison.text_cosine is None else comparison.text_cosine)
@@ -145,5 +148,5 @@ def passes_per_second(
 
 
 def largest_difference(one: LoadedModel, other: LoadedModel) -> float:
-    """Return the largest absolute difference of two models' features, of eight images of noise and eight captions."""
+    """Return the largest difference of two models, as `Comparison` has it, of eight images of noise and captions."""
     return compare(encoders_of(one), encoders_of(other), noise(one)).difference

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from shards_spec.display import shown
 from shards_spec.files import UserError
-from shards_spec.models import TIMM, LoadedModel, weights_sha256
+from shards_spec.models import LOCAL_DIR, TIMM, LoadedModel, weights_sha256
 from training.export import to_onnx, to_open_clip, to_timm, to_transformers
 from training.export.card import ExportedModel, ExportedWeights, result_lines, write_card
 from training.export.comparison import (
@@ -27,6 +27,7 @@ from training.export.reparameterized import has_branches, reparameterized
 from training.models.classifier import Classifier, load_timm_classifier
 from training.models.tinyclip_convert import is_pruned
 from training.models.tinyclip_pruning import masks_of, materialise
+from training.runs.model_folder import check_no_run, remove_descriptions
 from training.runs.student import load_run
 
 log = logging.getLogger(__name__)
@@ -56,12 +57,14 @@ def export(config: ExportConfig) -> None:
     """Write the folder, load it back, compare features, and write the card.
 
     Raises UserError when the run has no checkpoint, its weights none of the results that are named, its student does
-    not fit the format, the folder has another model, or the loaded copy computes something else.
+    not fit the format, the folder is the student's own, a RUN or has another model, or the loaded copy computes
+    something else; the last leaves no description, so that nothing loads the folder.
     """
+    folder = Path(config.to).resolve()
+    _check_folder(folder, config)
     student, step = _load(config)
     origin = config.run if step is None else f"step {step} of {config.run}"
     results = [] if step is None else result_lines(config, ExportedWeights(step, weights_sha256(student.model)))
-    folder = Path(config.to).resolve()
     if is_pruned(student.model) and masks_of(student.model):
         log.info("%s still has masks: what is exported is the student cut to them", origin)
         materialise(student.model, student.config)
@@ -72,11 +75,16 @@ def export(config: ExportConfig) -> None:
     if config.reparameterize or (kind == "onnx" and has_branches(student)):
         written = reparameterized(student)
     functions.write(folder, written, config)
-    before, after = encoders_of(student), functions.load(folder, written, config)
-    comparison = compare(before, after, probe)
-    if config.int8 is None:
-        check_same(comparison, folder, config.dtype)
-    elif min(comparison.image_cosine, comparison.text_cosine or 1) < MIN_INT8_COSINE:
+    before = encoders_of(student)
+    try:
+        after = functions.load(folder, written, config)
+        comparison = compare(before, after, probe)
+        if config.int8 is None:
+            check_same(comparison, folder, config.dtype)
+    except BaseException:  # an interrupt too: a folder that was not compared must not count as an export
+        remove_descriptions(str(folder))
+        raise
+    if config.int8 is not None and min(comparison.image_cosine, comparison.text_cosine or 1) < MIN_INT8_COSINE:
         log.warning("%s: 8 bits change the features much; see the table, and try the other kind of --int8", folder)
     write_card(folder, ExportedModel(written, step, kind, functions.usage(written), results, comparison), config)
     if config.check is not None or kind == "onnx":
@@ -86,6 +94,16 @@ def export(config: ExportConfig) -> None:
     module = functions.needed_module(written)
     needs = "" if module is None else f"; {kind} needs `import {module}` for this architecture"
     log.info("%s: %s as %s, %s%s", folder, origin, kind, same, needs)
+
+
+def _check_folder(folder: Path, config: ExportConfig) -> None:
+    """Raise UserError for a folder that nothing may be written to, before anything takes time."""
+    source = Path(config.run.removeprefix(f"{TIMM}{LOCAL_DIR}"))
+    if source.exists() and source.resolve() == folder:
+        raise UserError(
+            f"--to {config.to} is the folder of the model itself, whose only weights may be there: name another folder"
+        )
+    check_no_run(str(folder))
 
 
 def _load(config: ExportConfig) -> tuple[LoadedModel, int | None]:

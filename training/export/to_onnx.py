@@ -34,7 +34,7 @@ from training.export.onnx_model import (
     onnxruntime,
 )
 from training.export.probe import Probe, noise, read_probe
-from training.models.classifier import Classifier, describe_classifier
+from training.models.classifier import Classifier, check_vocabulary, describe_classifier
 from training.runs.model_folder import write_models, write_open_clip_config
 
 USAGE = """Where Clipmill is installed:
@@ -131,9 +131,12 @@ def write(folder: Path, student: LoadedModel, config: ExportConfig) -> None:
     Of a CLIP these are image.onnx, text.onnx, tokenizer and preprocessing; of an image tower alone image.onnx, and what
     its classes are (classifier.json, vocabulary.tsv).
 
-    Raises UserError when a package is missing, torch cannot translate the student, or the folder has another model.
+    Raises UserError when a package is missing, torch cannot translate the student, onnxruntime does not read the opset,
+    or the folder has another model.
     """
     _check_packages(config)
+    if isinstance(student.model, Classifier) and not config.overwrite:
+        check_vocabulary(str(folder), student.model)
     probe = noise(student)
     graphs = _graphs(student, half=config.dtype == "fp16")
     with TemporaryDirectory() as local:
@@ -144,6 +147,8 @@ def write(folder: Path, student: LoadedModel, config: ExportConfig) -> None:
             opset = export_graph(
                 graph.tower.eval(), inputs, graph.input_name, path, opset=config.opset, outputs=graph.outputs
             )
+            if config.opset is not None:
+                _check_readable(path, config.opset)
         if config.int8 is not None:
             calibration = probe
             if config.calibrate is not None:
@@ -198,6 +203,21 @@ def _check_packages(config: ExportConfig) -> None:
         raise UserError(f"--opset {config.opset}: must be {MIN_OPSET} to {newest}, the newest that this onnx knows")
 
 
+def _check_readable(path: Path, opset: int) -> None:
+    """Raise UserError for a graph of operators that onnxruntime does not read, before it replaces anything."""
+    runtime = onnxruntime()
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is not run
+    options.log_severity_level = 3
+    try:
+        runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # it has a class of its own for each of its codes
+        raise UserError(
+            f"--opset {opset}: onnxruntime {runtime.__version__} does not read it ({short(error)}); give a lower "
+            "--opset"
+        ) from error
+
+
 def export_graph(
     tower: nn.Module,
     inputs: Tensor,
@@ -223,6 +243,7 @@ def export_graph(
         UserError: torch cannot translate the tower.
     """
     batch = torch.export.Dim("batch")
+    advice = f"use --format {'timm' if isinstance(tower, ImageOutputs) else 'open_clip'}"
     try:
         with _quiet(), torch.no_grad():
             program: Any = torch.onnx.export(
@@ -237,11 +258,11 @@ def export_graph(
             )
     except Exception as error:  # of torch.export, of the translation, of the optimiser: each has its own classes
         reason = f"torch {torch.__version__} cannot translate the student ({short(error)})"
-        raise UserError(f"--format onnx: {reason}; use --format open_clip") from error
+        raise UserError(f"--format onnx: {reason}; {advice}") from error
     if isinstance(program.model.graph.inputs[0].shape[0], int):
         raise UserError(
             f"--format onnx: torch fixes the batch size to the example's {len(inputs)}, since code of the model "
-            "reads it as a number; use --format open_clip"
+            f"reads it as a number; {advice}"
         )
     _strip(program.model)
     program.save(str(path))

@@ -18,7 +18,7 @@ from training.export.comparison import Encoders, encoders_of
 from training.export.config import ExportConfig
 from training.export.plain_vit import check_plain_vit
 from training.export.to_open_clip import as_dtype
-from training.models.classifier import Classifier, describe_classifier
+from training.models.classifier import Classifier, check_vocabulary, describe_classifier
 from training.models.mobileclip import FUSED
 from training.models.plain_vit import timm_clip_vit
 from training.runs.model_folder import write_model
@@ -50,6 +50,8 @@ def write(folder: Path, student: LoadedModel, config: ExportConfig) -> None:
     Raises UserError when the tower is none of timm's, or the folder has another model.
     """
     tower = _classifier(student) if isinstance(student.model, Classifier) else _image_tower(student)
+    if isinstance(student.model, Classifier) and not config.overwrite:
+        check_vocabulary(str(folder), student.model)
     write_tower(folder, tower, config)
     if isinstance(student.model, Classifier):
         describe_classifier(str(folder), student)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shards_spec.files import UserError, exists, join, read_json, write_json
 from shards_spec.library_errors import short
+from shards_spec.messages import counted
 from shards_spec.models import (
     LOCAL_DIR,
     NO_TRUST,
@@ -32,6 +33,7 @@ VOCABULARY = "vocabulary.tsv"
 FOLDER = f"{TIMM}{LOCAL_DIR}"
 OWN_OPTIONS = ("num_classes", "dynamic_img_size")
 HASH_BYTES = 32
+RGB = 3  # channels
 TOLERANCE = 1e-5  # largest difference of a logit of an exported model, float32 on the same CPU
 
 
@@ -206,10 +208,12 @@ def load_timm_classifier(model: str) -> LoadedModel:
         model: ``timm:local-dir:FOLDER``, or ``timm:NAME``.
 
     Raises:
-        UserError: There is no such model, its weights are missing, or its head is no linear layer.
+        UserError: There is no such model, its weights are missing, its head is no linear layer, it takes other images
+            than square RGB ones, or the vocabulary in its folder is another model's.
     """
     _timm()
     trunk = create_timm_model(model, pretrained=True)
+    _check_images(model, trunk)
     if not trunk.num_classes:
         trunk.reset_classifier(1)
     if not class_heads(trunk):
@@ -222,9 +226,35 @@ def load_timm_classifier(model: str) -> LoadedModel:
         vocabulary = read_vocabulary(stored) if exists(stored) else None
         named = read_json(join(folder, "config.json")).get("label_names")
         names = named if isinstance(named, list) and vocabulary is None else []
+        _check_count(stored, vocabulary, class_heads(trunk)[0].out_features)
     name = f"{TIMM}{trunk.pretrained_cfg['architecture']}"
     loaded = as_loaded(trunk)
     return replace(loaded, model=Classifier(name, trunk, vocabulary, names, stored_options(model)).eval())
+
+
+def _check_count(stored: str, vocabulary: Vocabulary | None, classes: int) -> None:
+    """Raise UserError for the vocabulary of another model, whose names its classes would get."""
+    if vocabulary is not None and len(vocabulary) != classes:
+        raise UserError(
+            f"{stored} has {counted(len(vocabulary), 'synset')}, and the model beside it "
+            f"{counted(classes, 'class', 'classes')}: it is another model's; delete it, or copy the folder again"
+        )
+
+
+@torch.no_grad()
+def _check_images(model: str, trunk: Any) -> None:
+    """Raise UserError for a timm model that does not take square RGB images, as all images here are prepared."""
+    channels, height, width = as_loaded(trunk).config["input_size"]
+    reason = ""
+    if channels != RGB or height != width:
+        reason = f"its input is {channels} x {height} x {width}"
+    else:
+        try:
+            trunk(torch.zeros(1, RGB, height, width))
+        except (RuntimeError, AssertionError, ValueError) as error:  # say, built with another in_chans or img_size
+            reason = short(error)
+    if reason:
+        raise UserError(f"{model!r} does not take square RGB images ({reason}); take another network")
 
 
 def class_heads(trunk: Any) -> tuple[nn.Linear, ...]:
@@ -269,21 +299,27 @@ def init_head(head: nn.Linear, std: float = 0.02) -> None:
     nn.init.zeros_(head.bias)
 
 
+def check_vocabulary(folder: str, model: Classifier) -> None:
+    """Raise UserError when a folder has another vocabulary than a classifier's."""
+    stored = join(folder, VOCABULARY)
+    if not exists(stored):
+        return
+    theirs = read_vocabulary(stored)
+    if model.vocabulary is None or theirs.sha256 != model.vocabulary.sha256:
+        raise UserError(
+            f"{stored} is vocabulary {theirs.sha256[:12]}{_first_synsets(theirs)}, asked for is "
+            f"{_vocabulary_name(model.vocabulary_sha256)}{_first_synsets(model.vocabulary)}: take the same again, "
+            "or another folder"
+        )
+
+
 def describe_classifier(folder: str, student: LoadedModel) -> None:
     """Write the files from which `load_classifier` rebuilds the student.
 
-    Raises UserError when the folder has another vocabulary, before anything is written.
+    Raises UserError when the folder has another vocabulary, before these are written.
     """
     model: Classifier = student.model
-    stored = join(folder, VOCABULARY)
-    if exists(stored):
-        theirs = read_vocabulary(stored)
-        if model.vocabulary is None or theirs.sha256 != model.vocabulary.sha256:
-            raise UserError(
-                f"{stored} is vocabulary {theirs.sha256[:12]}{_first_synsets(theirs)}, asked for is "
-                f"{_vocabulary_name(model.vocabulary_sha256)}{_first_synsets(model.vocabulary)}: take the same again, "
-                "or another folder"
-            )
+    check_vocabulary(folder, model)
     description = {
         "model": model.name,
         "classes": model.classes,
@@ -296,7 +332,7 @@ def describe_classifier(folder: str, student: LoadedModel) -> None:
         description["options"] = model.options
     write_json(join(folder, DESCRIPTION), description)
     if model.vocabulary is not None:
-        model.vocabulary.write(stored)
+        model.vocabulary.write(join(folder, VOCABULARY))
 
 
 def is_classifier(folder: str) -> bool:
