@@ -1,6 +1,7 @@
 """Features of an evaluation set: computed by one model, and kept beside the results for other tasks on the same set."""
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,16 +10,19 @@ from torch import Tensor
 
 from shards_spec.files import exists, is_url, join, read_bytes, sha256_bytes, sha256_json, write_bytes
 from shards_spec.folders import walk
+from shards_spec.library_errors import NO_JSON, short
 
 FOLDER = "features"
 TEXTS = ("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt")  # beside the splits
 REMOTE_STAMPS = ("size", "ETag", "etag", "md5", "mtime", "LastModified", "last_modified", "updated")
 HEADER_BYTES = 8  # of a safetensors file: the length of the JSON that follows
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """Tensors of one model in a folder; those of another model or other data are computed again.
+    """Tensors of one model in a folder; those of another model or other data, or damaged ones, are computed again.
 
     Attributes:
         folder: Where the files are; None: nothing is kept.
@@ -34,6 +38,7 @@ class FeatureCache:
         """Return what is kept under a name for data of that hash, else compute and keep it."""
         if self.folder is None:
             return compute()
+        from safetensors import SafetensorError
         from safetensors.torch import load, save
 
         path = join(self.folder, FOLDER, f"{name}.safetensors")
@@ -41,7 +46,10 @@ class FeatureCache:
         if exists(path):
             kept = read_bytes(path)
             if _metadata(kept) == identity:
-                return load(kept)
+                try:
+                    return load(kept)
+                except SafetensorError as error:
+                    log.warning("%s is damaged (%s); its features are computed again", path, short(error))
         tensors = compute()
         write_bytes(path, save(tensors, identity))
         return tensors
@@ -54,9 +62,10 @@ def _metadata(data: bytes) -> object:
     """The metadata of a safetensors file; None where it has none."""
     length = int.from_bytes(data[:HEADER_BYTES], "little")
     try:
-        return json.loads(data[HEADER_BYTES : HEADER_BYTES + length]).get("__metadata__")
-    except ValueError:  # a foreign file
+        header = json.loads(data[HEADER_BYTES : HEADER_BYTES + length])
+    except NO_JSON:  # a foreign file
         return None
+    return header.get("__metadata__") if isinstance(header, dict) else None
 
 
 def data_hash(root: str, split: str) -> str:

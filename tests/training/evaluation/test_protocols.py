@@ -185,6 +185,10 @@ def test_kept_features_are_those_of_one_model_and_one_set(tmp_path):
     assert [kept("b", "d", 3), kept("b", "e", 4), kept("b", "e", 5)] == [3, 4, 4]
     (tmp_path / "features" / "x.safetensors").write_bytes(b"\xff" * 20)
     assert kept("b", "e", 6) == 6
+    file = tmp_path / "features" / "x.safetensors"
+    for number, damaged in enumerate((file.read_bytes()[:-2], (2).to_bytes(8, "little") + b"[]"), 7):
+        file.write_bytes(damaged)
+        assert [kept("b", "e", number), kept("b", "e", 9)] == [number, number]
 
 
 def test_a_set_is_known_by_its_files(labelled):
