@@ -162,6 +162,41 @@ def test_what_is_missing_or_damaged_is_named(folder, run, tmp_path, monkeypatch)
     assert not (tmp_path / "to").exists()
 
 
+def test_a_folder_of_parts_of_others_is_told(folder, tmp_path):
+    """Each file that is missing, damaged, or of another export is named when the folder is loaded."""
+
+    def said(name, content):
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy)
+        if content is None:
+            (copy / name).unlink()
+        else:
+            (copy / name).write_bytes(content)
+        with pytest.raises((DataError, UserError)) as raised:
+            load_onnx(str(copy))
+        shutil.rmtree(copy)
+        assert str(raised.value).endswith("; export again, or copy the whole folder")
+        assert f"{copy}" in str(raised.value)
+        return str(raised.value)
+
+    described = json.loads((folder / "onnx_config.json").read_text())
+    assert "onnx_config.json is damaged: dtype is no string" in said("onnx_config.json", b"{}")
+    assert "onnx_config.json is damaged: dtype is no string" in said("onnx_config.json", b"[]")
+    assert "not a readable JSON file" in said("onnx_config.json", b"{")
+    assert "image.file is no string" in said("onnx_config.json", json.dumps(described | {"image": {}}).encode())
+    assert "text.file is no string" in said("onnx_config.json", json.dumps(described | {"text": 1}).encode())
+    assert "logit_scale is no number" in said("onnx_config.json", json.dumps(described | {"logit_scale": ""}).encode())
+    narrow = json.dumps(described | {"embed_dim": 4}).encode()
+    assert "image.onnx has features of width 16, the files beside it say 4" in said("onnx_config.json", narrow)
+    no_texts = json.dumps({key: value for key, value in described.items() if key != "text"}).encode()
+    assert "classifier.json is not there" in said("onnx_config.json", no_texts)
+    assert "open_clip_config.json is not there" in said("open_clip_config.json", None)
+    assert "model_cfg is no object" in said("open_clip_config.json", b"{}")
+    assert "bpe.txt.gz is not there" in said("bpe.txt.gz", None)
+    assert "its tokenizer cannot be read" in said("bpe.txt.gz", (folder / "bpe.txt.gz").read_bytes()[:100])
+    assert "image.onnx has no pixels (but tokens)" in said("image.onnx", (folder / "text.onnx").read_bytes())
+
+
 def test_it_is_evaluated_as_the_run_is(folder, run, tmp_path):
     data = (write_retrieval(tmp_path / "eval"),)
     found = [evaluate(EvalConfig((str(model),), data, output=str(tmp_path)))[0]["metrics"] for model in (run, folder)]

@@ -13,7 +13,7 @@ from small_catlip import TINY, write_folders
 from small_training import tiny_config, write_packed
 
 from pipeline.report.results import read_evaluations
-from shards_spec.files import UserError
+from shards_spec.files import DataError, UserError
 from shards_spec.vocab import Vocabulary
 from training.evaluation.config import EvalConfig
 from training.evaluation.features import load_embedding_model
@@ -103,6 +103,16 @@ def test_what_needs_texts_or_other_options_is_refused(folder, images, tmp_path):
         (tmp_path / "moved" / name).write_bytes((folder / name).read_bytes())
     with pytest.raises(UserError, match=r"image.onnx is not there; export again"):
         load_onnx(str(tmp_path / "moved"))
+    (tmp_path / "moved" / "image.onnx").write_bytes((folder / "image.onnx").read_bytes())
+    described = json.loads((folder / "classifier.json").read_text())
+    for changes, message in (
+        ({"classes": 3}, r"image.onnx has logits of width 2, the files beside it say 3: it is of another export"),
+        ({"image_size": 64}, r"image.onnx has pixels of width \d+, the files beside it say 64"),
+        ({"model": None}, r"classifier.json is damaged: model is no string; export again"),
+    ):
+        (tmp_path / "moved" / "classifier.json").write_text(json.dumps(described | changes))
+        with pytest.raises(DataError, match=message):
+            load_onnx(str(tmp_path / "moved"))
 
 
 def test_a_student_without_labels_gives_features_alone(tmp_path):
@@ -117,6 +127,12 @@ def test_a_student_without_labels_gives_features_alone(tmp_path):
     assert json.loads((tmp_path / "onnx_config.json").read_text())["classes"] is None
     assert not exported.model.has_classes
     assert exported.model(noise(student).pixels).shape == (8, 32)
+    path = tmp_path / "onnx_config.json"
+    described = json.loads(path.read_text())
+    path.write_text(json.dumps(described | {"image": described["image"] | {"output": "logits"}}))
+    with pytest.raises(DataError, match=r"image.onnx has no logits \(but features\), it is of another export"):
+        load_onnx(str(tmp_path))
+    path.write_text(json.dumps(described))
     assert ".encode_image(loaded" in to_onnx.usage(student)
 
 

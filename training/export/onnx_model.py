@@ -17,7 +17,8 @@ features     (B, D) float32 that the classes are told from, not of unit length
 """
 
 import hashlib
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from shards_spec.files import DataError, UserError, exists, read_json
 from shards_spec.library_errors import short
-from shards_spec.models import CONFIG_FILE, LOCAL_DIR, LoadedModel, load_tokenizer
+from shards_spec.models import BUILD_ERRORS, CONFIG_FILE, LOCAL_DIR, LoadedModel, load_tokenizer
 from shards_spec.vocab import read_vocabulary
 from training.models.classifier import DESCRIPTION as CLASSIFIER
 from training.models.classifier import VOCABULARY, Classifier
@@ -40,6 +41,9 @@ PIXELS = "pixels"
 TOKENS = "tokens"
 FEATURES = "features"
 LOGITS = "logits"
+JSON_TYPES = {str: "string", int: "number", float: "number", list: "array", dict: "object"}
+FIX = "export again, or copy the whole folder"
+CLASSIFIER_KEYS = {"model": str, "classes": int, "names": list, "image_size": int, "mean": list, "std": list}
 INSTALL = "install them with `pip install -c constraints.txt -e .[onnx]` (the extra clipmill[onnx])"
 
 
@@ -55,12 +59,33 @@ def graph_files(folder: str) -> list[Path]:
 
 
 def _description(folder: str) -> dict[str, Any]:
-    """What the folder says of its graphs. Raises UserError where it says nothing."""
+    """What the folder says of its graphs. Raises UserError where it says nothing, DataError where that is damaged."""
     path = Path(folder, DESCRIPTION)
     if not path.is_file():
         raise UserError(f"{path} is not there: {folder} is no folder of `clipmill export --format onnx`")
-    described: dict[str, Any] = read_json(str(path))
+    described = _read_object(path, {"dtype": str, "image": dict})
+    for tower in ("image", "text"):
+        if tower in described:
+            _check_keys(path, described[tower], {"file": str, "output": str}, f"{tower}.")
+    if "text" in described:
+        _check_keys(path, described, {"logit_scale": float})
     return described
+
+
+def _read_object(path: Path, keys: Mapping[str, type]) -> dict[str, Any]:
+    """A JSON object of an export with keys of these types. Raises UserError where it is not there, and DataError."""
+    if not path.is_file():
+        raise UserError(f"{path} is not there; {FIX}")
+    found: dict[str, Any] = read_json(str(path), fix=FIX)
+    _check_keys(path, found, keys)
+    return found
+
+
+def _check_keys(path: Path, found: object, keys: Mapping[str, type], prefix: str = "") -> None:
+    """Raise DataError where an object of a file lacks a key, or has it of another type."""
+    for key, kind in keys.items():
+        if not isinstance(found, dict) or not isinstance(found.get(key), (kind, int) if kind is float else kind):
+            raise DataError(f"{path} is damaged: {prefix}{key} is no {JSON_TYPES[kind]}; {FIX}")
 
 
 def _graphs_sha256(folder: str) -> Tensor:
@@ -96,20 +121,25 @@ class OnnxModel(nn.Module):
 
     Raises:
         UserError: onnxruntime is not installed, or the folder is no such export.
-        DataError: A graph is damaged.
+        DataError: A file is damaged, or of another export than the others.
     """
 
     def __init__(self, folder: str, threads: int = 0) -> None:
         super().__init__()
         self.folder = folder
         self.description = _description(folder)
-        described = read_json(str(Path(folder, CONFIG_FILE)))
+        path = Path(folder, CONFIG_FILE)
+        described = _read_object(path, {"model_cfg": dict, "preprocess_cfg": dict})
+        _check_keys(path, described["preprocess_cfg"], {"mean": list, "std": list}, "preprocess_cfg.")
         self.config: dict[str, Any] = described["model_cfg"]
         self.visual = _Tower(described["preprocess_cfg"])
-        self.tokenizer = load_tokenizer(f"{LOCAL_DIR}{folder}")
+        self.tokenizer = _tokenizer(folder)
         is_half = self.description["dtype"] == "fp16"
         self.image_session = _session(Path(folder, IMAGE_FILE), threads, is_half)
         self.text_session = _session(Path(folder, TEXT_FILE), threads, is_half)
+        widths = {FEATURES: self.description.get("embed_dim")}
+        _check_graph(self.image_session, Path(folder, IMAGE_FILE), PIXELS, self.visual.image_size, widths)
+        _check_graph(self.text_session, Path(folder, TEXT_FILE), TOKENS, self.tokenizer.context_length, widths)
         self.register_buffer("graphs_sha256", _graphs_sha256(folder))
         self.logit_scale = torch.tensor(float(self.description["logit_scale"])).log()  # as open_clip keeps it
 
@@ -142,7 +172,7 @@ class OnnxClassifier(Classifier):
     """
 
     def __init__(self, folder: str, threads: int = 0) -> None:
-        described = read_json(str(Path(folder, CLASSIFIER)))
+        described = _read_object(Path(folder, CLASSIFIER), CLASSIFIER_KEYS)
         stored = str(Path(folder, VOCABULARY))
         vocabulary = read_vocabulary(stored) if exists(stored) else None
         super().__init__(described["model"], nn.Identity(), vocabulary, described["names"], described.get("options"))
@@ -150,7 +180,12 @@ class OnnxClassifier(Classifier):
         self.described: dict[str, Any] = described
         self.description = _description(folder)
         is_half = self.description["dtype"] == "fp16"
-        self.image_session = _session(Path(folder, IMAGE_FILE), threads, is_half)
+        path = Path(folder, IMAGE_FILE)
+        self.image_session = _session(path, threads, is_half)
+        widths = {FEATURES: self.description.get("embed_dim")}
+        if self.description["image"]["output"] == LOGITS:
+            widths[LOGITS] = described["classes"]
+        _check_graph(self.image_session, path, PIXELS, described["image_size"], widths)
         self.register_buffer("graphs_sha256", _graphs_sha256(folder))
 
     @property
@@ -169,6 +204,39 @@ class OnnxClassifier(Classifier):
 
     def _compute(self, output: str, images: Tensor) -> Tensor:
         return _run(self.image_session, output, {PIXELS: images.float().cpu().numpy()})
+
+
+def _tokenizer(folder: str) -> Any:
+    """The tokenizer of a CLIP's export. Raises UserError and DataError."""
+    try:
+        return load_tokenizer(f"{LOCAL_DIR}{folder}")
+    except (*BUILD_ERRORS, EOFError, zlib.error) as error:
+        missing = isinstance(error, FileNotFoundError) and error.filename
+        reason = f"{missing} is not there" if missing else short(error)
+        raise DataError(f"{folder}: its tokenizer cannot be read ({reason}); {FIX}") from error
+
+
+def _check_graph(session: Any, path: Path, name: str, size: Any, widths: Mapping[str, int | None]) -> None:
+    """Raise DataError for a graph of another export than the files beside it.
+
+    Args:
+        session: Of the graph.
+        path: The graph.
+        name: Of the input.
+        size: What its last axis is: pixels of a side, or tokens of a text.
+        widths: The last axis of each output by its name. An axis is not checked where either side leaves it open.
+    """
+    side = size if isinstance(size, int) else size[-1]
+    for axes, wanted in ((session.get_inputs(), {name: side}), (session.get_outputs(), widths)):
+        last = {axis.name: axis.shape[-1] for axis in axes}
+        for key, width in wanted.items():
+            if key not in last:
+                raise DataError(f"{path} has no {key} (but {', '.join(last)}), it is of another export; {FIX}")
+            if isinstance(last[key], int) and width not in (None, last[key]):
+                raise DataError(
+                    f"{path} has {key} of width {last[key]}, the files beside it say {width}: it is of another "
+                    f"export; {FIX}"
+                )
 
 
 def _run(session: Any, output: str, inputs: dict[str, np.ndarray]) -> Tensor:
@@ -209,7 +277,7 @@ def _session(path: Path, threads: int, is_half: bool) -> Any:
     """A session of onnxruntime on the CPU."""
     runtime = onnxruntime()
     if not path.is_file():
-        raise UserError(f"{path} is not there; export again, or copy the whole folder")
+        raise UserError(f"{path} is not there; {FIX}")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # its warnings are about optimisations
