@@ -75,7 +75,7 @@ def as_given(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return flag(name if value else f"no_{name}")
     given = " ".join(map(str, value)) if isinstance(value, tuple) else value
-    return f"{flag(name)} {given}"
+    return f"{flag(name)} {given}".rstrip()  # of a tuple there may be nothing
 
 
 def _unused(config: Any) -> Iterator[Unused]:

@@ -390,7 +390,10 @@ class TrialOptions:
 
 
 def is_run(path: str) -> bool:
-    """Return whether a path is a RUN folder of `clipmill train`."""
+    """Return whether a path is a folder with a config.json, as a RUN of `clipmill train` is.
+
+    What the file is of another program's folder, `RunFolder.config` says.
+    """
     return bool(path) and Path(path, "config.json").is_file()
 
 

@@ -168,3 +168,4 @@ def test_python_is_refused_what_differs():
     with pytest.raises(UserError, match=r"--flip 0\.25 would not be used with --teacher-from cache"):
         refuse_unused(changed, changed_fields(changed, default))
     assert [as_given("sync_bn", False), as_given("from_", ("a", "b"))] == ["--no-sync-bn", "--from a b"]
+    assert as_given("sides", ()) == "--sides"

@@ -92,6 +92,8 @@ def test_its_cost_has_images_only(folder, tmp_path):
 def test_what_needs_texts_or_other_options_is_refused(folder, images, tmp_path):
     with pytest.raises(UserError, match=r"has no text tower, and a search compares"):
         load_embedding_model(str(folder))
+    with pytest.raises(UserError, match=r"--precision bf16 would not be used: .* is an ONNX export"):
+        evaluate(EvalConfig((str(folder),), (images,), precision="bf16"))
     with pytest.raises(UserError, match=r"--task zeroshot needs texts"):
         evaluate(EvalConfig((str(folder),), (images,), task="zeroshot"))
     with pytest.raises(UserError, match=r"--raw would not be used: timm:local-dir:x is no RUN"):

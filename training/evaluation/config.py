@@ -1,5 +1,6 @@
 """The options of `clipmill eval`."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ from tyro.conf import OmitArgPrefixes
 from shards_spec.files import UserError
 from shards_spec.messages import require
 from shards_spec.models import Trust
+from shards_spec.unused_options import Unused
 
 # tyro takes it for optional, since no word at all makes an empty tuple
 Models = Annotated[
@@ -57,6 +59,15 @@ class EvalConfig:
     trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
+
+    def unused(self) -> Iterator[Unused]:
+        """Yield the options that belong to what is not measured."""
+        if self.task != "knn":
+            yield Unused(("neighbours",), "without --task knn")
+        if not self.cost:
+            yield Unused(("cost_images",), "without --cost")
+        if not self.data:
+            yield Unused(("task", "batch_size", "features", "overwrite"), "without --data: they are of sets of images")
 
     def __post_init__(self) -> None:
         if isinstance(self.model, str):  # from Python a single model needs no tuple

@@ -17,7 +17,7 @@ from shards_spec.files import UserError, sha256_file
 from shards_spec.models import LOCAL_DIR, NO_TRUST, LoadedModel, Trust, model_label, pick_device, weights_sha256
 from training.evaluation.config import EvalConfig
 from training.evaluation.cost import inference_form
-from training.evaluation.stage import load_measured
+from training.evaluation.stage import check_model, load_measured
 from training.export.onnx_model import graph_files, is_onnx, load_onnx
 
 
@@ -89,18 +89,16 @@ def load_embedding_model(
     """
     folder = model.removeprefix(LOCAL_DIR)
     name = model_label(str(Path(folder).resolve()) if Path(folder).is_dir() else model, pretrained)
+    config = EvalConfig(
+        (model,), ("none",), pretrained, raw=raw, best=best, precision=precision, trust=trust, device=device
+    )
     if is_onnx(folder):
-        given = {"--pretrained": pretrained, "--raw": raw, "--best": best, "--precision bf16": precision == "bf16"}
-        if unused := [flag for flag, value in given.items() if value]:
-            raise UserError(f"{unused[0]} would not be used: {folder} is an ONNX export, which is used as it is")
-        if device not in ("auto", "cpu"):
-            raise UserError(f"--device {device!r}: {folder} is an ONNX export, which runs on the CPU here")
+        check_model(config, folder)
         loaded = load_onnx(folder)
         _check_has_texts(model, loaded)
         weights = "-".join(sha256_file(str(path)) for path in graph_files(folder))
         return EmbeddingModel(loaded, name=name, weights=weights, device="cpu", bf16=False, batch_size=batch_size)
     place = pick_device(device)
-    config = EvalConfig((model,), data=("none",), pretrained=pretrained, raw=raw, best=best, trust=trust)
     loaded, _ = load_measured(config, model)
     _check_has_texts(model, loaded)
     weights = weights_sha256(loaded.model)

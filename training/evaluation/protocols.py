@@ -59,6 +59,11 @@ def chosen_task(config: EvalConfig, loaded: LoadedModel, root: str) -> str:
     if not isinstance(loaded.model, Classifier):
         return dataset_task(root) if config.task == "auto" else config.task
     if config.task == "auto":
+        if not loaded.model.has_classes:
+            raise UserError(
+                "the model was trained without classes, and has no texts: --task knn or --task linear-probe measures "
+                "its features"
+            )
         return "classification"
     if config.task not in LEARNING:
         raise UserError(

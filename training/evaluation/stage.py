@@ -12,7 +12,7 @@ from rich.text import Text
 from shards_spec.display import shown
 from shards_spec.files import DataError, UserError, exists, is_url, join, read_json, sha256_json, write_json
 from shards_spec.messages import counted
-from shards_spec.models import CONFIG_FILE, HUB, LOCAL_DIR, LoadedModel, load_model, pick_device, weights_sha256
+from shards_spec.models import CONFIG_FILE, HUB, LOCAL_DIR, TIMM, LoadedModel, load_model, pick_device, weights_sha256
 from training.data.labelled_images import find_split
 from training.evaluation.config import EvalConfig
 from training.evaluation.cost import COST_FILE, ONNX_COST_FILE, measure_cost, measure_onnx_cost, print_cost
@@ -201,9 +201,28 @@ def check_model(config: EvalConfig, model: str) -> None:
         raise UserError(f"{model}: the run has no checkpoint yet")
     if config.raw or config.best:
         raise UserError(f"--{'raw' if config.raw else 'best'} would not be used: {model} is no RUN folder")
-    if folder.is_dir() and not (folder / CONFIG_FILE).exists() and not is_onnx(model):
+    if is_onnx(model):
+        _check_onnx_options(config, model)
+        return
+    if model.startswith(TIMM) or (folder.is_dir() and "architecture" in _config_of(folder)):
+        named = model if model.startswith(TIMM) else f"{TIMM}{LOCAL_DIR}{model}"
+        raise UserError(
+            f"{model} is a timm model, which is measured as ONNX: `clipmill export {named} --to FOLDER --format onnx`, "
+            "then `clipmill eval FOLDER`"
+        )
+    if folder.is_dir() and not (folder / CONFIG_FILE).exists():
         hint = RunFolder(model).stages_hint()
         raise UserError(f"{model} is neither a RUN folder (checkpoints/) nor a model ({CONFIG_FILE}){hint}")
+
+
+def _check_onnx_options(config: EvalConfig, model: str) -> None:
+    """Raise UserError for options that an ONNX export makes no use of."""
+    if config.precision != "fp32":
+        raise UserError(
+            f"--precision {config.precision} would not be used: {model} is an ONNX export, which is used as it is"
+        )
+    if config.device not in ("auto", "cpu"):
+        raise UserError(f"--device {config.device!r}: {model} is an ONNX export, which runs on the CPU here")
 
 
 def _config_of(folder: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from shards_spec.layout import dataset_json
 from shards_spec.library_errors import parse_json, short
 from shards_spec.lock import locked
 from shards_spec.messages import counted, flag
-from shards_spec.models import LoadedModel
+from shards_spec.models import LOCAL_DIR, TIMM, LoadedModel
 from shards_spec.student_table import STUDENT_TABLE
 from training.config import FREE_ON_RESUME
 from training.models.classifier import Classifier, describe_classifier
@@ -190,9 +190,12 @@ class RunFolder:
                 f"{path} is not there: {self.path} is no RUN folder of `clipmill train`{self.stages_hint()}"
             )
         config: Any = parse_json(str(path), read_bytes(str(path)), fix=fix)
-        if not isinstance(config, dict):
+        if isinstance(config, dict) and "recipe" in config:
+            return config
+        if not isinstance(config, dict) or self.newest() is not None:
             raise DataError(f"{path}: not the config of a run; {fix}")
-        return config
+        timm = f"; it is a timm folder, named {TIMM}{LOCAL_DIR}{self.path}" if "architecture" in config else ""
+        raise UserError(f"{path} has no recipe: {self.path} is no RUN folder of `clipmill train`{timm}")
 
     def describe(self, student: LoadedModel, model: str) -> None:
         """Write what `load_run` rebuilds the student from, and count its parameters in environment.json.

@@ -18,6 +18,7 @@ from shards_spec.files import DataError, UserError
 from shards_spec.models import load_model
 from shards_spec.sample import Sample
 from shards_spec.tar import write_shard
+from shards_spec.unused_options import refuse_unused
 from training.config import ModelConfig
 from training.data.labelled_images import find_split
 from training.evaluation.clip_benchmark import check_root
@@ -25,7 +26,7 @@ from training.evaluation.config import EvalConfig
 from training.evaluation.stage import distinct_names, evaluate, print_result
 from training.evaluation.zero_shot import Encoder, measure, recalls, retrieval, zeroshot
 from training.export import ExportConfig, export
-from training.runs.student import new_student
+from training.runs.student import load_student, new_student
 from training.trainer import train
 
 COLOURS = {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250)}
@@ -314,6 +315,20 @@ def test_options_that_would_not_be_used_are_refused(tmp_path, fields, said):
         evaluate(EvalConfig(model, (str(tmp_path),), **fields))
 
 
+@pytest.mark.parametrize(
+    ("fields", "given", "said"),
+    [
+        ({"neighbours": 5}, "neighbours", "--neighbours 5 would not be used without --task knn"),
+        ({"cost_images": 5}, "cost_images", "--cost-images 5 would not be used without --cost"),
+        ({"data": (), "cost": True, "batch_size": 5}, "batch_size", "--batch-size 5 would not be used without --data"),
+    ],
+)
+def test_options_of_what_is_not_measured_are_refused(fields, given, said):
+    refuse_unused(EvalConfig("m", ("x",), task="knn"), {"neighbours", "batch_size"})
+    with pytest.raises(UserError, match=said):
+        refuse_unused(EvalConfig(**{"model": "m", "data": ("x",), **fields}), {given})
+
+
 def test_a_run_takes_no_weights_of_others(run, tmp_path):
     with pytest.raises(UserError, match=r"--pretrained 'x\.pt' would not be used"):
         evaluate(EvalConfig(run, (str(tmp_path),), pretrained="x.pt"))
@@ -363,6 +378,15 @@ def test_folders_that_are_no_model(tmp_path):
         evaluate(EvalConfig(str(begun), ("x",)))
     with pytest.raises(UserError, match="neither a RUN folder"):
         evaluate(EvalConfig(str(tmp_path), (str(tmp_path),)))
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm" / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
+    for name in (str(tmp_path / "timm"), f"timm:local-dir:{tmp_path}/timm"):
+        with pytest.raises(UserError, match=r"clipmill export timm:local-dir:/.*timm --to FOLDER --format onnx"):
+            evaluate(EvalConfig(name, ("x",)))
+    with pytest.raises(UserError, match=r"no RUN folder of `clipmill train`; it is .* timm:local-dir:/.*timm"):
+        export(ExportConfig(str(tmp_path / "timm"), str(tmp_path / "to")))
+    with pytest.raises(UserError, match=r"no RUN folder of `clipmill train`; it is .* timm:local-dir:/.*timm"):
+        load_student(ModelConfig(str(tmp_path / "timm")), 0)
     with pytest.raises(UserError, match="no-such-model"):
         evaluate(EvalConfig("no-such-model", (str(tmp_path),)))
     with pytest.raises(UserError, match=r"no RUN folder of `clipmill train`"):

@@ -227,6 +227,9 @@ def test_a_classifiers_features_are_probed_and_its_texts_are_not_asked_for(label
     assert protocols.chosen_task(EvalConfig("any", ("x",)), classifier, labelled) == "classification"
     with pytest.raises(UserError, match="--task zeroshot needs texts"):
         protocols.chosen_task(EvalConfig("any", ("x",), task="zeroshot"), classifier, labelled)
+    classifier.model.trunk.reset_classifier(1)  # as TinyMIM leaves it
+    with pytest.raises(UserError, match=r"without classes, .* --task knn or --task linear-probe measures its features"):
+        protocols.chosen_task(EvalConfig("any", ("x",)), classifier, labelled)
 
 
 def test_images_that_do_not_decode_are_left_out_of_a_classifiers_measurement_and_counted(labelled):
