@@ -151,7 +151,9 @@ def read_intact(root: str, folder: str, shard: int) -> Done | None:
 
 def done_of(path: str, stats: Any) -> Done | None:
     """The done-record in the JSON of the stats file ``path``, as `read_done` gives it."""
-    record = stats.get("clipmill") if isinstance(stats, dict) else None
+    if not isinstance(stats, dict):
+        raise DataError(f"{path}: no object of stats in it; {remake_advice(path)}")
+    record = stats.get("clipmill")
     if record is None:
         return None
     version = record.get("spec_version") if isinstance(record, dict) else None

@@ -7,7 +7,7 @@ import pyarrow as pa
 from pipeline.cache.incremental import ShardIndex
 from shards_spec.files import DataError, is_url, join, read_buffer, read_bytes, sha256_bytes, sha256_file
 from shards_spec.layout import remake_advice, stats_path
-from shards_spec.library_errors import json_errors, parse_json
+from shards_spec.library_errors import REMAKE, json_errors, parse_json
 from shards_spec.manifest import Done, done_of
 from shards_spec.parquet import open_parquet
 from shards_spec.tar import TarIndex, index_tar
@@ -87,12 +87,16 @@ class DatasetFiles:
         return self._stats[path]
 
     def done(self, folder: str, shard: int) -> Done | None:
-        """As `manifest.read_done`, of a folder below ROOT."""
+        """As `manifest.read_done`, of a folder below ROOT. Raises DataError for the record of another shard, too."""
         try:
             _, stats = self.stats(folder, shard)
         except FileNotFoundError:
             return None
-        return done_of(stats_path(join(self.root, folder), shard), stats)
+        path = stats_path(join(self.root, folder), shard)
+        done = done_of(path, stats)
+        if done is not None and done.shard != shard:
+            raise DataError(f"{path}: says {done.stage} shard {done.shard}; {remake_advice(path, REMAKE)}")
+        return done
 
     def forget(self, folder: str) -> None:
         """Drop the contents of the files of a folder below ROOT; hashes and records stay."""

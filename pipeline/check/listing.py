@@ -12,11 +12,13 @@ from shards_spec.layout import FILE_PATTERN, STATS_PATTERN, shard_name
 class FolderListing:
     """What is in ``root/folder``: ``shards``, the numbers of the finished ones, and the names of their files.
 
-    ``shards`` is int64 [shards], ascending. ``others`` are the names of no finished shard, sorted.
+    ``shards`` is int64 [shards], ascending. ``expected`` is how many there are to be, 0 where nothing says so.
+    ``others`` are the names of no finished shard, sorted.
     """
 
-    def __init__(self, root: str, folder: str) -> None:
+    def __init__(self, root: str, folder: str, expected: int = 0) -> None:
         self.folder = folder
+        self.expected = expected
         present = names(join(root, folder))
         self.shards = np.unique(
             np.array([int(match[1]) for name in present if (match := STATS_PATTERN.fullmatch(name))], np.int64)
@@ -48,11 +50,12 @@ class FolderListing:
         return [ending[1:] if ending.startswith("/") else shard_name(shard) + ending for ending in endings]
 
     def is_missing(self, shard: int) -> bool:
-        """Whether a shard's number is a gap: shards of higher numbers are finished."""
-        return len(self.shards) > 0 and shard < self.shards[-1] and not self.has(shard)
+        """Whether a shard is to be there and is not: shards of higher numbers are finished, or so many are expected."""
+        last = int(self.shards[-1]) if len(self.shards) else -1
+        return shard < max(last, self.expected) and not self.has(shard)
 
     def first_missing(self, count: int) -> list[int]:
-        """The first gaps in the numbers, so many at most."""
+        """The first numbers of missing shards, so many at most."""
         return list(islice(self._gaps(), count))
 
     def _gaps(self) -> Iterator[int]:
@@ -60,3 +63,4 @@ class FolderListing:
         for shard in self.shards.tolist():
             yield from range(following, shard)
             following = shard + 1
+        yield from range(following, self.expected)

@@ -145,12 +145,12 @@ class PartCheck:
         unvalidated: list[str] | None = None
         if is_surplus:
             unvalidated = findings.problems
-        elif self._is_of_final_shards(stage) and is_changed(files, folder, shard):
+        elif checked.has_record and self._is_of_final_shards(stage) and is_changed(files, folder, shard):
             without = Findings()
             check_shard(files, shard_folder._replace(validate=validate_none), shard, without)
             unvalidated, ids = without.problems, None
         width, width_problem = None, Findings()
-        if stage.startswith("cache/"):
+        if checked.has_record and stage.startswith("cache/"):
             with width_problem.of(join(self.root, folder)):
                 width = vector_width(files, folder, shard)
         result = ShardFindings(
@@ -194,7 +194,7 @@ def is_changed(files: DatasetFiles, folder: str, shard: int) -> bool:
     tar = tar_path(SHARDS, shard)
     with contextlib.suppress(Exception):  # damaged records raise anything; `check_record` reports them
         done, final = files.done(folder, shard), files.done(SHARDS, shard)
-        if done is None or final is None or done.shard != shard:  # one of another shard lies in its place
+        if done is None or final is None or tar not in final.outputs:
             return False
         return done.inputs.get(tar) != final.outputs.get(tar)
     return False

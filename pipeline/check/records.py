@@ -38,10 +38,12 @@ from shards_spec.manifest import (
     TIMES,
     Done,
     head_seal,
+    is_count,
     read_dataset,
     seal,
     stats_seal,
 )
+from shards_spec.messages import counted
 from shards_spec.vocab import read_vocabulary
 
 # Fields of records and blocks without a hash of themselves. Any other is a damaged name, perhaps that of the hash.
@@ -159,11 +161,12 @@ def check_totals(
     blocks: dict[str, Any] | None,
     totals: Totals,
     shards: int,
+    is_incomplete: bool,
     findings: Findings,
 ) -> None:
     """Compare the block of a stage with the sums of its records; those of img2dataset in ``raw`` have neither.
 
-    Without ``blocks`` (they cannot be read), or where a record is broken, only the records are looked at.
+    Without ``blocks`` (they cannot be read), or where a record is broken or missing, only the records are looked at.
     """
     path, block = dataset_json(root), (blocks or {}).get(stage)
     if totals.foreign and (block is not None or folder != RAW or len(totals.foreign) < shards):
@@ -171,11 +174,16 @@ def check_totals(
             f"{stats_path(join(root, folder), totals.foreign[0])}: no done-record in it "
             f"({len(totals.foreign)} such of {totals.shards}); delete it and {resume_advice(join(root, folder))}"
         )
-    if blocks is None or totals.shards != shards:
+        return
+    if blocks is None or totals.shards != shards or is_incomplete:
         return
     if block is None:
         if totals.shards > len(totals.foreign):
-            findings.add(f"{path}: no block for {stage}; it has not finished, run it again")
+            findings.add(
+                f"{path}: no block for {stage}; it has not finished, run it again"
+                if exists(path)
+                else f"{path} is not there; put it back, or run `clipmill check {root} --repair`"
+            )
         return
     counts = {reason: number for reason, number in totals.counts.items() if number}
     facts = {what: number for what, number in totals.facts.items() if number}
@@ -194,6 +202,7 @@ def check_record(files: DatasetFiles, folder: str, stage: str, shard: int) -> Do
     path = stats_path(join(files.root, folder), shard)
     (data, stats), done = files.stats(folder, shard), files.done(folder, shard)
     if done is None:
+        _check_foreign(path, stats)
         return None
     record = stats["clipmill"]
     if SEAL in record and not _is_as_written(data, stats):
@@ -205,6 +214,14 @@ def check_record(files: DatasetFiles, folder: str, stage: str, shard: int) -> Do
         raise DataError(f"{path}: says {done.stage} shard {done.shard}, or its config does not fit its hash; {advice}")
     _check_counts(path, stats, done)
     return done
+
+
+def _check_foreign(path: str, stats: dict[str, Any]) -> None:
+    """Raise DataError unless another tool's stats have img2dataset's counts."""
+    if not all(is_count(stats.get(name)) for name in ("count", "successes")):
+        raise DataError(f"{path}: no count and successes in it; {remake_advice(path, REMAKE)}")
+    if not isinstance(stats.get("status_dict"), dict):
+        raise DataError(f"{path}: no status_dict in it; {remake_advice(path, REMAKE)}")
 
 
 def _is_as_written(data: bytes, stats: dict[str, Any]) -> bool:
@@ -242,7 +259,12 @@ def check_names(root: str, listing: FolderListing, unnamed: Iterable[str], findi
     ``unnamed`` are those files of finished shards that their records do not name (`unnamed_files`).
     """
     folder = listing.folder
-    if missing := listing.first_missing(5):
+    if listing.expected and not len(listing.shards):
+        findings.add(
+            f"{join(root, folder)} has none of its {counted(listing.expected, 'shard')}; "
+            f"{remake_folder_advice(join(root, folder))}"
+        )
+    elif missing := listing.first_missing(5):
         findings.add(
             f"{join(root, folder)}: shards {missing} are missing or unfinished; "
             f"{remake_folder_advice(join(root, folder))}"
@@ -292,7 +314,7 @@ def unnamed_files(files: DatasetFiles, folder: str, shard: int, present: Iterabl
         done = files.done(folder, shard)
     except (DataError, OSError):  # `check_record` reports it
         return []
-    outputs = done.outputs if done is not None and done.shard == shard else {}
+    outputs = done.outputs if done is not None else {}
     named = {path.rpartition("/")[2] for path in outputs if path.rpartition("/")[0] == folder}
     own = [(name, FILE_PATTERN.fullmatch(name)) for name in present if not STATS_PATTERN.fullmatch(name)]
     return [name for name, match in own if named and name not in named and not (match and match[3])]

@@ -1,6 +1,5 @@
 """One shard of one folder: its record, the hashes of its files, and how its contents fit what they were made from."""
 
-import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ from pipeline.check.files import DatasetFiles
 from pipeline.check.records import Findings, check_record
 from pipeline.check.validators import ShardFolder
 from shards_spec.content_id import content_ids
-from shards_spec.files import DataError, join
+from shards_spec.files import DataError, exists, join
 from shards_spec.layout import FILE_PATTERN, RAW, remake_advice, shard_name, stats_path, tar_path
 from shards_spec.library_errors import short
 from shards_spec.manifest import Done
@@ -19,7 +18,8 @@ from shards_spec.manifest import Done
 class CheckedShard(NamedTuple):
     """``done`` is its record, None for another tool's, or where the record is broken (then it has no ``has_record``).
 
-    ``ids`` are the content ids of its keys, uint64, None where its files are broken.
+    ``ids`` are the content ids of its keys, uint64, None where its files are broken, or its record, by which they would
+    be validated.
     """
 
     has_record: bool
@@ -35,6 +35,8 @@ def check_shard(files: DatasetFiles, shard_folder: ShardFolder, shard: int, find
     with findings.of(stats_path(join(files.root, folder), shard)):
         done = check_record(files, folder, stage, shard)
         has_record = True
+    if not has_record:  # a record of another shard, stage or config would have sound files take the blame
+        return CheckedShard(has_record, None, None)
     with findings.of(join(files.root, folder, shard_name(shard))):
         _check_hashes(files, shard_folder, shard, done)
         try:
@@ -70,16 +72,22 @@ def _check_hashes(files: DatasetFiles, shard_folder: ShardFolder, shard: int, do
 
 
 def _has_damaged_input(files: DatasetFiles, done: Done) -> bool:
-    """Whether a file that a shard was made from is not the one in its own record: that file's shard is reported."""
+    """Whether a file that a shard was made from is gone, or is not that of its own record: its shard is reported."""
     of_raw = [tar_path(RAW, done.shard)] if RAW in done.inputs else []  # dedup's records have one hash of all of raw/
     for path in (*done.inputs, *of_raw):
         folder, _, name = path.rpartition("/")
         if (match := FILE_PATTERN.fullmatch(name)) is None:
             continue  # a hash of something else
-        with contextlib.suppress(DataError, OSError):  # of the record, which is reported
+        try:
             made = files.done(folder, int(match[1]))
-            if made is not None and path in made.outputs and not _is_same(files, path, made.outputs[path]):
-                return True
+        except (DataError, OSError):
+            return True
+        if made is None:
+            is_damaged = exists(join(files.root, folder)) and not exists(join(files.root, path))
+        else:
+            is_damaged = path in made.outputs and not _is_same(files, path, made.outputs[path])
+        if is_damaged:
+            return True
     return False
 
 

@@ -16,7 +16,7 @@ from pipeline.check.validators import shard_folders
 from pipeline.core.process_map import map_in_order
 from pipeline.core.taken_down import TAKEN_DOWN_SAMPLES, check_takedown_hashes
 from shards_spec.files import DataError, exists, join, read_json
-from shards_spec.layout import RAW, SHARDS, TAKEDOWN, dataset_json, sizes_json, tar_path
+from shards_spec.layout import RAW, SHARDS, TAKEDOWN, dataset_json, shard_name, sizes_json, tar_path
 from shards_spec.manifest import Done, check_no_takedown, finished_shards, read_done
 from shards_spec.messages import counted
 
@@ -71,7 +71,8 @@ class DatasetParts:
     def __init__(self, root: str, blocks: dict[str, Any] | None) -> None:
         folders = tuple(shard_folders(root))
         self.blocks = blocks
-        self.listings = {folder: FolderListing(root, folder) for folder, _, _ in folders}
+        expected = {stage: block.get("shards", 0) for stage, block in (blocks or {}).items()}
+        self.listings = {folder: FolderListing(root, folder, expected.get(stage, 0)) for folder, stage, _ in folders}
         self.check = PartCheck(root, folders, (blocks or {}).get("pack", {}))
         numbers = [listing.shards for listing in self.listings.values()]
         self.shards: list[int] = np.unique(np.concatenate([np.empty(0, np.int64), *numbers])).tolist()
@@ -97,9 +98,13 @@ def _check_sizes(root: str, blocks: dict[str, Any], findings: Findings) -> None:
     path = sizes_json(root)
     if not exists(join(root, SHARDS)):
         return
+    shards = finished_shards(join(root, SHARDS))
+    expected = max(blocks.get("pack", {}).get("shards", 0), shards[-1] + 1 if shards else 0)
     if not exists(path):
+        if len(shards) < expected:  # which is reported
+            return
         raise DataError(f"{path}: is not there; `clipmill pack` has not finished")
-    sizes, shards = read_json(path), finished_shards(join(root, SHARDS))
+    sizes = read_json(path)
     if not isinstance(sizes, dict):
         raise DataError(f"{path}: no object of sizes; delete it and run `clipmill pack` again")
     tars = {shard: tar_path(SHARDS, shard).removeprefix(f"{SHARDS}/") for shard in shards}
@@ -107,9 +112,9 @@ def _check_sizes(root: str, blocks: dict[str, Any], findings: Findings) -> None:
         done: Done | None = None
         with contextlib.suppress(DataError):  # `check_record` has reported it
             done = read_done(join(root, SHARDS), shard)
-        if done is not None:
+        if done is not None and done.shard == shard:
             _check_size(path, tar, done, listed=sizes.get(tar), is_last=shard == shards[-1], findings=findings)
-    if unknown := sorted(set(sizes) - set(tars.values())):
+    if unknown := sorted(set(sizes) - {f"{shard_name(shard)}.tar" for shard in range(expected)}):
         findings.add(f"{path}: {unknown[0]} is not there; delete the file and run `clipmill pack` again")
     planned, packed = (blocks.get(name, {}).get("counts") for name in ("plan", "pack"))
     if planned is not None and planned != packed:

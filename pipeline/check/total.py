@@ -156,6 +156,7 @@ class Total:
                 blocks=blocks,
                 totals=total.totals,
                 shards=total.shards,
+                is_incomplete=bool(listings[total.folder].first_missing(1)),
                 findings=findings,
             )
             if repeated:
@@ -164,7 +165,8 @@ class Total:
                     f"{total.folder}: {counted(repeated, 'key')} {verb} there more than once; keys must be unique in a "
                     "dataset"
                 )
-        if all(any(total.folder == folder and total.is_complete for total in self._folders) for folder in (RAW, DEDUP)):
+        complete = {total.folder for total in self._folders if total.is_complete}
+        if all(folder in complete and not listings[folder].first_missing(1) for folder in (RAW, DEDUP)):
             with findings.of(join(root, DEDUP)):
                 self._report_kept(root, findings)
 

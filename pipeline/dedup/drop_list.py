@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from shards_spec.files import UserError, join, sha256_json
-from shards_spec.layout import DEDUP, RAW, parquet_path, shard_name, tar_path
+from shards_spec.layout import DEDUP, RAW, parquet_path, shard_name, stats_path, tar_path
 from shards_spec.manifest import file_hashes, finished_shards, read_done
 from shards_spec.messages import counted
 from shards_spec.parquet import read_table
@@ -58,6 +58,9 @@ def check_fresh(root: str, shards: list[int]) -> None:
     expected = {"raw": hash_raw_shards(root, shards)}
     for shard in shards:
         done = read_done(join(root, DEDUP), shard)
-        if done is None or done.inputs != expected:
+        if done is None:
+            path = stats_path(join(root, DEDUP), shard)
+            raise UserError(f"{path}: no done-record in it; delete it and run `clipmill dedup {root}` again")
+        if done.inputs != expected:
             name = join(root, DEDUP, shard_name(shard))
             raise UserError(f"{name} was made from other raw shards: run `clipmill dedup {root}` again")

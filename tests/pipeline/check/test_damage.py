@@ -14,6 +14,8 @@ from pipeline.dedup.config import DedupConfig
 from pipeline.dedup.stage import dedup
 from pipeline.ingest.config import IngestConfig
 from pipeline.ingest.stage import ingest
+from pipeline.select.config import SelectConfig
+from pipeline.select.stage import select
 from shards_spec.files import read_json, write_json
 from shards_spec.manifest import SEAL
 
@@ -264,3 +266,67 @@ def test_many_kinds_of_nonsense_are_named_without_a_traceback(whole, tmp_path):
             assert max(map(len, problems)) < 2000
         path.write_bytes(before)
     assert check(CheckConfig(str(root))) == []
+
+
+@pytest.fixture(scope="module")
+def selected(whole, tmp_path_factory) -> Path:
+    """The dataset with a selection."""
+    root = shutil.copytree(whole, tmp_path_factory.mktemp("selected") / "ds")
+    select(SelectConfig(str(root), name="s", where=("width > 1",), workers=1))
+    return root
+
+
+def replaced(folder: Path, name: str, data: bytes | None) -> list[str]:
+    """What `check` says with other bytes in a file's place, or no file; the file is put back."""
+    path, root = folder / name, next(parent for parent in folder.parents if (parent / "dataset.json").exists())
+    before = path.read_bytes()
+    path.unlink()
+    try:
+        if data is not None:
+            path.write_bytes(data)
+        return check(CheckConfig(str(root)))
+    finally:
+        path.unlink(missing_ok=True)
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize("folder", ["raw", "dedup", "captions/cap", "shards", "teacher/tea", "select/s"])
+def test_a_record_that_is_not_its_shards_has_one_line(selected, folder):
+    """The shard whose record lies in the place of another's is whole, and so are sums, sizes and counts."""
+    own = selected / folder
+    others = (own / "00001_stats.json").read_bytes()
+    for data, said in ((others, "shard 1; delete"), (b"[]", ": no object of stats"), (b"{}", ": no count and success")):
+        (problem,) = replaced(own, "00000_stats.json", data)
+        assert problem.startswith(f"{own}/00000_stats.json: ")
+        assert said in problem
+    (problem,) = replaced(own, "00000_stats.json", None)
+    assert problem.startswith(f"{own}: shards [0] are missing or unfinished; ")
+
+
+def test_a_link_to_nowhere_and_a_missing_last_shard_have_one_line(selected):
+    record = selected / "select/s/00000_stats.json"
+    before = record.read_bytes()
+    record.unlink()
+    record.symlink_to("nowhere")
+    (problem,) = check(CheckConfig(str(selected)))
+    assert problem.startswith(f"{record} cannot be read (No such file or directory); delete {record} and run ")
+    record.unlink()
+    record.write_bytes(before)
+    last = max((selected / "shards").glob("*_stats.json"))
+    (problem,) = replaced(last.parent, last.name, None)
+    assert problem.startswith(f"{selected}/shards: shards [{int(last.name[:5])}] are missing or unfinished; ")
+
+
+def test_dataset_json_and_the_shards_of_a_folder_gone_have_one_line_with_the_fix(selected, tmp_path):
+    root = shutil.copytree(selected, tmp_path / "ds")
+    shutil.rmtree(root / "select/s")
+    (root / "select/s").mkdir()
+    (problem,) = check(CheckConfig(str(root)))
+    number = len(list(selected.glob("select/s/*.parquet")))
+    assert problem.startswith(f"{root}/select/s has none of its {number} shards; run `clipmill select {root} --name s`")
+    assert problem.endswith(f"or `clipmill check {root} --repair`")
+    (root / "dataset.json").unlink()
+    shutil.copytree(selected / "select/s", root / "select/s", dirs_exist_ok=True)
+    assert check(CheckConfig(str(root))) == [
+        f"{root}/dataset.json is not there; put it back, or run `clipmill check {root} --repair`"
+    ]
