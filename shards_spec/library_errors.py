@@ -118,12 +118,22 @@ def product_error(path: str, error: BaseException, kind: str, given: bool, fix: 
         if not given and advice == FETCH:
             advice = remake
         return own(f"{path} {what}; {advice}")
+    if isinstance(error, NotADirectoryError) and (file := _file_above(path)) is not None:
+        return own(f"{file}: a file is where a folder should be; delete it, or move it away")
     if isinstance(error, OSError) and error.errno is not None:
         fixes = {errno.EACCES: "check its permissions", errno.EMFILE: "raise `ulimit -n`"}
         return own(f"{path} cannot be read ({short(error)}); {fixes.get(error.errno, 'check the disk that holds it')}")
     if (other := _describe_other_kind(path, kind)) is not None:
         return own(f"{path} {other}; {remake or 'check the path'}")
     return own(f"{path}: not a readable {kind} ({short(error)}); {remake or FETCH}")
+
+
+def _file_above(path: str) -> str | None:
+    """The part of a path that stands for a folder and is none."""
+    folder = os.path.dirname(path)
+    while folder and not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    return folder if folder and not os.path.isdir(folder) else None
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from shards_spec.messages import require
 from shards_spec.unused_options import Unused
 
 JOBS_ADVICE = 'name another folder for job files as jobs = "FOLDER" in the site file'
+TIME = re.compile(r"(?:\d+-\d+(?::\d+){0,2}|\d+(?::\d+){0,2})", re.ASCII)
 SAVE_S = 90  # before the limit
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # a line break in a value would be a line of the job's script
 
@@ -36,7 +37,8 @@ class Options:
     parallel: int | None = None
     """tasks that run at once at most; by default all"""
     time: str = "12:00:00"
-    """limit for one task, minutes or [D-]HH:MM:SS; what is not finished by then is requeued and resumes"""
+    """limit for one task, as Slurm reads it: minutes, [H:]M:S or D-H[:M[:S]]; what is not finished by then is requeued
+    and resumes"""
     save_s: int | None = None
     """seconds before the limit at which training saves and is requeued; by default 90, or half of a limit below 180"""
     after: tuple[str, ...] = ()
@@ -79,19 +81,30 @@ class Options:
             raise UserError(f"--after {' '.join(bad)}: give the numbers that `clipmill submit` printed")
 
     def unused(self) -> Iterator[Unused]:
-        """Yield the options of Slurm's queue where it runs on this machine."""
+        """Yield the options of Slurm's queue where it runs on this machine, and what a dry run does not do."""
+        if self.dry_run:
+            yield Unused(("wait",), "with --dry-run, which submits nothing")
         if self.cluster != "slurm":
+            alone = f"with --cluster {self.cluster}, which runs on this machine without a queue"
+            yield Unused(("array", "parallel", "claim_s", "partition", "nodes"), alone)
             yield Unused(("after", "incomplete"), f"with --cluster {self.cluster}, which waits for no job")
             yield Unused(("dry_run",), f"with --cluster {self.cluster}, which has no scripts to print")
 
     @property
     def minutes(self) -> int:
-        """The time limit. Raises UserError."""
-        match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?|(\d+)", self.time)
-        if not match:
-            raise UserError(f"--time {self.time!r}: say minutes, HH:MM:SS or D-HH:MM:SS")
-        days, hours, minutes, seconds, alone = (int(part or 0) for part in match.groups())
-        return max(1, alone + 1440 * days + 60 * hours + minutes + (seconds > 0))
+        """The time limit, read as sbatch reads it; seconds count as a whole minute. Raises UserError."""
+        allowed = (
+            "minutes, [hours:]minutes:seconds or days-hours[:minutes[:seconds]], above 0 and 59 at most behind a :"
+        )
+        require(bool(TIME.fullmatch(self.time)), "time", self.time, allowed)
+        days, _, rest = self.time.rpartition("-")
+        fields_given = [int(field) for field in rest.split(":")]
+        if not days and len(fields_given) < 3:  # without hours
+            fields_given.insert(0, 0)
+        hours, minutes, seconds = [*fields_given, 0, 0][:3]
+        limit = 1440 * int(days or 0) + 60 * hours + minutes + (seconds > 0)
+        require(limit > 0 and max(map(int, rest.split(":")[1:]), default=0) < 60, "time", self.time, allowed)
+        return limit
 
     @property
     def signal_s(self) -> int:

@@ -18,6 +18,8 @@ from slurm.options import Options, Site
 from slurm.submitit_parts import dry_executor, result_path, result_succeeded, script_text, submission_errors
 
 DEFAULT_ARRAY = 1001  # tasks of an array where Slurm does not say, its own default
+DRY_ID = "0"  # in place of the number that Slurm would give a job
+NOT_SUBMITTED = re.compile(rf":{DRY_ID}(?=:|$)")  # in a dependency
 ASK_S = 60.0  # while waiting, the scheduler is asked at most that often
 ANSWER_S = 30.0  # its commands must answer within
 LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "STOPPED", "PREEMPTED")
@@ -128,13 +130,15 @@ class SlurmQueue:
     def submit(self, jobs: Sequence[Job], dependency: str | None) -> str:
         """Submit one job, or several as an array; the number. Raises UserError with Slurm's reason."""
         executor = self._executor
+        if self._dry_run and dependency:
+            dependency = NOT_SUBMITTED.sub(":ID_OF_THE_JOB_ABOVE", dependency)
         parameters = {**self._parameters, **({"dependency": dependency} if dependency else {})}
         executor.parameters = {}
         executor.update_parameters(**parameters)
         if self._dry_run:
             text = script_text(executor, parameters)
             print(text if len(jobs) == 1 else text.replace("\n# Parameters\n", f"\n# an array of {len(jobs)}\n", 1))
-            return "0"
+            return DRY_ID
         try:
             with contextlib.redirect_stderr(io.StringIO()), executor.batch():  # sbatch's words come in the error
                 submitted: list[Any] = [executor.submit(job) for job in jobs]

@@ -11,6 +11,7 @@ from shards_spec.files import UserError, join
 from shards_spec.layout import CHECK, STAGES, shard_name
 from shards_spec.manifest import finished_shards
 from shards_spec.messages import counted, require
+from slurm.jobs import JobFailedError
 from slurm.options import read_site
 from slurm.scheduler import states
 from slurm.step import COMMANDS
@@ -20,6 +21,7 @@ from slurm.submitit_parts import error_logs, result_succeeded, results, submitte
 LOG_END = 200_000  # bytes
 GONE = "GONE WITHOUT A RESULT"  # cancelled, killed, or lost with its node, and Slurm no longer knows it
 FAILED = (GONE, "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+OWN_ERROR = f"{JobFailedError.__module__}.{JobFailedError.__name__}: "  # what it says is meant for people
 REASONS = (  # what Python reports, else what Slurm reports
     re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)\b.*(?:\n  \d+: .*)*", re.M),
     re.compile(r"^slurmstepd(?:-\S+)?: error: .*", re.M),
@@ -154,7 +156,7 @@ def failure_reason(folder: Path, job: str, state: str, tail: int) -> list[str]:
     for pattern in REASONS:
         for log in logs:
             if reason is None and (found := [match.group() for match in pattern.finditer(texts[log])]):
-                reason, path = found[-1], log
+                reason, path = found[-1].removeprefix(OWN_ERROR), log
     lines = texts[path].rstrip().splitlines()
     if reason is None:
         reason = (lines or ["an empty log"])[-1]

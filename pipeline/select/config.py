@@ -1,6 +1,7 @@
 """Options of the stage `select`."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,7 @@ from pipeline.select.expression import FactCondition, parse_conditions, parse_nu
 from shards_spec.files import UserError
 from shards_spec.messages import flag, require
 from shards_spec.names import check_name
+from shards_spec.unused_options import Unused
 
 # options of which one is needed
 RULES = ("where", "captions_where", "against", "from_", "drop", "semantic_duplicates", "top", "balance", "weight")
@@ -95,6 +97,20 @@ class SelectConfig:
     def _check_expressions(self) -> None:
         """Raise UserError for what is no condition: now, not in a job that was submitted."""
         _ = self.conditions, self.caption_conditions, self.weights
+
+    def unused(self) -> Iterator[Unused]:
+        """Yield the options that no rule reads."""
+        if self.balance is None and self.weight is None:
+            yield Unused(("seed",), "without --balance or --weight, which draw")
+        if self.semantic_duplicates is None:
+            yield Unused(("cells",), "without --semantic-duplicates")
+        if self.export_list is None:
+            yield Unused(("export_by",), "without --export-list")
+        if not (self.where or self.captions_where or self.by or self.weight):
+            why = "without --where, --captions-where, --by or --weight, which name facts"
+            yield Unused(("captioner",), why)
+            if self.semantic_duplicates is None and self.against_cosine is None:
+                yield Unused(("teacher",), f"{why}, and without --semantic-duplicates or --against-cosine")
 
     @property
     def label(self) -> str:

@@ -23,6 +23,7 @@ from pipeline.core.runner import (
     run_stage,
     upstream_shards,
 )
+from pipeline.core.workers import workers_for
 from pipeline.select.against import index_of
 from pipeline.select.against_cosine import CosineRule
 from pipeline.select.config import SelectConfig
@@ -75,7 +76,7 @@ def select(config: SelectConfig, assignment: ShardAssignment = ALL) -> Summary:
         identity = {**rules.describe(), **dataset_rules.describe(), CAPTIONS_OF: captions_of(packed)}
         stage = Stage(f"select/{name}", select_folder(name), identity)
         options = RunOptions(
-            workers=min(config.workers, len(shards)),
+            workers=workers_of(config, len(shards)),
             assignment=assignment,
             overwrite=config.overwrite,
             total=len(shards),
@@ -118,6 +119,13 @@ def _select_by_survey(
 def _is_finished(root: str, stage: Stage, task: ShardTask) -> bool:
     done = read_compatible_record(join(root, stage.folder), stage, task.shard)
     return done is not None and done.inputs == task.inputs
+
+
+def workers_of(config: SelectConfig, shards: int) -> int:
+    """How many processes are worth their start: all where a rule takes milliseconds a sample, few for tables."""
+    expressions = (*config.where, *config.captions_where, config.weight or "", config.by or "")
+    is_slow = bool(config.against) or any("language" in text for text in expressions)
+    return min(config.workers, shards) if is_slow else workers_for(shards, config.workers)
 
 
 def _dataset_rules(config: SelectConfig, available: FactSources) -> DatasetRules:
@@ -174,10 +182,7 @@ def _sample_rules(config: SelectConfig, available: FactSources, folder: str) -> 
 
 def _check_fact(option: str, name: str, available: FactSources) -> None:
     if name not in available.of_samples and name not in available.columns:
-        raise UserError(
-            f"{option} {name}: no fact of that name; there are: {', '.join(available.of_samples)}; "
-            f"{did_you_mean(name, available.of_samples)}"
-        )
+        raise UserError(f"{option} {name}: no fact of that name; {did_you_mean(name, available.of_samples)}")
 
 
 def _list(paths: tuple[str, ...], field: str, folder: str) -> SampleList | None:

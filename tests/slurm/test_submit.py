@@ -23,6 +23,7 @@ from slurm.division import as_ranges, divide
 from slurm.jobs import ArrayJob
 from slurm.options import Options, read_site
 from slurm.snapshot import CODE, snapshot
+from slurm.status import failure_reason
 from slurm.step import Step, by_stage, parse_steps, stage_step
 from slurm.submit import submit
 from slurm.submitit_parts import failure_message
@@ -118,6 +119,7 @@ def test_dry_run_prints_scripts_and_writes_nothing(raw, tmp_path):
         "#SBATCH --constraint=a100",
         "#SBATCH --time=1590",
         "#SBATCH --dependency=afterok:7:8",
+        "#SBATCH --dependency=afterany:ID_OF_THE_JOB_ABOVE\n",
         "module load cuda",
         "'/fast tmp'",
         "#SBATCH --requeue",
@@ -161,6 +163,10 @@ def test_dry_run_prints_scripts_and_writes_nothing(raw, tmp_path):
             "train clip --data X --out R --cluster debug --incomplete",
             "--incomplete would not be used with --cluster deb",
         ),
+        ("pack X --cluster local --array 3", "--array 3 would not be used with --cluster local, which runs on this"),
+        ("pack X --cluster debug --partition p", "--partition p would not be used with --cluster debug"),
+        ("train clip --data X --out R --cluster local --nodes 2", "--nodes 2 would not be used with --cluster local"),
+        ("vocab X --wait --dry-run", "--wait would not be used with --dry-run, which submits nothing"),
         ("pack X --cluster debug --dry-run", "--dry-run would not be used with --cluster debug"),
         ("pipeline X --cluster debug --after 7 -- pack", "--after 7 would not be used with --cluster debug"),
         ("pipeline X -- pack -- vocab --after 7", "--after behind -- vocab: it holds for all commands, say it before"),
@@ -468,3 +474,26 @@ def test_waiting_asks_once_a_minute_and_outlasts_a_silent_slurm(monkeypatch, tmp
     monkeypatch.setattr(scheduler.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
     assert not scheduler.wait_for(tmp_path, "5")
     assert asked == pytest.approx([61, 122, 183, 244], abs=3)
+
+
+def test_a_time_is_read_as_slurm_reads_it():
+    for text, minutes in [
+        ("90", 90),
+        ("1:30", 2),
+        ("90:00", 90),
+        ("1:00:00", 60),
+        ("0:00:01", 1),
+        ("1-00", 1440),
+        ("1-2:03", 1563),
+        ("1-2:03:04", 1564),
+    ]:
+        assert Options(time=text).minutes == minutes, text
+    for text in ("0", "00:00:00", "0-0", "1:99", "1:60:00", "1-2:60", "1:2:3:4", "1-1-1", "1-", "-1", "", "an hour"):
+        with pytest.raises(UserError, match=r"must be minutes, \[hours:\]minutes:seconds or days-hours"):
+            Options(time=text)
+
+
+def test_jobs_says_why_a_job_failed_without_the_name_of_the_exception(tmp_path):
+    log = tmp_path / "7_0_log.err"
+    log.write_text("submitit ERROR\nslurm.jobs.JobFailedError: --where words >: is no condition\n")
+    assert failure_reason(tmp_path, "7", "FAILED", 0)[0] == "7 failed: --where words >: is no condition"

@@ -1,6 +1,7 @@
 """`select`: rules over facts, what train and pack make of a selection, and what check says of it."""
 
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +20,11 @@ from pipeline.report import ReportConfig, report
 from pipeline.report.stages import stage_row
 from pipeline.select.config import SelectConfig
 from pipeline.select.facts import ShardFacts, find_sources
-from pipeline.select.stage import select
+from pipeline.select.stage import select, workers_of
 from pipeline.why.config import WhyConfig
 from pipeline.why.stage import why
 from shards_spec.embeddings import read_embeddings
-from shards_spec.files import UserError, sha256_file
+from shards_spec.files import DataError, UserError, sha256_file
 from shards_spec.layout import final_parquet, final_tar, raw_parquet, teacher_parquet
 from shards_spec.manifest import read_dataset
 from shards_spec.parquet import read_table, write_table
@@ -168,3 +169,35 @@ def test_columns_whose_names_are_none_of_pythons(root):
     assert keys_of(root) == ["000010001", "000010002", "000010003"]
     select(SelectConfig(root, "best", top=0.25, by="my-col", workers=1))
     assert keys_of(root, "best") == ["000010002", "000010003"]
+
+
+def test_options_that_no_rule_reads_are_refused(root):
+    for words, said in [
+        ("--where 'width > 1' --seed 3", "--seed 3 would not be used without --balance or --weight"),
+        ("--where 'width > 1' --cells 3", "--cells 3 would not be used without --semantic-duplicates"),
+        ("--where 'width > 1' --export-by url", "--export-by url would not be used without --export-list"),
+        ("--balance 3 --teacher tea", "--teacher tea would not be used without --where"),
+        ("--balance 3 --captioner cap", "--captioner cap would not be used without --where"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            parse_steps(shlex.split(f"select {root} {words}"))
+    parse_steps(shlex.split(f"select {root} --semantic-duplicates 0.9 --teacher tea --cells 2"))
+
+
+def test_processes_are_started_where_they_are_worth_it():
+    for rule, workers in [
+        ({"where": ("width > 1",)}, 1),
+        ({"balance": 2}, 1),
+        ({"where": ('language == "en"',)}, 3),
+        ({"against": ("evalset",)}, 3),
+    ]:
+        assert workers_of(SelectConfig("ds", workers=8, **rule), shards=3) == workers
+
+
+def test_a_file_in_the_place_of_the_selection_is_named(root):
+    path = Path(root, "select/q")
+    path.parent.mkdir()
+    path.touch()
+    for rule in ({"where": ("width > 1",)}, {"top": 0.5, "by": "width"}):
+        with pytest.raises((UserError, DataError), match=rf"^{path}: a file is where a folder should be; delete it"):
+            select(SelectConfig(root, name="q", workers=1, **rule))
