@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from shards_spec.checkpoints import describe_mismatch, load_checkpoint
 from shards_spec.files import UserError
@@ -59,13 +59,23 @@ class Trust:
 NO_TRUST = Trust()
 
 
+class EvalCrop(NamedTuple):
+    """How an image is cut for a timm model, in the words of timm's data config."""
+
+    crop_pct: float
+    """share of the resized side that is kept"""
+    interpolation: str
+    crop_mode: str
+    """center, squash or border"""
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """An open_clip model in eval mode with what is needed to feed it.
 
     ``mean`` and ``std`` are per channel for pixels in [0, 1]; ``image_size`` in pixels; ``config`` is open_clip's
     model_cfg (timm's data config); ``tokenizer`` maps a list of texts to int64 (N, context_length), None without a text
-    tower.
+    tower; ``crop`` is a classifier's that was made elsewhere, None the plain crop that our own are measured on.
     """
 
     model: Any
@@ -74,6 +84,7 @@ class LoadedModel:
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop: EvalCrop | None = None
 
     def normalise(self, pixels: Any) -> Any:
         """Images (N, 3, S, S) of 0 to 255 -> input of the image tower, float32; float32 images are overwritten."""

@@ -9,15 +9,21 @@ import onnx
 import pytest
 import timm
 import torch
+from PIL import Image
 from small_catlip import TINY, write_folders
 from small_training import tiny_config, write_packed
 
 from pipeline.report.results import read_evaluations
 from shards_spec.files import DataError, UserError
+from shards_spec.models import EvalCrop
 from shards_spec.vocab import Vocabulary
+from training.data.eval_crop import eval_pixels
+from training.data.labelled_images import open_images
+from training.evaluation.classification import plain_rows
 from training.evaluation.config import EvalConfig
 from training.evaluation.features import load_embedding_model
 from training.evaluation.stage import evaluate
+from training.evaluation.zero_shot import preprocessing
 from training.export import ExportConfig, export, to_onnx, to_timm
 from training.export.comparison import Encoders, compare, encoders_of
 from training.export.onnx_int8 import quantize
@@ -27,6 +33,7 @@ from training.models.classifier import load_timm_classifier, new_classifier
 from training.trainer import train
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
+CROP = EvalCrop(0.9, "bicubic", "squash")
 SMALL = {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32}
 
 
@@ -138,12 +145,12 @@ def test_a_student_without_labels_gives_features_alone(tmp_path):
     assert ".encode_image(loaded" in to_onnx.usage(student)
 
 
-def test_a_folder_of_timms_with_a_vocabulary(tmp_path):
-    """CatLIP's classes are synsets, which lie in its folders."""
+def test_a_folder_of_timms_with_a_vocabulary(images, tmp_path):
+    """CatLIP's classes are synsets, which lie in its folders, and images are prepared as its config says."""
     rows = tuple((f"n{number:08d}", f"thing_{number}", 1, 1) for number in range(5))
     vocabulary = Vocabulary(rows, {"source": "original"})
     student = new_classifier(TINY, 5, vocabulary=vocabulary, options={"embed_dim": 64, "num_heads": 2, "depth": 2})
-    student = dataclasses.replace(student, image_size=48)  # positions are interpolated
+    student = dataclasses.replace(student, image_size=48, crop=CROP)  # positions are interpolated
     config = ExportConfig("run", str(tmp_path / "timm"), format="timm")
     to_timm.write(tmp_path / "timm", student, config)
     name = f"timm:local-dir:{tmp_path / 'timm'}"
@@ -154,6 +161,25 @@ def test_a_folder_of_timms_with_a_vocabulary(tmp_path):
     same = compare(encoders_of(student), encoders_of(exported), noise(student))
     assert (same.agreement, same.accuracy) == (1, None)
     assert same.difference < 1e-5
+    assert (
+        json.loads((tmp_path / "onnx" / "onnx_config.json").read_text())["image"]["preprocess"].items()
+        >= {
+            "size": 48,
+            **CROP._asdict(),
+        }.items()
+    )
+    plain = dataclasses.replace(exported, crop=None)
+    timms = timm.data.create_transform(
+        **timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path / 'timm'}"))
+    )
+    for image in (Image.effect_noise((70, 50), 80).convert("RGB"), Image.effect_noise((50, 90), 80).convert("RGB")):
+        pixels = eval_pixels(image, exported, 48)
+        torch.testing.assert_close(exported.normalise(pixels.unsqueeze(0))[0], timms(image))
+        assert not torch.equal(pixels, eval_pixels(image, plain, 48))
+    rows, plain_crops = (plain_rows(open_images(images, train=False), loaded) for loaded in (exported, plain))
+    assert rows.student.crop == CROP
+    assert not torch.equal(rows[0]["images"], plain_crops[0]["images"])
+    assert preprocessing(exported) != preprocessing(plain)
     assert "from the timm model timm." in (tmp_path / "onnx" / "README.md").read_text()
 
 

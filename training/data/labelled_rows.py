@@ -13,13 +13,12 @@ from shards_spec.images import decode_rgb
 from shards_spec.models import LoadedModel
 from shards_spec.views import ViewSpec, apply_view, draw_view
 from training.data.batches import Item, Skipped, to_pixels
+from training.data.eval_crop import eval_pixels
 from training.data.labelled_images import LabelledImages
 from training.data.lru import LRUCache
 from training.data.order import BatchPlan, Order
 from training.data.paired_views import PairedViews
 from training.data.soft_label_cache import SoftLabelCache
-
-CROP = 224 / 232  # share of the shorter side that the test crop covers: 232 pixels are cut to 224
 
 
 class LabelledImageRows:
@@ -95,7 +94,7 @@ class LabelledImageRows:
     def _render(self, image: Image.Image, name: str, number: int, side: int) -> dict[str, Tensor]:
         """The fields of images of an item, of the view of that number."""
         if self.views is None:
-            return {"images": to_pixels(plain_crop(image, side))}
+            return {"images": eval_pixels(image, self.student, side)}
         view = draw_view(self.views, name, number)
         if self.paired is None:
             return {"images": to_pixels(apply_view(image, self.views, view, side))}
@@ -135,11 +134,3 @@ def subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
         shuffled = of_class[np.argsort(raw_draws(f"subset/{seed}/{label}", len(of_class)), kind="stable")]
         chosen.append(shuffled[: max(1, round(fraction * len(of_class)))])
     return np.sort(np.concatenate(chosen))
-
-
-def plain_crop(image: Image.Image, side: int) -> Image.Image:
-    """Return the central square of `CROP` of the shorter side, at ``side`` x ``side`` pixels, bilinear, antialiased."""
-    width, height = image.size
-    cut = CROP * min(image.size)
-    box = ((width - cut) / 2, (height - cut) / 2, (width + cut) / 2, (height + cut) / 2)
-    return image.resize((side, side), Image.Resampling.BILINEAR, box=box)

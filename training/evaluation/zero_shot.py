@@ -18,9 +18,8 @@ from shards_spec.files import DataError, join, sha256_json
 from shards_spec.images import crop_extreme_aspect, decode_rgb
 from shards_spec.models import LoadedModel
 from shards_spec.sample import Sample
-from training.data.batches import to_pixels
+from training.data.eval_crop import eval_pixels
 from training.data.labelled_images import LabelledImages, find_split, open_split
-from training.data.labelled_rows import plain_crop
 from training.evaluation.accuracy import AccuracyMeter
 from training.evaluation.clip_benchmark import captioned_samples, captions_of, dataset_task, read_classes
 from training.evaluation.feature_cache import NO_CACHE, FeatureCache, data_hash
@@ -82,9 +81,9 @@ class Encoder:
 
 
 def _transform(loaded: LoadedModel) -> Callable[[Image.Image], Tensor]:
-    """From an image to what the image tower takes, (3, S, S): open_clip's for a CLIP, a classifier's plain crop."""
+    """From an image to what the image tower takes, (3, S, S): open_clip's for a CLIP, a classifier's own crop."""
     if isinstance(loaded.model, Classifier):
-        return lambda image: loaded.normalise(to_pixels(plain_crop(image, loaded.image_size)))
+        return lambda image: loaded.normalise(eval_pixels(image, loaded, loaded.image_size))
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     transform: Callable[[Image.Image], Tensor] = image_transform_v2(
@@ -96,7 +95,8 @@ def _transform(loaded: LoadedModel) -> Callable[[Image.Image], Tensor]:
 def preprocessing(loaded: LoadedModel) -> dict[str, Any]:
     """Return what images become before they are encoded: open_clip's description, a classifier's size and colours."""
     if isinstance(loaded.model, Classifier):
-        return {"size": loaded.image_size, "mean": list(loaded.mean), "std": list(loaded.std)}
+        crop = {} if loaded.crop is None else loaded.crop._asdict()
+        return {"size": loaded.image_size, "mean": list(loaded.mean), "std": list(loaded.std), **crop}
     import open_clip
 
     description: dict[str, Any] = open_clip.get_model_preprocess_cfg(loaded.model)

@@ -31,6 +31,7 @@ from shards_spec.files import DataError, UserError, exists, read_json
 from shards_spec.library_errors import short
 from shards_spec.models import BUILD_ERRORS, CONFIG_FILE, LOCAL_DIR, LoadedModel, load_tokenizer
 from shards_spec.vocab import read_vocabulary
+from training.data.eval_crop import crop_of
 from training.models.classifier import DESCRIPTION as CLASSIFIER
 from training.models.classifier import VOCABULARY, Classifier
 
@@ -259,6 +260,7 @@ def load_onnx(folder: str, threads: int = 0) -> LoadedModel:
             image_size=described["image_size"],
             mean=tuple(described["mean"]),
             std=tuple(described["std"]),
+            crop=crop_of(classifier.description["image"].get("preprocess", {})),
         )
     model = OnnxModel(folder, threads)
     preprocess = model.visual.preprocess_cfg

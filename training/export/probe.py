@@ -15,9 +15,8 @@ from shards_spec.manifest import shard_ids
 from shards_spec.messages import flag
 from shards_spec.models import LoadedModel
 from shards_spec.tar import read_shard
-from training.data.batches import to_pixels
+from training.data.eval_crop import eval_pixels
 from training.data.labelled_images import find_split, open_split
-from training.data.labelled_rows import plain_crop
 from training.evaluation.clip_benchmark import captioned_samples, captions_of, dataset_task, read_classes
 from training.models.classifier import Classifier
 
@@ -135,7 +134,7 @@ def _decoded(where: str, image: bytes, student: LoadedModel) -> list[Tensor]:
         log.warning("%s: %s; left out", where, error)
         return []
     if isinstance(student.model, Classifier):
-        crop = to_pixels(plain_crop(decoded, student.image_size))
+        crop = eval_pixels(decoded, student, student.image_size)
         return [student.normalise(crop.unsqueeze(0))[0]]
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from shards_spec.files import UserError, write_json
 from shards_spec.library_errors import short
 from shards_spec.models import LoadedModel
-from training.data.labelled_rows import CROP
+from training.data.eval_crop import PLAIN
 from training.export.comparison import Encoders, encoders_of
 from training.export.config import ExportConfig
 from training.export.onnx_int8 import quantize
@@ -323,8 +323,7 @@ def _describe_image_tower(student: LoadedModel) -> dict[str, Any]:
             "features": FEATURES,
             "preprocess": {
                 "size": student.image_size,
-                "crop_pct": CROP,
-                "interpolation": "bilinear",
+                **(student.crop or PLAIN)._asdict(),
                 "mean": list(student.mean),
                 "std": list(student.std),
             },

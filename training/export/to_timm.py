@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shards_spec.files import UserError, join, write_bytes
 from shards_spec.models import LoadedModel, import_extensions
-from training.data.labelled_rows import CROP
+from training.data.eval_crop import PLAIN
 from training.export.comparison import Encoders, encoders_of
 from training.export.config import ExportConfig
 from training.export.plain_vit import check_plain_vit
@@ -89,7 +89,7 @@ def _classifier(student: LoadedModel) -> TimmExport:
     options = dict(model.options)
     if getattr(model.trunk, "dynamic_img_size", False):
         options["dynamic_img_size"] = True
-    crop = {"crop_pct": CROP, "interpolation": "bilinear"}  # what `probe` and `finetune` are measured with
+    crop = (student.crop or PLAIN)._asdict()  # the plain one is what `probe` and `finetune` are measured with
     return TimmExport(model.trunk, options, _preprocessing(student) | crop, labels)
 
 

@@ -27,6 +27,7 @@ from shards_spec.models import (
     load_backbone,
 )
 from shards_spec.vocab import Vocabulary, read_vocabulary
+from training.data.eval_crop import crop_of
 
 DESCRIPTION = "classifier.json"
 VOCABULARY = "vocabulary.tsv"
@@ -199,7 +200,7 @@ def new_classifier(
 
 
 def load_timm_classifier(model: str) -> LoadedModel:
-    """Return a timm model with its own weights, head and preprocessing.
+    """Return a timm model with its own weights, head and preprocessing, the crop too.
 
     Names of classes, or their vocabulary, are those that lie in the folder. A model without a head gets one over one
     class, as a student has that was trained without labels.
@@ -229,7 +230,8 @@ def load_timm_classifier(model: str) -> LoadedModel:
         _check_count(stored, vocabulary, class_heads(trunk)[0].out_features)
     name = f"{TIMM}{trunk.pretrained_cfg['architecture']}"
     loaded = as_loaded(trunk)
-    return replace(loaded, model=Classifier(name, trunk, vocabulary, names, stored_options(model)).eval())
+    classifier = Classifier(name, trunk, vocabulary, names, stored_options(model)).eval()
+    return replace(loaded, model=classifier, crop=crop_of(loaded.config))
 
 
 def _check_count(stored: str, vocabulary: Vocabulary | None, classes: int) -> None:

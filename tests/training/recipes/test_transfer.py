@@ -16,8 +16,9 @@ from pipeline.labels.wordnet import load_hypernyms
 from shards_spec.class_map import ClassMap, ClassRow, read_class_map
 from shards_spec.files import DataError, UserError
 from shards_spec.vocab import Vocabulary
+from training.data.eval_crop import plain_crop
 from training.data.labelled_images import open_images
-from training.data.labelled_rows import LabelledImageRows, plain_crop, subset
+from training.data.labelled_rows import LabelledImageRows, subset
 from training.data.order import BatchPlan
 from training.models.classifier import new_classifier
 from training.recipes.transfer import load_class_map, transfer_head
