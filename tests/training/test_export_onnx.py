@@ -192,6 +192,8 @@ def test_a_folder_of_parts_of_others_is_told(folder, tmp_path):
     assert "classifier.json is not there" in said("onnx_config.json", no_texts)
     assert "open_clip_config.json is not there" in said("open_clip_config.json", None)
     assert "model_cfg is no object" in said("open_clip_config.json", b"{}")
+    no_size = json.dumps({"model_cfg": {}, "preprocess_cfg": {}}).encode()
+    assert "preprocess_cfg.size is no number" in said("open_clip_config.json", no_size)
     assert "bpe.txt.gz is not there" in said("bpe.txt.gz", None)
     assert "its tokenizer cannot be read" in said("bpe.txt.gz", (folder / "bpe.txt.gz").read_bytes()[:100])
     assert "image.onnx has no pixels (but tokens)" in said("image.onnx", (folder / "text.onnx").read_bytes())

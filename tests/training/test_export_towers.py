@@ -138,9 +138,10 @@ def test_a_student_without_labels_gives_features_alone(tmp_path):
     assert exported.model(noise(student).pixels).shape == (8, 32)
     path = tmp_path / "onnx_config.json"
     described = json.loads(path.read_text())
-    path.write_text(json.dumps(described | {"image": described["image"] | {"output": "logits"}}))
-    with pytest.raises(DataError, match=r"image.onnx has no logits \(but features\), it is of another export"):
-        load_onnx(str(tmp_path))
+    for name in ("logits", "answers"):
+        path.write_text(json.dumps(described | {"image": described["image"] | {"output": name}}))
+        with pytest.raises(DataError, match=rf"image.onnx has no {name} \(but features\), it is of another export"):
+            load_onnx(str(tmp_path))
     path.write_text(json.dumps(described))
     assert ".encode_image(loaded" in to_onnx.usage(student)
 

@@ -131,9 +131,11 @@ class OnnxModel(nn.Module):
         self.description = _description(folder)
         path = Path(folder, CONFIG_FILE)
         described = _read_object(path, {"model_cfg": dict, "preprocess_cfg": dict})
-        _check_keys(path, described["preprocess_cfg"], {"mean": list, "std": list}, "preprocess_cfg.")
+        preprocess = described["preprocess_cfg"]
+        size = list if isinstance(preprocess.get("size"), list) else int
+        _check_keys(path, preprocess, {"size": size, "mean": list, "std": list}, "preprocess_cfg.")
         self.config: dict[str, Any] = described["model_cfg"]
-        self.visual = _Tower(described["preprocess_cfg"])
+        self.visual = _Tower(preprocess)
         self.tokenizer = _tokenizer(folder)
         is_half = self.description["dtype"] == "fp16"
         self.image_session = _session(Path(folder, IMAGE_FILE), threads, is_half)
@@ -183,9 +185,9 @@ class OnnxClassifier(Classifier):
         is_half = self.description["dtype"] == "fp16"
         path = Path(folder, IMAGE_FILE)
         self.image_session = _session(path, threads, is_half)
-        widths = {FEATURES: self.description.get("embed_dim")}
-        if self.description["image"]["output"] == LOGITS:
-            widths[LOGITS] = described["classes"]
+        output = self.description["image"]["output"]
+        widths = {output: described["classes"] if output == LOGITS else None}
+        widths[FEATURES] = self.description.get("embed_dim")
         _check_graph(self.image_session, path, PIXELS, described["image_size"], widths)
         self.register_buffer("graphs_sha256", _graphs_sha256(folder))
 
