@@ -82,8 +82,6 @@ class Options:
 
     def unused(self) -> Iterator[Unused]:
         """Yield the options of Slurm's queue where it runs on this machine, and what a dry run does not do."""
-        if self.dry_run:
-            yield Unused(("wait",), "with --dry-run, which submits nothing")
         if self.cluster != "slurm":
             alone = f"with --cluster {self.cluster}, which runs on this machine without a queue"
             yield Unused(("array", "parallel", "claim_s", "partition", "nodes"), alone)

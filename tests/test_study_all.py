@@ -86,7 +86,7 @@ def test_images_are_copied_small_under_their_names(tmp_path, monkeypatch):
         Image.new("RGBA", size, (200, 10, 10, 0)).save(path)
     study_all_inputs.write_images(tmp_path / "web", tmp_path / "out")
     with Image.open(tmp_path / "out/labelled/test/cat/a.png") as image:
-        assert (image.size, image.mode, image.getpixel((0, 0))) == ((192, 96), "RGB", (200, 10, 10))
+        assert (image.size, image.mode, image.getpixel((0, 0))) == ((128, 64), "RGB", (200, 10, 10))
     with Image.open(tmp_path / "out/heldout/b.png") as image:
         assert image.size == (20, 30)
 

@@ -166,7 +166,6 @@ def test_dry_run_prints_scripts_and_writes_nothing(raw, tmp_path):
         ("pack X --cluster local --array 3", "--array 3 would not be used with --cluster local, which runs on this"),
         ("pack X --cluster debug --partition p", "--partition p would not be used with --cluster debug"),
         ("train clip --data X --out R --cluster local --nodes 2", "--nodes 2 would not be used with --cluster local"),
-        ("vocab X --wait --dry-run", "--wait would not be used with --dry-run, which submits nothing"),
         ("pack X --cluster debug --dry-run", "--dry-run would not be used with --cluster debug"),
         ("pipeline X --cluster debug --after 7 -- pack", "--after 7 would not be used with --cluster debug"),
         ("pipeline X -- pack -- vocab --after 7", "--after behind -- vocab: it holds for all commands, say it before"),

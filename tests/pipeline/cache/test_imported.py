@@ -304,8 +304,12 @@ def test_most_samples_tell_the_width_and_check_names_a_shard_of_another(tmp_path
     with pytest.raises(UserError, match=f"dim: {DIM // 2} before, {DIM // 4} now"):
         imported(root, other)
     imported(tmp_path / "ds", other, name="narrow")
-    for file in ("00001.parquet", "00001-1.parquet", "00001_stats.json"):
-        shutil.copy(root / "teacher" / "narrow" / file, root / "teacher" / NAME / file)
+    folders = {name: str(root / "teacher" / name) for name in (NAME, "narrow")}
+    narrow = read_done(folders["narrow"], 1)
+    for path in narrow.outputs:
+        shutil.copy(root / path, root / path.replace("narrow", NAME))
+    outputs = {path.replace("narrow", NAME): digest for path, digest in narrow.outputs.items()}
+    replace(read_done(folders[NAME], 1), outputs=outputs, inputs=narrow.inputs).write(folders[NAME])
     assert any("its vectors have 4 numbers, those of most shards" in problem for problem in cache_problems(root))
 
 

@@ -28,6 +28,7 @@ from pipeline.pack.stage import pack
 from shards_spec.embeddings import read_embeddings
 from shards_spec.files import DataError, UserError, join, names, read_bytes, read_json, write_bytes
 from shards_spec.images import decode_rgb
+from shards_spec.manifest import read_done
 from shards_spec.models import load_model, model_label
 from shards_spec.sample import Sample
 from shards_spec.tar import read_shard, write_shard
@@ -270,8 +271,12 @@ def test_check_names_the_first_broken_key_of_a_shuffled_parquet(root):
 
 
 def test_check_names_the_first_broken_key_of_a_foreign_cache(root):
-    for name in ("00000.parquet", "00000_stats.json"):
-        shutil.copy(join(root, "teacher/tea", name.replace("00000", "00001")), join(root, "teacher/tea", name))
+    folder = join(root, "teacher/tea")
+    own, foreign = read_done(folder, 0), read_done(folder, 1)
+    for name in foreign.outputs:
+        shutil.copy(join(root, name), join(root, name.replace("00001", "00000")))
+    outputs = {name.replace("00001", "00000"): digest for name, digest in foreign.outputs.items()}
+    replace(own, outputs=outputs).write(folder)
     problems = check(CheckConfig(root))
     assert any("row 0 is key 000010000, shards/00000.tar has key 000000000" in p for p in problems), problems
 
