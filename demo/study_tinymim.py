@@ -5,13 +5,12 @@ python demo/study_tinymim.py STUDY OUT      writes OUT.svg (fine-tuning over its
                                             between the lines <!-- study_tinymim.py --> and <!-- end -->
 """
 
-import re
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from study import cell, curves, lines
+from study import cell, curves, fill_block, lines
 
 from pipeline.report.axes import linear
 
@@ -33,7 +32,6 @@ PAPER = {  # top-1 of ViT-B from MAE's ViT-L, 100 epochs; of ViT-S from MAE's Vi
     "masked": "83.9",
     "chain": "ViT-S 82.6",
 }
-BLOCK = re.compile(r"(<!-- study_tinymim\.py -->\n).*?(<!-- end -->\n)", re.S)
 
 
 def finished(study: Path, row: str) -> list[Path]:
@@ -88,8 +86,7 @@ def main() -> None:
     table = results(study)
     out.with_suffix(".svg").write_text(chart(study))
     print(table)
-    page = out.with_suffix(".md")
-    page.write_text(BLOCK.sub(lambda match: f"{match[1]}\n{table}\n{match[2]}", page.read_text()))
+    fill_block(out.with_suffix(".md"), Path(__file__).name, f"\n{table}\n")
 
 
 if __name__ == "__main__":

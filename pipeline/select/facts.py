@@ -36,7 +36,8 @@ from shards_spec.parquet import column_names, read_table
 from shards_spec.sample import check_keys
 from shards_spec.teacher_shard import TeacherShard
 
-TEXT_FACTS = ("caption", "chars", "words", "synsets", "language", "language_confidence")
+LANGUAGE_FACTS = ("language", "language_confidence")  # a model finds them, which takes milliseconds a caption
+TEXT_FACTS = ("caption", "chars", "words", "synsets", *LANGUAGE_FACTS)
 SIZE_FACTS = ("width", "height", "aspect")
 SIMILARITY_FACTS = ("original_similarity", "synthetic_similarity")
 

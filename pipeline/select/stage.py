@@ -30,7 +30,7 @@ from pipeline.select.config import SelectConfig
 from pipeline.select.dataset_rules import DatasetRules
 from pipeline.select.export_list import check_export, export_list
 from pipeline.select.expression import FactCondition, check_names
-from pipeline.select.facts import FactSources, ShardFacts, find_sources, shard_inputs
+from pipeline.select.facts import LANGUAGE_FACTS, FactSources, ShardFacts, find_sources, shard_inputs
 from pipeline.select.sample_lists import NAMES, SampleList, read_sample_list
 from pipeline.select.sample_rules import SampleRules, Weights
 from pipeline.select.semantic_duplicates import DuplicateRule
@@ -123,8 +123,8 @@ def _is_finished(root: str, stage: Stage, task: ShardTask) -> bool:
 
 def workers_of(config: SelectConfig, shards: int) -> int:
     """How many processes are worth their start: all where a rule takes milliseconds a sample, few for tables."""
-    expressions = (*config.where, *config.captions_where, config.weight or "", config.by or "")
-    is_slow = bool(config.against) or any("language" in text for text in expressions)
+    names = _names_of_samples(config) | _names(config.caption_conditions)
+    is_slow = bool(config.against) or not names.isdisjoint(LANGUAGE_FACTS)
     return min(config.workers, shards) if is_slow else workers_for(shards, config.workers)
 
 
@@ -160,14 +160,12 @@ def _sample_rules(config: SelectConfig, available: FactSources, folder: str) -> 
     conditions, caption_conditions = config.conditions, config.caption_conditions
     check_names(conditions, available.of_samples, "of samples")
     check_names(caption_conditions, available.of_captions, "of captions")
-    names = _names(conditions)
     if config.by is not None:
         _check_fact("--by", config.by, available)
-        names.add(config.by)
     weights = config.weights
     if weights is not None:
         check_names((weights,), available.of_samples, "of samples")
-        names |= weights.names()
+    names = _names_of_samples(config)
     if config.from_ or config.drop:
         names |= {*NAMES} & {*available.columns}
     return SampleRules(
@@ -187,6 +185,13 @@ def _check_fact(option: str, name: str, available: FactSources) -> None:
 
 def _list(paths: tuple[str, ...], field: str, folder: str) -> SampleList | None:
     return read_sample_list(paths, flag(field), folder) if paths else None
+
+
+def _names_of_samples(config: SelectConfig) -> set[str]:
+    """The facts of samples that conditions, weights and --by read."""
+    by = set() if config.by is None else {config.by}
+    weights = set() if config.weights is None else config.weights.names()
+    return _names(config.conditions) | weights | by
 
 
 def _names(conditions: tuple[FactCondition, ...]) -> set[str]:

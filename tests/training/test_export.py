@@ -51,17 +51,23 @@ def test_export_comes_back_the_same(run, tmp_path, monkeypatch):
     assert largest_difference(student, load_model(f"local-dir:{moved}")) == 0
 
 
+def describe_text(folder, change):
+    """Change what a model's description says of its text tower."""
+    path = folder / "open_clip_config.json"
+    said = json.loads(path.read_text())
+    said["model_cfg"]["text_cfg"] = change(said["model_cfg"]["text_cfg"])
+    path.write_text(json.dumps(said))
+
+
 def test_a_tokenizer_of_transformers_travels_with_run_and_export(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     from small_data import write_roberta
 
     source = tmp_path / "source"
     name = tiny_clip(source)
-    said = json.loads((source / "open_clip_config.json").read_text())
     text = write_roberta(source, width=32, layers=1, heads=2, wide=64)
     named = {name: text[name] for name in ("vocab_size", "hf_tokenizer_name")}
-    said["model_cfg"]["text_cfg"] |= {**named, "tokenizer_kwargs": {}}
-    (source / "open_clip_config.json").write_text(json.dumps(said))
+    describe_text(source, lambda plain: {**plain, **named, "tokenizer_kwargs": {}})
     root = tmp_path / "data"
     write_packed(str(root), [8])
     (root / "models").mkdir()
@@ -84,10 +90,8 @@ def test_a_text_tower_of_transformers_travels_with_run_and_export(tmp_path, monk
 
     source = tmp_path / "source"
     name = tiny_clip(source)
-    said = json.loads((source / "open_clip_config.json").read_text())
     text = write_roberta(source, width=32, layers=1, heads=2, wide=64)
-    said["model_cfg"]["text_cfg"] = {**text, "context_length": 16}
-    (source / "open_clip_config.json").write_text(json.dumps(said))
+    describe_text(source, lambda _: {**text, "context_length": 16})
     write_packed(str(tmp_path / "data"), [8])
     (tmp_path / "data" / "models").mkdir()
     config = tiny_config("clip", str(tmp_path / "data"), str(tmp_path / "out"), steps=1, model=name)

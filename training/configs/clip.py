@@ -25,9 +25,8 @@ class ClipConfig:
 
     def __post_init__(self) -> None:
         name = self.student.model
-        is_plain_name = not {":", "/"} & set(name) and not is_run(
-            name
-        )  # open_clip's, whose images have no other weights
+        # open_clip's, which has no other weights of images
+        is_plain_name = not {":", "/"} & set(name) and not is_run(name)
         if self.lock == "image" and is_plain_name and self.student.pretrained is None:
             raise UserError(random_tower_advice(self.lock, name))
 
