@@ -1,9 +1,11 @@
 """A captioner on its device: batches of images to captions, within the device's memory."""
 
 import logging
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 from PIL import Image
@@ -27,6 +29,7 @@ MAX_BATCH = {"cpu": 32, "cuda": 512}  # images; more makes no batch faster
 MEMORY_SHARE = 0.8  # of the device's free memory that a batch may take
 CACHE_OVERHEAD = 5 / 4  # copies while rows are selected
 SAMPLING_BYTES = 64  # per row and vocabulary entry, to choose a token: logits, their copies, a full sort
+PIXEL_BYTES = 5  # of a colour of a pixel, as it comes and as float32
 ENCODER_VALUES = 16  # activations per patch and channel that the image encoder holds at once
 
 
@@ -61,7 +64,9 @@ class Captioner:
         self.similarity = similarity
         self.image_size = loaded.image_size
         preprocess = open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(loaded.model))
-        self._transform: Any = open_clip.transform.image_transform_v2(preprocess, is_train=False)
+        *to_size, _, _ = open_clip.transform.image_transform_v2(preprocess, is_train=False).transforms
+        self._to_size: list[Any] = to_size  # without ToTensor and Normalize, whose part `normalise` does on the device
+        self._normalise: Callable[[Tensor], Tensor] = loaded.normalise
         self.sampler: StaticSampler | None = None  # writes captions by CUDA graphs, where it can
         if self.coca.device.type == "cuda" and self.coca.text_blocks is not None and decoding.method != "beam":
             self.sampler = StaticSampler(self.coca, decoding, graphs_for(self.coca.device))
@@ -69,18 +74,28 @@ class Captioner:
         self._ahead: tuple[Tensor, EncodedImages] | None = None
         self.batch_size = batch_size or self._default_batch_size()
 
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """(3, S, S) as the model was trained to see it, by open_clip's evaluation transform, in the model's type."""
-        pixels: Tensor = self._transform(crop_extreme_aspect(image))
-        return pixels.to(self.coca.dtype)
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """(S, S, 3) uint8, scaled and cropped as the model was trained to see it, by open_clip's evaluation transform.
+
+        What is left of the transform is done on the device: threads of Python that each compute with tensors hinder
+        one another.
+        """
+        for step in (crop_extreme_aspect, *self._to_size):
+            image = step(image)
+        return np.asarray(image)
+
+    @torch.inference_mode()
+    def pixels(self, images: Tensor) -> Tensor:
+        """The image encoder's input (P, 3, S, S), on the device in the model's type, of `stack`'s images."""
+        on_device = images.to(self.coca.device, non_blocking=True)
+        return self._normalise(on_device.permute(0, 3, 1, 2)).to(self.coca.dtype).contiguous()
 
     def stack(self, requests: list[CaptionRequest]) -> Tensor:
-        """The images (P, 3, S, S) of at least one request, for a GPU in pinned memory."""
-        images = [request.image for request in requests]
-        if self.coca.device.type != "cuda":
-            return torch.stack(images)
-        pinned = torch.empty(len(images), *images[0].shape, dtype=images[0].dtype, pin_memory=True)
-        return torch.stack(images, out=pinned)
+        """The images (P, S, S, 3) uint8 of at least one request, for a GPU in pinned memory."""
+        shape = (len(requests), *requests[0].image.shape)
+        stacked = torch.empty(shape, dtype=torch.uint8, pin_memory=self.coca.device.type == "cuda")
+        np.stack([request.image for request in requests], out=stacked.numpy())
+        return stacked
 
     def bytes_per_image(self) -> int:
         """An upper bound of the device memory that one more image in the batch takes at its worst moment.
@@ -95,7 +110,7 @@ class Captioner:
         blank = coca.encode_images(torch.zeros(1, 3, self.image_size, self.image_size))
         cross_attention = sum(tensor.numel() for tensor in (*blank.keys, *blank.values)) * item
         patches, width = coca.model.visual.positional_embedding.shape
-        encoder = ENCODER_VALUES * patches * width * item + 3 * self.image_size**2 * (4 + item)
+        encoder = ENCODER_VALUES * patches * width * item + 3 * self.image_size**2 * (PIXEL_BYTES + item)
         rows = decoding.num_beams if decoding.method == "beam" else self.num_captions
         length = coca.context_length if decoding.prefix else 1 + decoding.max_tokens
         layers = [*(coca.text_blocks or ()), *coca.blocks]
@@ -158,7 +173,7 @@ class Captioner:
         if not self.encodes_ahead or len(images) > self.batch_size or self._is_ahead(images):
             return
         try:
-            self._ahead = (images, self.coca.encode_images(images))
+            self._ahead = (images, self.coca.encode_images(self.pixels(images)))
         except RuntimeError as error:  # a lack of memory is mended in their turn
             if not is_out_of_memory(error):
                 raise
@@ -169,7 +184,7 @@ class Captioner:
 
     def _encode(self, images: Tensor) -> EncodedImages:
         if self._ahead is None or not self._is_ahead(images):
-            return self.coca.encode_images(images)
+            return self.coca.encode_images(self.pixels(images))
         _, encoded = self._ahead
         self._ahead = None
         return encoded

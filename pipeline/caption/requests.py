@@ -1,22 +1,21 @@
 """What a captioner is asked for, and what it returns."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import numpy as np
 
 
 @dataclass(frozen=True)
 class CaptionRequest:
     """Captions to write for one image.
 
-    ``image`` (3, S, S) is preprocessed; ``indices`` are the numbers of the captions to write, ``attempt`` is 0 for the
-    first try at them. ``original`` is the caption that came with the image, None when it is not to be rated.
+    ``image`` (S, S, 3) uint8 is scaled and cropped; ``indices`` are the numbers of the captions to write, ``attempt``
+    is 0 for the first try at them. ``original`` is the caption that came with the image, None when it is not to be
+    rated.
     """
 
     key: str
-    image: "Tensor"
+    image: np.ndarray
     indices: tuple[int, ...]
     original: str | None = None
     attempt: int = 0

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from caption import Writer, bytes_read, reading_limit
 from figures import ceiling, figure, options, run_parts, seconds_of, synchronize
@@ -114,7 +115,8 @@ class Measurement:
     def captioner(self, batch: int, captions: int) -> Captioner:
         """Report a captioner's batches with what the host does: copying images, naming captions, decoding texts."""
         captioner = Captioner(self.loaded, self.eager.decoding, captions, batch_size=batch)
-        images = self.images(batch).cpu()
+        side = captioner.image_size
+        images = np.random.default_rng(0).integers(256, size=(batch, side, side, 3), dtype=np.uint8)
         indices = tuple(range(captions))
         requests = [CaptionRequest(f"{number:09d}", image, indices) for number, image in enumerate(images)]
         stacks = [captioner.stack(requests), captioner.stack(requests)]

@@ -37,7 +37,6 @@ from training.engine.updater import Updater
 from training.losses import similarity
 from training.losses.distillation import ensemble_affinity_loss
 from training.losses.similarity import RowShare, Similarity
-from training.models.mobileclip import forward_shared
 from training.models.teacher import CACHED_FIELDS, FrozenTeacher, TeacherEnsemble
 from training.recipes import clip, siclip, tinyclip
 from training.recipes.clip_kd import ClipKd
@@ -309,46 +308,12 @@ def measure_variant(job: Job, where: Options, label: str, run: RunConfig) -> Non
     figure(f"train: {job.name}, {label}", rate, "samples/s", **facts, **{"first step s": first})
 
 
-@torch.no_grad()
-def measure_frozen_layers(job: Job, where: Options) -> None:
-    """Report what SiCLIP's frozen layers take of a step as they are, and in weights of bf16."""
-    batch = job.batch(where.device, False)
-    base = job.task.base.model
-    halved = copy.deepcopy(base).to(torch.bfloat16)
-    images = batch["images"].to(torch.bfloat16)
-    laid_out = copy.deepcopy(halved).to(memory_format=torch.channels_last)
-    innermost = images.contiguous(memory_format=torch.channels_last)
-    for label, model, pixels in (
-        ("autocast", base, batch["images"]),
-        ("bf16 weights", halved, images),
-        ("bf16 weights, channels_last", laid_out, innermost),
-    ):
-
-        def forward(model: Any = model, pixels: Tensor = pixels) -> None:
-            with torch.autocast(where.device, torch.bfloat16, enabled=pixels.dtype == torch.float32):
-                forward_shared(model, pixels)
-                model.text.forward_shared(batch["tokens"])
-
-        seconds = seconds_of(forward, where.device, repeat=1 if where.dry else 3)
-        figure(f"train: {job.name}, its frozen layers, {label}", 1e3 * seconds, "ms")
-
-
-def measure_cudnn_benchmark(job: Job, where: Options) -> None:
-    """Report a job with convolutions that cuDNN tries out."""
-    torch.backends.cudnn.benchmark = True
-    try:
-        measure_variant(job, where, "cudnn.benchmark", job.config.run)
-    finally:
-        torch.backends.cudnn.benchmark = False
-
-
 def measure_siclip(where: Options) -> None:
     """Report SiCLIP, whose goal is a card of 24 GB."""
     job = siclip_job(where)
     fit_siclip(job, where)
     measure(job, where, card=CARD)
     measure_kernels(job, where)
-    measure_frozen_layers(job, where)
     measure_variant(job, where, "channels_last", job.with_run(channels_last=True))
 
 
@@ -366,14 +331,6 @@ def measure_mobileclip(where: Options) -> None:
     measure(job, where)
     if not where.dry:
         measure_kernels(job, where)
-
-
-def measure_convolutions(where: Options) -> None:
-    """Report what MobileCLIP-S0 gains from other settings of its convolutions; last, since they take their time."""
-    job = clip_job("MobileCLIP-S0", where)
-    measure_cudnn_benchmark(job, where)
-    if not where.dry:
-        measure_variant(job, where, "channels_last", job.with_run(channels_last=True))
 
 
 def measure_vit(where: Options) -> None:
@@ -450,7 +407,6 @@ def main() -> int:
         measure_vit,
         measure_catlip,
         measure_losses,
-        measure_convolutions,
     )
     return run_parts(*(partial(part, where) for part in parts))
 

@@ -45,7 +45,7 @@ def measurement(name: str, seconds: float) -> Step:
     return Step(name, (str(HERE / f"measure_{name}.py"),), seconds)
 
 
-SHARE = max(1, min(4, (os.cpu_count() or 1) // 4))  # processes of the tests, each with whole files
+SHARE = max(1, min(6, (os.cpu_count() or 1) // 2 - 1))  # processes of the tests, each with whole files
 TESTS = (
     *("-m", "pytest", "-q", "-rs", "--durations=5", "-p", "no:cacheprovider", "-m", "gpu"),
     *(("--numprocesses", str(SHARE), "--dist=loadfile") if SHARE > 1 else ()),
@@ -53,13 +53,13 @@ TESTS = (
 )
 STEPS = (
     measurement("limits", 40),
-    Step("tests", TESTS, 100),
+    Step("tests", TESTS, 120),
+    measurement("memory", 70),
     measurement("cache", 80),
-    measurement("caption", 90),
-    measurement("train", 90),
-    measurement("loop", 70),
+    measurement("caption", 80),
+    measurement("train", 80),
+    measurement("loop", 110),
     measurement("reader", 90),
-    measurement("memory", 60),
 )
 
 

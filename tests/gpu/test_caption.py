@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain, product
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -73,7 +74,7 @@ def noise(loaded: LoadedModel, count: int) -> torch.Tensor:
 
 def requests_for(captioner: Captioner, count: int) -> list[CaptionRequest]:
     side = captioner.image_size
-    images = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+    images = np.random.default_rng(0).integers(256, size=(count, side, side, 3), dtype=np.uint8)
     indices = tuple(range(captioner.num_captions))
     return [CaptionRequest(f"{number:09d}", image, indices) for number, image in enumerate(images)]
 

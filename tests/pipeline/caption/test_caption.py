@@ -6,6 +6,8 @@ from dataclasses import replace
 from itertools import chain, product
 from pathlib import Path
 
+import numpy as np
+import open_clip
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -148,12 +150,14 @@ def test_similarities_are_the_models_own_cosines(root, model, tmp_path, kind):
         model = narrow_coca(tmp_path / "coca", kind)
     caption(config(root, model, similarity=True))
     loaded = load_model(model)
-    captioner = Captioner(loaded, SHORT, 3)
+    preprocess = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(loaded.model)), is_train=False
+    )
     rows = captions(root)
     for sample in read_shard(join(root, "raw/00001.tar")):
         row = rows[sample.key]
         with torch.no_grad():
-            image = loaded.model.encode_image(captioner.preprocess(decode_rgb(sample.image))[None], normalize=True)
+            image = loaded.model.encode_image(preprocess(decode_rgb(sample.image))[None], normalize=True)
             tokens = loaded.tokenizer([sample.caption, *row["captions"]])
             cosines = (image @ loaded.model.encode_text(tokens, normalize=True).T)[0]
         assert row["original_similarity"] == pytest.approx(float(cosines[0]), abs=1e-5)
@@ -174,9 +178,8 @@ def test_a_prefix_is_part_of_the_caption_and_beams_come_best_first(root, model):
 
 
 def requests_for(captioner: Captioner, count: int) -> list[CaptionRequest]:
-    images = torch.randn(
-        count, 3, captioner.image_size, captioner.image_size, generator=torch.Generator().manual_seed(0)
-    )
+    side = captioner.image_size
+    images = np.random.default_rng(0).integers(256, size=(count, side, side, 3), dtype=np.uint8)
     indices = tuple(range(captioner.num_captions))
     return [CaptionRequest(f"{number:09d}", image, indices) for number, image in enumerate(images)]
 
@@ -358,7 +361,8 @@ def test_heads_that_cannot_tell_images_apart_are_named_per_shard(root, model, ca
         path = join(root, f"raw/{shard:05d}.tar")
         samples = list(read_shard(path))
         with torch.no_grad():
-            pixels = torch.stack([captioner.preprocess(decode_rgb(sample.image)) for sample in samples])
+            images = np.stack([captioner.preprocess(decode_rgb(sample.image)) for sample in samples])
+            pixels = captioner.pixels(torch.from_numpy(images))
             cosines = loaded.model.encode_image(pixels, normalize=True) @ captioner.coca.text_features(words).T
         best = (cosines - cosines.mean(0)).argmax(1).tolist()
         for sample, place in zip(samples, best, strict=True):
