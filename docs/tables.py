@@ -53,7 +53,7 @@ def explains(explained: str, name: str) -> bool:
 
 
 def gpu_table(lines: list[str], explained: dict[str, str]) -> str:
-    """The figures of a GPU, and a row for each explained one that is not there.
+    """The figures of a GPU, and a row for each explained one that is not there; another card than the first is named.
 
     Args:
         lines: JSON, a figure each.
@@ -68,8 +68,12 @@ def gpu_table(lines: list[str], explained: dict[str, str]) -> str:
         for name, goal in explained.items()
         if not any(explains(name, measured) for measured in figures)
     ]
-    table = "\n".join([runner.markdown(list(figures.values())), *missing])
     runs = dict.fromkeys(f"{one['card']}, torch {one['torch']}, {one['date']}" for one in figures.values())
+    card = next((one["card"] for one in figures.values()), None)
+    for one in figures.values():
+        if one["card"] != card:
+            one["facts"] = {**one["facts"], "card": one["card"]}
+    table = "\n".join([runner.markdown(list(figures.values())), *missing])
     return f"Measured on {'; '.join(runs)}:\n\n{table}" if runs else table
 
 
