@@ -317,7 +317,7 @@ class RunConfig:
     """bf16: weights that are not trained (a live teacher's, inherited layers') take half the memory; with --precision
     bf16 or fp16; what is saved stays fp32"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the forward pass; auto: on a GPU, for recipes that were measured to gain by it (none so far)"""
+    """torch.compile of the forward pass; auto: on a GPU, for recipes that were measured to gain by it (tinyclip)"""
     channels_last: bool = False
     """images and convolutions with the channels innermost: faster in convolutional towers on CUDA"""
     sync_bn: bool = True

@@ -12,7 +12,7 @@ from training.task import Task
 log = logging.getLogger(__name__)
 BACKEND = "inductor"
 # rate of a compiled step over that of an eager one: rows "loop: RECIPE, compile over eager" of tests/gpu/figures.jsonl
-MEASURED_GAINS: dict[str, float] = {}
+MEASURED_GAINS = {"tinyclip": 1.47}
 LEAST_GAIN = 1.05  # from which on auto compiles: less does not pay for the minutes of compiling
 
 
