@@ -8,7 +8,6 @@ between the lines <!-- study_all.py --> and <!-- end --> is replaced. Numbers ar
 """
 
 import argparse
-import csv
 import math
 import statistics
 from collections.abc import Sequence
@@ -160,23 +159,17 @@ def quality_table(rows: list[Row], to_scratch: dict[str, str]) -> str:
     return markdown(head, lines)
 
 
-def seconds(study: Path) -> dict[str, float]:
-    """Return the seconds of the steps that were done once."""
-    with open(study / "seconds.tsv", newline="") as file:
-        return {name: float(value) for name, value in csv.reader(file, delimiter="\t")}
-
-
 def teacher_table(study: Path, lit: Path) -> str:
-    """Return the table of the models that rows begin with, and the minutes that they took."""
-    took, lines = seconds(study), []
+    """Return the table of the models that rows begin with, and the minutes that they were trained for."""
+    lines = []
     for folder, name in [
         (lit, "LiT teacher (`make real`)"),
         *((study / "teachers" / n, t) for n, t in TEACHERS.items()),
     ]:
         (one,) = read_runs([str(folder)])
         row = read_row(Method(name, [one], []))
-        minutes = took.get(f"teacher-{folder.name}", math.nan) / 60
-        lines.append([name, *(row.text(metric) for metric in METRICS), f"{minutes:.1f}" if minutes > 0 else UNKNOWN])
+        minutes = one.columns["seconds"][-1] / 60
+        lines.append([name, *(row.text(metric) for metric in METRICS), f"{minutes:.0f}"])
     return markdown(["", *METRICS, "minutes"], lines)
 
 
