@@ -3,16 +3,16 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import partial
 from threading import Lock
 
 import numpy as np
 
 from pipeline.cache.config import CacheConfig
 from pipeline.cache.incremental import ColumnUpdate, ShardIndex
-from pipeline.cache.render_pool import RenderJob, RenderPool, RenderQueue
 from pipeline.cache.teacher import Teacher
 from pipeline.cache.tokens import TokenPool, tokenise
-from pipeline.core.workers import usable_cores
+from pipeline.core.render_pool import RenderJob, RenderPool, RenderQueue, rendering_processes
 from shards_spec.embeddings import Vectors, encode_vectors
 from shards_spec.files import DataError, UserError
 from shards_spec.messages import counted
@@ -20,6 +20,7 @@ from shards_spec.models import TIMM, LoadedModel, load_teacher
 from shards_spec.precision import resolve_precision
 from shards_spec.soft_labels import MOST_CLASSES, SoftLabelFormat
 from shards_spec.timm_classifiers import load_timm_classifier
+from shards_spec.views import render_views
 
 RENDERERS_PER_TOKENISER = 8  # processes
 
@@ -61,9 +62,7 @@ class Embedder:
     def __init__(self, config: CacheConfig, device: str, devices: int) -> None:
         """``devices`` is the number of processes that share this machine's cores."""
         self.config = config
-        processes = config.processes
-        if processes is None:
-            processes = max(1, usable_cores() // devices) if device.startswith("cuda") else 0
+        processes = rendering_processes(config.processes, device, devices)
         self.token_pool: TokenPool | None = None
         if processes and not config.model.startswith(TIMM):
             tokenisers = -(-processes // RENDERERS_PER_TOKENISER)
@@ -72,7 +71,7 @@ class Embedder:
         self.teacher = Teacher(loaded, config.batch_size, soft_label_format(config, loaded))
         self._device_lock = Lock()
         self.render_pool = RenderPool(
-            processes, config.threads, rows=self.teacher.rows, views=config.views, size=loaded.image_size
+            processes, config.threads, rows=self.teacher.rows, most=config.views, size=loaded.image_size
         )
 
     def close(self) -> None:
@@ -149,8 +148,13 @@ class Embedder:
         views = defaultdict[int, list[int]](list)
         for row, view in images:
             views[row].append(view)
-        jobs = (RenderJob(shard.keys[row], shard.sample(row).image, tuple(numbers)) for row, numbers in views.items())
-        return RenderQueue(self.render_pool, jobs, self.config.view_spec)
+        spec, size = self.config.view_spec, self.teacher.loaded.image_size
+
+        def job(row: int, numbers: list[int]) -> RenderJob:
+            render = partial(render_views, spec=spec, key=shard.keys[row], views=numbers, size=size)
+            return RenderJob(shard.sample(row).image, render)
+
+        return RenderQueue(self.render_pool, (job(row, numbers) for row, numbers in views.items()))
 
     def _tokenise(self, texts: list[str]) -> Iterator[np.ndarray]:
         """Tokens of each text: ahead of their use where there are processes."""

@@ -3,12 +3,10 @@
 import logging
 from collections.abc import Callable
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import open_clip
 import torch
-from PIL import Image
 from torch import Tensor
 
 from pipeline.caption.beam_search import beam_search
@@ -16,11 +14,11 @@ from pipeline.caption.coca import NO_COCA, Coca, EncodedImages
 from pipeline.caption.cuda_graphs import graphs_for
 from pipeline.caption.decoding import Decoding
 from pipeline.caption.head_check import ContrastiveHeadCheck
+from pipeline.caption.preprocess import Preprocess
 from pipeline.caption.requests import CaptionedImage, CaptionRequest, GeneratedCaption
 from pipeline.caption.sampling import DecodedTokens, generate
 from pipeline.caption.static_sampling import StaticSampler
 from shards_spec.files import UserError
-from shards_spec.images import crop_extreme_aspect
 from shards_spec.library_errors import is_out_of_memory
 from shards_spec.models import LoadedModel
 
@@ -63,9 +61,7 @@ class Captioner:
         self.seed = seed
         self.similarity = similarity
         self.image_size = loaded.image_size
-        preprocess = open_clip.transform.PreprocessCfg(**open_clip.get_model_preprocess_cfg(loaded.model))
-        *to_size, _, _ = open_clip.transform.image_transform_v2(preprocess, is_train=False).transforms
-        self._to_size: list[Any] = to_size  # without ToTensor and Normalize, whose part `normalise` does on the device
+        self.preprocess = Preprocess.of(loaded.model)
         self._normalise: Callable[[Tensor], Tensor] = loaded.normalise
         self.sampler: StaticSampler | None = None  # writes captions by CUDA graphs, where it can
         if self.coca.device.type == "cuda" and self.coca.text_blocks is not None and decoding.method != "beam":
@@ -73,16 +69,6 @@ class Captioner:
         self.encodes_ahead = self.coca.device.type == "cuda"  # a CPU does one thing after the other
         self._ahead: tuple[Tensor, EncodedImages] | None = None
         self.batch_size = batch_size or self._default_batch_size()
-
-    def preprocess(self, image: Image.Image) -> np.ndarray:
-        """(S, S, 3) uint8, scaled and cropped as the model was trained to see it, by open_clip's evaluation transform.
-
-        What is left of the transform is done on the device: threads of Python that each compute with tensors hinder
-        one another.
-        """
-        for step in (crop_extreme_aspect, *self._to_size):
-            image = step(image)
-        return np.asarray(image)
 
     @torch.inference_mode()
     def pixels(self, images: Tensor) -> Tensor:

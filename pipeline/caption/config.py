@@ -15,7 +15,8 @@ from shards_spec.models import Trust, model_label
 from shards_spec.names import check_name
 from shards_spec.precision import PrecisionOption
 
-ONLY_HERE = ("model", "pretrained", "similarity", "precision", "batch_size", "device")  # options of a model run here
+# options of a model run here
+ONLY_HERE = ("model", "pretrained", "similarity", "precision", "batch_size", "processes", "device")
 OF_SAMPLING = ("redraws", "seed", "threads")  # those of a server's model, too
 
 
@@ -108,8 +109,11 @@ class CaptionConfig(ModelChoice):
     """images at a time; by default what the device's memory holds, at most 512, on a CPU 32"""
     seed: int = 0
     """of the sampling; a caption depends on (seed, key, caption index) only"""
+    processes: int | None = None
+    """processes per device that decode ahead of it; by default one per core with CUDA devices, 0 (threads instead) with
+    a CPU"""
     threads: int = os.cpu_count() or 1
-    """threads per process that decode images ahead of the device, or of the server"""
+    """threads that decode ahead where there are no such processes, or ahead of the server"""
     device: str = "auto"
     """auto (every CUDA device, else the CPU), cpu, cuda, cuda:N, or several with commas, a process each"""
     trust: OmitArgPrefixes[Trust] = field(default_factory=Trust)
@@ -125,6 +129,7 @@ class CaptionConfig(ModelChoice):
         else:
             self.choose_weights()
         require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        require(self.processes is None or self.processes >= 0, "processes", self.processes, "0 or more")
         require(self.threads >= 1, "threads", self.threads, "1 or more")
         require(self.redraws >= 0, "redraws", self.redraws, "0 or more")
         require(self.num_captions >= 1, "num_captions", self.num_captions, "1 or more")

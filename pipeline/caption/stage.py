@@ -2,8 +2,9 @@
 
 import json
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ from pipeline.caption.requests import CaptionRequest
 from pipeline.caption.served import caption_from_server
 from pipeline.caption.shard_captions import SIMILARITY_FIELDS, ImageCaptions, check_writer
 from pipeline.core.devices import worker_initializer
-from pipeline.core.prefetch import batches, prefetch_map
+from pipeline.core.prefetch import batches
+from pipeline.core.render_pool import RenderJob, RenderPool, RenderQueue, rendering_processes
 from pipeline.core.runner import (
     ALL,
     RunOptions,
@@ -29,7 +31,6 @@ from pipeline.core.runner import (
     upstream_shards,
 )
 from shards_spec.files import DataError
-from shards_spec.images import decode_rgb
 from shards_spec.layout import RAW, captions_folder, raw_tar
 from shards_spec.models import load_model, model_label, pick_devices, weights_sha256
 from shards_spec.precision import resolve_precision
@@ -42,7 +43,25 @@ if TYPE_CHECKING:
     from pipeline.caption.captioner import Captioner  # it imports torch
 
 log = logging.getLogger(__name__)
-_worker_captioner: list["Captioner"] = []  # of a worker process
+
+
+@dataclass(frozen=True)
+class CaptionTools:
+    """What a process needs to caption shards: the model on its device, and what decodes ahead of it."""
+
+    captioner: "Captioner"
+    pool: RenderPool
+
+    @classmethod
+    def of(cls, captioner: "Captioner", config: CaptionConfig, device: str, devices: int) -> "CaptionTools":
+        """With a new pool; ``devices`` is the number of processes that share this machine's cores."""
+        processes = rendering_processes(config.processes, device, devices)
+        rows, size = captioner.batch_size, captioner.image_size
+        pool = RenderPool(processes, config.threads, rows=rows, most=1, size=size, preload="open_clip")
+        return cls(captioner, pool)
+
+
+_worker_tools: list[CaptionTools] = []  # of a worker process
 
 
 def caption(config: CaptionConfig, assignment: ShardAssignment = ALL) -> Summary:
@@ -62,15 +81,21 @@ def caption(config: CaptionConfig, assignment: ShardAssignment = ALL) -> Summary
     captioner = _load(config, "cpu" if is_parallel else devices[0])
     stage = Stage(f"caption/{config.label}", captions_folder(config.label), _identity(config, captioner))
     check_writer(config.root, stage, config.overwrite)
-    work = partial(caption_shard, stage=stage, config=config, captioner=None if is_parallel else captioner)
+    load = partial(_load_in_worker, config, len(devices))
     options = RunOptions(
         workers=len(devices),
-        worker_init=worker_initializer(devices, partial(_load_in_worker, config)) if is_parallel else None,
+        worker_init=worker_initializer(devices, load) if is_parallel else None,
         assignment=assignment,
         overwrite=config.overwrite,
         total=len(shards),
     )
-    return run_stage(config.root, stage, tar_tasks(config.root, RAW, shards, assignment), work, options)
+    with ExitStack() as at_end:
+        tools = None
+        if not is_parallel:
+            tools = CaptionTools.of(captioner, config, devices[0], devices=1)
+            at_end.callback(tools.pool.shutdown)
+        work = partial(caption_shard, stage=stage, config=config, tools=tools)
+        return run_stage(config.root, stage, tar_tasks(config.root, RAW, shards, assignment), work, options)
 
 
 def caption_identity(config: CaptionConfig) -> dict[str, Any]:
@@ -113,8 +138,8 @@ def _load(config: CaptionConfig, device: str) -> "Captioner":
     )
 
 
-def _load_in_worker(config: CaptionConfig, device: str) -> None:
-    _worker_captioner.append(_load(config, device))
+def _load_in_worker(config: CaptionConfig, devices: int, device: str) -> None:
+    _worker_tools.append(CaptionTools.of(_load(config, device), config, device, devices))
 
 
 @dataclass(frozen=True)
@@ -135,17 +160,18 @@ class _Batch:
 
 
 def caption_shard(
-    root: str, task: ShardTask, *, stage: Stage, config: CaptionConfig, captioner: "Captioner | None" = None
+    root: str, task: ShardTask, *, stage: Stage, config: CaptionConfig, tools: CaptionTools | None = None
 ) -> ShardResult:
     """Caption one raw shard into one Parquet file; an image that does not decode keeps its row, with no captions.
 
     ``counters`` of the result count captions: all, those sampled again, and by defect those that are still unusable.
     """
-    captioner = captioner or _worker_captioner[0]
+    tools = tools or _worker_tools[0]
+    captioner = tools.captioner
     source = raw_tar(root, task.shard)
     counts = Counter[str]()
     redrawer = CaptionRedrawer(captioner, config.redraws)
-    decoded = batches(decoded_requests(source, captioner, config), captioner.batch_size)
+    decoded = batches(decoded_requests(source, tools, config), captioner.batch_size)
     stacked = (_Batch.of(captioner, samples) for samples in decoded)
     batch = next(stacked, None)
     while batch is not None:
@@ -169,20 +195,31 @@ def caption_shard(
 
 
 def decoded_requests(
-    source: str, captioner: "Captioner", config: CaptionConfig
+    source: str, tools: CaptionTools, config: CaptionConfig
 ) -> Iterator[tuple[str, CaptionRequest | DataError]]:
     """Per sample its key and the request with its image, or the DataError that says why it does not decode."""
     indices = tuple(range(config.num_captions))
+    ahead = deque[tuple[str, str | None]]()  # key and original caption of those whose images are being decoded
 
-    def decode(sample: Sample) -> tuple[str, CaptionRequest | DataError]:
-        try:
-            image = captioner.preprocess(decode_rgb(sample.image))
-        except DataError as error:
-            return sample.key, error
-        original = _original_caption(sample) if config.similarity else None
-        return sample.key, CaptionRequest(sample.key, image, indices, original)
+    def jobs() -> Iterator[RenderJob]:
+        for sample in read_shard(source):
+            ahead.append((sample.key, _original_caption(sample) if config.similarity else None))
+            yield RenderJob(_image(sample), tools.captioner.preprocess)
 
-    return prefetch_map(decode, read_shard(source), config.threads, 2 * captioner.batch_size)
+    for decoded in RenderQueue(tools.pool, jobs()):
+        key, original = ahead.popleft()
+        if isinstance(decoded, DataError):
+            yield key, decoded
+        else:
+            yield key, CaptionRequest(key, decoded[0].copy(), indices, original)
+
+
+def _image(sample: Sample) -> bytes | DataError:
+    """The encoded image, or why there is none."""
+    try:
+        return sample.image
+    except DataError as error:
+        return error
 
 
 def _original_caption(sample: Sample) -> str | None:

@@ -38,7 +38,7 @@ def main() -> None:
     tars = (join(options.root, "raw", f"{shard_name(shard)}.tar") for shard in shard_ids(join(options.root, "raw")))
     samples = islice(chain.from_iterable(map(read_shard, tars)), options.images)
     captioner = Captioner(loaded, Decoding(), 5, batch_size=64)
-    requests = [CaptionRequest(s.key, captioner.preprocess(decode_rgb(s.image)), tuple(range(5))) for s in samples]
+    requests = [CaptionRequest(s.key, captioner.preprocess(decode_rgb(s.image))[0], tuple(range(5))) for s in samples]
 
     def texts(work: list[CaptionRequest], batch_size: int) -> dict[str, list[tuple[str, int]]]:
         captioner.batch_size = batch_size

@@ -18,7 +18,8 @@ from pipeline.caption.captioner import Captioner
 from pipeline.caption.coca import Coca, EncodedImages
 from pipeline.caption.config import CaptionConfig
 from pipeline.caption.requests import CaptionRequest
-from pipeline.caption.stage import caption, decoded_requests
+from pipeline.caption.stage import CaptionTools, caption, decoded_requests
+from pipeline.core.render_pool import rendering_processes
 from pipeline.plan.costs import FLOP
 from shards_spec.files import join
 from shards_spec.layout import raw_tar, shard_name
@@ -142,13 +143,24 @@ class Measurement:
         return captioner
 
     def stage(self, captioner: Captioner, config: CaptionConfig, shards: int, samples: int) -> None:
-        """Report the whole stage on ``shards`` of ``samples`` photos, with reading and writing, and reading alone."""
+        """Report the whole stage on ``shards`` of ``samples`` photos, with reading and writing, and reading alone.
+
+        The first shard is read once more before: then the processes have started, and the stage's start at once.
+        """
+        tools = CaptionTools.of(captioner, config, self.device, devices=1)
+
+        def read(shard: int) -> None:
+            for _ in decoded_requests(raw_tar(config.root, shard), tools, config):
+                pass
+
+        read(0)
         start = time.perf_counter()
         for shard in range(shards):
-            for _ in decoded_requests(raw_tar(config.root, shard), captioner, config):
-                pass
+            read(shard)
         reading = shards * samples / (time.perf_counter() - start)
-        figure("caption: photos read and decoded", reading, "images/s", threads=config.threads)
+        tools.pool.shutdown()
+        workers = rendering_processes(config.processes, self.device, devices=1) or config.threads
+        figure("caption: photos read and decoded", reading, "images/s", workers=workers)
         with patch("pipeline.caption.stage._load", lambda *_: captioner):
             summary = caption(config)
         figure(
@@ -232,7 +244,7 @@ def main() -> int:
         captioner = measurement.captioner(sizes[0], 5)
         root = str(where.work / "photos-to-caption")
         photos = [draw("a shape")[0]] if where.dry else list(map(small_photo, range(12)))
-        shards = 1 if where.dry else 2
+        shards = 1 if where.dry else 4
         samples = 4 * sizes[0]
         write_photos_as_raw(root, photos, shards, samples)
         decoding = measurement.eager.decoding

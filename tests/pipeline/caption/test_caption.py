@@ -98,6 +98,37 @@ def test_a_process_per_device_leaves_the_same_captions(root, model, monkeypatch)
     assert texts(root, "two") == one
 
 
+def test_processes_and_threads_leave_the_same_bytes(root, model, monkeypatch, caplog):
+    """With images that do not decode or are not there, which are named and get no caption."""
+    path = join(root, "raw/00001.tar")
+    samples = list(read_shard(path))
+    samples[2].members["jpg"] = b"<html>"
+    del samples[5].members["jpg"]
+    _, digest = write_shard(path, samples)
+    done = read_done(join(root, "raw"), 1)
+    replace(done, outputs={**done.outputs, "raw/00001.tar": digest}).write(join(root, "raw"))
+    usual = config(root, model, batch_size=4, similarity=True)
+    caption(replace(usual, threads=3))
+    by_threads, warned = tree(join(root, "captions")), warnings_of(caplog)
+    undecodable, without = samples[2].key, samples[5].key
+    assert [message.partition(": ")[2] for message in warned] == [
+        f"key {undecodable} does not decode: not an image; it gets no caption",
+        f"key {without} key {without}: no image member among ['json', 'txt']; it gets no caption",
+    ]
+    assert [captions(root)[key]["captions"] for key in (undecodable, without)] == [[], []]
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: warm_context())
+    caption(replace(usual, processes=2, overwrite=True))
+    assert tree(join(root, "captions")) == by_threads
+    assert warnings_of(caplog) == warned
+
+
+def warnings_of(caplog) -> list[str]:
+    """What was said about images that get no caption, since it was last asked."""
+    found = [record.getMessage() for record in caplog.records if "it gets no caption" in record.getMessage()]
+    caplog.clear()
+    return found
+
+
 def test_what_is_wrong_with_a_caption():
     assert caption_defect("", []) == "empty"
     assert caption_defect("... !", []) == caption_defect("12 34", []) == "degenerate"
@@ -329,6 +360,8 @@ def test_the_batch_is_chosen_for_the_device(model):
 def test_devices_and_numbers_are_checked(root, model):
     with pytest.raises(UserError, match="--batch-size 0"):
         config(root, model, batch_size=0)
+    with pytest.raises(UserError, match="--processes -1"):
+        config(root, model, processes=-1)
     with pytest.raises(UserError, match="--redraws -1"):
         config(root, model, redraws=-1)
     with pytest.raises(UserError, match=r"--num-captions .: must be at most 1 with --method greedy"):
@@ -361,7 +394,7 @@ def test_heads_that_cannot_tell_images_apart_are_named_per_shard(root, model, ca
         path = join(root, f"raw/{shard:05d}.tar")
         samples = list(read_shard(path))
         with torch.no_grad():
-            images = np.stack([captioner.preprocess(decode_rgb(sample.image)) for sample in samples])
+            images = np.concatenate([captioner.preprocess(decode_rgb(sample.image)) for sample in samples])
             pixels = captioner.pixels(torch.from_numpy(images))
             cosines = loaded.model.encode_image(pixels, normalize=True) @ captioner.coca.text_features(words).T
         best = (cosines - cosines.mean(0)).argmax(1).tolist()
