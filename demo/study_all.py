@@ -100,6 +100,9 @@ AIMS = (  # an aim, the rows that serve it, by which metric
 )
 PAGE = Path(__file__).parents[1] / "docs/methods.md"
 TEACHERS = {"large": "large CLIP", "mobileclip": "MobileCLIP", "classifier": "classifier"}
+DOT = 3  # pixels of a dot's radius
+MARK_WIDTH, MARK_HEIGHT = 14, 9  # of a dot's number, two digits
+MARK_ROWS = (3, -4, 10, -13, 19, -22, 28, -31, 37)  # pixels below a dot where its number may stand, the best first
 ROOM = 1.15  # factor of room beside the outermost dots
 ZERO_SHOT, FINE_TUNED = "#1f77b4", "#d62728"
 
@@ -239,13 +242,15 @@ def scatter(rows: list[Row], cost: dict[str, float], label: str) -> str:
     costs = [at for _, _, at, _, _ in dots]
     plot = Plot(_cost_axis(label, costs), linear("top-1, %", 0, highest * ROOM, 5), (WIDTH, HEIGHT))
     body, legend = "", ""
-    for place, (number, row, at, values, metric) in enumerate(dots):
+    places = [(plot.x_at(at), plot.y_at(statistics.mean(values))) for _, _, at, values, _ in dots]
+    marks = place_marks(places)
+    for place, (number, row, _, values, metric) in enumerate(dots):
         colour = ZERO_SHOT if metric == "zero-shot" else FINE_TUNED
-        x, y = plot.x_at(at), plot.y_at(statistics.mean(values))
+        (x, y), (mark_x, mark_y) = places[place], marks[place]
         body += (
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{plot.y_at(min(values)):.1f}" y2="{plot.y_at(max(values)):.1f}" '
-            f'style="stroke:{colour}"/><circle cx="{x:.1f}" cy="{y:.1f}" r="3" style="fill:{colour}"/>'
-            f'<text x="{x + (5 if number % 2 else -17):.1f}" y="{y - 4:.1f}">{number}</text>'
+            f'style="stroke:{colour}"/><circle cx="{x:.1f}" cy="{y:.1f}" r="{DOT}" style="fill:{colour}"/>'
+            f'<text x="{mark_x:.1f}" y="{mark_y:.1f}">{number}</text>'
         )
         legend += (
             f'<text x="40" y="{HEIGHT + 22 + LINE * place}" style="fill:{colour}">{number} {row.title}: {metric}</text>'
@@ -255,6 +260,27 @@ def scatter(rows: list[Row], cost: dict[str, float], label: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {tall}" width="{WIDTH}" height="{tall}">{STYLE}'
         f'<rect width="{WIDTH}" height="{tall}" fill="#fff"/><svg width="{WIDTH}" height="{HEIGHT}">'
         f"{plot.draw(Markup(body), f'accuracy against {label}')}</svg>{legend}</svg>\n"
+    )
+
+
+def place_marks(dots: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return where each dot's number begins, beside it and on no other number or dot as far as there is room."""
+    taken = [(x - DOT, y + DOT, 2 * DOT, 2 * DOT) for x, y in dots]
+    marks = []
+    for x, y in dots:
+        offsets = [(across, down) for down in MARK_ROWS for across in (DOT + 3, -MARK_WIDTH - DOT - 3)]
+        free = [(x + across, y + down) for across, down in offsets if not _overlaps(x + across, y + down, taken)]
+        mark = free[0] if free else (x + offsets[0][0], y + offsets[0][1])
+        taken.append((*mark, MARK_WIDTH, MARK_HEIGHT))
+        marks.append(mark)
+    return marks
+
+
+def _overlaps(x: float, y: float, taken: list[tuple[float, float, float, float]]) -> bool:
+    """Whether a number that begins there lies on one of these boxes: left, bottom, width, height."""
+    return any(
+        x < left + width and left < x + MARK_WIDTH and y - MARK_HEIGHT < bottom and bottom - height < y
+        for left, bottom, width, height in taken
     )
 
 

@@ -49,6 +49,16 @@ def study(tmp_path) -> Path:
     return tmp_path
 
 
+def test_numbers_of_near_dots_do_not_cover_each_other(page_module):
+    dots = [(100.0, 50.0), (100.0, 52.0), (101.0, 55.0), (108.0, 50.0), (300.0, 50.0)]
+    marks = page_module.place_marks(dots)
+    wide, tall = page_module.MARK_WIDTH, page_module.MARK_HEIGHT
+    for place, (x, y) in enumerate(marks):
+        assert all(abs(x - other) >= wide or abs(y - down) >= tall for other, down in marks[:place])
+        assert abs(x - dots[place][0]) < 30 and abs(y - dots[place][1]) < 40
+    assert marks[-1] == (300 + page_module.DOT + 3, 53)
+
+
 def test_what_is_said_follows_from_the_ranges_of_the_seeds(study, page_module):
     methods = page_module.read_methods(study, ["scratch", "manual", "untied", "tied", "siclip"], ["0", "1"])
     rows = {row.name: row for row in map(page_module.read_row, methods)}
