@@ -55,7 +55,8 @@ def test_numbers_of_near_dots_do_not_cover_each_other(page_module):
     wide, tall = page_module.MARK_WIDTH, page_module.MARK_HEIGHT
     for place, (x, y) in enumerate(marks):
         assert all(abs(x - other) >= wide or abs(y - down) >= tall for other, down in marks[:place])
-        assert abs(x - dots[place][0]) < 30 and abs(y - dots[place][1]) < 40
+        assert abs(x - dots[place][0]) < 30
+        assert abs(y - dots[place][1]) < 40
     assert marks[-1] == (300 + page_module.DOT + 3, 53)
 
 
