@@ -89,7 +89,7 @@ AIMS = (  # an aim, the rows that serve it, by which metric
     ),
     (
         "Search: texts that find images",
-        ("scratch", "synthetic", "siclip", "lit", "cached", "live", "two"),
+        ("scratch", "synthetic", "siclip", "manual", "auto", "stages", "lit", "cached", "live", "two"),
         "text→image R@1",
     ),
     (
