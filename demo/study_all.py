@@ -268,9 +268,8 @@ def place_marks(dots: list[tuple[float, float]]) -> list[tuple[float, float]]:
     taken = [(x - DOT, y + DOT, 2 * DOT, 2 * DOT) for x, y in dots]
     marks = []
     for x, y in dots:
-        offsets = [(across, down) for down in MARK_ROWS for across in (DOT + 3, -MARK_WIDTH - DOT - 3)]
-        free = [(x + across, y + down) for across, down in offsets if not _overlaps(x + across, y + down, taken)]
-        mark = free[0] if free else (x + offsets[0][0], y + offsets[0][1])
+        places = [(x + across, y + down) for down in MARK_ROWS for across in (DOT + 3, -MARK_WIDTH - DOT - 3)]
+        mark = next((place for place in places if not _overlaps(*place, taken)), places[0])
         taken.append((*mark, MARK_WIDTH, MARK_HEIGHT))
         marks.append(mark)
     return marks
