@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from shards_spec.pixels import from_rgbx, to_rgbx
+from shards_spec.pixels import from_rgbx, rgbx
 
 OpSet = Literal["torchvision", "timm", "timm-inc", "timm-3a"]
 Operation = Callable[[Image.Image, int], Image.Image]
@@ -64,7 +64,7 @@ class _Sharpness(ImageEnhance.Sharpness):
 
 def _smooth(image: Image.Image) -> Image.Image:
     """`ImageFilter.SMOOTH` to the bit: thirteenths of the nine pixels around, five of the middle one; borders stay."""
-    samples = to_rgbx(image)
+    samples = rgbx(image).copy()
     height, width, bands = samples.shape
     rows = samples.reshape(height, width * bands)  # in which a pixel's neighbour is ``bands`` further
     before = rows.copy()

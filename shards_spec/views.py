@@ -24,7 +24,7 @@ from shards_spec.counter_rng import uniform_draws
 from shards_spec.files import DataError, UserError, sha256_json
 from shards_spec.images import UPRIGHT
 from shards_spec.messages import require
-from shards_spec.pixels import from_rgbx, to_rgbx
+from shards_spec.pixels import from_rgbx, rgbx
 from shards_spec.unused_options import Unused, asking
 
 RENDERING = 3  # raised whenever `apply_view` gives other pixels for the same view
@@ -354,11 +354,10 @@ def apply_view(image: Image.Image, spec: ViewSpec, view: View | RecordedView, si
         return image.resize((size, size), Image.Resampling.BICUBIC, box=crop_box(spec, view, *image.size))
     else:
         left, top, right, bottom = map(int, crop_box(spec, view, *image.size))
-        crop = image.crop((left, top, right, bottom))
         if spec.rendering == BY_PILLOW:
-            rendered = crop.resize((size, size), Image.Resampling.BICUBIC)
+            rendered = image.crop((left, top, right, bottom)).resize((size, size), Image.Resampling.BICUBIC)
         else:
-            rendered = from_rgbx(resize_bicubic(to_rgbx(crop), size))
+            rendered = from_rgbx(resize_bicubic(rgbx(image)[top:bottom, left:right].copy(), size))
     if view.flip:
         rendered = ImageOps.mirror(rendered)
     for operation, level in view.ops:

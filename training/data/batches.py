@@ -1,6 +1,7 @@
 """Batches of rows that are read by position, on one process or on several worker processes."""
 
 import logging
+import os
 import signal
 import warnings
 from collections.abc import Iterable, Iterator
@@ -14,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from shards_spec.files import DataError, UserError
 from shards_spec.messages import counted
 from shards_spec.models import LoadedModel
+from shards_spec.pixels import rgbx
 from training.data.order import BatchPlan, Order
 from training.losses.multilabel import PAD, pad_labels
 
@@ -65,8 +67,7 @@ class TrainingRows(Protocol):
 
 def to_pixels(image: Image.Image) -> Tensor:
     """Return an RGB image as (3, S, S) uint8."""
-    lines = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8)  # Pillow takes each row's colours apart
-    return torch.from_numpy(lines.reshape(image.height, 3, image.width).transpose(1, 0, 2).copy())
+    return torch.from_numpy(np.ascontiguousarray(rgbx(image)[..., :3].transpose(2, 0, 1)))
 
 
 def load_batches(
@@ -204,7 +205,7 @@ def _piece_loader(
         prefetch_factor=max(2, -(-prefetch // (PIECE_SIZE * workers))) if workers else None,
         collate_fn=collate,
         pin_memory=device != "cpu",
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),  # its own: the default would draw from the training's random stream
     )
 
@@ -233,7 +234,8 @@ def collate(items: list[Item]) -> dict[str, Any]:
         piece["positions"] = torch.tensor([item["position"] for item in used])
         for name, value in used[0].items():
             if isinstance(value, Tensor):
-                piece[name] = torch.stack([item[name] for item in used])
+                # in a worker straight into the memory that it shares, where the stack would be copied to once more
+                piece[name] = default_collate([item[name] for item in used])
         if "labels" in used[0]:
             piece["labels"] = pad_labels([item["labels"] for item in used])
     return piece
@@ -296,7 +298,12 @@ def _as_floats(pieces: list[Tensor]) -> Tensor:
     return pixels
 
 
-def _ignore_signals(worker: int) -> None:
-    """Leave signals to the parent: Ctrl-C and Slurm signal the whole group, and the last step needs the workers."""
+def _start_worker(worker: int) -> None:
+    """Leave signals to the parent: Ctrl-C and Slurm signal the whole group, and the last step needs the workers.
+
+    A tokenizer of transformers' keeps to this process: it warns of its threads after a fork, and other workers want the
+    other cores.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

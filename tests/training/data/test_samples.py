@@ -19,7 +19,7 @@ from shards_spec.models import LoadedModel, load_model
 from shards_spec.tar import read_shard, write_shard
 from shards_spec.views import apply_view, draw_view
 from training.config import DataConfig, TeacherCacheConfig, ViewConfig
-from training.data.batches import load_batches
+from training.data.batches import Skipped, load_batches
 from training.data.order import batch_positions
 from training.data.samples import draw_caption, open_samples
 from training.data.shard_reader import ShardReader
@@ -63,6 +63,33 @@ def test_items_are_what_the_shard_holds(root, student):
         caption = captions[draw_caption(9, sample.key, epoch, 3)]
         assert torch.equal(item["tokens"], student.tokenizer([caption])[0])
         assert item["epoch"] == epoch
+
+
+def test_rows_of_a_piece_are_those_asked_for_one_by_one(tmp_path, student):
+    """An error takes its own place in a piece and changes no other row: a broken image, and one without features."""
+    keys = write_packed(str(tmp_path), [6, 5, 4], broken=("000000002",))
+    write_teacher(str(tmp_path), keys)
+    rewrite(str(tmp_path), lambda k, c, m: (k, {**c, "image_1": without_row(c["image_1"], 4)}, m))
+    samples = open_samples(config(str(tmp_path)), TeacherCacheConfig(), student, seed=0)
+    positions = [*range(30), (3, 48)]
+    rows = samples.__getitems__(positions)
+    for position, row in zip(positions, rows, strict=True):
+        alone = samples[position]
+        if not isinstance(row, dict):
+            assert str(row) == str(alone)
+            continue
+        assert {name for name, value in row.items() if not same(value, alone[name])} == set()
+        assert row["images"].shape == (3, *([48, 48] if position == (3, 48) else [32, 32]))
+    assert sum(isinstance(row, Skipped) for row in rows) == 2
+    assert sum(isinstance(row, DataError) for row in rows) == 1
+
+
+def without_row(values, index):
+    return np.where((np.arange(len(values)) == index)[:, None], np.nan, values)
+
+
+def same(one, other):
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def test_pixels_are_normalised():
