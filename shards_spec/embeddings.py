@@ -9,6 +9,7 @@ that single rows are read without the others. The small columns come first.
 """
 
 import json
+import mmap
 import os
 import weakref
 from dataclasses import dataclass
@@ -160,6 +161,7 @@ class EmbeddingFile:
         self.path = path
         self._data = at if isinstance(at, memoryview) else None
         self._at = at if isinstance(at, str) else path
+        self._is_remote = is_url(self._at)
         with parquet_errors(path, fix=FIX), self._open() as file:
             parquet, self.meta = _open_cache(path, file)
             if self.meta.get("layout") != LAYOUT:
@@ -178,8 +180,8 @@ class EmbeddingFile:
                 chunks = row_groups(file, parquet.metadata.num_row_groups)[0]
                 self._ends = {chunk.path: chunk.data_page + chunk.packed for chunk in chunks}
         self._whole = dict[str, Vectors]()
-        self._valid = dict[str, np.ndarray]()
-        if self._data is None and not is_url(self._at):
+        self._values_from = dict[str, np.ndarray]()
+        if self._data is None and not self._is_remote:
             self._descriptor = os.open(self._at, os.O_RDONLY)
             weakref.finalize(self, os.close, self._descriptor)
 
@@ -220,7 +222,7 @@ class EmbeddingFile:
         """
         width = self.dim * self.dtype.itemsize
         begin = self._ends[name] - (len(self) - start) * width
-        if self._data is not None or is_url(self._at):
+        if self._data is not None or self._is_remote:
             data = self._read(begin, begin + into.nbytes)
             into[:] = np.frombuffer(data, self.dtype).reshape(into.shape)
         elif os.preadv(self._descriptor, [into.data], begin) != into.nbytes:
@@ -239,33 +241,47 @@ class EmbeddingFile:
 
     def stored_row(self, name: str, index: int) -> np.ndarray | None:
         """(D,) of one row as it is stored; None where null. Raises DataError as `vectors` does."""
-        if is_url(self._at) or name not in self.names:
+        if self._is_remote or name not in self._ends:
             if name not in self._whole:
                 self._whole[name] = self.vectors(name)
             whole = self._whole[name]
             row: np.ndarray | None = whole.values[index] if whole.present[index] else None
             return row
-        present = self._present(name)
-        if not present[index]:
+        values_from = int(self._count_values(name)[index])
+        if not values_from:
             return None
         width = self.dim * self.dtype.itemsize
-        start = self._ends[name] - int(present[index:].sum()) * width
-        return np.frombuffer(self._read(start, start + width), self.dtype)
+        start = self._ends[name] - values_from * width
+        held = self._mapped if self._data is None else self._data
+        return np.frombuffer(self._checked(held[max(start, 0) : start + width], width), self.dtype)
 
     def _present(self, name: str) -> np.ndarray:
         """Where the column has a value, bool (n,): false where the column is null."""
-        if name not in self._valid:
+        present: np.ndarray = self._count_values(name) != 0
+        return present
+
+    def _count_values(self, name: str) -> np.ndarray:
+        """How many values the column has from each row on, int32 (n,); 0 where it is null."""
+        if name not in self._values_from:
             known = self.ids(name)
             if known is None:  # a file without identities: the column itself says where it is null
                 with parquet_errors(self.path, fix=FIX), self._open() as file:
                     known = open_table(self.path, file).read(columns=[name]).column(name).is_valid().to_numpy()
-            self._valid[name] = known != 0
-        return self._valid[name]
+            present = known != 0
+            self._values_from[name] = np.where(present, present[::-1].cumsum(dtype=np.int32)[::-1], 0)
+        return self._values_from[name]
 
     def _open(self) -> IO[bytes]:
         if self._data is None:
             return open_read(self._at)
         return cast(IO[bytes], pa.BufferReader(pa.py_buffer(self._data)))
+
+    @cached_property
+    def _mapped(self) -> memoryview:
+        """A local file's bytes, for single rows: a call of the system makes the Python after it slower as well."""
+        mapped = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
+        mapped.madvise(mmap.MADV_RANDOM)  # the rows beside one are not wanted
+        return memoryview(mapped)
 
     def _read(self, start: int, end: int) -> bytes | memoryview:
         data: bytes | memoryview
@@ -273,13 +289,16 @@ class EmbeddingFile:
             raise DataError(f"{self.path}: shorter than its columns; {FIX}")
         if self._data is not None:
             data = self._data[start:end]
-        elif not is_url(self._at):
+        elif not self._is_remote:
             data = os.pread(self._descriptor, end - start, start)
         else:
             with open_read(self._at) as file:
                 file.seek(start)
                 data = file.read(end - start)
-        if len(data) != end - start:
+        return self._checked(data, end - start)
+
+    def _checked(self, data: bytes | memoryview, size: int) -> bytes | memoryview:
+        if len(data) != size:
             raise DataError(f"{self.path}: shorter than its footer says; {FIX}")
         return data
 

@@ -79,11 +79,11 @@ class _Described:
 
     item: dict[str, Any]  # its fields but for images
     caption: str
-    encoded: bytes
+    shard: int
+    index: int  # in the shard: its encoded image, which may be large, is read when its turn comes
     view: View | RecordedView
     side: int  # pixels a side of the student's images
     draw_name: str  # what `PairedViews` draws by
-    source: str  # its file and key, for messages
 
 
 def _or_error(make: Callable[[_Given], _Made], given: _Given) -> _Made | Skipped | DataError | UserError:
@@ -168,13 +168,11 @@ class Samples(Dataset[Item]):
             chosen = self.selection.sample(location.shard, location.index, keys)
         turn = chosen.turn(location.epoch)
         sample = self.reader.sample(location.shard, chosen.index)
-        source = f"{self.reader.path(location.shard)}: key {sample.key}"
         try:
-            encoded = sample.image
             captions = self.captions.captions(sample)
             labels = {"labels": self.labels.class_indices(sample)} if self.labels else {}
         except DataError as error:
-            return Skipped(f"{source}: {error}")
+            return self._skipped(location.shard, sample.key, error)
         view = turn % self.cache.num_views if self.cache else turn
         caption = self.captions.draw(captions, sample.key, turn, chosen.captions)
         item = {"key": sample.key, "position": position, "epoch": location.epoch, **labels}
@@ -184,20 +182,30 @@ class Samples(Dataset[Item]):
         else:
             drawn = draw_view(self.views, sample.key, view)
         return _Described(
-            item, captions[caption], encoded, drawn, side or self.student.image_size, f"{sample.key}/{turn}", source
+            item,
+            captions[caption],
+            location.shard,
+            chosen.index,
+            drawn,
+            side or self.student.image_size,
+            f"{sample.key}/{turn}",
         )
 
     def _render(self, row: "_Described") -> dict[str, Any] | Skipped:
-        """The row with its images."""
+        """The row with its images. Raises DataError, UserError."""
+        sample = self.reader.sample(row.shard, row.index)
         try:
-            image = decode_rgb(row.encoded)
+            image = decode_rgb(sample.image)
         except DataError as error:
-            return Skipped(f"{row.source}: {error}")
+            return self._skipped(row.shard, sample.key, error)
         if self.paired is None:
             images = {"images": to_pixels(apply_view(image, self.views, row.view, row.side))}
         else:
             images = self.paired.render(image, self.views, row.view, row.side, row.draw_name)
         return row.item | images
+
+    def _skipped(self, shard: int, key: str, error: DataError) -> Skipped:
+        return Skipped(f"{self.reader.path(shard)}: key {key}: {error}")
 
     def _prefetch_next(self, location: SampleLocation) -> None:
         """Prefetch the files of the shards that the stream of ``location`` opens next."""
