@@ -7,9 +7,9 @@ The rival is what open_clip trains with: webdataset's shuffle and decode, torchv
 Normalize, open_clip's tokenizer, batches made in the workers. Both end as normalised float32 batches in the main
 process. Images have a shorter side of 256. Prints samples per second of both and their ratio (medians of turns taken
 one after the other), the ratio of their CPU time without workers, what joining 10 views and 6 captions of a ViT-L/14
-teacher costs and what a second teacher costs beside it (CPU time of one process, so that other work on the machine
-counts less), the time to the first batch, the time to the first batch from the middle of an epoch of 10,000 shards, and
-the memory of a worker over them.
+teacher costs, by rates and by CPU time of one process (other work on the machine counts less in it), what a second
+teacher costs beside it, the time to the first batch, the time to the first batch from the middle of an epoch of 10,000
+shards, and the memory of a worker over them.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -212,12 +212,13 @@ def measure_rates(root: str, options: argparse.Namespace) -> dict[str, list[floa
     return rates
 
 
-def measure_cpu(root: str, options: argparse.Namespace) -> tuple[list[float], list[float]]:
-    """CPU seconds a sample of one process that reads one teacher's cache, and two; batches by turns."""
+def measure_cpu(root: str, options: argparse.Namespace) -> list[list[float]]:
+    """CPU seconds a sample of one process that reads no teacher's cache, one's, and two; batches by turns."""
     number, alone = 64, argparse.Namespace(**{**vars(options), "workers": 0, "batch_size": 64})
-    readers = [ours(root, TeacherCacheConfig(TEACHERS[:count]), "all", alone) for count in (1, 2)]
-    taken: tuple[list[float], list[float]] = ([], [])
-    for turn in range(2 * options.samples // number):
+    readers = [ours(root, ViewConfig(scale=SCALE), "original", alone)]
+    readers += [ours(root, TeacherCacheConfig(TEACHERS[:count]), "all", alone) for count in (1, 2)]
+    taken: list[list[float]] = [[], [], []]
+    for turn in range(options.rounds * options.samples // number):
         for batches, own in zip(readers, taken, strict=True):
             start = time.process_time()
             next(batches)
@@ -252,10 +253,11 @@ def main() -> None:
         print(f"ratio to the plain pipeline {ratio:.2f}; joining views and captions costs {cost:.1%}: medians of turns")
         plain_ms, own_ms = cpu_against_plain(root, options).values()
         print(f"CPU time of one process {own_ms:.2f} against {plain_ms:.2f} ms a sample, ratio {plain_ms / own_ms:.2f}")
-        one, two = measure_cpu(root, options)
-        share = statistics.median(1 - mine / both for mine, both in zip(one, two, strict=True))
-        took = " and ".join(f"{statistics.median(taken) * 1e6:.0f}" for taken in (one, two))
-        print(f"CPU time with one and two teachers {took} us a sample: the second costs {share:.1%} of the rate")
+        taken = measure_cpu(root, options)
+        took = ", ".join(f"{statistics.median(own) * 1e6:.0f}" for own in taken)
+        shares = [statistics.median(1 - a / b for a, b in zip(*pair, strict=True)) for pair in pairwise(taken)]
+        print(f"CPU time with no, one and two teachers {took} us a sample")
+        print(f"of the rate the first costs {shares[0]:.1%}, the second {shares[1]:.1%}")
         drawn, cached = ViewConfig(scale=SCALE), TeacherCacheConfig(TEACHERS[:1])
         first = [seconds_to_first(lambda: ours(root, cached, "all", options)) for _ in range(3)]
         print(f"first batch of {options.batch_size} after {statistics.median(first):.2f} s")
@@ -266,8 +268,8 @@ def main() -> None:
         resumed = [seconds_to_first(lambda: ours(many, drawn, "original", options, half)) for _ in range(3)]
         print(f"first batch from the middle of 10,000 shards after {statistics.median(resumed):.2f} s")
         with ProcessPoolExecutor(1) as pool:
-            taken = pool.submit(memory_over, many, 10_000, options).result()
-        print("MiB after each tenth of 10,000 shards:", " ".join(f"{value:.0f}" for value in taken))
+            held = pool.submit(memory_over, many, 10_000, options).result()
+        print("MiB after each tenth of 10,000 shards:", " ".join(f"{value:.0f}" for value in held))
 
 
 if __name__ == "__main__":
