@@ -208,10 +208,10 @@ def test_declared_fields_are_enough():
 
 def test_a_second_copy_of_an_image_is_a_field_like_the_first(root, tmp_path, monkeypatch):
     """Batched, normalised and cut into chunks alike: a task that reads the copy learns the same of it."""
-    item, encode = Samples._item, ToyTask.forward
+    render, encode = Samples._render, ToyTask.forward
 
-    def with_copy(self, position, side):
-        found = item(self, position, side)
+    def with_copy(self, row):
+        found = render(self, row)
         return found if isinstance(found, Skipped) else {**found, "plain": found["images"].clone()}
 
     def of_the_copy(self, batch):
@@ -220,7 +220,7 @@ def test_a_second_copy_of_an_image_is_a_field_like_the_first(root, tmp_path, mon
         return encode(self, {**batch, "images": batch["plain"]})
 
     usual = train("toy", toy_config(root, tmp_path / "usual", **{**FIELDS, "chunk_size": 2, "steps": 2}))
-    monkeypatch.setattr(Samples, "_item", with_copy)
+    monkeypatch.setattr(Samples, "_render", with_copy)
     monkeypatch.setattr(ToyTask, "forward", of_the_copy)
     for chunk_size in (None, 2):
         fields = {**FIELDS, "chunk_size": chunk_size, "steps": 2}
