@@ -8,6 +8,7 @@ from PIL import Image
 
 SIDE = 32  # pixels, of the square grey thumbnail
 LOW_FREQUENCIES = 8  # per axis; 8 x 8 coefficients make the 64 bits
+FRACTION_BITS = 18  # of the cosines' whole numbers
 MIN_STRUCTURE = (
     2.0  # grey levels (orthonormal DCT); where half of the coefficients are weaker, noise would set the bits
 )
@@ -22,6 +23,17 @@ def dct_matrix() -> np.ndarray:
     return dct
 
 
+@functools.cache
+def _whole_dct_matrix() -> np.ndarray:
+    """`dct_matrix` in units of 2**-FRACTION_BITS: int64 [LOW_FREQUENCIES, SIDE].
+
+    Coefficients that symmetry makes equal are then equal; of float products the last bits decide, which differ between
+    processors.
+    """
+    whole: np.ndarray = np.rint(dct_matrix() * 2**FRACTION_BITS).astype(np.int64)
+    return whole
+
+
 def perceptual_hash(image: Image.Image) -> str | None:
     """The DCT signature of an RGB image: 64 bits as 16 hexadecimal digits; None for a plain one.
 
@@ -33,8 +45,9 @@ def perceptual_hash(image: Image.Image) -> str | None:
     """
     small = image.reduce(max(1, min(image.size) // (2 * SIDE)))  # never below twice the side: cheap, and flips nothing
     grey = small.convert("L").resize((SIDE, SIDE), Image.Resampling.HAMMING)  # half the flipped bits of BOX
-    dct = dct_matrix()
-    bits = int(signatures((dct @ np.asarray(grey, np.float64) @ dct.T)[None])[0])
+    dct = _whole_dct_matrix()
+    waves = (dct @ np.asarray(grey, np.int64) @ dct.T) / 4**FRACTION_BITS  # exact: below 2**53, by a power of two
+    bits = int(signatures(waves[None])[0])
     return f"{bits:016x}" if bits else None
 
 

@@ -1,8 +1,12 @@
 """Signatures of images: what they survive, what has none, what they cost."""
 
+import os
+import subprocess
+import sys
 import time
 
 import numpy as np
+import pytest
 from PIL import Image
 from small_duplicates import bits, jpeg, make_image, opened
 
@@ -39,6 +43,21 @@ def test_plain_images_have_no_signature():
     for image in (Image.new("RGB", (300, 200), "red"), gradient, stripes.convert("RGB"), Image.new("RGB", (1, 1))):
         assert perceptual_hash(image) is None
         assert perceptual_hash(opened(jpeg(image, 30, 1))) is None
+
+
+@pytest.mark.parametrize("processor", ["Haswell", "SkylakeX", "Prescott"])
+def test_a_symmetric_image_has_the_same_signature_on_every_processor(processor):
+    """Some of its frequencies are equal but for the last bits of float products, whose order is the processor's."""
+    code = (
+        "from PIL import Image, ImageDraw\n"
+        "from pipeline.core.perceptual_hash import perceptual_hash\n"
+        "image = Image.new('RGB', (60, 68), (135, 206, 235))\n"
+        "ImageDraw.Draw(image).ellipse((10, 10, 40, 40), 'red')\n"
+        "print(perceptual_hash(image))\n"
+    )
+    environment = os.environ | {"OPENBLAS_CORETYPE": processor}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "3434cbc3000ccd32"
 
 
 def test_a_signature_is_cheap():
