@@ -59,6 +59,15 @@ def test_every_package_that_clipmill_needs_is_carried_or_provided():
     assert kit <= seen, f"not needed any more: {kit - seen}"
 
 
+def test_a_package_of_another_version_than_required_is_named(monkeypatch):
+    assert runner.unmet_requirements("clipmill") == []
+    required = ["pillow>=99", "nowhere-to-be-found", 's3fs>=99; extra == "s3"', "numpy>=1"]
+    monkeypatch.setattr(runner.importlib.metadata, "requires", lambda package: required)
+    older, missing = runner.unmet_requirements("clipmill")
+    assert re.fullmatch(r"pillow>=99, and there is \d+\.\d+\.\d+", older)
+    assert missing == "nowhere-to-be-found, and there is none"
+
+
 RUN_STEP = """
 import os, runpy, sys
 sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)

@@ -8,6 +8,7 @@ tests/bench/plan.py, table.md, and log.txt, what the steps wrote. --table prints
 
 import argparse
 import contextlib
+import importlib.metadata
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from figures import DEVICE, PREFIX, WORK
+from packaging.requirements import Requirement
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -56,10 +58,10 @@ STEPS = (
     Step("tests", TESTS, 120),
     measurement("memory", 70),
     measurement("cache", 80),
-    measurement("caption", 80),
+    measurement("caption", 120),
     measurement("train", 80),
     measurement("loop", 110),
-    measurement("reader", 90),
+    measurement("reader", 150),
 )
 
 
@@ -122,6 +124,20 @@ def summary_of(lines: list[str]) -> str:
     """Pytest's counts, from the last line that has them."""
     counts = [line for line in lines if re.search(r"\d+ (passed|failed|skipped|error)", line)]
     return counts[-1].strip("= ").split(" in ")[0] if counts else "no result"
+
+
+def unmet_requirements(package: str) -> list[str]:
+    """What ``package`` requires and this Python has in another version, or not at all."""
+    unmet = list[str]()
+    for requirement in map(Requirement, importlib.metadata.requires(package) or []):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            try:
+                version = importlib.metadata.version(requirement.name)
+            except importlib.metadata.PackageNotFoundError:
+                version = "none"
+            if version == "none" or not requirement.specifier.contains(version, prereleases=True):
+                unmet.append(f"{requirement}, and there is {version}")
+    return unmet
 
 
 def has_cuda() -> bool:
@@ -219,6 +235,8 @@ def main() -> int:
             parser.error(f"--table {given.table}: {error.strerror}")
         print(markdown([json.loads(line) for line in lines]))
         return 0
+    if unmet := unmet_requirements("clipmill"):
+        parser.error(f"clipmill needs {'; '.join(unmet)}: see tests/gpu/kit.txt and provided.txt")
     if not given.dry and not has_cuda():
         parser.error("no CUDA device: --dry runs the same steps on the CPU")
     out = Path(os.environ.get("OUT") or tempfile.mkdtemp(prefix="clipmill-gpu-out-"))

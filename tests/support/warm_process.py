@@ -15,7 +15,8 @@ import time
 from multiprocessing import forkserver
 from pathlib import Path
 
-PRELOADED = ["torch", "open_clip", "training.trainer", "training.recipes.clip", "training.recipes.tinyclip"]
+# shards_spec before torch, whose threads it keeps from spinning
+PRELOADED = ["shards_spec", "open_clip", "training.trainer", "training.recipes.clip", "training.recipes.tinyclip"]
 _LOCK = threading.Lock()
 _FORKSERVER = multiprocessing.get_context("forkserver")
 _server_pid: int | None = None  # of the server that has imported these
