@@ -28,6 +28,9 @@ FLOORS = {
 }
 SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
 TESTS = [*sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "demo").rglob("*.py")), ROOT / "clipmill.py"]
+SCRIPTS = sorted(
+    path for folder in ("tests/bench", "tests/gpu", "demo", "docs") for path in (ROOT / folder).glob("*.py")
+)
 MAX_LINES = 500
 # Inside pipeline: a stage's package imports core, and of other stages only what stands here.
 STAGE_IMPORTS = {
@@ -92,6 +95,32 @@ def test_floors_are_this_checkout_and_ours_alone():
         module = __import__(floor)
         assert Path(module.__file__).parent == ROOT / floor
         assert set(owners.get(floor, ["clipmill"])) == {"clipmill"}, f"{floor} is also shipped by {owners[floor]}"
+
+
+def top_names(path: Path) -> set[str]:
+    """What a module has at its top level."""
+    names = {path.stem for path in path.parent.iterdir()} if path.name == "__init__.py" else set[str]()
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.alias):
+            names.add((node.asname or node.name).split(".")[0])
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_script_imports_what_there_is(path):
+    """Benches and the like are run by hand and checked by no types: a name that has moved would be found late."""
+    beside = [path.parent, ROOT / "tests" / "bench", ROOT / "tests" / "support", ROOT / "tests", ROOT]
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.ImportFrom):
+            module = Path(*(node.module or "").split("."))
+            files = [folder / end for folder in beside for end in (module.with_suffix(".py"), module / "__init__.py")]
+            if source := next(filter(Path.exists, files), None):
+                missing = {alias.name for alias in node.names} - top_names(source)
+                assert not missing, f"{source.relative_to(ROOT)} has no {missing}"
 
 
 def test_no_file_hides_a_standard_module():

@@ -32,16 +32,18 @@ import numpy as np
 import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from arrays import PartsOf
 from ingest import PORT, served
 from labels import made_up
 from photos import write_photos
-from scale import KINDS, operations, tracer
+from scale_measures import KINDS, operations_in, tracer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from small_data import tiny_coca, write_raw
 
 from pipeline.cache.incremental import ShardIndex
+from pipeline.caption.preprocess import Preprocess
 from pipeline.check.config import CheckConfig
 from pipeline.check.stage import check
 from pipeline.core.runner import ALL, ShardResult, ShardTask, Stage, run_stage
@@ -285,12 +287,14 @@ def rendered(samples: list[Sample], spec: ViewSpec) -> Iterator[np.ndarray]:
 def parts(work: Path, options: argparse.Namespace) -> None:
     """What GPU stages leave to the CPU, and bytes of images by size."""
     root, rounds = str(work / "ds"), options.rounds
+    torch.set_num_threads(1)  # as a process of the stages has
     photos = [path.read_bytes() for path in sorted((work / "photos").iterdir())[:300]]
     for size in (224, 256, 336, 384, 512):
         sizes = [len(convert(data, ImageRules(size)).data) for data in photos]
         tell("ingest", f"image, shorter side {size}, kB", sum(sizes) / len(sizes) / 1e3, "a sample")
     samples = list(read_shard(f"{root}/shards/00000.tar"))
-    preprocess, tokenizer = open_clip.image_transform(224, is_train=False), open_clip.get_tokenizer("ViT-B-32")
+    preprocess = Preprocess(224, "bicubic", "shortest", 0)
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
     cost = per_item(lambda: (preprocess(decode_rgb(sample.image)) for sample in samples), rounds)
     tell("caption", "decode and resize for the captioner, CPU ms", cost, "a sample")
     for ops in (0, 2):
@@ -331,7 +335,7 @@ def file_operations(work: Path) -> None:
             done = subprocess.run([*tracer(log), *COMMAND, stage, root, *words], capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"{stage}:\n{done.stdout}{done.stderr[-3000:]}")
-            found.setdefault(stage, []).append(operations(log, f"{root}/"))
+            found.setdefault(stage, []).append(operations_in(Path(log), f"{root}/"))
     for stage, (few, more) in found.items():
         for kind in KINDS:
             if number := (more[kind] - few[kind]) / 10:

@@ -226,15 +226,21 @@ def measure(name: str, root: str) -> dict[str, float]:
 
 
 def operations(name: str, root: str) -> Counter[str]:
-    """Operations on files below ROOT by kind, as strace sees them; asking an open file for its size is none."""
+    """Operations on files below ROOT of a measure, by kind."""
     log = Path(f"{root}.trace")
     run_child(name, root, tracer(str(log)))
+    found = operations_in(log, root)
+    log.unlink()
+    return found
+
+
+def operations_in(log: Path, root: str) -> Counter[str]:
+    """Operations on files below ROOT by kind, as strace saw them; asking an open file for its size is none."""
     found = Counter[str]()
     for line in log.read_text(errors="replace").splitlines():
         match = re.match(r"\d+ +(?:<\.\.\. )?(\w+)", line)
         if match and match[1] in KIND and root in line and '"", ' not in line and "resumed>" not in line:
             found[KIND[match[1]]] += 1
-    log.unlink()
     return found
 
 

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -145,7 +146,8 @@ class Measurement:
     def stage(self, captioner: Captioner, config: CaptionConfig, shards: int, samples: int) -> None:
         """Report the whole stage on ``shards`` of ``samples`` photos, with reading and writing, and reading alone.
 
-        The first shard is read once more before: then the processes have started, and the stage's start at once.
+        The first shard is read once more before: then the processes have started. The stage runs with these, and then
+        from its start.
         """
         tools = CaptionTools.of(captioner, config, self.device, devices=1)
 
@@ -158,18 +160,23 @@ class Measurement:
         for shard in range(shards):
             read(shard)
         reading = shards * samples / (time.perf_counter() - start)
-        tools.pool.shutdown()
         workers = rendering_processes(config.processes, self.device, devices=1) or config.threads
         figure("caption: photos read and decoded", reading, "images/s", workers=workers)
-        with patch("pipeline.caption.stage._load", lambda *_: captioner):
-            summary = caption(config)
-        figure(
-            f"caption: the whole stage on photos, {config.num_captions} captions each",
-            shards * samples * config.num_captions / summary.seconds,
-            "captions/s",
-            ms_a_batch=1e3 * summary.seconds * config.batch_size / (shards * samples),
-            images_of_a_shard=samples,
-        )
+
+        def whole(beginning: str, given: CaptionConfig) -> None:
+            with patch("pipeline.caption.stage._load", lambda *_: captioner):
+                summary = caption(given)
+            figure(
+                f"caption: {beginning} on photos, {config.num_captions} captions each",
+                shards * samples * config.num_captions / summary.seconds,
+                "captions/s",
+                ms_a_batch=1e3 * summary.seconds * config.batch_size / (shards * samples),
+                images_of_a_shard=samples,
+            )
+
+        with patch.object(CaptionTools, "of", return_value=tools):
+            whole("the stage with its processes running", replace(config, name="running"))
+        whole("the whole stage", config)
 
     def without_kernel(self, batch: int, captions: int) -> None:
         """Report the time of writing with torch's attention in place of `attention_kernel`'s."""

@@ -49,13 +49,13 @@ def measurement(name: str, seconds: float) -> Step:
 
 SHARE = max(1, min(6, (os.cpu_count() or 1) // 2 - 1))  # processes of the tests, each with whole files
 TESTS = (
-    *("-m", "pytest", "-q", "-rs", "--durations=5", "-p", "no:cacheprovider", "-m", "gpu"),
+    *("-m", "pytest", "-q", "-rs", "--durations=8", "-p", "no:cacheprovider", "-m", "gpu"),
     *(("--numprocesses", str(SHARE), "--dist=loadfile") if SHARE > 1 else ()),
     str(HERE),
 )
 STEPS = (
     measurement("limits", 40),
-    Step("tests", TESTS, 120),
+    Step("tests", TESTS, 240),
     measurement("memory", 70),
     measurement("cache", 80),
     measurement("caption", 120),

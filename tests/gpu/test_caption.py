@@ -198,7 +198,7 @@ def test_the_kernels_for_choosing_equal_torchs(device):
 
 
 def test_captions_are_those_of_the_cpu(device, tiny, raw):
-    config = CaptionConfig(raw, tiny, num_captions=3, decoding=SHORT, batch_size=8, precision="fp32")
+    config = CaptionConfig(raw, tiny, num_captions=3, decoding=SHORT, batch_size=8, precision="fp32", processes=2)
     caption(replace(config, device="cpu", name="cpu"))
     caption(replace(config, device=device, name="gpu"))
     cpu = written(raw, "cpu")
