@@ -10,16 +10,20 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from cykooz_resizer import FilterType, ImageData, PixelType, ResizeAlg, Resizer, ResizeOptions
 from PIL import ExifTags, Image, ImageFile
 
 from pipeline.core.filters import image_problem
 from pipeline.core.perceptual_hash import perceptual_hash
 from shards_spec.files import sha256_bytes
 from shards_spec.images import MAX_PIXELS, TRANSPOSED, load_rgb, open_image, read_exif, upright_transpose
-from shards_spec.pixels import BadImage
+from shards_spec.pixels import BadImage, from_rgbx, rgbx
 
 JPEG_QUALITY = 95
 RESIZE = "resize: "  # reasons that begin so are counted as img2dataset's failed_to_resize
+CATMULL_ROM = ResizeOptions(resize_alg=ResizeAlg.convolution(FilterType.catmull_rom), use_alpha=False)
+REDUCING_GAP = 4  # times as large as it shall be a large image is first reduced, by means of whole pixels
 MAX_EXIF_CHARS = 1000  # of one value; cameras store whole previews in some tags
 
 
@@ -80,7 +84,7 @@ def convert(data: bytes, rules: ImageRules) -> EncodedImage:
     turn = upright_transpose(exif)
     keeps_bytes = is_rgb_jpeg and turn is None and size == original_size
     if pixels.size != size:
-        pixels = pixels.resize(size, Image.Resampling.HAMMING)
+        pixels = shrink(pixels, size)
     width, height = original_size
     if turn is not None:
         pixels = pixels.transpose(turn)
@@ -101,11 +105,26 @@ def convert(data: bytes, rules: ImageRules) -> EncodedImage:
 def _decode(image: ImageFile.ImageFile, data: bytes, size: tuple[int, int]) -> tuple[Image.Image, bool]:
     """All pixels as RGB, and whether at a smaller scale: of a large JPEG half, quarter or eighth, never below ``size``.
 
-    With Pillow's HAMMING filter after it the pixels are 40 dB and more from a full decode and Lanczos
-    (`tests/pipeline/ingest/test_images.py` measures), for half the time of a full decode and a bicubic filter.
+    With `shrink` after it the pixels are 43 dB from a full decode and Lanczos
+    (`tests/pipeline/ingest/test_images.py` measures).
     """
     is_scaled = image.draft(None, size) is not None
     return load_rgb(image, data), is_scaled
+
+
+def shrink(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An RGB image at a smaller size, by Catmull and Rom's cubic filter, antialiased.
+
+    Pillow's BICUBIC to one level, in whole numbers that are the same on every processor.
+    """
+    width, height = size
+    factor = min(image.width // (REDUCING_GAP * width), image.height // (REDUCING_GAP * height))
+    if factor > 1:
+        image = image.reduce(factor)
+    source = ImageData(image.width, image.height, PixelType.U8x4, rgbx(image).tobytes())
+    target = ImageData(width, height, PixelType.U8x4)
+    Resizer().resize(source, target, CATMULL_ROM)
+    return from_rgbx(np.frombuffer(target.get_buffer(), np.uint8).reshape(height, width, 4))
 
 
 def shrunk_size(size: tuple[int, int], image_size: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ import simplejpeg
 from photos import photo
 from PIL import Image
 
-from pipeline.ingest.images import shrunk_size
+from pipeline.ingest.images import shrink, shrunk_size
 from shards_spec.images import decode_rgb
 
 Size = tuple[int, int]
@@ -88,13 +88,16 @@ def eighths(data: bytes, size: Size, factor: float = 1) -> Image.Image:
 
 
 SHRINKING: dict[str, Callable[[bytes, Size], Image.Image]] = {
-    "halves and HAMMING (ingest)": lambda data, size: drafted(data, size).resize(size, FILTERS.HAMMING),
+    "halves and shrink (ingest)": lambda data, size: shrink(drafted(data, size), size),
+    "halves and HAMMING": lambda data, size: drafted(data, size).resize(size, FILTERS.HAMMING),
     "halves and BOX": lambda data, size: drafted(data, size).resize(size, FILTERS.BOX),
     "halves and BICUBIC": lambda data, size: drafted(data, size).resize(size, FILTERS.BICUBIC),
+    "eighths and shrink": lambda data, size: shrink(eighths(data, size), size),
     "eighths and BOX": lambda data, size: eighths(data, size).resize(size, FILTERS.BOX),
     "eighths and HAMMING": lambda data, size: eighths(data, size).resize(size, FILTERS.HAMMING),
     "eighths and BICUBIC": lambda data, size: eighths(data, size).resize(size, FILTERS.BICUBIC),
     "eighths x 1.5 and HAMMING": lambda data, size: eighths(data, size, 1.5).resize(size, FILTERS.HAMMING),
+    "all and shrink": lambda data, size: shrink(decode_rgb(data), size),
     "all and BOX (area)": lambda data, size: decode_rgb(data).resize(size, FILTERS.BOX),
     "all and HAMMING": lambda data, size: decode_rgb(data).resize(size, FILTERS.HAMMING),
 }
