@@ -43,7 +43,7 @@ def from_rgbx(samples: np.ndarray) -> Image.Image:
 def rgbx(image: Image.Image) -> np.ndarray:
     """An RGB image's samples as Pillow keeps them, (H, W, 4) uint8, read only: no copy of an image in one piece."""
     try:
-        samples = np.frombuffer(pa.array(image).flatten().buffers()[1], np.uint8)
+        samples = np.frombuffer(pa.array(image).buffers()[-1], np.uint8)
     except ValueError:  # rows of a large image lie in several pieces
         samples = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint8)
     return samples.reshape(image.height, image.width, 4)

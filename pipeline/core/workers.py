@@ -12,6 +12,9 @@ from multiprocessing.process import BaseProcess, parent_process
 CPU_QUOTA = "/sys/fs/cgroup/cpu.max"  # of a container: microseconds of all cores per microseconds, or "max"
 SHARDS_PER_WORKER = 16  # of a stage that only reads a table; a process takes most of a second to start
 BLAS_THREADS = "OPENBLAS_NUM_THREADS"  # of the BLAS that numpy brings
+# of mallopt(3)
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
 PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that this process gets when its parent dies
 
 
@@ -41,6 +44,17 @@ def die_with_parent() -> None:
 def _exit_after(parent: BaseProcess) -> None:
     parent.join()  # a process of a fork server has a pipe to the parent
     os._exit(1)
+
+
+def keep_freed_memory() -> None:
+    """Keep what this process frees for its next image (glibc only): 128 MB at most, in blocks of up to 32 MB.
+
+    By default each image's megabytes go back to the system and come anew, cleared, page by page.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 128 << 20)
 
 
 def workers_for(shards: int, workers: int) -> int:

@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
 
-from pipeline.core.workers import die_with_parent, spawn_context
+from pipeline.core.workers import die_with_parent, keep_freed_memory, spawn_context
 from shards_spec.files import UserError
 
 IMAGES_PER_PROCESS = 2  # the one it works on, and the next
@@ -155,6 +155,7 @@ def _start(work: Work) -> tuple[BaseProcess, socket.socket]:
 def _serve(channel: socket.socket, work: Work) -> None:
     """What a process does: a length and bytes come in, `STARTED`, a length and the pickled answer go out."""
     die_with_parent()
+    keep_freed_memory()
     gc.freeze()  # what is imported stays: the collector need not look at it again
     channel.setblocking(True)
     stream = channel.makefile("rb", buffering=SOCKET_BUFFER_BYTES)

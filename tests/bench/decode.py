@@ -111,11 +111,11 @@ def compare_shrinking(photos: list[bytes], rounds: int) -> None:
         np.asarray(image.resize(size, FILTERS.LANCZOS), float) for image, size in zip(full, sizes, strict=True)
     ]
     ways = {
-        name: lambda index, shrink=shrink: shrink(photos[index], sizes[index]) for name, shrink in SHRINKING.items()
+        name: lambda index, shrunk=shrunk: shrunk(photos[index], sizes[index]) for name, shrunk in SHRINKING.items()
     }
     times = least_ms(ways, len(photos), rounds)
-    for name, shrink in ways.items():
-        errors = [np.mean((np.asarray(shrink(index), float) - one) ** 2) for index, one in enumerate(references)]
+    for name, way in ways.items():
+        errors = [np.mean((np.asarray(way(index), float) - one) ** 2) for index, one in enumerate(references)]
         decibels = 10 * np.log10(255**2 / np.array(errors))
         print(f"{name:28} {times[name]:.2f} ms, {decibels.mean():.1f} dB, at least {decibels.min():.1f}")
 

@@ -37,6 +37,8 @@ from pipeline.ingest.images import ImageRules, convert
 
 ROOT = Path(__file__).parents[2]
 PORT = 8357
+# set, every process would compile the modules that it imports
+KEEPING_MODULES = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 NGINX = """
 worker_processes 1; daemon off; pid {work}/nginx.pid; error_log {work}/nginx.err;
 events {{ worker_connections 8192; }}
@@ -105,7 +107,7 @@ def measure(command: list[str], output: Path, photos: int) -> dict[str, float]:
     used = cpu_seconds()
     start = time.monotonic()
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=KEEPING_MODULES)
         while process.poll() is None:
             peak = max(peak, sum(map(resident, children(process.pid))))
             time.sleep(0.5)
