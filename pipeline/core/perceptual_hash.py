@@ -25,12 +25,12 @@ def dct_matrix() -> np.ndarray:
 
 @functools.cache
 def _whole_dct_matrix() -> np.ndarray:
-    """`dct_matrix` in units of 2**-FRACTION_BITS: int64 [LOW_FREQUENCIES, SIDE].
+    """`dct_matrix` in units of 2**-FRACTION_BITS: whole numbers as float64 [LOW_FREQUENCIES, SIDE].
 
-    Coefficients that symmetry makes equal are then equal; of float products the last bits decide, which differ between
-    processors.
+    Coefficients that symmetry makes equal are then equal. Of other float products the last bits would decide, which
+    differ between processors; sums of whole numbers below 2**53 have the same bits in any order.
     """
-    whole: np.ndarray = np.rint(dct_matrix() * 2**FRACTION_BITS).astype(np.int64)
+    whole: np.ndarray = np.rint(dct_matrix() * 2**FRACTION_BITS)
     return whole
 
 
@@ -46,7 +46,7 @@ def perceptual_hash(image: Image.Image) -> str | None:
     small = image.reduce(max(1, min(image.size) // (2 * SIDE)))  # never below twice the side: cheap, and flips nothing
     grey = small.convert("L").resize((SIDE, SIDE), Image.Resampling.HAMMING)  # half the flipped bits of BOX
     dct = _whole_dct_matrix()
-    waves = (dct @ np.asarray(grey, np.int64) @ dct.T) / 4**FRACTION_BITS  # exact: below 2**53, by a power of two
+    waves = (dct @ np.asarray(grey, float) @ dct.T) / 4**FRACTION_BITS  # exact: below 2**51, by a power of two
     bits = int(signatures(waves[None])[0])
     return f"{bits:016x}" if bits else None
 

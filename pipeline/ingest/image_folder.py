@@ -52,13 +52,16 @@ def warn_of_no_caption(rows: Iterable[Row], source: str, hint: Callable[[], str]
 
     Rows that cannot be used for other reasons than their caption do not count; ``hint`` says what may be wrong.
     """
-    has_rows = has_caption = False
-    for row in rows:
-        has_rows = True
-        usable = row.problem in (None, NOT_UTF8, CAPTION_TOO_LONG)
-        has_caption = has_caption or (usable and bool(row.caption and row.caption.strip()))
+    has_rows = False
+    remaining = iter(rows)
+    for row in remaining:
         yield row
-    if has_rows and not has_caption:
+        has_rows = True
+        is_usable = row.problem in (None, NOT_UTF8, CAPTION_TOO_LONG)
+        if is_usable and row.caption and row.caption.strip():
+            yield from remaining
+            return
+    if has_rows:
         log.warning("--source %s: no row has a caption: %s", source, hint())
 
 

@@ -124,7 +124,9 @@ def limit_texts(rows: Iterator[Row], max_chars: int) -> Iterator[Row]:
     """
     left = max_chars
     for row in rows:
-        left -= len(row.caption or "") + len(row.url or "") + sum(len(str(value)) for value in row.extra.values())
+        left -= len(row.caption or "") + len(row.url or "")
+        if row.extra:
+            left -= sum(len(str(value)) for value in row.extra.values())
         yield row if left >= 0 else _cut(row)
 
 

@@ -21,7 +21,7 @@ from shards_spec.parquet_footer import Chunk, row_groups
 
 log = logging.getLogger(__name__)
 BATCH_ROWS = 1024  # read at a time
-BATCH_BYTES = 1 << 25  # read at a time, if every cell were as large as the largest page
+BATCH_BYTES = 1 << 27  # read at a time, if every cell were as large as the largest page
 LARGE_BYTES = 1 << 22  # of a dictionary or a page; writers aim at 1 MiB
 MAX_CAPTIONS = 1000  # of a row, on average: with more, the row group is not read
 MAX_VALUES = 64  # of a row's cell in another column, on average: with more, it is not kept
@@ -214,8 +214,9 @@ def _batch_cells(batch: pa.RecordBatch, caption: str, url: str | None) -> Iterat
     urls: list[bytes | None] = [None] * len(batch) if url is None else _bytes(batch.column(url))
     names = [name for name in batch.schema.names if name not in (caption, url)]
     columns = [_values(batch.column(name)) for name in names]
-    values = zip(*columns, strict=True) if columns else repeat((), len(batch))
-    others = (dict(zip(names, cells, strict=True)) for cells in values)
+    if not columns:
+        return map(Cells, captions, urls, repeat({}))
+    others = (dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True))
     return map(Cells, captions, urls, others)
 
 

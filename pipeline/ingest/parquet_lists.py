@@ -22,5 +22,6 @@ def parquet_rows(source: str, columns: Columns) -> Iterator[Row]:
         for row in chain(head, cells):
             if row is None:
                 yield Row(None, None, CELL_TOO_LARGE)
-            else:
-                yield from (make_row(text, row.url, folder, row.others) for text in row.captions)
+                continue
+            for text in row.captions:
+                yield make_row(text, row.url, folder, row.others)

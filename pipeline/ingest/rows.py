@@ -57,9 +57,12 @@ class ParquetRef:
 ImageRef = FileRef | TarRef | SparseTarRef | ParquetRef
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Row:
     """One input of `ingest`: an image and its caption, or the reason why it cannot be used.
+
+    Nothing changes a row; it is not frozen because every task of an array makes all of a list, and freezing takes five
+    times as long.
 
     Attributes:
         caption: The caption; None when there is none.
