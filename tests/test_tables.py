@@ -12,7 +12,7 @@ import pytest
 from bench import plan
 from page_tables import tables_script, unexplained
 
-from pipeline.plan.costs import FLOP
+from pipeline.plan.costs import FLOP, Costs
 
 ROOT = Path(__file__).parents[1]
 MEASURED = {
@@ -51,7 +51,11 @@ def test_figures_from_measured_rates_have_a_mark_and_name_the_card(measured):
         assert "Some Card (2026-12-01)" in " ".join(measured[table].split())
     assert row(measured["jobs of a GPU"], "image, ViT-L/14")[2:] == ["2,400", "0.486"]
     assert row(measured["jobs of a GPU"], "text, ViT-L/14")[2:] == ["not yet", ""]
-    assert row(measured["cores beside a GPU"], "train ViT-M-32") == ["train ViT-M-32", "12,000†", "26.4†"]
+    assert row(measured["cores beside a GPU"], "train ViT-M-32") == [
+        "train ViT-M-32",
+        "12,000†",
+        f"{12_000 * Costs().train_ms / 1e3:.3g}†",
+    ]
     assert row(measured["one GPU, in short"], "`cache`")[1].endswith("‡")
     assert row(measured["one GPU, in short"], "`train tinyclip`, 6 epochs")[1].endswith("†")
     assert row(measured["one GPU, in short"], "`caption`") == row(plan.readme_table(None), "`caption`")

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 class Costs:
     """Of a sample: milliseconds of one core and bytes, as `costs.py` prints them, on 2 vCPU of an AMD EPYC (Zen 4)."""
 
-    ingest_ms: float = 6.8
-    dedup_ms: float = 0.0042  # with memory for all; see docs/scale.md
-    dedup_sum_ms: float = 0.0018  # of that the search, which is one process
-    caption_ms: float = 2.8  # decode and resize; what the GPU does is in FLOP
-    pack_ms: float = 0.35
-    vocab_ms: float = 0.0012  # original captions
-    vocab_sum_ms: float = 0.00014  # of that the sum of all shards' counts, which is one process
-    view_ms: float = 1.04  # decoding included, which ten views share
-    train_ms: float = 2.2
-    check_ms: float = 0.22  # from the page cache
-    check_sum_ms: float = 0.00016  # of that the sum of all parts, which is one process: `check_sum.py`
-    rows_per_s: float = 518_000  # of a list of links, that are read to be left to others
+    ingest_ms: float = 4.4
+    dedup_ms: float = 0.0052  # with memory for all; see docs/scale.md
+    dedup_sum_ms: float = 0.0019  # of that the search, which is one process
+    caption_ms: float = 2.2  # decode and resize; what the GPU does is in FLOP
+    pack_ms: float = 0.21
+    vocab_ms: float = 0.0018  # original captions
+    vocab_sum_ms: float = 0.00013  # of that the sum of all shards' counts, which is one process
+    view_ms: float = 0.36  # decoding included, which ten views share
+    train_ms: float = 1.4
+    check_ms: float = 0.25  # from the page cache
+    check_sum_ms: float = 0.00021  # of that the sum of all parts, which is one process: `check_sum.py`
+    rows_per_s: float = 370_000  # of a list of links, that are read to be left to others
     downloaded: float = 125_000  # assumed: the photos of the benches
     image: float = 29_900  # img2dataset's documentation: 1 M images at 256 px are 29.9 GB
     raw_more: float = 3_800  # tar headers, txt, json, padding, the Parquet row
@@ -29,12 +29,12 @@ class Costs:
 
 FILE_OPERATIONS = {  # of a shard, as `costs.py` counts them by strace: opened, looked up, flushed, renamed or removed
     "ingest": 5 + 4 + 3 + 7,
-    "dedup": 13 + 13 + 4 + 12,
+    "dedup": 13 + 14 + 4 + 12,
     "caption": 6 + 7 + 2 + 5,
     "pack": 14 + 13 + 3 + 8,
-    "vocab": 8 + 9 + 2 + 7,
+    "vocab": 8 + 10 + 2 + 7,
     "cache": 7 + 9 + 2 + 5,
-    "check": 25 + 38,
+    "check": 24 + 30,
 }
 CLAIM = 5  # more per shard where an array makes it: linked, looked up, moved aside, opened, removed
 WIDTH = 768  # numbers in an embedding of ViT-L/14

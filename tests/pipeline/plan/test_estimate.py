@@ -56,7 +56,7 @@ def test_the_clock_is_set_by_the_slowest():
     seconds = 1_000 * (10 * 162.03e9 + 6 * 13.3e9) / 2e14 / 4
     assert cache.hours(Hardware(ASSUMED)) == (pytest.approx(seconds / 3600), "GPU")
     assert cache.hours(Hardware(replace(ASSUMED, sustained=1e18))) == (
-        pytest.approx(1_000 * 10.4e-3 / 16 / 4 / 3600),
+        pytest.approx(1_000 * 10 * Costs().view_ms / 1e3 / 16 / 4 / 3600),
         "cores",
     )
     ingest = by_name()["ingest"]
