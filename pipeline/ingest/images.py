@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from cykooz_resizer import FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
+from cykooz_resizer import CropBox, FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
 from PIL import ExifTags, Image, ImageFile
 
 from pipeline.core.filters import image_problem
@@ -22,7 +22,7 @@ from shards_spec.pixels import BadImage, from_rgbx, rgbx
 
 JPEG_QUALITY = 95
 RESIZE = "resize: "  # reasons that begin so are counted as img2dataset's failed_to_resize
-CATMULL_ROM = ResizeOptions(resize_alg=ResizeAlg.convolution(FilterType.catmull_rom), use_alpha=False)
+CATMULL_ROM = ResizeAlg.convolution(FilterType.catmull_rom)
 REDUCING_GAP = 4  # times as large as it shall be a large image is first reduced, by means of whole pixels
 MAX_EXIF_CHARS = 1000  # of one value; cameras store whole previews in some tags
 
@@ -75,16 +75,16 @@ def convert(data: bytes, rules: ImageRules) -> EncodedImage:
     if problem := image_problem(*image.size, rules.min_size, rules.max_aspect_ratio or math.inf):
         raise BadImage(problem)
     original_size = image.size
-    pixels, is_scaled = _decode(image, data, shrunk_size(original_size, rules.image_size))
-    if not is_scaled:  # decoding may change it: Pillow turns a TIFF upright, and takes the largest image of an icon
-        original_size = pixels.size
+    pixels, extent = _decode(image, data, shrunk_size(original_size, rules.image_size))
+    if extent is None:  # decoding may change it: Pillow turns a TIFF upright, and takes the largest image of an icon
+        original_size = extent = pixels.size
     size = shrunk_size(original_size, rules.image_size)
     is_rgb_jpeg = image.format == "JPEG" and image.mode == "RGB"
     exif = read_exif(image)  # after the pixels: for some formats Pillow decodes here too, and hides damage
     turn = upright_transpose(exif)
     keeps_bytes = is_rgb_jpeg and turn is None and size == original_size
     if pixels.size != size:
-        pixels = shrink(pixels, size)
+        pixels = shrink(pixels, size, extent)
     width, height = original_size
     if turn is not None:
         pixels = pixels.transpose(turn)
@@ -102,29 +102,38 @@ def convert(data: bytes, rules: ImageRules) -> EncodedImage:
     )
 
 
-def _decode(image: ImageFile.ImageFile, data: bytes, size: tuple[int, int]) -> tuple[Image.Image, bool]:
-    """All pixels as RGB, and whether at a smaller scale: of a large JPEG half, quarter or eighth, never below ``size``.
+def _decode(
+    image: ImageFile.ImageFile, data: bytes, size: tuple[int, int]
+) -> tuple[Image.Image, tuple[float, float] | None]:
+    """All pixels as RGB; of a large JPEG half, quarter or eighth, never below ``size``.
 
-    With `shrink` after it the pixels are 43 dB from a full decode and Lanczos
+    Of a JPEG also the width and height of what they show: half of 427 rows are 213.5, which 214 rows of pixels hold.
+    With `shrink` after it the pixels are 40 dB and more from a full decode and Lanczos
     (`tests/pipeline/ingest/test_images.py` measures).
     """
-    is_scaled = image.draft(None, size) is not None
-    return load_rgb(image, data), is_scaled
+    drafted = image.draft(None, size)
+    pixels = load_rgb(image, data)
+    if drafted is None:
+        return pixels, None
+    _, (_, _, width, height) = drafted
+    return pixels, (width, height)
 
 
-def shrink(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def shrink(image: Image.Image, size: tuple[int, int], extent: tuple[float, float]) -> Image.Image:
     """An RGB image at a smaller size, by Catmull and Rom's cubic filter, antialiased.
 
+    ``extent`` is the width and height of what the pixels show, from the upper left corner: at most ``image.size``.
     Pillow's BICUBIC (of photos to two levels of 255, in the mean 0.2), and the same on every processor.
     """
-    width, height = size
-    factor = min(image.width // (REDUCING_GAP * width), image.height // (REDUCING_GAP * height))
+    width, height = extent
+    factor = max(1, int(min(width / size[0], height / size[1]) / REDUCING_GAP))
     if factor > 1:
-        image = image.reduce(factor)
+        image = image.reduce(factor)  # its last column and row may be of fewer pixels
+    options = ResizeOptions(CATMULL_ROM, use_alpha=False, crop_box=CropBox(0, 0, width / factor, height / factor))
     source = ImageData(image.width, image.height, PixelType.U8x4, rgbx(image).tobytes())
-    target = ImageData(width, height, PixelType.U8x4)
-    Resizer().resize(source, target, CATMULL_ROM)
-    return from_rgbx(np.frombuffer(target.get_buffer(), np.uint8).reshape(height, width, 4))
+    target = ImageData(*size, PixelType.U8x4)
+    Resizer().resize(source, target, options)
+    return from_rgbx(np.frombuffer(target.get_buffer(), np.uint8).reshape(size[1], size[0], 4))
 
 
 def shrunk_size(size: tuple[int, int], image_size: int) -> tuple[int, int]:

@@ -10,8 +10,10 @@ photos are those of the other benches, or the FILEs.
 
 import argparse
 import io
+import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -74,32 +76,56 @@ def compare_decoders(photos: list[bytes], rounds: int) -> None:
         print(f"{name:26} {ours:.3f} ms, Pillow {theirs:.3f}, ratio {ours / theirs:.2f}")
 
 
-def drafted(data: bytes, size: Size) -> Image.Image:
-    """At the half, quarter or eighth that is not smaller than ``size``, as `ingest` decodes."""
+Box = tuple[float, float, float, float]
+
+
+def drafted(data: bytes, size: Size) -> tuple[Image.Image, Box]:
+    """At the half, quarter or eighth that is not smaller than ``size``, as `ingest` decodes; with what it shows."""
     image = Image.open(io.BytesIO(data))
-    image.draft(None, size)
-    return image.convert("RGB")
+    _, box = image.draft(None, size)
+    return image.convert("RGB"), box
 
 
-def eighths(data: bytes, size: Size, factor: float = 1) -> Image.Image:
-    """At the least number of eighths that is not smaller than ``factor`` times ``size``."""
+def eighths(data: bytes, size: Size, factor: float = 1) -> tuple[Image.Image, Box]:
+    """At the least number of eighths that is not smaller than ``factor`` times ``size``; with what it shows."""
     width, height = (int(factor * side) for side in size)
-    return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", min_width=width, min_height=height))
+    image = Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", min_width=width, min_height=height))
+    whole = Image.open(io.BytesIO(data)).size
+    part = math.floor(8 * max(image.width / whole[0], image.height / whole[1])) / 8
+    return image, (0, 0, min(image.width, part * whole[0]), min(image.height, part * whole[1]))
 
 
+def full(data: bytes, size: Size) -> tuple[Image.Image, Box]:
+    """All pixels."""
+    image = decode_rgb(data)
+    return image, (0, 0, *image.size)
+
+
+def by_ingest(shown: tuple[Image.Image, Box], size: Size) -> Image.Image:
+    """As `ingest` shrinks."""
+    image, (_, _, width, height) = shown
+    return shrink(image, size, (width, height))
+
+
+def by_filter(filter: FILTERS, shown: tuple[Image.Image, Box], size: Size) -> Image.Image:
+    """By a filter of Pillow."""
+    image, box = shown
+    return image.resize(size, filter, box=box)
+
+
+DECODINGS: dict[str, Callable[[bytes, Size], tuple[Image.Image, Box]]] = {
+    "halves": drafted,
+    "eighths": eighths,
+    "all": full,
+}
+FILTERING: dict[str, Callable[[tuple[Image.Image, Box], Size], Image.Image]] = {
+    "shrink": by_ingest,
+    **{name: partial(by_filter, FILTERS[name]) for name in ("BOX", "HAMMING", "BICUBIC")},
+}
 SHRINKING: dict[str, Callable[[bytes, Size], Image.Image]] = {
-    "halves and shrink (ingest)": lambda data, size: shrink(drafted(data, size), size),
-    "halves and HAMMING": lambda data, size: drafted(data, size).resize(size, FILTERS.HAMMING),
-    "halves and BOX": lambda data, size: drafted(data, size).resize(size, FILTERS.BOX),
-    "halves and BICUBIC": lambda data, size: drafted(data, size).resize(size, FILTERS.BICUBIC),
-    "eighths and shrink": lambda data, size: shrink(eighths(data, size), size),
-    "eighths and BOX": lambda data, size: eighths(data, size).resize(size, FILTERS.BOX),
-    "eighths and HAMMING": lambda data, size: eighths(data, size).resize(size, FILTERS.HAMMING),
-    "eighths and BICUBIC": lambda data, size: eighths(data, size).resize(size, FILTERS.BICUBIC),
-    "eighths x 1.5 and HAMMING": lambda data, size: eighths(data, size, 1.5).resize(size, FILTERS.HAMMING),
-    "all and shrink": lambda data, size: shrink(decode_rgb(data), size),
-    "all and BOX (area)": lambda data, size: decode_rgb(data).resize(size, FILTERS.BOX),
-    "all and HAMMING": lambda data, size: decode_rgb(data).resize(size, FILTERS.HAMMING),
+    f"{decoding} and {name}": lambda data, size, decode=decode, shrunk=shrunk: shrunk(decode(data, size), size)
+    for decoding, decode in DECODINGS.items()
+    for name, shrunk in FILTERING.items()
 }
 
 
