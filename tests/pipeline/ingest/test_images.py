@@ -180,14 +180,12 @@ def test_scaled_decoding_is_near_to_lanczos():
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
-@pytest.mark.parametrize(
-    "size", [(1025, 1025), (2049, 2049), (1023, 683), (640, 427), (4001, 3001), (4097, 4097), (6000, 3501)]
-)
+@pytest.mark.parametrize("size", [(1025, 1025), (2049, 2049), (1023, 683), (640, 427), (4097, 4097), (6000, 3501)])
 def test_sizes_that_do_not_divide_are_not_stretched(format, size):
     """The last column and row of a half or a mean of whole pixels show less than the others."""
     image = Image.open(io.BytesIO(photo(3))).convert("RGB").resize(size, Image.Resampling.BICUBIC)
     file = io.BytesIO()
-    image.save(file, format, **({"quality": 95} if format == "JPEG" else {}))
+    image.save(file, format, **({"quality": 95} if format == "JPEG" else {"compress_level": 1}))
     full = Image.open(io.BytesIO(file.getvalue())).convert("RGB")
     for image_size in (256, 200, 100):
         small = shrunk_size(size, image_size)
