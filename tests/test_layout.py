@@ -100,13 +100,17 @@ def test_floors_are_this_checkout_and_ours_alone():
 def top_names(path: Path) -> set[str]:
     """What a module has at its top level."""
     names = {path.stem for path in path.parent.iterdir()} if path.name == "__init__.py" else set[str]()
-    for node in ast.walk(parsed(path)):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+    nodes: list[ast.AST] = [parsed(path)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
-        elif isinstance(node, ast.alias):
+            continue  # what is inside is not of the module
+        if isinstance(node, ast.alias):
             names.add((node.asname or node.name).split(".")[0])
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
+        nodes += ast.iter_child_nodes(node)
     return names
 
 

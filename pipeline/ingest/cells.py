@@ -36,7 +36,6 @@ PATH_CAPTIONS = (*CAPTION_NAMES, "title")  # open_clip's lists of files have fil
 URL_PATTERN = re.compile(r"[a-z][a-z0-9+.\-]*://", re.IGNORECASE)
 NO_CAPTION = frozenset({"\\N", "NaN", "nan"})  # how databases and pandas write that there is none
 MAX_CELL_BYTES = 1 << 15  # of a caption, of a URL, and of a row's other columns together
-NO_OTHERS: dict[str, Any] = {}  # one for all rows of a list without other columns
 KEPT_CHARS = 1000  # of what was longer: enough to recognise it
 NO_URL = "no URL"
 CAPTION_TOO_LONG = "caption too long"
@@ -133,7 +132,7 @@ def make_row(
         problem = ADDRESS_TOO_LONG
     if problem is None and not url:
         problem = NO_URL
-    kept = extra or NO_OTHERS
+    kept = {} if extra is None else extra
     if folder is None or problem is not None or URL_PATTERN.match(url):
         return Row(text, url or None, problem, note=note, extra=kept)
     path = join(folder, url) if is_url(folder) else os.path.join(folder, url)
@@ -146,14 +145,10 @@ def make_row(
 
 def _text(cell: bytes | None, too_long: str) -> tuple[str | None, str | None]:
     """(text, problem); of a cell that is too long the beginning is kept."""
-    if cell is None:
-        return None, None
-    if len(cell) > MAX_CELL_BYTES:
+    if cell is not None and len(cell) > MAX_CELL_BYTES:
         return cell[:KEPT_CHARS].decode(errors="ignore"), too_long
-    try:
-        return cell.decode(), None
-    except UnicodeDecodeError:
-        return decode_text(cell)[0], NOT_UTF8
+    text, broken = decode_text(cell)
+    return text, NOT_UTF8 if broken else None
 
 
 def broken_row(line: bytes, problem: str) -> Row:

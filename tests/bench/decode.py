@@ -26,6 +26,7 @@ from pipeline.ingest.images import shrink, shrunk_size
 from shards_spec.images import decode_rgb
 
 Size = tuple[int, int]
+Box = tuple[float, float, float, float]
 FILTERS = Image.Resampling
 
 
@@ -76,9 +77,6 @@ def compare_decoders(photos: list[bytes], rounds: int) -> None:
         print(f"{name:26} {ours:.3f} ms, Pillow {theirs:.3f}, ratio {ours / theirs:.2f}")
 
 
-Box = tuple[float, float, float, float]
-
-
 def drafted(data: bytes, size: Size) -> tuple[Image.Image, Box]:
     """At the half, quarter or eighth that is not smaller than ``size``, as `ingest` decodes; with what it shows."""
     image = Image.open(io.BytesIO(data))
@@ -86,16 +84,16 @@ def drafted(data: bytes, size: Size) -> tuple[Image.Image, Box]:
     return image.convert("RGB"), box
 
 
-def eighths(data: bytes, size: Size, factor: float = 1) -> tuple[Image.Image, Box]:
-    """At the least number of eighths that is not smaller than ``factor`` times ``size``; with what it shows."""
-    width, height = (int(factor * side) for side in size)
+def eighths(data: bytes, size: Size) -> tuple[Image.Image, Box]:
+    """At the least number of eighths that is not smaller than ``size``; with what it shows."""
+    width, height = size
     image = Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", min_width=width, min_height=height))
     whole = Image.open(io.BytesIO(data)).size
     part = math.floor(8 * max(image.width / whole[0], image.height / whole[1])) / 8
     return image, (0, 0, min(image.width, part * whole[0]), min(image.height, part * whole[1]))
 
 
-def full(data: bytes, size: Size) -> tuple[Image.Image, Box]:
+def undrafted(data: bytes, size: Size) -> tuple[Image.Image, Box]:
     """All pixels."""
     image = decode_rgb(data)
     return image, (0, 0, *image.size)
@@ -116,7 +114,7 @@ def by_filter(filter: FILTERS, shown: tuple[Image.Image, Box], size: Size) -> Im
 DECODINGS: dict[str, Callable[[bytes, Size], tuple[Image.Image, Box]]] = {
     "halves": drafted,
     "eighths": eighths,
-    "all": full,
+    "all": undrafted,
 }
 FILTERING: dict[str, Callable[[tuple[Image.Image, Box], Size], Image.Image]] = {
     "shrink": by_ingest,
